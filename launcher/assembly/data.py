@@ -1,0 +1,48 @@
+"""Data of a job: rows of a section, their length, and what an epoch is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from launcher.assembly.job import Job
+from launcher.config.schema import DatasetSection
+from launcher.data.build import build_dataset
+from launcher.data.loader import Batch, evaluation_batches
+from launcher.data.packing import RowDataset
+
+
+def open_dataset(job: Job, section: DatasetSection) -> RowDataset:
+    """The rows of a data section; rank 0 prepares them once, into `dataset_cache`."""
+    return build_dataset(
+        section,
+        tokenizer=job.tokenizer,
+        seq_length=seq_length(job, section),
+        cache_dir=job.output_dir / "dataset_cache",
+        is_main=job.world.is_main,
+        wait=job.world.barrier,
+        say=job.say,
+    )
+
+
+def seq_length(job: Job, section: DatasetSection) -> int:
+    """Tokens of a row: the data section's, else the model's, else what positions allow (2048)."""
+    positions = int(job.spec.hf_config.get("max_position_embeddings", 2048))
+    return section.seq_length or job.spec.seq_length or min(positions, 2048)
+
+
+def steps_per_epoch(rows: int, global_batch: int, *, drop_remainder: bool) -> int:
+    """Optimizer steps of one epoch. Samples run on from one epoch into the next, without a gap."""
+    full, rest = divmod(rows, global_batch)
+    return max(full + (rest > 0 and not drop_remainder), 1)
+
+
+def evaluation_source(job: Job) -> Callable[[], Iterable[Batch]]:
+    """A function that gives this rank's share of the evaluation data, anew at each call."""
+    assert job.config.eval_dataset is not None
+    dataset = open_dataset(job, job.config.eval_dataset)
+    return lambda: evaluation_batches(
+        dataset,
+        job.config.runner_config.batch_size,
+        job.mesh.data_parallel,
+        job.mesh.data_rank(job.world.rank),
+    )

@@ -1,0 +1,116 @@
+"""A job: the configuration, this process, a voice, and what follows from these alone."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+
+from launcher.config.provenance import Provenance
+from launcher.config.schema import Config
+from launcher.errors import UserError
+from launcher.layout.mesh import Mesh, data_parallel_mesh
+from launcher.parallel.apply import device_mesh
+from launcher.parallel.world import World
+from launcher.report.console import Console
+from models.families import model_spec
+from models.spec import ModelSpec
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every mode starts from: the configuration, this process, and a voice."""
+
+    config: Config
+    provenance: Provenance
+    world: World
+    console: Console
+
+    def say(self, text: str) -> None:
+        """Tell the user."""
+        self.console.say(text)
+
+    @property
+    def output_dir(self) -> Path:
+        """Root of everything the run writes."""
+        return Path(self.config.output_dir)
+
+    @cached_property
+    def spec(self) -> ModelSpec:
+        """The model, as described by config.json and the YAML."""
+        spec = model_spec(self.config.model.model_config, self._config_json())
+        for note in spec.notes:
+            self.say(f"accepted, no effect: {note}")
+        return spec
+
+    def _config_json(self) -> dict[str, Any] | None:
+        path = Path(self.config.pretrained_model_dir) / "config.json"
+        if not self.config.pretrained_model_dir or not path.is_file():
+            return None
+        content: dict[str, Any] = json.loads(path.read_text())
+        return content
+
+    @cached_property
+    def mesh(self) -> Mesh:
+        """The layout's mesh: data parallel, with the optimizer copied or sharded."""
+        parallel = self.config.parallel
+        return data_parallel_mesh(
+            self.config.parallel_config.data_parallel,
+            shard_optimizer=parallel.enable_parallel_optimizer,
+            shard_size=parallel.parallel_optimizer_config.optimizer_weight_shard_size,
+        )
+
+    @cached_property
+    def device_mesh(self) -> DeviceMesh:
+        """The torch mesh of the same axes."""
+        return device_mesh(self.mesh, self.world)
+
+    @cached_property
+    def tokenizer_dir(self) -> str:
+        """Folder of the tokenizer; empty when there is none."""
+        return (
+            self.config.processor.tokenizer.pretrained_model_dir or self.config.pretrained_model_dir
+        )
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The tokenizer, checked against the vocabulary of the model."""
+        from transformers import AutoTokenizer
+
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(
+                self.tokenizer_dir,
+                trust_remote_code=self.config.trust_remote_code,
+                local_files_only=True,
+            )
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"no tokenizer can be opened in {self.tokenizer_dir!r}",
+                rule=str(error).splitlines()[0],
+                advice="Set processor.tokenizer.pretrained_model_dir to a Hugging Face tokenizer",
+            ) from error
+        vocabulary = self.spec.hf_config.get("vocab_size", len(tokenizer))
+        if len(tokenizer) > vocabulary:
+            raise UserError(
+                f"the tokenizer in {self.tokenizer_dir} has {len(tokenizer)} tokens",
+                rule=f"the model has room for {vocabulary}",
+                nearest=f"Set model.model_config.vocab_size to {len(tokenizer)} or more",
+            )
+        return tokenizer
+
+    def dtype(self, name: str | None, *, otherwise: torch.dtype) -> torch.dtype:
+        """The torch dtype of a configured name."""
+        return otherwise if name is None else DTYPES[name]
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Dtype of forward and backward: as configured, else bf16 on CUDA and fp32 on the CPU."""
+        usual = torch.bfloat16 if self.world.device.type == "cuda" else torch.float32
+        return self.dtype(self.spec.precision.compute_dtype, otherwise=usual)

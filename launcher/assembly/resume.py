@@ -1,0 +1,100 @@
+"""Resuming a run: which checkpoint, and everything it brings back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from launcher.assembly.job import Job
+from launcher.assembly.weights import check_assertions
+from launcher.checkpoint.resume import Chosen, choose
+from launcher.config.schema import Config
+from launcher.errors import UserError
+from launcher.train.optimizer import moments, set_step
+from launcher.train.run import TrainRun
+from launcher.train.state import TrainState, from_json
+from launcher.weights.load import load
+from models.build import tied_names
+
+
+def find_resume(job: Job) -> Chosen | None:
+    """The checkpoint to go on from; None, with a warning, when there is none yet."""
+    choice = job.config.resume_training
+    if choice is False:
+        return None
+    root = resume_root(job.config)
+    chosen = choose(root, choice, job.world, job.say)
+    if chosen is None:
+        job.say(f"warning: resume_training is on, but {root} holds no checkpoint: a fresh start")
+    return chosen
+
+
+def resume_root(config: Config) -> Path:
+    """The folder of checkpoints a resume looks into."""
+    if not config.load_checkpoint:
+        monitor = config.checkpoint_monitor
+        return Path((monitor and monitor.directory) or config.output_dir) / "checkpoint"
+    path = Path(config.load_checkpoint)
+    inside = path / "checkpoint"
+    return inside if inside.is_dir() and not (path / "manifest").is_dir() else path
+
+
+def restore(job: Job, run: TrainRun, chosen: Chosen) -> None:
+    """Bring back everything: weights, optimizer, schedule, data position, random numbers."""
+    where = str(chosen.published.state_path)
+    state = from_json(chosen.state, where)
+    _restore_tensors(job, run, chosen)
+    saved_batch = chosen.state.get("global_batch_size")
+    if saved_batch != run.loader.global_batch:
+        state = state.with_global_batch(run.loader.global_batch)
+        job.say(
+            f"global batch was {saved_batch}, is {run.loader.global_batch}: going on after "
+            f"{state.consumed_samples} samples, as step {state.global_step}"
+        )
+    run.state = _data_position(job, run, chosen, state)
+    set_step(run.optimizer, state.updates)
+    monitor = job.config.checkpoint_monitor
+    folder = Path((monitor and monitor.directory) or job.output_dir) / "checkpoint"
+    if chosen.is_newest and folder.resolve() == chosen.published.root.resolve():
+        run.resumed_from = chosen.name
+    job.say(
+        f"resumed: {chosen.name.record.removesuffix('.json')} of {chosen.published.root}, step "
+        f"{state.global_step} of {run.total_steps}, {state.consumed_samples} samples, "
+        f"written by {chosen.source.world_size} ranks"
+    )
+
+
+def _restore_tensors(job: Job, run: TrainRun, chosen: Chosen) -> None:
+    check_assertions(job, chosen.source)
+    moments(run.model, run.optimizer)  # allocates them
+    targets = {**run.weights(), **run.optimizer_state()}
+    load(
+        targets,
+        chosen.source,
+        tied=tied_names(run.model),
+        ignore_prefixes=(),
+        rank=job.world.rank,
+    )
+
+
+def _data_position(job: Job, run: TrainRun, chosen: Chosen, state: TrainState) -> TrainState:
+    """Where the data goes on; refuses to go on in other data, or in another order, unasked."""
+    config = job.config
+    if config.data_skip_steps is not None:
+        state.data_position = config.data_skip_steps * run.loader.global_batch
+    elif config.ignore_data_skip:
+        state.data_position = 0
+    else:
+        saved, present = chosen.state.get("data", {}), run.facts["data"]
+        changed = [key for key in present if saved.get(key) != present[key]]
+        if changed:
+            listing = ", ".join(f"{k}: {saved.get(k)} -> {present[k]}" for k in changed)
+            raise UserError(
+                f"the training data is not that of the checkpoint ({listing})",
+                where=job.provenance.where("train_dataset.data_loader.dataset_dir"),
+                rule="a resumed run goes on in the same samples in the same order",
+                advice="Give the same data, or say where to begin in the new one: "
+                "ignore_data_skip: True (at its start) or data_skip_steps: n",
+            )
+        return state
+    job.say(f"data: beginning at sample {state.data_position}, as asked")
+    return state

@@ -1,0 +1,141 @@
+"""A training run, put together: data, model, optimizer, schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from launcher.assembly.data import evaluation_source, open_dataset, steps_per_epoch
+from launcher.assembly.job import Job
+from launcher.assembly.weights import build_sharded
+from launcher.config.rules import global_batch_size
+from launcher.config.schema import Config
+from launcher.data.loader import Loader
+from launcher.data.order import GlobalOrder
+from launcher.data.packing import RowDataset
+from launcher.train.optimizer import build_optimizer
+from launcher.train.run import TrainRun
+from launcher.train.schedule import build_schedule
+from models.build import hf_directory_files, no_weight_decay
+from models.spec import ModelSpec
+
+
+def build_run(job: Job) -> TrainRun:
+    """Everything a training run needs, at step 0, weights still undefined."""
+    config, section = job.config, job.config.train_dataset
+    assert section is not None
+    dataset = open_dataset(job, section)
+    seed = config.seed if section.seed is None else section.seed
+    order = GlobalOrder(len(dataset), seed, section.data_loader.shuffle)
+    micro_steps = config.runner_config.gradient_accumulation_steps
+    loader = Loader(
+        dataset,
+        order,
+        batch_size=config.runner_config.batch_size,
+        micro_steps=micro_steps,
+        data_parallel=job.mesh.data_parallel,
+        data_rank=job.mesh.data_rank(job.world.rank),
+    )
+    assert loader.global_batch == global_batch_size(config)
+    per_epoch = steps_per_epoch(
+        len(dataset), loader.global_batch, drop_remainder=section.drop_remainder
+    )
+    total = _total_steps(config, per_epoch)
+    stop = min(total, config.runner_config.stop_step or total)
+    if len(dataset) < loader.global_batch:
+        job.say(
+            f"warning: {len(dataset)} samples are fewer than the global batch of "
+            f"{loader.global_batch}: a step sees some of them more than once"
+        )
+    model = build_sharded(job, training=True)
+    wrapper = config.runner_wrapper
+    return TrainRun(
+        config=config,
+        world=job.world,
+        mesh=job.mesh,
+        model=model,
+        optimizer=build_optimizer(model, config.optimizer, no_weight_decay),
+        loader=loader,
+        schedule=build_schedule(
+            config.lr_schedule,
+            fallback_rate=config.optimizer.learning_rate,
+            total_steps=total,
+            steps_per_epoch=per_epoch,
+            scale=_rate_scale(job),
+        ),
+        steps_per_epoch=per_epoch,
+        total_steps=stop,
+        sink_size=_sink_size(config, per_epoch),
+        facts=_facts(job, dataset, order, loader.global_batch),
+        write_model_files=partial(_write_model_files, job, next(model.parameters()).dtype),
+        evaluation=_evaluation(job),
+        shard_group=_shard_group(job),
+        max_gradient_norm=wrapper.max_grad_norm if wrapper.use_clip_grad else None,
+        has_dropout=_has_dropout(job.spec),
+        say=job.say,
+    )
+
+
+def _total_steps(config: Config, per_epoch: int) -> int:
+    """The length of the run, which the learning rate is planned for; stop_step only ends it early."""
+    by_epochs = config.runner_config.epochs * per_epoch
+    return min(by_epochs, config.runner_config.max_steps or by_epochs)
+
+
+def _sink_size(config: Config, per_epoch: int) -> int:
+    runner = config.runner_config
+    if not runner.sink_mode:
+        return 1
+    return per_epoch if runner.sink_size == -1 else runner.sink_size
+
+
+def _rate_scale(job: Job) -> float:
+    config = job.config
+    if not config.lr_scale:
+        return 1.0
+    return job.world.size * config.runner_config.batch_size / config.lr_scale_factor
+
+
+def _facts(job: Job, dataset: RowDataset, order: GlobalOrder, global_batch: int) -> dict[str, Any]:
+    return {
+        "seed": job.config.seed,
+        "global_batch_size": global_batch,
+        "data": {
+            "fingerprint": dataset.fingerprint,
+            "rows": len(dataset),
+            "order_seed": order.seed,
+            "shuffle": order.shuffle,
+        },
+        "optimizer": job.config.optimizer.type,
+        "schedule": job.config.lr_schedule.type,
+    }
+
+
+def _shard_group(job: Job) -> torch.distributed.ProcessGroup | None:
+    if job.mesh.dp_shard == 1:
+        return None
+    return job.device_mesh.get_group("dp_shard")
+
+
+def _has_dropout(spec: ModelSpec) -> bool:
+    if spec.decoder is not None:
+        return spec.decoder.attention_dropout > 0 or spec.decoder.hidden_dropout > 0
+    return any("drop" in key and value for key, value in spec.hf_config.items())
+
+
+def _write_model_files(job: Job, dtype: torch.dtype, directory: Path) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, content in hf_directory_files(
+        job.spec, job.tokenizer_dir or None, dtype=dtype
+    ).items():
+        (directory / name).write_bytes(content)
+
+
+def _evaluation(job: Job) -> Callable[[], Any] | None:
+    if not job.config.do_eval:
+        return None
+    return evaluation_source(job)

@@ -1,0 +1,50 @@
+"""File operations of a save that must survive a crash: durable, and whole or not there."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+TEMPORARY_SUFFIX = ".tmp"
+
+
+def sync_directory(directory: Path) -> None:
+    """Make renames and removals in `directory` durable."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def temporary(path: Path) -> Path:
+    """Where the content of `path` is written before it is renamed to `path`."""
+    return path.with_name(f".{path.name}{TEMPORARY_SUFFIX}")
+
+
+def publish(written: Path, path: Path) -> None:
+    """Give a durable temporary file its final name, atomically and durably."""
+    os.replace(written, path)
+    sync_directory(path.parent)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write `content` to `path`: a reader sees the old file or the new one, never a part."""
+    scratch = temporary(path)
+    with scratch.open("w") as file:
+        json.dump(content, file, indent=1)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    publish(scratch, path)
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The JSON map at `path`, or None when there is none that can be read."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None

@@ -1,0 +1,106 @@
+"""CheckpointMonitor: when a run saves, and what."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from launcher.checkpoint.names import SaveName, epoch_and_step_in_name
+from launcher.checkpoint.store import Store, clean_unfinished, next_counter
+from launcher.config.schema import CheckpointMonitorSection
+from launcher.layout.mesh import Mesh
+from launcher.parallel.world import World
+from launcher.weights.memory import Shard
+
+
+class Savable(Protocol):
+    """What a run shows of itself to be saved (`launcher.train.run.TrainRun` is one)."""
+
+    world: World
+    mesh: Mesh
+    steps_per_epoch: int
+    sink_size: int
+    resumed_from: SaveName | None
+
+    @property
+    def output_dir(self) -> Path: ...
+    @property
+    def global_step(self) -> int: ...
+    def weights(self) -> dict[str, Shard]: ...
+    def optimizer_state(self) -> dict[str, Shard]: ...
+    def state_record(self) -> dict[str, Any]: ...
+    def write_model_files(self, directory: Path) -> None: ...
+    def say(self, text: str) -> None: ...
+
+
+class CheckpointMonitor:
+    """Saves every `save_checkpoint_steps` steps, at the end and on a signal.
+
+    `checkpoint/` gets weights and optimizer (weights alone with `save_optimizer: False`),
+    `checkpoint_network/` weights alone, with `save_network_params: True`.
+    """
+
+    def __init__(self, config: CheckpointMonitorSection) -> None:
+        self.config = config
+        self._saved_step = 0
+        self._stores: dict[str, Store] = {}
+
+    def on_train_begin(self, run: Savable) -> None:
+        """Take a name that no earlier run has, and clear away what a crash left."""
+        self._saved_step = run.global_step
+        root = Path(self.config.directory) if self.config.directory else run.output_dir
+        folders = ["checkpoint"] + ["checkpoint_network"] * self.config.save_network_params
+        for folder in folders:
+            counter = run.world.from_main(
+                self._open_folder(run, root / folder) if run.world.is_main else None
+            )
+            self._stores[folder] = Store(
+                root / folder, self.config.prefix, counter, self.config.keep_checkpoint_max
+            )
+
+    def _open_folder(self, run: Savable, folder: Path) -> int:
+        removed = clean_unfinished(folder)
+        if removed:
+            run.say(f"{folder}: removed {len(removed)} files of a save that was never finished")
+        run.write_model_files(folder / "model")
+        goes_on = run.resumed_from
+        if goes_on is not None and goes_on.prefix == self.config.prefix:
+            return goes_on.counter
+        return next_counter(folder, self.config.prefix)
+
+    def on_steps_end(self, run: Savable, records: Sequence[object]) -> None:
+        """Save when `save_checkpoint_steps` steps have passed since the last save."""
+        interval = self.config.save_checkpoint_steps
+        if interval and run.global_step - self._saved_step >= interval:
+            self._save(run)
+
+    def on_interrupt(self, run: Savable) -> None:
+        """Save before the run stops."""
+        self._save(run)
+
+    def on_train_end(self, run: Savable) -> None:
+        """Save the last step."""
+        self._save(run)
+
+    def _save(self, run: Savable) -> None:
+        if self._saved_step == run.global_step:
+            return
+        started = time.perf_counter()
+        weights = run.weights()
+        contents = {"checkpoint": weights, "checkpoint_network": weights}
+        if self.config.save_optimizer:
+            contents["checkpoint"] = {**weights, **run.optimizer_state()}
+        epoch, step = epoch_and_step_in_name(run.global_step, run.steps_per_epoch, run.sink_size)
+        total = 0
+        for folder, store in self._stores.items():
+            name = SaveName(store.prefix, store.counter, epoch, step)
+            total += store.save(
+                name, contents[folder], run.state_record(), mesh=run.mesh, world=run.world
+            )
+        self._saved_step = run.global_step
+        run.say(
+            f"saved step {run.global_step} as {self.config.prefix}-{epoch}_{step}: "
+            f"{run.world.size} ranks, {total / 1e6:.1f} MB, {time.perf_counter() - started:.2f} s"
+        )

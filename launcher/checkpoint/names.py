@@ -1,0 +1,60 @@
+"""Names of checkpoint files: `{prefix}_rank_{rank}[_{counter}]-{epoch}_{step}.safetensors`.
+
+The counter tells runs apart that wrote into the same folder under the same prefix; the first run
+has none. Manifest and state drop the rank: `{prefix}[_{counter}]-{epoch}_{step}.json`.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+RANK_FILE = re.compile(
+    r"(?P<prefix>.+)_rank_(?P<rank>\d+)(?:_(?P<counter>\d+))?-(?P<epoch>\d+)_(?P<step>\d+)"
+    r"(?:\.safetensors)?"
+)
+
+
+@dataclass(frozen=True)
+class SaveName:
+    """What names one save of one run, all ranks together."""
+
+    prefix: str
+    counter: int
+    epoch: int
+    step: int
+
+    def rank_file(self, rank: int) -> str:
+        """Name of the file `rank` writes, inside its `rank_{rank}` folder."""
+        counter = f"_{self.counter}" if self.counter else ""
+        return f"{self.prefix}_rank_{rank}{counter}-{self.epoch}_{self.step}.safetensors"
+
+    @property
+    def record(self) -> str:
+        """Name of the manifest and of the state file."""
+        counter = f"_{self.counter}" if self.counter else ""
+        return f"{self.prefix}{counter}-{self.epoch}_{self.step}.json"
+
+
+def parse_rank_file(name: str) -> tuple[SaveName, int] | None:
+    """(save name, rank) of a rank file's name, with or without extension; None for other names."""
+    match = RANK_FILE.fullmatch(name)
+    if match is None:
+        return None
+    numbers = {key: int(match[key] or 0) for key in ("rank", "counter", "epoch", "step")}
+    save = SaveName(match["prefix"], numbers["counter"], numbers["epoch"], numbers["step"])
+    return save, numbers["rank"]
+
+
+def epoch_and_step_in_name(
+    global_step: int, steps_per_epoch: int, sink_size: int
+) -> tuple[int, int]:
+    """The two numbers of a file name after `global_step` steps.
+
+    The epoch (from 1) and the step inside it; when k > 1 steps sink at a time, ceil(steps / k) and
+    k, as MindFormers has it.
+    """
+    if sink_size > 1:
+        return -(-global_step // sink_size), sink_size
+    epoch, step = divmod(global_step - 1, steps_per_epoch)
+    return epoch + 1, step + 1

@@ -1,0 +1,238 @@
+"""The store: a folder of checkpoints. Saves commit all ranks or nothing; old ones are let go.
+
+    checkpoint/rank_0/CKP_rank_0-1_10.safetensors      1. every rank writes aside, then renames
+    checkpoint/state/CKP-1_10.json                     2. rank 0, after all ranks are done
+    checkpoint/manifest/CKP-1_10.json                  3. rank 0, last: now the checkpoint exists
+    checkpoint/rank_0/meta.json                        4. every rank, for readers of the original
+
+Invariants: a checkpoint counts only with its manifest; a manifest appears only after every file it
+names is durable; the oldest checkpoint is deleted only after the newer one is published, its
+manifest first. Nothing is deleted that this launcher did not write.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from launcher.checkpoint.files import (
+    TEMPORARY_SUFFIX,
+    publish,
+    read_json,
+    sync_directory,
+    temporary,
+    write_json,
+)
+from launcher.checkpoint.names import SaveName, parse_rank_file
+from launcher.errors import UserError
+from launcher.layout.mesh import Mesh
+from launcher.parallel.world import World
+from launcher.weights.formats.safetensors import read_header
+from launcher.weights.memory import Shard
+from launcher.weights.write import write_rank_file
+
+MANIFEST_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Published:
+    """A checkpoint that counts: its folder, name and manifest."""
+
+    root: Path
+    name: SaveName
+    manifest: dict[str, Any]
+
+    @property
+    def sequence(self) -> int:
+        """Order of publication in its folder, from 1; the highest is the newest."""
+        return int(self.manifest["sequence"])
+
+    @property
+    def files(self) -> list[Path]:
+        """Rank files, in rank order."""
+        return [self.root / record["file"] for record in self.manifest["files"]]
+
+    @property
+    def manifest_path(self) -> Path:
+        """The file whose existence makes this a checkpoint."""
+        return self.root / "manifest" / self.name.record
+
+    @property
+    def state_path(self) -> Path:
+        """Global state of the run."""
+        return self.root / "state" / self.name.record
+
+
+def published(root: Path) -> list[Published]:
+    """Every checkpoint of the folder that counts, oldest first."""
+    found = []
+    for path in (root / "manifest").glob("*.json"):
+        manifest = read_json(path)
+        if manifest is None or not {"sequence", "files", "save"} <= manifest.keys():
+            continue
+        found.append(Published(root, SaveName(**manifest["save"]), manifest))
+    return sorted(found, key=lambda checkpoint: checkpoint.sequence)
+
+
+@dataclass(frozen=True)
+class Store:
+    """One run's view of a folder of checkpoints."""
+
+    root: Path
+    prefix: str
+    counter: int
+    keep_max: int
+    """How many checkpoints of this prefix stay; 0: all."""
+
+    def save(
+        self,
+        name: SaveName,
+        shards: Mapping[str, Shard],
+        state: dict[str, Any],
+        *,
+        mesh: Mesh,
+        world: World,
+    ) -> int:
+        """Write and publish one checkpoint. Called on every rank. Returns the bytes of all ranks.
+
+        Raises `UserError` on every rank when any rank could not write; the checkpoints that were
+        there are untouched then.
+        """
+        _agree(world, _attempt(self._prepare, name, world))
+        outcome = _attempt(self._write, name, shards, mesh, world)
+        files = _agree(world, outcome)
+        _agree(world, _attempt(self._publish, name, files, state, mesh, world))
+        self._write_meta(name, world)
+        self._retain(world)
+        return sum(record["bytes"] for record in files)
+
+    def _prepare(self, name: SaveName, world: World) -> None:
+        (self.root / f"rank_{world.rank}").mkdir(parents=True, exist_ok=True)
+        if world.is_main:
+            for folder in ("manifest", "state"):
+                (self.root / folder).mkdir(parents=True, exist_ok=True)
+            # Saved again after resuming from an older step: it stops counting while it is replaced.
+            (self.root / "manifest" / name.record).unlink(missing_ok=True)
+
+    def _write(
+        self, name: SaveName, shards: Mapping[str, Shard], mesh: Mesh, world: World
+    ) -> dict[str, Any]:
+        folder = self.root / f"rank_{world.rank}"
+        path = folder / name.rank_file(world.rank)
+        try:
+            header = write_rank_file(temporary(path), shards, mesh=mesh, rank=world.rank)
+        except BaseException:
+            temporary(path).unlink(missing_ok=True)
+            raise
+        publish(temporary(path), path)
+        return {
+            "rank": world.rank,
+            "file": str(path.relative_to(self.root)),
+            "bytes": header.file_bytes,
+            "header_xxh3_64": header.digest,
+        }
+
+    def _publish(
+        self,
+        name: SaveName,
+        files: list[dict[str, Any]],
+        state: dict[str, Any],
+        mesh: Mesh,
+        world: World,
+    ) -> None:
+        if not world.is_main:
+            return
+        newest = max((checkpoint.sequence for checkpoint in published(self.root)), default=0)
+        manifest = {
+            "version": MANIFEST_VERSION,
+            "sequence": newest + 1,
+            "save": vars(name),
+            "global_step": state["global_step"],
+            "world_size": mesh.world_size,
+            "mesh": mesh.sizes(),
+            "files": files,
+        }
+        write_json(self.root / "state" / name.record, state)
+        write_json(self.root / "manifest" / name.record, manifest)
+
+    def _write_meta(self, name: SaveName, world: World) -> None:
+        meta = {
+            "last_epoch": name.epoch,
+            "last_step": name.step,
+            "last_ckpt_file": name.rank_file(world.rank),
+        }
+        write_json(self.root / f"rank_{world.rank}" / "meta.json", meta)
+
+    def _retain(self, world: World) -> None:
+        if self.keep_max == 0:
+            return
+        mine = [c for c in published(self.root) if c.name.prefix == self.prefix]
+        old = world.from_main(mine[: -self.keep_max])
+        if world.is_main:
+            for checkpoint in old:
+                checkpoint.manifest_path.unlink(missing_ok=True)
+                checkpoint.state_path.unlink(missing_ok=True)
+            if old:
+                sync_directory(self.root / "manifest")
+        world.barrier()
+        for checkpoint in old:
+            for file in checkpoint.files[world.rank :: world.size]:
+                file.unlink(missing_ok=True)
+
+
+def _attempt(action: Any, *arguments: Any) -> tuple[Any, str]:
+    """(result, error text): a rank that fails must still meet the others."""
+    try:
+        return action(*arguments), ""
+    except OSError as error:
+        return None, f"{error.strerror} ({error.filename})"
+
+
+def _agree(world: World, outcome: tuple[Any, str]) -> list[Any]:
+    """The results of all ranks, or a `UserError` on all when one failed."""
+    outcomes = world.gather(outcome)
+    failed = [f"rank {rank}: {error}" for rank, (_, error) in enumerate(outcomes) if error]
+    if failed:
+        raise UserError(
+            f"the checkpoint could not be saved: {'; '.join(failed[:4])}",
+            rule="every rank's file must be written",
+            advice="Earlier checkpoints are untouched. Make room or mend the folder, then resume "
+            "with resume_training: True",
+        )
+    return [result for result, _ in outcomes]
+
+
+def next_counter(root: Path, prefix: str) -> int:
+    """The run counter of a new run in `root`: 0 in a folder without this prefix, else one more
+    than the highest there."""
+    names = {file.name for file in root.glob("rank_*/*.safetensors")}
+    parsed = [found[0] for name in names if (found := parse_rank_file(name)) is not None]
+    counters = [name.counter for name in parsed if name.prefix == prefix]
+    counters += [c.name.counter for c in published(root) if c.name.prefix == prefix]
+    return max(counters) + 1 if counters else 0
+
+
+def clean_unfinished(root: Path) -> list[Path]:
+    """Remove what a crash left behind: temporary files, and our rank files without a manifest.
+
+    Returns what was removed. Files of other programs stay.
+    """
+    counted = {file for checkpoint in published(root) for file in checkpoint.files}
+    removed = []
+    for path in sorted(root.glob("rank_*/.*" + TEMPORARY_SUFFIX)):
+        removed.append(path)
+    for path in sorted(root.glob("rank_*/*.safetensors")):
+        if path not in counted and parse_rank_file(path.name) and _is_ours(path):
+            removed.append(path)
+    for path in removed:
+        path.unlink(missing_ok=True)
+    return removed
+
+
+def _is_ours(path: Path) -> bool:
+    try:
+        return read_header(path).slipway() is not None
+    except UserError:
+        return False

@@ -1,0 +1,153 @@
+"""Rules about the model: its own configuration, and how it fits data and tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from launcher.config.checks.check import Check
+from launcher.config.derived import read_config_json, read_json_object, tokenizer_dir
+from launcher.config.provenance import KeyProblem
+from launcher.errors import UserError
+from models.families import ModelSpec, model_spec, supports_packing
+
+_LARGEST_TOKENIZER_BYTES = 4 * 2**20
+"""A larger tokenizer.json is not read here: the configuration is checked in a blink."""
+
+
+def model(check: Check) -> Iterator[KeyProblem]:
+    """The model can be built, and the rows of the data fit it."""
+    if not check.mode:
+        return
+    config = check.config
+    section = config.model.model_config
+    try:
+        config_json = read_config_json(config)
+        if config_json is None and not {"type", "model_type"} & set(section):
+            yield _undescribed(check)
+            return
+        spec = model_spec(section, config_json)
+    except UserError as error:
+        for problem in error.problems:
+            yield _placed(check, problem)
+        return
+    yield from _row_length(check, spec)
+    yield from _packing(check, spec)
+    yield from _vocabulary(check, spec)
+
+
+def _undescribed(check: Check) -> KeyProblem:
+    folder = check.config.pretrained_model_dir
+    if folder and check.config.model.model_config:
+        key, what = "model.model_config", "model.model_config has no `type`"
+    elif folder:
+        key, what = "pretrained_model_dir", f"{folder} holds no config.json"
+    else:
+        key, what = "model.model_config", "the model is not described"
+    return check.wrong(
+        key,
+        "a model is described by config.json in pretrained_model_dir or by model.model_config",
+        what=what,
+        advice="Set pretrained_model_dir, or model.model_config.type (such as Qwen3Config)",
+        also=("pretrained_model_dir", "model", "model.model_config"),
+    )
+
+
+def _placed(check: Check, problem: Any) -> KeyProblem:
+    """A problem of the model room, with the line of the key it is about."""
+    name = getattr(problem, "key", "")
+    key = f"model.model_config.{name}" if name else "pretrained_model_dir"
+    where = problem.where or check.provenance.nearest(key)
+    if not name and not problem.where and check.config.pretrained_model_dir:
+        where = str(Path(check.config.pretrained_model_dir) / "config.json")
+    return KeyProblem(
+        what=problem.what,
+        where=where,
+        rule=problem.rule,
+        nearest=problem.nearest,
+        advice=problem.advice,
+        key=key,
+        also=("model", "model.model_config"),
+    )
+
+
+def _row_length(check: Check, spec: ModelSpec) -> Iterator[KeyProblem]:
+    written = check.config.model.model_config.get("seq_length")
+    longest = spec.hf_config.get("max_position_embeddings")
+    for name in ("train_dataset", "eval_dataset"):
+        section = check.value(name)
+        key = f"{name}.seq_length"
+        length = section.seq_length if section is not None else None
+        if length is None:
+            continue
+        if written is not None and length != written:
+            yield check.wrong(
+                key,
+                f"model.model_config.seq_length = {written} "
+                f"({check.provenance.nearest('model.model_config.seq_length')}) says otherwise",
+                advice="Keep one of the two",
+                also=("model.model_config.seq_length",),
+            )
+        elif isinstance(longest, int) and length > longest:
+            yield _too_long(check, key, longest)
+    if isinstance(written, int) and isinstance(longest, int) and written > longest:
+        yield _too_long(check, "model.model_config.seq_length", longest)
+
+
+def _too_long(check: Check, key: str, longest: int) -> KeyProblem:
+    return check.wrong(
+        key,
+        f"the model has {longest} positions (max_position_embeddings)",
+        nearest=f"Nearest: {longest}",
+        also=("model.model_config.max_position_embeddings",),
+    )
+
+
+def _packing(check: Check, spec: ModelSpec) -> Iterator[KeyProblem]:
+    for name in ("train_dataset", "eval_dataset"):
+        section = check.value(name)
+        if section is not None and section.packing and not supports_packing(spec):
+            yield check.wrong(
+                f"{name}.packing",
+                f"a {spec.family} model cannot keep packed documents apart: not built yet",
+                advice="Set it to False",
+            )
+
+
+def _vocabulary(check: Check, spec: ModelSpec) -> Iterator[KeyProblem]:
+    """Every token of the tokenizer has a row in the embedding."""
+    folder, rows = tokenizer_dir(check.config), spec.hf_config.get("vocab_size")
+    path = Path(folder) / "tokenizer.json"
+    if not folder or not isinstance(rows, int) or not path.is_file():
+        return
+    if path.stat().st_size > _LARGEST_TOKENIZER_BYTES:
+        return
+    try:
+        tokens = _token_count(read_json_object(path))
+    except UserError as error:
+        yield _placed(check, error.problems[0])
+        return
+    if tokens > rows:
+        key = "model.model_config.vocab_size"
+        yield check.wrong(
+            key,
+            f"the tokenizer in {folder} has {tokens} tokens",
+            what=f"{key} = {rows}",
+            nearest=f"Nearest: {tokens}",
+            advice="Use the tokenizer that belongs to the model, or a larger vocab_size",
+        )
+
+
+def _token_count(tokenizer: dict[str, Any]) -> int:
+    body = tokenizer.get("model")
+    vocabulary = body.get("vocab", {}) if isinstance(body, dict) else {}
+    if isinstance(vocabulary, dict):
+        ids = [index for index in vocabulary.values() if isinstance(index, int)]
+    else:
+        ids = list(range(len(vocabulary)))
+    added = tokenizer.get("added_tokens")
+    for token in added if isinstance(added, list) else []:
+        if isinstance(token, dict) and isinstance(token.get("id"), int):
+            ids.append(token["id"])
+    return max(ids, default=-1) + 1

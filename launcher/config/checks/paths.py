@@ -1,0 +1,256 @@
+"""Rules about files and folders: what a mode needs is there, and is what it is said to be.
+
+Only names are looked at, no file is opened.
+"""
+
+from __future__ import annotations
+
+import glob
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from launcher.config.checks.check import Check
+from launcher.config.derived import has_safetensors, has_tokenizer, tokenizer_dir
+from launcher.config.provenance import KeyProblem
+from launcher.config.schema import DatasetSection
+from launcher.errors import did_you_mean
+from launcher.weights.source import detect
+
+_BY_TYPE = {
+    "suffixes": ("TextDataLoader",),
+    "text_column": ("HFDataLoader", "CommonDataLoader"),
+    "split": ("HFDataLoader", "CommonDataLoader"),
+    "format": ("InstructionDataLoader",),
+}
+
+
+def nearest_path(path: str) -> str:
+    """`did you mean `data/corpus`?` for the nearest existing name beside a missing path."""
+    missing = Path(path)
+    while not missing.parent.exists():
+        missing = missing.parent
+    try:
+        names = {child.name: child for child in missing.parent.iterdir()}
+    except OSError:
+        return ""
+    found = did_you_mean(missing.name, names)
+    if not found:
+        return ""
+    name = found.removeprefix("did you mean `").removesuffix("`?")
+    rest = Path(path).relative_to(missing)
+    near = names[name] / rest
+    return f"did you mean `{near if near.exists() else names[name]}`?"
+
+
+def run_mode(check: Check) -> Iterator[KeyProblem]:
+    """There is a run mode, and what it works on is given."""
+    needs = {
+        "train": ("train_dataset", "Add a train_dataset section"),
+        "finetune": ("train_dataset", "Add a train_dataset section"),
+        "eval": ("eval_dataset", "Add an eval_dataset section"),
+        "predict": ("input_data", "Write `--predict_data 'a prompt'`"),
+    }
+    if not check.mode:
+        yield check.wrong(
+            "run_mode",
+            "a run has a mode",
+            what="run_mode is missing",
+            advice="Write `--run_mode train` (or finetune, eval, predict, resume)",
+        )
+        return
+    key, advice = needs[check.mode]
+    if check.value(key) in (None, "", []):
+        yield check.wrong(key, f"{check.mode} needs it", what=f"{key} is missing", advice=advice)
+
+
+def datasets(check: Check) -> Iterator[KeyProblem]:
+    """The data of this mode is named and exists."""
+    if check.trains and check.config.train_dataset is not None:
+        yield from _dataset(check, "train_dataset", check.config.train_dataset)
+    evaluates = check.mode == "eval" or (check.trains and check.config.do_eval)
+    if evaluates and check.config.eval_dataset is not None:
+        yield from _dataset(check, "eval_dataset", check.config.eval_dataset)
+
+
+def _dataset(check: Check, name: str, section: DatasetSection) -> Iterator[KeyProblem]:
+    loader, prefix = section.data_loader, f"{name}.data_loader"
+    keys = tuple(f"{prefix}.{key}" for key in ("dataset_dir", "dataset_files", "data_files"))
+    for key, kinds in _BY_TYPE.items():
+        if check.provenance.is_written(f"{prefix}.{key}") and loader.type not in kinds:
+            yield check.wrong(
+                f"{prefix}.{key}",
+                f"{loader.type} does not take it",
+                nearest=f"It belongs to {kinds[0]}",
+                also=(f"{prefix}.type",),
+            )
+    if not loader.paths:
+        yield check.wrong(
+            keys[0],
+            "a source is needed",
+            what=f"{name} names no files",
+            advice=f"Set {keys[0]} to a file, a folder or a glob",
+            also=keys,
+        )
+    for key in keys:
+        value = check.value(key)
+        for path in [value] if isinstance(value, str) else value or []:
+            if path and not Path(path).exists() and not glob.glob(path, recursive=True):
+                is_glob = glob.has_magic(path)
+                yield check.wrong(
+                    key,
+                    "no file matches this pattern" if is_glob else "there is no such path",
+                    what=f"{key} = {path!r}",
+                    nearest="" if is_glob else nearest_path(path),
+                    advice="Paths are relative to the current directory",
+                )
+
+
+def tokenizer(check: Check) -> Iterator[KeyProblem]:
+    """A tokenizer is found."""
+    if not check.mode:
+        return
+    nested = "processor.tokenizer.pretrained_model_dir"
+    key = nested if check.value(nested) else "pretrained_model_dir"
+    folder = tokenizer_dir(check.config)
+    if not folder:
+        yield check.wrong(
+            nested,
+            "text becomes tokens by a tokenizer",
+            what="there is no tokenizer",
+            advice=f"Set {nested} or pretrained_model_dir to a Hugging Face directory",
+            also=("pretrained_model_dir", "processor", "processor.tokenizer"),
+        )
+    elif not Path(folder).is_dir():
+        if key == nested:  # the other key has a rule of its own
+            yield check.wrong(key, "there is no such folder", nearest=nearest_path(folder))
+    elif not has_tokenizer(folder):
+        yield check.wrong(
+            key,
+            "the folder holds no tokenizer (no tokenizer.json or the like)",
+            advice=f"Set {nested} to the folder that does",
+        )
+
+
+def named_paths(check: Check) -> Iterator[KeyProblem]:
+    """Folders and files named at the top level exist."""
+    config = check.config
+    if config.pretrained_model_dir and not Path(config.pretrained_model_dir).is_dir():
+        yield check.wrong(
+            "pretrained_model_dir",
+            "there is no such folder",
+            nearest=nearest_path(config.pretrained_model_dir),
+            advice="Models are not downloaded: name a folder on this machine",
+        )
+    if config.register_path and not Path(config.register_path).exists():
+        yield check.wrong(
+            "register_path", "there is no such path", nearest=nearest_path(config.register_path)
+        )
+    if Path(config.output_dir).is_file():
+        yield check.wrong("output_dir", "this is a file, a folder is needed")
+    if isinstance(config.input_data, str) and Path(config.input_data[:255]).is_dir():
+        yield check.wrong(
+            "input_data", "this is a folder", advice="Name a text file with one prompt a line"
+        )
+
+
+def weights(check: Check) -> Iterator[KeyProblem]:
+    """What load_checkpoint holds agrees with what is said about it."""
+    config, world = check.config, check.world_size
+    if not config.load_checkpoint:
+        yield from _no_checkpoint(check)
+        return
+    path = Path(config.load_checkpoint)
+    kind = detect(path) if path.exists() else "nothing"
+    if not path.exists():
+        if not _is_own_output(check, path):
+            yield check.wrong(
+                "load_checkpoint",
+                "there is no such path",
+                nearest=nearest_path(config.load_checkpoint),
+            )
+        return
+    if kind == "nothing" or path.suffix == ".ckpt":
+        yield from _nothing_to_read(check, path)
+        return
+    if config.load_ckpt_format == "ckpt":
+        yield check.wrong(
+            "load_ckpt_format",
+            f"{config.load_checkpoint} holds safetensors",
+            nearest="Nearest: safetensors",
+            advice="Or leave the key out",
+            also=("load_checkpoint",),
+        )
+    ranks = _rank_count(path)
+    if config.auto_trans_ckpt is False and world is not None:
+        if kind != "distributed" and world > 1:
+            found = f"{config.load_checkpoint} holds complete weights, {world} processes run"
+        elif kind == "distributed" and ranks != world:
+            found = f"the weights are cut for {ranks} ranks, {world} of them run"
+        else:
+            return
+        yield check.wrong(
+            "auto_trans_ckpt",
+            found,
+            advice="Set auto_trans_ckpt: True, or leave it out",
+            also=("load_checkpoint", "use_parallel"),
+        )
+
+
+def _is_own_output(check: Check, path: Path) -> bool:
+    """A run that always resumes names the checkpoints it is going to write."""
+    if check.config.resume_training is not True:
+        return False
+    return path.resolve().is_relative_to(Path(check.config.output_dir).resolve())
+
+
+def _rank_count(path: Path) -> int:
+    folder = path.parent.parent if path.is_file() else path
+    return sum(1 for child in folder.iterdir() if re.fullmatch(r"rank_\d+", child.name))
+
+
+def _no_checkpoint(check: Check) -> Iterator[KeyProblem]:
+    config = check.config
+    pretrained = config.pretrained_model_dir
+    has_weights = bool(pretrained) and has_safetensors(pretrained)
+    resumes = config.resume_training is not False
+    also = ("load_checkpoint", "pretrained_model_dir", "resume_training")
+    if check.mode == "finetune" and not has_weights and not resumes:
+        inside = f"{pretrained} holds no *.safetensors" if pretrained else ""
+        yield check.wrong(
+            "load_checkpoint",
+            "finetune starts from weights",
+            what=f"there are no weights to start from{': ' + inside if inside else ''}",
+            advice="Set load_checkpoint, or pretrained_model_dir to a folder with *.safetensors",
+            also=also,
+        )
+    elif config.auto_trans_ckpt and not has_weights and not resumes:
+        yield check.wrong(
+            "auto_trans_ckpt",
+            "there are no weights to cut",
+            advice="Set load_checkpoint, or leave auto_trans_ckpt out",
+            also=also,
+        )
+
+
+def _nothing_to_read(check: Check, path: Path) -> Iterator[KeyProblem]:
+    ckpt = path.suffix == ".ckpt" or (path.is_dir() and any(path.rglob("*.ckpt")))
+    if ckpt and check.config.load_ckpt_format == "safetensors":
+        yield check.wrong(
+            "load_ckpt_format",
+            f"{path} holds ckpt files, and reading them is not built yet",
+            advice="Convert them to safetensors",
+        )
+    elif ckpt:
+        yield check.wrong(
+            "load_checkpoint",
+            "reading ckpt files is not built yet",
+            advice="Convert them to safetensors",
+        )
+    elif check.config.resume_training is not True:
+        inner = path / "checkpoint"
+        yield check.wrong(
+            "load_checkpoint",
+            "it holds no weights (*.safetensors or rank_N folders)",
+            nearest=f"did you mean `{inner}`?" if inner.is_dir() else "",
+        )

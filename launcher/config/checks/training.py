@@ -1,0 +1,269 @@
+"""Rules about a training run: data parallel degrees, sinking, optimizer, schedule, saving."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from math import prod
+
+from launcher.config.checks.check import Check
+from launcher.config.derived import degrees
+from launcher.config.provenance import KeyProblem
+from launcher.config.schema import (
+    SCHEDULE_ARGUMENTS,
+    SCHEDULES_WITHOUT_WARMUP,
+    WARMUP_ARGUMENTS,
+    CheckpointMonitorSection,
+    LrScheduleSection,
+)
+
+_DEGREES = (
+    *("parallel_config.data_parallel", "parallel_config.model_parallel"),
+    *("parallel_config.pipeline_stage", "parallel_config.context_parallel"),
+    "use_parallel",
+)
+_ALWAYS_TAKEN = ("type", "learning_rate", "total_steps", *WARMUP_ARGUMENTS)
+_TRACKER_MODULES = {
+    "tensorboard": ("tensorboard", "tensorboardX"),
+    "wandb": ("wandb",),
+    "mlflow": ("mlflow",),
+    "comet_ml": ("comet_ml",),
+    "aim": ("aim",),
+    "swanlab": ("swanlab",),
+    "trackio": ("trackio",),
+    "clearml": ("clearml",),
+    "dvclive": ("dvclive",),
+}
+
+
+def processes(check: Check) -> Iterator[KeyProblem]:
+    """The product of the degrees is the number of processes."""
+    world = check.world_size
+    if world is None:
+        return
+    if check.config.use_parallel is False and world > 1:
+        yield check.wrong(
+            "use_parallel",
+            f"{world} processes are running",
+            advice="Set it to True or leave it out, or start one process",
+        )
+        return
+    sizes = degrees(check.config)
+    needed = prod(sizes.values())
+    if needed == world:
+        return
+    written = {name: size for name, size in sizes.items() if size > 1}
+    product = " x ".join(f"{name} {size}" for name, size in written.items()) or "data_parallel 1"
+    others = needed // sizes["data_parallel"]
+    start = f"start it with `torchrun --nproc_per_node {needed} run.py ...`"
+    if needed == 1:
+        start = "start it without torchrun"
+    fits = world % others == 0
+    yield check.wrong(
+        "parallel_config.data_parallel",
+        "the product of the degrees is the number of processes",
+        what=f"the degrees ask for {product} = {needed} "
+        f"{'process' if needed == 1 else 'processes'}, {world} {'is' if world == 1 else 'are'} "
+        "running",
+        nearest=f"Nearest: data_parallel {world // others}" if fits else "",
+        advice=f"{'Or ' if fits else 'Set the degrees to fit, or '}{start}",
+        also=_DEGREES,
+    )
+
+
+def sharded_optimizer(check: Check) -> Iterator[KeyProblem]:
+    """optimizer_weight_shard_size divides data_parallel."""
+    key = "parallel.parallel_optimizer_config.optimizer_weight_shard_size"
+    size, ranks = check.value(key), check.config.parallel_config.data_parallel
+    if size == -1:
+        return
+    divisors = [n for n in range(1, ranks + 1) if ranks % n == 0]
+    if size not in divisors:
+        yield check.wrong(
+            key,
+            f"it divides data_parallel ({ranks})",
+            nearest=f"Nearest: {min(divisors, key=lambda n: abs(n - size))}",
+            advice="-1 means the whole data-parallel group",
+            also=("parallel_config.data_parallel",),
+        )
+    elif not check.config.parallel.enable_parallel_optimizer and check.provenance.is_written(key):
+        yield check.wrong(
+            key,
+            "it acts only with parallel.enable_parallel_optimizer: True",
+            advice="Set that, or remove this key",
+            also=("parallel.enable_parallel_optimizer",),
+        )
+
+
+def sinking(check: Check) -> Iterator[KeyProblem]:
+    """sink_size is -1 or positive, and checkpoints fall on the end of a sink."""
+    runner = check.config.runner_config
+    size = runner.sink_size
+    if size == 0 or size < -1:
+        yield check.wrong(
+            "runner_config.sink_size",
+            "it is a number of steps, or -1 for the whole epoch",
+            nearest="Nearest: 1" if size == 0 else "Nearest: -1",
+        )
+        return
+    found = _monitor(check)
+    if not runner.sink_mode or size <= 1 or found is None:
+        return
+    key, monitor = f"{found[0]}.save_checkpoint_steps", found[1]
+    steps = monitor.save_checkpoint_steps
+    if steps and steps % size:
+        below, above = steps // size * size, (steps // size + 1) * size
+        near = f"{below} or {above}" if below else f"{above}"
+        yield check.wrong(
+            key,
+            f"with sink_size {size} it is a multiple of {size}",
+            nearest=f"Nearest: {near}",
+            advice="sink_mode: False saves at any step",
+            also=("runner_config.sink_size", "runner_config.sink_mode", "callbacks"),
+        )
+
+
+def _monitor(check: Check) -> tuple[str, CheckpointMonitorSection] | None:
+    for index, callback in reversed(list(enumerate(check.config.callbacks))):
+        if isinstance(callback, CheckpointMonitorSection):
+            return f"callbacks.{index}", callback
+    return None
+
+
+def checkpoint_names(check: Check) -> Iterator[KeyProblem]:
+    """The prefix leaves file names that can be read back."""
+    found = _monitor(check)
+    if found is None:
+        return
+    key, prefix = f"{found[0]}.prefix", found[1].prefix
+    bad = next((part for part in ("/", "\\", "rank") if part in prefix), None)
+    if bad or not prefix.strip():
+        cleaned = prefix.replace("\\", "/").rpartition("/")[2].replace("rank", "").strip("_-")
+        yield check.wrong(
+            key,
+            f'a prefix holds no "{bad}"' if bad else "a prefix is not empty",
+            nearest=f"Nearest: {cleaned or 'CKP'}",
+            advice="Use `directory` to save elsewhere" if bad in ("/", "\\") else "",
+        )
+
+
+def optimizer_numbers(check: Check) -> Iterator[KeyProblem]:
+    """Two betas, each in [0, 1)."""
+    betas = check.config.optimizer.betas
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        yield check.wrong(
+            "optimizer.betas",
+            "two numbers, each at least 0 and below 1",
+            nearest="Nearest: [0.9, 0.999]",
+        )
+
+
+def schedule_arguments(check: Check) -> Iterator[KeyProblem]:
+    """Every argument written belongs to the schedule's type."""
+    kind = check.config.lr_schedule.type
+    taken = [*_ALWAYS_TAKEN, *SCHEDULE_ARGUMENTS.get(kind, ())]
+    if kind in SCHEDULES_WITHOUT_WARMUP:
+        taken = [name for name in taken if name not in WARMUP_ARGUMENTS]
+    for name in LrScheduleSection.__dataclass_fields__:
+        key = f"lr_schedule.{name}"
+        value = check.value(key)
+        if name in taken or not check.provenance.is_written(key) or value is None:
+            continue
+        owners = [other for other, names in SCHEDULE_ARGUMENTS.items() if name in names]
+        yield check.wrong(
+            key,
+            f"{kind} does not take it",
+            nearest=f"It belongs to {', '.join(owners)}" if owners else "",
+            advice=f"{kind} takes {', '.join(taken[1:])}",
+            also=("lr_schedule.type",),
+        )
+
+
+def schedule_numbers(check: Check) -> Iterator[KeyProblem]:
+    """The curve can be drawn."""
+    schedule = check.config.lr_schedule
+    base = schedule.learning_rate or check.config.optimizer.learning_rate or 5e-5
+    end = 1e-7 if schedule.lr_end is None else schedule.lr_end
+    rate = ("lr_schedule.learning_rate", "optimizer.learning_rate", "lr_schedule.type")
+    if schedule.type == "PolynomialWithWarmUpLR" and end >= base:
+        yield check.wrong(
+            "lr_schedule.lr_end",
+            f"a polynomial ends below its learning rate ({base:g})",
+            what=f"lr_schedule.lr_end = {end:g}",
+            advice="Lower lr_end or raise learning_rate",
+            also=rate,
+        )
+    total, warmup = schedule.total_steps, schedule.warmup_steps
+    by_ratio = schedule.warmup_ratio is not None or schedule.warmup_epochs is not None
+    if total and total > 0 and warmup and warmup >= total and not by_ratio:
+        yield check.wrong(
+            "lr_schedule.warmup_steps",
+            f"the warm-up is shorter than total_steps ({total})",
+            nearest=f"Nearest: {total - 1}",
+            also=("lr_schedule.total_steps",),
+        )
+    if schedule.total_steps == 0:
+        yield check.wrong(
+            "lr_schedule.total_steps", "it is a number of steps, or -1 for the length of the run"
+        )
+
+
+def evaluation_in_training(check: Check) -> Iterator[KeyProblem]:
+    """do_eval has data and a time."""
+    config = check.config
+    if not (check.trains and config.do_eval):
+        return
+    if config.eval_dataset is None:
+        yield check.wrong(
+            "do_eval",
+            "evaluation needs eval_dataset",
+            advice="Add an eval_dataset section, or set do_eval to False",
+            also=("eval_dataset",),
+        )
+    if config.eval_step_interval < 1 and config.eval_epoch_interval < 1:
+        yield check.wrong(
+            "do_eval",
+            "eval_step_interval and eval_epoch_interval both say never",
+            advice="Set eval_step_interval to a number of steps",
+            also=("eval_step_interval", "eval_epoch_interval"),
+        )
+
+
+def trackers_installed(check: Check) -> Iterator[KeyProblem]:
+    """A tracker asked for can be imported."""
+    names = list(check.config.trackers)
+    key = "trackers"
+    if check.config.tensorboard.tensorboard_dir and "tensorboard" not in names:
+        names.append("tensorboard")
+        key = "tensorboard.tensorboard_dir"
+    if not check.trains:
+        return
+    for name in names:
+        modules = _TRACKER_MODULES[name]
+        if not any(importlib.util.find_spec(module) for module in modules):
+            package = modules[0].replace("_", "-")
+            yield check.wrong(
+                key,
+                f"the package of the tracker {name} is not installed",
+                advice=f"Install it: pip install {package}",
+            )
+
+
+def generation_numbers(check: Check) -> Iterator[KeyProblem]:
+    """The shortest text is not longer than the longest."""
+    generation = check.config.generation_config
+    if generation.max_new_tokens is None and generation.min_length > generation.max_length:
+        yield check.wrong(
+            "generation_config.min_length",
+            f"it is at most max_length ({generation.max_length})",
+            nearest=f"Nearest: {generation.max_length}",
+            also=("generation_config.max_length",),
+        )
+    most, fewest = generation.max_new_tokens, generation.min_new_tokens
+    if most is not None and fewest is not None and fewest > most:
+        yield check.wrong(
+            "generation_config.min_new_tokens",
+            f"it is at most max_new_tokens ({most})",
+            nearest=f"Nearest: {most}",
+            also=("generation_config.max_new_tokens",),
+        )

@@ -1,0 +1,246 @@
+"""A tree of values that know where they were written.
+
+Owns `Node`, reading one YAML file into it (with file:line of every key, through anchors, aliases
+and merge keys), and merging trees. Invariants: reading never runs code and builds nothing but maps,
+lists, strings, numbers, booleans and null; a key written twice in one map is an error.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from launcher.errors import Problem, UserError
+
+MAX_DEPTH = 20
+MAX_NODES = 100_000
+"""Aliases can multiply: a file of a few lines must not grow without bounds."""
+
+_SCALAR_TAGS = tuple(
+    f"tag:yaml.org,2002:{kind}" for kind in ("null", "bool", "int", "float", "str")
+)
+_STANDARD_TAGS = ("tag:yaml.org,2002:map", "tag:yaml.org,2002:seq")
+
+
+@dataclass(kw_only=True)
+class Node:
+    """A value and the place it was written: `x.yaml:14` or `command line: --epochs`."""
+
+    value: Any
+    """A scalar, a `list[Node]` or a `dict[str, Node]`."""
+    where: str
+    is_text: bool = False
+    """A value typed on the command line: the schema's type says how to read the text."""
+
+    def plain(self) -> Any:
+        """The value without the places."""
+        if isinstance(self.value, dict):
+            return {key: child.plain() for key, child in self.value.items()}
+        if isinstance(self.value, list):
+            return [child.plain() for child in self.value]
+        return self.value
+
+    def walk(self, path: str = "") -> Iterator[tuple[str, Node]]:
+        """Every node below this one with its dotted path, parents first."""
+        children: Any = ()
+        if isinstance(self.value, dict):
+            children = self.value.items()
+        elif isinstance(self.value, list):
+            children = ((str(index), child) for index, child in enumerate(self.value))
+        for key, child in children:
+            child_path = f"{path}.{key}" if path else str(key)
+            yield child_path, child
+            yield from child.walk(child_path)
+
+
+def from_plain(value: Any, where: str) -> Node:
+    """A tree of nodes that were all written at `where`."""
+    if isinstance(value, dict):
+        return Node(value={str(k): from_plain(v, where) for k, v in value.items()}, where=where)
+    if isinstance(value, (list, tuple)):
+        return Node(value=[from_plain(item, where) for item in value], where=where)
+    return Node(value=value, where=where)
+
+
+def merge(below: Node, above: Node) -> Node:
+    """Maps merge key by key, anything else in `above` replaces what is `below`."""
+    if not (isinstance(below.value, dict) and isinstance(above.value, dict)):
+        return above
+    merged = dict(below.value)
+    for key, child in above.value.items():
+        merged[key] = merge(merged[key], child) if key in merged else child
+    return Node(value=merged, where=above.where)
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe, with `1e-4` a float (YAML 1.1 wants `1.0e-4`) and dates plain strings."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [
+        (tag, pattern)
+        for tag, pattern in resolvers
+        if not tag.endswith((":timestamp", ":float", ":int"))
+    ]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(
+        r"""^(?:[-+]?[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?
+             |[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+
+             |[-+]?\.[0-9][0-9_]*(?:[eE][-+]?[0-9]+)?
+             |[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$""",
+        re.VERBOSE,
+    ),
+    list("-+0123456789."),
+)
+_Loader.add_implicit_resolver(  # without YAML 1.1's base sixty: 12:30 is a text
+    "tag:yaml.org,2002:int",
+    re.compile(r"^(?:[-+]?0b[0-1_]+|[-+]?0x[0-9a-fA-F_]+|[-+]?(?:0|[1-9][0-9_]*))$"),
+    list("-+0123456789"),
+)
+
+
+def parse_value(text: str) -> Any:
+    """The plain value of one YAML scalar, list or map written on a command line."""
+    try:
+        return read_text(text, "command line").plain()
+    except UserError:
+        return text
+
+
+def read_text(text: str, name: str) -> Node:
+    """The tree of a YAML text; `name` is shown as the file. Raises UserError for bad YAML."""
+    try:
+        loader = _Loader(text)
+        try:
+            root = loader.get_single_node()
+            if root is None:
+                return Node(value={}, where=f"{name}:1")
+            return _Reader(loader, name).node(root)
+        finally:
+            loader.dispose()
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = f":{mark.line + 1}" if mark else ""
+        what = (error.problem or error.context or "not YAML").replace("\n", " ")
+        raise UserError(
+            f"this is not valid YAML: {what}",
+            where=f"{name}{line}",
+            rule="keys of one section are indented alike, and a colon is followed by a space",
+            advice=_yaml_advice(text, mark.line if mark else None),
+        ) from None
+    except (yaml.YAMLError, ValueError, OverflowError) as error:
+        first_line = str(error).splitlines()[0]
+        raise UserError(
+            f"this is not valid YAML: {first_line}", where=name, advice="Save it as UTF-8 text"
+        ) from None
+    except RecursionError:
+        raise UserError(
+            "the file is nested too deeply", where=name, rule=f"at most {MAX_DEPTH} levels"
+        ) from None
+
+
+def _yaml_advice(text: str, line: int | None) -> str:
+    lines = text.splitlines()
+    if line is not None and line < len(lines) and "\t" in lines[line]:
+        return "Replace the tab by spaces"
+    return "Mend this line or the one above it"
+
+
+def _refused_tag(node: yaml.Node, where: str) -> UserError:
+    tag = node.tag.replace("tag:yaml.org,2002:", "!!")
+    return UserError(
+        f"the tag `{tag}` is not allowed",
+        where=where,
+        rule="a configuration holds plain values and names no code",
+        advice="Remove the tag; code of your own comes in through register_path",
+    )
+
+
+class _Reader:
+    """Turns PyYAML's nodes into ours; keeps what one file needs while doing so."""
+
+    def __init__(self, loader: _Loader, name: str) -> None:
+        self.loader = loader
+        self.name = name
+        self.problems: list[Problem] = []
+        self.open: set[int] = set()
+        self.count = 0
+
+    def node(self, root: yaml.Node) -> Node:
+        """The tree below `root`; raises every problem of the file at once."""
+        tree = self._node(root, self._where(root))
+        if self.problems:
+            raise UserError(self.problems)
+        return tree
+
+    def _where(self, node: yaml.Node) -> str:
+        return f"{self.name}:{node.start_mark.line + 1}"
+
+    def _node(self, node: yaml.Node, where: str) -> Node:
+        self.count += 1
+        if self.count > MAX_NODES:
+            raise UserError(
+                f"the aliases of this file multiply to more than {MAX_NODES} values", where=where
+            )
+        if isinstance(node, yaml.ScalarNode):
+            if node.tag not in _SCALAR_TAGS:
+                raise _refused_tag(node, where)
+            return Node(value=self.loader.construct_object(node), where=where)
+        if node.tag not in _STANDARD_TAGS:
+            raise _refused_tag(node, where)
+        if id(node) in self.open:
+            raise UserError("this alias contains itself", where=where)
+        if len(self.open) >= MAX_DEPTH:
+            raise UserError(
+                "this is nested too deeply", where=where, rule=f"at most {MAX_DEPTH} levels"
+            )
+        self.open.add(id(node))
+        try:
+            if isinstance(node, yaml.MappingNode):
+                return Node(value=self._map(node), where=where)
+            items = [self._node(item, self._where(item)) for item in node.value]
+            return Node(value=items, where=where)
+        finally:
+            self.open.discard(id(node))
+
+    def _map(self, node: yaml.MappingNode) -> dict[str, Node]:
+        merged: dict[str, Node] = {}
+        own: dict[str, Node] = {}
+        for key_node, value_node in node.value:
+            where = self._where(key_node)
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                for source in self._merge_sources(value_node, where):
+                    merged = {**source, **merged}  # earlier sources win, as YAML says
+                continue
+            key = self._key(key_node, where)
+            if key in own:
+                self.problems.append(
+                    Problem(
+                        what=f"`{key}` is written twice in one section",
+                        where=where,
+                        rule="a key stands once in its section",
+                        advice=f"Remove one; the other is at {own[key].where}",
+                    )
+                )
+            own[key] = self._node(value_node, where)
+        return {**merged, **own}
+
+    def _key(self, node: yaml.Node, where: str) -> str:
+        if not isinstance(node, yaml.ScalarNode):
+            raise UserError("this key is not a plain word", where=where)
+        key: str = node.value
+        return key
+
+    def _merge_sources(self, node: yaml.Node, where: str) -> list[dict[str, Node]]:
+        items = node.value if isinstance(node, yaml.SequenceNode) else [node]
+        sources = [self._node(item, where).value for item in items]
+        if not all(isinstance(source, dict) for source in sources):
+            raise UserError("`<<` needs an alias of a section", where=where)
+        return sources

@@ -1,0 +1,44 @@
+"""Where each value of a configuration came from.
+
+Owns the map from dotted key to the place that set it. A leaf among the configuration's files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from launcher.errors import Problem
+
+DEFAULT = "default"
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeyProblem(Problem):
+    """A problem that is about one key; `also` names further keys it follows from."""
+
+    key: str = ""
+    also: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Dotted key to `x.yaml:14` or `command line: --epochs`; a key not in it is a default."""
+
+    places: Mapping[str, str] = field(default_factory=dict)
+
+    def where(self, key: str) -> str:
+        """The place that set `key`, else `default`."""
+        return self.places.get(key, DEFAULT)
+
+    def is_written(self, key: str) -> bool:
+        """Whether the user wrote this key."""
+        return key in self.places
+
+    def nearest(self, key: str) -> str:
+        """The place of `key` or of the section around it; empty when nothing of it is written."""
+        while key:
+            if key in self.places:
+                return self.places[key]
+            key = key.rpartition(".")[0]
+        return ""

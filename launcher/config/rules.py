@@ -1,0 +1,93 @@
+"""The rules between the sections of a configuration.
+
+Owns the list of them. Every rule is a small function that yields what it finds wrong; all are run
+and all is told at once. A rule stays silent about a key that has a problem already, and about what
+only follows from one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from launcher.config.checks import model, paths, training
+from launcher.config.checks.check import Check, Rule
+from launcher.config.derived import global_batch_size, world_size
+from launcher.config.provenance import KeyProblem, Provenance
+from launcher.config.schema import Config, EvalCallbackSection
+from launcher.errors import Problem
+
+__all__ = ["RULES", "check", "global_batch_size", "warnings", "world_size"]
+
+RULES: tuple[Rule, ...] = (
+    paths.run_mode,
+    training.processes,
+    training.sharded_optimizer,
+    training.sinking,
+    training.checkpoint_names,
+    training.optimizer_numbers,
+    training.schedule_arguments,
+    training.schedule_numbers,
+    training.evaluation_in_training,
+    training.trackers_installed,
+    training.generation_numbers,
+    paths.datasets,
+    paths.tokenizer,
+    paths.named_paths,
+    paths.weights,
+    model.model,
+)
+
+
+@dataclass(frozen=True)
+class _Known:
+    """Keys that have a problem already."""
+
+    keys: frozenset[str]
+
+    def covers(self, key: str) -> bool:
+        """Whether this key, or a section around it, is among them."""
+        return any(key == known or key.startswith(f"{known}.") for known in self.keys)
+
+
+def check(
+    config: Config,
+    provenance: Provenance,
+    *,
+    world: int | None,
+    bad_keys: frozenset[str] = frozenset(),
+) -> list[Problem]:
+    """Everything the rules find wrong. `world`: number of processes, None when not yet started."""
+    subject = Check(config=config, provenance=provenance, world_size=world)
+    known = _Known(bad_keys)
+    found: list[Problem] = []
+    for rule in RULES:
+        found += [problem for problem in rule(subject) if not _follows(problem, known)]
+    return found
+
+
+def _follows(problem: KeyProblem, known: _Known) -> bool:
+    return any(known.covers(key) for key in (problem.key, *problem.also))
+
+
+def warnings(config: Config, provenance: Provenance) -> list[str]:
+    """What is allowed and probably not meant, one line each."""
+    lines = []
+    if config.resume_training is True:
+        folder = Path(config.load_checkpoint or Path(config.output_dir) / "checkpoint")
+        if not folder.is_dir() or not any(folder.iterdir()):
+            lines.append(f"resume_training: nothing in {folder}: this is a fresh start")
+    if isinstance(config.resume_training, str) and Path(config.load_checkpoint or ".").is_file():
+        lines.append(
+            f"resume_training = {config.resume_training!r}: load_checkpoint names a file already"
+        )
+    given = [config.lr_schedule.learning_rate, config.optimizer.learning_rate]
+    if None not in given and given[0] != given[1]:
+        where = provenance.where("optimizer.learning_rate")
+        lines.append(f"{where}: optimizer.learning_rate: lr_schedule.learning_rate counts")
+    if config.last_callback(EvalCallbackSection) is not None and not config.do_eval:
+        lines.append("callbacks: EvalCallBack does nothing without do_eval: True")
+    key = "parallel_config.micro_batch_num"
+    if config.parallel_config.micro_batch_num > 1 and config.parallel_config.pipeline_stage == 1:
+        lines.append(f"{provenance.where(key)}: {key}: no effect without a pipeline")
+    return lines

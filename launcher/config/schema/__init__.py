@@ -1,0 +1,97 @@
+"""The schema of the configuration: one frozen dataclass a section, a docstring under each field.
+
+Owns names, types, defaults, bounds and the classification of every key (effective, accepted
+without effect, not built yet). A leaf: the standard library only. Rules between sections live in
+launcher/config/rules.py, reading of YAML in launcher/config/resolve.py.
+"""
+
+from __future__ import annotations
+
+from launcher.config.schema.callbacks import (
+    CALLBACKS,
+    PLANNED_CALLBACKS,
+    CallbackSection,
+    CheckpointMonitorSection,
+    EvalCallbackSection,
+    LossMonitorSection,
+    MonitorSection,
+    RegisteredCallbackSection,
+    TensorboardSection,
+)
+from launcher.config.schema.data import DataLoaderSection, DatasetSection, DatasetTaskSection
+from launcher.config.schema.field import FieldInfo, Status, info_of
+from launcher.config.schema.model import (
+    GenerationSection,
+    ModelSection,
+    ProcessorSection,
+    TokenizerSection,
+    TrainerSection,
+)
+from launcher.config.schema.parallel import (
+    ContextSection,
+    ParallelConfigSection,
+    ParallelOptimizerConfigSection,
+    ParallelSection,
+    PipelineConfigSection,
+    RecomputeSection,
+    StrategyCkptConfigSection,
+    SwapSection,
+)
+from launcher.config.schema.root import RUN_MODES, TRACKERS, CheckpointSection, Config
+from launcher.config.schema.training import (
+    SCHEDULE_ARGUMENTS,
+    SCHEDULES_WITHOUT_WARMUP,
+    WARMUP_ARGUMENTS,
+    GroupedLrScheduleSection,
+    LrScheduleSection,
+    MetricSection,
+    MoeSection,
+    OptimizerSection,
+    RunnerSection,
+    RunnerWrapperSection,
+)
+
+__all__ = [
+    "CALLBACKS",
+    "PLANNED_CALLBACKS",
+    "RUN_MODES",
+    "SCHEDULES_WITHOUT_WARMUP",
+    "SCHEDULE_ARGUMENTS",
+    "TRACKERS",
+    "WARMUP_ARGUMENTS",
+    "CallbackSection",
+    "CheckpointMonitorSection",
+    "CheckpointSection",
+    "Config",
+    "ContextSection",
+    "DataLoaderSection",
+    "DatasetSection",
+    "DatasetTaskSection",
+    "EvalCallbackSection",
+    "FieldInfo",
+    "GenerationSection",
+    "GroupedLrScheduleSection",
+    "LossMonitorSection",
+    "LrScheduleSection",
+    "MetricSection",
+    "ModelSection",
+    "MoeSection",
+    "MonitorSection",
+    "OptimizerSection",
+    "ParallelConfigSection",
+    "ParallelOptimizerConfigSection",
+    "ParallelSection",
+    "PipelineConfigSection",
+    "ProcessorSection",
+    "RecomputeSection",
+    "RegisteredCallbackSection",
+    "RunnerSection",
+    "RunnerWrapperSection",
+    "Status",
+    "StrategyCkptConfigSection",
+    "SwapSection",
+    "TensorboardSection",
+    "TokenizerSection",
+    "TrainerSection",
+    "info_of",
+]

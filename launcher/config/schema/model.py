@@ -1,0 +1,147 @@
+"""Sections about the model and what surrounds it: tokenizer, generation, the task."""
+
+# ruff: noqa: RUF009 - the helpers of field.py return dataclasses.field(...)
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from launcher.config.schema.field import effective, no_effect, not_built, section
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerSection:
+    """`processor.tokenizer`."""
+
+    pretrained_model_dir: str = ""
+    """Hugging Face tokenizer directory. Left out: the top-level pretrained_model_dir."""
+    type: str = no_effect("", "the tokenizer directory says which class it is")
+    """The original's class of a tokenizer."""
+    vocab_file: str | None = no_effect(None, "the tokenizer directory holds it")
+    """Vocabulary file."""
+    merges_file: str | None = no_effect(None, "the tokenizer directory holds it")
+    """Merges of a byte-pair encoding."""
+    tokenizer_file: str | None = no_effect(None, "the tokenizer directory holds it")
+    """The whole tokenizer in one file."""
+    unk_token: str | None = no_effect(None, "the tokenizer directory says it")
+    """Unknown token."""
+    bos_token: str | None = no_effect(None, "the tokenizer directory says it")
+    """First token."""
+    eos_token: str | None = no_effect(None, "the tokenizer directory says it")
+    """Last token."""
+    pad_token: str | None = no_effect(None, "the tokenizer directory says it")
+    """Padding token."""
+    model_max_length: int | None = no_effect(None, "the sequence length decides")
+    """Longest text."""
+    add_bos_token: bool | None = no_effect(None, "the tokenizer directory says it")
+    """Put a first token."""
+    add_eos_token: bool | None = no_effect(None, "the tokenizer directory says it")
+    """Put a last token."""
+    padding_side: str | None = no_effect(None, "training pads right, predict pads left")
+    """Where padding goes."""
+    chat_template: str | None = no_effect(None, "the tokenizer directory holds it")
+    """Template of a conversation."""
+    auto_register: str | None = no_effect(None, "use register_path")
+    """The original: code of a tokenizer outside the tree."""
+    trust_remote_code: bool = no_effect(False, "it counts only as --trust_remote_code")
+    """Run code of a tokenizer directory."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProcessorSection:
+    """`processor`: from text to tokens and back."""
+
+    tokenizer: TokenizerSection = section(TokenizerSection)
+    """The tokenizer."""
+    type: str = no_effect("", "there is one processor")
+    """The original's class of a processor."""
+    return_tensors: str = no_effect("ms", "tensors are PyTorch's")
+    """Kind of tensors."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationSection:
+    """`generation_config` (alias `generation`): how predict continues a prompt.
+
+    A key left out here and written in model.model_config is taken from there.
+    """
+
+    max_length: int = effective(20, minimum=1)
+    """Longest text in tokens, prompt included."""
+    max_new_tokens: int | None = effective(None, minimum=1)
+    """Most new tokens; wins over max_length."""
+    min_length: int = effective(0, minimum=0)
+    """Shortest text in tokens, prompt included."""
+    min_new_tokens: int | None = effective(None, minimum=0)
+    """Fewest new tokens; wins over min_length."""
+    do_sample: bool = False
+    """True: draw tokens at random. False: always the likeliest."""
+    temperature: float = effective(1.0, above=0)
+    """Divides the logits before sampling."""
+    top_k: int = effective(50, minimum=0)
+    """Sample among so many likeliest tokens; 0: all."""
+    top_p: float = effective(1.0, above=0, maximum=1)
+    """Sample among the likeliest tokens that have this much probability together."""
+    repetition_penalty: float = effective(1.0, above=0)
+    """Above 1: makes tokens already seen less likely."""
+    seed: int | None = effective(None, minimum=0)
+    """Seed of sampling. Left out: the top-level seed."""
+    eos_token_id: int | list[int] | None = None
+    """Tokens that end a text. Left out: the model's or the tokenizer's."""
+    bos_token_id: int | None = None
+    """First token of an empty prompt. Left out: the model's or the tokenizer's."""
+    pad_token_id: int | None = None
+    """Padding of shorter prompts. Left out: the tokenizer's, else the end token."""
+    num_beams: int = not_built(1, "Set it to 1: greedy or sampled", minimum=1)
+    """Beams of beam search."""
+    encoder_repetition_penalty: float = not_built(1.0, "Set it to 1.0")
+    """Above 1: makes tokens of the prompt likelier."""
+    renormalize_logits: bool = no_effect(False, "probabilities are always normalised")
+    """Normalise after all changes."""
+    output_scores: bool = no_effect(False, "predict writes text and token ids")
+    """Return scores."""
+    output_logits: bool = no_effect(False, "predict writes text and token ids")
+    """Return logits."""
+    return_dict_in_generate: bool = no_effect(False, "predict writes text and token ids")
+    """Form of the result."""
+    use_past: bool = no_effect(True, "keys and values are always kept")
+    """Keep keys and values of earlier tokens."""
+    parallel_decoding: str | None = not_built(None, "Leave it out")
+    """Speculative decoding."""
+    window_size: int = no_effect(5, "speculative decoding is off")
+    """Window of speculative decoding."""
+    level: int = no_effect(5, "speculative decoding is off")
+    """Depth of speculative decoding."""
+    guess_set_size: int = no_effect(3, "speculative decoding is off")
+    """Guesses of speculative decoding."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerSection:
+    """`trainer`."""
+
+    type: str = effective(
+        "CausalLanguageModelingTrainer",
+        choices=("CausalLanguageModelingTrainer",),
+        planned=(
+            *("GeneralTaskTrainer", "MaskedLanguageModelingTrainer", "QuestionAnsweringTrainer"),
+            *("TextClassificationTrainer", "TokenClassificationTrainer"),
+            *("ImageClassificationTrainer", "ImageToTextGenerationTrainer"),
+            *("MaskedImageModelingTrainer", "VisualQuestionAnsweringTrainer"),
+        ),
+    )
+    """The task."""
+    model_name: str = no_effect("", "the model is described by model.model_config")
+    """Name of the model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSection:
+    """`model`: what is trained."""
+
+    model_config: dict[str, Any] = field(default_factory=dict)
+    """Open: the keys of config.json or MindFormers' spellings of them, checked against the model
+    family. They win over config.json in pretrained_model_dir. Generation keys are taken too."""
+    arch: dict[str, Any] = no_effect({}, "the architecture follows from model_config")
+    """Open: the original's class of a model (`type`)."""

@@ -1,0 +1,123 @@
+"""The nearest right key, searched in the whole schema.
+
+Owns the list of all dotted keys and the measure of nearness: a key of the same section wins over
+an equally near one elsewhere, and the same word elsewhere wins over a merely similar one here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+from difflib import SequenceMatcher
+from typing import Any
+
+from launcher.config.schema import CALLBACKS, Config, info_of
+from launcher.config.typing_rules import hints, members
+
+_SYNONYMS = {
+    "lr": "learning_rate",
+    "max_lr": "learning_rate",
+    "epoch": "epochs",
+    "epoch_num": "epochs",
+    "num_epochs": "epochs",
+    "num_train_epochs": "epochs",
+    "per_device_train_batch_size": "batch_size",
+    "micro_batch_size": "batch_size",
+    "train_steps": "max_steps",
+    "num_steps": "max_steps",
+    "grad_accum": "gradient_accumulation_steps",
+    "accumulation_steps": "gradient_accumulation_steps",
+    "dp": "data_parallel",
+    "tp": "model_parallel",
+    "mp": "model_parallel",
+    "tensor_parallel": "model_parallel",
+    "pp": "pipeline_stage",
+    "pipeline_parallel": "pipeline_stage",
+    "cp": "context_parallel",
+    "ep": "expert_parallel",
+    "wd": "weight_decay",
+    "clip_grad": "max_grad_norm",
+    "grad_clip": "max_grad_norm",
+    "max_seq_length": "seq_length",
+    "seq_len": "seq_length",
+    "model_path": "pretrained_model_dir",
+    "model_name_or_path": "pretrained_model_dir",
+    "resume": "resume_training",
+    "resume_from_checkpoint": "resume_training",
+    "save_steps": "save_checkpoint_steps",
+    "save_total_limit": "keep_checkpoint_max",
+    "logging_steps": "per_print_times",
+    "data_path": "dataset_dir",
+    "data_dir": "dataset_dir",
+    "warmup": "warmup_steps",
+}
+"""Words of other launchers for our keys."""
+
+_SAME_SECTION = 0.15
+_WITHOUT_EFFECT = 0.1
+_ENOUGH = 0.7
+
+
+@dataclasses.dataclass(frozen=True)
+class SchemaKey:
+    """One key of the schema."""
+
+    path: str
+    section: str
+    name: str
+    acts: bool
+
+
+def section_of(annotation: Any) -> type | None:
+    """The dataclass a field holds, or None for a value."""
+    for member in members(annotation):
+        if isinstance(member, type) and dataclasses.is_dataclass(member):
+            return member
+    return None
+
+
+def _keys(kind: type, prefix: str) -> Iterator[SchemaKey]:
+    for key in dataclasses.fields(kind):
+        info = info_of(key)
+        if info.open_keys:
+            continue
+        path = f"{prefix}{key.name}"
+        yield SchemaKey(path, prefix.rstrip("."), key.name, info.status == "effective")
+        inner = section_of(hints(kind)[key.name])
+        if inner is not None and key.name != "dataset_config":
+            yield from _keys(inner, f"{path}.")
+
+
+@functools.cache
+def schema_keys() -> tuple[SchemaKey, ...]:
+    """Every key of the schema; those of callbacks as `callbacks[CheckpointMonitor].prefix`."""
+    found = list(_keys(Config, ""))
+    for name, kind in CALLBACKS.items():
+        found += _keys(kind, f"callbacks[{name}].")
+    return tuple(found)
+
+
+def nearest_key(name: str, section: str) -> str:
+    """The full dotted key nearest to `name` written in `section`; empty when none is near."""
+    word = _SYNONYMS.get(name, name)
+    best, best_score = "", 0.0
+    matcher = SequenceMatcher(b=word.lower())
+    for key in schema_keys():
+        bonus = _SAME_SECTION if key.section == section else 0.0
+        bonus -= 0.0 if key.acts else _WITHOUT_EFFECT
+        matcher.set_seq1(key.name.lower())
+        if matcher.real_quick_ratio() + bonus <= max(best_score, _ENOUGH):
+            continue
+        if matcher.quick_ratio() + bonus <= max(best_score, _ENOUGH):
+            continue
+        score = matcher.ratio() + bonus
+        if score > max(best_score, _ENOUGH):
+            best, best_score = key.path, score
+    return best
+
+
+def did_you_mean_key(name: str, section: str) -> str:
+    """`did you mean `optimizer.weight_decay`?`, or an empty string."""
+    key = nearest_key(name, section)
+    return f"did you mean `{key}`?" if key else ""

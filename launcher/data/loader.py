@@ -1,0 +1,178 @@
+"""Batches: the samples of one optimizer step, for one data rank.
+
+Owns the way from a position in the run to tensors. Invariants:
+
+1. `Loader.step` is a pure function of the number of samples consumed before it. There is no
+   iterator state: to resume is to call it with another number.
+2. The samples of a global batch, and their order, do not depend on how many ranks or micro steps
+   share it. Sample j of the batch goes to micro step m, data rank r and place b where
+   j = m * (data_parallel * batch_size) + r * batch_size + b.
+3. Reading ahead (one step, in a thread) changes nothing but the time it takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from launcher.data.order import GlobalOrder
+from launcher.data.packing import NO_TARGET, Ints, Row, RowDataset
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows for one forward pass; int64 tensors on the CPU."""
+
+    input_ids: torch.Tensor
+    """[batch, seq_length]"""
+    labels: torch.Tensor
+    """[batch, seq_length], already shifted: the token behind each input; -100 has no loss."""
+    position_ids: torch.Tensor | None
+    """[batch, seq_length], from 0 in each document; None where a row is one document."""
+    document_ids: torch.Tensor | None
+    """[batch, seq_length], the number of the document in its row; None where a row is one."""
+    sample_ids: torch.Tensor
+    """[batch], the number of each sample in the whole run, epochs counted on; -1: filling."""
+
+
+@dataclass(frozen=True)
+class StepData:
+    """What one data rank computes in one optimizer step, and counts of the whole global batch."""
+
+    batches: list[Batch]
+    """One a micro step."""
+    target_tokens: int
+    """Labels other than -100 in the whole global batch, all ranks: the denominator of the loss."""
+    input_tokens: int
+    """Tokens of the whole global batch, padding left out."""
+    first_sample: int
+    samples: int
+
+
+class Loader:
+    """The steps of a run over one dataset, for one data rank."""
+
+    def __init__(
+        self,
+        dataset: RowDataset,
+        order: GlobalOrder,
+        *,
+        batch_size: int,
+        micro_steps: int,
+        data_parallel: int,
+        data_rank: int,
+        prefetch: bool = True,
+        pin_memory: bool | None = None,
+    ) -> None:
+        """`batch_size`: rows a micro step and data rank; `pin_memory` None: where CUDA is there."""
+        if order.size != len(dataset):
+            raise ValueError(f"an order of {order.size} rows for {len(dataset)}")
+        if not 0 <= data_rank < data_parallel:
+            raise ValueError(f"data rank {data_rank} of {data_parallel}")
+        self._dataset, self._order = dataset, order
+        self._shape = (micro_steps, data_parallel, batch_size)
+        self._data_rank = data_rank
+        self._pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
+        self._prefetch = prefetch
+        self._thread: ThreadPoolExecutor | None = None
+        self._ahead: tuple[int, Future[StepData]] | None = None
+
+    @property
+    def global_batch(self) -> int:
+        """Samples of one optimizer step, over all ranks."""
+        micro_steps, data_parallel, batch_size = self._shape
+        return micro_steps * data_parallel * batch_size
+
+    def step(self, consumed_samples: int) -> StepData:
+        """The step that begins with global sample `consumed_samples`."""
+        data = self._take_ahead(consumed_samples) or self._read(consumed_samples)
+        if self._prefetch:
+            self._read_ahead(consumed_samples + self.global_batch)
+        return data
+
+    def close(self) -> None:
+        """End the thread that reads ahead; `step` may be called again and starts a new one."""
+        self._ahead = None
+        if self._thread is not None:
+            self._thread.shutdown(wait=True, cancel_futures=True)
+            self._thread = None
+
+    def _read(self, consumed_samples: int) -> StepData:
+        samples = consumed_samples + np.arange(self.global_batch, dtype=np.int64)
+        rows = self._order.rows(samples)
+        mine = samples.reshape(self._shape)[:, self._data_rank]
+        my_rows = rows.reshape(self._shape)[:, self._data_rank]
+        return StepData(
+            batches=[
+                _batch([self._dataset.row(int(row)) for row in micro_rows], ids, self._pin_memory)
+                for micro_rows, ids in zip(my_rows, mine, strict=True)
+            ],
+            target_tokens=int(self._dataset.target_counts[rows].sum()),
+            input_tokens=int(self._dataset.token_counts[rows].sum()),
+            first_sample=consumed_samples,
+            samples=self.global_batch,
+        )
+
+    def _take_ahead(self, consumed_samples: int) -> StepData | None:
+        ahead, self._ahead = self._ahead, None
+        if ahead is None or ahead[0] != consumed_samples:
+            return None
+        return ahead[1].result()
+
+    def _read_ahead(self, consumed_samples: int) -> None:
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="data")
+        self._ahead = consumed_samples, self._thread.submit(self._read, consumed_samples)
+
+
+def evaluation_batches(
+    dataset: RowDataset,
+    batch_size: int,
+    data_parallel: int,
+    data_rank: int,
+    *,
+    pin_memory: bool | None = None,
+) -> Iterator[Batch]:
+    """Every row of a dataset exactly once over all ranks, in order.
+
+    All ranks get the same number of batches of the same shape, so that collectives match: missing
+    rows are filled up with rows whose labels are all -100 (sample id -1). The number of targets
+    over all ranks is `dataset.target_counts.sum()`.
+    """
+    pin = torch.cuda.is_available() if pin_memory is None else pin_memory
+    stride = data_parallel * batch_size
+    for begin in range(data_rank * batch_size, -(-len(dataset) // stride) * stride, stride):
+        indices = np.arange(begin, begin + batch_size, dtype=np.int64)
+        indices[indices >= len(dataset)] = -1
+        rows = [dataset.row(int(i)) if i >= 0 else _filling(dataset) for i in indices]
+        yield _batch(rows, indices, pin)
+
+
+def _filling(dataset: RowDataset) -> Row:
+    row = dataset.row(0)
+    return row._replace(labels=np.full_like(row.labels, NO_TARGET))
+
+
+def _batch(rows: list[Row], sample_ids: Ints, pin_memory: bool) -> Batch:
+    def stack(name: str) -> torch.Tensor | None:
+        arrays = [getattr(row, name) for row in rows]
+        return None if arrays[0] is None else tensor(np.stack(arrays))
+
+    def tensor(values: Ints) -> torch.Tensor:
+        made = torch.from_numpy(values)
+        return made.pin_memory() if pin_memory else made
+
+    input_ids, labels = stack("input_ids"), stack("labels")
+    assert input_ids is not None
+    assert labels is not None
+    return Batch(
+        input_ids=input_ids,
+        labels=labels,
+        position_ids=stack("position_ids"),
+        document_ids=stack("document_ids"),
+        sample_ids=tensor(sample_ids.copy()),
+    )

@@ -1,0 +1,137 @@
+"""Tokens on the disk: raw arrays that every rank maps into memory.
+
+Owns the files of one folder of the data cache:
+
+    tokens.bin      uint32  [tokens]           all documents, one behind the other
+    starts.bin      int64   [documents + 1]    where each document begins; the last is the end
+    targets.bin     uint8   [tokens]           1 where a token is learnt; absent: every token is
+
+and arrays that are added beside them. Invariants: little-endian, without a header (the facts are in
+the folder's JSON); a file is complete on the disk before the folder gets its name.
+"""
+
+from __future__ import annotations
+
+import os
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+from xxhash import xxh3_128
+
+TOKEN_DTYPE = np.dtype("<u4")
+INDEX_DTYPE = np.dtype("<i8")
+TARGET_DTYPE = np.dtype("<u1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenStore:
+    """The mapped tokens of a dataset."""
+
+    tokens: npt.NDArray[np.uint32]
+    starts: npt.NDArray[np.int64]
+    is_target: npt.NDArray[np.uint8] | None
+    content: str
+    """Hash of the three arrays."""
+
+    @property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """Tokens of each document."""
+        return np.diff(self.starts)
+
+
+class TokenWriter:
+    """Writes the arrays of a TokenStore, document after document, hashing what it writes."""
+
+    def __init__(self, folder: Path, *, with_targets: bool) -> None:
+        self.folder = folder
+        self.tokens = 0
+        self._largest_token = 0
+        self._files: dict[str, BinaryIO] = {"tokens": (folder / "tokens.bin").open("wb")}
+        if with_targets:
+            self._files["targets"] = (folder / "targets.bin").open("wb")
+        self._hashes = {name: xxh3_128() for name in ("tokens", "starts", "targets")}
+        self._starts = array("q", [0])
+
+    def add(
+        self, documents: Sequence[list[int]], targets: Sequence[npt.NDArray[np.bool_]] = ()
+    ) -> None:
+        """Append documents (lists of token ids) and, where the store has them, their targets.
+
+        A document without a token is none: every start stands for a token of its own.
+        """
+        for document in documents:
+            if document:
+                self.tokens += len(document)
+                self._starts.append(self.tokens)
+        tokens = np.fromiter(chain.from_iterable(documents), dtype=TOKEN_DTYPE)
+        self._largest_token = max(self._largest_token, int(tokens.max(initial=0)))
+        self._write("tokens", tokens)
+        if targets:
+            self._write("targets", np.concatenate(targets).astype(TARGET_DTYPE))
+
+    def finish(self) -> dict[str, Any]:
+        """Complete the files; the facts that `open_store` needs."""
+        for file in self._files.values():
+            _complete(file)
+        starts = np.array(self._starts, dtype=INDEX_DTYPE)
+        self._hashes["starts"].update(starts.tobytes())
+        write_array(self.folder / "starts.bin", starts)
+        content = xxh3_128("/".join(h.hexdigest() for h in self._hashes.values()).encode())
+        return {
+            "tokens": self.tokens,
+            "documents": len(starts) - 1,
+            "largest_token": self._largest_token,
+            "has_targets": "targets" in self._files,
+            "content": content.hexdigest(),
+        }
+
+    def close(self) -> None:
+        """Close the files; harmless after `finish`."""
+        for file in self._files.values():
+            file.close()
+
+    def _write(self, name: str, values: npt.NDArray[Any]) -> None:
+        raw = values.tobytes()
+        self._files[name].write(raw)
+        self._hashes[name].update(raw)
+
+
+def open_store(folder: Path, facts: dict[str, Any]) -> TokenStore:
+    """Map the store that `finish` described; OSError or ValueError when a file is not whole."""
+    return TokenStore(
+        tokens=map_array(folder / "tokens.bin", TOKEN_DTYPE, facts["tokens"]),
+        starts=map_array(folder / "starts.bin", INDEX_DTYPE, facts["documents"] + 1),
+        is_target=map_array(folder / "targets.bin", TARGET_DTYPE, facts["tokens"])
+        if facts["has_targets"]
+        else None,
+        content=facts["content"],
+    )
+
+
+def write_array(path: Path, values: npt.NDArray[Any]) -> None:
+    """Write one array, complete on the disk when this returns."""
+    with path.open("wb") as file:
+        file.write(values.tobytes())
+        _complete(file)
+
+
+def map_array(path: Path, dtype: np.dtype[Any], count: int) -> npt.NDArray[Any]:
+    """Map one array read-only; raises OSError or ValueError when the file has another size."""
+    size = path.stat().st_size
+    if size != count * dtype.itemsize:
+        raise ValueError(f"{path} has {size} bytes, not {count * dtype.itemsize}")
+    if count == 0:
+        return np.zeros(0, dtype=dtype)
+    return np.memmap(path, dtype=dtype, mode="r", shape=(count,)).view(np.ndarray)
+
+
+def _complete(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+    file.close()

@@ -1,0 +1,67 @@
+"""What a user is told when something is wrong, and the exit code that goes with it.
+
+Owns the shape of an error. Every error a user can cause has four parts: what is wrong (with the
+value and file:line), the rule it breaks, the nearest right thing, and how to go on. A leaf: it
+imports nothing of the project.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from difflib import get_close_matches
+
+EXIT_OK = 0
+EXIT_INTERNAL = 1
+EXIT_USER = 2
+EXIT_SIGINT = 130
+EXIT_SIGTERM = 143
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """One mistake, in the four parts. Only `what` is required; empty parts are left out."""
+
+    what: str
+    """What is wrong, with the offending value: `runner_config.batch_size = -1`."""
+    where: str = ""
+    """`x.yaml:14`, `command line: --epochs`, or a path."""
+    rule: str = ""
+    """The rule that is broken, as a sentence without a final stop."""
+    nearest: str = ""
+    """The nearest right thing: `did you mean `optimizer.lr`?` or `Nearest: 2 or 4`."""
+    advice: str = ""
+    """How to go on, as a sentence."""
+
+    def __str__(self) -> str:
+        head = f"{self.where}: {self.what}" if self.where else self.what
+        if self.rule:
+            head += f": {self.rule}"
+        tail = [part if part[-1] in ".?!" else part + "." for part in
+                (head, self.nearest, self.advice) if part]
+        return " ".join(tail)
+
+
+class UserError(Exception):
+    """A mistake of the user: the run ends with exit code 2, all problems printed, no traceback."""
+
+    def __init__(self, problems: Problem | str | Iterable[Problem], *, where: str = "",
+                 rule: str = "", nearest: str = "", advice: str = "") -> None:
+        if isinstance(problems, str):
+            problems = Problem(what=problems, where=where, rule=rule, nearest=nearest,
+                               advice=advice)
+        self.problems: tuple[Problem, ...] = (
+            (problems,) if isinstance(problems, Problem) else tuple(problems)
+        )
+        super().__init__("\n".join(map(str, self.problems)))
+
+
+def not_built_yet(what: str, *, where: str = "", advice: str = "") -> Problem:
+    """The problem for something the schema knows and this version cannot do."""
+    return Problem(what=what, where=where, rule="not built yet", advice=advice)
+
+
+def did_you_mean(word: str, known: Iterable[str], *, cutoff: float = 0.6) -> str:
+    """`did you mean `x`?` for the nearest of `known`, or an empty string when none is near."""
+    matches = get_close_matches(word, list(known), n=1, cutoff=cutoff)
+    return f"did you mean `{matches[0]}`?" if matches else ""

@@ -1,0 +1,1 @@
+"""Layout: which box of which tensor a rank holds. Pure arithmetic, no torch, no files."""

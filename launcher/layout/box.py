@@ -1,0 +1,51 @@
+"""A box: an axis-aligned piece (offset and size, in elements) of a global tensor.
+
+Owns the one shape everything else is expressed in: a tensor in a file, a shard of a rank, one
+expert inside a stacked tensor. Invariant: `offset` and `size` have the same length and no negative
+entry. The box of a scalar has empty tuples and holds one element.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """`size` elements from `offset` on, in each dim of a global tensor."""
+
+    offset: Shape
+    size: Shape
+
+    @property
+    def numel(self) -> int:
+        """Number of elements; 1 for a scalar, 0 when any dim is empty."""
+        return math.prod(self.size)
+
+    def intersect(self, other: Box) -> Box | None:
+        """The elements both boxes hold, or None when there are none."""
+        offset, size = [], []
+        for a, n, b, m in zip(self.offset, self.size, other.offset, other.size, strict=True):
+            start, stop = max(a, b), min(a + n, b + m)
+            if stop <= start:
+                return None
+            offset.append(start)
+            size.append(stop - start)
+        return Box(tuple(offset), tuple(size))
+
+    def inside(self, outer: Box) -> Box:
+        """This box in the coordinates of `outer`, which must contain it."""
+        return Box(tuple(a - b for a, b in zip(self.offset, outer.offset, strict=True)), self.size)
+
+    def as_lists(self) -> list[list[int]]:
+        """`[offset, size]`, the form a file header carries."""
+        return [list(self.offset), list(self.size)]
+
+
+def whole(shape: Sequence[int]) -> Box:
+    """The box that is the entire tensor."""
+    return Box((0,) * len(shape), tuple(shape))

@@ -1,0 +1,165 @@
+"""The dispatcher: one short function a run mode, each the story of that mode.
+
+Called on every rank, after the configuration has been checked; the first place that imports torch.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from launcher.assembly.data import evaluation_source
+from launcher.assembly.job import Job
+from launcher.assembly.resume import find_resume, restore
+from launcher.assembly.run import build_run
+from launcher.assembly.weights import build_sharded, fill_weights, find_weights
+from launcher.checkpoint.files import write_json
+from launcher.checkpoint.monitor import CheckpointMonitor
+from launcher.config.provenance import Provenance
+from launcher.config.schema import Config, RegisteredCallbackSection
+from launcher.errors import EXIT_OK, UserError
+from launcher.parallel import world as worlds
+from launcher.report.console import Console, close_logs, open_logs
+from launcher.report.metrics import MetricsLog
+from launcher.report.trackers import open_trackers
+from launcher.train.callbacks import (
+    Callback,
+    Evaluation,
+    LossMonitor,
+    build_registered,
+    load_registered,
+)
+from launcher.train.evaluate import evaluate
+from launcher.train.interrupts import Interrupted
+from launcher.train.loop import fit
+from launcher.train.reporting import Reporting
+from launcher.train.run import TrainRun
+
+
+def run(config: Config, provenance: Provenance, resolved: str) -> int:
+    """Run the mode of `config` in this process. Returns the exit code.
+
+    `resolved`: the configuration as YAML, for `resolved.yaml`. Raises `UserError`.
+    """
+    world = worlds.start(force_cpu=config.context.device_target == "CPU")
+    open_logs(Path(config.output_dir), world.rank)
+    job = Job(config, provenance, world, Console(enabled=world.is_main))
+    try:
+        if world.is_main:
+            (job.output_dir / "resolved.yaml").write_text(resolved)
+        return MODES[config.run_mode or "train"](job)
+    except Interrupted as interrupted:
+        job.say(f"stopped by {interrupted}")
+        return interrupted.exit_code
+    finally:
+        close_logs()
+        worlds.stop()
+
+
+def train(job: Job) -> int:
+    """Go on from a checkpoint, or start from weights, or from nothing."""
+    resume = find_resume(job)
+    weights = None if resume else find_weights(job)
+    run = build_run(job)
+    if resume:
+        restore(job, run, resume)
+    else:
+        fill_weights(job, run.model, weights)
+    return train_to_the_end(job, run)
+
+
+def finetune(job: Job) -> int:
+    """Start from weights alone: fresh optimizer, fresh schedule, data from its beginning."""
+    if job.config.resume_training is not False:
+        return train(job)
+    weights = find_weights(job)
+    if weights is None:
+        raise UserError("finetune has no weights to start from", rule="it requires weights",
+                        advice="Set load_checkpoint or pretrained_model_dir")  # fmt: skip
+    run = build_run(job)
+    fill_weights(job, run.model, weights)
+    return train_to_the_end(job, run)
+
+
+def evaluate_only(job: Job) -> int:
+    """The loss and perplexity of weights on the evaluation data."""
+    weights = find_weights(job)
+    batches = evaluation_source(job)
+    model = build_sharded(job, training=False)
+    fill_weights(job, model, weights)
+    result = evaluate(model, batches(), job.world)
+    job.say(str(result))
+    if job.world.is_main:
+        write_json(job.output_dir / "eval_result.json", result.as_row())
+    return EXIT_OK
+
+
+def predict(job: Job) -> int:
+    """Continue prompts."""
+    from launcher.assembly.prediction import predict_prompts
+
+    return predict_prompts(job)
+
+
+MODES = {
+    "train": train,
+    "finetune": finetune,
+    "eval": evaluate_only,
+    "predict": predict,
+    "predict_with_train_model": predict,
+}
+
+
+def train_to_the_end(job: Job, run: TrainRun) -> int:
+    """The loop with its callbacks; metrics and the loss curve are finished whatever happens."""
+    if run.state.global_step >= run.total_steps:
+        job.say(f"nothing to do: step {run.state.global_step} of {run.total_steps} is done")
+        return EXIT_OK
+    job.say(
+        f"training: steps {run.state.global_step + 1} to {run.total_steps}, "
+        f"{run.steps_per_epoch} an epoch, {run.loader.global_batch} samples a step, "
+        f"{job.world.size} {'rank' if job.world.size == 1 else 'ranks'} on {job.world.device.type}"
+    )
+    reporting = open_reporting(job, run)
+    callbacks = build_callbacks(job)
+    try:
+        fit(run, [*([reporting] if reporting else []), *callbacks], run.sink_size)
+    finally:
+        run.loader.close()
+        if reporting:
+            reporting.close(run)
+    return EXIT_OK
+
+
+def open_reporting(job: Job, run: TrainRun) -> Reporting | None:
+    """Metrics, progress and trackers: on the main process only."""
+    if not job.world.is_main:
+        return None
+    config = job.config
+    board = config.tensorboard.tensorboard_dir
+    names = list(dict.fromkeys([*config.trackers, *(["tensorboard"] if board else [])]))
+    facts = {"seed": config.seed, "global_batch_size": run.loader.global_batch,
+             "total_steps": run.total_steps, "model": job.spec.hf_config}  # fmt: skip
+    trackers = open_trackers(
+        names, Path(board or job.output_dir / "trackers"), facts,
+        cpu=job.world.device.type == "cpu",
+    )  # fmt: skip
+    reporting = Reporting(job.console, MetricsLog(job.output_dir, run.state.global_step), trackers)
+    run.report_row = reporting.row
+    return reporting
+
+
+def build_callbacks(job: Job) -> list[Callback]:
+    """In the original's order: loss, checkpoints, the user's own, evaluation last."""
+    config = job.config
+    callbacks: list[Callback] = [LossMonitor(config.loss_monitor.per_print_times)]
+    if config.checkpoint_monitor is not None:
+        callbacks.append(CheckpointMonitor(config.checkpoint_monitor))  # type: ignore[arg-type]
+    registered = load_registered(config.register_path) if config.register_path else {}
+    for index, entry in enumerate(config.callbacks):
+        if isinstance(entry, RegisteredCallbackSection):
+            where = job.provenance.nearest(f"callbacks.{index}.type")
+            callbacks.append(build_registered(entry, registered, where))
+    if config.do_eval:
+        interval, epochs = config.eval_step_interval, config.eval_epoch_interval
+        callbacks.append(Evaluation(interval, epochs))
+    return callbacks

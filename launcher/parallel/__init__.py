@@ -1,0 +1,1 @@
+"""Parallel: the torch edge of the layout. Process groups, meshes, FSDP2 applied to a module."""

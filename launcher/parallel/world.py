@@ -1,0 +1,104 @@
+"""The world: which process this is, its device, and the few things processes say to each other.
+
+Owns `torch.distributed`'s life: one process group for the run, under a store prefix of its own per
+restart attempt, destroyed at the end. Works without any group when there is one process.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+GROUP_TIMEOUT = timedelta(minutes=30)
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among its peers. `rank` and `size` are global."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process speaks and writes for the job."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Wait until every process is here."""
+        if self.size > 1:
+            dist.barrier()
+
+    def gather(self, value: Any) -> list[Any]:
+        """`value` of every process, in rank order, on every process. For small host objects."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def from_main(self, value: Any) -> Any:
+        """The value of the main process, everywhere."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """`tensor` summed over all processes, in place, without waiting for the device."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+
+def start(*, force_cpu: bool = False) -> World:
+    """Join the job this process was started for (environment of `torchrun`), or be alone.
+
+    A group is made even for one process, because FSDP2 needs one for mixed precision.
+    """
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device("cpu")
+    if torch.cuda.is_available() and not force_cpu:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(
+            backend, store=_store(rank, size), rank=rank, world_size=size, timeout=GROUP_TIMEOUT
+        )
+    return World(rank, size, device)
+
+
+def _store(rank: int, size: int) -> dist.Store:
+    if size == 1:
+        return dist.HashStore()
+    # A restarted job finds the addresses of the attempt before it in the agent's store: the
+    # prefix keeps attempts apart (connection refused or a hang otherwise).
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    reuse = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    host = os.environ.get("MASTER_ADDR", "127.0.0.1")
+    port = int(os.environ.get("MASTER_PORT", "29500"))
+    store = dist.TCPStore(
+        host, port, size, is_master=rank == 0 and not reuse, timeout=GROUP_TIMEOUT
+    )
+    return dist.PrefixStore(f"slipway/attempt{attempt}", store)
+
+
+def stop() -> None:
+    """Leave the job: the group is destroyed, so that no thread of it outlives the interpreter."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def hosts(world: World) -> Sequence[str]:
+    """Host name of every process, in rank order."""
+    return world.gather(socket.gethostname())

@@ -1,0 +1,52 @@
+"""loss.png: the loss curve of a run, drawn from its metrics."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+FILE_NAME = "loss.png"
+SMOOTHING = 0.9
+
+
+def draw_loss(rows: Sequence[dict[str, Any]], path: Path) -> bool:
+    """Draw training loss (each step and smoothed) and evaluation loss over the steps to `path`.
+
+    Returns whether there was anything to draw. Written whole or not at all.
+    """
+    train = [(r["step"], r["loss"]) for r in rows if r.get("loss") is not None]
+    evaluation = [(r["step"], r["eval_loss"]) for r in rows if r.get("eval_loss") is not None]
+    if not train:
+        return False
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    steps = [step for step, _ in train]
+    losses = [loss for _, loss in train]
+    axes.plot(steps, losses, color="#9ecae1", linewidth=0.8, label="training, each step")
+    axes.plot(steps, _smooth(losses), color="#08519c", linewidth=1.8, label="training, smoothed")
+    if evaluation:
+        axes.plot(*zip(*evaluation, strict=True), "o-", color="#e6550d", label="evaluation")
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel("loss (nats per token)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    scratch = path.with_suffix(".tmp.png")
+    figure.savefig(scratch, dpi=120)
+    os.replace(scratch, path)
+    return True
+
+
+def _smooth(values: Sequence[float]) -> list[float]:
+    """Exponential moving average, corrected for its start."""
+    mean, weight, result = 0.0, 0.0, []
+    for value in values:
+        mean = SMOOTHING * mean + (1 - SMOOTHING) * value
+        weight = SMOOTHING * weight + (1 - SMOOTHING)
+        result.append(mean / weight)
+    return result

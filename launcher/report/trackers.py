@@ -1,0 +1,56 @@
+"""Trackers: TensorBoard, Weights & Biases and the others, through accelerate's tracker interface.
+
+Owned by the main process alone. accelerate costs seconds to import: only when one is asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from launcher.errors import UserError
+
+_PACKAGES = {"tensorboard": "tensorboard", "comet_ml": "comet-ml"}
+
+
+def open_trackers(
+    names: Sequence[str], folder: Path, configuration: Mapping[str, Any], *, cpu: bool
+) -> list[Any]:
+    """A started tracker for each name, told the configuration. `folder` is for those that need one.
+
+    Raises `UserError` when a tracker's package is not installed.
+    """
+    if not names:
+        return []
+    from accelerate import PartialState
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+    PartialState(cpu=cpu)  # accelerate's own log lines ask for it
+    available = {str(getattr(name, "value", name)) for name in get_available_trackers()}
+    trackers = []
+    for name in names:
+        if name not in available:
+            raise UserError(
+                f"trackers: {name} is not installed",
+                advice=f"pip install {_PACKAGES.get(name, name)}",
+            )
+        kind = LOGGER_TYPE_TO_CLASS[name]
+        tracker = kind("rank_0", folder) if kind.requires_logging_directory else kind("slipway")
+        tracker.main_process_only = False  # only the main process has any
+        tracker.start()
+        tracker.store_init_configuration(flatten(configuration))
+        trackers.append(tracker)
+    return trackers
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested maps as dotted keys; what is no bool, number or text becomes text."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat.update(flatten(value, f"{prefix}{key}."))
+        elif value is not None:
+            simple = isinstance(value, bool | int | float | str)
+            flat[f"{prefix}{key}"] = value if simple else str(value)
+    return flat

@@ -1,0 +1,1 @@
+"""Train: the loop, the step, and everything a step needs."""

@@ -1,0 +1,95 @@
+"""The training loop.
+
+    while steps are left:
+        a sink of `sink_size` steps: fetch, step, fetch, step, ...   no host sync, no callback
+        read what the steps measured, tell every callback
+        stop when a signal was received, after saving
+
+Without sinking (the default, or `sink_size: 1`) a sink is one step.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+
+import torch
+
+from launcher.errors import UserError
+from launcher.train.callbacks import Callback
+from launcher.train.interrupts import SIGNALS, Interrupted
+from launcher.train.run import TrainRun
+from launcher.train.state import epoch_and_step
+from launcher.train.step import GRADIENT_NORM, LOSS, SIGNALS_FROM, StepRecord, train_step
+
+
+def fit(run: TrainRun, callbacks: Sequence[Callback], sink_size: int = 1) -> None:
+    """Train until `run.total_steps`. Raises `Interrupted` after a signal."""
+    with run.interrupts:
+        for callback in callbacks:
+            callback.on_train_begin(run)
+        while run.state.global_step < run.total_steps:
+            records, signal_number = run_sink(run, sink_size)
+            for callback in callbacks:
+                callback.on_steps_end(run, records)
+            if signal_number:
+                for callback in callbacks:
+                    callback.on_interrupt(run)
+                raise Interrupted(signal_number)
+            check_finite(run, records)
+        for callback in callbacks:
+            callback.on_train_end(run)
+
+
+def run_sink(run: TrainRun, sink_size: int) -> tuple[list[StepRecord], int]:
+    """Up to `sink_size` steps, then one read of what they measured.
+
+    Returns the record of each step and the number of a received signal (0: none).
+    """
+    started = time.perf_counter()
+    steps = min(sink_size, run.total_steps - run.state.global_step)
+    measured, drafts = [], []
+    for _ in range(steps):
+        data = run.loader.step(run.state.data_position)
+        rate = run.schedule(run.state.global_step)
+        measured.append(train_step(run, data, rate))
+        run.state.advance(data.samples, data.input_tokens)
+        drafts.append((run.state.global_step, rate, data.input_tokens, run.state.consumed_samples))
+    values = torch.stack(measured).tolist()  # the one point where the host waits for the device
+    seconds = (time.perf_counter() - started) / steps
+    records = [_record(run, draft, row, seconds) for draft, row in zip(drafts, values, strict=True)]
+    return records, _signal(values[-1])
+
+
+def _record(
+    run: TrainRun, draft: tuple[int, float, int, int], row: Sequence[float], seconds: float
+) -> StepRecord:
+    step, rate, tokens, consumed = draft
+    epoch, step_in_epoch = epoch_and_step(step, run.steps_per_epoch)
+    return StepRecord(
+        step=step, epoch=epoch, step_in_epoch=step_in_epoch, loss=row[LOSS], lr=rate,
+        grad_norm=row[GRADIENT_NORM], tokens=tokens, tokens_per_second=tokens / seconds,
+        consumed_samples=consumed, seconds=seconds,
+    )  # fmt: skip
+
+
+def _signal(last: Sequence[float]) -> int:
+    """The signal the ranks agree on after the newest step; SIGTERM, if any rank got it."""
+    received = [number for number, ranks in zip(SIGNALS, last[SIGNALS_FROM:], strict=True) if ranks]
+    return max(received, default=0)
+
+
+def check_finite(run: TrainRun, records: Sequence[StepRecord]) -> None:
+    """With `check_for_nan_in_loss_and_grad`, end the run at the first value that is not finite."""
+    if not run.config.check_for_nan_in_loss_and_grad:
+        return
+    for record in records:
+        if not (math.isfinite(record.loss) and math.isfinite(record.grad_norm)):
+            first = record.consumed_samples - run.loader.global_batch
+            raise UserError(
+                f"step {record.step}: loss {record.loss}, gradient norm {record.grad_norm}",
+                where=f"samples {first} to {record.consumed_samples - 1}",
+                rule="check_for_nan_in_loss_and_grad asks for finite values",
+                advice="Resume from the last checkpoint with a lower learning rate",
+            )

@@ -1,0 +1,41 @@
+"""Verification: do the bytes of a file still have the checksums its header gives?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import xxhash
+
+from launcher.errors import UserError
+from launcher.weights.formats.safetensors import Header, read_header
+
+
+def file_faults(path: Path) -> list[str]:
+    """Every fault of one file, in words that name the file and the tensors; empty when whole.
+
+    Files of other programs carry no checksums: for them only the header is checked.
+    """
+    try:
+        header = read_header(path)
+    except UserError as error:
+        return [str(error)]
+    note = header.slipway()
+    if note is None:
+        return []
+    checksum = note["checksum"]
+    faults = []
+    with path.open("rb") as file:
+        file.seek(header.data_start)
+        for index, expected in enumerate(checksum["values"]):
+            block = file.read(checksum["block_bytes"])
+            if xxhash.xxh3_64_hexdigest(block) != expected:
+                start = header.data_start + index * checksum["block_bytes"]
+                names = ", ".join(_tensors_in(header, start, start + len(block))[:4])
+                faults.append(f"{path}: bytes {start} to {start + len(block)} changed ({names})")
+    return faults
+
+
+def _tensors_in(header: Header, start: int, stop: int) -> list[str]:
+    return [
+        name for name, entry in header.entries.items() if entry.start < stop and entry.stop > start
+    ]

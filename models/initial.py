@@ -1,0 +1,105 @@
+"""Initial values of parameters, as a function of (seed, name, place) and nothing else.
+
+Owns how a random model begins. Invariant: any box of a parameter equals the same slice of the whole
+parameter, on any number of ranks: rows are drawn in blocks of 256, each from a generator seeded by
+(seed, name, block).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from math import prod
+
+import torch
+import xxhash
+from torch import Tensor
+
+from models.spec import ModelSpec
+
+BLOCK_ROWS = 256
+
+# Norms of these families multiply by (1 + weight): they begin with zeros.
+_ZERO_CENTRED_NORMS = frozenset({"gemma", "gemma2", "gemma3_text"})
+# Standard deviations of families whose config class has another default than 0.02.
+_FAMILY_STD = {"nemotron": 0.0134, "starcoder2": 0.018042}
+# Projections into the residual stream that are drawn narrower, by 1 / sqrt(2 * layers).
+_RESIDUAL_PROJECTIONS = {
+    "gpt2": "c_proj.weight", "gpt_bigcode": "c_proj.weight", "nanochat": "o_proj.weight",
+}  # fmt: skip
+
+
+def initialise_shard(
+    name: str,
+    global_shape: Sequence[int],
+    box_offset: Sequence[int],
+    box_size: Sequence[int],
+    spec: ModelSpec,
+    seed: int,
+) -> Tensor:
+    """Values [box_size] in float32 of one box of one parameter, on the CPU.
+
+    Biases are zeros, norm weights ones (zeros where the family counts from one), everything else
+    normal(0, initializer_range).
+    """
+    constant = _constant(name, len(global_shape), spec.family)
+    if constant is not None:
+        return torch.full(tuple(box_size), constant)
+    values = torch.empty(tuple(box_size))
+    if values.numel() == 0:
+        return values
+    std = initial_std(spec, name)
+    width = prod(global_shape[1:])
+    columns = tuple(slice(o, o + n) for o, n in zip(box_offset[1:], box_size[1:], strict=True))
+    whole_rows = list(box_size[1:]) == list(global_shape[1:])
+    for block, first, last in _blocks(box_offset[0], box_size[0]):
+        begin = block * BLOCK_ROWS
+        rows = min(BLOCK_ROWS, global_shape[0] - begin)
+        generator = torch.Generator().manual_seed(_block_seed(seed, name, block))
+        target = values[first - box_offset[0] : last - box_offset[0]]
+        if whole_rows and last - first == rows:
+            target.view(rows * width).normal_(0.0, std, generator=generator)
+        else:
+            drawn = torch.empty(rows * width).normal_(0.0, std, generator=generator)
+            drawn = drawn.view(rows, *global_shape[1:])
+            target.copy_(drawn[(slice(first - begin, last - begin), *columns)])
+    return values
+
+
+def initial_std(spec: ModelSpec, name: str = "") -> float:
+    """The standard deviation of a matrix: `initializer_range`, or what the family calls it, or its
+    default."""
+    std = _FAMILY_STD.get(spec.family, 0.02)
+    for key in ("initializer_range", "init_std"):
+        if isinstance(spec.hf_config.get(key), int | float):
+            std = float(spec.hf_config[key])
+    if name and name.endswith(_RESIDUAL_PROJECTIONS.get(spec.family, " ")):
+        layers = next(
+            (spec.hf_config[k] for k in ("num_hidden_layers", "n_layer") if k in spec.hf_config), 12
+        )
+        std /= (2 * layers) ** 0.5
+    return std
+
+
+def no_weight_decay(name: str, ndim: int) -> bool:
+    """Whether weight decay leaves a parameter alone: biases and norms."""
+    return ndim <= 1 or name.endswith("bias")
+
+
+def _constant(name: str, ndim: int, family: str) -> float | None:
+    if name.endswith("bias"):
+        return 0.0
+    if ndim <= 1:
+        return 0.0 if family in _ZERO_CENTRED_NORMS else 1.0
+    return None
+
+
+def _blocks(offset: int, size: int) -> Iterator[tuple[int, int, int]]:
+    """(block, first row, row after the last) of every block that rows [offset, offset + size)
+    touch."""
+    for block in range(offset // BLOCK_ROWS, -(-(offset + size) // BLOCK_ROWS)):
+        begin = block * BLOCK_ROWS
+        yield block, max(offset, begin), min(offset + size, begin + BLOCK_ROWS)
+
+
+def _block_seed(seed: int, name: str, block: int) -> int:
+    return xxhash.xxh3_64_intdigest(f"initial/{seed}/{name}/{block}".encode())

@@ -1,0 +1,149 @@
+"""The spellings of `model_config`: which key of MindFormers or Hugging Face means what.
+
+Owns the tables from a key to its meaning. Each key a user may write is in exactly one of them: an
+alias of a config.json key, a precision, a generation setting, accepted without effect, or not built
+yet.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+ALIASES: dict[str, str] = {
+    "num_layers": "num_hidden_layers",
+    "n_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "n_heads": "num_attention_heads",
+    "n_kv_heads": "num_key_value_heads",
+    "num_query_groups": "num_key_value_heads",
+    "ffn_hidden_size": "intermediate_size",
+    "max_position_embedding": "max_position_embeddings",
+    "theta": "rope_theta",
+    "rotary_base": "rope_theta",
+    "layernorm_epsilon": "rms_norm_eps",
+    "layer_norm_epsilon": "rms_norm_eps",
+    "norm_epsilon": "rms_norm_eps",
+    "init_method_std": "initializer_range",
+    "attention_dropout_rate": "attention_dropout",
+    "attention_dropout_prob": "attention_dropout",
+    "hidden_dropout_rate": "hidden_dropout",
+    "hidden_dropout_prob": "hidden_dropout",
+    "kv_channels": "head_dim",
+}
+"""MindFormers spelling -> Hugging Face key. `torch_dtype`, `seq_length` and the rope keys have
+their own code."""
+
+PRECISIONS: dict[str, str] = {
+    "compute_dtype": "compute_dtype",
+    "params_dtype": "params_dtype",
+    "param_init_type": "params_dtype",
+    "param_init_dtype": "params_dtype",
+    "dtype": "params_dtype",
+    "torch_dtype": "params_dtype",
+    "layernorm_compute_dtype": "layernorm_compute_dtype",
+    "layernorm_compute_type": "layernorm_compute_dtype",
+    "rotary_dtype": "rotary_dtype",
+    "softmax_compute_dtype": "softmax_compute_dtype",
+    "softmax_compute_type": "softmax_compute_dtype",
+}
+"""Spelling -> field of Precision."""
+
+DTYPES: dict[str, str] = {
+    "float32": "float32", "fp32": "float32", "float": "float32",
+    "bfloat16": "bfloat16", "bf16": "bfloat16",
+    "float16": "float16", "fp16": "float16", "half": "float16",
+}  # fmt: skip
+
+GENERATION: frozenset[str] = frozenset({
+    "max_length", "max_decode_length", "max_new_tokens", "min_length", "min_new_tokens",
+    "do_sample", "temperature", "top_k", "top_p", "repetition_penalty",
+})  # fmt: skip
+
+GENERAL: frozenset[str] = frozenset({
+    "architectures", "transformers_version", "use_cache", "bos_token_id", "eos_token_id",
+    "pad_token_id", "pretraining_tp", "name_or_path", "hidden_dropout",
+})  # fmt: skip
+"""Keys every family of ours may have in config.json or here, beside those with defaults."""
+
+ROPE: frozenset[str] = frozenset({"rope_theta", "rope_scaling", "rope_parameters"})
+
+WRITE_MLP_WIDTH = "Write intermediate_size"
+_WRITE_ROPE_SCALING = (
+    "Write rope_scaling: {rope_type: linear | dynamic | yarn | llama3, factor: 2.0}"
+)
+
+OTHER_WAYS: dict[str, tuple[str, str]] = {
+    "extend_method": (
+        "the context is extended as config.json does it",
+        _WRITE_ROPE_SCALING,
+    ),
+    "scaling_factor": (
+        "the context is extended as config.json does it",
+        _WRITE_ROPE_SCALING,
+    ),
+    "multiple_of": ("the width of the MLP is written directly", WRITE_MLP_WIDTH),
+    "ffn_dim_multiplier": ("the width of the MLP is written directly", WRITE_MLP_WIDTH),
+}
+"""Key -> (rule, advice), where the same is said by another key here."""
+
+NO_EFFECT: dict[str, str] = {
+    "use_flash_attention": "the attention kernel is chosen by the device",
+    "use_past": "prediction always keeps a key/value cache",
+    "qkv_concat": "q, k and v stay separate parameters, under their Hugging Face names",
+    "checkpoint_name_or_path": "weights come from load_checkpoint or pretrained_model_dir",
+    "batch_size": "the batch size is runner_config.batch_size",
+    "block_size": "the key/value cache is not paged",
+    "num_blocks": "the key/value cache is not paged",
+    "is_dynamic": "shapes are dynamic in any case",
+    "use_attn_mask_compression": "no mask is built for plain causal attention",
+    "use_ring_attention": "it is chosen by parallel_config.context_parallel",
+    "use_rope_slice": "the rotation is computed once a step",
+    "use_eod_attn_mask_compression": "document borders come from the data",
+    "fine_grain_interleave": "it is for Ascend only",
+    "enable_high_performance": "it is for Ascend only",
+    "input_sliced_sig": "labels are shifted by the data loader",
+    "parallel_decoding_params": "speculative decoding is an accelerator only: results are the same",
+    "parallel_optimizer": "it is chosen by parallel.enable_parallel_optimizer",
+    "auto_register": "architectures come from the table of families",
+    "auto_map": "architectures come from the table of families",
+    "offset": "layers are divided over stages by parallel_config",
+    "ignore_token_id": "labels without loss are -100 everywhere",
+    "residual_dtype": "the residual stream has the compute dtype",
+    "embedding_init_type": "embeddings have the parameters' dtype",
+    "position_embedding_type": "the family uses rotary embeddings",
+    "normalization": "the family uses RMS norms",
+    "swiglu": "the family uses a gated MLP",
+    "gated_linear_unit": "the family uses a gated MLP",
+    "add_bias_linear": "biases are attention_bias and mlp_bias",
+    "hidden_dropout_layers": "dropout is the same in every layer",
+    "use_legacy": "there is one set of models",
+    "monitor_config": "it is read from its own section",
+}
+"""Key -> why it changes nothing here."""
+
+NOT_BUILT: dict[str, str] = {
+    "pet_config": "low-rank adapters (LoRA)",
+    "quantization_config": "quantised weights",
+    "expert_num": "mixture of experts",
+    "num_experts": "mixture of experts",
+    "num_local_experts": "mixture of experts",
+    "num_moe_experts": "mixture of experts",
+    "n_routed_experts": "mixture of experts",
+    "moe_config": "mixture of experts",
+    "mtp_num_layers": "multi-token prediction",
+    "num_nextn_predict_layers": "multi-token prediction",
+}
+"""Key -> what it would need. Falsy values, and 1 for a number of experts, ask for nothing and pass.
+"""
+
+
+def asks_for_nothing(key: str, value: Any) -> bool:
+    """Whether a key of `NOT_BUILT` or `OTHER_WAYS` has a value that switches its feature off."""
+    neutral = value == 1 and ("expert" in key or key == "scaling_factor")
+    return not value or neutral or str(value).lower() == "none"
+
+
+def every_key() -> set[str]:
+    """All spellings in these tables, for suggestions."""
+    tables = (ALIASES, PRECISIONS, GENERATION, GENERAL, ROPE, OTHER_WAYS, NO_EFFECT, NOT_BUILT)
+    return {"type", "seq_length", "qkv_has_bias"}.union(*tables)

@@ -1,0 +1,122 @@
+"""Reading `model_config`: every key sorted by what it means.
+
+Owns the step from the user's spellings to Hugging Face keys, precisions, generation settings and
+notes. Unknown keys are problems for the families of ours; a family that runs through its
+transformers module is checked against its config class when it is built.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from launcher.errors import did_you_mean
+from models import keys
+from models.checks import is_whole
+from models.spec import Problems
+
+
+@dataclass(kw_only=True)
+class Reading:
+    """`model_config`, sorted. `written` remembers each config.json key's spelling in the YAML."""
+
+    values: dict[str, Any] = field(default_factory=dict)
+    written: dict[str, str] = field(default_factory=dict)
+    rope: dict[str, Any] = field(default_factory=dict)
+    precision: dict[str, str] = field(default_factory=dict)
+    generation: dict[str, Any] = field(default_factory=dict)
+    seq_length: int | None = None
+    notes: list[str] = field(default_factory=list)
+
+    def store(self, target: str, key: str, value: Any, problems: Problems) -> None:
+        """Keep a config.json value; two spellings of one key must agree."""
+        other = self.written.setdefault(target, key)
+        if self.values.setdefault(target, value) != value:
+            rule = f"model.model_config.{other} = {self.values[target]} means the same and differs"
+            problems.add(key, value, rule, advice="Keep one of them")
+
+
+def read(
+    model_config: Mapping[str, Any], own_keys: Collection[str] | None, problems: Problems
+) -> Reading:
+    """Sort the keys of `model_config`. `own_keys`: those of the family's config.json that our
+    decoder understands, None for a family without a decoder of ours, whose keys are all kept."""
+    reading = Reading()
+    for key, value in model_config.items():
+        target = keys.ALIASES.get(key, key)
+        if key in ("type", "model_type") or key in keys.NOT_BUILT:
+            continue  # read elsewhere
+        if key in keys.PRECISIONS:
+            _precision(key, value, reading, problems)
+        elif key in keys.GENERATION:
+            reading.generation["max_length" if key == "max_decode_length" else key] = value
+        elif key in keys.NO_EFFECT:
+            _no_effect(key, value, reading)
+        elif key in keys.OTHER_WAYS:
+            _other_way(key, value, model_config, reading, problems)
+        elif key == "seq_length":
+            if value is not None and not is_whole(value):
+                problems.add(key, value, "must be a whole number of at least 1")
+            else:
+                reading.seq_length = value
+        elif target in keys.ROPE:
+            reading.rope[target], reading.written[target] = value, key
+        elif own_keys is not None and target not in own_keys:
+            known = {*keys.every_key(), *own_keys}
+            nearest = did_you_mean(key, known)
+            problems.add(key, value, "no such key of this model", nearest=nearest)
+        else:
+            reading.store(target, key, value, problems)
+    return reading
+
+
+def refuse_features(
+    model_config: Mapping[str, Any], config_json: Mapping[str, Any], problems: Problems
+) -> None:
+    """Problems for features that are switched on and not built yet."""
+    for key, feature in keys.NOT_BUILT.items():
+        if not keys.asks_for_nothing(key, model_config.get(key)):
+            problems.say(f"model.model_config.{key} needs {feature}", "not built yet", key=key)
+        elif not keys.asks_for_nothing(key, config_json.get(key)):
+            problems.say(f"config.json: {key} needs {feature}", "not built yet")
+
+
+def _other_way(
+    key: str, value: Any, model_config: Mapping[str, Any], reading: Reading, problems: Problems
+) -> None:
+    rule, advice = keys.OTHER_WAYS[key]
+    if keys.asks_for_nothing(key, value):
+        return
+    if advice == keys.WRITE_MLP_WIDTH and model_config.get("intermediate_size"):
+        reading.notes.append(
+            f"model.model_config.{key} = {value} accepted, no effect: intermediate_size is given"
+        )
+    else:
+        problems.add(key, value, rule, advice=advice)
+
+
+def _no_effect(key: str, value: Any, reading: Reading) -> None:
+    reading.notes.append(
+        f"model.model_config.{key} = {value} accepted, no effect: {keys.NO_EFFECT[key]}"
+    )
+
+
+def _precision(key: str, value: Any, reading: Reading, problems: Problems) -> None:
+    if value is None:
+        return
+    name = str(value).removeprefix("torch.")
+    dtype = keys.DTYPES.get(name)
+    if dtype is None:
+        nearest = did_you_mean(name, keys.DTYPES) or "Known: float32, bfloat16"
+        problems.add(key, value, "no such dtype", nearest=nearest)
+        return
+    if dtype == "float16":
+        problems.add(key, value, "not built yet", advice="Use bfloat16 or float32")
+        return
+    reading.precision[keys.PRECISIONS[key]] = dtype
+    if keys.PRECISIONS[key] == "softmax_compute_dtype":
+        reading.notes.append(
+            f"model.model_config.{key} = {value} accepted, no effect: the attention kernel decides "
+            "for itself, unless attention dropout needs the scores in the open"
+        )

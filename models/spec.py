@@ -1,0 +1,121 @@
+"""What a model is, as plain values: sizes, precision, and the complete config.json.
+
+Owns the dataclasses every other room reads a model by, and the shape of a model mistake. A leaf of
+`models`: it imports neither torch nor transformers, so the configuration can be checked without
+them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from launcher.errors import Problem, UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderConfig:
+    """All the numbers the dense decoder is built from. Every value is final: no default is derived
+    later."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    hidden_act: str
+    rms_norm_eps: float
+    rope_theta: float
+    rope_scaling: Mapping[str, Any] | None
+    """`rope_type` and its numbers; None is the plain rotary embedding."""
+    max_position_embeddings: int
+    tie_word_embeddings: bool
+    attention_bias: bool
+    """Biases on the q, k and v projections."""
+    output_bias: bool
+    """A bias on the output projection of attention."""
+    mlp_bias: bool
+    qk_norm: bool
+    """An RMS norm over each head of the queries and keys, before the rotation."""
+    sliding_window: tuple[int | None, ...]
+    """One entry a layer: how many tokens back (itself included) it looks, None for all of them."""
+    initializer_range: float
+    attention_dropout: float
+    hidden_dropout: float
+    """Dropout on what attention and MLP add to the residual stream; not in Hugging Face configs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Precision:
+    """In which dtype what is computed. None leaves the choice to the mode and the device."""
+
+    compute_dtype: str | None = None
+    params_dtype: str | None = None
+    layernorm_compute_dtype: str = "float32"
+    """Statistics of the RMS norms; float32 is what transformers does."""
+    rotary_dtype: str | None = None
+    """The rotation of queries and keys. None: the dtype of the activations, as transformers does.
+    The tables of angles are always computed in float32."""
+    softmax_compute_dtype: str | None = None
+    """Of effect only where attention is computed explicitly (attention dropout); kernels decide for
+    themselves."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec:
+    """One model, ready to be built: `models.build.build_model(spec, ...)`."""
+
+    family: str
+    """The Hugging Face `model_type`."""
+    hf_config: dict[str, Any]
+    """The content of config.json, with `model_type` and `architectures`."""
+    decoder: DecoderConfig | None
+    """None: the transformers module itself is trained."""
+    precision: Precision
+    seq_length: int | None
+    generation: dict[str, Any] = field(default_factory=dict)
+    """Generation settings written in `model_config`: they rank below the section
+    `generation_config`."""
+    written_keys: tuple[str, ...] = ()
+    """Keys of a family without a decoder of ours, to be checked against its config class."""
+    notes: tuple[str, ...] = ()
+    """Lines for the user: keys accepted without effect, and why."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelProblem(Problem):
+    """A problem with the model's configuration."""
+
+    key: str = ""
+    """The key of `model_config` it is about, as the user wrote it; empty when it is in config.json.
+    """
+
+
+class Problems(list[ModelProblem]):
+    """A growing list of problems, with the wording that they share."""
+
+    def add(self, key: str, value: Any, rule: str, *, nearest: str = "", advice: str = "") -> None:
+        """About a key of `model_config` as the user wrote it."""
+        shown = repr(value) if isinstance(value, str) and not value.isidentifier() else value
+        self.say(
+            f"model.model_config.{key} = {shown}", rule, nearest=nearest, advice=advice, key=key
+        )
+
+    def say(
+        self, what: str, rule: str = "", *, nearest: str = "", advice: str = "", key: str = ""
+    ) -> None:
+        """About anything; `key` is the one of `model_config` that is to blame, if one is."""
+        self.append(ModelProblem(what=what, rule=rule, nearest=nearest, advice=advice, key=key))
+
+
+class ModelConfigError(UserError):
+    """Everything that is wrong with a model's configuration, at once."""
+
+    def __init__(self, problems: Iterable[ModelProblem]) -> None:
+        super().__init__(problems)
+        self.model_problems: tuple[ModelProblem, ...] = tuple(
+            p for p in self.problems if isinstance(p, ModelProblem)
+        )

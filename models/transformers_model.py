@@ -1,0 +1,183 @@
+"""The transformers module of a family without a decoder of ours, behind the decoder's interface.
+
+Owns the adaptation: same forward signature, parameter names as on disk, refusals for what such a
+module cannot do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from launcher.errors import Problem, UserError, did_you_mean
+from models.families import supports_packing
+from models.spec import ModelSpec
+
+
+class TransformersModel(nn.Module):
+    """A `...ForCausalLM` of transformers that takes and gives what `Decoder` does.
+
+    Its children, parameters and buffers are those of the wrapped module, the children under their
+    names on disk (`renamed`), so parameter names are those of a Hugging Face directory. Dropout in
+    here comes from torch's global generator, not from `sample_seeds`: the training loop seeds that
+    generator for each micro batch. Packed documents are told apart by positions that begin again at
+    0, which is how transformers builds its masks; only for families where a test has shown it to be
+    right.
+    """
+
+    def __init__(self, module: nn.Module, *, renamed: Mapping[str, str], packing: bool) -> None:
+        super().__init__()
+        # Past nn.Module's bookkeeping: the wrapped module must not become a child.
+        object.__setattr__(self, "wrapped", module)
+        self.renamed = dict(renamed)
+        self._modules = {self.renamed.get(k, k): child for k, child in module._modules.items()}
+        self._parameters, self._buffers = module._parameters, module._buffers
+        self._non_persistent_buffers_set = module._non_persistent_buffers_set
+        self.packing = packing
+        self.family = str(module.config.model_type)
+
+    def train(self, mode: bool = True) -> TransformersModel:
+        super().train(mode)
+        self.wrapped.training = mode
+        return self
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        *,
+        position_ids: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        sample_seeds: Tensor | None = None,
+        cache: None = None,
+        attention_mask: Tensor | None = None,
+        last_only: bool = False,
+    ) -> Tensor:
+        """As `Decoder.forward`; `cache` is not taken (generation goes through `wrapped.generate`),
+        and `sample_seeds` have no effect."""
+        arguments: dict[str, Any] = {}
+        if document_ids is not None:
+            self.check_packing()
+            arguments["position_ids"] = (
+                restarting_positions(document_ids) if position_ids is None else position_ids
+            )
+        elif position_ids is not None:
+            arguments["position_ids"] = position_ids
+        if attention_mask is not None:
+            arguments["attention_mask"] = attention_mask.long()
+        logits = self.wrapped(input_ids, use_cache=False, **arguments).logits
+        return logits[:, -1:] if last_only else logits
+
+    def check_packing(self) -> None:
+        """Raise UserError when this family cannot keep packed documents apart."""
+        if not self.packing:
+            raise UserError(
+                f"train_dataset.packing = True with the model type {self.family}",
+                rule="documents packed into one row would see each other in this family",
+                advice="Set train_dataset.packing: False",
+            )
+
+    def tied_names(self) -> dict[str, str]:
+        """Target name -> source name of every tied parameter."""
+        tied = getattr(self.wrapped, "all_tied_weights_keys", None) or {}
+        return {self._on_disk(target): self._on_disk(source) for target, source in tied.items()}
+
+    def _on_disk(self, name: str) -> str:
+        child, dot, rest = name.partition(".")
+        return self.renamed.get(child, child) + dot + rest
+
+
+def restarting_positions(document_ids: Tensor) -> Tensor:
+    """Positions [rows, length] that begin at 0 with every document."""
+    index = torch.arange(document_ids.shape[1], device=document_ids.device).expand_as(document_ids)
+    begins = torch.ones_like(document_ids, dtype=torch.bool)
+    begins[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
+    return index - (index * begins).cummax(dim=1).values
+
+
+def build_transformers(spec: ModelSpec, dtype: torch.dtype) -> TransformersModel:
+    """The module on the meta device, its buffers real. Raises UserError for what transformers
+    cannot build."""
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    if spec.family not in CONFIG_MAPPING:
+        raise UserError(f"model_type {spec.family}", rule="transformers has no such model type",
+                        nearest=did_you_mean(spec.family, CONFIG_MAPPING.keys()))  # fmt: skip
+    content = {k: v for k, v in spec.hf_config.items() if k != "model_type"}
+    _check_keys(spec, CONFIG_MAPPING[spec.family])
+    try:
+        config = AutoConfig.for_model(spec.family, **content)
+        with init_empty_weights(include_buffers=False):
+            module = AutoModelForCausalLM.from_config(
+                config, attn_implementation=_attention(config), dtype=dtype
+            )
+    except (ValueError, TypeError, KeyError, ZeroDivisionError) as error:
+        raise UserError(
+            f"transformers cannot build a {spec.family} model from this model_config: {error}"
+        ) from error
+    return TransformersModel(
+        module, renamed=_renamed_children(module), packing=supports_packing(spec)
+    )
+
+
+def _attention(config: Any) -> str:
+    """SDPA where the family has it."""
+    from transformers import AutoModelForCausalLM
+
+    module_class = AutoModelForCausalLM._model_mapping[type(config)]
+    return "sdpa" if getattr(module_class, "_supports_sdpa", False) else "eager"
+
+
+def _check_keys(spec: ModelSpec, config_class: Any) -> None:
+    """Every key the user wrote must be one that the config class knows."""
+    known = {
+        *config_class().to_dict(),
+        *config_class.attribute_map,
+        "rope_scaling",
+        "rope_theta",
+        "rope_parameters",
+    }
+    unknown = [key for key in spec.written_keys if key not in known]
+    if unknown:
+        raise UserError(
+            Problem(
+                what=f"model.model_config.{key}",
+                rule=f"{config_class.__name__} has no such key",
+                nearest=did_you_mean(key, known),
+            )
+            for key in unknown
+        )
+
+
+def _renamed_children(module: Any) -> dict[str, str]:
+    """Children whose name on disk differs (GPT-NeoX: `lm_head` is `embed_out`), to that name.
+
+    Raises UserError where more than that differs between module and files: merged or stacked
+    tensors.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, revert_weight_conversion
+
+    refusal = UserError(
+        f"model_type {module.config.model_type}: its files hold other tensors than the module",
+        rule="not built yet",
+    )
+    if set(module.state_dict()) - {
+        name for name, _ in module.named_parameters(remove_duplicate=False)
+    }:
+        raise refusal
+    conversions = get_model_conversion_mapping(module, add_legacy=False)
+    if not all(type(conversion) is WeightRenaming for conversion in conversions):
+        raise refusal
+    renamed: dict[str, str] = {}
+    for name, parameter in module.named_parameters() if conversions else ():
+        (on_disk,) = revert_weight_conversion(module, {name: parameter})
+        child, _, rest = name.partition(".")
+        new_child, _, new_rest = on_disk.partition(".")
+        if rest != new_rest or renamed.setdefault(child, new_child) != new_child:
+            raise refusal
+    return {child: new for child, new in renamed.items() if child != new}

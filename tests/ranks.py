@@ -1,0 +1,139 @@
+"""Real ranks for tests: processes forked after the imports, joined by gloo.
+
+Starting Python and importing torch costs seconds a process. A fork server imports once; each rank
+is a fork of it (8 ranks up and down in well under a second). The function a rank runs must be
+importable: a module-level function of a test file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import socket
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+PRELOAD = [
+    "torch", "torch.distributed.fsdp", "torch.distributed.tensor", "numpy", "xxhash",
+    "transformers", "transformers.models.auto", "transformers.generation.logits_process",
+    "launcher.modes", "launcher.cli", "launcher.predict", "models.build",
+]  # fmt: skip
+
+
+def _context() -> Any:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    return context
+
+
+def run_ranks(
+    world_size: int, function: Callable[..., Any], *arguments: Any, timeout: float = 120
+) -> list[Any]:
+    """`function(*arguments)` in `world_size` processes; their results in rank order.
+
+    Raises AssertionError with the traceback of the first rank that failed.
+    """
+    context = _context()
+    port = free_port()
+    pairs = [context.Pipe(duplex=False) for _ in range(world_size)]
+    processes = [
+        context.Process(
+            target=_rank_main,
+            args=(rank, world_size, port, pairs[rank][1], function, arguments),
+        )
+        for rank in range(world_size)
+    ]
+    for process in processes:
+        process.start()
+    for _, sender in pairs:
+        sender.close()
+    try:
+        outcomes = [_receive(receiver, timeout) for receiver, _ in pairs]
+    finally:
+        for process in processes:
+            process.join(5)
+            if process.is_alive():
+                process.kill()
+    failed = [f"rank {rank}:\n{text}" for rank, (ok, text) in enumerate(outcomes) if not ok]
+    assert not failed, "\n".join(failed)
+    return [value for _, value in outcomes]
+
+
+def _receive(receiver: Connection, timeout: float) -> tuple[bool, Any]:
+    if not receiver.poll(timeout):
+        return False, f"no answer within {timeout} s"
+    try:
+        result: tuple[bool, Any] = receiver.recv()
+    except EOFError:
+        return False, "the process died"
+    return result
+
+
+def _rank_main(
+    rank: int, world_size: int, port: int, sender: Connection, function: Any, arguments: Any
+) -> None:
+    os.environ.update(
+        RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank),
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1",
+    )  # fmt: skip
+    import torch
+
+    torch.set_num_threads(1)
+    try:
+        outcome: tuple[bool, Any] = (True, function(*arguments))
+    except BaseException:
+        outcome = (False, traceback.format_exc())
+    sender.send(outcome)
+    sender.close()
+    sys.stdout.flush()
+    os._exit(0)
+
+
+def free_port() -> int:
+    """A TCP port nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@dataclass(frozen=True)
+class JobResult:
+    """What a launched job left: exit code of every rank, and what rank 0 printed."""
+
+    codes: list[int]
+    stdout: str
+    stderr: str
+
+    @property
+    def code(self) -> int:
+        """The exit code of the job: that of the first rank that failed."""
+        return next((code for code in self.codes if code), 0)
+
+
+def run_job(arguments: Sequence[str], folder: Path, world_size: int = 1) -> JobResult:
+    """`run.py` with `arguments` on `world_size` ranks, in `folder` as the current directory."""
+    outputs = run_ranks(world_size, _job, list(arguments), str(folder), timeout=240)
+    return JobResult([code for code, _, _ in outputs], outputs[0][1], outputs[0][2])
+
+
+def _job(arguments: list[str], folder: str) -> tuple[int, str, str]:
+    import io
+
+    from launcher.cli import main
+
+    os.chdir(folder)
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            code = main(arguments)
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+    return code, out.getvalue(), err.getvalue()
