@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         resolved = _checked(line)
     except UserError as error:
         if _rank() == 0:
-            _show(error.problems)
+            _show(error.problems, tail=". Nothing was started.")
         return EXIT_USER
     except Exception:
         traceback.print_exc()
@@ -94,7 +94,7 @@ def _rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def _show(problems: Iterable[Problem]) -> None:
+def _show(problems: Iterable[Problem], *, tail: str = ".") -> None:
     """One `error:` line a problem, and how many there are."""
     found = list(problems)
     mark = f"[rank {_rank()}] " if _rank() else ""
@@ -102,7 +102,7 @@ def _show(problems: Iterable[Problem]) -> None:
         print(f"{mark}error: {problem}", file=sys.stderr)
     count = len(found)
     if count > 1:
-        print(f"{mark}{count} errors. Nothing was started.", file=sys.stderr)
+        print(f"{mark}{count} errors{tail}", file=sys.stderr)
 
 
 def _say_what_is_ignored(keys: Sequence[str]) -> None:

@@ -43,16 +43,22 @@ def run(config: Config, provenance: Provenance, resolved: str) -> int:
     world = worlds.start(force_cpu=config.context.device_target == "CPU")
     open_logs(Path(config.output_dir), world.rank)
     job = Job(config, provenance, world, Console(enabled=world.is_main))
+    finished = False
     try:
         if world.is_main:
             (job.output_dir / "resolved.yaml").write_text(resolved)
-        return MODES[config.run_mode or "train"](job)
+        code = MODES[config.run_mode or "train"](job)
+        finished = True
     except Interrupted as interrupted:
         job.say(f"stopped by {interrupted}")
-        return interrupted.exit_code
+        code = interrupted.exit_code
+        finished = True
     finally:
         close_logs()
-        worlds.stop()
+        # A rank that fails alone must not wait for the others to leave the group with it.
+        if finished or world.size == 1:
+            worlds.stop()
+    return code
 
 
 def train(job: Job) -> int:

@@ -18,7 +18,7 @@ from launcher.errors import UserError
 from models.decoder import Decoder
 from models.initial import initial_std, initialise_shard, no_weight_decay
 from models.spec import ModelSpec
-from models.transformers_model import TransformersModel, build_transformers
+from models.transformers_model import TransformersModel, build_transformers, complete_config
 
 __all__ = [
     "blocks", "build_model", "hf_directory_files", "initial_std", "initialise", "initialise_shard",
@@ -83,12 +83,8 @@ def retie(model: nn.Module) -> None:
 
     The decoder of ours has no parameter to tie: nothing to do.
     """
-    if not isinstance(model, TransformersModel):
-        return
-    for target, source in model.tied_names().items():
-        owner_name, _, leaf = target.rpartition(".")
-        setattr(model.get_submodule(owner_name), leaf, model.get_parameter(source))
-        assert model.get_parameter(target) is model.get_parameter(source), target
+    if isinstance(model, TransformersModel):
+        model.retie()
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
@@ -115,6 +111,8 @@ def hf_directory_files(
     `dtype` is that of the exported weights; None keeps what config.json said.
     """
     config = dict(spec.hf_config)
+    if spec.decoder is None:
+        config = complete_config(spec).to_diff_dict() | {"model_type": spec.family}
     if dtype is not None:
         config.pop("torch_dtype", None)
         config["dtype"] = str(dtype).removeprefix("torch.")

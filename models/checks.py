@@ -76,7 +76,7 @@ class SizeCheck:
 
     def _heads(self, whole_heads: bool) -> None:
         hidden, heads = self.config["hidden_size"], self.config["num_attention_heads"]
-        shared, head_dim = self.config["num_key_value_heads"] or heads, self.config["head_dim"]
+        shared, head_dim = self.config["num_key_value_heads"] or heads, self.config.get("head_dim")
         if hidden % heads and (whole_heads or head_dim is None):
             below = hidden // heads * heads
             advice = "" if whole_heads else "Or give head_dim"
@@ -98,11 +98,13 @@ class SizeCheck:
             self._add("num_key_value_heads", rule, _nearest(below, above))
 
     def _layer_types(self) -> None:
-        types = self.config["layer_types"]
+        types, layers = self.config["layer_types"], self.config["num_hidden_layers"]
         if not isinstance(types, list | tuple) or any(kind not in LAYER_TYPES for kind in types):
             self._add("layer_types", f"must be a list of {' and '.join(LAYER_TYPES)}")
         elif LAYER_TYPES[1] in types and not self.config.get("use_sliding_window"):
             self._add("layer_types", "sliding_attention needs use_sliding_window: True")
+        elif is_whole(layers) and len(types) != layers:
+            self._add("layer_types", f"has {len(types)} entries for {layers} layers")
 
 
 def rope_of(
@@ -178,21 +180,14 @@ def check_rope(
         say(f"rope_type dynamic with head_dim = {head_dim}", "it needs larger heads", "Nearest: 4")
 
 
-def sliding_windows(
-    config: dict[str, Any], written: Iterable[str], *, by_layer: bool
-) -> tuple[int | None, ...]:
-    """The window of every layer. Completes `sliding_window` and `layer_types` as transformers does.
-
-    `written`: keys the user wrote over config.json; `layer_types` follow the ones they depend on.
-    """
+def sliding_windows(config: dict[str, Any], *, by_layer: bool) -> tuple[int | None, ...]:
+    """The window of every layer. Fills in `sliding_window` and `layer_types` as transformers does."""
     layers = config["num_hidden_layers"]
     if not by_layer:
         return (config.get("sliding_window"),) * layers
     window = config["sliding_window"] if config["use_sliding_window"] else None
     config["sliding_window"] = window
-    causes = {"num_hidden_layers", "use_sliding_window", "max_window_layers"}
-    stale = "layer_types" not in written and causes.intersection(written)
-    if config.get("layer_types") is None or stale:
+    if config.get("layer_types") is None:
         first = config["max_window_layers"] if window is not None else layers
         config["layer_types"] = [LAYER_TYPES[layer >= first] for layer in range(layers)]
     return tuple(window if kind == LAYER_TYPES[1] else None for kind in config["layer_types"])

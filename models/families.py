@@ -79,7 +79,7 @@ DECODERS: dict[str, Family] = {
     "qwen2": Family(
         config_class="Qwen2Config",
         architecture="Qwen2ForCausalLM",
-        defaults=_QWEN,
+        defaults={key: value for key, value in _QWEN.items() if key != "head_dim"},
         qkv_bias=True,
         window_by_layer=True,
     ),
@@ -233,6 +233,9 @@ def _complete(own: Family, base: Mapping[str, Any], reading: Reading) -> dict[st
     """config.json with the family's defaults below and the user's keys above."""
     config = own.defaults | dict(base) | reading.values
     given = base.keys() | reading.values.keys()
+    stale = not reading.values.keys().isdisjoint(_LAYER_TYPES_FOLLOW)
+    if own.window_by_layer and stale:
+        config["layer_types"] = reading.values.get("layer_types")
     if reading.seq_length and "max_position_embeddings" not in given:
         config["max_position_embeddings"] = max(
             reading.seq_length, config["max_position_embeddings"]
@@ -278,9 +281,11 @@ def _decoder(
     """The decoder's numbers. Fills in `config` what transformers derives: head counts, windows,
     rope."""
     heads = config["num_attention_heads"]
-    config["head_dim"] = config["head_dim"] or config["hidden_size"] // heads
+    head_dim = config.get("head_dim") or config["hidden_size"] // heads
+    if "head_dim" in config:
+        config["head_dim"] = head_dim
     config["num_key_value_heads"] = config["num_key_value_heads"] or heads
-    windows = sliding_windows(config, reading.values, by_layer=own.window_by_layer)
+    windows = sliding_windows(config, by_layer=own.window_by_layer)
     rope = rope_of(config, base, reading.rope)
     hidden_dropout = config.pop("hidden_dropout", None)
     stored_dtype = config.pop("torch_dtype", None)
@@ -292,6 +297,7 @@ def _decoder(
     bias = bool(config.get("attention_bias")) if own.qkv_bias is None else own.qkv_bias
     return DecoderConfig(
         **{key: config[key] for key in _PLAIN},
+        head_dim=head_dim,
         rms_norm_eps=float(config["rms_norm_eps"]),
         rope_theta=rope["rope_theta"],
         rope_scaling=None if rope["rope_type"] == "default" else rope,
@@ -307,7 +313,10 @@ def _decoder(
     )
 
 
+_LAYER_TYPES_FOLLOW = {"num_hidden_layers", "use_sliding_window", "max_window_layers"}
+"""Keys that, written over config.json, make its `layer_types` stale."""
+
 _PLAIN = (
-    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim"),
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
     *("num_attention_heads", "num_key_value_heads", "hidden_act", "max_position_embeddings"),
 )

@@ -62,6 +62,7 @@ GENERATION: frozenset[str] = frozenset({
 GENERAL: frozenset[str] = frozenset({
     "architectures", "transformers_version", "use_cache", "bos_token_id", "eos_token_id",
     "pad_token_id", "pretraining_tp", "name_or_path", "hidden_dropout",
+    "head_dim",
 })  # fmt: skip
 """Keys every family of ours may have in config.json or here, beside those with defaults."""
 

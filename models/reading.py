@@ -62,6 +62,9 @@ def read(
                 reading.seq_length = value
         elif target in keys.ROPE:
             reading.rope[target], reading.written[target] = value, key
+            if target != "rope_theta" and not isinstance(value, Mapping | None):
+                rule = "must be a map such as {rope_type: linear, factor: 2.0}"
+                problems.add(key, value, rule)
         elif own_keys is not None and target not in own_keys:
             known = {*keys.every_key(), *own_keys}
             nearest = did_you_mean(key, known)
@@ -89,17 +92,13 @@ def _other_way(
     if keys.asks_for_nothing(key, value):
         return
     if advice == keys.WRITE_MLP_WIDTH and model_config.get("intermediate_size"):
-        reading.notes.append(
-            f"model.model_config.{key} = {value} accepted, no effect: intermediate_size is given"
-        )
+        reading.notes.append(f"model.model_config.{key} = {value}: intermediate_size is given")
     else:
         problems.add(key, value, rule, advice=advice)
 
 
 def _no_effect(key: str, value: Any, reading: Reading) -> None:
-    reading.notes.append(
-        f"model.model_config.{key} = {value} accepted, no effect: {keys.NO_EFFECT[key]}"
-    )
+    reading.notes.append(f"model.model_config.{key} = {value}: {keys.NO_EFFECT[key]}")
 
 
 def _precision(key: str, value: Any, reading: Reading, problems: Problems) -> None:
@@ -117,6 +116,6 @@ def _precision(key: str, value: Any, reading: Reading, problems: Problems) -> No
     reading.precision[keys.PRECISIONS[key]] = dtype
     if keys.PRECISIONS[key] == "softmax_compute_dtype":
         reading.notes.append(
-            f"model.model_config.{key} = {value} accepted, no effect: the attention kernel decides "
-            "for itself, unless attention dropout needs the scores in the open"
+            f"model.model_config.{key} = {value}: the attention kernel decides for itself, unless "
+            "attention dropout needs the scores in the open"
         )

@@ -82,7 +82,7 @@ class ModelSpec:
     written_keys: tuple[str, ...] = ()
     """Keys of a family without a decoder of ours, to be checked against its config class."""
     notes: tuple[str, ...] = ()
-    """Lines for the user: keys accepted without effect, and why."""
+    """Keys accepted without effect, and why: `model.model_config.use_past = False: ...`."""
 
 
 @dataclass(frozen=True, kw_only=True)

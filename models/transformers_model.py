@@ -6,10 +6,12 @@ module cannot do.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 
 from launcher.errors import Problem, UserError, did_you_mean
@@ -84,6 +86,13 @@ class TransformersModel(nn.Module):
         tied = getattr(self.wrapped, "all_tied_weights_keys", None) or {}
         return {self._on_disk(target): self._on_disk(source) for target, source in tied.items()}
 
+    def retie(self) -> None:
+        """Make every tied name the very parameter it stands for."""
+        for target, source in self.tied_names().items():
+            owner, _, leaf = target.rpartition(".")
+            setattr(self.get_submodule(owner), leaf, self.get_parameter(source))
+            assert self.get_parameter(target) is self.get_parameter(source), target
+
     def _on_disk(self, name: str) -> str:
         child, dot, rest = name.partition(".")
         return self.renamed.get(child, child) + dot + rest
@@ -101,27 +110,49 @@ def build_transformers(spec: ModelSpec, dtype: torch.dtype) -> TransformersModel
     """The module on the meta device, its buffers real. Raises UserError for what transformers
     cannot build."""
     from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    config = complete_config(spec)
+    with init_empty_weights(include_buffers=False), _told_as_user_error(spec):
+        module = AutoModelForCausalLM.from_config(
+            config, attn_implementation=_attention(config), dtype=dtype
+        )
+    model = TransformersModel(
+        module, renamed=_renamed_children(module), packing=supports_packing(spec)
+    )
+    model.retie()  # parameters that went to the meta device one by one are no longer shared
+    return model
+
+
+def complete_config(spec: ModelSpec) -> Any:
+    """The transformers config object, with the defaults of its class and its architecture."""
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     if spec.family not in CONFIG_MAPPING:
-        raise UserError(f"model_type {spec.family}", rule="transformers has no such model type",
-                        nearest=did_you_mean(spec.family, CONFIG_MAPPING.keys()))  # fmt: skip
-    content = {k: v for k, v in spec.hf_config.items() if k != "model_type"}
-    _check_keys(spec, CONFIG_MAPPING[spec.family])
-    try:
-        config = AutoConfig.for_model(spec.family, **content)
-        with init_empty_weights(include_buffers=False):
-            module = AutoModelForCausalLM.from_config(
-                config, attn_implementation=_attention(config), dtype=dtype
-            )
-    except (ValueError, TypeError, KeyError, ZeroDivisionError) as error:
         raise UserError(
-            f"transformers cannot build a {spec.family} model from this model_config: {error}"
+            f"model_type {spec.family}",
+            rule="transformers has no such model type",
+            nearest=did_you_mean(spec.family, CONFIG_MAPPING.keys()),
+        )
+    _check_keys(spec, CONFIG_MAPPING[spec.family])
+    content = {k: v for k, v in spec.hf_config.items() if k != "model_type"}
+    with _told_as_user_error(spec):
+        config = AutoConfig.for_model(spec.family, **content)
+        config.architectures = [AutoModelForCausalLM._model_mapping[type(config)].__name__]
+    return config
+
+
+@contextmanager
+def _told_as_user_error(spec: ModelSpec) -> Iterator[None]:
+    """What transformers says about impossible sizes is the user's to read, without a traceback."""
+    try:
+        yield
+    except (ValueError, TypeError, KeyError, ArithmeticError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"transformers cannot build a {spec.family} model from this model_config: {reason}"
         ) from error
-    return TransformersModel(
-        module, renamed=_renamed_children(module), packing=supports_packing(spec)
-    )
 
 
 def _attention(config: Any) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
+from launcher.config.derived import tokenizer_dir
 from launcher.config.provenance import Provenance
 from launcher.config.schema import Config
 from launcher.errors import UserError
@@ -75,9 +76,7 @@ class Job:
     @cached_property
     def tokenizer_dir(self) -> str:
         """Folder of the tokenizer; empty when there is none."""
-        return (
-            self.config.processor.tokenizer.pretrained_model_dir or self.config.pretrained_model_dir
-        )
+        return tokenizer_dir(self.config)
 
     @cached_property
     def tokenizer(self) -> Any:

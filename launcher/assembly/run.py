@@ -12,7 +12,7 @@ import torch
 from launcher.assembly.data import evaluation_source, open_dataset, steps_per_epoch
 from launcher.assembly.job import Job
 from launcher.assembly.weights import build_sharded
-from launcher.config.rules import global_batch_size
+from launcher.config.derived import global_batch_size
 from launcher.config.schema import Config
 from launcher.data.loader import Loader
 from launcher.data.order import GlobalOrder

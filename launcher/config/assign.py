@@ -44,7 +44,7 @@ def place_of(path: str) -> Place:
         annotation = hints(kind)[name]
         if index == len(names) - 1:
             return Place(annotation, is_open=False, is_known=True)
-        kind = section_of(annotation) if "callbacks" not in name else None
+        kind = section_of(annotation) if name != "callbacks" else None
         if kind is None and not _holds_more(annotation):
             return Place(Any, is_open=False, is_known=False)
     return Place(Any, is_open=False, is_known=True)
@@ -118,9 +118,9 @@ def _bad_grammar(text: str, where: str) -> Problem:
 
 def _unknown(key: str, where: str, rule: str, advice: str = "") -> UserError:
     section, _, name = key.rpartition(".")
-    return UserError(
-        f"`{key}`", where=where, rule=rule, nearest=did_you_mean_key(name, section), advice=advice
-    )
+    is_known = place_of(key).is_known
+    nearest = "" if is_known else did_you_mean_key(name, section)
+    return UserError(f"`{key}`", where=where, rule=rule, nearest=nearest, advice=advice)
 
 
 def _set(tree: Node, key: str, value: Node, where: str, *, appending: bool = False) -> None:
@@ -206,7 +206,7 @@ def _add(tree: Node, key: str, value: Node, where: str) -> None:
 
 
 def _is_inside_entry(key: str) -> bool:
-    return key.startswith(("callbacks.", "eval_callbacks."))
+    return key.startswith("callbacks.")
 
 
 def _delete(tree: Node, key: str, value: Any, where: str) -> None:

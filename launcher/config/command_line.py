@@ -154,7 +154,7 @@ def _stray(word: str) -> Problem:
         what=f"`{word}` stands alone",
         where="command line",
         rule="a word belongs to a flag",
-        nearest=did_you_mean(f"--{word.lstrip('-')}", [f"--{name}" for name in FLAGS]),
+        nearest=nearest_flag(word.lstrip("-")),
         advice=advice,
     )
 
@@ -178,6 +178,7 @@ def _option(line: CommandLine, word: str, words: list[str]) -> None:
                 what=f"`--{name}` has no value",
                 where=where,
                 rule=f"`--{name}` takes {_takes(flag)}",
+                nearest="" if flag or name == "config" else nearest_flag(name),
                 advice=f"Write `--{name} value`",
             )
         )
@@ -187,6 +188,12 @@ def _option(line: CommandLine, word: str, words: list[str]) -> None:
         _named(line, flag, values, where)
     else:
         line.overrides.append(Assignment(kind="literal", key=name, text=values[0], where=where))
+
+
+def nearest_flag(name: str) -> str:
+    """`did you mean `--epochs`?` for a misspelt flag, or an empty string."""
+    names = [*FLAGS, *SHORT_NAMES, *SWITCHES, "config", "options"]
+    return did_you_mean(f"--{name}", [f"--{known}" for known in names], cutoff=0.75)
 
 
 def _takes(flag: Flag | None) -> str:
@@ -277,11 +284,11 @@ def help_text() -> str:
     ]
     lines += [
         f"  {'--options k=v ...':<34} values at dotted keys",
-        f"  {'--a.b.c VALUE, --a.b.c=VALUE':<34} any key, the value taken literally",
+        f"  {'--a.b.c VALUE, --a.b.c=VALUE':<34} any key, value taken literally",
         f"  {'a.b.c=VALUE  +a.b=1  ~a.b':<34} the same in Hydra's override grammar",
         "",
         "Low to high: defaults, base_config, the YAML, named flags, dotted keys.",
-        "All keys: docs/configuration.md. Several processes: torchrun --nproc_per_node N run.py ...",
+        "All keys: docs/configuration.md. Several processes: torchrun --nproc_per_node N run.py",
         "Exit codes: 0 done; 2 a mistake of yours (nothing was started); 1 a mistake of ours.",
     ]
     return "\n".join(lines)

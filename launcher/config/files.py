@@ -96,7 +96,9 @@ def _load(path: Path, name: str, chain: tuple[Path, ...]) -> Node:
                 f"base_config = {entry.value!r}: there is no file {parent}",
                 where=entry.where,
                 rule="base_config is relative to the file that names it",
-                nearest=did_you_mean(parent.name, [p.name for p in parent.parent.glob("*.y*ml")]),
+                nearest=did_you_mean(
+                    parent.name, {p.name for p in parent.parent.glob("*.y*ml")} - {path.name}
+                ),
             )
         tree = merge(tree, _load(parent, os.path.relpath(parent), here))
     return merge(tree, own)

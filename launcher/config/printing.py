@@ -13,8 +13,13 @@ from collections.abc import Iterator
 from typing import Any
 
 from launcher.config.nodes import parse_value
-from launcher.config.provenance import Provenance
-from launcher.config.schema import Config, RegisteredCallbackSection, info_of
+from launcher.config.provenance import DEFAULT, Provenance
+from launcher.config.schema import (
+    Config,
+    IgnoredCallbackSection,
+    RegisteredCallbackSection,
+    info_of,
+)
 
 _HEADER = "# A resolved configuration: every value with the place it came from.\n"
 _COMMAND_LINE_ONLY = "trust_remote_code"
@@ -54,28 +59,35 @@ class _Printer:
             yield from lines
 
     def _origin(self, path: str) -> str:
-        where = self.provenance.nearest(path) or self.provenance.where(path)
+        return f"  # {self.provenance.where(path)}".replace("\n", " ")
+
+    def _open_origin(self, path: str) -> str:
+        """Inside open maps and lists everything was written, if only with its section."""
+        where = self.provenance.nearest(path) or DEFAULT
         return f"  # {where}".replace("\n", " ")
 
     def _map(self, values: dict[str, Any], path: str, depth: int) -> Iterator[str]:
         for name, value in values.items():
-            yield from self._entry(name, value, f"{path}.{name}", depth)
+            yield from self._entry(name, value, f"{path}.{name}", depth, is_open=True)
 
-    def _entry(self, name: str, value: Any, path: str, depth: int) -> Iterator[str]:
+    def _entry(
+        self, name: str, value: Any, path: str, depth: int, *, is_open: bool = False
+    ) -> Iterator[str]:
         indent, key = "  " * depth, _text(name)
+        origin = self._open_origin(path) if is_open else self._origin(path)
         if isinstance(value, dict) and value:
-            yield f"{indent}{key}:{self._origin(path)}"
+            yield f"{indent}{key}:{origin}"
             yield from self._map(value, path, depth + 1)
         elif isinstance(value, list) and any(not _is_scalar(item) for item in value):
-            yield f"{indent}{key}:{self._origin(path)}"
+            yield f"{indent}{key}:{origin}"
             for index, item in enumerate(value):
                 yield from self._item(item, f"{path}.{index}", depth + 1)
         else:
-            yield f"{indent}{key}: {_flow(value)}{self._origin(path)}"
+            yield f"{indent}{key}: {_flow(value)}{origin}"
 
     def _item(self, item: Any, path: str, depth: int) -> Iterator[str]:
         """One entry of a list, `- ` before its first line."""
-        if isinstance(item, RegisteredCallbackSection):
+        if isinstance(item, (RegisteredCallbackSection, IgnoredCallbackSection)):
             item = {"type": item.type, **item.arguments}
         if dataclasses.is_dataclass(item):
             lines = list(self.section(item, path, depth + 1))
@@ -88,7 +100,7 @@ class _Printer:
                 for line in self._item(part, f"{path}.{index}", depth + 1)
             ]
         else:
-            lines = [f"{'  ' * (depth + 1)}{_flow(item)}{self._origin(path)}"]
+            lines = [f"{'  ' * (depth + 1)}{_flow(item)}{self._open_origin(path)}"]
         yield f"{'  ' * depth}- {lines[0].lstrip()}"
         yield from lines[1:]
 

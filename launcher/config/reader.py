@@ -11,6 +11,7 @@ import dataclasses
 import math
 from typing import Any
 
+from launcher.config.command_line import nearest_flag
 from launcher.config.nodes import Node, from_plain, parse_value
 from launcher.config.provenance import KeyProblem
 from launcher.config.schema import (
@@ -91,7 +92,7 @@ class Reader:
     ) -> None:
         annotation, info = hints(kind)[key.name], info_of(key)
         inner_label = f"{label}.{key.name}" if label else key.name
-        if key.name in ("callbacks", "eval_callbacks") and kind is Config:
+        if key.name == "callbacks" and kind is Config:
             values[key.name] = self._callbacks(node, path)
             return
         inner = section_of(annotation)
@@ -126,7 +127,7 @@ class Reader:
             if problem:
                 self._add(KeyProblem(what=shown, where=node.where, rule=problem, key=path))
                 return False
-        if not info.choices:
+        if not info.choices or value is None:
             return True
         for word in value if isinstance(value, list) else [value]:
             if any(word == choice and type(word) is type(choice) for choice in info.choices):
@@ -210,6 +211,9 @@ class Reader:
         return node is not None and bool(node.value)
 
     def _unknown(self, name: str, node: Node, path: str, label: str) -> None:
+        if not path and node.where == f"command line: --{name}":
+            self._unknown_flag(name, node)
+            return
         shown = f"{path}.{name}" if path else name
         nearest = nearest_key(name, label)
         if path != label and nearest.startswith(f"{label}."):
@@ -226,6 +230,21 @@ class Reader:
             )
         )
         self.bad.add(nearest)
+
+    def _unknown_flag(self, name: str, node: Node) -> None:
+        key = nearest_key(name, "")
+        as_key = f"did you mean `--{key}`?" if key and not key.startswith("callbacks[") else ""
+        self._add(
+            KeyProblem(
+                what=f"unknown flag `--{name}`",
+                where="command line",
+                rule="there is no such flag, and no such key at the top level",
+                nearest=nearest_flag(name) or as_key,
+                advice="python run.py --help lists the flags",
+                key=name,
+            )
+        )
+        self.bad.add(key)
 
     def _wrong_type(
         self, path: str, node: Node, needed: str, *, default: Any = None, advice: str = ""

@@ -90,10 +90,6 @@ def read_tree(tree: Node, problems: Sequence[Problem] = ()) -> Resolved:
     _fold_dataset_tasks(tree)
     reader = Reader(tree)
     config = _finish(reader.config())
-    if config.runner_config.stop_step:
-        reader.places.setdefault(
-            "runner_config.max_steps", reader.places["runner_config.stop_step"]
-        )
     return Resolved(
         config=config,
         provenance=Provenance(reader.places),
@@ -190,11 +186,7 @@ def _fold_dataset_tasks(tree: Node) -> None:
 
 
 def _finish(config: Config) -> Config:
-    """What follows from the values alone: stop_step is a spelling of max_steps."""
-    runner = config.runner_config
-    if runner.stop_step:
-        steps = min(runner.stop_step, runner.max_steps or runner.stop_step)
-        config = replace(config, runner_config=replace(runner, max_steps=steps))
+    """Task sections have been folded into the data sections: drop what is left of them."""
     for name in ("train_dataset_task", "eval_dataset_task"):
         task = getattr(config, name)
         if task.dataset_config is not None:

@@ -73,10 +73,6 @@ def _follows(problem: KeyProblem, known: _Known) -> bool:
 def warnings(config: Config, provenance: Provenance) -> list[str]:
     """What is allowed and probably not meant, one line each."""
     lines = []
-    if config.resume_training is True:
-        folder = Path(config.load_checkpoint or Path(config.output_dir) / "checkpoint")
-        if not folder.is_dir() or not any(folder.iterdir()):
-            lines.append(f"resume_training: nothing in {folder}: this is a fresh start")
     if isinstance(config.resume_training, str) and Path(config.load_checkpoint or ".").is_file():
         lines.append(
             f"resume_training = {config.resume_training!r}: load_checkpoint names a file already"

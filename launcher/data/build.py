@@ -13,14 +13,13 @@ Owns the data cache. Invariants:
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from xxhash import xxh3_128
 
@@ -153,8 +152,7 @@ def _ensure_folder(recipe: Recipe, settings: dict[str, Any]) -> Path:
 def _make(folder: Path, recipe: Recipe, files: list[DataFile]) -> None:
     """Read, tokenise, plan the rows, write: all of it or nothing."""
     _remove_leftovers(folder.parent)
-    scratch = folder.parent / f".{folder.name}.{socket.gethostname()}-{os.getpid()}.tmp"
-    shutil.rmtree(scratch, ignore_errors=True)
+    scratch = folder.parent / f".{folder.name}.{uuid4().hex}.tmp"
     scratch.mkdir()
     try:
         tally = Tally()

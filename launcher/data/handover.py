@@ -8,12 +8,12 @@ written before the barrier and read behind it, so an old one is never taken for 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from launcher.errors import Problem, UserError
 
@@ -48,7 +48,7 @@ def hand_over(
 
 
 def _write(path: Path, outcome: dict[str, Any]) -> None:
-    scratch = path.with_suffix(f".{os.getpid()}.tmp")
+    scratch = path.with_suffix(f".{uuid4().hex}.tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch.write_text(json.dumps(outcome))
     scratch.replace(path)

@@ -83,7 +83,7 @@ def source_files(loader: DataLoaderSection) -> list[DataFile]:
         wanted = "dataset_files" if kind == INSTRUCTION else "dataset_dir"
         raise UserError(
             f"data_loader.{wanted} is not set",
-            rule=f"a {kind} needs to know which files to read",
+            rule=f"{kind} needs to know which files to read",
             advice="Give a file, a folder or a glob",
         )
     if kind == TEXT:

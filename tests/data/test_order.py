@@ -32,7 +32,9 @@ def test_every_small_size_is_a_permutation(size: int) -> None:
 
 @given(size=st.integers(1, 2**40), seed=SEEDS, data=st.data())
 @settings(max_examples=100, deadline=None)
-def test_large_sizes_stay_inside_and_never_collide(size: int, seed: int, data: st.DataObject) -> None:
+def test_large_sizes_stay_inside_and_never_collide(
+    size: int, seed: int, data: st.DataObject
+) -> None:
     count = min(size, 500)
     first = data.draw(st.integers(0, size - count))
     rows = GlobalOrder(size, seed).rows(np.arange(first, first + count))

@@ -59,7 +59,9 @@ def test_a_packed_stream_is_the_slow_reference(documents: list[list[int]], seq_l
         for t in range(seq_length):
             same = [s for s in range(seq_length) if numbers[s] == numbers[t]]
             assert row.position_ids[t] == t - same[0]
-            assert [s for s in range(seq_length) if row.document_ids[s] == row.document_ids[t]] == same
+            assert [
+                s for s in range(seq_length) if row.document_ids[s] == row.document_ids[t]
+            ] == same
         assert row.document_ids[0] == 0
         assert rows.target_counts[index] == np.count_nonzero(row.labels != -100)
         assert rows.token_counts[index] == len(piece)
@@ -69,7 +71,9 @@ def test_a_packed_stream_is_the_slow_reference(documents: list[list[int]], seq_l
 @settings(max_examples=100, deadline=None)
 def test_packing_text_loses_no_target(documents: list[list[int]], seq_length: int) -> None:
     rows = StreamRows(store_of(documents), seq_length, PAD)
-    labels = [label for i in range(len(rows.target_counts)) for label in rows.row(i).labels.tolist()]
+    labels = [
+        label for i in range(len(rows.target_counts)) for label in rows.row(i).labels.tolist()
+    ]
     expected = [token for document in documents for token in document[1:]]
     assert [label for label in labels if label != -100] == expected
 

@@ -40,7 +40,15 @@ def write_lines(path: Path, *records: Any) -> Path:
 @pytest.fixture
 def texts(tmp_path: Path) -> Path:
     folder = tmp_path / "texts"
-    for name in ("b.txt", "a.md", "sub/c.py", "sub/sub/d.TXT", "data.csv", ".hidden/e.txt", ".f.txt"):
+    for name in (
+        "b.txt",
+        "a.md",
+        "sub/c.py",
+        "sub/sub/d.TXT",
+        "data.csv",
+        ".hidden/e.txt",
+        ".f.txt",
+    ):
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(name)
@@ -70,7 +78,9 @@ def test_files_folders_globs(
     assert read(tmp_path, dataset_dir=str(texts / place), suffixes=suffixes) == expected
 
 
-def test_several_places_keep_their_order_and_no_file_comes_twice(tmp_path: Path, texts: Path) -> None:
+def test_several_places_keep_their_order_and_no_file_comes_twice(
+    tmp_path: Path, texts: Path
+) -> None:
     places = [str(texts / "b.txt"), str(texts)]
     assert read(tmp_path, dataset_files=places)[:3] == ["b.txt", "a.md", "sub/c.py"]
 
@@ -138,8 +148,12 @@ def test_the_library_is_kept_off_the_network_and_inside_the_cache(
     monkeypatch.setattr(socket.socket, "connect", no_network)
     monkeypatch.setattr(socket, "getaddrinfo", no_network)
     path = write_lines(tmp_path / "a.jsonl", {"body": "one"})
-    before = set((Path.home() / ".cache").rglob("*")) if (Path.home() / ".cache").exists() else set()
-    assert read(tmp_path, type="CommonDataLoader", data_files=str(path), text_column="body") == ["one"]
+    before = (
+        set((Path.home() / ".cache").rglob("*")) if (Path.home() / ".cache").exists() else set()
+    )
+    assert read(tmp_path, type="CommonDataLoader", data_files=str(path), text_column="body") == [
+        "one"
+    ]
     after = set((Path.home() / ".cache").rglob("*")) if (Path.home() / ".cache").exists() else set()
     assert {p for p in after - before if "datasets" in str(p)} == set()
 
@@ -229,27 +243,31 @@ CHAT = {"type": "InstructionDataLoader"}
         (
             {},
             {},
-            "data_loader.dataset_dir is not set: a TextDataLoader needs to know which files to read. "
+            "data_loader.dataset_dir is not set: TextDataLoader needs to know which files to read. "
             "Give a file, a folder or a glob.",
         ),
-        ({}, CHAT, "data_loader.dataset_files is not set: a InstructionDataLoader needs"),
+        ({}, CHAT, "data_loader.dataset_files is not set: InstructionDataLoader needs"),
         (
             {"corpus/a.txt": "x"},
             {"dataset_dir": "{}/corpsu"},
-            "data_loader: '{}/corpsu' does not exist: dataset_dir and dataset_files must be a file, "
-            "a folder or a glob. did you mean `corpus`? Relative paths count from the current folder.",
+            "data_loader: '{}/corpsu' does not exist: dataset_dir and dataset_files must be a "
+            "file, "
+            "a folder or a glob. did you mean `corpus`? Relative paths count from the current "
+            "folder.",
         ),
         (
             {"corpus/a.txt": "x"},
             {"dataset_dir": "{}/far/off"},
-            "data_loader: '{}/far/off' does not exist: dataset_dir and dataset_files must be a file, "
+            "data_loader: '{}/far/off' does not exist: dataset_dir and dataset_files must be a "
+            "file, "
             "a folder or a glob. The part that exists is {}. Relative paths",
         ),
         (
             {"a.bin": "x", "b.bin": "x", "c": "x"},
             {"dataset_dir": "{}", "suffixes": [".txt", ".md"]},
             "data_loader: '{}' has no file ending in .txt, .md: a dataset needs at least one file. "
-            "Found instead: 2 *.bin, 1 no suffix. Set data_loader.suffixes, or the data_loader.type "
+            "Found instead: 2 *.bin, 1 no suffix. Set data_loader.suffixes, or the "
+            "data_loader.type "
             "that reads these.",
         ),
         (
@@ -260,7 +278,8 @@ CHAT = {"type": "InstructionDataLoader"}
         (
             {".hidden": "x"},
             {"dataset_dir": "{}"},
-            "data_loader: '{}' holds no file: a dataset needs at least one file. Put files there, or "
+            "data_loader: '{}' holds no file: a dataset needs at least one file. Put files "
+            "there, or "
             "name another place.",
         ),
         ({"a.txt": "x"}, {"dataset_dir": "{}/*.md"}, "data_loader: '{}/*.md' holds no file"),
@@ -300,12 +319,14 @@ CHAT = {"type": "InstructionDataLoader"}
         (
             {"a.json": '{\n"text": "one"\n}'},
             {**CHAT, "dataset_dir": "{}"},
-            "{}/a.json: holds one object: a JSON dataset is a list of objects, or one object a line.",
+            "{}/a.json: holds one object: a JSON dataset is a list of objects, or one object a "
+            "line.",
         ),
         (
             {"a.jsonl": '{"body": "one", "id": 1}\n'},
             {**HF, "dataset_dir": "{}"},
-            "{}/a.jsonl, record 1: there is no column 'text': HFDataLoader reads its documents from "
+            "{}/a.jsonl, record 1: there is no column 'text': HFDataLoader reads its documents "
+            "from "
             "data_loader.text_column. Columns found: body, id.",
         ),
         (
@@ -316,7 +337,8 @@ CHAT = {"type": "InstructionDataLoader"}
         (
             {"a.jsonl": '{"text": 5, "body": "one"}\n'},
             {**HF, "dataset_dir": "{}"},
-            "{}/a.jsonl, record 1: column 'text' = 5: a document must be a string. Columns with text: "
+            "{}/a.jsonl, record 1: column 'text' = 5: a document must be a string. Columns with "
+            "text: "
             "body. Set data_loader.text_column.",
         ),
         (
@@ -339,7 +361,8 @@ CHAT = {"type": "InstructionDataLoader"}
         (
             {"a.jsonl": '{"messages": [{"role": "user", "content": "x"}]}\n{"messages": []}\n'},
             {**CHAT, "dataset_dir": "{}"},
-            "{}/a.jsonl:2: 'messages' = []: in the messages format it must be a list of turns that is "
+            "{}/a.jsonl:2: 'messages' = []: in the messages format it must be a list of turns "
+            "that is "
             "not empty. Keys found: messages. Repair the record, or set data_loader.format "
             "(alpaca, messages, sharegpt).",
         ),
@@ -357,7 +380,8 @@ CHAT = {"type": "InstructionDataLoader"}
             {"a.jsonl": '{"conversations": [{"from": "humman", "value": "x"}]}'},
             {**CHAT, "dataset_dir": "{}"},
             "{}/a.jsonl:1: has a turn from 'humman': a sharegpt turn is from one of system, human, "
-            "user, gpt, chatgpt, assistant, bot, model, function_call, observation, tool, function. "
+            "user, gpt, chatgpt, assistant, bot, model, function_call, observation, tool, "
+            "function. "
             "did you mean `human`?",
         ),
         (
@@ -387,11 +411,12 @@ def test_errors_say_what_where_and_how_to_go_on(
         key: value.replace("{}", str(root)) if isinstance(value, str) else value
         for key, value in settings.items()
     }
+    reader = read
+    if filled.get("type") == "InstructionDataLoader":
+        del filled["type"]
+        reader = talk  # type: ignore[assignment]
     with pytest.raises(UserError) as caught:
-        if settings.get("type") == "InstructionDataLoader":
-            talk(tmp_path, **{key: value for key, value in filled.items() if key != "type"})
-        else:
-            read(tmp_path, **filled)
+        reader(tmp_path, **filled)
     assert expected.replace("{}", str(root)) in str(caught.value)
 
 

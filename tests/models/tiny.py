@@ -22,7 +22,7 @@ def dense_spec(**model_config: Any) -> ModelSpec:
 
 
 def oracle(spec: ModelSpec, *, seed: int = 0) -> nn.Module:
-    """The transformers module of `spec`, random, its norms and biases off their initial constants."""
+    """The transformers module of `spec`, random, norms and biases off their initial constants."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(seed)
@@ -55,7 +55,7 @@ def tokens(rows: int, length: int, *, seed: int = 1) -> Tensor:
 
 
 def module_spec(family: str, **model_config: Any) -> ModelSpec:
-    """A tiny spec of a family that runs through its transformers module, whatever its keys are called."""
+    """A tiny spec of a family that runs through its transformers module."""
     from transformers import CONFIG_MAPPING
 
     config_class = CONFIG_MAPPING[family]

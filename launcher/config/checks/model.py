@@ -39,7 +39,7 @@ def model(check: Check) -> Iterator[KeyProblem]:
 
 def _undescribed(check: Check) -> KeyProblem:
     folder = check.config.pretrained_model_dir
-    if folder and check.config.model.model_config:
+    if check.config.model.model_config:
         key, what = "model.model_config", "model.model_config has no `type`"
     elif folder:
         key, what = "pretrained_model_dir", f"{folder} holds no config.json"

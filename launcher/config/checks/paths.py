@@ -13,7 +13,7 @@ from pathlib import Path
 from launcher.config.checks.check import Check
 from launcher.config.derived import has_safetensors, has_tokenizer, tokenizer_dir
 from launcher.config.provenance import KeyProblem
-from launcher.config.schema import DatasetSection
+from launcher.config.schema import DataLoaderSection, DatasetSection
 from launcher.errors import did_you_mean
 from launcher.weights.source import detect
 
@@ -77,7 +77,8 @@ def _dataset(check: Check, name: str, section: DatasetSection) -> Iterator[KeyPr
     loader, prefix = section.data_loader, f"{name}.data_loader"
     keys = tuple(f"{prefix}.{key}" for key in ("dataset_dir", "dataset_files", "data_files"))
     for key, kinds in _BY_TYPE.items():
-        if check.provenance.is_written(f"{prefix}.{key}") and loader.type not in kinds:
+        default = getattr(DataLoaderSection(), key)
+        if getattr(loader, key) != default and loader.type not in kinds:
             yield check.wrong(
                 f"{prefix}.{key}",
                 f"{loader.type} does not take it",

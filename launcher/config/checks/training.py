@@ -81,7 +81,7 @@ def sharded_optimizer(check: Check) -> Iterator[KeyProblem]:
     if size not in divisors:
         yield check.wrong(
             key,
-            f"it divides data_parallel ({ranks})",
+            f"it must divide data_parallel ({ranks})",
             nearest=f"Nearest: {min(divisors, key=lambda n: abs(n - size))}",
             advice="-1 means the whole data-parallel group",
             also=("parallel_config.data_parallel",),
@@ -116,7 +116,7 @@ def sinking(check: Check) -> Iterator[KeyProblem]:
         near = f"{below} or {above}" if below else f"{above}"
         yield check.wrong(
             key,
-            f"with sink_size {size} it is a multiple of {size}",
+            f"with sink_size {size} it must be a multiple of {size}",
             nearest=f"Nearest: {near}",
             advice="sink_mode: False saves at any step",
             also=("runner_config.sink_size", "runner_config.sink_mode", "callbacks"),
@@ -255,7 +255,7 @@ def generation_numbers(check: Check) -> Iterator[KeyProblem]:
     if generation.max_new_tokens is None and generation.min_length > generation.max_length:
         yield check.wrong(
             "generation_config.min_length",
-            f"it is at most max_length ({generation.max_length})",
+            f"it must be at most max_length ({generation.max_length})",
             nearest=f"Nearest: {generation.max_length}",
             also=("generation_config.max_length",),
         )
@@ -263,7 +263,7 @@ def generation_numbers(check: Check) -> Iterator[KeyProblem]:
     if most is not None and fewest is not None and fewest > most:
         yield check.wrong(
             "generation_config.min_new_tokens",
-            f"it is at most max_new_tokens ({most})",
+            f"it must be at most max_new_tokens ({most})",
             nearest=f"Nearest: {most}",
             also=("generation_config.max_new_tokens",),
         )

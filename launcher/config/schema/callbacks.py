@@ -125,14 +125,29 @@ class RegisteredCallbackSection:
     """Every other key of the entry."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class IgnoredCallbackSection:
+    """A callback of the original that has no meaning here: `ObsMonitor` serves ModelArts."""
+
+    type: str = no_effect("", "only for ModelArts")
+    """Name of the class."""
+    arguments: dict[str, Any] = open_keys("only for ModelArts", status="no effect")
+    """Every other key of the entry."""
+
+
 CallbackSection = (
-    LossMonitorSection | CheckpointMonitorSection | EvalCallbackSection | RegisteredCallbackSection
+    LossMonitorSection
+    | CheckpointMonitorSection
+    | EvalCallbackSection
+    | RegisteredCallbackSection
+    | IgnoredCallbackSection
 )
 
 CALLBACKS: dict[str, type] = {
     "MFLossMonitor": LossMonitorSection,
     "CheckpointMonitor": CheckpointMonitorSection,
     "EvalCallBack": EvalCallbackSection,
+    "ObsMonitor": IgnoredCallbackSection,
 }
 """What `type` in callbacks may say; anything else comes in through register_path."""
 
@@ -140,7 +155,7 @@ PLANNED_CALLBACKS = (
     *("ProfileMonitor", "TrainCallBack", "StressDetectCallBack", "StressTestModelMonitor"),
     *("SDCMonitor", "TopkBiasBalanceCallback", "MoEDropRateCallback", "ColdHotExpertMonitor"),
     *("TrainingStateMonitor", "SummaryMonitor", "OnRequestExit", "MaxLogitsMonitor"),
-    *("ExpertMigrateCallback", "ObsMonitor", "LossMonitor", "TimeMonitor", "ModelCheckpoint"),
+    *("ExpertMigrateCallback", "LossMonitor", "TimeMonitor", "ModelCheckpoint"),
 )
 """Callbacks of the original that this version does not have."""
 

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from launcher.config.schema.callbacks import (
     CallbackSection,
@@ -281,7 +281,7 @@ class Config:
     callbacks: list[CallbackSection] = field(default_factory=list)
     """What is watched and saved, a list of entries with `type`. MFLossMonitor is always there;
     of several entries of one of our types the last one counts."""
-    eval_callbacks: list[CallbackSection] = field(default_factory=list)
+    eval_callbacks: list[Any] = no_effect([], "eval reports loss and perplexity")
     """The same for evaluation."""
     recompute_config: RecomputeSection = section(RecomputeSection)
     """Activation checkpointing."""

@@ -26,9 +26,10 @@ class RunnerSection:
     gradient_accumulation_steps: int = effective(1, minimum=1)
     """Micro steps of one optimizer step."""
     max_steps: int | None = effective(None, minimum=1)
-    """End after this many optimizer steps, whatever epochs says."""
+    """Length of the run in optimizer steps, whatever epochs says; the learning rate ends there."""
     stop_step: int = effective(0, minimum=0)
-    """The original's name of max_steps (it never worked there); 0: off."""
+    """Stop after this many optimizer steps of a longer run, whose learning rate is planned to its
+    end: it can be resumed. 0: off."""
     num_classes: int = no_effect(1, "a language model has none")
     """Classes of a classifier."""
 

@@ -1,0 +1,261 @@
+"""From prompt tokens to new tokens.
+
+Owns the generation settings and the loop. Invariants: what comes out for a prompt does not depend
+on which prompts share its batch (lengths, penalties and random draws are each prompt's own; a draw
+is a function of (seed, prompt index, step)); greedy continuations are those of `transformers`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import xxhash
+from torch import Tensor, nn
+
+from launcher.errors import UserError
+from models.attention import KVCache
+from models.transformers_model import TransformersModel
+
+_DEFAULTS: dict[str, Any] = {
+    "max_length": 20, "max_new_tokens": None, "min_length": 0, "min_new_tokens": None,
+    "do_sample": False, "temperature": 1.0, "top_k": 50, "top_p": 1.0, "repetition_penalty": 1.0,
+    "eos_token_id": None, "bos_token_id": None, "pad_token_id": None,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationSettings:
+    """How to continue prompts; the names are those of transformers."""
+
+    max_length: int = 20
+    """Longest text in tokens, the prompt included; of no effect when `max_new_tokens` is given."""
+    max_new_tokens: int | None = None
+    min_length: int = 0
+    min_new_tokens: int | None = None
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_k: int = 50
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    eos_token_ids: tuple[int, ...] = ()
+    bos_token_id: int | None = None
+    pad_token_id: int = 0
+
+
+def generation_settings(
+    *sources: Mapping[str, Any], tokenizer: Any = None, hf_config: Mapping[str, Any] | None = None
+) -> GenerationSettings:
+    """Settings from `sources`, the most binding first: keys the user wrote in `generation_config`,
+    those in `model_config`, the directory's generation_config.json.
+
+    Keys that none of them has take the defaults; special tokens then come from `hf_config` (the
+    model's config.json) and from the tokenizer. Other keys of the sources are not looked at.
+    """
+    merged: dict[str, Any] = {}
+    for source in sources:
+        # max_length in one source is not undone by max_new_tokens in one that binds less.
+        limited = {"min_new_tokens"} if "min_length" in merged else set()
+        limited |= {"max_new_tokens"} if "max_length" in merged else set()
+        given = {key for key in source if key in _DEFAULTS and source[key] is not None}
+        merged = {key: source[key] for key in given - limited} | merged
+    for key in ("eos_token_id", "bos_token_id", "pad_token_id"):
+        in_config = (hf_config or {}).get(key)
+        value = in_config if in_config is not None else getattr(tokenizer, key, None)
+        merged.setdefault(key, value)
+    settings = _DEFAULTS | merged
+    end, padding = settings.pop("eos_token_id"), settings.pop("pad_token_id")
+    ends = () if end is None else (end,) if isinstance(end, int) else tuple(end)
+    if padding is None:
+        padding = ends[0] if ends else 0
+    return GenerationSettings(**settings, eos_token_ids=ends, pad_token_id=padding)
+
+
+def token_limits(
+    lengths: Sequence[int], settings: GenerationSettings, positions: int | None
+) -> list[int]:
+    """How long each text may grow, in tokens. Raises UserError for prompts without room.
+
+    `positions`: how many the model has, None where there is no such limit.
+    """
+    limits = []
+    for index, length in enumerate(lengths):
+        what = f"prompt {index + 1} has {length} tokens"
+        if length == 0:
+            raise UserError(
+                f"prompt {index + 1} is empty", rule="there is no token to begin with",
+                advice="Write a prompt, or set generation_config.bos_token_id",
+            )  # fmt: skip
+        if positions is not None and length >= positions:
+            raise UserError(what, rule=f"the model has {positions} positions",
+                            advice="Shorten the prompt")  # fmt: skip
+        new = settings.max_new_tokens
+        limit = settings.max_length if new is None else length + new
+        if length >= limit:
+            raise UserError(what, rule=f"max_length = {limit} counts the prompt",
+                            nearest=f"Nearest: generation_config.max_length: {length + 1}",
+                            advice="Or set generation_config.max_new_tokens")  # fmt: skip
+        if positions is not None and limit > positions:
+            key = "max_length" if new is None else "max_new_tokens"
+            nearest = positions if new is None else positions - length
+            raise UserError(
+                f"{what}, generation_config.{key} = {settings.max_length if new is None else new}",
+                rule=f"the model has {positions} positions", nearest=f"Nearest: {nearest}",
+            )  # fmt: skip
+        limits.append(limit)
+    return limits
+
+
+@torch.no_grad()
+def continue_tokens(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    settings: GenerationSettings,
+    *,
+    limits: Sequence[int],
+    indices: Sequence[int],
+    seed: int,
+    device: torch.device | str,
+) -> list[list[int]]:
+    """The new tokens of each prompt of one batch, the end token included where there was one.
+
+    `indices`: the prompts' places among all, for the random draws. A module of transformers
+    continues its prompts one by one, with its own `generate`.
+    """
+    training = model.training
+    model.eval()
+    try:
+        if isinstance(model, TransformersModel):
+            return [
+                _continue_with_transformers(model, prompt, settings, limit, index, seed, device)
+                for prompt, limit, index in zip(prompts, limits, indices, strict=True)
+            ]
+        return _continue_batch(model, prompts, settings, limits, indices, seed, device)
+    finally:
+        model.train(training)
+
+
+def _continue_batch(
+    model: nn.Module, prompts: Sequence[Sequence[int]], settings: GenerationSettings,
+    limits: Sequence[int], indices: Sequence[int], seed: int, device: torch.device | str,
+) -> list[list[int]]:  # fmt: skip
+    """Prompts padded on the left, one token each a step, until every text has ended."""
+    longest = max(map(len, prompts))
+    ids = torch.full((len(prompts), longest), settings.pad_token_id, device=device)
+    mask = torch.zeros(len(prompts), longest, dtype=torch.bool, device=device)
+    for row, prompt in enumerate(prompts):
+        ids[row, longest - len(prompt) :] = torch.tensor(prompt, device=device)
+        mask[row, longest - len(prompt) :] = True
+    padded = not bool(mask.all())
+    choosers = [
+        _Chooser(settings, prompt, index, seed, device)
+        for prompt, index in zip(prompts, indices, strict=True)
+    ]
+    rooms = [limit - len(prompt) for prompt, limit in zip(prompts, limits, strict=True)]
+    cache = KVCache(capacity=longest + max(rooms))
+    running = list(range(len(prompts)))
+    while True:
+        logits = model(ids, attention_mask=mask if padded else None, cache=cache, last_only=True)
+        scores = logits[:, -1].float()
+        likeliest = scores.argmax(dim=-1).tolist()
+        next_ids = [settings.pad_token_id] * len(prompts)
+        for row in list(running):
+            next_ids[row] = choosers[row].choose(scores[row : row + 1], likeliest[row])
+            ended = next_ids[row] in settings.eos_token_ids
+            if ended or len(choosers[row].tokens) >= limits[row]:
+                running.remove(row)
+        if not running:
+            break
+        ids = torch.tensor(next_ids, device=device)[:, None]
+        mask = torch.cat((mask, mask.new_ones(len(prompts), 1)), dim=1)
+    return [c.tokens[len(p) :] for c, p in zip(choosers, prompts, strict=True)]
+
+
+class _Chooser:
+    """The text of one prompt so far, and how its next token is chosen."""
+
+    def __init__(
+        self, settings: GenerationSettings, prompt: Sequence[int], index: int, seed: int,
+        device: torch.device | str,
+    ) -> None:  # fmt: skip
+        self.tokens = list(prompt)
+        self.settings, self.index, self.seed, self.device = settings, index, seed, device
+        self.prompt_length = len(prompt)
+        self.processors = _processors(settings, len(prompt), device)
+
+    def choose(self, scores: Tensor, likeliest: int) -> int:
+        """The next token from `scores` [1, vocabulary], of which `likeliest` is the greatest."""
+        token = likeliest
+        if self.processors:
+            scores = self.processors(torch.tensor([self.tokens], device=self.device), scores)
+            token = int(scores.argmax())
+        if self.settings.do_sample:
+            token = self._draw(scores)
+        self.tokens.append(token)
+        return token
+
+    def _draw(self, scores: Tensor) -> int:
+        step = len(self.tokens) - self.prompt_length
+        generator = torch.Generator().manual_seed(draw_seed(self.seed, self.index, step))
+        return int(torch.multinomial(scores.softmax(-1).cpu(), 1, generator=generator))
+
+
+def draw_seed(seed: int, index: int, step: int) -> int:
+    """The seed of one random draw."""
+    return xxhash.xxh3_64_intdigest(f"generation/{seed}/{index}/{step}".encode())
+
+
+def _processors(settings: GenerationSettings, prompt_length: int, device: Any) -> Any:
+    """What changes the scores of a text, in the order of transformers."""
+    from transformers.generation import logits_process as process
+
+    ends, found = list(settings.eos_token_ids), process.LogitsProcessorList()
+    if settings.repetition_penalty != 1.0:
+        found.append(process.RepetitionPenaltyLogitsProcessor(settings.repetition_penalty))
+    if ends and settings.min_length > 0:
+        found.append(process.MinLengthLogitsProcessor(settings.min_length, ends, device=device))
+    if ends and settings.min_new_tokens:
+        found.append(
+            process.MinNewTokensLengthLogitsProcessor(
+                prompt_length, settings.min_new_tokens, ends, device=device
+            )
+        )
+    if settings.do_sample:
+        if settings.temperature != 1.0:
+            found.append(process.TemperatureLogitsWarper(settings.temperature))
+        if settings.top_k > 0:
+            found.append(process.TopKLogitsWarper(settings.top_k))
+        if settings.top_p < 1.0:
+            found.append(process.TopPLogitsWarper(settings.top_p))
+    return found
+
+
+def _continue_with_transformers(
+    model: TransformersModel, prompt: Sequence[int], settings: GenerationSettings, limit: int,
+    index: int, seed: int, device: torch.device | str,
+) -> list[int]:  # fmt: skip
+    from transformers import GenerationConfig
+
+    sampling: dict[str, Any] = {}
+    if settings.do_sample:
+        sampling = {"temperature": settings.temperature, "top_k": settings.top_k,
+                    "top_p": settings.top_p}  # fmt: skip
+    config = GenerationConfig(
+        max_length=limit,
+        min_length=settings.min_length,
+        min_new_tokens=settings.min_new_tokens,
+        do_sample=settings.do_sample,
+        repetition_penalty=settings.repetition_penalty,
+        eos_token_id=list(settings.eos_token_ids) or None,
+        pad_token_id=settings.pad_token_id,
+        **sampling,
+    )
+    ids = torch.tensor([list(prompt)], device=device)
+    with torch.random.fork_rng():
+        torch.manual_seed(draw_seed(seed, index, 0))
+        text = model.wrapped.generate(
+            ids, attention_mask=torch.ones_like(ids), generation_config=config
+        )
+    return text[0, len(prompt) :].tolist()

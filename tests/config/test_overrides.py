@@ -1,0 +1,148 @@
+"""The grammar of overrides on a tree: literal texts, options, Hydra's own, lists."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher.config.command_line import parse
+from launcher.config.resolve import resolve
+from launcher.config.rules import check
+from tests.config.test_resolve import resolved, value
+
+BASE = (
+    "callbacks:\n  - {type: MFLossMonitor}\n  - {type: CheckpointMonitor, prefix: a}\n"
+    "model: {model_config: {type: Qwen3Config, rope_scaling: {factor: 2}}}\n"
+    "optimizer: {eps: 1e-6}\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("words", "key", "expected"),
+    [
+        # literal, typed by the schema
+        (["--optimizer.eps", "1e-4"], "optimizer.eps", 1e-4),
+        (["--optimizer.eps=1"], "optimizer.eps", 1.0),
+        (["--optimizer.betas", "[0.8, 0.9]"], "optimizer.betas", [0.8, 0.9]),
+        (["--output_dir", "a,b [c] {d}"], "output_dir", "a,b [c] {d}"),
+        (["--output_dir=x=y"], "output_dir", "x=y"),
+        (["--output_dir", "12"], "output_dir", "12"),
+        (["--output_dir", "true"], "output_dir", "true"),
+        (["--strict_load", "false"], "strict_load", False),
+        (["--load_ckpt_format", "null"], "load_ckpt_format", None),
+        (["--resume_training", "TRUE"], "resume_training", True),
+        (["--resume_training", "x-1_2"], "resume_training", "x-1_2"),
+        (["--trackers", "[wandb]"], "trackers", ["wandb"]),
+        (["--callbacks.1.prefix", "b"], "callbacks.1.prefix", "b"),
+        (["--callbacks", "[{type: CheckpointMonitor, prefix: z}]"], "callbacks.0.prefix", "z"),
+        (["--callbacks", '[{"type": "CheckpointMonitor", "prefix": "z"}]'],
+         "callbacks.0.prefix", "z"),
+        (["--model.model_config.hidden_size", "64"], "model.model_config.hidden_size", 64),
+        (["--model.model_config.new", "[1, {a: 2}]"], "model.model_config.new", [1, {"a": 2}]),
+        (["--model.model_config.rope_scaling.type", "yarn"],
+         "model.model_config.rope_scaling", {"factor": 2, "type": "yarn"}),
+        (["--parallel.parallel_mode", "1"], "parallel.parallel_mode", 1),
+        (["--parallel.parallel_mode", "STAND_ALONE"], "parallel.parallel_mode", "STAND_ALONE"),
+        (["--generation.top_k", "3"], "generation_config.top_k", 3),
+        (["--train_dataset.data_loader.dataset_files", "[a, b]"],
+         "train_dataset.data_loader.paths", ["a", "b"]),
+        (["--train_dataset.data_loader.dataset_files", "a,b"],
+         "train_dataset.data_loader.paths", ["a,b"]),
+        # --options, done right
+        (["--options", "sink=1"][:1] + ["runner_config.sink_mode=True"],
+         "runner_config.sink_mode", True),
+        (["--options", "runner_config.sink_mode=False", "seed=3"],
+         "runner_config.sink_mode", False),
+        (["--options", "optimizer.betas=0.8,0.9"], "optimizer.betas", [0.8, 0.9]),
+        (["--options", "optimizer.betas=(0.8,0.9)"], "optimizer.betas", [0.8, 0.9]),
+        (["--options", "output_dir=a,b=c"], "output_dir", "a,b=c"),
+        (["--options", "model.model_config.x=1,2"], "model.model_config.x", [1, 2]),
+        # Hydra's grammar
+        (["optimizer.eps=1e-4"], "optimizer.eps", 1e-4),
+        (["optimizer.betas=[0.8,0.9]"], "optimizer.betas", [0.8, 0.9]),
+        (["output_dir='a, b'"], "output_dir", "a, b"),
+        (["output_dir=/tmp/x:y"], "output_dir", "/tmp/x:y"),
+        (["runner_config.max_steps=null"], "runner_config.max_steps", None),
+        (["lr_schedule={type: ConstantWarmUpLR, warmup_steps: 3}"],
+         "lr_schedule.type", "ConstantWarmUpLR"),
+        (["callbacks.1.prefix=x"], "callbacks.1.prefix", "x"),
+        (["callbacks.0={type: EvalCallBack}"], "callbacks.0.type", "EvalCallBack"),
+        (["+callbacks={type: EvalCallBack}"], "callbacks.2.type", "EvalCallBack"),
+        (["+callbacks=[{type: EvalCallBack}]"], "callbacks.2.type", "EvalCallBack"),
+        (["+trackers=wandb", "+trackers=aim"], "trackers", ["wandb", "aim"]),
+        (["+model.model_config.attention_bias=true"], "model.model_config.attention_bias", True),
+        (["+context.anything=1"], "context.extra", {"anything": 1}),
+        (["~optimizer.eps"], "optimizer.eps", 1e-8),
+        (["~optimizer.eps=1e-6"], "optimizer.eps", 1e-8),
+        (["~callbacks.0"], "callbacks.0.prefix", "a"),
+        (["~model.model_config.rope_scaling"], "model.model_config", {"type": "Qwen3Config"}),
+        (["seed=3", "~seed"], "seed", 1),
+        # order
+        (["seed=3", "--options", "seed=4"], "seed", 3),
+        (["--seed", "5", "seed=6"], "seed", 6),
+        (["seed=6", "--seed", "5"], "seed", 6),
+    ],
+)  # fmt: skip
+def test_overrides(workspace: Path, words: list[str], key: str, expected: Any) -> None:
+    result = resolved(BASE, *words)
+    assert value(result, key) == expected
+    assert type(value(result, key)) is type(expected)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["optimizer.eps.x=1"], "`optimizer.eps` = 1e-06 has no keys"),
+        (["callbacks.first.prefix=x"], "`first` is no entry of this list"),
+        (["~callbacks.4"], "nothing is written there"),
+        (["~optimizer.eps=3"], "`~optimizer.eps=3`: it is 1e-06"),
+        (["+seed=3"], "`seed` is a key of the schema"),
+        (["+nothing.x=3"], "there is no such key, and its section is not an open one"),
+        (["+callbacks.1.prefx=3"], "did you mean `callbacks.1.prefix`?"),
+        (["seed=choice(1,2)"], "`seed=choice(1,2)` cannot be read"),
+        (["seed@x=1"], "cannot be read"),
+        (["--options", "seed"], "`seed` is no pair"),
+        (["--options"], "`--options` has no value"),
+        (["--train_dataset_dri", "x"], "did you mean `--train_dataset_dir`?"),
+        (["--check_config=perhaps"], "true or false is needed"),
+        (["--optimizer", "fast"], "optimizer = 'fast': a section (key: value) is needed"),
+        (["--train_dataset", "--seed", "3"], "`--train_dataset` has no value"),
+        (["--optimizer.betas", "0.9"], "optimizer.betas = 0.9: a list of numbers is needed"),
+    ],
+)
+def test_refused(workspace: Path, words: list[str], message: str) -> None:
+    Path("x.yaml").write_text(BASE)
+    found = [str(problem) for problem in resolve("x.yaml", "train", overrides=words).problems]
+    assert any(message in text for text in found), found
+    assert all(text.startswith("command line") for text in found)
+
+
+def test_hydra_never_speaks(workspace: Path) -> None:
+    Path("x.yaml").write_text(BASE)
+    for word in ("a.b=[", "=3", "a b=3", "~", "+=1", "x=${y", "x=a=b", "a..b=1", "."):
+        result = resolve("x.yaml", "train", overrides=[word] if word != "." else [".=1"])
+        text = "\n".join(map(str, result.problems))
+        assert result.problems, word
+        for phrase in ("hydra", "LexerNoViableAlt", "mismatched", "extraneous", "struct"):
+            assert phrase not in text.replace("Hydra's grammar", "").lower(), (word, text)
+
+
+def test_switches() -> None:
+    line = parse(["--config", "x", "--check_config", "--print_config", "a=1", "--help"])
+    assert (line.check_config, line.print_config, line.help) == (True, True, True)
+    assert [assignment.key for assignment in line.overrides] == ["a"]
+
+
+def test_values_that_look_like_numbers_or_flags() -> None:
+    line = parse(["--data_skip_steps", "-1", "--predict_data=--x", "--output_dir=-"])
+    assert line.overrides[0].text == "-1"
+    assert [assignment.text for assignment in line.flags] == ["--x", "-"]
+    assert not line.problems
+
+
+def test_rules_see_what_the_command_line_says(workspace: Path) -> None:
+    result = resolve("right.yaml", "train", {"train_dataset_dir": "nowhere"})
+    (problem,) = check(result.config, result.provenance, world=1)
+    assert str(problem).startswith("command line: --train_dataset_dir: train_dataset.data_loader")

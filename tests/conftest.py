@@ -1,0 +1,25 @@
+"""Shared by all tests: one thread a process, no network, a workshop of real materials."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import pytest
+
+from tests.workshop import Workshop, build_materials
+
+
+@pytest.fixture(scope="session")
+def materials(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+    """Corpus and tokenizer, made once; do not write here."""
+    return build_materials(tmp_path_factory.mktemp("materials"))
+
+
+@pytest.fixture
+def workshop(materials: Workshop, tmp_path) -> Workshop:
+    """The materials in a fresh folder."""
+    return materials.copy_to(tmp_path / "work")

@@ -1,0 +1,323 @@
+"""From files to rows: what is said, what the cache keeps, what other ranks get."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from launcher.config.schema import DataLoaderSection, DatasetSection
+from launcher.data.build import build_dataset
+from launcher.data.packing import RowDataset
+from launcher.errors import UserError
+
+from .conftest import Build, train_tokenizer
+
+
+def all_inputs(dataset: RowDataset) -> list[int]:
+    rows = [dataset.row(index) for index in range(len(dataset))]
+    return [
+        token
+        for row, count in zip(rows, dataset.token_counts, strict=True)
+        for token in row.input_ids[:count].tolist()
+    ]
+
+
+def test_packed_text_is_the_stream_of_all_documents(
+    build: Build, corpus: Path, tokenizer: Any, said: list[str]
+) -> None:
+    dataset = build(dataset_dir=str(corpus), seq_length=16)
+    names = ["1.txt", "3.txt", "5.txt", *(f"deep/er/{n}.txt" for n in (0, 2, 4, 6))]
+    stream = [t for n in names for t in [*tokenizer((corpus / n).read_text())["input_ids"], 0]]
+    assert all_inputs(dataset) == stream
+    assert int(dataset.target_counts.sum()) == len(stream) - len(names)
+    assert dataset.largest_token == max(stream)
+    assert len(said) == 1
+    assert said[0].startswith(
+        f"data: 7 documents of 7 file(s), {len(stream):,} tokens, {len(dataset)} rows of 16 ("
+    )
+    assert said[0].endswith(" s)")
+
+
+def test_padded_text_is_a_document_a_row_and_says_what_was_cut(
+    build: Build, corpus: Path, tokenizer: Any, said: list[str]
+) -> None:
+    dataset = build(dataset_dir=str(corpus), seq_length=16, packing=False)
+    assert len(dataset) == 7
+    first = [*tokenizer((corpus / "deep/er/0.txt").read_text())["input_ids"], 0]
+    row = dataset.row(3)
+    missing = 16 - (len(first) - 1)
+    assert row.input_ids.tolist() == first[:-1] + [tokenizer.pad_token_id] * missing
+    assert row.labels.tolist() == first[1:] + [-100] * missing
+    assert row.document_ids is None
+    lengths = [len(tokenizer(path.read_text())["input_ids"]) for path in corpus.rglob("*.txt")]
+    cut = sum(length > 16 for length in lengths)
+    assert cut == 4
+    assert said[1:] == ["warning: 4 sample(s) longer than seq_length 16 were cut"]
+
+
+def test_instruction_rows_learn_answers_only(
+    build: Build, tmp_path: Path, chat_tokenizer: Any, said: list[str]
+) -> None:
+    records = [
+        {"instruction": "What is a ship?", "output": "It slides."},
+        {
+            "messages": [
+                {"role": "user", "content": "x " * 50},
+                {"role": "assistant", "content": "y"},
+            ]
+        },
+        {"conversations": [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So."}]},
+    ]
+    for number, record in enumerate(records):
+        (tmp_path / f"{number}.jsonl").write_text(json.dumps(record) + "\n")
+    dataset = build(
+        type="InstructionDataLoader",
+        dataset_files=[str(tmp_path / "*.jsonl")],
+        tokenizer=chat_tokenizer,
+        seq_length=64,
+    )
+    assert len(dataset) == 1
+    labels = [label for label in dataset.row(0).labels.tolist() if label != -100]
+    assert chat_tokenizer.decode(labels) == "It slides.<|im_end|>So.<|im_end|>"
+    assert said[0].startswith("data: 3 conversations of 3 file(s), ")
+    assert said[1:] == ["warning: 1 sample(s) with no answer within seq_length 64 were left out"]
+
+
+def test_the_cache_is_used_again_and_made_anew_when_a_file_changes(
+    build: Build, corpus: Path, said: list[str]
+) -> None:
+    first = build(dataset_dir=str(corpus))
+    again = build(dataset_dir=str(corpus))
+    assert "(from the cache " in said[1]
+    assert again.fingerprint == first.fingerprint
+
+    path = corpus / "1.txt"
+    os.utime(path, ns=(1, 1))  # the same content at another time: read again, equal
+    assert build(dataset_dir=str(corpus)).fingerprint == first.fingerprint
+    assert "(from the cache " not in said[2]
+
+    path.write_text(path.read_text() + "!")
+    changed = build(dataset_dir=str(corpus))
+    assert "(from the cache " not in said[3]
+    assert changed.fingerprint != first.fingerprint
+    assert first.row(0).input_ids.tolist() == again.row(0).input_ids.tolist()
+
+
+def test_a_stream_serves_every_length_from_one_folder(
+    build: Build, corpus: Path, said: list[str]
+) -> None:
+    short = build(dataset_dir=str(corpus), seq_length=8)
+    long = build(dataset_dir=str(corpus), seq_length=32)
+    assert "(from the cache " in said[1]
+    assert short.target_counts.sum() == long.target_counts.sum()
+    # The last end token is no target: no row is made for it alone.
+    assert all_inputs(short) == all_inputs(long)[: 8 * len(short)]
+    assert len(all_inputs(long)) - len(all_inputs(short)) <= 1
+    assert short.fingerprint != long.fingerprint
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"packing": False},
+        {"num_samples": 3},
+        {"suffixes": [".txt", ".md"]},
+        {"tokenizer": train_tokenizer(eos_token="<|im_end|>")},
+    ],
+    ids=["packing", "num_samples", "suffixes", "tokenizer"],
+)
+def test_every_setting_has_its_own_folder(
+    build: Build, corpus: Path, said: list[str], change: dict[str, Any]
+) -> None:
+    build(dataset_dir=str(corpus))
+    build(dataset_dir=str(corpus), **change)
+    assert "(from the cache " not in said[1]
+
+
+def test_warnings_are_said_again_with_the_cache(
+    build: Build, corpus: Path, said: list[str]
+) -> None:
+    (corpus / "bad.txt").write_bytes(b"caf\xe9 au lait")
+    build(dataset_dir=str(corpus))
+    build(dataset_dir=str(corpus))
+    assert len(said) == 4
+    assert said[1] == said[3]
+    assert "1 file(s) are not valid UTF-8" in said[1]
+
+
+@pytest.mark.parametrize("damage", ["cut", "absent", "facts"])
+def test_a_damaged_folder_is_made_anew(
+    build: Build, corpus: Path, tmp_path: Path, said: list[str], damage: str
+) -> None:
+    first = build(dataset_dir=str(corpus))
+    (tokens,) = (tmp_path / "cache").glob("*/tokens.bin")
+    if damage == "cut":
+        tokens.write_bytes(tokens.read_bytes()[:-4])
+    elif damage == "absent":
+        tokens.unlink()
+    else:
+        (tokens.parent / "facts.json").write_text("{")
+    assert build(dataset_dir=str(corpus)).fingerprint == first.fingerprint
+    assert "are damaged, they are made anew" in said[1]
+
+
+def test_nothing_is_left_behind(build: Build, corpus: Path, tmp_path: Path) -> None:
+    old = tmp_path / "cache" / ".old.tmp"
+    old.mkdir(parents=True)
+    os.utime(old, (0, 0))
+    build(dataset_dir=str(corpus))
+    (corpus / "zz.txt").symlink_to("nowhere")
+    with pytest.raises(UserError):
+        build(dataset_dir=str(corpus))
+    assert [path.name for path in (tmp_path / "cache").glob(".*")] == []
+
+
+@pytest.mark.parametrize(
+    ("content", "packing", "expected"),
+    [
+        (
+            "",
+            True,
+            "has nothing to learn from (1 file(s), 0 document(s), 0 token(s)): a dataset needs",
+        ),
+        (" \n", False, "note: 1 empty document(s) were left out."),
+    ],
+)
+def test_an_empty_corpus(
+    build: Build, tmp_path: Path, content: str, packing: bool, expected: str
+) -> None:
+    (tmp_path / "a.txt").write_text(content)
+    with pytest.raises(UserError) as caught:
+        build(dataset_dir=str(tmp_path), packing=packing, cache_dir=tmp_path / "c")
+    assert str(caught.value).startswith(f"data_loader: '{tmp_path}' has nothing to learn from")
+    assert expected in str(caught.value)
+
+
+def test_a_cache_that_cannot_be_written(build: Build, corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError) as caught:
+        build(dataset_dir=str(corpus), cache_dir=tmp_path / "file" / "cache")
+    assert "the data cache cannot be written (Not a directory)" in str(caught.value)
+    assert "or set another output_dir." in str(caught.value)
+
+
+class Ranks:
+    """Threads as ranks: a real barrier, and what each of them ended with."""
+
+    def __init__(self, count: int) -> None:
+        self.results: list[Any] = [None] * count
+        self._barrier = threading.Barrier(count, timeout=20)
+
+    def _wait(self) -> None:
+        self._barrier.wait()
+
+    def build(self, section: DatasetSection, tokenizer: Any, cache_dir: Path) -> None:
+        def work(rank: int) -> None:
+            try:
+                self.results[rank] = build_dataset(
+                    section,
+                    tokenizer=tokenizer,
+                    seq_length=8,
+                    cache_dir=cache_dir,
+                    is_main=rank == 0,
+                    wait=self._wait,
+                    say=lambda line: None if rank == 0 else pytest.fail(line),
+                )
+            except BaseException as error:
+                self.results[rank] = error
+
+        threads = [threading.Thread(target=work, args=(r,)) for r in range(len(self.results))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+
+def section_of(place: Path) -> DatasetSection:
+    return DatasetSection(data_loader=DataLoaderSection(dataset_dir=str(place)), packing=True)
+
+
+def test_every_rank_maps_the_same_rows(tmp_path: Path, corpus: Path, tokenizer: Any) -> None:
+    ranks = Ranks(3)
+    ranks.build(section_of(corpus), tokenizer, tmp_path / "cache")
+    first, *others = ranks.results
+    for other in others:
+        assert other.fingerprint == first.fingerprint
+        assert np.array_equal(other.row(3).labels, first.row(3).labels)
+
+
+def test_an_error_of_the_main_rank_reaches_all_and_none_waits(
+    tmp_path: Path, corpus: Path, tokenizer: Any
+) -> None:
+    ranks = Ranks(3)
+    ranks.build(section_of(corpus), tokenizer, tmp_path / "cache")  # an old outcome lies there
+    (corpus / "zz.txt").symlink_to("nowhere")
+    ranks = Ranks(3)
+    ranks.build(section_of(corpus), tokenizer, tmp_path / "cache")
+    assert all(isinstance(result, UserError) for result in ranks.results)
+    assert len({str(result) for result in ranks.results}) == 1
+    assert "zz.txt: cannot be read" in str(ranks.results[0])
+
+
+def test_a_fault_of_ours_reaches_all_too(
+    tmp_path: Path, corpus: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr("launcher.data.build.tokenise_documents", broken)
+    ranks = Ranks(2)
+    ranks.build(section_of(corpus), tokenizer, tmp_path / "cache")
+    assert repr(ranks.results[0]) == "RuntimeError('a bug')"
+    assert str(ranks.results[1]) == (
+        "the main rank could not read the data (RuntimeError('a bug'))."
+    )
+
+
+def test_a_cache_that_is_not_shared_is_told(tmp_path: Path, corpus: Path, tokenizer: Any) -> None:
+    with pytest.raises(UserError, match="the main rank left no word about the data") as caught:
+        build_dataset(
+            section_of(corpus),
+            tokenizer=tokenizer,
+            seq_length=8,
+            cache_dir=tmp_path / "elsewhere",
+            is_main=False,
+            wait=lambda: None,
+            say=print,
+        )
+    assert "Put output_dir on a file system that all machines share." in str(caught.value)
+
+
+def test_two_runs_at_once_end_with_one_folder(tmp_path: Path, corpus: Path, tokenizer: Any) -> None:
+    results: list[Any] = []
+    threads = []
+    for _ in range(2):
+        ranks = Ranks(1)
+        results.append(ranks)
+        thread = threading.Thread(
+            target=ranks.build, args=(section_of(corpus), tokenizer, tmp_path / "cache")
+        )
+        threads.append(thread)
+        thread.start()
+    for thread in threads:
+        thread.join()
+    prints = {ranks.results[0].fingerprint for ranks in results}
+    assert len(prints) == 1
+    assert len(list((tmp_path / "cache").glob("*/tokens.bin"))) == 1
+
+
+def test_long_tokenising_shows_progress(
+    build: Build, corpus: Path, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("launcher.data.build.PROGRESS_SECONDS", 0.0)
+    monkeypatch.setattr("launcher.data.tokens.BATCH_CHARACTERS", 10)
+    build(dataset_dir=str(corpus))
+    assert said[0].startswith("tokenising: 1 read, ")
+    assert said[0].endswith(" tokens/s")
+    assert [line.split(":")[0] for line in said] == ["tokenising"] * 6 + ["data"]

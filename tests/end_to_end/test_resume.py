@@ -1,0 +1,140 @@
+"""A resumed run is the uninterrupted run: bit for bit on the same layout, and on others in value."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tests.ranks import JobResult, run_job
+from tests.workshop import Workshop
+
+CASES = {
+    "packed": (1, {}),
+    "padded": (1, {"train_dataset": {"packing": False}, "runner_config": {"epochs": 40}}),
+    "dropout": (1, {"model": {"model_config": {"attention_dropout": 0.1, "hidden_dropout": 0.1}}}),
+    "across an epoch border": (
+        1, {"train_dataset": {"data_loader": {"num_samples": 2}}, "runner_config": {"epochs": 9}},
+    ),
+    "accumulated, two ranks, sharded, bf16": (
+        2,
+        {
+            "runner_config": {"batch_size": 2, "gradient_accumulation_steps": 2},
+            "parallel": {"enable_parallel_optimizer": True},
+            "model": {"model_config": {"compute_dtype": "bfloat16"}},
+        },
+    ),
+    "two ranks, copies, dropout": (
+        2,
+        {
+            "runner_config": {"batch_size": 4},
+            "model": {"model_config": {"attention_dropout": 0.1}},
+        },
+    ),
+    "sinks of five": (1, {"runner_config": {"sink_mode": True, "sink_size": 5}}),
+    "a transformers module with dropout": (
+        1,
+        {
+            "model": {
+                "model_config": {
+                    "type": "GPTNeoXConfig", "hidden_dropout": 0.1, "num_key_value_heads": None,
+                    "head_dim": None, "tie_word_embeddings": False,
+                }
+            }
+        },
+    ),
+}  # fmt: skip
+
+
+def run(workshop: Workshop, name: str, world: int, *more: str) -> JobResult:
+    result = run_job(["--config", name, "--run_mode", "train", *more], workshop.folder, world)
+    assert result.code == 0, result.stderr + result.stdout
+    return result
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_ten_and_ten_steps_are_twenty_to_the_bit(workshop: Workshop, case: str) -> None:
+    world, changes = CASES[case]
+    name = workshop.yaml(**{**changes, "parallel_config": {"data_parallel": world}})
+    run(workshop, name, world, "--output_dir", "whole")
+    run(workshop, name, world, "--output_dir", "parts", "--runner_config.stop_step", "10")
+    result = run(workshop, name, world, "--output_dir", "parts", "--resume_training", "True")
+    assert "step 10 of 20" in result.stdout
+    last = sorted((workshop.folder / "whole/checkpoint/manifest").glob("*.json"))
+    names = {
+        path.stem.rpartition("-")[2]: json.loads(path.read_text())["global_step"] for path in last
+    }
+    newest = next(name for name, step in names.items() if step == 20)
+    whole, parts = (workshop.saved(output, newest, world) for output in ("whole", "parts"))
+    assert whole.keys() == parts.keys()
+    assert [key for key in whole if whole[key] != parts[key]] == []
+    assert workshop.losses("whole") == workshop.losses("parts")
+
+
+def test_other_world_sizes_see_the_same_samples_and_losses(workshop: Workshop) -> None:
+    name = workshop.yaml()
+    run(workshop, name, 1, "--output_dir", "whole")
+    layouts = [(4, "2", "True"), (2, "4", "False"), (1, "8", "False")]
+    for stop, (world, batch, sharded) in zip((7, 14, 20), layouts, strict=True):
+        run(workshop, name, world, "--output_dir", "moved", "--resume_training", "True",
+            "--parallel_config.data_parallel", str(world), "--batch_size", batch,
+            "--parallel.enable_parallel_optimizer", sharded,
+            "--runner_config.stop_step", str(stop))  # fmt: skip
+    assert workshop.losses("moved") == pytest.approx(workshop.losses("whole"), rel=1e-5)
+    consumed = [row["consumed_samples"] for row in workshop.rows("moved")]
+    assert consumed == [8 * step for step in range(1, 21)]
+
+
+def test_a_changed_global_batch_goes_on_by_samples(workshop: Workshop) -> None:
+    name = workshop.yaml()
+    run(workshop, name, 1, "--runner_config.stop_step", "10")
+    result = run(workshop, name, 1, "--resume_training", "True", "--batch_size", "4",
+                 "--max_steps", "22")  # fmt: skip
+    assert "global batch was 8, is 4: going on after 80 samples, as step 20" in result.stdout
+    assert workshop.rows()[-1]["consumed_samples"] == 80 + 2 * 4
+
+
+def test_nothing_to_resume_is_a_fresh_start_with_a_warning(workshop: Workshop) -> None:
+    result = run(workshop, workshop.yaml(), 1, "--resume_training", "True", "--max_steps", "2")
+    assert "holds no checkpoint: a fresh start" in result.stdout + result.stderr
+    assert len(workshop.losses()) == 2
+
+
+def test_changed_data_is_refused_until_the_user_says_where_to_begin(workshop: Workshop) -> None:
+    name = workshop.yaml()
+    run(workshop, name, 1, "--runner_config.stop_step", "10")
+    (workshop.folder / "corpus" / "new.py").write_text("print('more')\n" * 50)
+    arguments = ["--config", name, "--run_mode", "resume"]
+    refused = run_job(arguments, workshop.folder)
+    assert refused.code == 2
+    assert "the training data is not that of the checkpoint (fingerprint:" in refused.stderr
+    assert "ignore_data_skip" in refused.stderr
+    anew = run_job([*arguments, "--ignore_data_skip", "True", "--max_steps", "12"], workshop.folder)
+    assert anew.code == 0, anew.stderr
+    assert "beginning at sample 0, as asked" in anew.stdout
+
+
+def test_a_damaged_newest_checkpoint_is_named_and_passed_over(workshop: Workshop) -> None:
+    name = workshop.yaml()
+    run(workshop, name, 1)
+    newest = workshop.folder / "output/checkpoint/rank_0/CKP_rank_0-1_20.safetensors"
+    content = bytearray(newest.read_bytes())
+    content[-100] ^= 1
+    newest.write_bytes(content)
+    result = run(workshop, name, 1, "--resume_training", "True")
+    assert "passed over CKP-1_20" in result.stdout
+    assert "step 10 of 20" in result.stdout
+    assert workshop.losses()[10:] == workshop.losses()[-10:]
+    assert len(workshop.losses()) == 20, "the rows of steps 11 to 20 are made again, not doubled"
+
+
+def test_one_checkpoint_can_be_named(workshop: Workshop) -> None:
+    name = workshop.yaml()
+    run(workshop, name, 1)
+    result = run(workshop, name, 1, "--resume_training", "CKP_rank_0-1_10", "--output_dir", "other",
+                 "--load_checkpoint", "output/checkpoint")  # fmt: skip
+    assert "resumed: CKP-1_10" in result.stdout
+    wrong = run_job(["--config", name, "--resume_training", "CKP_rank_0-1_11", "--run_mode", "train"],
+                    workshop.folder)  # fmt: skip
+    assert wrong.code == 2
+    assert "did you mean `CKP_rank_0-1_10.safetensors`?" in wrong.stderr

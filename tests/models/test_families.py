@@ -1,0 +1,357 @@
+"""The family table: defaults, spellings, and the error texts of everything it refuses."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from models import keys
+from models.families import (
+    DECODERS,
+    TRANSFORMERS_MODULES,
+    UNSUPPORTED,
+    ModelConfigError,
+    model_spec,
+)
+
+LLAMA = {"type": "LlamaConfig"}
+
+
+def problems_of(model_config: dict[str, Any], config_json: dict[str, Any] | None = None) -> str:
+    with pytest.raises(ModelConfigError) as raised:
+        model_spec(model_config, config_json)
+    return str(raised.value)
+
+
+@pytest.mark.parametrize("family", DECODERS)
+def test_defaults_are_those_of_transformers(family: str) -> None:
+    from transformers import CONFIG_MAPPING
+
+    spec = model_spec({"type": DECODERS[family].config_class}, None)
+    expected = CONFIG_MAPPING[family]().to_dict()
+    differing = {
+        key: (value, expected.get(key, "absent"))
+        for key, value in spec.hf_config.items()
+        if key != "architectures" and expected.get(key, "absent") != value
+    }
+    assert not differing
+    left_out = {k: v for k, v in expected.items() if k not in spec.hf_config}
+    # What is not in config.json is the same for every model, or of no effect on a decoder.
+    assert set(left_out) <= {
+        "transformers_version", "output_hidden_states", "return_dict", "dtype", "id2label",
+        "chunk_size_feed_forward", "is_encoder_decoder", "label2id", "problem_type",
+        "pretraining_tp",
+        "_name_or_path", "output_attentions",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("family", [*DECODERS, *TRANSFORMERS_MODULES])
+def test_names_of_classes_are_those_of_transformers(family: str) -> None:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    own = DECODERS.get(family)
+    assert CONFIG_MAPPING_NAMES[family] == (
+        own.config_class if own else TRANSFORMERS_MODULES[family]
+    )
+    assert family in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    assert family not in UNSUPPORTED
+
+
+CONFIG_FILES: dict[str, dict[str, Any]] = {
+    "old spelling": {
+        "model_type": "llama", "rope_theta": 500000.0, "torch_dtype": "bfloat16",
+        "rope_scaling": {"type": "linear", "factor": 2.0}, "vocab_size": 64,
+    },
+    "new spelling": {
+        "model_type": "llama", "dtype": "bfloat16", "vocab_size": 64,
+        "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 500000.0},
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CONFIG_FILES)
+def test_both_spellings_of_config_json_mean_the_same(name: str) -> None:
+    spec = model_spec({}, CONFIG_FILES[name])
+    assert spec.decoder is not None
+    assert spec.decoder.rope_theta == 500000.0
+    assert spec.decoder.rope_scaling is not None
+    assert spec.decoder.rope_scaling["rope_type"] == "linear"
+    assert spec.hf_config["dtype"] == "bfloat16"
+    assert (
+        spec.precision.params_dtype is None
+    )  # what the files hold does not decide what is trained
+    assert "rope_theta" not in spec.hf_config
+    assert spec.hf_config["rope_parameters"] == {
+        "rope_type": "linear", "factor": 2.0, "rope_theta": 500000.0,
+    }  # fmt: skip
+
+
+def test_config_json_of_transformers_is_read_unchanged() -> None:
+    """What transformers writes comes back as the same configuration, unknown keys included."""
+    from transformers import AutoConfig, Qwen3Config
+
+    written = Qwen3Config(num_hidden_layers=2, use_sliding_window=True, max_window_layers=1)
+    content = written.to_diff_dict() | {"an_extra_key": 3}
+    spec = model_spec({}, content)
+    assert spec.hf_config["an_extra_key"] == 3
+    again = AutoConfig.for_model(**spec.hf_config)
+    again.architectures = None
+    assert again.to_dict() == written.to_dict() | {"an_extra_key": 3}
+    assert spec.decoder is not None
+    assert spec.decoder.sliding_window == (None, 4096)
+
+
+def test_the_yaml_wins_over_config_json() -> None:
+    base = CONFIG_FILES["new spelling"] | {"num_hidden_layers": 4, "max_position_embeddings": 128}
+    spec = model_spec({"num_layers": 2, "theta": 1e4, "seq_length": 128}, base)
+    assert spec.decoder is not None
+    assert spec.decoder.num_hidden_layers == 2
+    assert spec.decoder.rope_theta == 1e4
+    assert spec.decoder.rope_scaling is not None
+    assert spec.decoder.rope_scaling["factor"] == 2.0
+    spec = model_spec({"rope_scaling": None}, base)
+    assert spec.decoder is not None
+    assert spec.decoder.rope_scaling is None
+    assert spec.decoder.rope_theta == 500000.0
+
+
+def test_fewer_layers_shorten_the_layer_types() -> None:
+    base = {
+        "model_type": "qwen2", "num_hidden_layers": 4, "use_sliding_window": True,
+        "sliding_window": 16, "max_window_layers": 1,
+        "layer_types": ["full_attention"] + ["sliding_attention"] * 3,
+    }  # fmt: skip
+    spec = model_spec({"num_layers": 2}, base)
+    assert spec.decoder is not None
+    assert spec.decoder.sliding_window == (None, 16)
+    assert spec.hf_config["layer_types"] == ["full_attention", "sliding_attention"]
+
+
+def test_mindformers_spellings() -> None:
+    spec = model_spec(
+        {
+            "type": "Qwen3Config", "num_layers": 2, "num_heads": 8, "n_kv_heads": 4, "head_dim": 16,
+            "hidden_size": 64, "intermediate_size": 128, "vocab_size": 96, "seq_length": 512,
+            "max_position_embedding": 1024, "theta": 1e6, "compute_dtype": "bfloat16",
+            "param_init_type": "float32", "layernorm_compute_type": "float32",
+            "rotary_dtype": "bf16",
+            "softmax_compute_type": "float32", "use_flash_attention": True, "use_past": False,
+            "qkv_concat": False, "checkpoint_name_or_path": "", "batch_size": 1, "top_k": 3,
+            "max_decode_length": 64, "multiple_of": 256, "extend_method": "None",
+            "tie_word_embeddings": True, "qkv_has_bias": False, "pet_config": None, "expert_num": 1,
+            "attention_dropout_rate": 0.1, "hidden_dropout_rate": 0.2,
+        },
+        None,
+    )  # fmt: skip
+    decoder = spec.decoder
+    assert decoder is not None
+    assert (decoder.num_hidden_layers, decoder.num_attention_heads) == (2, 8)
+    assert (decoder.num_key_value_heads, decoder.head_dim) == (4, 16)
+    assert (decoder.max_position_embeddings, decoder.rope_theta) == (1024, 1e6)
+    assert (decoder.attention_dropout, decoder.hidden_dropout) == (0.1, 0.2)
+    assert decoder.tie_word_embeddings
+    assert spec.seq_length == 512
+    assert spec.precision.compute_dtype == spec.precision.rotary_dtype == "bfloat16"
+    assert spec.precision.params_dtype == spec.precision.layernorm_compute_dtype == "float32"
+    assert spec.generation == {"top_k": 3, "max_length": 64}
+    without_effect = {note.split(" = ")[0].rpartition(".")[2] for note in spec.notes}
+    assert without_effect == {
+        "use_flash_attention", "use_past", "qkv_concat", "checkpoint_name_or_path", "batch_size",
+        "multiple_of", "softmax_compute_type",
+    }  # fmt: skip
+    assert spec.notes[0].startswith("model.model_config.softmax_compute_type = float32: the att")
+    assert "hidden_dropout" not in spec.hf_config
+    llama = model_spec(LLAMA | {"num_layers": 2}, None)
+    assert not {"layer_types", "num_layers", "type"} & set(llama.hf_config)
+
+
+def test_positions_follow_the_sequence_length_only_when_nobody_says_how_many() -> None:
+    spec = model_spec(LLAMA | {"seq_length": 8192}, None)
+    assert spec.hf_config["max_position_embeddings"] == 8192
+    assert model_spec(LLAMA | {"seq_length": 64}, None).hf_config["max_position_embeddings"] == 2048
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "no type": (
+        {},
+        "model.model_config.type is missing. Write it, for example Qwen3Config, or set "
+        "pretrained_model_dir.",
+    ),
+    "typo in type": (
+        {"type": "Qwen3Confg"},
+        "model.model_config.type = Qwen3Confg: no such model type. did you mean `Qwen3Config`?",
+    ),
+    "mixture of experts": (
+        {"type": "Qwen3MoeConfig"},
+        "type = Qwen3MoeConfig needs mixture of experts: "
+        "not built yet. Built: llama, mistral, qwen2, qwen3",
+    ),
+    "deepseek": ({"type": "DeepseekV3Config"}, "needs mixture of experts: not built yet"),
+    "multimodal": ({"model_type": "qwen2_vl"}, "needs multimodal models: not built yet"),
+    "recurrent": ({"type": "MambaConfig"}, "needs recurrent models: not built yet"),
+    "unknown key": (
+        LLAMA | {"hidden_siz": 64},
+        "model.model_config.hidden_siz = 64: no such key of this "
+        "model. did you mean `hidden_size`?",
+    ),
+    "key of another family": (LLAMA | {"max_window_layers": 2}, "no such key of this model"),
+    "half precision": (
+        LLAMA | {"compute_dtype": "float16"},
+        "model.model_config.compute_dtype = float16: not built yet. Use bfloat16 or float32.",
+    ),
+    "unknown dtype": (
+        LLAMA | {"compute_dtype": "bfloat61"},
+        "no such dtype. did you mean `bfloat16`?",
+    ),
+    "hidden by heads": (
+        LLAMA | {"hidden_size": 100, "num_heads": 8},
+        "model.model_config.hidden_size = 100: cannot be divided by 8 attention heads. "
+        "Nearest: 96 or 104.",
+    ),
+    "key/value heads": (
+        LLAMA | {"hidden_size": 96, "num_heads": 12, "n_kv_heads": 5},
+        "model.model_config.n_kv_heads = 5: 12 attention heads cannot be shared out over 5 "
+        "key/value heads. Nearest: 4 or 6.",
+    ),
+    "default does not fit": (
+        {"type": "MistralConfig", "num_heads": 4, "hidden_size": 64},
+        "num_key_value_heads = 8 (the default of mistral): 4 attention heads cannot be "
+        "shared out over 8 key/value heads. Nearest: 4.",
+    ),
+    "odd head": (
+        {"type": "Qwen3Config", "head_dim": 15},
+        "model.model_config.head_dim = 15: rotary embeddings "
+        "need an even head size. Nearest: 14 or 16.",
+    ),
+    "odd derived head": (
+        LLAMA | {"hidden_size": 60, "num_heads": 4, "n_kv_heads": 4},
+        "4 attention heads of 15: rotary embeddings need an even head size. Nearest: 56 or 64.",
+    ),
+    "negative": (
+        LLAMA | {"num_layers": -2},
+        "model.model_config.num_layers = -2: must be a whole number of at least 1.",
+    ),
+    "not a number": (
+        LLAMA | {"vocab_size": "32k"},
+        "model.model_config.vocab_size = '32k': must be a whole",
+    ),
+    "flag": (LLAMA | {"tie_word_embeddings": "maybe"}, "must be True or False"),
+    "dropout": (
+        LLAMA | {"attention_dropout": 1.0},
+        "must be a number from 0 up to, and without, 1",
+    ),
+    "activation": (LLAMA | {"hidden_act": "sillu"}, "no such activation. did you mean `silu`?"),
+    "rope type": (
+        LLAMA | {"rope_scaling": {"type": "lnear", "factor": 2}},
+        "model_config.rope_scaling: rope_type = lnear: no such rope_type. did you mean `linear`?",
+    ),
+    "no map": (
+        LLAMA | {"rope_scaling": "linear"},
+        "rope_scaling = linear: must be a map such as {rope_type: linear, factor: 2.0}",
+    ),
+    "number of layer types": (
+        {"type": "Qwen3Config", "num_layers": 3, "layer_types": ["full_attention"] * 2},
+        "has 2 entries for 3 layers",
+    ),
+    "longrope": (
+        LLAMA | {"rope_scaling": {"type": "longrope"}},
+        "rope_type = longrope: not built yet",
+    ),
+    "no factor": (
+        LLAMA | {"rope_scaling": {"type": "linear"}},
+        "factor = None: rope_type linear needs a number",
+    ),
+    "small factor": (
+        LLAMA | {"rope_scaling": {"type": "linear", "factor": 0.5}},
+        "must be at least 1",
+    ),
+    "theta": (LLAMA | {"theta": -1}, "model.model_config.theta: rope_theta = -1"),
+    "context extension": (
+        LLAMA | {"extend_method": "PI"},
+        "Write rope_scaling: {rope_type: linear",
+    ),
+    "MLP width": (LLAMA | {"ffn_dim_multiplier": 1.3}, "Write intermediate_size"),
+    "adapters": (
+        LLAMA | {"pet_config": {"pet_type": "lora"}},
+        "pet_config needs low-rank adapters (LoRA): not built yet",
+    ),
+    "experts": (LLAMA | {"expert_num": 8}, "expert_num needs mixture of experts: not built yet"),
+    "two spellings": (
+        LLAMA | {"num_layers": 2, "num_hidden_layers": 3},
+        "num_hidden_layers = 3: model.model_config.num_layers = 2 means the same "
+        "and differs. Keep one of them.",
+    ),
+    "query bias": (LLAMA | {"qkv_has_bias": True}, "Nearest: type: Qwen2Config"),
+    "too long": (
+        LLAMA | {"seq_length": 4096, "max_position_embeddings": 2048},
+        "model.model_config.seq_length = 4096: the model has fewer positions "
+        "(model.model_config.max_position_embeddings = 2048). Nearest: 2048.",
+    ),
+    "window layers": (
+        {"type": "Qwen2Config", "layer_types": ["sliding_attention"] * 32},
+        "sliding_attention needs use_sliding_window: True",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refusals(name: str) -> None:
+    model_config, text = REFUSED[name]
+    assert text in problems_of(model_config)
+
+
+def test_problems_of_files_name_the_file() -> None:
+    base = {"model_type": "llama", "hidden_size": 100, "num_attention_heads": 8}
+    assert problems_of({}, base).startswith(
+        "config.json: hidden_size = 100: cannot be divided by 8"
+    )
+    assert "config.json: model_type = mixtral needs mixture" in problems_of(
+        {}, {"model_type": "mixtral"}
+    )
+    assert "config.json: quantization_config needs quantised weights: not built yet" in problems_of(
+        {}, {"model_type": "llama", "quantization_config": {"bits": 4}}
+    )
+    other = problems_of({"type": "Qwen3Config"}, {"model_type": "llama"})
+    assert "config.json of pretrained_model_dir says model_type llama" in other
+    vision = {"model_type": "some_new_vl", "text_config": {"model_type": "llama"}}
+    assert "needs multimodal models" in problems_of({}, vision)
+
+
+def test_all_problems_are_told_at_once_with_their_keys() -> None:
+    with pytest.raises(ModelConfigError) as raised:
+        model_spec(LLAMA | {"num_layer": 2, "compute_dtype": "fp16", "num_heads": 0}, None)
+    assert [p.key for p in raised.value.model_problems] == [
+        "num_layer", "compute_dtype", "num_heads",
+    ]  # fmt: skip
+
+
+def test_every_key_has_one_meaning() -> None:
+    tables = [keys.ALIASES, keys.PRECISIONS, keys.GENERATION, keys.GENERAL, keys.ROPE,
+              keys.OTHER_WAYS, keys.NO_EFFECT, keys.NOT_BUILT]  # fmt: skip
+    spellings = [key for table in tables for key in table if key != keys.ALIASES.get(key)]
+    twice = {key for key in spellings if spellings.count(key) > 1}
+    assert not twice
+
+
+def test_unknown_types_of_config_json_are_left_to_transformers() -> None:
+    spec = model_spec({"num_layers": 2}, {"model_type": "brand_new", "hidden_size": 8})
+    assert spec.decoder is None
+    assert spec.hf_config == {"model_type": "brand_new", "hidden_size": 8, "num_hidden_layers": 2}
+    assert spec.written_keys == ("num_hidden_layers",)
+
+
+def test_import_is_light() -> None:
+    code = (
+        "import sys, time; start = time.perf_counter(); import models.families;"
+        "print(time.perf_counter() - start);"
+        "assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)"
+    )
+    runs = [
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        for _ in range(3)
+    ]
+    assert min(float(run.stdout) for run in runs) < 0.05

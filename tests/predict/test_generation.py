@@ -1,0 +1,188 @@
+"""The loop against transformers.generate, and its independence of the batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from launcher.errors import UserError
+from launcher.generation import (
+    GenerationSettings,
+    continue_tokens,
+    generation_settings,
+    token_limits,
+)
+from models.build import build_model
+from tests.models.tiny import dense_spec, module_spec, oracle, pair
+
+PROMPTS = [[5, 9, 33, 40], [7], [50, 51, 52, 53, 54, 55, 56], [80, 3, 11]]
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {"type": "LlamaConfig"},
+    "mistral window": {"type": "MistralConfig", "sliding_window": 6},
+    "qwen2 window": {
+        "type": "Qwen2Config", "use_sliding_window": True, "sliding_window": 6,
+        "max_window_layers": 1,
+    },
+    "qwen3 tied": {"type": "Qwen3Config", "head_dim": 16, "tie_word_embeddings": True},
+    "llama dynamic": {
+        "type": "LlamaConfig", "rope_scaling": {"type": "dynamic", "factor": 2.0},
+        "max_position_embeddings": 8,
+    },
+}  # fmt: skip
+
+
+def run(
+    model: nn.Module, settings: GenerationSettings, prompts: list[list[int]] = PROMPTS,
+    *, batch_size: int = 4, seed: int = 0,
+) -> list[list[int]]:  # fmt: skip
+    limits = token_limits([len(p) for p in prompts], settings, None)
+    news: list[list[int]] = []
+    for start in range(0, len(prompts), batch_size):
+        part = slice(start, start + batch_size)
+        indices = range(len(prompts))[part]
+        news += continue_tokens(model, prompts[part], settings, limits=limits[part],
+                                indices=indices, seed=seed, device="cpu")  # fmt: skip
+    return news
+
+
+def generated(module: Any, prompt: list[int], **settings: Any) -> list[int]:
+    """What transformers makes of one prompt: its new tokens, the end token included."""
+    from transformers import GenerationConfig
+
+    ids = torch.tensor([prompt])
+    module.eval()
+    text = module.generate(
+        ids, attention_mask=torch.ones_like(ids),
+        generation_config=GenerationConfig(pad_token_id=0, **settings),
+    )  # fmt: skip
+    return text[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_greedy_equals_transformers_token_for_token(name: str, batch_size: int) -> None:
+    own, module = pair(dense_spec(**FAMILIES[name]))
+    expected = [generated(module, p, max_new_tokens=12, do_sample=False) for p in PROMPTS]
+    settings = GenerationSettings(max_new_tokens=12)
+    assert run(own, settings, batch_size=batch_size) == expected
+    assert own.training  # as it was
+
+
+def test_greedy_stops_at_any_end_token_as_transformers_does() -> None:
+    own, module = pair(dense_spec(**FAMILIES["llama"]))
+    free = run(own, GenerationSettings(max_new_tokens=12))
+    ends = (free[0][5], free[2][3])
+    expected = [
+        generated(module, p, max_new_tokens=12, do_sample=False, eos_token_id=list(ends))
+        for p in PROMPTS
+    ]
+    found = run(own, GenerationSettings(max_new_tokens=12, eos_token_ids=ends))
+    assert found == expected
+    assert any(len(new) < 12 for new in found)
+    assert all(new[-1] in ends for new in found if len(new) < 12)
+
+
+PROCESSED: dict[str, dict[str, Any]] = {
+    "max_length": {"max_length": 10},
+    "repetition_penalty": {"max_new_tokens": 10, "repetition_penalty": 1.7},
+    "min_length": {"max_new_tokens": 10, "min_length": 12, "repetition_penalty": 1.2},
+    "min_new_tokens": {"max_new_tokens": 10, "min_new_tokens": 8},
+}
+
+
+@pytest.mark.parametrize("name", PROCESSED)
+def test_processed_scores_equal_transformers(name: str) -> None:
+    own, module = pair(dense_spec(**FAMILIES["qwen3 tied"]))
+    end = run(own, GenerationSettings(max_new_tokens=4))[0][2]
+    given = PROCESSED[name]
+    expected = [generated(module, p, do_sample=False, eos_token_id=[end], **given) for p in PROMPTS]
+    assert run(own, GenerationSettings(eos_token_ids=(end,), **given)) == expected
+
+
+SAMPLED = GenerationSettings(
+    max_new_tokens=10, do_sample=True, temperature=1.5, top_k=20, top_p=0.95,
+    repetition_penalty=1.1,
+)  # fmt: skip
+
+
+def test_samples_depend_on_seed_and_place_not_on_the_batch() -> None:
+    own, _ = pair(dense_spec(**FAMILIES["llama"]))
+    together = run(own, SAMPLED)
+    assert run(own, SAMPLED, batch_size=1) == together
+    assert run(own, SAMPLED, batch_size=3) == together
+    assert run(own, SAMPLED, seed=1) != together
+    twins = run(own, SAMPLED, [PROMPTS[0]] * 3)
+    assert twins[0] == together[0]
+    assert len({tuple(new) for new in twins}) == 3
+
+
+def test_samples_follow_the_distribution() -> None:
+    own, _ = pair(dense_spec(**FAMILIES["llama"]))
+    own.eval()
+    with torch.no_grad():
+        shares = own(torch.tensor([PROMPTS[0]]), last_only=True)[0, -1].softmax(-1)
+    settings = GenerationSettings(max_new_tokens=1, do_sample=True, top_k=0)
+    draws = torch.tensor(run(own, settings, [PROMPTS[0]] * 3000, batch_size=500)).flatten()
+    counted = torch.bincount(draws, minlength=len(shares)) / len(draws)
+    assert (counted - shares).abs().max() < 0.03
+
+
+@pytest.mark.parametrize("family", ["gpt_neox", "gpt2"])
+def test_modules_of_transformers_continue_with_their_own_loop(family: str) -> None:
+    spec = module_spec(family)
+    model = build_model(spec, dtype=torch.float32, device="cpu")
+    module = oracle(spec)
+    state = {model._on_disk(k): v for k, v in module.state_dict().items()}
+    model.load_state_dict(state)
+    expected = [generated(module, p, max_new_tokens=8, do_sample=False) for p in PROMPTS]
+    assert run(model, GenerationSettings(max_new_tokens=8)) == expected
+    assert run(model, SAMPLED) == run(model, SAMPLED, batch_size=2)
+
+
+def test_settings_take_each_key_from_the_most_binding_source() -> None:
+    written, model, directory = {"top_k": 3, "max_length": 40}, {"top_k": 9, "top_p": 0.5}, {
+        "top_p": 0.9, "do_sample": True, "temperature": 0.6, "max_new_tokens": 512,
+        "eos_token_id": [4, 5], "transformers_version": "5", "pad_token_id": None,
+    }  # fmt: skip
+    settings = generation_settings(written, model, directory, hf_config={"eos_token_id": 2})
+    assert settings == GenerationSettings(
+        max_length=40, max_new_tokens=None, do_sample=True, temperature=0.6, top_k=3, top_p=0.5,
+        eos_token_ids=(4, 5), pad_token_id=4,
+    )  # fmt: skip
+
+
+def test_special_tokens_come_from_config_json_then_from_the_tokenizer() -> None:
+    from tests.predict.tiny_tokenizer import tiny_tokenizer
+
+    tokenizer = tiny_tokenizer()
+    settings = generation_settings(tokenizer=tokenizer, hf_config={"eos_token_id": 9})
+    assert (settings.eos_token_ids, settings.bos_token_id, settings.pad_token_id) == ((9,), 1, 0)
+    settings = generation_settings(tokenizer=tokenizer, hf_config={"eos_token_id": None})
+    assert settings.eos_token_ids == (2,)
+
+
+NO_ROOM: dict[str, tuple[list[int], dict[str, Any], int | None, str]] = {
+    "max_length": (
+        [3, 25], {}, None,
+        "prompt 2 has 25 tokens: max_length = 20 counts the prompt. Nearest: "
+        "generation_config.max_length: 26. Or set generation_config.max_new_tokens.",
+    ),
+    "positions": ([70], {}, 64, "prompt 1 has 70 tokens: the model has 64 positions. Shorten"),
+    "new tokens": (
+        [10], {"max_new_tokens": 100}, 64,
+        "generation_config.max_new_tokens = 100: the model has 64 positions. Nearest: 54.",
+    ),
+    "long max_length": ([10], {"max_length": 100}, 64, "max_length = 100: the model has 64 "),
+    "empty": ([0], {}, None, "prompt 1 is empty: there is no token to begin with."),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NO_ROOM)
+def test_prompts_without_room(name: str) -> None:
+    lengths, settings, positions, text = NO_ROOM[name]
+    with pytest.raises(UserError) as raised:
+        token_limits(lengths, GenerationSettings(**settings), positions)
+    assert text in str(raised.value)

@@ -1,0 +1,115 @@
+"""What people look at: the console, metrics, the curve, trackers."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import pytest
+
+from launcher.errors import UserError
+from launcher.report.console import Console, close_logs, open_logs
+from launcher.report.curves import draw_loss
+from launcher.report.metrics import MetricsLog, read_rows
+from launcher.report.progress import Pace, bar, duration, progress_line
+from launcher.report.trackers import flatten, open_trackers
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_on_a_terminal_progress_is_one_line_below_the_messages() -> None:
+    stream = Terminal()
+    console = Console(enabled=True, stream=stream)
+    console.progress("step 1")
+    console.say("saved")
+    console.progress("step 2", last=True)
+    assert stream.getvalue() == "\r\033[Kstep 1\r\033[Ksaved\nstep 1\r\033[Kstep 2\n"
+
+
+def test_elsewhere_progress_is_a_plain_line_now_and_then() -> None:
+    stream = io.StringIO()
+    console = Console(enabled=True, stream=stream)
+    for step in range(100):
+        console.progress(f"step {step}")
+    console.progress("step 100", last=True)
+    assert stream.getvalue() == "step 0\nstep 100\n"
+
+
+def test_only_the_main_process_speaks_but_every_rank_has_a_log(tmp_path) -> None:
+    stream = io.StringIO()
+    open_logs(tmp_path, 3)
+    Console(enabled=False, stream=stream).say("here")
+    close_logs()
+    assert stream.getvalue() == ""
+    assert "here" in (tmp_path / "log/rank_3/info.log").read_text()
+    assert (tmp_path / "log/rank_3/error.log").read_text() == ""
+
+
+def test_the_progress_line_says_all_that_matters() -> None:
+    line = progress_line(step=3, total=12, loss=2.5, lr=1e-4, grad_norm=0.5,
+                         tokens_per_second=12345.6, remaining_seconds=75)  # fmt: skip
+    assert line == ("█████··············· step 3/12  loss 2.5000  lr 0.0001  grad norm 0.500  "
+                    "12,346 tokens/s  1:15 left")  # fmt: skip
+    assert (bar(0), bar(1)) == ("·" * 20, "█" * 20)
+    assert (duration(59), duration(3723)) == ("0:59", "1:02:03")
+
+
+def test_the_pace_forgets_a_slow_first_step() -> None:
+    pace = Pace()
+    pace.remaining(1, 101, 60.0)
+    for step in range(2, 101):
+        left = pace.remaining(step, 101, 1.0)
+    assert left == pytest.approx(1.0, abs=0.1)
+
+
+def test_a_resumed_run_drops_the_rows_it_makes_again(tmp_path) -> None:
+    with MetricsLog(tmp_path, 0) as log:
+        for step in range(1, 6):
+            log.add({"step": step, "loss": float(step)})
+    (tmp_path / "metrics.jsonl").open("a").write('{"step": 6, "lo')  # cut by a crash
+    with MetricsLog(tmp_path, 3) as log:
+        log.add({"step": 4, "loss": float("nan")})
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert rows[-1]["loss"] is None
+
+
+def test_a_fresh_run_puts_older_metrics_aside(tmp_path) -> None:
+    for run in range(3):
+        with MetricsLog(tmp_path, 0) as log:
+            log.add({"step": run})
+    found = {path.name: read_rows(path)[0]["step"] for path in tmp_path.glob("metrics*.jsonl")}
+    assert found == {"metrics-1.jsonl": 0, "metrics-2.jsonl": 1, "metrics.jsonl": 2}
+
+
+def test_the_curve_is_a_picture(tmp_path) -> None:
+    rows = [{"step": s, "loss": 5.0 / s} for s in range(1, 30)]
+    rows += [{"step": 29, "eval_loss": 1.0}, {"step": 30, "loss": None}]
+    assert draw_loss(rows, tmp_path / "loss.png")
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert [path.name for path in tmp_path.iterdir()] == ["loss.png"]
+    assert not draw_loss([], tmp_path / "none.png")
+
+
+def test_tensorboard_gets_the_numbers(tmp_path) -> None:
+    event_accumulator = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator"
+    )
+    (tracker,) = open_trackers(["tensorboard"], tmp_path, {"seed": 1, "a": {"b": [1]}}, cpu=True)
+    tracker.log({"loss": 2.5}, step=3)
+    tracker.finish()
+    events = event_accumulator.EventAccumulator(str(tmp_path / "rank_0")).Reload()
+    (scalar,) = events.Scalars("loss")
+    assert (scalar.step, scalar.value) == (3, 2.5)
+    assert flatten({"a": {"b": 1, "c": None, "d": [1]}}) == {"a.b": 1, "a.d": "[1]"}
+
+
+def test_a_tracker_that_is_not_installed_is_named(tmp_path) -> None:
+    with pytest.raises(
+        UserError, match=r"trackers: comet_ml is not installed.* pip install comet-ml"
+    ):
+        open_trackers(["comet_ml"], tmp_path, {}, cpu=True)
+    assert open_trackers([], tmp_path, {}, cpu=True) == []

@@ -1,0 +1,130 @@
+"""The pieces of a step: loss, gradient norm, clipping, random numbers, state."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from launcher.config.schema import OptimizerSection
+from launcher.errors import UserError
+from launcher.train.loss import token_loss_sum
+from launcher.train.optimizer import (
+    build_optimizer,
+    clip_gradients,
+    gradient_norm,
+    moments,
+    set_learning_rate,
+    set_step,
+)
+from launcher.train.random import mix, sample_seeds
+from launcher.train.state import TrainState, epoch_and_step, from_json, to_json
+
+
+def test_the_loss_is_summed_over_targets_in_float32() -> None:
+    logits = torch.randn(2, 3, 5).bfloat16()
+    labels = torch.tensor([[1, -100, 2], [-100, -100, 4]])
+    picked = torch.log_softmax(logits.float(), -1)
+    expected = -(picked[0, 0, 1] + picked[0, 2, 2] + picked[1, 2, 4])
+    result = token_loss_sum(logits, labels)
+    assert result.dtype == torch.float32
+    assert torch.allclose(result, expected, atol=1e-6)
+    assert token_loss_sum(logits, torch.full((2, 3), -100)).item() == 0.0
+
+
+def model_with_gradients() -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3))
+    model(torch.randn(5, 4)).square().sum().backward()
+    return model
+
+
+def test_norm_and_clipping_are_those_of_torch() -> None:
+    model, reference = model_with_gradients(), model_with_gradients()
+    expected = nn.utils.clip_grad_norm_(reference.parameters(), 0.1)
+    norm = gradient_norm(model.parameters(), None)
+    clip_gradients(model.parameters(), norm, 0.1)
+    assert torch.allclose(norm, expected)
+    for ours, theirs in zip(model.parameters(), reference.parameters(), strict=True):
+        assert torch.allclose(ours.grad, theirs.grad)
+
+
+def test_small_gradients_are_not_scaled_up() -> None:
+    model = model_with_gradients()
+    before = [p.grad.clone() for p in model.parameters()]
+    clip_gradients(model.parameters(), gradient_norm(model.parameters(), None), 1e9)
+    assert all(torch.equal(a, p.grad) for a, p in zip(before, model.parameters(), strict=True))
+
+
+def test_adamw_without_decay_on_biases_equals_torch() -> None:
+    model, reference = model_with_gradients(), model_with_gradients()
+    section = OptimizerSection(betas=[0.8, 0.9], eps=1e-6, weight_decay=0.5)
+    optimizer = build_optimizer(model, section, lambda name, ndim: ndim <= 1)
+    decayed = [p for p in reference.parameters() if p.ndim > 1]
+    others = [p for p in reference.parameters() if p.ndim <= 1]
+    theirs = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": 0.5}, {"params": others, "weight_decay": 0.0}],
+        lr=0.1, betas=(0.8, 0.9), eps=1e-6,
+    )  # fmt: skip
+    for _ in range(3):
+        set_learning_rate(optimizer, 0.1)
+        optimizer.step()
+        theirs.step()
+    for a, b in zip(model.parameters(), reference.parameters(), strict=True):
+        assert torch.allclose(a, b, atol=1e-6)
+
+
+def test_moments_and_step_put_back_continue_the_optimizer_to_the_bit() -> None:
+    section = OptimizerSection()
+    first, second = model_with_gradients(), model_with_gradients()
+    one = build_optimizer(first, section, lambda name, ndim: False)
+    set_learning_rate(one, 0.1)
+    one.step()
+    second.load_state_dict(first.state_dict())
+    two = build_optimizer(second, section, lambda name, ndim: False)
+    for name, tensor in moments(second, two).items():
+        tensor.copy_(moments(first, one)[name])
+    set_step(two, 1)
+    set_learning_rate(two, 0.1)
+    one.step()
+    two.step()
+    for a, b in zip(first.parameters(), second.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_names_of_moments_are_those_users_filter_by() -> None:
+    model = nn.Linear(2, 2)
+    names = moments(model, build_optimizer(model, OptimizerSection(), lambda name, ndim: False))
+    assert sorted(names) == ["adam_m.bias", "adam_m.weight", "adam_v.bias", "adam_v.weight"]
+
+
+def test_seeds_depend_on_every_number_and_on_their_order() -> None:
+    seen = {mix(a, b, c) for a in range(4) for b in range(4) for c in range(4)}
+    assert len(seen) == 64
+    assert mix(1, 2) != mix(2, 1)
+    assert all(0 <= value < 1 << 63 for value in seen)
+    seeds = sample_seeds(3, 5, torch.tensor([9, 10]))
+    assert seeds.tolist() == [mix(3, 5, 9), mix(3, 5, 10)]
+
+
+def test_the_state_survives_its_file_and_scales_with_the_batch() -> None:
+    state = TrainState()
+    for _ in range(5):
+        state.advance(samples=8, tokens=100)
+    assert from_json(to_json(state, {"seed": 3}), "x.json") == state
+    scaled = state.with_global_batch(4)
+    assert (scaled.global_step, scaled.updates, scaled.consumed_samples) == (10, 5, 40)
+
+
+@pytest.mark.parametrize("value", ["3", None, True])
+def test_a_state_file_with_nonsense_is_refused(value) -> None:
+    content = {**to_json(TrainState(), {}), "updates": value}
+    with pytest.raises(UserError, match=r"x\.json: updates = .*: it must be a number"):
+        from_json(content, "x.json")
+
+
+@pytest.mark.parametrize(
+    ("step", "expected"), [(1, (1, 1)), (10, (1, 10)), (11, (2, 1)), (30, (3, 10))]
+)
+def test_epochs_and_steps_count_from_one(step: int, expected) -> None:
+    assert epoch_and_step(step, 10) == expected
