@@ -37,19 +37,30 @@ class Problem:
         head = f"{self.where}: {self.what}" if self.where else self.what
         if self.rule:
             head += f": {self.rule}"
-        tail = [part if part[-1] in ".?!" else part + "." for part in
-                (head, self.nearest, self.advice) if part]
+        tail = [
+            part if part[-1] in ".?!" else part + "."
+            for part in (head, self.nearest, self.advice)
+            if part
+        ]
         return " ".join(tail)
 
 
 class UserError(Exception):
     """A mistake of the user: the run ends with exit code 2, all problems printed, no traceback."""
 
-    def __init__(self, problems: Problem | str | Iterable[Problem], *, where: str = "",
-                 rule: str = "", nearest: str = "", advice: str = "") -> None:
+    def __init__(
+        self,
+        problems: Problem | str | Iterable[Problem],
+        *,
+        where: str = "",
+        rule: str = "",
+        nearest: str = "",
+        advice: str = "",
+    ) -> None:
         if isinstance(problems, str):
-            problems = Problem(what=problems, where=where, rule=rule, nearest=nearest,
-                               advice=advice)
+            problems = Problem(
+                what=problems, where=where, rule=rule, nearest=nearest, advice=advice
+            )
         self.problems: tuple[Problem, ...] = (
             (problems,) if isinstance(problems, Problem) else tuple(problems)
         )

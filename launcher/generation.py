@@ -122,7 +122,7 @@ def continue_tokens(
     """The new tokens of each prompt of one batch, the end token included where there was one.
 
     `indices`: the prompts' places among all, for the random draws. A module of transformers
-    continues its prompts one by one, with its own `generate`.
+    continues its prompts one by one, with its own `generate`; it must not be sharded.
     """
     training = model.training
     model.eval()

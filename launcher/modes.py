@@ -9,15 +9,18 @@ from pathlib import Path
 
 from launcher.assembly.data import evaluation_source
 from launcher.assembly.job import Job
+from launcher.assembly.prediction import PREDICT_BATCH, continue_prompts, result_path
 from launcher.assembly.resume import find_resume, restore
 from launcher.assembly.run import build_run
-from launcher.assembly.weights import build_sharded, fill_weights, find_weights
+from launcher.assembly.weights import build_sharded, build_whole, fill_weights, find_weights
 from launcher.checkpoint.files import write_json
 from launcher.checkpoint.monitor import CheckpointMonitor
 from launcher.config.provenance import Provenance
 from launcher.config.schema import Config, RegisteredCallbackSection
 from launcher.errors import EXIT_OK, UserError
+from launcher.layout.mesh import Mesh
 from launcher.parallel import world as worlds
+from launcher.predict import read_prompts, result_text, write_results
 from launcher.report.console import Console, close_logs, open_logs
 from launcher.report.metrics import MetricsLog
 from launcher.report.trackers import open_trackers
@@ -100,10 +103,17 @@ def evaluate_only(job: Job) -> int:
 
 
 def predict(job: Job) -> int:
-    """Continue prompts."""
-    from launcher.assembly.prediction import predict_prompts
-
-    return predict_prompts(job)
+    """Continue prompts, print them, and write them down."""
+    prompts = read_prompts(job.config.input_data)
+    model = build_whole(job)
+    fill_weights(job, model, find_weights(job), mesh=Mesh())
+    batch_size = job.config.predict_batch_size or min(len(prompts), PREDICT_BATCH)
+    generations = continue_prompts(job, model, prompts, batch_size)
+    if job.world.is_main:
+        path = write_results(generations, result_path(job), batch_size)
+        job.say(result_text(generations, batch_size))
+        job.say(f"written: {path.with_suffix('.txt')} and {path}")
+    return EXIT_OK
 
 
 MODES = {

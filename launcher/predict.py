@@ -77,8 +77,9 @@ def generate(
 ) -> list[Generation]:
     """Continue every prompt; in the order of the prompts on rank 0, empty on the others.
 
-    With `data_parallel` > 1 each rank takes its share and `gather` brings them together. Raises
-    UserError for a prompt that has no room to grow, before anything is computed.
+    With `data_parallel` > 1 each rank takes its share and `gather` brings them together: the model
+    must then be whole on every rank, since ranks take different numbers of steps. Raises UserError
+    for a prompt that has no room to grow, before anything is computed.
     """
     encoded = [_encode(tokenizer, prompt, settings) for prompt in prompts]
     limits = token_limits([len(ids) for ids in encoded], settings, positions_of(model))

@@ -181,7 +181,7 @@ def check_rope(
 
 
 def sliding_windows(config: dict[str, Any], *, by_layer: bool) -> tuple[int | None, ...]:
-    """The window of every layer. Fills in `sliding_window` and `layer_types` as transformers does."""
+    """The window of every layer. Fills in `sliding_window`, `layer_types` as transformers does."""
     layers = config["num_hidden_layers"]
     if not by_layer:
         return (config.get("sliding_window"),) * layers

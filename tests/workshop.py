@@ -1,4 +1,4 @@
-"""What end-to-end tests work on: real text, a real tokenizer, a YAML file, in a folder of their own."""
+"""What end-to-end tests work on: real text, a real tokenizer, YAML files, a folder of their own."""
 
 from __future__ import annotations
 

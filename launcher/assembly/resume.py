@@ -30,12 +30,15 @@ def find_resume(job: Job) -> Chosen | None:
 
 def resume_root(config: Config) -> Path:
     """The folder of checkpoints a resume looks into."""
-    if not config.load_checkpoint:
-        monitor = config.checkpoint_monitor
-        return Path((monitor and monitor.directory) or config.output_dir) / "checkpoint"
-    path = Path(config.load_checkpoint)
-    inside = path / "checkpoint"
-    return inside if inside.is_dir() and not (path / "manifest").is_dir() else path
+    if config.load_checkpoint:
+        return Path(config.load_checkpoint)
+    return own_root(config)
+
+
+def own_root(config: Config) -> Path:
+    """The folder of checkpoints this run writes to."""
+    monitor = config.checkpoint_monitor
+    return Path((monitor and monitor.directory) or config.output_dir) / "checkpoint"
 
 
 def restore(job: Job, run: TrainRun, chosen: Chosen) -> None:
@@ -52,9 +55,7 @@ def restore(job: Job, run: TrainRun, chosen: Chosen) -> None:
         )
     run.state = _data_position(job, run, chosen, state)
     set_step(run.optimizer, state.updates)
-    monitor = job.config.checkpoint_monitor
-    folder = Path((monitor and monitor.directory) or job.output_dir) / "checkpoint"
-    if chosen.is_newest and folder.resolve() == chosen.published.root.resolve():
+    if chosen.is_newest and own_root(job.config).resolve() == chosen.published.root.resolve():
         run.resumed_from = chosen.name
     job.say(
         f"resumed: {chosen.name.record.removesuffix('.json')} of {chosen.published.root}, step "

@@ -81,7 +81,7 @@ def build_run(job: Job) -> TrainRun:
 
 
 def _total_steps(config: Config, per_epoch: int) -> int:
-    """The length of the run, which the learning rate is planned for; stop_step only ends it early."""
+    """The length of the run, which the learning rate is planned for; stop_step ends it early."""
     by_epochs = config.runner_config.epochs * per_epoch
     return min(by_epochs, config.runner_config.max_steps or by_epochs)
 

@@ -8,9 +8,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from launcher.assembly.job import Job
+from launcher.assembly.job import DTYPES, Job
 from launcher.checkpoint.resume import open_weights
 from launcher.errors import UserError
+from launcher.layout.mesh import Mesh
 from launcher.parallel.apply import shard_model, shards
 from launcher.train.run import model_tensors
 from launcher.weights.load import LoadReport, load
@@ -76,28 +77,50 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def fill_weights(job: Job, model: nn.Module, source: Source | None) -> None:
-    """Load the weights of `source`, or begin at random; says which, in three lines at most."""
+def build_whole(job: Job) -> nn.Module:
+    """The whole model on this rank, for prediction, values still undefined.
+
+    In the configured compute dtype, else the dtype config.json names, else the usual one.
+    """
+    written = job.spec.hf_config.get("dtype") or job.spec.hf_config.get("torch_dtype")
+    if job.spec.precision.compute_dtype is None and written in DTYPES:
+        dtype = DTYPES[written]
+    else:
+        dtype = job.compute_dtype
+    model = build_model(job.spec, dtype=dtype, device=job.world.device)
+    job.say(f"model: {job.spec.family}, {parameter_count(model):,} parameters ({_name(dtype)})")
+    return model
+
+
+def fill_weights(
+    job: Job, model: nn.Module, source: Source | None, mesh: Mesh | None = None
+) -> None:
+    """Load the weights of `source`, or begin at random; says which, in three lines at most.
+
+    `mesh` is how the model is cut: the job's, unless told otherwise.
+    """
+    mesh = mesh or job.mesh
+    rank = job.world.rank if mesh.world_size > 1 else 0
     if source is None:
-        initialise(job, model)
+        initialise(job, model, mesh, rank)
         job.say(f"weights: none given, initialised at random from seed {job.config.seed}")
         return
     if not job.config.strict_load:
-        initialise(job, model)
-    targets = shards(model_tensors(model), job.mesh, job.world.rank)
+        initialise(job, model, mesh, rank)
+    targets = shards(model_tensors(model), mesh, rank)
     report = load(
         targets,
         source,
         tied=tied_names(model),
         strict=job.config.strict_load,
-        rank=job.world.rank,
+        rank=rank,
     )
     _tell(job, source, report)
 
 
-def initialise(job: Job, model: nn.Module) -> None:
+def initialise(job: Job, model: nn.Module, mesh: Mesh, rank: int) -> None:
     """Random weights: a function of (seed, parameter name), the same on any layout."""
-    held = shards(dict(model.named_parameters()), job.mesh, job.world.rank)
+    held = shards(dict(model.named_parameters()), mesh, rank)
     with torch.no_grad():
         for name, shard in held.items():
             box = shard.box

@@ -112,15 +112,14 @@ def open_weights(path: Path, world: World, say: Callable[[str], None]) -> Source
         return open_complete(path)
     if path.is_file():
         return _open_save_of(path)
-    root = path if (path / "manifest").is_dir() else path / "checkpoint"
-    chosen = choose(root, True, world, say)
+    chosen = choose(path, True, world, say)
     if chosen is None:
         raise UserError(
             f"{path} holds rank folders, but no published checkpoint",
             rule="rank files of other programs need a strategy file, which is not built yet",
             advice="Give complete weights",
         )
-    say(f"{root}: checkpoint {chosen.name.record.removesuffix('.json')}")
+    say(f"{path}: checkpoint {chosen.name.record.removesuffix('.json')}")
     return chosen.source
 
 

@@ -55,7 +55,7 @@ class _Printer:
 
     def _inner(self, name: str, lines: list[str], path: str, depth: int) -> Iterator[str]:
         if lines:
-            yield f"{'  ' * depth}{name}:{self._origin(path) if not depth else ''}"
+            yield f"{'  ' * depth}{name}:{self._origin(path)}"
             yield from lines
 
     def _origin(self, path: str) -> str:

@@ -115,7 +115,7 @@ class Reader:
         elif node.value is None and _default(key) == "":
             value = ""  # null is how many YAML files write an empty path
         else:
-            value = convert(annotation, node.plain())
+            value = convert(annotation, _open_value(node))
         if isinstance(value, str) and "${" in value and key.name != "input_data":
             raise WrongType("a plain value (`${...}` is not filled in; YAML anchors are)")
         return value
@@ -271,16 +271,16 @@ class Reader:
 
     def _add(self, problem: KeyProblem) -> None:
         self.bad.add(problem.key)
-        if any(
-            known.where == problem.where and _same_end(known, problem) for known in self.problems
-        ):
-            return  # the same line, read a second time through an alias
+        if any(_is_told_again(known, problem) for known in self.problems):
+            return
         self.problems.append(problem)
 
 
-def _same_end(known: KeyProblem, problem: KeyProblem) -> bool:
-    same_key = known.key.rpartition(".")[2] == problem.key.rpartition(".")[2]
-    return known.key != problem.key and same_key and known.rule == problem.rule
+def _is_told_again(known: KeyProblem, problem: KeyProblem) -> bool:
+    """Whether `problem` is the same line, read a second time through the alias of a data set."""
+    if "_dataset_task." not in f"{known.key} {problem.key}" or known.where != problem.where:
+        return False
+    return known.key.rpartition(".")[2] == problem.key.rpartition(".")[2]
 
 
 def _open_value(node: Node) -> Any:

@@ -23,21 +23,23 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         prog="python -m launcher.tools.unified_safetensors",
         description="Merge distributed weights into a complete Hugging Face directory.",
     )
-    parser.add_argument("--mindspore_ckpt_dir", type=Path, required=True, metavar="DIR",
-                        help="folder with rank_0/, rank_1/, ...")  # fmt: skip
-    parser.add_argument("--output_dir", type=Path, required=True, metavar="DIR",
-                        help="the complete weights; must not exist yet")  # fmt: skip
-    parser.add_argument("--file_suffix", default="1_1", metavar="EPOCH_STEP",
-                        help="which save: files that end in -EPOCH_STEP.safetensors (1_1)")  # fmt: skip
-    parser.add_argument("--filter_out_param_prefix", default="", metavar="PREFIX",
-                        help="leave out tensors whose name starts so; adam_ drops optimizer state")  # fmt: skip
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing output_dir")
+    add = parser.add_argument
+    add("--mindspore_ckpt_dir", type=Path, required=True, metavar="DIR", help="holds rank_0/, ...")
+    add("--output_dir", type=Path, required=True, metavar="DIR", help="where complete weights go")
+    add("--file_suffix", default="1_1", metavar="E_S", help="the save: *-E_S.safetensors (1_1)")
+    add(
+        "--filter_out_param_prefix",
+        default="",
+        metavar="PREFIX",
+        help="leave out tensors whose name starts so; adam_ drops optimizer state",
+    )
+    add("--overwrite", action="store_true", help="replace an existing output_dir")
     for name, why in (
         ("--src_strategy_dirs", "no effect: our files describe their own layout"),
         ("--has_redundancy", "no effect: seen from the files"),
         ("--max_process_num", "no effect: one process reads and writes"),
     ):
-        parser.add_argument(name, help=why)
+        add(name, help=why)
     return parser.parse_args(arguments)
 
 

@@ -51,7 +51,7 @@ BASE = (
         (["--train_dataset.data_loader.dataset_files", "a,b"],
          "train_dataset.data_loader.paths", ["a,b"]),
         # --options, done right
-        (["--options", "sink=1"][:1] + ["runner_config.sink_mode=True"],
+        (["--options", "runner_config.sink_mode=True"],
          "runner_config.sink_mode", True),
         (["--options", "runner_config.sink_mode=False", "seed=3"],
          "runner_config.sink_mode", False),
@@ -109,7 +109,7 @@ def test_overrides(workspace: Path, words: list[str], key: str, expected: Any) -
         (["--check_config=perhaps"], "true or false is needed"),
         (["--optimizer", "fast"], "optimizer = 'fast': a section (key: value) is needed"),
         (["--train_dataset", "--seed", "3"], "`--train_dataset` has no value"),
-        (["--optimizer.betas", "0.9"], "optimizer.betas = 0.9: a list of numbers is needed"),
+        (["--optimizer.betas", "0.9"], "optimizer.betas = '0.9': a list of numbers is needed"),
     ],
 )
 def test_refused(workspace: Path, words: list[str], message: str) -> None:

@@ -34,7 +34,7 @@ train_dataset: &t
   data_loader: {dataset_files: [a.txt, "b c.txt"], suffixes: [.py]}
   num_parallel_workers: 4
 train_dataset_task: {dataset_config: *t}
-runner_config: {stop_step: 7}
+runner_config: {stop_step: 7, max_steps: 9}
 generation: {eos_token_id: [1, 2]}
 input_data: ["say \\"hi\\"", "two\\nlines", "ümläut 日本 # no comment"]
 callbacks:
@@ -77,7 +77,7 @@ def test_every_line_says_where_its_value_came_from(workspace: Path) -> None:
     assert "  batch_size: 2  # command line: --batch_size\n" in text
     assert "  epochs: 1  # default\n" in text
     assert "  betas: [0.8, 0.9]  # x.yaml:12\n" in text
-    assert "    num_parallel_workers: 4" in f"  {text}"
+    assert "\n  num_parallel_workers: 4  # x.yaml:15\n" in text
 
 
 def _parts(result: Resolved) -> tuple[Any, Any]:

@@ -170,8 +170,6 @@ def test_the_project_configs_are_found_from_anywhere(workspace: Path) -> None:
         ("load_balanced: False\n", "balanced_load", False),
         ("parallel_config: {micro_batch_interleave_num: 1}\n", "micro_batch_interleave_num", 1),
         ("lr_schedule: {base_lr: 1e-3}\n", "lr_schedule.learning_rate", 1e-3),
-        ("runner_config: {stop_step: 5}\n", "runner_config.max_steps", 5),
-        ("runner_config: {stop_step: 5, max_steps: 3}\n", "runner_config.max_steps", 3),
         ("run_mode: predict_with_train_model\n", "run_mode", "predict"),
     ],
 )
@@ -413,9 +411,9 @@ def test_the_fields_of_the_original_page_are_known(workspace: Path) -> None:
         "use_legacy: False\nload_checkpoint: ''\npretrained_model_dir: qwen\n"
         "load_ckpt_format: safetensors\nauto_trans_ckpt: True\nuse_parallel: True\n"
         "remove_redundancy: True\noutput_dir: ./output\n"
-        "model:\n  model_config:\n    compute_dtype: bfloat16\n    layernorm_compute_dtype: float32\n"
-        "    softmax_compute_dtype: float32\n    rotary_dtype: bfloat16\n"
-        "    params_dtype: bfloat16\ngeneration:\n  max_length: 30\n"
+        "model:\n  model_config:\n    compute_dtype: bfloat16\n"
+        "    layernorm_compute_dtype: float32\n    softmax_compute_dtype: float32\n"
+        "    rotary_dtype: bfloat16\n    params_dtype: bfloat16\ngeneration:\n  max_length: 30\n"
         "callbacks:\n  - type: CheckpointMonitor\n    prefix: deepseekv3\n"
         "    save_checkpoint_steps: 1000\n    keep_checkpoint_max: 5\n"
         "    save_network_params: False\n    integrated_save: False\n    async_save: False\n"

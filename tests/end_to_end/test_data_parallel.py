@@ -19,8 +19,16 @@ LAYOUTS = {
 }
 
 
-def train(workshop: Workshop, output: str, world: int, batch: int, accumulation: int,
-          sharded: bool, shard_size: int, **changes: object):  # fmt: skip
+def train(
+    workshop: Workshop,
+    output: str,
+    world: int,
+    batch: int,
+    accumulation: int,
+    sharded: bool,
+    shard_size: int,
+    **changes: object,
+):
     name = workshop.yaml(
         f"{output}.yaml",
         **{
@@ -69,8 +77,16 @@ def test_padding_and_dropout_do_not_depend_on_the_layout(one_process) -> None:
 
     def run(output: str, world: int, batch: int, accumulation: int):
         runner = {"batch_size": batch, "gradient_accumulation_steps": accumulation, "epochs": 20}
-        return train(workshop, output, world, batch, accumulation, True, -1,
-                     **{**changes, "runner_config": {**runner, "max_steps": 6}})  # fmt: skip
+        return train(
+            workshop,
+            output,
+            world,
+            batch,
+            accumulation,
+            True,
+            -1,
+            **{**changes, "runner_config": {**runner, "max_steps": 6}},
+        )
 
     alone, together = run("dropout_one", 1, 4, 1), run("dropout_two", 2, 1, 2)
     assert len(alone) == 6

@@ -1,4 +1,4 @@
-"""A resumed run is the uninterrupted run: bit for bit on the same layout, and on others in value."""
+"""A resumed run is the uninterrupted run: to the bit on the same layout, in value on others."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ CASES = {
     "padded": (1, {"train_dataset": {"packing": False}, "runner_config": {"epochs": 40}}),
     "dropout": (1, {"model": {"model_config": {"attention_dropout": 0.1, "hidden_dropout": 0.1}}}),
     "across an epoch border": (
-        1, {"train_dataset": {"data_loader": {"num_samples": 2}}, "runner_config": {"epochs": 9}},
+        1,
+        {"train_dataset": {"data_loader": {"num_samples": 2}}, "runner_config": {"epochs": 9}},
     ),
     "accumulated, two ranks, sharded, bf16": (
         2,
@@ -37,13 +38,16 @@ CASES = {
         {
             "model": {
                 "model_config": {
-                    "type": "GPTNeoXConfig", "hidden_dropout": 0.1, "num_key_value_heads": None,
-                    "head_dim": None, "tie_word_embeddings": False,
+                    "type": "GPTNeoXConfig",
+                    "hidden_dropout": 0.1,
+                    "num_key_value_heads": None,
+                    "head_dim": None,
+                    "tie_word_embeddings": False,
                 }
             }
         },
     ),
-}  # fmt: skip
+}
 
 
 def run(workshop: Workshop, name: str, world: int, *more: str) -> JobResult:
@@ -76,10 +80,23 @@ def test_other_world_sizes_see_the_same_samples_and_losses(workshop: Workshop) -
     run(workshop, name, 1, "--output_dir", "whole")
     layouts = [(4, "2", "True"), (2, "4", "False"), (1, "8", "False")]
     for stop, (world, batch, sharded) in zip((7, 14, 20), layouts, strict=True):
-        run(workshop, name, world, "--output_dir", "moved", "--resume_training", "True",
-            "--parallel_config.data_parallel", str(world), "--batch_size", batch,
-            "--parallel.enable_parallel_optimizer", sharded,
-            "--runner_config.stop_step", str(stop))  # fmt: skip
+        run(
+            workshop,
+            name,
+            world,
+            "--output_dir",
+            "moved",
+            "--resume_training",
+            "True",
+            "--parallel_config.data_parallel",
+            str(world),
+            "--batch_size",
+            batch,
+            "--parallel.enable_parallel_optimizer",
+            sharded,
+            "--runner_config.stop_step",
+            str(stop),
+        )
     assert workshop.losses("moved") == pytest.approx(workshop.losses("whole"), rel=1e-5)
     consumed = [row["consumed_samples"] for row in workshop.rows("moved")]
     assert consumed == [8 * step for step in range(1, 21)]
@@ -88,8 +105,9 @@ def test_other_world_sizes_see_the_same_samples_and_losses(workshop: Workshop) -
 def test_a_changed_global_batch_goes_on_by_samples(workshop: Workshop) -> None:
     name = workshop.yaml()
     run(workshop, name, 1, "--runner_config.stop_step", "10")
-    result = run(workshop, name, 1, "--resume_training", "True", "--batch_size", "4",
-                 "--max_steps", "22")  # fmt: skip
+    result = run(
+        workshop, name, 1, "--resume_training", "True", "--batch_size", "4", "--max_steps", "22"
+    )
     assert "global batch was 8, is 4: going on after 80 samples, as step 20" in result.stdout
     assert workshop.rows()[-1]["consumed_samples"] == 80 + 2 * 4
 
@@ -131,10 +149,21 @@ def test_a_damaged_newest_checkpoint_is_named_and_passed_over(workshop: Workshop
 def test_one_checkpoint_can_be_named(workshop: Workshop) -> None:
     name = workshop.yaml()
     run(workshop, name, 1)
-    result = run(workshop, name, 1, "--resume_training", "CKP_rank_0-1_10", "--output_dir", "other",
-                 "--load_checkpoint", "output/checkpoint")  # fmt: skip
+    result = run(
+        workshop,
+        name,
+        1,
+        "--resume_training",
+        "CKP_rank_0-1_10",
+        "--output_dir",
+        "other",
+        "--load_checkpoint",
+        "output/checkpoint",
+    )
     assert "resumed: CKP-1_10" in result.stdout
-    wrong = run_job(["--config", name, "--resume_training", "CKP_rank_0-1_11", "--run_mode", "train"],
-                    workshop.folder)  # fmt: skip
+    wrong = run_job(
+        ["--config", name, "--resume_training", "CKP_rank_0-1_11", "--run_mode", "train"],
+        workshop.folder,
+    )
     assert wrong.code == 2
     assert "did you mean `CKP_rank_0-1_10.safetensors`?" in wrong.stderr

@@ -88,7 +88,7 @@ def test_greedy_stops_at_any_end_token_as_transformers_does() -> None:
 PROCESSED: dict[str, dict[str, Any]] = {
     "max_length": {"max_length": 10},
     "repetition_penalty": {"max_new_tokens": 10, "repetition_penalty": 1.7},
-    "min_length": {"max_new_tokens": 10, "min_length": 12, "repetition_penalty": 1.2},
+    "min_length": {"max_new_tokens": 12, "min_length": 11, "repetition_penalty": 1.2},
     "min_new_tokens": {"max_new_tokens": 10, "min_new_tokens": 8},
 }
 

@@ -64,8 +64,10 @@ def test_adamw_without_decay_on_biases_equals_torch() -> None:
     others = [p for p in reference.parameters() if p.ndim <= 1]
     theirs = torch.optim.AdamW(
         [{"params": decayed, "weight_decay": 0.5}, {"params": others, "weight_decay": 0.0}],
-        lr=0.1, betas=(0.8, 0.9), eps=1e-6,
-    )  # fmt: skip
+        lr=0.1,
+        betas=(0.8, 0.9),
+        eps=1e-6,
+    )
     for _ in range(3):
         set_learning_rate(optimizer, 0.1)
         optimizer.step()

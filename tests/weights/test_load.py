@@ -1,4 +1,4 @@
-"""Any layout to any layout: what is loaded is what was saved, or nothing is and the user is told."""
+"""Any layout to any layout: what is loaded is what was saved, or the user is told all about it."""
 
 from __future__ import annotations
 
@@ -235,9 +235,10 @@ def test_a_merge_gives_back_every_byte_and_opens_by_index(tmp_path) -> None:
     seen: list[tuple[int, int]] = []
     exported = write_complete(source, out, max_shard_bytes=220, progress=lambda *a: seen.append(a))
     assert exported.files == (
-        "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors",
+        "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors",
         "optimizer-00001-of-00001.safetensors",
-    )  # fmt: skip
+    )
     assert seen[-1] == (exported.total_bytes, exported.total_bytes)
     merged = {}
     for file in exported.files:

@@ -76,8 +76,12 @@ def test_block_digests_do_not_depend_on_how_the_bytes_are_cut() -> None:
     data = bytes(range(256)) * 5
     whole_parts = block_digests([memoryview(data)], block_bytes=100)
     assert len(whole_parts) == 13
-    assert block_digests([memoryview(data[:7]), memoryview(data[7:950]), memoryview(data[950:])],
-                         block_bytes=100) == whole_parts  # fmt: skip
+    assert (
+        block_digests(
+            [memoryview(data[:7]), memoryview(data[7:950]), memoryview(data[950:])], block_bytes=100
+        )
+        == whole_parts
+    )
 
 
 @pytest.mark.parametrize("place", [0, BLOCK_BYTES - 1, BLOCK_BYTES, 2 * BLOCK_BYTES + 17])

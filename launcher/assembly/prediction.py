@@ -1,0 +1,61 @@
+"""Prediction of a job: which settings count, and continuing the prompts on every rank."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from launcher.assembly.job import Job
+from launcher.checkpoint.files import read_json
+from launcher.generation import GenerationSettings, generation_settings
+from launcher.predict import RESULT_FILE, Generation, generate
+
+PREDICT_BATCH = 8
+"""Prompts continued together when predict_batch_size is not written."""
+
+
+def continue_prompts(
+    job: Job, model: nn.Module, prompts: Sequence[str], batch_size: int
+) -> list[Generation]:
+    """Every prompt with its continuation, on the main rank; each rank takes its share of them."""
+    seed = job.config.generation_config.seed
+    model.eval()
+    return generate(
+        model,
+        job.tokenizer,
+        prompts,
+        settings(job),
+        batch_size=batch_size,
+        device=job.world.device,
+        seed=job.config.seed if seed is None else seed,
+        rank=job.world.rank,
+        data_parallel=job.world.size,
+        gather=job.world.gather,
+    )
+
+
+def settings(job: Job) -> GenerationSettings:
+    """What the user wrote, else what generation_config.json says, else the defaults."""
+    section = job.config.generation_config
+    written: dict[str, Any] = {
+        field.name: getattr(section, field.name)
+        for field in fields(section)
+        if job.provenance.is_written(f"generation_config.{field.name}")
+    }
+    beside = Path(job.tokenizer_dir) / "generation_config.json"
+    return generation_settings(
+        written,
+        job.spec.generation,
+        read_json(beside) or {},
+        tokenizer=job.tokenizer,
+        hf_config=job.spec.hf_config,
+    )
+
+
+def result_path(job: Job) -> Path:
+    """Where the result goes."""
+    return Path(job.config.save_file or job.output_dir / RESULT_FILE)
