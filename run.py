@@ -1,8 +1,6 @@
 """The entry: `python run.py --config x.yaml --run_mode train`."""
 
-import sys
-
-from launcher.cli import main
+from launcher.cli import leave, main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

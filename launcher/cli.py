@@ -9,15 +9,19 @@ from __future__ import annotations
 import os
 import sys
 import textwrap
+import time
 import traceback
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from launcher.config.command_line import CommandLine, help_text, parse
 from launcher.errors import EXIT_INTERNAL, EXIT_OK, EXIT_SIGINT, EXIT_USER, Problem, UserError
 
 if TYPE_CHECKING:
     from launcher.config.resolve import Resolved
+
+ECHO_DELAY_SECONDS = 5.0
+"""How long a rank other than 0 waits before it tells its error."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,6 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         if _rank() == 0:
             _show(error.problems, tail=". Nothing was started.")
+        elif "TORCHELASTIC_RUN_ID" in os.environ:
+            time.sleep(1)  # torchrun ends all ranks at the first exit: let rank 0 speak before
         return EXIT_USER
     except Exception:
         traceback.print_exc()
@@ -46,6 +52,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception:
         traceback.print_exc()
         return EXIT_INTERNAL
+
+
+def leave(code: int) -> NoReturn:
+    """End this process with `code`.
+
+    One rank of several leaves at once: threads of gloo that outlive the interpreter abort it now
+    and then, and a job that has succeeded would be reported as failed.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if "WORLD_SIZE" in os.environ:
+        os._exit(code)
+    sys.exit(code)
 
 
 def _checked(line: CommandLine) -> Resolved:
@@ -95,7 +114,13 @@ def _rank() -> int:
 
 
 def _show(problems: Iterable[Problem], *, tail: str = ".") -> None:
-    """One `error:` line a problem, and how many there are."""
+    """One `error:` line a problem, and how many there are.
+
+    What goes wrong on all ranks goes wrong on rank 0 too: the others wait a little, and are usually
+    ended by the launcher before they would say the same again.
+    """
+    if _rank():
+        time.sleep(ECHO_DELAY_SECONDS)
     found = list(problems)
     mark = f"[rank {_rank()}] " if _rank() else ""
     for problem in found:

@@ -137,13 +137,16 @@ def parse(argv: Sequence[str]) -> CommandLine:
         elif word.startswith("--") and len(word) > 2:
             _option(line, word, words)
         elif "=" in word or word.startswith("~"):
-            key = word.lstrip("+~").partition("=")[0]
-            line.overrides.append(
-                Assignment(kind="override", key=key, text=word, where=f"command line: {word}")
-            )
+            line.overrides.append(override_word(word))
         else:
             line.problems.append(_stray(word))
     return line
+
+
+def override_word(word: str) -> Assignment:
+    """A word of Hydra's grammar as an assignment."""
+    key = word.lstrip("+~").partition("=")[0]
+    return Assignment(kind="override", key=key, text=word, where=f"command line: {word}")
 
 
 def _stray(word: str) -> Problem:

@@ -91,12 +91,3 @@ def read_json_object(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError("this is not a JSON object", where=str(path))
     return content
-
-
-def seq_length(config: Config) -> int | None:
-    """Tokens of a row as the YAML says it; None leaves it to the model."""
-    for section in (config.train_dataset, config.eval_dataset):
-        if section is not None and section.seq_length is not None:
-            return section.seq_length
-    written = config.model.model_config.get("seq_length")
-    return written if isinstance(written, int) else None

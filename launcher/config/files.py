@@ -62,7 +62,13 @@ def _yaml_files(folder: Path) -> str:
 
 def load_tree(path: Path, *, name: str = "") -> Node:
     """One tree of the file and its whole `base_config` chain, aliases folded."""
-    return _load(path, name or str(path), ())
+    return _load(path, name or _shown(path), ())
+
+
+def _shown(path: Path) -> str:
+    """The path as short as it can be said from the current directory."""
+    relative = os.path.relpath(path)
+    return str(path) if relative.startswith(os.pardir) else relative
 
 
 def _load(path: Path, name: str, chain: tuple[Path, ...]) -> Node:
@@ -100,7 +106,7 @@ def _load(path: Path, name: str, chain: tuple[Path, ...]) -> Node:
                     parent.name, {p.name for p in parent.parent.glob("*.y*ml")} - {path.name}
                 ),
             )
-        tree = merge(tree, _load(parent, os.path.relpath(parent), here))
+        tree = merge(tree, _load(parent, _shown(parent), here))
     return merge(tree, own)
 
 

@@ -306,21 +306,18 @@ def _asks_for_nothing(value: Any, info: FieldInfo) -> bool:
 
 
 def _out_of_bounds(value: Any, info: FieldInfo) -> str:
+    """The bound that a number breaks, in words; empty when it breaks none."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return ""
     if isinstance(value, float) and not math.isfinite(value):
         return "a finite number is needed"
-    bounds = (
-        (
-            (info.minimum is not None and value < info.minimum, f"at least {info.minimum}"),
-            (info.above is not None and value <= info.above, f"above {info.above}"),
-            (info.maximum is not None and value > info.maximum, f"at most {info.maximum}"),
-            (info.below is not None and value >= info.below, f"below {info.below}"),
-        )
-        if (info.minimum, info.above, info.maximum, info.below) != (None,) * 4
-        else ()
-    )
-    return next((f"it must be {text}" for broken, text in bounds if broken), "")
+    if info.minimum is not None and value < info.minimum:
+        return f"it must be at least {info.minimum}"
+    if info.above is not None and value <= info.above:
+        return f"it must be above {info.above}"
+    if info.maximum is not None and value > info.maximum:
+        return f"it must be at most {info.maximum}"
+    return ""
 
 
 def _listed(choices: tuple[Any, ...]) -> str:

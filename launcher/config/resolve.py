@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from launcher.config import assign
-from launcher.config.command_line import CommandLine, parse
-from launcher.config.files import find_config, fold, load_tree, take
+from launcher.config.command_line import Assignment, CommandLine, override_word, parse
+from launcher.config.files import canonical, find_config, fold, load_tree, take
 from launcher.config.nodes import Node
 from launcher.config.provenance import KeyProblem, Provenance
 from launcher.config.reader import Reader
@@ -73,12 +73,31 @@ def resolve_command_line(line: CommandLine) -> Resolved:
         tree = load_tree(find_config(line.config))
     except UserError as error:
         raise UserError([*problems, *error.problems]) from None
-    for assignment in [*line.flags, *line.overrides]:
+    for assignment in _in_order(line):
         try:
             assign.apply(tree, assignment)
         except UserError as error:
             problems += error.problems
     return read_tree(tree, problems)
+
+
+def _in_order(line: CommandLine) -> list[Assignment]:
+    """Flags, then overrides; among the prompts of --predict_data, words that set a key count as
+    overrides: `--predict_data 'a' 'b' seed=3`."""
+    flags, overrides = [], list(line.overrides)
+    for flag in line.flags:
+        if flag.key == "input_data" and isinstance(flag.text, list):
+            found = [override_word(word) for word in flag.text[1:] if _sets_a_key(word)]
+            prompts = [flag.text[0], *(word for word in flag.text[1:] if not _sets_a_key(word))]
+            overrides += found
+            flag = replace(flag, text=prompts if len(prompts) > 1 else prompts[0])
+        flags.append(flag)
+    return [*flags, *overrides]
+
+
+def _sets_a_key(word: str) -> bool:
+    key, equals, _ = word.lstrip("+~").partition("=")
+    return bool(equals or word.startswith("~")) and assign.place_of(canonical(key)).is_known
 
 
 def read_tree(tree: Node, problems: Sequence[Problem] = ()) -> Resolved:

@@ -35,6 +35,7 @@ RULES: tuple[Rule, ...] = (
     paths.tokenizer,
     paths.named_paths,
     paths.weights,
+    paths.redundancy,
     model.model,
 )
 

@@ -173,7 +173,6 @@ def _bounds(info: Any) -> str:
             ("at least", info.minimum),
             ("above", info.above),
             ("at most", info.maximum),
-            ("below", info.below),
         )
         if bound is not None and abs(bound) < 2**32
     ]

@@ -63,7 +63,7 @@ BASE = (
         (["optimizer.eps=1e-4"], "optimizer.eps", 1e-4),
         (["optimizer.betas=[0.8,0.9]"], "optimizer.betas", [0.8, 0.9]),
         (["output_dir='a, b'"], "output_dir", "a, b"),
-        (["output_dir=/tmp/x:y"], "output_dir", "/tmp/x:y"),
+        (["output_dir=/data/x:y"], "output_dir", "/data/x:y"),
         (["runner_config.max_steps=null"], "runner_config.max_steps", None),
         (["lr_schedule={type: ConstantWarmUpLR, warmup_steps: 3}"],
          "lr_schedule.type", "ConstantWarmUpLR"),

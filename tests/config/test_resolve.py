@@ -370,6 +370,23 @@ def test_prompts(workspace: Path, words: list[str], expected: Any) -> None:
     assert result.config.seed == 3
 
 
+@pytest.mark.parametrize(
+    ("words", "prompts", "top_k"),
+    [
+        (["a", "b", "generation.top_k=3"], ["a", "b"], 3),
+        (["a", "generation_config.top_k=3", "b"], ["a", "b"], 3),
+        (["a", "top_k=3"], "a", 3),
+        (["a", "+model.model_config.top_k=3"], "a", 3),
+        (["top_k=3"], "top_k=3", 50),
+        (["a", "x=3"], ["a", "x=3"], 50),
+    ],
+)
+def test_keys_among_prompts(workspace: Path, words: list[str], prompts: Any, top_k: int) -> None:
+    """A known key after the first prompt is an override; anything else is a prompt."""
+    config = resolved("", "--predict_data", *words).config
+    assert (config.input_data, config.generation_config.top_k) == (prompts, top_k)
+
+
 def test_trust_is_given_on_the_command_line_only(workspace: Path) -> None:
     assert resolved("", "--trust_remote_code", "true").config.trust_remote_code
     assert resolved("trust_remote_code: False\n").config.trust_remote_code is False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,22 @@ def test_annealing_has_no_warm_up(workspace: Path, kind: str) -> None:
 def test_what_is_refused(workspace: Path, add: str, flags: Any, message: str) -> None:
     (text,) = found(add, **flags)
     assert message in text
+
+
+@pytest.mark.parametrize("asserted", [True, False])
+@pytest.mark.parametrize("said", ["True", "False", None, "damaged"])
+def test_redundancy_is_what_the_files_say(workspace: Path, asserted: bool, said: str) -> None:
+    metadata = {"remove_redundancy": said} if said else {}
+    header = json.dumps({"__metadata__": metadata}).encode()
+    content = b"" if said == "damaged" else len(header).to_bytes(8, "little") + header
+    (workspace / "ranks" / "rank_0" / "CKP_rank_0-1_10.safetensors").write_bytes(content)
+    texts = found(f"load_checkpoint: ranks\nremove_redundancy: {asserted}\n")
+    if said in ("True", "False") and said != str(asserted):
+        (text,) = texts
+        assert f"rank_0-1_10.safetensors says remove_redundancy {said}. Nearest: {said}." in text
+        assert text.startswith("x.yaml:46: ")
+    else:
+        assert texts == []
 
 
 def test_a_family_that_cannot_pack(workspace: Path) -> None:

@@ -32,7 +32,8 @@ def test_defaults_are_of_their_type_and_ask_for_nothing(kind: type) -> None:
         info, value = info_of(key), getattr(instance, key.name)
         if dataclasses.is_dataclass(value) or key.name == "callbacks":
             continue
-        assert convert(hints(kind)[key.name], value) == value
+        converted = convert(hints(kind)[key.name], value)
+        assert (converted, type(converted)) == (value, type(value))
         if info.choices and isinstance(value, str) and value:
             assert value in info.choices
         if info.status == "not built yet":

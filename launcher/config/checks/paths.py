@@ -1,6 +1,6 @@
 """Rules about files and folders: what a mode needs is there, and is what it is said to be.
 
-Only names are looked at, no file is opened.
+Names are looked at, no file is opened but the header of one rank file.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from launcher.config.checks.check import Check
 from launcher.config.derived import has_safetensors, has_tokenizer, tokenizer_dir
 from launcher.config.provenance import KeyProblem
 from launcher.config.schema import DataLoaderSection, DatasetSection
-from launcher.errors import did_you_mean
+from launcher.errors import UserError, did_you_mean
+from launcher.weights.formats.safetensors import read_header
 from launcher.weights.source import detect
 
 _BY_TYPE = {
@@ -195,6 +196,28 @@ def weights(check: Check) -> Iterator[KeyProblem]:
             found,
             advice="Set auto_trans_ckpt: True, or leave it out",
             also=("load_checkpoint", "use_parallel"),
+        )
+
+
+def redundancy(check: Check) -> Iterator[KeyProblem]:
+    """remove_redundancy says of distributed weights what their files say of themselves."""
+    asserted, folder = check.config.remove_redundancy, Path(check.config.load_checkpoint or ".")
+    if asserted is None or not check.config.load_checkpoint or not folder.is_dir():
+        return  # complete weights hold each tensor once anyway
+    first = next(iter(sorted(folder.glob("rank_*/*.safetensors"))), None)
+    if first is None:
+        return
+    try:
+        said = read_header(first).metadata.get("remove_redundancy")
+    except UserError:
+        return  # a damaged file is told by whoever reads its tensors
+    if said in ("True", "False") and said != str(asserted):
+        yield check.wrong(
+            "remove_redundancy",
+            f"{first} says remove_redundancy {said}",
+            nearest=f"Nearest: {said}",
+            advice="Or leave the key out",
+            also=("load_checkpoint",),
         )
 
 

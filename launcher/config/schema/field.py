@@ -32,7 +32,6 @@ class FieldInfo:
     minimum: float | None = None
     above: float | None = None
     maximum: float | None = None
-    below: float | None = None
     open_keys: bool = False
     """The field collects the keys of an open section that have no field of their own."""
     none_means_absent: bool = False
@@ -54,7 +53,6 @@ def effective(
     minimum: float | None = None,
     above: float | None = None,
     maximum: float | None = None,
-    below: float | None = None,
 ) -> Any:
     """A key that does what it says, with bounds or choices (a plain default means no bounds)."""
     return _with(
@@ -65,7 +63,6 @@ def effective(
             minimum=minimum,
             above=above,
             maximum=maximum,
-            below=below,
         ),
     )
 

@@ -185,7 +185,7 @@ class Config:
     """Weigh by tokens, not by micro-batches; always so here."""
     lr_scale: bool = False
     """Multiply the learning rate by processes x batch_size / lr_scale_factor."""
-    lr_scale_factor: float = effective(256, above=0)
+    lr_scale_factor: float = effective(256.0, above=0)
     """See lr_scale."""
     layer_scale: bool = not_built(False, "Set it to False")
     """A smaller learning rate for lower layers."""

@@ -1,0 +1,56 @@
+# make quickstart   set up, train a small model on this machine's Python source, continue `def `
+# make test         linter, types, import rules, all tests (under ten minutes on two cores)
+# make test-full    also the whole of every matrix of which `make test` runs a sample
+# make test-crash   tests that kill processes, at length
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+QUICKSTART := --config configs/quickstart.yaml
+LINT_PATHS := launcher models tests benchmarks run.py
+
+.PHONY: quickstart test test-full test-crash lint tests docs clean
+
+quickstart: $(VENV)/installed data/quickstart/prepared.json
+	$(BIN)/python run.py $(QUICKSTART) --run_mode train
+	$(BIN)/python run.py $(QUICKSTART) --run_mode predict \
+	    --load_checkpoint output/quickstart/checkpoint --predict_data 'def '
+	@echo "The loss curve is output/quickstart/loss.png"
+
+test: lint tests
+
+lint: $(VENV)/installed-dev
+	$(BIN)/ruff check $(LINT_PATHS)
+	$(BIN)/ruff format --check $(LINT_PATHS)
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+tests: $(VENV)/installed-dev
+	$(BIN)/python -m pytest -m "not long and not crash"
+
+test-full: lint
+	$(BIN)/python -m pytest -m "not crash"
+
+test-crash: $(VENV)/installed-dev
+	$(BIN)/python -m pytest -m crash
+
+docs: $(VENV)/installed
+	$(BIN)/python -m launcher.tools.config_docs
+
+data/quickstart/prepared.json: | $(VENV)/installed
+	$(BIN)/python -m launcher.tools.prepare_quickstart --output_dir data/quickstart
+
+$(VENV)/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Slipway needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/installed: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e .
+	@touch $@
+
+$(VENV)/installed-dev: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[dev]'
+	@touch $@ $(VENV)/installed
+
+clean:
+	rm -rf output data/quickstart

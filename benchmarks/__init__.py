@@ -1,0 +1,1 @@
+"""Measurements against the tools people would use instead. Results: benchmarks/RESULTS.md."""

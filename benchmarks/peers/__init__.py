@@ -1,0 +1,1 @@
+"""The same jobs in other tools, as their users would write them."""

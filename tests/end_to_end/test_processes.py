@@ -1,0 +1,110 @@
+"""The commands themselves: real processes, torchrun, signals."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.workshop import Workshop
+
+ROOT = Path(__file__).parents[2]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+
+
+def start(workshop: Workshop, *arguments: str, launcher: list[str] | None = None):
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
+    return subprocess.Popen(
+        [*(launcher or [sys.executable]), str(ROOT / "run.py"), *arguments],
+        cwd=workshop.folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_for_steps(workshop: Workshop, steps: int, process: subprocess.Popen) -> None:
+    path = workshop.folder / "output" / "metrics.jsonl"
+    for _ in range(1200):
+        if path.exists() and len(path.read_text().splitlines()) >= steps:
+            return
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    process.kill()
+    raise AssertionError(f"no {steps} steps within a minute: {process.communicate()}")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_and_the_run_goes_on_from_there(
+    workshop: Workshop, number: int, code: int
+) -> None:
+    name = workshop.yaml(runner_config={"epochs": 1000, "max_steps": 100000})
+    process = start(workshop, "--config", name, "--run_mode", "train")
+    wait_for_steps(workshop, 5, process)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == code, err
+    assert f"stopped by {signal.Signals(number).name}" in out
+    assert "Traceback" not in err
+    done = workshop.rows()[-1]["step"]
+    assert f"saved step {done} " in out
+    assert (workshop.folder / "output/loss.png").is_file()
+    resumed = start(
+        workshop,
+        "--config",
+        name,
+        "--run_mode",
+        "resume",
+        "--runner_config.stop_step",
+        str(done + 1),
+    )
+    out, err = resumed.communicate(timeout=60)
+    assert resumed.returncode == 0, err
+    assert f"step {done} of" in out
+    assert [row["step"] for row in workshop.rows()] == list(range(1, done + 2))
+
+
+def test_under_torchrun_a_signal_to_the_job_saves_too(workshop: Workshop) -> None:
+    name = workshop.yaml(
+        runner_config={"epochs": 1000, "max_steps": 100000, "batch_size": 2},
+        parallel_config={"data_parallel": 2},
+        parallel={"enable_parallel_optimizer": True},
+    )
+    process = start(workshop, "--config", name, "--run_mode", "train", launcher=TORCHRUN)
+    wait_for_steps(workshop, 3, process)
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=90)
+    assert process.returncode != 0
+    assert "stopped by SIGTERM" in out
+    last = workshop.rows()[-1]["step"]
+    manifests = list((workshop.folder / "output/checkpoint/manifest").glob("*.json"))
+    assert any(f'"global_step": {last},' in path.read_text() for path in manifests)
+
+
+def test_torchrun_trains_and_a_mistake_is_told_once(workshop: Workshop) -> None:
+    name = workshop.yaml(parallel_config={"data_parallel": 2}, runner_config={"batch_size": 2})
+    process = start(workshop, "--config", name, "--run_mode", "train", launcher=TORCHRUN)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert out.count("saved step 20 ") == 1
+    assert len(workshop.losses()) == 20
+
+    wrong = start(
+        workshop,
+        "--config",
+        name,
+        "--run_mode",
+        "train",
+        "--resume_training",
+        "CKP_9",
+        launcher=TORCHRUN,
+    )
+    out, err = wrong.communicate(timeout=120)
+    assert wrong.returncode != 0
+    assert err.count("there is no such checkpoint") == 1

@@ -1,0 +1,97 @@
+"""Every command and every YAML sample of the documentation runs, in the order of its page."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+
+from tests.ranks import run_job
+from tests.workshop import VOCABULARY, Workshop
+
+ROOT = Path(__file__).parents[1]
+FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+NAMED = re.compile(r"# (\S+\.(?:yaml|py))\n")
+
+
+@pytest.fixture(scope="module")
+def folder(materials: Workshop, tmp_path_factory) -> Path:
+    """The files the pages speak of: my_text, my_tokenizer, my_model, alpaca.json."""
+    workshop = materials.copy_to(tmp_path_factory.mktemp("docs"))
+    folder = workshop.folder
+    (folder / "corpus").rename(folder / "my_text")
+    (folder / "tokenizer").rename(folder / "my_tokenizer")
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=256,
+    )  # fmt: skip
+    Qwen3ForCausalLM(config).save_pretrained(folder / "my_model")
+    AutoTokenizer.from_pretrained(folder / "my_tokenizer").save_pretrained(folder / "my_model")
+    samples = [
+        {"instruction": "What is a slipway?", "input": "", "output": "A ramp for ships."},
+        {"instruction": "Add the numbers.", "input": "1 and 2", "output": "3"},
+    ]
+    (folder / "alpaca.json").write_text(json.dumps(samples * 4))
+    return folder
+
+
+def run_line(line: str, folder: Path) -> None:
+    words = shlex.split(line)
+    if words[:3] == ["python", "-m", "launcher.tools.unified_safetensors"]:
+        from launcher.tools.unified_safetensors import main
+
+        paths = {"--mindspore_ckpt_dir", "--output_dir"}
+        arguments = [
+            str(folder / word) if before in paths else word
+            for before, word in zip(["", *words[3:]], words[3:], strict=False)
+        ]
+        assert main(arguments) == 0
+        return
+    world = 1
+    if words[0] == "torchrun":
+        world, words = int(words[2]), ["python", *words[3:]]
+    assert words[:2] == ["python", "run.py"], f"the test does not know how to run: {line}"
+    result = run_job(words[2:], folder, world)
+    assert result.code == 0, f"{line}\n{result.stderr}"
+
+
+def test_training_page(folder: Path) -> None:
+    ran = 0
+    for language, text in FENCE.findall((ROOT / "docs" / "training.md").read_text()):
+        named = NAMED.match(text)
+        if named:
+            (folder / named[1]).write_text(text)
+        elif language == "bash":
+            for line in text.strip().splitlines():
+                run_line(line, folder)
+                ran += 1
+        else:
+            raise AssertionError(f"a {language} sample without a name: {text[:40]}")
+    assert ran >= 12
+    log = (folder / "output/callbacks/log/rank_0/info.log").read_text()
+    assert "step 10 has seen 40 samples" in log
+    two, alone = (
+        [json.loads(line)["loss"] for line in (folder / f"output/{name}/metrics.jsonl").open()]
+        for name in ("two", "pretrain")
+    )
+    assert two == pytest.approx(alone, rel=1e-4)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.name)
+def test_every_shipped_configuration_is_right(path: Path, materials: Workshop, tmp_path) -> None:
+    """Checked with the folders it names made of the materials, then trained for two steps."""
+    workshop = materials.copy_to(tmp_path)
+    for name in ("train", "heldout"):
+        (tmp_path / "data/quickstart").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "data/quickstart" / name).symlink_to(workshop.folder / "corpus")
+    (tmp_path / "data/quickstart/tokenizer").symlink_to(workshop.folder / "tokenizer")
+    result = run_job(["--config", str(path), "--run_mode", "train", "--max_steps", "2",
+                      "--eval_dataset.data_loader.num_samples", "1"], tmp_path)  # fmt: skip
+    assert result.code == 0, result.stderr
+    assert "eval loss" in result.stdout
