@@ -46,11 +46,12 @@ def run(config: Config, provenance: Provenance, resolved: str) -> int:
     world = worlds.start(force_cpu=config.context.device_target == "CPU")
     open_logs(Path(config.output_dir), world.rank)
     job = Job(config, provenance, world, Console(enabled=world.is_main))
+    mode = config.run_mode or "train"
     finished = False
     try:
         if world.is_main:
-            (job.output_dir / "resolved.yaml").write_text(resolved)
-        code = MODES[config.run_mode or "train"](job)
+            (job.output_dir / resolved_name(mode)).write_text(resolved)
+        code = MODES[mode](job)
         finished = True
     except Interrupted as interrupted:
         job.say(f"stopped by {interrupted}")
@@ -62,6 +63,11 @@ def run(config: Config, provenance: Provenance, resolved: str) -> int:
         if finished or world.size == 1:
             worlds.stop()
     return code
+
+
+def resolved_name(mode: str) -> str:
+    """`resolved.yaml` is the configuration that trained; other modes do not write over it."""
+    return "resolved.yaml" if mode in ("train", "finetune") else f"resolved_{mode}.yaml"
 
 
 def train(job: Job) -> int:

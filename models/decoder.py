@@ -41,6 +41,20 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 SHARES, ATTENTION_OUTPUT, MLP_OUTPUT = 0, 1, 2
 
 
+class Linear(nn.Linear):
+    """Leaves its values to `models.initial`; torch's own draw costs, on meta even an import."""
+
+    def reset_parameters(self) -> None:
+        pass
+
+
+class Embedding(nn.Embedding):
+    """Leaves its values to `models.initial`, as `Linear` does."""
+
+    def reset_parameters(self) -> None:
+        pass
+
+
 class RMSNorm(nn.Module):
     """Root-mean-square norm over the last dimension, statistics in `compute_dtype`."""
 
@@ -66,11 +80,11 @@ class Attention(nn.Module):
         self.dropout = config.attention_dropout
         self.softmax_dtype = _dtype(precision.softmax_compute_dtype or "float32")
         heads, shared = config.num_attention_heads, config.num_key_value_heads
-        linear = partial(nn.Linear, config.hidden_size, bias=config.attention_bias)
+        linear = partial(Linear, config.hidden_size, bias=config.attention_bias)
         self.q_proj = linear(heads * config.head_dim)
         self.k_proj = linear(shared * config.head_dim)
         self.v_proj = linear(shared * config.head_dim)
-        self.o_proj = nn.Linear(
+        self.o_proj = Linear(
             heads * config.head_dim, config.hidden_size, bias=config.output_bias
         )
         norm = partial(RMSNorm, config.head_dim, config.rms_norm_eps,
@@ -106,9 +120,9 @@ class MLP(nn.Module):
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        self.gate_proj = nn.Linear(hidden, inner, bias=bias)
-        self.up_proj = nn.Linear(hidden, inner, bias=bias)
-        self.down_proj = nn.Linear(inner, hidden, bias=bias)
+        self.gate_proj = Linear(hidden, inner, bias=bias)
+        self.up_proj = Linear(hidden, inner, bias=bias)
+        self.down_proj = Linear(inner, hidden, bias=bias)
         self.activation = ACTIVATIONS[config.hidden_act]
 
     def forward(self, states: Tensor) -> Tensor:
@@ -143,7 +157,7 @@ class DecoderModel(nn.Module):
 
     def __init__(self, config: DecoderConfig, precision: Precision) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
             DecoderLayer(config, precision, layer) for layer in range(config.num_hidden_layers)
         )
@@ -161,7 +175,7 @@ class Decoder(nn.Module):
         self.model = DecoderModel(config, self.precision)
         self.lm_head = None
         if not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.rotary = RotaryTables(config)
 
     def forward(

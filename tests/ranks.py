@@ -20,9 +20,12 @@ from pathlib import Path
 from typing import Any
 
 PRELOAD = [
-    "torch", "torch.distributed.fsdp", "torch.distributed.tensor", "numpy", "xxhash",
+    "torch", "torch._dynamo", "torch.distributed.fsdp", "torch.distributed.tensor", "numpy",
     "transformers", "transformers.models.auto", "transformers.generation.logits_process",
-    "launcher.modes", "launcher.cli", "launcher.predict", "models.build",
+    "matplotlib.figure", "matplotlib.backends.backend_agg",
+    "hydra.core.override_parser.overrides_parser",
+    "launcher.config.printing", "launcher.config.resolve", "launcher.config.rules",
+    "launcher.modes", "launcher.cli", "launcher.tools.unified_safetensors",
 ]  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from launcher.train.optimizer import moments, set_step
 from launcher.train.run import TrainRun
 from launcher.train.state import TrainState, from_json
 from launcher.weights.load import load
+from launcher.weights.source import OPTIMIZER_PREFIXES
 from models.build import tied_names
 
 
@@ -66,6 +67,13 @@ def restore(job: Job, run: TrainRun, chosen: Chosen) -> None:
 
 def _restore_tensors(job: Job, run: TrainRun, chosen: Chosen) -> None:
     check_assertions(job, chosen.source)
+    if not any(name.startswith(OPTIMIZER_PREFIXES) for name in chosen.source.tensors):
+        raise UserError(
+            f"{chosen.name.rank_file(0)} holds weights without optimizer state",
+            where=str(chosen.published.root),
+            rule="a resumed run needs both; it was saved with save_optimizer: False",
+            advice="Use run_mode finetune to start from its weights",
+        )
     moments(run.model, run.optimizer)  # allocates them
     targets = {**run.weights(), **run.optimizer_state()}
     load(

@@ -28,7 +28,8 @@ from models.build import (
 
 def find_weights(job: Job) -> Source | None:
     """The weights the user names: load_checkpoint, else pretrained_model_dir's, else None."""
-    if job.config.load_checkpoint:
+    # With resume_training, load_checkpoint names the folder of checkpoints to go on from.
+    if job.config.load_checkpoint and job.config.resume_training is False:
         source = open_weights(Path(job.config.load_checkpoint), job.world, job.say)
     elif job.config.pretrained_model_dir and (
         detect(Path(job.config.pretrained_model_dir)) == "complete"

@@ -61,7 +61,7 @@ class CheckpointMonitor:
             )
 
     def _open_folder(self, run: Savable, folder: Path) -> int:
-        removed = clean_unfinished(folder)
+        removed = clean_unfinished(folder, self.config.prefix)
         if removed:
             run.say(f"{folder}: removed {len(removed)} files of a save that was never finished")
         run.write_model_files(folder / "model")

@@ -83,8 +83,8 @@ def _named(root: Path, candidates: list[Published], choice: str) -> Published:
 def _faults(candidate: Published, world: World) -> list[str]:
     """What is wrong with the files of a checkpoint; each rank reads its share of them."""
     mine = []
-    for record in candidate.manifest["files"][world.rank :: world.size]:
-        path = candidate.root / record["file"]
+    files = list(zip(candidate.files, candidate.manifest["files"], strict=True))
+    for path, record in files[world.rank :: world.size]:
         if not path.is_file():
             mine.append(f"{path} is missing")
         elif path.stat().st_size != record["bytes"]:

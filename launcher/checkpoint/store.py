@@ -51,8 +51,9 @@ class Published:
 
     @property
     def files(self) -> list[Path]:
-        """Rank files, in rank order."""
-        return [self.root / record["file"] for record in self.manifest["files"]]
+        """Rank files, in rank order. From the name, so that a manifest cannot point elsewhere."""
+        ranks = range(len(self.manifest["files"]))
+        return [self.root / f"rank_{rank}" / self.name.rank_file(rank) for rank in ranks]
 
     @property
     def manifest_path(self) -> Path:
@@ -69,11 +70,22 @@ def published(root: Path) -> list[Published]:
     """Every checkpoint of the folder that counts, oldest first."""
     found = []
     for path in (root / "manifest").glob("*.json"):
-        manifest = read_json(path)
-        if manifest is None or not {"sequence", "files", "save"} <= manifest.keys():
-            continue
-        found.append(Published(root, SaveName(**manifest["save"]), manifest))
+        checkpoint = _read_manifest(root, path)
+        if checkpoint is not None:
+            found.append(checkpoint)
     return sorted(found, key=lambda checkpoint: checkpoint.sequence)
+
+
+def _read_manifest(root: Path, path: Path) -> Published | None:
+    """The checkpoint a manifest publishes; None when it is cut short or not what its name says."""
+    manifest = read_json(path) or {}
+    try:
+        name = SaveName(**manifest["save"])
+        sizes = [int(file["bytes"]) for file in manifest["files"]]
+        whole = len(sizes) == manifest["world_size"] and int(manifest["sequence"]) > 0
+    except (KeyError, TypeError, ValueError):
+        return None
+    return Published(root, name, manifest) if whole and name.record == path.name else None
 
 
 @dataclass(frozen=True)
@@ -104,7 +116,7 @@ class Store:
         outcome = _attempt(self._write, name, shards, mesh, world)
         files = _agree(world, outcome)
         _agree(world, _attempt(self._publish, name, files, state, mesh, world))
-        self._write_meta(name, world)
+        _agree(world, _attempt(self._write_meta, name, world))
         self._retain(world)
         return sum(record["bytes"] for record in files)
 
@@ -214,17 +226,18 @@ def next_counter(root: Path, prefix: str) -> int:
     return max(counters) + 1 if counters else 0
 
 
-def clean_unfinished(root: Path) -> list[Path]:
+def clean_unfinished(root: Path, prefix: str) -> list[Path]:
     """Remove what a crash left behind: temporary files, and our rank files without a manifest.
 
-    Returns what was removed. Files of other programs stay.
+    Returns what was removed. Files of another prefix and files of other programs stay.
     """
     counted = {file for checkpoint in published(root) for file in checkpoint.files}
     removed = []
-    for path in sorted(root.glob("rank_*/.*" + TEMPORARY_SUFFIX)):
-        removed.append(path)
-    for path in sorted(root.glob("rank_*/*.safetensors")):
-        if path not in counted and parse_rank_file(path.name) and _is_ours(path):
+    for path in sorted(root.glob("rank_*/*.safetensors*")) + sorted(root.glob("rank_*/.*.tmp")):
+        parsed = parse_rank_file(path.name.removeprefix(".").removesuffix(TEMPORARY_SUFFIX))
+        if parsed is None or parsed[0].prefix != prefix or path in counted:
+            continue
+        if path.name.endswith(TEMPORARY_SUFFIX) or _is_ours(path):
             removed.append(path)
     for path in removed:
         path.unlink(missing_ok=True)

@@ -7,8 +7,6 @@ restart attempt, destroyed at the end. Works without any group when there is one
 from __future__ import annotations
 
 import os
-import socket
-from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -70,12 +68,20 @@ def start(*, force_cpu: bool = False) -> World:
     if torch.cuda.is_available() and not force_cpu:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
+        _repeatable_on_cuda()
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(
             backend, store=_store(rank, size), rank=rank, world_size=size, timeout=GROUP_TIMEOUT
         )
     return World(rank, size, device)
+
+
+def _repeatable_on_cuda() -> None:
+    """Kernels that give the same bits each time, where there are such; torch warns where not."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # costs a pass, changes nothing
 
 
 def _store(rank: int, size: int) -> dist.Store:
@@ -97,8 +103,3 @@ def stop() -> None:
     """Leave the job: the group is destroyed, so that no thread of it outlives the interpreter."""
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def hosts(world: World) -> Sequence[str]:
-    """Host name of every process, in rank order."""
-    return world.gather(socket.gethostname())

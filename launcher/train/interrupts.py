@@ -1,15 +1,19 @@
 """Interrupts: SIGINT and SIGTERM become a request to save and stop at the next step boundary.
 
 Invariant: the first signal only leaves a note, so no step is cut in half; a second one ends the
-process at once, as it would have without us.
+process at once. Under torchrun one Ctrl-C reaches a process twice, from the terminal and from the
+agent: signals within `ECHO_SECONDS` of the first are the same request.
 """
 
 from __future__ import annotations
 
+import os
 import signal
+import time
 from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+ECHO_SECONDS = 2.0
 
 
 class Interrupted(Exception):
@@ -30,6 +34,7 @@ class Interrupts:
 
     def __init__(self) -> None:
         self.received = 0
+        self._received_at = 0.0
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> Interrupts:
@@ -42,9 +47,11 @@ class Interrupts:
             signal.signal(number, handler)  # type: ignore[arg-type]
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.received = number
-        for other in SIGNALS:
-            signal.signal(other, signal.SIG_DFL)
+        if not self.received:
+            self.received, self._received_at = number, time.monotonic()
+        elif time.monotonic() - self._received_at > ECHO_SECONDS:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
 
     def as_values(self) -> list[float]:
         """What this rank asks for, one 0 or 1 for each of `SIGNALS`; ranks add them up."""

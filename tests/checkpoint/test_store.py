@@ -1,0 +1,233 @@
+"""The folder of checkpoints: names, publication, retention, what a crash leaves, who may resume."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from launcher.checkpoint.names import SaveName, epoch_and_step_in_name, parse_rank_file
+from launcher.checkpoint.resume import choose, open_weights
+from launcher.checkpoint.store import Store, clean_unfinished, next_counter, published
+from launcher.errors import UserError
+from launcher.layout.box import whole
+from launcher.layout.mesh import Mesh
+from launcher.parallel.world import World
+from launcher.weights.memory import Shard
+from tests.ranks import run_ranks
+
+ALONE = World(0, 1, torch.device("cpu"))
+
+
+def shards(value: float = 1.0) -> dict[str, Shard]:
+    tensor = torch.full((4, 3), value)
+    return {"w": Shard((4, 3), whole((4, 3)), tensor)}
+
+
+def save(
+    root: Path, step: int, *, prefix: str = "CKP", counter: int = 0, keep: int = 5
+) -> SaveName:
+    name = SaveName(prefix, counter, 1, step)
+    store = Store(root, prefix, counter, keep)
+    store.save(name, shards(step), {"global_step": step}, mesh=Mesh(), world=ALONE)
+    return name
+
+
+NAMES = [
+    ("CKP_rank_0-1_10", ("CKP", 0, 1, 10, 0)),
+    ("CKP_rank_12_3-2_10.safetensors", ("CKP", 3, 2, 10, 12)),
+    ("llama_3_rank_1-10_2.safetensors", ("llama_3", 0, 10, 2, 1)),
+    ("my-model-8b_rank_0_1-1_1", ("my-model-8b", 1, 1, 1, 0)),
+    ("CKP-1_10.safetensors", None),
+    ("CKP_rank_x-1_10.safetensors", None),
+    ("CKP_rank_0-1_10.ckpt", None),
+]
+
+
+@pytest.mark.parametrize(("text", "expected"), NAMES)
+def test_names_are_read_as_they_are_written(text: str, expected) -> None:
+    found = parse_rank_file(text)
+    if expected is None:
+        assert found is None
+        return
+    prefix, counter, epoch, step, rank = expected
+    assert found == (SaveName(prefix, counter, epoch, step), rank)
+    assert found[0].rank_file(rank).removesuffix(".safetensors") == text.removesuffix(
+        ".safetensors"
+    )
+
+
+@pytest.mark.parametrize(
+    ("global_step", "sink_size", "expected"),
+    [(1, 1, (1, 1)), (10, 1, (1, 10)), (11, 1, (2, 1)), (20, 2, (10, 2)), (21, 2, (11, 2))],
+)
+def test_epoch_and_step_of_a_name(global_step: int, sink_size: int, expected) -> None:
+    assert epoch_and_step_in_name(global_step, 10, sink_size) == expected
+
+
+def test_a_save_writes_the_tree_of_the_contract(tmp_path) -> None:
+    save(tmp_path, 10)
+    assert sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()) == [
+        "manifest/CKP-1_10.json", "rank_0/CKP_rank_0-1_10.safetensors", "rank_0/meta.json",
+        "state/CKP-1_10.json",
+    ]  # fmt: skip
+    meta = json.loads((tmp_path / "rank_0/meta.json").read_text())
+    assert meta == {
+        "last_epoch": 1, "last_step": 10, "last_ckpt_file": "CKP_rank_0-1_10.safetensors",
+    }  # fmt: skip
+    manifest = json.loads((tmp_path / "manifest/CKP-1_10.json").read_text())
+    assert manifest["files"][0]["bytes"] == (tmp_path / manifest["files"][0]["file"]).stat().st_size
+
+
+def test_newest_is_the_highest_sequence_number_whatever_the_times(tmp_path) -> None:
+    for step in (10, 30, 20):
+        save(tmp_path, step)
+    os.utime(tmp_path / "manifest/CKP-1_10.json", (2e9, 2e9))
+    assert [c.name.step for c in published(tmp_path)] == [10, 30, 20]
+    chosen = choose(tmp_path, True, ALONE, print)
+    assert chosen is not None
+    assert (chosen.name.step, chosen.is_newest) == (20, True)
+
+
+def test_the_oldest_go_and_earlier_runs_count(tmp_path) -> None:
+    for step in (1, 2):
+        save(tmp_path, step, keep=3)
+    for step in (1, 2):
+        save(tmp_path, step, counter=1, keep=3)
+    other = save(tmp_path, 9, prefix="other", keep=1)
+    left = [(c.name.prefix, c.name.counter, c.name.step) for c in published(tmp_path)]
+    assert left == [("CKP", 0, 2), ("CKP", 1, 1), ("CKP", 1, 2), ("other", 0, 9)]
+    files = {p.name for p in (tmp_path / "rank_0").glob("*.safetensors")}
+    assert files == {
+        "CKP_rank_0-1_2.safetensors", "CKP_rank_0_1-1_1.safetensors",
+        "CKP_rank_0_1-1_2.safetensors", other.rank_file(0),
+    }  # fmt: skip
+
+
+def test_keep_zero_keeps_all(tmp_path) -> None:
+    for step in range(1, 8):
+        save(tmp_path, step, keep=0)
+    assert len(published(tmp_path)) == 7
+
+
+def test_a_new_run_takes_the_next_counter(tmp_path) -> None:
+    assert next_counter(tmp_path, "CKP") == 0
+    save(tmp_path, 1)
+    assert next_counter(tmp_path, "CKP") == 1
+    assert next_counter(tmp_path, "other") == 0
+    save(tmp_path, 1, counter=4)
+    assert next_counter(tmp_path, "CKP") == 5
+
+
+def test_a_crash_leaves_nothing_behind_and_strangers_stay(tmp_path) -> None:
+    save(tmp_path, 10)
+    name = save(tmp_path, 20)
+    (tmp_path / "manifest" / name.record).unlink()  # killed before it was published
+    folder = tmp_path / "rank_0"
+    (folder / ".CKP_rank_0-1_30.safetensors.tmp").write_bytes(b"half")
+    (folder / "CKP_rank_0-1_40.safetensors").write_bytes(b"of another program")
+    (folder / "notes.txt").write_text("mine")
+    save_other = save(tmp_path, 5, prefix="other")
+    (tmp_path / "manifest" / save_other.record).unlink()
+    removed = {path.name for path in clean_unfinished(tmp_path, "CKP")}
+    assert removed == {".CKP_rank_0-1_30.safetensors.tmp", "CKP_rank_0-1_20.safetensors"}
+    assert {path.name for path in folder.iterdir()} == {
+        "CKP_rank_0-1_10.safetensors", "CKP_rank_0-1_40.safetensors", "notes.txt", "meta.json",
+        "other_rank_0-1_5.safetensors",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "damage",
+    ["flip", "cut", "remove", "manifest cut", "manifest of another", "no state", "manifest lies"],
+)
+def test_a_damaged_checkpoint_is_passed_over(tmp_path, damage: str) -> None:
+    save(tmp_path, 10)
+    name = save(tmp_path, 20)
+    file = tmp_path / "rank_0" / name.rank_file(0)
+    manifest = tmp_path / "manifest" / name.record
+    content = bytearray(file.read_bytes())
+    if damage == "flip":
+        content[-1] ^= 1
+        file.write_bytes(content)
+    elif damage == "cut":
+        file.write_bytes(content[:-4])
+    elif damage == "remove":
+        file.unlink()
+    elif damage == "manifest cut":
+        manifest.write_text(manifest.read_text()[:50])
+    elif damage == "manifest of another":
+        changed = json.loads(manifest.read_text())
+        changed["save"]["prefix"] = "../../elsewhere"
+        manifest.write_text(json.dumps(changed))
+    elif damage == "no state":
+        (tmp_path / "state" / name.record).unlink()
+    else:
+        manifest.write_text(json.dumps({"sequence": "x", "files": 3, "save": []}))
+    said: list[str] = []
+    chosen = choose(tmp_path, True, ALONE, said.append)
+    assert chosen is not None
+    assert chosen.name.step == 10
+    if not damage.startswith("manifest"):
+        assert "passed over CKP-1_20" in said[0]
+
+
+def test_when_none_is_whole_the_user_is_told(tmp_path) -> None:
+    name = save(tmp_path, 10)
+    (tmp_path / "rank_0" / name.rank_file(0)).unlink()
+    with pytest.raises(UserError, match=r"no checkpoint in .* is whole"):
+        choose(tmp_path, True, ALONE, print)
+
+
+def test_an_empty_folder_is_nothing_and_a_foreign_one_is_refused(tmp_path) -> None:
+    assert choose(tmp_path / "absent", True, ALONE, print) is None
+    assert choose(tmp_path, True, ALONE, print) is None
+    (tmp_path / "rank_0").mkdir()
+    (tmp_path / "rank_0" / "x.safetensors").write_bytes(b"?")
+    with pytest.raises(UserError, match="no checkpoint of this launcher"):
+        choose(tmp_path, True, ALONE, print)
+    with pytest.raises(UserError, match="no checkpoint of this launcher"):
+        open_weights(tmp_path, ALONE, print)
+
+
+def test_a_file_of_a_rank_stands_for_its_save(tmp_path) -> None:
+    name = save(tmp_path, 10)
+    source = open_weights(tmp_path / "rank_0" / name.rank_file(0), ALONE, print)
+    assert (source.kind, set(source.tensors)) == ("distributed", {"w"})
+
+
+def _save_on_ranks(root: str, failing_rank: int) -> str:
+    from launcher.parallel import world as worlds
+
+    world = worlds.start(force_cpu=True)
+    if world.rank == failing_rank:
+        # A file where the folder of this rank belongs: mkdir fails on this rank alone.
+        (Path(root) / f"rank_{world.rank}").write_text("in the way")
+    mesh = Mesh(dp_replicate=world.size)
+    try:
+        Store(Path(root), "CKP", 0, 5).save(
+            SaveName("CKP", 0, 1, 20), shards(), {"global_step": 20}, mesh=mesh, world=world
+        )
+    except UserError as error:
+        return str(error)
+    finally:
+        worlds.stop()
+    return ""
+
+
+@pytest.mark.parametrize("failing_rank", [0, 1])
+def test_when_one_rank_cannot_write_no_rank_publishes(tmp_path, failing_rank: int) -> None:
+    errors = run_ranks(2, _save_on_ranks, str(tmp_path), failing_rank)
+    assert errors[0] == errors[1]
+    assert f"rank {failing_rank}: File exists" in errors[0]
+    assert published(tmp_path) == []
+
+
+def test_two_ranks_publish_together(tmp_path) -> None:
+    assert run_ranks(2, _save_on_ranks, str(tmp_path), -1) == ["", ""]
+    (checkpoint,) = published(tmp_path)
+    assert [file.is_file() for file in checkpoint.files] == [True, True]
+    assert checkpoint.manifest["mesh"]["dp_replicate"] == 2
