@@ -27,6 +27,7 @@ from launcher.report.trackers import open_trackers
 from launcher.train.callbacks import (
     Callback,
     Evaluation,
+    FiniteCheck,
     LossMonitor,
     build_registered,
     load_registered,
@@ -174,6 +175,8 @@ def build_callbacks(job: Job) -> list[Callback]:
     """In the original's order: loss, checkpoints, the user's own, evaluation last."""
     config = job.config
     callbacks: list[Callback] = [LossMonitor(config.loss_monitor.per_print_times)]
+    if config.check_for_nan_in_loss_and_grad:
+        callbacks.append(FiniteCheck())
     if config.checkpoint_monitor is not None:
         callbacks.append(CheckpointMonitor(config.checkpoint_monitor))  # type: ignore[arg-type]
     registered = load_registered(config.register_path) if config.register_path else {}

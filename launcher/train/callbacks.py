@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -58,6 +59,24 @@ def loss_line(run: TrainRun, record: StepRecord) -> str:
         f"loss_scale: {run.state.loss_scale}, global_norm: [{record.grad_norm:.6f}], "
         f"train_throughput_per_npu: {samples_per_second:.3f} samples/s/p }}"
     )
+
+
+class FiniteCheck(Callback):
+    """check_for_nan_in_loss_and_grad: the run ends at the first value that is not finite.
+
+    It stands before CheckpointMonitor, so that such a step is never saved.
+    """
+
+    def on_steps_end(self, run: TrainRun, records: Sequence[StepRecord]) -> None:
+        for record in records:
+            if not (math.isfinite(record.loss) and math.isfinite(record.grad_norm)):
+                first = record.consumed_samples - run.loader.global_batch
+                raise UserError(
+                    f"step {record.step}: loss {record.loss}, gradient norm {record.grad_norm}",
+                    where=f"samples {first} to {record.consumed_samples - 1}",
+                    rule="check_for_nan_in_loss_and_grad asks for finite values",
+                    advice="Resume from the last checkpoint with a lower learning rate",
+                )
 
 
 class Evaluation(Callback):

@@ -10,13 +10,11 @@ Without sinking (the default, or `sink_size: 1`) a sink is one step.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Sequence
 
 import torch
 
-from launcher.errors import UserError
 from launcher.train.callbacks import Callback
 from launcher.train.interrupts import SIGNALS, Interrupted
 from launcher.train.run import TrainRun
@@ -37,7 +35,6 @@ def fit(run: TrainRun, callbacks: Sequence[Callback], sink_size: int = 1) -> Non
                 for callback in callbacks:
                     callback.on_interrupt(run)
                 raise Interrupted(signal_number)
-            check_finite(run, records)
         for callback in callbacks:
             callback.on_train_end(run)
 
@@ -78,18 +75,3 @@ def _signal(last: Sequence[float]) -> int:
     """The signal the ranks agree on after the newest step; SIGTERM, if any rank got it."""
     received = [number for number, ranks in zip(SIGNALS, last[SIGNALS_FROM:], strict=True) if ranks]
     return max(received, default=0)
-
-
-def check_finite(run: TrainRun, records: Sequence[StepRecord]) -> None:
-    """With `check_for_nan_in_loss_and_grad`, end the run at the first value that is not finite."""
-    if not run.config.check_for_nan_in_loss_and_grad:
-        return
-    for record in records:
-        if not (math.isfinite(record.loss) and math.isfinite(record.grad_norm)):
-            first = record.consumed_samples - run.loader.global_batch
-            raise UserError(
-                f"step {record.step}: loss {record.loss}, gradient norm {record.grad_norm}",
-                where=f"samples {first} to {record.consumed_samples - 1}",
-                rule="check_for_nan_in_loss_and_grad asks for finite values",
-                advice="Resume from the last checkpoint with a lower learning rate",
-            )

@@ -1,0 +1,159 @@
+"""Metrics, curve, logs, trackers, the resolved configuration, and callbacks of a user's own."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import yaml
+
+from tests.ranks import JobResult, run_job
+from tests.workshop import Workshop
+
+LOSS_LINE = re.compile(
+    r"\{ Epoch:\[ *(\d+)/ *(\d+)\], step:\[ *(\d+)/ *(\d+)\], loss: [\d.]+, per_step_time: \d+ms, "
+    r"lr: [\d.e-]+, overflow cond: False, loss_scale: 1.0, global_norm: \[[\d.]+\], "
+    r"train_throughput_per_npu: [\d.]+ samples/s/p \}"
+)
+
+
+def train(workshop: Workshop, name: str, *more: str, world: int = 1) -> JobResult:
+    return run_job(["--config", name, "--run_mode", "train", *more], workshop.folder, world)
+
+
+def test_metrics_curve_logs_and_the_original_loss_line(workshop: Workshop) -> None:
+    name = workshop.yaml(
+        do_eval=True,
+        eval_step_interval=10,
+        eval_dataset={
+            "data_loader": {"type": "TextDataLoader", "dataset_dir": "corpus", "num_samples": 1},
+            "seq_length": 32,
+            "packing": True,
+        },
+        callbacks=[{"type": "MFLossMonitor", "per_print_times": 5}],
+        runner_config={"batch_size": 4},
+        parallel_config={"data_parallel": 2},
+        tensorboard={"tensorboard_dir": "board"},
+    )
+    result = train(workshop, name, world=2)
+    assert result.code == 0, result.stderr
+    steps = [row for row in workshop.rows() if "loss" in row]
+    keys = {"step", "epoch", "loss", "lr", "grad_norm", "tokens", "tokens_per_second",
+            "consumed_samples"}  # fmt: skip
+    assert [row["step"] for row in steps] == list(range(1, 21))
+    assert all(keys <= row.keys() for row in steps)
+    evaluations = [row for row in workshop.rows() if "eval_loss" in row]
+    assert [row["step"] for row in evaluations] == [10, 20]
+    assert evaluations[1]["eval_loss"] < evaluations[0]["eval_loss"]
+    lines = LOSS_LINE.findall(result.stdout)
+    assert [int(step) for _, _, step, _ in lines] == [5, 10, 15, 20]
+    output = workshop.folder / "output"
+    assert (output / "loss.png").read_bytes().startswith(b"\x89PNG")
+    for rank in (0, 1):
+        assert "step:[    5/" in (output / f"log/rank_{rank}/info.log").read_text()
+    assert list((workshop.folder / "board/rank_0").glob("events.out.tfevents.*"))
+
+
+def test_the_resolved_configuration_gives_the_same_run(workshop: Workshop) -> None:
+    name = workshop.yaml()
+    assert train(workshop, name, "--batch_size", "4").code == 0
+    resolved = workshop.folder / "output" / "resolved.yaml"
+    assert "# command line: --batch_size" in resolved.read_text()
+    assert yaml.safe_load(resolved.read_text())["runner_config"]["batch_size"] == 4
+    again = run_job(["--config", str(resolved), "--output_dir", "again"], workshop.folder)
+    assert again.code == 0, again.stderr
+    assert workshop.losses("again") == workshop.losses("output")
+
+
+CALLBACKS = """
+from launcher.train.callbacks import Callback
+
+class Recorder(Callback):
+    def __init__(self, path, flavour="plain"):
+        self.path = path
+
+    def note(self, text):
+        with open(self.path, "a") as file:
+            file.write(text + "\\n")
+
+    def on_train_begin(self, run):
+        self.note("begin")
+
+    def on_steps_end(self, run, records):
+        self.note(" ".join(str(record.step) for record in records))
+
+    def on_train_end(self, run):
+        self.note("end")
+"""
+
+
+def test_a_callback_of_the_user_sees_each_sink_once(workshop: Workshop) -> None:
+    (workshop.folder / "mine.py").write_text(CALLBACKS)
+    name = workshop.yaml(
+        register_path="mine.py",
+        callbacks=[{"type": "Recorder", "path": "seen.txt"}],
+        runner_config={"sink_mode": True, "sink_size": 8},
+    )
+    result = train(workshop, name)
+    assert result.code == 0, result.stderr
+    assert (workshop.folder / "seen.txt").read_text().splitlines() == [
+        "begin", "1 2 3 4 5 6 7 8", "9 10 11 12 13 14 15 16", "17 18 19 20", "end",
+    ]  # fmt: skip
+    assert len(workshop.losses()) == 20
+
+
+WRONG = {
+    "unknown class": ({"type": "Recorde"}, ["unknown type 'Recorde'", "did you mean `Recorder`?"]),
+    "unknown argument": (
+        {"type": "Recorder", "path": "x", "flavor": "y"},
+        ["unexpected keyword argument 'flavor'", "did you mean `flavour`?", "run.yaml:"],
+    ),
+    "missing argument": ({"type": "Recorder"}, ["missing a required argument: 'path'"]),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_wrong_entry_for_a_callback_of_the_user(workshop: Workshop, case: str) -> None:
+    entry, texts = WRONG[case]
+    (workshop.folder / "mine.py").write_text(CALLBACKS)
+    result = train(workshop, workshop.yaml(register_path="mine.py", callbacks=[entry]))
+    assert result.code == 2
+    assert "Traceback" not in result.stderr
+    for text in texts:
+        assert text in result.stderr
+
+
+def test_sinks_name_checkpoints_by_sink(workshop: Workshop) -> None:
+    name = workshop.yaml(runner_config={"sink_mode": True, "sink_size": 5})
+    assert train(workshop, name).code == 0
+    files = {path.name for path in (workshop.folder / "output/checkpoint/rank_0").glob("*.saf*")}
+    assert files == {"CKP_rank_0-2_5.safetensors", "CKP_rank_0-4_5.safetensors"}
+
+
+def test_a_second_run_in_the_same_folder_takes_its_own_names(workshop: Workshop) -> None:
+    name = workshop.yaml()
+    assert train(workshop, name).code == 0
+    first = workshop.saved("output", "1_20")
+    assert train(workshop, name).code == 0
+    names = {path.name for path in (workshop.folder / "output/checkpoint/manifest").iterdir()}
+    assert names == {"CKP-1_10.json", "CKP-1_20.json", "CKP_1-1_10.json", "CKP_1-1_20.json"}
+    root = workshop.folder / "output" / "checkpoint"
+    assert all((root / path).read_bytes() == content for path, content in first.items())
+    assert (root / "rank_0/CKP_rank_0_1-1_20.safetensors").read_bytes() == first[
+        "rank_0/CKP_rank_0-1_20.safetensors"
+    ], "the same seed gives the same run"
+
+
+def test_a_step_that_is_not_finite_can_end_the_run_and_is_never_saved(workshop: Workshop) -> None:
+    name = workshop.yaml(
+        callbacks=[{"type": "CheckpointMonitor", "save_checkpoint_steps": 1}],
+        check_for_nan_in_loss_and_grad=True,
+        lr_schedule={"learning_rate": 1e30, "warmup_steps": 0},
+        runner_wrapper={"use_clip_grad": False},
+    )
+    result = train(workshop, name)
+    assert result.code == 2
+    assert "samples 8 to 15: step 2: loss" in result.stderr
+    manifests = (workshop.folder / "output/checkpoint/manifest").iterdir()
+    assert [path.name for path in manifests] == ["CKP-1_1.json"]
+    assert [row["grad_norm"] for row in workshop.rows()][1] is None, "the row says what happened"
