@@ -1,7 +1,7 @@
 """Measuring processes side by side, and the page that keeps the results.
 
 Owns how figures are taken and quoted. Invariants: things that are compared run in turns (A B A B
-...) in processes of their own, after one round that is not counted; a figure is a median with its
+...) in processes of their own, after something uncounted that warms up; a figure is a median with its
 smallest and largest value; a comparison is the median of the ratios of neighbours, so that a
 machine that slows down for a while slows both sides.
 """
@@ -56,17 +56,19 @@ def ratios(above: Sequence[float], below: Sequence[float]) -> Spread:
     return Spread.of([a / b for a, b in zip(above, below, strict=True)])
 
 
-def in_turns(measures: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """`rounds` values of each measure, taken in turns, after one round that is not counted."""
+def in_turns(
+    measures: Mapping[str, Callable[[], float]], rounds: int, *, warm_up: bool = True
+) -> dict[str, list[float]]:
+    """`rounds` values of each measure, taken in turns; with `warm_up` after one uncounted round."""
+    if warm_up:
+        for measure in measures.values():
+            measure()
     values: dict[str, list[float]] = {name: [] for name in measures}
-    for number in range(rounds + 1):
+    for number in range(rounds):
         for name, measure in measures.items():
-            value = measure()
-            if number > 0:
-                values[name].append(value)
-        if number > 0:
-            latest = ", ".join(f"{name} {taken[-1]:,.3f}" for name, taken in values.items())
-            print(f"round {number}/{rounds}: {latest}", file=sys.stderr)
+            values[name].append(measure())
+        latest = ", ".join(f"{name} {taken[-1]:,.3f}" for name, taken in values.items())
+        print(f"round {number + 1}/{rounds}: {latest}", file=sys.stderr)
     return values
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from launcher.assembly.data import evaluation_source
 from launcher.assembly.job import Job
 from launcher.assembly.prediction import PREDICT_BATCH, continue_prompts, result_path
-from launcher.assembly.resume import find_resume, restore
-from launcher.assembly.run import build_run
+from launcher.assembly.resume import find_resume, resumed_run
+from launcher.assembly.run import fresh_run
 from launcher.assembly.weights import build_sharded, build_whole, fill_weights, find_weights
 from launcher.checkpoint.files import write_json
 from launcher.checkpoint.monitor import CheckpointMonitor
@@ -20,7 +20,8 @@ from launcher.config.schema import Config, RegisteredCallbackSection
 from launcher.errors import EXIT_OK, UserError
 from launcher.layout.mesh import Mesh
 from launcher.parallel import world as worlds
-from launcher.predict import read_prompts, result_text, write_results
+from launcher.parallel.world import World
+from launcher.predict import check_writable, read_prompts, result_text, write_results
 from launcher.report.console import Console, close_logs, open_logs
 from launcher.report.metrics import MetricsLog
 from launcher.report.trackers import open_trackers
@@ -45,13 +46,11 @@ def run(config: Config, provenance: Provenance, resolved: str) -> int:
     `resolved`: the configuration as YAML, for `resolved.yaml`. Raises `UserError`.
     """
     world = worlds.start(force_cpu=config.context.device_target == "CPU")
-    open_logs(Path(config.output_dir), world.rank)
-    job = Job(config, provenance, world, Console(enabled=world.is_main))
     mode = config.run_mode or "train"
+    open_output(config, world, resolved_name(mode), resolved)
+    job = Job(config, provenance, world, Console(enabled=world.is_main))
     finished = False
     try:
-        if world.is_main:
-            (job.output_dir / resolved_name(mode)).write_text(resolved)
         code = MODES[mode](job)
         finished = True
     except Interrupted as interrupted:
@@ -66,6 +65,20 @@ def run(config: Config, provenance: Provenance, resolved: str) -> int:
     return code
 
 
+def open_output(config: Config, world: World, name: str, resolved: str) -> None:
+    """The folder of the run, its logs, and the configuration that runs."""
+    try:
+        open_logs(Path(config.output_dir), world.rank)
+        if world.is_main:
+            (Path(config.output_dir) / name).write_text(resolved)
+    except OSError as error:
+        raise UserError(
+            f"output_dir = {config.output_dir!r}: {error.filename} cannot be written",
+            rule=str(error.strerror),
+            advice="Set output_dir to a folder this run may write to",
+        ) from error
+
+
 def resolved_name(mode: str) -> str:
     """`resolved.yaml` is the configuration that trained; other modes do not write over it."""
     return "resolved.yaml" if mode in ("train", "finetune") else f"resolved_{mode}.yaml"
@@ -73,27 +86,28 @@ def resolved_name(mode: str) -> str:
 
 def train(job: Job) -> int:
     """Go on from a checkpoint, or start from weights, or from nothing."""
+    callbacks = build_callbacks(job)
     resume = find_resume(job)
-    weights = None if resume else find_weights(job)
-    run = build_run(job)
-    if resume:
-        restore(job, run, resume)
-    else:
-        fill_weights(job, run.model, weights)
-    return train_to_the_end(job, run)
+    run = resumed_run(job, resume) if resume else fresh_run(job, find_weights(job))
+    return train_to_the_end(job, run, callbacks)
 
 
 def finetune(job: Job) -> int:
-    """Start from weights alone: fresh optimizer, fresh schedule, data from its beginning."""
-    if job.config.resume_training is not False:
-        return train(job)
-    weights = find_weights(job)
-    if weights is None:
-        raise UserError("finetune has no weights to start from", rule="it requires weights",
-                        advice="Set load_checkpoint or pretrained_model_dir")  # fmt: skip
-    run = build_run(job)
-    fill_weights(job, run.model, weights)
-    return train_to_the_end(job, run)
+    """Start from weights alone: fresh optimizer, fresh schedule, data from its beginning.
+
+    With resume_training the run goes on from a checkpoint of its own once there is one.
+    """
+    callbacks = build_callbacks(job)
+    resume = find_resume(job)
+    weights = None if resume else find_weights(job)
+    if resume is None and weights is None:
+        raise UserError(
+            "finetune has no weights to start from",
+            rule="it requires weights",
+            advice="Set load_checkpoint or pretrained_model_dir",
+        )
+    run = resumed_run(job, resume) if resume else fresh_run(job, weights)
+    return train_to_the_end(job, run, callbacks)
 
 
 def evaluate_only(job: Job) -> int:
@@ -112,6 +126,7 @@ def evaluate_only(job: Job) -> int:
 def predict(job: Job) -> int:
     """Continue prompts, print them, and write them down."""
     prompts = read_prompts(job.config.input_data)
+    check_writable(result_path(job))
     model = build_whole(job)
     fill_weights(job, model, find_weights(job), mesh=Mesh())
     batch_size = job.config.predict_batch_size or min(len(prompts), PREDICT_BATCH)
@@ -132,7 +147,7 @@ MODES = {
 }
 
 
-def train_to_the_end(job: Job, run: TrainRun) -> int:
+def train_to_the_end(job: Job, run: TrainRun, callbacks: list[Callback]) -> int:
     """The loop with its callbacks; metrics and the loss curve are finished whatever happens."""
     if run.state.global_step >= run.total_steps:
         job.say(f"nothing to do: step {run.state.global_step} of {run.total_steps} is done")
@@ -143,7 +158,6 @@ def train_to_the_end(job: Job, run: TrainRun) -> int:
         f"{job.world.size} {'rank' if job.world.size == 1 else 'ranks'} on {job.world.device.type}"
     )
     reporting = open_reporting(job, run)
-    callbacks = build_callbacks(job)
     try:
         fit(run, [*([reporting] if reporting else []), *callbacks], run.sink_size)
     finally:
@@ -166,7 +180,9 @@ def open_reporting(job: Job, run: TrainRun) -> Reporting | None:
         names, Path(board or job.output_dir / "trackers"), facts,
         cpu=job.world.device.type == "cpu",
     )  # fmt: skip
-    reporting = Reporting(job.console, MetricsLog(job.output_dir, run.state.global_step), trackers)
+    reporting = Reporting(
+        job.console, MetricsLog(job.output_dir, run.state.consumed_samples), trackers
+    )
     run.report_row = reporting.row
     return reporting
 

@@ -6,6 +6,7 @@ whole model is on every rank: rank r continues prompts r, r + n, r + 2n, ...; ra
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -143,6 +144,23 @@ def write_results(generations: Sequence[Generation], path: Path | str, batch_siz
     _write(path, result_text(generations, batch_size))
     _write(path.with_suffix(".jsonl"), "".join(f"{line}\n" for line in lines))
     return path.with_suffix(".jsonl")
+
+
+def check_writable(path: Path) -> None:
+    """Raise UserError, before anything is computed, when the result could not be written there."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "it is a folder", str(path))
+        probe = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(
+            f"the result cannot be written to {path}",
+            rule=str(error.strerror),
+            advice="Set save_file to a file in a folder you may write to",
+        ) from error
 
 
 def _write(path: Path, text: str) -> None:

@@ -9,19 +9,28 @@ from launcher.config.schema import DatasetSection
 from launcher.data.build import build_dataset
 from launcher.data.loader import Batch, evaluation_batches
 from launcher.data.packing import RowDataset
+from launcher.errors import UserError
 
 
 def open_dataset(job: Job, section: DatasetSection) -> RowDataset:
     """The rows of a data section; rank 0 prepares them once, into `dataset_cache`."""
-    return build_dataset(
+    dataset = build_dataset(
         section,
         tokenizer=job.tokenizer,
         seq_length=seq_length(job, section),
         cache_dir=job.output_dir / "dataset_cache",
         is_main=job.world.is_main,
-        wait=job.world.barrier,
+        wait=job.world.wait,
         say=job.say,
     )
+    vocabulary = job.spec.hf_config.get("vocab_size")
+    if vocabulary is not None and dataset.largest_token >= vocabulary:
+        raise UserError(
+            f"the data holds token {dataset.largest_token}",
+            rule=f"the model has room for {vocabulary} tokens",
+            advice="Give the tokenizer the model was made with",
+        )
+    return dataset
 
 
 def seq_length(job: Job, section: DatasetSection) -> int:
@@ -45,4 +54,5 @@ def evaluation_source(job: Job) -> Callable[[], Iterable[Batch]]:
         job.config.runner_config.batch_size,
         job.mesh.data_parallel,
         job.mesh.data_rank(job.world.rank),
+        pin_memory=job.world.device.type == "cuda",
     )

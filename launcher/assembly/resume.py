@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from launcher.assembly.job import Job
+from launcher.assembly.run import build_run
 from launcher.assembly.weights import check_assertions
 from launcher.checkpoint.resume import Chosen, choose
 from launcher.config.schema import Config
@@ -42,13 +43,15 @@ def own_root(config: Config) -> Path:
     return Path((monitor and monitor.directory) or config.output_dir) / "checkpoint"
 
 
-def restore(job: Job, run: TrainRun, chosen: Chosen) -> None:
-    """Bring back everything: weights, optimizer, schedule, data position, random numbers."""
+def resumed_run(job: Job, chosen: Chosen) -> TrainRun:
+    """A run that goes on: weights, optimizer, schedule, data position, random numbers."""
+    run = build_run(job)
     where = str(chosen.published.state_path)
     state = from_json(chosen.state, where)
     _restore_tensors(job, run, chosen)
     saved_batch = chosen.state.get("global_batch_size")
-    if saved_batch != run.loader.global_batch:
+    same_steps = saved_batch == run.loader.global_batch
+    if not same_steps:
         state = state.with_global_batch(run.loader.global_batch)
         job.say(
             f"global batch was {saved_batch}, is {run.loader.global_batch}: going on after "
@@ -56,13 +59,20 @@ def restore(job: Job, run: TrainRun, chosen: Chosen) -> None:
         )
     run.state = _data_position(job, run, chosen, state)
     set_step(run.optimizer, state.updates)
-    if chosen.is_newest and own_root(job.config).resolve() == chosen.published.root.resolve():
+    whole_sinks = run.sink_size == 1 or state.global_step % run.sink_size == 0
+    own = own_root(job.config).resolve() == chosen.published.root.resolve()
+    # Under its own name only where no name can come twice: steps counted anew would repeat some.
+    if own and chosen.is_newest and same_steps and whole_sinks:
         run.resumed_from = chosen.name
     job.say(
         f"resumed: {chosen.name.record.removesuffix('.json')} of {chosen.published.root}, step "
         f"{state.global_step} of {run.total_steps}, {state.consumed_samples} samples, "
         f"written by {chosen.source.world_size} ranks"
     )
+    for key in ("seed", "optimizer", "schedule"):
+        if chosen.state.get(key) != run.facts[key]:
+            job.say(f"warning: {key} was {chosen.state.get(key)}, is {run.facts[key]} from here on")
+    return run
 
 
 def _restore_tensors(job: Job, run: TrainRun, chosen: Chosen) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from launcher.assembly.data import evaluation_source, open_dataset, steps_per_epoch
 from launcher.assembly.job import Job
-from launcher.assembly.weights import build_sharded
+from launcher.assembly.weights import build_sharded, fill_weights
 from launcher.config.derived import global_batch_size
 from launcher.config.schema import Config
 from launcher.data.loader import Loader
@@ -20,8 +20,19 @@ from launcher.data.packing import RowDataset
 from launcher.train.optimizer import build_optimizer
 from launcher.train.run import TrainRun
 from launcher.train.schedule import build_schedule
+from launcher.weights.source import Source
 from models.build import hf_directory_files, no_weight_decay
+from models.decoder import Decoder
 from models.spec import ModelSpec
+from models.transformers_model import complete_config
+
+
+def fresh_run(job: Job, weights: Source | None) -> TrainRun:
+    """A run at its first step, from `weights` or from random ones."""
+    run = build_run(job)
+    fill_weights(job, run.model, weights)
+    run.inputs = frozenset(file.resolve() for file in weights.headers) if weights else frozenset()
+    return run
 
 
 def build_run(job: Job) -> TrainRun:
@@ -39,12 +50,13 @@ def build_run(job: Job) -> TrainRun:
         micro_steps=micro_steps,
         data_parallel=job.mesh.data_parallel,
         data_rank=job.mesh.data_rank(job.world.rank),
+        pin_memory=job.world.device.type == "cuda",
     )
     assert loader.global_batch == global_batch_size(config)
     per_epoch = steps_per_epoch(
         len(dataset), loader.global_batch, drop_remainder=section.drop_remainder
     )
-    total = _total_steps(config, per_epoch)
+    total = _total_steps(job, per_epoch)
     stop = min(total, config.runner_config.stop_step or total)
     if len(dataset) < loader.global_batch:
         job.say(
@@ -76,14 +88,19 @@ def build_run(job: Job) -> TrainRun:
         shard_group=_shard_group(job),
         max_gradient_norm=wrapper.max_grad_norm if wrapper.use_clip_grad else None,
         has_dropout=_has_dropout(job.spec),
+        own_kernels=isinstance(model, Decoder),
         say=job.say,
     )
 
 
-def _total_steps(config: Config, per_epoch: int) -> int:
+def _total_steps(job: Job, per_epoch: int) -> int:
     """The length of the run, which the learning rate is planned for; stop_step ends it early."""
-    by_epochs = config.runner_config.epochs * per_epoch
-    return min(by_epochs, config.runner_config.max_steps or by_epochs)
+    runner = job.config.runner_config
+    by_epochs = runner.epochs * per_epoch
+    if runner.max_steps is None:
+        return by_epochs
+    written = job.provenance.is_written("runner_config.epochs")
+    return min(by_epochs, runner.max_steps) if written else runner.max_steps
 
 
 def _sink_size(config: Config, per_epoch: int) -> int:
@@ -124,7 +141,7 @@ def _shard_group(job: Job) -> torch.distributed.ProcessGroup | None:
 def _has_dropout(spec: ModelSpec) -> bool:
     if spec.decoder is not None:
         return spec.decoder.attention_dropout > 0 or spec.decoder.hidden_dropout > 0
-    return any("drop" in key and value for key, value in spec.hf_config.items())
+    return any("drop" in key and value for key, value in complete_config(spec).to_dict().items())
 
 
 def _write_model_files(job: Job, dtype: torch.dtype, directory: Path) -> None:

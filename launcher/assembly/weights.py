@@ -28,8 +28,10 @@ from models.build import (
 
 def find_weights(job: Job) -> Source | None:
     """The weights the user names: load_checkpoint, else pretrained_model_dir's, else None."""
-    # With resume_training, load_checkpoint names the folder of checkpoints to go on from.
-    if job.config.load_checkpoint and job.config.resume_training is False:
+    # A run that resumes takes load_checkpoint for the folder of checkpoints to go on from.
+    trains = job.config.run_mode in ("train", "finetune")
+    resumes = trains and job.config.resume_training is not False
+    if job.config.load_checkpoint and not resumes:
         source = open_weights(Path(job.config.load_checkpoint), job.world, job.say)
     elif job.config.pretrained_model_dir and (
         detect(Path(job.config.pretrained_model_dir)) == "complete"

@@ -13,6 +13,7 @@ from launcher.config.schema import CheckpointMonitorSection
 from launcher.layout.mesh import Mesh
 from launcher.parallel.world import World
 from launcher.weights.memory import Shard
+from launcher.weights.merge import MODEL_FOLDER
 
 
 class Savable(Protocol):
@@ -23,6 +24,7 @@ class Savable(Protocol):
     steps_per_epoch: int
     sink_size: int
     resumed_from: SaveName | None
+    inputs: frozenset[Path]
 
     @property
     def output_dir(self) -> Path: ...
@@ -57,18 +59,25 @@ class CheckpointMonitor:
                 self._open_folder(run, root / folder) if run.world.is_main else None
             )
             self._stores[folder] = Store(
-                root / folder, self.config.prefix, counter, self.config.keep_checkpoint_max
+                root / folder,
+                self.config.prefix,
+                counter,
+                self.config.keep_checkpoint_max,
+                run.inputs,
             )
 
     def _open_folder(self, run: Savable, folder: Path) -> int:
-        removed = clean_unfinished(folder, self.config.prefix)
+        removed = clean_unfinished(folder)
         if removed:
             run.say(f"{folder}: removed {len(removed)} files of a save that was never finished")
-        run.write_model_files(folder / "model")
         goes_on = run.resumed_from
         if goes_on is not None and goes_on.prefix == self.config.prefix:
-            return goes_on.counter
-        return next_counter(folder, self.config.prefix)
+            counter = goes_on.counter
+        else:
+            counter = next_counter(folder, self.config.prefix)
+        name = SaveName(self.config.prefix, counter, 1, 1)
+        run.write_model_files(folder / MODEL_FOLDER / name.label)
+        return counter
 
     def on_steps_end(self, run: Savable, records: Sequence[object]) -> None:
         """Save when `save_checkpoint_steps` steps have passed since the last save."""

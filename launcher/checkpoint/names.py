@@ -30,10 +30,14 @@ class SaveName:
         return f"{self.prefix}_rank_{rank}{counter}-{self.epoch}_{self.step}.safetensors"
 
     @property
+    def label(self) -> str:
+        """Names the run among those of the folder: prefix and counter."""
+        return f"{self.prefix}_{self.counter}" if self.counter else self.prefix
+
+    @property
     def record(self) -> str:
         """Name of the manifest and of the state file."""
-        counter = f"_{self.counter}" if self.counter else ""
-        return f"{self.prefix}{counter}-{self.epoch}_{self.step}.json"
+        return f"{self.label}-{self.epoch}_{self.step}.json"
 
 
 def parse_rank_file(name: str) -> tuple[SaveName, int] | None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from launcher.checkpoint.files import read_json
 from launcher.checkpoint.names import SaveName, parse_rank_file
-from launcher.checkpoint.store import Published, published
+from launcher.checkpoint.store import Published, is_unfinished, published
 from launcher.errors import UserError, did_you_mean
 from launcher.parallel.world import World
 from launcher.weights.source import Source, detect, open_complete, open_rank_files
@@ -43,6 +43,11 @@ def choose(
     `choice` is True for the newest, or the name of one (`CKP_rank_0-1_10`, with or without
     extension). Raises `UserError` when what is there cannot be used.
     """
+    if root.is_file():
+        found = parse_rank_file(root.name)
+        if found is None or not root.parent.name.startswith("rank_"):
+            _refuse_foreign(root)
+        root, choice = root.parent.parent, root.name
     candidates = world.from_main(published(root)) if root.is_dir() else []
     if not candidates:
         _refuse_foreign(root)
@@ -90,12 +95,15 @@ def _faults(candidate: Published, world: World) -> list[str]:
         elif path.stat().st_size != record["bytes"]:
             mine.append(f"{path} has {path.stat().st_size} bytes instead of {record['bytes']}")
         else:
-            mine += file_faults(path)
+            mine += file_faults(path, header_digest=record.get("header_xxh3_64"))
     return [fault for faults in world.gather(mine) for fault in faults]
 
 
 def _refuse_foreign(root: Path) -> None:
-    if detect(root) != "nothing":
+    kind = detect(root)
+    if kind == "distributed" and root.is_dir() and is_unfinished(root):
+        return  # the first save of a run was never finished
+    if kind != "nothing":
         raise UserError(
             f"{root} holds weights, but no checkpoint of this launcher",
             rule="a resume needs the state of the run (checkpoint/manifest and checkpoint/state)",

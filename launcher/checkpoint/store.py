@@ -12,6 +12,7 @@ manifest first. Nothing is deleted that this launcher did not write.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +30,6 @@ from launcher.checkpoint.names import SaveName, parse_rank_file
 from launcher.errors import UserError
 from launcher.layout.mesh import Mesh
 from launcher.parallel.world import World
-from launcher.weights.formats.safetensors import read_header
 from launcher.weights.memory import Shard
 from launcher.weights.write import write_rank_file
 
@@ -97,6 +97,8 @@ class Store:
     counter: int
     keep_max: int
     """How many checkpoints of this prefix stay; 0: all."""
+    inputs: frozenset[Path] = frozenset()
+    """Resolved files that are never deleted: what the run was started from."""
 
     def save(
         self,
@@ -125,8 +127,12 @@ class Store:
         if world.is_main:
             for folder in ("manifest", "state"):
                 (self.root / folder).mkdir(parents=True, exist_ok=True)
-            # Saved again after resuming from an older step: it stops counting while it is replaced.
-            (self.root / "manifest" / name.record).unlink(missing_ok=True)
+            published_already = self.root / "manifest" / name.record
+            if published_already.exists():
+                raise FileExistsError(errno.EEXIST, "it is published", str(published_already))
+            # Says whose files these are, should this save never be finished.
+            intent(self.root, name).touch()
+            sync_directory(self.root / "manifest")
 
     def _write(
         self, name: SaveName, shards: Mapping[str, Shard], mesh: Mesh, world: World
@@ -169,6 +175,9 @@ class Store:
         write_json(self.root / "state" / name.record, state)
         write_json(self.root / "manifest" / name.record, manifest)
 
+    def _is_input(self, checkpoint: Published) -> bool:
+        return any(file.resolve() in self.inputs for file in checkpoint.files)
+
     def _write_meta(self, name: SaveName, world: World) -> None:
         meta = {
             "last_epoch": name.epoch,
@@ -181,7 +190,8 @@ class Store:
         if self.keep_max == 0:
             return
         mine = [c for c in published(self.root) if c.name.prefix == self.prefix]
-        old = world.from_main(mine[: -self.keep_max])
+        old = [c for c in mine[: -self.keep_max] if not self._is_input(c)]
+        old = world.from_main(old)
         if world.is_main:
             for checkpoint in old:
                 checkpoint.manifest_path.unlink(missing_ok=True)
@@ -192,6 +202,11 @@ class Store:
         for checkpoint in old:
             for file in checkpoint.files[world.rank :: world.size]:
                 file.unlink(missing_ok=True)
+
+
+def intent(root: Path, name: SaveName) -> Path:
+    """The file that stands while a save is being written; it becomes the manifest."""
+    return temporary(root / "manifest" / name.record)
 
 
 def _attempt(action: Any, *arguments: Any) -> tuple[Any, str]:
@@ -218,34 +233,53 @@ def _agree(world: World, outcome: tuple[Any, str]) -> list[Any]:
 
 def next_counter(root: Path, prefix: str) -> int:
     """The run counter of a new run in `root`: 0 in a folder without this prefix, else one more
-    than the highest there."""
+    than the highest there; never one whose manifests would bear the names of another prefix."""
     names = {file.name for file in root.glob("rank_*/*.safetensors")}
     parsed = [found[0] for name in names if (found := parse_rank_file(name)) is not None]
-    counters = [name.counter for name in parsed if name.prefix == prefix]
-    counters += [c.name.counter for c in published(root) if c.name.prefix == prefix]
-    return max(counters) + 1 if counters else 0
+    parsed += [checkpoint.name for checkpoint in published(root)]
+    counter = max((name.counter + 1 for name in parsed if name.prefix == prefix), default=0)
+    labels = {name.label for name in parsed}
+    while SaveName(prefix, counter, 1, 1).label in labels:
+        counter += 1
+    return counter
 
 
-def clean_unfinished(root: Path, prefix: str) -> list[Path]:
-    """Remove what a crash left behind: temporary files, and our rank files without a manifest.
+def clean_unfinished(root: Path) -> list[Path]:
+    """Remove what saves left behind that were never finished. Returns what was removed.
 
-    Returns what was removed. Files of another prefix and files of other programs stay.
+    Only saves that left their intent: files that were put here otherwise stay.
     """
-    counted = {file for checkpoint in published(root) for file in checkpoint.files}
     removed = []
-    for path in sorted(root.glob("rank_*/*.safetensors*")) + sorted(root.glob("rank_*/.*.tmp")):
-        parsed = parse_rank_file(path.name.removeprefix(".").removesuffix(TEMPORARY_SUFFIX))
-        if parsed is None or parsed[0].prefix != prefix or path in counted:
-            continue
-        if path.name.endswith(TEMPORARY_SUFFIX) or _is_ours(path):
-            removed.append(path)
+    for path in sorted((root / "manifest").glob(f".*.json{TEMPORARY_SUFFIX}")):
+        record = path.name.removeprefix(".").removesuffix(TEMPORARY_SUFFIX)
+        if not (root / "manifest" / record).exists():
+            removed += _files_of(root, record)
+        removed.append(path)
     for path in removed:
         path.unlink(missing_ok=True)
     return removed
 
 
-def _is_ours(path: Path) -> bool:
-    try:
-        return read_header(path).slipway() is not None
-    except UserError:
-        return False
+def _files_of(root: Path, record: str) -> list[Path]:
+    """Rank and state files, finished or not, of the save with this record."""
+    state = root / "state" / record
+    found = [path for path in (state, temporary(state)) if path.exists()]
+    for path in root.glob("rank_*/*.safetensors*"):
+        found += [path] if _record_of(path.name) == record else []
+    for path in root.glob(f"rank_*/.*.safetensors{TEMPORARY_SUFFIX}"):
+        name = path.name.removeprefix(".").removesuffix(TEMPORARY_SUFFIX)
+        found += [path] if _record_of(name) == record else []
+    return found
+
+
+def _record_of(file_name: str) -> str:
+    parsed = parse_rank_file(file_name)
+    return parsed[0].record if parsed else ""
+
+
+def is_unfinished(root: Path) -> bool:
+    """Whether all weights in `root` belong to saves that were never finished."""
+    intents = (root / "manifest").glob(f".*.json{TEMPORARY_SUFFIX}")
+    records = {path.name.removeprefix(".").removesuffix(TEMPORARY_SUFFIX) for path in intents}
+    files = (path.name for path in root.glob("rank_*/*.safetensors"))
+    return all(_record_of(name) in records for name in files)

@@ -100,6 +100,14 @@ def _sets_a_key(word: str) -> bool:
     return bool(equals or word.startswith("~")) and assign.place_of(canonical(key)).is_known
 
 
+EVALUATION_READS_ALL = (
+    "eval_dataset.seed",
+    "eval_dataset.drop_remainder",
+    "eval_dataset.data_loader.shuffle",
+)
+"""Keys of a data section that say nothing where every row is read once."""
+
+
 def read_tree(tree: Node, problems: Sequence[Problem] = ()) -> Resolved:
     """Check every key of a merged tree and build the configuration."""
     found: list[Problem] = list(problems)
@@ -109,12 +117,13 @@ def read_tree(tree: Node, problems: Sequence[Problem] = ()) -> Resolved:
     _fold_dataset_tasks(tree)
     reader = Reader(tree)
     config = _finish(reader.config())
+    unread = [key for key in EVALUATION_READS_ALL if key in reader.places]
     return Resolved(
         config=config,
         provenance=Provenance(reader.places),
         problems=(*found, *reader.problems),
         bad_keys=frozenset(reader.bad - {""}),
-        no_effect=tuple(dict.fromkeys(reader.no_effect)),
+        no_effect=tuple(dict.fromkeys([*reader.no_effect, *unread])),
     )
 
 

@@ -78,6 +78,9 @@ def warnings(config: Config, provenance: Provenance) -> list[str]:
         lines.append(
             f"resume_training = {config.resume_training!r}: load_checkpoint names a file already"
         )
+    if config.use_parallel and world_size() == 1:
+        where = provenance.where("use_parallel")
+        lines.append(f"{where}: use_parallel = True, but one process was started (see torchrun)")
     given = [config.lr_schedule.learning_rate, config.optimizer.learning_rate]
     if None not in given and given[0] != given[1]:
         where = provenance.where("optimizer.learning_rate")

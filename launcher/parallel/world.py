@@ -7,6 +7,8 @@ restart attempt, destroyed at the end. Works without any group when there is one
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -15,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 GROUP_TIMEOUT = timedelta(minutes=30)
+PATIENCE = timedelta(days=1)
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,8 @@ class World:
     rank: int
     size: int
     device: torch.device
+    patient: dist.ProcessGroup | None = None
+    """A group whose waits may take a day: while the main process prepares data."""
 
     @property
     def is_main(self) -> bool:
@@ -34,6 +39,11 @@ class World:
         """Wait until every process is here."""
         if self.size > 1:
             dist.barrier()
+
+    def wait(self) -> None:
+        """As `barrier`, for work of one process that may take hours."""
+        if self.size > 1:
+            dist.barrier(group=self.patient)
 
     def gather(self, value: Any) -> list[Any]:
         """`value` of every process, in rank order, on every process. For small host objects."""
@@ -74,7 +84,25 @@ def start(*, force_cpu: bool = False) -> World:
         dist.init_process_group(
             backend, store=_store(rank, size), rank=rank, world_size=size, timeout=GROUP_TIMEOUT
         )
-    return World(rank, size, device)
+    patient = dist.new_group(backend="gloo", timeout=PATIENCE) if size > 1 else None
+    return World(rank, size, device, patient)
+
+
+@contextmanager
+def repeatable_backward(device: torch.device, *, strict: bool) -> Iterator[None]:
+    """A backward pass that gives the same bits each time, on CUDA with `strict`.
+
+    Only the strict setting makes the attention kernels choose their repeatable backward; it raises
+    for operations that have none, so it is not on elsewhere.
+    """
+    if device.type != "cuda" or not strict:
+        yield
+        return
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(True, warn_only=True)
 
 
 def _repeatable_on_cuda() -> None:

@@ -28,6 +28,8 @@ class Console:
         self.enabled = enabled
         self.stream = stream or sys.stdout
         self.live = self.stream.isatty()
+        if hasattr(self.stream, "reconfigure"):
+            self.stream.reconfigure(errors="replace")  # a terminal without these characters
         self._line = ""
         self._shown = -1e9
 

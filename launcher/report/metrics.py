@@ -1,7 +1,7 @@
 """metrics.jsonl: one JSON object a line, one line an optimizer step, one an evaluation.
 
-Invariant: steps in the file never run backwards. A resumed run first drops the rows after the step
-it resumes from (they are about to be made again); a fresh run puts an older file aside.
+Invariant: samples in the file never run backwards. A resumed run first drops the rows after the
+place it resumes from (they are about to be made again); a fresh run puts an older file aside.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from itertools import takewhile
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
@@ -28,14 +29,14 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 class MetricsLog:
-    """Appends rows. `resumed_step` is 0 for a fresh run."""
+    """Appends rows. `consumed_samples`: how far the run is that is gone on from; 0: a fresh one."""
 
-    def __init__(self, output_dir: Path, resumed_step: int) -> None:
+    def __init__(self, output_dir: Path, consumed_samples: int) -> None:
         output_dir.mkdir(parents=True, exist_ok=True)
         self.path = output_dir / FILE_NAME
         if self.path.exists():
-            if resumed_step:
-                _drop_after(self.path, resumed_step)
+            if consumed_samples:
+                _drop_after(self.path, consumed_samples)
             else:
                 _put_aside(self.path)
         self._file: TextIO = self.path.open("a")
@@ -65,8 +66,11 @@ class MetricsLog:
         self.close()
 
 
-def _drop_after(path: Path, step: int) -> None:
-    rows = [row for row in read_rows(path) if row.get("step", 0) <= step]
+def _drop_after(path: Path, consumed_samples: int) -> None:
+    # By samples: steps are counted anew when the global batch changes.
+    rows = list(
+        takewhile(lambda row: row.get("consumed_samples", 0) <= consumed_samples, read_rows(path))
+    )
     scratch = path.with_suffix(".tmp")
     scratch.write_text("".join(json.dumps(row) + "\n" for row in rows))
     os.replace(scratch, path)

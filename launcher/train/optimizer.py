@@ -46,14 +46,15 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 def moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     """Both moments of every trainable parameter, by file name; zeros before the first step."""
-    result = {}
+    result: dict[str, torch.Tensor] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             state = optimizer.state[parameter]
-            for prefix, key in MOMENTS.items():
-                if key not in state:
+            if not state:
+                state["step"] = _counter(parameter, 0)
+                for key in MOMENTS.values():
                     state[key] = torch.zeros_like(parameter, requires_grad=False)
-                result[f"{prefix}.{name}"] = state[key]
+            result |= {f"{prefix}.{name}": state[key] for prefix, key in MOMENTS.items()}
     return result
 
 
@@ -61,10 +62,12 @@ def set_step(optimizer: torch.optim.Optimizer, step: int) -> None:
     """Tell the optimizer how many steps its moments have seen (bias correction)."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            device = local(
-                parameter
-            ).device  # the fused kernel wants the counter beside the weights
-            optimizer.state[parameter]["step"] = torch.tensor(float(step), device=device)
+            optimizer.state[parameter]["step"] = _counter(parameter, step)
+
+
+def _counter(parameter: nn.Parameter, step: int) -> torch.Tensor:
+    """The fused kernel wants its step counter in float32, beside the weights."""
+    return torch.tensor(float(step), device=local(parameter).device)
 
 
 def gradient_norm(
@@ -75,10 +78,11 @@ def gradient_norm(
     `group`: the ranks that hold different shards of the same gradients; None when each holds all.
     """
     gradients = [local(p.grad) for p in parameters if p.grad is not None]
-    norms = torch._foreach_norm([g for g in gradients if g.numel()], 2.0, dtype=torch.float32)
-    square = (
-        torch.stack(norms).square().sum() if norms else torch.zeros((), device=gradients[0].device)
-    )
+    held = [gradient for gradient in gradients if gradient.numel()]
+    square = torch.zeros((), device=gradients[0].device)
+    if held:
+        norms = torch._foreach_norm(held, 2.0, dtype=torch.float32)
+        square = torch.stack(norms).square().sum()
     if group is not None:
         dist.all_reduce(square, group=group)
     return square.sqrt()

@@ -40,7 +40,7 @@ class TrainRun:
     total_steps: int
     sink_size: int = 1
     facts: dict[str, Any]
-    """About data, order and model; written into every state file and checked by a resume."""
+    """About data, order and model; written into every state file, compared by a resume."""
     write_model_files: Callable[[Path], None] = lambda directory: None
     """Puts config.json and the tokenizer into a folder, so that checkpoints explain themselves."""
     resumed_from: SaveName | None = None
@@ -50,6 +50,10 @@ class TrainRun:
     shard_group: dist.ProcessGroup | None = None
     max_gradient_norm: float | None = None
     has_dropout: bool = False
+    own_kernels: bool = True
+    """The model is ours, whose backward pass has a repeatable kernel for everything."""
+    inputs: frozenset[Path] = frozenset()
+    """Files the run was started from; retention leaves them alone."""
     state: TrainState = field(default_factory=TrainState)
     interrupts: Interrupts = field(default_factory=Interrupts)
     say: Callable[[str], None] = print

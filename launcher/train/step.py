@@ -13,6 +13,7 @@ import torch
 
 from launcher.data.loader import Batch, StepData
 from launcher.parallel.apply import sync_gradients
+from launcher.parallel.world import repeatable_backward
 from launcher.train.loss import token_loss_sum
 from launcher.train.optimizer import clip_gradients, gradient_norm, set_learning_rate
 from launcher.train.random import mix, sample_seeds
@@ -37,7 +38,8 @@ def train_step(run: TrainRun, data: StepData, learning_rate: float) -> torch.Ten
     for index, batch in enumerate(data.batches):
         sync_gradients(run.model, index == len(data.batches) - 1)
         loss = batch_loss(run, batch)
-        (loss * scale).backward()
+        with repeatable_backward(run.world.device, strict=run.own_kernels):
+            (loss * scale).backward()
         loss_sum += loss.detach()
     requests = torch.tensor(run.interrupts.as_values()).to(run.world.device, non_blocking=True)
     loss_mean, *stop = run.world.sum(torch.cat([loss_sum[None] / targets, requests])).unbind()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -12,7 +13,7 @@ from launcher.weights.source import open_rank_files
 from launcher.weights.write import Exported, write_complete
 
 MODEL_FOLDER = "model"
-"""Beside the rank folders: config.json and the tokenizer, written by CheckpointMonitor."""
+"""Beside the rank folders: for each run, config.json and the tokenizer."""
 
 
 def rank_files(directory: Path, suffix: str) -> list[Path]:
@@ -27,7 +28,7 @@ def rank_files(directory: Path, suffix: str) -> list[Path]:
             rule="distributed weights lie in rank_0/, rank_1/, ...",
             advice="Give the folder that holds them, usually {output_dir}/checkpoint",
         )
-    files, missing = [], []
+    files = []
     for folder in sorted(folders, key=lambda path: int(path.name[5:])):
         matches = sorted(folder.glob(f"*-{suffix}.safetensors"))
         if len(matches) > 1:
@@ -38,15 +39,21 @@ def rank_files(directory: Path, suffix: str) -> list[Path]:
                 advice="Move the files of the other run away",
             )
         files += matches
-        missing += [] if matches else [folder.name]
-    if missing:
+    if not files:
         found = sorted({path.stem.rpartition("-")[2] for path in folders[0].glob("*.safetensors")})
         raise UserError(
-            f"{directory}: no file of the save {suffix} in {', '.join(missing[:5])}",
+            f"{directory}: no file of the save {suffix}",
             nearest=f"There are: {', '.join(found)}" if found else "",
             advice="Choose with --file_suffix",
         )
     return files
+
+
+def model_files(rank_file: Path) -> list[Path]:
+    """config.json and the tokenizer of the run that wrote `rank_file`: `CKP_rank_0_1-2_5` is of
+    the run `CKP_1`."""
+    run = re.sub(r"_rank_\d+(?=(_\d+)?-\d+_\d+$)", "", rank_file.stem).rpartition("-")[0]
+    return list((rank_file.parent.parent / MODEL_FOLDER / run).glob("*"))
 
 
 def merge(
@@ -64,7 +71,19 @@ def merge(
     which replaces it only after the new one is whole. Tensors whose name starts with one of
     `drop_prefixes` are left out.
     """
-    source = open_rank_files(directory, rank_files(directory, suffix))
+    files = rank_files(directory, suffix)
+    source = open_rank_files(directory, files)
+    inside, target = directory.resolve(), output_dir.resolve()
+    if inside.is_relative_to(target) or target.is_relative_to(inside):
+        raise UserError(
+            f"{output_dir} holds, or lies in, {directory}",
+            rule="an input is never written to",
+            advice="Give another --output_dir",
+        )
+    if output_dir.exists() and not output_dir.is_dir():
+        raise UserError(
+            f"{output_dir} is a file", rule="a folder is needed", advice="Give another --output_dir"
+        )
     if output_dir.exists() and any(output_dir.iterdir()) and not overwrite:
         raise UserError(
             f"{output_dir} is not empty",
@@ -74,14 +93,18 @@ def merge(
     scratch = output_dir.with_name(f".{output_dir.name}.tmp")
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
-    exported = write_complete(
-        source,
-        scratch,
-        keep=lambda name: not name.startswith(tuple(drop_prefixes)) if drop_prefixes else True,
-        progress=progress,
-    )
-    for file in sorted((directory / MODEL_FOLDER).glob("*")):
-        shutil.copy2(file, scratch)
+    try:
+        exported = write_complete(
+            source,
+            scratch,
+            keep=lambda name: not name.startswith(tuple(drop_prefixes)) if drop_prefixes else True,
+            progress=progress,
+        )
+        for file in sorted(model_files(files[0])):
+            shutil.copy2(file, scratch)
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
     if output_dir.exists():
         shutil.rmtree(output_dir)
     os.replace(scratch, output_dir)

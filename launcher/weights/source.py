@@ -20,6 +20,7 @@ from launcher.weights.formats.safetensors import Entry, Header, read_header
 Kind = Literal["complete", "single", "distributed", "nothing"]
 
 INDEX_NAME = "model.safetensors.index.json"
+_NOTE_KEYS = {"world_size", "rank", "mesh", "tensors"}
 OPTIMIZER_PREFIXES = ("adam_m.", "adam_v.")
 
 
@@ -149,7 +150,14 @@ def open_rank_files(path: Path, files: Sequence[Path]) -> Source:
 
 
 def _layout_note(file: Path, header: Header) -> dict[str, Any]:
-    note = header.slipway()
+    try:
+        note = header.slipway()
+        whole_note = note is None or note.keys() >= _NOTE_KEYS
+    except (ValueError, AttributeError):
+        whole_note = False
+    if not whole_note:
+        raise UserError(f"{file} is damaged", rule="its `slipway` metadata cannot be read",
+                        advice="Choose another checkpoint")  # fmt: skip
     if note is None:
         raise UserError(
             f"{file} does not say which part of the model it holds",

@@ -10,19 +10,23 @@ from launcher.errors import UserError
 from launcher.weights.formats.safetensors import Header, read_header
 
 
-def file_faults(path: Path) -> list[str]:
+def file_faults(path: Path, *, header_digest: str | None = None) -> list[str]:
     """Every fault of one file, in words that name the file and the tensors; empty when whole.
 
+    `header_digest`: what the header must hash to (xxh3_64, hex), where that is known.
     Files of other programs carry no checksums: for them only the header is checked.
     """
     try:
         header = read_header(path)
     except UserError as error:
         return [str(error)]
-    note = header.slipway()
-    if note is None:
-        return []
-    checksum = note["checksum"]
+    if header_digest is not None and header.digest != header_digest:
+        return [f"{path}: its header changed"]
+    try:
+        note = header.slipway()
+        checksum = note["checksum"] if note else {"values": []}
+    except (ValueError, KeyError, TypeError):
+        return [f"{path}: its `slipway` metadata cannot be read"]
     faults = []
     with path.open("rb") as file:
         file.seek(header.data_start)

@@ -11,7 +11,7 @@ import torch
 
 from launcher.checkpoint.names import SaveName, epoch_and_step_in_name, parse_rank_file
 from launcher.checkpoint.resume import choose, open_weights
-from launcher.checkpoint.store import Store, clean_unfinished, next_counter, published
+from launcher.checkpoint.store import Store, clean_unfinished, intent, next_counter, published
 from launcher.errors import UserError
 from launcher.layout.box import whole
 from launcher.layout.mesh import Mesh
@@ -23,7 +23,7 @@ ALONE = World(0, 1, torch.device("cpu"))
 
 
 def shards(value: float = 1.0) -> dict[str, Shard]:
-    tensor = torch.full((4, 3), value)
+    tensor = torch.full((4, 3), float(value))
     return {"w": Shard((4, 3), whole((4, 3)), tensor)}
 
 
@@ -122,27 +122,73 @@ def test_a_new_run_takes_the_next_counter(tmp_path) -> None:
     assert next_counter(tmp_path, "CKP") == 5
 
 
+def crash_while_saving(root: Path, step: int, *, prefix: str = "CKP") -> SaveName:
+    """What is there when a process is killed after its rank file, before the manifest."""
+    name = save(root, step, prefix=prefix)
+    (root / "manifest" / name.record).rename(intent(root, name))
+    return name
+
+
 def test_a_crash_leaves_nothing_behind_and_strangers_stay(tmp_path) -> None:
     save(tmp_path, 10)
-    name = save(tmp_path, 20)
-    (tmp_path / "manifest" / name.record).unlink()  # killed before it was published
+    crash_while_saving(tmp_path, 20)
     folder = tmp_path / "rank_0"
-    (folder / ".CKP_rank_0-1_30.safetensors.tmp").write_bytes(b"half")
-    (folder / "CKP_rank_0-1_40.safetensors").write_bytes(b"of another program")
+    (folder / ".CKP_rank_0-1_20.safetensors.tmp").write_bytes(b"half")
+    copied = folder / "CKP_rank_0-1_40.safetensors"  # put here by the user, without a manifest
+    copied.write_bytes((folder / "CKP_rank_0-1_10.safetensors").read_bytes())
     (folder / "notes.txt").write_text("mine")
-    save_other = save(tmp_path, 5, prefix="other")
-    (tmp_path / "manifest" / save_other.record).unlink()
-    removed = {path.name for path in clean_unfinished(tmp_path, "CKP")}
-    assert removed == {".CKP_rank_0-1_30.safetensors.tmp", "CKP_rank_0-1_20.safetensors"}
-    assert {path.name for path in folder.iterdir()} == {
-        "CKP_rank_0-1_10.safetensors", "CKP_rank_0-1_40.safetensors", "notes.txt", "meta.json",
-        "other_rank_0-1_5.safetensors",
+    removed = {path.name for path in clean_unfinished(tmp_path)}
+    assert removed == {
+        ".CKP-1_20.json.tmp", ".CKP_rank_0-1_20.safetensors.tmp", "CKP_rank_0-1_20.safetensors",
+        "CKP-1_20.json",
     }  # fmt: skip
+    assert {path.name for path in folder.iterdir()} == {
+        "CKP_rank_0-1_10.safetensors", copied.name, "notes.txt", "meta.json",
+    }  # fmt: skip
+    assert [path.name for path in (tmp_path / "state").iterdir()] == ["CKP-1_10.json"]
+    assert clean_unfinished(tmp_path) == []
+
+
+def test_a_first_save_that_was_never_finished_is_a_fresh_start(tmp_path) -> None:
+    (tmp_path / "rank_0").mkdir()
+    assert choose(tmp_path, True, ALONE, print) is None
+    crash_while_saving(tmp_path, 20)
+    assert choose(tmp_path, True, ALONE, print) is None
+
+
+def test_a_published_name_is_never_written_again(tmp_path) -> None:
+    before = save(tmp_path, 10)
+    content = (tmp_path / "rank_0" / before.rank_file(0)).read_bytes()
+    with pytest.raises(UserError, match="it is published"):
+        save(tmp_path, 10)
+    assert (tmp_path / "rank_0" / before.rank_file(0)).read_bytes() == content
+    assert [c.name for c in published(tmp_path)] == [before]
+
+
+def test_what_a_run_was_started_from_is_never_deleted(tmp_path) -> None:
+    start = save(tmp_path, 1)
+    inputs = frozenset([(tmp_path / "rank_0" / start.rank_file(0)).resolve()])
+    store = Store(tmp_path, "CKP", 1, 1, inputs)
+    for step in (1, 2, 3):
+        name = SaveName("CKP", 1, 1, step)
+        store.save(name, shards(), {"global_step": step}, mesh=Mesh(), world=ALONE)
+    assert [(c.name.counter, c.name.step) for c in published(tmp_path)] == [(0, 1), (1, 3)]
+
+
+def test_prefixes_that_look_like_counters_do_not_share_manifests(tmp_path) -> None:
+    save(tmp_path, 1)
+    save(tmp_path, 1, counter=next_counter(tmp_path, "CKP"))
+    assert next_counter(tmp_path, "CKP_1") == 1
+    save(tmp_path, 1, prefix="CKP_1", counter=1)
+    assert len(published(tmp_path)) == 3
 
 
 @pytest.mark.parametrize(
     "damage",
-    ["flip", "cut", "remove", "manifest cut", "manifest of another", "no state", "manifest lies"],
+    [
+        *("flip", "header", "cut", "remove", "no state"),
+        *("manifest cut", "manifest of another", "manifest lies"),
+    ],
 )
 def test_a_damaged_checkpoint_is_passed_over(tmp_path, damage: str) -> None:
     save(tmp_path, 10)
@@ -153,6 +199,8 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, damage: str) -> None:
     if damage == "flip":
         content[-1] ^= 1
         file.write_bytes(content)
+    elif damage == "header":
+        file.write_bytes(content.replace(b'"F32"', b'"I32"'))
     elif damage == "cut":
         file.write_bytes(content[:-4])
     elif damage == "remove":
@@ -197,6 +245,9 @@ def test_a_file_of_a_rank_stands_for_its_save(tmp_path) -> None:
     name = save(tmp_path, 10)
     source = open_weights(tmp_path / "rank_0" / name.rank_file(0), ALONE, print)
     assert (source.kind, set(source.tensors)) == ("distributed", {"w"})
+    chosen = choose(tmp_path / "rank_0" / name.rank_file(0), True, ALONE, print)
+    assert chosen is not None
+    assert chosen.name == name
 
 
 def _save_on_ranks(root: str, failing_rank: int) -> str:

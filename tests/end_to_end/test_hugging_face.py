@@ -256,3 +256,36 @@ def test_network_params_are_saved_alone_and_predict_reads_any_checkpoint(
         assert result.code == 0, result.stderr
         outputs.append((workshop.folder / f"p{index}/text_generation_result.txt").read_text())
     assert len(set(outputs)) == 1
+
+
+def test_merging_never_harms_its_input(workshop: Workshop, capsys) -> None:
+    from launcher.tools.unified_safetensors import main
+
+    name = workshop.yaml(parallel_config={"data_parallel": 2}, runner_config={"batch_size": 4})
+    assert run_job(["--config", name, "--run_mode", "train"], workshop.folder, 2).code == 0
+    moved = ["--config", name, "--run_mode", "resume", "--parallel_config.data_parallel", "1",
+             "--batch_size", "8", "--max_steps", "30"]  # fmt: skip
+    assert run_job(moved, workshop.folder, 1).code == 0
+    root = workshop.folder / "output" / "checkpoint"
+    merge = ["--mindspore_ckpt_dir", str(root), "--file_suffix"]
+    for suffix in ("1_20", "1_30"):
+        out = str(workshop.folder / suffix)
+        assert main([*merge, suffix, "--output_dir", out]) == 0
+        AutoModelForCausalLM.from_pretrained(out)
+        AutoTokenizer.from_pretrained(out)
+    before = sorted(str(path) for path in (workshop.folder / "output").rglob("*"))
+    (workshop.folder / "file").write_text("")
+    wrong = {
+        str(workshop.folder / "output"): "holds, or lies in,",
+        str(root): "holds, or lies in,",
+        str(root / "merged"): "holds, or lies in,",
+        str(workshop.folder / "file"): "is a file",
+        str(workshop.folder / "1_20"): "is not empty",
+    }
+    for out, text in wrong.items():
+        overwrite = [] if text == "is not empty" else ["--overwrite"]
+        assert main([*merge, "1_20", "--output_dir", out, *overwrite]) == 2
+        assert text in capsys.readouterr().err
+    assert main([*merge, "9_9", "--output_dir", str(workshop.folder / "new")]) == 2
+    assert "There are:" in capsys.readouterr().err
+    assert sorted(str(path) for path in (workshop.folder / "output").rglob("*")) == before

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from tests.ranks import JobResult, run_job
-from tests.workshop import Workshop
+from tests.workshop import BASE, Workshop
 
 CASES = {
     "packed": (1, {}),
@@ -109,7 +109,10 @@ def test_a_changed_global_batch_goes_on_by_samples(workshop: Workshop) -> None:
         workshop, name, 1, "--resume_training", "True", "--batch_size", "4", "--max_steps", "22"
     )
     assert "global batch was 8, is 4: going on after 80 samples, as step 20" in result.stdout
-    assert workshop.rows()[-1]["consumed_samples"] == 80 + 2 * 4
+    consumed = [row["consumed_samples"] for row in workshop.rows()]
+    assert consumed == [*range(8, 81, 8), 84, 88], "no row is lost though steps are counted anew"
+    names = {path.name for path in (workshop.folder / "output/checkpoint/manifest").iterdir()}
+    assert names == {"CKP-1_10.json", "CKP_1-1_22.json"}, "and no name comes twice"
 
 
 def test_nothing_to_resume_is_a_fresh_start_with_a_warning(workshop: Workshop) -> None:
@@ -167,3 +170,26 @@ def test_one_checkpoint_can_be_named(workshop: Workshop) -> None:
     )
     assert wrong.code == 2
     assert "did you mean `CKP_rank_0-1_10.safetensors`?" in wrong.stderr
+
+
+def test_a_first_save_cut_short_does_not_stop_always_resume(workshop: Workshop) -> None:
+    (workshop.folder / "output/checkpoint/rank_0").mkdir(parents=True)
+    (workshop.folder / "output/checkpoint/rank_0/.CKP_rank_0-1_10.safetensors.tmp").touch()
+    result = run(workshop, workshop.yaml(), 1, "--resume_training", "True", "--max_steps", "2")
+    assert "a fresh start" in result.stdout + result.stderr
+
+
+def test_dropout_that_a_family_has_by_default_is_exact_too(workshop: Workshop) -> None:
+    model = {
+        "type": "GPT2Config", "vocab_size": 512, "n_embd": 32, "n_layer": 2, "n_head": 4,
+        "n_positions": 128,
+    }  # fmt: skip
+    base = {**BASE, "model": {"model_config": model}}
+    name = workshop.yaml(base=base, train_dataset={"packing": False}, runner_config={"epochs": 20})
+    run(workshop, name, 1, "--output_dir", "whole")
+    run(workshop, name, 1, "--output_dir", "parts", "--runner_config.stop_step", "7")
+    run(workshop, name, 1, "--output_dir", "parts", "--resume_training", "True")
+    assert workshop.losses("whole") == workshop.losses("parts")
+    run(workshop, name, 1, "--output_dir", "other", "--max_steps", "3", "--train_dataset.seed", "7",
+        "--seed", "8")  # fmt: skip
+    assert workshop.losses("other")[0] != workshop.losses("whole")[0]

@@ -68,12 +68,13 @@ def test_the_pace_forgets_a_slow_first_step() -> None:
 def test_a_resumed_run_drops_the_rows_it_makes_again(tmp_path) -> None:
     with MetricsLog(tmp_path, 0) as log:
         for step in range(1, 6):
-            log.add({"step": step, "loss": float(step)})
+            log.add({"step": step, "loss": float(step), "consumed_samples": 8 * step})
+            log.add({"step": step, "eval_loss": 1.0})
     (tmp_path / "metrics.jsonl").open("a").write('{"step": 6, "lo')  # cut by a crash
-    with MetricsLog(tmp_path, 3) as log:
+    with MetricsLog(tmp_path, 24) as log:
         log.add({"step": 4, "loss": float("nan")})
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert [row["step"] for row in rows] == [1, 1, 2, 2, 3, 3, 4]
     assert rows[-1]["loss"] is None
 
 

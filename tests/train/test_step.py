@@ -49,6 +49,12 @@ def test_norm_and_clipping_are_those_of_torch() -> None:
         assert torch.allclose(ours.grad, theirs.grad)
 
 
+def test_a_rank_without_any_element_has_norm_zero() -> None:
+    parameter = nn.Parameter(torch.empty(0, 3))
+    parameter.grad = torch.empty(0, 3)
+    assert gradient_norm([parameter], None).item() == 0.0
+
+
 def test_small_gradients_are_not_scaled_up() -> None:
     model = model_with_gradients()
     before = [p.grad.clone() for p in model.parameters()]

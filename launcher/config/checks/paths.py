@@ -21,7 +21,7 @@ from launcher.weights.source import detect
 _BY_TYPE = {
     "suffixes": ("TextDataLoader",),
     "text_column": ("HFDataLoader", "CommonDataLoader"),
-    "split": ("HFDataLoader", "CommonDataLoader"),
+    "split": ("HFDataLoader", "CommonDataLoader", "InstructionDataLoader"),
     "format": ("InstructionDataLoader",),
 }
 

@@ -103,7 +103,8 @@ class DatasetSection:
     """Fill every row with several documents, kept apart by attention and positions. False: one
     document a row, padded."""
     drop_remainder: bool = True
-    """Leave out the samples at the end of an epoch that fill no whole global batch."""
+    """An epoch has as many optimizer steps as there are full global batches; False: one more for
+    the rest. Samples run on from one epoch into the next either way, none is left out."""
     seed: int | None = effective(None, minimum=0)
     """Seed of the order of the rows. Left out: the top-level seed."""
     batch_size: int | None = no_effect(None, "runner_config.batch_size decides")

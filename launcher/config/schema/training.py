@@ -26,7 +26,8 @@ class RunnerSection:
     gradient_accumulation_steps: int = effective(1, minimum=1)
     """Micro steps of one optimizer step."""
     max_steps: int | None = effective(None, minimum=1)
-    """Length of the run in optimizer steps, whatever epochs says; the learning rate ends there."""
+    """Length of the run in optimizer steps, which the learning rate is planned for; where epochs is
+    written too, whichever ends first."""
     stop_step: int = effective(0, minimum=0)
     """Stop after this many optimizer steps of a longer run, whose learning rate is planned to its
     end: it can be resumed. 0: off."""
