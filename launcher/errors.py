@@ -38,11 +38,11 @@ class Problem:
         if self.rule:
             head += f": {self.rule}"
         tail = [
-            part if part[-1] in ".?!" else part + "."
+            part if part[-1] in ".?!\n" else part + "."
             for part in (head, self.nearest, self.advice)
             if part
         ]
-        return " ".join(tail)
+        return " ".join(tail).rstrip("\n")
 
 
 class UserError(Exception):

@@ -150,7 +150,9 @@ MODES = {
 def train_to_the_end(job: Job, run: TrainRun, callbacks: list[Callback]) -> int:
     """The loop with its callbacks; metrics and the loss curve are finished whatever happens."""
     if run.state.global_step >= run.total_steps:
-        job.say(f"nothing to do: step {run.state.global_step} of {run.total_steps} is done")
+        job.say(
+            f"nothing to do: step {run.state.global_step} is done, the run has {run.total_steps}"
+        )
         return EXIT_OK
     job.say(
         f"training: steps {run.state.global_step + 1} to {run.total_steps}, "
@@ -191,8 +193,7 @@ def build_callbacks(job: Job) -> list[Callback]:
     """In the original's order: loss, checkpoints, the user's own, evaluation last."""
     config = job.config
     callbacks: list[Callback] = [LossMonitor(config.loss_monitor.per_print_times)]
-    if config.check_for_nan_in_loss_and_grad:
-        callbacks.append(FiniteCheck())
+    callbacks.append(FiniteCheck(stop=config.check_for_nan_in_loss_and_grad))
     if config.checkpoint_monitor is not None:
         callbacks.append(CheckpointMonitor(config.checkpoint_monitor))  # type: ignore[arg-type]
     registered = load_registered(config.register_path) if config.register_path else {}

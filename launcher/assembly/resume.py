@@ -30,6 +30,15 @@ def find_resume(job: Job) -> Chosen | None:
     return chosen
 
 
+DATA_KEYS = {
+    "seq_length": "train_dataset.seq_length",
+    "packing": "train_dataset.packing",
+    "order_seed": "seed",
+    "shuffle": "train_dataset.data_loader.shuffle",
+}
+"""Facts about the data to the keys that set them; what is not here follows from the files."""
+
+
 def resume_root(config: Config) -> Path:
     """The folder of checkpoints a resume looks into."""
     if config.load_checkpoint:
@@ -65,7 +74,7 @@ def resumed_run(job: Job, chosen: Chosen) -> TrainRun:
     if own and chosen.is_newest and same_steps and whole_sinks:
         run.resumed_from = chosen.name
     job.say(
-        f"resumed: {chosen.name.record.removesuffix('.json')} of {chosen.published.root}, step "
+        f"resumed: {chosen.name} of {chosen.published.root}, step "
         f"{state.global_step} of {run.total_steps}, {state.consumed_samples} samples, "
         f"written by {chosen.source.world_size} ranks"
     )
@@ -106,10 +115,13 @@ def _data_position(job: Job, run: TrainRun, chosen: Chosen, state: TrainState) -
         saved, present = chosen.state.get("data", {}), run.facts["data"]
         changed = [key for key in present if saved.get(key) != present[key]]
         if changed:
-            listing = ", ".join(f"{k}: {saved.get(k)} -> {present[k]}" for k in changed)
+            settings = [key for key in changed if key in DATA_KEYS]
+            listing = ", ".join(f"{DATA_KEYS[k]}: {saved.get(k)} -> {present[k]}" for k in settings)
+            key = DATA_KEYS[settings[0]] if settings else "train_dataset.data_loader.dataset_dir"
             raise UserError(
-                f"the training data is not that of the checkpoint ({listing})",
-                where=job.provenance.where("train_dataset.data_loader.dataset_dir"),
+                "the training data is not that of the checkpoint "
+                f"({listing or 'the content of the files differs'})",
+                where=job.provenance.nearest(key),
                 rule="a resumed run goes on in the same samples in the same order",
                 advice="Give the same data, or say where to begin in the new one: "
                 "ignore_data_skip: True (at its start) or data_skip_steps: n",

@@ -17,9 +17,10 @@ from launcher.config.schema import Config
 from launcher.data.loader import Loader
 from launcher.data.order import GlobalOrder
 from launcher.data.packing import RowDataset
+from launcher.errors import UserError
 from launcher.train.optimizer import build_optimizer
 from launcher.train.run import TrainRun
-from launcher.train.schedule import build_schedule
+from launcher.train.schedule import build_schedule, warmup_steps
 from launcher.weights.source import Source
 from models.build import hf_directory_files, no_weight_decay
 from models.decoder import Decoder
@@ -63,6 +64,7 @@ def build_run(job: Job) -> TrainRun:
             f"warning: {len(dataset)} samples are fewer than the global batch of "
             f"{loader.global_batch}: a step sees some of them more than once"
         )
+    _warn_of_warmup(job, total, per_epoch)
     model = build_sharded(job, training=True)
     wrapper = config.runner_wrapper
     return TrainRun(
@@ -103,11 +105,32 @@ def _total_steps(job: Job, per_epoch: int) -> int:
     return min(by_epochs, runner.max_steps) if written else runner.max_steps
 
 
+def _warn_of_warmup(job: Job, total: int, per_epoch: int) -> None:
+    steps = warmup_steps(job.config.lr_schedule, total, per_epoch)
+    if steps >= total and steps > 0:
+        job.say(
+            f"warning: {steps} steps of warm-up in a run of {total}: the learning rate never "
+            "reaches lr_schedule.learning_rate"
+        )
+
+
 def _sink_size(config: Config, per_epoch: int) -> int:
     runner = config.runner_config
     if not runner.sink_mode:
         return 1
-    return per_epoch if runner.sink_size == -1 else runner.sink_size
+    if runner.sink_size != -1:
+        return runner.sink_size
+    monitor = config.checkpoint_monitor
+    interval = (monitor and monitor.save_checkpoint_steps) or per_epoch
+    if interval % per_epoch:
+        below = interval // per_epoch * per_epoch
+        raise UserError(
+            f"CheckpointMonitor.save_checkpoint_steps = {interval}",
+            rule=f"with sink_size -1 a sink is an epoch, {per_epoch} steps, and nothing is saved "
+            "inside one",
+            nearest=f"Nearest: {f'{below} or ' if below else ''}{below + per_epoch}",
+        )
+    return per_epoch
 
 
 def _rate_scale(job: Job) -> float:
@@ -124,6 +147,8 @@ def _facts(job: Job, dataset: RowDataset, order: GlobalOrder, global_batch: int)
         "data": {
             "fingerprint": dataset.fingerprint,
             "rows": len(dataset),
+            "seq_length": dataset.seq_length,
+            "packing": dataset.packed,
             "order_seed": order.seed,
             "shuffle": order.shuffle,
         },

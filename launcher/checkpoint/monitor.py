@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from launcher.checkpoint.names import SaveName, epoch_and_step_in_name
-from launcher.checkpoint.store import Store, clean_unfinished, next_counter
+from launcher.checkpoint.store import Store, agree, attempt, clean_unfinished, next_counter
 from launcher.config.schema import CheckpointMonitorSection
 from launcher.layout.mesh import Mesh
 from launcher.parallel.world import World
@@ -55,9 +55,8 @@ class CheckpointMonitor:
         root = Path(self.config.directory) if self.config.directory else run.output_dir
         folders = ["checkpoint"] + ["checkpoint_network"] * self.config.save_network_params
         for folder in folders:
-            counter = run.world.from_main(
-                self._open_folder(run, root / folder) if run.world.is_main else None
-            )
+            found = attempt(self._open_folder, run, root / folder) if run.world.is_main else (0, "")
+            counter = agree(run.world, found)[0]
             self._stores[folder] = Store(
                 root / folder,
                 self.config.prefix,
@@ -80,9 +79,9 @@ class CheckpointMonitor:
         return counter
 
     def on_steps_end(self, run: Savable, records: Sequence[object]) -> None:
-        """Save when `save_checkpoint_steps` steps have passed since the last save."""
+        """Save at every multiple of `save_checkpoint_steps`, also after a save in between."""
         interval = self.config.save_checkpoint_steps
-        if interval and run.global_step - self._saved_step >= interval:
+        if interval and run.global_step // interval > self._saved_step // interval:
             self._save(run)
 
     def on_interrupt(self, run: Savable) -> None:
@@ -102,14 +101,19 @@ class CheckpointMonitor:
         if self.config.save_optimizer:
             contents["checkpoint"] = {**weights, **run.optimizer_state()}
         epoch, step = epoch_and_step_in_name(run.global_step, run.steps_per_epoch, run.sink_size)
-        total = 0
+        total, names = 0, []
         for folder, store in self._stores.items():
             name = SaveName(store.prefix, store.counter, epoch, step)
-            total += store.save(
+            saved = store.save(
                 name, contents[folder], run.state_record(), mesh=run.mesh, world=run.world
             )
+            names.append(str(name))
+            total += saved.bytes_written
+            for old in saved.removed:
+                run.say(f"removed {old} of an earlier run: keep_checkpoint_max is {store.keep_max}")
         self._saved_step = run.global_step
+        ranks = "1 rank" if run.world.size == 1 else f"{run.world.size} ranks"
         run.say(
-            f"saved step {run.global_step} as {self.config.prefix}-{epoch}_{step}: "
-            f"{run.world.size} ranks, {total / 1e6:.1f} MB, {time.perf_counter() - started:.2f} s"
+            f"saved step {run.global_step} as {names[0]}: {ranks}, {total / 1e6:.1f} MB, "
+            f"{time.perf_counter() - started:.2f} s"
         )

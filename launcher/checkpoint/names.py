@@ -29,6 +29,9 @@ class SaveName:
         counter = f"_{self.counter}" if self.counter else ""
         return f"{self.prefix}_rank_{rank}{counter}-{self.epoch}_{self.step}.safetensors"
 
+    def __str__(self) -> str:
+        return f"{self.label}-{self.epoch}_{self.step}"
+
     @property
     def label(self) -> str:
         """Names the run among those of the folder: prefix and counter."""
@@ -37,7 +40,7 @@ class SaveName:
     @property
     def record(self) -> str:
         """Name of the manifest and of the state file."""
-        return f"{self.label}-{self.epoch}_{self.step}.json"
+        return f"{self}.json"
 
 
 def parse_rank_file(name: str) -> tuple[SaveName, int] | None:

@@ -17,7 +17,7 @@ from launcher.checkpoint.store import Published, is_unfinished, published
 from launcher.errors import UserError, did_you_mean
 from launcher.parallel.world import World
 from launcher.weights.source import Source, detect, open_complete, open_rank_files
-from launcher.weights.verify import file_faults
+from launcher.weights.verify import file_faults, verified
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def choose(
             assert state is not None
             source = open_rank_files(root, candidate.files)
             return Chosen(candidate, state, source, candidate == newest)
-        say(f"passed over {candidate.name.record.removesuffix('.json')}: {'; '.join(faults[:3])}")
+        say(f"passed over {candidate.name}: {'; '.join(faults[:3])}")
     raise UserError(
         f"no checkpoint in {root} is whole",
         rule=f"{len(candidates)} were tried, see above",
@@ -75,9 +75,9 @@ def choose(
 def _named(root: Path, candidates: list[Published], choice: str) -> Published:
     parsed = parse_rank_file(Path(choice).name)
     for candidate in candidates:
-        if parsed is not None and candidate.name == parsed[0]:
+        if str(candidate.name) == choice or (parsed and candidate.name == parsed[0]):
             return candidate
-    names = [candidate.name.rank_file(0) for candidate in candidates]
+    names = [str(candidate.name) for candidate in candidates]
     raise UserError(
         f"resume_training = {choice!r}: there is no such checkpoint in {root}",
         rule=f"it holds {', '.join(names[-5:])}",
@@ -116,6 +116,9 @@ def open_weights(path: Path, world: World, say: Callable[[str], None]) -> Source
     kind = detect(path)
     if kind == "nothing":
         raise UserError(f"{path} holds no weights", rule="*.safetensors or rank_*/ is expected")
+    if path.is_dir() and path.name.startswith("rank_"):
+        raise UserError(f"{path} is the folder of one rank", rule="a checkpoint is all of them",
+                        nearest=f"did you mean `{path.parent}`?")  # fmt: skip
     if kind != "distributed":
         return open_complete(path)
     if path.is_file():
@@ -127,7 +130,7 @@ def open_weights(path: Path, world: World, say: Callable[[str], None]) -> Source
             rule="rank files of other programs need a strategy file, which is not built yet",
             advice="Give complete weights",
         )
-    say(f"{path}: checkpoint {chosen.name.record.removesuffix('.json')}")
+    say(f"{path}: checkpoint {chosen.name}")
     return chosen.source
 
 
@@ -135,11 +138,11 @@ def _open_save_of(file: Path) -> Source:
     """The save that a single rank file belongs to."""
     parsed = parse_rank_file(file.name)
     if parsed is None:
-        return open_rank_files(file, [file])
+        return verified(open_rank_files(file, [file]))
     root = file.parent.parent
     siblings = [
         sibling
         for folder in root.glob("rank_*")
         if (sibling := folder / parsed[0].rank_file(int(folder.name[5:]))).is_file()
     ]
-    return open_rank_files(root, siblings)
+    return verified(open_rank_files(root, siblings))

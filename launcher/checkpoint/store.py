@@ -89,6 +89,14 @@ def _read_manifest(root: Path, path: Path) -> Published | None:
 
 
 @dataclass(frozen=True)
+class Saved:
+    """What a save did: bytes written by all ranks, and checkpoints of earlier runs it let go."""
+
+    bytes_written: int
+    removed: tuple[SaveName, ...]
+
+
+@dataclass(frozen=True)
 class Store:
     """One run's view of a folder of checkpoints."""
 
@@ -108,19 +116,18 @@ class Store:
         *,
         mesh: Mesh,
         world: World,
-    ) -> int:
-        """Write and publish one checkpoint. Called on every rank. Returns the bytes of all ranks.
+    ) -> Saved:
+        """Write and publish one checkpoint. Called on every rank.
 
         Raises `UserError` on every rank when any rank could not write; the checkpoints that were
         there are untouched then.
         """
-        _agree(world, _attempt(self._prepare, name, world))
-        outcome = _attempt(self._write, name, shards, mesh, world)
-        files = _agree(world, outcome)
-        _agree(world, _attempt(self._publish, name, files, state, mesh, world))
-        _agree(world, _attempt(self._write_meta, name, world))
-        self._retain(world)
-        return sum(record["bytes"] for record in files)
+        agree(world, attempt(self._prepare, name, world))
+        outcome = attempt(self._write, name, shards, mesh, world)
+        files = agree(world, outcome)
+        agree(world, attempt(self._publish, name, files, state, mesh, world))
+        agree(world, attempt(self._write_meta, name, world))
+        return Saved(sum(record["bytes"] for record in files), self._retain(name, world))
 
     def _prepare(self, name: SaveName, world: World) -> None:
         (self.root / f"rank_{world.rank}").mkdir(parents=True, exist_ok=True)
@@ -186,9 +193,10 @@ class Store:
         }
         write_json(self.root / f"rank_{world.rank}" / "meta.json", meta)
 
-    def _retain(self, world: World) -> None:
+    def _retain(self, newest: SaveName, world: World) -> tuple[SaveName, ...]:
+        """Let the oldest go; gives those of earlier runs, which a user should hear of."""
         if self.keep_max == 0:
-            return
+            return ()
         mine = [c for c in published(self.root) if c.name.prefix == self.prefix]
         old = [c for c in mine[: -self.keep_max] if not self._is_input(c)]
         old = world.from_main(old)
@@ -202,6 +210,7 @@ class Store:
         for checkpoint in old:
             for file in checkpoint.files[world.rank :: world.size]:
                 file.unlink(missing_ok=True)
+        return tuple(checkpoint.name for checkpoint in old if checkpoint.name.label != newest.label)
 
 
 def intent(root: Path, name: SaveName) -> Path:
@@ -209,7 +218,7 @@ def intent(root: Path, name: SaveName) -> Path:
     return temporary(root / "manifest" / name.record)
 
 
-def _attempt(action: Any, *arguments: Any) -> tuple[Any, str]:
+def attempt(action: Any, *arguments: Any) -> tuple[Any, str]:
     """(result, error text): a rank that fails must still meet the others."""
     try:
         return action(*arguments), ""
@@ -217,7 +226,7 @@ def _attempt(action: Any, *arguments: Any) -> tuple[Any, str]:
         return None, f"{error.strerror} ({error.filename})"
 
 
-def _agree(world: World, outcome: tuple[Any, str]) -> list[Any]:
+def agree(world: World, outcome: tuple[Any, str]) -> list[Any]:
     """The results of all ranks, or a `UserError` on all when one failed."""
     outcomes = world.gather(outcome)
     failed = [f"rank {rank}: {error}" for rank, (_, error) in enumerate(outcomes) if error]

@@ -10,11 +10,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher.config.checks import model, paths, training
+from launcher.config.checks import model, paths, registered, training
 from launcher.config.checks.check import Check, Rule
 from launcher.config.derived import global_batch_size, world_size
 from launcher.config.provenance import KeyProblem, Provenance
-from launcher.config.schema import Config, EvalCallbackSection
+from launcher.config.schema import CALLBACKS, Config, EvalCallbackSection
 from launcher.errors import Problem
 
 __all__ = ["RULES", "check", "global_batch_size", "warnings", "world_size"]
@@ -35,6 +35,7 @@ RULES: tuple[Rule, ...] = (
     paths.tokenizer,
     paths.named_paths,
     paths.weights,
+    registered.callbacks,
     paths.redundancy,
     model.model,
 )
@@ -78,9 +79,18 @@ def warnings(config: Config, provenance: Provenance) -> list[str]:
         lines.append(
             f"resume_training = {config.resume_training!r}: load_checkpoint names a file already"
         )
+    if config.context.device_target == "Ascend" and provenance.is_written("context.device_target"):
+        where = provenance.where("context.device_target")
+        lines.append(f"{where}: context.device_target = 'Ascend': runs on CUDA, else on the CPU")
     if config.use_parallel and world_size() == 1:
         where = provenance.where("use_parallel")
         lines.append(f"{where}: use_parallel = True, but one process was started (see torchrun)")
+    ours = [entry.type for entry in config.callbacks if type(entry) in CALLBACKS.values()]
+    lines += [
+        f"callbacks: {kind} stands {ours.count(kind)} times: the last one counts"
+        for kind in dict.fromkeys(ours)
+        if ours.count(kind) > 1
+    ]
     given = [config.lr_schedule.learning_rate, config.optimizer.learning_rate]
     if None not in given and given[0] != given[1]:
         where = provenance.where("optimizer.learning_rate")

@@ -54,6 +54,8 @@ class Tally:
 
     documents: int = 0
     empty_documents: int = 0
+    records_without_text: list[str] = field(default_factory=list)
+    """Places of records whose text column is absent or null."""
     undecodable_files: list[str] = field(default_factory=list)
     replaced_characters: int = 0
 
@@ -65,6 +67,11 @@ class Tally:
                 f"warning: {len(self.undecodable_files)} file(s) are not valid UTF-8: "
                 f"{self.replaced_characters} character(s) were replaced by U+FFFD; "
                 f"the first file is {self.undecodable_files[0]}"
+            )
+        if self.records_without_text:
+            lines.append(
+                f"warning: {len(self.records_without_text)} record(s) have no text in the text "
+                f"column and were left out; the first is {self.records_without_text[0]}"
             )
         if self.empty_documents:
             lines.append(f"note: {self.empty_documents} empty document(s) were left out")
@@ -107,7 +114,9 @@ def documents(
         texts = (text for file in files for text in _text_file(file.path, tally))
     else:
         column = loader.text_column or "text"
-        texts = (text for file in files for text in _text_column(file.path, column, cache_dir))
+        texts = (
+            text for file in files for text in _text_column(file.path, column, cache_dir, tally)
+        )
     for text in islice(_without_empty(texts, tally), loader.num_samples):
         tally.documents += 1
         yield text
@@ -153,11 +162,19 @@ def _text_file(path: Path, tally: Tally) -> Iterator[str]:
         yield text
 
 
-def _text_column(path: Path, column: str, cache_dir: Path) -> Iterator[str]:
+def _text_column(path: Path, column: str, cache_dir: Path, tally: Tally) -> Iterator[str]:
     count = 0
+
+    def texts(row: Mapping[str, Any], where: str) -> Iterator[str]:
+        text = _text_of(row, column, where, first=count == 0)
+        if text is None:
+            tally.records_without_text.append(where)
+        else:
+            yield text
+
     try:
         for row in stream_rows(path, cache_dir):
-            yield _text_of(row, column, f"{path}, record {count + 1}", first=count == 0)
+            yield from texts(row, f"{path}, record {count + 1}")
             count += 1
     except UserError:
         raise
@@ -167,14 +184,15 @@ def _text_column(path: Path, column: str, cache_dir: Path) -> Iterator[str]:
         # The library gives up on a whole file and does not say where. Either a line is broken, and
         # reading line by line names it, or columns we do not need change their type on the way.
         for record in islice(read_json_records(path), count, None):
-            yield _text_of(record.value, column, record.where, first=count == 0)
+            yield from texts(record.value, record.where)
             count += 1
 
 
-def _text_of(row: Mapping[str, Any], column: str, where: str, *, first: bool) -> str:
+def _text_of(row: Mapping[str, Any], column: str, where: str, *, first: bool) -> str | None:
+    """The text of a record, None where it has none; the first record of a file must have one."""
     if column not in row:
         if not first:
-            return ""
+            return None
         raise UserError(
             f"there is no column {column!r}",
             where=where,
@@ -184,7 +202,7 @@ def _text_of(row: Mapping[str, Any], column: str, where: str, *, first: bool) ->
         )
     value = row[column]
     if value is None:
-        return ""
+        return None
     if not isinstance(value, str):
         raise UserError(
             f"column {column!r} = {value!r}",

@@ -38,8 +38,13 @@ def open_trackers(
         kind = LOGGER_TYPE_TO_CLASS[name]
         tracker = kind("rank_0", folder) if kind.requires_logging_directory else kind("slipway")
         tracker.main_process_only = False  # only the main process has any
-        tracker.start()
-        tracker.store_init_configuration(flatten(configuration))
+        try:
+            tracker.start()
+            tracker.store_init_configuration(flatten(configuration))
+        except OSError as error:
+            raise UserError(
+                f"trackers: {name} cannot write to {folder}", rule=str(error.strerror)
+            ) from error
         trackers.append(tracker)
     return trackers
 

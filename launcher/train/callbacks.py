@@ -10,8 +10,10 @@ import importlib.util
 import inspect
 import math
 import sys
+import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from launcher.config.schema import RegisteredCallbackSection
 from launcher.errors import UserError, did_you_mean
@@ -62,21 +64,32 @@ def loss_line(run: TrainRun, record: StepRecord) -> str:
 
 
 class FiniteCheck(Callback):
-    """check_for_nan_in_loss_and_grad: the run ends at the first value that is not finite.
+    """Looks for the first loss or gradient norm that is not finite: says so once, or, with
+    `check_for_nan_in_loss_and_grad`, ends the run.
 
-    It stands before CheckpointMonitor, so that such a step is never saved.
+    It stands before CheckpointMonitor, so that a run that ends has not saved such a step.
     """
+
+    def __init__(self, stop: bool) -> None:
+        self.stop = stop
+        self._said = False
 
     def on_steps_end(self, run: TrainRun, records: Sequence[StepRecord]) -> None:
         for record in records:
-            if not (math.isfinite(record.loss) and math.isfinite(record.grad_norm)):
-                first = record.consumed_samples - run.loader.global_batch
+            if self._said or (math.isfinite(record.loss) and math.isfinite(record.grad_norm)):
+                continue
+            self._said = True
+            first = record.consumed_samples - run.loader.global_batch
+            what = f"step {record.step}: loss {record.loss}, gradient norm {record.grad_norm}"
+            where = f"samples {first} to {record.consumed_samples - 1}"
+            if self.stop:
                 raise UserError(
-                    f"step {record.step}: loss {record.loss}, gradient norm {record.grad_norm}",
-                    where=f"samples {first} to {record.consumed_samples - 1}",
+                    what,
+                    where=where,
                     rule="check_for_nan_in_loss_and_grad asks for finite values",
                     advice="Resume from the last checkpoint with a lower learning rate",
                 )
+            run.say(f"warning: {where}: {what}. check_for_nan_in_loss_and_grad: True would stop")
 
 
 class Evaluation(Callback):
@@ -123,11 +136,26 @@ def load_registered(path: str) -> dict[str, type[Callback]]:
             raise UserError(f"register_path: {file} is not a Python file")
         module = importlib.util.module_from_spec(spec)
         sys.modules[name] = module
-        spec.loader.exec_module(module)
+        try:
+            spec.loader.exec_module(module)
+        except Exception as error:
+            raise UserError(
+                f"register_path: importing {file} failed: {type(error).__name__}: {error}",
+                where=_place(error, file),
+            ) from error
         for value in vars(module).values():
             if inspect.isclass(value) and issubclass(value, Callback) and value.__module__ == name:
                 found[value.__name__] = value
     return found
+
+
+def _place(error: BaseException, file: Path) -> str:
+    """file:line in `file` where an error arose, as near as its traceback says."""
+    if isinstance(error, SyntaxError) and error.lineno:
+        return f"{error.filename}:{error.lineno}"
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [f.lineno for f in frames if Path(f.filename).resolve() == file.resolve()]
+    return f"{file}:{lines[-1]}" if lines else str(file)
 
 
 def build_registered(
@@ -153,4 +181,14 @@ def build_registered(
             rule=f"it takes {', '.join(parameters) or 'no argument'}",
             nearest=did_you_mean(unknown, parameters),
         ) from error
-    return kind(**entry.arguments)
+    try:
+        return kind(**entry.arguments)
+    except Exception as error:
+        raise UserError(
+            f"{entry.type}({_shown(entry.arguments)}) failed: {type(error).__name__}: {error}",
+            where=where,
+        ) from error
+
+
+def _shown(arguments: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key}={value!r}" for key, value in arguments.items())

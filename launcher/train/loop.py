@@ -40,12 +40,13 @@ def fit(run: TrainRun, callbacks: Sequence[Callback], sink_size: int = 1) -> Non
 
 
 def run_sink(run: TrainRun, sink_size: int) -> tuple[list[StepRecord], int]:
-    """Up to `sink_size` steps, then one read of what they measured.
+    """The steps to the next multiple of `sink_size`, then one read of what they measured.
 
     Returns the record of each step and the number of a received signal (0: none).
     """
     started = time.perf_counter()
-    steps = min(sink_size, run.total_steps - run.state.global_step)
+    done = run.state.global_step
+    steps = min(sink_size - done % sink_size, run.total_steps - done)
     measured, drafts = [], []
     for _ in range(steps):
         data = run.loader.step(run.state.data_position)

@@ -61,7 +61,7 @@ def build_schedule(
     base = section.learning_rate or fallback_rate or DEFAULT_RATE
     total = section.total_steps if (section.total_steps or -1) > 0 else total_steps
     assert total is not None
-    warmup = _warmup_steps(section, total, steps_per_epoch)
+    warmup = warmup_steps(section, total, steps_per_epoch)
     decay = section.decay_steps or total - warmup
     if section.decay_ratio is not None:
         decay = int(section.decay_ratio * total)
@@ -77,7 +77,8 @@ def build_schedule(
     return partial(CURVES[section.type], shape, section)
 
 
-def _warmup_steps(section: LrScheduleSection, total: int, steps_per_epoch: int) -> int:
+def warmup_steps(section: LrScheduleSection, total: int, steps_per_epoch: int) -> int:
+    """Steps of the linear warm-up of a curve of `total` steps."""
     if section.warmup_ratio is not None:
         return int(section.warmup_ratio * total)
     if section.warmup_epochs is not None:

@@ -107,6 +107,7 @@ def _differences(
             rule="every parameter is written exactly once",
             advice="Give the weights of this model, or mend model.model_config; "
             + ("strict_load: False loads what fits" if not misshapen else "shapes must agree")
-            + "\n" + "\n".join(lines),
+            + "\n" + "\n".join(lines)
+            + "\n",
         )
     )  # fmt: skip

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from launcher.errors import UserError
 from launcher.weights.source import open_rank_files
+from launcher.weights.verify import verified
 from launcher.weights.write import Exported, write_complete
 
 MODEL_FOLDER = "model"
@@ -21,6 +22,8 @@ def rank_files(directory: Path, suffix: str) -> list[Path]:
 
     Exact: `1_1` never takes `11_1`. Raises `UserError` for none, and for two in one folder.
     """
+    if not directory.is_dir():
+        raise UserError(f"{directory}: there is no such folder")
     folders = [path for path in directory.glob("rank_*") if path.name[5:].isdigit()]
     if not folders:
         raise UserError(
@@ -72,7 +75,7 @@ def merge(
     `drop_prefixes` are left out.
     """
     files = rank_files(directory, suffix)
-    source = open_rank_files(directory, files)
+    source = verified(open_rank_files(directory, files))
     inside, target = directory.resolve(), output_dir.resolve()
     if inside.is_relative_to(target) or target.is_relative_to(inside):
         raise UserError(

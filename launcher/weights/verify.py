@@ -6,8 +6,9 @@ from pathlib import Path
 
 import xxhash
 
-from launcher.errors import UserError
+from launcher.errors import Problem, UserError
 from launcher.weights.formats.safetensors import Header, read_header
+from launcher.weights.source import Source
 
 
 def file_faults(path: Path, *, header_digest: str | None = None) -> list[str]:
@@ -37,6 +38,19 @@ def file_faults(path: Path, *, header_digest: str | None = None) -> list[str]:
                 names = ", ".join(_tensors_in(header, start, start + len(block))[:4])
                 faults.append(f"{path}: bytes {start} to {start + len(block)} changed ({names})")
     return faults
+
+
+def verified(source: Source) -> Source:
+    """`source`, after its files have been read and agree with their checksums.
+
+    Raises `UserError` that names every fault.
+    """
+    faults = [fault for file in source.headers for fault in file_faults(file)]
+    if faults:
+        raise UserError(
+            [Problem(what=fault, advice="Choose another checkpoint") for fault in faults]
+        )
+    return source
 
 
 def _tensors_in(header: Header, start: int, stop: int) -> list[str]:

@@ -134,7 +134,7 @@ def test_json_lines_json_and_parquet_are_read(tmp_path: Path) -> None:
     assert read(tmp_path, tally, type="HFDataLoader", dataset_dir=str(folder)) == [
         *("one", "two", "three", "four", "five", "six", "seven", "eight")
     ]
-    assert tally.empty_documents == 1
+    assert len(tally.records_without_text) == 1
 
 
 def test_the_library_is_kept_off_the_network_and_inside_the_cache(

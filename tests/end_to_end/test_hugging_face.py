@@ -289,3 +289,28 @@ def test_merging_never_harms_its_input(workshop: Workshop, capsys) -> None:
     assert main([*merge, "9_9", "--output_dir", str(workshop.folder / "new")]) == 2
     assert "There are:" in capsys.readouterr().err
     assert sorted(str(path) for path in (workshop.folder / "output").rglob("*")) == before
+
+
+def test_damaged_weights_are_never_merged_or_used(workshop: Workshop, capsys) -> None:
+    from launcher.tools.unified_safetensors import main
+
+    name = workshop.yaml()
+    assert run_job(["--config", name, "--run_mode", "train"], workshop.folder).code == 0
+    file = workshop.folder / "output/checkpoint/rank_0/CKP_rank_0-1_20.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    merged = workshop.folder / "merged"
+    arguments = ["--mindspore_ckpt_dir", str(file.parents[1]), "--output_dir", str(merged)]
+    assert main([*arguments, "--file_suffix", "1_20"]) == 2
+    assert "changed (" in capsys.readouterr().err
+    assert not merged.exists()
+    for run_mode in (["predict", "--predict_data", "def "], ["finetune"]):
+        result = run_job(["--config", name, "--load_checkpoint", str(file), "--output_dir", "used",
+                          "--run_mode", *run_mode], workshop.folder)  # fmt: skip
+        assert result.code == 2
+        assert "changed (" in result.stderr
+    folder = run_job(["--config", name, "--run_mode", "predict", "--predict_data", "x",
+                      "--load_checkpoint", str(file.parent)], workshop.folder)  # fmt: skip
+    assert folder.code == 2
+    assert f"did you mean `{file.parents[1]}`?" in folder.stderr

@@ -128,7 +128,10 @@ def test_changed_data_is_refused_until_the_user_says_where_to_begin(workshop: Wo
     arguments = ["--config", name, "--run_mode", "resume"]
     refused = run_job(arguments, workshop.folder)
     assert refused.code == 2
-    assert "the training data is not that of the checkpoint (fingerprint:" in refused.stderr
+    assert "not that of the checkpoint (the content of the files differs)" in refused.stderr
+    other = run_job([*arguments, "--train_dataset.seq_length", "16"], workshop.folder)
+    assert "command line: --train_dataset.seq_length: the training data is not" in other.stderr
+    assert "(train_dataset.seq_length: 32 -> 16)" in other.stderr
     assert "ignore_data_skip" in refused.stderr
     anew = run_job([*arguments, "--ignore_data_skip", "True", "--max_steps", "12"], workshop.folder)
     assert anew.code == 0, anew.stderr
@@ -169,7 +172,7 @@ def test_one_checkpoint_can_be_named(workshop: Workshop) -> None:
         workshop.folder,
     )
     assert wrong.code == 2
-    assert "did you mean `CKP_rank_0-1_10.safetensors`?" in wrong.stderr
+    assert "it holds CKP-1_10, CKP-1_20" in wrong.stderr
 
 
 def test_a_first_save_cut_short_does_not_stop_always_resume(workshop: Workshop) -> None:

@@ -70,6 +70,8 @@ from launcher.train.callbacks import Callback
 
 class Recorder(Callback):
     def __init__(self, path, flavour="plain"):
+        if not isinstance(path, str):
+            raise TypeError("a path is a text")
         self.path = path
 
     def note(self, text):
@@ -103,7 +105,14 @@ def test_a_callback_of_the_user_sees_each_sink_once(workshop: Workshop) -> None:
 
 
 WRONG = {
-    "unknown class": ({"type": "Recorde"}, ["unknown type 'Recorde'", "did you mean `Recorder`?"]),
+    "unknown class": (
+        {"type": "Recorde"},
+        ["callbacks.0.type = 'Recorde'", "did you mean `Recorder`?"],
+    ),
+    "constructor that fails": (
+        {"type": "Recorder", "path": ["x"]},
+        ["Recorder(path=['x']) failed: TypeError: a path is a text"],
+    ),
     "unknown argument": (
         {"type": "Recorder", "path": "x", "flavor": "y"},
         ["unexpected keyword argument 'flavor'", "did you mean `flavour`?", "run.yaml:"],
@@ -157,3 +166,67 @@ def test_a_step_that_is_not_finite_can_end_the_run_and_is_never_saved(workshop: 
     manifests = (workshop.folder / "output/checkpoint/manifest").iterdir()
     assert [path.name for path in manifests] == ["CKP-1_1.json"]
     assert [row["grad_norm"] for row in workshop.rows()][1] is None, "the row says what happened"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("def f(:\n", "mine.py:1: register_path = 'mine.py': this is not Python"),
+        ("import nothing_of_that_name\nclass P: ...\n", "mine.py:1: register_path: importing"),
+    ],
+)
+def test_a_broken_file_of_callbacks_is_a_mistake_of_the_user(
+    workshop: Workshop, text: str, message: str
+) -> None:
+    (workshop.folder / "mine.py").write_text(text)
+    result = train(workshop, workshop.yaml(register_path="mine.py", callbacks=[{"type": "P"}]))
+    assert result.code == 2
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_run_that_leaves_the_numbers_says_so_once(workshop: Workshop) -> None:
+    name = workshop.yaml(lr_schedule={"learning_rate": 1e30, "warmup_steps": 0}, callbacks=[])
+    result = train(workshop, name)
+    assert result.code == 0
+    assert result.stdout.count("warning: samples") == 1
+
+
+def test_places_that_cannot_be_written_are_told_before_training(workshop: Workshop) -> None:
+    (workshop.folder / "file").write_text("")
+    name = workshop.yaml()
+    for arguments in (
+        ["--output_dir", "file/inside"],
+        ["callbacks.0.directory=file"],
+        ["tensorboard.tensorboard_dir=file"],
+    ):
+        result = train(workshop, name, *arguments)
+        assert result.code == 2, arguments
+        assert "Traceback" not in result.stderr
+        assert not (workshop.folder / "output/metrics.jsonl").exists() or not workshop.rows()
+
+
+def test_sinks_go_on_at_their_own_borders_after_a_resume(workshop: Workshop) -> None:
+    name = workshop.yaml(
+        runner_config={"sink_mode": True, "sink_size": 5},
+        callbacks=[{"type": "CheckpointMonitor", "save_checkpoint_steps": 5}],
+    )
+    assert train(workshop, name, "--runner_config.stop_step", "13").code == 0
+    result = train(workshop, name, "--resume_training", "True")
+    assert result.code == 0, result.stderr
+    names = {path.name for path in (workshop.folder / "output/checkpoint/manifest").iterdir()}
+    assert names == {
+        "CKP-1_5.json", "CKP-2_5.json", "CKP-3_5.json", "CKP_1-3_5.json", "CKP_1-4_5.json",
+    }  # fmt: skip
+    assert "saved step 15 as CKP_1-3_5" in result.stdout
+
+
+def test_an_earlier_run_of_the_folder_is_let_go_aloud(workshop: Workshop) -> None:
+    name = workshop.yaml(
+        callbacks=[
+            {"type": "CheckpointMonitor", "save_checkpoint_steps": 10, "keep_checkpoint_max": 2}
+        ]
+    )
+    assert train(workshop, name).code == 0
+    result = train(workshop, name)
+    assert "removed CKP-1_10 of an earlier run: keep_checkpoint_max is 2" in result.stdout

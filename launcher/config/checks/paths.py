@@ -6,6 +6,7 @@ Names are looked at, no file is opened but the header of one rank file.
 from __future__ import annotations
 
 import glob
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -150,7 +151,8 @@ def named_paths(check: Check) -> Iterator[KeyProblem]:
         )
     if Path(config.output_dir).is_file():
         yield check.wrong("output_dir", "this is a file, a folder is needed")
-    if isinstance(config.input_data, str) and Path(config.input_data[:255]).is_dir():
+    prompt = config.input_data
+    if isinstance(prompt, str) and "/" in prompt and Path(prompt[:255]).is_dir():
         yield check.wrong(
             "input_data", "this is a folder", advice="Name a text file with one prompt a line"
         )
@@ -229,8 +231,18 @@ def _is_own_output(check: Check, path: Path) -> bool:
 
 
 def _rank_count(path: Path) -> int:
+    """Ranks of the newest save; without manifests, the number of rank folders."""
     folder = path.parent.parent if path.is_file() else path
-    return sum(1 for child in folder.iterdir() if re.fullmatch(r"rank_\d+", child.name))
+    newest = (0, 0)
+    for manifest in (folder / "manifest").glob("*.json"):
+        try:
+            content = json.loads(manifest.read_text())
+            newest = max(newest, (int(content["sequence"]), int(content["world_size"])))
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return newest[1] or sum(
+        1 for child in folder.iterdir() if re.fullmatch(r"rank_\d+", child.name)
+    )
 
 
 def _no_checkpoint(check: Check) -> Iterator[KeyProblem]:

@@ -1,0 +1,52 @@
+"""Rules about callbacks of the user: their files are Python, and define what is listed.
+
+The files are parsed, never run, so that a mistake is told before anything is started.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+from launcher.config.checks.check import Check
+from launcher.config.provenance import KeyProblem
+from launcher.config.schema import RegisteredCallbackSection
+from launcher.errors import did_you_mean
+
+
+def callbacks(check: Check) -> Iterator[KeyProblem]:
+    """Every entry of `callbacks` that is not ours names a class of `register_path`."""
+    place = check.config.register_path
+    if not place or not Path(place).exists():
+        return
+    root = Path(place)
+    names: set[str] = set()
+    for file in sorted(root.glob("*.py")) if root.is_dir() else [root]:
+        try:
+            names |= _defined(ast.parse(file.read_bytes()))
+        except (SyntaxError, ValueError, OSError) as error:
+            line = getattr(error, "lineno", None)
+            yield KeyProblem(
+                key="register_path",
+                where=f"{file}:{line}" if line else str(file),
+                what=f"register_path = {place!r}",
+                rule=f"this is not Python: {getattr(error, 'msg', error)}",
+            )
+            return
+    for index, entry in enumerate(check.config.callbacks):
+        if isinstance(entry, RegisteredCallbackSection) and entry.type not in names:
+            yield check.wrong(
+                f"callbacks.{index}.type",
+                f"{place} defines {', '.join(sorted(names)) or 'no class'}",
+                nearest=did_you_mean(entry.type, names),
+            )
+
+
+def _defined(tree: ast.Module) -> set[str]:
+    """Names of classes, and of what is imported, anywhere in a file."""
+    names = {node.name for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom | ast.Import):
+            names |= {(alias.asname or alias.name) for alias in node.names}
+    return names - {"annotations"}
