@@ -2,14 +2,23 @@
 
 A sum, not a mean: micro-batches and ranks with different numbers of target tokens then weigh as
 many tokens as they have, whatever the padding, accumulation or number of ranks.
+
+Logits are the largest tensor of a step. They are gone through once, in pieces, and the gradient is
+made on the way: no copy of them in float32, no second tensor of log-probabilities.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 IGNORED_LABEL = -100
+PIECE_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 27}
+"""Logits of one piece: on a CPU what its cache holds, on a GPU few enough kernels, still bounded
+memory."""
 
 
 def token_loss_sum(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -18,6 +27,36 @@ def token_loss_sum(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     logits: [batch, sequence, vocabulary], any floating dtype; labels: [batch, sequence] int64,
     already shifted (`labels[b, t]` is the token after position t).
     """
-    return F.cross_entropy(
-        logits.float().flatten(0, 1), labels.flatten(), reduction="sum", ignore_index=IGNORED_LABEL
-    )
+    total: torch.Tensor = _SummedCrossEntropy.apply(logits.flatten(0, 1), labels.flatten())
+    return total
+
+
+class _SummedCrossEntropy(torch.autograd.Function):
+    """Forward computes loss and gradient piece by piece; backward only scales the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        wanted = ctx.needs_input_grad[0]
+        total = torch.zeros((), dtype=torch.float32, device=logits.device)
+        gradient = torch.empty_like(logits) if wanted else None
+        rows = max(PIECE_ELEMENTS.get(logits.device.type, 1 << 27) // logits.shape[1], 1)
+        for begin in range(0, len(logits), rows):
+            piece = logits[begin : begin + rows].detach().requires_grad_(wanted)
+            with torch.set_grad_enabled(wanted):
+                loss = F.cross_entropy(
+                    piece.float(),
+                    labels[begin : begin + rows],
+                    reduction="sum",
+                    ignore_index=IGNORED_LABEL,
+                )
+            total += loss.detach()
+            if gradient is not None:
+                (gradient[begin : begin + rows],) = torch.autograd.grad(loss, piece)
+        ctx.gradient = gradient
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, scale: torch.Tensor) -> tuple[torch.Tensor, None]:
+        gradient, ctx.gradient = ctx.gradient, None
+        return gradient.mul_(scale), None
