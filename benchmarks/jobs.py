@@ -122,15 +122,15 @@ def quickstart_data() -> Path:
     return DATA
 
 
-def full_rows(target: Path) -> Path:
-    """A JSONL file at `target` whose every document is longer than any row of the benchmarks.
+def full_rows(target: Path, count: int) -> Path:
+    """A JSONL file at `target` of `count` documents, each longer than any row of the benchmarks.
 
     One document a row, cut at its end: rows without padding and without a border inside.
     """
-    smallest = 16 * LONGEST_ROW  # characters; a token has about four, never more than sixteen here
-    with target.open("w") as lines:
-        for path in sorted((DATA / "train").rglob("*.py")):
-            text = path.read_text(encoding="utf-8")
-            for begin in range(0, len(text) - smallest, smallest):
-                lines.write(json.dumps({"text": text[begin : begin + smallest]}) + "\n")
+    characters = 16 * LONGEST_ROW  # a token has about four, and never sixteen on the average
+    sources = (path.read_text(encoding="utf-8") for path in sorted((DATA / "train").rglob("*.py")))
+    texts = [text[:characters] for text in sources if len(text) >= characters][:count]
+    if len(texts) < count:
+        raise RuntimeError(f"the corpus has {len(texts)} long files, not {count}")
+    target.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     return target

@@ -1,8 +1,8 @@
 """Measuring processes side by side, and the page that keeps the results.
 
 Owns how figures are taken and quoted. Invariants: things that are compared run in turns (A B A B
-...) in processes of their own, after something uncounted that warms up; a figure is a median with its
-smallest and largest value; a comparison is the median of the ratios of neighbours, so that a
+...) in processes of their own, after something uncounted that warms up; a figure is a median with
+its smallest and largest value; a comparison is the median of the ratios of neighbours, so that a
 machine that slows down for a while slows both sides.
 """
 

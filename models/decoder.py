@@ -84,9 +84,7 @@ class Attention(nn.Module):
         self.q_proj = linear(heads * config.head_dim)
         self.k_proj = linear(shared * config.head_dim)
         self.v_proj = linear(shared * config.head_dim)
-        self.o_proj = Linear(
-            heads * config.head_dim, config.hidden_size, bias=config.output_bias
-        )
+        self.o_proj = Linear(heads * config.head_dim, config.hidden_size, bias=config.output_bias)
         norm = partial(RMSNorm, config.head_dim, config.rms_norm_eps,
                        _dtype(precision.layernorm_compute_dtype))  # fmt: skip
         self.q_norm: RMSNorm | None = norm() if config.qk_norm else None
