@@ -1,6 +1,6 @@
 """Tokens per second of training steps, against Trainer.
 
-    python -m benchmarks.throughput [--rounds 9] [--threads 1 2] [--write]
+    python -m benchmarks.throughput [--rounds 9] [--threads 1 2] [--rows 8 4] [--write]
 
 The job is that of `benchmarks/jobs.py`, in rows of 128 and of 512 tokens, with one and two threads.
 Three comparisons:
@@ -32,13 +32,16 @@ def main() -> None:
     """Measure, print, and keep the result when asked to."""
     arguments_parser = parser("benchmarks.throughput", __doc__, rounds=9)
     arguments_parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    arguments_parser.add_argument(
+        "--rows", type=int, nargs="+", default=[shape[0] for shape in SHAPES], help="8: 8 x 128; 4"
+    )
     arguments = arguments_parser.parse_args()
     packed = quickstart_data() / "heldout"
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         plain = full_rows(Path(folder, "rows.jsonl"), count=200)
         for threads in arguments.threads:
-            for shape in SHAPES:
+            for shape in (shape for shape in SHAPES if shape[0] in arguments.rows):
                 rows += compare(shape, threads, arguments.rounds, plain, packed)
     report("Throughput", "benchmarks.throughput", arguments, table(HEADER, rows))
 
