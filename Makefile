@@ -26,10 +26,10 @@ lint: $(VENV)/installed-dev
 	$(BIN)/lint-imports
 
 tests: $(VENV)/installed-dev
-	$(BIN)/python -m pytest -m "not long and not crash"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not long and not crash"
 
 test-full: lint
-	$(BIN)/python -m pytest -m "not crash"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not crash"
 
 test-crash: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -m crash

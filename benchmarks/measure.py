@@ -29,7 +29,7 @@ PREFACE = """\
 # Results
 
 Each section is written by the script it names (`--write`), from the repository root, on a machine
-that was doing nothing else. Processes that are compared ran in turns; figures are
+(shared: single figures vary). Processes that are compared ran in turns; figures are
 `median (smallest..largest)`, and a ratio is the median over neighbouring pairs.
 """
 
