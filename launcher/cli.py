@@ -79,7 +79,7 @@ def _checked(line: CommandLine) -> Resolved:
     found = rules.check(
         config,
         provenance,
-        world=rules.world_size() if started else None,
+        world=rules.world_size() if started else rules.planned_world_size(),
         bad_keys=resolved.bad_keys,
     )
     problems = (*resolved.problems, *found)

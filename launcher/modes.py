@@ -9,17 +9,18 @@ from pathlib import Path
 
 from launcher.assembly.data import evaluation_source
 from launcher.assembly.job import Job
+from launcher.assembly.model import build_parallel, build_whole
 from launcher.assembly.prediction import PREDICT_BATCH, continue_prompts, result_path
 from launcher.assembly.resume import find_resume, resumed_run
 from launcher.assembly.run import fresh_run
-from launcher.assembly.weights import build_sharded, build_whole, fill_weights, find_weights
+from launcher.assembly.weights import fill_weights, find_weights
 from launcher.checkpoint.files import write_json
 from launcher.checkpoint.monitor import CheckpointMonitor
 from launcher.config.provenance import Provenance
 from launcher.config.schema import Config, RegisteredCallbackSection
 from launcher.errors import EXIT_OK, UserError
-from launcher.layout.mesh import Mesh
 from launcher.parallel import world as worlds
+from launcher.parallel.parts import Parts
 from launcher.parallel.world import World
 from launcher.predict import check_writable, read_prompts, result_text, write_results
 from launcher.report.console import Console, close_logs, open_logs
@@ -114,9 +115,9 @@ def evaluate_only(job: Job) -> int:
     """The loss and perplexity of weights on the evaluation data."""
     weights = find_weights(job)
     batches = evaluation_source(job)
-    model = build_sharded(job, training=False)
-    fill_weights(job, model, weights)
-    result = evaluate(model, batches(), job.world)
+    built = build_parallel(job, training=False)
+    fill_weights(job, built.parts, built.layout, weights)
+    result = evaluate(built.parts, built.compute, built.row_cut, batches(), job.world)
     job.say(str(result))
     if job.world.is_main:
         write_json(job.output_dir / "eval_result.json", result.as_row())
@@ -127,8 +128,8 @@ def predict(job: Job) -> int:
     """Continue prompts, print them, and write them down."""
     prompts = read_prompts(job.config.input_data)
     check_writable(result_path(job))
-    model = build_whole(job)
-    fill_weights(job, model, find_weights(job), mesh=Mesh())
+    model, layout = build_whole(job)
+    fill_weights(job, Parts([model]), layout, find_weights(job))
     batch_size = job.config.predict_batch_size or min(len(prompts), PREDICT_BATCH)
     generations = continue_prompts(job, model, prompts, batch_size)
     if job.world.is_main:

@@ -1,17 +1,22 @@
-"""Attention and what it needs: masks, the key/value cache, and dropout that belongs to a sample.
+"""Attention and what it needs: who may see whom, the key/value cache, the step from scores to
+outputs.
 
-Owns who may look at whom, and how scores become outputs. Plain causal attention builds no mask at
-all; anything else is one boolean mask a forward and window size, shared by the layers.
+Plain causal attention builds no mask at all; anything else is one boolean mask a forward and window
+size, shared by the layers. A rank may hold any tokens of its rows (`Sight.places`) and any heads of
+a layer (`BaseAttention.first_head`): what they see and what dropout hits is the same as uncut.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+
+from models.dropout import SHARES, dropout, dropout_seeds
+from models.layers import dtype_of
+from models.spec import DecoderConfig, Precision
 
 
 class KVCache:
@@ -24,11 +29,13 @@ class KVCache:
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Keep `key` and `value` [rows, heads, new, head_dim] and give all of the layer's, old and
-        new."""
+        """Keep `key` and `value` [rows, heads, new, size] and give all of the layer's, old and new.
+
+        Their heads and sizes may differ.
+        """
         end = self.length + key.shape[2]
         if layer not in self._layers or end > self._layers[layer][0].shape[2]:
-            self._grow(layer, key, end)
+            self._grow(layer, (key, value), end)
         keys, values = self._layers[layer]
         keys[:, :, self.length : end] = key
         values[:, :, self.length : end] = value
@@ -38,15 +45,95 @@ class KVCache:
         """Count `count` more positions as kept: called once a forward, after the last layer."""
         self.length += count
 
-    def _grow(self, layer: int, like: Tensor, needed: int) -> None:
+    def _grow(self, layer: int, like: tuple[Tensor, Tensor], needed: int) -> None:
         while self.capacity < needed:
             self.capacity *= 2
-        rows, heads, _, head_dim = like.shape
-        grown = [like.new_empty(rows, heads, self.capacity, head_dim) for _ in range(2)]
+        key, value = (t.new_empty(*t.shape[:2], self.capacity, t.shape[3]) for t in like)
         if layer in self._layers:
-            for new, old in zip(grown, self._layers[layer], strict=True):
+            for new, old in zip((key, value), self._layers[layer], strict=True):
                 new[:, :, : self.length] = old[:, :, : self.length]
-        self._layers[layer] = (grown[0], grown[1])
+        self._layers[layer] = (key, value)
+
+
+class Sight:
+    """Who may see whom in the rows of one forward.
+
+    Every row has `total` tokens, of which `length` are here as queries: those at `places` [length],
+    or the last ones when `places` is None. Keys are all of the row unless told otherwise.
+    """
+
+    def __init__(
+        self,
+        *,
+        length: int,
+        total: int,
+        device: torch.device,
+        places: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        key_mask: Tensor | None = None,
+    ) -> None:
+        """`document_ids` [rows, total]: only inside the same document. `key_mask` [rows, total]:
+        False for padding."""
+        self.length, self.total = length, total
+        self.in_order = places is None
+        self.places = (
+            torch.arange(total - length, total, device=device) if places is None else places
+        )
+        self.document_ids, self.key_mask = document_ids, key_mask
+        self._masks: dict[tuple[int | None, bool], Tensor | None] = {}
+
+    def mask(
+        self,
+        window: int | None,
+        queries: Tensor | None = None,
+        keys: Tensor | None = None,
+        *,
+        always: bool = False,
+    ) -> Tensor | None:
+        """A mask [rows or 1, 1, queries, keys], True where a query may look.
+
+        `queries` and `keys` are places in the row; the tokens here and the whole row by default,
+        and then the mask is kept for the next layer. None where SDPA's own causal rule is enough,
+        unless `always`.
+        """
+        if queries is not None or keys is not None:
+            return self._build(window, queries, keys)
+        found = (window, always)
+        if found not in self._masks:
+            plain = not always and self._is_plain(window)
+            self._masks[found] = None if plain else self._build(window, None, None)
+        return self._masks[found]
+
+    def whole(self) -> Sight:
+        """The same rows seen by all of their tokens, in order: for attention that has gathered
+        them."""
+        if self.in_order and self.length == self.total:
+            return self
+        return Sight(length=self.total, total=self.total, device=self.places.device,
+                     document_ids=self.document_ids, key_mask=self.key_mask)  # fmt: skip
+
+    def _is_plain(self, window: int | None) -> bool:
+        narrow = window is not None and self.total > window
+        several = self.length < self.total and self.length > 1  # SDPA aligns them at the first key
+        blocks = self.document_ids is not None or self.key_mask is not None
+        return self.in_order and not (narrow or blocks or several)
+
+    def _build(self, window: int | None, queries: Tensor | None, keys: Tensor | None) -> Tensor:
+        queries = self.places if queries is None else queries
+        key_index = torch.arange(self.total, device=self.places.device) if keys is None else keys
+        query_index = queries[:, None]
+        allowed = key_index <= query_index
+        if window is not None and self.total > window:
+            allowed = allowed & (key_index > query_index - window)
+        allowed = allowed[None, None]
+        if self.document_ids is not None:
+            asking, asked = self.document_ids[:, queries], self.document_ids[:, key_index]
+            allowed = allowed & (asking[:, None, :, None] == asked[:, None, None, :])
+        if self.key_mask is not None:
+            # A padding query would have nobody to look at: it looks at itself.
+            shown = self.key_mask[:, key_index]
+            allowed = allowed & shown[:, None, None, :] | (key_index == query_index)
+        return allowed
 
 
 @dataclass(kw_only=True)
@@ -56,53 +143,61 @@ class StepContext:
 
     cos: Tensor
     sin: Tensor
-    masks: dict[int | None, Tensor | None] = field(default_factory=dict)
-    """By window size; None where causal order is all there is."""
+    sight: Sight
+    stream_places: Tensor | None = None
+    """Places of the tokens of the residual stream here; None for those from 0 on."""
     dropout_seeds: Tensor | None = None
     """One seed a row [rows], or None: no dropout."""
     cache: KVCache | None = None
+    balance_scale: Tensor | None = None
+    """d(total loss) / d(sum over rows of a layer's balance loss), a float32 scalar; None: no such
+    loss."""
 
 
-def attention_masks(
-    windows: Iterable[int | None],
-    *,
-    queries: int,
-    past: int,
-    device: torch.device,
-    document_ids: Tensor | None = None,
-    key_mask: Tensor | None = None,
-    always: bool = False,
-) -> dict[int | None, Tensor | None]:
-    """One mask [rows or 1, 1, queries, past + queries] a window size, True where a query may look.
+class BaseAttention(nn.Module):
+    """What attention layers share: from queries, keys and values to outputs."""
 
-    `document_ids` [rows, queries]: only inside the same document. `key_mask` [rows, past +
-    queries]: False for padding. None where SDPA's own causal rule is enough, unless `always`.
-    """
-    total = past + queries
-    masks: dict[int | None, Tensor | None] = {}
-    for window in dict.fromkeys(windows):
-        narrow = window is not None and total > window
-        blocks = document_ids is not None or key_mask is not None or (past > 0 and queries > 1)
-        if not (narrow or blocks or always):
-            masks[window] = None
-            continue
-        key_index = torch.arange(total, device=device)
-        query_index = key_index[past:, None]
-        allowed = key_index <= query_index
-        if narrow:
-            allowed = allowed & (key_index > query_index - window)
-        allowed = allowed[None, None]
-        if document_ids is not None:
-            allowed = allowed & (document_ids[:, None, :, None] == document_ids[:, None, None, :])
-        if key_mask is not None:
-            # A padding query would have nobody to look at: it looks at itself.
-            allowed = allowed & key_mask[:, None, None, :] | (key_index == query_index)
-        masks[window] = allowed
-    return masks
+    def __init__(
+        self, config: DecoderConfig, precision: Precision, layer: int, scale: float | None = None
+    ) -> None:
+        """`scale` multiplies the scores; None is one over the root of the query size."""
+        super().__init__()
+        self.layer, self.window = layer, config.sliding_window[layer]
+        self.dropout, self.scale = config.attention_dropout, scale
+        self.softmax_dtype = dtype_of(precision.softmax_compute_dtype or "float32")
+        self.first_head = 0
+        """Index of the first head here among those of the layer."""
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, context: StepContext, window: int | None
+    ) -> Tensor:
+        """Outputs [rows, heads, queries, value size] of `query` [rows, heads, queries, size] over
+        `key` and `value` [rows, key/value heads, keys, ...] of the whole row.
+
+        Everything about who sees whom happens in here. A seam: the instance's attribute may be
+        replaced by a function of the same arguments, which may call this one.
+        """
+        sight = context.sight
+        if context.dropout_seeds is None or not self.dropout:
+            return attend(query, key, value, sight.mask(window), scale=self.scale)
+        heads = torch.arange(query.shape[1], device=query.device) + self.first_head
+        return attend_with_dropout(
+            query,
+            key,
+            value,
+            sight.mask(window, always=True),
+            scale=self.scale,
+            dtype=self.softmax_dtype,
+            probability=self.dropout,
+            seeds=dropout_seeds(context.dropout_seeds, self.layer, SHARES),
+            lines=heads[:, None] * sight.total + sight.places,
+        )
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-    """Softmax attention [rows, heads, queries, head_dim] by the device's kernel.
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, scale: float | None = None
+) -> Tensor:
+    """Softmax attention [rows, heads, queries, value size] by the device's kernel.
 
     Without a mask: causal when there is more than one query. Key/value heads are shared inside the
     kernel without a mask, and repeated with one (kernels fall back to the slowest path otherwise).
@@ -117,6 +212,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Te
         value,
         attn_mask=mask,
         is_causal=mask is None and query.shape[2] > 1,
+        scale=scale,
         enable_gqa=groups > 1,
     )
 
@@ -127,49 +223,20 @@ def attend_with_dropout(
     value: Tensor,
     mask: Tensor,
     *,
+    scale: float | None,
     dtype: torch.dtype,
     probability: float,
     seeds: Tensor,
+    lines: Tensor,
 ) -> Tensor:
-    """As `attend`, with the scores in the open: softmax in `dtype`, then dropout on its result."""
+    """As `attend`, with the scores in the open: softmax in `dtype`, then dropout on its result.
+
+    `lines` [heads, queries] numbers the lines of scores for `models.dropout`.
+    """
     groups = query.shape[1] // key.shape[1]
     key, value = (states.repeat_interleave(groups, dim=1) for states in (key, value))
-    scores = torch.matmul(query, key.transpose(2, 3)) * query.shape[-1] ** -0.5
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    scores = torch.matmul(query, key.transpose(2, 3)) * scale
     scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     shares = torch.softmax(scores, dim=-1, dtype=dtype).to(query.dtype)
-    return torch.matmul(dropout(shares, probability, seeds), value)
-
-
-def dropout(states: Tensor, probability: float, seeds: Tensor) -> Tensor:
-    """Dropout whose pattern in row i is a function of `seeds[i]` and the element's place in the row
-    alone.
-
-    So it does not matter which rows share a batch, which rank has them, or on which device; nothing
-    is drawn from a generator, so recomputing a layer gives the same pattern. `seeds` [rows]: 32-bit
-    numbers in int64.
-    """
-    rows, width = states.shape[0], states.shape[-1]
-    lines = states[0].numel() // width
-    line_keys = _mix(seeds[:, None] ^ _mix(torch.arange(1, lines + 1, device=states.device)))
-    columns = _mix(torch.arange(1, width + 1, device=states.device) + (1 << 24))
-    bits = _mix(line_keys[:, :, None] ^ columns).view(rows, *states.shape[1:])
-    kept = bits >= int(probability * 2**32)
-    return states * kept * (1.0 / (1.0 - probability))
-
-
-def dropout_seeds(sample_seeds: Tensor, layer: int, site: int) -> Tensor:
-    """One 32-bit seed a sample for one place of one layer. `sample_seeds` [rows] int64, any."""
-    low, high = sample_seeds & 0xFFFFFFFF, (sample_seeds >> 32) & 0xFFFFFFFF
-    place = (layer * 4 + site + 1) * 0x9E3779B1 & 0xFFFFFFFF
-    return _mix(_mix(_mix(low) ^ high) ^ place)
-
-
-def _mix(numbers: Tensor) -> Tensor:
-    """A bijective mixer of 32-bit numbers held in int64: shift, multiply, twice. No product
-    overflows int64."""
-    mixed = numbers ^ (numbers >> 15)
-    mixed = (mixed * 0x2C1B3C6D).bitwise_and_(0xFFFFFFFF)
-    mixed ^= mixed >> 12
-    mixed = mixed.mul_(0x297A2D39).bitwise_and_(0xFFFFFFFF)
-    mixed ^= mixed >> 15
-    return mixed
+    return torch.matmul(dropout(shares, probability, seeds, lines=lines), value)

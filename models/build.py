@@ -2,8 +2,8 @@
 
 Owns the way from description to module, for our decoder and for the transformers modules, and the
 few facts about a module that other rooms ask for: its blocks, its tied names, its size, the files
-beside its weights. Invariant: `named_parameters()` gives the names that a Hugging Face directory of
-the model has on disk.
+beside its weights. Invariant: `named_parameters()` and persistent buffers have the names that a
+Hugging Face directory of the model has on disk, but for stacked experts (`models.names`).
 """
 
 from __future__ import annotations
@@ -45,21 +45,37 @@ def build_model(
         model: nn.Module = build_transformers(spec, dtype)
     else:
         with torch.device("meta"):
-            model = Decoder(spec.decoder, spec.precision).to(dtype)
+            model = Decoder(spec.decoder, spec.precision)
+        # Not .to(dtype): buffers keep the dtype they have.
+        model._apply(lambda t: t.to(dtype) if isinstance(t, nn.Parameter) else t)
     if torch.device(device).type != "meta":
         materialise(model, device)
     return model
 
 
 def materialise(model: nn.Module, device: torch.device | str) -> None:
-    """Allocate what is still on the meta device, move the rest, and tie again what was tied."""
-    model._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t.to(device))
+    """Allocate what is still on the meta device, move the rest, and tie again what was tied.
+
+    Values of parameters are undefined; buffers of ours begin with zeros.
+    """
+
+    def real(tensor: torch.Tensor) -> torch.Tensor:
+        if not tensor.is_meta:
+            return tensor.to(device)
+        make = torch.empty_like if isinstance(tensor, nn.Parameter) else torch.zeros_like
+        return make(tensor, device=device)
+
+    model._apply(real)
     retie(model)
 
 
 def initialise(model: nn.Module, spec: ModelSpec, seed: int) -> None:
-    """Fill every parameter of a whole (not sharded) model with its initial values."""
+    """Fill every parameter of a whole (not sharded) model with its initial values, and buffers of
+    ours with zeros."""
     with torch.no_grad():
+        if isinstance(model, Decoder):
+            for buffer in model.buffers():
+                buffer.zero_()
         for name, parameter in model.named_parameters():
             shape = tuple(parameter.shape)
             parameter.copy_(initialise_shard(name, shape, (0,) * len(shape), shape, spec, seed))
@@ -90,7 +106,7 @@ def retie(model: nn.Module) -> None:
 def blocks(model: nn.Module) -> list[nn.Module]:
     """The repeated layers, in order: what FSDP shards one by one."""
     if isinstance(model, Decoder):
-        return list(model.model.layers)
+        return list(model.model.layers.values())
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
     return list(
         max(lists, key=lambda layers: sum(p.numel() for p in layers.parameters()), default=[])
@@ -113,6 +129,8 @@ def hf_directory_files(
     config = dict(spec.hf_config)
     if spec.decoder is None:
         config = complete_config(spec).to_diff_dict() | {"model_type": spec.family}
+    if config.get("num_nextn_predict_layers"):
+        config["num_nextn_predict_layers"] = 0  # those modules are not among the weights
     if dtype is not None:
         config.pop("torch_dtype", None)
         config["dtype"] = str(dtype).removeprefix("torch.")

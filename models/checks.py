@@ -1,4 +1,4 @@
-"""Which sizes and rotary embeddings are possible for the dense decoder, and the nearest that are.
+"""Which sizes and rotary embeddings are possible for the decoder, and the nearest that are.
 
 Owns the arithmetic of a model's configuration: divisibility, ranges, the old and the new spelling
 of rope settings, sliding windows by layer. Pure functions over plain dictionaries; no torch.
@@ -40,18 +40,19 @@ class SizeCheck:
     def __init__(self, config: Mapping[str, Any], describe: Describe, problems: Problems) -> None:
         self.config, self.describe, self.problems = config, describe, problems
 
-    def run(self, *, whole_heads: bool) -> None:
-        """`whole_heads`: the hidden size must divide by the heads even where head_dim is given."""
+    def run(self, *, whole_heads: bool, latent: bool = False) -> None:
+        """`whole_heads`: the hidden size must divide by the heads even where head_dim is given.
+        `latent`: the sizes of a head are checked elsewhere."""
         before = len(self.problems)
         self._values()
         if self.config.get("layer_types") is not None:
             self._layer_types()
-        if len(self.problems) == before:
+        if len(self.problems) == before and not latent:
             self._heads(whole_heads)
 
-    def _add(self, key: str, rule: str, nearest: str = "", advice: str = "") -> None:
+    def _add(self, key: str, rule: str, near: str = "", advice: str = "") -> None:
         what, written = self.describe(key)
-        self.problems.say(what, rule, nearest=nearest, advice=advice, key=written)
+        self.problems.say(what, rule, nearest=near, advice=advice, key=written)
 
     def _values(self) -> None:
         config = self.config
@@ -71,8 +72,8 @@ class SizeCheck:
             if value is not None and not (is_number(value) and 0 <= value < 1):
                 self._add(key, _PROBABILITY)
         if config["hidden_act"] not in ACTIVATIONS:
-            nearest = did_you_mean(str(config["hidden_act"]), ACTIVATIONS)
-            self._add("hidden_act", "no such activation", nearest or _known(ACTIVATIONS))
+            close = did_you_mean(str(config["hidden_act"]), ACTIVATIONS)
+            self._add("hidden_act", "no such activation", close or _known(ACTIVATIONS))
 
     def _heads(self, whole_heads: bool) -> None:
         hidden, heads = self.config["hidden_size"], self.config["num_attention_heads"]
@@ -81,21 +82,20 @@ class SizeCheck:
             below = hidden // heads * heads
             advice = "" if whole_heads else "Or give head_dim"
             rule = f"cannot be divided by {heads} attention heads"
-            self._add("hidden_size", rule, _nearest(below, below + heads), advice)
+            self._add("hidden_size", rule, nearest(below, below + heads), advice)
         elif head_dim is None and hidden // heads % 2:
             size = hidden // heads
             rule = f"{heads} attention heads of {size}: rotary embeddings need an even head size"
-            nearest = _nearest(heads * (size - 1), heads * (size + 1))
-            self._add("hidden_size", rule, nearest)
+            self._add("hidden_size", rule, nearest(heads * (size - 1), heads * (size + 1)))
         if head_dim is not None and head_dim % 2:
             rule = "rotary embeddings need an even head size"
-            self._add("head_dim", rule, _nearest(head_dim - 1, head_dim + 1))
+            self._add("head_dim", rule, nearest(head_dim - 1, head_dim + 1))
         if heads % shared:
             divisors = [d for d in range(1, heads + 1) if heads % d == 0]
             below = max(d for d in divisors if d <= shared)
             above = min((d for d in divisors if d >= shared), default=below)
             rule = f"{heads} attention heads cannot be shared out over {shared} key/value heads"
-            self._add("num_key_value_heads", rule, _nearest(below, above))
+            self._add("num_key_value_heads", rule, nearest(below, above))
 
     def _layer_types(self) -> None:
         types, layers = self.config["layer_types"], self.config["num_hidden_layers"]
@@ -108,15 +108,15 @@ class SizeCheck:
 
 
 def rope_of(
-    config: Mapping[str, Any], base: Mapping[str, Any], yaml: Mapping[str, Any]
+    config: Mapping[str, Any], base: Mapping[str, Any], yaml: Mapping[str, Any], theta: float
 ) -> dict[str, Any]:
     """The rope settings in today's spelling: `rope_theta`, `rope_type` and numbers in one map.
 
     config.json (`base`) may have either spelling; the YAML's `rope_parameters` replace them, its
-    `rope_scaling` replaces the scaling, and its `rope_theta` the theta.
+    `rope_scaling` replaces the scaling, and its `rope_theta` the theta; `theta` is the family's.
     """
     rope = dict(base.get("rope_scaling") or base.get("rope_parameters") or {})
-    rope.setdefault("rope_theta", base.get("rope_theta") or 10000.0)
+    rope.setdefault("rope_theta", base.get("rope_theta") or theta)
     for key in ("rope_parameters", "rope_scaling"):
         if key in yaml:
             given = dict(yaml[key]) if isinstance(yaml[key], Mapping) else {}
@@ -141,8 +141,8 @@ def check_rope(
     place = f"model.model_config.{key}" if key else "config.json: rope settings"
     kind = rope["rope_type"]
 
-    def say(what: str, rule: str, nearest: str = "") -> None:
-        problems.say(f"{place}: {what}", rule, nearest=nearest, key=key)
+    def say(what: str, rule: str, near: str = "") -> None:
+        problems.say(f"{place}: {what}", rule, nearest=near, key=key)
 
     if any(isinstance(value, Mapping) for value in rope.values()):
         say("rope settings by layer type", "not built yet")
@@ -180,13 +180,19 @@ def check_rope(
         say(f"rope_type dynamic with head_dim = {head_dim}", "it needs larger heads", "Nearest: 4")
 
 
-def sliding_windows(config: dict[str, Any], *, by_layer: bool) -> tuple[int | None, ...]:
-    """The window of every layer. Fills in `sliding_window`, `layer_types` as transformers does."""
+def sliding_windows(
+    config: dict[str, Any], *, by_layer: bool, switched: bool
+) -> tuple[int | None, ...]:
+    """The window of every layer. Fills in `sliding_window`, `layer_types` as transformers does.
+
+    `switched`: there is none unless `use_sliding_window` says so.
+    """
     layers = config["num_hidden_layers"]
+    if switched and not config["use_sliding_window"]:
+        config["sliding_window"] = None
+    window = config.get("sliding_window")
     if not by_layer:
-        return (config.get("sliding_window"),) * layers
-    window = config["sliding_window"] if config["use_sliding_window"] else None
-    config["sliding_window"] = window
+        return (window,) * layers
     if config.get("layer_types") is None:
         first = config["max_window_layers"] if window is not None else layers
         config["layer_types"] = [LAYER_TYPES[layer >= first] for layer in range(layers)]
@@ -201,7 +207,8 @@ def is_whole(value: Any, least: int = 1) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
-def _nearest(*sizes: int) -> str:
+def nearest(*sizes: int) -> str:
+    """`Nearest: 2 or 4` of those that are above 0."""
     return "Nearest: " + " or ".join(str(size) for size in dict.fromkeys(sizes) if size > 0)
 
 

@@ -1,20 +1,26 @@
-"""The family table: from `model_config` and config.json to a complete description of a model.
+"""From `model_config` and config.json to a complete description of a model.
 
-Owns which model types have a decoder of ours, their defaults (those of the transformers config
-classes; a test compares), which types run through the transformers module, and which are refused.
-Imports neither torch nor transformers, and takes milliseconds: the configuration is checked with it
-before anything heavy is loaded. All problems are gathered and raised together.
+Owns how the family's defaults, config.json and the user's keys become one configuration, and which
+model types have a decoder of ours, run through their transformers module, or are refused. Imports
+neither torch nor transformers, and takes milliseconds: the configuration is checked with it before
+anything heavy is loaded. All problems are gathered and raised together.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from launcher.errors import did_you_mean
-from models import keys
 from models.checks import SizeCheck, check_rope, rope_of, sliding_windows
+from models.experts_config import ExpertsCheck, experts_of, latent_of
+from models.family_table import (
+    DECODERS,
+    NO_PACKING,
+    TRANSFORMERS_MODULES,
+    UNSUPPORTED,
+    Family,
+)
 from models.reading import Reading, read, refuse_features
 from models.spec import (
     DecoderConfig,
@@ -31,118 +37,10 @@ __all__ = [
 ]  # fmt: skip
 
 
-@dataclass(frozen=True, kw_only=True)
-class Family:
-    """A model type with a decoder of ours, and what its configuration class says by default."""
-
-    config_class: str
-    architecture: str
-    defaults: dict[str, Any]
-    qkv_bias: bool | None = None
-    """True or False where the family fixes it, None where `attention_bias` decides (for the output
-    too)."""
-    qk_norm: bool = False
-    window_by_layer: bool = False
-    """Sliding windows by `layer_types`; otherwise `sliding_window` counts for every layer."""
-
-
-_COMMON: dict[str, Any] = {
-    "hidden_act": "silu", "initializer_range": 0.02, "rms_norm_eps": 1e-6, "use_cache": True,
-    "pad_token_id": None, "tie_word_embeddings": False, "attention_dropout": 0.0, "head_dim": None,
-    "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32,
-}  # fmt: skip
-_SPECIAL_1_2 = {"bos_token_id": 1, "eos_token_id": 2}
-_QWEN: dict[str, Any] = _COMMON | {
-    "vocab_size": 151936, "intermediate_size": 22016, "num_key_value_heads": 32,
-    "max_position_embeddings": 32768, "use_sliding_window": False, "sliding_window": 4096,
-    "max_window_layers": 28, "layer_types": None, "bos_token_id": None, "eos_token_id": None,
-}  # fmt: skip
-
-DECODERS: dict[str, Family] = {
-    "llama": Family(
-        config_class="LlamaConfig",
-        architecture="LlamaForCausalLM",
-        defaults=_COMMON | _SPECIAL_1_2 | {
-            "vocab_size": 32000, "intermediate_size": 11008, "num_key_value_heads": None,
-            "max_position_embeddings": 2048, "attention_bias": False, "mlp_bias": False,
-        },
-    ),
-    "mistral": Family(
-        config_class="MistralConfig",
-        architecture="MistralForCausalLM",
-        defaults=_COMMON | _SPECIAL_1_2 | {
-            "vocab_size": 32000, "intermediate_size": 14336, "num_key_value_heads": 8,
-            "max_position_embeddings": 131072, "sliding_window": 4096,
-        },
-        qkv_bias=False,
-    ),
-    "qwen2": Family(
-        config_class="Qwen2Config",
-        architecture="Qwen2ForCausalLM",
-        defaults={key: value for key, value in _QWEN.items() if key != "head_dim"},
-        qkv_bias=True,
-        window_by_layer=True,
-    ),
-    "qwen3": Family(
-        config_class="Qwen3Config",
-        architecture="Qwen3ForCausalLM",
-        defaults=_QWEN | {"head_dim": 128, "attention_bias": False},
-        qk_norm=True,
-        window_by_layer=True,
-    ),
-}  # fmt: skip
-"""model_type -> family. Qwen2.5 is qwen2."""
-
-TRANSFORMERS_MODULES: dict[str, str] = {
-    "arcee": "ArceeConfig", "biogpt": "BioGptConfig", "bloom": "BloomConfig",
-    "codegen": "CodeGenConfig", "cohere": "CohereConfig", "cohere2": "Cohere2Config",
-    "cwm": "CwmConfig", "ernie4_5": "Ernie4_5Config", "exaone4": "Exaone4Config",
-    "falcon": "FalconConfig", "gemma": "GemmaConfig", "gemma2": "Gemma2Config",
-    "gemma3_text": "Gemma3TextConfig", "glm": "GlmConfig", "glm4": "Glm4Config",
-    "gpt2": "GPT2Config", "gpt_bigcode": "GPTBigCodeConfig", "gpt_neo": "GPTNeoConfig",
-    "gpt_neox": "GPTNeoXConfig", "gptj": "GPTJConfig", "granite": "GraniteConfig",
-    "helium": "HeliumConfig", "hunyuan_v1_dense": "HunYuanDenseV1Config",
-    "ministral": "MinistralConfig", "mpt": "MptConfig", "nanochat": "NanoChatConfig",
-    "nemotron": "NemotronConfig", "olmo": "OlmoConfig", "olmo2": "Olmo2Config",
-    "olmo3": "Olmo3Config", "opt": "OPTConfig", "persimmon": "PersimmonConfig",
-    "phi": "PhiConfig", "phi3": "Phi3Config", "seed_oss": "SeedOssConfig",
-    "smollm3": "SmolLM3Config", "stablelm": "StableLmConfig",
-    "starcoder2": "Starcoder2Config", "xglm": "XGLMConfig",
-}  # fmt: skip
-"""model_type -> config class, of causal language models that run through their transformers module.
-"""
-
-UNSUPPORTED: dict[str, str] = {
-    **dict.fromkeys((
-        "dbrx", "deepseek_v2", "deepseek_v3", "deepseek_v32", "dots1", "ernie4_5_moe", "glm4_moe",
-        "gpt_oss", "granitemoe", "hunyuan_v1_moe", "jamba", "llama4", "llama4_text", "minimax",
-        "mixtral", "olmoe", "phimoe", "qwen2_moe", "qwen3_moe", "qwen3_next",
-    ), "mixture of experts"),
-    **dict.fromkeys((
-        "gemma3", "gemma3n", "gemma4", "llava", "mistral3", "mllama", "paligemma",
-        "phi4_multimodal", "qwen2_5_vl", "qwen2_vl", "qwen3_5", "qwen3_vl", "whisper",
-    ), "multimodal models"),
-    **dict.fromkeys(
-        ("apertus", "diffllama"), "parameters that are neither weights, norms nor biases"
-    ),
-    **dict.fromkeys((
-        "falcon_mamba", "mamba", "mamba2", "recurrent_gemma", "rwkv", "xlstm", "zamba2",
-    ), "recurrent models"),
-    **dict.fromkeys((
-        "bart", "bert", "electra", "marian", "mbart", "pegasus", "roberta", "t5",
-    ), "encoders and encoder-decoders"),
-}  # fmt: skip
-"""model_type -> what it needs that is not built yet."""
-
-_NO_PACKING = frozenset({"biogpt", "bloom", "falcon", "mpt", "opt", "xglm"})
-"""Families that build their masks or positions without regard to packed documents. A test goes
-through all."""
-
-
 def supports_packing(spec: ModelSpec) -> bool:
     """Whether documents packed into one row stay apart."""
     known = spec.family in DECODERS or spec.family in TRANSFORMERS_MODULES
-    return known and spec.family not in _NO_PACKING
+    return known and spec.family not in NO_PACKING
 
 
 def model_spec(model_config: Mapping[str, Any], config_json: Mapping[str, Any] | None) -> ModelSpec:
@@ -158,10 +56,12 @@ def model_spec(model_config: Mapping[str, Any], config_json: Mapping[str, Any] |
     if family is None:
         raise ModelConfigError(problems)
     own = DECODERS.get(family)
+    if own is not None:
+        base = _in_family_spelling(own, base)
     qkv_has_bias = model_config.get("qkv_has_bias")
     sizes = {k: v for k, v in model_config.items() if k != "qkv_has_bias" or own is None}
-    reading = read(sizes, {*own.defaults, *keys.GENERAL} if own else None, problems)
-    refuse_features(model_config, base, problems)
+    reading = read(sizes, own, problems)
+    reading.notes += refuse_features(model_config, base, own, problems)
     decoder = None
     if own is not None:
         hf_config = _complete(own, base, reading)
@@ -229,6 +129,13 @@ def _snake(config_class: str) -> str:
     return "".join(f"_{c.lower()}" if c.isupper() and i else c.lower() for i, c in enumerate(stem))
 
 
+def _in_family_spelling(own: Family, base: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json with the number of experts under the key of the family: transformers writes
+    another one than it used to."""
+    renamed = {own.spellings.get(key, key): value for key, value in base.items()}
+    return {key: base.get(key, value) for key, value in renamed.items()}
+
+
 def _complete(own: Family, base: Mapping[str, Any], reading: Reading) -> dict[str, Any]:
     """config.json with the family's defaults below and the user's keys above."""
     config = own.defaults | dict(base) | reading.values
@@ -240,6 +147,11 @@ def _complete(own: Family, base: Mapping[str, Any], reading: Reading) -> dict[st
         config["max_position_embeddings"] = max(
             reading.seq_length, config["max_position_embeddings"]
         )
+    if own.latent:
+        for key in ("head_dim", "qk_head_dim"):  # written by transformers, which derives them
+            config.pop(key, None)
+        if "num_key_value_heads" not in given:
+            config["num_key_value_heads"] = None
     return config
 
 
@@ -260,7 +172,9 @@ def _check(
 
     before = len(problems)
     # transformers refuses a Llama whose heads do not divide its width, even with head_dim given.
-    SizeCheck(config, describe, problems).run(whole_heads=family == "llama")
+    SizeCheck(config, describe, problems).run(whole_heads=family == "llama", latent=own.latent)
+    if own.expert_count is not None:
+        ExpertsCheck(own, config, describe, problems).run()
     if len(problems) == before and (reading.seq_length or 0) > config["max_position_embeddings"]:
         what, _ = describe("max_position_embeddings")
         problems.add("seq_length", reading.seq_length, f"the model has fewer positions ({what})",
@@ -281,12 +195,17 @@ def _decoder(
     """The decoder's numbers. Fills in `config` what transformers derives: head counts, windows,
     rope."""
     heads = config["num_attention_heads"]
+    latent = latent_of(own, config)
     head_dim = config.get("head_dim") or config["hidden_size"] // heads
+    if latent is not None:
+        head_dim = latent.qk_rope_head_dim
     if "head_dim" in config:
         config["head_dim"] = head_dim
     config["num_key_value_heads"] = config["num_key_value_heads"] or heads
-    windows = sliding_windows(config, by_layer=own.window_by_layer)
-    rope = rope_of(config, base, reading.rope)
+    windows = sliding_windows(
+        config, by_layer=own.window_by_layer, switched="use_sliding_window" in own.defaults
+    )
+    rope = rope_of(config, base, reading.rope, own.rope_theta)
     hidden_dropout = config.pop("hidden_dropout", None)
     stored_dtype = config.pop("torch_dtype", None)
     for old in ("rope_theta", "rope_scaling", "original_max_position_embeddings"):
@@ -310,6 +229,8 @@ def _decoder(
         initializer_range=float(config["initializer_range"]),
         attention_dropout=float(config["attention_dropout"] or 0.0),
         hidden_dropout=float(hidden_dropout or 0.0),
+        experts=experts_of(own, config),
+        latent=latent,
     )
 
 

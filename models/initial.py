@@ -2,7 +2,7 @@
 
 Owns how a random model begins. Invariant: any box of a parameter equals the same slice of the whole
 parameter, on any number of ranks: rows are drawn in blocks of 256, each from a generator seeded by
-(seed, name, block).
+(seed, name, block). Names are those on disk: an expert's matrix is the same wherever it is held.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 import xxhash
 from torch import Tensor
 
+from models.names import unstacked
 from models.spec import ModelSpec
 
 BLOCK_ROWS = 256
@@ -39,8 +40,15 @@ def initialise_shard(
     """Values [box_size] in float32 of one box of one parameter, on the CPU.
 
     Biases are zeros, norm weights ones (zeros where the family counts from one), everything else
-    normal(0, initializer_range).
+    normal(0, initializer_range). A stacked expert parameter is the stack of its experts, each of
+    which may also be asked for by its name on disk.
     """
+    experts = unstacked(name, global_shape)
+    if experts is not None:
+        held = experts[box_offset[0] : box_offset[0] + box_size[0]]
+        inner = (global_shape[1:], box_offset[1:], box_size[1:])
+        matrices = [initialise_shard(expert, *inner, spec, seed) for expert in held]
+        return torch.stack(matrices) if matrices else torch.empty(tuple(box_size))
     constant = _constant(name, len(global_shape), spec.family)
     if constant is not None:
         return torch.full(tuple(box_size), constant)

@@ -29,9 +29,23 @@ ALIASES: dict[str, str] = {
     "hidden_dropout_rate": "hidden_dropout",
     "hidden_dropout_prob": "hidden_dropout",
     "kv_channels": "head_dim",
+    "num_experts_chosen": "num_experts_per_tok",
+    "moe_router_topk": "num_experts_per_tok",
+    "moe_ffn_hidden_size": "moe_intermediate_size",
+    "aux_loss_factor": "router_aux_loss_coef",
+    "moe_aux_loss_coeff": "router_aux_loss_coef",
+    "shared_expert_num": "n_shared_experts",
+    "moe_router_num_groups": "n_group",
+    "moe_router_group_topk": "topk_group",
+    "moe_router_topk_scaling_factor": "routed_scaling_factor",
 }
 """MindFormers spelling -> Hugging Face key. `torch_dtype`, `seq_length` and the rope keys have
 their own code."""
+
+EXPERT_COUNTS: frozenset[str] = frozenset({
+    "expert_num", "num_experts", "num_local_experts", "num_moe_experts", "n_routed_experts",
+})  # fmt: skip
+"""Spellings of the number of experts; which of them is a key of config.json differs by family."""
 
 PRECISIONS: dict[str, str] = {
     "compute_dtype": "compute_dtype",
@@ -84,8 +98,16 @@ OTHER_WAYS: dict[str, tuple[str, str]] = {
     ),
     "multiple_of": ("the width of the MLP is written directly", WRITE_MLP_WIDTH),
     "ffn_dim_multiplier": ("the width of the MLP is written directly", WRITE_MLP_WIDTH),
+    "moe_config": (
+        "experts are described in model_config itself",
+        "Write num_experts, num_experts_per_tok and moe_intermediate_size there",
+    ),
 }
 """Key -> (rule, advice), where the same is said by another key here."""
+
+STAGES: frozenset[str] = frozenset({"offset", "pp_interleave_num"})
+"""Keys that divide the layers over the stages of a pipeline: `launcher.config.derived` reads them.
+"""
 
 NO_EFFECT: dict[str, str] = {
     "use_flash_attention": "the attention kernel is chosen by the device",
@@ -107,7 +129,6 @@ NO_EFFECT: dict[str, str] = {
     "parallel_optimizer": "it is chosen by parallel.enable_parallel_optimizer",
     "auto_register": "architectures come from the table of families",
     "auto_map": "architectures come from the table of families",
-    "offset": "layers are divided over stages by parallel_config",
     "ignore_token_id": "labels without loss are -100 everywhere",
     "residual_dtype": "the residual stream has the compute dtype",
     "embedding_init_type": "embeddings have the parameters' dtype",
@@ -125,26 +146,29 @@ NO_EFFECT: dict[str, str] = {
 NOT_BUILT: dict[str, str] = {
     "pet_config": "low-rank adapters (LoRA)",
     "quantization_config": "quantised weights",
-    "expert_num": "mixture of experts",
-    "num_experts": "mixture of experts",
-    "num_local_experts": "mixture of experts",
-    "num_moe_experts": "mixture of experts",
-    "n_routed_experts": "mixture of experts",
-    "moe_config": "mixture of experts",
     "mtp_num_layers": "multi-token prediction",
     "num_nextn_predict_layers": "multi-token prediction",
 }
-"""Key -> what it would need. Falsy values, and 1 for a number of experts, ask for nothing and pass.
-"""
+"""Key -> what it would need. Falsy values ask for nothing and pass."""
+
+FEATURE_ADVICE: dict[str, str] = {
+    "quantization_config": "Convert the weights to bfloat16, and take quantization_config out of "
+    "their config.json",
+}
+FAMILIES_WITH_EXPERTS = "Write type: Qwen3MoeConfig, MixtralConfig or DeepseekV3Config"
 
 
 def asks_for_nothing(key: str, value: Any) -> bool:
-    """Whether a key of `NOT_BUILT` or `OTHER_WAYS` has a value that switches its feature off."""
-    neutral = value == 1 and ("expert" in key or key == "scaling_factor")
+    """Whether a key of `NOT_BUILT`, `OTHER_WAYS` or `EXPERT_COUNTS` has a value that switches its
+    feature off."""
+    neutral = value == 1 and (key in EXPERT_COUNTS or key == "scaling_factor")
     return not value or neutral or str(value).lower() == "none"
 
 
 def every_key() -> set[str]:
     """All spellings in these tables, for suggestions."""
-    tables = (ALIASES, PRECISIONS, GENERATION, GENERAL, ROPE, OTHER_WAYS, NO_EFFECT, NOT_BUILT)
+    tables = (
+        *(ALIASES, EXPERT_COUNTS, PRECISIONS, GENERATION, GENERAL, ROPE, OTHER_WAYS, NO_EFFECT),
+        *(NOT_BUILT, STAGES),
+    )
     return {"type", "seq_length", "qkv_has_bias"}.union(*tables)

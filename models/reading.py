@@ -7,13 +7,14 @@ transformers module is checked against its config class when it is built.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from launcher.errors import did_you_mean
 from models import keys
 from models.checks import is_whole
+from models.family_table import Family
 from models.spec import Problems
 
 
@@ -37,15 +38,15 @@ class Reading:
             problems.add(key, value, rule, advice="Keep one of them")
 
 
-def read(
-    model_config: Mapping[str, Any], own_keys: Collection[str] | None, problems: Problems
-) -> Reading:
-    """Sort the keys of `model_config`. `own_keys`: those of the family's config.json that our
-    decoder understands, None for a family without a decoder of ours, whose keys are all kept."""
+def read(model_config: Mapping[str, Any], own: Family | None, problems: Problems) -> Reading:
+    """Sort the keys of `model_config`. `own`: the family, whose keys are those that our decoder
+    understands; None for a family without a decoder of ours, whose keys are all kept."""
     reading = Reading()
+    own_keys = _keys_of(own)
+    spellings = keys.ALIASES | (own.spellings if own else {})
     for key, value in model_config.items():
-        target = keys.ALIASES.get(key, key)
-        if key in ("type", "model_type") or key in keys.NOT_BUILT:
+        target = spellings.get(key, key)
+        if key in ("type", "model_type", *keys.STAGES) or _is_feature(key, own):
             continue  # read elsewhere
         if key in keys.PRECISIONS:
             _precision(key, value, reading, problems)
@@ -75,14 +76,46 @@ def read(
 
 
 def refuse_features(
-    model_config: Mapping[str, Any], config_json: Mapping[str, Any], problems: Problems
-) -> None:
-    """Problems for features that are switched on and not built yet."""
-    for key, feature in keys.NOT_BUILT.items():
+    model_config: Mapping[str, Any],
+    config_json: Mapping[str, Any],
+    own: Family | None,
+    problems: Problems,
+) -> list[str]:
+    """Problems for features that are switched on and not built yet, or not of this family.
+
+    Returns notes about those that can be left alone.
+    """
+    notes = []
+    for key in (*keys.NOT_BUILT, *keys.EXPERT_COUNTS):
+        if not _is_feature(key, own):
+            continue
+        feature, rule = keys.NOT_BUILT.get(key, "mixture of experts"), "not built yet"
+        advice = keys.FEATURE_ADVICE.get(key, "")
+        if own is not None and key in keys.EXPERT_COUNTS:
+            rule, advice = f"{own.architecture} has no experts", keys.FAMILIES_WITH_EXPERTS
         if not keys.asks_for_nothing(key, model_config.get(key)):
-            problems.say(f"model.model_config.{key} needs {feature}", "not built yet", key=key)
+            what = f"model.model_config.{key} needs {feature}"
+            problems.say(what, rule, advice=advice, key=key)
         elif not keys.asks_for_nothing(key, config_json.get(key)):
-            problems.say(f"config.json: {key} needs {feature}", "not built yet")
+            what = f"config.json: {key}"
+            if own is not None and key in own.defaults:
+                notes.append(f"{what} = {config_json[key]}: {feature} is recognised and left alone")
+            else:
+                problems.say(f"{what} needs {feature}", rule, advice=advice)
+    return notes
+
+
+def _keys_of(own: Family | None) -> set[str] | None:
+    """Keys of config.json that may be written for the family; None: all."""
+    if own is None:
+        return None
+    return (own.own_keys | keys.GENERAL) - ({"head_dim"} if own.latent else set())
+
+
+def _is_feature(key: str, own: Family | None) -> bool:
+    """Whether a key asks for something that the family, or every family, lacks."""
+    has_experts = own is not None and own.expert_count is not None
+    return key in keys.NOT_BUILT or (key in keys.EXPERT_COUNTS and not has_experts)
 
 
 def _other_way(

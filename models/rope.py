@@ -62,10 +62,15 @@ class RotaryTables:
         return torch.where(length > longest, 1.0 / (base**steps), frequencies)
 
 
-def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate(states: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> Tensor:
     """Rotate `states` [rows, heads, positions, head_dim], in the dtype of the tables, back to its
-    own dtype."""
-    first, second = states.to(cos.dtype).chunk(2, dim=-1)
+    own dtype.
+
+    A number is rotated with its partner in the other half, or, `interleaved`, with its neighbour;
+    either way the first partners come out in the first half.
+    """
+    wide = states.to(cos.dtype)
+    first, second = (wide[..., ::2], wide[..., 1::2]) if interleaved else wide.chunk(2, dim=-1)
     rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
     return rotated.to(states.dtype)
 
@@ -122,12 +127,21 @@ def _yarn(powers: Tensor, theta: float, dim: int, scaling: Mapping[str, Any]) ->
 
 
 def _yarn_attention_factor(scaling: Mapping[str, Any]) -> float:
-    def magnitude(mscale: float) -> float:
-        factor = scaling["factor"]
-        return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
-
+    factor = scaling["factor"]
     if scaling.get("attention_factor") is not None:
         return float(scaling["attention_factor"])
     if scaling.get("mscale") and scaling.get("mscale_all_dim"):
-        return float(magnitude(scaling["mscale"]) / magnitude(scaling["mscale_all_dim"]))
-    return magnitude(1)
+        return _magnitude(factor, scaling["mscale"]) / _magnitude(factor, scaling["mscale_all_dim"])
+    return _magnitude(factor, 1)
+
+
+def score_factor(scaling: Mapping[str, Any] | None) -> float:
+    """What latent attention multiplies its scores by besides: the square of yarn's magnitude over
+    all dimensions."""
+    if not scaling or not scaling.get("mscale_all_dim"):
+        return 1.0
+    return _magnitude(scaling["factor"], scaling["mscale_all_dim"]) ** 2
+
+
+def _magnitude(factor: float, mscale: float) -> float:
+    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0

@@ -15,8 +15,56 @@ from launcher.errors import Problem, UserError
 
 
 @dataclass(frozen=True, kw_only=True)
+class ExpertsConfig:
+    """The mixture of experts of a decoder."""
+
+    num_experts: int
+    experts_per_token: int
+    intermediate_size: int
+    """Width of one expert."""
+    layers: tuple[bool, ...]
+    """One entry a layer: whether it has experts in the place of its MLP."""
+    block_name: str = "mlp"
+    """What the files call the block of router and experts: `mlp` or `block_sparse_moe`."""
+    shared_experts: int = 0
+    """Experts that see every token; together one MLP of that many times the width."""
+    scoring: str = "softmax"
+    """`softmax`, or `sigmoid`: with a correction added for the choice alone."""
+    norm_topk_prob: bool = True
+    """Whether the weights of a token's experts are divided by their sum."""
+    groups: int = 1
+    """The experts are divided into this many groups, and a token chooses among the experts of"""
+    groups_per_token: int = 1
+    """this many of them."""
+    routed_scaling_factor: float = 1.0
+    balance_coefficient: float = 0.0
+    """What the balance loss is multiplied by; 0 where the configuration does not ask for it."""
+
+    @property
+    def balance_on(self) -> bool:
+        """Whether a balance loss is added in training."""
+        return self.balance_coefficient > 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentConfig:
+    """The sizes of latent attention: keys and values come out of one narrow vector a token."""
+
+    q_lora_rank: int | None
+    """Width of the narrow vector of the queries; None: they come from the hidden states."""
+    kv_lora_rank: int
+    qk_nope_head_dim: int
+    """Part of a query or key head without positions."""
+    qk_rope_head_dim: int
+    """Part that is rotated; keys have one for all heads."""
+    v_head_dim: int
+    rope_interleave: bool
+    """Whether neighbours are rotated together, not the halves."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
-    """All the numbers the dense decoder is built from. Every value is final: no default is derived
+    """All the numbers the decoder is built from. Every value is final: no default is derived
     later."""
 
     vocab_size: int
@@ -46,6 +94,9 @@ class DecoderConfig:
     attention_dropout: float
     hidden_dropout: float
     """Dropout on what attention and MLP add to the residual stream; not in Hugging Face configs."""
+    experts: ExpertsConfig | None = None
+    latent: LatentConfig | None = None
+    """Latent attention; `head_dim` is then the rotated part of a head."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,10 +12,11 @@ import multiprocessing
 import os
 import socket
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
@@ -58,10 +59,10 @@ def run_ranks(
     for _, sender in pairs:
         sender.close()
     try:
-        outcomes = [_receive(receiver, timeout) for receiver, _ in pairs]
+        outcomes = _receive([receiver for receiver, _ in pairs], timeout)
     finally:
         for process in processes:
-            process.join(5)
+            process.join(2)
             if process.is_alive():
                 process.kill()
     failed = [f"rank {rank}:\n{text}" for rank, (ok, text) in enumerate(outcomes) if not ok]
@@ -69,14 +70,23 @@ def run_ranks(
     return [value for _, value in outcomes]
 
 
-def _receive(receiver: Connection, timeout: float) -> tuple[bool, Any]:
-    if not receiver.poll(timeout):
-        return False, f"no answer within {timeout} s"
-    try:
-        result: tuple[bool, Any] = receiver.recv()
-    except EOFError:
-        return False, "the process died"
-    return result
+def _receive(receivers: Sequence[Connection], timeout: float) -> list[tuple[bool, Any]]:
+    """What every rank says. Once one has failed the others, who may wait for it, get a moment."""
+    outcomes: list[tuple[bool, Any]] = [(False, "no answer in time")] * len(receivers)
+    waiting = list(receivers)
+    deadline = time.monotonic() + timeout
+    while waiting and (left := deadline - time.monotonic()) > 0:
+        for receiver in wait(waiting, left):
+            assert isinstance(receiver, Connection)
+            waiting.remove(receiver)
+            try:
+                outcome = receiver.recv()
+            except EOFError:
+                outcome = False, "the process died"
+            outcomes[receivers.index(receiver)] = outcome
+            if not outcome[0]:
+                deadline = min(deadline, time.monotonic() + 3)
+    return outcomes
 
 
 def _rank_main(

@@ -9,18 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.device_mesh import DeviceMesh
 
-from launcher.config.derived import tokenizer_dir
+from launcher.assembly.layout import mesh_of, split_of
+from launcher.config.derived import tokenizer_dir, ulysses_degree
 from launcher.config.provenance import Provenance
 from launcher.config.schema import Config
 from launcher.errors import UserError
-from launcher.layout.mesh import Mesh, data_parallel_mesh
-from launcher.parallel.apply import device_mesh
+from launcher.layout.mesh import Mesh
+from launcher.parallel.meshes import Meshes
 from launcher.parallel.world import World
 from launcher.report.console import Console
 from models.families import model_spec
 from models.spec import ModelSpec
+from models.stage import StageSplit
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -60,18 +61,18 @@ class Job:
 
     @cached_property
     def mesh(self) -> Mesh:
-        """The layout's mesh: data parallel, with the optimizer copied or sharded."""
-        parallel = self.config.parallel
-        return data_parallel_mesh(
-            self.config.parallel_config.data_parallel,
-            shard_optimizer=parallel.enable_parallel_optimizer,
-            shard_size=parallel.parallel_optimizer_config.optimizer_weight_shard_size,
-        )
+        """The axes of the job and their sizes."""
+        return mesh_of(self.config)
 
     @cached_property
-    def device_mesh(self) -> DeviceMesh:
-        """The torch mesh of the same axes."""
-        return device_mesh(self.mesh, self.world)
+    def meshes(self) -> Meshes:
+        """The torch meshes of the same axes, and their process groups."""
+        return Meshes(self.mesh, self.world.device.type, trade=ulysses_degree(self.config))
+
+    @cached_property
+    def split(self) -> StageSplit | None:
+        """Which layers each stage of the pipeline has; None without a pipeline."""
+        return split_of(self.config, self.spec)
 
     @cached_property
     def tokenizer_dir(self) -> str:

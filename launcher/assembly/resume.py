@@ -6,11 +6,12 @@ from pathlib import Path
 
 from launcher.assembly.job import Job
 from launcher.assembly.run import build_run
-from launcher.assembly.weights import check_assertions
+from launcher.assembly.weights import check_assertions, equalise_copies, file_shapes
 from launcher.checkpoint.resume import Chosen, choose
 from launcher.config.schema import Config
 from launcher.errors import UserError
-from launcher.train.optimizer import moments, set_step
+from launcher.layout.box import Shape
+from launcher.train.optimizer import equalise_moments, set_step
 from launcher.train.run import TrainRun
 from launcher.train.state import TrainState, from_json
 from launcher.weights.load import load
@@ -93,15 +94,26 @@ def _restore_tensors(job: Job, run: TrainRun, chosen: Chosen) -> None:
             rule="a resumed run needs both; it was saved with save_optimizer: False",
             advice="Use run_mode finetune to start from its weights",
         )
-    moments(run.model, run.optimizer)  # allocates them
     targets = {**run.weights(), **run.optimizer_state()}
     load(
         targets,
         chosen.source,
-        tied=tied_names(run.model),
+        tied=tied_names(run.parts.modules[-1]),
         ignore_prefixes=(),
         rank=job.world.rank,
+        expected=_expected(run),
     )
+    equalise_copies(run.parts)
+    equalise_moments(run.parts.copies(), run.optimizer)
+
+
+def _expected(run: TrainRun) -> dict[str, Shape]:
+    """Weights and moments of the whole model, as files have them."""
+    shapes = file_shapes(run.layout)
+    frozen = {name for name, cut in run.layout.cuts.items() if not cut.sharded}
+    trained = {name: shape for name, shape in shapes.items() if name not in frozen}
+    return shapes | {f"{prefix}{name}": shape for prefix in OPTIMIZER_PREFIXES
+                     for name, shape in trained.items()}  # fmt: skip
 
 
 def _data_position(job: Job, run: TrainRun, chosen: Chosen, state: TrainState) -> TrainState:

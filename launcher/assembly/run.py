@@ -7,11 +7,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from launcher.assembly.data import evaluation_source, open_dataset, steps_per_epoch
 from launcher.assembly.job import Job
-from launcher.assembly.weights import build_sharded, fill_weights
+from launcher.assembly.model import build_parallel, gradients_of
+from launcher.assembly.weights import fill_weights
 from launcher.config.derived import global_batch_size
 from launcher.config.schema import Config
 from launcher.data.loader import Loader
@@ -23,7 +22,7 @@ from launcher.train.run import TrainRun
 from launcher.train.schedule import build_schedule, warmup_steps
 from launcher.weights.source import Source
 from models.build import hf_directory_files, no_weight_decay
-from models.decoder import Decoder
+from models.names import unstacked
 from models.spec import ModelSpec
 from models.transformers_model import complete_config
 
@@ -31,7 +30,7 @@ from models.transformers_model import complete_config
 def fresh_run(job: Job, weights: Source | None) -> TrainRun:
     """A run at its first step, from `weights` or from random ones."""
     run = build_run(job)
-    fill_weights(job, run.model, weights)
+    fill_weights(job, run.parts, run.layout, weights)
     run.inputs = frozenset(file.resolve() for file in weights.headers) if weights else frozenset()
     return run
 
@@ -43,12 +42,11 @@ def build_run(job: Job) -> TrainRun:
     dataset = open_dataset(job, section)
     seed = config.seed if section.seed is None else section.seed
     order = GlobalOrder(len(dataset), seed, section.data_loader.shuffle)
-    micro_steps = config.runner_config.gradient_accumulation_steps
     loader = Loader(
         dataset,
         order,
-        batch_size=config.runner_config.batch_size,
-        micro_steps=micro_steps,
+        batch_size=config.runner_config.batch_size * config.micro_batch_interleave_num,
+        micro_steps=_micro_batches(config),
         data_parallel=job.mesh.data_parallel,
         data_rank=job.mesh.data_rank(job.world.rank),
         pin_memory=job.world.device.type == "cuda",
@@ -65,14 +63,17 @@ def build_run(job: Job) -> TrainRun:
             f"{loader.global_batch}: a step sees some of them more than once"
         )
     _warn_of_warmup(job, total, per_epoch)
-    model = build_sharded(job, training=True)
+    built = build_parallel(job, training=True)
     wrapper = config.runner_wrapper
     return TrainRun(
         config=config,
         world=job.world,
-        mesh=job.mesh,
-        model=model,
-        optimizer=build_optimizer(model, config.optimizer, no_weight_decay),
+        layout=built.layout,
+        parts=built.parts,
+        compute=built.compute,
+        row_cut=built.row_cut,
+        gradients=gradients_of(job, built),
+        optimizer=build_optimizer(built.parts.all_named(), config.optimizer, no_weight_decay),
         loader=loader,
         schedule=build_schedule(
             config.lr_schedule,
@@ -85,14 +86,19 @@ def build_run(job: Job) -> TrainRun:
         total_steps=stop,
         sink_size=_sink_size(config, per_epoch),
         facts=_facts(job, dataset, order, loader.global_batch),
-        write_model_files=partial(_write_model_files, job, next(model.parameters()).dtype),
+        write_model_files=partial(_write_model_files, job, next(built.parts.parameters()).dtype),
         evaluation=_evaluation(job),
-        shard_group=_shard_group(job),
         max_gradient_norm=wrapper.max_grad_norm if wrapper.use_clip_grad else None,
         has_dropout=_has_dropout(job.spec),
-        own_kernels=isinstance(model, Decoder),
+        names_in_files=unstacked,
         say=job.say,
     )
+
+
+def _micro_batches(config: Config) -> int:
+    if config.parallel_config.pipeline_stage > 1:
+        return config.parallel_config.micro_batch_num
+    return config.runner_config.gradient_accumulation_steps
 
 
 def _total_steps(job: Job, per_epoch: int) -> int:
@@ -157,19 +163,13 @@ def _facts(job: Job, dataset: RowDataset, order: GlobalOrder, global_batch: int)
     }
 
 
-def _shard_group(job: Job) -> torch.distributed.ProcessGroup | None:
-    if job.mesh.dp_shard == 1:
-        return None
-    return job.device_mesh.get_group("dp_shard")
-
-
 def _has_dropout(spec: ModelSpec) -> bool:
     if spec.decoder is not None:
         return spec.decoder.attention_dropout > 0 or spec.decoder.hidden_dropout > 0
     return any("drop" in key and value for key, value in complete_config(spec).to_dict().items())
 
 
-def _write_model_files(job: Job, dtype: torch.dtype, directory: Path) -> None:
+def _write_model_files(job: Job, dtype: Any, directory: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     for name, content in hf_directory_files(
         job.spec, job.tokenizer_dir or None, dtype=dtype

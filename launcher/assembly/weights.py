@@ -1,4 +1,4 @@
-"""Weights of a job: which ones, into a sharded model, and the lines that say so."""
+"""Weights of a job: which ones, into the memory of this rank's part, and the lines that say so."""
 
 from __future__ import annotations
 
@@ -6,24 +6,19 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import nn
 
-from launcher.assembly.job import DTYPES, Job
+from launcher.assembly.job import Job
 from launcher.checkpoint.resume import open_weights
 from launcher.errors import UserError
-from launcher.layout.mesh import Mesh
-from launcher.parallel.apply import shard_model, shards
-from launcher.train.run import model_tensors
+from launcher.layout.box import Shape
+from launcher.layout.layout import Layout
+from launcher.parallel.apply import shards, unstacked_shards
+from launcher.parallel.parts import Parts
 from launcher.weights.load import LoadReport, load
+from launcher.weights.memory import Shard
 from launcher.weights.source import Source, detect
-from models.build import (
-    blocks,
-    build_model,
-    initialise_shard,
-    materialise,
-    parameter_count,
-    tied_names,
-)
+from models.build import initialise_shard, tied_names
+from models.names import is_multi_token_prediction, unstacked
 
 
 def find_weights(job: Job) -> Source | None:
@@ -47,7 +42,7 @@ def check_assertions(job: Job, source: Source) -> None:
     """auto_trans_ckpt: False asserts that no weights need to be cut or put together."""
     if job.config.auto_trans_ckpt is not False or source.kind != "distributed":
         return
-    if source.mesh != job.mesh.sizes():
+    if _without_ones(source.mesh or {}) != _without_ones(job.mesh.sizes()):
         raise UserError(
             f"{source.path} was written by {source.world_size} ranks ({_axes(source.mesh or {})}), "
             f"this run has {job.world.size} ({_axes(job.mesh.sizes())})",
@@ -57,73 +52,72 @@ def check_assertions(job: Job, source: Source) -> None:
         )
 
 
+def _without_ones(sizes: Mapping[str, int]) -> dict[str, int]:
+    """Axes of one rank say nothing; older files do not name them all."""
+    return {axis: size for axis, size in sizes.items() if size > 1}
+
+
 def _axes(sizes: Mapping[str, int]) -> str:
-    return " x ".join(f"{axis} {size}" for axis, size in sizes.items() if size > 1) or "no axis"
+    return " x ".join(f"{a} {n}" for a, n in _without_ones(sizes).items()) or "no axis"
 
 
-def build_sharded(job: Job, *, training: bool) -> nn.Module:
-    """The model of the job in real memory, this rank's shards of it, values still undefined."""
-    usual = torch.float32 if training else job.compute_dtype
-    dtype = job.dtype(job.spec.precision.params_dtype, otherwise=usual)
-    model = build_model(job.spec, dtype=dtype)
-    if job.mesh.world_size > 1 or job.compute_dtype != dtype:
-        shard_model(model, blocks(model), job.device_mesh, compute_dtype=job.compute_dtype)
-    materialise(model, job.world.device)
-    job.say(
-        f"model: {job.spec.family}, {parameter_count(model):,} parameters "
-        f"({_name(dtype)}, computing in {_name(job.compute_dtype)})"
-    )
-    return model
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def build_whole(job: Job) -> nn.Module:
-    """The whole model on this rank, for prediction, values still undefined.
-
-    In the configured compute dtype, else the dtype config.json names, else the usual one.
-    """
-    written = job.spec.hf_config.get("dtype") or job.spec.hf_config.get("torch_dtype")
-    if job.spec.precision.compute_dtype is None and written in DTYPES:
-        dtype = DTYPES[written]
-    else:
-        dtype = job.compute_dtype
-    model = build_model(job.spec, dtype=dtype, device=job.world.device)
-    job.say(f"model: {job.spec.family}, {parameter_count(model):,} parameters ({_name(dtype)})")
-    return model
-
-
-def fill_weights(
-    job: Job, model: nn.Module, source: Source | None, mesh: Mesh | None = None
-) -> None:
+def fill_weights(job: Job, parts: Parts, layout: Layout, source: Source | None) -> None:
     """Load the weights of `source`, or begin at random; says which, in three lines at most.
 
-    `mesh` is how the model is cut: the job's, unless told otherwise.
+    `layout` is how the model is cut: the job's, or that of one rank.
     """
-    mesh = mesh or job.mesh
-    rank = job.world.rank if mesh.world_size > 1 else 0
+    rank = job.world.rank if layout.mesh.world_size > 1 else 0
     if source is None:
-        initialise(job, model, mesh, rank)
+        initialise(job, parts, layout, rank)
         job.say(f"weights: none given, initialised at random from seed {job.config.seed}")
-        return
-    if not job.config.strict_load:
-        initialise(job, model, mesh, rank)
-    targets = shards(model_tensors(model), mesh, rank)
+    else:
+        if not job.config.strict_load:
+            initialise(job, parts, layout, rank)
+        _load(job, parts, layout, source, rank)
+    equalise_copies(parts)
+
+
+def equalise_copies(parts: Parts) -> None:
+    """Where a rank has both ends of a pipeline, its second copy of the tied embedding follows."""
+    with torch.no_grad():
+        for first, second in parts.copies():
+            second.copy_(first)
+
+
+def files_targets(held: Mapping[str, Shard]) -> dict[str, Shard]:
+    """The shards of this rank under the names files have."""
+    return unstacked_shards(held, unstacked)
+
+
+def _load(job: Job, parts: Parts, layout: Layout, source: Source, rank: int) -> None:
+    held = files_targets(shards(parts.named_tensors(), layout, rank))
     report = load(
-        targets,
+        held,
         source,
-        tied=tied_names(model),
+        tied=tied_names(parts.modules[-1]),
         strict=job.config.strict_load,
         rank=rank,
+        expected=file_shapes(layout),
+        leave=lambda name: is_multi_token_prediction(name, job.spec),
     )
     _tell(job, source, report)
 
 
-def initialise(job: Job, model: nn.Module, mesh: Mesh, rank: int) -> None:
-    """Random weights: a function of (seed, parameter name), the same on any layout."""
-    held = shards(dict(model.named_parameters()), mesh, rank)
+def file_shapes(layout: Layout) -> dict[str, Shape]:
+    """Every tensor of the whole model as files have it: name to shape."""
+    shapes: dict[str, Shape] = {}
+    for name, shape in layout.shapes.items():
+        names = unstacked(name, shape)
+        shapes |= {name: shape} if names is None else dict.fromkeys(names, shape[1:])
+    return shapes
+
+
+def initialise(job: Job, parts: Parts, layout: Layout, rank: int) -> None:
+    """Random weights: a function of (seed, name in files), the same on any layout."""
+    # The buffers of a transformers module have their values already.
+    own = job.spec.decoder is not None
+    tensors = parts.named_tensors() if own else dict(parts.named_parameters())
+    held = files_targets(shards(tensors, layout, rank))
     with torch.no_grad():
         for name, shard in held.items():
             box = shard.box

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from math import lcm
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,23 @@ TOKENIZER_FILES = (
     "spiece.model",
 )
 
+_CONTEXT_ALGORITHMS = {
+    "colossalai_cp": "ring",
+    "ulysses_cp": "ulysses",
+    "hybrid_cp": "hybrid",
+    "hybird_cp": "hybrid",
+}
+
 
 def world_size() -> int:
     """Processes of this run: torchrun's WORLD_SIZE, 1 without it."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def planned_world_size() -> int | None:
+    """Processes that msrun.sh is about to start: it has the configuration checked once before."""
+    planned = os.environ.get("SLIPWAY_WORLD_SIZE")
+    return int(planned) if planned else None
 
 
 def degrees(config: Config) -> dict[str, int]:
@@ -46,6 +60,94 @@ def global_batch_size(config: Config) -> int:
     )
     interleave = config.micro_batch_interleave_num
     return runner.batch_size * parallel.data_parallel * micro_steps * interleave
+
+
+def context_algorithm(config: Config) -> str:
+    """How ranks share a sequence: `ring`, `ulysses` or `hybrid`."""
+    written = config.parallel_config.context_parallel_algo
+    return _CONTEXT_ALGORITHMS.get(written, written)
+
+
+def ulysses_degree(config: Config) -> int:
+    """Ranks that trade sequence for heads: all of context_parallel, one, or the hybrid's inner
+    degree."""
+    parallel = config.parallel_config
+    by_algorithm = {"ulysses": parallel.context_parallel, "ring": 1}
+    return by_algorithm.get(context_algorithm(config), parallel.ulysses_degree_in_cp)
+
+
+def row_unit(config: Config) -> int:
+    """What the tokens of a row must be a multiple of, so that ranks can share rows.
+
+    The ring gives each rank two pieces, one from each end of the row; sequence parallel cuts what a
+    rank has once more.
+    """
+    parallel = config.parallel_config
+    ranks = parallel.context_parallel
+    pieces = ranks if ranks in (1, ulysses_degree(config)) else 2 * ranks
+    tensor = parallel.model_parallel if parallel.use_seq_parallel else 1
+    return lcm(pieces, ranks * tensor)
+
+
+def pipeline_schedule(config: Config) -> str:
+    """The schedule of the pipeline: `1f1b`, `gpipe`, `interleaved_1f1b`, `interleaved_zero_bubble`
+    or `zero_bubble_v`. `gpipe` may have one stage a rank or several."""
+    pipeline = config.parallel.pipeline_config
+    if pipeline.pipeline_scheduler == "1f1b" and pipeline.pipeline_interleave:
+        return "interleaved_1f1b"
+    return pipeline.pipeline_scheduler
+
+
+def is_interleaved(config: Config) -> bool:
+    """Whether a pipeline rank has several stages."""
+    pipeline = config.parallel.pipeline_config
+    return pipeline.pipeline_interleave or pipeline.pipeline_scheduler not in ("1f1b", "gpipe")
+
+
+def stages_per_rank(config: Config) -> int:
+    """Stages of each pipeline rank: 1, or where it is interleaved
+    model.model_config.pp_interleave_num (left out: 2); `zero_bubble_v` always has 2.
+
+    Without a pipeline it is 1, whatever is written.
+    """
+    if config.parallel_config.pipeline_stage == 1 or not is_interleaved(config):
+        return 1
+    written = config.model.model_config.get("pp_interleave_num")
+    if pipeline_schedule(config) == "zero_bubble_v":
+        return 2
+    return written if type(written) is int and written > 1 else 2
+
+
+def stage_offsets(config: Config) -> list[int] | None:
+    """What model.model_config.offset adds to the even share of each stage, first stage to last.
+
+    As in MindFormers the list counts pipeline ranks, or is a list of such lists, one for each stage
+    of a rank. None where there is no pipeline, nothing is written, or only 0. The rules have
+    checked its shape.
+    """
+    written = config.model.model_config.get("offset")
+    ranks, laps = config.parallel_config.pipeline_stage, stages_per_rank(config)
+    if not written or not isinstance(written, list) or ranks == 1:
+        return None
+    rows = written if isinstance(written[0], list) else [written] * laps
+    there_and_back = pipeline_schedule(config) == "zero_bubble_v"
+    return [
+        offset
+        for lap, row in enumerate(rows)
+        for offset in (reversed(row) if there_and_back and lap % 2 else row)
+    ]
+
+
+def stage_counts(config: Config, layers: int) -> list[int] | None:
+    """Layers of each stage, first to last, where the configuration says it: stage_layers, or even
+    shares of `layers` and offset. None: it is left to the model."""
+    written = config.parallel.pipeline_config.stage_layers
+    if written is not None:
+        return list(written)
+    offsets = stage_offsets(config)
+    if offsets is None:
+        return None
+    return [layers // len(offsets) + offset for offset in offsets]
 
 
 def tokenizer_dir(config: Config) -> str:

@@ -10,19 +10,49 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher.config.checks import model, paths, registered, training
+from launcher.config.checks import (
+    memory,
+    model,
+    parallel,
+    paths,
+    pipeline,
+    registered,
+    training,
+)
 from launcher.config.checks.check import Check, Rule
-from launcher.config.derived import global_batch_size, world_size
+from launcher.config.derived import global_batch_size, planned_world_size, world_size
 from launcher.config.provenance import KeyProblem, Provenance
 from launcher.config.schema import CALLBACKS, Config, EvalCallbackSection
 from launcher.errors import Problem
 
-__all__ = ["RULES", "check", "global_batch_size", "warnings", "world_size"]
+__all__ = [
+    "RULES",
+    "check",
+    "global_batch_size",
+    "planned_world_size",
+    "warnings",
+    "world_size",
+]
 
 RULES: tuple[Rule, ...] = (
     paths.run_mode,
-    training.processes,
-    training.sharded_optimizer,
+    parallel.processes,
+    parallel.sharded_optimizer,
+    parallel.own_decoder,
+    parallel.tensor,
+    parallel.ulysses,
+    parallel.rows,
+    parallel.attention_dropout,
+    parallel.experts,
+    pipeline.stages,
+    pipeline.micro_batches,
+    pipeline.accumulation,
+    pipeline.interleaving,
+    pipeline.split,
+    pipeline.compiled,
+    memory.recompute,
+    memory.select_recompute,
+    memory.swap,
     training.sinking,
     training.checkpoint_names,
     training.optimizer_numbers,
@@ -97,7 +127,7 @@ def warnings(config: Config, provenance: Provenance) -> list[str]:
         lines.append(f"{where}: optimizer.learning_rate: lr_schedule.learning_rate counts")
     if config.last_callback(EvalCallbackSection) is not None and not config.do_eval:
         lines.append("callbacks: EvalCallBack does nothing without do_eval: True")
-    key = "parallel_config.micro_batch_num"
-    if config.parallel_config.micro_batch_num > 1 and config.parallel_config.pipeline_stage == 1:
-        lines.append(f"{provenance.where(key)}: {key}: no effect without a pipeline")
+    subject = Check(config=config, provenance=provenance, world_size=world_size())
+    for room in (parallel, pipeline, memory):
+        lines += room.warnings(subject)
     return lines

@@ -55,7 +55,7 @@ _SYNONYMS = {
 """Words of other launchers for our keys."""
 
 _SAME_SECTION = 0.15
-_WITHOUT_EFFECT = 0.1
+_WITHOUT_EFFECT = 0.05
 _ENOUGH = 0.7
 
 

@@ -1,24 +1,52 @@
 """The layout: for each parameter, the boxes of the global tensor a rank holds.
 
-Owns the function every other room asks (loader, saver, tools, tests): it needs no process group, no
-file and no model in memory. What torch really made is asserted equal to it when a model is built.
+Owns the function every other room asks (loader, saver, strategy files, tools, tests): it needs no
+process group, no file and no model in memory. What torch really made is asserted equal to it when a
+model is built. A parameter is cut in this order, each cut inside the piece the one before left:
+
+    pp          the whole parameter lives on the ranks of its stage
+    ep          experts, dim 0 in equal pieces
+    tp          the dim of the family's plan in equal pieces
+    dp_shard    dim 0 in pieces of ceil(rows / ranks) (experts: `expert_shard` of them)
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 from launcher.layout.box import Box, Shape, whole
 from launcher.layout.mesh import Mesh
 
 
 @dataclass(frozen=True)
+class Cut:
+    """How one tensor is cut, whatever the mesh."""
+
+    tp_dim: int | None = None
+    """The dim cut over the tensor-parallel ranks; None: each of them holds all of it."""
+    expert: bool = False
+    """Dim 0 counts experts, cut over `ep`."""
+    sharded: bool = True
+    """Cut over the data-parallel ranks that share one copy; buffers are not."""
+    stages: tuple[int, ...] | None = None
+    """Pipeline ranks that hold it, the owner first; None: all."""
+
+
+WHOLE = Cut(sharded=False)
+SHARDED = Cut()
+
+
+@dataclass(frozen=True, slots=True)
 class Placement:
-    """What one rank holds of one tensor: its global shape and the boxes, in file order."""
+    """What one rank holds of one tensor."""
 
     shape: Shape
+    """Of the global tensor."""
     boxes: tuple[Box, ...]
+    """In file order; one that is empty where there are more ranks than rows."""
+    cuts: tuple[tuple[str, int], ...] = ()
+    """(axis, dim) of every cut, in the order in which they were made."""
 
 
 def chunk(length: int, pieces: int, index: int) -> tuple[int, int]:
@@ -32,26 +60,86 @@ def chunk(length: int, pieces: int, index: int) -> tuple[int, int]:
     return start, min(rows, length - start)
 
 
-def layout(
-    shapes: Mapping[str, Shape], mesh: Mesh, rank: int, *, replicated: Collection[str] = ()
-) -> dict[str, Placement]:
-    """For each named tensor, what `rank` holds of it on `mesh`.
+@dataclass(frozen=True)
+class Layout:
+    """Where every tensor of a model lies on a mesh."""
 
-    Data-parallel shards cut dim 0. Scalars and the tensors named in `replicated` (buffers) are not
-    cut: every rank holds them whole.
-    """
-    at = mesh.coordinates(rank)
-    return {
-        name: Placement(
-            shape,
-            (whole(shape) if name in replicated else _shard(shape, mesh.dp_shard, at["dp_shard"]),),
+    shapes: Mapping[str, Shape]
+    """Global shape of every tensor, experts stacked."""
+    mesh: Mesh
+    cuts: Mapping[str, Cut] = field(default_factory=dict)
+    """How each tensor is cut; one without entry is cut over `dp_shard` only."""
+    _known: dict[tuple[int, ...], dict[str, Placement]] = field(
+        default_factory=dict, repr=False, compare=False
+    )
+    _by_stage: dict[int, tuple[str, ...]] = field(default_factory=dict, repr=False, compare=False)
+
+    def of(self, rank: int) -> dict[str, Placement]:
+        """What `rank` holds, by tensor name. Ranks that hold the same share the answer."""
+        at = self.mesh.coordinates(rank)
+        key = (at["pp"], at["ep"], at["tp"], at["dp_shard"], at["expert_shard"])
+        if key not in self._known:
+            self._known[key] = {
+                name: place(self.shapes[name], self.cut(name), self.mesh, at)
+                for name in self.names(at["pp"])
+            }
+        return self._known[key]
+
+    def names(self, stage: int) -> tuple[str, ...]:
+        """Tensors of the pipeline rank `stage`, in the model's order."""
+        if stage not in self._by_stage:
+            self._by_stage[stage] = tuple(
+                name for name in self.shapes
+                if (stages := self.cut(name).stages) is None or stage in stages
+            )  # fmt: skip
+        return self._by_stage[stage]
+
+    def cut(self, name: str) -> Cut:
+        """How `name` is cut."""
+        return self.cuts.get(name, SHARDED)
+
+    def is_owner(self, name: str, rank: int) -> bool:
+        """Whether `rank` is the first of those that hold its piece of `name`: what is added up over
+        the owners counts every element once."""
+        at, cut = self.mesh.coordinates(rank), self.cut(name)
+        copies = ["expert_copy"] if cut.expert else ["dp_replicate", "cp"]
+        if not cut.sharded:
+            copies += ["expert_shard"] if cut.expert else ["dp_shard"]
+        if cut.tp_dim is None:
+            copies.append("tp")
+        first_stage = at["pp"] == (cut.stages or (0,))[0]
+        return first_stage and not any(at[axis] for axis in copies)
+
+    def alike(self, prefix: str) -> Layout:
+        """The layout of tensors that lie as these do, under `prefix` + name (optimizer state)."""
+        return replace(
+            self,
+            shapes={prefix + name: shape for name, shape in self.shapes.items()},
+            cuts={prefix + name: cut for name, cut in self.cuts.items()},
+            _known={},
+            _by_stage={},
         )
-        for name, shape in shapes.items()
-    }
 
 
-def _shard(shape: Shape, pieces: int, index: int) -> Box:
-    if not shape:
-        return Box((), ())
-    start, rows = chunk(shape[0], pieces, index)
-    return Box((start,) + (0,) * (len(shape) - 1), (rows, *shape[1:]))
+def place(shape: Shape, cut: Cut, mesh: Mesh, at: Mapping[str, int]) -> Placement:
+    """The placement of a tensor of `shape` at the coordinates `at`."""
+    box, cuts = whole(shape), []
+    shards = ("expert_shard", mesh.expert_shard) if cut.expert else ("dp_shard", mesh.dp_shard)
+    steps = [
+        ("ep", mesh.ep, 0 if cut.expert else None),
+        ("tp", mesh.tp, cut.tp_dim),
+        (*shards, 0 if cut.sharded and shape else None),
+    ]
+    for axis, pieces, dim in steps:
+        if dim is not None and pieces > 1:
+            box = _cut(box, dim, pieces, at[axis])
+            cuts.append((axis, dim))
+    return Placement(shape, (box,), tuple(cuts))
+
+
+def _cut(box: Box, dim: int, pieces: int, index: int) -> Box:
+    start, rows = chunk(box.size[dim], pieces, index)
+    offset, size = list(box.offset), list(box.size)
+    offset[dim] += start
+    size[dim] = rows
+    return Box(tuple(offset), tuple(size))

@@ -9,63 +9,113 @@ that the ranks that talk most sit next to each other (the order of MindFormers a
       pp1  dp0                   4    5
            dp1                   6    7
 
-Data parallel is two axes: `dp_replicate` copies, each cut into `dp_shard` pieces.
+Data parallel is two axes: `dp_replicate` copies, each cut into `dp_shard` pieces. Experts are not a
+further axis but another view of the data ranks: `ep` neighbours on the data axes share the experts
+of a layer, and what is left of the data axes holds copies or pieces of each expert:
+
+    dp_shard 4, ep 2            ep0  ep1
+      piece 0 of each expert     0    1
+      piece 1                    2    3
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+
+RANK_AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
+"""The axes whose sizes multiply to the number of ranks, outermost first."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Mesh:
-    """Size of each axis, outermost first. The field order is the rank order."""
+    """Size of each axis."""
 
     pp: int = 1
     dp_replicate: int = 1
     dp_shard: int = 1
     cp: int = 1
     tp: int = 1
+    ep: int = 1
+    """Data ranks that share the experts of a layer; divides `data_parallel`."""
+
+    def __post_init__(self) -> None:
+        if self.data_parallel % self.ep:
+            raise ValueError(f"{self.data_parallel} data ranks cannot be cut into groups of "
+                             f"{self.ep} that share the experts")  # fmt: skip
+        if self.dp_shard % self.ep and self.ep % self.dp_shard:
+            raise ValueError(f"experts shared by {self.ep} ranks, weights by {self.dp_shard}: one "
+                             "must divide the other")  # fmt: skip
 
     def sizes(self) -> dict[str, int]:
-        """Axis name to size, outermost first."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        """Axis name to size, outermost first; `ep` last. What files say about their layout."""
+        return {axis: getattr(self, axis) for axis in (*RANK_AXES, "ep")}
 
     @property
     def world_size(self) -> int:
         """Number of ranks."""
-        return math.prod(self.sizes().values())
+        return math.prod(getattr(self, axis) for axis in RANK_AXES)
 
     @property
     def data_parallel(self) -> int:
         """Number of ranks that see different samples."""
         return self.dp_replicate * self.dp_shard
 
+    @property
+    def expert_shard(self) -> int:
+        """Pieces that the experts of one `ep` rank are cut into."""
+        return max(self.dp_shard // self.ep, 1)
+
     def coordinates(self, rank: int) -> dict[str, int]:
-        """Axis name to the coordinate of `rank`."""
+        """Axis name to the coordinate of `rank`; also on the expert view: `ep`, `expert_shard`,
+        and `expert_copy`, which counts the ranks that hold the same pieces of experts."""
         if not 0 <= rank < self.world_size:
             raise ValueError(f"rank {rank} is outside a mesh of {self.world_size} ranks")
-        coordinates = {}
-        for axis, size in reversed(self.sizes().items()):
-            rank, coordinates[axis] = divmod(rank, size)
-        return {axis: coordinates[axis] for axis in self.sizes()}
+        at = {}
+        for axis in reversed(RANK_AXES):
+            rank, at[axis] = divmod(rank, getattr(self, axis))
+        at = {axis: at[axis] for axis in RANK_AXES}
+        group, at["ep"] = divmod(self._data_index(at), self.ep)
+        copy, at["expert_shard"] = divmod(group, self.expert_shard)
+        at["expert_copy"] = copy * self.cp + at["cp"]
+        return at
 
     def data_rank(self, rank: int) -> int:
         """Which share of the samples `rank` takes, 0 to `data_parallel` - 1."""
-        at = self.coordinates(rank)
+        return self._data_index(self.coordinates(rank))
+
+    def _data_index(self, at: dict[str, int]) -> int:
         return at["dp_replicate"] * self.dp_shard + at["dp_shard"]
 
 
-def data_parallel_mesh(degree: int, *, shard_optimizer: bool, shard_size: int = -1) -> Mesh:
-    """The mesh of `degree` data-parallel ranks.
+def training_mesh(
+    *,
+    data_parallel: int = 1,
+    tensor_parallel: int = 1,
+    pipeline_stages: int = 1,
+    context_parallel: int = 1,
+    expert_parallel: int = 1,
+    shard_optimizer: bool = False,
+    shard_size: int = -1,
+) -> Mesh:
+    """The mesh of the configured degrees.
 
-    `shard_optimizer` False keeps a whole copy on every rank. True cuts parameters, gradients and
-    optimizer state over groups of `shard_size` ranks (-1: all of them), copied between groups.
+    `shard_optimizer` False keeps a whole copy on every data rank. True cuts parameters, gradients
+    and optimizer state over groups of `shard_size` data ranks (-1: all of them), copied between
+    groups. Raises ValueError when the degrees do not fit.
     """
-    if not shard_optimizer:
-        return Mesh(dp_replicate=degree)
-    shard = degree if shard_size in (-1, 0) else shard_size
-    if degree % shard:
-        raise ValueError(f"{degree} data-parallel ranks cannot be cut into groups of {shard}")
-    return Mesh(dp_replicate=degree // shard, dp_shard=shard)
+    shard = 1
+    if shard_optimizer:
+        shard = data_parallel if shard_size in (-1, 0) else shard_size
+    if data_parallel % shard:
+        raise ValueError(
+            f"{data_parallel} data-parallel ranks cannot be cut into groups of {shard}"
+        )
+    return Mesh(
+        pp=pipeline_stages,
+        dp_replicate=data_parallel // shard,
+        dp_shard=shard,
+        cp=context_parallel,
+        tp=tensor_parallel,
+        ep=expert_parallel,
+    )

@@ -1,70 +1,176 @@
-"""Data parallel applied to a module: FSDP2, and what each rank then really holds.
+"""A layout applied to a module: from a model on the meta device to this rank's part of it.
 
-Owns the step from a model on the meta device to one whose parameters are this rank's shards in real
-memory. Invariant, asserted: the shards torch made are the boxes `launcher.layout` says.
+Owns the order in which the ways of parallelism are put beside a decoder, and FSDP2. Invariant,
+asserted whenever weights are asked for: the shards torch made are the boxes `launcher.layout` says.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
-from launcher.layout.layout import layout
-from launcher.layout.mesh import Mesh
-from launcher.parallel.world import World
-from launcher.weights.memory import Shard
+from launcher.layout.box import Box
+from launcher.layout.layout import Cut, Layout
+from launcher.parallel.context import ContextParallel, apply_context_parallel
+from launcher.parallel.expert import apply_expert_parallel
+from launcher.parallel.gradients import local
+from launcher.parallel.meshes import DATA_AXES, Meshes
+from launcher.parallel.tensor import TensorParallel, apply_tensor_parallel, apply_views
+from launcher.weights.memory import Shard as HeldShard
+from models.decoder import Decoder
+from models.moe import Experts, Router
 
 
-def device_mesh(mesh: Mesh, world: World) -> DeviceMesh:
-    """The torch mesh of the data-parallel axes of `mesh`."""
-    return init_device_mesh(
-        world.device.type,
-        (mesh.dp_replicate, mesh.dp_shard),
-        mesh_dim_names=("dp_replicate", "dp_shard"),
-    )
+@dataclass(frozen=True)
+class Precisions:
+    """Dtypes of a training step."""
+
+    compute: torch.dtype
+    parameters: torch.dtype
+
+    @property
+    def policy(self) -> MixedPrecisionPolicy:
+        """Weights are cast for forward and backward; gradients are reduced and kept in the dtype of
+        the weights."""
+        return MixedPrecisionPolicy(
+            param_dtype=None if self.compute == self.parameters else self.compute,
+            reduce_dtype=self.parameters,
+            cast_forward_inputs=False,
+        )
+
+    @property
+    def policy_of_routers(self) -> MixedPrecisionPolicy:
+        """Routers keep the dtype of the weights: a rounded score may choose another expert."""
+        return MixedPrecisionPolicy(reduce_dtype=self.parameters, cast_forward_inputs=False)
+
+
+def parallelize(
+    model: Decoder, cuts: Mapping[str, Cut], meshes: Meshes, *, sequence: bool,
+    context: ContextParallel | None,
+) -> None:  # fmt: skip
+    """Put tensor, sequence, context and expert parallelism beside `model`, in place; its parameters
+    (on the meta device) become DTensors of this rank's part."""
+    mesh = meshes.layout
+    if mesh.tp > 1 or mesh.ep > 1:
+        distribute(model, cuts, meshes)
+        apply_views(model, cuts)
+    tensor_group, expert_group = meshes.group("tp"), meshes.group("ep")
+    if tensor_group is not None:
+        apply_tensor_parallel(model, cuts, TensorParallel(tensor_group, sequence))
+    if expert_group is not None:
+        apply_expert_parallel(model, expert_group)
+    if context is not None:
+        apply_context_parallel(model, context)
+
+
+def distribute(model: nn.Module, cuts: Mapping[str, Cut], meshes: Meshes) -> None:
+    """Make every parameter a DTensor on the model axes: `tp`, for experts `ep` and `tp`."""
+    for prefix, module in model.named_modules():
+        for leaf, parameter in list(module.named_parameters(recurse=False)):
+            cut = cuts[f"{prefix}.{leaf}"]
+            axes = model_axes(cut, meshes)
+            if axes:
+                mesh = (meshes.experts if cut.expert else meshes.dense)[tuple(axes)]
+                placements = [Replicate() if dim is None else Shard(dim) for dim in axes.values()]
+                made = _dtensor(parameter, mesh, placements)
+                setattr(module, leaf, nn.Parameter(made, requires_grad=parameter.requires_grad))
+
+
+def model_axes(cut: Cut, meshes: Meshes) -> dict[str, int | None]:
+    """Axis to dim (None: whole) of the model axes a parameter is a DTensor on."""
+    axes: dict[str, int | None] = {}
+    if cut.expert and meshes.layout.ep > 1:
+        axes["ep"] = 0
+    if meshes.layout.tp > 1:
+        axes["tp"] = cut.tp_dim
+    return axes
+
+
+def _dtensor(
+    parameter: torch.Tensor, mesh: DeviceMesh, placements: Sequence[Placement]
+) -> torch.Tensor:
+    part = parameter.detach()
+    for axis, placement in enumerate(placements):
+        if isinstance(placement, Shard):
+            part = part.chunk(mesh.size(axis), dim=placement.dim)[mesh.get_local_rank(axis)]
+    return DTensor.from_local(
+        part.contiguous(), mesh, placements, run_check=False,
+        shape=parameter.shape, stride=parameter.stride(),
+    )  # fmt: skip
 
 
 def shard_model(
-    model: nn.Module, blocks: Iterable[nn.Module], mesh: DeviceMesh, *, compute_dtype: torch.dtype
+    model: nn.Module,
+    blocks: Iterable[nn.Module],
+    meshes: Meshes,
+    *,
+    precisions: Precisions,
+    blocks_together: int = 1,
+    offload: OffloadPolicy | None = None,
 ) -> None:
-    """Apply FSDP2 to `blocks` and then to `model`, in place; parameters may be on meta.
+    """Apply FSDP2 to the experts, to `blocks` and then to `model`, in place.
 
-    Weights are cast to `compute_dtype` for the forward and backward pass; gradients are reduced and
-    kept in the dtype of the weights. An axis `dp_shard` of 1 keeps a whole copy a rank, reduced by
-    all-reduce.
+    A `shards` axis of 1 keeps a whole copy a rank, reduced by all-reduce, `blocks_together` blocks
+    at a time. Gradients are added up, not averaged: the loss is divided by the tokens of the global
+    batch, which is all the averaging there is.
     """
-    parameter_dtype = next(model.parameters()).dtype
-    policy = MixedPrecisionPolicy(
-        param_dtype=None if compute_dtype == parameter_dtype else compute_dtype,
-        reduce_dtype=parameter_dtype,
-        cast_forward_inputs=False,
-    )
-    for module in (*blocks, model):
-        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=module is not model)
+    dense = {"mesh": meshes.dense[DATA_AXES], "offload_policy": offload or OffloadPolicy()}
+    for module in model.modules():
+        if isinstance(module, Router):
+            fully_shard(module, mp_policy=precisions.policy_of_routers, **dense)
+        elif isinstance(module, Experts):
+            fully_shard(module, mp_policy=precisions.policy,
+                        **{**dense, "mesh": meshes.experts[DATA_AXES]})  # fmt: skip
+    together = blocks_together if meshes.layout.dp_shard == 1 else 1
+    for unit in _units(list(blocks), together):
+        fully_shard(unit, mp_policy=precisions.policy, reshard_after_forward=True, **dense)
+    fully_shard(model, mp_policy=precisions.policy, reshard_after_forward=False, **dense)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
 
 
-def local(tensor: torch.Tensor) -> torch.Tensor:
-    """This rank's part of `tensor`: the local shard of a DTensor, or the tensor itself."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+def _units(blocks: list[nn.Module], together: int) -> list[nn.Module | list[nn.Module]]:
+    if together == 1:
+        return list(blocks)
+    return [blocks[i : i + together] for i in range(0, len(blocks), together)]
 
 
-def shards(tensors: dict[str, torch.Tensor], mesh: Mesh, rank: int) -> dict[str, Shard]:
+def shards(tensors: Mapping[str, torch.Tensor], layout: Layout, rank: int) -> dict[str, HeldShard]:
     """Global shape, box and local memory of each tensor. Asserts that torch and layout agree."""
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    replicated = {name for name, tensor in tensors.items() if not isinstance(tensor, DTensor)}
-    placements = layout(shapes, mesh, rank, replicated=replicated)
+    placements = layout.of(rank)
     result = {}
     for name, tensor in tensors.items():
         placement, part = placements[name], local(tensor).detach()
         box = placement.boxes[0]
         if tuple(part.shape) != box.size:
             raise AssertionError(f"{name}: torch holds {tuple(part.shape)}, layout says {box.size}")
-        result[name] = Shard(placement.shape, box, part)
+        result[name] = HeldShard(placement.shape, box, part)
+    return result
+
+
+def unstacked_shards(
+    held: Mapping[str, HeldShard], names_of: Callable[[str, tuple[int, ...]], list[str] | None]
+) -> dict[str, HeldShard]:
+    """`held` by the names files have: a stack of experts becomes one entry an expert held here, in
+    the same memory."""
+    result = {}
+    for name, shard in held.items():
+        names = names_of(name, shard.shape)
+        if names is None:
+            result[name] = shard
+            continue
+        first = shard.box.offset[0]
+        for index, part in enumerate(shard.tensor):
+            box = Box(shard.box.offset[1:], shard.box.size[1:])
+            result[names[first + index]] = HeldShard(shard.shape[1:], box, part)
     return result
 
 

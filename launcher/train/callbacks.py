@@ -118,7 +118,7 @@ class Evaluation(Callback):
         if run.evaluation is None or self._evaluated_step == run.state.global_step:
             return
         self._evaluated_step = run.state.global_step
-        result = evaluate(run.model, run.evaluation(), run.world)
+        result = evaluate(run.parts, run.compute, run.row_cut, run.evaluation(), run.world)
         epoch, _ = run.epoch_and_step()
         run.report_row({"step": run.state.global_step, "epoch": epoch, **result.as_row()})
         run.say(f"step {run.state.global_step}: {result}")

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 from launcher.data.loader import Batch
+from launcher.parallel.parts import Parts
 from launcher.parallel.world import World
-from launcher.train.loss import IGNORED_LABEL, token_loss_sum
+from launcher.train.compute import Compute, RowCut
+from launcher.train.loss import IGNORED_LABEL
 
 
 @dataclass(frozen=True)
@@ -37,23 +38,17 @@ class EvaluationResult:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, batches: Iterable[Batch], world: World) -> EvaluationResult:
+def evaluate(
+    parts: Parts, compute: Compute, row_cut: RowCut, batches: Iterable[Batch], world: World
+) -> EvaluationResult:
     """Token-weighted loss over the batches of all ranks; each rank brings equally many."""
-    was_training = model.training
-    model.eval()
+    was_training = parts.training
+    parts.train(False)
     total = torch.zeros(2, dtype=torch.float64)
     for batch in batches:
-        logits = model(
-            batch.input_ids.to(world.device),
-            position_ids=None
-            if batch.position_ids is None
-            else batch.position_ids.to(world.device),
-            document_ids=None
-            if batch.document_ids is None
-            else batch.document_ids.to(world.device),
-        )
-        total[0] += token_loss_sum(logits, batch.labels.to(world.device)).item()
-        total[1] += (batch.labels != IGNORED_LABEL).sum().item()
-    model.train(was_training)
+        rows = row_cut(batch)
+        total[0] += compute.evaluate(rows).item()
+        total[1] += (rows.labels != IGNORED_LABEL).sum().item() * float(row_cut.counts)
+    parts.train(was_training)
     loss_sum, tokens = world.sum(total).tolist()
     return EvaluationResult(loss_sum / max(tokens, 1), int(tokens))

@@ -6,31 +6,39 @@ Owns what is kept for each parameter besides its value. In files the moments are
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from launcher.config.schema import OptimizerSection
-from launcher.parallel.apply import local
+from launcher.parallel.gradients import local, local_gradients
 
 MOMENTS = {"adam_m": "exp_avg", "adam_v": "exp_avg_sq"}
 """Prefix in files to the key in torch's optimizer state."""
 
 
 def build_optimizer(
-    model: nn.Module, config: OptimizerSection, no_decay: Callable[[str, int], bool]
+    named: Iterable[tuple[str, nn.Parameter]],
+    config: OptimizerSection,
+    no_decay: Callable[[str, int], bool],
 ) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters of `model`; `no_decay(name, ndim)` are not decayed."""
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for name, p in named if not no_decay(name, p.ndim)],
-         "weight_decay": config.weight_decay},
-        {"params": [p for name, p in named if no_decay(name, p.ndim)], "weight_decay": 0.0},
-    ]  # fmt: skip
+    """AdamW over the trainable ones of `named`; `no_decay(name, ndim)` are not decayed.
+
+    One group for each decay and device mesh: the kernel takes the tensors of a group together.
+    """
+    groups: dict[tuple[bool, Any], list[nn.Parameter]] = {}
+    for name, parameter in named:
+        if parameter.requires_grad:
+            mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
+            groups.setdefault((no_decay(name, parameter.ndim), mesh), []).append(parameter)
     return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
+        [
+            {"params": parameters, "weight_decay": 0.0 if exempt else config.weight_decay}
+            for (exempt, _), parameters in sorted(groups.items(), key=lambda item: item[0][0])
+        ],
         lr=0.0,
         betas=(config.betas[0], config.betas[1]),
         eps=config.eps,
@@ -44,10 +52,12 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
         group["lr"] = rate
 
 
-def moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+def moments(
+    named: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
+) -> dict[str, torch.Tensor]:
     """Both moments of every trainable parameter, by file name; zeros before the first step."""
     result: dict[str, torch.Tensor] = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in named.items():
         if parameter.requires_grad:
             state = optimizer.state[parameter]
             if not state:
@@ -56,6 +66,15 @@ def moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, tor
                     state[key] = torch.zeros_like(parameter, requires_grad=False)
             result |= {f"{prefix}.{name}": state[key] for prefix, key in MOMENTS.items()}
     return result
+
+
+def equalise_moments(
+    copies: Iterable[tuple[nn.Parameter, nn.Parameter]], optimizer: torch.optim.Optimizer
+) -> None:
+    """Give each second parameter the state of the first."""
+    for first, second in copies:
+        state = optimizer.state[first]
+        optimizer.state[second] = {key: value.clone() for key, value in state.items()}
 
 
 def set_step(optimizer: torch.optim.Optimizer, step: int) -> None:
@@ -70,25 +89,9 @@ def _counter(parameter: nn.Parameter, step: int) -> torch.Tensor:
     return torch.tensor(float(step), device=local(parameter).device)
 
 
-def gradient_norm(
-    parameters: Iterable[nn.Parameter], group: dist.ProcessGroup | None
-) -> torch.Tensor:
-    """The global 2-norm of all gradients, a float32 scalar on the device, the same on every rank.
-
-    `group`: the ranks that hold different shards of the same gradients; None when each holds all.
-    """
-    gradients = [local(p.grad) for p in parameters if p.grad is not None]
-    held = [gradient for gradient in gradients if gradient.numel()]
-    square = torch.zeros((), device=gradients[0].device)
-    if held:
-        norms = torch._foreach_norm(held, 2.0, dtype=torch.float32)
-        square = torch.stack(norms).square().sum()
-    if group is not None:
-        dist.all_reduce(square, group=group)
-    return square.sqrt()
-
-
 def clip_gradients(parameters: Iterable[nn.Parameter], norm: torch.Tensor, max_norm: float) -> None:
     """Scale all gradients in place so that their global norm is at most `max_norm`."""
-    gradients = [local(p.grad) for p in parameters if p.grad is not None]
+    gradients = local_gradients(parameters)
+    if not gradients:
+        return
     torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))

@@ -9,17 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from launcher.checkpoint.names import SaveName
 from launcher.config.schema import Config
 from launcher.data.loader import Batch, Loader
+from launcher.layout.layout import Layout
 from launcher.layout.mesh import Mesh
-from launcher.parallel.apply import shards
+from launcher.parallel.apply import shards, unstacked_shards
+from launcher.parallel.gradients import Gradients
+from launcher.parallel.parts import Parts
 from launcher.parallel.world import World
+from launcher.train.compute import Compute, RowCut
 from launcher.train.interrupts import Interrupts
-from launcher.train.optimizer import moments
+from launcher.train.optimizer import MOMENTS, moments
 from launcher.train.state import TrainState, epoch_and_step, to_json
 from launcher.weights.memory import Shard
 
@@ -30,8 +33,11 @@ class TrainRun:
 
     config: Config
     world: World
-    mesh: Mesh
-    model: nn.Module
+    layout: Layout
+    parts: Parts
+    compute: Compute
+    row_cut: RowCut
+    gradients: Gradients
     optimizer: torch.optim.Optimizer
     loader: Loader
     schedule: Callable[[int], float]
@@ -47,11 +53,10 @@ class TrainRun:
     """The save this run goes on from, when it is the newest of the folder it writes to."""
     evaluation: Callable[[], Sequence[Batch]] | None = None
     """This rank's share of the evaluation data, the same number of batches on every rank."""
-    shard_group: dist.ProcessGroup | None = None
     max_gradient_norm: float | None = None
     has_dropout: bool = False
-    own_kernels: bool = True
-    """The model is ours, whose backward pass has a repeatable kernel for everything."""
+    names_in_files: Callable[[str, tuple[int, ...]], list[str] | None] = lambda name, shape: None
+    """From a stack of experts to the names each of them has in files; None for other tensors."""
     inputs: frozenset[Path] = frozenset()
     """Files the run was started from; retention leaves them alone."""
     state: TrainState = field(default_factory=TrainState)
@@ -70,10 +75,15 @@ class TrainRun:
         """Root of everything the run writes."""
         return Path(self.config.output_dir)
 
+    @property
+    def mesh(self) -> Mesh:
+        """The axes of the layout."""
+        return self.layout.mesh
+
     @cached_property
     def parameters(self) -> list[nn.Parameter]:
         """Trainable parameters."""
-        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        return [parameter for parameter in self.parts.parameters() if parameter.requires_grad]
 
     @property
     def global_step(self) -> int:
@@ -90,19 +100,18 @@ class TrainRun:
 
     def weights(self) -> dict[str, Shard]:
         """This rank's shards of the weights, by Hugging Face name."""
-        return shards(model_tensors(self.model), self.mesh, self.world.rank)
+        held = shards(self.parts.named_tensors(), self.layout, self.world.rank)
+        return unstacked_shards(held, self.names_in_files)
 
     def optimizer_state(self) -> dict[str, Shard]:
         """This rank's shards of the optimizer's moments, by file name."""
-        return shards(moments(self.model, self.optimizer), self.mesh, self.world.rank)
-
-
-def model_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Parameters and persistent buffers by name, a tied tensor once, under its first name."""
-    seen: set[int] = set()
-    result = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if id(tensor) not in seen:
-            seen.add(id(tensor))
-            result[name] = tensor
-    return result
+        state = moments(self.parts.named_parameters(), self.optimizer)
+        result: dict[str, Shard] = {}
+        for prefix in MOMENTS:
+            mine = {
+                name.removeprefix(f"{prefix}."): tensor
+                for name, tensor in state.items() if name.startswith(f"{prefix}.")
+            }  # fmt: skip
+            held = unstacked_shards(shards(mine, self.layout, self.world.rank), self.names_in_files)
+            result |= {f"{prefix}.{name}": shard for name, shard in held.items()}
+        return result

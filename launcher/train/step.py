@@ -12,17 +12,17 @@ from typing import TYPE_CHECKING
 import torch
 
 from launcher.data.loader import Batch, StepData
-from launcher.parallel.apply import sync_gradients
-from launcher.parallel.world import repeatable_backward
-from launcher.train.loss import token_loss_sum
-from launcher.train.optimizer import clip_gradients, gradient_norm, set_learning_rate
+from launcher.train.compute import Rows
+from launcher.train.optimizer import clip_gradients, set_learning_rate
 from launcher.train.random import mix, sample_seeds
 
 if TYPE_CHECKING:
     from launcher.train.run import TrainRun
 
-LOSS, GRADIENT_NORM, SIGNALS_FROM = range(3)
-"""Places in the tensor a step returns; from `SIGNALS_FROM` on, the ranks that got each signal."""
+LOSS, SQUARED_NORM, SIGNALS_FROM = range(3)
+"""Places in the tensor the ranks add up in a step; from `SIGNALS_FROM` on, the ranks that got each
+signal. In what a step returns, the norm stands where its square stood."""
+GRADIENT_NORM = SQUARED_NORM
 
 
 def train_step(run: TrainRun, data: StepData, learning_rate: float) -> torch.Tensor:
@@ -31,47 +31,32 @@ def train_step(run: TrainRun, data: StepData, learning_rate: float) -> torch.Ten
     The loss is the mean over the target tokens of the global batch, the same on every rank.
     """
     targets = max(data.target_tokens, 1)
-    # FSDP averages gradients over the data-parallel ranks: their number makes it a sum again.
-    scale = run.mesh.data_parallel / targets
-    loss_sum = torch.zeros((), device=run.world.device)
-    run.model.train()
-    for index, batch in enumerate(data.batches):
-        sync_gradients(run.model, index == len(data.batches) - 1)
-        loss = batch_loss(run, batch)
-        with repeatable_backward(run.world.device, strict=run.own_kernels):
-            (loss * scale).backward()
-        loss_sum += loss.detach()
+    run.parts.train()
+    rows = [training_rows(run, batch) for batch in data.batches]
+    loss_sum = run.compute.train(rows, 1.0 / targets)
+    run.gradients.finish()
     requests = torch.tensor(run.interrupts.as_values()).to(run.world.device, non_blocking=True)
-    loss_mean, *stop = run.world.sum(torch.cat([loss_sum[None] / targets, requests])).unbind()
-    parameters = run.parameters
-    norm = gradient_norm(parameters, run.shard_group)
+    own = torch.stack([loss_sum / targets, run.gradients.squared_norm()])
+    sums = run.world.sum(torch.cat([own, requests]))
+    norm = sums[SQUARED_NORM].sqrt_()
     if run.max_gradient_norm is not None:
-        clip_gradients(parameters, norm, run.max_gradient_norm)
+        clip_gradients(run.parameters, norm, run.max_gradient_norm)
     set_learning_rate(run.optimizer, learning_rate)
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
-    return torch.stack([loss_mean, norm, *stop])
+    return sums
 
 
-def batch_loss(run: TrainRun, batch: Batch) -> torch.Tensor:
-    """Summed loss of one micro-batch of this rank, in training or evaluation mode of the model."""
-    device = run.world.device
-    seeds = None
-    if run.model.training and run.has_dropout:
-        seeds = sample_seeds(run.seed, run.state.global_step, batch.sample_ids)
-        # Modules of transformers draw dropout from torch's own generator.
-        torch.manual_seed(mix(run.seed, run.state.global_step, int(batch.sample_ids[0])))
-    logits = run.model(
-        batch.input_ids.to(device, non_blocking=True),
-        position_ids=_moved(batch.position_ids, device),
-        document_ids=_moved(batch.document_ids, device),
-        sample_seeds=_moved(seeds, device),
+def training_rows(run: TrainRun, batch: Batch) -> Rows:
+    """One micro-batch on the device, with the seeds of its samples where there is dropout."""
+    if not run.has_dropout:
+        return run.row_cut(batch)
+    step = run.state.global_step
+    return run.row_cut(
+        batch,
+        seeds=sample_seeds(run.seed, step, batch.sample_ids),
+        seed=mix(run.seed, step, int(batch.sample_ids[0])),
     )
-    return token_loss_sum(logits, batch.labels.to(device, non_blocking=True))
-
-
-def _moved(tensor: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
-    return None if tensor is None else tensor.to(device, non_blocking=True)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,10 +7,11 @@ differences (`strict_load: False` is the explicit way out, and says what it left
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
 from launcher.errors import Problem, UserError
+from launcher.layout.box import Shape
 from launcher.weights.memory import Shard
 from launcher.weights.plan import plan_box
 from launcher.weights.read import fill
@@ -38,58 +39,66 @@ def load(
     ignore_prefixes: Collection[str] = OPTIMIZER_PREFIXES,
     strict: bool = True,
     rank: int = 0,
+    expected: Mapping[str, Shape] | None = None,
+    leave: Callable[[str], bool] = lambda name: False,
 ) -> LoadReport:
     """Fill every target from `source`.
 
-    `tied` maps a name that shares the memory of another parameter to that parameter: files may hold
-    both, one or the other. Names that start with one of `ignore_prefixes` are not
-    looked for. Raises `UserError` with the table of missing, extra and misshapen tensors.
+    `expected` is the whole model, name to global shape, where `targets` are only what this rank
+    holds of it: every rank then finds the same differences. `leave(name)` is True for tensors of
+    the files that are known and not wanted. `tied` maps a name that shares the memory of another
+    parameter to that parameter: files may hold both, one or the other. Names that start with one of
+    `ignore_prefixes` are not looked for. Raises `UserError` with the table of missing, extra and
+    misshapen tensors.
     """
     tied = dict(tied or {})
-    found = _tie_names({name: name for name in source.tensors}, targets, tied)
-    missing = [name for name in targets if name not in found]
-    extra = [
+    if expected is None:
+        expected = {name: target.shape for name, target in targets.items()}
+    found = _tie_names({name: name for name in source.tensors}, expected, tied)
+    missing = [name for name in expected if name not in found]
+    unknown = [
         name
         for name in source.tensors
-        if name not in targets and name not in tied and not name.startswith(tuple(ignore_prefixes))
+        if name not in expected and name not in tied and not name.startswith(tuple(ignore_prefixes))
     ]
+    extra = [name for name in unknown if not leave(name)]
     misshapen = [
         name
-        for name in targets
-        if name in found and source.shape(found[name]) != targets[name].shape
+        for name, shape in expected.items()
+        if name in found and source.shape(found[name]) != shape
     ]
     if misshapen or (strict and (missing or extra)):
-        raise _differences(targets, source, missing, extra, misshapen)
+        raise _differences(expected, source, missing, extra, misshapen)
     jobs = [
         (target.tensor, target.box,
          plan_box(name, target.box, source.tensors[found[name]], prefer_rank=rank))
         for name, target in targets.items() if name in found
     ]  # fmt: skip
     bytes_read = fill(jobs)
-    return LoadReport(len(jobs), bytes_read, tuple(sorted(tied)), tuple(missing), tuple(extra))
+    return LoadReport(len(jobs), bytes_read, tuple(sorted(tied)), tuple(missing), tuple(unknown))
 
 
 def _tie_names(
-    found: dict[str, str], targets: Mapping[str, Shard], tied: Mapping[str, str]
+    found: dict[str, str], expected: Mapping[str, Shape], tied: Mapping[str, str]
 ) -> dict[str, str]:
-    """Target name to name in the files: a tied parameter may be filed under its other name."""
+    """Model name to name in the files: a tied parameter may be filed under its other name."""
     for alias, name in tied.items():
-        if name in targets and name not in found and alias in found:
+        if name in expected and name not in found and alias in found:
             found[name] = alias
-    return {name: file_name for name, file_name in found.items() if name in targets}
+    return {name: file_name for name, file_name in found.items() if name in expected}
 
 
 def _differences(
-    targets: Mapping[str, Shard],
+    expected: Mapping[str, Shape],
     source: Source,
     missing: list[str],
     extra: list[str],
     misshapen: list[str],
 ) -> UserError:
-    rows = [(name, "missing", str(list(targets[name].shape))) for name in missing]
+    rows = [(name, "missing", str(list(expected[name]))) for name in missing]
     rows += [(name, str(list(source.shape(name))), "unknown") for name in extra]
     rows += [
-        (name, str(list(source.shape(name))), str(list(targets[name].shape)))
+        (name, str(list(source.shape(name))), str(list(expected[name])))
         for name in misshapen if name in source.tensors
     ]  # fmt: skip
     width = max(len(name) for name, _, _ in rows[:ROWS_SHOWN])

@@ -286,6 +286,7 @@ FLAG_VALUES: dict[str, tuple[Any, Any]] = {
     "resume_training": ("CKP-1_10.safetensors", "CKP-1_10.safetensors"),
     "transform_process_num": ("2", 2),
     "seed": ("11", 11),
+    "only_save_strategy": ("true", True),
     "use_parallel": ("false", False),
     "epochs": ("3", 3),
     "max_steps": ("1e3", 1000),
@@ -308,7 +309,6 @@ FLAG_VALUES: dict[str, tuple[Any, Any]] = {
 }
 REFUSED_FLAGS = {
     "src_strategy_path_or_dir": "x",
-    "only_save_strategy": "true",
     "strategy_load_checkpoint": "x",
     "modal_type": "image",
     "adapter_id": "a",

@@ -259,30 +259,45 @@ TABLE = (
     Wrong(
         name="more ranks than processes",
         add="parallel_config: {data_parallel: 4}\n",
-        says=("@data_parallel@ the degrees ask for data_parallel 4 = 4 processes, 1 is running",
+        says=("@data_parallel@ the degrees ask for data_parallel 4 = 4 processes, this job has 1",
               "Nearest: data_parallel 1", "`torchrun --nproc_per_node 4 run.py ...`"),
     ),
     Wrong(
         name="more processes than ranks",
         env={"WORLD_SIZE": "2"},
-        says=("the degrees ask for data_parallel 1 = 1 process, 2 are running",
+        says=("the degrees ask for data_parallel 1 = 1 process, this job has 2",
               "Nearest: data_parallel 2"),
     ),
     Wrong(
         name="one process asserted, two running",
         env={"WORLD_SIZE": "2"},
         add="use_parallel: False\nparallel_config: {data_parallel: 2}\n",
-        says=("@use_parallel@ use_parallel = False: 2 processes are running",),
+        says=("@use_parallel@ use_parallel = False: this job has 2 processes",),
     ),
     Wrong(
-        name="tensor, pipeline, context and expert parallel",
-        add="parallel_config: {model_parallel: 2, pipeline_stage: 2,\n"
-            "  context_parallel: 2, expert_parallel: 2}\n",
-        says=("parallel_config.model_parallel = 2: not built yet",
-              "parallel_config.pipeline_stage = 2: not built yet",
-              "@context_parallel@ parallel_config.context_parallel = 2: not built yet",
-              "parallel_config.expert_parallel = 2: not built yet"),
-        count=4,
+        name="the sequence pipeline",
+        add="parallel_config: {seq_split_num: 2}\n"
+            "parallel: {pipeline_config: {pipeline_scheduler: seqpipe}}\n",
+        says=("@seq_split@ parallel_config.seq_split_num = 2: not built yet. Set it to 1.",
+              "@seqpipe@ parallel.pipeline_config.pipeline_scheduler = 'seqpipe': not built yet. "
+              "Use 1f1b, gpipe, zero_bubble_v, interleaved_1f1b, interleaved_zero_bubble."),
+        count=2,
+    ),
+    Wrong(
+        name="an unknown way to share a sequence, an unknown compiler, an unknown schedule",
+        add="parallel_config: {context_parallel_algo: ulyses}\ncompile: inductr\n"
+            "parallel: {pipeline_config: {pipeline_scheduler: zero_bubble}}\n",
+        says=("parallel_config.context_parallel_algo = 'ulyses'", "did you mean `ulysses`?",
+              "@compile@ compile = 'inductr': allowed: True, False, inductor, aot_eager, eager. "
+              "did you mean `inductor`?", "did you mean `zero_bubble_v`?"),
+        count=3,
+    ),
+    Wrong(
+        name="two places for one number",
+        add="micro_batch_interleave_num: 2\nparallel_config: {micro_batch_interleave_num: 3}\n",
+        says=("@num: 3@ `parallel_config.micro_batch_interleave_num` = 3, but "
+              "`micro_batch_interleave_num` = 2: both are the same key (the other is at "
+              "wrong.yaml:45). Remove `parallel_config.micro_batch_interleave_num`.",),
     ),
     Wrong(
         name="a shard size that does not divide",
@@ -365,16 +380,13 @@ TABLE = (
     ),
     Wrong(
         name="features not built yet",
-        add="profile: True\nsave_unified_checkpoint: True\nonly_save_strategy: True\n"
-            "compile: True\nrecompute_config: {recompute: True}\nswap_config: {swap: True}\n"
-            "moe_config: {expert_num: 8}\nmonitor_config: {monitor_on: True}\n"
-            "checkpoint: {save_path: x}\n",
+        add="profile: True\nsave_unified_checkpoint: True\nmoe_config: {expert_num: 8}\n"
+            "monitor_config: {monitor_on: True}\ncheckpoint: {save_path: x}\n",
         says=("@profile@ profile = True: not built yet. Set it to False.",
-              "@only_save@ only_save_strategy = True: not built yet",
-              "@compile@ compile = True: not built yet",
-              "@recompute:@ recompute_config.recompute = True: not built yet",
+              "@expert_num@ moe_config.expert_num = 8: not built yet. Describe the experts in "
+              "model.model_config",
               "@save_path@ checkpoint.save_path = 'x': not built yet. Use load_checkpoint"),
-        count=9,
+        count=5,
     ),
     Wrong(
         name="kinds of data not built yet",

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.attention import KVCache, dropout, dropout_seeds
+from models.attention import KVCache
 from models.build import build_model, initialise
 from models.decoder import Decoder
+from models.dropout import dropout, dropout_seeds
 from models.rope import inverse_frequencies
 from tests.models.tiny import VOCABULARY, dense_spec, pair, tokens
 

@@ -16,8 +16,11 @@ from models.families import (
     ModelConfigError,
     model_spec,
 )
+from models.names import is_multi_token_prediction
 
 LLAMA = {"type": "LlamaConfig"}
+QWEN_MOE = {"type": "Qwen3MoeConfig"}
+DEEPSEEK = {"type": "DeepseekV3Config"}
 
 
 def problems_of(model_config: dict[str, Any], config_json: dict[str, Any] | None = None) -> str:
@@ -31,20 +34,29 @@ def test_defaults_are_those_of_transformers(family: str) -> None:
     from transformers import CONFIG_MAPPING
 
     spec = model_spec({"type": DECODERS[family].config_class}, None)
-    expected = CONFIG_MAPPING[family]().to_dict()
+    config = CONFIG_MAPPING[family]()
+    expected = config.to_dict()
+    for old, new in config.attribute_map.items():
+        expected.setdefault(old, expected.get(new))
     differing = {
         key: (value, expected.get(key, "absent"))
         for key, value in spec.hf_config.items()
         if key != "architectures" and expected.get(key, "absent") != value
     }
     assert not differing
-    left_out = {k: v for k, v in expected.items() if k not in spec.hf_config}
+    left_out = {k for k in expected if k not in spec.hf_config}
+    if expected.get("head_dim") is None:
+        left_out -= {"head_dim"}
+    if DECODERS[family].expert_count:
+        left_out -= {"num_experts", "num_local_experts"}  # another spelling is there
+    if DECODERS[family].latent:
+        left_out -= {"head_dim", "qk_head_dim"}  # follow from the others
     # What is not in config.json is the same for every model, or of no effect on a decoder.
-    assert set(left_out) <= {
+    assert left_out <= {
         "transformers_version", "output_hidden_states", "return_dict", "dtype", "id2label",
         "chunk_size_feed_forward", "is_encoder_decoder", "label2id", "problem_type",
         "pretraining_tp",
-        "_name_or_path", "output_attentions",
+        "_name_or_path", "output_attentions", "num_mtp_layers",
     }  # fmt: skip
 
 
@@ -169,6 +181,90 @@ def test_mindformers_spellings() -> None:
     assert not {"layer_types", "num_layers", "type"} & set(llama.hf_config)
 
 
+@pytest.mark.parametrize("key", ["num_experts", "num_local_experts", "n_routed_experts"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "deepseek_v3"])
+def test_the_number_of_experts_has_many_spellings(family: str, key: str) -> None:
+    own = DECODERS[family]
+    for spec in (
+        model_spec({"type": own.config_class, key: 32}, None),
+        model_spec({}, {"model_type": family, key: 32}),
+        model_spec({key: 32}, {"model_type": family, "num_experts": 64}),
+    ):
+        assert spec.decoder is not None
+        assert spec.decoder.experts is not None
+        assert spec.decoder.experts.num_experts == 32
+        assert spec.hf_config[str(own.expert_count)] == 32
+
+
+def test_mindformers_spellings_of_experts() -> None:
+    spec = model_spec(
+        DEEPSEEK | {
+            "num_heads": 4, "expert_num": 16, "num_experts_chosen": 2, "moe_router_num_groups": 4,
+            "moe_router_group_topk": 2, "moe_ffn_hidden_size": 24, "shared_expert_num": 2,
+            "moe_router_topk_scaling_factor": 1.5,
+        },
+        None,
+    )  # fmt: skip
+    assert spec.decoder is not None
+    experts = spec.decoder.experts
+    assert experts is not None
+    assert (experts.num_experts, experts.experts_per_token) == (16, 2)
+    assert (experts.groups, experts.groups_per_token) == (4, 2)
+    assert (experts.intermediate_size, experts.shared_experts) == (24, 2)
+    assert experts.routed_scaling_factor == 1.5
+    assert spec.hf_config["num_key_value_heads"] == 4
+    mixtral = model_spec({"type": "MixtralConfig", "expert_num": 4, "aux_loss_factor": 0.01}, None)
+    assert mixtral.decoder is not None
+    assert mixtral.decoder.experts is not None
+    assert not mixtral.decoder.experts.balance_on
+    assert mixtral.hf_config["router_aux_loss_coef"] == 0.01
+
+
+def test_which_layers_have_experts() -> None:
+    def layers(**model_config: Any) -> tuple[bool, ...]:
+        spec = model_spec({"num_layers": 4, **model_config}, None)
+        assert spec.decoder is not None
+        assert spec.decoder.experts is not None
+        return spec.decoder.experts.layers
+
+    assert layers(type="MixtralConfig") == (True,) * 4
+    assert layers(**QWEN_MOE, decoder_sparse_step=2) == (False, True, False, True)
+    assert layers(**QWEN_MOE, mlp_only_layers=[0, 2]) == (False, True, False, True)
+    assert layers(**DEEPSEEK, first_k_dense_replace=1) == (False, True, True, True)
+
+
+def test_a_balance_loss_is_added_only_when_asked_for() -> None:
+    for asked, coefficient in ((True, 0.001), (False, 0.0)):
+        spec = model_spec(QWEN_MOE | {"output_router_logits": asked}, None)
+        assert spec.decoder is not None
+        assert spec.decoder.experts is not None
+        assert spec.decoder.experts.balance_coefficient == coefficient
+
+
+def test_modules_for_further_tokens_are_left_alone() -> None:
+    base = {"model_type": "deepseek_v3", "num_nextn_predict_layers": 1, "num_hidden_layers": 2}
+    spec = model_spec({}, base)
+    assert spec.notes == (
+        "config.json: num_nextn_predict_layers = 1: multi-token prediction is recognised and left "
+        "alone",
+    )
+    names = ["model.layers.1.input_layernorm.weight", "model.layers.2.enorm.weight",
+             "model.layers.3.enorm.weight", "model.norm.weight"]  # fmt: skip
+    assert [is_multi_token_prediction(name, spec) for name in names] == [False, True, False, False]
+    with_llama = {"model_type": "llama", "num_nextn_predict_layers": 1}
+    assert "needs multi-token prediction: not built yet" in problems_of({}, with_llama)
+
+
+def test_config_json_of_deepseek_is_read_with_what_transformers_adds() -> None:
+    from transformers import DeepseekV3Config
+
+    written = DeepseekV3Config(num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4)
+    spec = model_spec({}, written.to_dict() | {"model_type": "deepseek_v3"})
+    assert spec.decoder is not None
+    assert spec.decoder.head_dim == spec.decoder.latent.qk_rope_head_dim == 64
+    assert not {"head_dim", "qk_head_dim"} & set(spec.hf_config)
+
+
 def test_positions_follow_the_sequence_length_only_when_nobody_says_how_many() -> None:
     spec = model_spec(LLAMA | {"seq_length": 8192}, None)
     assert spec.hf_config["max_position_embeddings"] == 8192
@@ -186,11 +282,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "model.model_config.type = Qwen3Confg: no such model type. did you mean `Qwen3Config`?",
     ),
     "mixture of experts": (
-        {"type": "Qwen3MoeConfig"},
-        "type = Qwen3MoeConfig needs mixture of experts: "
-        "not built yet. Built: llama, mistral, qwen2, qwen3",
+        {"type": "Qwen2MoeConfig"},
+        "type = Qwen2MoeConfig needs another mixture of experts: not built yet. "
+        "Built: llama, mistral, qwen2, qwen3, qwen3_moe, mixtral, deepseek_v3, and dense",
     ),
-    "deepseek": ({"type": "DeepseekV3Config"}, "needs mixture of experts: not built yet"),
+    "deepseek": ({"type": "DeepseekV2Config"}, "needs another mixture of experts: not built yet"),
     "multimodal": ({"model_type": "qwen2_vl"}, "needs multimodal models: not built yet"),
     "recurrent": ({"type": "MambaConfig"}, "needs recurrent models: not built yet"),
     "unknown key": (
@@ -279,7 +375,80 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         LLAMA | {"pet_config": {"pet_type": "lora"}},
         "pet_config needs low-rank adapters (LoRA): not built yet",
     ),
-    "experts": (LLAMA | {"expert_num": 8}, "expert_num needs mixture of experts: not built yet"),
+    "experts": (
+        LLAMA | {"expert_num": 8},
+        "model.model_config.expert_num needs mixture of experts: LlamaForCausalLM has no experts. "
+        "Write type: Qwen3MoeConfig, MixtralConfig or DeepseekV3Config.",
+    ),
+    "experts of a section": (
+        LLAMA | {"moe_config": {"expert_num": 8}},
+        "experts are described in model_config itself. Write num_experts, num_experts_per_tok",
+    ),
+    "too many chosen": (
+        QWEN_MOE | {"expert_num": 4, "num_experts_chosen": 5},
+        "model.model_config.num_experts_chosen = 5: a token cannot go to more than all 4 experts. "
+        "Nearest: 4.",
+    ),
+    "no experts at all": (
+        QWEN_MOE | {"num_experts": 0},
+        "num_experts = 0: must be a whole number of at least 1",
+    ),
+    "dense layers": (
+        QWEN_MOE | {"mlp_only_layers": 3},
+        "mlp_only_layers = 3: must be a list of layers, counted from 0.",
+    ),
+    "jitter": (
+        {"type": "MixtralConfig", "router_jitter_noise": 0.1},
+        "router_jitter_noise = 0.1: noise on the router is not built yet. Nearest: 0.0.",
+    ),
+    "key of another family's experts": (
+        {"type": "MixtralConfig", "moe_intermediate_size": 8},
+        "moe_intermediate_size = 8: no such key of this model",
+    ),
+    "balance": (
+        QWEN_MOE | {"router_aux_loss_coef": -1},
+        "router_aux_loss_coef = -1: must be a number of at least 0",
+    ),
+    "balance without a loss": (
+        DEEPSEEK | {"output_router_logits": True},
+        "output_router_logits = True: there is no balance loss in this family. Nearest: False.",
+    ),
+    "groups": (
+        DEEPSEEK | {"n_routed_experts": 20},
+        "n_routed_experts = 20: cannot be divided into 8 groups of at least 2 experts. "
+        "Nearest: 16 or 24.",
+    ),
+    "lonely experts": (
+        DEEPSEEK | {"n_routed_experts": 8},
+        "n_routed_experts = 8: cannot be divided into 8 groups of at least 2 experts. "
+        "Nearest: 16 or 24.",
+    ),
+    "groups kept": (
+        DEEPSEEK | {"moe_router_group_topk": 9},
+        "model.model_config.moe_router_group_topk = 9: there are only 8 groups. Nearest: 8.",
+    ),
+    "more than the groups have": (
+        DEEPSEEK | {"n_routed_experts": 16, "topk_group": 2, "num_experts_per_tok": 6},
+        "num_experts_per_tok = 6: 2 groups of 2 experts have fewer. Nearest: 4.",
+    ),
+    "odd rotated part": (
+        DEEPSEEK | {"qk_rope_head_dim": 63},
+        "qk_rope_head_dim = 63: rotary embeddings need an even head size. Nearest: 62 or 64.",
+    ),
+    "shared keys": (
+        DEEPSEEK | {"num_heads": 4, "n_kv_heads": 2},
+        "n_kv_heads = 2: latent attention has as many as attention heads: 4. Nearest: 4. "
+        "Or leave it out.",
+    ),
+    "size of a head": (DEEPSEEK | {"head_dim": 64}, "head_dim = 64: no such key of this model"),
+    "other router": (
+        DEEPSEEK | {"scoring_func": "softmax"},
+        "scoring_func = 'softmax': this family has no other. Nearest: sigmoid.",
+    ),
+    "further tokens": (
+        DEEPSEEK | {"num_nextn_predict_layers": 1},
+        "num_nextn_predict_layers needs multi-token prediction: not built yet",
+    ),
     "two spellings": (
         LLAMA | {"num_layers": 2, "num_hidden_layers": 3},
         "num_hidden_layers = 3: model.model_config.num_layers = 2 means the same "
@@ -309,12 +478,16 @@ def test_problems_of_files_name_the_file() -> None:
     assert problems_of({}, base).startswith(
         "config.json: hidden_size = 100: cannot be divided by 8"
     )
-    assert "config.json: model_type = mixtral needs mixture" in problems_of(
-        {}, {"model_type": "mixtral"}
+    assert "config.json: model_type = qwen2_moe needs another mixture" in problems_of(
+        {}, {"model_type": "qwen2_moe"}
     )
-    assert "config.json: quantization_config needs quantised weights: not built yet" in problems_of(
-        {}, {"model_type": "llama", "quantization_config": {"bits": 4}}
-    )
+    quantised = {"model_type": "deepseek_v3", "quantization_config": {"quant_method": "fp8"}}
+    assert (
+        "config.json: quantization_config needs quantised weights: not built yet. "
+        "Convert the weights to bfloat16, and take quantization_config out of their config.json."
+    ) in problems_of({}, quantised)
+    groups = {"model_type": "deepseek_v3", "num_local_experts": 20}
+    assert "config.json: n_routed_experts = 20: cannot be divided into 8" in problems_of({}, groups)
     other = problems_of({"type": "Qwen3Config"}, {"model_type": "llama"})
     assert "config.json of pretrained_model_dir says model_type llama" in other
     vision = {"model_type": "some_new_vl", "text_config": {"model_type": "llama"}}
@@ -330,8 +503,8 @@ def test_all_problems_are_told_at_once_with_their_keys() -> None:
 
 
 def test_every_key_has_one_meaning() -> None:
-    tables = [keys.ALIASES, keys.PRECISIONS, keys.GENERATION, keys.GENERAL, keys.ROPE,
-              keys.OTHER_WAYS, keys.NO_EFFECT, keys.NOT_BUILT]  # fmt: skip
+    tables = [keys.ALIASES, keys.EXPERT_COUNTS, keys.PRECISIONS, keys.GENERATION, keys.GENERAL,
+              keys.ROPE, keys.OTHER_WAYS, keys.NO_EFFECT, keys.NOT_BUILT]  # fmt: skip
     spellings = [key for table in tables for key in table if key != keys.ALIASES.get(key)]
     twice = {key for key in spellings if spellings.count(key) > 1}
     assert not twice

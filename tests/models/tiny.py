@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -9,6 +12,7 @@ from torch import Tensor, nn
 
 from models.decoder import Decoder
 from models.families import TRANSFORMERS_MODULES, ModelSpec, model_spec
+from models.names import unstacked
 
 VOCABULARY = 96
 SIZES: dict[str, Any] = {
@@ -17,8 +21,28 @@ SIZES: dict[str, Any] = {
 }  # fmt: skip
 
 
+EXPERTS: dict[str, dict[str, Any]] = {
+    "qwen3_moe": {
+        "type": "Qwen3MoeConfig", "head_dim": 24, "expert_num": 8, "num_experts_chosen": 3,
+        "moe_intermediate_size": 32, "norm_topk_prob": True, "mlp_only_layers": [1],
+    },
+    "mixtral": {"type": "MixtralConfig", "expert_num": 4, "num_experts_chosen": 2},
+    "deepseek_v3": {
+        "type": "DeepseekV3Config", "n_kv_heads": None, "expert_num": 12, "num_experts_chosen": 3,
+        "n_group": 4, "topk_group": 2, "moe_intermediate_size": 32, "first_k_dense_replace": 1,
+        "q_lora_rank": 40, "kv_lora_rank": 32, "qk_nope_head_dim": 24, "qk_rope_head_dim": 16,
+        "v_head_dim": 20,
+    },
+}  # fmt: skip
+"""A small model with experts of each family."""
+
+
 def dense_spec(**model_config: Any) -> ModelSpec:
     return model_spec(SIZES | model_config, None)
+
+
+def experts_spec(family: str, **model_config: Any) -> ModelSpec:
+    return dense_spec(**EXPERTS[family] | model_config)
 
 
 def oracle(spec: ModelSpec, *, seed: int = 0) -> nn.Module:
@@ -29,7 +53,7 @@ def oracle(spec: ModelSpec, *, seed: int = 0) -> nn.Module:
     config = AutoConfig.for_model(**spec.hf_config)
     module = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
     with torch.no_grad():
-        for parameter in module.parameters():
+        for parameter in (*module.parameters(), *_corrections(module)):
             if parameter.ndim == 1:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
             else:
@@ -42,11 +66,44 @@ def pair(spec: ModelSpec) -> tuple[Decoder, nn.Module]:
     assert spec.decoder is not None
     module = oracle(spec).train()
     own = Decoder(spec.decoder, spec.precision)
-    state = module.state_dict()
+    state = module.state_dict() if spec.decoder.experts is None else saved(module)
     if spec.decoder.tie_word_embeddings:
-        del state["lm_head.weight"]
-    own.load_state_dict(state, strict=True)
+        state.pop("lm_head.weight", None)
+    own.load_state_dict(stacked(state, own), strict=True)
     return own, module
+
+
+def saved(module: nn.Module) -> dict[str, Tensor]:
+    """The tensors of the directory that transformers saves."""
+    from safetensors.torch import load_file
+
+    with TemporaryDirectory() as directory:
+        module.save_pretrained(directory)
+        return load_file(Path(directory, "model.safetensors"))
+
+
+def stacked(on_disk: Mapping[str, Tensor], own: nn.Module) -> dict[str, Tensor]:
+    """Tensors by their names on disk to those of `own`: experts of a layer put together."""
+    left, result = dict(on_disk), {}
+    for name, tensor in own.state_dict().items():
+        experts = unstacked(name, tensor.shape)
+        result[name] = torch.stack([left.pop(e) for e in experts]) if experts else left.pop(name)
+    assert not left
+    return result
+
+
+def gradients_of(module: nn.Module, own: nn.Module) -> dict[str, Tensor]:
+    """The gradients of a transformers module, under the names of `own`."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    found = {name: p.grad for name, p in module.named_parameters()}
+    on_disk = revert_weight_conversion(module, found)
+    on_disk |= {name: torch.zeros(()) for name, _ in own.named_buffers()}
+    return {k: v for k, v in stacked(on_disk, own).items() if k in dict(own.named_parameters())}
+
+
+def _corrections(module: nn.Module) -> list[Tensor]:
+    return [b for name, b in module.named_buffers() if name.endswith("e_score_correction_bias")]
 
 
 def tokens(rows: int, length: int, *, seed: int = 1) -> Tensor:

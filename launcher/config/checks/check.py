@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
+from launcher.config.derived import read_config_json
 from launcher.config.provenance import KeyProblem, Provenance
 from launcher.config.schema import Config
+from launcher.errors import UserError
+from models.families import DecoderConfig, ModelSpec, model_spec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +32,24 @@ class Check:
     def trains(self) -> bool:
         """Whether the run trains."""
         return self.mode in ("train", "finetune")
+
+    @property
+    def lays_out(self) -> bool:
+        """Whether the model is laid out over the processes; predict keeps it whole on each."""
+        return self.trains or self.mode == "eval"
+
+    @cached_property
+    def spec(self) -> ModelSpec | None:
+        """The model; None when it is not described rightly, which is told by a rule of its own."""
+        try:
+            return model_spec(self.config.model.model_config, read_config_json(self.config))
+        except UserError:
+            return None
+
+    @property
+    def decoder(self) -> DecoderConfig | None:
+        """The numbers of a decoder of ours that is laid out over the processes, else None."""
+        return self.spec.decoder if self.spec is not None and self.lays_out else None
 
     def value(self, key: str) -> Any:
         """The value at a dotted key."""

@@ -1,13 +1,11 @@
-"""Rules about a training run: data parallel degrees, sinking, optimizer, schedule, saving."""
+"""Rules about a training run: sinking, optimizer, schedule, saving, evaluation."""
 
 from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator
-from math import prod
 
 from launcher.config.checks.check import Check
-from launcher.config.derived import degrees
 from launcher.config.provenance import KeyProblem
 from launcher.config.schema import (
     SCHEDULE_ARGUMENTS,
@@ -17,11 +15,6 @@ from launcher.config.schema import (
     LrScheduleSection,
 )
 
-_DEGREES = (
-    *("parallel_config.data_parallel", "parallel_config.model_parallel"),
-    *("parallel_config.pipeline_stage", "parallel_config.context_parallel"),
-    "use_parallel",
-)
 _ALWAYS_TAKEN = ("type", "learning_rate", "total_steps", *WARMUP_ARGUMENTS)
 _TRACKER_MODULES = {
     "tensorboard": ("tensorboard", "tensorboardX"),
@@ -34,65 +27,6 @@ _TRACKER_MODULES = {
     "clearml": ("clearml",),
     "dvclive": ("dvclive",),
 }
-
-
-def processes(check: Check) -> Iterator[KeyProblem]:
-    """The product of the degrees is the number of processes."""
-    world = check.world_size
-    if world is None:
-        return
-    if check.config.use_parallel is False and world > 1:
-        yield check.wrong(
-            "use_parallel",
-            f"{world} processes are running",
-            advice="Set it to True or leave it out, or start one process",
-        )
-        return
-    sizes = degrees(check.config)
-    needed = prod(sizes.values())
-    if needed == world:
-        return
-    written = {name: size for name, size in sizes.items() if size > 1}
-    product = " x ".join(f"{name} {size}" for name, size in written.items()) or "data_parallel 1"
-    others = needed // sizes["data_parallel"]
-    start = f"start it with `torchrun --nproc_per_node {needed} run.py ...`"
-    if needed == 1:
-        start = "start it without torchrun"
-    fits = world % others == 0
-    yield check.wrong(
-        "parallel_config.data_parallel",
-        "the product of the degrees is the number of processes",
-        what=f"the degrees ask for {product} = {needed} "
-        f"{'process' if needed == 1 else 'processes'}, {world} {'is' if world == 1 else 'are'} "
-        "running",
-        nearest=f"Nearest: data_parallel {world // others}" if fits else "",
-        advice=f"{'Or ' if fits else 'Set the degrees to fit, or '}{start}",
-        also=_DEGREES,
-    )
-
-
-def sharded_optimizer(check: Check) -> Iterator[KeyProblem]:
-    """optimizer_weight_shard_size divides data_parallel."""
-    key = "parallel.parallel_optimizer_config.optimizer_weight_shard_size"
-    size, ranks = check.value(key), check.config.parallel_config.data_parallel
-    if size == -1:
-        return
-    divisors = [n for n in range(1, ranks + 1) if ranks % n == 0]
-    if size not in divisors:
-        yield check.wrong(
-            key,
-            f"it must divide data_parallel ({ranks})",
-            nearest=f"Nearest: {min(divisors, key=lambda n: abs(n - size))}",
-            advice="-1 means the whole data-parallel group",
-            also=("parallel_config.data_parallel",),
-        )
-    elif not check.config.parallel.enable_parallel_optimizer and check.provenance.is_written(key):
-        yield check.wrong(
-            key,
-            "it acts only with parallel.enable_parallel_optimizer: True",
-            advice="Set that, or remove this key",
-            also=("parallel.enable_parallel_optimizer",),
-        )
 
 
 def sinking(check: Check) -> Iterator[KeyProblem]:

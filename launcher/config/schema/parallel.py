@@ -9,8 +9,8 @@ from typing import Any
 
 from launcher.config.schema.field import effective, no_effect, not_built, open_keys, section
 
-_PIPELINE = "Use data parallel: set it to 1 and raise data_parallel"
 _GRAPH = "a switch of MindSpore's graph compiler"
+_LAYERS = "whole layers and chosen modules are recomputed, with their communication"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,32 +19,35 @@ class ParallelConfigSection:
 
     data_parallel: int = effective(1, minimum=1)
     """Data-parallel degree: replicas that each see their own share of the global batch."""
-    model_parallel: int = not_built(1, _PIPELINE, minimum=1)
+    model_parallel: int = effective(1, minimum=1)
     """Tensor-parallel degree: ranks that share every matrix."""
-    pipeline_stage: int = not_built(1, _PIPELINE, minimum=1)
-    """Pipeline stages: ranks that each own a run of layers."""
-    context_parallel: int = not_built(1, _PIPELINE, minimum=1)
+    pipeline_stage: int = effective(1, minimum=1)
+    """Pipeline degree: ranks that each own a run of layers, or several runs."""
+    context_parallel: int = effective(1, minimum=1)
     """Ranks that share one sequence."""
-    context_parallel_algo: str = no_effect(
+    context_parallel_algo: str = effective(
         "colossalai_cp",
-        "context_parallel is 1",
-        choices=("colossalai_cp", "ulysses_cp", "hybrid_cp", "hybird_cp"),
+        choices=("colossalai_cp", "ulysses_cp", "hybrid_cp", "hybird_cp", "ring", "ulysses"),
     )
-    """How a sequence is shared; `hybird_cp` is the original's misspelling of `hybrid_cp`."""
-    ulysses_degree_in_cp: int = no_effect(1, "context_parallel is 1")
-    """Inner degree of the hybrid algorithm."""
-    expert_parallel: int = not_built(1, "Set it to 1", minimum=1)
-    """Ranks that share the experts of a mixture-of-experts layer (inside dp x mp)."""
+    """How a sequence is shared: `colossalai_cp` and `ring` pass keys and values round,
+    `ulysses_cp` and `ulysses` trade sequence for heads, `hybrid_cp` is one inside the other
+    (`hybird_cp` is the original's misspelling)."""
+    ulysses_degree_in_cp: int = effective(1, minimum=1)
+    """Inner degree of the hybrid: ranks that trade heads; it divides context_parallel."""
+    expert_parallel: int = effective(1, minimum=1)
+    """Ranks that share the experts of a layer. They are data-parallel ranks: it divides
+    data_parallel, and is no factor of the number of processes."""
     micro_batch_num: int = effective(1, minimum=1)
     """Micro-batches of a pipeline; without a pipeline it does nothing, as in the original."""
     seq_split_num: int = not_built(1, "Set it to 1", minimum=1)
     """Pieces a sequence is cut into for the sequence pipeline."""
-    use_seq_parallel: bool = no_effect(False, "it acts only with model_parallel > 1")
-    """Sequence parallel beside tensor parallel."""
-    vocab_emb_dp: bool = no_effect(True, "it acts only with model_parallel > 1")
-    """True: the embedding is not cut over model_parallel."""
-    gradient_aggregation_group: int = no_effect(4, "FSDP2 fuses the communication by itself")
-    """Group size of fused gradient communication."""
+    use_seq_parallel: bool = False
+    """Sequence parallel beside tensor parallel: between the matrices each rank keeps its part of
+    the sequence."""
+    vocab_emb_dp: bool = True
+    """True: the embedding is whole on every tensor-parallel rank. False: its rows are cut."""
+    gradient_aggregation_group: int = effective(4, minimum=1)
+    """Layers whose gradients are communicated together."""
     optimizer_shard: bool | None = no_effect(
         None, "obsolete; the switch is parallel.enable_parallel_optimizer"
     )
@@ -84,14 +87,18 @@ class StrategyCkptConfigSection:
 class PipelineConfigSection:
     """`parallel.pipeline_config`: the schedule of a pipeline."""
 
-    pipeline_interleave: bool = not_built(False, "Leave it out: pipeline_stage is 1")
-    """Interleaved stages."""
-    pipeline_scheduler: str = no_effect(
+    pipeline_interleave: bool = False
+    """Several stages a rank, model.model_config.pp_interleave_num of them (left out: 2)."""
+    pipeline_scheduler: str = effective(
         "1f1b",
-        "pipeline_stage is 1",
-        choices=("1f1b", "gpipe", "seqpipe", "seqvpp", "seqsmartvpp", "zero_bubble_v"),
+        choices=("1f1b", "gpipe", "zero_bubble_v", "interleaved_1f1b", "interleaved_zero_bubble"),
+        planned=("seqpipe", "seqvpp", "seqsmartvpp"),
     )
-    """Order of forward and backward passes."""
+    """Order of forward and backward passes. The interleaved ones have several stages a rank,
+    `zero_bubble_v` has two."""
+    stage_layers: list[int] | None = effective(None, minimum=1)
+    """Layers of each stage, first to last: `[5, 6, 6, 5]`. Left out: even shares changed by
+    model.model_config.offset, or balanced where the layers do not divide."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,39 +194,39 @@ class ContextSection:
 class RecomputeSection:
     """`recompute_config`: activation checkpointing."""
 
-    recompute: bool | list[Any] = not_built(False, "Set it to False", harmless=([],))
-    """Recompute activations in the backward pass: True, or one entry a pipeline stage."""
-    select_recompute: bool | list[Any] | dict[str, Any] = not_built(
-        False, "Set it to False", harmless=([], {})
-    )
-    """Recompute chosen operations only."""
-    parallel_optimizer_comm_recompute: bool = no_effect(False, _GRAPH)
-    """Gather sharded weights again in the backward pass."""
-    select_comm_recompute: bool | list[Any] | dict[str, Any] = no_effect(False, _GRAPH)
+    recompute: bool | list[Any] = False
+    """Recompute whole layers in the backward pass: all, or an entry a pipeline rank (True, False or
+    the number of its first layers), or with several stages a rank a list of such lists."""
+    select_recompute: bool | list[Any] | dict[str, Any] = False
+    """Recompute chosen modules of the other layers: True for the activation of the MLP, a list of
+    name patterns or of entries as above, or patterns with such entries."""
+    parallel_optimizer_comm_recompute: bool = False
+    """Drop gathered weights after the forward pass and gather them again in the backward pass."""
+    select_comm_recompute: bool | list[Any] | dict[str, Any] = no_effect(False, _LAYERS)
     """Recompute chosen communication."""
-    mp_comm_recompute: bool = no_effect(True, "model_parallel is 1")
+    mp_comm_recompute: bool = no_effect(True, _LAYERS)
     """Recompute tensor-parallel communication."""
-    recompute_slice_activation: bool = no_effect(False, "nothing is recomputed")
+    recompute_slice_activation: bool = no_effect(False, "use_seq_parallel keeps them sliced")
     """Keep the kept activations sliced."""
-    select_recompute_exclude: bool | list[Any] | dict[str, Any] = no_effect(
-        False, "nothing is recomputed"
-    )
-    """Operations left out of recomputation."""
-    select_comm_recompute_exclude: bool | list[Any] | dict[str, Any] = no_effect(
-        False, "nothing is recomputed"
-    )
+    select_recompute_exclude: bool | list[Any] | dict[str, Any] = False
+    """Modules left out of recomputation, in the form of select_recompute."""
+    select_comm_recompute_exclude: bool | list[Any] | dict[str, Any] = no_effect(False, _LAYERS)
     """Communication left out of recomputation."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SwapSection:
-    """`swap_config`: moving activations to host memory."""
+    """`swap_config`: moving activations and optimizer state to host memory."""
 
-    swap: bool = not_built(False, "Set it to False")
+    swap: bool = False
     """Move activations to host memory between forward and backward."""
-    layer_swap: list[Any] | None = no_effect(None, "swap is off")
-    """Layers to move."""
-    op_swap: list[Any] | None = no_effect(None, "swap is off")
-    """Operations to move."""
-    default_prefetch: int = no_effect(1, "swap is off")
+    layer_swap: list[Any] | None = None
+    """Layers to move: entries with `layers` (True, or numbers from 0) and `backward_prefetch`. Left
+    out together with op_swap: all layers."""
+    op_swap: list[Any] | None = None
+    """Modules to move: entries with `op_name` (a name pattern, or several), `layers` and
+    `backward_prefetch`."""
+    optimizer: bool = False
+    """Keep optimizer state in host memory; it acts without `swap` too."""
+    default_prefetch: int = no_effect(1, "copies run beside the computation and come back in order")
     """How early an activation comes back."""

@@ -113,8 +113,8 @@ class Config:
     """Ranks that convert."""
     transform_by_rank: bool = no_effect(False, "every rank reads its own slices")
     """Convert rank by rank."""
-    only_save_strategy: bool = not_built(False, "Set it to False")
-    """Write the strategy files and end."""
+    only_save_strategy: bool = False
+    """Write the strategy files of all ranks and end; one process is enough for any layout."""
     resume_training: bool | str = False
     """Continue a run: True for the newest checkpoint of load_checkpoint (left out:
     {output_dir}/checkpoint), or the name of one. Nothing there: a fresh start with a warning."""
@@ -163,10 +163,11 @@ class Config:
     """Adapter of each prompt."""
     trackers: list[str] = effective([], choices=TRACKERS)
     """Trackers of accelerate that get the metrics."""
-    compile: bool = not_built(False, "Set it to False")
-    """Compile the model with torch.compile."""
-    micro_batch_interleave_num: int = not_built(1, "Set it to 1", minimum=1)
-    """Copies of a step that overlap; also accepted under parallel_config."""
+    compile: bool | str = effective(False, choices=(True, False, "inductor", "aot_eager", "eager"))
+    """Compile every layer with torch.compile: True for its usual backend, or the name of one."""
+    micro_batch_interleave_num: int = effective(1, minimum=1)
+    """Multiplies the samples of a micro step, which is computed in so many parts. Also accepted
+    under parallel_config."""
     balanced_load: bool = not_built(False, "Set it to False")
     """Spread the reading of replicated weights over the ranks; `load_balanced` is the same key."""
     reshard_worker_num: int = no_effect(1, "reading decides by itself")

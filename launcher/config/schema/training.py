@@ -9,6 +9,8 @@ from typing import Any
 
 from launcher.config.schema.field import effective, no_effect, not_built
 
+_DENSE = "experts are described in model.model_config"
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunnerSection:
@@ -175,95 +177,102 @@ class RunnerWrapperSection:
 
 @dataclass(frozen=True, kw_only=True)
 class MoeSection:
-    """`moe_config`: mixture of experts of the original's older models."""
+    """`moe_config`: mixture of experts of the original's older models.
 
-    expert_num: int = not_built(1, "Set it to 1", minimum=1)
+    Here experts are described in model.model_config, by the keys of config.json.
+    """
+
+    expert_num: int = not_built(
+        1,
+        "Describe the experts in model.model_config, by the keys of config.json: leave it out",
+        minimum=1,
+    )
     """Experts of a layer; 1: a dense model."""
-    capacity_factor: float = no_effect(1.1, "the model is dense")
+    capacity_factor: float = no_effect(1.1, _DENSE)
     """Room of an expert, relative to an even share."""
-    aux_loss_factor: float = no_effect(0.05, "the model is dense")
+    aux_loss_factor: float = no_effect(0.05, _DENSE)
     """Weight of the balancing loss."""
-    num_experts_chosen: int = no_effect(1, "the model is dense")
+    num_experts_chosen: int = no_effect(1, _DENSE)
     """Experts a token visits."""
-    expert_group_size: int | None = no_effect(None, "the model is dense")
+    expert_group_size: int | None = no_effect(None, _DENSE)
     """Tokens of one routing group."""
-    group_wise_a2a: bool = no_effect(False, "the model is dense")
+    group_wise_a2a: bool = no_effect(False, _DENSE)
     """All-to-all inside a group."""
-    comp_comm_parallel: bool = no_effect(False, "the model is dense")
+    comp_comm_parallel: bool = no_effect(False, _DENSE)
     """Overlap experts and communication."""
-    comp_comm_parallel_degree: int = no_effect(2, "the model is dense")
+    comp_comm_parallel_degree: int = no_effect(2, _DENSE)
     """Pieces of that overlap."""
-    save_token_distribution: bool = no_effect(False, "the model is dense")
+    save_token_distribution: bool = no_effect(False, _DENSE)
     """Write how tokens spread over experts."""
-    cur_layer: int = no_effect(0, "the model is dense")
+    cur_layer: int = no_effect(0, _DENSE)
     """The layer that is written."""
-    enable_cold_hot_expert: bool = no_effect(False, "the model is dense")
+    enable_cold_hot_expert: bool = no_effect(False, _DENSE)
     """Move popular experts."""
-    update_step: int = no_effect(10000, "the model is dense")
+    update_step: int = no_effect(10000, _DENSE)
     """Steps between such moves."""
-    hot_expert_num: int = no_effect(0, "the model is dense")
+    hot_expert_num: int = no_effect(0, _DENSE)
     """Popular experts held everywhere."""
-    cold_token_percent: float = no_effect(1.0, "the model is dense")
+    cold_token_percent: float = no_effect(1.0, _DENSE)
     """Share of tokens for unpopular experts."""
-    moe_module_name: str = no_effect("", "the model is dense")
+    moe_module_name: str = no_effect("", _DENSE)
     """Where the layers are found."""
-    routing_policy: str = no_effect("TopkRouterV1", "the model is dense")
+    routing_policy: str = no_effect("TopkRouterV1", _DENSE)
     """The router."""
-    norm_topk_prob: bool = no_effect(True, "the model is dense")
+    norm_topk_prob: bool = no_effect(True, _DENSE)
     """Normalise the chosen weights."""
-    enable_sdrop: bool = no_effect(False, "the model is dense")
+    enable_sdrop: bool = no_effect(False, _DENSE)
     """Drop tokens by position."""
-    use_fused_ops_topkrouter: bool = no_effect(False, "the model is dense")
+    use_fused_ops_topkrouter: bool = no_effect(False, _DENSE)
     """Fused routing kernels."""
-    router_dense_type: str = no_effect("float32", "the model is dense")
+    router_dense_type: str = no_effect("float32", _DENSE)
     """Dtype of the router."""
-    shared_expert_num: int = no_effect(0, "the model is dense")
+    shared_expert_num: int = no_effect(0, _DENSE)
     """Experts every token visits."""
-    use_shared_expert_gating: bool = no_effect(False, "the model is dense")
+    use_shared_expert_gating: bool = no_effect(False, _DENSE)
     """Gate the shared expert."""
-    max_router_load: int = no_effect(128 * 1024, "the model is dense")
+    max_router_load: int = no_effect(128 * 1024, _DENSE)
     """Tokens a router takes at most."""
-    topk_method: str = no_effect("greedy", "the model is dense")
+    topk_method: str = no_effect("greedy", _DENSE)
     """How experts are chosen."""
-    topk_group: int | None = no_effect(None, "the model is dense")
+    topk_group: int | None = no_effect(None, _DENSE)
     """Groups chosen."""
-    n_group: int | None = no_effect(None, "the model is dense")
+    n_group: int | None = no_effect(None, _DENSE)
     """Groups of experts."""
-    first_k_dense_replace: bool | int = no_effect(True, "the model is dense")
+    first_k_dense_replace: bool | int = no_effect(True, _DENSE)
     """First layers that stay dense."""
-    moe_intermediate_size: int = no_effect(1407, "the model is dense")
+    moe_intermediate_size: int = no_effect(1407, _DENSE)
     """Width of an expert."""
-    routed_scaling_factor: float = no_effect(1.0, "the model is dense")
+    routed_scaling_factor: float = no_effect(1.0, _DENSE)
     """Weight of the routed experts."""
-    aux_loss_types: list[Any] | None = no_effect(None, "the model is dense")
+    aux_loss_types: list[Any] | None = no_effect(None, _DENSE)
     """Kinds of balancing loss."""
-    aux_loss_factors: list[Any] | None = no_effect(None, "the model is dense")
+    aux_loss_factors: list[Any] | None = no_effect(None, _DENSE)
     """Their weights."""
-    z_loss_factor: float = no_effect(0.0, "the model is dense")
+    z_loss_factor: float = no_effect(0.0, _DENSE)
     """Weight of the z loss."""
-    balance_via_topk_bias: bool = no_effect(False, "the model is dense")
+    balance_via_topk_bias: bool = no_effect(False, _DENSE)
     """Balance by a bias instead of a loss."""
-    topk_bias_update_rate: float = no_effect(0.0, "the model is dense")
+    topk_bias_update_rate: float = no_effect(0.0, _DENSE)
     """Speed of that bias."""
-    use_allgather_dispatcher: bool = no_effect(False, "the model is dense")
+    use_allgather_dispatcher: bool = no_effect(False, _DENSE)
     """Dispatch tokens by all-gather."""
-    expert_model_parallel: int | None = no_effect(None, "the model is dense")
+    expert_model_parallel: int | None = no_effect(None, _DENSE)
     """Tensor parallel inside an expert."""
-    use_gating_sigmoid: bool = no_effect(False, "the model is dense")
+    use_gating_sigmoid: bool = no_effect(False, _DENSE)
     """Sigmoid instead of softmax."""
-    use_gmm: bool = no_effect(False, "the model is dense")
+    use_gmm: bool = no_effect(False, _DENSE)
     """Grouped matrix products."""
-    enable_gmm_safe_tokens: bool = no_effect(False, "the model is dense")
+    enable_gmm_safe_tokens: bool = no_effect(False, _DENSE)
     """Pad empty groups."""
-    use_fused_ops_permute: bool = no_effect(False, "the model is dense")
+    use_fused_ops_permute: bool = no_effect(False, _DENSE)
     """Fused permutation kernels."""
-    callback_moe_droprate: bool = no_effect(False, "the model is dense")
+    callback_moe_droprate: bool = no_effect(False, _DENSE)
     """Report dropped tokens."""
-    moe_init_method_std: float = no_effect(0.01, "the model is dense")
+    moe_init_method_std: float = no_effect(0.01, _DENSE)
     """Initial spread of expert weights."""
-    enable_deredundency: bool = no_effect(False, "the model is dense")
+    enable_deredundency: bool = no_effect(False, _DENSE)
     """The original's spelling of de-duplicated dispatch."""
-    npu_nums_per_device: int = no_effect(8, "the model is dense")
+    npu_nums_per_device: int = no_effect(8, _DENSE)
     """Devices of a node."""
 
 

@@ -1,0 +1,181 @@
+"""The model of a job in real memory: this rank's part of it, values still undefined."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import nn
+
+from launcher.assembly.job import DTYPES, Job
+from launcher.assembly.layout import model_layout
+from launcher.config.derived import pipeline_schedule
+from launcher.layout.layout import Layout
+from launcher.layout.mesh import Mesh
+from launcher.parallel import vocabulary
+from launcher.parallel.apply import Precisions, parallelize, shard_model
+from launcher.parallel.context import ContextParallel
+from launcher.parallel.gradients import Gradients
+from launcher.parallel.parts import Parts
+from launcher.parallel.pipeline import Pipeline
+from launcher.parallel.tied import TiedCopies, tied_copies
+from launcher.train.compute import Compute, Loss, PipelinedModel, RowCut, WholeModel
+from launcher.train.loss import token_loss_sum
+from models.build import blocks, build_model, materialise, parameter_count
+from models.decoder import Decoder
+from models.plan import EMBEDDING, is_partial
+from models.stage import cut_to_stage
+
+
+@dataclass(frozen=True)
+class BuiltModel:
+    """What a rank holds of the model, and how the whole of it lies over the ranks."""
+
+    parts: Parts
+    layout: Layout
+    compute: Compute
+    row_cut: RowCut
+
+
+def build_parallel(job: Job, *, training: bool) -> BuiltModel:
+    """The model of the job, cut as the configuration says, in real memory.
+
+    Raises `UserError` for what the model cannot do.
+    """
+    usual = torch.float32 if training else job.compute_dtype
+    dtype = job.dtype(job.spec.precision.params_dtype, otherwise=usual)
+    whole = build_model(job.spec, dtype=dtype)
+    count = parameter_count(whole)
+    layout = model_layout(
+        whole, job.spec, job.mesh, split=job.split,
+        vocab_emb_dp=job.config.parallel_config.vocab_emb_dp,
+    )  # fmt: skip
+    context = context_parallel(job)
+    modules = _stages(job, whole, dtype)
+    for module in modules.values():
+        if isinstance(module, Decoder):
+            sequence = job.config.parallel_config.use_seq_parallel and job.mesh.tp > 1
+            parallelize(module, layout.cuts, job.meshes, sequence=sequence, context=context)
+        if job.mesh.world_size > 1 or job.compute_dtype != dtype:
+            shard_model(
+                module, blocks(module), job.meshes,
+                precisions=Precisions(job.compute_dtype, dtype),
+                blocks_together=job.config.parallel_config.gradient_aggregation_group,
+            )  # fmt: skip
+        materialise(module, job.world.device)
+    job.say(
+        f"model: {job.spec.family}, {count:,} parameters "
+        f"({_name(dtype)}, computing in {_name(job.compute_dtype)})"
+    )
+    parts = Parts(list(modules.values()))
+    at = job.mesh.coordinates(job.world.rank)
+    row_cut = RowCut(
+        job.world.device,
+        places=None if context is None else context.places,
+        counts=at["tp"] == 0 and at["pp"] == 0,
+    )
+    return BuiltModel(parts, layout, _compute(job, parts, modules), row_cut)
+
+
+def _stages(job: Job, whole: nn.Module, dtype: torch.dtype) -> dict[int, nn.Module]:
+    """This rank's stages, by number; the whole model is stage 0 of one."""
+    if job.split is None:
+        return {0: whole}
+    mine = job.split.stages_of(job.mesh.coordinates(job.world.rank)["pp"])
+    models = [build_model(job.spec, dtype=dtype) for _ in mine]
+    return {
+        stage: cut_to_stage(model, job.split, stage)  # type: ignore[arg-type]
+        for stage, model in zip(mine, models, strict=True)
+    }
+
+
+def _compute(job: Job, parts: Parts, modules: dict[int, nn.Module]) -> Compute:
+    loss = loss_of(job)
+    at = job.mesh.coordinates(job.world.rank)
+    counts = at["tp"] == 0
+    if job.split is None:
+        own = isinstance(parts.modules[0], Decoder)
+        return WholeModel(parts, loss, counts, own)
+    assert job.spec.decoder is not None
+    pipeline = Pipeline(
+        modules,
+        job.split,
+        group=job.meshes.group("pp"),
+        schedule=pipeline_schedule(job.config),
+        micro_batches=job.config.parallel_config.micro_batch_num,
+        device=job.world.device,
+        dtype=job.compute_dtype,
+    )
+    return PipelinedModel(pipeline, loss, counts)
+
+
+def loss_of(job: Job) -> Loss:
+    """The loss of logits as the head gives them: all columns, or this rank's."""
+    group = job.meshes.group("tp")
+    if group is None:
+        return token_loss_sum
+    return partial(vocabulary.token_loss_sum, group=group)
+
+
+def context_parallel(job: Job) -> ContextParallel | None:
+    """How the tokens of a row are spread over ranks; None when they are not."""
+    if job.mesh.cp == 1:
+        return None
+    groups = {axis: job.meshes.context_group(axis) for axis in ("trade", "ring")}
+    return ContextParallel(**groups)
+
+
+def gradients_of(job: Job, built: BuiltModel) -> Gradients:
+    """What is to be done with gradients after the backward pass of this rank."""
+    named, layout, rank = built.parts.named_parameters(), built.layout, job.world.rank
+    trained = {name: p for name, p in named.items() if p.requires_grad}
+    decoder = job.spec.decoder
+    tied_whole = (
+        decoder is not None
+        and decoder.tie_word_embeddings
+        and job.config.parallel_config.vocab_emb_dp
+    )
+    sequence = job.config.parallel_config.use_seq_parallel
+    partial_names = {
+        name for name in trained
+        if is_partial(name, layout.cut(name), tp=job.mesh.tp, sequence_parallel=sequence,
+                      tied_whole_embedding=tied_whole)
+    }  # fmt: skip
+    copies = [copy for first, copy in built.parts.copies()]
+    return Gradients(
+        device=job.world.device,
+        owned=[p for name, p in trained.items() if layout.is_owner(name, rank)],
+        partial=[p for name, p in trained.items() if name in partial_names]
+        + (copies if tied_whole else []),
+        partial_group=job.meshes.group("tp"),
+        tied=_tied_copies(job, built.parts),
+    )
+
+
+def _tied_copies(job: Job, parts: Parts) -> TiedCopies | None:
+    if job.split is None or job.spec.decoder is None or not job.spec.decoder.tie_word_embeddings:
+        return None
+    copies = [p for name, p in parts.all_named() if name == EMBEDDING]
+    return tied_copies(job.mesh, job.split, copies)
+
+
+def build_whole(job: Job) -> tuple[nn.Module, Layout]:
+    """The whole model on this rank, for prediction, and its layout; values still undefined.
+
+    In the configured compute dtype, else the dtype config.json names, else the usual one.
+    """
+    written = job.spec.hf_config.get("dtype") or job.spec.hf_config.get("torch_dtype")
+    if job.spec.precision.compute_dtype is None and written in DTYPES:
+        dtype = DTYPES[written]
+    else:
+        dtype = job.compute_dtype
+    model = build_model(job.spec, dtype=dtype)
+    layout = model_layout(model, job.spec, Mesh(), split=None, vocab_emb_dp=True)
+    materialise(model, job.world.device)
+    job.say(f"model: {job.spec.family}, {parameter_count(model):,} parameters ({_name(dtype)})")
+    return model, layout
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

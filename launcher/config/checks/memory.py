@@ -1,0 +1,147 @@
+"""Rules about memory: what is recomputed, and what is moved to the host.
+
+The forms are MindFormers'. An *entry* is True, False or a number of layers; a list has one entry a
+pipeline rank, or is a list of such lists, one for each stage of a rank.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from launcher.config.checks.check import Check
+from launcher.config.derived import stages_per_rank
+from launcher.config.provenance import KeyProblem
+from launcher.errors import did_you_mean
+
+_ENTRY = "an entry is True, False or a number of layers"
+_SELECTIONS = ("select_recompute", "select_recompute_exclude")
+_STAGES = ("parallel_config.pipeline_stage",)
+_SWAPS = {
+    "layer_swap": ("layers", "backward_prefetch"),
+    "op_swap": ("op_name", "layers", "backward_prefetch"),
+}
+
+
+def recompute(check: Check) -> Iterator[KeyProblem]:
+    """recompute is a truth, or entries for the ranks there are."""
+    if check.lays_out:
+        key = "recompute_config.recompute"
+        yield from _entries(check, key, check.value(key))
+
+
+def select_recompute(check: Check) -> Iterator[KeyProblem]:
+    """Selections are a truth, patterns, entries, or patterns with entries."""
+    for name in _SELECTIONS if check.lays_out else ():
+        key = f"recompute_config.{name}"
+        value = check.value(key)
+        if isinstance(value, dict):
+            for pattern, entries in value.items():
+                yield from _pattern(check, key, pattern)
+                yield from _entries(check, f"{key}.{pattern}", entries, parent=key)
+        elif isinstance(value, list) and value and all(isinstance(item, str) for item in value):
+            for pattern in value:
+                yield from _pattern(check, key, pattern)
+        else:
+            yield from _entries(check, key, value)
+
+
+def _pattern(check: Check, key: str, pattern: Any) -> Iterator[KeyProblem]:
+    try:
+        re.compile(str(pattern))
+    except re.error as error:
+        yield check.wrong(
+            key,
+            f"a module is chosen by a regular expression: {error}",
+            what=f"{key}: {str(pattern)!r}",
+        )
+
+
+def _entries(check: Check, key: str, value: Any, *, parent: str = "") -> Iterator[KeyProblem]:
+    """What is wrong with a truth or a list of entries."""
+    ranks, each = check.config.parallel_config.pipeline_stage, stages_per_rank(check.config)
+    shown, rule, near = f"{key} = {value!r}", "", ""
+    if isinstance(value, bool):
+        return
+    if not isinstance(value, list):
+        rule = "true, false or a list of entries is needed"
+    elif any(isinstance(item, list) for item in value):
+        rows = [item if isinstance(item, list) else [item] for item in value]
+        if not all(map(_are_entries, rows)):
+            rule = _ENTRY
+        elif len(rows) > each or any(len(row) > ranks for row in rows):
+            rule = f"at most {each} of at most {ranks} entries each, for the stages there are"
+            near = f"Nearest: {[row[:ranks] for row in rows[:each]]}"
+    elif not _are_entries(value):
+        rule = _ENTRY
+    elif len(value) > ranks:
+        rule = f"one entry a pipeline rank, pipeline_stage is {ranks}"
+        near = f"Nearest: {value[:ranks]}"
+    if rule:
+        yield check.wrong(parent or key, rule, what=shown, nearest=near, also=_STAGES)
+
+
+def _are_entries(row: list[Any]) -> bool:
+    return all(type(item) is bool or (type(item) is int and item >= 0) for item in row)
+
+
+def swap(check: Check) -> Iterator[KeyProblem]:
+    """What is moved to the host is named by keys and layers that exist."""
+    for name, known in _SWAPS.items() if check.lays_out else ():
+        key = f"swap_config.{name}"
+        for index, entry in enumerate(check.value(key) or ()):
+            yield from _swap(check, f"{key}.{index}", entry, known)
+
+
+def _swap(check: Check, key: str, entry: Any, known: tuple[str, ...]) -> Iterator[KeyProblem]:
+    if not isinstance(entry, dict):
+        yield check.wrong(key, f"a section is needed, with {', '.join(known)}")
+        return
+    for name in entry:
+        if name not in known:
+            yield check.wrong(
+                f"{key}.{name}",
+                f"there is no such key; known: {', '.join(known)}",
+                what=f"unknown key `{key}.{name}`",
+                nearest=did_you_mean(str(name), known),
+            )
+    if "op_name" in known and not _are_names(entry.get("op_name")):
+        yield check.wrong(f"{key}.op_name", "the name of a module is needed, or a list of names")
+    if "layers" in entry:
+        yield from _swap_layers(check, f"{key}.layers", entry["layers"])
+    prefetch = entry.get("backward_prefetch", 1)
+    if not (type(prefetch) is int and prefetch >= 1) and prefetch != "Auto":
+        yield check.wrong(
+            f"{key}.backward_prefetch", "a number of operations from 1 is needed, or Auto",
+            nearest="Nearest: 1",
+        )  # fmt: skip
+
+
+def _are_names(value: Any) -> bool:
+    names = value if isinstance(value, list) else [value]
+    return bool(names) and all(isinstance(name, str) and name for name in names)
+
+
+def _swap_layers(check: Check, key: str, value: Any) -> Iterator[KeyProblem]:
+    if isinstance(value, bool):
+        return
+    if not isinstance(value, list) or not all(type(layer) is int for layer in value):
+        yield check.wrong(key, "true, false or a list of layer numbers is needed")
+        return
+    count = check.decoder.num_hidden_layers if check.decoder else None
+    if count is not None and any(not 0 <= layer < count for layer in value):
+        yield check.wrong(
+            key,
+            f"layers are numbered from 0 to {count - 1}",
+            nearest=f"Nearest: {[layer for layer in value if 0 <= layer < count]}",
+            also=("model", "model.model_config"),
+        )
+
+
+def warnings(check: Check) -> Iterator[str]:
+    """Swapping that is described and not switched on."""
+    for name in _SWAPS:
+        key = f"swap_config.{name}"
+        if check.value(key) and not check.config.swap_config.swap and check.lays_out:
+            yield f"{check.provenance.where(key)}: {key}: no effect without swap: True"

@@ -1,0 +1,213 @@
+"""A layout on trial: the configuration and the model's numbers, of which a degree can be changed.
+
+Owns the words of what does not fit, and the search for the nearest degree that does: the same
+predicates refuse a layout and choose the one that is named instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from launcher.config.checks.check import Check
+from launcher.config.derived import (
+    pipeline_schedule,
+    row_unit,
+    stages_per_rank,
+    ulysses_degree,
+)
+from launcher.config.schema import Config
+from models.families import DecoderConfig
+
+_USUAL_LENGTH = 2048
+"""Longest row where neither data nor model say one; see launcher/assembly/data.py."""
+
+_LARGEST_DEGREE = 1 << 16
+"""No larger one is looked for: a slip of the keyboard costs no time."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A configuration, the decoder it is for, and its rows: (key of the length, tokens)."""
+
+    config: Config
+    decoder: DecoderConfig
+    rows: tuple[tuple[str, int], ...]
+
+    def with_degree(self, axis: str, value: int) -> Plan:
+        """The same with another value of `parallel_config.<axis>`."""
+        changed: dict[str, Any] = {axis: value}
+        degrees = replace(self.config.parallel_config, **changed)
+        return replace(self, config=replace(self.config, parallel_config=degrees))
+
+
+Reasons = Callable[[Plan], list[str]]
+"""What does not fit, in words; empty when all does."""
+
+
+def plan_of(check: Check) -> Plan | None:
+    """The layout a run asks for; None where the model is not laid out, or is none of ours."""
+    if check.decoder is None:
+        return None
+    return Plan(check.config, check.decoder, tuple(_rows(check, check.decoder)))
+
+
+def _rows(check: Check, decoder: DecoderConfig) -> Iterator[tuple[str, int]]:
+    evaluates = check.mode == "eval" or check.config.do_eval
+    for name, is_read in (("train_dataset", check.trains), ("eval_dataset", evaluates)):
+        section = check.value(name)
+        if section is not None and is_read:
+            length = section.seq_length or (check.spec.seq_length if check.spec else None)
+            usual = min(decoder.max_position_embeddings, _USUAL_LENGTH)
+            yield f"{name}.seq_length", length or usual
+
+
+def tensor_reasons(plan: Plan) -> list[str]:
+    """What tensor parallel cannot cut into equal parts."""
+    ranks, heads = plan.config.parallel_config.model_parallel, _kv_heads(plan.decoder)
+    odd = [what for what, size in _matrices(plan) if size % ranks]
+    reasons = [f"{listed(odd)} cannot be divided by {ranks}"] if odd else []
+    if heads % ranks and ranks % heads:
+        reasons.append(
+            f"{heads} key/value heads can neither be divided by {ranks} nor repeated evenly"
+        )
+    return reasons
+
+
+def _matrices(plan: Plan) -> Iterator[tuple[str, int]]:
+    decoder, experts = plan.decoder, plan.decoder.experts
+    yield f"{decoder.num_attention_heads} attention heads", decoder.num_attention_heads
+    if experts is None or not all(experts.layers):
+        yield f"an MLP of width {decoder.intermediate_size}", decoder.intermediate_size
+    if experts is not None:
+        yield f"experts of width {experts.intermediate_size}", experts.intermediate_size
+    whose = "the head" if plan.config.parallel_config.vocab_emb_dp else "the embedding and the head"
+    yield f"the {decoder.vocab_size} rows of {whose}", decoder.vocab_size
+
+
+def _kv_heads(decoder: DecoderConfig) -> int:
+    """Key/value heads that are cut; latent attention has one pair for each head."""
+    return decoder.num_key_value_heads if decoder.latent is None else decoder.num_attention_heads
+
+
+def context_reasons(plan: Plan) -> list[str]:
+    """Why ranks cannot trade sequence for heads."""
+    parallel, degree = plan.config.parallel_config, ulysses_degree(plan.config)
+    ranks, tensor = parallel.context_parallel, parallel.model_parallel
+    if ranks == 1 or degree == 1:
+        return []
+    if ranks % degree:
+        return [f"it must divide context_parallel ({ranks})"]
+    if tensor_reasons(plan):
+        return []
+    heads, kv_heads = plan.decoder.num_attention_heads // tensor, _kv_heads(plan.decoder)
+    each = f" a rank (model_parallel {tensor})" if tensor > 1 else ""
+    if heads % degree:
+        return [f"{heads} attention heads{each} cannot be shared by {degree}"]
+    kv_heads = max(kv_heads // tensor, 1)
+    if kv_heads % degree and degree % kv_heads:
+        return [f"{kv_heads} key/value heads{each} can neither be shared by {degree} nor repeated"]
+    return []
+
+
+def row_reasons(plan: Plan) -> list[str]:
+    """Rows that cannot be cut into equal pieces."""
+    unit = row_unit(plan.config)
+    return [f"{key}: no multiple of {unit}" for key, length in plan.rows if length % unit]
+
+
+def expert_reasons(plan: Plan) -> list[str]:
+    """Why so many ranks cannot share the experts."""
+    parallel, experts = plan.config.parallel_config, plan.decoder.experts
+    ranks, data = parallel.expert_parallel, parallel.data_parallel
+    if ranks == 1:
+        return []
+    if experts is None:
+        return ["a dense model has no experts to share"]
+    reasons = []
+    if experts.num_experts % ranks:
+        reasons.append(f"{experts.num_experts} experts cannot be divided by {ranks}")
+    if data % ranks:
+        reasons.append(f"data_parallel {data} cannot be divided by {ranks}")
+    shard = shard_size(plan.config)
+    if not reasons and shard % ranks and ranks % shard:
+        reasons.append(f"weights are sharded over {shard} ranks, and one must divide the other")
+    return reasons
+
+
+def shard_size(config: Config) -> int:
+    """Ranks that share one copy of the weights; 1 without a sharded optimizer."""
+    size = config.parallel.parallel_optimizer_config.optimizer_weight_shard_size
+    if not config.parallel.enable_parallel_optimizer:
+        return 1
+    return size if size > 0 else config.parallel_config.data_parallel
+
+
+def stage_reasons(plan: Plan) -> list[str]:
+    """Stages without a layer."""
+    ranks, each = plan.config.parallel_config.pipeline_stage, stages_per_rank(plan.config)
+    layers = plan.decoder.num_hidden_layers
+    if ranks * each <= layers:
+        return []
+    stages = f"{ranks} x {each} = {ranks * each}" if each > 1 else f"{ranks}"
+    return [f"{layers} layers are too few for {stages} stages"]
+
+
+def micro_batch_reasons(plan: Plan) -> list[str]:
+    """Why the schedule cannot run with so many micro-batches."""
+    parallel, schedule = plan.config.parallel_config, pipeline_schedule(plan.config)
+    ranks, batches = parallel.pipeline_stage, parallel.micro_batch_num
+    if ranks > 1 and batches < ranks:
+        return [f"a pipeline of {ranks} ranks needs as many micro-batches at least"]
+    if ranks > 1 and schedule in _ROUNDS and batches % ranks:
+        return [f"{schedule} takes them in rounds of pipeline_stage ({ranks})"]
+    return []
+
+
+_ROUNDS = ("interleaved_1f1b", "interleaved_zero_bubble")
+
+ALL_REASONS: tuple[Reasons, ...] = (
+    tensor_reasons,
+    context_reasons,
+    row_reasons,
+    expert_reasons,
+    stage_reasons,
+    micro_batch_reasons,
+)
+
+
+def nearest_degree(plan: Plan, axis: str, most: int, reasons: Reasons) -> str:
+    """`Nearest: 2 or 4`: the values of an axis around the present one, `most` at most, with which
+    everything fits; where there is none, those with which `reasons` alone has nothing to say."""
+    present = getattr(plan.config.parallel_config, axis)
+
+    def fits_all(value: int) -> bool:
+        trial = plan.with_degree(axis, value)
+        return not any(reason(trial) for reason in ALL_REASONS)
+
+    def fits(value: int) -> bool:
+        return not reasons(plan.with_degree(axis, value))
+
+    return nearest(present, most, fits_all) or nearest(present, most, fits)
+
+
+def nearest(present: int, most: int, fits: Callable[[int], bool]) -> str:
+    """The numbers from 1 to `most` that fit, just below and just above `present`."""
+    most = min(most, _LARGEST_DEGREE)
+    below = next((n for n in range(min(present - 1, most), 0, -1) if fits(n)), None)
+    above = next((n for n in range(present + 1, most + 1) if fits(n)), None)
+    found = [str(n) for n in (below, above) if n is not None]
+    return f"Nearest: {' or '.join(found)}" if found else ""
+
+
+def nearest_multiple(present: int, unit: int, most: int | None = None) -> str:
+    """The multiples of `unit` around `present`, positive and `most` at most."""
+    below = present // unit * unit
+    found = [n for n in (below, below + unit) if n > 0 and (most is None or n <= most)]
+    return f"Nearest: {' or '.join(map(str, found))}" if found else ""
+
+
+def listed(words: list[str]) -> str:
+    """`a, b and c`."""
+    return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]]))

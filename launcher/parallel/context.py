@@ -1,0 +1,152 @@
+"""Context parallelism, put beside a decoder: the tokens of every row are spread over ranks.
+
+Owns which rank has which tokens, and attention over all of them; everything else a decoder does is
+local to a token. The ranks of the `cp` axis are in one or two groups:
+
+    trade   neighbours, who have consecutive tokens: before attention each gives its tokens for all
+            of their tokens of some heads, and back afterwards (DeepSpeed-Ulysses,
+            https://arxiv.org/abs/2309.14509)
+    ring    keys and values travel round (`launcher.parallel.ring`)
+
+With both, the neighbours of a trade are one member of a ring together, with its two chunks:
+
+    4 ranks, a row of 16 tokens: which rank has which
+
+    ring            0  0  1  1  2  2  3  3  3  3  2  2  1  1  0  0
+    trade           0  0  0  0  1  1  1  1  2  2  2  2  3  3  3  3
+    trade of 2,     0  0  0  0  2  2  2  2  3  3  3  3  1  1  1  1
+    ring of 2
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from launcher.parallel.collectives import exchange
+from launcher.parallel.expert import apply_row_sums
+from launcher.parallel.ring import Ring, chunks, ring_attention
+from models.attention import BaseAttention, Sight, StepContext
+from models.decoder import Decoder
+
+HEADS, TOKENS = 1, 2
+"""Dims of queries, keys and values."""
+
+Attend = Callable[[Tensor, Tensor, Tensor, StepContext, int | None], Tensor]
+
+
+def places(total: int, size: int, rank: int, *, balanced: bool) -> Tensor:
+    """Which tokens of a row of `total` tokens `rank` of `size` ranks has: int64 [total / size],
+    ascending.
+
+    `balanced`: one chunk from the head and one from the tail, for a ring; `total` is a multiple of
+    2 * size. Otherwise consecutive ones, and it is a multiple of size (ValueError).
+    """
+    if balanced:
+        return torch.cat([torch.arange(c.start, c.stop) for c in chunks(total, size, rank)])
+    length, rest = divmod(total, size)
+    if rest:
+        raise ValueError(f"{total} tokens cannot be shared equally by {size} ranks")
+    return torch.arange(rank * length, (rank + 1) * length)
+
+
+@dataclass(frozen=True)
+class ContextParallel:
+    """The ranks that share rows. None for a group that is not there; one is."""
+
+    trade: dist.ProcessGroup | None = None
+    """Ranks that trade tokens for heads; their number divides the query heads of a rank."""
+    ring: dist.ProcessGroup | None = None
+    """Ranks that pass keys and values round; the same member of each trade."""
+
+    @property
+    def length_unit(self) -> int:
+        """What the length of a row must be a multiple of."""
+        trading, passing = _size(self.trade), _size(self.ring)
+        return trading if passing == 1 else passing * math.lcm(2, trading)
+
+    def places(self, total: int) -> Tensor:
+        """Which tokens of a row of `total` tokens are here: int64 [total / ranks], ascending.
+
+        ValueError unless `total` is a multiple of `length_unit`.
+        """
+        member = torch.arange(total)
+        if _size(self.ring) > 1:
+            member = places(total, _size(self.ring), dist.get_rank(self.ring), balanced=True)
+        if _size(self.trade) == 1:
+            return member
+        own = places(len(member), _size(self.trade), dist.get_rank(self.trade), balanced=False)
+        return member[own]
+
+
+def _size(group: dist.ProcessGroup | None) -> int:
+    return 1 if group is None else dist.get_world_size(group)
+
+
+def apply_context_parallel(model: Decoder, cp: ContextParallel) -> None:
+    """Let the attention of every layer of `model` see the tokens of all ranks of `cp`, and its
+    balance loss count them.
+
+    `model` is then called with the tokens at `cp.places(total)` of each row, with these `places`
+    and this `total`, and with the documents of whole rows. Called without places it computes alone,
+    as before.
+    """
+    whole = _WholeRows()
+    for layer in model.model.layers.values():
+        attention = layer.self_attn
+        attention.attend = partial(_attend, attention, attention.attend, cp, whole)
+    apply_row_sums(model, *(group for group in (cp.trade, cp.ring) if group is not None))
+
+
+def _attend(
+    attention: BaseAttention,
+    alone: Attend,
+    cp: ContextParallel,
+    whole: _WholeRows,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    context: StepContext,
+    window: int | None,
+) -> Tensor:
+    """As `BaseAttention.attend`, over the tokens of all ranks."""
+    sight = context.sight
+    if sight.in_order:
+        return alone(query, key, value, context, window)
+    if cp.trade is not None:
+        key, value = (enough_heads(states, _size(cp.trade)) for states in (key, value))
+        query, key, value = (exchange(t, HEADS, TOKENS, cp.trade) for t in (query, key, value))
+    if cp.ring is not None:
+        ring = Ring(cp.ring, sight, window)
+        output = ring_attention(query, key, value, ring, scale=attention.scale)
+    else:
+        output = alone(query, key, value, replace(context, sight=whole.of(sight)), window)
+    return output if cp.trade is None else exchange(output, TOKENS, HEADS, cp.trade)
+
+
+def enough_heads(states: Tensor, size: int) -> Tensor:
+    """Keys or values [rows, heads, tokens, size] with each head repeated as often as it takes for
+    `size` ranks to have equally many; rank r then has those that its query heads need."""
+    return states.repeat_interleave(size // math.gcd(size, states.shape[HEADS]), dim=HEADS)
+
+
+class _WholeRows:
+    """The sight of whole rows for the sight of some of their tokens; one object for all layers, as
+    masks are kept in it."""
+
+    def __init__(self) -> None:
+        self._found: WeakKeyDictionary[Sight, Sight] = WeakKeyDictionary()
+
+    @torch.compiler.disable
+    def of(self, sight: Sight) -> Sight:
+        """The same rows as all of their tokens see them."""
+        if sight not in self._found:
+            self._found[sight] = sight.whole()
+        return self._found[sight]

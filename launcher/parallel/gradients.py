@@ -1,0 +1,76 @@
+"""Gradients after the backward pass: what is still to be added up, and how long they are all.
+
+Owns what one step does to gradients over ranks, beside what FSDP does in the backward pass. All of
+it works on local shards, in few and large collectives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
+from torch.distributed.tensor import DTensor
+
+if TYPE_CHECKING:
+    from launcher.parallel.tied import TiedCopies
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of `tensor`: the local shard of a DTensor, or the tensor itself."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def local_gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
+    """The local shards of the gradients that are there and not empty."""
+    found = [local(p.grad).detach() for p in parameters if p.grad is not None]
+    return [gradient for gradient in found if gradient.numel()]
+
+
+def add_up_partial(parameters: Iterable[nn.Parameter], group: dist.ProcessGroup) -> None:
+    """Add up, in place, gradients of which each rank of `group` has only a part: one collective."""
+    gradients = local_gradients(parameters)
+    if not gradients:
+        return
+    flat = _flatten_dense_tensors(gradients)
+    dist.all_reduce(flat, group=group)
+    for gradient, total in zip(gradients, _unflatten_dense_tensors(flat, gradients), strict=True):
+        gradient.copy_(total)
+
+
+def squared_norm(parameters: Iterable[nn.Parameter], device: torch.device) -> Tensor:
+    """The sum of the squares of the local gradients, a float32 scalar."""
+    gradients = local_gradients(parameters)
+    if not gradients:
+        return torch.zeros((), device=device)
+    norms = torch._foreach_norm(gradients, 2.0, dtype=torch.float32)
+    return torch.stack(norms).square().sum()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gradients:
+    """What is still to be done with the gradients of one rank after its backward pass."""
+
+    device: torch.device
+    owned: Sequence[nn.Parameter]
+    """Parameters whose elements this rank counts: over all ranks each element is counted once."""
+    partial: Sequence[nn.Parameter] = ()
+    """Parameters of which each rank of `partial_group` has only a part of the gradient."""
+    partial_group: dist.ProcessGroup | None = None
+    tied: TiedCopies | None = None
+    """Copies of a tied embedding on the first and the last stage of a pipeline."""
+
+    def finish(self) -> None:
+        """Make the gradients those of the global batch, in place."""
+        if self.partial_group is not None:
+            add_up_partial(self.partial, self.partial_group)
+        if self.tied is not None:
+            self.tied.add_up_gradients()
+
+    def squared_norm(self) -> Tensor:
+        """This rank's share of the squared global norm, a float32 scalar: ranks add theirs up."""
+        return squared_norm(self.owned, self.device)

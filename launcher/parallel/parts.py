@@ -1,0 +1,70 @@
+"""What one rank computes: the whole model, or its stages of a pipeline, as one thing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from launcher.parallel.apply import sync_gradients
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The modules of this rank, in the order of the pipeline; one without a pipeline.
+
+    A tied embedding may be there twice under one name, when a rank has the first stage and the
+    last: the first one counts, and the other is kept equal to it.
+    """
+
+    modules: Sequence[nn.Module]
+
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        """Parameters by name."""
+        named: dict[str, nn.Parameter] = {}
+        for name, parameter in self.all_named():
+            named.setdefault(name, parameter)
+        return named
+
+    def named_tensors(self) -> dict[str, torch.Tensor]:
+        """Parameters and persistent buffers by name, a tied tensor once, under its first name."""
+        seen: set[int] = set()
+        named: dict[str, torch.Tensor] = {}
+        for module in self.modules:
+            for name, tensor in module.state_dict(keep_vars=True).items():
+                if id(tensor) not in seen:
+                    seen.add(id(tensor))
+                    named.setdefault(name, tensor)
+        return named
+
+    def copies(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
+        """Pairs of parameters with one name: the one that counts, and its copy."""
+        first = self.named_parameters()
+        return [(first[name], p) for name, p in self.all_named() if first[name] is not p]
+
+    def all_named(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Every parameter object with its name, copies too."""
+        for module in self.modules:
+            yield from module.named_parameters()
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Every parameter object, copies too."""
+        for _, parameter in self.all_named():
+            yield parameter
+
+    def train(self, mode: bool = True) -> None:
+        """Set training or evaluation mode."""
+        for module in self.modules:
+            module.train(mode)
+
+    @property
+    def training(self) -> bool:
+        """Whether dropout is on."""
+        return self.modules[0].training
+
+    def sync_gradients(self, enabled: bool) -> None:
+        """Whether the next backward pass reduces gradients over the ranks."""
+        for module in self.modules:
+            sync_gradients(module, enabled)

@@ -1,0 +1,189 @@
+"""Tensor and sequence parallelism, put beside a decoder.
+
+Owns what the ranks of the `tp` axis say to each other. A *region* (attention, MLP, head) is entered
+once and left once; in between each rank computes with its own heads or columns:
+
+                     enter                       leave
+    plain            nothing / add up            add up / nothing            (forward / backward)
+    sequence cut     gather / add up and cut     add up and cut / gather
+
+With `sequence` the states between regions are cut along the sequence, so that norms, residuals and
+dropout hold 1 / tp of the tokens. Parameters are DTensors; every leaf computes with the local part
+that its view gives it. Parameters that are whole on every rank but see only part of the gradient
+are named by `models.plan.is_partial` and added up once a step (`launcher.parallel.gradients`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from launcher.layout.layout import Cut
+from launcher.parallel.collectives import add_up, add_up_and_cut, fan_out, gather, keep_piece
+from launcher.parallel.vocabulary import look_up
+from models.decoder import Decoder
+from models.layers import Embedding, Leaf
+from models.plan import REGIONS, repeats_kv_heads
+
+SEQUENCE = 1
+"""The dim of states [rows, length, hidden] that is cut."""
+
+View = Callable[[Tensor], Tensor]
+
+
+def own_part(parameter: Tensor) -> Tensor:
+    """What this rank holds of a parameter, as a plain tensor the backward pass goes through."""
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
+@dataclass(frozen=True)
+class TensorParallel:
+    """The ranks of one `tp` group, and how they share the work."""
+
+    group: dist.ProcessGroup
+    sequence: bool
+
+    @property
+    def rank(self) -> int:
+        """This rank among them."""
+        return dist.get_rank(self.group)
+
+    @property
+    def size(self) -> int:
+        """How many they are."""
+        return dist.get_world_size(self.group)
+
+    def enter(self, states: Tensor) -> Tensor:
+        """States as they are between regions -> all tokens, into work that differs by rank."""
+        if self.sequence:
+            return gather(states, SEQUENCE, self.group)
+        return fan_out(states, self.group)
+
+    def leave(self, states: Tensor) -> Tensor:
+        """The ranks' parts of a result -> states as they are between regions."""
+        if self.sequence:
+            return add_up_and_cut(states, SEQUENCE, self.group)
+        return add_up(states, self.group)
+
+
+def apply_views(model: Decoder, cuts: Mapping[str, Cut]) -> None:
+    """Let every leaf of `model` compute with the local part of its parameters."""
+    for prefix, module in model.named_modules():
+        if isinstance(module, Leaf):
+            for name, _ in module.named_parameters(recurse=False):
+                if f"{prefix}.{name}" in cuts:
+                    module.views[name] = own_part
+
+
+def apply_tensor_parallel(model: Decoder, cuts: Mapping[str, Cut], tp: TensorParallel) -> None:
+    """Put tensor parallelism beside `model`, whose parameters are DTensors already."""
+    for layer in model.model.layers.values():
+        _share_attention(layer.self_attn, model, tp)
+        for name in REGIONS:
+            region = getattr(layer, name, None)
+            if region is not None:
+                region.register_forward_pre_hook(partial(_enter, tp))
+                region.register_forward_hook(partial(_leave, tp))
+                _add_biases_once(region, tp)
+                if hasattr(region, "balance_share"):
+                    region.balance_share = 1.0 / tp.size
+    if tp.sequence:
+        model.stream_part = (tp.rank, tp.size)
+    if model.embeds:
+        _share_embedding(model, cuts, tp)
+    if model.ends:
+        _share_head(model, cuts, tp)
+
+
+def _enter(tp: TensorParallel, module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (tp.enter(inputs[0]), *inputs[1:])
+
+
+def _leave(tp: TensorParallel, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+    return tp.leave(output)
+
+
+def _share_attention(attention: nn.Module, model: Decoder, tp: TensorParallel) -> None:
+    heads = model.config.num_attention_heads // tp.size
+    attention.first_head = tp.rank * heads
+    if not repeats_kv_heads(model.config, tp.size):
+        return
+    head = tp.rank * heads * model.config.num_key_value_heads // model.config.num_attention_heads
+    rows = slice(head * model.config.head_dim, (head + 1) * model.config.head_dim)
+    for projection in (attention.k_proj, attention.v_proj):
+        for name, _ in projection.named_parameters(recurse=False):
+            projection.views[name] = partial(_rows, rows)
+
+
+def _rows(rows: slice, parameter: Tensor) -> Tensor:
+    return own_part(parameter)[rows]
+
+
+def _add_biases_once(region: nn.Module, tp: TensorParallel) -> None:
+    """The biases of what leaves a region are whole on every rank: only the first adds them."""
+    for name in ("o_proj", "down_proj"):
+        leaf = getattr(region, name, None)
+        if leaf is not None and getattr(leaf, "bias", None) is not None:
+            leaf.views["bias"] = partial(_on_first, tp.rank == 0)
+
+
+def _on_first(first: bool, parameter: Tensor) -> Tensor:
+    return own_part(parameter) * float(first)
+
+
+def _share_embedding(model: Decoder, cuts: Mapping[str, Cut], tp: TensorParallel) -> None:
+    embedding = model.model.embed_tokens
+    if cuts["model.embed_tokens.weight"].tp_dim is not None:
+        embedding.forward = partial(_look_up_own, embedding, tp)  # type: ignore[method-assign]
+        embedding.register_forward_hook(partial(_leave, tp))
+        return
+    # When tied, the head's part of the gradient differs by rank and is added up afterwards: the
+    # embedding's part must count once in that sum. Every rank embeds its own tokens, or one all.
+    tied = model.config.tie_word_embeddings
+    if tied and tp.sequence:
+        embedding.register_forward_pre_hook(partial(_own_tokens, tp))
+    elif tied and tp.rank > 0:
+        embedding.views["weight"] = _without_gradient
+    elif tp.sequence:
+        embedding.register_forward_hook(partial(_keep_own_tokens, tp))
+
+
+def _look_up_own(embedding: Embedding, tp: TensorParallel, input_ids: Tensor) -> Tensor:
+    return look_up(input_ids, embedding.held("weight"), tp.rank)
+
+
+def _own_tokens(tp: TensorParallel, module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+    return (inputs[0].chunk(tp.size, dim=SEQUENCE)[tp.rank],)
+
+
+def _without_gradient(parameter: Tensor) -> Tensor:
+    return own_part(parameter).detach()
+
+
+def _keep_own_tokens(tp: TensorParallel, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+    return keep_piece(output, SEQUENCE, tp.group)
+
+
+def _share_head(model: Decoder, cuts: Mapping[str, Cut], tp: TensorParallel) -> None:
+    head = model.head_module
+    head.register_forward_pre_hook(partial(_enter, tp))
+    if model.config.tie_word_embeddings:
+        if cuts["model.embed_tokens.weight"].tp_dim is not None:
+            head.views["weight"] = own_part
+            return
+        count = model.config.vocab_size // tp.size
+        head.views["weight"] = partial(_rows, slice(tp.rank * count, (tp.rank + 1) * count))
+
+
+def gathered_logits(logits: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Logits [..., vocabulary] of this rank's columns [..., n] and the others'; no gradient."""
+    pieces = [torch.empty_like(logits) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(pieces, logits.contiguous(), group=group)
+    return torch.cat(pieces, dim=-1)

@@ -1,0 +1,88 @@
+"""The vocabulary cut over tensor-parallel ranks: looking tokens up, and the loss of logits that no
+rank ever holds whole.
+
+Rank r holds the rows [r * n, (r + 1) * n) of the embedding and of the head.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+IGNORED_LABEL = -100
+PIECE_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 27}
+"""Logits gone through at once: on a CPU what its cache holds, on a GPU bounded memory."""
+
+
+def look_up(input_ids: Tensor, weight: Tensor, rank: int) -> Tensor:
+    """Embeddings [..., size] of the ids whose rows `weight` [n, size] holds, zeros for others: the
+    sum over the ranks is the embedding of every id."""
+    own = input_ids - rank * len(weight)
+    elsewhere = (own < 0) | (own >= len(weight))
+    found = F.embedding(own.masked_fill(elsewhere, 0), weight)
+    return found.masked_fill(elsewhere[..., None], 0.0)
+
+
+def token_loss_sum(logits: Tensor, labels: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Cross entropy in nats, summed over the labels that are not -100: a float32 scalar, the same
+    on every rank of `group`.
+
+    `logits` [batch, sequence, n]: this rank's columns, any floating dtype. `labels` [batch,
+    sequence] int64, numbers of the whole vocabulary. Two small collectives: the maxima, then the
+    sums of exponentials together with the logits of the labels.
+    """
+    total: Tensor = _SummedCrossEntropy.apply(logits.flatten(0, 1), labels.flatten(), group)
+    return total
+
+
+class _SummedCrossEntropy(torch.autograd.Function):
+    """Forward leaves the gradient of the logits behind; backward only scales it."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, group: dist.ProcessGroup) -> Tensor:
+        largest = logits.amax(-1).float()
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
+        columns = logits.shape[1]
+        own = labels - dist.get_rank(group) * columns
+        here = (own >= 0) & (own < columns)
+        own = own.masked_fill(~here, 0)
+        gradient, sums = _exponentials(logits, largest)
+        picked = logits.gather(1, own[:, None])[:, 0].float() - largest
+        both = torch.stack([sums, picked.masked_fill(~here, 0.0)])
+        dist.all_reduce(both, group=group)
+        counts = labels != IGNORED_LABEL
+        losses = (both[0].log() - both[1]).masked_fill(~counts, 0.0)
+        if ctx.needs_input_grad[0]:
+            scale = counts / both[0]
+            for piece, factor in zip(*_pieces(gradient, scale), strict=True):
+                piece.mul_(factor[:, None])
+            hit = (here & counts).to(gradient.dtype)
+            ctx.gradient = gradient.scatter_add_(1, own[:, None], -hit[:, None])
+        return losses.sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor, None, None]:
+        gradient, ctx.gradient = ctx.gradient, None
+        return gradient.mul_(scale), None, None
+
+
+def _exponentials(logits: Tensor, largest: Tensor) -> tuple[Tensor, Tensor]:
+    """exp(logits - largest) in the dtype of the logits, and its float32 sums over the columns."""
+    powers, sums = torch.empty_like(logits), torch.empty_like(largest)
+    for piece, top, out, row_sums in zip(*_pieces(logits, largest, powers, sums), strict=True):
+        wide = (piece.float() - top[:, None]).exp_()
+        torch.sum(wide, -1, out=row_sums)
+        out.copy_(wide)
+    return powers, sums
+
+
+def _pieces(logits: Tensor, *others: Tensor) -> list[tuple[Tensor, ...]]:
+    limit = PIECE_ELEMENTS.get(logits.device.type, 1 << 27)
+    rows = max(limit // logits.shape[1], 1)
+    return [tensor.split(rows) for tensor in (logits, *others)]

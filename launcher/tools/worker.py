@@ -1,0 +1,30 @@
+"""What torchrun starts in the place of a script: it sends the output of one worker to its log.
+
+    worker.py LOG_DIR SCRIPT [ARGUMENT ...]
+
+Becomes the script after standard output and standard error lead to LOG_DIR/worker_{rank}.log. The
+standard library only.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+
+def main() -> None:
+    """Replace this process by the script."""
+    folder, *command = sys.argv[1:]
+    path = Path(folder) / f"worker_{os.environ['RANK']}.log"
+    log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.close(log)
+    os.execv(sys.executable, [sys.executable, "-u", *command])
+
+
+if __name__ == "__main__":
+    main()

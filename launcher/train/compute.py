@@ -1,0 +1,142 @@
+"""From batches to losses and gradients, on any layout.
+
+Owns the forward and the backward pass of a step. Two ways, chosen once: the whole model on every
+rank (whatever tensor, context and expert parallelism stand beside it), micro-batch after
+micro-batch; or the stages of a pipeline, all micro-batches in one schedule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from launcher.data.loader import Batch
+from launcher.parallel.parts import Parts
+from launcher.parallel.pipeline import Pipeline
+from launcher.parallel.world import repeatable_backward
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+"""(logits, labels) -> sum over the target tokens, a float32 scalar."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """One batch on the device: what a model takes, and what it is compared with."""
+
+    input_ids: Tensor
+    labels: Tensor
+    arguments: dict[str, Any]
+    """Further arguments of `Decoder.forward`."""
+    seed: int | None = None
+    """For modules of transformers, whose dropout draws from torch's own generator."""
+
+
+@dataclass(frozen=True)
+class RowCut:
+    """Which tokens of every row this rank has."""
+
+    device: torch.device
+    places: Callable[[int], Tensor] | None = None
+    """From the length of a row to the places of the tokens here; None: all of them."""
+    counts: bool = True
+    """Whether the tokens here are counted by this rank: ranks that share matrices or layers all
+    have them."""
+
+    def __call__(
+        self, batch: Batch, *, seeds: Tensor | None = None, seed: int | None = None, **more: Any
+    ) -> Rows:
+        """The rows of `batch` on the device, cut to the tokens of this rank."""
+        tensors = {"position_ids": batch.position_ids, "document_ids": batch.document_ids,
+                   "sample_seeds": seeds}  # fmt: skip
+        ids, labels = self._moved(batch.input_ids), self._moved(batch.labels)
+        arguments = {k: self._moved(v) for k, v in tensors.items() if v is not None}
+        if self.places is not None:
+            total = ids.shape[1]
+            places = self.places(total).to(self.device)
+            ids, labels = ids[:, places], labels[:, places]
+            if "position_ids" in arguments:
+                arguments["position_ids"] = arguments["position_ids"][:, places]
+            more |= {"places": places, "total": total}
+        return Rows(ids, labels, arguments | more, seed)
+
+    def _moved(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.device, non_blocking=True)
+
+
+class Compute(Protocol):
+    """How losses and gradients come about."""
+
+    def train(self, rows: Sequence[Rows], scale: float | Tensor) -> Tensor:
+        """Forward and backward of all micro-batches; gradients are those of `scale` times the sum
+        of losses. Returns that sum, without the scale, as far as this rank has it."""
+
+    def evaluate(self, rows: Rows) -> Tensor:
+        """The summed loss of one batch, as far as this rank has it; no gradients."""
+
+
+@dataclass(frozen=True)
+class WholeModel:
+    """Every rank computes all layers."""
+
+    parts: Parts
+    loss: Loss
+    counts: bool
+    """Whether the loss of this rank is counted: ranks that share a matrix all have it."""
+    own_kernels: bool
+    """The model is ours, whose backward pass has a repeatable kernel for everything."""
+
+    def train(self, rows: Sequence[Rows], scale: float | Tensor) -> Tensor:
+        total = torch.zeros((), device=rows[0].input_ids.device)
+        for index, batch in enumerate(rows):
+            self.parts.sync_gradients(index == len(rows) - 1)
+            loss = self._loss(batch)
+            with repeatable_backward(total.device, strict=self.own_kernels):
+                (loss * scale).backward()
+            total += loss.detach()
+        return total * float(self.counts)
+
+    def evaluate(self, rows: Rows) -> Tensor:
+        return self._loss(rows) * float(self.counts)
+
+    def _loss(self, rows: Rows) -> Tensor:
+        if rows.seed is not None:
+            torch.manual_seed(rows.seed)
+        logits = self.parts.modules[0](rows.input_ids, **rows.arguments)
+        return self.loss(logits, rows.labels)
+
+
+@dataclass(frozen=True)
+class PipelinedModel:
+    """Each rank computes its stages; the last one has the loss."""
+
+    pipeline: Pipeline
+    loss: Loss
+    counts: bool
+
+    def train(self, rows: Sequence[Rows], scale: float | Tensor) -> Tensor:
+        together = _concatenated(rows)
+        with repeatable_backward(together.input_ids.device, strict=True):
+            total = self.pipeline.train(
+                together.input_ids,
+                together.labels,
+                lambda logits, labels: self.loss(logits, labels) * scale,
+                together.arguments,
+            )
+        return total / scale * float(self.counts)
+
+    def evaluate(self, rows: Rows) -> Tensor:
+        total = self.pipeline.evaluate(rows.input_ids, rows.labels, self.loss, rows.arguments)
+        return total * float(self.counts)
+
+
+def _concatenated(rows: Sequence[Rows]) -> Rows:
+    """Micro-batches of one shape as one batch."""
+    first = rows[0].arguments
+    by_row = first.keys() & {"position_ids", "document_ids", "sample_seeds"}
+    joined = {key: torch.cat([batch.arguments[key] for batch in rows]) for key in by_row}
+    ids, labels = ([getattr(b, name) for b in rows] for name in ("input_ids", "labels"))
+    return Rows(torch.cat(ids), torch.cat(labels), first | joined)

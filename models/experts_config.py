@@ -1,0 +1,146 @@
+"""What config.json says about experts and latent attention: the checks, and the numbers from it.
+
+Pure functions over plain dictionaries; no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from models.checks import Describe, is_number, is_whole, nearest
+from models.family_table import Family
+from models.spec import ExpertsConfig, LatentConfig, Problems
+
+_LEAST = {
+    "num_experts": 1, "num_local_experts": 1, "n_routed_experts": 1, "num_experts_per_tok": 1,
+    "moe_intermediate_size": 1, "decoder_sparse_step": 1, "n_shared_experts": 0,
+    "first_k_dense_replace": 0, "n_group": 1, "topk_group": 1, "q_lora_rank": 1,
+    "kv_lora_rank": 1, "qk_nope_head_dim": 1, "qk_rope_head_dim": 1, "v_head_dim": 1,
+}  # fmt: skip
+"""Whole numbers, and the least each may be; only `q_lora_rank` may be None."""
+_FLAGS = ("norm_topk_prob", "output_router_logits", "rope_interleave")
+
+
+class ExpertsCheck:
+    """The checks of one configuration: single values first, how they fit together only after."""
+
+    def __init__(
+        self, own: Family, config: Mapping[str, Any], describe: Describe, problems: Problems
+    ) -> None:
+        self.own, self.config = own, config
+        self.describe, self.problems = describe, problems
+
+    def run(self) -> None:
+        before = len(self.problems)
+        self._values()
+        if len(self.problems) == before:
+            self._choice()
+            if self.own.latent:
+                self._heads()
+
+    def _add(self, key: str, rule: str, near: str = "", advice: str = "") -> None:
+        what, written = self.describe(key)
+        self.problems.say(what, rule, nearest=near, advice=advice, key=written)
+
+    def _values(self) -> None:
+        config, own = self.config, self.own.defaults
+        for key, least in _LEAST.items():
+            absent = key not in own or (key == "q_lora_rank" and config[key] is None)
+            if not absent and not is_whole(config[key], least):
+                self._add(key, f"must be a whole number of at least {least}")
+        for key in _FLAGS:
+            if key in own and not isinstance(config[key], bool):
+                self._add(key, "must be True or False")
+        for key in ("router_aux_loss_coef", "routed_scaling_factor"):
+            if key in own and not (is_number(config[key]) and config[key] >= 0):
+                self._add(key, "must be a number of at least 0")
+        dense = config.get("mlp_only_layers")
+        whole = isinstance(dense, list | tuple) and all(is_whole(layer, 0) for layer in dense)
+        if dense is not None and not whole:
+            self._add("mlp_only_layers", "must be a list of layers, counted from 0")
+        if config.get("router_jitter_noise"):
+            self._add("router_jitter_noise", "noise on the router is not built yet", "Nearest: 0.0")
+        for key, only in self.own.fixed.items():
+            if config.get(key, only) != only:
+                self._add(key, "this family has no other", f"Nearest: {only}")
+        if config["output_router_logits"] is True and "router_aux_loss_coef" not in own:
+            rule = "there is no balance loss in this family"
+            self._add("output_router_logits", rule, "Nearest: False")
+
+    def _choice(self) -> None:
+        """How many experts a token can choose, and among which."""
+        config = self.config
+        count_key = str(self.own.expert_count)
+        count, chosen = config[count_key], config["num_experts_per_tok"]
+        if chosen > count:
+            rule = f"a token cannot go to more than all {count} experts"
+            self._add("num_experts_per_tok", rule, nearest(count))
+        if "n_group" not in self.own.defaults:
+            return
+        groups, kept = config["n_group"], config["topk_group"]
+        if count % groups or count // groups < 2:
+            rule = f"cannot be divided into {groups} groups of at least 2 experts"
+            below = max(count // groups, 2) * groups
+            self._add(count_key, rule, nearest(below, below + groups))
+        elif kept > groups:
+            self._add("topk_group", f"there are only {groups} groups", nearest(groups))
+        elif chosen > kept * count // groups:
+            rule = f"{kept} groups of {count // groups} experts have fewer"
+            self._add("num_experts_per_tok", rule, nearest(kept * count // groups))
+
+    def _heads(self) -> None:
+        rotated, heads = self.config["qk_rope_head_dim"], self.config["num_attention_heads"]
+        if rotated % 2:
+            rule = "rotary embeddings need an even head size"
+            self._add("qk_rope_head_dim", rule, nearest(rotated - 1, rotated + 1))
+        if self.config["num_key_value_heads"] not in (None, heads):
+            rule = f"latent attention has as many as attention heads: {heads}"
+            self._add("num_key_value_heads", rule, nearest(heads), "Or leave it out")
+
+
+def experts_of(own: Family, config: dict[str, Any]) -> ExpertsConfig | None:
+    """The mixture of experts of a checked config.json. Fills in `mlp_only_layers` as transformers
+    does."""
+    if own.expert_count is None:
+        return None
+    asked = config["output_router_logits"]
+    return ExpertsConfig(
+        num_experts=config[own.expert_count],
+        experts_per_token=config["num_experts_per_tok"],
+        intermediate_size=config.get("moe_intermediate_size") or config["intermediate_size"],
+        layers=_expert_layers(own, config),
+        block_name=own.expert_block,
+        shared_experts=config.get("n_shared_experts", 0) if own.latent else 0,
+        scoring=own.scoring,
+        norm_topk_prob=config["norm_topk_prob"] if "norm_topk_prob" in own.defaults else True,
+        groups=config["n_group"] if "n_group" in own.defaults else 1,
+        groups_per_token=config["topk_group"] if "topk_group" in own.defaults else 1,
+        routed_scaling_factor=float(config.get("routed_scaling_factor", 1.0)),
+        balance_coefficient=float(config["router_aux_loss_coef"]) if asked else 0.0,
+    )
+
+
+def _expert_layers(own: Family, config: dict[str, Any]) -> tuple[bool, ...]:
+    layers = range(config["num_hidden_layers"])
+    if "first_k_dense_replace" in own.defaults:
+        return tuple(layer >= config["first_k_dense_replace"] for layer in layers)
+    if "decoder_sparse_step" in own.defaults:
+        dense = config["mlp_only_layers"] = list(config["mlp_only_layers"] or ())
+        step = config["decoder_sparse_step"]
+        return tuple(layer not in dense and (layer + 1) % step == 0 for layer in layers)
+    return (True,) * len(layers)
+
+
+def latent_of(own: Family, config: Mapping[str, Any]) -> LatentConfig | None:
+    """Latent attention of a checked config.json."""
+    if not own.latent:
+        return None
+    return LatentConfig(
+        q_lora_rank=config["q_lora_rank"],
+        kv_lora_rank=config["kv_lora_rank"],
+        qk_nope_head_dim=config["qk_nope_head_dim"],
+        qk_rope_head_dim=config["qk_rope_head_dim"],
+        v_head_dim=config["v_head_dim"],
+        rope_interleave=config["rope_interleave"],
+    )

@@ -1,0 +1,119 @@
+"""The leaf modules that hold parameters, and the seam through which parallelism reaches them.
+
+Invariant: a leaf computes with `held(name)` only, never with the parameter itself. What parallelism
+has to do between a stored parameter and its use (give the local part, mark the gradient as partial)
+is a function in `views`, put there from outside; no leaf knows of ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.spec import DecoderConfig, Precision
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "swish": F.silu,
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_new": partial(F.gelu, approximate="tanh"),
+    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
+}
+
+
+class Leaf(nn.Module):
+    """A module with parameters of its own. Their values come from `models.initial` or from files:
+    nothing is drawn here."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.views: dict[str, Callable[[Tensor], Tensor]] = {}
+
+    def held(self, name: str) -> Tensor:
+        """The parameter `name` as the computation sees it; an absent bias stays None."""
+        parameter = getattr(self, name)
+        view = self.views.get(name)
+        return parameter if view is None or parameter is None else view(parameter)
+
+
+class Linear(Leaf):
+    """`states` [..., inputs] -> [..., outputs]; weight [outputs, inputs]."""
+
+    def __init__(self, inputs: int, outputs: int, *, bias: bool = False) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(outputs, inputs))
+        self.register_parameter("bias", nn.Parameter(torch.empty(outputs)) if bias else None)
+
+    def forward(self, states: Tensor) -> Tensor:
+        return F.linear(states, self.held("weight"), self.held("bias"))
+
+
+class Embedding(Leaf):
+    """Token ids [...] -> [..., size]; weight [vocabulary, size]."""
+
+    def __init__(self, vocabulary: int, size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocabulary, size))
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return F.embedding(input_ids, self.held("weight"))
+
+
+class TiedHead(Leaf):
+    """The head of a model with tied embeddings: no parameter of its own, the embedding's weight
+    through its own views."""
+
+    def __init__(self, embedding: Embedding) -> None:
+        super().__init__()
+        self._embedding = (embedding,)  # in a tuple, so that it does not become a child
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The embedding's parameter, whatever it was replaced by since."""
+        return self._embedding[0].weight
+
+    def forward(self, states: Tensor) -> Tensor:
+        return F.linear(states, self.held("weight"))
+
+
+class RMSNorm(Leaf):
+    """Root-mean-square norm over the last dimension, statistics in `compute_dtype`."""
+
+    def __init__(self, size: int, eps: float, compute_dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps, self.compute_dtype = eps, compute_dtype
+
+    def forward(self, states: Tensor) -> Tensor:
+        wide = states.to(self.compute_dtype)
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.held("weight") * wide.to(states.dtype)
+
+
+class MLP(nn.Module):
+    """The gated MLP: down(activation(gate(x)) * up(x))."""
+
+    def __init__(self, hidden: int, inner: int, activation: str, *, bias: bool = False) -> None:
+        super().__init__()
+        self.gate_proj = Linear(hidden, inner, bias=bias)
+        self.up_proj = Linear(hidden, inner, bias=bias)
+        self.down_proj = Linear(inner, hidden, bias=bias)
+        self.activation = ACTIVATIONS[activation]
+
+    def forward(self, states: Tensor) -> Tensor:
+        return self.down_proj(self.activation(self.gate_proj(states)) * self.up_proj(states))
+
+
+def norm_of(config: DecoderConfig, precision: Precision, size: int) -> RMSNorm:
+    """An RMS norm over `size` as the configuration wants it."""
+    return RMSNorm(size, config.rms_norm_eps, dtype_of(precision.layernorm_compute_dtype))
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """`float32` -> torch.float32."""
+    return getattr(torch, name)

@@ -1,0 +1,189 @@
+"""Mixture of experts: the router, the experts stacked into one tensor a projection, and the block.
+
+Invariants: the router computes in float32; nothing in here waits for the device (how many tokens an
+expert gets stays a tensor); the result is a function of the token alone, whoever shares its batch;
+backward passes are gathers, so they are repeatable. An expert may be anywhere: `Experts` takes the
+tokens of any number of experts, sorted, and parallelism changes what reaches it from outside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.attention import StepContext
+from models.layers import ACTIVATIONS, MLP, Leaf
+from models.spec import DecoderConfig, ExpertsConfig
+
+
+class Router(Leaf):
+    """Which experts a token goes to, and with which weights; weight [experts, hidden]."""
+
+    def __init__(self, hidden: int, experts: ExpertsConfig) -> None:
+        super().__init__()
+        self.experts = experts
+        self.weight = nn.Parameter(torch.empty(experts.num_experts, hidden))
+        if experts.scoring == "sigmoid":
+            correction = torch.zeros(experts.num_experts, dtype=torch.float32)
+            self.register_buffer("e_score_correction_bias", correction)
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """For `tokens` [n, hidden]: weights [n, k] float32, chosen experts [n, k] int64, and the
+        probabilities of all experts [n, experts] float32."""
+        experts = self.experts
+        logits = F.linear(tokens.float(), self.held("weight").float())
+        if experts.scoring == "sigmoid":
+            scores = logits.sigmoid()
+            chosen = self._best(scores + self.e_score_correction_bias)
+            probabilities = scores / scores.sum(-1, keepdim=True)
+        else:
+            scores = probabilities = torch.softmax(logits, dim=-1)
+            chosen = torch.topk(scores, experts.experts_per_token, dim=-1).indices
+        weights = scores.gather(-1, chosen)
+        if experts.norm_topk_prob:
+            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+        return weights * experts.routed_scaling_factor, chosen, probabilities
+
+    def _best(self, scores: Tensor) -> Tensor:
+        """The best experts among those of the best groups; a group is as good as its best two."""
+        experts = self.experts
+        grouped = scores.unflatten(-1, (experts.groups, -1))
+        merit = grouped.topk(2, dim=-1).values.sum(-1)
+        kept = merit.topk(experts.groups_per_token, dim=-1).indices
+        left_out = torch.ones_like(merit, dtype=torch.bool).scatter(-1, kept, False)
+        scores = grouped.masked_fill(left_out[..., None], float("-inf")).flatten(-2)
+        return scores.topk(experts.experts_per_token, dim=-1).indices
+
+
+class Experts(Leaf):
+    """Gated MLPs side by side: gate_proj and up_proj [experts, inner, hidden], down_proj [experts,
+    hidden, inner]."""
+
+    def __init__(self, count: int, hidden: int, inner: int, activation: str) -> None:
+        super().__init__()
+        self.gate_proj = nn.Parameter(torch.empty(count, inner, hidden))
+        self.up_proj = nn.Parameter(torch.empty(count, inner, hidden))
+        self.down_proj = nn.Parameter(torch.empty(count, hidden, inner))
+        self.activation = ACTIVATIONS[activation]
+
+    def forward(self, tokens: Tensor, counts: Tensor) -> Tensor:
+        """Each token [n, hidden] through its expert: the first `counts[0]` through the first, and
+        so on. `counts` [experts] int64 adds up to n; zeros, and n = 0, are fine."""
+        gate = grouped_linear(tokens, self.held("gate_proj"), counts)
+        up = grouped_linear(tokens, self.held("up_proj"), counts)
+        return grouped_linear(self.activation(gate) * up, self.held("down_proj"), counts)
+
+
+class MoE(nn.Module):
+    """Router and experts in the place of an MLP, with an MLP for every token beside them if the
+    configuration says so."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        experts, hidden, activation = config.experts, config.hidden_size, config.hidden_act
+        assert experts is not None
+        self.gate = Router(hidden, experts)
+        self.experts = Experts(experts.num_experts, hidden, experts.intermediate_size, activation)
+        self.shared_experts: MLP | None = None
+        if experts.shared_experts:
+            inner = experts.intermediate_size * experts.shared_experts
+            self.shared_experts = MLP(hidden, inner, activation)
+        self.balance_share = 1.0
+        """What the gradient of the balance loss is multiplied by, where several ranks compute the
+        same one and their gradients are added."""
+        self.row_sum: Callable[[Tensor], Tensor] = _as_it_is
+        """From sums over the tokens here [2, rows, experts] to sums over the whole row,
+        differentiable."""
+
+    def forward(self, states: Tensor, context: StepContext) -> Tensor:
+        """`states` [rows, length, hidden], and the result."""
+        tokens = states.flatten(0, 1)
+        weights, chosen, probabilities = self.gate(tokens)
+        if self.training and context.balance_scale is not None:
+            by_row = (t.unflatten(0, states.shape[:2]) for t in (probabilities, chosen))
+            loss = row_balance(*by_row, total=context.sight.total, row_sum=self.row_sum).sum()
+            scale = context.balance_scale * self.balance_share
+            weights = _WithLoss.apply(weights, loss, scale)
+        mixed = self._mixed(tokens, weights, chosen).view_as(states)
+        return mixed if self.shared_experts is None else mixed + self.shared_experts(states)
+
+    def _mixed(self, tokens: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+        """The sum [n, hidden] of the outputs of each token's experts, weighed in float32."""
+        flat = chosen.flatten()
+        by_expert, order = flat.sort(stable=True)
+        back = torch.empty_like(order)
+        back[order] = torch.arange(len(flat), device=flat.device)
+        names = torch.arange(self.gate.experts.num_experts, device=flat.device)
+        ends = torch.searchsorted(by_expert, names, right=True)
+        counts = ends.diff(prepend=ends.new_zeros(1))
+        outputs = self.experts(_Gather.apply(tokens, order, back, chosen.shape[1]), counts)
+        outputs = _Gather.apply(outputs, back, order, 1).unflatten(0, chosen.shape)
+        return (outputs * weights[..., None]).sum(1).to(tokens.dtype)
+
+
+def row_balance(
+    probabilities: Tensor, chosen: Tensor, *, total: int, row_sum: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """How unevenly the tokens of each row are spread over the experts [rows], float32.
+
+    experts * sum over experts of (share of the row's tokens that chose it) * (its mean probability
+    over the row's tokens), as in the Switch Transformer (https://arxiv.org/abs/2101.03961), but row
+    by row: no row's loss depends on its batch. `probabilities` [rows, length, experts], `chosen`
+    [rows, length, k], `total` tokens in the whole row.
+    """
+    hits = torch.zeros_like(probabilities).scatter(-1, chosen, 1.0)
+    sums = row_sum(torch.stack((hits.sum(1), probabilities.sum(1))))
+    share, mean = (sums / total).unbind()
+    return probabilities.shape[-1] * (share * mean).sum(-1)
+
+
+def grouped_linear(tokens: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    """`tokens` [n, inputs], sorted, times the matrix of their group: `weight` [groups, outputs,
+    inputs]. Sizes that the kernel cannot align go group by group, and wait for the device."""
+    aligned = all(size * weight.element_size() % 16 == 0 for size in weight.shape[1:])
+    traced = torch.compiler.is_compiling() and weight.dtype != torch.bfloat16
+    if aligned and not traced:
+        offsets = counts.cumsum(0, dtype=torch.int32)
+        return F.grouped_mm(tokens, weight.transpose(-2, -1), offs=offsets)
+    pieces = zip(tokens.split(counts.tolist()), weight.unbind(), strict=True)
+    return torch.cat([F.linear(piece, matrix) for piece, matrix in pieces])
+
+
+class _Gather(torch.autograd.Function):
+    """`states[order // copies]`; backward gathers by `back`, the inverse of `order`, and adds up
+    the copies of a line, where autograd's own would scatter in no fixed order."""
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, order: Tensor, back: Tensor, copies: int) -> Tensor:
+        ctx.save_for_backward(back)
+        ctx.copies = copies
+        return states[order // copies]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        (back,) = ctx.saved_tensors
+        lines = (len(back) // ctx.copies, ctx.copies)
+        return gradient[back].unflatten(0, lines).sum(1), None, None, None
+
+
+class _WithLoss(torch.autograd.Function):
+    """`states` as they are; backward also sends `scale` into `loss`, as if scale * loss had been
+    added to whatever is differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, loss: Tensor, scale: Tensor) -> Tensor:
+        ctx.save_for_backward(scale)
+        return states.view_as(states)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+        (scale,) = ctx.saved_tensors
+        return gradient, scale.reshape(()), None
+
+
+def _as_it_is(sums: Tensor) -> Tensor:
+    return sums

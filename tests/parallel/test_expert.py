@@ -1,0 +1,238 @@
+"""Expert parallelism: tokens find their experts on other ranks, and nobody can tell from the
+results.
+
+Every comparison is max|difference| / max|reference| in float32 against the same module in one
+process.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from launcher.parallel import world
+from launcher.parallel.context import ContextParallel, apply_context_parallel
+from launcher.parallel.expert import apply_expert_parallel, by_expert
+from models.decoder import Decoder
+from models.moe import Experts
+from tests.models.tiny import experts_spec, tokens
+from tests.ranks import run_ranks
+
+CLOSE = 1e-5
+HIDDEN, INNER = 16, 24
+FAMILIES = ("qwen3_moe", "mixtral", "deepseek_v3")
+
+
+@pytest.mark.parametrize(
+    "counts",
+    [[[2, 0, 1], [1, 3, 0]], [[0, 0], [0, 0], [0, 0]], [[0, 4], [0, 0]], [[1], [0], [2], [5]]],
+)
+def test_arrivals_are_sorted_by_expert_and_then_by_rank(counts: list[list[int]]) -> None:
+    came = [
+        (expert, rank, n)
+        for rank, line in enumerate(counts)
+        for expert, count in enumerate(line)
+        for n in range(count)
+    ]
+    order, back = by_expert(torch.tensor(counts), len(came))
+    assert [came[place] for place in order.tolist()] == sorted(came)
+    assert [sorted(came)[place] for place in back.tolist()] == came
+
+
+# Whole decoders on data-parallel ranks, each with tokens of its own.
+
+
+@pytest.mark.parametrize(("ranks", "together"), [(2, 2), (4, 4), (4, 2)])
+def test_logits_and_gradients_are_those_of_one_process(ranks: int, together: int) -> None:
+    for errors in run_ranks(ranks, _compare_decoders, together):
+        assert set(errors) == set(FAMILIES)
+        assert all(max(error) <= CLOSE for error in errors.values()), errors
+
+
+def _compare_decoders(together: int) -> dict[str, tuple[float, float]]:
+    """(worst error of the logits, of the gradients) for every family."""
+    group = _start(together)
+    try:
+        return {family: _compare(family, group) for family in FAMILIES}
+    finally:
+        world.stop()
+
+
+def _start(together: int | None = None) -> dist.ProcessGroup:
+    """Join the job, and give the `ep` group of this rank: so many neighbours, or everyone."""
+    here = world.start(force_cpu=True)
+    lines = torch.arange(here.size).view(-1, together or here.size).tolist()
+    group, _ = dist.new_subgroups_by_enumeration(lines)
+    return group
+
+
+def _compare(family: str, group: dist.ProcessGroup) -> tuple[float, float]:
+    alone, shared = _decoder(family), _decoder(family)
+    _keep_own_experts(shared, group)
+    apply_expert_parallel(shared, group)
+    expected = [alone(_ids(rank)) for rank in range(dist.get_world_size())]
+    sum(_loss(logits) for logits in expected).backward()
+    found = shared(_ids(dist.get_rank()))
+    _loss(found).backward()
+    for parameter in shared.parameters():
+        dist.all_reduce(parameter.grad)
+    return error(expected[dist.get_rank()], found), _worst(alone, shared)
+
+
+def _decoder(family: str) -> Decoder:
+    spec = experts_spec(family)
+    assert spec.decoder is not None
+    decoder = Decoder(spec.decoder, spec.precision)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in decoder.parameters():
+            noise = torch.randn_like(parameter)
+            parameter.copy_(1 + 0.1 * noise if parameter.ndim == 1 else 0.1 * noise)
+    return decoder.train()
+
+
+def _keep_own_experts(model: Decoder, group: dist.ProcessGroup) -> None:
+    """Views that give this rank's experts; gradients of the others stay zero."""
+    for module in model.modules():
+        if isinstance(module, Experts):
+            for name, parameter in module.named_parameters():
+                count = len(parameter) // dist.get_world_size(group)
+                first = dist.get_rank(group) * count
+                module.views[name] = lambda p, own=slice(first, first + count): p[own]
+
+
+def _ids(rank: int) -> Tensor:
+    """Tokens of another number on each rank."""
+    return tokens(1 + rank % 2, 5 + 3 * rank, seed=rank)
+
+
+def _loss(logits: Tensor) -> Tensor:
+    return (logits * torch.linspace(-1, 2, logits.numel()).view(logits.shape).cos()).sum()
+
+
+def _worst(alone: Decoder, shared: Decoder) -> float:
+    pairs = zip(alone.parameters(), shared.parameters(), strict=True)
+    return max(error(theirs.grad, ours.grad) for theirs, ours in pairs)
+
+
+def error(expected: Tensor, found: Tensor) -> float:
+    """max|difference| / max|expected|; without any element there is none."""
+    if not expected.numel():
+        return 0.0 if expected.shape == found.shape else float("inf")
+    largest = expected.abs().max().clamp_min(1e-30)
+    return ((expected - found).abs().max() / largest).item()
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_layers_may_be_compiled(backend: str) -> None:
+    for errors in run_ranks(2, _compare_compiled, backend):
+        assert max(errors) <= CLOSE, errors
+
+
+def _compare_compiled(backend: str) -> tuple[float, float]:
+    group = _start(2)
+    try:
+        alone, shared = _decoder("mixtral"), _decoder("mixtral")
+        _keep_own_experts(shared, group)
+        apply_expert_parallel(shared, group)
+        for layer in shared.model.layers.values():
+            layer.compile(backend=backend)
+        ids = tokens(2, 8)
+        expected, found = alone(ids), shared(ids)
+        _loss(expected).backward()
+        _loss(found / 2).backward()
+        for parameter in shared.parameters():
+            dist.all_reduce(parameter.grad)
+        return error(expected, found), _worst(alone, shared)
+    finally:
+        world.stop()
+
+
+# Experts by themselves, with the parameters of this rank alone.
+
+COUNTS = {
+    "some for each": [[2, 1, 3, 1], [1, 4, 2, 2]],
+    "a rank without tokens": [[2, 1, 3, 1], [0, 0, 0, 0]],
+    "an expert nobody chose": [[2, 0, 3, 1], [1, 0, 2, 2]],
+    "a rank whose experts nobody chose": [[0, 0, 3, 1], [0, 0, 2, 2]],
+    "a rank with neither": [[0, 0, 3, 1], [0, 0, 0, 0]],
+    "all of them abroad": [[0, 0, 3, 1], [4, 1, 0, 0]],
+    "no tokens at all": [[0, 0, 0, 0], [0, 0, 0, 0]],
+}
+"""Tokens of two ranks for four experts."""
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_outputs_and_gradients_of_experts_however_tokens_fall(ranks: int) -> None:
+    for errors in run_ranks(ranks, _compare_experts):
+        assert set(errors) == set(COUNTS)
+        assert all(max(error) <= CLOSE for error in errors.values()), errors
+
+
+def _compare_experts() -> dict[str, list[float]]:
+    group = _start()
+    try:
+        return {
+            name: _compare_stacks(counts * (dist.get_world_size() // 2), group)
+            for name, counts in COUNTS.items()
+        }
+    finally:
+        world.stop()
+
+
+def _compare_stacks(counts: list[list[int]], group: dist.ProcessGroup) -> list[float]:
+    """The errors of the outputs, and of the gradients of tokens and parameters."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    torch.manual_seed(1)
+    alone, own = Experts(4, HIDDEN, INNER, "silu"), Experts(4 // size, HIDDEN, INNER, "silu")
+    mine = slice(rank * 4 // size, (rank + 1) * 4 // size)
+    with torch.no_grad():
+        for whole, part in zip(alone.parameters(), own.parameters(), strict=True):
+            part.copy_(whole.normal_()[mine])
+    apply_expert_parallel(torch.nn.ModuleList([own]), group)  # type: ignore[arg-type]
+
+    inputs = [torch.randn(sum(line), HIDDEN, requires_grad=True) for line in counts]
+    outputs = [alone(x, torch.tensor(line)) for x, line in zip(inputs, counts, strict=True)]
+    sum(_loss(output) for output in outputs).backward()
+    given = inputs[rank].detach().requires_grad_()
+    found = own(given, torch.tensor(counts[rank]))
+    _loss(found).backward()
+    assert all(parameter.grad is not None for parameter in own.parameters())
+    pairs = zip(alone.parameters(), own.parameters(), strict=True)
+    errors = [error(whole.grad[mine], part.grad) for whole, part in pairs]
+    return [error(outputs[rank], found), error(inputs[rank].grad, given.grad), *errors]
+
+
+# The balance loss, when the tokens of a row are on several ranks.
+
+
+@pytest.mark.parametrize(("way", "ranks"), [("ring", 2), ("trade", 2), ("both", 4)])
+def test_the_balance_loss_counts_the_tokens_of_whole_rows(way: str, ranks: int) -> None:
+    for worst in run_ranks(ranks, _compare_balance, way):
+        assert worst <= CLOSE
+
+
+def _compare_balance(way: str) -> float:
+    """The worst error of the gradients of the balance loss alone."""
+    pair = _start(2)
+    try:
+        cp = ContextParallel(**{way: pair}) if way != "both" else _both(pair)
+        alone, shared = _decoder("qwen3_moe"), _decoder("qwen3_moe")
+        apply_context_parallel(shared, cp)
+        ids, scale, own = tokens(2, 16), torch.tensor(0.7), cp.places(16)
+        (alone(ids, balance_scale=scale) * 0.0).sum().backward()
+        found = shared(ids[:, own], places=own, total=16, balance_scale=scale)
+        (found * 0.0).sum().backward()
+        assert alone.model.layers["0"].mlp.gate.weight.grad.abs().max() > 0
+        for parameter in shared.parameters():
+            dist.all_reduce(parameter.grad)
+        return _worst(alone, shared)
+    finally:
+        world.stop()
+
+
+def _both(trade: dist.ProcessGroup) -> ContextParallel:
+    ring, _ = dist.new_subgroups_by_enumeration([[0, 2], [1, 3]])
+    return ContextParallel(trade=trade, ring=ring)

@@ -1,0 +1,142 @@
+"""Every layout computes what one process computes: three steps of loss, gradients, parameters.
+
+`make test` runs every axis on Qwen3 and every family and axis once; the whole matrix is marked long.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import replace
+
+import pytest
+
+from tests.parallel.parity import FAMILIES, Case, Outcome, assert_equal, run_cases
+from tests.workshop import Workshop
+
+SEQUENCE = {"use_seq_parallel": True}
+CUT_VOCABULARY = {"vocab_emb_dp": False}
+SCHEDULES: dict[str, dict[str, object]] = {
+    "gpipe": {"pipeline_scheduler": "gpipe"},
+    "1f1b": {"pipeline_scheduler": "1f1b"},
+    "interleaved 1f1b": {"pipeline_scheduler": "1f1b", "pipeline_interleave": True},
+    "interleaved zero bubble": {"pipeline_scheduler": "interleaved_zero_bubble"},
+    "zero bubble": {"pipeline_scheduler": "zero_bubble_v"},
+}
+
+QWEN3 = [
+    Case(dp=2),
+    Case(dp=2, sharded=True, micro=2),
+    Case(dp=4, sharded=True, shard_size=2),
+    Case(tp=2, more={"train_dataset": {"packing": False}}),
+    Case(tp=2, parallel=SEQUENCE, model={"attention_dropout": 0.1, "hidden_dropout": 0.1}),
+    Case("qwen3 tied", tp=2, parallel={**SEQUENCE, **CUT_VOCABULARY}),
+    Case("qwen3 tied", tp=4, parallel=SEQUENCE),
+    Case(dp=2, tp=2, sharded=True, parallel=CUT_VOCABULARY),
+    Case(dp=2, pp=2, sharded=True),
+    Case(tp=2, pp=2, parallel=SEQUENCE),
+    Case(dp=2, tp=2, pp=2, sharded=True),
+    Case(cp=2),
+    Case("qwen3 tied", cp=2, tp=2, parallel={**SEQUENCE, "context_parallel_algo": "ulysses_cp"}),
+    Case(pp=2, model={"num_hidden_layers": 5, "hidden_dropout": 0.1}),
+    *(Case("qwen3 tied", pp=2, pipeline=schedule) for schedule in SCHEDULES.values()),
+]
+FAMILIES_ONCE = [
+    Case("llama", dp=2, tp=2, model={"attention_bias": True, "mlp_bias": True}),
+    Case("qwen2", tp=8),
+    Case("qwen3 moe", dp=2, ep=2),
+    Case("qwen3 moe", dp=4, tp=2, ep=2, sharded=True, parallel=SEQUENCE),
+    Case("mixtral", dp=2, ep=2, sharded=True),
+    Case("deepseek", dp=2, tp=2, pp=2, ep=2, sharded=True),
+    Case("deepseek", cp=2),
+    Case("deepseek", tp=2),
+]
+
+
+def whole_matrix() -> Iterable[Case]:
+    """Families x axes, each with the optimizer copied and sharded where there are data ranks."""
+    axes = [
+        {"dp": 2}, {"dp": 4}, {"tp": 2}, {"tp": 4}, {"pp": 2}, {"pp": 4}, {"cp": 2}, {"cp": 4},
+        {"dp": 2, "tp": 2}, {"dp": 2, "pp": 2}, {"tp": 2, "pp": 2}, {"dp": 2, "tp": 2, "pp": 2},
+        {"dp": 2, "cp": 2}, {"tp": 2, "cp": 2}, {"pp": 2, "cp": 2}, {"dp": 2, "tp": 2, "cp": 2},
+        {"tp": 2, "pp": 2, "cp": 2}, {"dp": 4, "pp": 2}, {"tp": 4, "dp": 2},
+    ]  # fmt: skip
+    with_experts = [
+        {"dp": 2, "ep": 2}, {"dp": 4, "ep": 2}, {"dp": 4, "ep": 4}, {"dp": 2, "tp": 2, "ep": 2},
+        {"dp": 4, "tp": 2, "ep": 4}, {"dp": 2, "pp": 2, "ep": 2}, {"dp": 2, "cp": 2, "ep": 2},
+        {"dp": 2, "tp": 2, "pp": 2, "ep": 2},
+    ]  # fmt: skip
+    for family in FAMILIES:
+        moe = family in ("qwen3 moe", "mixtral", "deepseek")
+        for degrees in axes + (with_experts if moe else []):
+            plain = Case(family, **degrees)
+            yield plain
+            if plain.dp > 1:
+                yield replace(plain, sharded=True)
+            if plain.dp > 2:
+                yield replace(plain, sharded=True, shard_size=2)
+            if plain.tp > 1:
+                yield replace(plain, parallel={**SEQUENCE, **CUT_VOCABULARY})
+            if plain.cp > 1:
+                yield replace(plain, parallel={"context_parallel_algo": "ulysses_cp"})
+    for family in FAMILIES:
+        for schedule in SCHEDULES.values():
+            yield Case(family, pp=2, dp=2, sharded=True, pipeline=schedule)
+    hybrid = {"context_parallel_algo": "hybrid_cp", "ulysses_degree_in_cp": 2}
+    yield Case(cp=4, parallel=hybrid)
+
+
+def outcomes_of(
+    workshop: Workshop, cases: list[Case], timeout: float
+) -> dict[str, tuple[list[Outcome], Outcome]]:
+    """Every case with its reference, by name; cases that are the same alone share it."""
+    alone = {_key(case): case.alone() for case in cases}
+    found = run_cases(workshop, [*alone.values(), *cases], timeout)
+    references = dict(zip(alone, (ranks[0] for ranks in found), strict=False))
+    return {
+        str(case): (ranks, references[_key(case)])
+        for case, ranks in zip(cases, found[len(alone) :], strict=True)
+    }
+
+
+def _key(case: Case) -> str:
+    return json.dumps(case.alone().yaml(), sort_keys=True)
+
+
+QUICK = [*QWEN3, *FAMILIES_ONCE]
+
+
+@pytest.fixture(scope="module")
+def quick(materials: Workshop, tmp_path_factory) -> dict[str, tuple[list[Outcome], Outcome]]:
+    return outcomes_of(materials.copy_to(tmp_path_factory.mktemp("parity")), QUICK, timeout=240)
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("case", QUICK, ids=str)
+def test_a_layout_computes_what_one_process_computes(quick, case: Case) -> None:
+    ranks, reference = quick[str(case)]
+    assert_equal(case, ranks, reference)
+
+
+def test_the_runs_learn_something(quick) -> None:
+    for ranks, reference in quick.values():
+        assert reference.losses[-1] < reference.losses[0] - 0.2
+        assert ranks[0].eval_loss < reference.losses[0]
+
+
+WHOLE = list(whole_matrix())
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_whole_matrix(materials: Workshop, tmp_path, family: str) -> None:
+    cases = [case for case in WHOLE if case.family == family]
+    found = outcomes_of(materials.copy_to(tmp_path / "work"), cases, timeout=1500)
+    wrong = []
+    for case in cases:
+        try:
+            assert_equal(case, *found[str(case)])
+        except AssertionError as error:
+            wrong.append(str(error))
+    assert not wrong, "\n".join(wrong)
