@@ -9,10 +9,11 @@ from pathlib import Path
 
 from launcher.assembly.data import evaluation_source
 from launcher.assembly.job import Job
-from launcher.assembly.model import build_parallel, build_whole
+from launcher.assembly.model import build_parallel, build_predicting
 from launcher.assembly.prediction import PREDICT_BATCH, continue_prompts, result_path
 from launcher.assembly.resume import find_resume, resumed_run
 from launcher.assembly.run import fresh_run
+from launcher.assembly.strategy import world_without_group, write_all, write_own
 from launcher.assembly.weights import fill_weights, find_weights
 from launcher.checkpoint.files import write_json
 from launcher.checkpoint.monitor import CheckpointMonitor
@@ -46,8 +47,11 @@ def run(config: Config, provenance: Provenance, resolved: str) -> int:
 
     `resolved`: the configuration as YAML, for `resolved.yaml`. Raises `UserError`.
     """
-    world = worlds.start(force_cpu=config.context.device_target == "CPU")
-    mode = config.run_mode or "train"
+    if config.only_save_strategy:
+        mode, world = "strategy", world_without_group()
+    else:
+        mode = config.run_mode or "train"
+        world = worlds.start(force_cpu=config.context.device_target == "CPU")
     open_output(config, world, resolved_name(mode), resolved)
     job = Job(config, provenance, world, Console(enabled=world.is_main))
     finished = False
@@ -128,7 +132,7 @@ def predict(job: Job) -> int:
     """Continue prompts, print them, and write them down."""
     prompts = read_prompts(job.config.input_data)
     check_writable(result_path(job))
-    model, layout = build_whole(job)
+    model, layout = build_predicting(job)
     fill_weights(job, Parts([model]), layout, find_weights(job))
     batch_size = job.config.predict_batch_size or min(len(prompts), PREDICT_BATCH)
     generations = continue_prompts(job, model, prompts, batch_size)
@@ -139,12 +143,19 @@ def predict(job: Job) -> int:
     return EXIT_OK
 
 
+def save_strategy(job: Job) -> int:
+    """The strategy files alone (only_save_strategy)."""
+    write_all(job)
+    return EXIT_OK
+
+
 MODES = {
     "train": train,
     "finetune": finetune,
     "eval": evaluate_only,
     "predict": predict,
     "predict_with_train_model": predict,
+    "strategy": save_strategy,
 }
 
 
@@ -155,6 +166,7 @@ def train_to_the_end(job: Job, run: TrainRun, callbacks: list[Callback]) -> int:
             f"nothing to do: step {run.state.global_step} is done, the run has {run.total_steps}"
         )
         return EXIT_OK
+    write_own(job, run.layout)
     job.say(
         f"training: steps {run.state.global_step + 1} to {run.total_steps}, "
         f"{run.steps_per_epoch} an epoch, {run.loader.global_batch} samples a step, "

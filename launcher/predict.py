@@ -1,7 +1,8 @@
 """Prompts to text: what the user gives, what comes out, and where it is written.
 
 Owns the reading of prompts, the sharing out over data-parallel ranks and the result files. The
-whole model is on every rank: rank r continues prompts r, r + n, r + 2n, ...; rank 0 gathers.
+model is whole on every data rank, or on the ranks that share its matrices together: data rank r
+continues prompts r, r + n, r + 2n, ...; rank 0 gathers.
 """
 
 from __future__ import annotations
@@ -79,8 +80,8 @@ def generate(
     """Continue every prompt; in the order of the prompts on rank 0, empty on the others.
 
     With `data_parallel` > 1 each rank takes its share and `gather` brings them together: the model
-    must then be whole on every rank, since ranks take different numbers of steps. Raises UserError
-    for a prompt that has no room to grow, before anything is computed.
+    must not ask ranks of other shares for anything, as they take other numbers of steps. Raises
+    UserError for a prompt that has no room to grow, before anything is computed.
     """
     encoded = [_encode(tokenizer, prompt, settings) for prompt in prompts]
     limits = token_limits([len(ids) for ids in encoded], settings, positions_of(model))

@@ -187,13 +187,21 @@ class Decoder(nn.Module):
             cache=cache,
             balance_scale=balance_scale,
         )
-        for layer in self.model.layers.values():
-            states = layer(states, context)
+        states = self.run_layers(states, context)
         if cache is not None:
             cache.advance(length)
         if not self.ends:
             return states
         return self.head_module(self.model.norm(states[:, -1:] if last_only else states))
+
+    def run_layers(self, states: Tensor, context: StepContext) -> Tensor:
+        """Hidden states [rows, length of the stream part, hidden] through the layers here.
+
+        A seam: the instance's attribute may be replaced by a function of the same arguments.
+        """
+        for layer in self.model.layers.values():
+            states = layer(states, context)
+        return states
 
 
 def _positions(sight: Sight) -> Tensor:

@@ -75,6 +75,10 @@ class Experts(Leaf):
         so on. `counts` [experts] int64 adds up to n; zeros, and n = 0, are fine."""
         gate = grouped_linear(tokens, self.held("gate_proj"), counts)
         up = grouped_linear(tokens, self.held("up_proj"), counts)
+        return self.activated(gate, up, counts)
+
+    def activated(self, gate: Tensor, up: Tensor, counts: Tensor) -> Tensor:
+        """From both projections [n, inner] on; a seam, as `MLP.activated`."""
         return grouped_linear(self.activation(gate) * up, self.held("down_proj"), counts)
 
 

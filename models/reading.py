@@ -140,11 +140,8 @@ def _precision(key: str, value: Any, reading: Reading, problems: Problems) -> No
     name = str(value).removeprefix("torch.")
     dtype = keys.DTYPES.get(name)
     if dtype is None:
-        nearest = did_you_mean(name, keys.DTYPES) or "Known: float32, bfloat16"
+        nearest = did_you_mean(name, keys.DTYPES) or "Known: float32, bfloat16, float16"
         problems.add(key, value, "no such dtype", nearest=nearest)
-        return
-    if dtype == "float16":
-        problems.add(key, value, "not built yet", advice="Use bfloat16 or float32")
         return
     reading.precision[keys.PRECISIONS[key]] = dtype
     if keys.PRECISIONS[key] == "softmax_compute_dtype":

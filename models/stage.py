@@ -64,6 +64,8 @@ def stage_split(
     layers of each stage; left out, they are even, or balanced by weight where they do not divide.
     """
     stages = ranks * per_rank
+    if stages > config.num_hidden_layers:
+        raise ValueError(f"{config.num_hidden_layers} layers for {stages} stages")
     if counts is None:
         counts = _even_or_balanced(config, stages)
     ends = [sum(counts[: stage + 1]) for stage in range(stages)]
@@ -113,28 +115,35 @@ def _even_or_balanced(config: DecoderConfig, stages: int) -> list[int]:
 def balanced(weights: Sequence[int], stages: int, *, last: int = 0) -> list[int]:
     """Lengths of `stages` runs of `weights`, none empty, whose heaviest is as light as can be.
 
-    `last` is added to the last run. Among equals, earlier runs are the longer ones.
+    `last` is added to the last run. Among equals the others are as even as can be too, and earlier
+    runs are the longer ones.
     """
     count = len(weights)
     sums = [0]
     for weight in weights:
         sums.append(sums[-1] + weight)
-    # best[k][n]: (heaviest of the last k runs that begin at n, end of the first of them)
-    best = [{n: (sums[count] - sums[n] + last, count) for n in range(count)}]
+    # best[k - 1][n]: of the last k runs, which begin at n: (the heaviest, their squares added up,
+    # minus the end of the first)
+    best = [{n: _runs(sums[count] - sums[n] + last, (0, 0), count) for n in range(count)}]
     for k in range(2, stages + 1):
         best.append({
             start: min(
-                (max(sums[end] - sums[start], best[-1][end][0]), -end)
+                _runs(sums[end] - sums[start], best[-1][end], end)
                 for end in range(start + 1, count - k + 2)
             )
             for start in range(count - k + 1)
         })  # fmt: skip
     lengths, start = [], 0
     for k in range(stages, 0, -1):
-        end = abs(best[k - 1][start][1])
+        end = -best[k - 1][start][2]
         lengths.append(end - start)
         start = end
     return lengths
+
+
+def _runs(first: int, others: Sequence[int], end: int) -> tuple[int, int, int]:
+    """A run that weighs `first` and ends at `end`, before `others`."""
+    return max(first, others[0]), first * first + others[1], -end
 
 
 def cut_to_stage(model: Decoder, split: StageSplit, stage: int) -> Decoder:

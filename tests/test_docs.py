@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -41,17 +43,26 @@ def folder(materials: Workshop, tmp_path_factory) -> Path:
     return folder
 
 
+def run_tool(words: list[str], folder: Path) -> None:
+    """An offline tool, its paths relative to `folder`."""
+    tool = importlib.import_module(words[2])
+    paths = {"--mindspore_ckpt_dir", "--output_dir", "--src", "--dst"}
+    arguments = [
+        str(folder / word) if before in paths else word
+        for before, word in zip(["", *words[3:]], words[3:], strict=False)
+    ]
+    assert tool.main(arguments) == 0
+
+
 def run_line(line: str, folder: Path) -> None:
     words = shlex.split(line)
-    if words[:3] == ["python", "-m", "launcher.tools.unified_safetensors"]:
-        from launcher.tools.unified_safetensors import main
-
-        paths = {"--mindspore_ckpt_dir", "--output_dir"}
-        arguments = [
-            str(folder / word) if before in paths else word
-            for before, word in zip(["", *words[3:]], words[3:], strict=False)
-        ]
-        assert main(arguments) == 0
+    if words[:2] == ["python", "-m"]:
+        run_tool(words, folder)
+        return
+    if words[:2] == ["bash", "msrun.sh"]:
+        command = ["bash", str(ROOT / "msrun.sh"), *words[2:]]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stdout + done.stderr
         return
     world = 1
     if words[0] == "torchrun":
@@ -61,9 +72,10 @@ def run_line(line: str, folder: Path) -> None:
     assert result.code == 0, f"{line}\n{result.stderr}"
 
 
-def test_training_page(folder: Path) -> None:
+def run_page(name: str, folder: Path) -> int:
+    """Write the named samples of a page, run its commands; how many those were."""
     ran = 0
-    for language, text in FENCE.findall((ROOT / "docs" / "training.md").read_text()):
+    for language, text in FENCE.findall((ROOT / "docs" / name).read_text()):
         named = NAMED.match(text)
         if named:
             (folder / named[1]).write_text(text)
@@ -71,9 +83,23 @@ def test_training_page(folder: Path) -> None:
             for line in text.strip().splitlines():
                 run_line(line, folder)
                 ran += 1
-        else:
+        elif language != "text":
             raise AssertionError(f"a {language} sample without a name: {text[:40]}")
-    assert ran >= 12
+    return ran
+
+
+def test_layouts_page(folder: Path) -> None:
+    assert run_page("layouts.md", folder) >= 9
+    losses = {
+        path.parent.name: [json.loads(line).get("loss") for line in path.open()][:4]
+        for path in folder.glob("output/*/metrics.jsonl")
+    }
+    for layout in ("tensor", "pipeline", "zero", "context", "recompute"):
+        assert losses[layout] == pytest.approx(losses["layout"], rel=1e-4), layout
+
+
+def test_training_page(folder: Path) -> None:
+    assert run_page("training.md", folder) >= 12
     log = (folder / "output/callbacks/log/rank_0/info.log").read_text()
     assert "step 10 has seen 40 samples" in log
     two, alone = (

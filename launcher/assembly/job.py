@@ -23,7 +23,7 @@ from models.families import model_spec
 from models.spec import ModelSpec
 from models.stage import StageSplit
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)

@@ -10,21 +10,21 @@ from torch import nn
 
 from launcher.assembly.job import DTYPES, Job
 from launcher.assembly.layout import model_layout
+from launcher.assembly.memory import check_layers, offload_policy, prepare_layers, settle
 from launcher.config.derived import pipeline_schedule
 from launcher.layout.layout import Layout
 from launcher.layout.mesh import Mesh
 from launcher.parallel import vocabulary
 from launcher.parallel.apply import Precisions, parallelize, shard_model
 from launcher.parallel.context import ContextParallel
-from launcher.parallel.gradients import Gradients
+from launcher.parallel.meshes import Meshes
 from launcher.parallel.parts import Parts
 from launcher.parallel.pipeline import Pipeline
-from launcher.parallel.tied import TiedCopies, tied_copies
+from launcher.parallel.tensor import gather_logits
 from launcher.train.compute import Compute, Loss, PipelinedModel, RowCut, WholeModel
 from launcher.train.loss import token_loss_sum
 from models.build import blocks, build_model, materialise, parameter_count
 from models.decoder import Decoder
-from models.plan import EMBEDDING, is_partial
 from models.stage import cut_to_stage
 
 
@@ -53,17 +53,24 @@ def build_parallel(job: Job, *, training: bool) -> BuiltModel:
     )  # fmt: skip
     context = context_parallel(job)
     modules = _stages(job, whole, dtype)
+    offload = offload_policy(job) if training else None
+    if training:
+        check_layers(job, whole)
     for module in modules.values():
         if isinstance(module, Decoder):
             sequence = job.config.parallel_config.use_seq_parallel and job.mesh.tp > 1
             parallelize(module, layout.cuts, job.meshes, sequence=sequence, context=context)
-        if job.mesh.world_size > 1 or job.compute_dtype != dtype:
+        if training:
+            prepare_layers(job, module, whole)
+        several = job.mesh.data_parallel * job.mesh.cp > 1
+        if several or job.compute_dtype != dtype or offload:
             shard_model(
                 module, blocks(module), job.meshes,
                 precisions=Precisions(job.compute_dtype, dtype),
                 blocks_together=job.config.parallel_config.gradient_aggregation_group,
+                offload=offload,
             )  # fmt: skip
-        materialise(module, job.world.device)
+        settle(module, job.world.device, offload)
     job.say(
         f"model: {job.spec.family}, {count:,} parameters "
         f"({_name(dtype)}, computing in {_name(job.compute_dtype)})"
@@ -126,52 +133,31 @@ def context_parallel(job: Job) -> ContextParallel | None:
     return ContextParallel(**groups)
 
 
-def gradients_of(job: Job, built: BuiltModel) -> Gradients:
-    """What is to be done with gradients after the backward pass of this rank."""
-    named, layout, rank = built.parts.named_parameters(), built.layout, job.world.rank
-    trained = {name: p for name, p in named.items() if p.requires_grad}
-    decoder = job.spec.decoder
-    tied_whole = (
-        decoder is not None
-        and decoder.tie_word_embeddings
-        and job.config.parallel_config.vocab_emb_dp
-    )
-    sequence = job.config.parallel_config.use_seq_parallel
-    partial_names = {
-        name for name in trained
-        if is_partial(name, layout.cut(name), tp=job.mesh.tp, sequence_parallel=sequence,
-                      tied_whole_embedding=tied_whole)
-    }  # fmt: skip
-    copies = [copy for first, copy in built.parts.copies()]
-    return Gradients(
-        device=job.world.device,
-        owned=[p for name, p in trained.items() if layout.is_owner(name, rank)],
-        partial=[p for name, p in trained.items() if name in partial_names]
-        + (copies if tied_whole else []),
-        partial_group=job.meshes.group("tp"),
-        tied=_tied_copies(job, built.parts),
-    )
+def predict_mesh(job: Job) -> Mesh:
+    """The axes of prediction: matrices are cut as configured, all other ranks share the prompts."""
+    tp = job.mesh.tp if job.spec.decoder is not None else 1
+    return Mesh(dp_replicate=job.world.size // tp, tp=tp)
 
 
-def _tied_copies(job: Job, parts: Parts) -> TiedCopies | None:
-    if job.split is None or job.spec.decoder is None or not job.spec.decoder.tie_word_embeddings:
-        return None
-    copies = [p for name, p in parts.all_named() if name == EMBEDDING]
-    return tied_copies(job.mesh, job.split, copies)
+def build_predicting(job: Job) -> tuple[nn.Module, Layout]:
+    """The model as this rank predicts with it, and its layout; values still undefined.
 
-
-def build_whole(job: Job) -> tuple[nn.Module, Layout]:
-    """The whole model on this rank, for prediction, and its layout; values still undefined.
-
-    In the configured compute dtype, else the dtype config.json names, else the usual one.
+    In the configured compute dtype, else the dtype config.json names, else the usual one. Gives the
+    logits of the whole vocabulary on every rank.
     """
     written = job.spec.hf_config.get("dtype") or job.spec.hf_config.get("torch_dtype")
     if job.spec.precision.compute_dtype is None and written in DTYPES:
         dtype = DTYPES[written]
     else:
         dtype = job.compute_dtype
-    model = build_model(job.spec, dtype=dtype)
-    layout = model_layout(model, job.spec, Mesh(), split=None, vocab_emb_dp=True)
+    model, mesh = build_model(job.spec, dtype=dtype), predict_mesh(job)
+    layout = model_layout(
+        model, job.spec, mesh, split=None, vocab_emb_dp=job.config.parallel_config.vocab_emb_dp
+    )
+    if isinstance(model, Decoder) and mesh.tp > 1:
+        meshes = Meshes(mesh, job.world.device.type)
+        parallelize(model, layout.cuts, meshes, sequence=False, context=None)
+        gather_logits(model, meshes.group("tp"))
     materialise(model, job.world.device)
     job.say(f"model: {job.spec.family}, {parameter_count(model):,} parameters ({_name(dtype)})")
     return model, layout

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from launcher.assembly.job import Job
+from launcher.assembly.model import predict_mesh
 from launcher.checkpoint.files import read_json
 from launcher.generation import GenerationSettings, generation_settings
 from launcher.predict import RESULT_FILE, Generation, generate
@@ -22,7 +23,7 @@ def continue_prompts(
     job: Job, model: nn.Module, prompts: Sequence[str], batch_size: int
 ) -> list[Generation]:
     """Every prompt with its continuation, on the main rank; each rank takes its share of them."""
-    seed = job.config.generation_config.seed
+    seed, mesh = job.config.generation_config.seed, predict_mesh(job)
     model.eval()
     return generate(
         model,
@@ -32,9 +33,9 @@ def continue_prompts(
         batch_size=batch_size,
         device=job.world.device,
         seed=job.config.seed if seed is None else seed,
-        rank=job.world.rank,
-        data_parallel=job.world.size,
-        gather=job.world.gather,
+        rank=mesh.data_rank(job.world.rank),
+        data_parallel=mesh.data_parallel,
+        gather=lambda done: job.world.gather(done)[:: mesh.tp],
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from launcher.assembly.job import Job
@@ -57,7 +58,7 @@ def resumed_run(job: Job, chosen: Chosen) -> TrainRun:
     """A run that goes on: weights, optimizer, schedule, data position, random numbers."""
     run = build_run(job)
     where = str(chosen.published.state_path)
-    state = from_json(chosen.state, where)
+    state = _with_loss_scale(run, chosen, from_json(chosen.state, where))
     _restore_tensors(job, run, chosen)
     saved_batch = chosen.state.get("global_batch_size")
     same_steps = saved_batch == run.loader.global_batch
@@ -79,10 +80,18 @@ def resumed_run(job: Job, chosen: Chosen) -> TrainRun:
         f"{state.global_step} of {run.total_steps}, {state.consumed_samples} samples, "
         f"written by {chosen.source.world_size} ranks"
     )
-    for key in ("seed", "optimizer", "schedule"):
+    for key in ("seed", "optimizer", "schedule", "loss_scaling"):
         if chosen.state.get(key) != run.facts[key]:
             job.say(f"warning: {key} was {chosen.state.get(key)}, is {run.facts[key]} from here on")
     return run
+
+
+def _with_loss_scale(run: TrainRun, chosen: Chosen, state: TrainState) -> TrainState:
+    """A dynamic loss scale goes on where it was; any other is what the configuration says."""
+    kind = run.facts["loss_scaling"]
+    if kind == "dynamic" == chosen.state.get("loss_scaling"):
+        return state
+    return replace(state, loss_scale=run.state.loss_scale, good_steps=0)
 
 
 def _restore_tensors(job: Job, run: TrainRun, chosen: Chosen) -> None:

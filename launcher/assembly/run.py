@@ -7,9 +7,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from launcher.assembly.data import evaluation_source, open_dataset, steps_per_epoch
+from launcher.assembly.gradients import gradients_of
 from launcher.assembly.job import Job
-from launcher.assembly.model import build_parallel, gradients_of
+from launcher.assembly.model import build_parallel
 from launcher.assembly.weights import fill_weights
 from launcher.config.derived import global_batch_size
 from launcher.config.schema import Config
@@ -19,7 +22,9 @@ from launcher.data.packing import RowDataset
 from launcher.errors import UserError
 from launcher.train.optimizer import build_optimizer
 from launcher.train.run import TrainRun
+from launcher.train.scaling import LossScaling, loss_scaling
 from launcher.train.schedule import build_schedule, warmup_steps
+from launcher.train.state import TrainState
 from launcher.weights.source import Source
 from models.build import hf_directory_files, no_weight_decay
 from models.names import unstacked
@@ -65,6 +70,7 @@ def build_run(job: Job) -> TrainRun:
     _warn_of_warmup(job, total, per_epoch)
     built = build_parallel(job, training=True)
     wrapper = config.runner_wrapper
+    scaling = loss_scaling(wrapper.scale_sense, job.compute_dtype)
     return TrainRun(
         config=config,
         world=job.world,
@@ -85,12 +91,15 @@ def build_run(job: Job) -> TrainRun:
         steps_per_epoch=per_epoch,
         total_steps=stop,
         sink_size=_sink_size(config, per_epoch),
-        facts=_facts(job, dataset, order, loader.global_batch),
+        facts=_facts(job, dataset, order, loader.global_batch, scaling),
         write_model_files=partial(_write_model_files, job, next(built.parts.parameters()).dtype),
         evaluation=_evaluation(job),
         max_gradient_norm=wrapper.max_grad_norm if wrapper.use_clip_grad else None,
+        balance=_balance(job, loader.global_batch),
+        scaling=scaling,
         has_dropout=_has_dropout(job.spec),
         names_in_files=unstacked,
+        state=TrainState(loss_scale=scaling.first if scaling is not None else 1.0),
         say=job.say,
     )
 
@@ -146,7 +155,10 @@ def _rate_scale(job: Job) -> float:
     return job.world.size * config.runner_config.batch_size / config.lr_scale_factor
 
 
-def _facts(job: Job, dataset: RowDataset, order: GlobalOrder, global_batch: int) -> dict[str, Any]:
+def _facts(
+    job: Job, dataset: RowDataset, order: GlobalOrder, global_batch: int,
+    scaling: LossScaling | None,
+) -> dict[str, Any]:  # fmt: skip
     return {
         "seed": job.config.seed,
         "global_batch_size": global_batch,
@@ -160,7 +172,17 @@ def _facts(job: Job, dataset: RowDataset, order: GlobalOrder, global_batch: int)
         },
         "optimizer": job.config.optimizer.type,
         "schedule": job.config.lr_schedule.type,
+        "loss_scaling": scaling.kind if scaling is not None else None,
     }
+
+
+def _balance(job: Job, global_batch: int) -> torch.Tensor | None:
+    """The coefficient of the balance loss over the rows of a step and the layers of experts."""
+    experts = job.spec.decoder.experts if job.spec.decoder is not None else None
+    if experts is None or not experts.balance_on:
+        return None
+    weight = experts.balance_coefficient / (global_batch * sum(experts.layers))
+    return torch.tensor(weight, dtype=torch.float32, device=job.world.device)
 
 
 def _has_dropout(spec: ModelSpec) -> bool:

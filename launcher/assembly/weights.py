@@ -14,6 +14,7 @@ from launcher.layout.box import Shape
 from launcher.layout.layout import Layout
 from launcher.parallel.apply import shards, unstacked_shards
 from launcher.parallel.parts import Parts
+from launcher.parallel.tied import equalise
 from launcher.weights.load import LoadReport, load
 from launcher.weights.memory import Shard
 from launcher.weights.source import Source, detect
@@ -79,9 +80,8 @@ def fill_weights(job: Job, parts: Parts, layout: Layout, source: Source | None) 
 
 def equalise_copies(parts: Parts) -> None:
     """Where a rank has both ends of a pipeline, its second copy of the tied embedding follows."""
-    with torch.no_grad():
-        for first, second in parts.copies():
-            second.copy_(first)
+    copies = parts.copies()
+    equalise([first for first, _ in copies], [second for _, second in copies])
 
 
 def files_targets(held: Mapping[str, Shard]) -> dict[str, Shard]:

@@ -73,6 +73,9 @@ class Layout:
         default_factory=dict, repr=False, compare=False
     )
     _by_stage: dict[int, tuple[str, ...]] = field(default_factory=dict, repr=False, compare=False)
+    _placed: dict[tuple[object, ...], Placement] = field(
+        default_factory=dict, repr=False, compare=False
+    )
 
     def of(self, rank: int) -> dict[str, Placement]:
         """What `rank` holds, by tensor name. Ranks that hold the same share the answer."""
@@ -80,10 +83,19 @@ class Layout:
         key = (at["pp"], at["ep"], at["tp"], at["dp_shard"], at["expert_shard"])
         if key not in self._known:
             self._known[key] = {
-                name: place(self.shapes[name], self.cut(name), self.mesh, at)
+                name: self._place(self.shapes[name], self.cut(name), at)
                 for name in self.names(at["pp"])
             }
         return self._known[key]
+
+    def _place(self, shape: Shape, cut: Cut, at: Mapping[str, int]) -> Placement:
+        """Layers repeat, on all stages: tensors that are cut alike share the answer."""
+        tp = None if cut.tp_dim is None else at["tp"]
+        data = (at["ep"], at["expert_shard"]) if cut.expert else at["dp_shard"]
+        key = (shape, cut.tp_dim, tp, cut.expert, cut.sharded, data)
+        if key not in self._placed:
+            self._placed[key] = place(shape, cut, self.mesh, at)
+        return self._placed[key]
 
     def names(self, stage: int) -> tuple[str, ...]:
         """Tensors of the pipeline rank `stage`, in the model's order."""
@@ -118,6 +130,7 @@ class Layout:
             cuts={prefix + name: cut for name, cut in self.cuts.items()},
             _known={},
             _by_stage={},
+            _placed={},
         )
 
 

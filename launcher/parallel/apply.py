@@ -19,7 +19,7 @@ from launcher.layout.box import Box
 from launcher.layout.layout import Cut, Layout
 from launcher.parallel.context import ContextParallel, apply_context_parallel
 from launcher.parallel.expert import apply_expert_parallel
-from launcher.parallel.gradients import local
+from launcher.parallel.local import local
 from launcher.parallel.meshes import DATA_AXES, Meshes
 from launcher.parallel.tensor import TensorParallel, apply_tensor_parallel, apply_views
 from launcher.weights.memory import Shard as HeldShard

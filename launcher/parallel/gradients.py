@@ -8,32 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
-from torch.distributed.tensor import DTensor
 
-if TYPE_CHECKING:
-    from launcher.parallel.tied import TiedCopies
-
-
-def local(tensor: Tensor) -> Tensor:
-    """This rank's part of `tensor`: the local shard of a DTensor, or the tensor itself."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def local_gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
-    """The local shards of the gradients that are there and not empty."""
-    found = [local(p.grad).detach() for p in parameters if p.grad is not None]
-    return [gradient for gradient in found if gradient.numel()]
+from launcher.parallel.local import local_gradient, local_gradients
+from launcher.parallel.tied import TiedCopies
 
 
 def add_up_partial(parameters: Iterable[nn.Parameter], group: dist.ProcessGroup) -> None:
-    """Add up, in place, gradients of which each rank of `group` has only a part: one collective."""
-    gradients = local_gradients(parameters)
+    """Add up, in place, gradients of which each rank of `group` has only a part: one collective.
+
+    A rank may have no part at all: it brings zeros.
+    """
+    gradients = [gradient for p in parameters if (gradient := local_gradient(p)).numel()]
     if not gradients:
         return
     flat = _flatten_dense_tensors(gradients)

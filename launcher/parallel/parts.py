@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from launcher.parallel.apply import sync_gradients
+from launcher.parallel.sums import GradientSums
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,8 @@ class Parts:
     """
 
     modules: Sequence[nn.Module]
+    sums: GradientSums | None = None
+    """How gradients are added up over the ranks where FSDP does not do it."""
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """Parameters by name."""
@@ -68,3 +71,5 @@ class Parts:
         """Whether the next backward pass reduces gradients over the ranks."""
         for module in self.modules:
             sync_gradients(module, enabled)
+        if self.sums is not None:
+            self.sums.sync = enabled

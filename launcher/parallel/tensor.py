@@ -23,10 +23,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from launcher.layout.layout import Cut
 from launcher.parallel.collectives import add_up, add_up_and_cut, fan_out, gather, keep_piece
+from launcher.parallel.local import local
 from launcher.parallel.vocabulary import look_up
 from models.decoder import Decoder
 from models.layers import Embedding, Leaf
@@ -36,11 +36,6 @@ SEQUENCE = 1
 """The dim of states [rows, length, hidden] that is cut."""
 
 View = Callable[[Tensor], Tensor]
-
-
-def own_part(parameter: Tensor) -> Tensor:
-    """What this rank holds of a parameter, as a plain tensor the backward pass goes through."""
-    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
 @dataclass(frozen=True)
@@ -79,7 +74,7 @@ def apply_views(model: Decoder, cuts: Mapping[str, Cut]) -> None:
         if isinstance(module, Leaf):
             for name, _ in module.named_parameters(recurse=False):
                 if f"{prefix}.{name}" in cuts:
-                    module.views[name] = own_part
+                    module.views[name] = local
 
 
 def apply_tensor_parallel(model: Decoder, cuts: Mapping[str, Cut], tp: TensorParallel) -> None:
@@ -123,7 +118,7 @@ def _share_attention(attention: nn.Module, model: Decoder, tp: TensorParallel) -
 
 
 def _rows(rows: slice, parameter: Tensor) -> Tensor:
-    return own_part(parameter)[rows]
+    return local(parameter)[rows]
 
 
 def _add_biases_once(region: nn.Module, tp: TensorParallel) -> None:
@@ -135,7 +130,7 @@ def _add_biases_once(region: nn.Module, tp: TensorParallel) -> None:
 
 
 def _on_first(first: bool, parameter: Tensor) -> Tensor:
-    return own_part(parameter) * float(first)
+    return local(parameter) * float(first)
 
 
 def _share_embedding(model: Decoder, cuts: Mapping[str, Cut], tp: TensorParallel) -> None:
@@ -164,7 +159,7 @@ def _own_tokens(tp: TensorParallel, module: nn.Module, inputs: tuple[Tensor]) ->
 
 
 def _without_gradient(parameter: Tensor) -> Tensor:
-    return own_part(parameter).detach()
+    return local(parameter).detach()
 
 
 def _keep_own_tokens(tp: TensorParallel, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
@@ -176,14 +171,19 @@ def _share_head(model: Decoder, cuts: Mapping[str, Cut], tp: TensorParallel) -> 
     head.register_forward_pre_hook(partial(_enter, tp))
     if model.config.tie_word_embeddings:
         if cuts["model.embed_tokens.weight"].tp_dim is not None:
-            head.views["weight"] = own_part
+            head.views["weight"] = local
             return
         count = model.config.vocab_size // tp.size
         head.views["weight"] = partial(_rows, slice(tp.rank * count, (tp.rank + 1) * count))
 
 
-def gathered_logits(logits: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Logits [..., vocabulary] of this rank's columns [..., n] and the others'; no gradient."""
+def gather_logits(model: Decoder, group: dist.ProcessGroup) -> None:
+    """Let the head give the logits of the whole vocabulary, on every rank; for prediction."""
+    model.head_module.register_forward_hook(partial(_gathered, group))
+
+
+def _gathered(group: dist.ProcessGroup, module: nn.Module, inputs: Any, logits: Tensor) -> Tensor:
+    """[..., vocabulary] from this rank's columns [..., n] and the others'."""
     pieces = [torch.empty_like(logits) for _ in range(dist.get_world_size(group))]
     dist.all_gather(pieces, logits.contiguous(), group=group)
     return torch.cat(pieces, dim=-1)

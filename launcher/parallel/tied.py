@@ -16,9 +16,9 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from launcher.layout.mesh import Mesh
+from launcher.parallel.local import local, local_gradient
 from models.stage import StageSplit
 
 
@@ -32,7 +32,7 @@ class TiedCopies:
 
     def add_up_gradients(self) -> None:
         """Give every copy the sum of both gradients, in place; one without a gradient gets one."""
-        gradients = [_gradient(parameter) for parameter in self.parameters]
+        gradients = [local_gradient(parameter) for parameter in self.parameters]
         if self.group is not None:
             for gradient in gradients:
                 dist.all_reduce(gradient, group=self.group)
@@ -66,21 +66,10 @@ def equalise(first: Iterable[Tensor], second: Iterable[Tensor]) -> None:
     """Give the tensors of the second copy the values of the first: parameters, moments."""
     with torch.no_grad():
         for source, target in zip(first, second, strict=True):
-            _local(target).copy_(_local(source))
+            local(target).copy_(local(source))
 
 
 def _with_pipeline_rank(mesh: Mesh, rank: int, pipeline_rank: int) -> int:
     """The rank that differs from `rank` in its pipeline coordinate only: the outermost one."""
     stride = mesh.world_size // mesh.pp
     return pipeline_rank * stride + rank % stride
-
-
-def _gradient(parameter: nn.Parameter) -> Tensor:
-    """The local part of the gradient, made of zeros when there is none."""
-    if parameter.grad is None:
-        parameter.grad = torch.zeros_like(parameter)
-    return _local(parameter.grad)
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

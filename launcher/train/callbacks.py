@@ -57,15 +57,17 @@ def loss_line(run: TrainRun, record: StepRecord) -> str:
     return (
         f"{{ Epoch:[{record.epoch:3d}/{epochs:3d}], "
         f"step:[{record.step_in_epoch:5d}/{run.steps_per_epoch:5d}], loss: {record.loss:.6f}, "
-        f"per_step_time: {record.seconds * 1000:.0f}ms, lr: {record.lr:.6g}, overflow cond: False, "
-        f"loss_scale: {run.state.loss_scale}, global_norm: [{record.grad_norm:.6f}], "
+        f"per_step_time: {record.seconds * 1000:.0f}ms, lr: {record.lr:.6g}, "
+        f"overflow cond: {bool(record.overflow)}, loss_scale: {record.loss_scale or 1.0}, "
+        f"global_norm: [{record.grad_norm:.6f}], "
         f"train_throughput_per_npu: {samples_per_second:.3f} samples/s/p }}"
     )
 
 
 class FiniteCheck(Callback):
     """Looks for the first loss or gradient norm that is not finite: says so once, or, with
-    `check_for_nan_in_loss_and_grad`, ends the run.
+    `check_for_nan_in_loss_and_grad`, ends the run. Steps in which a dynamic loss scale looks for
+    the scale that fits are left alone.
 
     It stands before CheckpointMonitor, so that a run that ends has not saved such a step.
     """
@@ -76,7 +78,7 @@ class FiniteCheck(Callback):
 
     def on_steps_end(self, run: TrainRun, records: Sequence[StepRecord]) -> None:
         for record in records:
-            if self._said or (math.isfinite(record.loss) and math.isfinite(record.grad_norm)):
+            if self._said or _is_sound(run, record):
                 continue
             self._said = True
             first = record.consumed_samples - run.loader.global_batch
@@ -90,6 +92,13 @@ class FiniteCheck(Callback):
                     advice="Resume from the last checkpoint with a lower learning rate",
                 )
             run.say(f"warning: {where}: {what}. check_for_nan_in_loss_and_grad: True would stop")
+
+
+def _is_sound(run: TrainRun, record: StepRecord) -> bool:
+    if math.isfinite(record.loss) and math.isfinite(record.grad_norm):
+        return True
+    scale, overflow = record.loss_scale or 1.0, bool(record.overflow)
+    return run.scaling is not None and run.scaling.is_expected(scale, overflow)
 
 
 class Evaluation(Callback):

@@ -1,7 +1,8 @@
 """The training loop.
 
     while steps are left:
-        a sink of `sink_size` steps: fetch, step, fetch, step, ...   no host sync, no callback
+        a sink of `sink_size` steps: fetch, step, fetch, step, ...   no callback, and no host sync
+                                                                     but for a loss scale
         read what the steps measured, tell every callback
         stop when a signal was received, after saving
 
@@ -10,8 +11,10 @@ Without sinking (the default, or `sink_size: 1`) a sink is one step.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -20,6 +23,16 @@ from launcher.train.interrupts import SIGNALS, Interrupted
 from launcher.train.run import TrainRun
 from launcher.train.state import epoch_and_step
 from launcher.train.step import GRADIENT_NORM, LOSS, SIGNALS_FROM, StepRecord, train_step
+
+
+class Draft(NamedTuple):
+    """What the host knows of a step before it reads what the device measured."""
+
+    step: int
+    rate: float
+    loss_scale: float
+    tokens: int
+    consumed_samples: int
 
 
 def fit(run: TrainRun, callbacks: Sequence[Callback], sink_size: int = 1) -> None:
@@ -50,25 +63,26 @@ def run_sink(run: TrainRun, sink_size: int) -> tuple[list[StepRecord], int]:
     measured, drafts = [], []
     for _ in range(steps):
         data = run.loader.step(run.state.data_position)
-        rate = run.schedule(run.state.global_step)
+        rate, scale = run.schedule(run.state.global_step), run.state.loss_scale
         measured.append(train_step(run, data, rate))
         run.state.advance(data.samples, data.input_tokens)
-        drafts.append((run.state.global_step, rate, data.input_tokens, run.state.consumed_samples))
+        drafts.append(Draft(run.state.global_step, rate, scale, data.input_tokens,
+                            run.state.consumed_samples))  # fmt: skip
     values = torch.stack(measured).tolist()  # the one point where the host waits for the device
     seconds = (time.perf_counter() - started) / steps
     records = [_record(run, draft, row, seconds) for draft, row in zip(drafts, values, strict=True)]
     return records, _signal(values[-1])
 
 
-def _record(
-    run: TrainRun, draft: tuple[int, float, int, int], row: Sequence[float], seconds: float
-) -> StepRecord:
-    step, rate, tokens, consumed = draft
-    epoch, step_in_epoch = epoch_and_step(step, run.steps_per_epoch)
+def _record(run: TrainRun, draft: Draft, row: Sequence[float], seconds: float) -> StepRecord:
+    epoch, step_in_epoch = epoch_and_step(draft.step, run.steps_per_epoch)
+    norm, scaled = row[GRADIENT_NORM], run.scaling is not None
     return StepRecord(
-        step=step, epoch=epoch, step_in_epoch=step_in_epoch, loss=row[LOSS], lr=rate,
-        grad_norm=row[GRADIENT_NORM], tokens=tokens, tokens_per_second=tokens / seconds,
-        consumed_samples=consumed, seconds=seconds,
+        step=draft.step, epoch=epoch, step_in_epoch=step_in_epoch, loss=row[LOSS], lr=draft.rate,
+        grad_norm=norm, tokens=draft.tokens, tokens_per_second=draft.tokens / seconds,
+        consumed_samples=draft.consumed_samples, seconds=seconds,
+        loss_scale=draft.loss_scale if scaled else None,
+        overflow=not math.isfinite(norm) if scaled else None,
     )  # fmt: skip
 
 

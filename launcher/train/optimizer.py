@@ -14,7 +14,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from launcher.config.schema import OptimizerSection
-from launcher.parallel.gradients import local, local_gradients
+from launcher.parallel.local import local, local_gradients
 
 MOMENTS = {"adam_m": "exp_avg", "adam_v": "exp_avg_sq"}
 """Prefix in files to the key in torch's optimizer state."""

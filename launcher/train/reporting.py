@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Any
 
 from launcher.report.console import Console
@@ -33,7 +32,7 @@ class Reporting(Callback):
 
     def on_steps_end(self, run: TrainRun, records: Sequence[StepRecord]) -> None:
         for record in records:
-            self.row(asdict(record))
+            self.row(record.as_row())
         newest = records[-1]
         left = self._pace.remaining(newest.step, run.total_steps, newest.seconds)
         self.console.progress(

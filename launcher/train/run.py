@@ -23,6 +23,7 @@ from launcher.parallel.world import World
 from launcher.train.compute import Compute, RowCut
 from launcher.train.interrupts import Interrupts
 from launcher.train.optimizer import MOMENTS, moments
+from launcher.train.scaling import LossScaling
 from launcher.train.state import TrainState, epoch_and_step, to_json
 from launcher.weights.memory import Shard
 
@@ -54,6 +55,11 @@ class TrainRun:
     evaluation: Callable[[], Sequence[Batch]] | None = None
     """This rank's share of the evaluation data, the same number of batches on every rank."""
     max_gradient_norm: float | None = None
+    balance: torch.Tensor | None = None
+    """What the balance loss of one row and layer of experts weighs in the loss of the step, a
+    float32 scalar on the device; None: there is none."""
+    scaling: LossScaling | None = None
+    """How the loss is scaled; None: not at all."""
     has_dropout: bool = False
     names_in_files: Callable[[str, tuple[int, ...]], list[str] | None] = lambda name, shape: None
     """From a stack of experts to the names each of them has in files; None for other tensors."""

@@ -13,6 +13,7 @@ from typing import Any
 from launcher.errors import UserError
 
 STATE_VERSION = 1
+_ABSENT_IN_OLDER_FILES = {"good_steps": 0}
 
 
 @dataclass
@@ -22,7 +23,8 @@ class TrainState:
     global_step: int = 0
     """Optimizer steps done, counted in the present global batch; the place on the schedule."""
     updates: int = 0
-    """Updates the optimizer's moments have seen; equals `global_step` unless the batch changed."""
+    """Updates the optimizer's moments have seen; equals `global_step` unless the batch changed or
+    steps overflowed."""
     consumed_samples: int = 0
     """Samples trained on."""
     data_position: int = 0
@@ -30,12 +32,13 @@ class TrainState:
     consumed_tokens: int = 0
     """Tokens trained on, padding apart."""
     loss_scale: float = 1.0
-    """Factor on the loss in fp16; 1.0 otherwise."""
+    """Factor on the loss of the next step; 1.0 where the loss is not scaled."""
+    good_steps: int = 0
+    """Steps without overflow since a dynamic loss scale last moved."""
 
     def advance(self, samples: int, tokens: int) -> None:
-        """Count one optimizer step."""
+        """Count one optimizer step. Its update, if it made one, is counted where it was made."""
         self.global_step += 1
-        self.updates += 1
         self.consumed_samples += samples
         self.data_position += samples
         self.consumed_tokens += tokens
@@ -54,7 +57,7 @@ def from_json(content: dict[str, Any], where: str) -> TrainState:
     """The state of a state file. Raises `UserError` when a number is absent or no number."""
     values: dict[str, Any] = {}
     for field in fields(TrainState):
-        value = content.get(field.name)
+        value = content.get(field.name, _ABSENT_IN_OLDER_FILES.get(field.name))
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise UserError(
                 f"{field.name} = {value!r}",

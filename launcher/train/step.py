@@ -1,13 +1,14 @@
 """One optimizer step: forward and backward over the micro-batches, clip, update.
 
-Invariant: nothing here waits for the device. What the step measured comes back as one small tensor
+Invariant: nothing here waits for the device, except where the loss is scaled: whether a step
+overflowed is read before anything is updated. What the step measured comes back as one small tensor
 that the loop reads when it wants to know.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -15,6 +16,7 @@ from launcher.data.loader import Batch, StepData
 from launcher.train.compute import Rows
 from launcher.train.optimizer import clip_gradients, set_learning_rate
 from launcher.train.random import mix, sample_seeds
+from launcher.train.scaling import unscale_gradients
 
 if TYPE_CHECKING:
     from launcher.train.run import TrainRun
@@ -28,35 +30,56 @@ GRADIENT_NORM = SQUARED_NORM
 def train_step(run: TrainRun, data: StepData, learning_rate: float) -> torch.Tensor:
     """Train on one global batch. Returns float32 [loss, gradient norm, ranks per signal...].
 
-    The loss is the mean over the target tokens of the global batch, the same on every rank.
+    The loss is the mean over the target tokens of the global batch, the same on every rank. Loss
+    and norm are those without a loss scale. A step that overflowed changes no parameter, moment or
+    update count, only the scale. Its data is used up, as in the original, and the learning rate
+    goes on (there it waits): a step is a place in the data and on the curve, updated or not.
     """
     targets = max(data.target_tokens, 1)
     run.parts.train()
     rows = [training_rows(run, batch) for batch in data.batches]
-    loss_sum = run.compute.train(rows, 1.0 / targets)
+    loss_sum = run.compute.train(rows, run.state.loss_scale / targets)
     run.gradients.finish()
+    if run.scaling is not None:
+        unscale_gradients(run.parameters, run.state.loss_scale)
     requests = torch.tensor(run.interrupts.as_values()).to(run.world.device, non_blocking=True)
     own = torch.stack([loss_sum / targets, run.gradients.squared_norm()])
     sums = run.world.sum(torch.cat([own, requests]))
     norm = sums[SQUARED_NORM].sqrt_()
-    if run.max_gradient_norm is not None:
-        clip_gradients(run.parameters, norm, run.max_gradient_norm)
-    set_learning_rate(run.optimizer, learning_rate)
-    run.optimizer.step()
+    if not _overflowed(run, norm):
+        _update(run, norm, learning_rate)
     run.optimizer.zero_grad(set_to_none=True)
     return sums
 
 
+def _overflowed(run: TrainRun, norm: torch.Tensor) -> bool:
+    """Whether the step is to be skipped; moves the loss scale. Never without a loss scale."""
+    if run.scaling is None:
+        return False
+    overflow = run.scaling.overflowed(norm)
+    run.scaling.move(run.state, overflow)
+    return overflow
+
+
+def _update(run: TrainRun, norm: torch.Tensor, learning_rate: float) -> None:
+    """Clip the gradients and let the optimizer use them."""
+    if run.max_gradient_norm is not None:
+        clip_gradients(run.parameters, norm, run.max_gradient_norm)
+    set_learning_rate(run.optimizer, learning_rate)
+    run.optimizer.step()
+    run.state.updates += 1
+
+
 def training_rows(run: TrainRun, batch: Batch) -> Rows:
-    """One micro-batch on the device, with the seeds of its samples where there is dropout."""
-    if not run.has_dropout:
-        return run.row_cut(batch)
-    step = run.state.global_step
-    return run.row_cut(
-        batch,
-        seeds=sample_seeds(run.seed, step, batch.sample_ids),
-        seed=mix(run.seed, step, int(batch.sample_ids[0])),
-    )
+    """One micro-batch on the device, with what training has beside: seeds, the balance loss."""
+    more: dict[str, Any] = {}
+    if run.balance is not None:
+        more["balance_scale"] = run.balance * run.state.loss_scale
+    if run.has_dropout:
+        step = run.state.global_step
+        more["seeds"] = sample_seeds(run.seed, step, batch.sample_ids)
+        more["seed"] = mix(run.seed, step, int(batch.sample_ids[0]))
+    return run.row_cut(batch, **more)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,3 +100,11 @@ class StepRecord:
     """Over all ranks."""
     consumed_samples: int
     seconds: float
+    loss_scale: float | None = None
+    """What the loss of the step was multiplied by; None: the loss is not scaled."""
+    overflow: bool | None = None
+    """Whether the step was skipped; None: the loss is not scaled."""
+
+    def as_row(self) -> dict[str, Any]:
+        """For `metrics.jsonl`."""
+        return {key: value for key, value in asdict(self).items() if value is not None}

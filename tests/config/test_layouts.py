@@ -375,6 +375,15 @@ TABLE = (
         key="model.model_config.pp_interleave_num",
     ),
     Impossible(
+        name="recomputed layers whose backward pass is split",
+        degrees="pipeline_stage: 2, micro_batch_num: 4",
+        add="recompute_config: {recompute: True}\n" + pipeline(pipeline_scheduler="zero_bubble_v"),
+        at="recompute: True",
+        says="recompute_config.recompute = True: zero_bubble_v splits the backward pass, and every "
+        "part of it would run the layers again. Nearest: False. Or use pipeline_scheduler: 1f1b.",
+        key="recompute_config.recompute",
+    ),
+    Impossible(
         name="compiled layers whose backward pass is split",
         degrees="pipeline_stage: 2, micro_batch_num: 2",
         add="compile: True\n" + pipeline(pipeline_scheduler="zero_bubble_v"),
@@ -563,15 +572,18 @@ def test_one_process_writes_the_strategy_of_any_layout(workspace: Path) -> None:
     assert "the degrees ask for data_parallel 2 x model_parallel 4 = 8 processes" in text
 
 
-def test_predict_keeps_the_model_whole(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    Path("x.yaml").write_text(Impossible(name="", degrees="model_parallel: 3", says="").text)
+def test_predict_cuts_matrices_only(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["input_data=hello"]
+    Path("x.yaml").write_text(Impossible(name="", degrees="model_parallel: 3", says="").text)
+    (text,) = problems("x.yaml", "predict", 3, *words)
+    assert "8 attention heads" in text
+    Path("x.yaml").write_text(Impossible(name="", degrees="pipeline_stage: 3", says="").text)
     assert problems("x.yaml", "predict", 3, *words) == []
     result = resolve("x.yaml", "predict", overrides=words)
     (warning,) = rules.warnings(result.config, result.provenance)
     assert warning == (
-        "x.yaml:45: model_parallel: predict keeps the whole model on every process, and they share "
-        "the prompts"
+        "x.yaml:45: pipeline_stage: predict cuts matrices (model_parallel) at most; these "
+        "processes share the prompts"
     )
 
 

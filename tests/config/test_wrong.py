@@ -357,9 +357,56 @@ TABLE = (
         says=("@n_kv_heads@ model.model_config.n_kv_heads = 3", "4"),
     ),
     Wrong(
-        name="fp16",
-        replace={"head_dim: 8": "head_dim: 8\n    compute_dtype: float16"},
-        says=("@float16@ model.model_config.compute_dtype", "not built yet"),
+        name="weights in fp16",
+        replace={"head_dim: 8": "head_dim: 8\n    param_init_type: float16"},
+        says=("@float16@ model.model_config.param_init_type = 'float16': weights that are trained "
+              "are kept in float32 or bfloat16", "Nearest: float32",
+              "compute_dtype: float16 computes in float16 all the same"),
+    ),
+    Wrong(
+        name="a loss scale that is no number",
+        add="runner_wrapper:\n  scale_sense: much\n",
+        says=("@scale_sense@ runner_wrapper.scale_sense = 'much'", "a number or a section"),
+    ),
+    Wrong(
+        name="a loss scale of nothing",
+        add="runner_wrapper:\n  scale_sense: 0\n",
+        says=("@scale_sense@ runner_wrapper.scale_sense = 0.0: a loss scale is a number above 0",
+              "Nearest: 1.0"),
+    ),
+    Wrong(
+        name="a loss scale without a type",
+        add="runner_wrapper:\n  scale_sense:\n    loss_scale_value: 8\n",
+        says=("@scale_sense@ runner_wrapper.scale_sense = {'loss_scale_value': 8}: the type "
+              "of a loss scale is DynamicLossScaleUpdateCell or FixedLossScaleUpdateCell",
+              "can also be written as a number"),
+    ),
+    Wrong(
+        name="a loss scale of an unknown type",
+        add="runner_wrapper:\n  scale_sense:\n    type: DynamicLossScaleCell\n",
+        says=("@LossScaleCell@ runner_wrapper.scale_sense.type = 'DynamicLossScaleCell'",
+              "did you mean `DynamicLossScaleUpdateCell`?"),
+    ),
+    Wrong(
+        name="a fixed loss scale that moves",
+        add="runner_wrapper:\n  scale_sense:\n    type: FixedLossScaleUpdateCell\n"
+            "    scale_window: 8\n",
+        says=("@scale_window@ runner_wrapper.scale_sense.scale_window = 8: "
+              "FixedLossScaleUpdateCell does not take it",
+              "runner_wrapper.scale_sense.loss_scale_value is missing"),
+        count=2,
+    ),
+    Wrong(
+        name="a dynamic loss scale with wrong numbers",
+        add="runner_wrapper:\n  scale_sense:\n    type: DynamicLossScaleUpdateCell\n"
+            "    loss_scale_value: 0.5\n    scale_factor: 1\n    scale_window: 2.5\n",
+        says=("@loss_scale_value@ runner_wrapper.scale_sense.loss_scale_value = 0.5: a loss scale "
+              "is a number above 0, at most 2**64; a dynamic one is at least 1",
+              "@scale_factor@ runner_wrapper.scale_sense.scale_factor = 1: a dynamic scale moves "
+              "by a factor above 1. Nearest: 2",
+              "@scale_window@ runner_wrapper.scale_sense.scale_window = 2.5: it is a whole number "
+              "of steps"),
+        count=3,
     ),
     Wrong(
         name="an embedding smaller than the tokenizer",

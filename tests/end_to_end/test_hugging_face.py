@@ -158,9 +158,11 @@ def export(workshop: Workshop) -> Path:
 
 def logits_agree(folder: Path) -> None:
     """Our model, filled by our loader from the export, gives the logits of transformers."""
+    from launcher.assembly.layout import model_layout
+    from launcher.assembly.weights import files_targets
     from launcher.layout.mesh import Mesh
     from launcher.parallel.apply import shards
-    from launcher.train.run import model_tensors
+    from launcher.parallel.parts import Parts
     from launcher.weights.load import load
     from launcher.weights.source import open_complete
     from models.build import build_model, tied_names
@@ -168,7 +170,9 @@ def logits_agree(folder: Path) -> None:
 
     spec = model_spec({}, json.loads((folder / "config.json").read_text()))
     ours = build_model(spec, dtype=torch.float32, device="cpu").eval()
-    load(shards(model_tensors(ours), Mesh(), 0), open_complete(folder), tied=tied_names(ours))
+    layout = model_layout(ours, spec, Mesh(), split=None, vocab_emb_dp=True)
+    held = files_targets(shards(Parts([ours]).named_tensors(), layout, 0))
+    load(held, open_complete(folder), tied=tied_names(ours))
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     ids = torch.randint(0, VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():

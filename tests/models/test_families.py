@@ -295,10 +295,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "model. did you mean `hidden_size`?",
     ),
     "key of another family": (LLAMA | {"max_window_layers": 2}, "no such key of this model"),
-    "half precision": (
-        LLAMA | {"compute_dtype": "float16"},
-        "model.model_config.compute_dtype = float16: not built yet. Use bfloat16 or float32.",
-    ),
     "unknown dtype": (
         LLAMA | {"compute_dtype": "bfloat61"},
         "no such dtype. did you mean `bfloat16`?",
@@ -496,7 +492,7 @@ def test_problems_of_files_name_the_file() -> None:
 
 def test_all_problems_are_told_at_once_with_their_keys() -> None:
     with pytest.raises(ModelConfigError) as raised:
-        model_spec(LLAMA | {"num_layer": 2, "compute_dtype": "fp16", "num_heads": 0}, None)
+        model_spec(LLAMA | {"num_layer": 2, "compute_dtype": "fp8", "num_heads": 0}, None)
     assert [p.key for p in raised.value.model_problems] == [
         "num_layer", "compute_dtype", "num_heads",
     ]  # fmt: skip

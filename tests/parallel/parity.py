@@ -35,7 +35,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3 tied": {"type": "Qwen3Config", "head_dim": 8, "tie_word_embeddings": True, **_SIZES},
     "qwen3 moe": {"type": "Qwen3MoeConfig", "head_dim": 8, "norm_topk_prob": True, **_SIZES,
                   **_EXPERTS},
-    "mixtral": {"type": "MixtralConfig", **_SIZES, "num_local_experts": 8, "num_experts_per_tok": 2},
+    "mixtral": {"type": "MixtralConfig", **_SIZES, "num_local_experts": 8,
+                "num_experts_per_tok": 2},
     "deepseek": {
         "type": "DeepseekV3Config", **_SIZES, "num_key_value_heads": 8,
         "moe_intermediate_size": 48, "n_routed_experts": 8, "num_experts_per_tok": 4, "n_group": 4,
@@ -78,7 +79,7 @@ class Case:
 
     def yaml(self) -> dict[str, Any]:
         """The configuration."""
-        micro = max(self.micro, 2 * self.pp if self.pp > 1 else 1)
+        micro = max(self.micro, min(2 * self.pp, 8 // self.dp) if self.pp > 1 else 1)
         steps = {"micro_batch_num": micro} if self.pp > 1 else {}
         accumulation = {} if self.pp > 1 else {"gradient_accumulation_steps": micro}
         changes: dict[str, Any] = {

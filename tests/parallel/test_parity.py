@@ -1,6 +1,6 @@
 """Every layout computes what one process computes: three steps of loss, gradients, parameters.
 
-`make test` runs every axis on Qwen3 and every family and axis once; the whole matrix is marked long.
+`make test` runs all axes on Qwen3 and every family and axis once; the whole matrix is marked long.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from tests.workshop import Workshop
 
 SEQUENCE = {"use_seq_parallel": True}
 CUT_VOCABULARY = {"vocab_emb_dp": False}
+BALANCE = {"output_router_logits": True, "router_aux_loss_coef": 0.1}
 SCHEDULES: dict[str, dict[str, object]] = {
     "gpipe": {"pipeline_scheduler": "gpipe"},
     "1f1b": {"pipeline_scheduler": "1f1b"},
@@ -44,7 +45,8 @@ QWEN3 = [
 FAMILIES_ONCE = [
     Case("llama", dp=2, tp=2, model={"attention_bias": True, "mlp_bias": True}),
     Case("qwen2", tp=8),
-    Case("qwen3 moe", dp=2, ep=2),
+    Case("qwen3 moe", dp=2, ep=2, micro=2, model=BALANCE),
+    Case("qwen3 moe", tp=2, cp=2, parallel=SEQUENCE, model=BALANCE),
     Case("qwen3 moe", dp=4, tp=2, ep=2, sharded=True, parallel=SEQUENCE),
     Case("mixtral", dp=2, ep=2, sharded=True),
     Case("deepseek", dp=2, tp=2, pp=2, ep=2, sharded=True),
@@ -120,7 +122,7 @@ def test_a_layout_computes_what_one_process_computes(quick, case: Case) -> None:
 
 def test_the_runs_learn_something(quick) -> None:
     for ranks, reference in quick.values():
-        assert reference.losses[-1] < reference.losses[0] - 0.2
+        assert reference.losses[-1] < reference.losses[0] - 0.1
         assert ranks[0].eval_loss < reference.losses[0]
 
 

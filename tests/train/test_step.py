@@ -8,11 +8,11 @@ from torch import nn
 
 from launcher.config.schema import OptimizerSection
 from launcher.errors import UserError
+from launcher.parallel.gradients import squared_norm
 from launcher.train.loss import token_loss_sum
 from launcher.train.optimizer import (
     build_optimizer,
     clip_gradients,
-    gradient_norm,
     moments,
     set_learning_rate,
     set_step,
@@ -39,10 +39,14 @@ def model_with_gradients() -> nn.Module:
     return model
 
 
+def norm_of(model: nn.Module) -> torch.Tensor:
+    return squared_norm(model.parameters(), torch.device("cpu")).sqrt()
+
+
 def test_norm_and_clipping_are_those_of_torch() -> None:
     model, reference = model_with_gradients(), model_with_gradients()
     expected = nn.utils.clip_grad_norm_(reference.parameters(), 0.1)
-    norm = gradient_norm(model.parameters(), None)
+    norm = norm_of(model)
     clip_gradients(model.parameters(), norm, 0.1)
     assert torch.allclose(norm, expected)
     for ours, theirs in zip(model.parameters(), reference.parameters(), strict=True):
@@ -52,20 +56,21 @@ def test_norm_and_clipping_are_those_of_torch() -> None:
 def test_a_rank_without_any_element_has_norm_zero() -> None:
     parameter = nn.Parameter(torch.empty(0, 3))
     parameter.grad = torch.empty(0, 3)
-    assert gradient_norm([parameter], None).item() == 0.0
+    assert squared_norm([parameter], torch.device("cpu")).item() == 0.0
+    assert squared_norm([], torch.device("cpu")).item() == 0.0
 
 
 def test_small_gradients_are_not_scaled_up() -> None:
     model = model_with_gradients()
     before = [p.grad.clone() for p in model.parameters()]
-    clip_gradients(model.parameters(), gradient_norm(model.parameters(), None), 1e9)
+    clip_gradients(model.parameters(), norm_of(model), 1e9)
     assert all(torch.equal(a, p.grad) for a, p in zip(before, model.parameters(), strict=True))
 
 
 def test_adamw_without_decay_on_biases_equals_torch() -> None:
     model, reference = model_with_gradients(), model_with_gradients()
     section = OptimizerSection(betas=[0.8, 0.9], eps=1e-6, weight_decay=0.5)
-    optimizer = build_optimizer(model, section, lambda name, ndim: ndim <= 1)
+    optimizer = build_optimizer(model.named_parameters(), section, lambda name, ndim: ndim <= 1)
     decayed = [p for p in reference.parameters() if p.ndim > 1]
     others = [p for p in reference.parameters() if p.ndim <= 1]
     theirs = torch.optim.AdamW(
@@ -85,13 +90,14 @@ def test_adamw_without_decay_on_biases_equals_torch() -> None:
 def test_moments_and_step_put_back_continue_the_optimizer_to_the_bit() -> None:
     section = OptimizerSection()
     first, second = model_with_gradients(), model_with_gradients()
-    one = build_optimizer(first, section, lambda name, ndim: False)
+    one = build_optimizer(first.named_parameters(), section, lambda name, ndim: False)
     set_learning_rate(one, 0.1)
     one.step()
     second.load_state_dict(first.state_dict())
-    two = build_optimizer(second, section, lambda name, ndim: False)
-    for name, tensor in moments(second, two).items():
-        tensor.copy_(moments(first, one)[name])
+    two = build_optimizer(second.named_parameters(), section, lambda name, ndim: False)
+    saved = moments(dict(first.named_parameters()), one)
+    for name, tensor in moments(dict(second.named_parameters()), two).items():
+        tensor.copy_(saved[name])
     set_step(two, 1)
     set_learning_rate(two, 0.1)
     one.step()
@@ -102,7 +108,8 @@ def test_moments_and_step_put_back_continue_the_optimizer_to_the_bit() -> None:
 
 def test_names_of_moments_are_those_users_filter_by() -> None:
     model = nn.Linear(2, 2)
-    names = moments(model, build_optimizer(model, OptimizerSection(), lambda name, ndim: False))
+    optimizer = build_optimizer(model.named_parameters(), OptimizerSection(), lambda *_: False)
+    names = moments(dict(model.named_parameters()), optimizer)
     assert sorted(names) == ["adam_m.bias", "adam_m.weight", "adam_v.bias", "adam_v.weight"]
 
 
@@ -119,6 +126,7 @@ def test_the_state_survives_its_file_and_scales_with_the_batch() -> None:
     state = TrainState()
     for _ in range(5):
         state.advance(samples=8, tokens=100)
+        state.updates += 1
     assert from_json(to_json(state, {"seed": 3}), "x.json") == state
     scaled = state.with_global_batch(4)
     assert (scaled.global_step, scaled.updates, scaled.consumed_samples) == (10, 5, 40)

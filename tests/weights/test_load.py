@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from launcher.errors import UserError
 from launcher.layout.box import Box, whole
-from launcher.layout.layout import layout
+from launcher.layout.layout import Layout
 from launcher.layout.mesh import Mesh
 from launcher.weights.load import load
 from launcher.weights.memory import Shard
@@ -28,7 +28,7 @@ def model(seed: int = 0) -> dict[str, torch.Tensor]:
 
 
 def cut(tensors: dict[str, torch.Tensor], mesh: Mesh, rank: int) -> dict[str, Shard]:
-    placed = layout({name: tuple(t.shape) for name, t in tensors.items()}, mesh, rank)
+    placed = Layout({name: tuple(t.shape) for name, t in tensors.items()}, mesh).of(rank)
     shards = {}
     for name, tensor in tensors.items():
         box = placed[name].boxes[0]

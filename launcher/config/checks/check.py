@@ -35,7 +35,8 @@ class Check:
 
     @property
     def lays_out(self) -> bool:
-        """Whether the model is laid out over the processes; predict keeps it whole on each."""
+        """Whether the model is laid out over the processes along all axes; predict cuts matrices
+        only."""
         return self.trains or self.mode == "eval"
 
     @cached_property

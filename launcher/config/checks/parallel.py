@@ -120,7 +120,7 @@ def own_decoder(check: Check) -> Iterator[KeyProblem]:
 
 def tensor(check: Check) -> Iterator[KeyProblem]:
     """Heads, widths and vocabulary can be cut into model_parallel equal parts."""
-    plan = plan_of(check)
+    plan = plan_of(check, predicts=True)
     reasons = tensor_reasons(plan) if plan else []
     if plan and reasons:
         yield check.wrong(
@@ -218,9 +218,15 @@ def warnings(check: Check) -> Iterator[str]:
     key = "parallel_config.ulysses_degree_in_cp"
     if parallel.ulysses_degree_in_cp > 1 and context_algorithm(check.config) != "hybrid":
         yield f"{where(key)}: {key}: only context_parallel_algo hybrid_cp has an inner degree"
-    cut = [axis for axis in _CUT_AXES[:3] if getattr(parallel, axis) > 1]
+    whole = [axis for axis in _CUT_AXES if axis != "model_parallel" or _is_foreign(check)]
+    cut = [axis for axis in whole if getattr(parallel, axis) > 1]
     if check.mode == "predict" and cut:
         yield (
-            f"{where(f'parallel_config.{cut[0]}')}: {', '.join(cut)}: predict keeps the whole "
-            "model on every process, and they share the prompts"
+            f"{where(f'parallel_config.{cut[0]}')}: {', '.join(cut)}: predict cuts matrices "
+            "(model_parallel) at most; these processes share the prompts"
         )
+
+
+def _is_foreign(check: Check) -> bool:
+    """Whether the model is one that transformers builds, which is never cut."""
+    return check.spec is not None and check.spec.decoder is None

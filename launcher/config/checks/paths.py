@@ -1,6 +1,7 @@
 """Rules about files and folders: what a mode needs is there, and is what it is said to be.
 
-Names are looked at, no file is opened but the header of one rank file.
+Names are looked at, no file is opened but the header of one rank file. A run that only saves its
+strategy (`only_save_strategy`) reads neither data nor weights: it needs none.
 """
 
 from __future__ import annotations
@@ -61,6 +62,15 @@ def run_mode(check: Check) -> Iterator[KeyProblem]:
             advice="Write `--run_mode train` (or finetune, eval, predict, resume)",
         )
         return
+    if check.config.only_save_strategy:
+        if check.mode == "predict":
+            yield check.wrong(
+                "only_save_strategy",
+                "predict keeps the whole model on every process: there is no strategy",
+                nearest="Nearest: run_mode train",
+                also=("run_mode",),
+            )
+        return
     key, advice = needs[check.mode]
     if check.value(key) in (None, "", []):
         yield check.wrong(key, f"{check.mode} needs it", what=f"{key} is missing", advice=advice)
@@ -68,6 +78,8 @@ def run_mode(check: Check) -> Iterator[KeyProblem]:
 
 def datasets(check: Check) -> Iterator[KeyProblem]:
     """The data of this mode is named and exists."""
+    if check.config.only_save_strategy:
+        return
     if check.trains and check.config.train_dataset is not None:
         yield from _dataset(check, "train_dataset", check.config.train_dataset)
     evaluates = check.mode == "eval" or (check.trains and check.config.do_eval)
@@ -111,7 +123,7 @@ def _dataset(check: Check, name: str, section: DatasetSection) -> Iterator[KeyPr
 
 def tokenizer(check: Check) -> Iterator[KeyProblem]:
     """A tokenizer is found."""
-    if not check.mode:
+    if not check.mode or check.config.only_save_strategy:
         return
     nested = "processor.tokenizer.pretrained_model_dir"
     key = nested if check.value(nested) else "pretrained_model_dir"
@@ -161,6 +173,8 @@ def named_paths(check: Check) -> Iterator[KeyProblem]:
 def weights(check: Check) -> Iterator[KeyProblem]:
     """What load_checkpoint holds agrees with what is said about it."""
     config, world = check.config, check.world_size
+    if config.only_save_strategy:
+        return
     if not config.load_checkpoint:
         yield from _no_checkpoint(check)
         return
@@ -204,7 +218,8 @@ def weights(check: Check) -> Iterator[KeyProblem]:
 def redundancy(check: Check) -> Iterator[KeyProblem]:
     """remove_redundancy says of distributed weights what their files say of themselves."""
     asserted, folder = check.config.remove_redundancy, Path(check.config.load_checkpoint or ".")
-    if asserted is None or not check.config.load_checkpoint or not folder.is_dir():
+    unread = check.config.only_save_strategy or not check.config.load_checkpoint
+    if asserted is None or unread or not folder.is_dir():
         return  # complete weights hold each tensor once anyway
     first = next(iter(sorted(folder.glob("rank_*/*.safetensors"))), None)
     if first is None:

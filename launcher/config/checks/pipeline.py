@@ -224,6 +224,23 @@ def compiled(check: Check) -> Iterator[KeyProblem]:
         )
 
 
+def recomputed(check: Check) -> Iterator[KeyProblem]:
+    """Schedules that split the backward pass would run a layer again for each of its parameters."""
+    schedule = pipeline_schedule(check.config)
+    if not (check.trains and _has_pipeline(check) and schedule in _SPLIT_BACKWARD):
+        return
+    for key in ("recompute_config.recompute", "recompute_config.select_recompute"):
+        if check.value(key):
+            yield check.wrong(
+                key,
+                f"{schedule} splits the backward pass, and every part of it would run the layers "
+                "again",
+                nearest="Nearest: False",
+                advice="Or use pipeline_scheduler: 1f1b",
+                also=(_SCHEDULER, _STAGES),
+            )
+
+
 def warnings(check: Check) -> Iterator[str]:
     """Keys of a pipeline where there is none."""
     if check.config.parallel_config.pipeline_stage > 1 or not check.lays_out:

@@ -46,11 +46,13 @@ Reasons = Callable[[Plan], list[str]]
 """What does not fit, in words; empty when all does."""
 
 
-def plan_of(check: Check) -> Plan | None:
-    """The layout a run asks for; None where the model is not laid out, or is none of ours."""
-    if check.decoder is None:
-        return None
-    return Plan(check.config, check.decoder, tuple(_rows(check, check.decoder)))
+def plan_of(check: Check, *, predicts: bool = False) -> Plan | None:
+    """The layout a run asks for; None where the model is not laid out, or is none of ours.
+
+    `predicts`: also for predict, which lays out the matrices alone.
+    """
+    decoder = check.spec.decoder if check.spec and predicts else check.decoder
+    return None if decoder is None else Plan(check.config, decoder, tuple(_rows(check, decoder)))
 
 
 def _rows(check: Check, decoder: DecoderConfig) -> Iterator[tuple[str, int]]:

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from launcher.config.checks.check import Check
 from launcher.config.provenance import KeyProblem
 from launcher.config.schema import (
+    DYNAMIC_LOSS_SCALE,
+    LARGEST_LOSS_SCALE,
+    LOSS_SCALES,
     SCHEDULE_ARGUMENTS,
     SCHEDULES_WITHOUT_WARMUP,
     WARMUP_ARGUMENTS,
     CheckpointMonitorSection,
     LrScheduleSection,
 )
+from launcher.errors import did_you_mean
+from models.keys import DTYPES, PRECISIONS
 
+_SCALE_SENSE = "runner_wrapper.scale_sense"
+_POSITIVE = "a loss scale is a number above 0, at most 2**64"
 _ALWAYS_TAKEN = ("type", "learning_rate", "total_steps", *WARMUP_ARGUMENTS)
 _TRACKER_MODULES = {
     "tensorboard": ("tensorboard", "tensorboardX"),
@@ -140,6 +148,84 @@ def schedule_numbers(check: Check) -> Iterator[KeyProblem]:
         yield check.wrong(
             "lr_schedule.total_steps", "it is a number of steps, or -1 for the length of the run"
         )
+
+
+def loss_scale(check: Check) -> Iterator[KeyProblem]:
+    """A loss scale is a positive number, or a map of one of the known types."""
+    written = check.value(_SCALE_SENSE)
+    if isinstance(written, Mapping):
+        yield from _scale_type(check, written)
+    elif written is not None and not _is_number(written, above=0):
+        yield check.wrong(_SCALE_SENSE, _POSITIVE, nearest="Nearest: 1.0")
+
+
+def _scale_type(check: Check, written: Mapping[str, Any]) -> Iterator[KeyProblem]:
+    kind = written.get("type")
+    arguments = LOSS_SCALES.get(kind) if isinstance(kind, str) else None
+    if arguments is None:
+        yield check.wrong(
+            f"{_SCALE_SENSE}.type" if "type" in written else _SCALE_SENSE,
+            f"the type of a loss scale is {' or '.join(LOSS_SCALES)}",
+            nearest=did_you_mean(str(kind), LOSS_SCALES) or f"Nearest: {DYNAMIC_LOSS_SCALE}",
+            advice="A fixed loss scale can also be written as a number",
+        )
+        return
+    for name, value in written.items():
+        if name == "type" or name in arguments:
+            continue
+        yield check.wrong(
+            f"{_SCALE_SENSE}.{name}",
+            f"{kind} does not take it",
+            what=f"{_SCALE_SENSE}.{name} = {value!r}",
+            nearest=did_you_mean(str(name), arguments) or f"It takes {', '.join(arguments)}",
+        )
+    for name, default in arguments.items():
+        yield from _scale_number(check, kind, name, written.get(name, default))
+
+
+def _scale_number(check: Check, kind: Any, name: str, value: Any) -> Iterator[KeyProblem]:
+    """One argument of a loss scale."""
+    least = 1 if kind == DYNAMIC_LOSS_SCALE else 0
+    rules: dict[str, tuple[bool, str, int]] = {
+        "loss_scale_value": (
+            _is_number(value, above=0) and value >= least,
+            f"{_POSITIVE}; a dynamic one is at least 1", 65536,
+        ),
+        "scale_factor": (
+            _is_number(value, above=1), "a dynamic scale moves by a factor above 1", 2,
+        ),
+        "scale_window": (
+            _is_number(value, above=0) and value % 1 == 0,
+            "it is a whole number of steps without overflow, at least 1", 1000,
+        ),
+    }  # fmt: skip
+    is_right, rule, nearest = rules[name]
+    if not is_right:
+        key = f"{_SCALE_SENSE}.{name}"
+        what = f"{key} is missing" if value is None else f"{key} = {value!r}"
+        yield check.wrong(key, rule, what=what, nearest=f"Nearest: {nearest}")
+
+
+def _is_number(value: Any, *, above: float) -> bool:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and above < value <= LARGEST_LOSS_SCALE
+
+
+def half_weights(check: Check) -> Iterator[KeyProblem]:
+    """Training keeps its weights in a dtype that the optimizer's small steps do not vanish in."""
+    if not check.trains:
+        return
+    for name, value in check.config.model.model_config.items():
+        dtype = DTYPES.get(str(value).removeprefix("torch."))
+        if PRECISIONS.get(name) == "params_dtype" and dtype == "float16":
+            yield check.wrong(
+                f"model.model_config.{name}",
+                "weights that are trained are kept in float32 or bfloat16: in float16 the squares "
+                "of small gradients are zero",
+                nearest="Nearest: float32",
+                advice="compute_dtype: float16 computes in float16 all the same",
+                also=("model.model_config",),
+            )
 
 
 def evaluation_in_training(check: Check) -> Iterator[KeyProblem]:

@@ -40,6 +40,9 @@ from launcher.config.schema.parallel import (
 )
 from launcher.config.schema.root import RUN_MODES, TRACKERS, CheckpointSection, Config
 from launcher.config.schema.training import (
+    DYNAMIC_LOSS_SCALE,
+    LARGEST_LOSS_SCALE,
+    LOSS_SCALES,
     SCHEDULE_ARGUMENTS,
     SCHEDULES_WITHOUT_WARMUP,
     WARMUP_ARGUMENTS,
@@ -54,6 +57,9 @@ from launcher.config.schema.training import (
 
 __all__ = [
     "CALLBACKS",
+    "DYNAMIC_LOSS_SCALE",
+    "LARGEST_LOSS_SCALE",
+    "LOSS_SCALES",
     "PLANNED_CALLBACKS",
     "RUN_MODES",
     "SCHEDULES_WITHOUT_WARMUP",

@@ -212,7 +212,9 @@ class TensorboardSection:
     """Folder of the event files (a `rank_0` folder is added); giving it turns the tracker on."""
     tensorboard_queue_size: int = no_effect(10, "the writer decides")
     """Events kept before writing."""
-    log_loss_scale_to_tensorboard: bool = no_effect(False, "there is no loss scale")
+    log_loss_scale_to_tensorboard: bool = no_effect(
+        False, "a loss scale is in the metrics, which go to TensorBoard as they are"
+    )
     """Write the loss scale."""
     log_timers_to_tensorboard: bool = no_effect(False, "the time of a step is always written")
     """Write times."""

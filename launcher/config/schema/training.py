@@ -149,6 +149,16 @@ class GroupedLrScheduleSection:
     """Groups, each with `params` patterns and a curve."""
 
 
+DYNAMIC_LOSS_SCALE, FIXED_LOSS_SCALE = "DynamicLossScaleUpdateCell", "FixedLossScaleUpdateCell"
+LOSS_SCALES: dict[str, dict[str, float | None]] = {
+    DYNAMIC_LOSS_SCALE: {"loss_scale_value": 65536.0, "scale_factor": 2.0, "scale_window": 1000},
+    FIXED_LOSS_SCALE: {"loss_scale_value": None},
+}
+"""The arguments each type of `scale_sense` takes, with their defaults; None: it must be written."""
+LARGEST_LOSS_SCALE = 2.0**64
+"""With it a scaled loss is still far inside float32."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunnerWrapperSection:
     """`runner_wrapper`: what happens between gradients and the optimizer."""
@@ -163,10 +173,11 @@ class RunnerWrapperSection:
     """Clip the gradients by their global norm."""
     max_grad_norm: float = effective(1.0, above=0)
     """The norm gradients are clipped to."""
-    scale_sense: float | dict[str, Any] = no_effect(
-        1.0, "fp32 and bf16 need no loss scale; fp16 is not built yet"
-    )
-    """Loss scale: a number or a map with `type`, `loss_scale_value`, ..."""
+    scale_sense: float | dict[str, Any] | None = effective(None)
+    """Loss scale: a number (fixed), or a map with `type`: FixedLossScaleUpdateCell and
+    `loss_scale_value`, or DynamicLossScaleUpdateCell and, as far as not 65536, 2 and 1000,
+    `loss_scale_value`, `scale_factor` and `scale_window`. A step whose gradients are not finite is
+    skipped. Left out: dynamic with compute_dtype float16, else no scale and no skipping."""
     local_norm: bool = not_built(False, "Set it to False; the global norm is always reported")
     """Report the norm of every parameter's gradient."""
     calculate_per_token_loss: bool | None = not_built(

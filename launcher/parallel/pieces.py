@@ -1,0 +1,205 @@
+"""The pieces of a layer that memory is saved on, and how a configuration names them.
+
+Owns names alone. A piece is the layer itself (""), a module in it under its own name
+(`self_attn.q_norm`), or a part of a module that is none:
+
+    self_attn.attend    from queries, keys and values to outputs
+    mlp.activation      from what gate_proj and up_proj give, through down_proj
+
+Patterns are regular expressions over such names. They may also use the names MindFormers has for
+the same things, in the older models (`feed_forward\\.w1\\.activation`) and in the newer ones
+(`mlp\\.activation_func`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+from torch import nn
+
+from launcher.errors import UserError, did_you_mean
+from models.attention import BaseAttention
+from models.layers import MLP
+from models.moe import Experts
+from models.stage import StageSplit
+
+Function = Callable[..., Any]
+
+_PARTS: dict[type[nn.Module], tuple[str, str]] = {
+    BaseAttention: ("attend", "attend"),
+    MLP: ("activation", "activated"),
+    Experts: ("activation", "activated"),
+}
+"""Class of a module -> name of its part, attribute that is called for it."""
+
+_SPELLINGS = {
+    "self_attn": ("attention", "self_attention"),
+    "attend": ("flash_attention", "core_attention", "core_attention.flash_attention"),
+    "q_proj": ("wq", "linear_q"), "k_proj": ("wk", "linear_k"), "v_proj": ("wv", "linear_v"),
+    "o_proj": ("wo", "linear_proj"),
+    "q_norm": ("q_layernorm",), "k_norm": ("k_layernorm",),
+    "mlp": ("feed_forward",), "block_sparse_moe": ("feed_forward", "mlp"),
+    "gate_proj": ("w1",), "up_proj": ("w3",), "down_proj": ("w2", "linear_fc2"),
+    "activation": ("mul", "w1.activation", "w1.activation.silu", "activation_func",
+                   "activation_func.silu"),
+    "experts": ("routed_experts", "routed_experts.ffn"), "gate": ("router",),
+    "input_layernorm": ("attention_norm",),
+    "post_attention_layernorm": ("ffn_norm", "pre_mlp_layernorm"),
+}  # fmt: skip
+"""A part of a name -> what MindFormers says for it."""
+
+_FREE = re.compile(
+    r"(.*\.)?(re)?(shape|cast|rcast|cast_up|cast_down|add|add_3d|bias_add|transpose)"
+)
+"""Operations of MindFormers' models that keep nothing here."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One piece, which runs when `attribute` of `owner` is called."""
+
+    owner: nn.Module
+    attribute: str
+
+    def wrap(self, wrapper: Callable[[Function], Function]) -> None:
+        """Put `wrapper` round what is called, on this instance alone: names of parameters, and the
+        hooks on a module's call, stay as they are."""
+        setattr(self.owner, self.attribute, wrapper(getattr(self.owner, self.attribute)))
+
+
+def pieces(layer: nn.Module) -> dict[str, Piece]:
+    """The pieces of `layer` by name."""
+    found: dict[str, Piece] = {}
+    for name, module in layer.named_modules():
+        found[name] = Piece(module, "forward")
+        for kind, (part, attribute) in _PARTS.items():
+            if isinstance(module, kind):
+                found[f"{name}.{part}"] = Piece(module, attribute)
+    return found
+
+
+def names_in(layers: Collection[nn.Module]) -> list[str]:
+    """The names of all pieces of `layers`, the layer itself apart."""
+    return list(dict.fromkeys(name for layer in layers for name in pieces(layer) if name))
+
+
+def matching(pattern: str, names: Collection[str]) -> set[str]:
+    """Those of `names` that the pattern names, in any spelling."""
+    expression = re.compile(pattern)
+    return {name for name in names if any(map(expression.fullmatch, spellings(name)))}
+
+
+def spellings(name: str) -> Iterator[str]:
+    """`name` and its other spellings."""
+    choices = [(part, *_SPELLINGS.get(part, ())) for part in name.split(".")]
+    for parts in product(*choices):
+        spelled = ".".join(parts)
+        yield spelled
+        if name.endswith("norm"):
+            yield f"{spelled}.norm"
+
+
+def outermost(names: Collection[str]) -> list[str]:
+    """`names` without those inside of another."""
+    return [name for name in names if not any(is_inside(name, other) for other in names)]
+
+
+def is_inside(name: str, other: str) -> bool:
+    """Whether `name` is a piece of the piece `other`."""
+    return name != other and (not other or name.startswith(f"{other}."))
+
+
+def check_patterns(
+    key: str, patterns: Collection[str], names: Collection[str], where: Callable[[str], str]
+) -> list[str]:
+    """Patterns that name nothing because there is nothing to keep: they have no effect.
+
+    `names`: those of all layers of the model. `where`: from a key to file and line. Raises
+    UserError for a pattern that names nothing for any other reason.
+    """
+    idle = [pattern for pattern in patterns if not matching(pattern, names)]
+    for pattern in idle:
+        written = pattern.replace("\\.", ".")
+        if not _FREE.fullmatch(written):
+            known = [spelled for name in names for spelled in spellings(name)]
+            raise UserError(
+                f"{key}: {pattern!r}",
+                where=where(key),
+                rule="the layers of this model have no such piece",
+                nearest=did_you_mean(written, known) or f"There are: {', '.join(names)}",
+            )
+    return idle
+
+
+def layers_chosen(value: bool | Sequence[Any], split: StageSplit) -> frozenset[int]:
+    """Numbers of the layers that a truth or a list of entries chooses.
+
+    An entry is a truth or a number of layers, from the first. A list has one a pipeline rank, whose
+    stages take turns until the number is reached, or one list for each stage of a rank, in which
+    the ranks have an entry each. What is not written is 0. (As in MindFormers.)
+    """
+    chosen: set[int] = set()
+    for rank in set(split.ranks):
+        stages = [split.layers[stage] for stage in split.stages_of(rank)]
+        counts = _counts(value, rank, [len(layers) for layers in stages])
+        for layers, count in zip(stages, counts, strict=True):
+            chosen.update(layers[:count])
+    return frozenset(chosen)
+
+
+def _counts(value: bool | Sequence[Any], rank: int, sizes: list[int]) -> list[int]:
+    """How many layers of each stage of `rank`, which have `sizes`."""
+    if isinstance(value, bool):
+        return [_number(value, size) for size in sizes]
+    if not any(isinstance(row, list) for row in value):
+        return _dealt(_number(_entry(value, rank), sum(sizes)), sizes)
+    rows = [*value, *[False] * len(sizes)]
+    return [_number(_entry(row, rank), size) for row, size in zip(rows, sizes, strict=False)]
+
+
+def _entry(row: bool | int | Sequence[Any], rank: int) -> bool | int:
+    if isinstance(row, bool):
+        return row
+    entries = row if isinstance(row, Sequence) else [row]
+    return entries[rank] if rank < len(entries) else 0
+
+
+def _number(entry: bool | int, size: int) -> int:
+    return size * entry if isinstance(entry, bool) else min(entry, size)
+
+
+def _dealt(number: int, sizes: list[int]) -> list[int]:
+    """`number` dealt to the stages one by one, as long as they have room."""
+    dealt = [0] * len(sizes)
+    while sum(dealt) < number:
+        for stage, size in enumerate(sizes):
+            if sum(dealt) < number and dealt[stage] < size:
+                dealt[stage] += 1
+    return dealt
+
+
+Selection = Mapping[str, frozenset[int]]
+"""Pattern -> numbers of the layers it is about."""
+
+
+def selection(value: Any, split: StageSplit, usual: Collection[str]) -> dict[str, frozenset[int]]:
+    """What a truth, patterns, entries, or patterns with entries choose; `usual` are the patterns
+    where none are written."""
+    if isinstance(value, Mapping):
+        return {str(pattern): layers_chosen(entry, split) for pattern, entry in value.items()}
+    if isinstance(value, list) and value and all(isinstance(item, str) for item in value):
+        return {pattern: layers_chosen(True, split) for pattern in value}
+    return {pattern: layers_chosen(value, split) for pattern in usual}
+
+
+def selected(choice: Selection, layer: int, names: Collection[str]) -> set[str]:
+    """Those of `names`, the pieces of the layer with this number, that are chosen."""
+    return {
+        name
+        for pattern, layers in choice.items() if layer in layers
+        for name in matching(pattern, names)
+    }  # fmt: skip

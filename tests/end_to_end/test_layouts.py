@@ -1,0 +1,144 @@
+"""A run on any layout: saved, resumed on another, merged, opened by transformers."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from launcher.tools.unified_safetensors import main as merge
+from tests.ranks import JobResult, run_job
+from tests.workshop import Workshop
+
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "dp2 tp2 pp2": {
+        "parallel_config": {"data_parallel": 2, "model_parallel": 2, "pipeline_stage": 2,
+                            "micro_batch_num": 2, "use_seq_parallel": True},
+        "parallel": {"enable_parallel_optimizer": True},
+        "runner_config": {"batch_size": 2},
+    },
+    "alone": {},
+    "pp2 tp2": {
+        "parallel_config": {"model_parallel": 2, "pipeline_stage": 2, "micro_batch_num": 4,
+                            "vocab_emb_dp": False},
+        "runner_config": {"batch_size": 2},
+        "parallel": {"pipeline_config": {"pipeline_scheduler": "zero_bubble_v"}},
+    },
+    "dp4": {"parallel_config": {"data_parallel": 4}, "runner_config": {"batch_size": 2},
+            "parallel": {"enable_parallel_optimizer": True}},
+    "dp2 ep2": {"parallel_config": {"data_parallel": 2, "expert_parallel": 2},
+                "runner_config": {"batch_size": 4},
+                "parallel": {"enable_parallel_optimizer": True}},
+    "cp2 tp2": {"parallel_config": {"context_parallel": 2, "model_parallel": 2}},
+}  # fmt: skip
+MODELS: dict[str, dict[str, Any]] = {
+    "qwen3 tied": {"num_hidden_layers": 4},
+    "qwen3 moe": {
+        "type": "Qwen3MoeConfig", "num_hidden_layers": 4, "num_experts": 4,
+        "num_experts_per_tok": 2, "moe_intermediate_size": 16, "tie_word_embeddings": False,
+    },
+}  # fmt: skip
+
+
+def ranks(layout: str) -> int:
+    degrees = LAYOUTS[layout].get("parallel_config", {})
+    count = 1
+    for axis in ("data_parallel", "model_parallel", "pipeline_stage", "context_parallel"):
+        count *= degrees.get(axis, 1)
+    return count
+
+
+def train(workshop: Workshop, model: str, layout: str, output: str, *more: str) -> JobResult:
+    name = workshop.yaml(
+        f"{output}.yaml",
+        **{**LAYOUTS[layout], "output_dir": output, "model": {"model_config": MODELS[model]}},
+    )
+    arguments = ["--config", name, "--run_mode", "train", *more]
+    result = run_job(arguments, workshop.folder, ranks(layout))
+    assert result.code == 0, result.stderr + result.stdout
+    return result
+
+
+def test_the_same_layout_resumes_to_the_bit(workshop: Workshop) -> None:
+    layout, model = "dp2 tp2 pp2", "qwen3 tied"
+    train(workshop, model, layout, "whole")
+    train(workshop, model, layout, "parts", "--runner_config.stop_step", "10")
+    train(workshop, model, layout, "parts", "--resume_training", "True")
+    whole, parts = (workshop.saved(output, "1_20", 8) for output in ("whole", "parts"))
+    assert [key for key in whole if whole[key] != parts[key]] == []
+    assert workshop.losses("whole") == workshop.losses("parts")
+
+
+@pytest.mark.parametrize(
+    ("model", "route"),
+    [
+        ("qwen3 tied", ["dp2 tp2 pp2", "alone", "pp2 tp2", "cp2 tp2"]),
+        ("qwen3 moe", ["dp2 ep2", "pp2 tp2", "alone"]),
+    ],
+)
+def test_a_run_goes_on_from_layout_to_layout(workshop: Workshop, model: str, route) -> None:
+    train(workshop, model, "alone", "whole")
+    for index, layout in enumerate(route):
+        stop = str(20 * (index + 1) // len(route))
+        train(workshop, model, layout, "moved", "--resume_training", "True",
+              "--runner_config.stop_step", stop)  # fmt: skip
+    assert workshop.losses("moved") == pytest.approx(workshop.losses("whole"), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("model", "layout"), [("qwen3 tied", "dp2 tp2 pp2"), ("qwen3 moe", "dp2 ep2")]
+)
+def test_what_a_layout_saved_merges_into_a_directory_transformers_opens(
+    workshop: Workshop, model: str, layout: str
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    train(workshop, model, layout, "output", "--max_steps", "4")
+    merged = workshop.folder / "merged"
+    code = merge(["--mindspore_ckpt_dir", str(workshop.folder / "output/checkpoint"),
+                  "--output_dir", str(merged), "--file_suffix", "1_4",
+                  "--filter_out_param_prefix", "adam_"])  # fmt: skip
+    assert code == 0
+    _, report = AutoModelForCausalLM.from_pretrained(merged, output_loading_info=True)
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    text = {"type": "TextDataLoader", "dataset_dir": "corpus"}
+    losses = {}
+    for where, ways in (("alone", "alone"), ("cut", layout)):
+        name = workshop.yaml(
+            f"{where}.yaml",
+            **{
+                **LAYOUTS[ways], "output_dir": where, "pretrained_model_dir": "merged",
+                    "model": None,
+                "eval_dataset": {"data_loader": text, "seq_length": 32, "packing": True},
+            },
+        )  # fmt: skip
+        config = workshop.folder / name
+        config.write_text(config.read_text().replace("type: Qwen3Config", "vocab_size: 512"))
+        result = run_job(["--config", name, "--run_mode", "eval"], workshop.folder, ranks(ways))
+        assert result.code == 0, result.stderr + result.stdout
+        losses[where] = json.loads((workshop.folder / where / "eval_result.json").read_text())
+    assert losses["cut"]["eval_loss"] == pytest.approx(losses["alone"]["eval_loss"], rel=1e-5)
+    assert losses["cut"]["eval_tokens"] == losses["alone"]["eval_tokens"]
+
+
+@pytest.mark.parametrize(("model", "ranks_", "tp"), [("qwen3 tied", 4, 2), ("qwen3 moe", 2, 2)])
+def test_predict_on_cut_matrices_says_the_same(
+    workshop: Workshop, model: str, ranks_: int, tp: int
+) -> None:
+    train(workshop, model, "alone", "output", "--max_steps", "4")
+    texts = []
+    for output, world, degrees in (("one", 1, []), ("cut", ranks_, [
+        "--parallel_config.model_parallel", str(tp),
+        "--parallel_config.data_parallel", str(ranks_ // tp),
+    ])):  # fmt: skip
+        result = run_job(
+            ["--config", "output.yaml", "--run_mode", "predict", "--output_dir", output,
+             "--load_checkpoint", "output/checkpoint", "--predict_data", "def f", "import", "a b c",
+             "generation_config.max_new_tokens=12", "generation_config.do_sample=True", *degrees],
+            workshop.folder, world,
+        )  # fmt: skip
+        assert result.code == 0, result.stderr + result.stdout
+        texts.append((workshop.folder / output / "text_generation_result.jsonl").read_text())
+    assert texts[0] == texts[1]

@@ -1,0 +1,71 @@
+"""The loss and the embedding of a vocabulary that is cut, against the whole one."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tests.ranks import run_ranks
+
+ROWS, LENGTH, VOCABULARY, HIDDEN = 3, 5, 24, 8
+
+
+def material(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(ROWS, LENGTH, VOCABULARY, generator=generator) * 5
+    labels = torch.randint(VOCABULARY, (ROWS, LENGTH), generator=generator)
+    labels[0, 1] = labels[2, 4] = -100
+    return logits.to(dtype), labels
+
+
+def cut_losses(dtypes: list[str], pieces: int) -> list[tuple[float, np.ndarray]]:
+    from launcher.parallel import vocabulary, world
+
+    here = world.start(force_cpu=True)
+    vocabulary.PIECE_ELEMENTS["cpu"] = pieces
+    found = []
+    for name in dtypes:
+        logits, labels = material(getattr(torch, name))
+        own = logits.chunk(here.size, dim=-1)[here.rank].clone().requires_grad_()
+        loss = vocabulary.token_loss_sum(own, labels, torch.distributed.group.WORLD)
+        (loss * 0.5).backward()
+        assert own.grad is not None
+        assert own.grad.dtype == own.dtype
+        found.append((loss.item(), own.grad.float().numpy()))
+        nothing = torch.full_like(labels, -100)
+        silent = vocabulary.token_loss_sum(own, nothing, torch.distributed.group.WORLD)
+        assert silent.item() == 0.0
+    world.stop()
+    return found
+
+
+@pytest.mark.parametrize("pieces", [20, 1 << 19])
+def test_the_loss_of_cut_logits_is_that_of_whole_ones(pieces: int) -> None:
+    dtypes = {"float32": 1e-6, "bfloat16": 1e-2}
+    ranks = run_ranks(3, cut_losses, list(dtypes), pieces)
+    for index, (name, tolerance) in enumerate(dtypes.items()):
+        logits, labels = material(getattr(torch, name))
+        whole = logits.clone().requires_grad_()
+        loss = F.cross_entropy(whole.float().flatten(0, 1), labels.flatten(), reduction="sum")
+        (loss * 0.5).backward()
+        assert whole.grad is not None
+        for found, gradient in zip(ranks, whole.grad.chunk(3, dim=-1), strict=True):
+            total, ours = found[index]
+            assert total == pytest.approx(loss.item(), rel=1e-5)
+            np.testing.assert_allclose(ours, gradient.float(), atol=tolerance, rtol=tolerance)
+
+
+def test_the_sum_of_cut_look_ups_is_the_embedding() -> None:
+    from launcher.parallel.vocabulary import look_up
+
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.randn(VOCABULARY, HIDDEN, generator=generator, requires_grad=True)
+    ids = torch.randint(VOCABULARY, (ROWS, LENGTH), generator=generator)
+    total = sum(look_up(ids, part, rank) for rank, part in enumerate(weight.chunk(4)))
+    expected = F.embedding(ids, weight)
+    assert torch.equal(total, expected)
+    (ours,) = torch.autograd.grad(total.square().sum(), weight)
+    (theirs,) = torch.autograd.grad(F.embedding(ids, weight).square().sum(), weight)
+    assert torch.equal(ours, theirs)
