@@ -515,12 +515,7 @@ def test_unknown_types_of_config_json_are_left_to_transformers() -> None:
 
 def test_import_is_light() -> None:
     code = (
-        "import sys, time; start = time.perf_counter(); import models.families;"
-        "print(time.perf_counter() - start);"
+        "import sys, models.families;"
         "assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)"
     )
-    runs = [
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-        for _ in range(3)
-    ]
-    assert min(float(run.stdout) for run in runs) < 0.05
+    subprocess.run([sys.executable, "-c", code], check=True)
