@@ -81,6 +81,7 @@ class Sight:
         )
         self.document_ids, self.key_mask = document_ids, key_mask
         self._masks: dict[tuple[int | None, bool], Tensor | None] = {}
+        self._whole: Sight | None = None
 
     def mask(
         self,
@@ -106,11 +107,13 @@ class Sight:
 
     def whole(self) -> Sight:
         """The same rows seen by all of their tokens, in order: for attention that has gathered
-        them."""
+        them. One object for all layers, as masks are kept in it."""
         if self.in_order and self.length == self.total:
             return self
-        return Sight(length=self.total, total=self.total, device=self.places.device,
-                     document_ids=self.document_ids, key_mask=self.key_mask)  # fmt: skip
+        if self._whole is None:
+            self._whole = Sight(length=self.total, total=self.total, device=self.places.device,
+                                document_ids=self.document_ids, key_mask=self.key_mask)  # fmt: skip
+        return self._whole
 
     def _is_plain(self, window: int | None) -> bool:
         narrow = window is not None and self.total > window
@@ -145,7 +148,7 @@ class StepContext:
     sin: Tensor
     sight: Sight
     stream_places: Tensor | None = None
-    """Places of the tokens of the residual stream here; None for those from 0 on."""
+    """Places of the tokens of the residual stream here; None: all of a row, in order."""
     dropout_seeds: Tensor | None = None
     """One seed a row [rows], or None: no dropout."""
     cache: KVCache | None = None

@@ -1,9 +1,10 @@
 """Mixture of experts: the router, the experts stacked into one tensor a projection, and the block.
 
-Invariants: the router computes in float32; nothing in here waits for the device (how many tokens an
-expert gets stays a tensor); the result is a function of the token alone, whoever shares its batch;
-backward passes are gathers, so they are repeatable. An expert may be anywhere: `Experts` takes the
-tokens of any number of experts, sorted, and parallelism changes what reaches it from outside.
+Invariants: the router computes in float32; how many tokens an expert gets stays a tensor, and
+nothing in here waits for the device (but for sizes the grouped kernel cannot align); the result is
+a function of the token alone, whoever shares its batch; backward passes are gathers, so they are
+repeatable. An expert may be anywhere: `Experts` takes the tokens of any number of experts, sorted,
+and parallelism changes what reaches it from outside.
 """
 
 from __future__ import annotations

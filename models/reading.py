@@ -67,7 +67,7 @@ def read(model_config: Mapping[str, Any], own: Family | None, problems: Problems
                 rule = "must be a map such as {rope_type: linear, factor: 2.0}"
                 problems.add(key, value, rule)
         elif own_keys is not None and target not in own_keys:
-            known = {*keys.every_key(), *own_keys}
+            known = {*keys.every_key(), *own_keys} - {key}
             nearest = did_you_mean(key, known)
             problems.add(key, value, "no such key of this model", nearest=nearest)
         else:

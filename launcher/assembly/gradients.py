@@ -33,6 +33,7 @@ def gradients_of(job: Job, built: BuiltModel) -> Gradients:
         partial=[p for name, p in trained.items() if name in partial_names]
         + (copies if tied_whole else []),
         partial_group=job.meshes.group("tp"),
+        sums=built.parts.sums,
         tied=_tied_copies(job, built.parts),
     )
 

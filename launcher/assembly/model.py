@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 from torch import nn
@@ -20,6 +20,7 @@ from launcher.parallel.context import ContextParallel
 from launcher.parallel.meshes import Meshes
 from launcher.parallel.parts import Parts
 from launcher.parallel.pipeline import Pipeline
+from launcher.parallel.sums import GradientSums, gradient_sums
 from launcher.parallel.tensor import gather_logits
 from launcher.train.compute import Compute, Loss, PipelinedModel, RowCut, WholeModel
 from launcher.train.loss import token_loss_sum
@@ -51,19 +52,20 @@ def build_parallel(job: Job, *, training: bool) -> BuiltModel:
         whole, job.spec, job.mesh, split=job.split,
         vocab_emb_dp=job.config.parallel_config.vocab_emb_dp,
     )  # fmt: skip
+    job.meshes.make(experts=job.spec.decoder is not None and job.spec.decoder.experts is not None)
     context = context_parallel(job)
     modules = _stages(job, whole, dtype)
     offload = offload_policy(job) if training else None
     if training:
         check_layers(job, whole)
+    sharded = job.mesh.dp_shard > 1 or job.compute_dtype != dtype or offload is not None
     for module in modules.values():
         if isinstance(module, Decoder):
             sequence = job.config.parallel_config.use_seq_parallel and job.mesh.tp > 1
             parallelize(module, layout.cuts, job.meshes, sequence=sequence, context=context)
         if training:
             prepare_layers(job, module, whole)
-        several = job.mesh.data_parallel * job.mesh.cp > 1
-        if several or job.compute_dtype != dtype or offload:
+        if sharded:
             shard_model(
                 module, blocks(module), job.meshes,
                 precisions=Precisions(job.compute_dtype, dtype),
@@ -75,14 +77,28 @@ def build_parallel(job: Job, *, training: bool) -> BuiltModel:
         f"model: {job.spec.family}, {count:,} parameters "
         f"({_name(dtype)}, computing in {_name(job.compute_dtype)})"
     )
-    parts = Parts(list(modules.values()))
+    parts = Parts(list(modules.values()), _sums(job, modules) if training and not sharded else None)
     at = job.mesh.coordinates(job.world.rank)
     row_cut = RowCut(
         job.world.device,
-        places=None if context is None else context.places,
+        places=None if context is None else lru_cache(partial(_places, context, job.world.device)),
         counts=at["tp"] == 0 and at["pp"] == 0,
     )
     return BuiltModel(parts, layout, _compute(job, parts, modules), row_cut)
+
+
+def _places(context: ContextParallel, device: torch.device, total: int) -> torch.Tensor:
+    return context.places(total).to(device)
+
+
+def _sums(job: Job, modules: dict[int, nn.Module]) -> GradientSums | None:
+    """Gradients are added up over whole copies of the parameters: without FSDP, which would copy
+    them."""
+    if job.mesh.data_parallel * job.mesh.cp == 1:
+        return None
+    layers = [layer for module in modules.values() for layer in blocks(module)]
+    together = job.config.parallel_config.gradient_aggregation_group
+    return gradient_sums(list(modules.values()), layers, job.meshes, together=together)
 
 
 def _stages(job: Job, whole: nn.Module, dtype: torch.dtype) -> dict[int, nn.Module]:

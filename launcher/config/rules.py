@@ -43,6 +43,7 @@ RULES: tuple[Rule, ...] = (
     parallel.ulysses,
     parallel.rows,
     parallel.attention_dropout,
+    parallel.dynamic_rope,
     parallel.experts,
     pipeline.stages,
     pipeline.micro_batches,

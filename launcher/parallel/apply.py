@@ -6,14 +6,14 @@ asserted whenever weights are asked for: the shards torch made are the boxes `la
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from launcher.layout.box import Box
 from launcher.layout.layout import Cut, Layout
@@ -21,7 +21,7 @@ from launcher.parallel.context import ContextParallel, apply_context_parallel
 from launcher.parallel.expert import apply_expert_parallel
 from launcher.parallel.local import local
 from launcher.parallel.meshes import DATA_AXES, Meshes
-from launcher.parallel.tensor import TensorParallel, apply_tensor_parallel, apply_views
+from launcher.parallel.tensor import TensorParallel, apply_tensor_parallel
 from launcher.weights.memory import Shard as HeldShard
 from models.decoder import Decoder
 from models.moe import Experts, Router
@@ -55,11 +55,10 @@ def parallelize(
     context: ContextParallel | None,
 ) -> None:  # fmt: skip
     """Put tensor, sequence, context and expert parallelism beside `model`, in place; its parameters
-    (on the meta device) become DTensors of this rank's part."""
+    (on the meta device) become this rank's part of them."""
     mesh = meshes.layout
     if mesh.tp > 1 or mesh.ep > 1:
-        distribute(model, cuts, meshes)
-        apply_views(model, cuts)
+        cut_parameters(model, cuts, meshes)
     tensor_group, expert_group = meshes.group("tp"), meshes.group("ep")
     if tensor_group is not None:
         apply_tensor_parallel(model, cuts, TensorParallel(tensor_group, sequence))
@@ -69,40 +68,21 @@ def parallelize(
         apply_context_parallel(model, context)
 
 
-def distribute(model: nn.Module, cuts: Mapping[str, Cut], meshes: Meshes) -> None:
-    """Make every parameter a DTensor on the model axes: `tp`, for experts `ep` and `tp`."""
+def cut_parameters(model: nn.Module, cuts: Mapping[str, Cut], meshes: Meshes) -> None:
+    """Replace every parameter by this rank's part of it on the model axes: `tp`, for experts `ep`
+    and `tp`."""
     for prefix, module in model.named_modules():
         for leaf, parameter in list(module.named_parameters(recurse=False)):
-            cut = cuts[f"{prefix}.{leaf}"]
-            axes = model_axes(cut, meshes)
-            if axes:
-                mesh = (meshes.experts if cut.expert else meshes.dense)[tuple(axes)]
-                placements = [Replicate() if dim is None else Shard(dim) for dim in axes.values()]
-                made = _dtensor(parameter, mesh, placements)
-                setattr(module, leaf, nn.Parameter(made, requires_grad=parameter.requires_grad))
+            part = _own_part(parameter.detach(), cuts[f"{prefix}.{leaf}"], meshes)
+            setattr(module, leaf, nn.Parameter(part, requires_grad=parameter.requires_grad))
 
 
-def model_axes(cut: Cut, meshes: Meshes) -> dict[str, int | None]:
-    """Axis to dim (None: whole) of the model axes a parameter is a DTensor on."""
-    axes: dict[str, int | None] = {}
-    if cut.expert and meshes.layout.ep > 1:
-        axes["ep"] = 0
-    if meshes.layout.tp > 1:
-        axes["tp"] = cut.tp_dim
-    return axes
-
-
-def _dtensor(
-    parameter: torch.Tensor, mesh: DeviceMesh, placements: Sequence[Placement]
-) -> torch.Tensor:
-    part = parameter.detach()
-    for axis, placement in enumerate(placements):
-        if isinstance(placement, Shard):
-            part = part.chunk(mesh.size(axis), dim=placement.dim)[mesh.get_local_rank(axis)]
-    return DTensor.from_local(
-        part.contiguous(), mesh, placements, run_check=False,
-        shape=parameter.shape, stride=parameter.stride(),
-    )  # fmt: skip
+def _own_part(whole: torch.Tensor, cut: Cut, meshes: Meshes) -> torch.Tensor:
+    mesh = meshes.experts if cut.expert else meshes.dense
+    for axis, dim in {"ep": 0 if cut.expert else None, "tp": cut.tp_dim}.items():
+        if dim is not None and getattr(meshes.layout, axis) > 1:
+            whole = whole.chunk(mesh[axis].size(), dim)[mesh.get_local_rank(axis)]
+    return whole.contiguous()
 
 
 def shard_model(
@@ -120,21 +100,29 @@ def shard_model(
     at a time. Gradients are added up, not averaged: the loss is divided by the tokens of the global
     batch, which is all the averaging there is.
     """
-    dense = {"mesh": meshes.dense[DATA_AXES], "offload_policy": offload or OffloadPolicy()}
+    dense: dict[str, Any] = {"mesh": _data_mesh(meshes.dense),
+                             "offload_policy": offload or OffloadPolicy()}  # fmt: skip
     for module in model.modules():
-        if isinstance(module, Router):
+        if isinstance(module, Router) and precisions.compute != precisions.parameters:
             fully_shard(module, mp_policy=precisions.policy_of_routers, **dense)
         elif isinstance(module, Experts):
             fully_shard(module, mp_policy=precisions.policy,
-                        **{**dense, "mesh": meshes.experts[DATA_AXES]})  # fmt: skip
+                        **{**dense, "mesh": _data_mesh(meshes.experts)})  # fmt: skip
     together = blocks_together if meshes.layout.dp_shard == 1 else 1
     for unit in _units(list(blocks), together):
         fully_shard(unit, mp_policy=precisions.policy, reshard_after_forward=True, **dense)
     fully_shard(model, mp_policy=precisions.policy, reshard_after_forward=False, **dense)
+    if meshes.layout.data_parallel * meshes.layout.cp == 1:
+        return  # alone, torch would make a copy of the gradients to divide them by 1
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+
+
+def _data_mesh(mesh: DeviceMesh) -> DeviceMesh:
+    """The axes FSDP works on: without `copies` where there is one, or it would add them up too."""
+    return mesh[DATA_AXES] if mesh["copies"].size() > 1 else mesh["shards"]
 
 
 def _units(blocks: list[nn.Module], together: int) -> list[nn.Module | list[nn.Module]]:

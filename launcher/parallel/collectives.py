@@ -121,7 +121,11 @@ class _KeepPiece(torch.autograd.Function):
 
 
 def fan_out(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """`tensor`, the same on every rank, into work that differs by rank."""
+    """`tensor`, the same on every rank, into work that differs by rank.
+
+    The gradient that comes back is added up in place: nothing that takes the result may hand the
+    gradient it is given on as it is (matrix products do not).
+    """
     result: Tensor = _FanOut.apply(tensor, group)
     return result
 

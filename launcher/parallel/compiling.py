@@ -33,7 +33,8 @@ def compile_layers(layers: Mapping[int, nn.Module], backend: str, apart: Names) 
     # Layers share their code, and torch gives up on code that it has compiled this often: for each
     # layer there may be training, evaluation, and rows of another shape.
     config = torch._dynamo.config
-    config.recompile_limit = max(config.recompile_limit, 8 * len(layers))
+    for limit in ("recompile_limit", "accumulated_recompile_limit"):
+        setattr(config, limit, max(getattr(config, limit), 8 * len(layers)))
     compiled = partial(torch.compile, backend=backend, dynamic=False)
     for number, layer in layers.items():
         for name in ("", *apart[number]):

@@ -24,7 +24,6 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -33,7 +32,7 @@ from torch import Tensor
 from launcher.parallel.collectives import exchange
 from launcher.parallel.expert import apply_row_sums
 from launcher.parallel.ring import Ring, chunks, ring_attention
-from models.attention import BaseAttention, Sight, StepContext
+from models.attention import BaseAttention, StepContext
 from models.decoder import Decoder
 
 HEADS, TOKENS = 1, 2
@@ -98,10 +97,9 @@ def apply_context_parallel(model: Decoder, cp: ContextParallel) -> None:
     and this `total`, and with the documents of whole rows. Called without places it computes alone,
     as before.
     """
-    whole = _WholeRows()
     for layer in model.model.layers.values():
         attention = layer.self_attn
-        attention.attend = partial(_attend, attention, attention.attend, cp, whole)
+        attention.attend = partial(_attend, attention, attention.attend, cp)
     apply_row_sums(model, *(group for group in (cp.trade, cp.ring) if group is not None))
 
 
@@ -109,7 +107,6 @@ def _attend(
     attention: BaseAttention,
     alone: Attend,
     cp: ContextParallel,
-    whole: _WholeRows,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -127,7 +124,7 @@ def _attend(
         ring = Ring(cp.ring, sight, window)
         output = ring_attention(query, key, value, ring, scale=attention.scale)
     else:
-        output = alone(query, key, value, replace(context, sight=whole.of(sight)), window)
+        output = alone(query, key, value, replace(context, sight=sight.whole()), window)
     return output if cp.trade is None else exchange(output, TOKENS, HEADS, cp.trade)
 
 
@@ -135,18 +132,3 @@ def enough_heads(states: Tensor, size: int) -> Tensor:
     """Keys or values [rows, heads, tokens, size] with each head repeated as often as it takes for
     `size` ranks to have equally many; rank r then has those that its query heads need."""
     return states.repeat_interleave(size // math.gcd(size, states.shape[HEADS]), dim=HEADS)
-
-
-class _WholeRows:
-    """The sight of whole rows for the sight of some of their tokens; one object for all layers, as
-    masks are kept in it."""
-
-    def __init__(self) -> None:
-        self._found: WeakKeyDictionary[Sight, Sight] = WeakKeyDictionary()
-
-    @torch.compiler.disable
-    def of(self, sight: Sight) -> Sight:
-        """The same rows as all of their tokens see them."""
-        if sight not in self._found:
-            self._found[sight] = sight.whole()
-        return self._found[sight]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from launcher.parallel.local import local_gradient, local_gradients
+from launcher.parallel.sums import GradientSums
 from launcher.parallel.tied import TiedCopies
 
 
@@ -33,12 +34,13 @@ def add_up_partial(parameters: Iterable[nn.Parameter], group: dist.ProcessGroup)
 
 
 def squared_norm(parameters: Iterable[nn.Parameter], device: torch.device) -> Tensor:
-    """The sum of the squares of the local gradients, a float32 scalar."""
+    """The sum of the squares of the local gradients, a float32 scalar on `device`, wherever the
+    gradients are."""
     gradients = local_gradients(parameters)
     if not gradients:
         return torch.zeros((), device=device)
     norms = torch._foreach_norm(gradients, 2.0, dtype=torch.float32)
-    return torch.stack(norms).square().sum()
+    return torch.stack(norms).square().sum().to(device)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,11 +53,15 @@ class Gradients:
     partial: Sequence[nn.Parameter] = ()
     """Parameters of which each rank of `partial_group` has only a part of the gradient."""
     partial_group: dist.ProcessGroup | None = None
+    sums: GradientSums | None = None
+    """Gradients that the ranks of a data group add up, where FSDP does not do it."""
     tied: TiedCopies | None = None
     """Copies of a tied embedding on the first and the last stage of a pipeline."""
 
     def finish(self) -> None:
         """Make the gradients those of the global batch, in place."""
+        if self.sums is not None:
+            self.sums.finish()
         if self.partial_group is not None:
             add_up_partial(self.partial, self.partial_group)
         if self.tied is not None:

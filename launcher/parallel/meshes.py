@@ -22,7 +22,7 @@ DATA_AXES = ("copies", "shards")
 
 @dataclass(frozen=True)
 class Meshes:
-    """The meshes of one job; groups are made when first asked for, by all ranks alike."""
+    """The meshes of one job; made when first asked for, which all ranks must do alike."""
 
     layout: Mesh
     device_type: str
@@ -55,6 +55,13 @@ class Meshes:
         sizes = {"pp": m.pp, "data": m.data_parallel, "ring": ring, "trade": self.trade,
                  "tp": m.tp}  # fmt: skip
         return self._mesh(_ranks(m.pp, m.data_parallel, ring, self.trade, m.tp), sizes)
+
+    def make(self, *, experts: bool) -> None:
+        """Make the meshes and their groups now. All ranks must do so together, whether or not what
+        they hold needs each of them: a stage of a pipeline may have no expert."""
+        _ = self.dense
+        if experts:
+            _ = self.experts
 
     def group(self, axis: str) -> dist.ProcessGroup | None:
         """The ranks that differ from this one on `axis` only; None when it is alone."""

@@ -63,11 +63,6 @@ SCHEDULES = {
 }
 
 
-def schedule_name(scheduler: str, interleave: bool) -> str:
-    """The entry of `SCHEDULES` for `pipeline_scheduler` and `pipeline_interleave`."""
-    return "interleaved_1f1b" if scheduler == "1f1b" and interleave else scheduler
-
-
 def broken_rule(name: str, *, ranks: int, per_rank: int, micro_batches: int) -> str | None:
     """The rule of the schedule that these numbers break, as a sentence without a final stop."""
     schedule = SCHEDULES[name]

@@ -8,9 +8,9 @@ once and left once; in between each rank computes with its own heads or columns:
     sequence cut     gather / add up and cut     add up and cut / gather
 
 With `sequence` the states between regions are cut along the sequence, so that norms, residuals and
-dropout hold 1 / tp of the tokens. Parameters are DTensors; every leaf computes with the local part
-that its view gives it. Parameters that are whole on every rank but see only part of the gradient
-are named by `models.plan.is_partial` and added up once a step (`launcher.parallel.gradients`).
+dropout hold 1 / tp of the tokens. Parameters are cut already, into plain tensors. Those that are
+whole on every rank but see only part of the gradient are named by `models.plan.is_partial` and
+added up once a step (`launcher.parallel.gradients`).
 """
 
 from __future__ import annotations
@@ -26,10 +26,9 @@ from torch import Tensor, nn
 
 from launcher.layout.layout import Cut
 from launcher.parallel.collectives import add_up, add_up_and_cut, fan_out, gather, keep_piece
-from launcher.parallel.local import local
 from launcher.parallel.vocabulary import look_up
 from models.decoder import Decoder
-from models.layers import Embedding, Leaf
+from models.layers import Embedding
 from models.plan import REGIONS, repeats_kv_heads
 
 SEQUENCE = 1
@@ -68,17 +67,8 @@ class TensorParallel:
         return add_up(states, self.group)
 
 
-def apply_views(model: Decoder, cuts: Mapping[str, Cut]) -> None:
-    """Let every leaf of `model` compute with the local part of its parameters."""
-    for prefix, module in model.named_modules():
-        if isinstance(module, Leaf):
-            for name, _ in module.named_parameters(recurse=False):
-                if f"{prefix}.{name}" in cuts:
-                    module.views[name] = local
-
-
 def apply_tensor_parallel(model: Decoder, cuts: Mapping[str, Cut], tp: TensorParallel) -> None:
-    """Put tensor parallelism beside `model`, whose parameters are DTensors already."""
+    """Put tensor parallelism beside `model`, whose parameters are cut already."""
     for layer in model.model.layers.values():
         _share_attention(layer.self_attn, model, tp)
         for name in REGIONS:
@@ -118,7 +108,7 @@ def _share_attention(attention: nn.Module, model: Decoder, tp: TensorParallel) -
 
 
 def _rows(rows: slice, parameter: Tensor) -> Tensor:
-    return local(parameter)[rows]
+    return parameter[rows]
 
 
 def _add_biases_once(region: nn.Module, tp: TensorParallel) -> None:
@@ -130,7 +120,7 @@ def _add_biases_once(region: nn.Module, tp: TensorParallel) -> None:
 
 
 def _on_first(first: bool, parameter: Tensor) -> Tensor:
-    return local(parameter) * float(first)
+    return parameter * float(first)
 
 
 def _share_embedding(model: Decoder, cuts: Mapping[str, Cut], tp: TensorParallel) -> None:
@@ -159,7 +149,7 @@ def _own_tokens(tp: TensorParallel, module: nn.Module, inputs: tuple[Tensor]) ->
 
 
 def _without_gradient(parameter: Tensor) -> Tensor:
-    return local(parameter).detach()
+    return parameter.detach()
 
 
 def _keep_own_tokens(tp: TensorParallel, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
@@ -171,7 +161,6 @@ def _share_head(model: Decoder, cuts: Mapping[str, Cut], tp: TensorParallel) -> 
     head.register_forward_pre_hook(partial(_enter, tp))
     if model.config.tie_word_embeddings:
         if cuts["model.embed_tokens.weight"].tp_dim is not None:
-            head.views["weight"] = local
             return
         count = model.config.vocab_size // tp.size
         head.views["weight"] = partial(_rows, slice(tp.rank * count, (tp.rank + 1) * count))

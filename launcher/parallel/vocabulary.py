@@ -63,18 +63,26 @@ class _SummedCrossEntropy(torch.autograd.Function):
                 piece.mul_(factor[:, None])
             hit = (here & counts).to(gradient.dtype)
             ctx.gradient = gradient.scatter_add_(1, own[:, None], -hit[:, None])
+            ctx.dtype = logits.dtype
         return losses.sum()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor, None, None]:
         gradient, ctx.gradient = ctx.gradient, None
-        return gradient.mul_(scale), None, None
+        return gradient.mul_(scale).to(ctx.dtype), None, None
+
+
+def gradient_dtype(logits: Tensor) -> torch.dtype:
+    """The dtype the gradient of logits is kept in until the loss scale is known: theirs, but for
+    float16, which would round most of it to nothing."""
+    return torch.float32 if logits.dtype == torch.float16 else logits.dtype
 
 
 def _exponentials(logits: Tensor, largest: Tensor) -> tuple[Tensor, Tensor]:
-    """exp(logits - largest) in the dtype of the logits, and its float32 sums over the columns."""
-    powers, sums = torch.empty_like(logits), torch.empty_like(largest)
+    """exp(logits - largest) in the dtype of the gradient, and its float32 sums over the columns."""
+    powers = torch.empty_like(logits, dtype=gradient_dtype(logits))
+    sums = torch.empty_like(largest)
     for piece, top, out, row_sums in zip(*_pieces(logits, largest, powers, sums), strict=True):
         wide = (piece.float() - top[:, None]).exp_()
         torch.sum(wide, -1, out=row_sums)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from launcher.data.loader import Batch
 from launcher.parallel.parts import Parts
-from launcher.parallel.pipeline import Pipeline
+from launcher.parallel.pipeline import BY_ROW, Pipeline
 from launcher.parallel.world import repeatable_backward
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -41,7 +41,8 @@ class RowCut:
 
     device: torch.device
     places: Callable[[int], Tensor] | None = None
-    """From the length of a row to the places of the tokens here; None: all of them."""
+    """From the length of a row to the places of the tokens here, on the device; None: all of them.
+    """
     counts: bool = True
     """Whether the tokens here are counted by this rank: ranks that share matrices or layers all
     have them."""
@@ -56,7 +57,7 @@ class RowCut:
         arguments = {k: self._moved(v) for k, v in tensors.items() if v is not None}
         if self.places is not None:
             total = ids.shape[1]
-            places = self.places(total).to(self.device)
+            places = self.places(total)
             ids, labels = ids[:, places], labels[:, places]
             if "position_ids" in arguments:
                 arguments["position_ids"] = arguments["position_ids"][:, places]
@@ -136,7 +137,7 @@ class PipelinedModel:
 def _concatenated(rows: Sequence[Rows]) -> Rows:
     """Micro-batches of one shape as one batch."""
     first = rows[0].arguments
-    by_row = first.keys() & {"position_ids", "document_ids", "sample_seeds"}
+    by_row = first.keys() & set(BY_ROW)
     joined = {key: torch.cat([batch.arguments[key] for batch in rows]) for key in by_row}
     ids, labels = ([getattr(b, name) for b in rows] for name in ("input_ids", "labels"))
     return Rows(torch.cat(ids), torch.cat(labels), first | joined)

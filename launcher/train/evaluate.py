@@ -44,11 +44,11 @@ def evaluate(
     """Token-weighted loss over the batches of all ranks; each rank brings equally many."""
     was_training = parts.training
     parts.train(False)
-    total = torch.zeros(2, dtype=torch.float64)
+    total = torch.zeros(2, dtype=torch.float64, device=world.device)
     for batch in batches:
         rows = row_cut(batch)
-        total[0] += compute.evaluate(rows).item()
-        total[1] += (rows.labels != IGNORED_LABEL).sum().item() * float(row_cut.counts)
+        total[0] += compute.evaluate(rows)
+        total[1] += (rows.labels != IGNORED_LABEL).sum() * int(row_cut.counts)
     parts.train(was_training)
     loss_sum, tokens = world.sum(total).tolist()
     return EvaluationResult(loss_sum / max(tokens, 1), int(tokens))

@@ -15,10 +15,7 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-IGNORED_LABEL = -100
-PIECE_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 27}
-"""Logits of one piece: on a CPU what its cache holds, on a GPU few enough kernels, still bounded
-memory."""
+from launcher.parallel.vocabulary import IGNORED_LABEL, PIECE_ELEMENTS, gradient_dtype
 
 
 def token_loss_sum(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -38,10 +35,11 @@ class _SummedCrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         wanted = ctx.needs_input_grad[0]
         total = torch.zeros((), dtype=torch.float32, device=logits.device)
-        gradient = torch.empty_like(logits) if wanted else None
+        gradient = torch.empty_like(logits, dtype=gradient_dtype(logits)) if wanted else None
         rows = max(PIECE_ELEMENTS.get(logits.device.type, 1 << 27) // logits.shape[1], 1)
         for begin in range(0, len(logits), rows):
-            piece = logits[begin : begin + rows].detach().requires_grad_(wanted)
+            piece = logits[begin : begin + rows].detach().to(gradient_dtype(logits))
+            piece.requires_grad_(wanted)
             with torch.set_grad_enabled(wanted):
                 loss = F.cross_entropy(
                     piece.float(),
@@ -52,11 +50,11 @@ class _SummedCrossEntropy(torch.autograd.Function):
             total += loss.detach()
             if gradient is not None:
                 (gradient[begin : begin + rows],) = torch.autograd.grad(loss, piece)
-        ctx.gradient = gradient
+        ctx.gradient, ctx.dtype = gradient, logits.dtype
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, scale: torch.Tensor) -> tuple[torch.Tensor, None]:
         gradient, ctx.gradient = ctx.gradient, None
-        return gradient.mul_(scale), None
+        return gradient.mul_(scale).to(ctx.dtype), None

@@ -94,4 +94,5 @@ def clip_gradients(parameters: Iterable[nn.Parameter], norm: torch.Tensor, max_n
     gradients = local_gradients(parameters)
     if not gradients:
         return
-    torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    torch._foreach_mul_(gradients, factor.to(gradients[0].device))  # on the host, with its state

@@ -392,6 +392,18 @@ TABLE = (
         "allow. Nearest: False. Or use another pipeline_scheduler.",
         key="compile",
     ),
+    Impossible(
+        name="dynamic rope over shared rows",
+        degrees="context_parallel: 2",
+        replace={
+            "intermediate_size: 96":
+            "intermediate_size: 96\n    rope_scaling: {rope_type: dynamic, factor: 2.0}"
+        },
+        at="context_parallel: 2",
+        says="parallel_config.context_parallel = 2: rope_type dynamic follows the length of a row, "
+        "and ranks that share it see parts. Nearest: 1. Or use another rope_type, such as yarn.",
+        key="parallel_config.context_parallel",
+    ),
     # --- experts ----------------------------------------------------------------------------
     Impossible(
         name="experts of a dense model",

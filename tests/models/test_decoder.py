@@ -260,6 +260,22 @@ def test_built_on_meta_and_filled_equals_built_in_place() -> None:
     assert model(input_ids).shape == (1, 8, VOCABULARY)
 
 
+def test_layers_and_activations_may_be_run_by_others() -> None:
+    own, _ = pair(dense_spec(**DROPOUT))
+    input_ids = tokens(2, 16)
+    expected = own(input_ids, sample_seeds=SEEDS[:2])
+    called: list[str] = []
+
+    def noting(name: str, function: Any) -> Any:
+        return lambda *arguments: called.append(name) or function(*arguments)
+
+    own.run_layers = noting("layers", own.run_layers)  # type: ignore[method-assign]
+    for number, layer in own.model.layers.items():
+        layer.mlp.activated = noting(number, layer.mlp.activated)
+    assert torch.equal(own(input_ids, sample_seeds=SEEDS[:2]), expected)
+    assert called == ["layers", *own.model.layers]
+
+
 def test_compiles_without_breaks() -> None:
     """Traced whole (no kernel is generated, which would take a compiler): no graph breaks."""
     own, _ = pair(dense_spec(**DROPOUT))

@@ -267,8 +267,9 @@ def _assert_pieces(what: str, held: Sequence[Pieces], reference: Pieces, toleran
             place = tuple(slice(o, o + n) for o, n in zip(offset, values.shape, strict=True))
             seen[place] = True
             if values.size:
+                assert np.isfinite(values).all(), f"{what}: {name} is not finite"
                 error = float(np.abs(values - expected[place]).max()) / scale
-                if not error <= worst:
+                if error > worst:
                     worst, culprit = error, name
         assert seen.all(), f"{what}: no rank holds all of {name}"
     assert worst <= tolerance, f"{what}: {culprit} differs by {worst:.2e} of its largest"

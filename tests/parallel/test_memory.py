@@ -3,99 +3,42 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from launcher.config.schema.parallel import RecomputeSection, SwapSection
+from launcher.config.schema.parallel import SwapSection
 from launcher.errors import UserError
 from launcher.parallel import swap as swaps
-from launcher.parallel.interleave import cut, interleave
+from launcher.parallel.interleave import interleave
 from launcher.parallel.pieces import check_patterns, layers_chosen, matching, names_in, pieces
-from launcher.parallel.recompute import CHEAP, apply_recompute, recompute_plan, recomputed_pieces
+from launcher.parallel.recompute import CHEAP
 from launcher.parallel.swap import Swap, apply_swap, swapped_pieces
-from models.attention import Sight, StepContext
 from models.decoder import Decoder
-from models.spec import ModelSpec
 from models.stage import StageSplit
-from tests.models.tiny import dense_spec, experts_spec, tokens
-from tests.parallel.parity import Case, assert_equal, run_cases
-from tests.workshop import Workshop
-
-LAYERS = 3
-ALONE = StageSplit((range(LAYERS),), (0,))
-CPU = torch.device("cpu")
-SPECS: dict[str, Callable[[], ModelSpec]] = {
-    "dense": lambda: dense_spec(
-        type="Qwen3Config", head_dim=16, hidden_dropout=0.1, attention_dropout=0.1
-    ),
-    "experts": lambda: experts_spec("qwen3_moe"),
-    "latent": lambda: experts_spec("deepseek_v3"),
-}
-
-
-def decoder(name: str) -> Decoder:
-    """The same numbers at each call."""
-    spec = SPECS[name]()
-    assert spec.decoder is not None
-    model = Decoder(spec.decoder, spec.precision)
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            noise = torch.randn(parameter.shape, generator=generator) * 0.1
-            parameter.copy_(noise + (parameter.ndim == 1))
-        for buffer in model.buffers():
-            buffer.zero_()
-    return model.train()
-
-
-def numbered(model: Decoder) -> dict[int, nn.Module]:
-    return {int(number): layer for number, layer in model.model.layers.items()}
-
-
-def run_again(model: Decoder, **section: Any) -> dict[int, list[str]]:
-    layers = numbered(model)
-    names = recomputed_pieces(layers, recompute_plan(RecomputeSection(**section), ALONE))
-    apply_recompute(layers, names)
-    return names
-
-
-def step(model: Decoder) -> tuple[dict[str, Tensor], dict[int, int]]:
-    """Gradients, and the storages that were kept for them, parameters apart: address to bytes."""
-    ids, kept = tokens(2, 24), {}
-    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with saved_tensors_hooks(pack, lambda tensor: tensor):
-        logits = model(ids, sample_seeds=torch.tensor([5, 6]), balance_scale=torch.tensor(0.01))
-        loss = nn.functional.cross_entropy(logits.flatten(0, 1)[:-1], ids.flatten()[1:])
-    loss.backward()
-    return {name: p.grad for name, p in model.named_parameters()}, kept  # type: ignore[misc]
-
-
-@pytest.fixture(scope="module")
-def plain() -> dict[str, tuple[dict[str, Tensor], int]]:
-    """Gradients, and bytes kept, of each model that keeps everything."""
-    return {name: _with_sum(*step(decoder(name))) for name in SPECS}
-
-
-def _with_sum(gradients: dict[str, Tensor], kept: dict[int, int]) -> tuple[Any, int]:
-    return gradients, sum(kept.values())
-
-
-def assert_same(gradients: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert gradients.keys() == expected.keys()
-    wrong = [name for name in expected if not torch.equal(gradients[name], expected[name])]
-    assert not wrong, wrong
+from tests.models.tiny import tokens
+from tests.parallel.keeping import (
+    COPIES,
+    CPU,
+    LAYERS,
+    SEQUENCE,
+    SPECS,
+    SWAP,
+    assert_same,
+    check,
+    decoder,
+    numbered,
+    plain,
+    recompute,
+    run_again,
+    step,
+)  # fmt: skip
+from tests.parallel.parity import Case
+from tests.ranks import run_job
+from tests.workshop import BASE, Workshop
 
 
 @pytest.mark.parametrize("model_name", SPECS)
@@ -112,13 +55,13 @@ def assert_same(gradients: dict[str, Tensor], expected: dict[str, Tensor]) -> No
     ],
 )
 def test_recomputed_gradients_are_the_same_bits_from_less(
-    plain: Any, model_name: str, section: dict[str, Any], most: float
+    model_name: str, section: dict[str, Any], most: float
 ) -> None:
     """`most`: the largest share of what is kept otherwise."""
     model = decoder(model_name)
     run_again(model, **section)
     gradients, kept = step(model)
-    expected, everything = plain[model_name]
+    expected, everything = plain(model_name)
     assert_same(gradients, expected)
     assert sum(kept.values()) <= most * everything
 
@@ -239,14 +182,14 @@ def swapped(model: Decoder, **section: Any) -> Swap:
     ],
 )
 def test_swapped_gradients_are_the_same_bits(
-    plain: Any, monkeypatch: pytest.MonkeyPatch, model_name: str, section: Any, most: float
+    monkeypatch: pytest.MonkeyPatch, model_name: str, section: Any, most: float
 ) -> None:
     carrier = Copying()
     monkeypatch.setattr(swaps, "carrier_for", lambda device: carrier)
     model = decoder(model_name)
     swap = swapped(model, **section)
     gradients, kept = step(model)
-    expected, everything = plain[model_name]
+    expected, everything = plain(model_name)
     assert_same(gradients, expected)
     stays = sum(kept.values())
     assert stays <= most * everything
@@ -310,57 +253,16 @@ def test_parcels_before_are_sent_for_and_none_is_left_behind() -> None:
     assert swap._latest() is None
 
 
-def test_what_runs_again_is_not_swapped_but_what_it_keeps_is(plain: Any) -> None:
+def test_what_runs_again_is_not_swapped_but_what_it_keeps_is() -> None:
     model = decoder("dense")
     layers, again = numbered(model), run_again(model, recompute=True)
     inner = SwapSection(swap=True, op_swap=[{"op_name": "mlp"}])
     swap = apply_swap(layers, swapped_pieces(layers, inner, again), CPU)
     outer = apply_swap(layers, swapped_pieces(layers, SwapSection(swap=True), again), CPU)
     gradients, _ = step(model)
-    assert_same(gradients, plain["dense"][0])
+    assert_same(gradients, plain("dense")[0])
     assert swap.moved_bytes == 0
     assert outer.moved_bytes == LAYERS * 2 * 24 * 64 * 4  # the states each layer was given
-
-
-@pytest.mark.parametrize("model_name", SPECS)
-@pytest.mark.parametrize("recompute", [False, True])
-def test_copies_that_take_turns_give_the_same_gradients(
-    plain: Any, model_name: str, recompute: bool
-) -> None:
-    model = decoder(model_name)
-    run_again(model, recompute=recompute)
-    interleave(model, 2)
-    gradients, _ = step(model)
-    for name, expected in plain[model_name][0].items():
-        torch.testing.assert_close(gradients[name], expected, rtol=1e-4, atol=1e-6)
-
-
-def test_rows_that_do_not_divide_run_as_one() -> None:
-    model = decoder("dense")
-    interleave(model, 2)
-    assert torch.equal(model.eval()(tokens(3, 9)), decoder("dense").eval()(tokens(3, 9)))
-
-
-def test_each_copy_has_its_rows_of_the_context() -> None:
-    rows, total = 4, 6
-    documents = torch.arange(rows * total).view(rows, total)
-    sight = Sight(length=total, total=total, device=CPU, document_ids=documents)
-    context = StepContext(
-        cos=torch.arange(rows).view(rows, 1, 1, 1), sin=torch.zeros(1, 1, total, 2), sight=sight,
-        dropout_seeds=torch.arange(rows),
-    )  # fmt: skip
-    first, second = cut(context, rows, 2)
-    assert first.cos.flatten().tolist() == [0, 1]
-    assert second.cos.flatten().tolist() == [2, 3]
-    assert second.sin is context.sin
-    assert second.dropout_seeds is not None
-    assert second.dropout_seeds.tolist() == [2, 3]
-    assert torch.equal(second.sight.document_ids, documents[2:])  # type: ignore[arg-type]
-    assert torch.equal(sight.mask(None)[2:], second.sight.mask(None))  # type: ignore[index, arg-type]
-
-
-def recompute(**section: Any) -> dict[str, Any]:
-    return {"recompute_config": section}
 
 
 def test_every_piece_has_the_parameter_names_it_had() -> None:
@@ -373,43 +275,26 @@ def test_every_piece_has_the_parameter_names_it_had() -> None:
     assert "self_attn.attend" in pieces(model.model.layers["0"])
 
 
-SWAP = {"swap_config": {"swap": True}}
-COPIES = {"micro_batch_interleave_num": 2}
-SEQUENCE = {"use_seq_parallel": True}
 ZERO_BUBBLE = {"pipeline_scheduler": "zero_bubble_v"}
 LAYOUTS = [
-    Case(dp=2, sharded=True, batch=2, more={**COPIES, **recompute(select_recompute=True)}),
-    Case("qwen3 moe", dp=2, ep=2, batch=2, more={**COPIES, **SWAP, **recompute(recompute=True)}),
-    Case(tp=2, parallel=SEQUENCE, batch=4, more={**COPIES, **recompute(recompute=[2]), **SWAP}),
+    Case(dp=2, sharded=True, more=recompute(recompute=True)),
+    Case("qwen3 moe", dp=2, ep=2, more=SWAP),
 ]
 MORE_LAYOUTS = [
     Case(dp=2, sharded=True, more=recompute(recompute=True)),
-    Case(dp=2, sharded=True, batch=2, more=COPIES),
-    Case(dp=2, batch=2, more=COPIES),
     Case(dp=2, sharded=True, more=SWAP),
     Case("qwen3 moe", dp=2, sharded=True, more=recompute(recompute=True)),
     Case("qwen3 moe", dp=2, ep=2, more=SWAP),
-    Case("deepseek", dp=2, batch=2, more={**COPIES, **SWAP, **recompute(select_recompute=True)}),
     Case(tp=2, parallel=SEQUENCE, more=recompute(recompute=True)),
     Case(tp=2, more=recompute(select_recompute=["self_attn", "mlp"])),
     Case(cp=2, more=recompute(recompute=True, select_recompute_exclude=["mlp"])),
-    Case(cp=2, batch=4, more={**COPIES, **recompute(recompute=True)}),
     Case(cp=2, parallel={"context_parallel_algo": "ulysses_cp"},
          more=recompute(select_recompute=[r"self_attention\.core_attention"])),
     Case(pp=2, more=recompute(recompute=[1, True])),
-    Case(pp=2, batch=1, more={**COPIES, **SWAP}),
     Case("qwen3 moe", pp=2, pipeline=ZERO_BUBBLE,
          more=recompute(recompute=[[1, 0], [0, True]], select_recompute=True)),
     Case(pp=2, pipeline=ZERO_BUBBLE, more=SWAP),
 ]  # fmt: skip
-
-
-def check(workshop: Workshop, cases: list[Case], tolerance: float = 1e-5) -> None:
-    """Each case agrees with one process that keeps everything."""
-    alone = [case.alone() for case in cases]
-    outcomes = run_cases(workshop, alone + cases, timeout=240)
-    for case, reference, outcome in zip(cases, outcomes, outcomes[len(cases) :], strict=False):
-        assert_equal(case, outcome, reference[0], tolerance)
 
 
 def test_layouts(workshop: Workshop) -> None:
@@ -419,3 +304,57 @@ def test_layouts(workshop: Workshop) -> None:
 @pytest.mark.long
 def test_more_layouts(workshop: Workshop) -> None:
     check(workshop, MORE_LAYOUTS)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"recompute_config": {"select_recompute": ["feed_foward"]}},
+            "recompute_config.select_recompute: 'feed_foward': the layers of this model have no "
+            "such piece. did you mean `feed_forward`?",
+        ),
+        (
+            {"recompute_config": {"recompute": True, "select_recompute_exclude": ["attn"]}},
+            "recompute_config.select_recompute_exclude: 'attn': the layers of this model have no "
+            "such piece.",
+        ),
+        (
+            {"swap_config": {"swap": True, "op_swap": [{"op_name": r"mlp\.muul"}]}},
+            r"swap_config.op_swap: 'mlp\\.muul': the layers of this model have no such piece. did "
+            "you mean `mlp.mul`?",
+        ),
+    ],
+)
+def test_names_that_name_nothing_end_the_run(
+    workshop: Workshop, changes: dict[str, Any], message: str
+) -> None:
+    name = workshop.yaml(**changes)
+    job = run_job(["--config", name, "--run_mode", "train"], workshop.folder)
+    assert job.code == 2
+    assert message in job.stderr + job.stdout
+    assert "Traceback" not in job.stderr
+
+
+def test_families_of_transformers_run_their_blocks_again(workshop: Workshop) -> None:
+    dropped = dict.fromkeys(("resid_pdrop", "attn_pdrop", "embd_pdrop"), 0.1)
+    sizes = {"type": "GPT2Config", "vocab_size": 512, "n_embd": 32, "n_layer": 2, "n_head": 4,
+             "n_positions": 128, **dropped}  # fmt: skip
+    base = {**BASE, "model": {"model_config": sizes}}
+    changes: dict[str, Any] = {"runner_config": {"max_steps": 4}, "callbacks": [],
+                               "train_dataset": {"packing": False}}  # fmt: skip
+    once = workshop.yaml("plain.yaml", base, output_dir="plain", **changes)
+    more = recompute(recompute=True) | SWAP
+    again = workshop.yaml("again.yaml", base, output_dir="again", **changes, **more)
+    for name in (once, again):
+        job = run_job(["--config", name, "--run_mode", "train"], workshop.folder)
+        assert job.code == 0, job.stderr + job.stdout
+    assert workshop.losses("plain") == workshop.losses("again")
+    for more, what in (
+        ({"recompute_config": {"select_recompute": True}}, "recompute_config.select_recompute"),
+        (COPIES, "micro_batch_interleave_num"),
+    ):
+        name = workshop.yaml("refused.yaml", base, **changes, **more)
+        job = run_job(["--config", name, "--run_mode", "train"], workshop.folder)
+        assert job.code == 2
+        assert f"{what}: not built for gpt2" in job.stderr + job.stdout

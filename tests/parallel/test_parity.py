@@ -51,6 +51,7 @@ FAMILIES_ONCE = [
     Case("mixtral", dp=2, ep=2, sharded=True),
     Case("deepseek", dp=2, tp=2, pp=2, ep=2, sharded=True),
     Case("deepseek", cp=2),
+    Case("deepseek", dp=2, pp=2, sharded=True, model={"first_k_dense_replace": 2}),
     Case("deepseek", tp=2),
 ]
 

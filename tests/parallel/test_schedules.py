@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 
 from benchmarks.bubble import Costs, bubble, duration, formula, orders, replay
-from launcher.parallel.schedules import SCHEDULES, broken_rule, schedule_name
+from launcher.parallel.schedules import broken_rule
 
 NUMBERS = [
     ("gpipe", 4, 1, 8), ("gpipe", 3, 2, 4), ("gpipe", 2, 1, 1), ("1f1b", 4, 1, 8),
@@ -16,21 +16,6 @@ NUMBERS = [
     ("zero_bubble_v", 4, 2, 8), ("zero_bubble_v", 4, 2, 3), ("zero_bubble_v", 2, 2, 1),
 ]  # fmt: skip
 """Schedule, ranks, stages a rank, micro-batches."""
-
-
-@pytest.mark.parametrize(
-    ("scheduler", "interleave", "name"),
-    [
-        ("1f1b", False, "1f1b"),
-        ("1f1b", True, "interleaved_1f1b"),
-        ("interleaved_1f1b", False, "interleaved_1f1b"),
-        ("gpipe", True, "gpipe"),
-        ("zero_bubble_v", False, "zero_bubble_v"),
-    ],
-)
-def test_schedule_names(scheduler: str, interleave: bool, name: str) -> None:
-    assert schedule_name(scheduler, interleave) == name
-    assert name in SCHEDULES
 
 
 @pytest.mark.parametrize(

@@ -195,6 +195,20 @@ def attention_dropout(check: Check) -> Iterator[KeyProblem]:
     )
 
 
+def dynamic_rope(check: Check) -> Iterator[KeyProblem]:
+    """Dynamic rope stretches with the length of a row, of which each rank sees a part."""
+    decoder, ranks = check.decoder, check.config.parallel_config.context_parallel
+    scaling = decoder.rope_scaling if decoder is not None else None
+    if ranks > 1 and scaling and scaling["rope_type"] == "dynamic":
+        yield check.wrong(
+            "parallel_config.context_parallel",
+            "rope_type dynamic follows the length of a row, and ranks that share it see parts",
+            nearest="Nearest: 1",
+            advice="Or use another rope_type, such as yarn",
+            also=_MODEL,
+        )
+
+
 def experts(check: Check) -> Iterator[KeyProblem]:
     """expert_parallel divides the experts and the data-parallel ranks."""
     plan = plan_of(check)
