@@ -240,7 +240,7 @@ class Trained:
         loss = self.backward(tokens)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return float(loss)
+        return float(loss.detach())
 
     def backward(self, tokens: Tensor) -> Tensor:
         """Gradients of the batch, clipped; the mean loss."""

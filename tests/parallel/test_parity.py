@@ -11,7 +11,14 @@ from dataclasses import replace
 
 import pytest
 
-from tests.parallel.parity import FAMILIES, Case, Outcome, assert_equal, run_cases
+from tests.parallel.parity import (
+    FAMILIES,
+    TOLERANCE,
+    Case,
+    Outcome,
+    assert_equal,
+    run_cases,
+)
 from tests.workshop import Workshop
 
 SEQUENCE = {"use_seq_parallel": True}
@@ -130,16 +137,42 @@ def test_the_runs_learn_something(quick) -> None:
 WHOLE = list(whole_matrix())
 
 
+def wrong_ones(workshop: Workshop, cases: list[Case], tolerance: float) -> list[str]:
+    """What each case that differs from one process says."""
+    found = outcomes_of(workshop, cases, timeout=1500)
+    wrong = []
+    for case in cases:
+        try:
+            assert_equal(case, *found[str(case)], tolerance)
+        except AssertionError as error:
+            wrong.append(str(error))
+    return wrong
+
+
 @pytest.mark.long
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_whole_matrix(materials: Workshop, tmp_path, family: str) -> None:
     cases = [case for case in WHOLE if case.family == family]
-    found = outcomes_of(materials.copy_to(tmp_path / "work"), cases, timeout=1500)
-    wrong = []
-    for case in cases:
-        try:
-            assert_equal(case, *found[str(case)])
-        except AssertionError as error:
-            wrong.append(str(error))
+    wrong = wrong_ones(materials.copy_to(tmp_path / "work"), cases, TOLERANCE)
+    assert not wrong, "\n".join(wrong)
+
+
+def compiled_matrix(family: str) -> list[Case]:
+    """Every axis and mixture of axes, its layers compiled."""
+    degrees = [{"dp": 2}, {"tp": 2}, {"pp": 2}, {"cp": 2}, {"dp": 2, "tp": 2}, {"dp": 2, "pp": 2},
+               {"tp": 2, "pp": 2}, {"dp": 2, "tp": 2, "pp": 2}]  # fmt: skip
+    if family in ("qwen3 moe", "mixtral", "deepseek"):
+        degrees += [{"dp": 2, "ep": 2}, {"dp": 2, "tp": 2, "ep": 2}]
+    return [
+        Case(family, **sizes, sharded="dp" in sizes, more={"compile": "aot_eager"})
+        for sizes in degrees
+    ]
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_matrix_compiled(materials: Workshop, tmp_path, family: str) -> None:
+    wrong = wrong_ones(materials.copy_to(tmp_path / "work"), compiled_matrix(family), 1e-4)
     assert not wrong, "\n".join(wrong)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from launcher.layout.layout import Cut
 from launcher.layout.mesh import Mesh
 from launcher.parallel import vocabulary, world
 from launcher.parallel.apply import parallelize
@@ -191,8 +192,17 @@ def run_tensor_parallel_case(case: Case, meshes: Meshes, sequence: bool) -> dict
     expected = reference(whole(case), 0)
     return {
         "loss": loss_error(trained, expected[0], group),
-        "gradients": gradient_error(stages, expected[1]),
+        "gradients": gradient_error(stages, own_parts(expected[1], cuts, tp_group)),
         "evaluation": loss_error(evaluated, expected[2], group),
+    }
+
+
+def own_parts(whole: dict[str, Tensor], cuts: dict[str, Cut], group: Any) -> dict[str, Tensor]:
+    """What this tensor-parallel rank holds of each tensor."""
+    dims = {name: cuts[name].tp_dim for name in whole}
+    return {
+        name: tensor if (dim := dims[name]) is None else tensor.chunk(2, dim)[dist.get_rank(group)]
+        for name, tensor in whole.items()
     }
 
 

@@ -198,9 +198,11 @@ class RecomputeSection:
     """Recompute whole layers in the backward pass: all, or an entry a pipeline rank (True, False or
     the number of its first layers), or with several stages a rank a list of such lists."""
     select_recompute: bool | list[Any] | dict[str, Any] = False
-    """Recompute chosen modules of the other layers: True for the activation of the MLP, a list of
+    """Recompute chosen modules of the other layers: True for norms and activations, a list of
     name patterns or of entries as above, or patterns with such entries."""
-    parallel_optimizer_comm_recompute: bool = False
+    parallel_optimizer_comm_recompute: bool = no_effect(
+        False, "the gathered weights of a layer are always dropped and gathered again"
+    )
     """Drop gathered weights after the forward pass and gather them again in the backward pass."""
     select_comm_recompute: bool | list[Any] | dict[str, Any] = no_effect(False, _LAYERS)
     """Recompute chosen communication."""
