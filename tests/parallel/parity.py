@@ -89,7 +89,7 @@ class Case:
                 "epochs": 4, **accumulation,
             },
             "optimizer": {"eps": 1e-4},
-            "lr_schedule": {"type": "ConstantWarmUpLR", "learning_rate": 1e-2, "warmup_steps": 0},
+            "lr_schedule": {"type": "ConstantWarmUpLR", "learning_rate": 5e-3, "warmup_steps": 0},
             "callbacks": [],
             "parallel_config": {
                 "data_parallel": self.dp, "model_parallel": self.tp, "pipeline_stage": self.pp,
