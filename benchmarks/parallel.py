@@ -23,17 +23,19 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from benchmarks.jobs import TOKENIZER, full_rows, quickstart_data
-from benchmarks.measure import ROOT, Spread, parser, ratios, report, table
+from benchmarks.measure import ROOT, Spread, in_turns, parser, ratios, report, table
 
 RANKS = 4
 ROWS, LENGTH = 8, 256
 """A global batch."""
 ROUND_STEPS = 2
 MEMORY_STEPS = 4
+MEMORY_ROUNDS = 5
 TIMEOUT_SECONDS = 1200
 MODEL = {
     "vocab_size": 4096,
@@ -80,7 +82,11 @@ def compare(axis: str, rounds: int, folder: Path) -> tuple[str, ...]:
     ours, theirs = ([tokens / seconds for seconds in turns[side]] for side in ("ours", "theirs"))
     faster = ratios(ours, theirs)
     thriftier = ratios(turns["theirs_cpu"], turns["ours_cpu"])
-    memory = {side: peak_megabytes(axis, side, folder) for side in ("ours", "plain")}
+    memory = in_turns(
+        {side: partial(peak_megabytes, axis, side, folder) for side in ("ours", "plain")},
+        MEMORY_ROUNDS,
+        warm_up=False,
+    )
     print(f"{axis}: losses within {turns['worst']:.0e}; {faster.text()}", file=sys.stderr)
     return (
         axis,
@@ -88,9 +94,9 @@ def compare(axis: str, rounds: int, folder: Path) -> tuple[str, ...]:
         Spread.of(theirs).text(",.0f"),
         faster.text(),
         thriftier.text(),
-        f"{memory['ours']:,.0f}",
-        f"{memory['plain']:,.0f}",
-        f"{memory['ours'] / memory['plain']:.2f}",
+        Spread.of(memory["ours"]).text(",.0f"),
+        Spread.of(memory["plain"]).text(",.0f"),
+        ratios(memory["ours"], memory["plain"]).text(),
     )
 
 

@@ -130,7 +130,7 @@ def test_a_layout_computes_what_one_process_computes(quick, case: Case) -> None:
 
 def test_the_runs_learn_something(quick) -> None:
     for ranks, reference in quick.values():
-        assert reference.losses[-1] < reference.losses[0] - 0.05
+        assert reference.losses[-1] < reference.losses[0] - 0.01
         assert ranks[0].eval_loss < reference.losses[0]
 
 
