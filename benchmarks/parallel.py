@@ -68,9 +68,11 @@ def main() -> None:
     arguments = arguments_parser.parse_args()
     quickstart_data()
     axes = AXES if arguments.axis == "all" else (arguments.axis,)
+    before = os.getloadavg()[2]
     with tempfile.TemporaryDirectory() as folder:
         rows = [compare(axis, arguments.rounds, Path(folder, axis)) for axis in axes]
-    report("Parallel", "benchmarks.parallel", arguments, table(HEADER, rows))
+    load = f"Load of the last quarter of an hour: {before:.0f} before, {os.getloadavg()[2]:.0f} after."
+    report("Parallel", "benchmarks.parallel", arguments, f"{table(HEADER, rows)}\n\n{load}")
 
 
 def compare(axis: str, rounds: int, folder: Path) -> tuple[str, ...]:
