@@ -71,7 +71,7 @@ def main() -> None:
     before = os.getloadavg()[2]
     with tempfile.TemporaryDirectory() as folder:
         rows = [compare(axis, arguments.rounds, Path(folder, axis)) for axis in axes]
-    load = f"Load of the last quarter of an hour: {before:.0f} before, {os.getloadavg()[2]:.0f} after."
+    load = f"Load over a quarter of an hour: {before:.0f} before, {os.getloadavg()[2]:.0f} after."
     report("Parallel", "benchmarks.parallel", arguments, f"{table(HEADER, rows)}\n\n{load}")
 
 

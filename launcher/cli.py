@@ -23,6 +23,15 @@ if TYPE_CHECKING:
 ECHO_DELAY_SECONDS = 5.0
 """How long a rank other than 0 waits before it tells its error."""
 
+PEER_DELAY_SECONDS = 10.0
+"""How long a rank whose peer is gone waits for the launcher: longer than a peer that tells why."""
+
+_PEER_IS_GONE = (
+    *("Connection closed by peer", "Connection reset by peer", "Broken pipe"),
+    *("Connection refused", "remote process exited"),
+)
+"""What gloo and NCCL say when a process at the other end has ended."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line. Returns the exit code; mistakes of the user leave no traceback."""
@@ -33,10 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         resolved = _checked(line)
     except UserError as error:
-        if _rank() == 0:
-            _show(error.problems, tail=". Nothing was started.")
-        elif "TORCHELASTIC_RUN_ID" in os.environ:
-            time.sleep(1)  # torchrun ends all ranks at the first exit: let rank 0 speak before
+        _show(error.problems, tail=". Nothing was started.")
         return EXIT_USER
     except Exception:
         traceback.print_exc()
@@ -49,9 +55,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return EXIT_SIGINT
-    except Exception:
-        traceback.print_exc()
+    except Exception as error:
+        if _lost_a_peer(error):
+            _wait_for_the_end()
+        else:
+            traceback.print_exc()
         return EXIT_INTERNAL
+
+
+def _lost_a_peer(error: Exception) -> bool:
+    """Whether this rank fails only because another one is gone, whose own words say why."""
+    alone = os.environ.get("WORLD_SIZE", "1") == "1"
+    return not alone and any(words in str(error) for words in _PEER_IS_GONE)
+
+
+def _wait_for_the_end() -> None:
+    """Leave the word, and the exit code of the job, to the rank that failed: the launcher ends this
+    one when it sees that. One line should nobody come."""
+    time.sleep(PEER_DELAY_SECONDS)
+    print(f"[rank {_rank()}] another rank has ended, see its log", file=sys.stderr)
 
 
 def leave(code: int) -> NoReturn:

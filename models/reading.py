@@ -93,7 +93,9 @@ def refuse_features(
         advice = keys.FEATURE_ADVICE.get(key, "")
         if own is not None and key in keys.EXPERT_COUNTS:
             rule, advice = f"{own.architecture} has no experts", keys.FAMILIES_WITH_EXPERTS
-        if not keys.asks_for_nothing(key, model_config.get(key)):
+        written = model_config.get(key)
+        same = key in config_json and written == config_json[key]  # said twice, answered once
+        if not keys.asks_for_nothing(key, written) and not same:
             what = f"model.model_config.{key} needs {feature}"
             problems.say(what, rule, advice=advice, key=key)
         elif not keys.asks_for_nothing(key, config_json.get(key)):

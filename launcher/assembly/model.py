@@ -77,6 +77,8 @@ def build_parallel(job: Job, *, training: bool) -> BuiltModel:
         f"model: {job.spec.family}, {count:,} parameters "
         f"({_name(dtype)}, computing in {_name(job.compute_dtype)})"
     )
+    if job.mesh.world_size > 1:
+        job.say(f"layout: {_layout_text(job)}")
     parts = Parts(list(modules.values()), _sums(job, modules) if training and not sharded else None)
     at = job.mesh.coordinates(job.world.rank)
     row_cut = RowCut(
@@ -85,6 +87,15 @@ def build_parallel(job: Job, *, training: bool) -> BuiltModel:
         counts=at["tp"] == 0 and at["pp"] == 0,
     )
     return BuiltModel(parts, layout, _compute(job, parts, modules), row_cut)
+
+
+def _layout_text(job: Job) -> str:
+    """The axes of more than one rank, and what the stages of a pipeline hold."""
+    axes = " x ".join(f"{axis} {size}" for axis, size in job.mesh.sizes().items() if size > 1)
+    if job.split is None:
+        return axes
+    counts = ", ".join(str(len(layers)) for layers in job.split.layers)
+    return f"{axes} ({pipeline_schedule(job.config)}, stages of {counts} layers)"
 
 
 def _places(context: ContextParallel, device: torch.device, total: int) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -134,7 +134,15 @@ def _tell(job: Job, source: Source, report: LoadReport) -> None:
         f"({source.kind})"
     )
     job.say(f"tied: {', '.join(report.tied) or 'nothing'}")
-    asked = f"{len(report.not_loaded)} tensors ({', '.join(report.not_loaded[:4])})"
-    job.say(f"initialised by request: {asked if report.not_loaded else 'nothing'}")
+    job.say(f"initialised by request: {_listed(report.not_loaded)}")
     if report.left_in_files:
-        job.say(f"left in the files: {', '.join(report.left_in_files[:4])}")
+        job.say(f"left in the files: {_listed(report.left_in_files)}")
+
+
+def _listed(names: Sequence[str]) -> str:
+    """How many there are, and the first of them."""
+    if not names:
+        return "nothing"
+    count = "1 tensor" if len(names) == 1 else f"{len(names)} tensors"
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    return f"{count} ({', '.join(names[:4])}{more})"

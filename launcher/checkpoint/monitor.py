@@ -57,6 +57,7 @@ class CheckpointMonitor:
         for folder in folders:
             found = attempt(self._open_folder, run, root / folder) if run.world.is_main else (0, "")
             counter = agree(run.world, found)[0]
+            agree(run.world, attempt(_make_folder, root / folder / f"rank_{run.world.rank}"))
             self._stores[folder] = Store(
                 root / folder,
                 self.config.prefix,
@@ -117,3 +118,8 @@ class CheckpointMonitor:
             f"saved step {run.global_step} as {names[0]}: {ranks}, {total / 1e6:.1f} MB, "
             f"{time.perf_counter() - started:.2f} s"
         )
+
+
+def _make_folder(folder: Path) -> None:
+    """Where this rank will write: found out now, not when the first checkpoint is due."""
+    folder.mkdir(parents=True, exist_ok=True)

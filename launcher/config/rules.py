@@ -116,7 +116,7 @@ def warnings(config: Config, provenance: Provenance) -> list[str]:
     if config.context.device_target == "Ascend" and provenance.is_written("context.device_target"):
         where = provenance.where("context.device_target")
         lines.append(f"{where}: context.device_target = 'Ascend': runs on CUDA, else on the CPU")
-    if config.use_parallel and world_size() == 1:
+    if config.use_parallel and world_size() == 1 and not config.only_save_strategy:
         where = provenance.where("use_parallel")
         lines.append(f"{where}: use_parallel = True, but one process was started (see torchrun)")
     ours = [entry.type for entry in config.callbacks if type(entry) in CALLBACKS.values()]

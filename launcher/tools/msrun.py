@@ -54,7 +54,7 @@ def check(launch: Launch) -> int | None:
     """
     from launcher.config.command_line import parse
 
-    if launch.script != ROOT / "run.py":
+    if launch.script.resolve() != ROOT / "run.py":
         return None
     line = parse(launch.arguments)
     if line.help or line.check_config or line.print_config:
@@ -161,7 +161,8 @@ def _failed(launch: Launch, rank: int, code: int, tell: Callable[[str], None]) -
     tell(f"msrun: rank {rank} ended first, {how}: see {log}")
     if rank:
         for line in last_lines(log, _SHOWN_LINES):
-            tell(f"[rank {rank}] {line}")
+            mark = f"[rank {rank}] "
+            tell(mark + line.removeprefix(mark))
     return code if code > 0 else 128 - code
 
 

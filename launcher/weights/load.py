@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
+import torch
+
 from launcher.errors import Problem, UserError
 from launcher.layout.box import Shape
 from launcher.weights.memory import Shard
@@ -25,6 +27,7 @@ class LoadReport:
     """What a load did, for the three lines the user sees."""
 
     loaded: int
+    """Tensors of the whole model that the files had."""
     bytes_read: int
     tied: tuple[str, ...] = ()
     not_loaded: tuple[str, ...] = ()
@@ -75,7 +78,28 @@ def load(
         for name, target in targets.items() if name in found
     ]  # fmt: skip
     bytes_read = fill(jobs)
-    return LoadReport(len(jobs), bytes_read, tuple(sorted(tied)), tuple(missing), tuple(unknown))
+    if strict:
+        _check_tied(targets, source, tied)
+    loaded = sum(name in found for name in expected)
+    return LoadReport(loaded, bytes_read, tuple(sorted(tied)), tuple(missing), tuple(unknown))
+
+
+def _check_tied(targets: Mapping[str, Shard], source: Source, tied: Mapping[str, str]) -> None:
+    """Where files hold a tied tensor under both names, it must be one tensor: the model has room
+    for one."""
+    for alias, name in tied.items():
+        if alias not in source.tensors or name not in source.tensors or name not in targets:
+            continue
+        target = targets[name]
+        other = torch.empty_like(target.tensor)
+        fill([(other, target.box, plan_box(alias, target.box, source.tensors[alias]))])
+        if not torch.equal(other, target.tensor):
+            raise UserError(
+                f"`{alias}` and `{name}` differ in the files",
+                where=str(source.path),
+                rule="the model ties them: it has one tensor for both",
+                advice="Set tie_word_embeddings: False, or strict_load: False to drop the former",
+            )
 
 
 def _tie_names(

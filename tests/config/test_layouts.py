@@ -375,6 +375,14 @@ TABLE = (
         key="model.model_config.pp_interleave_num",
     ),
     Impossible(
+        name="more recomputed layers than there are",
+        degrees="pipeline_stage: 2, micro_batch_num: 4",
+        add="recompute_config: {recompute: [9, 1]}\n",
+        at="recompute: [9, 1]",
+        says="recompute_config.recompute = [9, 1]: the model has 6 layers. Nearest: [6, 1].",
+        key="recompute_config.recompute",
+    ),
+    Impossible(
         name="recomputed layers whose backward pass is split",
         degrees="pipeline_stage: 2, micro_batch_num: 4",
         add="recompute_config: {recompute: True}\n" + pipeline(pipeline_scheduler="zero_bubble_v"),
@@ -594,8 +602,8 @@ def test_predict_cuts_matrices_only(workspace: Path, capsys: pytest.CaptureFixtu
     result = resolve("x.yaml", "predict", overrides=words)
     (warning,) = rules.warnings(result.config, result.provenance)
     assert warning == (
-        "x.yaml:45: pipeline_stage: predict cuts matrices (model_parallel) at most; these "
-        "processes share the prompts"
+        "x.yaml:45: pipeline_stage: predict cuts the model over model_parallel at most; these "
+        "processes each hold it and share the prompts"
     )
 
 

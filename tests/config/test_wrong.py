@@ -762,10 +762,12 @@ def test_the_real_command(tmp_path: Path, argv: list[str], code: int, says: str)
     assert "Traceback" not in done.stderr
 
 
-def test_only_rank_zero_speaks(tmp_path: Path) -> None:
+def test_other_ranks_speak_under_their_name(tmp_path: Path) -> None:
+    """Later than rank 0, whose launcher ends them then; and not in vain where it does not."""
     build(tmp_path)
     (tmp_path / "wrong.yaml").write_text("qqq: 1\n")
     argv = ["--config", "wrong.yaml", *TRAIN]
     env = {"WORLD_SIZE": "2", "RANK": "1"}
     (report,) = run_many([{"argv": argv, "cwd": str(tmp_path), "env": env}])
-    assert (report.code, report.out, report.err) == (2, "", "")
+    assert (report.code, report.out) == (2, "")
+    assert report.err.startswith("[rank 1] error: wrong.yaml:1: unknown key `qqq`")

@@ -247,3 +247,19 @@ def test_a_merge_gives_back_every_byte_and_opens_by_index(tmp_path) -> None:
     weight_map = json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]
     assert "adam_m.embed" not in weight_map
     assert set(weight_map) == set(model())
+
+
+def test_a_tied_tensor_that_files_hold_twice_must_be_one(tmp_path) -> None:
+    embedding, head = torch.arange(6.0).view(3, 2), torch.arange(6.0).view(3, 2) + 1
+    tied = {"lm_head.weight": "embed.weight"}
+    for name, second in (("same", embedding), ("other", head)):
+        file = tmp_path / f"{name}.safetensors"
+        save_file({"embed.weight": embedding, "lm_head.weight": second.clone()}, file)
+        target = Shard((3, 2), whole((3, 2)), torch.zeros(3, 2))
+        if name == "same":
+            load({"embed.weight": target}, open_complete(file), tied=tied)
+            assert torch.equal(target.tensor, embedding)
+            continue
+        with pytest.raises(UserError, match=r"lm_head.weight. and .embed.weight. differ"):
+            load({"embed.weight": target}, open_complete(file), tied=tied)
+        load({"embed.weight": target}, open_complete(file), tied=tied, strict=False)

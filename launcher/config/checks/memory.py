@@ -26,9 +26,29 @@ _SWAPS = {
 
 def recompute(check: Check) -> Iterator[KeyProblem]:
     """recompute is a truth, or entries for the ranks there are."""
-    if check.lays_out:
-        key = "recompute_config.recompute"
-        yield from _entries(check, key, check.value(key))
+    if not check.lays_out:
+        return
+    key = "recompute_config.recompute"
+    value = check.value(key)
+    found = list(_entries(check, key, value))
+    yield from found
+    if isinstance(value, list) and not found:
+        yield from _too_many(check, key, value)
+
+
+def _too_many(check: Check, key: str, value: list[Any]) -> Iterator[KeyProblem]:
+    """No entry asks for more layers than the model has."""
+    most = check.decoder.num_hidden_layers if check.decoder else None
+    rows = [item if isinstance(item, list) else [item] for item in value]
+    if most is not None and any(int(item) > most for row in rows for item in row):
+        fitting = [[min(item, most) for item in row] for row in rows]
+        near = fitting if isinstance(value[0], list) else [row[0] for row in fitting]
+        yield check.wrong(
+            key,
+            f"the model has {most} layers",
+            nearest=f"Nearest: {near}",
+            also=("model", "model.model_config"),
+        )
 
 
 def select_recompute(check: Check) -> Iterator[KeyProblem]:

@@ -236,8 +236,8 @@ def warnings(check: Check) -> Iterator[str]:
     cut = [axis for axis in whole if getattr(parallel, axis) > 1]
     if check.mode == "predict" and cut:
         yield (
-            f"{where(f'parallel_config.{cut[0]}')}: {', '.join(cut)}: predict cuts matrices "
-            "(model_parallel) at most; these processes share the prompts"
+            f"{where(f'parallel_config.{cut[0]}')}: {', '.join(cut)}: predict cuts the model over "
+            "model_parallel at most; these processes each hold it and share the prompts"
         )
 
 

@@ -66,7 +66,7 @@ def run_mode(check: Check) -> Iterator[KeyProblem]:
         if check.mode == "predict":
             yield check.wrong(
                 "only_save_strategy",
-                "predict keeps the whole model on every process: there is no strategy",
+                "predict writes no strategy: its files would be of no use to a run",
                 nearest="Nearest: run_mode train",
                 also=("run_mode",),
             )
