@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -293,6 +294,39 @@ def test_a_worker_that_is_killed(folder: Path) -> None:
     code, _, err = run(folder, "python job.py die", "2", str(free_port()), "logs", "False", "60")
     assert code == 128 + signal.SIGKILL
     assert "msrun: rank 1 ended first, by SIGKILL: see logs/worker_1.log" in err
+
+
+def test_a_mistake_of_one_rank_is_told_by_that_rank(workshop: Workshop) -> None:
+    """Its peers lose their connection to it, which is not what went wrong."""
+    workshop.yaml(
+        parallel_config={"data_parallel": 2}, runner_config={"batch_size": 4}, callbacks=[]
+    )
+    (workshop.folder / "output/log").mkdir(parents=True)
+    (workshop.folder / "output/log/rank_1").touch()
+    code, out, err = run(workshop.folder, RUN, "2")
+    assert code == 2
+    assert "msrun: rank 1 ended first, with exit code 2" in err
+    assert "[rank 1] error: output_dir = 'output': output/log/rank_1 cannot be written" in err
+    assert "Traceback" not in out + err
+    assert "gloo" not in out + err
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux tells children of their parent's death")
+def test_workers_end_with_their_launcher(folder: Path) -> None:
+    process = start(folder, "job.py wait", "2")
+    logs = [folder / f"output/msrun_log/worker_{rank}.log" for rank in range(2)]
+    wait_for(lambda: all(log.is_file() and "rank" in log.read_text() for log in logs))
+    process.kill()
+    process.communicate(timeout=60)
+    wait_for(lambda: all("stopped by 15" in log.read_text() for log in logs))
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    for _ in range(600):
+        if condition():
+            return
+        time.sleep(0.05)
+    raise AssertionError("it did not come")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

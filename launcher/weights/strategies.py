@@ -55,6 +55,7 @@ def read_folder(directory: Path) -> Strategy:
         first, known = stages.setdefault(strategy.stage, (path, strategy))
         _check_agree(first, known, path, strategy)
     _check_complete(directory, stages)
+    _check_shared_out(directory, stages)
     ordered = [strategy for _, (_, strategy) in sorted(stages.items())]
     return Strategy(
         tuple(operator for strategy in ordered for operator in strategy.operators),
@@ -164,6 +165,21 @@ def _check_of_one_stage(path: Path, strategy: Strategy) -> None:
             nearest="It is a merged file" if merged else "",
             advice="Move it away" if merged else "Rename the parameter",
         )
+
+
+def _check_shared_out(directory: Path, stages: dict[int, tuple[Path, Strategy]]) -> None:
+    """Stages share the parameters out: one that has nothing of its own is of another run."""
+    names = {stage: {name for name, _ in known.layouts} for stage, (_, known) in stages.items()}
+    for stage, own in names.items():
+        for other, more in names.items():
+            if stage != other and own <= more:
+                raise UserError(
+                    f"all {len(own)} parameters of {stages[stage][0].name} (stage {stage}) stand "
+                    f"in {stages[other][0].name} (stage {other}) too",
+                    where=str(directory),
+                    rule="the stages of a pipeline have parameters of their own",
+                    advice="The files are of two runs: move those of one away",
+                )
 
 
 def _check_agree(first: Path, known: Strategy, path: Path, strategy: Strategy) -> None:
