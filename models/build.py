@@ -15,6 +15,8 @@ import torch
 from torch import nn
 
 from launcher.errors import UserError
+from launcher.weights.links import LinksOf, no_links
+from models import names
 from models.decoder import Decoder
 from models.initial import initial_std, initialise_shard, no_weight_decay
 from models.spec import ModelSpec
@@ -22,7 +24,7 @@ from models.transformers_model import TransformersModel, build_transformers, com
 
 __all__ = [
     "blocks", "build_model", "hf_directory_files", "initial_std", "initialise", "initialise_shard",
-    "materialise", "no_weight_decay", "parameter_count", "retie", "tied_names",
+    "links_of",    "materialise", "no_weight_decay", "parameter_count", "retie", "tied_names",
 ]  # fmt: skip
 
 TOKENIZER_FILES = (
@@ -92,6 +94,11 @@ def tied_names(model: nn.Module) -> dict[str, str]:
     if isinstance(model, Decoder) and model.config.tie_word_embeddings:
         return {"lm_head.weight": "model.embed_tokens.weight"}
     return {}
+
+
+def links_of(model: nn.Module) -> LinksOf:
+    """What the tensors of `model` are in a Hugging Face directory."""
+    return names.links if isinstance(model, Decoder) else no_links
 
 
 def retie(model: nn.Module) -> None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from launcher.layout.box import Shape
+from launcher.weights.links import Link, stacked
 from models.spec import ModelSpec
 
 _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
@@ -24,6 +26,12 @@ def unstacked(name: str, shape: Sequence[int]) -> list[str] | None:
         return None
     spelling = _MIXTRAL[projection] if ".block_sparse_moe." in name else projection
     return [f"{block}.{expert}.{spelling}.weight" for expert in range(shape[0])]
+
+
+def links(name: str, shape: Shape) -> list[Link] | None:
+    """What a stacked expert parameter is in files; None for every other tensor."""
+    names = unstacked(name, shape)
+    return None if names is None else stacked(names, shape)
 
 
 def is_multi_token_prediction(name: str, spec: ModelSpec) -> bool:

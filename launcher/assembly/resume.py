@@ -7,7 +7,7 @@ from pathlib import Path
 
 from launcher.assembly.job import Job
 from launcher.assembly.run import build_run
-from launcher.assembly.weights import check_assertions, equalise_copies, file_shapes
+from launcher.assembly.weights import check_assertions, equalise_copies
 from launcher.checkpoint.resume import Chosen, choose
 from launcher.config.schema import Config
 from launcher.errors import UserError
@@ -15,6 +15,7 @@ from launcher.layout.box import Shape
 from launcher.train.optimizer import equalise_moments, set_step
 from launcher.train.run import TrainRun
 from launcher.train.state import TrainState, from_json
+from launcher.weights.links import shapes_in_files
 from launcher.weights.load import load
 from launcher.weights.source import OPTIMIZER_PREFIXES
 from models.build import tied_names
@@ -118,7 +119,7 @@ def _restore_tensors(job: Job, run: TrainRun, chosen: Chosen) -> None:
 
 def _expected(run: TrainRun) -> dict[str, Shape]:
     """Weights and moments of the whole model, as files have them."""
-    shapes = file_shapes(run.layout)
+    shapes = shapes_in_files(run.layout.shapes, run.links_of)
     frozen = {name for name, cut in run.layout.cuts.items() if not cut.sharded}
     trained = {name: shape for name, shape in shapes.items() if name not in frozen}
     return shapes | {f"{prefix}{name}": shape for prefix in OPTIMIZER_PREFIXES

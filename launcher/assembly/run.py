@@ -26,8 +26,7 @@ from launcher.train.scaling import LossScaling, loss_scaling
 from launcher.train.schedule import build_schedule, warmup_steps
 from launcher.train.state import TrainState
 from launcher.weights.source import Source
-from models.build import hf_directory_files, no_weight_decay
-from models.names import unstacked
+from models.build import hf_directory_files, links_of, no_weight_decay
 from models.spec import ModelSpec
 from models.transformers_model import complete_config
 
@@ -98,7 +97,7 @@ def build_run(job: Job) -> TrainRun:
         balance=_balance(job, loader.global_batch),
         scaling=scaling,
         has_dropout=_has_dropout(job.spec),
-        names_in_files=unstacked,
+        links_of=links_of(built.parts.modules[-1]),
         state=TrainState(loss_scale=scaling.first if scaling is not None else 1.0),
         say=job.say,
     )

@@ -10,16 +10,15 @@ import torch
 from launcher.assembly.job import Job
 from launcher.checkpoint.resume import open_weights
 from launcher.errors import UserError
-from launcher.layout.box import Shape
 from launcher.layout.layout import Layout
-from launcher.parallel.apply import shards, unstacked_shards
+from launcher.parallel.apply import shards
 from launcher.parallel.parts import Parts
 from launcher.parallel.tied import equalise
+from launcher.weights.links import linked, shapes_in_files
 from launcher.weights.load import LoadReport, load
-from launcher.weights.memory import Shard
 from launcher.weights.source import Source, detect
-from models.build import initialise_shard, tied_names
-from models.names import is_multi_token_prediction, unstacked
+from models.build import initialise_shard, links_of, tied_names
+from models.names import is_multi_token_prediction
 
 
 def find_weights(job: Job) -> Source | None:
@@ -84,32 +83,19 @@ def equalise_copies(parts: Parts) -> None:
     equalise([first for first, _ in copies], [second for _, second in copies])
 
 
-def files_targets(held: Mapping[str, Shard]) -> dict[str, Shard]:
-    """The shards of this rank under the names files have."""
-    return unstacked_shards(held, unstacked)
-
-
 def _load(job: Job, parts: Parts, layout: Layout, source: Source, rank: int) -> None:
-    held = files_targets(shards(parts.named_tensors(), layout, rank))
+    links = links_of(parts.modules[-1])
+    held = linked(shards(parts.named_tensors(), layout, rank), links)
     report = load(
         held,
         source,
         tied=tied_names(parts.modules[-1]),
         strict=job.config.strict_load,
         rank=rank,
-        expected=file_shapes(layout),
+        expected=shapes_in_files(layout.shapes, links),
         leave=lambda name: is_multi_token_prediction(name, job.spec),
     )
     _tell(job, source, report)
-
-
-def file_shapes(layout: Layout) -> dict[str, Shape]:
-    """Every tensor of the whole model as files have it: name to shape."""
-    shapes: dict[str, Shape] = {}
-    for name, shape in layout.shapes.items():
-        names = unstacked(name, shape)
-        shapes |= {name: shape} if names is None else dict.fromkeys(names, shape[1:])
-    return shapes
 
 
 def initialise(job: Job, parts: Parts, layout: Layout, rank: int) -> None:
@@ -117,7 +103,7 @@ def initialise(job: Job, parts: Parts, layout: Layout, rank: int) -> None:
     # The buffers of a transformers module have their values already.
     own = job.spec.decoder is not None
     tensors = parts.named_tensors() if own else dict(parts.named_parameters())
-    held = files_targets(shards(tensors, layout, rank))
+    held = linked(shards(tensors, layout, rank), links_of(parts.modules[-1]))
     with torch.no_grad():
         for name, shard in held.items():
             box = shard.box

@@ -16,7 +16,8 @@ from launcher.checkpoint.names import SaveName, parse_rank_file
 from launcher.checkpoint.store import Published, is_unfinished, published
 from launcher.errors import UserError, did_you_mean
 from launcher.parallel.world import World
-from launcher.weights.source import Source, detect, open_complete, open_rank_files
+from launcher.weights.distributed import open_rank_files
+from launcher.weights.source import Source, detect, open_complete
 from launcher.weights.verify import file_faults, verified
 
 

@@ -31,7 +31,7 @@ from launcher.errors import UserError
 from launcher.layout.mesh import Mesh
 from launcher.parallel.world import World
 from launcher.weights.memory import Shard
-from launcher.weights.write import write_rank_file
+from launcher.weights.rank_file import write_rank_file
 
 MANIFEST_VERSION = 1
 

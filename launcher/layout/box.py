@@ -8,7 +8,7 @@ entry. The box of a scalar has empty tuples and holds one element.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 Shape = tuple[int, ...]
@@ -40,6 +40,22 @@ class Box:
     def inside(self, outer: Box) -> Box:
         """This box in the coordinates of `outer`, which must contain it."""
         return Box(tuple(a - b for a, b in zip(self.offset, outer.offset, strict=True)), self.size)
+
+    def portions(self, limit: int) -> Iterator[Box]:
+        """This box in C-ordered portions of at most `limit` elements (at least 1), each a box.
+
+        The outermost dims are cut first, so that a portion is contiguous where the box is.
+        """
+        if self.numel <= limit:
+            yield self
+            return
+        dim = next(i for i, n in enumerate(self.size) if n > 1)
+        step = max(limit * self.size[dim] // self.numel, 1)
+        for start in range(0, self.size[dim], step):
+            offset, size = list(self.offset), list(self.size)
+            offset[dim] += start
+            size[dim] = min(step, self.size[dim] - start)
+            yield from Box(tuple(offset), tuple(size)).portions(limit)
 
     def as_lists(self) -> list[list[int]]:
         """`[offset, size]`, the form a file header carries."""

@@ -6,7 +6,7 @@ asserted whenever weights are asked for: the shards torch made are the boxes `la
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,6 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
-from launcher.layout.box import Box
 from launcher.layout.layout import Cut, Layout
 from launcher.parallel.context import ContextParallel, apply_context_parallel
 from launcher.parallel.expert import apply_expert_parallel
@@ -141,24 +140,6 @@ def shards(tensors: Mapping[str, torch.Tensor], layout: Layout, rank: int) -> di
         if tuple(part.shape) != box.size:
             raise AssertionError(f"{name}: torch holds {tuple(part.shape)}, layout says {box.size}")
         result[name] = HeldShard(placement.shape, box, part)
-    return result
-
-
-def unstacked_shards(
-    held: Mapping[str, HeldShard], names_of: Callable[[str, tuple[int, ...]], list[str] | None]
-) -> dict[str, HeldShard]:
-    """`held` by the names files have: a stack of experts becomes one entry an expert held here, in
-    the same memory."""
-    result = {}
-    for name, shard in held.items():
-        names = names_of(name, shard.shape)
-        if names is None:
-            result[name] = shard
-            continue
-        first = shard.box.offset[0]
-        for index, part in enumerate(shard.tensor):
-            box = Box(shard.box.offset[1:], shard.box.size[1:])
-            result[names[first + index]] = HeldShard(shard.shape[1:], box, part)
     return result
 
 

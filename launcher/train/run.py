@@ -16,7 +16,7 @@ from launcher.config.schema import Config
 from launcher.data.loader import Batch, Loader
 from launcher.layout.layout import Layout
 from launcher.layout.mesh import Mesh
-from launcher.parallel.apply import shards, unstacked_shards
+from launcher.parallel.apply import shards
 from launcher.parallel.gradients import Gradients
 from launcher.parallel.parts import Parts
 from launcher.parallel.world import World
@@ -25,6 +25,7 @@ from launcher.train.interrupts import Interrupts
 from launcher.train.optimizer import MOMENTS, moments
 from launcher.train.scaling import LossScaling
 from launcher.train.state import TrainState, epoch_and_step, to_json
+from launcher.weights.links import LinksOf, linked, no_links
 from launcher.weights.memory import Shard
 
 
@@ -61,8 +62,8 @@ class TrainRun:
     scaling: LossScaling | None = None
     """How the loss is scaled; None: not at all."""
     has_dropout: bool = False
-    names_in_files: Callable[[str, tuple[int, ...]], list[str] | None] = lambda name, shape: None
-    """From a stack of experts to the names each of them has in files; None for other tensors."""
+    links_of: LinksOf = no_links
+    """What the tensors of the model are in files."""
     inputs: frozenset[Path] = frozenset()
     """Files the run was started from; retention leaves them alone."""
     state: TrainState = field(default_factory=TrainState)
@@ -107,7 +108,7 @@ class TrainRun:
     def weights(self) -> dict[str, Shard]:
         """This rank's shards of the weights, by Hugging Face name."""
         held = shards(self.parts.named_tensors(), self.layout, self.world.rank)
-        return unstacked_shards(held, self.names_in_files)
+        return linked(held, self.links_of)
 
     def optimizer_state(self) -> dict[str, Shard]:
         """This rank's shards of the optimizer's moments, by file name."""
@@ -118,6 +119,6 @@ class TrainRun:
                 name.removeprefix(f"{prefix}."): tensor
                 for name, tensor in state.items() if name.startswith(f"{prefix}.")
             }  # fmt: skip
-            held = unstacked_shards(shards(mine, self.layout, self.world.rank), self.names_in_files)
+            held = linked(shards(mine, self.layout, self.world.rank), self.links_of)
             result |= {f"{prefix}.{name}": shard for name, shard in held.items()}
         return result

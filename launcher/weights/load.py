@@ -14,9 +14,9 @@ import torch
 
 from launcher.errors import Problem, UserError
 from launcher.layout.box import Shape
-from launcher.weights.memory import Shard
+from launcher.weights.memory import TORCH_DTYPES, Shard
 from launcher.weights.plan import plan_box
-from launcher.weights.read import fill
+from launcher.weights.read import Fill, Scales, fill
 from launcher.weights.source import OPTIMIZER_PREFIXES, Source
 
 ROWS_SHOWN = 20
@@ -44,44 +44,100 @@ def load(
     rank: int = 0,
     expected: Mapping[str, Shape] | None = None,
     leave: Callable[[str], bool] = lambda name: False,
+    reads: Callable[[str], bool] = lambda name: True,
 ) -> LoadReport:
-    """Fill every target from `source`.
+    """Fill every target from `source`; floating dtypes are cast on the way.
 
     `expected` is the whole model, name to global shape, where `targets` are only what this rank
     holds of it: every rank then finds the same differences. `leave(name)` is True for tensors of
-    the files that are known and not wanted. `tied` maps a name that shares the memory of another
-    parameter to that parameter: files may hold both, one or the other. Names that start with one of
-    `ignore_prefixes` are not looked for. Raises `UserError` with the table of missing, extra and
-    misshapen tensors.
+    the files that are known and not wanted. `reads(name)` is False for targets that another rank
+    reads and passes on. `tied` maps a name that shares the memory of another parameter to that
+    parameter: files may hold both, one or the other. Names that start with one of `ignore_prefixes`
+    are not looked for. Raises `UserError` with the table of missing, extra and unfit tensors.
     """
     tied = dict(tied or {})
     if expected is None:
         expected = {name: target.shape for name, target in targets.items()}
-    found = _tie_names({name: name for name in source.tensors}, expected, tied)
-    missing = [name for name in expected if name not in found]
+    found = _names_in_files(source, expected, tied)
+    factors = {*source.scales.values()}
     unknown = [
         name
         for name in source.tensors
-        if name not in expected and name not in tied and not name.startswith(tuple(ignore_prefixes))
+        if name not in expected
+        and name not in tied
+        and name not in factors
+        and not name.startswith(tuple(ignore_prefixes))
     ]
+    missing = [name for name in expected if name not in found]
     extra = [name for name in unknown if not leave(name)]
-    misshapen = [
-        name
-        for name, shape in expected.items()
-        if name in found and source.shape(found[name]) != shape
-    ]
-    if misshapen or (strict and (missing or extra)):
-        raise _differences(expected, source, missing, extra, misshapen)
+    unfit = _unfit(source, expected, targets, found)
+    if unfit or (strict and (missing or extra)):
+        raise _differences(expected, source, missing, extra, unfit)
     jobs = [
-        (target.tensor, target.box,
-         plan_box(name, target.box, source.tensors[found[name]], prefer_rank=rank))
-        for name, target in targets.items() if name in found
-    ]  # fmt: skip
-    bytes_read = fill(jobs)
+        _fill_of(target, source, found[name], rank)
+        for name, target in targets.items()
+        if name in found and reads(name)
+    ]
+    bytes_read = fill(jobs, source)
     if strict:
         _check_tied(targets, source, tied)
-    loaded = sum(name in found for name in expected)
-    return LoadReport(loaded, bytes_read, tuple(sorted(tied)), tuple(missing), tuple(unknown))
+    return LoadReport(len(found), bytes_read, tuple(sorted(tied)), tuple(missing), tuple(unknown))
+
+
+def _names_in_files(
+    source: Source, expected: Mapping[str, Shape], tied: Mapping[str, str]
+) -> dict[str, str]:
+    """Model name to name in the files: a tied parameter may be filed under its other name."""
+    found = {name: name for name in expected if name in source.tensors}
+    for alias, name in tied.items():
+        if name in expected and name not in found and alias in source.tensors:
+            found[name] = alias
+    return found
+
+
+def _unfit(
+    source: Source,
+    expected: Mapping[str, Shape],
+    targets: Mapping[str, Shard],
+    found: Mapping[str, str],
+) -> dict[str, tuple[str, str]]:
+    """Name to (what the files have, what the model needs) of tensors of another shape or kind."""
+    unfit = {}
+    for name, file_name in found.items():
+        if source.shape(file_name) != expected[name]:
+            unfit[name] = (str(list(source.shape(file_name))), str(list(expected[name])))
+        elif name in targets:
+            disk, model = TORCH_DTYPES[source.dtype(file_name)], targets[name].tensor.dtype
+            if disk != model and not (disk.is_floating_point and model.is_floating_point):
+                unfit[name] = (_dtype_name(disk), _dtype_name(model))
+    return unfit
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _fill_of(target: Shard, source: Source, name: str, rank: int) -> Fill:
+    """The reads of tensor `name` of the files that fill `target`."""
+    reads = plan_box(name, target.box, source.tensors[name], prefer_rank=rank)
+    return Fill(target.tensor, target.box, reads, _scales_of(source, name))
+
+
+def _scales_of(source: Source, name: str) -> Scales | None:
+    factors = source.scales.get(name)
+    if factors is None:
+        return None
+    shape = source.shape(name)
+    needed = tuple(-(-n // block) for n, block in zip(shape, source.scale_block, strict=False))
+    if len(shape) != 2 or source.shape(factors) != needed:
+        rows, columns = source.scale_block
+        raise UserError(
+            f"`{factors}` has the shape {list(source.shape(factors))}",
+            where=str(source.path),
+            rule=f"`{name}` has {list(shape)}, and blocks of {rows} x {columns} share a factor",
+            advice="Mend quantization_config.weight_block_size in the config.json of the weights",
+        )
+    return Scales(factors, source.tensors[factors], source.scale_block)
 
 
 def _check_tied(targets: Mapping[str, Shard], source: Source, tied: Mapping[str, str]) -> None:
@@ -92,7 +148,7 @@ def _check_tied(targets: Mapping[str, Shard], source: Source, tied: Mapping[str,
             continue
         target = targets[name]
         other = torch.empty_like(target.tensor)
-        fill([(other, target.box, plan_box(alias, target.box, source.tensors[alias]))])
+        fill([_fill_of(Shard(target.shape, target.box, other), source, alias, 0)], source)
         if not torch.equal(other, target.tensor):
             raise UserError(
                 f"`{alias}` and `{name}` differ in the files",
@@ -102,29 +158,16 @@ def _check_tied(targets: Mapping[str, Shard], source: Source, tied: Mapping[str,
             )
 
 
-def _tie_names(
-    found: dict[str, str], expected: Mapping[str, Shape], tied: Mapping[str, str]
-) -> dict[str, str]:
-    """Model name to name in the files: a tied parameter may be filed under its other name."""
-    for alias, name in tied.items():
-        if name in expected and name not in found and alias in found:
-            found[name] = alias
-    return {name: file_name for name, file_name in found.items() if name in expected}
-
-
 def _differences(
     expected: Mapping[str, Shape],
     source: Source,
     missing: list[str],
     extra: list[str],
-    misshapen: list[str],
+    unfit: Mapping[str, tuple[str, str]],
 ) -> UserError:
     rows = [(name, "missing", str(list(expected[name]))) for name in missing]
     rows += [(name, str(list(source.shape(name))), "unknown") for name in extra]
-    rows += [
-        (name, str(list(source.shape(name))), str(list(expected[name])))
-        for name in misshapen if name in source.tensors
-    ]  # fmt: skip
+    rows += [(name, *both) for name, both in unfit.items()]
     width = max(len(name) for name, _, _ in rows[:ROWS_SHOWN])
     lines = [f"  {'tensor':{width}}  {'in the files':>16}  {'in the model':>16}"]
     lines += [
@@ -132,15 +175,15 @@ def _differences(
     ]
     if len(rows) > ROWS_SHOWN:
         lines.append(f"  ... and {len(rows) - ROWS_SHOWN} more")
-    counts = f"{len(missing)} missing, {len(extra)} extra, {len(misshapen)} of another shape"
+    counts = f"{len(missing)} missing, {len(extra)} extra, {len(unfit)} of another shape or dtype"
+    way_out = "shapes and dtypes must agree" if unfit else "strict_load: False loads what fits"
     return UserError(
         Problem(
             where=str(source.path),
             what=f"the weights do not fit the model ({counts})",
             rule="every parameter is written exactly once",
-            advice="Give the weights of this model, or mend model.model_config; "
-            + ("strict_load: False loads what fits" if not misshapen else "shapes must agree")
-            + "\n" + "\n".join(lines)
+            advice=f"Give the weights of this model, or mend model.model_config; {way_out}\n"
+            + "\n".join(lines)
             + "\n",
         )
-    )  # fmt: skip
+    )

@@ -9,9 +9,9 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 
 from launcher.errors import UserError
-from launcher.weights.source import open_rank_files
+from launcher.weights.distributed import open_rank_files
+from launcher.weights.export import Exported, write_complete
 from launcher.weights.verify import verified
-from launcher.weights.write import Exported, write_complete
 
 MODEL_FOLDER = "model"
 """Beside the rank folders: for each run, config.json and the tokenizer."""

@@ -1,81 +1,142 @@
-"""Positioned reads from files straight into the memory of tensors.
+"""Reads into the memory of tensors.
 
-Invariant: a byte of a file that is needed is read once, and into its final place when the dtype on
-disk is the dtype in memory and the tensor is on the CPU; otherwise through one staging tensor.
+Owns what happens between file and tensor. Invariants: a byte that is needed is read once; it goes
+straight into its final place when dtypes agree and the tensor is on the CPU, and otherwise through
+a portion of memory that each reader keeps: `READERS` times `PORTION_BYTES` (pinned where it goes to
+a GPU, whose copies overlap with the other readers), and twice that again while FP8 weights are
+multiplied by their scales.
 """
 
 from __future__ import annotations
 
-import os
+import threading
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
-from pathlib import Path
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 
-from launcher.errors import UserError
 from launcher.layout.box import Box
-from launcher.weights.memory import TORCH_DTYPES, bytes_of
-from launcher.weights.plan import Read, byte_runs
+from launcher.weights.memory import TORCH_DTYPES, memory_of, use_huge_pages
+from launcher.weights.pieces import Pieces
+from launcher.weights.plan import Read, plan_box, portions, read_runs_of
+from launcher.weights.source import Source
+from launcher.weights.threads import in_parallel
+from launcher.weights.transfer import Bytes, Files, read_runs
 
 READERS = 4
 """Reads in flight; more than a few gain nothing on one disk."""
 
+PORTION_BYTES = 16 << 20
+"""Bytes of a file that are read at a time."""
 
-def fill(jobs: Iterable[tuple[torch.Tensor, Box, list[Read]]]) -> int:
-    """Fill each tensor, which holds its box, by its reads. Returns the bytes read.
 
-    Tensors are contiguous, of the size of their box, on any device and of any floating dtype.
+@dataclass(frozen=True)
+class Scales:
+    """What the elements of a tensor are multiplied by: one factor a block."""
+
+    name: str
+    pieces: Pieces
+    block: tuple[int, int]
+    """(rows, columns) of the tensor that share a factor."""
+
+
+@dataclass(frozen=True)
+class Fill:
+    """A tensor, the box of the global tensor it is, and the reads that fill it.
+
+    The tensor has the size of the box, on any device, of any dtype the files' can be cast to.
     """
-    jobs = [job for job in jobs if job[2]]
-    with ExitStack() as stack, ThreadPoolExecutor(READERS) as pool:
-        files: dict[Path, int] = {}
-        for _, _, reads in jobs:
-            for read in reads:
-                if read.piece.file not in files:
-                    files[read.piece.file] = _open(read.piece.file, stack)
-        ordered = sorted(jobs, key=lambda job: (str(job[2][0].piece.file),
-                                                job[2][0].piece.entry.start))  # fmt: skip
-        counts = [pool.submit(_fill_one, *job, files) for job in ordered]
-        return sum(count.result() for count in counts)
+
+    tensor: torch.Tensor
+    box: Box
+    reads: list[Read]
+    scales: Scales | None = None
 
 
-def _open(path: Path, stack: ExitStack) -> int:
-    try:
-        descriptor = os.open(path, os.O_RDONLY)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error
-    stack.callback(os.close, descriptor)
-    return descriptor
+def fill(fills: Iterable[Fill], source: Source) -> int:
+    """Fill each tensor by its reads. Returns the bytes read."""
+    tasks = [(job, read) for job in fills for read in portions(job.reads, PORTION_BYTES)]
+    for tensor in {
+        job.tensor.untyped_storage().data_ptr(): job.tensor for job, _ in tasks
+    }.values():
+        use_huge_pages(tensor)
+    tasks.sort(key=lambda task: (str(task[1].piece.file), task[1].piece.entry.start,
+                                 task[1].overlap.offset))  # fmt: skip
+    with Files() as files:
+        for path in {read.piece.file for _, read in tasks}:
+            files.descriptor(path, source.headers[path].file_bytes)
+        reader = _Reader(files)
+        return sum(in_parallel(reader.read, tasks, READERS))
 
 
-def _fill_one(tensor: torch.Tensor, box: Box, reads: list[Read], files: dict[Path, int]) -> int:
-    total = 0
-    for dtype in {read.piece.entry.dtype for read in reads}:
-        disk_dtype = TORCH_DTYPES[dtype]
-        direct = tensor.device.type == "cpu" and tensor.dtype == disk_dtype
-        for read in (read for read in reads if read.piece.entry.dtype == dtype):
-            if direct:
-                total += _read_runs(read, box, tensor, files)
-                continue
-            staging = torch.empty(read.overlap.size, dtype=disk_dtype)
-            total += _read_runs(read, read.overlap, staging, files)
-            _region(tensor, read.overlap.inside(box)).copy_(staging)
-    return total
+class _Reader:
+    """Reads portions; each thread that does so has a staging area of its own."""
 
+    def __init__(self, files: Files) -> None:
+        self._files = files
+        self._own = threading.local()
 
-def _read_runs(read: Read, box: Box, tensor: torch.Tensor, files: dict[Path, int]) -> int:
-    memory, total = bytes_of(tensor), 0
-    for position, start, length in byte_runs(read, box):
-        view = memory[start : start + length]
-        while view:
-            count = os.preadv(files[read.piece.file], [view], position)
-            if count == 0:
-                raise UserError(f"{read.piece.file} ended at byte {position}",
-                                rule="it was longer when its header was read")  # fmt: skip
-            view, position, total = view[count:], position + count, total + count
-    return total
+    def read(self, task: tuple[Fill, Read]) -> int:
+        """Read one portion into its place. Returns the bytes read."""
+        job, read = task
+        disk_dtype = TORCH_DTYPES[read.piece.entry.dtype]
+        on_cpu = job.tensor.device.type == "cpu"
+        if on_cpu and job.tensor.dtype == disk_dtype and job.scales is None:
+            memory, strides = memory_of(job.tensor)
+            return self._read(read, job.box, memory, strides)
+        staging = self._staging(read.nbytes, pinned=job.tensor.device.type == "cuda")
+        done = self._read(read, read.overlap, staging, None)
+        values = torch.from_numpy(staging).view(disk_dtype).reshape(read.overlap.size)
+        if job.scales is not None:
+            factors, more = self._factors(job.scales, read.overlap)
+            values, done = values.float() * factors, done + more
+        region = _region(job.tensor, read.overlap.inside(job.box))
+        if region.device.type != "cuda":
+            region.copy_(values)
+            return done
+        with torch.cuda.stream(self._stream(region.device)) as _:
+            region.copy_(values.to(region.device, non_blocking=True))
+            torch.cuda.current_stream().synchronize()
+        return done
+
+    def _read(self, read: Read, box: Box, memory: Bytes, strides: list[int] | None) -> int:
+        path = read.piece.file
+        runs = read_runs_of(read, box, None if strides is None else (0, strides))
+        return read_runs(self._files.descriptor(path), path, runs, memory)
+
+    def _staging(self, nbytes: int, *, pinned: bool) -> Bytes:
+        size = max(nbytes, PORTION_BYTES)
+        kept: torch.Tensor | None = getattr(self._own, "staging", None)
+        if kept is None or kept.numel() < size or kept.is_pinned() != pinned:
+            kept = self._own.staging = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
+        return kept.numpy()[:nbytes]
+
+    def _stream(self, device: torch.device) -> torch.cuda.Stream:
+        stream: torch.cuda.Stream | None = getattr(self._own, "stream", None)
+        if stream is None:
+            stream = self._own.stream = torch.cuda.Stream(device)
+        return stream
+
+    def _factors(self, scales: Scales, box: Box) -> tuple[torch.Tensor, int]:
+        """The factor of each element of `box`, float32, and the bytes read for them."""
+        first = [start // n for start, n in zip(box.offset, scales.block, strict=True)]
+        last = [
+            -(-(start + size) // n)
+            for start, size, n in zip(box.offset, box.size, scales.block, strict=True)
+        ]
+        block = Box(tuple(first), tuple(b - a for a, b in zip(first, last, strict=True)))
+        factors, done = torch.empty(block.size), 0
+        for read in plan_box(scales.name, block, scales.pieces):
+            staging = np.empty(read.nbytes, np.uint8)
+            done += self._read(read, read.overlap, staging, None)
+            dtype = TORCH_DTYPES[read.piece.entry.dtype]
+            values = torch.from_numpy(staging).view(dtype).reshape(read.overlap.size)
+            _region(factors, read.overlap.inside(block)).copy_(values)
+        for dim, n in enumerate(scales.block):
+            start = box.offset[dim] - first[dim] * n
+            factors = factors.repeat_interleave(n, dim).narrow(dim, start, box.size[dim])
+        return factors, done
 
 
 def _region(tensor: torch.Tensor, box: Box) -> torch.Tensor:

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import xxhash
 
 from launcher.errors import Problem, UserError
-from launcher.weights.formats.safetensors import Header, read_header
+from launcher.weights.formats import header_of
+from launcher.weights.formats.safetensors import Header
+from launcher.weights.note import Checksums, read_note
 from launcher.weights.source import Source
+from launcher.weights.threads import in_parallel
+from launcher.weights.transfer import Files, read_exactly
+
+READERS = 4
 
 
 def file_faults(path: Path, *, header_digest: str | None = None) -> list[str]:
@@ -18,26 +25,31 @@ def file_faults(path: Path, *, header_digest: str | None = None) -> list[str]:
     Files of other programs carry no checksums: for them only the header is checked.
     """
     try:
-        header = read_header(path)
+        header = header_of(path)
+        if header_digest is not None and header.digest != header_digest:
+            return [f"{path}: its header changed"]
+        note = read_note(path, header)
+        return [] if note is None else _changed_blocks(path, header, note.checksums)
     except UserError as error:
         return [str(error)]
-    if header_digest is not None and header.digest != header_digest:
-        return [f"{path}: its header changed"]
-    try:
-        note = header.slipway()
-        checksum = note["checksum"] if note else {"values": []}
-    except (ValueError, KeyError, TypeError):
-        return [f"{path}: its `slipway` metadata cannot be read"]
-    faults = []
-    with path.open("rb") as file:
-        file.seek(header.data_start)
-        for index, expected in enumerate(checksum["values"]):
-            block = file.read(checksum["block_bytes"])
-            if xxhash.xxh3_64_hexdigest(block) != expected:
-                start = header.data_start + index * checksum["block_bytes"]
-                names = ", ".join(_tensors_in(header, start, start + len(block))[:4])
-                faults.append(f"{path}: bytes {start} to {start + len(block)} changed ({names})")
-    return faults
+
+
+def _changed_blocks(path: Path, header: Header, checksums: Checksums) -> list[str]:
+    with Files() as files:
+        descriptor = files.descriptor(path, header.file_bytes)
+
+        def fault(index: int) -> str | None:
+            start = header.data_start + index * checksums.block_bytes
+            stop = min(start + checksums.block_bytes, header.file_bytes)
+            block = np.empty(stop - start, np.uint8)
+            read_exactly(descriptor, path, block.data, start)
+            if xxhash.xxh3_64_hexdigest(block.data) == checksums.values[index]:
+                return None
+            names = ", ".join(_tensors_in(header, start, stop)[:4])
+            return f"{path}: bytes {start} to {stop} changed ({names})"
+
+        found = in_parallel(fault, range(len(checksums.values)), READERS)
+    return [text for text in found if text is not None]
 
 
 def verified(source: Source) -> Source:

@@ -223,11 +223,12 @@ def _evaluate(run: Any) -> float:
 
 
 def _gradients(run: Any) -> Pieces:
-    from launcher.parallel.apply import shards, unstacked_shards
+    from launcher.parallel.apply import shards
+    from launcher.weights.links import linked
 
     tensors = {n: p.grad for n, p in run.parts.named_parameters().items() if p.grad is not None}
     held = shards(tensors, run.layout, run.world.rank)
-    return _pieces(unstacked_shards(held, run.names_in_files))
+    return _pieces(linked(held, run.links_of))
 
 
 def _pieces(held: Mapping[str, Any]) -> Pieces:

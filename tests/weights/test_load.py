@@ -14,11 +14,15 @@ from launcher.errors import UserError
 from launcher.layout.box import Box, whole
 from launcher.layout.layout import Layout
 from launcher.layout.mesh import Mesh
+from launcher.weights.distributed import open_rank_files
+from launcher.weights.export import write_complete
+from launcher.weights.formats.safetensors import Entry
 from launcher.weights.load import load
 from launcher.weights.memory import Shard
-from launcher.weights.plan import byte_runs, plan_box
-from launcher.weights.source import detect, open_complete, open_rank_files
-from launcher.weights.write import write_complete, write_rank_file
+from launcher.weights.pieces import Piece, Pieces
+from launcher.weights.plan import Read, plan_box, read_runs_of
+from launcher.weights.rank_file import write_rank_file
+from launcher.weights.source import detect, open_complete
 
 
 def model(seed: int = 0) -> dict[str, torch.Tensor]:
@@ -102,10 +106,6 @@ def test_byte_runs_copy_exactly_the_overlap(data) -> None:
         size = [data.draw(st.integers(1, n - o)) for n, o in zip(shape, offset, strict=True)]
         return Box(tuple(offset), tuple(size))
 
-    from launcher.weights.formats.safetensors import Entry
-    from launcher.weights.plan import Read
-    from launcher.weights.source import Piece
-
     held, wanted = box("held"), box("wanted")
     overlap = held.intersect(wanted)
     if overlap is None:
@@ -116,7 +116,7 @@ def test_byte_runs_copy_exactly_the_overlap(data) -> None:
     entry = Entry("U8", held.size, 0, len(file))
     read = Read(Piece(None, entry, shape, held, 0), overlap)  # type: ignore[arg-type]
     memory = bytearray(wanted.numel)
-    for position, start, length in byte_runs(read, wanted):
+    for position, start, length in read_runs_of(read, wanted):
         memory[start : start + length] = file[position : position + length]
     result = torch.frombuffer(memory, dtype=torch.uint8).reshape(wanted.size)
     inside = overlap.inside(wanted)
@@ -127,7 +127,7 @@ def test_a_missing_part_is_refused_before_anything_is_read(tmp_path) -> None:
     files = save(tmp_path, {"w": torch.ones(4, 2)}, Mesh(dp_shard=2))
     source = open_rank_files(tmp_path, files)
     with pytest.raises(UserError, match="hold 4 of the 8 elements of `w`"):
-        plan_box("w", whole((4, 2)), source.tensors["w"][:1])
+        plan_box("w", whole((4, 2)), Pieces(source.tensors["w"][:1]))
 
 
 def test_the_table_names_every_difference_and_nothing_is_written(tmp_path) -> None:
@@ -187,13 +187,13 @@ def test_an_index_is_followed_and_checked(tmp_path) -> None:
     assert set(open_complete(tmp_path).tensors) == {"a", "b"}
 
     index(tmp_path, {"a": files[0], "b": "gone.safetensors"})
-    with pytest.raises(UserError, match=r"names 1 files that are not there: gone\.safetensors"):
+    with pytest.raises(UserError, match=r"names 1 file that cannot be found: gone\.safetensors"):
         open_complete(tmp_path)
     index(tmp_path, {"a": files[0], "c": files[1]})
     with pytest.raises(UserError, match="lacks `c`"):
         open_complete(tmp_path)
     index(tmp_path, ["a"])
-    with pytest.raises(UserError, match="is not a weight index"):
+    with pytest.raises(UserError, match="is not an index of weights"):
         open_complete(tmp_path)
 
 
@@ -216,10 +216,10 @@ def detect_in_rank_folder(folder) -> str:
 
 def test_rank_files_of_other_programs_and_mixed_runs_are_refused(tmp_path) -> None:
     files = save(tmp_path / "a", model(), Mesh(dp_shard=2))
-    with pytest.raises(UserError, match=r"missing: \[1\]"):
+    with pytest.raises(UserError, match=r"no other rank has what the lost rank 1 held"):
         open_rank_files(tmp_path, files[:1])
     others = save(tmp_path / "b", model(), Mesh(dp_replicate=2))
-    with pytest.raises(UserError, match="mixes rank files of different layouts"):
+    with pytest.raises(UserError, match="mixes two saves"):
         open_rank_files(tmp_path, [files[0], others[1]])
     foreign = tmp_path / "foreign.safetensors"
     save_file({"w": torch.ones(2)}, foreign)

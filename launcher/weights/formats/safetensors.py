@@ -1,13 +1,9 @@
-"""The safetensors format: reading headers that may lie, writing files with checksums.
+"""The safetensors format: headers that may lie, read and laid out.
 
-Owns the bytes of a safetensors file (https://github.com/huggingface/safetensors#format): 8 bytes of
-little-endian header length, a JSON header, the data section. Torch-free. Invariants:
-- a header is believed only after every offset, shape and dtype in it has been checked against the
-  size of the file; nothing is allocated on its word;
-- a file is written once, from the memory of its tensors, without a copy.
-
-Our own files carry `__metadata__["slipway"]`, a JSON text that describes the layout and holds one
-xxh3_64 checksum for each block of the data section.
+Owns the header of a safetensors file (https://github.com/huggingface/safetensors#format): 8 bytes
+of little-endian length, a JSON map, and behind it the data section. Torch-free. Invariant: a header
+is believed only after every offset, shape and dtype in it has been checked against the size of the
+file; nothing is allocated on its word.
 """
 
 from __future__ import annotations
@@ -15,10 +11,11 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+import stat
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import xxhash
 
@@ -36,8 +33,7 @@ ITEM_BYTES = {
 MAX_HEADER_BYTES = 100_000_000
 """The format's own limit."""
 
-BLOCK_BYTES = 4 << 20
-"""Bytes of the data section that share one checksum."""
+MAX_DIMS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +44,8 @@ class Entry:
     shape: Shape
     start: int
     stop: int
+    strides: Shape | None = None
+    """Elements from one index to the next, for each dim; None: C-ordered, as safetensors is."""
 
     @property
     def numel(self) -> int:
@@ -66,29 +64,34 @@ class Header:
     digest: str
     """xxh3_64 of the header bytes, in hex."""
 
-    def slipway(self) -> dict[str, Any] | None:
-        """Our own part of the metadata, or None in a file of another program."""
-        text = self.metadata.get("slipway")
-        return None if text is None else json.loads(text)
-
 
 def read_header(path: Path) -> Header:
     """The header of the safetensors file at `path`. Raises `UserError` when it cannot be true."""
     try:
-        with path.open("rb") as file:
-            file_bytes = os.fstat(file.fileno()).st_size
+        # Without waiting: opening a pipe would wait for its other end.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        with open(descriptor, "rb") as file:
+            found = os.fstat(descriptor)
+            if not stat.S_ISREG(found.st_mode):
+                raise UserError(f"{path} is not a file", advice="Give a safetensors file")
             prefix = file.read(8)
             length = int.from_bytes(prefix, "little")
-            if len(prefix) < 8 or length > min(MAX_HEADER_BYTES, file_bytes - 8):
-                raise _broken(path, f"it has {file_bytes} bytes and its header claims {length}")
+            if len(prefix) < 8 or length > min(MAX_HEADER_BYTES, found.st_size - 8):
+                claim = f"its header claims {length}" if len(prefix) == 8 else "a header has 8"
+                raise _broken(path, f"it has {found.st_size} bytes and {claim}")
             raw = file.read(length)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    return parse_header(path, raw, found.st_size)
+
+
+def parse_header(path: Path, raw: bytes, file_bytes: int) -> Header:
+    """The header whose JSON text is `raw`, of a file of `file_bytes`. Raises `UserError`."""
     content = _parse(path, raw)
     metadata = content.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise _broken(path, "its `__metadata__` is not a map of texts")
-    start = 8 + length
+    start = 8 + len(raw)
     entries = {name: _entry(path, name, value, start) for name, value in content.items()}
     _check_coverage(path, entries, start, file_bytes)
     return Header(entries, metadata, start, file_bytes, xxhash.xxh3_64_hexdigest(raw))
@@ -103,7 +106,7 @@ def _parse(path: Path, raw: bytes) -> dict[str, Any]:
 
     try:
         content = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise _broken(path, f"its header is not JSON ({error})") from error
     if not isinstance(content, dict):
         raise _broken(path, "its header is not a JSON map")
@@ -114,7 +117,7 @@ def _entry(path: Path, name: str, value: Any, data_start: int) -> Entry:
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
         raise _broken(path, f"the entry of `{name}` needs dtype, shape and data_offsets")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
-    if dtype not in ITEM_BYTES:
+    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
         raise _broken(path, f"`{name}` has the unknown dtype {dtype!r}")
     if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2:
         raise _broken(path, f"`{name}` has shape {shape!r} and offsets {offsets!r}")
@@ -125,7 +128,10 @@ def _entry(path: Path, name: str, value: Any, data_start: int) -> Entry:
 
 
 def _naturals(value: Any) -> bool:
-    return isinstance(value, list) and all(type(n) is int and n >= 0 for n in value)
+    """Whether `value` is a list of numbers a file can have: not negative, below 2^63."""
+    if not isinstance(value, list) or len(value) > MAX_DIMS:
+        return False
+    return all(type(n) is int and 0 <= n < 1 << 63 for n in value)
 
 
 def _check_coverage(path: Path, entries: dict[str, Entry], start: int, file_bytes: int) -> None:
@@ -141,19 +147,18 @@ def _check_coverage(path: Path, entries: dict[str, Entry], start: int, file_byte
 def _broken(path: Path, why: str) -> UserError:
     return UserError(
         f"{path} is not a whole safetensors file",
-        rule=why,
+        rule=why if len(why) < 300 else f"{why[:300]}...",
         advice="Copy the file again from its origin; nothing was loaded from it",
     )
 
 
-@dataclass(frozen=True)
-class Part:
-    """One tensor to write. `data` gives its bytes in C order, when their turn comes."""
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """One tensor of a file to be: its name, dtype and shape."""
 
     name: str
     dtype: str
     shape: Shape
-    data: Callable[[], memoryview]
 
     @property
     def nbytes(self) -> int:
@@ -161,53 +166,26 @@ class Part:
         return math.prod(self.shape) * ITEM_BYTES[self.dtype]
 
 
-def block_digests(parts: Iterable[memoryview], block_bytes: int = BLOCK_BYTES) -> list[str]:
-    """xxh3_64 (hex) of each block of `block_bytes` of the parts laid end to end."""
-    digests, hasher, room = [], xxhash.xxh3_64(), block_bytes
-    for piece in parts:
-        while piece:
-            taken = piece[:room]
-            hasher.update(taken)
-            room -= len(taken)
-            piece = piece[len(taken) :]
-            if room == 0:
-                digests.append(hasher.hexdigest())
-                hasher, room = xxhash.xxh3_64(), block_bytes
-    if room != block_bytes:
-        digests.append(hasher.hexdigest())
-    return digests
+AnySlot = TypeVar("AnySlot", bound=Slot)
 
 
-def in_file_order(parts: Sequence[Part]) -> list[Part]:
+def in_file_order(slots: Iterable[AnySlot]) -> list[AnySlot]:
     """Widest dtype first, then by name, so that every tensor is aligned to its own item size."""
-    return sorted(parts, key=lambda part: (-ITEM_BYTES[part.dtype], part.name))
+    return sorted(slots, key=lambda slot: (-ITEM_BYTES[slot.dtype], slot.name))
 
 
-def write_file(path: Path, parts: Sequence[Part], metadata: dict[str, str]) -> Header:
-    """Write `parts`, in the order given, and make the file durable (fsync). Returns its header.
-
-    The caller chooses `path` so that a half-written file is never mistaken for a whole one.
-    """
-    entries, position = {}, 0
-    for part in parts:
-        entries[part.name] = {
-            "dtype": part.dtype,
-            "shape": list(part.shape),
-            "data_offsets": [position, position + part.nbytes],
+def header_bytes(slots: Sequence[Slot], metadata: Mapping[str, str]) -> bytes:
+    """What stands before the data section: length and JSON, padded so that the data begins at a
+    multiple of 8. Tensors lie in the order given."""
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    position = 0
+    for slot in slots:
+        entries[slot.name] = {
+            "dtype": slot.dtype,
+            "shape": list(slot.shape),
+            "data_offsets": [position, position + slot.nbytes],
         }
-        position += part.nbytes
-    raw = json.dumps({"__metadata__": metadata, **entries}, separators=(",", ":")).encode()
+        position += slot.nbytes
+    raw = json.dumps(entries, separators=(",", ":")).encode()
     raw += b" " * (-len(raw) % 8)
-    with path.open("wb", buffering=0) as file:
-        _write_all(file.fileno(), memoryview(len(raw).to_bytes(8, "little") + raw))
-        for part in parts:
-            _write_all(file.fileno(), part.data())
-        os.fsync(file.fileno())
-    start = 8 + len(raw)
-    checked = {name: _entry(path, name, value, start) for name, value in entries.items()}
-    return Header(checked, metadata, start, start + position, xxhash.xxh3_64_hexdigest(raw))
-
-
-def _write_all(descriptor: int, data: memoryview) -> None:
-    while data:
-        data = data[os.write(descriptor, data) :]
+    return len(raw).to_bytes(8, "little") + raw

@@ -1,0 +1,116 @@
+"""The note: what a rank file of ours says of itself, in `__metadata__["slipway"]`.
+
+Owns that JSON text: which rank of how many wrote the file, the axes, shape and box of each tensor,
+and a checksum (xxh3_64) for each block of the data section. Equal state gives an equal note: no
+time, no path and no run is in it. Read as any header is: checked before it is believed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from launcher.errors import UserError
+from launcher.layout.box import Box, Shape
+from launcher.weights.formats.safetensors import Header
+
+VERSION = 1
+ALGORITHM = "xxh3_64"
+BLOCK_BYTES = 4 << 20
+"""Bytes of the data section that share one checksum."""
+_KEYS = {"version", "world_size", "rank", "mesh", "tensors", "checksum"}
+
+
+@dataclass(frozen=True)
+class Checksums:
+    """One digest (hex) for each block of the data section; none when the writer made none."""
+
+    block_bytes: int
+    values: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Note:
+    """Layout and checksums of one rank file."""
+
+    world_size: int
+    rank: int
+    mesh: Mapping[str, int]
+    """Axis to size."""
+    places: Mapping[str, tuple[Shape, Box]]
+    """Tensor to the shape of the whole and the box of it that is in the file."""
+    checksums: Checksums = Checksums(BLOCK_BYTES, ())
+
+    def text(self, digests: tuple[str, ...]) -> str:
+        """The JSON text; of equal length for equally many digests."""
+        tensors = {
+            name: {"shape": list(shape), "boxes": [box.as_lists()]}
+            for name, (shape, box) in self.places.items()
+        }
+        checksum = {"algorithm": ALGORITHM, "block_bytes": BLOCK_BYTES, "values": list(digests)}
+        return json.dumps({
+            "version": VERSION, "world_size": self.world_size, "rank": self.rank,
+            "mesh": dict(self.mesh), "tensors": tensors, "checksum": checksum,
+        })  # fmt: skip
+
+
+def read_note(path: Path, header: Header) -> Note | None:
+    """The note of a file; None in a file of another program. Raises `UserError` for a bad one."""
+    text = header.metadata.get("slipway")
+    if text is None:
+        return None
+    try:
+        content = json.loads(text)
+        if content["version"] != VERSION:
+            raise UserError(
+                f"{path} has the format {content['version']}",
+                rule=f"this version reads format {VERSION}",
+                advice="Install the version that wrote it, or a newer one",
+            )
+        return _note(path, header, content)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, IndexError):
+        raise _damaged(path, "its `slipway` metadata cannot be read") from None
+
+
+def _note(path: Path, header: Header, content: Any) -> Note:
+    numbers = (content["world_size"], content["rank"], *content["mesh"].values())
+    if not all(type(n) is int and n >= 0 for n in numbers):
+        raise ValueError("no natural number")
+    places = {}
+    for name, entry in header.entries.items():
+        place = content["tensors"].get(name)
+        if place is None or len(place["boxes"]) != 1:
+            raise _damaged(path, f"it does not say which part of `{name}` it holds")
+        (offset, size), shape = place["boxes"][0], place["shape"]
+        if size != list(entry.shape):
+            raise _damaged(path, f"`{name}` has shape {entry.shape}, its box says {size}")
+        inside = len(shape) == len(offset) == len(size) and all(
+            type(n) is int and 0 <= start <= start + length <= n
+            for start, length, n in zip(offset, size, shape, strict=True)
+        )
+        if not inside:
+            raise _damaged(path, f"the box of `{name}` is not inside its shape {shape}")
+        places[name] = (tuple(shape), Box(tuple(offset), tuple(size)))
+    return Note(
+        content["world_size"], content["rank"], content["mesh"], places,
+        _checksums(header, content["checksum"]),
+    )  # fmt: skip
+
+
+def _checksums(header: Header, content: Any) -> Checksums:
+    block_bytes, values = content["block_bytes"], tuple(content["values"])
+    if content["algorithm"] != ALGORITHM or type(block_bytes) is not int or block_bytes <= 0:
+        raise ValueError("unknown checksums")
+    data_bytes = header.file_bytes - header.data_start
+    if not all(isinstance(value, str) for value in values) or (
+        len(values) != -(-data_bytes // block_bytes)
+    ):
+        raise ValueError("not one checksum for each block")
+    return Checksums(block_bytes, values)
+
+
+def _damaged(path: Path, why: str) -> UserError:
+    return UserError(f"{path} is damaged", rule=why, advice="Choose another checkpoint")

@@ -1,0 +1,83 @@
+"""Pieces: the boxes of a global tensor that lie in files, and which of them another box meets."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from launcher.layout.box import Box, Shape
+from launcher.weights.formats.safetensors import Entry
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """One box of a global tensor and the file entry that holds it."""
+
+    file: Path
+    entry: Entry
+    shape: Shape
+    """Of the global tensor."""
+    box: Box
+    rank: int
+    """The rank that wrote it; 0 for complete weights."""
+
+
+class Pieces(tuple[Piece, ...]):
+    """All pieces of one tensor, replicas among them, indexed by box.
+
+    The pieces of a layout form a grid, whose lines are where they begin in each dim; a box meets
+    the cells between two lines of each, found by bisection. Other arrangements are searched.
+    """
+
+    @cached_property
+    def holders(self) -> dict[Box, list[Piece]]:
+        """Every box that is not empty, to the pieces that hold just that box."""
+        found: dict[Box, list[Piece]] = {}
+        for piece in self:
+            if piece.box.numel:
+                found.setdefault(piece.box, []).append(piece)
+        return found
+
+    @cached_property
+    def _grid(self) -> tuple[dict[Shape, Box], list[list[int]]] | None:
+        """(box by offset, lines of each dim); None when the boxes form no grid."""
+        boxes = {box.offset: box for box in self.holders}
+        lines = [sorted(set(starts)) for starts in zip(*boxes, strict=True)]
+        if len(boxes) < len(self.holders) or math.prod(map(len, lines)) != len(boxes):
+            return None
+        for box in boxes.values():
+            for start, size, line in zip(box.offset, box.size, lines, strict=True):
+                following = bisect_right(line, start)
+                if following < len(line) and start + size > line[following]:
+                    return None
+        return boxes, lines
+
+    def meeting(self, box: Box) -> Iterator[tuple[list[Piece], Box]]:
+        """(holders of a piece, its overlap with `box`) of every piece that `box` meets."""
+        for candidate in self._candidates(box):
+            overlap = box.intersect(candidate)
+            if overlap is not None:
+                yield self.holders[candidate], overlap
+
+    def _candidates(self, box: Box) -> Iterable[Box]:
+        if self._grid is None:
+            return self.holders
+        boxes, lines = self._grid
+        ranges = [
+            line[max(bisect_right(line, start) - 1, 0) : bisect_left(line, start + size)]
+            for line, start, size in zip(lines, box.offset, box.size, strict=True)
+        ]
+        return (boxes[offset] for offset in itertools.product(*ranges))
+
+    @property
+    def is_disjoint(self) -> bool:
+        """Whether no two different boxes share an element."""
+        if self._grid is not None:
+            return True
+        pairs = itertools.combinations(self.holders, 2)
+        return all(a.intersect(b) is None for a, b in pairs)

@@ -1,0 +1,41 @@
+"""Rank files: what one rank holds, written so that the file describes itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from launcher.layout.mesh import Mesh
+from launcher.weights.formats.safetensors import Header, in_file_order
+from launcher.weights.memory import DTYPE_NAMES, Shard, bytes_of
+from launcher.weights.note import Note
+from launcher.weights.write import Part, write_file
+
+
+def write_rank_file(
+    path: Path, shards: Mapping[str, Shard], *, mesh: Mesh, rank: int,
+    remove_redundancy: bool = False,
+) -> Header:  # fmt: skip
+    """Write what `rank` holds to `path`, durable, with its layout and checksums in the header.
+
+    `shards`: global tensor name to the box held and its memory, on any device. `remove_redundancy`
+    says that copies were left to other ranks. No time, path or run is in the file.
+    """
+    parts = in_file_order(
+        Part(name, DTYPE_NAMES[shard.tensor.dtype], shard.box.size,
+             partial(_bytes, shard.tensor.detach().contiguous()))
+        for name, shard in shards.items()
+    )  # fmt: skip
+    places = {part.name: (shards[part.name].shape, shards[part.name].box) for part in parts}
+    note = Note(mesh.world_size, rank, mesh.sizes(), places)
+    metadata = {"format": "pt", "remove_redundancy": str(remove_redundancy)}
+    return write_file(path, parts, metadata, note)
+
+
+def _bytes(tensor: torch.Tensor, start: int, stop: int) -> memoryview:
+    """Bytes of a tensor: its own memory on the CPU, a copy of them from another device."""
+    flat = tensor.reshape(-1).view(torch.uint8)[start:stop]
+    return bytes_of(flat.cpu())
