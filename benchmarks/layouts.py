@@ -91,9 +91,10 @@ def _once() -> list[float]:
     numbers += [time.perf_counter() - started, _peak()]
     assert len(held) == layout.mesh.world_size
     from launcher.assembly.strategy import stage_files
+    from models.names import links
 
     started = time.perf_counter()
-    assert len(stage_files(layout).stages) == layout.mesh.pp
+    assert len(stage_files(layout, links).stages) == layout.mesh.pp
     numbers += [time.perf_counter() - started, _peak()]
     return [*numbers, time.perf_counter() - begin, _peak()]
 

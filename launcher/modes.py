@@ -166,7 +166,7 @@ def train_to_the_end(job: Job, run: TrainRun, callbacks: list[Callback]) -> int:
             f"nothing to do: step {run.state.global_step} is done, the run has {run.total_steps}"
         )
         return EXIT_OK
-    write_own(job, run.layout)
+    write_own(job, run.layout, run.links_of)
     job.say(
         f"training: steps {run.state.global_step + 1} to {run.total_steps}, "
         f"{run.steps_per_epoch} an epoch, {run.loader.global_batch} samples a step, "

@@ -1,21 +1,25 @@
 """Building models from a ModelSpec, on the meta device or a real one.
 
 Owns the way from description to module, for our decoder and for the transformers modules, and the
-few facts about a module that other rooms ask for: its blocks, its tied names, its size, the files
-beside its weights. Invariant: `named_parameters()` and persistent buffers have the names that a
-Hugging Face directory of the model has on disk, but for stacked experts (`models.names`).
+few facts about a module that other rooms ask for: its blocks, its names in files, its size, the
+files beside its weights. Invariant: `links_of` says what parameters and persistent buffers are in a
+Hugging Face directory of the model.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from launcher.errors import UserError
-from launcher.weights.links import LinksOf, no_links
+from launcher.layout.box import whole
+from launcher.weights.links import LinksOf, linked, no_links
+from launcher.weights.memory import Shard
+from launcher.weights.source import Source
 from models import names
 from models.decoder import Decoder
 from models.initial import initial_std, initialise_shard, no_weight_decay
@@ -24,7 +28,8 @@ from models.transformers_model import TransformersModel, build_transformers, com
 
 __all__ = [
     "blocks", "build_model", "hf_directory_files", "initial_std", "initialise", "initialise_shard",
-    "links_of",    "materialise", "no_weight_decay", "parameter_count", "retie", "tied_names",
+    "is_left_alone", "links_of", "materialise", "named_as_model", "no_weight_decay",
+    "parameter_count", "retie", "tied_names",
 ]  # fmt: skip
 
 TOKENIZER_FILES = (
@@ -74,31 +79,53 @@ def materialise(model: nn.Module, device: torch.device | str) -> None:
 def initialise(model: nn.Module, spec: ModelSpec, seed: int) -> None:
     """Fill every parameter of a whole (not sharded) model with its initial values, and buffers of
     ours with zeros."""
-    with torch.no_grad():
-        if isinstance(model, Decoder):
-            for buffer in model.buffers():
-                buffer.zero_()
-        for name, parameter in model.named_parameters():
-            shape = tuple(parameter.shape)
-            parameter.copy_(initialise_shard(name, shape, (0,) * len(shape), shape, spec, seed))
+    if isinstance(model, Decoder):
+        for buffer in model.buffers():
+            buffer.zero_()
+    whole_shards = {
+        name: Shard(tuple(p.shape), whole(tuple(p.shape)), p.detach())
+        for name, p in model.named_parameters()
+    }
+    for name, shard in linked(whole_shards, links_of(model)).items():
+        box = shard.box
+        values = initialise_shard(name, shard.shape, box.offset, box.size, spec, seed)
+        shard.tensor.copy_(values)
+
+
+def links_of(model: nn.Module) -> LinksOf:
+    """What the tensors of `model` are in a Hugging Face directory."""
+    if isinstance(model, TransformersModel):
+        links = model.links
+        return lambda name, shape: links.get(name)
+    return names.links if isinstance(model, Decoder) else no_links
 
 
 def tied_names(model: nn.Module) -> dict[str, str]:
-    """Names that stand for another parameter, to that parameter's name: `lm_head.weight` to the
-    embedding's.
+    """Names in files that stand for another parameter, to that parameter's name in files:
+    `lm_head.weight` to the embedding's.
 
     Files may hold either or both; `named_parameters()` holds only the latter.
     """
     if isinstance(model, TransformersModel):
-        return model.tied_names()
+        tied = model.tied_names().items()
+        return {model.name_in_files(alias): model.name_in_files(name) for alias, name in tied}
     if isinstance(model, Decoder) and model.config.tie_word_embeddings:
         return {"lm_head.weight": "model.embed_tokens.weight"}
     return {}
 
 
-def links_of(model: nn.Module) -> LinksOf:
-    """What the tensors of `model` are in a Hugging Face directory."""
-    return names.links if isinstance(model, Decoder) else no_links
+def named_as_model(source: Source, model: nn.Module, expected: Collection[str]) -> Source:
+    """`source` with the names of the files of `model`, where they are of its base model alone:
+    `wte.weight` is `transformer.wte.weight` then. `expected`: all names in files."""
+    prefix = model.base_prefix() if isinstance(model, TransformersModel) else "model"
+    return source.renamed(names.of_base_model(source.tensors, expected, prefix))
+
+
+def is_left_alone(name: str, model: nn.Module, spec: ModelSpec) -> bool:
+    """Whether a tensor of files is known and not wanted: modules that predict further tokens, and
+    tables that older versions of transformers wrote."""
+    own = isinstance(model, TransformersModel) and model.is_left_alone(name)
+    return own or names.is_table(name) or names.is_multi_token_prediction(name, spec)
 
 
 def retie(model: nn.Module) -> None:

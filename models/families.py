@@ -16,6 +16,7 @@ from models.checks import SizeCheck, check_rope, rope_of, sliding_windows
 from models.experts_config import ExpertsCheck, experts_of, latent_of
 from models.family_table import (
     DECODERS,
+    MODULES_WITH_EXPERTS,
     NO_PACKING,
     TRANSFORMERS_MODULES,
     UNSUPPORTED,
@@ -60,8 +61,10 @@ def model_spec(model_config: Mapping[str, Any], config_json: Mapping[str, Any] |
         base = _in_family_spelling(own, base)
     qkv_has_bias = model_config.get("qkv_has_bias")
     sizes = {k: v for k, v in model_config.items() if k != "qkv_has_bias" or own is None}
-    reading = read(sizes, own, problems)
-    reading.notes += refuse_features(model_config, base, own, problems)
+    experts = own.expert_count is not None if own is not None else family in MODULES_WITH_EXPERTS
+    reading = read(sizes, own, problems, experts=experts)
+    reading.notes += refuse_features(model_config, base, own, problems, experts=experts)
+    base.pop("quantization_config", None)  # the weights of the model are not quantised
     decoder = None
     if own is not None:
         hf_config = _complete(own, base, reading)
@@ -107,7 +110,8 @@ def _family(
     if missing is None and base.get("text_config"):
         missing = "multimodal models"
     if missing is not None:
-        advice = f"Built: {', '.join(DECODERS)}, and dense models of transformers"
+        advice = f"Built: {', '.join([*DECODERS, *MODULES_WITH_EXPERTS])}, and dense models of "
+        advice += "transformers"
         problems.say(f"{what} needs {missing}", "not built yet", advice=advice, key=blamed)
     elif typed is not None and name not in by_class.values():
         nearest = did_you_mean(str(typed), [*by_class, *by_class.values()])

@@ -145,7 +145,7 @@ DECODERS: dict[str, Family] = {
 }  # fmt: skip
 """model_type -> family. Qwen2.5 is qwen2."""
 
-TRANSFORMERS_MODULES: dict[str, str] = {
+_DENSE_MODULES: dict[str, str] = {
     "arcee": "ArceeConfig", "biogpt": "BioGptConfig", "bloom": "BloomConfig",
     "codegen": "CodeGenConfig", "cohere": "CohereConfig", "cohere2": "Cohere2Config",
     "cwm": "CwmConfig", "ernie4_5": "Ernie4_5Config", "exaone4": "Exaone4Config",
@@ -161,14 +161,21 @@ TRANSFORMERS_MODULES: dict[str, str] = {
     "smollm3": "SmolLM3Config", "stablelm": "StableLmConfig",
     "starcoder2": "Starcoder2Config", "xglm": "XGLMConfig",
 }  # fmt: skip
+
+MODULES_WITH_EXPERTS: dict[str, str] = {
+    "deepseek_v2": "DeepseekV2Config", "dots1": "Dots1Config", "flex_olmo": "FlexOlmoConfig",
+    "glm4_moe": "Glm4MoeConfig", "granitemoe": "GraniteMoeConfig",
+    "hunyuan_v1_moe": "HunYuanMoEV1Config", "olmoe": "OlmoeConfig", "qwen2_moe": "Qwen2MoeConfig",
+}  # fmt: skip
+
+TRANSFORMERS_MODULES: dict[str, str] = _DENSE_MODULES | MODULES_WITH_EXPERTS
 """model_type -> config class, of causal language models that run through their transformers module.
 """
 
 UNSUPPORTED: dict[str, str] = {
     **dict.fromkeys((
-        "dbrx", "deepseek_v2", "deepseek_v32", "dots1", "ernie4_5_moe", "glm4_moe", "gpt_oss",
-        "granitemoe", "hunyuan_v1_moe", "jamba", "llama4", "llama4_text", "minimax", "olmoe",
-        "phimoe", "qwen2_moe", "qwen3_next",
+        "dbrx", "deepseek_v32", "ernie4_5_moe", "gpt_oss", "jamba", "llama4", "llama4_text",
+        "minimax", "phimoe", "qwen3_next",
     ), "another mixture of experts"),
     **dict.fromkeys((
         "gemma3", "gemma3n", "gemma4", "llava", "mistral3", "mllama", "paligemma",

@@ -152,8 +152,9 @@ NOT_BUILT: dict[str, str] = {
 """Key -> what it would need. Falsy values ask for nothing and pass."""
 
 FEATURE_ADVICE: dict[str, str] = {
-    "quantization_config": "Convert the weights to bfloat16, and take quantization_config out of "
-    "their config.json",
+    "quantization_config": "Give FP8 weights with a factor a block (quant_method fp8, "
+    "weight_block_size [128, 128]), or convert the weights to bfloat16 and take "
+    "quantization_config out of their config.json",
 }
 FAMILIES_WITH_EXPERTS = "Write type: Qwen3MoeConfig, MixtralConfig or DeepseekV3Config"
 

@@ -1,12 +1,13 @@
 """Names of tensors, in memory and on disk.
 
-Owns the one difference between them: the experts of a layer are stacked in memory, one tensor a
-projection, and are a tensor each in a Hugging Face directory. Torch-free.
+Owns the one difference between a decoder of ours and its files: the experts of a layer are stacked
+in memory, one tensor a projection, and are a tensor each in a Hugging Face directory; and what else
+stands in files. Torch-free.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from launcher.layout.box import Shape
 from launcher.weights.links import Link, stacked
@@ -37,11 +38,32 @@ def links(name: str, shape: Shape) -> list[Link] | None:
 def is_multi_token_prediction(name: str, spec: ModelSpec) -> bool:
     """Whether a tensor of a file belongs to a module that predicts further tokens.
 
-    DeepSeek-V3 numbers those modules on after its layers; they are not part of the decoder.
+    DeepSeek-V3 numbers those modules on after its layers; they are not part of the model.
     """
     extra = spec.hf_config.get("num_nextn_predict_layers") or 0
-    if spec.decoder is None or not extra or not name.startswith("model.layers."):
+    first = spec.hf_config.get("num_hidden_layers")
+    if first is None or not extra or not name.startswith("model.layers."):
         return False
     layer = name.split(".")[2]
-    first = spec.decoder.num_hidden_layers
     return layer.isdecimal() and first <= int(layer) < first + extra
+
+
+def is_table(name: str) -> bool:
+    """Whether a tensor of a file is a table of angles, which old exports hold and models derive."""
+    return name.endswith("rotary_emb.inv_freq")
+
+
+def of_base_model(
+    in_files: Collection[str], expected: Collection[str], prefix: str
+) -> dict[str, str]:
+    """Names of files of the base model alone, without its `prefix`, to those with it.
+
+    Empty where the files use the prefix, and where it would not make a name that is `expected`.
+    """
+    start = f"{prefix}."
+    if any(name.startswith(start) for name in in_files) or len(start) == 1:
+        return {}
+    known = set(expected)
+    if not any(start + name in known for name in in_files):
+        return {}
+    return {name: start + name for name in in_files if name not in known}

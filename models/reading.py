@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from launcher.errors import did_you_mean
+from launcher.weights.scales import block_of
 from models import keys
 from models.checks import is_whole
 from models.family_table import Family
@@ -38,15 +39,18 @@ class Reading:
             problems.add(key, value, rule, advice="Keep one of them")
 
 
-def read(model_config: Mapping[str, Any], own: Family | None, problems: Problems) -> Reading:
+def read(
+    model_config: Mapping[str, Any], own: Family | None, problems: Problems, *, experts: bool
+) -> Reading:
     """Sort the keys of `model_config`. `own`: the family, whose keys are those that our decoder
-    understands; None for a family without a decoder of ours, whose keys are all kept."""
+    understands; None for a family without a decoder of ours, whose keys are all kept. `experts`:
+    whether the family has some."""
     reading = Reading()
     own_keys = _keys_of(own)
     spellings = keys.ALIASES | (own.spellings if own else {})
     for key, value in model_config.items():
         target = spellings.get(key, key)
-        if key in ("type", "model_type", *keys.STAGES) or _is_feature(key, own):
+        if key in ("type", "model_type", *keys.STAGES) or _is_feature(key, experts):
             continue  # read elsewhere
         if key in keys.PRECISIONS:
             _precision(key, value, reading, problems)
@@ -80,6 +84,8 @@ def refuse_features(
     config_json: Mapping[str, Any],
     own: Family | None,
     problems: Problems,
+    *,
+    experts: bool,
 ) -> list[str]:
     """Problems for features that are switched on and not built yet, or not of this family.
 
@@ -87,7 +93,7 @@ def refuse_features(
     """
     notes = []
     for key in (*keys.NOT_BUILT, *keys.EXPERT_COUNTS):
-        if not _is_feature(key, own):
+        if not _is_feature(key, experts):
             continue
         feature, rule = keys.NOT_BUILT.get(key, "mixture of experts"), "not built yet"
         advice = keys.FEATURE_ADVICE.get(key, "")
@@ -99,9 +105,14 @@ def refuse_features(
             what = f"model.model_config.{key} needs {feature}"
             problems.say(what, rule, advice=advice, key=key)
         elif not keys.asks_for_nothing(key, config_json.get(key)):
-            what = f"config.json: {key}"
-            if own is not None and key in own.defaults:
-                notes.append(f"{what} = {config_json[key]}: {feature} is recognised and left alone")
+            what, value = f"config.json: {key}", config_json[key]
+            of_module = own is None and experts and key == "num_nextn_predict_layers"
+            if of_module or (own is not None and key in own.defaults):
+                notes.append(f"{what} = {value}: {feature} is recognised and left alone")
+            elif key == "quantization_config" and block_of(value) is not None:
+                notes.append(
+                    f"{what}: FP8 weights are multiplied by their factors as they are read"
+                )
             else:
                 problems.say(f"{what} needs {feature}", rule, advice=advice)
     return notes
@@ -114,10 +125,9 @@ def _keys_of(own: Family | None) -> set[str] | None:
     return (own.own_keys | keys.GENERAL) - ({"head_dim"} if own.latent else set())
 
 
-def _is_feature(key: str, own: Family | None) -> bool:
+def _is_feature(key: str, experts: bool) -> bool:
     """Whether a key asks for something that the family, or every family, lacks."""
-    has_experts = own is not None and own.expert_count is not None
-    return key in keys.NOT_BUILT or (key in keys.EXPERT_COUNTS and not has_experts)
+    return key in keys.NOT_BUILT or (key in keys.EXPERT_COUNTS and not experts)
 
 
 def _other_way(

@@ -1,12 +1,13 @@
 """The transformers module of a family without a decoder of ours, behind the decoder's interface.
 
-Owns the adaptation: same forward signature, parameter names as on disk, refusals for what such a
-module cannot do.
+Owns the adaptation: same forward signature, refusals for what such a module cannot do. Its names
+are the module's own; `models.module_names` says what they are in files.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,26 +17,25 @@ from torch import Tensor, nn
 
 from launcher.errors import Problem, UserError, did_you_mean
 from models.families import supports_packing
+from models.module_names import Links, links_of_module
 from models.spec import ModelSpec
 
 
 class TransformersModel(nn.Module):
     """A `...ForCausalLM` of transformers that takes and gives what `Decoder` does.
 
-    Its children, parameters and buffers are those of the wrapped module, the children under their
-    names on disk (`renamed`), so parameter names are those of a Hugging Face directory. Dropout in
-    here comes from torch's global generator, not from `sample_seeds`: the training loop seeds that
-    generator for each micro batch. Packed documents are told apart by positions that begin again at
-    0, which is how transformers builds its masks; only for families where a test has shown it to be
-    right.
+    Its children, parameters and buffers are those of the wrapped module. Dropout in here comes from
+    torch's global generator, not from `sample_seeds`: the training loop seeds that generator for
+    each micro batch. Packed documents are told apart by positions that begin again at 0, which is
+    how transformers builds its masks; only for families where a test has shown it to be right.
     """
 
-    def __init__(self, module: nn.Module, *, renamed: Mapping[str, str], packing: bool) -> None:
+    def __init__(self, module: nn.Module, *, links: Links, packing: bool) -> None:
         super().__init__()
         # Past nn.Module's bookkeeping: the wrapped module must not become a child.
         object.__setattr__(self, "wrapped", module)
-        self.renamed = dict(renamed)
-        self._modules = {self.renamed.get(k, k): child for k, child in module._modules.items()}
+        self.links = links
+        self._modules = dict(module._modules)
         self._parameters, self._buffers = module._parameters, module._buffers
         self._non_persistent_buffers_set = module._non_persistent_buffers_set
         self.packing = packing
@@ -82,9 +82,12 @@ class TransformersModel(nn.Module):
             )
 
     def tied_names(self) -> dict[str, str]:
-        """Target name -> source name of every tied parameter."""
-        tied = getattr(self.wrapped, "all_tied_weights_keys", None) or {}
-        return {self._on_disk(target): self._on_disk(source) for target, source in tied.items()}
+        """Target name -> source name of every tied parameter, in the module."""
+        return dict(getattr(self.wrapped, "all_tied_weights_keys", None) or {})
+
+    def name_in_files(self, name: str) -> str:
+        """The name of a parameter that is one tensor in files."""
+        return self.links[name][0].name if name in self.links else name
 
     def retie(self) -> None:
         """Make every tied name the very parameter it stands for."""
@@ -93,9 +96,15 @@ class TransformersModel(nn.Module):
             setattr(self.get_submodule(owner), leaf, self.get_parameter(source))
             assert self.get_parameter(target) is self.get_parameter(source), target
 
-    def _on_disk(self, name: str) -> str:
-        child, dot, rest = name.partition(".")
-        return self.renamed.get(child, child) + dot + rest
+    def base_prefix(self) -> str:
+        """The child that is the model without its head: files of that child alone have names
+        without it."""
+        return str(getattr(self.wrapped, "base_model_prefix", ""))
+
+    def is_left_alone(self, name: str) -> bool:
+        """Whether a tensor of files is known and not wanted: masks and tables of old exports."""
+        patterns = getattr(self.wrapped, "_keys_to_ignore_on_load_unexpected", None) or ()
+        return any(re.search(pattern, name) for pattern in patterns)
 
 
 def restarting_positions(document_ids: Tensor) -> Tensor:
@@ -117,9 +126,7 @@ def build_transformers(spec: ModelSpec, dtype: torch.dtype) -> TransformersModel
         module = AutoModelForCausalLM.from_config(
             config, attn_implementation=_attention(config), dtype=dtype
         )
-    model = TransformersModel(
-        module, renamed=_renamed_children(module), packing=supports_packing(spec)
-    )
+    model = TransformersModel(module, links=links_of_module(module), packing=supports_packing(spec))
     model.retie()  # parameters that went to the meta device one by one are no longer shared
     return model
 
@@ -140,7 +147,18 @@ def complete_config(spec: ModelSpec) -> Any:
     with _told_as_user_error(spec):
         config = AutoConfig.for_model(spec.family, **content)
         config.architectures = [AutoModelForCausalLM._model_mapping[type(config)].__name__]
+    _check_balance(spec, config)
     return config
+
+
+def _check_balance(spec: ModelSpec, config: Any) -> None:
+    """The balance loss of transformers is a part of its own loss, which is not the one here."""
+    if getattr(config, "output_router_logits", False):
+        raise UserError(
+            f"output_router_logits = True with the model type {spec.family}",
+            rule="a balance loss of the experts is added for families with a decoder of ours only",
+            advice="Set model.model_config.output_router_logits: False",
+        )
 
 
 @contextmanager
@@ -182,33 +200,3 @@ def _check_keys(spec: ModelSpec, config_class: Any) -> None:
             )
             for key in unknown
         )
-
-
-def _renamed_children(module: Any) -> dict[str, str]:
-    """Children whose name on disk differs (GPT-NeoX: `lm_head` is `embed_out`), to that name.
-
-    Raises UserError where more than that differs between module and files: merged or stacked
-    tensors.
-    """
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightRenaming, revert_weight_conversion
-
-    refusal = UserError(
-        f"model_type {module.config.model_type}: its files hold other tensors than the module",
-        rule="not built yet",
-    )
-    if set(module.state_dict()) - {
-        name for name, _ in module.named_parameters(remove_duplicate=False)
-    }:
-        raise refusal
-    conversions = get_model_conversion_mapping(module, add_legacy=False)
-    if not all(type(conversion) is WeightRenaming for conversion in conversions):
-        raise refusal
-    renamed: dict[str, str] = {}
-    for name, parameter in module.named_parameters() if conversions else ():
-        (on_disk,) = revert_weight_conversion(module, {name: parameter})
-        child, _, rest = name.partition(".")
-        new_child, _, new_rest = on_disk.partition(".")
-        if rest != new_rest or renamed.setdefault(child, new_child) != new_child:
-            raise refusal
-    return {child: new for child, new in renamed.items() if child != new}

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import re
+import runpy
 import shlex
 import subprocess
 from pathlib import Path
@@ -23,7 +25,8 @@ NAMED = re.compile(r"# (\S+\.(?:yaml|py))\n")
 
 @pytest.fixture(scope="module")
 def folder(materials: Workshop, tmp_path_factory) -> Path:
-    """The files the pages speak of: my_text, my_tokenizer, my_model, alpaca.json."""
+    """The files the pages speak of: my_text, my_tokenizer, my_model, my_weights.ckpt and
+    alpaca.json."""
     workshop = materials.copy_to(tmp_path_factory.mktemp("docs"))
     folder = workshop.folder
     (folder / "corpus").rename(folder / "my_text")
@@ -33,7 +36,9 @@ def folder(materials: Workshop, tmp_path_factory) -> Path:
         vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
         num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=256,
     )  # fmt: skip
-    Qwen3ForCausalLM(config).save_pretrained(folder / "my_model")
+    model = Qwen3ForCausalLM(config)
+    model.save_pretrained(folder / "my_model")
+    torch.save(model.state_dict(), folder / "my_weights.ckpt")
     AutoTokenizer.from_pretrained(folder / "my_tokenizer").save_pretrained(folder / "my_model")
     samples = [
         {"instruction": "What is a slipway?", "input": "", "output": "A ramp for ships."},
@@ -43,21 +48,19 @@ def folder(materials: Workshop, tmp_path_factory) -> Path:
     return folder
 
 
-def run_tool(words: list[str], folder: Path) -> None:
-    """An offline tool, its paths relative to `folder`."""
-    tool = importlib.import_module(words[2])
-    paths = {"--mindspore_ckpt_dir", "--output_dir", "--src", "--dst"}
-    arguments = [
-        str(folder / word) if before in paths else word
-        for before, word in zip(["", *words[3:]], words[3:], strict=False)
-    ]
-    assert tool.main(arguments) == 0
+def run_here(words: list[str], folder: Path) -> None:
+    """An offline tool, or a Python sample, with `folder` as the current directory."""
+    with contextlib.chdir(folder):
+        if words[1] == "-m":
+            assert importlib.import_module(words[2]).main(words[3:]) == 0, words
+        else:
+            runpy.run_path(words[1], run_name="__main__")
 
 
 def run_line(line: str, folder: Path) -> None:
     words = shlex.split(line)
-    if words[:2] == ["python", "-m"]:
-        run_tool(words, folder)
+    if words[0] == "python" and words[1] != "run.py":
+        run_here(words, folder)
         return
     if words[:2] == ["bash", "msrun.sh"]:
         command = ["bash", str(ROOT / "msrun.sh"), *words[2:]]
@@ -107,6 +110,23 @@ def test_training_page(folder: Path) -> None:
         for name in ("two", "pretrain")
     )
     assert two == pytest.approx(alone, rel=1e-4)
+
+
+def test_weights_page(folder: Path) -> None:
+    assert run_page("weights.md", folder) >= 20
+    losses = {
+        name: json.loads((folder / f"output/{name}/eval_result.json").read_text())["eval_loss"]
+        for name in ("single", "several", "original", "changed", "sliced_eval", "spared_eval")
+    }
+    assert losses["several"] == pytest.approx(losses["single"], rel=1e-5)
+    for name in ("changed", "sliced_eval", "spared_eval"):
+        assert losses[name] == pytest.approx(losses["original"], rel=1e-4), name
+    assert losses["original"] < losses["single"]
+    copies = (
+        "several/ms_safetensors/param_name_map.json",
+        "changed/unified_checkpoint/config.json",
+    )
+    assert all((folder / "output" / copy).is_file() for copy in copies)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.name)

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from launcher.assembly.layout import mesh_of, split_of
-from launcher.config.derived import tokenizer_dir, ulysses_degree
+from launcher.assembly.layout import split_of
+from launcher.config.derived import mesh_of, tokenizer_dir, ulysses_degree
 from launcher.config.provenance import Provenance
 from launcher.config.schema import Config
 from launcher.errors import UserError

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from launcher.assembly.balance import load_job
+from launcher.assembly.copies import write_copies
 from launcher.assembly.job import Job
 from launcher.assembly.run import build_run
-from launcher.assembly.weights import check_assertions, equalise_copies
+from launcher.assembly.weights import check_cuts, check_layout, equalise_copies
 from launcher.checkpoint.resume import Chosen, choose
 from launcher.config.schema import Config
 from launcher.errors import UserError
@@ -16,7 +18,6 @@ from launcher.train.optimizer import equalise_moments, set_step
 from launcher.train.run import TrainRun
 from launcher.train.state import TrainState, from_json
 from launcher.weights.links import shapes_in_files
-from launcher.weights.load import load
 from launcher.weights.source import OPTIMIZER_PREFIXES
 from models.build import tied_names
 
@@ -96,7 +97,7 @@ def _with_loss_scale(run: TrainRun, chosen: Chosen, state: TrainState) -> TrainS
 
 
 def _restore_tensors(job: Job, run: TrainRun, chosen: Chosen) -> None:
-    check_assertions(job, chosen.source)
+    check_layout(job, chosen.source)
     if not any(name.startswith(OPTIMIZER_PREFIXES) for name in chosen.source.tensors):
         raise UserError(
             f"{chosen.name.rank_file(0)} holds weights without optimizer state",
@@ -105,25 +106,26 @@ def _restore_tensors(job: Job, run: TrainRun, chosen: Chosen) -> None:
             advice="Use run_mode finetune to start from its weights",
         )
     targets = {**run.weights(), **run.optimizer_state()}
-    load(
-        targets,
-        chosen.source,
+    check_cuts(job, chosen.source, targets)
+    write_copies(job, chosen.source)
+    load_job(
+        job, targets, run.layout, run.links_of, chosen.source,
         tied=tied_names(run.parts.modules[-1]),
         ignore_prefixes=(),
-        rank=job.world.rank,
         expected=_expected(run),
-    )
+    )  # fmt: skip
     equalise_copies(run.parts)
     equalise_moments(run.parts.copies(), run.optimizer)
 
 
 def _expected(run: TrainRun) -> dict[str, Shape]:
     """Weights and moments of the whole model, as files have them."""
-    shapes = shapes_in_files(run.layout.shapes, run.links_of)
-    frozen = {name for name, cut in run.layout.cuts.items() if not cut.sharded}
-    trained = {name: shape for name, shape in shapes.items() if name not in frozen}
-    return shapes | {f"{prefix}{name}": shape for prefix in OPTIMIZER_PREFIXES
-                     for name, shape in trained.items()}  # fmt: skip
+    layout, shapes = run.layout, run.layout.shapes
+    trained = {name: shape for name, shape in shapes.items() if layout.cut(name).sharded}
+    moments = shapes_in_files(trained, run.links_of)
+    return shapes_in_files(shapes, run.links_of) | {
+        f"{prefix}{name}": shape for prefix in OPTIMIZER_PREFIXES for name, shape in moments.items()
+    }
 
 
 def _data_position(job: Job, run: TrainRun, chosen: Chosen, state: TrainState) -> TrainState:

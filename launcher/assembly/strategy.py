@@ -9,7 +9,7 @@ one process can write the files of any number of ranks.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,14 +20,14 @@ from launcher.assembly.layout import model_layout
 from launcher.checkpoint.files import temporary
 from launcher.config.derived import world_size
 from launcher.errors import UserError
-from launcher.layout.box import Shape
+from launcher.layout.box import whole
 from launcher.layout.grid import TensorLayout, entry
 from launcher.layout.layout import Layout, Placement
 from launcher.layout.strategy import parse, serialise, strategy_file
 from launcher.parallel.world import World
+from launcher.weights.links import Link, LinksOf, shapes_in_files
 from launcher.weights.source import OPTIMIZER_PREFIXES
-from models.build import build_model
-from models.names import unstacked
+from models.build import build_model, links_of
 
 PREFIX, SUFFIX = "ckpt_strategy_rank_", ".ckpt"
 
@@ -61,7 +61,7 @@ def write_all(job: Job) -> None:
         vocab_emb_dp=job.config.parallel_config.vocab_emb_dp,
     )  # fmt: skip
     ranks = range(layout.mesh.world_size) if job.world.size == 1 else (job.world.rank,)
-    files = _write(job, layout, ranks)
+    files = _write(job, layout, links_of(model), ranks)
     stages = len(files.stages)
     whose = "" if job.world.size == 1 else ", one by each process"
     job.say(
@@ -70,62 +70,71 @@ def write_all(job: Job) -> None:
     )
 
 
-def write_own(job: Job, layout: Layout) -> None:
+def write_own(job: Job, layout: Layout, links_of: LinksOf) -> None:
     """Write this rank's file. Raises `UserError`."""
-    _write(job, layout, (job.world.rank,))
+    _write(job, layout, links_of, (job.world.rank,))
 
 
-def stage_files(layout: Layout) -> StageFiles:
-    """What the files of every stage say, with the state of the optimizer."""
+def stage_files(layout: Layout, links_of: LinksOf) -> StageFiles:
+    """What the files of every stage say, with the state of the optimizer. `links_of`: what the
+    tensors of the layout are in rank files."""
     stages, left_out, tensors = [], dict[str, None](), dict[str, None]()
     for stage in range(layout.mesh.pp):
-        found = dict(_entries(layout, stage))
+        found = dict(_entries(layout, links_of, stage))
         tensors |= dict.fromkeys(found)
         left_out |= {name: None for name, made in found.items() if made is None}
-        stages.append(_file(layout, stage, {n: made for n, made in found.items() if made}))
+        kept = {name: made for name, made in found.items() if made}
+        stages.append(_file(kept, stage, _stateless(layout, links_of)))
     return StageFiles(tuple(stages), tuple(left_out), len(tensors))
 
 
-def _entries(layout: Layout, stage: int) -> Iterator[tuple[str, TensorLayout | None]]:
+def _entries(
+    layout: Layout, links_of: LinksOf, stage: int
+) -> Iterator[tuple[str, TensorLayout | None]]:
     """(name in rank files, layout) of each tensor of a stage; None where the format has none.
 
     The cuts are the same on all ranks of a stage, so its first rank tells.
     """
     mesh = layout.mesh
     for name, placement in layout.of(stage * mesh.world_size // mesh.pp).items():
-        experts = unstacked(name, placement.shape)
-        made = _of_an_expert(placement, layout) if experts else _of(placement, layout)
-        for file_name in experts or (name,):
+        links = links_of(name, placement.shape)
+        if links is None:
+            links = [Link(name, whole(placement.shape))]
+        for link in links:
             # In the format a hyphen ends the number of the stage.
-            yield file_name, None if "-" in file_name else made
+            yield link.name, None if "-" in link.name else _of(link, placement, mesh.sizes())
 
 
-def _of(placement: Placement, layout: Layout) -> TensorLayout | None:
-    return entry(placement.shape, placement.cuts, layout.mesh.sizes())
-
-
-def _of_an_expert(placement: Placement, layout: Layout) -> TensorLayout | None:
-    """The layout of every tensor of a stack; None where a rank holds some of them only, which the
-    format cannot say."""
-    if any(dim == 0 for _, dim in placement.cuts):
+def _of(link: Link, placement: Placement, mesh: Mapping[str, int]) -> TensorLayout | None:
+    """The layout of a tensor of rank files; None where a rank holds all of it and another nothing,
+    as of an expert or a part of a projection that is cut where the parts meet."""
+    parts = {d for d, n in enumerate(placement.shape) if link.box.size[d] != n}
+    if any(dim in parts or dim in link.dropped for _, dim in placement.cuts):
         return None
-    shape: Shape = placement.shape[1:]
-    return entry(shape, [(axis, dim - 1) for axis, dim in placement.cuts], layout.mesh.sizes())
+    kept = [dim for dim in range(len(placement.shape)) if dim not in link.dropped]
+    return entry(link.shape, [(axis, kept.index(dim)) for axis, dim in placement.cuts], mesh)
 
 
-def _file(layout: Layout, stage: int, entries: Mapping[str, TensorLayout]) -> bytes:
+def _stateless(layout: Layout, links_of: LinksOf) -> set[str]:
+    """Names in rank files of the tensors that the optimizer has nothing for."""
+    buffers = {n: shape for n, shape in layout.shapes.items() if not layout.cut(n).sharded}
+    return set(shapes_in_files(buffers, links_of))
+
+
+def _file(entries: Mapping[str, TensorLayout], stage: int, buffers: Collection[str]) -> bytes:
     data = strategy_file(entries, stage, prefixes=OPTIMIZER_PREFIXES)
-    buffers = [name for name in entries if not layout.cut(name).sharded]
-    if not buffers:
-        return data
     stateless = {prefix + name for name in buffers for prefix in OPTIMIZER_PREFIXES}
+    if not stateless:
+        return data
     content = parse(data, f"stage {stage}")
     kept = tuple(item for item in content.layouts if item[0] not in stateless)
     return serialise(replace(content, layouts=kept))
 
 
-def _write(job: Job, layout: Layout, ranks: range | tuple[int, ...]) -> StageFiles:
-    files, folder = stage_files(layout), _folder(job)
+def _write(
+    job: Job, layout: Layout, links_of: LinksOf, ranks: range | tuple[int, ...]
+) -> StageFiles:
+    files, folder = stage_files(layout, links_of), _folder(job)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for rank in ranks:

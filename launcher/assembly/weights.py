@@ -7,48 +7,65 @@ from pathlib import Path
 
 import torch
 
+from launcher.assembly.balance import load_job
+from launcher.assembly.copies import write_copies
 from launcher.assembly.job import Job
-from launcher.checkpoint.resume import open_weights
+from launcher.assembly.model import predict_mesh
+from launcher.checkpoint.opening import open_weights
 from launcher.errors import UserError
 from launcher.layout.layout import Layout
 from launcher.parallel.apply import shards
 from launcher.parallel.parts import Parts
 from launcher.parallel.tied import equalise
+from launcher.weights.distributed import layout_text
 from launcher.weights.links import linked, shapes_in_files
-from launcher.weights.load import LoadReport, load
+from launcher.weights.load import LoadReport
+from launcher.weights.memory import Shard
 from launcher.weights.source import Source, detect
-from models.build import initialise_shard, links_of, tied_names
-from models.names import is_multi_token_prediction
+from models.build import initialise_shard, is_left_alone, links_of, named_as_model, tied_names
 
 
 def find_weights(job: Job) -> Source | None:
-    """The weights the user names: load_checkpoint, else pretrained_model_dir's, else None."""
-    # A run that resumes takes load_checkpoint for the folder of checkpoints to go on from.
-    trains = job.config.run_mode in ("train", "finetune")
-    resumes = trains and job.config.resume_training is not False
-    if job.config.load_checkpoint and not resumes:
-        source = open_weights(Path(job.config.load_checkpoint), job.world, job.say)
-    elif job.config.pretrained_model_dir and (
-        detect(Path(job.config.pretrained_model_dir)) == "complete"
-    ):
-        source = open_weights(Path(job.config.pretrained_model_dir), job.world, job.say)
-    else:
+    """The weights the user names: load_checkpoint, else pretrained_model_dir's, else None.
+
+    Copies of them are written where save_unified_checkpoint or save_converted_checkpoint ask for
+    one.
+    """
+    path = _weights_path(job)
+    if path is None:
         return None
-    check_assertions(job, source)
+    strategy = job.config.src_strategy_path_or_dir
+    source = open_weights(path, job.world, job.say, strategy=strategy)
+    check_layout(job, source)
+    write_copies(job, source)
     return source
 
 
-def check_assertions(job: Job, source: Source) -> None:
+def _weights_path(job: Job) -> Path | None:
+    config = job.config
+    # A run that resumes takes load_checkpoint for the folder of checkpoints to go on from.
+    trains = config.run_mode in ("train", "finetune")
+    if config.load_checkpoint and not (trains and config.resume_training is not False):
+        return Path(config.load_checkpoint)
+    pretrained = Path(config.pretrained_model_dir)
+    return pretrained if config.pretrained_model_dir and detect(pretrained) == "complete" else None
+
+
+def check_layout(job: Job, source: Source) -> None:
     """auto_trans_ckpt: False asserts that no weights need to be cut or put together."""
     if job.config.auto_trans_ckpt is not False or source.kind != "distributed":
         return
-    if _without_ones(source.mesh or {}) != _without_ones(job.mesh.sizes()):
-        raise UserError(
-            f"{source.path} was written by {source.world_size} ranks ({_axes(source.mesh or {})}), "
-            f"this run has {job.world.size} ({_axes(job.mesh.sizes())})",
-            where=job.provenance.where("auto_trans_ckpt"),
-            rule="auto_trans_ckpt: False loads only the same layout",
-            advice="Set auto_trans_ckpt: True",
+    predicts = job.config.run_mode in ("predict", "predict_with_train_model")
+    mesh = predict_mesh(job) if predicts else job.mesh
+    sizes, written = _without_ones(mesh.sizes()), _without_ones(source.mesh or {})
+    same = source.world_size == mesh.world_size
+    if written:  # else the axes are unknown, and boxes are compared
+        same = same and written == sizes
+    if not same:
+        raise _other_layout(
+            job,
+            f"{source.path} was written by {layout_text(source.world_size, written)}, "
+            f"this run has {layout_text(mesh.world_size, sizes)}",
         )
 
 
@@ -57,8 +74,28 @@ def _without_ones(sizes: Mapping[str, int]) -> dict[str, int]:
     return {axis: size for axis, size in sizes.items() if size > 1}
 
 
-def _axes(sizes: Mapping[str, int]) -> str:
-    return " x ".join(f"{a} {n}" for a, n in _without_ones(sizes).items()) or "no axis"
+def check_cuts(job: Job, source: Source, held: Mapping[str, Shard]) -> None:
+    """As `check_layout`, box by box: with auto_trans_ckpt: False every box this rank holds is one
+    that a rank has written. Equal axes may cut a model in two ways."""
+    if job.config.auto_trans_ckpt is not False or source.kind != "distributed":
+        return
+    for name, shard in held.items():
+        pieces = source.tensors.get(name)
+        if pieces is not None and shard.box.numel and shard.box not in pieces.holders:
+            raise _other_layout(
+                job,
+                f"no rank has written the part of `{name}` that rank {job.world.rank} holds: "
+                f"{list(shard.box.size)} of {list(shard.shape)}, from {list(shard.box.offset)} on",
+            )
+
+
+def _other_layout(job: Job, what: str) -> UserError:
+    return UserError(
+        what,
+        where=job.provenance.where("auto_trans_ckpt"),
+        rule="auto_trans_ckpt: False loads only the same layout",
+        advice="Set auto_trans_ckpt: True",
+    )
 
 
 def fill_weights(job: Job, parts: Parts, layout: Layout, source: Source | None) -> None:
@@ -84,17 +121,18 @@ def equalise_copies(parts: Parts) -> None:
 
 
 def _load(job: Job, parts: Parts, layout: Layout, source: Source, rank: int) -> None:
-    links = links_of(parts.modules[-1])
+    model = parts.modules[-1]
+    links = links_of(model)
     held = linked(shards(parts.named_tensors(), layout, rank), links)
-    report = load(
-        held,
-        source,
-        tied=tied_names(parts.modules[-1]),
+    expected = shapes_in_files(layout.shapes, links)
+    check_cuts(job, source, held)
+    report = load_job(
+        job, held, layout, links, named_as_model(source, model, expected),
+        tied=tied_names(model),
         strict=job.config.strict_load,
-        rank=rank,
-        expected=shapes_in_files(layout.shapes, links),
-        leave=lambda name: is_multi_token_prediction(name, job.spec),
-    )
+        expected=expected,
+        leave=lambda name: is_left_alone(name, model, job.spec),
+    )  # fmt: skip
     _tell(job, source, report)
 
 

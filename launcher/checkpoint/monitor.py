@@ -10,10 +10,12 @@ from typing import Any, Protocol
 from launcher.checkpoint.names import SaveName, epoch_and_step_in_name
 from launcher.checkpoint.store import Store, agree, attempt, clean_unfinished, next_counter
 from launcher.config.schema import CheckpointMonitorSection
+from launcher.layout.holders import Ranks
 from launcher.layout.mesh import Mesh
 from launcher.parallel.world import World
 from launcher.weights.memory import Shard
 from launcher.weights.merge import MODEL_FOLDER
+from launcher.weights.redundancy import without_copies
 
 
 class Savable(Protocol):
@@ -32,6 +34,7 @@ class Savable(Protocol):
     def global_step(self) -> int: ...
     def weights(self) -> dict[str, Shard]: ...
     def optimizer_state(self) -> dict[str, Shard]: ...
+    def holders(self) -> dict[str, Ranks]: ...
     def state_record(self) -> dict[str, Any]: ...
     def write_model_files(self, directory: Path) -> None: ...
     def say(self, text: str) -> None: ...
@@ -101,13 +104,17 @@ class CheckpointMonitor:
         contents = {"checkpoint": weights, "checkpoint_network": weights}
         if self.config.save_optimizer:
             contents["checkpoint"] = {**weights, **run.optimizer_state()}
+        if self.config.remove_redundancy:
+            holders, rank = run.holders(), run.world.rank
+            contents = {f: without_copies(held, holders, rank) for f, held in contents.items()}
         epoch, step = epoch_and_step_in_name(run.global_step, run.steps_per_epoch, run.sink_size)
         total, names = 0, []
         for folder, store in self._stores.items():
             name = SaveName(store.prefix, store.counter, epoch, step)
             saved = store.save(
-                name, contents[folder], run.state_record(), mesh=run.mesh, world=run.world
-            )
+                name, contents[folder], run.state_record(), mesh=run.mesh, world=run.world,
+                remove_redundancy=self.config.remove_redundancy,
+            )  # fmt: skip
             names.append(str(name))
             total += saved.bytes_written
             for old in saved.removed:

@@ -116,14 +116,16 @@ class Store:
         *,
         mesh: Mesh,
         world: World,
+        remove_redundancy: bool = False,
     ) -> Saved:
         """Write and publish one checkpoint. Called on every rank.
 
+        `remove_redundancy` says of `shards` that copies were left to other ranks.
         Raises `UserError` on every rank when any rank could not write; the checkpoints that were
         there are untouched then.
         """
         agree(world, attempt(self._prepare, name, world))
-        outcome = attempt(self._write, name, shards, mesh, world)
+        outcome = attempt(self._write, name, shards, mesh, world, remove_redundancy)
         files = agree(world, outcome)
         agree(world, attempt(self._publish, name, files, state, mesh, world))
         agree(world, attempt(self._write_meta, name, world))
@@ -142,12 +144,16 @@ class Store:
             sync_directory(self.root / "manifest")
 
     def _write(
-        self, name: SaveName, shards: Mapping[str, Shard], mesh: Mesh, world: World
-    ) -> dict[str, Any]:
+        self, name: SaveName, shards: Mapping[str, Shard], mesh: Mesh, world: World,
+        remove_redundancy: bool,
+    ) -> dict[str, Any]:  # fmt: skip
         folder = self.root / f"rank_{world.rank}"
         path = folder / name.rank_file(world.rank)
         try:
-            header = write_rank_file(temporary(path), shards, mesh=mesh, rank=world.rank)
+            header = write_rank_file(
+                temporary(path), shards, mesh=mesh, rank=world.rank,
+                remove_redundancy=remove_redundancy,
+            )  # fmt: skip
         except BaseException:
             temporary(path).unlink(missing_ok=True)
             raise

@@ -14,6 +14,7 @@ from typing import Any
 
 from launcher.config.schema import Config
 from launcher.errors import UserError
+from launcher.layout.mesh import Mesh, training_mesh
 
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt"),
@@ -48,6 +49,20 @@ def degrees(config: Config) -> dict[str, int]:
         "pipeline_stage": parallel.pipeline_stage,
         "context_parallel": parallel.context_parallel,
     }
+
+
+def mesh_of(config: Config) -> Mesh:
+    """The axes the configuration asks for. Raises ValueError when the degrees do not fit."""
+    sizes, parallel = config.parallel_config, config.parallel
+    return training_mesh(
+        data_parallel=sizes.data_parallel,
+        tensor_parallel=sizes.model_parallel,
+        pipeline_stages=sizes.pipeline_stage,
+        context_parallel=sizes.context_parallel,
+        expert_parallel=sizes.expert_parallel,
+        shard_optimizer=parallel.enable_parallel_optimizer,
+        shard_size=parallel.parallel_optimizer_config.optimizer_weight_shard_size,
+    )
 
 
 def global_batch_size(config: Config) -> int:
@@ -158,11 +173,6 @@ def tokenizer_dir(config: Config) -> str:
 def has_tokenizer(folder: str | Path) -> bool:
     """Whether a directory holds a tokenizer, from its file names."""
     return any((Path(folder) / name).is_file() for name in TOKENIZER_FILES)
-
-
-def has_safetensors(folder: str | Path) -> bool:
-    """Whether a directory holds complete weights, from its file names."""
-    return any(Path(folder).glob("*.safetensors"))
 
 
 def read_config_json(config: Config) -> dict[str, Any] | None:

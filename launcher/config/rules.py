@@ -18,6 +18,7 @@ from launcher.config.checks import (
     pipeline,
     registered,
     training,
+    weights,
 )
 from launcher.config.checks.check import Check, Rule
 from launcher.config.derived import global_batch_size, planned_world_size, world_size
@@ -68,9 +69,12 @@ RULES: tuple[Rule, ...] = (
     paths.datasets,
     paths.tokenizer,
     paths.named_paths,
-    paths.weights,
+    weights.weights,
+    weights.file_format,
+    weights.cutting,
+    weights.redundancy,
+    weights.copies,
     registered.callbacks,
-    paths.redundancy,
     model.model,
 )
 
@@ -116,9 +120,6 @@ def warnings(config: Config, provenance: Provenance) -> list[str]:
     if config.context.device_target == "Ascend" and provenance.is_written("context.device_target"):
         where = provenance.where("context.device_target")
         lines.append(f"{where}: context.device_target = 'Ascend': runs on CUDA, else on the CPU")
-    if config.use_parallel and world_size() == 1 and not config.only_save_strategy:
-        where = provenance.where("use_parallel")
-        lines.append(f"{where}: use_parallel = True, but one process was started (see torchrun)")
     ours = [entry.type for entry in config.callbacks if type(entry) in CALLBACKS.values()]
     lines += [
         f"callbacks: {kind} stands {ours.count(kind)} times: the last one counts"
@@ -132,6 +133,6 @@ def warnings(config: Config, provenance: Provenance) -> list[str]:
     if config.last_callback(EvalCallbackSection) is not None and not config.do_eval:
         lines.append("callbacks: EvalCallBack does nothing without do_eval: True")
     subject = Check(config=config, provenance=provenance, world_size=world_size())
-    for room in (parallel, pipeline, memory):
+    for room in (parallel, pipeline, memory, weights):
         lines += room.warnings(subject)
     return lines

@@ -4,6 +4,7 @@
         --output_dir merged --file_suffix 1_100 --filter_out_param_prefix adam_
 
 The result is a Hugging Face directory that `transformers` opens. Argument names are the original's.
+The same in Python: `launcher.weights.unified_safetensors(mindspore_ckpt_dir, output_dir, ...)`.
 """
 
 from __future__ import annotations
@@ -13,59 +14,83 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from launcher.errors import EXIT_OK, EXIT_USER, UserError
+from launcher.errors import EXIT_OK
 from launcher.report.console import Console
+from launcher.tools.command import Parser, answer, count, progress, truth
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m launcher.tools.unified_safetensors",
-        description="Merge distributed weights into a complete Hugging Face directory.",
+    """The command line. Raises `UserError`."""
+    parser = Parser(
+        "unified_safetensors", "Merge distributed weights into a complete Hugging Face directory."
     )
     add = parser.add_argument
     add("--mindspore_ckpt_dir", type=Path, required=True, metavar="DIR", help="holds rank_0/, ...")
     add("--output_dir", type=Path, required=True, metavar="DIR", help="where complete weights go")
     add("--file_suffix", default="1_1", metavar="E_S", help="the save: *-E_S.safetensors (1_1)")
     add(
+        "--src_strategy_dirs",
+        type=Path,
+        metavar="PATH",
+        help="strategy file, or folder of them, of rank files of MindSpore; ours need none",
+    )
+    add(
+        "--has_redundancy",
+        type=truth,
+        metavar="True|False",
+        help="assert that ranks hold all copies (True) or left them out (False)",
+    )
+    add(
         "--filter_out_param_prefix",
         default="",
         metavar="PREFIX",
         help="leave out tensors whose name starts so; adam_ drops optimizer state",
     )
+    add(
+        "--format",
+        choices=("huggingface", "mindspore"),
+        default="huggingface",
+        help="form of the complete weights (huggingface)",
+    )
+    add("--max_shard_size", default="5GB", metavar="SIZE", help="most bytes of a file (5GB)")
+    add(
+        "--max_process_num",
+        type=count,
+        default=4,
+        metavar="N",
+        help="threads that read and write (4, at most 8)",
+    )
     add("--overwrite", action="store_true", help="replace an existing output_dir")
-    for name, why in (
-        ("--src_strategy_dirs", "no effect: our files describe their own layout"),
-        ("--has_redundancy", "no effect: seen from the files"),
-        ("--max_process_num", "no effect: one process reads and writes"),
-    ):
-        add(name, help=why)
-    return parser.parse_args(arguments)
+    return parser.parse(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, or 2 for a mistake of the user."""
-    options = parse(arguments)
-    from launcher.weights.merge import merge
+    return answer(lambda console: _merge(parse(arguments), console))
 
-    console = Console(enabled=True)
-    try:
-        exported = merge(
-            options.mindspore_ckpt_dir,
-            options.output_dir,
-            suffix=options.file_suffix,
-            drop_prefixes=(options.filter_out_param_prefix,)
-            * bool(options.filter_out_param_prefix),
-            overwrite=options.overwrite,
-            progress=lambda done, total: console.progress(
-                f"merged {done / 1e6:,.0f} of {total / 1e6:,.0f} MB", last=done == total
-            ),
-        )
-    except UserError as error:
-        for problem in error.problems:
-            print(f"error: {problem}", file=sys.stderr)
-        return EXIT_USER
-    print(f"{options.output_dir}: {exported.tensors} tensors in {len(exported.files)} files")
+
+def _merge(options: argparse.Namespace, console: Console) -> int:
+    from launcher.weights.merge import merge, size_in_bytes
+
+    prefix = options.filter_out_param_prefix
+    exported = merge(
+        options.mindspore_ckpt_dir,
+        options.output_dir,
+        suffix=options.file_suffix,
+        strategy=options.src_strategy_dirs,
+        has_redundancy=options.has_redundancy,
+        drop_prefixes=(prefix,) if prefix else (),
+        form=options.format,
+        max_shard_bytes=size_in_bytes(options.max_shard_size),
+        workers=options.max_process_num,
+        overwrite=options.overwrite,
+        progress=progress(console, "merged"),
+        say=console.say,
+    )
+    files = len(exported.files)
+    console.say(
+        f"{options.output_dir}: {exported.tensors} tensors in {files} file{'s' * (files != 1)}"
+    )
     return EXIT_OK
 
 

@@ -14,6 +14,7 @@ from torch import nn
 from launcher.checkpoint.names import SaveName
 from launcher.config.schema import Config
 from launcher.data.loader import Batch, Loader
+from launcher.layout.holders import Ranks
 from launcher.layout.layout import Layout
 from launcher.layout.mesh import Mesh
 from launcher.parallel.apply import shards
@@ -27,6 +28,7 @@ from launcher.train.scaling import LossScaling
 from launcher.train.state import TrainState, epoch_and_step, to_json
 from launcher.weights.links import LinksOf, linked, no_links
 from launcher.weights.memory import Shard
+from launcher.weights.redundancy import file_holders
 
 
 @dataclass(kw_only=True)
@@ -109,6 +111,10 @@ class TrainRun:
         """This rank's shards of the weights, by Hugging Face name."""
         held = shards(self.parts.named_tensors(), self.layout, self.world.rank)
         return linked(held, self.links_of)
+
+    def holders(self) -> dict[str, Ranks]:
+        """The ranks that hold the same as this one, of each tensor it saves, by file name."""
+        return file_holders(self.layout, self.world.rank, self.links_of)
 
     def optimizer_state(self) -> dict[str, Shard]:
         """This rank's shards of the optimizer's moments, by file name."""

@@ -1,7 +1,14 @@
 """Weights: what is on disk becomes what each rank needs, and back, box by box.
 
-The Python calls of the original are here under its names; each is imported when it is asked for, so
-that one that reads files does not load torch.
+The Python calls of the original are here under its names, those of the tools under theirs; each is
+imported when it is asked for, so that one that reads files does not load torch:
+
+    unified_safetensors(mindspore_ckpt_dir, output_dir, ...)      rank files to complete weights
+    load_distributed_checkpoint(predict_strategy=, ...)           complete weights to rank files
+    merge_pipeline_strategys(src_strategy_dirs, dst_strategy_file)
+    ckpt_to_safetensors(file_path, save_path, ...)                files of torch to safetensors
+    verify(path)                                                  what is damaged
+    diff(a, b)                                                    what is different
 """
 
 from __future__ import annotations
@@ -9,7 +16,14 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-CALLS = {"merge_pipeline_strategys": "launcher.weights.strategies"}
+CALLS = {
+    "unified_safetensors": "launcher.weights.merge",
+    "load_distributed_checkpoint": "launcher.weights.slicing",
+    "merge_pipeline_strategys": "launcher.weights.strategies",
+    "ckpt_to_safetensors": "launcher.weights.convert",
+    "verify": "launcher.weights.inspection",
+    "diff": "launcher.weights.compare",
+}
 """Call to the module it lives in."""
 
 

@@ -7,9 +7,13 @@ files are of one save; every tensor is whole, from replicas where the file of a 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+
+import numpy as np
+import xxhash
 
 from launcher.errors import UserError
 from launcher.layout.box import Box
@@ -18,11 +22,14 @@ from launcher.weights.note import Note, read_note
 from launcher.weights.pieces import Piece, Pieces
 from launcher.weights.source import HEADER_READERS, Source
 from launcher.weights.threads import in_parallel
+from launcher.weights.transfer import Files, read_exactly
 
 REDUNDANCY = "remove_redundancy"
 """Key of the metadata that says whether copies were left to other ranks."""
 NAMED = 5
 """Ranks or tensors named in a message."""
+COMPARED_BYTES = 1 << 20
+"""Bytes of each rank file that are compared with the files of other ranks."""
 
 
 def open_rank_files(path: Path, files: Sequence[Path]) -> Source:
@@ -31,25 +38,28 @@ def open_rank_files(path: Path, files: Sequence[Path]) -> Source:
     Raises `UserError` when a file does not describe itself, when two are of one rank, when the
     files are of different saves, or when ranks are missing whose parts no other rank holds.
     """
+    if not files:
+        raise UserError(f"{path} holds no rank files", rule="*.safetensors in rank_*/ is expected")
     headers = dict(zip(files, in_parallel(read_header, files, HEADER_READERS), strict=True))
     notes = {file: _note(file, header) for file, header in headers.items()}
     first = next(iter(notes))
     for file, note in notes.items():
         if (note.world_size, note.mesh) != (notes[first].world_size, notes[first].mesh):
             raise UserError(
-                f"{path} mixes two saves: {first.name} is of {_layout_text(notes[first])}, "
-                f"{file.name} of {_layout_text(note)}",
+                f"{path} mixes two saves: {first.name} is of {_layout_of(notes[first])}, "
+                f"{file.name} of {_layout_of(note)}",
                 rule="all ranks of a save have one layout",
                 advice="Move the files of the other run away",
             )
     by_rank: dict[int, Path] = {}
     for file, note in notes.items():
-        if note.rank in by_rank or note.rank >= note.world_size:
+        twin = by_rank.get(note.rank)
+        if twin is not None or note.rank >= note.world_size:
             raise UserError(
                 f"{file} was written by rank {note.rank} of {note.world_size}",
                 where=str(path),
                 rule="one file a rank belongs to a save"
-                + (f"; {by_rank[note.rank]} is of that rank too" * (note.rank in by_rank)),
+                + (f"; {twin} is of that rank too" if twin is not None else ""),
                 advice="Move the files of the other run away",
             )
         by_rank[note.rank] = file
@@ -59,14 +69,16 @@ def open_rank_files(path: Path, files: Sequence[Path]) -> Source:
             shape, box = notes[file].places[name]
             tensors.setdefault(name, []).append(Piece(file, entry, shape, box, notes[file].rank))
     note = notes[first]
-    lost = sorted(set(range(note.world_size)) - set(by_rank))
+    absent = (rank for rank in range(note.world_size) if rank not in by_rank)
+    lost = list(itertools.islice(absent, NAMED + 1))
     source = Source(
         "distributed", path, {name: Pieces(pieces) for name, pieces in tensors.items()}, headers,
         note.mesh, note.world_size,
+        checksums={file: note.checksums for file, note in notes.items() if note.checksums.values},
         is_deduplicated=any(h.metadata.get(REDUNDANCY) == "True" for h in headers.values()),
     )  # fmt: skip
     check_whole(source, lost)
-    return source if not lost else _without(source, lost)
+    return source if not lost else without(source, lost)
 
 
 def _note(file: Path, header: Header) -> Note:
@@ -81,9 +93,16 @@ def _note(file: Path, header: Header) -> Note:
     return note
 
 
-def _layout_text(note: Note) -> str:
-    axes = " x ".join(f"{axis} {size}" for axis, size in note.mesh.items() if size > 1)
-    return f"{note.world_size} ranks ({axes or 'not cut'})"
+def _layout_of(note: Note) -> str:
+    return layout_text(note.world_size, note.mesh)
+
+
+def layout_text(ranks: int, mesh: Mapping[str, int] | None) -> str:
+    """A layout in words: `4 ranks (dp_shard 2 x tp 2)`; the number alone where axes are unknown."""
+    axes = " x ".join(f"{axis} {size}" for axis, size in (mesh or {}).items() if size > 1)
+    if ranks == 1:
+        return "1 rank (not cut)"
+    return f"{ranks} ranks ({axes})" if axes else f"{ranks} ranks"
 
 
 def check_whole(source: Source, lost: Sequence[int] = ()) -> None:
@@ -121,7 +140,8 @@ def _numel(piece: Piece) -> int:
     return Box((0,) * len(piece.shape), piece.shape).numel
 
 
-def _without(source: Source, lost: Sequence[int]) -> Source:
+def without(source: Source, lost: Sequence[int]) -> Source:
+    """`source` with the remark that the ranks `lost` have no file."""
     is_one = len(lost) == 1
     remark = (
         f"{source.path}: {_ranks_text(lost)} {'has' if is_one else 'have'} no file; "
@@ -133,3 +153,62 @@ def _without(source: Source, lost: Sequence[int]) -> Source:
 def _ranks_text(ranks: Sequence[int]) -> str:
     shown = ", ".join(map(str, ranks[:NAMED])) + " ..." * (len(ranks) > NAMED)
     return f"rank {shown}" if len(ranks) == 1 else f"ranks {shown}"
+
+
+def check_copies(source: Source) -> None:
+    """Check that rank files are of one step of one run, as far as that shows: what two ranks hold
+    of the same box is equal. For folders without a manifest, where nothing else tells.
+
+    The smallest such tensors are compared, at most `COMPARED_BYTES` of each file. Where no rank
+    holds a copy of anything, as after a de-duplicated save, nothing is found. Raises `UserError`
+    that names two files and the tensor in which they differ.
+    """
+    compared = _small_copies(source)
+    by_file: dict[Path, list[Piece]] = {}
+    for piece in itertools.chain(*compared.values()):
+        by_file.setdefault(piece.file, []).append(piece)
+    digests: dict[Piece, str] = {}
+    for found in in_parallel(lambda f: _digests(by_file[f], source), by_file, HEADER_READERS):
+        digests |= found
+    for (name, _), (first, *others) in compared.items():
+        for piece in others:
+            if digests[piece] != digests[first]:
+                raise UserError(
+                    f"`{name}` differs in {first.file} and {piece.file}",
+                    rule="ranks of one save hold the same there: these are of two runs or steps",
+                    advice="Move the files of the other run away",
+                )
+
+
+def _small_copies(source: Source) -> dict[tuple[str, Box], list[Piece]]:
+    """(tensor, box) to the pieces that hold it, of those that several files hold; smallest first,
+    until `COMPARED_BYTES` of a file are reached."""
+    copies = {
+        (name, box): holders
+        for name, pieces in source.tensors.items()
+        for box, holders in pieces.holders.items()
+        if len(holders) > 1
+    }
+    left = dict.fromkeys(source.headers, COMPARED_BYTES)
+    chosen = {}
+    for name, box in sorted(copies, key=lambda key: (key[1].numel, key[0], key[1].offset)):
+        holders = copies[name, box]
+        size = holders[0].entry.stop - holders[0].entry.start
+        if all(left[piece.file] >= size for piece in holders):
+            chosen[name, box] = holders
+            left |= {piece.file: left[piece.file] - size for piece in holders}
+    return chosen
+
+
+def _digests(pieces: Sequence[Piece], source: Source) -> dict[Piece, str]:
+    """The checksum of each of the pieces, which lie in one file."""
+    file = pieces[0].file
+    header = source.headers[file]
+    result = {}
+    with Files() as files:
+        descriptor = files.descriptor(file, header.file_bytes, header.modified)
+        for piece in pieces:
+            memory = np.empty(piece.entry.stop - piece.entry.start, np.uint8)
+            read_exactly(descriptor, file, memory.data, piece.entry.start)
+            result[piece] = xxhash.xxh3_128_hexdigest(memory.data)
+    return result

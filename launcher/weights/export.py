@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -17,11 +17,12 @@ from launcher.layout.box import whole
 from launcher.weights.formats.safetensors import ITEM_BYTES
 from launcher.weights.source import (
     INDEX_NAME,
+    MINDSPORE_EXTRAS,
     MINDSPORE_INDEX_NAME,
     OPTIMIZER_PREFIXES,
     Source,
 )
-from launcher.weights.stream import Output, Progress, stream
+from launcher.weights.stream import WORKERS, Output, Progress, stream
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
 Format = Literal["huggingface", "mindspore"]
@@ -43,20 +44,23 @@ def write_complete(
     keep: Callable[[str], bool] = lambda name: True,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     form: Format = "huggingface",
+    workers: int = WORKERS,
     progress: Progress | None = None,
     share: tuple[int, int] = (0, 1),
 ) -> Exported:
     """Write the tensors of `source` whose name passes `keep` as complete weights.
 
     Model weights become `model-0000x-of-0000y.safetensors` with an index; optimizer state becomes
-    `optimizer-0000x-of-0000y.safetensors`, outside the index of Hugging Face. `directory` exists
-    and is ours. `share` = (k, n) writes every n-th file, from the k-th on, so that n processes
-    write a directory together; the first also writes the index.
+    `optimizer-0000x-of-0000y.safetensors`, outside the index of Hugging Face; the
+    extras of the source (the step, the epoch) become `hyper_param.safetensors`, in no index.
+    `directory` exists and is ours. `share` = (k, n) writes every n-th file, from the k-th on, so
+    that n processes write a directory together; the first also writes the index. `workers`:
+    portions in flight.
     """
-    names = sorted(name for name in source.tensors if keep(name))
-    model = [name for name in names if not name.startswith(OPTIMIZER_PREFIXES)]
-    optimizer = [name for name in names if name.startswith(OPTIMIZER_PREFIXES)]
-    if not names:
+    everything = source.with_extras()
+    names = sorted(name for name in everything.tensors if keep(name))
+    groups = _groups(names, source.extras)
+    if not groups["model"] and not groups["optimizer"]:
         raise UserError(
             f"nothing of {source.path} is left to write",
             rule="every tensor was filtered out",
@@ -64,24 +68,36 @@ def write_complete(
         )
     outputs, weight_map = [], dict[str, str]()
     metadata = {"format": "ms" if form == "mindspore" else "pt"}
-    for stem, group in (("model", model), ("optimizer", optimizer)):
-        shards = _shards(source, group, max_shard_bytes)
+    for stem in ("model", "optimizer"):
+        shards = _shards(everything, groups[stem], max_shard_bytes)
         for index, shard in enumerate(shards, 1):
             file = f"{stem}-{index:05d}-of-{len(shards):05d}.safetensors"
-            boxes = {name: (name, whole(source.shape(name))) for name in shard}
+            boxes = {name: (name, whole(everything.shape(name))) for name in shard}
             outputs.append(Output(directory / file, boxes, metadata))
             if stem == "model" or form == "mindspore":
                 weight_map |= dict.fromkeys(shard, file)
+    if groups["extra"]:
+        boxes = {name: (name, whole(everything.shape(name))) for name in groups["extra"]}
+        outputs.append(Output(directory / MINDSPORE_EXTRAS, boxes, metadata))
     first, step = share
-    stream(source, outputs[first::step], progress)
+    stream(everything, outputs[first::step], progress, workers=workers)
     if weight_map and first == 0:
-        total = sum(_nbytes(source, name) for name in weight_map)
+        total = sum(_nbytes(everything, name) for name in weight_map)
         _write_index(directory, form, weight_map, total)
     return Exported(
         len(names),
-        sum(_nbytes(source, name) for name in names),
+        sum(_nbytes(everything, name) for name in names),
         tuple(output.path.name for output in outputs),
     )
+
+
+def _groups(names: Sequence[str], extras: Collection[str]) -> dict[str, list[str]]:
+    """What goes into which kind of file: `model`, `optimizer` and `extra`."""
+    groups: dict[str, list[str]] = {"model": [], "optimizer": [], "extra": []}
+    for name in names:
+        kind = "optimizer" if name.startswith(OPTIMIZER_PREFIXES) else "model"
+        groups["extra" if name in extras else kind].append(name)
+    return groups
 
 
 def _write_index(directory: Path, form: Format, weight_map: Mapping[str, str], total: int) -> None:

@@ -75,12 +75,12 @@ def _part(shard: Shard, link: Link) -> Shard | None:
     common = shard.box.intersect(link.box)
     if common is None:
         return None
-    tensor = shard.tensor
-    inside = common.inside(shard.box)
-    for dim in range(tensor.dim()):
-        tensor = tensor.narrow(dim, inside.offset[dim], inside.size[dim])
-    for dim in sorted(link.dropped, reverse=True):
-        tensor = tensor.squeeze(dim)
+    tensor, inside = shard.tensor, common.inside(shard.box)
+    for dim in reversed(range(tensor.dim())):
+        if dim in link.dropped:
+            tensor = tensor.select(dim, inside.offset[dim])
+        elif inside.size[dim] != tensor.shape[dim]:
+            tensor = tensor.narrow(dim, inside.offset[dim], inside.size[dim])
     place = common.inside(link.box)
     box = Box(link.kept(place.offset), link.kept(place.size))
     return replace(shard, shape=link.shape, box=box, tensor=tensor)

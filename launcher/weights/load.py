@@ -16,7 +16,9 @@ from launcher.errors import Problem, UserError
 from launcher.layout.box import Shape
 from launcher.weights.memory import TORCH_DTYPES, Shard
 from launcher.weights.plan import plan_box
-from launcher.weights.read import Fill, Scales, fill
+from launcher.weights.read import Fill, fill
+from launcher.weights.recheck import check_read
+from launcher.weights.scales import check_idle, scales_of
 from launcher.weights.source import OPTIMIZER_PREFIXES, Source
 
 ROWS_SHOWN = 20
@@ -70,6 +72,7 @@ def load(
     ]
     missing = [name for name in expected if name not in found]
     extra = [name for name in unknown if not leave(name)]
+    check_idle(source, unknown)
     unfit = _unfit(source, expected, targets, found)
     if unfit or (strict and (missing or extra)):
         raise _differences(expected, source, missing, extra, unfit)
@@ -79,8 +82,9 @@ def load(
         if name in found and reads(name)
     ]
     bytes_read = fill(jobs, source)
+    check_read(jobs, source)
     if strict:
-        _check_tied(targets, source, tied)
+        _check_tied({n: t for n, t in targets.items() if reads(n)}, source, tied)
     return LoadReport(len(found), bytes_read, tuple(sorted(tied)), tuple(missing), tuple(unknown))
 
 
@@ -120,24 +124,7 @@ def _dtype_name(dtype: torch.dtype) -> str:
 def _fill_of(target: Shard, source: Source, name: str, rank: int) -> Fill:
     """The reads of tensor `name` of the files that fill `target`."""
     reads = plan_box(name, target.box, source.tensors[name], prefer_rank=rank)
-    return Fill(target.tensor, target.box, reads, _scales_of(source, name))
-
-
-def _scales_of(source: Source, name: str) -> Scales | None:
-    factors = source.scales.get(name)
-    if factors is None:
-        return None
-    shape = source.shape(name)
-    needed = tuple(-(-n // block) for n, block in zip(shape, source.scale_block, strict=False))
-    if len(shape) != 2 or source.shape(factors) != needed:
-        rows, columns = source.scale_block
-        raise UserError(
-            f"`{factors}` has the shape {list(source.shape(factors))}",
-            where=str(source.path),
-            rule=f"`{name}` has {list(shape)}, and blocks of {rows} x {columns} share a factor",
-            advice="Mend quantization_config.weight_block_size in the config.json of the weights",
-        )
-    return Scales(factors, source.tensors[factors], source.scale_block)
+    return Fill(target.tensor, target.box, reads, scales_of(source, name))
 
 
 def _check_tied(targets: Mapping[str, Shard], source: Source, tied: Mapping[str, str]) -> None:

@@ -1,62 +1,67 @@
-"""Merging: the rank files of one save become complete weights, a Hugging Face directory."""
+"""Merging: the rank files of one save become complete weights, in one folder that appears whole."""
 
 from __future__ import annotations
 
 import os
 import re
 import shutil
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from pathlib import Path
 
 from launcher.errors import UserError
-from launcher.weights.distributed import open_rank_files
-from launcher.weights.export import Exported, write_complete
-from launcher.weights.verify import verified
+from launcher.weights.aside import folder_aside
+from launcher.weights.distributed import REDUNDANCY
+from launcher.weights.export import DEFAULT_SHARD_BYTES, Exported, Format, write_complete
+from launcher.weights.saves import (
+    DEFAULT_SUFFIX,
+    MODEL_FOLDER,
+    Say,
+    model_files,
+    open_save,
+    rank_files,
+    silent,
+)
+from launcher.weights.source import Source
+from launcher.weights.stream import WORKERS, Progress
 
-MODEL_FOLDER = "model"
-"""Beside the rank folders: for each run, config.json and the tokenizer."""
+__all__ = ["MODEL_FOLDER", "merge", "size_in_bytes", "unified_safetensors"]
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
+          "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}  # fmt: skip
 
 
-def rank_files(directory: Path, suffix: str) -> list[Path]:
-    """The file of each rank folder that ends in `-{suffix}.safetensors`, in rank order.
+def unified_safetensors(
+    mindspore_ckpt_dir: str | os.PathLike[str],
+    output_dir: str | os.PathLike[str],
+    *,
+    src_strategy_dirs: str | os.PathLike[str] | None = None,
+    file_suffix: str = DEFAULT_SUFFIX,
+    has_redundancy: bool | None = None,
+    filter_out_param_prefix: str = "",
+    max_process_num: int = WORKERS,
+    format: Format = "huggingface",
+    max_shard_size: int | str = DEFAULT_SHARD_BYTES,
+    overwrite: bool = False,
+) -> Exported:
+    """Merge the save `*-{file_suffix}.safetensors` of the rank folders in `mindspore_ckpt_dir` into
+    complete weights in `output_dir`. Names are those of the command of the same name.
 
-    Exact: `1_1` never takes `11_1`. Raises `UserError` for none, and for two in one folder.
+    `src_strategy_dirs` is needed for rank files of MindSpore alone. `has_redundancy` asserts that
+    the ranks hold every copy (True) or that copies were left out (False). `max_process_num` counts
+    threads. Raises `UserError`.
     """
-    if not directory.is_dir():
-        raise UserError(f"{directory}: there is no such folder")
-    folders = [path for path in directory.glob("rank_*") if path.name[5:].isdigit()]
-    if not folders:
-        raise UserError(
-            f"{directory} has no rank folders",
-            rule="distributed weights lie in rank_0/, rank_1/, ...",
-            advice="Give the folder that holds them, usually {output_dir}/checkpoint",
-        )
-    files = []
-    for folder in sorted(folders, key=lambda path: int(path.name[5:])):
-        matches = sorted(folder.glob(f"*-{suffix}.safetensors"))
-        if len(matches) > 1:
-            raise UserError(
-                f"{folder} has two files of the save {suffix}: "
-                f"{', '.join(match.name for match in matches)}",
-                rule="one file a rank belongs to a save",
-                advice="Move the files of the other run away",
-            )
-        files += matches
-    if not files:
-        found = sorted({path.stem.rpartition("-")[2] for path in folders[0].glob("*.safetensors")})
-        raise UserError(
-            f"{directory}: no file of the save {suffix}",
-            nearest=f"There are: {', '.join(found)}" if found else "",
-            advice="Choose with --file_suffix",
-        )
-    return files
-
-
-def model_files(rank_file: Path) -> list[Path]:
-    """config.json and the tokenizer of the run that wrote `rank_file`: `CKP_rank_0_1-2_5` is of
-    the run `CKP_1`."""
-    run = re.sub(r"_rank_\d+(?=(_\d+)?-\d+_\d+$)", "", rank_file.stem).rpartition("-")[0]
-    return list((rank_file.parent.parent / MODEL_FOLDER / run).glob("*"))
+    return merge(
+        Path(mindspore_ckpt_dir),
+        Path(output_dir),
+        suffix=file_suffix,
+        strategy=None if src_strategy_dirs is None else Path(src_strategy_dirs),
+        has_redundancy=has_redundancy,
+        drop_prefixes=(filter_out_param_prefix,) if filter_out_param_prefix else (),
+        workers=max_process_num,
+        form=format,
+        max_shard_bytes=size_in_bytes(max_shard_size),
+        overwrite=overwrite,
+    )
 
 
 def merge(
@@ -64,51 +69,66 @@ def merge(
     output_dir: Path,
     *,
     suffix: str,
+    strategy: Path | None = None,
+    has_redundancy: bool | None = None,
     drop_prefixes: Collection[str] = (),
+    form: Format = "huggingface",
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    workers: int = WORKERS,
     overwrite: bool = False,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress | None = None,
+    say: Say = silent,
 ) -> Exported:
     """Merge the save `suffix` of `directory` into complete weights in `output_dir`.
 
     Written aside and renamed when whole. An existing `output_dir` is an error unless `overwrite`,
     which replaces it only after the new one is whole. Tensors whose name starts with one of
-    `drop_prefixes` are left out.
+    `drop_prefixes` are left out. What is read is checked against its checksums. `strategy`: where
+    the strategy files of MindSpore's rank files are. Raises `UserError`.
     """
     files = rank_files(directory, suffix)
-    source = verified(open_rank_files(directory, files))
-    inside, target = directory.resolve(), output_dir.resolve()
-    if inside.is_relative_to(target) or target.is_relative_to(inside):
-        raise UserError(
-            f"{output_dir} holds, or lies in, {directory}",
-            rule="an input is never written to",
-            advice="Give another --output_dir",
-        )
-    if output_dir.exists() and not output_dir.is_dir():
-        raise UserError(
-            f"{output_dir} is a file", rule="a folder is needed", advice="Give another --output_dir"
-        )
-    if output_dir.exists() and any(output_dir.iterdir()) and not overwrite:
-        raise UserError(
-            f"{output_dir} is not empty",
-            rule="nothing is replaced unasked",
-            advice="Give another --output_dir, or --overwrite",
-        )
-    scratch = output_dir.with_name(f".{output_dir.name}.tmp")
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
-    try:
+    source = open_save(directory, files, strategy, say)
+    _check_redundancy(source, has_redundancy)
+    with folder_aside(output_dir, directory, overwrite=overwrite) as folder:
         exported = write_complete(
             source,
-            scratch,
-            keep=lambda name: not name.startswith(tuple(drop_prefixes)) if drop_prefixes else True,
+            folder,
+            keep=lambda name: not name.startswith(tuple(drop_prefixes)),
+            max_shard_bytes=max_shard_bytes,
+            form=form,
+            workers=workers,
             progress=progress,
         )
-        for file in sorted(model_files(files[0])):
-            shutil.copy2(file, scratch)
-    except BaseException:
-        shutil.rmtree(scratch, ignore_errors=True)
-        raise
-    if output_dir.exists():
-        shutil.rmtree(output_dir)
-    os.replace(scratch, output_dir)
+        for file in model_files(files[0]):
+            shutil.copy2(file, folder)
     return exported
+
+
+def _check_redundancy(source: Source, asserted: bool | None) -> None:
+    """The files say whether copies were left out; where they do not, the user may be right."""
+    said = {header.metadata.get(REDUNDANCY) for header in source.headers.values()}
+    if asserted is None or said == {None}:
+        return
+    found = not source.is_deduplicated
+    if found != asserted:
+        meaning = "every rank holds all its copies" if found else "copies were left out"
+        raise UserError(
+            f"has_redundancy = {asserted}",
+            where=str(source.path),
+            rule=f"the files say {REDUNDANCY} = {not found}: {meaning}",
+            nearest=f"Possible: has_redundancy {found}",
+            advice="Leave it out: it is seen from the files",
+        )
+
+
+def size_in_bytes(size: int | str) -> int:
+    """Bytes of `5GB` (decimal), `5GiB` (binary) or a number. Raises `UserError` for others."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", str(size).strip())
+    factor = _UNITS.get(match[2].upper()) if match else None
+    if match is None or factor is None or float(match[1]) * factor < 1:
+        raise UserError(
+            f"max_shard_size = {size!r}",
+            rule="a size is a number and a unit: B, KB, MB, GB, TB, KiB, MiB, GiB or TiB",
+            nearest="Possible: 5GB",
+        )
+    return int(float(match[1]) * factor)

@@ -15,13 +15,19 @@ from typing import Any
 
 from launcher.errors import UserError
 from launcher.layout.box import Box, Shape
-from launcher.weights.formats.safetensors import Header
+from launcher.weights.formats.safetensors import (
+    Entry,
+    Header,
+    are_naturals,
+    parse_json,
+)
 
 VERSION = 1
 ALGORITHM = "xxh3_64"
 BLOCK_BYTES = 4 << 20
 """Bytes of the data section that share one checksum."""
-_KEYS = {"version", "world_size", "rank", "mesh", "tensors", "checksum"}
+LARGEST_BLOCK_BYTES = 64 << 20
+"""A block is held in memory while it is checked."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +69,7 @@ def read_note(path: Path, header: Header) -> Note | None:
     if text is None:
         return None
     try:
-        content = json.loads(text)
+        content = parse_json(text)
         if content["version"] != VERSION:
             raise UserError(
                 f"{path} has the format {content['version']}",
@@ -76,33 +82,36 @@ def read_note(path: Path, header: Header) -> Note | None:
 
 
 def _note(path: Path, header: Header, content: Any) -> Note:
-    numbers = (content["world_size"], content["rank"], *content["mesh"].values())
-    if not all(type(n) is int and n >= 0 for n in numbers):
+    if not are_naturals([content["world_size"], content["rank"], *content["mesh"].values()]):
         raise ValueError("no natural number")
-    places = {}
-    for name, entry in header.entries.items():
-        place = content["tensors"].get(name)
-        if place is None or len(place["boxes"]) != 1:
-            raise _damaged(path, f"it does not say which part of `{name}` it holds")
-        (offset, size), shape = place["boxes"][0], place["shape"]
-        if size != list(entry.shape):
-            raise _damaged(path, f"`{name}` has shape {entry.shape}, its box says {size}")
-        inside = len(shape) == len(offset) == len(size) and all(
-            type(n) is int and 0 <= start <= start + length <= n
-            for start, length, n in zip(offset, size, shape, strict=True)
-        )
-        if not inside:
-            raise _damaged(path, f"the box of `{name}` is not inside its shape {shape}")
-        places[name] = (tuple(shape), Box(tuple(offset), tuple(size)))
+    places = {
+        name: _place(path, name, entry, content["tensors"].get(name))
+        for name, entry in header.entries.items()
+    }
     return Note(
         content["world_size"], content["rank"], content["mesh"], places,
         _checksums(header, content["checksum"]),
     )  # fmt: skip
 
 
+def _place(path: Path, name: str, entry: Entry, place: Any) -> tuple[Shape, Box]:
+    if place is None or len(place["boxes"]) != 1:
+        raise _damaged(path, f"it does not say which part of `{name}` it holds")
+    (offset, size), shape = place["boxes"][0], place["shape"]
+    if not all(map(are_naturals, (offset, size, shape))):
+        raise ValueError("no natural number")
+    if tuple(size) != entry.shape:
+        raise _damaged(path, f"`{name}` has shape {list(entry.shape)}, its box says {size}")
+    ends = [start + length for start, length in zip(offset, size, strict=True)]
+    if len(shape) != len(ends) or any(end > n for end, n in zip(ends, shape, strict=True)):
+        raise _damaged(path, f"the box of `{name}` is not inside its shape {shape}")
+    return tuple(shape), Box(tuple(offset), entry.shape)
+
+
 def _checksums(header: Header, content: Any) -> Checksums:
     block_bytes, values = content["block_bytes"], tuple(content["values"])
-    if content["algorithm"] != ALGORITHM or type(block_bytes) is not int or block_bytes <= 0:
+    is_possible = type(block_bytes) is int and 0 < block_bytes <= LARGEST_BLOCK_BYTES
+    if content["algorithm"] != ALGORITHM or not is_possible:
         raise ValueError("unknown checksums")
     data_bytes = header.file_bytes - header.data_start
     if not all(isinstance(value, str) for value in values) or (

@@ -59,6 +59,11 @@ class Pieces(tuple[Piece, ...]):
 
     def meeting(self, box: Box) -> Iterator[tuple[list[Piece], Box]]:
         """(holders of a piece, its overlap with `box`) of every piece that `box` meets."""
+        if len(self) == 1:  # complete weights: nothing to look up
+            overlap = box.intersect(self[0].box)
+            if overlap is not None:
+                yield [self[0]], overlap
+            return
         for candidate in self._candidates(box):
             overlap = box.intersect(candidate)
             if overlap is not None:
@@ -74,10 +79,10 @@ class Pieces(tuple[Piece, ...]):
         ]
         return (boxes[offset] for offset in itertools.product(*ranges))
 
-    @property
+    @cached_property
     def is_disjoint(self) -> bool:
         """Whether no two different boxes share an element."""
-        if self._grid is not None:
+        if len(self) == 1 or self._grid is not None:
             return True
         pairs = itertools.combinations(self.holders, 2)
         return all(a.intersect(b) is None for a, b in pairs)

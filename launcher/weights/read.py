@@ -3,14 +3,14 @@
 Owns what happens between file and tensor. Invariants: a byte that is needed is read once; it goes
 straight into its final place when dtypes agree and the tensor is on the CPU, and otherwise through
 a portion of memory that each reader keeps: `READERS` times `PORTION_BYTES` (pinned where it goes to
-a GPU, whose copies overlap with the other readers), and twice that again while FP8 weights are
-multiplied by their scales.
+a GPU, whose copies overlap with the other readers), and as much again while weights in 8 bits are
+multiplied by their factors.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,8 +18,8 @@ import torch
 
 from launcher.layout.box import Box
 from launcher.weights.memory import TORCH_DTYPES, memory_of, use_huge_pages
-from launcher.weights.pieces import Pieces
 from launcher.weights.plan import Read, plan_box, portions, read_runs_of
+from launcher.weights.scales import Scales
 from launcher.weights.source import Source
 from launcher.weights.threads import in_parallel
 from launcher.weights.transfer import Bytes, Files, read_runs
@@ -30,15 +30,8 @@ READERS = 4
 PORTION_BYTES = 16 << 20
 """Bytes of a file that are read at a time."""
 
-
-@dataclass(frozen=True)
-class Scales:
-    """What the elements of a tensor are multiplied by: one factor a block."""
-
-    name: str
-    pieces: Pieces
-    block: tuple[int, int]
-    """(rows, columns) of the tensor that share a factor."""
+SCALED_BYTES = 2 << 20
+"""The same of weights in 8 bits: in float32, with their factors, they are eight times as large."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +49,11 @@ class Fill:
 
 def fill(fills: Iterable[Fill], source: Source) -> int:
     """Fill each tensor by its reads. Returns the bytes read."""
-    tasks = [(job, read) for job in fills for read in portions(job.reads, PORTION_BYTES)]
+    tasks = [
+        (job, read)
+        for job in fills
+        for read in portions(job.reads, SCALED_BYTES if job.scales else PORTION_BYTES)
+    ]
     for tensor in {
         job.tensor.untyped_storage().data_ptr(): job.tensor for job, _ in tasks
     }.values():
@@ -64,10 +61,28 @@ def fill(fills: Iterable[Fill], source: Source) -> int:
     tasks.sort(key=lambda task: (str(task[1].piece.file), task[1].piece.entry.start,
                                  task[1].overlap.offset))  # fmt: skip
     with Files() as files:
-        for path in {read.piece.file for _, read in tasks}:
-            files.descriptor(path, source.headers[path].file_bytes)
+        scales = [job.scales for job, _ in tasks if job.scales is not None]
+        factors = {piece.file for scale in scales for piece in scale.pieces}
+        for path in {read.piece.file for _, read in tasks} | factors:
+            header = source.headers[path]
+            files.descriptor(path, header.file_bytes, header.modified)
         reader = _Reader(files)
-        return sum(in_parallel(reader.read, tasks, READERS))
+        return sum(in_parallel(reader.read_all, _batches(tasks), READERS))
+
+
+Task = tuple[Fill, Read]
+
+
+def _batches(tasks: Sequence[Task]) -> list[list[Task]]:
+    """Tasks in order, small ones together: a reader takes about a portion at a time."""
+    batches, room = list[list[Task]](), 0
+    for task in tasks:
+        if not batches or task[1].nbytes > room:
+            batches.append([])
+            room = PORTION_BYTES
+        batches[-1].append(task)
+        room -= task[1].nbytes
+    return batches
 
 
 class _Reader:
@@ -77,7 +92,11 @@ class _Reader:
         self._files = files
         self._own = threading.local()
 
-    def read(self, task: tuple[Fill, Read]) -> int:
+    def read_all(self, tasks: Sequence[Task]) -> int:
+        """Read several portions. Returns the bytes read."""
+        return sum(self.read(task) for task in tasks)
+
+    def read(self, task: Task) -> int:
         """Read one portion into its place. Returns the bytes read."""
         job, read = task
         disk_dtype = TORCH_DTYPES[read.piece.entry.dtype]
@@ -90,7 +109,7 @@ class _Reader:
         values = torch.from_numpy(staging).view(disk_dtype).reshape(read.overlap.size)
         if job.scales is not None:
             factors, more = self._factors(job.scales, read.overlap)
-            values, done = values.float() * factors, done + more
+            values, done = values.float().mul_(factors), done + more
         region = _region(job.tensor, read.overlap.inside(job.box))
         if region.device.type != "cuda":
             region.copy_(values)
@@ -120,21 +139,16 @@ class _Reader:
 
     def _factors(self, scales: Scales, box: Box) -> tuple[torch.Tensor, int]:
         """The factor of each element of `box`, float32, and the bytes read for them."""
-        first = [start // n for start, n in zip(box.offset, scales.block, strict=True)]
-        last = [
-            -(-(start + size) // n)
-            for start, size, n in zip(box.offset, box.size, scales.block, strict=True)
-        ]
-        block = Box(tuple(first), tuple(b - a for a, b in zip(first, last, strict=True)))
-        factors, done = torch.empty(block.size), 0
-        for read in plan_box(scales.name, block, scales.pieces):
+        needed = scales.needed(box)
+        factors, done = torch.empty(needed.size), 0
+        for read in plan_box(scales.name, needed, scales.pieces):
             staging = np.empty(read.nbytes, np.uint8)
             done += self._read(read, read.overlap, staging, None)
             dtype = TORCH_DTYPES[read.piece.entry.dtype]
             values = torch.from_numpy(staging).view(dtype).reshape(read.overlap.size)
-            _region(factors, read.overlap.inside(block)).copy_(values)
+            _region(factors, read.overlap.inside(needed)).copy_(values)
         for dim, n in enumerate(scales.block):
-            start = box.offset[dim] - first[dim] * n
+            start = box.offset[dim] - needed.offset[dim] * n
             factors = factors.repeat_interleave(n, dim).narrow(dim, start, box.size[dim])
         return factors, done
 

@@ -8,21 +8,24 @@ Invariant: every `Piece` lies inside its file, as its header was checked.
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from launcher.errors import UserError
 from launcher.layout.box import Shape, whole
 from launcher.weights.formats import header_of
-from launcher.weights.formats.safetensors import Header
+from launcher.weights.formats.safetensors import Header, parse_json
+from launcher.weights.note import Checksums
 from launcher.weights.pieces import Piece, Pieces
+from launcher.weights.scales import DEFAULT_BLOCK, block_in, factors_of
 from launcher.weights.threads import in_parallel
 
 Kind = Literal["complete", "single", "distributed", "nothing"]
 
+SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 TORCH_INDEX_NAME = "pytorch_model.bin.index.json"
 MINDSPORE_INDEX_NAME = "param_name_map.json"
@@ -40,6 +43,8 @@ _NO_WEIGHTS = (
 )
 """Files of torch beside weights that have none in them."""
 OPTIMIZER_PREFIXES = ("adam_m.", "adam_v.")
+GRADIENTS = "accu_grads"
+"""Begins the names of gradients under way, which MindSpore saves and nothing reads again."""
 LARGEST_INDEX = 1 << 28
 HEADER_READERS = 8
 
@@ -58,12 +63,16 @@ class Source:
     world_size: int = 1
     scales: Mapping[str, str] = field(default_factory=dict)
     """A weight in 8 bits to the tensor of the factors that its blocks are multiplied by."""
-    scale_block: tuple[int, int] = (128, 128)
+    scale_block: tuple[int, int] = DEFAULT_BLOCK
     """Rows and columns of a weight that share a factor."""
+    checksums: Mapping[Path, Checksums] = field(default_factory=dict)
+    """Of the files that have some."""
     is_deduplicated: bool = False
     """Whether copies were left out when the rank files were written."""
     remarks: tuple[str, ...] = ()
     """What a user should hear about the files: ranks that are lost and not needed."""
+    extras: Mapping[str, Pieces] = field(default_factory=dict)
+    """What stands in files of MindSpore beside the model: step, epoch, loss scale. Whole."""
 
     def shape(self, name: str) -> Shape:
         """Global shape of tensor `name`."""
@@ -73,13 +82,23 @@ class Source:
         """Dtype of tensor `name` in the files."""
         return self.tensors[name][0].entry.dtype
 
+    def renamed(self, names: Mapping[str, str]) -> Source:
+        """The same tensors, those in `names` under the other name given there."""
+        tensors = {names.get(name, name): pieces for name, pieces in self.tensors.items()}
+        scales = {names.get(name, name): names.get(f, f) for name, f in self.scales.items()}
+        return replace(self, tensors=tensors, scales=scales)
+
+    def with_extras(self) -> Source:
+        """The same source, with the extras among the tensors."""
+        return replace(self, tensors={**self.tensors, **self.extras}, extras={})
+
 
 def detect(path: Path) -> Kind:
     """What `path` holds, from names alone: no file is opened. Raises `UserError` for a folder that
     cannot be listed."""
-    if path.is_file():
+    if os.path.isfile(path):  # where the question itself is refused, the answer is no
         return "distributed" if path.parent.name.startswith("rank_") else "single"
-    if not path.is_dir():
+    if not os.path.isdir(path):
         return "nothing"
     names = {child.name for child in listed(path)}
     if any(name.startswith("rank_") for name in names):
@@ -98,25 +117,35 @@ def listed(folder: Path) -> list[Path]:
 
 
 def _weight_files(names: Collection[str]) -> list[str]:
-    """The files of weights among `names`: of one extension, the preferred one."""
+    """The files of weights among `names`: of one extension, the preferred one; hidden ones are
+    other programs' or unfinished."""
     for suffix in WEIGHT_SUFFIXES:
-        files = sorted(name for name in names if name.endswith(suffix) and name not in _NO_WEIGHTS)
+        files = sorted(
+            name for name in names
+            if name.endswith(suffix) and name not in _NO_WEIGHTS and not name.startswith(".")
+        )  # fmt: skip
         if files:
             return files
     return []
 
 
+def first_weight_file(folder: Path) -> Path | None:
+    """One of the files of complete weights in `folder`; None without any."""
+    files = _weight_files({child.name for child in listed(folder)})
+    return folder / files[0] if files else None
+
+
 def open_complete(path: Path) -> Source:
     """The source at `path`: one file, or a directory of complete weights. Raises `UserError`."""
-    if path.is_file():
+    if not os.path.isdir(path):
         return _complete("single", path, {path: None})
     for name in INDEX_NAMES:
-        if (path / name).is_file():
+        if name == TORCH_INDEX_NAME and os.path.isfile(path / SINGLE_NAME):
+            continue  # both forms of one model: safetensors come first
+        if os.path.isfile(path / name):
             files = _index_files(path / name)
-            extras = path / MINDSPORE_EXTRAS
-            if name == MINDSPORE_INDEX_NAME and extras.is_file():
-                files[extras] = None
-            return _complete("complete", path, files)
+            is_mindspore = name == MINDSPORE_INDEX_NAME
+            return _with_extras(_complete("complete", path, files), is_mindspore)
     names = [child.name for child in listed(path)]
     files_found = _weight_files(names)
     models = [name for name in files_found if name.startswith(("model", "pytorch_model"))]
@@ -126,7 +155,19 @@ def open_complete(path: Path) -> Source:
             rule="complete weights are *.safetensors, or files of torch (*.bin, *.pt, *.ckpt)",
             advice=f"It holds: {', '.join(names[:8]) + ' ...' * (len(names) > 8) or 'nothing'}",
         )
-    return _complete("complete", path, {path / name: None for name in models or files_found})
+    parts = [name for name in models or files_found if name != MINDSPORE_EXTRAS]
+    whole_parts = _complete("complete", path, {path / n: None for n in parts or files_found})
+    return _with_extras(whole_parts, MINDSPORE_EXTRAS in files_found and bool(parts))
+
+
+def _with_extras(source: Source, is_mindspore: bool) -> Source:
+    """`source` with what MindSpore put beside its complete weights."""
+    file = source.path / MINDSPORE_EXTRAS
+    if not is_mindspore or file in source.headers or not os.path.isfile(file):
+        return source
+    found = _complete("single", file, {file: None})
+    extras = {n: p for n, p in found.tensors.items() if not n.startswith(GRADIENTS)}
+    return replace(source, headers={**source.headers, **found.headers}, extras=extras)
 
 
 def _index_files(index: Path) -> dict[Path, set[str] | None]:
@@ -137,7 +178,7 @@ def _index_files(index: Path) -> dict[Path, set[str] | None]:
         names = by_file.setdefault(index.parent / file, set())
         assert names is not None
         names.add(name)
-    missing = sorted(file.name for file in by_file if not file.is_file())
+    missing = sorted(file.name for file in by_file if not os.path.isfile(file))
     if missing:
         raise UserError(
             f"{index} names {_count(len(missing), 'file')} that cannot be found: "
@@ -153,23 +194,27 @@ def read_index(index: Path) -> dict[str, str]:
     try:
         if index.stat().st_size > LARGEST_INDEX:
             raise ValueError(f"it has more than {LARGEST_INDEX >> 20} MiB")
-        content: Any = json.loads(index.read_bytes())
+        content: Any = parse_json(index.read_bytes().decode())
         if index.name == MINDSPORE_INDEX_NAME and "weight_map" not in content:
             content = {"weight_map": content}  # MindSpore also reads a flat map
         weight_map = content["weight_map"]
         for name, file in weight_map.items():
-            if not isinstance(file, str) or Path(file).name != file:
+            if not isinstance(file, str) or not _is_file_name(file):
                 raise ValueError(f"`{name}` is in {file!r}, which is no name of a file beside it")
     except OSError as error:
         raise UserError(f"{index} cannot be read: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        why = str(error) if isinstance(error, ValueError) else type(error).__name__
+        why = str(error)[:300] if isinstance(error, ValueError) else type(error).__name__
         raise UserError(
             f"{index} is not an index of weights",
             rule=f"it needs a map named `weight_map` from tensor to file ({why})",
             advice="Copy it again from its origin",
         ) from error
     return dict(weight_map)
+
+
+def _is_file_name(name: str) -> bool:
+    return Path(name).name == name not in ("", "..") and len(name.encode()) < 256
 
 
 def _complete(kind: Kind, path: Path, files: Mapping[Path, set[str] | None]) -> Source:
@@ -192,44 +237,9 @@ def _complete(kind: Kind, path: Path, files: Mapping[Path, set[str] | None]) -> 
                     advice="Move away the files that do not belong to this model",
                 )
             tensors[name] = Pieces([Piece(file, entry, entry.shape, whole(entry.shape), 0)])
-    scales = _scales(tensors)
-    block = _scale_block(path if path.is_dir() else path.parent) if scales else (128, 128)
-    return Source(kind, path, tensors, headers, scales=scales, scale_block=block)
-
-
-def _scales(tensors: Mapping[str, Pieces]) -> dict[str, str]:
-    """Weights in 8 bits and the tensors of their factors: `x.weight`, `x.weight_scale_inv`."""
-    return {
-        name: f"{name}_scale_inv"
-        for name, pieces in tensors.items()
-        if f"{name}_scale_inv" in tensors and pieces[0].entry.dtype.startswith("F8_")
-    }
-
-
-def _scale_block(folder: Path) -> tuple[int, int]:
-    """`quantization_config.weight_block_size` of the config.json in `folder`; 128 x 128 where there
-    is none. Raises `UserError` for another way to quantise."""
-    config = folder / "config.json"
-    if not config.is_file():
-        return 128, 128
-    try:
-        content = json.loads(config.read_bytes())["quantization_config"]
-        method, block = content["quant_method"], content.get("weight_block_size", [128, 128])
-        rows, columns = block
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(
-            f"{config}: quantization_config cannot be read ({type(error).__name__})",
-            rule="weights in 8 bits need quant_method and weight_block_size",
-            advice="Copy config.json from the origin of the weights",
-        ) from error
-    if method != "fp8" or not all(type(n) is int and n > 0 for n in (rows, columns)):
-        raise UserError(
-            f"{config}: quant_method {method!r}, weight_block_size {block!r}",
-            rule="weights in 8 bits are read where blocks of them share a factor",
-            nearest="Possible: quant_method fp8, weight_block_size [128, 128]",
-            advice="Give weights that are not quantised",
-        )
-    return rows, columns
+    factors = factors_of(tensors)
+    block = block_in(path if path.is_dir() else path.parent) if factors else DEFAULT_BLOCK
+    return Source(kind, path, tensors, headers, scales=factors, scale_block=block)
 
 
 def _count(number: int, noun: str) -> str:

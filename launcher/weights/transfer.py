@@ -9,8 +9,10 @@ and says so.
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
+import resource
 import stat
 from pathlib import Path
 from types import TracebackType
@@ -33,11 +35,13 @@ class Files:
     def __init__(self) -> None:
         self._open: dict[Path, int] = {}
 
-    def descriptor(self, path: Path, expected_bytes: int | None = None) -> int:
-        """The descriptor of `path`. Raises `UserError` when it cannot be opened, or has not
-        `expected_bytes`."""
+    def descriptor(
+        self, path: Path, expected_bytes: int | None = None, modified: int | None = None
+    ) -> int:
+        """The descriptor of `path`. Raises `UserError` when it cannot be opened, has not
+        `expected_bytes`, or was not written last when `modified` says (nanoseconds)."""
         if path not in self._open:
-            self._open[path] = _open(path, expected_bytes)
+            self._open[path] = _open(path, expected_bytes, modified)
         return self._open[path]
 
     def close(self) -> None:
@@ -55,23 +59,38 @@ class Files:
         self.close()
 
 
-def _open(path: Path, expected_bytes: int | None) -> int:
+def _open(path: Path, expected_bytes: int | None, modified: int | None) -> int:
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        descriptor = _descriptor(path)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
     found = os.fstat(descriptor)
     if not stat.S_ISREG(found.st_mode):
         os.close(descriptor)
         raise UserError(f"{path} is not a file")
+    problem = None
     if expected_bytes is not None and found.st_size != expected_bytes:
+        problem = _changed(f"{path} has {found.st_size} bytes",
+                           f"it had {expected_bytes} when its header was read")  # fmt: skip
+    elif modified is not None and found.st_mtime_ns != modified:
+        problem = _changed(f"{path} was replaced", "it must stay as its header was read")
+    if problem is not None:
         os.close(descriptor)
-        raise UserError(
-            f"{path} has {found.st_size} bytes",
-            rule=f"it had {expected_bytes} when its header was read",
-            advice="Something writes to it: try again when that is done",
-        )
+        raise problem
     return descriptor
+
+
+def _descriptor(path: Path) -> int:
+    """The file opened; a save of many ranks may be more files than a process opens unasked."""
+    flags = os.O_RDONLY | os.O_NONBLOCK
+    try:
+        return os.open(path, flags)
+    except OSError as error:
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if error.errno != errno.EMFILE or soft == hard:
+            raise
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        return os.open(path, flags)
 
 
 def read_runs(descriptor: int, path: Path, runs: Runs, memory: Bytes) -> int:
@@ -127,8 +146,8 @@ def read_exactly(descriptor: int, path: Path, view: memoryview, position: int) -
 
 
 def _ended(path: Path) -> UserError:
-    return UserError(
-        f"{path} ended early",
-        rule="it was longer when its header was read",
-        advice="Something writes to it: try again when that is done",
-    )
+    return _changed(f"{path} ended early", "it was longer when its header was read")
+
+
+def _changed(what: str, rule: str) -> UserError:
+    return UserError(what, rule=rule, advice="Something writes to it: try again when that is done")

@@ -283,6 +283,7 @@ FLAG_VALUES: dict[str, tuple[Any, Any]] = {
     "load_checkpoint": ("/a b/c", "/a b/c"),
     "pretrained_model_dir": ("qwen", "qwen"),
     "auto_trans_ckpt": ("TRUE", True),
+    "src_strategy_path_or_dir": ("output/strategy", "output/strategy"),
     "resume_training": ("CKP-1_10.safetensors", "CKP-1_10.safetensors"),
     "transform_process_num": ("2", 2),
     "seed": ("11", 11),
@@ -308,7 +309,6 @@ FLAG_VALUES: dict[str, tuple[Any, Any]] = {
     "remote_save_url": ("obs://x", "obs://x"),
 }
 REFUSED_FLAGS = {
-    "src_strategy_path_or_dir": "x",
     "strategy_load_checkpoint": "x",
     "modal_type": "image",
     "adapter_id": "a",

@@ -426,7 +426,7 @@ TABLE = (
     ),
     Wrong(
         name="features not built yet",
-        add="profile: True\nsave_unified_checkpoint: True\nmoe_config: {expert_num: 8}\n"
+        add="profile: True\nlayer_scale: True\nmoe_config: {expert_num: 8}\n"
             "monitor_config: {monitor_on: True}\ncheckpoint: {save_path: x}\n",
         says=("@profile@ profile = True: not built yet. Set it to False.",
               "@expert_num@ moe_config.expert_num = 8: not built yet. Describe the experts in "
@@ -441,13 +441,12 @@ TABLE = (
     ),
     Wrong(
         name="CheckpointMonitor's options not built yet",
-        add="    async_save: True\n    remove_redundancy: True\n    checkpoint_format: ckpt\n"
+        add="    async_save: True\n    checkpoint_format: ckpt\n"
             "    integrated_save: True\n    exception_save: True\n",
         says=("@async_save@ callbacks.1.async_save = True: not built yet",
-              "@redundancy@ callbacks.1.remove_redundancy = True: not built yet",
               "@format: ckpt@ callbacks.1.checkpoint_format = 'ckpt': not built yet. "
               "Use safetensors."),
-        count=5,
+        count=4,
     ),
     Wrong(
         name="code allowed by a file",
@@ -542,32 +541,9 @@ TABLE = (
         says=("@model_config@ model.model_config has no `type`", "Qwen3Config"),
     ),
     Wrong(
-        name="complete weights, slicing forbidden, two processes",
-        env={"WORLD_SIZE": "2"},
-        add="load_checkpoint: qwen\nauto_trans_ckpt: False\nparallel_config: {data_parallel: 2}\n",
-        says=("@auto_trans@ auto_trans_ckpt = False: qwen holds complete weights, 2 processes run. "
-              "Set auto_trans_ckpt: True, or leave it out.",),
-    ),
-    Wrong(
-        name="weights of two ranks, slicing forbidden, one process",
-        add="load_checkpoint: ranks\nauto_trans_ckpt: False\n",
-        says=("@auto_trans@ auto_trans_ckpt = False: the weights are cut for 2 ranks, 1 of them",),
-    ),
-    Wrong(
         name="slicing of nothing",
         add="auto_trans_ckpt: True\n",
         says=("@auto_trans@ auto_trans_ckpt = True: there are no weights to cut",),
-    ),
-    Wrong(
-        name="the wrong format asserted",
-        add="load_checkpoint: qwen\nload_ckpt_format: ckpt\n",
-        says=("@load_ckpt_format@ load_ckpt_format = 'ckpt': qwen holds safetensors. "
-              "Nearest: safetensors.",),
-    ),
-    Wrong(
-        name="ckpt files",
-        add="load_checkpoint: old\nload_ckpt_format: ckpt\n",
-        says=("@load_checkpoint@ load_checkpoint = 'old': reading ckpt files is not built yet",),
     ),
     Wrong(
         name="a folder without weights",

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from tests.config.weight_files import MINDSPORE_CKPT
+
 RIGHT = """\
 seed: 7
 output_dir: ./out
@@ -87,7 +89,7 @@ def build(folder: Path) -> Path:
         rank_folder.mkdir(parents=True)
         (rank_folder / f"CKP_rank_{rank}-1_10.safetensors").write_bytes(b"")
     (folder / "old").mkdir()
-    (folder / "old" / "net.ckpt").write_bytes(b"")
+    (folder / "old" / "net.ckpt").write_bytes(MINDSPORE_CKPT)
     return folder
 
 

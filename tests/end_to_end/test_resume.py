@@ -32,6 +32,20 @@ CASES = {
             "model": {"model_config": {"attention_dropout": 0.1}},
         },
     ),
+    "two ranks, each tensor saved once, read once": (
+        2,
+        {
+            "runner_config": {"batch_size": 4},
+            "callbacks": [
+                {
+                    "type": "CheckpointMonitor",
+                    "save_checkpoint_steps": 10,
+                    "remove_redundancy": True,
+                }
+            ],
+            "balanced_load": True,
+        },
+    ),
     "sinks of five": (1, {"runner_config": {"sink_mode": True, "sink_size": 5}}),
     "a transformers module with dropout": (
         1,

@@ -9,12 +9,16 @@ import pytest
 import torch
 
 from launcher.errors import UserError
+from launcher.layout.box import whole
+from launcher.weights.links import linked, shapes_in_files
+from launcher.weights.memory import Shard
 from models.build import (
     blocks,
     build_model,
     hf_directory_files,
     initialise,
     initialise_shard,
+    links_of,
     materialise,
     no_weight_decay,
     parameter_count,
@@ -26,7 +30,7 @@ from models.transformers_model import TransformersModel
 from tests.models.tiny import dense_spec, module_spec, oracle, tokens
 
 OURS = dense_spec(type="Qwen3Config", head_dim=16)
-A_FEW = ["gpt_neox", "gpt2", "opt", "gemma2", "phi", "starcoder2", "bloom"]
+A_FEW = ["gpt_neox", "gpt2", "opt", "gemma2", "phi", "starcoder2", "bloom", "qwen2_moe"]
 
 
 def reference(model: TransformersModel) -> torch.nn.Module:
@@ -39,7 +43,7 @@ def reference(model: TransformersModel) -> torch.nn.Module:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("family", ["gpt_neox", "gpt2", "starcoder2"])
+@pytest.mark.parametrize("family", ["gpt_neox", "gpt2", "starcoder2", "qwen2_moe"])
 def test_names_and_values_of_a_saved_directory(family: str, tied: bool, tmp_path: Path) -> None:
     """A directory of save_pretrained has our names; loaded by them, the logits are equal."""
     from safetensors.torch import load_file
@@ -54,14 +58,18 @@ def test_names_and_values_of_a_saved_directory(family: str, tied: bool, tmp_path
     model = build_model(spec, dtype=torch.float32)
     assert all(p.is_meta for p in model.parameters())
     assert not any(b.is_meta for b in model.buffers())
-    assert {name for name, _ in model.named_parameters()} == set(files)
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    assert set(shapes_in_files(shapes, links_of(model))) == set(files)
     assert bool(tied_names(model)) == tied
 
     materialise(model, "cpu")
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(files[name])
-    for target, source in tied_names(model).items():
+    held = {
+        name: Shard(shapes[name], whole(shapes[name]), p.detach())
+        for name, p in model.named_parameters()
+    }
+    for name, shard in linked(held, links_of(model)).items():
+        shard.tensor.copy_(files[name])
+    for target, source in model.tied_names().items():
         assert model.get_parameter(target) is model.get_parameter(source)
     input_ids = tokens(2, 24)
     assert torch.equal(model.eval()(input_ids), module(input_ids).logits)
@@ -87,14 +95,14 @@ def check_family(family: str) -> None:
     assert isinstance(model, TransformersModel)
     initialise(model, spec, seed=0)
     module = reference(model)
-    expected = {model._on_disk(name): p for name, p in module.named_parameters()}
+    expected = dict(module.named_parameters())
     for name, parameter in model.named_parameters():
         if parameter.ndim == 1:
             assert torch.equal(parameter, expected[name]), name
         else:
-            assert parameter.std().item() == pytest.approx(expected[name].std().item(), rel=0.2), (
-                name
-            )
+            spread = 0.2 if parameter.numel() > 100 else 0.6
+            expected_std = pytest.approx(expected[name].std().item(), rel=spread)
+            assert parameter.std().item() == expected_std, name
     buffers = dict(module.named_buffers())
     assert all(torch.equal(buffer, buffers[name]) for name, buffer in model.named_buffers())
     assert len(blocks(model)) == 2
@@ -133,7 +141,7 @@ def test_refusals(name: str) -> None:
 
 UNKNOWN = {
     "no such type": ({"model_type": "qwn4"}, "transformers has no such model type"),
-    "stacked on disk": ({"model_type": "afmoe"}, "its files hold other tensors than the module"),
+    "fused on disk": ({"model_type": "sarvam_moe"}, "files hold other tensors than the module"),
 }
 
 
@@ -230,7 +238,8 @@ def test_sharded_on_meta_then_filled(kind: str, tied: bool, tmp_path: Path) -> N
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 shape = tuple(parameter.shape)
-                values = initialise_shard(name, shape, [0] * len(shape), shape, spec, 5)
+                ((file_name, _),) = shapes_in_files({name: shape}, links_of(model)).items()
+                values = initialise_shard(file_name, shape, [0] * len(shape), shape, spec, 5)
                 parameter.to_local().copy_(values)
         model(input_ids).pow(2).sum().backward()
         retie(model)

@@ -282,11 +282,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "model.model_config.type = Qwen3Confg: no such model type. did you mean `Qwen3Config`?",
     ),
     "mixture of experts": (
-        {"type": "Qwen2MoeConfig"},
-        "type = Qwen2MoeConfig needs another mixture of experts: not built yet. "
-        "Built: llama, mistral, qwen2, qwen3, qwen3_moe, mixtral, deepseek_v3, and dense",
+        {"type": "PhimoeConfig"},
+        "type = PhimoeConfig needs another mixture of experts: not built yet. "
+        "Built: llama, mistral, qwen2, qwen3, qwen3_moe, mixtral, deepseek_v3, deepseek_v2, dots1",
     ),
-    "deepseek": ({"type": "DeepseekV2Config"}, "needs another mixture of experts: not built yet"),
+    "deepseek": ({"type": "DeepseekV32Config"}, "needs another mixture of experts: not built yet"),
     "multimodal": ({"model_type": "qwen2_vl"}, "needs multimodal models: not built yet"),
     "recurrent": ({"type": "MambaConfig"}, "needs recurrent models: not built yet"),
     "unknown key": (
@@ -474,20 +474,42 @@ def test_problems_of_files_name_the_file() -> None:
     assert problems_of({}, base).startswith(
         "config.json: hidden_size = 100: cannot be divided by 8"
     )
-    assert "config.json: model_type = qwen2_moe needs another mixture" in problems_of(
-        {}, {"model_type": "qwen2_moe"}
+    assert "config.json: model_type = phimoe needs another mixture" in problems_of(
+        {}, {"model_type": "phimoe"}
     )
-    quantised = {"model_type": "deepseek_v3", "quantization_config": {"quant_method": "fp8"}}
-    assert (
-        "config.json: quantization_config needs quantised weights: not built yet. "
-        "Convert the weights to bfloat16, and take quantization_config out of their config.json."
-    ) in problems_of({}, quantised)
     groups = {"model_type": "deepseek_v3", "num_local_experts": 20}
     assert "config.json: n_routed_experts = 20: cannot be divided into 8" in problems_of({}, groups)
     other = problems_of({"type": "Qwen3Config"}, {"model_type": "llama"})
     assert "config.json of pretrained_model_dir says model_type llama" in other
     vision = {"model_type": "some_new_vl", "text_config": {"model_type": "llama"}}
     assert "needs multimodal models" in problems_of({}, vision)
+
+
+FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "qwen3", "glm4_moe"])
+def test_weights_in_8_bits_are_those_of_a_model_that_is_not(family: str) -> None:
+    spec = model_spec({}, {"model_type": family, "quantization_config": FP8})
+    assert "quantization_config" not in spec.hf_config
+    assert (
+        "config.json: quantization_config: FP8 weights are multiplied by their factors as they "
+        "are read"
+    ) in spec.notes
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"quant_method": "gptq", "bits": 4}, FP8 | {"weight_block_size": None}, FP8 |
+     {"weight_block_size": [128, 0]}, {"quant_method": "mxfp4"}, "fp8"],
+)  # fmt: skip
+def test_other_ways_to_quantise_are_refused(other: Any) -> None:
+    for family in ("deepseek_v3", "phi3"):
+        assert (
+            "config.json: quantization_config needs quantised weights: not built yet. "
+            "Give FP8 weights with a factor a block (quant_method fp8, weight_block_size "
+            "[128, 128]), or convert the weights to bfloat16"
+        ) in problems_of({}, {"model_type": family, "quantization_config": other})
 
 
 def test_all_problems_are_told_at_once_with_their_keys() -> None:

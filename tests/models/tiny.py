@@ -123,6 +123,13 @@ def module_spec(family: str, **model_config: Any) -> ModelSpec:
         "max_position_embeddings": 64, "sliding_window": 6, "window_size": 6, "rotary_dim": 4,
         "word_embed_proj_dim": 32, "query_pre_attn_scalar": 8, "n_inner": 48, "pad_token_id": 0,
         "bos_token_id": 1, "eos_token_id": 2, "attention_types": [[["global", "local"], 1]],
-    } | model_config  # fmt: skip
+        "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24, "shared_expert_intermediate_size": 40, "n_group": 1,
+        "topk_group": 1, "first_k_dense_replace": 1, "kv_lora_rank": 16, "q_lora_rank": 24,
+        "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8, "n_shared_experts": 1,
+    }  # fmt: skip
+    if "kv_lora_rank" in known:
+        wanted["num_key_value_heads"] = wanted["num_attention_heads"]
+    wanted |= model_config
     sizes = {key: value for key, value in wanted.items() if key in known}
     return model_spec({"type": TRANSFORMERS_MODULES[family], **sizes}, None)

@@ -135,8 +135,7 @@ def test_modules_of_transformers_continue_with_their_own_loop(family: str) -> No
     spec = module_spec(family)
     model = build_model(spec, dtype=torch.float32, device="cpu")
     module = oracle(spec)
-    state = {model._on_disk(k): v for k, v in module.state_dict().items()}
-    model.load_state_dict(state)
+    model.load_state_dict(module.state_dict())
     expected = [generated(module, p, max_new_tokens=8, do_sample=False) for p in PROMPTS]
     assert run(model, GenerationSettings(max_new_tokens=8)) == expected
     assert run(model, SAMPLED) == run(model, SAMPLED, batch_size=2)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import resource
 
 import pytest
 import torch
@@ -225,6 +227,19 @@ def test_rank_files_of_other_programs_and_mixed_runs_are_refused(tmp_path) -> No
     save_file({"w": torch.ones(2)}, foreign)
     with pytest.raises(UserError, match="does not say which part of the model it holds"):
         open_rank_files(tmp_path, [foreign])
+
+
+def test_a_save_may_have_more_files_than_a_process_opens_unasked(tmp_path) -> None:
+    tensors = {"w": torch.randn(40, 2)}
+    source = open_rank_files(tmp_path, save(tmp_path, tensors, Mesh(dp_shard=40)))
+    targets = empty_like(cut(tensors, Mesh(), 0))
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/dev/fd")) + 20, limits[1]))
+    try:
+        load(targets, source)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert torch.equal(targets["w"].tensor, tensors["w"])
 
 
 def test_a_merge_gives_back_every_byte_and_opens_by_index(tmp_path) -> None:

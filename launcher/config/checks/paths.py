@@ -1,24 +1,20 @@
 """Rules about files and folders: what a mode needs is there, and is what it is said to be.
 
-Names are looked at, no file is opened but the header of one rank file. A run that only saves its
-strategy (`only_save_strategy`) reads neither data nor weights: it needs none.
+Names are looked at, no file is opened (`weights` has the rules about weights). A run that only
+saves its strategy (`only_save_strategy`) reads no data: it needs none.
 """
 
 from __future__ import annotations
 
 import glob
-import json
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
 from launcher.config.checks.check import Check
-from launcher.config.derived import has_safetensors, has_tokenizer, tokenizer_dir
+from launcher.config.derived import has_tokenizer, tokenizer_dir
 from launcher.config.provenance import KeyProblem
 from launcher.config.schema import DataLoaderSection, DatasetSection
-from launcher.errors import UserError, did_you_mean
-from launcher.weights.formats.safetensors import read_header
-from launcher.weights.source import detect
+from launcher.errors import did_you_mean
 
 _BY_TYPE = {
     "suffixes": ("TextDataLoader",),
@@ -157,6 +153,15 @@ def named_paths(check: Check) -> Iterator[KeyProblem]:
             nearest=nearest_path(config.pretrained_model_dir),
             advice="Models are not downloaded: name a folder on this machine",
         )
+    strategy = config.src_strategy_path_or_dir
+    if strategy and not config.only_save_strategy and not Path(strategy).exists():
+        yield check.wrong(
+            "src_strategy_path_or_dir",
+            "there is no such path",
+            nearest=nearest_path(strategy),
+            advice="Name a strategy file, a merged one, or the folder strategy/ of the run that "
+            "wrote the weights",
+        )
     if config.register_path and not Path(config.register_path).exists():
         yield check.wrong(
             "register_path", "there is no such path", nearest=nearest_path(config.register_path)
@@ -167,141 +172,4 @@ def named_paths(check: Check) -> Iterator[KeyProblem]:
     if isinstance(prompt, str) and "/" in prompt and Path(prompt[:255]).is_dir():
         yield check.wrong(
             "input_data", "this is a folder", advice="Name a text file with one prompt a line"
-        )
-
-
-def weights(check: Check) -> Iterator[KeyProblem]:
-    """What load_checkpoint holds agrees with what is said about it."""
-    config, world = check.config, check.world_size
-    if config.only_save_strategy:
-        return
-    if not config.load_checkpoint:
-        yield from _no_checkpoint(check)
-        return
-    path = Path(config.load_checkpoint)
-    kind = detect(path) if path.exists() else "nothing"
-    if not path.exists():
-        if not _is_own_output(check, path):
-            yield check.wrong(
-                "load_checkpoint",
-                "there is no such path",
-                nearest=nearest_path(config.load_checkpoint),
-            )
-        return
-    if kind == "nothing" or path.suffix == ".ckpt":
-        yield from _nothing_to_read(check, path)
-        return
-    if config.load_ckpt_format == "ckpt":
-        yield check.wrong(
-            "load_ckpt_format",
-            f"{config.load_checkpoint} holds safetensors",
-            nearest="Nearest: safetensors",
-            advice="Or leave the key out",
-            also=("load_checkpoint",),
-        )
-    ranks = _rank_count(path)
-    if config.auto_trans_ckpt is False and world is not None:
-        if kind != "distributed" and world > 1:
-            found = f"{config.load_checkpoint} holds complete weights, {world} processes run"
-        elif kind == "distributed" and ranks != world:
-            found = f"the weights are cut for {ranks} ranks, {world} of them run"
-        else:
-            return
-        yield check.wrong(
-            "auto_trans_ckpt",
-            found,
-            advice="Set auto_trans_ckpt: True, or leave it out",
-            also=("load_checkpoint", "use_parallel"),
-        )
-
-
-def redundancy(check: Check) -> Iterator[KeyProblem]:
-    """remove_redundancy says of distributed weights what their files say of themselves."""
-    asserted, folder = check.config.remove_redundancy, Path(check.config.load_checkpoint or ".")
-    unread = check.config.only_save_strategy or not check.config.load_checkpoint
-    if asserted is None or unread or not folder.is_dir():
-        return  # complete weights hold each tensor once anyway
-    first = next(iter(sorted(folder.glob("rank_*/*.safetensors"))), None)
-    if first is None:
-        return
-    try:
-        said = read_header(first).metadata.get("remove_redundancy")
-    except UserError:
-        return  # a damaged file is told by whoever reads its tensors
-    if said in ("True", "False") and said != str(asserted):
-        yield check.wrong(
-            "remove_redundancy",
-            f"{first} says remove_redundancy {said}",
-            nearest=f"Nearest: {said}",
-            advice="Or leave the key out",
-            also=("load_checkpoint",),
-        )
-
-
-def _is_own_output(check: Check, path: Path) -> bool:
-    """A run that always resumes names the checkpoints it is going to write."""
-    if check.config.resume_training is not True:
-        return False
-    return path.resolve().is_relative_to(Path(check.config.output_dir).resolve())
-
-
-def _rank_count(path: Path) -> int:
-    """Ranks of the newest save; without manifests, the number of rank folders."""
-    folder = path.parent.parent if path.is_file() else path
-    newest = (0, 0)
-    for manifest in (folder / "manifest").glob("*.json"):
-        try:
-            content = json.loads(manifest.read_text())
-            newest = max(newest, (int(content["sequence"]), int(content["world_size"])))
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
-    return newest[1] or sum(
-        1 for child in folder.iterdir() if re.fullmatch(r"rank_\d+", child.name)
-    )
-
-
-def _no_checkpoint(check: Check) -> Iterator[KeyProblem]:
-    config = check.config
-    pretrained = config.pretrained_model_dir
-    has_weights = bool(pretrained) and has_safetensors(pretrained)
-    resumes = config.resume_training is not False
-    also = ("load_checkpoint", "pretrained_model_dir", "resume_training")
-    if check.mode == "finetune" and not has_weights and not resumes:
-        inside = f"{pretrained} holds no *.safetensors" if pretrained else ""
-        yield check.wrong(
-            "load_checkpoint",
-            "finetune starts from weights",
-            what=f"there are no weights to start from{': ' + inside if inside else ''}",
-            advice="Set load_checkpoint, or pretrained_model_dir to a folder with *.safetensors",
-            also=also,
-        )
-    elif config.auto_trans_ckpt and not has_weights and not resumes:
-        yield check.wrong(
-            "auto_trans_ckpt",
-            "there are no weights to cut",
-            advice="Set load_checkpoint, or leave auto_trans_ckpt out",
-            also=also,
-        )
-
-
-def _nothing_to_read(check: Check, path: Path) -> Iterator[KeyProblem]:
-    ckpt = path.suffix == ".ckpt" or (path.is_dir() and any(path.rglob("*.ckpt")))
-    if ckpt and check.config.load_ckpt_format == "safetensors":
-        yield check.wrong(
-            "load_ckpt_format",
-            f"{path} holds ckpt files, and reading them is not built yet",
-            advice="Convert them to safetensors",
-        )
-    elif ckpt:
-        yield check.wrong(
-            "load_checkpoint",
-            "reading ckpt files is not built yet",
-            advice="Convert them to safetensors",
-        )
-    elif check.config.resume_training is not True:
-        inner = path / "checkpoint"
-        yield check.wrong(
-            "load_checkpoint",
-            "it holds no weights (*.safetensors or rank_N folders)",
-            nearest=f"did you mean `{inner}`?" if inner.is_dir() else "",
         )

@@ -73,8 +73,8 @@ class CheckpointMonitorSection:
         False, "Set it to False", choices=(False, True, "thread", "process")
     )
     """Write in the background: True, `thread` or `process`."""
-    remove_redundancy: bool = not_built(False, "Set it to False")
-    """Write each tensor only once among its replicas."""
+    remove_redundancy: bool = False
+    """Write each shard once: of the ranks that hold a copy, one writes it."""
     save_trainable_params: bool = not_built(False, "Use save_network_params")
     """Also write the trainable weights alone."""
     save_checkpoint_seconds: int = not_built(0, "Use save_checkpoint_steps", minimum=0)

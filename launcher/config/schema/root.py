@@ -51,7 +51,6 @@ TRACKERS = (
     "dvclive",
 )
 _PROFILE = "the profiler is off"
-_OWN_LAYOUT = "Our checkpoints describe their own layout: leave it out"
 _ASCEND = "there is no Ascend device"
 _NEWER = "Use load_checkpoint, resume_training and the CheckpointMonitor callback"
 
@@ -107,8 +106,9 @@ class Config:
     """Assertion about load_checkpoint. Left out: seen from the files."""
     auto_trans_ckpt: bool | None = None
     """Assertion: weights may be cut for this run's layout. Left out: done where needed."""
-    src_strategy_path_or_dir: str = not_built("", _OWN_LAYOUT)
-    """Layout of distributed weights that do not describe it themselves."""
+    src_strategy_path_or_dir: str = ""
+    """Layout of distributed weights that do not describe it themselves, as MindSpore's do not: a
+    strategy file, a merged one, or a folder of them. Left out: the folder strategy/ beside them."""
     transform_process_num: int = no_effect(1, "every rank reads its own slices")
     """Ranks that convert."""
     transform_by_rank: bool = no_effect(False, "every rank reads its own slices")
@@ -168,14 +168,16 @@ class Config:
     micro_batch_interleave_num: int = effective(1, minimum=1)
     """Multiplies the samples of a micro step, which is computed in so many parts. Also accepted
     under parallel_config."""
-    balanced_load: bool = not_built(False, "Set it to False")
+    balanced_load: bool = False
     """Spread the reading of replicated weights over the ranks; `load_balanced` is the same key."""
     reshard_worker_num: int = no_effect(1, "reading decides by itself")
     """Threads that cut while loading."""
-    save_unified_checkpoint: bool = not_built(False, "Set it to False")
-    """Also write the re-sliced weights whole, to {output_dir}/unified_checkpoint."""
-    save_converted_checkpoint: bool = not_built(False, "Set it to False")
-    """Also write converted weights, to {output_dir}/ms_safetensors."""
+    save_unified_checkpoint: bool = False
+    """Distributed weights that are loaded are also written whole, to
+    {output_dir}/unified_checkpoint. A former copy there is replaced, nothing else."""
+    save_converted_checkpoint: bool = False
+    """Complete Hugging Face weights that are loaded are also written in MindSpore's form, to
+    {output_dir}/ms_safetensors. A former copy there is replaced, nothing else."""
     print_separate_loss: bool = no_effect(True, "a dense model has one loss")
     """Print the parts of the loss."""
     check_for_nan_in_loss_and_grad: bool = False

@@ -11,9 +11,10 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import stat
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,6 +35,8 @@ MAX_HEADER_BYTES = 100_000_000
 """The format's own limit."""
 
 MAX_DIMS = 64
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+"""The escape of half a character, as JSON has it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +66,8 @@ class Header:
     file_bytes: int
     digest: str
     """xxh3_64 of the header bytes, in hex."""
+    modified: int | None = None
+    """When the file was written last, in nanoseconds; None where nobody asked."""
 
 
 def read_header(path: Path) -> Header:
@@ -82,7 +87,7 @@ def read_header(path: Path) -> Header:
             raw = file.read(length)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
-    return parse_header(path, raw, found.st_size)
+    return replace(parse_header(path, raw, found.st_size), modified=found.st_mtime_ns)
 
 
 def parse_header(path: Path, raw: bytes, file_bytes: int) -> Header:
@@ -105,11 +110,20 @@ def _parse(path: Path, raw: bytes) -> dict[str, Any]:
         return result
 
     try:
-        content = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
+        content = parse_json(raw.decode("utf-8"), unique)
     except (ValueError, RecursionError) as error:
         raise _broken(path, f"its header is not JSON ({error})") from error
     if not isinstance(content, dict):
         raise _broken(path, "its header is not a JSON map")
+    return content
+
+
+def parse_json(text: str, pairs_hook: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
+    """What the JSON `text` says. Raises ValueError, also for texts in it that cannot be printed,
+    and RecursionError."""
+    content = json.loads(text, object_pairs_hook=pairs_hook)
+    if _SURROGATE.search(text):
+        json.dumps(content, ensure_ascii=False).encode()
     return content
 
 
@@ -119,7 +133,7 @@ def _entry(path: Path, name: str, value: Any, data_start: int) -> Entry:
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
         raise _broken(path, f"`{name}` has the unknown dtype {dtype!r}")
-    if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2:
+    if not are_naturals(shape) or not are_naturals(offsets) or len(offsets) != 2:
         raise _broken(path, f"`{name}` has shape {shape!r} and offsets {offsets!r}")
     begin, end = offsets
     if end - begin != math.prod(shape) * ITEM_BYTES[dtype]:
@@ -127,8 +141,8 @@ def _entry(path: Path, name: str, value: Any, data_start: int) -> Entry:
     return Entry(dtype, tuple(shape), data_start + begin, data_start + end)
 
 
-def _naturals(value: Any) -> bool:
-    """Whether `value` is a list of numbers a file can have: not negative, below 2^63."""
+def are_naturals(value: Any) -> bool:
+    """Whether `value` is a list of sizes a file can have: not negative, below 2^63, few."""
     if not isinstance(value, list) or len(value) > MAX_DIMS:
         return False
     return all(type(n) is int and 0 <= n < 1 << 63 for n in value)

@@ -1,38 +1,246 @@
-"""Files of torch (`.pt`, `.bin`, `.ckpt`): where each tensor lies in the zip archive.
+"""Files of torch (`.pt`, `.pth`, `.bin`, `.ckpt`): which tensors they hold, and where.
 
-Owns the way from a pickle to offsets. Nothing in it is executed: torch reads it, `weights_only`,
-and no tensor is loaded, only where its storage lies.
+Owns the way from the pickle of `torch.save` to entries with offsets and strides. Torch-free.
+Invariants: nothing in a file is run and no tensor is loaded; a header is believed only after the
+span of every tensor has been checked against its storage, and the storage against the file.
 """
 
 from __future__ import annotations
 
+import math
 import os
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+import xxhash
 
 from launcher.errors import UserError
-from launcher.weights.formats.safetensors import Entry, Header
+from launcher.layout.box import Shape
+from launcher.weights.formats.pickles import (
+    BrokenPickleError,
+    Call,
+    Named,
+    RefusedCallError,
+    read_pickle,
+)
+from launcher.weights.formats.safetensors import ITEM_BYTES, MAX_DIMS, Entry, Header
+from launcher.weights.formats.torch_archive import Archive, Span, broken
+
+WEIGHT_KEYS = ("state_dict", "model", "module", "model_state_dict")
+"""Where the weights are in a file that holds more than weights."""
+_DEPTH = 4
+"""Maps inside maps that are looked into for weights."""
+
+_STORAGES = {
+    "Float": "F32", "Double": "F64", "Half": "F16", "BFloat16": "BF16", "ComplexFloat": "C64",
+    "Long": "I64", "Int": "I32", "Short": "I16", "Char": "I8", "Byte": "U8", "Bool": "BOOL",
+}  # fmt: skip
+_DTYPES = {
+    "float32": "F32", "float64": "F64", "float16": "F16", "bfloat16": "BF16", "complex64": "C64",
+    "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8", "bool": "BOOL",
+    "uint64": "U64", "uint32": "U32", "uint16": "U16", "uint8": "U8",
+    "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "float8_e8m0fnu": "F8_E8M0",
+}  # fmt: skip
+_NO_TENSORS = (
+    "torch.Size", "torch.device", "torch.serialization._get_layout",
+    "_codecs.encode", "collections.Counter",
+    "builtins.set", "builtins.frozenset", "builtins.bytearray", "builtins.complex",
+    "__builtin__.set", "__builtin__.frozenset", "__builtin__.bytearray", "__builtin__.complex",
+)  # fmt: skip
+"""Makers of plain values, by their names in Python 3 and 2."""
+_PLAIN_TYPES = ("torch.Tensor", "torch.nn.parameter.Parameter", "torch.nn.parameter.Buffer")
+
+
+@dataclass(frozen=True, slots=True)
+class _Storage:
+    """The memory that tensors are views of: its member, and the dtype torch has for it."""
+
+    key: str
+    dtype: str
+    """A name of the safetensors format, or of torch when that has none; empty: bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Tensor:
+    """A view of a storage. Offset and strides are in elements."""
+
+    storage: _Storage
+    offset: int
+    shape: Shape
+    strides: Shape
+    dtype: str
 
 
 def read_header(path: Path) -> Header:
-    """The tensors of the torch file at `path`, as entries with strides. Raises `UserError`."""
-    try:
-        with FakeTensorMode():
-            content: Any = torch.load(path, weights_only=True, map_location="cpu")
-    except Exception as error:
-        raise UserError(f"{path} cannot be read ({error})") from error
-    from launcher.weights.memory import DTYPE_NAMES
+    """The tensors of the file of torch at `path`, as entries with strides.
 
-    entries = {}
-    for name, tensor in content.items():
-        storage = tensor.untyped_storage()
-        item = tensor.element_size()
-        start = storage._checkpoint_offset + tensor.storage_offset() * item
-        entries[name] = Entry(
-            DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), start,
-            start + tensor.numel() * item, tuple(tensor.stride()),
-        )  # fmt: skip
-    return Header(entries, {}, 0, os.stat(path).st_size, "")
+    A file that holds more than weights (`{"state_dict": ..., "epoch": 3}`) gives its weights; what
+    is no tensor is left out. Raises `UserError`.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        with open(descriptor, "rb") as file:
+            archive = Archive(path, file)
+            archive.check_byte_order()
+            pickled = archive.read("data.pkl")
+            tensors = _weights(path, _content(path, pickled))
+            spans = {key: archive.span(f"data/{key}") for key in _keys(tensors)}
+            entries = {
+                name: _entry(path, name, tensor, spans[tensor.storage.key])
+                for name, tensor in tensors.items()
+            }
+            digest = xxhash.xxh3_64_hexdigest(pickled)
+            modified = os.fstat(descriptor).st_mtime_ns
+            return Header(entries, {}, 0, archive.file_bytes, digest, modified)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _content(path: Path, pickled: bytes) -> Any:
+    try:
+        return read_pickle(pickled, _CALLS, _storage)
+    except RefusedCallError as error:
+        raise UserError(
+            f"{path} wants to call {error}",
+            rule="tensors, numbers, texts, lists and maps are read, and nothing in a file is run",
+            advice="If you trust its origin, load it there and save its tensors alone: "
+            "torch.save(module.state_dict(), path)",
+        ) from None
+    except BrokenPickleError as error:
+        raise broken(path, f"its data.pkl cannot be read ({error})") from error
+
+
+def _weights(path: Path, content: Any) -> dict[str, _Tensor]:
+    """Name to tensor: of the map itself, or of the one map inside it that weights are put in."""
+    for _ in range(_DEPTH):
+        if not isinstance(content, dict):
+            break
+        inner = [key for key in WEIGHT_KEYS if _has_tensors(content.get(key), _DEPTH)]
+        if len(inner) > 1:
+            raise UserError(
+                f"{path} holds weights as {' and as '.join(map(repr, inner))}",
+                rule="a file of weights holds one set of them",
+                advice="Save the one you mean alone: torch.save(weights, path)",
+            )
+        if not inner:
+            break
+        content = content[inner[0]]
+    found = content.items() if isinstance(content, dict) else ()
+    tensors = {name: value for name, value in found if isinstance(value, _Tensor)}
+    if not tensors:
+        raise UserError(
+            f"{path} holds no weights",
+            rule="a map from name to tensor is expected, alone or under "
+            + ", ".join(map(repr, WEIGHT_KEYS)),
+            nearest=f"It holds: {', '.join(list(content)[:5])[:200]}" if found else "",
+            advice="Save it as torch.save(module.state_dict(), path)",
+        )
+    return tensors
+
+
+def _has_tensors(content: Any, depth: int) -> bool:
+    if not isinstance(content, dict) or not depth:
+        return False
+    return any(isinstance(value, _Tensor) for value in content.values()) or any(
+        _has_tensors(content.get(key), depth - 1) for key in WEIGHT_KEYS
+    )
+
+
+def _keys(tensors: Mapping[str, _Tensor]) -> set[str]:
+    return {tensor.storage.key for tensor in tensors.values()}
+
+
+def _entry(path: Path, name: str, tensor: _Tensor, span: Span) -> Entry:
+    item = ITEM_BYTES.get(tensor.dtype)
+    if item is None:
+        raise UserError(
+            f"{path}: `{name}` has the dtype {tensor.dtype}",
+            rule=f"these are read: {', '.join(_DTYPES)}",
+            advice="Save it with one of them",
+        )
+    last = 0
+    if math.prod(tensor.shape):
+        reach = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.strides, strict=True))
+        last = (tensor.offset + reach + 1) * item
+    if last > span.length:
+        raise broken(path, f"`{name}` ends at byte {last} of a storage of {span.length}")
+    start = span.start + (tensor.offset * item if last else 0)
+    stop = span.start + last if last else start
+    return Entry(tensor.dtype, tensor.shape, start, stop, tensor.strides)
+
+
+def _storage(identity: Any) -> _Storage:
+    """The storage that a persistent id is of: ("storage", class, key, device, length)."""
+    kind, storage_class, key, *_ = identity
+    if kind != "storage" or not isinstance(storage_class, Named) or not isinstance(key, str):
+        raise ValueError("a persistent id is not that of a storage")
+    name = storage_class.name.rpartition(".")[2].removesuffix("Storage")
+    return _Storage(key, "" if name == "Untyped" else _STORAGES.get(name, name))
+
+
+def _tensor(
+    storage: Any, offset: Any, shape: Any, strides: Any, dtype: str, bits: Any = None
+) -> _Tensor:
+    numbers = (offset, *shape, *strides)
+    if not isinstance(storage, _Storage) or len(shape) != len(strides) or len(shape) > MAX_DIMS:
+        raise ValueError("a tensor has no storage, or not one stride for each dim")
+    if not all(type(n) is int and 0 <= n < 1 << 63 for n in numbers):
+        raise ValueError("the shape, offset or strides of a tensor are no natural numbers")
+    if isinstance(bits, dict) and any(bits.values()):
+        # Values are stored as they were before they were conjugated or negated.
+        dtype = " ".join([dtype, *sorted(bits)])
+    return _Tensor(storage, offset, tuple(shape), tuple(strides), dtype)
+
+
+def _rebuild_tensor(
+    storage: Any, offset: Any, shape: Any, strides: Any, grad: Any = None, hooks: Any = None,
+    bits: Any = None,
+) -> _Tensor:  # fmt: skip
+    return _tensor(storage, offset, shape, strides, storage.dtype, bits)
+
+
+def _rebuild_tensor_v3(
+    storage: Any, offset: Any, shape: Any, strides: Any, grad: Any, hooks: Any, dtype: Any,
+    bits: Any = None,
+) -> _Tensor:  # fmt: skip
+    name = dtype.name.removeprefix("torch.")
+    return _tensor(storage, offset, shape, strides, _DTYPES.get(name, name), bits)
+
+
+def _rebuild_parameter(tensor: Any, *_: Any) -> Any:
+    return tensor
+
+
+def _rebuild_from_type(function: Any, kind: Any, arguments: Any, *_: Any) -> Any:
+    """A tensor with attributes, which are left out."""
+    if kind.name not in _PLAIN_TYPES or function.name not in _TENSOR_CALLS:
+        raise RefusedCallError(f"{function.name} for a {kind.name}")
+    return _TENSOR_CALLS[function.name](*arguments)
+
+
+def _no_tensor(*_: Any) -> None:
+    """What is no tensor is left out."""
+
+
+def _map(items: Any = (), *_: Any) -> dict[str, Any]:
+    pairs = items.items() if isinstance(items, dict) else items
+    return {key: value for key, value in pairs if isinstance(key, str)}
+
+
+_TENSOR_CALLS: dict[str, Call] = {
+    "torch._utils._rebuild_tensor": _rebuild_tensor,
+    "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
+    "torch._utils._rebuild_tensor_v3": _rebuild_tensor_v3,
+}
+_CALLS: dict[str, Call] = {
+    **_TENSOR_CALLS,
+    "torch._utils._rebuild_parameter": _rebuild_parameter,
+    "torch._utils._rebuild_parameter_with_state": _rebuild_parameter,
+    "torch._tensor._rebuild_from_type_v2": _rebuild_from_type,
+    "collections.OrderedDict": _map,
+    "collections.defaultdict": lambda *_: {},
+    **dict.fromkeys(_NO_TENSORS, _no_tensor),
+}
+"""What a pickle of torch may call, and what is done in its place."""

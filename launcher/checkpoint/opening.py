@@ -1,0 +1,131 @@
+"""Opening: the weights a path means, whatever form they have.
+
+Owns which files are read: complete weights, a single file, or the rank files of one save. Of rank
+files the newest save counts: by its manifest, and where there is none by the numbers in names. A
+rank file stands for its save. Files of MindSpore do not say how they are cut: its strategy files
+do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+
+from launcher.checkpoint.store import Published, is_unfinished, published
+from launcher.checkpoint.whole import (
+    Found,
+    OpenFiles,
+    RankFile,
+    Say,
+    newest_whole,
+    rank_files_of,
+    whole_source,
+)
+from launcher.errors import Problem, UserError
+from launcher.parallel.world import World
+from launcher.weights.distributed import check_copies, open_rank_files
+from launcher.weights.rank_folders import newest, save_of
+from launcher.weights.saves import describes_itself, strategy_of
+from launcher.weights.source import Source, detect, open_complete
+
+
+def open_weights(path: Path, world: World, say: Say, *, strategy: str = "") -> Source:
+    """The weights at `path`: complete, one file, or rank files. Called by all ranks together.
+
+    `strategy` is where the strategy files lie, for rank files that need them; left out, the folder
+    `strategy/` beside the rank files' own. Raises `UserError`.
+    """
+    kind = detect(path)
+    if kind == "nothing":
+        raise UserError(
+            f"{path} holds no weights",
+            rule="weights are *.safetensors, files of torch, or folders rank_0/, rank_1/, ...",
+            advice="Give a folder or a file of weights",
+        )
+    if path.is_dir() and path.name.startswith("rank_"):
+        raise UserError(
+            f"{path} is the folder of one rank",
+            rule="a checkpoint is all of them",
+            nearest=f"did you mean `{path.parent}`?",
+        )
+    if kind != "distributed":
+        return open_complete(path)
+    root = path.parent.parent if path.is_file() else path
+    candidates = world.from_main(published(root))
+    if path.is_file():
+        candidates = [found for found in candidates if path in found.files]
+    elif candidates:
+        candidate, source = newest_whole(candidates, world, say, data=False)
+        say(f"{path}: checkpoint {candidate.name}")
+        return source
+    elif any(root.glob("rank_*/*.safetensors")) and is_unfinished(root):
+        raise UserError(
+            f"{path} holds rank folders, but no checkpoint that was finished",
+            rule="a save counts when the files of all ranks are written",
+            advice="Give another folder",
+        )
+    return _open_save(path, root, candidates, world, say, strategy)
+
+
+def _open_save(
+    path: Path, root: Path, candidates: Sequence[Published], world: World, say: Say, strategy: str
+) -> Source:
+    """The source of one save: a published one, or what the names of files say."""
+    if candidates:
+        label, files = str(candidates[0].name), rank_files_of(candidates[0])
+    else:
+        save = save_of(path) if path.is_file() else newest(path)
+        label, files = save.label, [RankFile(file) for file in save.in_rank_order]
+    ours = _describe_themselves([file.path for file in files])
+    open_files = open_rank_files if ours else _with_strategy(root, strategy)
+    found = whole_source(root, files, world, open_files, data=False)
+    if found.source is None:
+        raise _not_whole(label, found)
+    if ours and not candidates:
+        _check_unpublished(found.source, world)
+    found.tell(say)
+    say(f"{path}: checkpoint {label}")
+    return found.source
+
+
+def _describe_themselves(files: Sequence[Path]) -> bool:
+    """Whether rank files say which part of the model they hold, by the first that can be read."""
+    first_error = None
+    for file in files:
+        try:
+            return describes_itself(file)
+        except UserError as error:
+            first_error = first_error or error
+    assert first_error is not None
+    raise first_error
+
+
+def _with_strategy(root: Path, strategy: str) -> OpenFiles:
+    """Opens rank files of MindSpore by its strategy files, as `root` or `strategy` have them."""
+    known = strategy_of(root, Path(strategy) if strategy else None)
+    if known is None:
+        return open_rank_files  # which says what is missing
+    # By name: few runs read files of MindSpore.
+    opener = import_module("launcher.weights.mindspore").open_mindspore_ranks
+    return partial(opener, strategy=known)
+
+
+def _check_unpublished(source: Source, world: World) -> None:
+    """Check files that no manifest vouches for; one rank reads, all hear what it found."""
+    problems = None
+    if world.is_main:
+        try:
+            check_copies(source)
+        except UserError as error:
+            problems = error.problems
+    problems = world.from_main(problems)
+    if problems:
+        raise UserError(problems)
+
+
+def _not_whole(label: str, found: Found) -> UserError:
+    """What is wrong with a save that the user chose."""
+    damage = [Problem(what=text, advice="Choose another checkpoint") for text in found.faults]
+    return UserError([*damage, *(found.error.problems if found.error else ())])

@@ -1,0 +1,122 @@
+"""Whole or not: the rank files of one save, checked by all ranks together.
+
+Owns what makes a file count: it is there, it has the size and the header its manifest gives, and,
+before a run is resumed, its bytes have their checksums (weights alone are checked as they are
+loaded: `launcher.weights.recheck`). Each rank takes its share of the files, all hear the same.
+A file that does not count is as good as missing: where the files of other ranks hold all that it
+held, they stand in for it, and that is said.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from launcher.checkpoint.store import Published
+from launcher.errors import UserError
+from launcher.parallel.world import World
+from launcher.weights.checksums import file_faults
+from launcher.weights.distributed import open_rank_files
+from launcher.weights.source import Source
+
+FAULTS_SHOWN = 3
+"""Faults told of one save."""
+
+
+Say = Callable[[str], None]
+OpenFiles = Callable[[Path, Sequence[Path]], Source]
+"""Makes a source of the rank files of one save."""
+
+
+@dataclass(frozen=True)
+class RankFile:
+    """A rank file and what a manifest says of it, where there is one."""
+
+    path: Path
+    nbytes: int | None = None
+    header_digest: str | None = None
+
+
+@dataclass(frozen=True)
+class Found:
+    """What the files of a save amount to."""
+
+    source: Source | None
+    """Of the files that count; None where they do not hold everything."""
+    faults: Sequence[str] = ()
+    """What is wrong with the files that do not."""
+    error: UserError | None = None
+    """Why the files that count are no source."""
+
+    def tell(self, say: Say) -> None:
+        """Say what is wrong with the files of a source that does without them."""
+        for line in (*self.faults[:FAULTS_SHOWN], *(self.source.remarks if self.source else ())):
+            say(line)
+
+
+def newest_whole(
+    candidates: Sequence[Published], world: World, say: Say,
+    lacks: Callable[[Published], str] = lambda candidate: "", *, data: bool = True,
+) -> tuple[Published, Source]:  # fmt: skip
+    """The last of `candidates` that is whole, and its source; those passed over are named.
+
+    `lacks` says what else keeps one from being used; `data` is that of `whole_source`. Raises
+    `UserError` when none can be.
+    """
+    for candidate in reversed(candidates):
+        found = whole_source(candidate.root, rank_files_of(candidate), world, data=data)
+        lack = lacks(candidate)
+        if found.source is not None and not lack:
+            found.tell(say)
+            return candidate, found.source
+        reasons = [*found.faults[:FAULTS_SHOWN], lack or str(found.error or "")]
+        say(f"passed over {candidate.name}: {'; '.join(filter(None, reasons))}")
+    raise UserError(
+        f"no checkpoint in {candidates[-1].root} is whole",
+        rule=f"{len(candidates)} were tried, see above",
+        advice="Give another folder as load_checkpoint, or start anew without resume_training",
+    )
+
+
+def rank_files_of(candidate: Published) -> list[RankFile]:
+    """The rank files of a checkpoint, with what its manifest says of them."""
+    return [
+        RankFile(path, record["bytes"], record.get("header_xxh3_64"))
+        for path, record in zip(candidate.files, candidate.manifest["files"], strict=True)
+    ]
+
+
+def whole_source(
+    root: Path,
+    files: Sequence[RankFile],
+    world: World,
+    open_files: OpenFiles = open_rank_files,
+    *,
+    data: bool = True,
+) -> Found:
+    """The source in `root` made of those `files` that are whole, and what is wrong with the others.
+
+    Called by all ranks together. `open_files` makes a source of files. `data` False does not read
+    what is behind the headers.
+    """
+    share = range(world.rank, len(files), world.size)
+    mine = {index: _faults(files[index], data) for index in share}
+    by_index = {index: found for part in world.gather(mine) for index, found in part.items()}
+    faults = [text for index in sorted(by_index) for text in by_index[index]]
+    whole = [file.path for index, file in enumerate(files) if not by_index[index]]
+    if not whole:
+        return Found(None, faults)
+    try:
+        return Found(open_files(root, whole), faults)
+    except UserError as error:
+        return Found(None, faults, error)
+
+
+def _faults(file: RankFile, data: bool) -> list[str]:
+    if not file.path.is_file():
+        return [f"{file.path} is missing"]
+    found = file.path.stat().st_size
+    if file.nbytes is not None and found != file.nbytes:
+        return [f"{file.path} has {found} bytes instead of {file.nbytes}"]
+    return file_faults(file.path, header_digest=file.header_digest, data=data)

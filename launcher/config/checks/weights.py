@@ -1,0 +1,253 @@
+"""Rules about weights: what is said of them agrees with what the files are.
+
+Owns the table of `docs/weights.md`: which files may be loaded by one process or by several, with
+and without being cut anew. Headers are read as plain JSON, tensors never. A run that only saves its
+strategy (`only_save_strategy`) reads no weights: it needs none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from launcher.config.checks.check import Check
+from launcher.config.checks.found import Files, files_of
+from launcher.config.checks.paths import nearest_path
+from launcher.config.derived import mesh_of
+from launcher.config.provenance import KeyProblem
+from launcher.errors import UserError
+from launcher.layout.mesh import Mesh
+from launcher.weights.copies import FOLDERS, foreign
+from launcher.weights.distributed import REDUNDANCY, layout_text
+from launcher.weights.formats import header_of
+
+_KEYS = ("load_checkpoint", "pretrained_model_dir", "use_parallel")
+
+
+def weights(check: Check) -> Iterator[KeyProblem]:
+    """There are weights where they are named, or needed."""
+    config = check.config
+    if config.only_save_strategy:
+        return
+    path, found = Path(config.load_checkpoint), files_of(check)
+    if not config.load_checkpoint:
+        if found is None:
+            yield from _no_weights(check)
+    elif not path.exists():
+        if not _is_own_output(check, path):
+            yield check.wrong(
+                "load_checkpoint",
+                "there is no such path",
+                nearest=nearest_path(config.load_checkpoint),
+            )
+    elif found is None and config.resume_training is not True:
+        inner = path / "checkpoint"
+        yield check.wrong(
+            "load_checkpoint",
+            "it holds no weights (*.safetensors, files of torch, or rank_N folders)",
+            nearest=f"did you mean `{inner}`?" if inner.is_dir() else "",
+        )
+
+
+def _is_own_output(check: Check, path: Path) -> bool:
+    """A run that always resumes names the checkpoints it is going to write."""
+    if check.config.resume_training is not True:
+        return False
+    return path.resolve().is_relative_to(Path(check.config.output_dir).resolve())
+
+
+def _no_weights(check: Check) -> Iterator[KeyProblem]:
+    config = check.config
+    also = ("load_checkpoint", "pretrained_model_dir", "resume_training")
+    if config.resume_training is not False:
+        return  # the first start of a run that always resumes
+    if check.mode == "finetune":
+        pretrained = config.pretrained_model_dir
+        inside = f": {pretrained} holds no *.safetensors" if pretrained else ""
+        yield check.wrong(
+            "load_checkpoint",
+            "finetune starts from weights",
+            what=f"there are no weights to start from{inside}",
+            advice="Set load_checkpoint, or pretrained_model_dir to a folder with *.safetensors",
+            also=also,
+        )
+    elif config.auto_trans_ckpt:
+        yield check.wrong(
+            "auto_trans_ckpt",
+            "there are no weights to cut",
+            advice="Set load_checkpoint, or leave auto_trans_ckpt out",
+            also=also,
+        )
+
+
+def file_format(check: Check) -> Iterator[KeyProblem]:
+    """The files have a format that is read, and load_ckpt_format says which."""
+    found = None if check.config.only_save_strategy else files_of(check)
+    if found is None or found.one is None:
+        return
+    is_safetensors = _is_safetensors(found.one)
+    if not is_safetensors:
+        try:
+            _refuse_unread(found)
+        except UserError as error:
+            for problem in error.problems:
+                yield check.wrong(
+                    "load_checkpoint", problem.rule, what=problem.what, advice=problem.advice,
+                    also=("pretrained_model_dir",),
+                )  # fmt: skip
+            return
+    name = "safetensors" if is_safetensors else "ckpt"
+    if check.config.load_ckpt_format not in (None, name):
+        yield check.wrong(
+            "load_ckpt_format",
+            f"{found.path} holds {'safetensors' if is_safetensors else 'files of torch (ckpt)'}",
+            nearest=f"Nearest: {name}",
+            advice="Or leave the key out",
+            also=("load_checkpoint",),
+        )
+
+
+def _is_safetensors(file: Path) -> bool:
+    """By content: JSON stands behind the length of the header. An empty file is what it is named.
+    """  # fmt: skip
+    try:
+        with file.open("rb") as opened:
+            start = opened.read(9)
+    except OSError:
+        return True  # told by whoever reads its tensors
+    return start[8:] == b"{" if len(start) == 9 else file.suffix == ".safetensors"
+
+
+def _refuse_unread(found: Files) -> None:
+    """Raise `UserError` for a format that is known and not read; torch need not be loaded here."""
+    assert found.one is not None
+    with found.one.open("rb") as opened:
+        is_torch = opened.read(4) == b"PK\x03\x04"
+    if found.kind == "distributed" and is_torch:
+        raise UserError(
+            f"{found.one} is a file of torch",
+            rule="rank files are safetensors",
+            advice="Convert them: python -m launcher.tools.ckpt_to_safetensors",
+        )
+    if not is_torch:
+        header_of(found.one)
+
+
+def cutting(check: Check) -> Iterator[KeyProblem]:
+    """auto_trans_ckpt: False asserts that no weights need to be cut or put together."""
+    config = check.config
+    found = None if config.only_save_strategy else files_of(check)
+    if config.auto_trans_ckpt is not False or found is None:
+        return
+    mesh = _mesh(check)
+    if mesh is None:
+        return
+    several = mesh.world_size > 1 if config.use_parallel is None else config.use_parallel
+    if found.kind != "distributed":
+        processes = f"{mesh.world_size} processes run" if mesh.world_size > 1 else (
+            "use_parallel is True")  # fmt: skip
+        wrong = f"{found.path} holds complete weights, {processes}" if several else ""
+    else:
+        wrong = _other_layout(check, found, mesh)
+    if wrong:
+        yield check.wrong(
+            "auto_trans_ckpt",
+            wrong,
+            advice="Set auto_trans_ckpt: True, or leave it out",
+            also=_KEYS,
+        )
+
+
+def _mesh(check: Check) -> Mesh | None:
+    try:
+        return mesh_of(check.config)
+    except ValueError:
+        return None  # told by a rule of its own
+
+
+def _other_layout(check: Check, found: Files, mesh: Mesh) -> str:
+    """How the layout of the files differs from that of the run; empty when it does not, or when
+    the files do not say."""
+    if isinstance(check.config.resume_training, str) and check.trains:
+        return ""  # which save it is, is seen when it is opened
+    ranks, sizes = found.ranks, _without_ones(found.note.mesh if found.note else {})
+    if ranks is None:
+        return ""
+    same = ranks == mesh.world_size
+    if sizes and check.lays_out:  # else the axes are unknown, and boxes are compared later
+        same = same and sizes == _without_ones(mesh.sizes())
+    if same:
+        return ""
+    return (
+        f"{found.path} was written by {layout_text(ranks, sizes)}, "
+        f"this run has {layout_text(mesh.world_size, mesh.sizes())}"
+    )
+
+
+def _without_ones(sizes: Mapping[str, int]) -> dict[str, int]:
+    """Axes of one rank say nothing; older files do not name them all."""
+    return {axis: size for axis, size in sizes.items() if size > 1}
+
+
+def redundancy(check: Check) -> Iterator[KeyProblem]:
+    """remove_redundancy says of distributed weights what their files say of themselves."""
+    asserted = check.config.remove_redundancy
+    found = None if check.config.only_save_strategy else files_of(check)
+    if asserted is None or found is None or found.kind != "distributed" or found.header is None:
+        return  # complete weights hold each tensor once anyway
+    said = found.header.metadata.get(REDUNDANCY)
+    if said in ("True", "False") and said != str(asserted):
+        yield check.wrong(
+            "remove_redundancy",
+            f"{found.one} says remove_redundancy {said}",
+            nearest=f"Nearest: {said}",
+            advice="Or leave the key out",
+            also=("load_checkpoint",),
+        )
+
+
+def copies(check: Check) -> Iterator[KeyProblem]:
+    """Copies of weights replace only what a former run wrote as one."""
+    for key, folder in FOLDERS.items():
+        asked = bool(check.value(key)) and not check.config.only_save_strategy
+        reason = foreign(Path(check.config.output_dir) / folder, key) if asked else ""
+        if reason:
+            yield check.wrong(
+                key,
+                "only a copy that a former run wrote is replaced",
+                what=reason,
+                advice="Move it away, or give another output_dir",
+                also=("output_dir",),
+            )
+
+
+def warnings(check: Check) -> list[str]:
+    """What is said of weights and not needed, one line each."""
+    config, found = check.config, files_of(check)
+    if config.only_save_strategy:
+        return []
+    reasons: dict[str, str] = {}
+    if config.use_parallel and check.world_size == 1:
+        reasons["use_parallel"] = "not needed, one process was started (see torchrun)"
+    if found is None:
+        return _lines(check, reasons)
+    whole = found.kind != "distributed"
+    held = f"{found.path} holds complete weights"
+    if config.auto_trans_ckpt and whole and check.world_size == 1:
+        reasons["auto_trans_ckpt"] = f"not needed, {held}, and one process loads them"
+    if whole or found.note is not None:
+        reason = held if whole else f"the files of {found.path} describe their layout"
+        reasons["src_strategy_path_or_dir"] = f"not needed, {reason}"
+    if whole:
+        reasons["save_unified_checkpoint"] = f"not needed, {held}"
+    if not whole or found.is_mindspore:
+        reason = "are in MindSpore's form already" if whole else "are distributed"
+        reasons["save_converted_checkpoint"] = f"no effect, the weights in {found.path} {reason}"
+    return _lines(check, {key: why for key, why in reasons.items() if check.value(key)})
+
+
+def _lines(check: Check, reasons: dict[str, str]) -> list[str]:
+    return [
+        f"{check.provenance.where(key)}: {key} = {check.value(key)!r}: {reason}"
+        for key, reason in reasons.items()
+    ]

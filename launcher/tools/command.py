@@ -1,0 +1,88 @@
+"""What the offline commands share: their parser, their progress and their exit codes.
+
+Owns how a command answers. Mistakes on the command line are told like all others, with the nearest
+option there is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from launcher.errors import EXIT_SIGINT, EXIT_USER, UserError, did_you_mean
+from launcher.report.console import Console
+
+Progress = Callable[[int, int], None]
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose mistakes are `UserError`s; options are never abbreviated."""
+
+    def __init__(self, tool: str, description: str) -> None:
+        super().__init__(
+            prog=f"python -m launcher.tools.{tool}", description=description, allow_abbrev=False
+        )
+
+    def parse(self, arguments: Sequence[str] | None) -> argparse.Namespace:
+        """The command line. Raises `UserError`."""
+        known, unknown = self.parse_known_args(arguments)
+        if unknown:
+            word = unknown[0].partition("=")[0]
+            options = [option for option in self._option_string_actions if option.startswith("--")]
+            raise UserError(
+                f"{word}: no such {'option' if word.startswith('-') else 'argument'}",
+                where="command line",
+                nearest=did_you_mean(word, options),
+                advice=f"See {self.prog} --help",
+            )
+        return known
+
+    def error(self, message: str) -> NoReturn:
+        """What argparse finds wrong."""
+        raise UserError(message, where="command line", advice=f"See {self.prog} --help")
+
+
+def truth(text: str) -> bool:
+    """`True` or `False`, in any case."""
+    values = {"true": True, "false": False}
+    if text.lower() not in values:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
+    return values[text.lower()]
+
+
+def count(text: str) -> int:
+    """A whole number of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def answer(work: Callable[[Console], int]) -> int:
+    """The exit code of a command: that of `work`, or 2 after telling a mistake of the user."""
+    _allow_many_files()
+    try:
+        return work(Console(enabled=True))
+    except UserError as error:
+        for problem in error.problems:
+            print(f"error: {problem}", file=sys.stderr)
+        return EXIT_USER
+    except KeyboardInterrupt:
+        print("interrupted: nothing was replaced", file=sys.stderr)
+        return EXIT_SIGINT
+
+
+def progress(console: Console, verb: str) -> Progress:
+    """A line with the megabytes done."""
+    return lambda done, total: console.progress(
+        f"{verb} {done / 1e6:,.0f} of {total / 1e6:,.0f} MB", last=done == total
+    )
+
+
+def _allow_many_files() -> None:
+    """A save has as many files as ranks: as many may be open as the system lets this process."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -1,0 +1,98 @@
+"""Compare two checkpoints of any layout or format.
+
+    python -m launcher.tools.diff output/checkpoint merged
+
+Exits with 0 when every tensor has the same bits under the same name, and with 1 after a table of
+what differs. The same in Python: `launcher.weights.diff(a, b)`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from launcher.errors import EXIT_INTERNAL, EXIT_OK
+from launcher.report.console import Console
+from launcher.tools.command import Parser, answer, progress
+
+if TYPE_CHECKING:
+    from launcher.weights.compare import Row
+
+ROWS_SHOWN = 20
+EXIT_DIFFERENT = EXIT_INTERNAL
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line. Raises `UserError`."""
+    parser = Parser("diff", "Compare two checkpoints of any layout or format.")
+    add = parser.add_argument
+    for name in ("A", "B"):
+        add(
+            name.lower(),
+            type=Path,
+            metavar=name,
+            help="complete weights, a folder of rank folders, or a file (of a rank: its save)",
+        )
+    add("--file_suffix", metavar="E_S", help="the save, where rank folders hold several")
+    add(
+        "--src_strategy_dirs",
+        type=Path,
+        metavar="PATH",
+        help="strategy files of rank folders that MindSpore wrote",
+    )
+    add(
+        "--filter_out_param_prefix",
+        default="",
+        metavar="PREFIX",
+        help="leave out tensors whose name starts so; adam_ leaves optimizer state alone",
+    )
+    return parser.parse(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 0, 1 for a difference, or 2 for a mistake of the user."""
+    return answer(lambda console: _diff(parse(arguments), console))
+
+
+def _diff(options: argparse.Namespace, console: Console) -> int:
+    from launcher.weights.compare import compare
+    from launcher.weights.saves import open_any
+
+    a, b = (
+        open_any(path, options.file_suffix, options.src_strategy_dirs, console.say)
+        for path in (options.a, options.b)
+    )
+    prefix = options.filter_out_param_prefix
+    found = compare(
+        a,
+        b,
+        keep=lambda name: not prefix or not name.startswith(prefix),
+        progress=progress(console, "compared"),
+    )
+    for line in table(found.rows):
+        console.say(line)
+    outcome = "equal" if found.is_equal else f"{len(found.rows)} differ"
+    console.say(f"{outcome}: {found.equal} tensors are the same")
+    return EXIT_OK if found.is_equal else EXIT_DIFFERENT
+
+
+def table(rows: Sequence[Row]) -> list[str]:
+    """Lines of the table, of at most `ROWS_SHOWN` tensors."""
+    if not rows:
+        return []
+    shown = rows[:ROWS_SHOWN]
+    width = max(len("tensor"), *(len(row.name) for row in shown))
+    lines = [f"  {'tensor':{width}}  {'':13}  {'largest':>10}"]
+    for row in shown:
+        largest = "" if row.largest is None or row.kind == "renamed" else f"{row.largest:.3g}"
+        lines.append(f"  {row.name:{width}}  {row.kind:13}  {largest:>10}  {row.detail}".rstrip())
+    if len(rows) > ROWS_SHOWN:
+        lines.append(f"  ... and {len(rows) - ROWS_SHOWN} more")
+    return lines
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,105 @@
+"""Slice complete weights into distributed ones.
+
+    python -m launcher.tools.slice_safetensors --unified_safetensors_dir merged \\
+        --dst_safetensors_dir sliced --config configs/finetune.yaml
+
+The layout is the one a configuration asks for, or that of MindSpore's strategy files
+(`--predict_strategy`). Needed before no run of this launcher, which slices weights while it reads
+them. The same in Python: `launcher.weights.load_distributed_checkpoint(predict_strategy=...,
+unified_safetensors_dir=..., dst_safetensors_dir=...)`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from launcher.errors import EXIT_OK
+from launcher.report.console import Console
+from launcher.tools.command import Parser, answer, count, progress
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line. Raises `UserError`."""
+    parser = Parser("slice_safetensors", "Slice complete weights into the rank files of a layout.")
+    add = parser.add_argument
+    add(
+        "--unified_safetensors_dir",
+        type=Path,
+        required=True,
+        metavar="PATH",
+        help="complete weights, a file of them, or the rank folders of another layout",
+    )
+    add(
+        "--dst_safetensors_dir",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="where rank_0/, ... go",
+    )
+    layout = parser.add_mutually_exclusive_group(required=True)
+    layout.add_argument(
+        "--predict_strategy",
+        type=Path,
+        metavar="PATH",
+        help="strategy file of MindSpore, merged or not, or a folder of them",
+    )
+    layout.add_argument("--config", metavar="YAML", help="a configuration with parallel_config")
+    add("--file_suffix", metavar="E_S", help="the save to read, where rank folders hold several")
+    add(
+        "--src_strategy_dirs",
+        type=Path,
+        metavar="PATH",
+        help="strategy files of the rank folders to read, where MindSpore wrote them",
+    )
+    add(
+        "--max_process_num",
+        type=count,
+        default=4,
+        metavar="N",
+        help="threads that read and write (4, at most 8)",
+    )
+    add("--overwrite", action="store_true", help="replace an existing dst_safetensors_dir")
+    return parser.parse(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 0, or 2 for a mistake of the user."""
+    return answer(lambda console: _slice(parse(arguments), console))
+
+
+def _slice(options: argparse.Namespace, console: Console) -> int:
+    from launcher.weights.saves import open_any
+    from launcher.weights.slicing import RankLayout, StrategyLayout, slice_weights
+    from launcher.weights.strategies import read_strategy
+
+    source = open_any(
+        options.unified_safetensors_dir, options.file_suffix, options.src_strategy_dirs, console.say
+    )
+    layout: RankLayout
+    if options.config is not None:
+        from launcher.assembly.offline import configured_layout
+
+        layout = configured_layout(options.config, source)
+    else:
+        layout = StrategyLayout(read_strategy(options.predict_strategy), source)
+    sliced = slice_weights(
+        source,
+        layout,
+        options.dst_safetensors_dir,
+        workers=options.max_process_num,
+        overwrite=options.overwrite,
+        progress=progress(console, "sliced"),
+        say=console.say,
+    )
+    console.say(
+        f"{options.dst_safetensors_dir}: {sliced.tensors} tensors in {sliced.ranks} rank "
+        f"file{'s' * (sliced.ranks != 1)}, {sliced.total_bytes / 1e6:,.1f} MB"
+    )
+    return EXIT_OK
+
+
+if __name__ == "__main__":
+    sys.exit(main())

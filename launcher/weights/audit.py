@@ -1,0 +1,100 @@
+"""Audit: the checksums of files, checked while their bytes pass by on the way to somewhere else.
+
+Owns the check of what a stream reads, so that no byte is read a second time for it. A block is
+hashed when any of it is used; the rest of it, which nobody wanted, is read for that. Blocks of
+which nothing is used are not read. Cheap where files are read front to back, right in any order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import xxhash
+
+from launcher.errors import UserError
+from launcher.weights.checksums import changed
+from launcher.weights.formats.safetensors import Header
+from launcher.weights.note import Checksums, read_note
+from launcher.weights.portion import Taken
+from launcher.weights.source import Source
+from launcher.weights.transfer import Bytes, read_exactly
+
+
+class Audit:
+    """The files of a source that carry checksums. For one thread at a time."""
+
+    def __init__(self, source: Source, descriptor: Callable[[Path], int]) -> None:
+        self._files = {}
+        for path, header in source.headers.items():
+            note = read_note(path, header) if "slipway" in header.metadata else None
+            if note is not None and note.checksums.values:
+                self._files[path] = _Blocks(path, header, note.checksums, descriptor)
+
+    def take(self, taken: Taken) -> None:
+        """The next bytes that were read. Raises `UserError` when a block of them changed."""
+        blocks = self._files.get(taken.path)
+        if blocks is not None:
+            blocks.take(taken.position, taken.view)
+
+    def finish(self) -> None:
+        """Check the blocks that were begun. Raises `UserError`."""
+        for blocks in self._files.values():
+            blocks.end()
+
+
+class _Blocks:
+    """One file: the block that is being hashed, and how far."""
+
+    def __init__(
+        self, path: Path, header: Header, checksums: Checksums, descriptor: Callable[[Path], int]
+    ) -> None:
+        self._path, self._header, self._checksums = path, header, checksums
+        self._descriptor = descriptor
+        self._index: int | None = None
+        self._position = self._stop = 0
+        self._hasher = xxhash.xxh3_64()
+
+    def take(self, position: int, view: memoryview) -> None:
+        while view:
+            index = (position - self._header.data_start) // self._checksums.block_bytes
+            if index != self._index or position < self._position:
+                self.end()
+                self._begin(index)
+            self._fill(position)
+            part = view[: self._stop - position]
+            self._hasher.update(part)
+            position += len(part)
+            view, self._position = view[len(part) :], position
+            if position == self._stop:
+                self.end()
+
+    def end(self) -> None:
+        """Finish the block that was begun, if any."""
+        if self._index is None:
+            return
+        self._fill(self._stop)
+        if self._hasher.hexdigest() != self._checksums.values[self._index]:
+            raise UserError(
+                changed(self._path, self._header, self._start(self._index), self._stop),
+                advice="Choose another checkpoint",
+            )
+        self._index = None
+
+    def _begin(self, index: int) -> None:
+        self._index, self._position = index, self._start(index)
+        end = self._position + self._checksums.block_bytes
+        self._stop = min(end, self._header.file_bytes)
+        self._hasher = xxhash.xxh3_64()
+
+    def _start(self, index: int) -> int:
+        return self._header.data_start + index * self._checksums.block_bytes
+
+    def _fill(self, position: int) -> None:
+        """Hash what lies between the last bytes taken and `position`: nobody else reads it."""
+        if self._position < position:
+            gap: Bytes = np.empty(position - self._position, np.uint8)
+            read_exactly(self._descriptor(self._path), self._path, gap.data, self._position)
+            self._hasher.update(gap.data)
+            self._position = position

@@ -1,0 +1,247 @@
+"""Conversion: files of torch (`.ckpt`, `.pt`, `.pth`, `.bin`) become safetensors.
+
+Owns which file becomes which, and under which names. Outputs appear whole. Memory: files are
+mapped; see `torch_files`, which has what of a file is weights.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from launcher.errors import UserError, did_you_mean
+from launcher.weights.aside import folder_aside
+from launcher.weights.formats.safetensors import in_file_order
+from launcher.weights.memory import DTYPE_NAMES, bytes_of
+from launcher.weights.saves import Say, silent
+from launcher.weights.slicing import side_files
+from launcher.weights.source import INDEX_NAME, TORCH_INDEX_NAME, WEIGHT_SUFFIXES, read_index
+from launcher.weights.stream import Progress
+from launcher.weights.threads import in_parallel
+from launcher.weights.torch_files import weights_in
+from launcher.weights.write import Part, write_file
+
+SUFFIXES = tuple(suffix for suffix in WEIGHT_SUFFIXES if suffix != ".safetensors")
+"""Extensions of files of torch."""
+NAMED = 5
+"""Things named in a message."""
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What a conversion wrote."""
+
+    files: tuple[Path, ...]
+    tensors: int
+    total_bytes: int
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One file to convert, and the place of the new one below the output folder."""
+
+    origin: Path
+    target: Path
+
+
+def ckpt_to_safetensors(
+    file_path: str | os.PathLike[str],
+    save_path: str | os.PathLike[str] | None = None,
+    name_map: Mapping[str, str] | None = None,
+    file_name_regex: str | None = None,
+    processes_num: int = 1,
+    *,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    say: Say = silent,
+) -> Converted:
+    """Convert a file of torch, or all in a folder, to safetensors in the folder `save_path`.
+
+    Of a folder with rank folders each of these is converted, into a folder of its own; of any other
+    the files in it, an index and what lies beside weights. `save_path` may be left out for a file:
+    the new one is put beside it. `name_map`: name of a tensor to its new name. `file_name_regex`:
+    converts the files in whose name it is found. `processes_num`: files converted at a time. Name
+    and arguments are MindSpore's. Raises `UserError`.
+    """
+    origin = Path(file_path)
+    names = dict(name_map or {})
+    if not origin.is_dir():
+        jobs = [_Job(origin, Path(f"{origin.stem}.safetensors"))]
+        folder = origin.parent if save_path is None else Path(save_path)
+        with _file_aside(folder, jobs[0].target, overwrite) as scratch:
+            return _convert(jobs, scratch, folder, names, 1, progress, say)[0]
+    if save_path is None:
+        raise UserError(
+            f"{origin} is a folder", rule="its files are converted into another folder",
+            advice="Give save_path (--save_path)",
+        )  # fmt: skip
+    jobs = _jobs(origin, file_name_regex)
+    target = Path(save_path)
+    with folder_aside(target, origin, overwrite=overwrite, option="--save_path") as scratch:
+        converted, weight_map = _convert(jobs, scratch, target, names, processes_num, progress, say)
+        if (origin / TORCH_INDEX_NAME).is_file():
+            total = {"total_size": converted.total_bytes}
+            content = {"metadata": total, "weight_map": dict(sorted(weight_map.items()))}
+            (scratch / INDEX_NAME).write_text(json.dumps(content, indent=2) + "\n")
+        if all(job.target.parent == Path() for job in jobs):
+            for file in side_files(origin):
+                shutil.copy2(file, scratch)
+    return converted
+
+
+@contextmanager
+def _file_aside(folder: Path, name: Path, overwrite: bool) -> Iterator[Path]:
+    """A folder for one new file, which is moved into `folder` when it is whole."""
+    target = folder / name
+    if target.exists() and not overwrite:
+        raise UserError(
+            f"{target} exists",
+            rule="nothing is replaced unasked",
+            advice="Give another --save_path, or --overwrite",
+        )
+    scratch = folder / f".{name}.tmp"
+    try:
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir(parents=True)
+        yield scratch
+        os.replace(scratch / name, target)
+    except OSError as error:
+        raise UserError(
+            f"{target} cannot be written: {error.strerror}",
+            rule="its folder must be writable and have room",
+            advice="Give another --save_path",
+        ) from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _jobs(folder: Path, regex: str | None) -> list[_Job]:
+    """The files of a folder to convert. Raises `UserError` when there are none, or two are one."""
+    ranks = sorted(path for path in folder.glob("rank*") if path.is_dir())
+    try:
+        wanted = re.compile(regex or "").search
+    except re.error as error:
+        raise UserError(
+            f"file_name_regex = {regex!r}", rule=f"it is no regular expression: {error}"
+        ) from None
+    index = folder / TORCH_INDEX_NAME
+    listed = {*read_index(index).values()} if index.is_file() else None
+    found = [
+        _Job(file, file.relative_to(folder).with_name(_new_name(file)))
+        for place in ranks or [folder]
+        for file in sorted(place.iterdir())
+        if file.suffix in SUFFIXES and not file.name.startswith(".") and file.is_file()
+        and wanted(file.name) and (listed is None or ranks or file.name in listed)
+    ]  # fmt: skip
+    if not found:
+        names = sorted(path.name for path in (ranks or [folder])[0].iterdir())
+        raise UserError(
+            f"{folder} holds no file to convert",
+            rule=f"files of torch end in {', '.join(SUFFIXES)}"
+            + (f", and {regex!r} is to be found in the name" if regex else ""),
+            nearest=f"There are: {', '.join(names[:NAMED])}" if names else "",
+            advice="Give a file, a folder of files, or a folder of rank folders",
+        )
+    by_target: dict[Path, _Job] = {}
+    for job in found:
+        other = by_target.setdefault(job.target, job)
+        if other is not job:
+            raise UserError(
+                f"{other.origin} and {job.origin} would both become {job.target}",
+                rule="every file becomes one of its own",
+                advice="Choose with --file_name_regex",
+            )
+    return found
+
+
+def _new_name(file: Path) -> str:
+    """`pytorch_model-00001-of-00002.bin` becomes `model-00001-of-00002.safetensors`."""
+    stem = file.stem.removeprefix("pytorch_") if file.suffix == ".bin" else file.stem
+    return f"{stem}.safetensors"
+
+
+def _convert(
+    jobs: list[_Job], scratch: Path, folder: Path, name_map: Mapping[str, str], workers: int,
+    progress: Progress | None, say: Say,
+) -> tuple[Converted, dict[str, str]]:  # fmt: skip
+    """Convert into `scratch`. Returns what was done, with the names the files will have in
+    `folder`, and tensor to file name."""
+    used, total, tensors, weight_map = set[str](), 0, 0, dict[str, str]()
+    sizes = [job.origin.stat().st_size if job.origin.is_file() else 0 for job in jobs]
+
+    def one(job: _Job) -> dict[str, int]:
+        weights, left_out = weights_in(job.origin)
+        if left_out:
+            more = " ..." * (len(left_out) > NAMED)
+            say(f"{job.origin}: left out, no tensors: {', '.join(left_out[:NAMED])}{more}")
+        used.update(weights)
+        named = _renamed(job.origin, weights, name_map)
+        target = scratch / job.target
+        target.parent.mkdir(parents=True, exist_ok=True)
+        parts = in_file_order(
+            Part(name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape),
+                 partial(_bytes, tensor.contiguous()))
+            for name, tensor in named.items()
+        )  # fmt: skip
+        write_file(target, parts, {"format": "pt"})
+        return {part.name: part.nbytes for part in parts}
+
+    for start in range(0, len(jobs), workers):
+        for job, written in zip(jobs[start:], in_parallel(one, jobs[start : start + workers],
+                                                          workers), strict=False):  # fmt: skip
+            tensors, total = tensors + len(written), total + sum(written.values())
+            weight_map |= dict.fromkeys(written, job.target.name)
+        if progress is not None:
+            progress(sum(sizes[: start + workers]), sum(sizes))
+    _check_used(name_map, used)
+    files = tuple(folder / job.target for job in jobs)
+    return Converted(files, tensors, total), weight_map
+
+
+def _check_used(name_map: Mapping[str, str], names: set[str]) -> None:
+    for name in name_map:
+        if name not in names:
+            raise UserError(
+                f"name_map renames `{name}`, which is in no file",
+                rule="the names of a map are those of tensors",
+                nearest=did_you_mean(name, names),
+            )
+
+
+def _renamed(
+    path: Path, weights: Mapping[str, torch.Tensor], name_map: Mapping[str, str]
+) -> dict[str, torch.Tensor]:
+    named = {name_map.get(name, name): tensor for name, tensor in weights.items()}
+    if len(named) < len(weights):
+        new = [name_map.get(name, name) for name in weights]
+        twice = next(name for name in new if new.count(name) > 1)
+        raise UserError(f"{path}: two tensors would be named `{twice}`", rule="names differ",
+                        advice="Mend the name_map")  # fmt: skip
+    return named
+
+
+def _bytes(tensor: torch.Tensor, start: int, stop: int) -> memoryview:
+    """Bytes of a contiguous tensor; its own memory, which may be a mapped file."""
+    return bytes_of(tensor.resolve_conj().resolve_neg().reshape(-1).view(torch.uint8)[start:stop])
+
+
+def read_name_map(path: Path) -> dict[str, str]:
+    """A JSON map from name to new name. Raises `UserError`."""
+    try:
+        content = json.loads(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not JSON", rule=str(error)) from error
+    if not isinstance(content, dict) or not all(isinstance(v, str) for v in content.values()):
+        raise UserError(f"{path} is no map of names", rule='{"old name": "new name"} is needed')
+    return content

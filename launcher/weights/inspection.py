@@ -1,0 +1,198 @@
+"""Inspection: is everything at a path whole, and does it belong together?
+
+Owns the list of faults of checkpoints: checksums, what manifests and indexes promise, coverage,
+shapes. `checksums` has the faults of one file. Torch-free. Every fault names its
+file, its tensor where there is one, and its rank.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from launcher.errors import UserError
+from launcher.weights.checksums import file_faults
+from launcher.weights.formats import header_of
+from launcher.weights.note import read_note
+from launcher.weights.rank_folders import Save, save_of, saves
+from launcher.weights.saves import MANIFEST_FOLDER, manifest_of, open_save, optimizer_files
+from launcher.weights.source import INDEX_NAMES, detect, open_complete, read_index
+
+_UNFINISHED = (".", ".json.tmp")
+"""Prefix and suffix of the file that stands in place of a manifest while a save is written."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What was found at a path."""
+
+    faults: tuple[str, ...]
+    files: int
+    total_bytes: int
+    unchecked: int
+    """Files without checksums, of which the header alone was checked."""
+    remarks: tuple[str, ...] = ()
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether there is no fault."""
+        return not self.faults
+
+
+@dataclass
+class _Findings:
+    """A verdict that grows."""
+
+    faults: list[str]
+    files: dict[Path, int]
+    unchecked: int
+    remarks: list[str]
+
+    def verdict(self) -> Verdict:
+        total = sum(self.files.values())
+        faults = tuple(dict.fromkeys(self.faults))
+        return Verdict(faults, len(self.files), total, self.unchecked, tuple(self.remarks))
+
+    def file(self, path: Path, record: Mapping[str, Any] | None = None, of: str = "") -> bool:
+        """Check one file, against its record in a manifest if there is one. Whether it is whole."""
+        record = record or {}
+        found = _size_faults(path, record) or file_faults(
+            path, header_digest=record.get("header_xxh3_64")
+        )
+        self.faults += [f"{of}{fault}" for fault in found]
+        if found:
+            return False
+        header = header_of(path)
+        self.files[path] = header.file_bytes
+        note = read_note(path, header)
+        self.unchecked += note is None or not (note.checksums.values or not header.entries)
+        return True
+
+
+def _size_faults(path: Path, record: Mapping[str, Any]) -> list[str]:
+    if not os.path.isfile(path):
+        return [f"{path} is missing"]
+    size, expected = path.stat().st_size, record.get("bytes")
+    return [] if expected in (None, size) else [f"{path} has {size} bytes instead of {expected}"]
+
+
+def verify(path: str | os.PathLike[str]) -> Verdict:
+    """All that is wrong with the weights at `path`: a file, complete weights, a folder of rank
+    folders with all its saves, or the folder of one rank. Raises `UserError` for no weights at all.
+    """
+    root = Path(path)
+    kind = detect(root)
+    findings = _Findings([], {}, 0, [])
+    if kind == "nothing":
+        raise UserError(
+            f"{root} holds no weights" if os.path.exists(root) else f"{root}: no such path",
+            rule="a file of weights, a folder of them or a folder of rank folders is needed",
+            advice="Give the folder of the weights, such as {output_dir}/checkpoint",
+        )
+    if root.is_file():
+        _lone_file(root, kind, findings)
+    elif root.name.startswith("rank_"):
+        for file in sorted(root.glob("[!.]*.safetensors")):
+            _lone_file(file, "distributed", findings)
+    elif kind == "distributed":
+        _rank_folders(root, findings)
+    else:
+        _complete(root, findings)
+    return findings.verdict()
+
+
+def _lone_file(file: Path, kind: str, findings: _Findings) -> None:
+    """A file by itself; of a rank file also what its manifest says."""
+    record, of = None, ""
+    if kind == "distributed":
+        label, rank = save_of(file).label, file.parent.name[5:]
+        records = manifest_of(file.parent.parent, label) or {}
+        record, of = records.get(f"{file.parent.name}/{file.name}"), f"rank {rank}: "
+    findings.file(file, record, of)
+
+
+def _rank_folders(root: Path, findings: _Findings) -> None:
+    found = {save.label: save for save in saves(root)}
+    published = {path.stem for path in (root / MANIFEST_FOLDER).glob("[!.]*.json")}
+    for label in sorted({*found, *published}):
+        save = found.get(label, Save(label, 0, {}))
+        if label not in published and _is_unfinished(root, label):
+            findings.remarks.append(f"{root}: the save {label} was never finished: not checked")
+            continue
+        records = manifest_of(root, label)
+        if label in published and records is None:
+            findings.faults.append(f"{root / MANIFEST_FOLDER / label}.json cannot be read")
+        _save(root, save, records or {}, findings)
+
+
+def _is_unfinished(root: Path, label: str) -> bool:
+    start, end = _UNFINISHED
+    return (root / MANIFEST_FOLDER / f"{start}{label}{end}").is_file()
+
+
+def _save(
+    root: Path, save: Save, records: Mapping[str, Mapping[str, Any]], findings: _Findings
+) -> None:
+    """One save: every file by itself, then all of them together."""
+    expected = {record["rank"]: (root / file, record) for file, record in records.items()}
+    whole: list[Path] = []
+    for rank in sorted({*expected, *save.files}):
+        file, record = expected.get(rank, (save.files.get(rank), None))
+        assert file is not None
+        if rank in save.files and save.files[rank] != file:
+            findings.faults.append(f"rank {rank}: {save.files[rank]} is in no manifest")
+        if findings.file(file, record, f"rank {rank}: "):
+            whole.append(file)
+    if not whole:
+        return
+    before = len(findings.faults)
+    try:
+        open_save(root, whole, say=findings.remarks.append)
+    except UserError as error:
+        # What damaged files held is missing too: that was told of the files.
+        if before == 0 or len(whole) == len({*expected, *save.files}):
+            findings.faults += [f"save {save.label}: {problem}" for problem in error.problems]
+
+
+def _complete(root: Path, findings: _Findings) -> None:
+    """Complete weights: every file, and what the index says of them."""
+    index = next((root / name for name in INDEX_NAMES if (root / name).is_file()), None)
+    try:
+        files = list(open_complete(root).headers)
+    except UserError as error:
+        findings.faults.append(str(error))
+        files = _files_of(root, index)
+    files += [file for file in optimizer_files(root) if file not in files]
+    whole = [file for file in files if findings.file(file)]
+    if index is not None:
+        findings.faults += _strays(index, whole)
+
+
+def _files_of(root: Path, index: Path | None) -> list[Path]:
+    """The files to look at where they make no whole."""
+    if index is None:
+        return sorted(root.glob("[!.]*.safetensors"))
+    try:
+        names = sorted({*read_index(index).values()})
+    except UserError:
+        return []
+    return [root / name for name in names if (root / name).is_file()]
+
+
+def _strays(index: Path, files: Collection[Path]) -> list[str]:
+    """Tensors of the files that the index does not know."""
+    try:
+        known = read_index(index)
+    except UserError:
+        return []
+    listed: Sequence[str] = list(known.values())
+    return [
+        f"{file}: `{name}` is not in {index.name}"
+        for file in files
+        if file.name in listed
+        for name in header_of(file).entries
+        if known.get(name) != file.name
+    ]

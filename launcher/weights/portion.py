@@ -1,0 +1,93 @@
+"""Portions: a box of a tensor out of the files of a source, as an array of bytes. Torch-free.
+
+Owns how a tool that reads weights front to back gets at them. A portion is C-ordered, so what it
+takes of a file is one run of bytes; the runs are given back too, for checksums.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from launcher.layout.box import Box
+from launcher.weights.formats.safetensors import ITEM_BYTES
+from launcher.weights.plan import Read, plan_box, read_runs_of
+from launcher.weights.source import Source
+from launcher.weights.transfer import Bytes, Files, read_runs
+
+Words = npt.NDArray[np.unsignedinteger[Any]]
+"""Elements as unsigned numbers of their size: their bits, whatever they mean."""
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """Bytes that were read: where they stand in which file, in its order."""
+
+    path: Path
+    position: int
+    view: memoryview
+
+
+@dataclass(frozen=True, slots=True)
+class Portion:
+    """A box of a tensor in memory."""
+
+    values: Words
+    taken: tuple[Taken, ...]
+
+
+class PortionReader:
+    """Reads portions of the tensors of `source`, from several threads; files are opened once."""
+
+    def __init__(self, source: Source, files: Files) -> None:
+        self._source, self._files = source, files
+        self._lock = threading.Lock()
+
+    def read(self, name: str, box: Box) -> Portion:
+        """`box` of tensor `name`. Raises `UserError` when the files do not hold all of it."""
+        item = ITEM_BYTES[self._source.dtype(name)]
+        memory: Bytes = np.empty(box.numel * item, np.uint8)
+        values = memory.view(f"u{item}").reshape(box.size)
+        taken = []
+        for read in plan_box(name, box, self._source.tensors[name]):
+            found = self._straight(read, box, memory) or self._through(read, box, values)
+            taken.append(found)
+        return Portion(values, tuple(taken))
+
+    def descriptor(self, path: Path) -> int:
+        """The open file at `path`, as long as its header said."""
+        with self._lock:
+            header = self._source.headers[path]
+            return self._files.descriptor(path, header.file_bytes, header.modified)
+
+    def _straight(self, read: Read, box: Box, memory: Bytes) -> Taken | None:
+        """Read what is one run on both sides into its place; None when it is not."""
+        runs = read_runs_of(read, box)
+        if runs.loops:
+            return None
+        path = read.piece.file
+        read_runs(self.descriptor(path), path, runs, memory)
+        view = memory.data[runs.memory_offset : runs.memory_offset + runs.length]
+        return Taken(path, runs.file_offset, view)
+
+    def _through(self, read: Read, box: Box, values: Words) -> Taken:
+        """Read what lies scattered in memory in one run, and spread it."""
+        path = read.piece.file
+        staging: Bytes = np.empty(read.nbytes, np.uint8)
+        runs = read_runs_of(read, read.overlap)
+        read_runs(self.descriptor(path), path, runs, staging)
+        cut = staging.view(values.dtype).reshape(read.overlap.size)
+        values[slices(read.overlap.inside(box))] = cut
+        # What has strides of its own (a file of torch) lies otherwise in the file.
+        view = staging.data if read.piece.entry.strides is None else staging.data[:0]
+        return Taken(path, runs.file_offset, view)
+
+
+def slices(box: Box) -> tuple[slice, ...]:
+    """The box as an index of an array."""
+    return tuple(slice(start, start + n) for start, n in zip(box.offset, box.size, strict=True))

@@ -1,0 +1,170 @@
+"""Rank folders: the saves that `rank_0/`, `rank_1/`, ... hold, told by names alone.
+
+Owns which files belong together, and which save is the newest, where a manifest says so and where
+none does. Files of one save have one name but for the rank in it; a file without a rank in its name
+will do as well:
+
+    rank_0/CKP_rank_0-1_10.safetensors    rank_1/CKP_rank_1-1_10.safetensors    the save CKP-1_10
+
+Torch-free; no file of weights is opened. Invariant: newest is by numbers in names or in manifests,
+never by time.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from launcher.errors import UserError
+from launcher.weights.source import WEIGHT_SUFFIXES, listed
+
+_FOLDER = re.compile(r"rank_(\d+)")
+_NUMBERS = re.compile(r"-(\d+)_(\d+)$")
+SHOWN = 4
+"""Saves named in a message."""
+
+
+@dataclass(frozen=True)
+class Save:
+    """One save: the file of each rank that has one."""
+
+    label: str
+    """The name of its files without the rank: `CKP-1_10`, for the second run `CKP_1-1_10`."""
+    run: int
+    """Counts the runs that wrote into the folder under one name, from 0."""
+    files: Mapping[int, Path]
+
+    @property
+    def order(self) -> tuple[int, int, int]:
+        """(run, epoch, step): the greatest is the newest."""
+        numbers = _NUMBERS.search(self.label)
+        return (self.run, int(numbers[1]), int(numbers[2])) if numbers else (self.run, 0, 0)
+
+    @property
+    def in_rank_order(self) -> list[Path]:
+        """Its files."""
+        return [self.files[rank] for rank in sorted(self.files)]
+
+
+def rank_folders(root: Path) -> dict[int, Path]:
+    """Rank to its folder in `root`."""
+    found = {}
+    for child in listed(root):
+        match = _FOLDER.fullmatch(child.name)
+        if match and child.is_dir():
+            found[int(match[1])] = child
+    return dict(sorted(found.items()))
+
+
+def saves(root: Path) -> list[Save]:
+    """The saves of `root`, oldest first. Of each rank folder the files of one format count, those
+    of safetensors where there are any."""
+    files: dict[tuple[int, str], dict[int, Path]] = {}
+    for rank, folder in rank_folders(root).items():
+        for file in _files(folder):
+            label, run = _label(file, rank)
+            files.setdefault((run, label), {})[rank] = file
+    found = [Save(label, run, by_rank) for (run, label), by_rank in files.items()]
+    return sorted(found, key=lambda save: (save.order, save.label))
+
+
+def newest(root: Path) -> Save:
+    """The newest save of `root`. Raises `UserError` when there is none, or when names do not say
+    which of several it is."""
+    found = saves(root)
+    if not found:
+        raise UserError(
+            f"{root} has rank folders without weights",
+            rule="each holds the file of its rank (*.safetensors)",
+            advice="Give the folder that holds them, usually {output_dir}/checkpoint",
+        )
+    last = [save for save in found if save.order == found[-1].order]
+    if len(last) > 1:
+        raise UserError(
+            f"{root} holds {len(last)} saves: {', '.join(save.label for save in last[:SHOWN])}",
+            rule="their names do not say which is the newest",
+            nearest=f"One of them is {last[0].in_rank_order[0]}",
+            advice="Name a file of the one you want",
+        )
+    return last[0]
+
+
+def save_of(file: Path) -> Save:
+    """The save that a rank file belongs to."""
+    rank = _FOLDER.fullmatch(file.parent.name)
+    if rank is None:
+        raise UserError(
+            f"{file} lies in no rank folder",
+            rule="distributed weights lie in rank_0/, rank_1/, ...",
+            advice="Give the folder that holds them, usually {output_dir}/checkpoint",
+        )
+    label, run = _label(file, int(rank[1]))
+    for save in saves(file.parent.parent):
+        if (save.label, save.run) == (label, run) and file in save.files.values():
+            return save
+    return Save(label, run, {int(rank[1]): file})
+
+
+def newest_manifest(root: Path) -> dict[str, Any] | None:
+    """The manifest of ours with the highest sequence number in `root`; None without one."""
+    best: dict[str, Any] | None = None
+    for path in sorted((root / "manifest").glob("*.json")):
+        try:
+            content = json.loads(path.read_bytes())
+            is_whole = int(content["sequence"]) > 0 and content["world_size"] == len(
+                content["files"]
+            )
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            continue
+        if is_whole and (best is None or content["sequence"] > best["sequence"]):
+            best = content
+    return best
+
+
+def first_file(path: Path) -> Path | None:
+    """A file of the newest save at `path`, a folder or one of its rank files; None: there is none,
+    or names do not say which."""
+    if path.is_file():
+        return path
+    manifest = newest_manifest(path)
+    files = [path / folder / name for folder, name in _places(manifest or {})]
+    try:
+        return (
+            next((file for file in files if file.is_file()), None)
+            or (newest(path).in_rank_order[0])
+        )
+    except UserError:
+        return None
+
+
+def _places(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(rank folder, file in it) of the files a manifest names; those that lie elsewhere do not
+    count."""
+    found = (re.fullmatch(r"(rank_\d+)/([^/]+)", str(r)) for r in _names(manifest))
+    return [(match[1], match[2]) for match in found if match]
+
+
+def _names(manifest: Mapping[str, Any]) -> list[Any]:
+    return [r.get("file") if isinstance(r, dict) else None for r in manifest.get("files", [])]
+
+
+def _files(folder: Path) -> list[Path]:
+    files = [child for child in listed(folder) if not child.name.startswith(".")]
+    for suffix in WEIGHT_SUFFIXES:
+        found = [file for file in files if file.name.endswith(suffix) and file.is_file()]
+        if found:
+            return found
+    return []
+
+
+def _label(file: Path, rank: int) -> tuple[str, int]:
+    """(name of the save, run) of a rank's file."""
+    match = re.fullmatch(rf"(.*)(?:^|_)rank_?{rank}(?:_(\d+)(?=-))?(?!\d)(.*)", file.stem)
+    if match is None:
+        return file.stem, 0
+    run = int(match[2] or 0)
+    return f"{match[1]}{f'_{run}' if run else ''}{match[3]}", run

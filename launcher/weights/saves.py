@@ -1,0 +1,224 @@
+"""Saves: which rank files of a folder belong together, and the source they make.
+
+Owns the names of rank files, `{prefix}_rank_{rank}[_{run}]-{epoch}_{step}.safetensors`, as far as
+tools need them, and the agreement with the manifest that was published with a save. Torch-free.
+Invariant: what is opened is one save of one run.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from launcher.errors import UserError
+from launcher.layout.strategy import Strategy
+from launcher.weights.distributed import check_copies, open_rank_files
+from launcher.weights.formats import header_of
+from launcher.weights.rank_folders import rank_folders, save_of, saves
+from launcher.weights.source import Source, detect, open_complete
+from launcher.weights.strategies import read_strategy
+
+MANIFEST_FOLDER = "manifest"
+"""Beside the rank folders: one JSON file for each published save."""
+MODEL_FOLDER = "model"
+"""Beside the rank folders: for each run, config.json and the tokenizer."""
+STRATEGY_FOLDER = "strategy"
+"""Beside the folder of rank folders, where MindSpore's runs leave it."""
+DEFAULT_SUFFIX = "1_1"
+SHOWN = 8
+"""Saves named in a message."""
+_RANK = re.compile(r"_rank_\d+(?=(_\d+)?-)")
+
+Say = Callable[[str], None]
+
+
+def silent(text: str) -> None:
+    """Remarks that nobody asked for."""
+
+
+def rank_files(directory: Path, suffix: str) -> list[Path]:
+    """The file of each rank folder that ends in `-{suffix}.safetensors`, in rank order.
+
+    Exact: `1_1` never takes `11_1`. `2-1_1` takes the second run that wrote there. Raises
+    `UserError` for none, and for two in one folder.
+    """
+    folders = rank_folders(directory) if directory.is_dir() else {}
+    if not folders:
+        raise UserError(
+            f"{directory} has no rank folders" if directory.is_dir() else
+            f"{directory}: there is no such folder",
+            rule="distributed weights lie in rank_0/, rank_1/, ...",
+            advice="Give the folder that holds them, usually {output_dir}/checkpoint",
+        )  # fmt: skip
+    files: list[Path] = []
+    end = f"{glob.escape(suffix)}.safetensors"
+    for folder in folders.values():
+        matches = sorted(folder.glob(f"*-{end}")) or sorted(folder.glob(f"*_{folder.name}_{end}"))
+        if len(matches) > 1:
+            raise UserError(
+                f"{folder} has two files of the save {suffix}: "
+                f"{', '.join(match.name for match in matches)}",
+                rule="one file a rank belongs to a save",
+                advice="Move the files of the other run away",
+            )
+        files += matches
+    if not files:
+        names = [file.stem for folder in folders.values() for file in folder.glob("*.safetensors")]
+        found = sorted({name.rpartition("-")[2] for name in names})
+        raise UserError(
+            f"{directory}: no file of the save {suffix}",
+            nearest=f"There are: {', '.join(found[:SHOWN])}" if found else "",
+            advice="Choose with --file_suffix",
+        )
+    return files
+
+
+def save_name(file: Path) -> str:
+    """What the rank files of one save share: `CKP_rank_3_1-2_5.safetensors` is of `CKP_1-2_5`."""
+    return _RANK.sub("", file.stem)
+
+
+def model_files(rank_file: Path) -> list[Path]:
+    """config.json and the tokenizer of the run that wrote `rank_file`."""
+    run = save_name(rank_file).rpartition("-")[0]
+    folder = rank_file.parent.parent / MODEL_FOLDER / run
+    return sorted(path for path in folder.glob("*") if path.is_file())
+
+
+def open_save(
+    directory: Path, files: Sequence[Path], strategy: Path | None = None, say: Say = silent
+) -> Source:
+    """The source of one save, whose files are `files`.
+
+    `strategy`: the strategy files that rank files of MindSpore need; left out, those in `strategy/`
+    beside `directory` are taken. Raises `UserError`, also when the files are of two saves.
+    """
+    if describes_itself(files[0]):
+        if strategy is not None:
+            say(f"{strategy}: not needed, the rank files say themselves how they are cut")
+        _check_one_save(directory, files)
+        source = open_rank_files(directory, files)
+        if not _check_manifest(source):
+            check_copies(source)
+    else:
+        known = strategy_of(directory, strategy)
+        if known is None:
+            return open_rank_files(directory, files)  # says what is needed
+        # By name: few tools read files of MindSpore.
+        reader = import_module("launcher.weights.mindspore")
+        source = reader.open_mindspore_ranks(directory, files, known)
+    for remark in source.remarks:
+        say(remark)
+    return source
+
+
+def describes_itself(file: Path) -> bool:
+    """Whether a rank file says which part of the model it holds, as ours do."""
+    return "slipway" in header_of(file).metadata
+
+
+def strategy_of(directory: Path, strategy: Path | None) -> Strategy | None:
+    """What the strategy files say that belong to the rank folders in `directory`: those at
+    `strategy`, or in `strategy/` beside it; None when there are none."""
+    beside = directory.resolve().parent / STRATEGY_FOLDER
+    if strategy is None and not beside.is_dir():
+        return None
+    return read_strategy(strategy or beside)
+
+
+def _check_one_save(directory: Path, files: Sequence[Path]) -> None:
+    names = {save_name(file): file for file in reversed(files)}
+    if len(names) > 1:
+        *_, other, first = (file.name for file in names.values())
+        raise UserError(
+            f"{directory} mixes two saves: {first} and {other}",
+            rule="the files of a save have one name but for the rank",
+            advice="Move the files of the other run away",
+        )
+
+
+def manifest_of(directory: Path, name: str) -> dict[str, Mapping[str, Any]] | None:
+    """What was published of the save `name`: file, below `directory`, to its record with `rank`,
+    `bytes` and `header_xxh3_64`. None when nothing was, or it cannot be read."""
+    try:
+        content = json.loads((directory / MANIFEST_FOLDER / f"{name}.json").read_bytes())
+        records = {record["file"]: record for record in content["files"]}
+        return {f"{file}": {**record, "rank": int(record["rank"])}
+                for file, record in records.items()}  # fmt: skip
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+
+
+def _check_manifest(source: Source) -> bool:
+    """A file that took the place of the one that was published belongs to another run. Whether
+    something was published."""
+    files = list(source.headers)
+    records = manifest_of(source.path, save_name(files[0]))
+    for file in files:
+        record = (records or {}).get(str(file.relative_to(source.path)), {})
+        digest = source.headers[file].digest
+        if digest != record.get("header_xxh3_64", digest):
+            raise UserError(
+                f"{file} is not the file that was published with the save {save_name(file)}",
+                where=str(source.path / MANIFEST_FOLDER / f"{save_name(file)}.json"),
+                rule="the checksum of its header is another one",
+                advice="Copy the file of that run again, or choose another save",
+            )
+    return records is not None
+
+
+def open_any(
+    path: Path, suffix: str | None = None, strategy: Path | None = None, say: Say = silent
+) -> Source:
+    """The source at `path`, whatever it is: a file, complete weights, or one save of rank folders.
+
+    `suffix` chooses among several saves; a rank file stands for its save. Raises `UserError`.
+    """
+    kind = detect(path)
+    if kind == "nothing":
+        raise UserError(
+            f"{path} holds no weights" if path.exists() else f"{path}: there is no such path",
+            rule="a file of weights, a folder of them or a folder of rank folders is needed",
+            advice="Give the folder of the weights, such as {output_dir}/checkpoint",
+        )
+    if kind != "distributed":
+        return _with_optimizer(open_complete(path))
+    if path.is_file():
+        return open_save(path.parent.parent, save_of(path).in_rank_order, strategy, say)
+    if suffix is not None:
+        return open_save(path, rank_files(path, suffix), strategy, say)
+    found = saves(path)
+    if len(found) != 1:
+        raise UserError(
+            f"{path} holds {len(found) or 'no'} saves",
+            rule="one of them is read",
+            nearest=f"There are: {', '.join(save.label for save in found[-SHOWN:])}",
+            advice="Choose with --file_suffix, or name one of its files",
+        )
+    return open_save(path, found[0].in_rank_order, strategy, say)
+
+
+def _with_optimizer(source: Source) -> Source:
+    """Complete weights with the optimizer state beside them, which no index of Hugging Face
+    lists."""
+    files = [] if source.kind == "single" else optimizer_files(source.path)
+    for file in files:
+        if file not in source.headers:
+            state = open_complete(file)
+            source = replace(
+                source,
+                tensors={**source.tensors, **state.tensors},
+                headers={**source.headers, **state.headers},
+            )
+    return source
+
+
+def optimizer_files(folder: Path) -> list[Path]:
+    """The files of optimizer state beside complete weights."""
+    return sorted(folder.glob("optimizer-*-of-*.safetensors"))

@@ -1,0 +1,237 @@
+"""Slicing: complete weights, or those of another layout, become the rank files of a new layout.
+
+Owns what each rank's file gets, and what a strategy of MindSpore says about it. Torch-free.
+Invariants: every tensor of the source is in the new files; optimizer state is cut as its parameter;
+what the layout does not know is whole in the file of rank 0. What is no tensor of a model (the
+step, the epoch of MindSpore's files) is left out: rank files are loaded strictly.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from launcher.errors import UserError
+from launcher.layout.box import Box, whole
+from launcher.layout.grid import TensorLayout, boxes
+from launcher.layout.strategy import Strategy
+from launcher.weights.aside import folder_aside
+from launcher.weights.note import Note
+from launcher.weights.saves import DEFAULT_SUFFIX, MODEL_FOLDER, Say, open_any, silent
+from launcher.weights.source import INDEX_NAMES, OPTIMIZER_PREFIXES, Source
+from launcher.weights.strategies import read_strategy
+from launcher.weights.stream import WORKERS, Output, Progress, stream
+
+NAMED = 8
+"""Tensors named in a message."""
+PREFIX = "net"
+"""Rank files are `net_rank_{rank}-{suffix}.safetensors`."""
+SIDE_FILES = (".json", ".txt", ".model", ".jinja")
+"""Extensions of what belongs to a model beside its weights: configuration and tokenizer."""
+
+
+class RankLayout(Protocol):
+    """What a target layout must say."""
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+
+    @property
+    def mesh(self) -> Mapping[str, int]:
+        """Axis to size; empty where the layout does not say."""
+
+    def boxes(self, rank: int) -> Mapping[str, Box]:
+        """Name in files to the box that `rank` holds of it. No optimizer state."""
+
+
+@dataclass(frozen=True)
+class Sliced:
+    """What a slicing wrote."""
+
+    ranks: int
+    tensors: int
+    total_bytes: int
+    """Of all files, copies among them."""
+
+
+@dataclass(frozen=True)
+class StrategyLayout:
+    """The layout that strategy files of MindSpore describe, for the tensors of a source."""
+
+    strategy: Strategy
+    source: Source
+    mesh: Mapping[str, int] = field(default_factory=dict)
+
+    @cached_property
+    def _stages(self) -> list[dict[str, TensorLayout]]:
+        return list(self.strategy.by_stage().values())
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        return sum(map(_ranks, self._stages))
+
+    def boxes(self, rank: int) -> dict[str, Box]:
+        """Name to the box that `rank` holds. Raises `UserError` for one that cannot be cut so."""
+        for stage in self._stages:
+            if rank < _ranks(stage):
+                return {
+                    name: self._box(name, layout, rank)
+                    for name, layout in stage.items()
+                    if name in self.source.tensors
+                }
+            rank -= _ranks(stage)
+        return {}
+
+    def _box(self, name: str, layout: TensorLayout, rank: int) -> Box:
+        try:
+            return boxes(layout, self.source.shape(name), rank)[0]
+        except ValueError as error:
+            raise UserError(
+                f"`{name}` of shape {list(self.source.shape(name))} cannot be cut as the strategy "
+                f"says: {error}",
+                where=str(self.source.path),
+                rule="the strategy and the weights must be of one model",
+                advice="Give the strategy files of a run of this model",
+            ) from error
+
+
+def _ranks(stage: Mapping[str, TensorLayout]) -> int:
+    return next(iter(stage.values())).ranks
+
+
+def load_distributed_checkpoint(
+    network: Any = None,
+    predict_strategy: str | os.PathLike[str] | None = None,
+    unified_safetensors_dir: str | os.PathLike[str] | None = None,
+    dst_safetensors_dir: str | os.PathLike[str] | None = None,
+    format: Literal["safetensors"] = "safetensors",
+    max_process_num: int = 64,
+    *,
+    overwrite: bool = False,
+) -> Sliced:
+    """Slice the complete weights in `unified_safetensors_dir` as `predict_strategy` (a strategy
+    file, or a folder of them) says, into rank files in `dst_safetensors_dir`.
+
+    Name and arguments are MindSpore's; `max_process_num` counts threads. Raises `UserError`, also
+    for a `network`, which is not filled here.
+    """
+    if network is not None or format != "safetensors":
+        raise UserError(
+            "load_distributed_checkpoint fills no network" if network is not None else
+            f"format = {format!r}",
+            rule="it writes rank files of safetensors",
+            advice="To load weights into a model, set load_checkpoint in the YAML: they are sliced "
+            "while they are read",
+        )  # fmt: skip
+    given = {"predict_strategy": predict_strategy, "dst_safetensors_dir": dst_safetensors_dir,
+             "unified_safetensors_dir": unified_safetensors_dir}  # fmt: skip
+    for name, value in given.items():
+        if not isinstance(value, (str, os.PathLike)):
+            raise UserError(f"{name} = {value!r}", rule="a path is needed")
+    source = open_any(Path(str(unified_safetensors_dir)))
+    layout = StrategyLayout(read_strategy(Path(str(predict_strategy))), source)
+    target = Path(str(dst_safetensors_dir))
+    return slice_weights(source, layout, target, workers=max_process_num, overwrite=overwrite)
+
+
+def slice_weights(
+    source: Source,
+    layout: RankLayout,
+    target: Path,
+    *,
+    suffix: str = DEFAULT_SUFFIX,
+    workers: int = WORKERS,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    say: Say = silent,
+) -> Sliced:
+    """Write the rank files of `layout` from `source` to `target`, a folder that appears whole.
+
+    Raises `UserError` when the layout knows no tensor of the source, for weights in 8 bits, whose
+    factors rank files have no place for, and when `target` may not be written.
+    """
+    if source.scales:
+        raise UserError(
+            f"{source.path} holds weights in 8 bits, such as `{next(iter(source.scales))}`",
+            rule="rank files have no place for the factors of their blocks",
+            advice="Load the complete weights themselves: they are sliced while they are read",
+        )
+    held = [_with_optimizer(source, layout.boxes(rank)) for rank in range(layout.world_size)]
+    known = {name for boxes_of in held for name in boxes_of}
+    if not known:
+        raise UserError(
+            f"the layout knows no tensor of {source.path}",
+            rule="layout and weights must be of one model",
+            nearest=f"The weights have `{next(iter(source.tensors), 'no tensor')}`",
+            advice="Give the strategy or the configuration of a run of this model",
+        )
+    _place_the_rest(source, held, known, say)
+    with folder_aside(
+        target, source.path, overwrite=overwrite, option="--dst_safetensors_dir"
+    ) as folder:
+        outputs = [_output(folder, layout, rank, own, source, suffix)
+                   for rank, own in enumerate(held)]  # fmt: skip
+        for output in outputs:
+            output.path.parent.mkdir()
+        written = stream(source, outputs, progress, workers=workers)
+        _copy_side_files(source.path, folder / MODEL_FOLDER / PREFIX)
+    return Sliced(layout.world_size, len(source.tensors), written)
+
+
+def _with_optimizer(source: Source, weights: Mapping[str, Box]) -> dict[str, Box]:
+    """The boxes of what the source has: the weights, and the state that lies as they do."""
+    return {
+        prefix + name: box
+        for name, box in weights.items()
+        for prefix in ("", *OPTIMIZER_PREFIXES)
+        if prefix + name in source.tensors and source.shape(prefix + name) == source.shape(name)
+    }
+
+
+def _place_the_rest(
+    source: Source, held: Sequence[dict[str, Box]], known: set[str], say: Say
+) -> None:
+    others = [name for name in source.tensors if name not in known]
+    held[0].update({name: whole(source.shape(name)) for name in others})
+    if others:
+        say(
+            f"warning: the layout does not know {len(others)} of {len(source.tensors)} tensors, "
+            f"such as {others[0]}: they are whole in the file of rank 0"
+        )
+    if source.extras:
+        say(f"left out, nothing of the model: {', '.join(sorted(source.extras)[:NAMED])}")
+
+
+def _output(
+    folder: Path, layout: RankLayout, rank: int, own: Mapping[str, Box], source: Source, suffix: str
+) -> Output:
+    path = folder / f"rank_{rank}" / f"{PREFIX}_rank_{rank}-{suffix}.safetensors"
+    places = {name: (source.shape(name), box) for name, box in own.items()}
+    note = Note(layout.world_size, rank, dict(layout.mesh), places)
+    metadata = {"format": "pt", "remove_redundancy": "False"}
+    return Output(path, {name: (name, box) for name, box in own.items()}, metadata, note)
+
+
+def _copy_side_files(origin: Path, folder: Path) -> None:
+    """config.json and the tokenizer, for whoever merges the rank files again."""
+    files = side_files(origin if origin.is_dir() else origin.parent)
+    if files:
+        folder.mkdir(parents=True)
+        for file in files:
+            shutil.copy2(file, folder)
+
+
+def side_files(folder: Path) -> list[Path]:
+    """Configuration and tokenizer beside weights."""
+    return sorted(
+        path for path in folder.iterdir()
+        if path.suffix in SIDE_FILES and path.name not in INDEX_NAMES and path.is_file()
+        and not path.name.startswith(".")
+    )  # fmt: skip

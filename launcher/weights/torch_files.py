@@ -1,0 +1,86 @@
+"""What of a file of torch is weights: read by torch itself, `weights_only`, and mapped.
+
+Owns the way from `torch.save` to named tensors that safetensors can hold. Nothing in a file is
+executed. Files are mapped, not loaded, but for those of torch before version 1.6, which have to fit
+into memory.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from launcher.errors import UserError
+from launcher.weights.formats import header_of
+from launcher.weights.formats.torch_pickle import WEIGHT_KEYS
+from launcher.weights.memory import DTYPE_NAMES
+
+_ZIP, _OLD_TORCH = b"PK\x03\x04", b"\x80\x02\x8a\x0al\xfc\x9cF"
+
+
+def weights_in(path: Path) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """(name to tensor, keys that are left out) of a file of torch. Raises `UserError`."""
+    content, left_out = _loaded(path), list[str]()
+    while isinstance(content, Mapping) and not _tensors(content):
+        inner = next((key for key in WEIGHT_KEYS if isinstance(content.get(key), Mapping)), None)
+        if inner is None:
+            break
+        left_out += [str(key) for key in content if key != inner]
+        content = content[inner]
+    tensors = _tensors(content) if isinstance(content, Mapping) else {}
+    if not tensors:
+        found = ", ".join(map(str, content)) if isinstance(content, Mapping) else ""
+        raise UserError(
+            f"{path} holds no weights",
+            rule="a map from name to tensor is needed, alone or under " + ", ".join(WEIGHT_KEYS),
+            nearest=f"It holds: {found[:200]}" if found else "",
+        )
+    for name, tensor in tensors.items():
+        _check_tensor(path, name, tensor)
+    return tensors, left_out + [str(key) for key in content if key not in tensors]
+
+
+def _tensors(content: Mapping[Any, Any]) -> dict[str, torch.Tensor]:
+    return {
+        key: value.detach() for key, value in content.items()
+        if isinstance(key, str) and isinstance(value, torch.Tensor)
+    }  # fmt: skip
+
+
+def _loaded(path: Path) -> Any:
+    try:
+        with path.open("rb") as file:
+            start = file.read(8)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    is_zip = start.startswith(_ZIP)
+    if not is_zip and start != _OLD_TORCH:
+        header_of(path)
+        raise UserError(
+            f"{path} is a safetensors file already", rule="files of torch are converted"
+        )
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    except Exception as error:
+        named = re.search(r"GLOBAL ([\w.]+)", str(error))
+        raise UserError(
+            f"{path} wants to call {named[1]}" if named else f"{path} cannot be read",
+            rule="tensors, numbers, texts, lists and maps are read, and nothing in a file is run"
+            if named else str(error).splitlines()[0][:200],
+            advice="If you trust its origin, load it there and save its tensors alone: "
+            "torch.save(module.state_dict(), path)" if named else "Copy it again from its origin",
+        ) from None  # fmt: skip
+
+
+def _check_tensor(path: Path, name: str, tensor: torch.Tensor) -> None:
+    if tensor.layout is not torch.strided or tensor.dtype not in DTYPE_NAMES:
+        kind = tensor.dtype if tensor.layout is torch.strided else tensor.layout
+        raise UserError(
+            f"{path}: `{name}` is {str(kind).removeprefix('torch.')}",
+            rule="safetensors has no such tensors",
+            advice="Save it dense, in another dtype",
+        )

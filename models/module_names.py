@@ -1,0 +1,123 @@
+"""Names of tensors of a transformers module, in memory and on disk.
+
+Owns the links of such a module, read off transformers' own conversion of names: its experts may be
+stacked, gate and up in one tensor, prefixes renamed. The conversion is run on tensors without
+memory; a tensor of the files that is a view of a parameter is a box of it, and offset and strides
+of the view say which. Invariant: the tensors of the files tile every tensor of the module, or the
+module is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from launcher.errors import UserError
+from launcher.layout.box import Box, Shape, whole
+from launcher.weights.links import Link
+from launcher.weights.runs import c_strides
+
+Links = Mapping[str, tuple[Link, ...]]
+"""Tensor of the module to its tensors in files; without those that are one, under one name."""
+
+
+def links_of_module(module: Any) -> Links:
+    """What the tensors of a `PreTrainedModel` are in the directory that transformers saves.
+
+    Raises UserError where files hold something else than boxes of them: transposed, permuted or
+    computed tensors, or one tensor for several of the module.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    originals = {name: _Original(tensor) for name, tensor in _tensors(module)}
+    owners = {_memory(original): name for name, original in originals.items()}
+    found: dict[str, list[Link]] = {}
+    for file_name, view in revert_weight_conversion(module, dict(originals)).items():
+        name = owners.get(_memory(view))
+        link = _link(file_name, view, tuple(originals[name].shape)) if name else None
+        if name is None or link is None:
+            raise _other_tensors(module, file_name)
+        found.setdefault(name, []).append(link)
+    for name, original in originals.items():
+        if not _tiled(found.get(name, ()), tuple(original.shape)):
+            raise _other_tensors(module, name)
+    return {
+        name: tuple(links) for name, links in found.items()
+        if links != [Link(name, whole(tuple(originals[name].shape)))]
+    }  # fmt: skip
+
+
+def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """All that the files hold; a tied tensor under both names, which may differ in files."""
+    yield from module.state_dict(keep_vars=True).items()
+
+
+class _Original(Tensor):
+    """A tensor of the shape of another, without memory, whose parts all stay views of it."""
+
+    @staticmethod
+    def __new__(cls, like: Tensor) -> _Original:
+        return torch.empty(like.shape, device="meta").as_subclass(cls)
+
+    def contiguous(self, *_: Any, **__: Any) -> _Original:  # type: ignore[override]
+        return self
+
+
+def _memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _link(file_name: str, view: Tensor, shape: Shape) -> Link | None:
+    """Which box of a tensor of `shape` the view is; None when it is none."""
+    kept = _kept_dims(view, shape)
+    if kept is None:
+        return None
+    position, offset = view.storage_offset(), []
+    for stride in c_strides(shape, 1):
+        offset.append(position // max(stride, 1))
+        position %= max(stride, 1)
+    size = [1] * len(shape)
+    for dim, length in zip(kept, view.shape, strict=True):
+        size[dim] = length
+    dropped = tuple(dim for dim in range(len(shape)) if dim not in kept)
+    return Link(file_name, Box(tuple(offset), tuple(size)), dropped)
+
+
+def _kept_dims(view: Tensor, shape: Shape) -> list[int] | None:
+    """The dim of a tensor of `shape` that each dim of the view is, in order; None when the view
+    has other dims."""
+    kept: list[int] = []
+    strides = c_strides(shape, 1)
+    for length, stride in zip(view.shape, view.stride(), strict=True):
+        after = kept[-1] + 1 if kept else 0
+        fitting = [
+            dim for dim in range(after, len(shape))
+            if strides[dim] == stride and length <= shape[dim]
+        ]  # fmt: skip
+        if not fitting:
+            return None
+        kept.append(fitting[0])
+    return kept
+
+
+def _tiled(links: Sequence[Link], shape: Shape) -> bool:
+    """Whether the boxes of `links` cover every element of a tensor of `shape` once."""
+    boxes = {link.box for link in links}
+    is_once = len(boxes) == len(links) and sum(box.numel for box in boxes) == whole(shape).numel
+    return is_once and all(
+        start + length <= n
+        for box in boxes
+        for start, length, n in zip(box.offset, box.size, shape, strict=True)
+    )
+
+
+def _other_tensors(module: Any, name: str) -> UserError:
+    return UserError(
+        f"model_type {module.config.model_type}: its files hold other tensors than the module "
+        f"(`{name}`)",
+        rule="a tensor of the files is read where it is a part of one of the module's, as it lies",
+        advice="Give a model of another family",
+    )

@@ -1,0 +1,268 @@
+"""Which weights may be loaded, by how many processes, under which assertions: the table of
+docs/weights.md, row by row, through the command line. Nothing heavy is loaded for an answer."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher.layout.mesh import Mesh
+from launcher.weights.copies import RECORD, write_record
+from tests.config.interpreter import Report, run_many
+from tests.config.weight_files import MINDSPORE_CKPT, TORCH_ZIP, rank_files, safetensors
+from tests.config.workspace import RIGHT, build
+
+EITHER = (None, False)
+ANY = (None, True, False)
+LOADS = ""
+SET_IT = "Set auto_trans_ckpt: True, or leave it out."
+COMPLETE = f"auto_trans_ckpt = False: full holds complete weights, 2 processes run. {SET_IT}"
+SINGLE = COMPLETE.replace("full", "full/model.safetensors")
+ASSERTED = COMPLETE.replace("2 processes run", "use_parallel is True")
+NOTHING = "auto_trans_ckpt = True: there are no weights to cut. Set load_checkpoint"
+
+
+def other(files: str, run: str) -> str:
+    return f"auto_trans_ckpt = False: {files}, this run has {run}. {SET_IT}"
+
+
+ALONE, PAIR = "1 rank (not cut)", "2 ranks (dp_replicate 2)"
+ROWS: tuple[tuple[str, int, tuple[bool | None, ...], tuple[bool | None, ...], str], ...] = (
+    # files, processes, use_parallel, auto_trans_ckpt, what comes of it
+    ("full", 1, EITHER, ANY, LOADS),
+    ("full", 2, (None, True), (None, True), LOADS),
+    ("full", 2, (None, True), (False,), COMPLETE),
+    ("full", 1, (True,), (None, True), LOADS),
+    ("full", 1, (True,), (False,), ASSERTED),
+    ("full/model.safetensors", 1, EITHER, ANY, LOADS),
+    ("full/model.safetensors", 2, (None, True), (None, True), LOADS),
+    ("full/model.safetensors", 2, (None, True), (False,), SINGLE),
+    ("two", 2, (None, True), ANY, LOADS),
+    ("four", 2, (None, True), (None, True), LOADS),
+    ("four", 2, (None, True), (False,), other("four was written by 4 ranks (dp_shard 4)", PAIR)),
+    ("tensor", 2, (None, True), (False,), other("tensor was written by 2 ranks (tp 2)", PAIR)),
+    ("two", 1, EITHER, (None, True), LOADS),
+    ("two", 1, EITHER, (False,), other(f"two was written by {PAIR}", ALONE)),
+    ("two/rank_1/CKP_rank_1-1_10.safetensors", 1, EITHER, (False,),
+     other(f"two/rank_1/CKP_rank_1-1_10.safetensors was written by {PAIR}", ALONE)),
+    ("one", 1, EITHER, ANY, LOADS),
+    ("foreign", 1, EITHER, (False,), other("foreign was written by 2 ranks", ALONE)),
+    ("foreign", 2, (None, True), ANY, LOADS),
+    ("", 1, EITHER, (True,), NOTHING),
+    ("", 2, (None, True), (True,), NOTHING),
+    ("", 1, EITHER, EITHER, LOADS),
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One command line and what the user must be told."""
+
+    name: str
+    yaml: str
+    world: int = 1
+    mode: str = "train"
+    says: tuple[str, ...] = ()
+    silent: tuple[str, ...] = ()
+    """Texts that are not said."""
+    errors: int = 0
+
+
+def table() -> Iterator[Case]:
+    for files, world, parallel, automatic, outcome in ROWS:
+        for use_parallel, auto_trans_ckpt in itertools.product(parallel, automatic):
+            keys = {"use_parallel": use_parallel, "auto_trans_ckpt": auto_trans_ckpt}
+            written = {key: value for key, value in keys.items() if value is not None}
+            text = "".join(f"{key}: {value}\n" for key, value in written.items())
+            yield Case(
+                name=f"{files or 'nothing'}, {world} processes, {written}",
+                yaml=f"{text}load_checkpoint: '{files}'\n" + (
+                    "parallel_config: {data_parallel: 2}\n" if world == 2 else ""),
+                world=world,
+                says=(outcome,) if outcome else (),
+                errors=int(outcome != LOADS),
+            )  # fmt: skip
+
+
+CASES = (
+    Case(name="one process asserts several", yaml="load_checkpoint: full\nuse_parallel: True\n",
+         says=("use_parallel = True: not needed, one process was started (see torchrun)",)),
+    Case(name="one process need not cut", yaml="load_checkpoint: full\nauto_trans_ckpt: True\n",
+         says=("auto_trans_ckpt = True: not needed, full holds complete weights, and one",)),
+    Case(name="two processes cut", world=2, silent=("not needed",),
+         yaml="load_checkpoint: full\nauto_trans_ckpt: True\nuse_parallel: True\n"
+              "parallel_config: {data_parallel: 2}\n"),
+    Case(name="weights of the model's folder", world=2, mode="finetune", errors=1,
+         yaml="pretrained_model_dir: full\nauto_trans_ckpt: False\n"
+              "parallel_config: {data_parallel: 2}\n", says=(COMPLETE,)),
+    Case(name="a folder of torch files", yaml="load_checkpoint: torch\n", mode="finetune"),
+    Case(name="torch files, said so", yaml="load_checkpoint: torch\nload_ckpt_format: ckpt\n"),
+    Case(name="torch files, said to be safetensors", errors=1,
+         yaml="load_checkpoint: torch\nload_ckpt_format: safetensors\n",
+         says=("load_ckpt_format = 'safetensors': torch holds files of torch (ckpt). "
+               "Nearest: ckpt. Or leave the key out.",)),
+    Case(name="by content, not by name", errors=1,
+         yaml="load_checkpoint: disguised/model.ckpt\nload_ckpt_format: ckpt\n",
+         says=("disguised/model.ckpt holds safetensors. Nearest: safetensors",)),
+    Case(name="a .ckpt of MindSpore", errors=1, yaml="load_checkpoint: old\n",
+         says=("old/net.ckpt is a .ckpt file of MindSpore: of .ckpt files those of torch are read. "
+               "Convert it with mindspore.ckpt_to_safetensors.",)),
+    Case(name="rank files of MindSpore in .ckpt", errors=1,
+         yaml="load_checkpoint: old_ranks\nload_ckpt_format: ckpt\n",
+         says=("CKP_rank_0-1_1.ckpt is a .ckpt file of MindSpore",)),
+    Case(name="rank files of torch", errors=1, yaml="load_checkpoint: torch_ranks\n",
+         says=("is a file of torch: rank files are safetensors. Convert them: python -m "
+               "launcher.tools.ckpt_to_safetensors.",)),
+    Case(name="copies were left out, said so",
+         yaml="load_checkpoint: spared\nremove_redundancy: True\n"),
+    Case(name="copies were left out, denied", errors=1,
+         yaml="load_checkpoint: spared\nremove_redundancy: False\n",
+         says=("remove_redundancy = False: spared/rank_0/CKP_rank_0-1_10.safetensors says "
+               "remove_redundancy True. Nearest: True. Or leave the key out.",)),
+    Case(name="the newest save speaks", yaml="load_checkpoint: grown\nremove_redundancy: True\n"),
+    Case(name="complete weights are never redundant",
+         yaml="load_checkpoint: full\nremove_redundancy: True\n"),
+    Case(name="a strategy that nobody needs",
+         yaml="load_checkpoint: two\nsrc_strategy_path_or_dir: strategy\n",
+         says=("src_strategy_path_or_dir = 'strategy': not needed, the files of two describe",)),
+    Case(name="a strategy for complete weights",
+         yaml="load_checkpoint: full\nsrc_strategy_path_or_dir: strategy\n",
+         says=("src_strategy_path_or_dir = 'strategy': not needed, full holds complete weights",)),
+    Case(name="a strategy that is needed", silent=("not needed",),
+         yaml="load_checkpoint: foreign\nsrc_strategy_path_or_dir: strategy\n"),
+    Case(name="a strategy that is not there", errors=1,
+         yaml="load_checkpoint: foreign\nsrc_strategy_path_or_dir: strategi\n",
+         says=("src_strategy_path_or_dir = 'strategi': there is no such path. did you mean "
+               "`strategy`? Name a strategy file",)),
+    Case(name="a whole copy of whole weights",
+         yaml="load_checkpoint: full\nsave_unified_checkpoint: True\n",
+         says=("save_unified_checkpoint = True: not needed, full holds complete weights",)),
+    Case(name="a converted copy of rank files",
+         yaml="load_checkpoint: two\nsave_converted_checkpoint: True\n",
+         says=("save_converted_checkpoint = True: no effect, the weights in two are distributed",)),
+    Case(name="a converted copy of what is converted",
+         yaml="load_checkpoint: mindspore\nsave_converted_checkpoint: True\n",
+         says=("no effect, the weights in mindspore are in MindSpore's form already",)),
+    Case(name="a copy over somebody's work", errors=1,
+         yaml="load_checkpoint: two\nsave_unified_checkpoint: True\noutput_dir: busy\n",
+         says=("busy/unified_checkpoint holds thesis.txt, which no run wrote there as a copy: only "
+               "a copy that a former run wrote is replaced. Move it away, or give another "
+               "output_dir.",)),
+    Case(name="a copy over a former one", silent=("no run wrote",),
+         yaml="load_checkpoint: two\nsave_unified_checkpoint: True\noutput_dir: again\n"),
+    Case(name="a checkpoint of its own, cut anew against the word", errors=1,
+         yaml="resume_training: True\nauto_trans_ckpt: False\noutput_dir: earlier\n",
+         says=(f"earlier/checkpoint was written by {PAIR}, this run has {ALONE}",)),
+    Case(name="nothing to resume from yet", yaml="resume_training: True\nauto_trans_ckpt: True\n"),
+    Case(name="finetune from a folder without weights", mode="finetune", errors=1,
+         yaml="pretrained_model_dir: no_weights\n",
+         says=("there are no weights to start from: no_weights holds no *.safetensors",)),
+    Case(name="a strategy alone reads no weights",
+         yaml="only_save_strategy: True\nload_checkpoint: old\nauto_trans_ckpt: False\n"
+              "src_strategy_path_or_dir: nowhere\nsave_unified_checkpoint: True\n"
+              "output_dir: busy\n"),
+)  # fmt: skip
+
+
+def files(folder: Path) -> None:
+    """Weights of every kind, beside the right configuration."""
+    build(folder)
+    config = (folder / "qwen/config.json").read_text()
+    for name in ("full", "mindspore", "torch"):
+        (folder / name).mkdir()
+        (folder / name / "config.json").write_text(config)
+    safetensors(folder / "full/model.safetensors")
+    safetensors(folder / "mindspore/model-00001-of-00001.safetensors", {"format": "ms"})
+    (folder / "mindspore/param_name_map.json").write_text(
+        json.dumps({"weight_map": {"w": "model-00001-of-00001.safetensors"}})
+    )
+    (folder / "torch/pytorch_model.bin").write_bytes(TORCH_ZIP)
+    safetensors(folder / "disguised/model.ckpt")
+    rank_files(folder / "one", Mesh())
+    rank_files(folder / "two", Mesh(dp_replicate=2))
+    rank_files(folder / "tensor", Mesh(tp=2))
+    rank_files(folder / "four", Mesh(dp_shard=4))
+    rank_files(folder / "foreign", Mesh(tp=2), is_ours=False)
+    rank_files(folder / "spared", Mesh(dp_replicate=2), deduplicated=True)
+    rank_files(folder / "grown", Mesh(), name="CKP_rank_{}-1_9")
+    rank_files(folder / "grown", Mesh(), name="CKP_rank_{}-1_10", deduplicated=True)
+    rank_files(folder / "earlier/checkpoint", Mesh(dp_replicate=2))
+    for name, content in (("old_ranks", MINDSPORE_CKPT), ("torch_ranks", TORCH_ZIP)):
+        (folder / name / "rank_0").mkdir(parents=True)
+        (folder / name / "rank_0/CKP_rank_0-1_1.ckpt").write_bytes(content)
+    (folder / "strategy").mkdir()
+    (folder / "busy/unified_checkpoint").mkdir(parents=True)
+    write_record(folder / "busy/unified_checkpoint", "save_unified_checkpoint")
+    (folder / "busy/unified_checkpoint/thesis.txt").write_text("years of work")
+    safetensors(folder / "again/unified_checkpoint/model.safetensors")
+    write_record(folder / "again/unified_checkpoint", "save_unified_checkpoint")
+
+
+ALL = (*table(), *CASES)
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Report]:
+    """Every case, in one interpreter."""
+    folder = tmp_path_factory.mktemp("weights")
+    files(folder)
+    commands: list[dict[str, Any]] = []
+    for index, case in enumerate(ALL):
+        right = RIGHT.replace("output_dir: ./out\n", "") if "output_dir:" in case.yaml else RIGHT
+        (folder / f"{index}.yaml").write_text(right + case.yaml)
+        argv = ["--config", f"{index}.yaml", "--run_mode", case.mode, "--check_config"]
+        env = {"WORLD_SIZE": str(case.world)}
+        commands.append({"argv": argv, "cwd": str(folder), "env": env})
+    return dict(zip([case.name for case in ALL], run_many(commands), strict=True))
+
+
+def test_names_are_unique() -> None:
+    assert len({case.name for case in ALL}) == len(ALL)
+
+
+@pytest.mark.parametrize("case", ALL, ids=lambda case: case.name)
+def test_what_is_loaded_and_what_is_said(case: Case, reports: dict[str, Report]) -> None:
+    report = reports[case.name]
+    for text in case.says:
+        assert text in report.err, report.err
+    for text in case.silent:
+        assert text not in report.err, report.err
+    assert report.err.count("error: ") == case.errors, report.err
+    assert report.code == (2 if case.errors else 0)
+    if case.errors and "auto_trans_ckpt:" in case.yaml:
+        assert re.search(r"error: \d+\.yaml:\d+: auto_trans_ckpt = ", report.err), report.err
+    assert "Traceback" not in report.err
+    assert not report.torch_imported
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ({}, "no run wrote there as a copy"),
+        ({RECORD: "{}"}, "holds written_by_slipway.json, which no run"),
+        ({RECORD: '{"key": "save_converted_checkpoint", "files": []}'}, "which no run"),
+        ({RECORD: "no json"}, "cannot be read"),
+        ({RECORD: '{"key": "save_unified_checkpoint", "files": 3}'}, "cannot be read"),
+    ],
+)
+def test_a_folder_is_ours_only_by_its_record(
+    tmp_path: Path, content: dict[str, str], reason: str
+) -> None:
+    from launcher.weights.copies import foreign
+
+    folder = tmp_path / "unified_checkpoint"
+    folder.mkdir()
+    assert foreign(folder, "save_unified_checkpoint") == ""
+    for name, text in (content or {"file": "x"}).items():
+        (folder / name).write_text(text)
+    assert reason in foreign(folder, "save_unified_checkpoint")
+    link = tmp_path / "link"
+    link.symlink_to(folder)
+    assert "is no folder" in foreign(link, "save_unified_checkpoint")

@@ -1,0 +1,37 @@
+"""What a source holds, tensor by tensor, read through the plan: for comparisons bit for bit."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from launcher.layout.box import whole
+from launcher.weights.formats.safetensors import ITEM_BYTES
+from launcher.weights.plan import plan_box, read_runs_of
+from launcher.weights.source import Source
+from launcher.weights.transfer import Files, read_runs
+
+Content = dict[str, tuple[str, tuple[int, ...], bytes]]
+"""Name to (dtype name, shape, bytes in C order)."""
+
+
+def content(source: Source) -> Content:
+    """All tensors of `source`, without its extras."""
+    return {name: (source.dtype(name), source.shape(name), _bytes(source, name))
+            for name in source.tensors}  # fmt: skip
+
+
+def extras(source: Source) -> Content:
+    """What is beside the tensors."""
+    together = content(source.with_extras())
+    return {name: together[name] for name in source.extras}
+
+
+def _bytes(source: Source, name: str) -> bytes:
+    box = whole(source.shape(name))
+    memory = np.zeros(box.numel * ITEM_BYTES[source.dtype(name)], np.uint8)
+    with Files() as files:
+        for read in plan_box(name, box, source.tensors[name]):
+            file = read.piece.file
+            descriptor = files.descriptor(file, source.headers[file].file_bytes)
+            read_runs(descriptor, file, read_runs_of(read, box), memory)
+    return memory.tobytes()
