@@ -3,9 +3,9 @@
 Owns the checksums that cost next to no reading. A block is checked where this rank has read all of
 it as it is: into the CPU, in the dtype of the file, each of its tensors in one piece. Blocks of
 which little is missing are completed from the file, as far as `EXTRA` of the bytes read goes, and a
-file of at most `SMALL_FILE` is read whole. So every byte is checked when a rank reads its own file, or
-whole rows; what is cut by columns, cast on the way or sent to a GPU is left to
-`launcher.tools.verify`.
+file of at most `SMALL_FILE` is read whole. So every byte is checked when a rank reads its own file,
+or whole rows. What is cut by columns, cast on the way or sent to a GPU is not:
+`launcher.tools.verify` reads all of it.
 """
 
 from __future__ import annotations
