@@ -52,6 +52,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         default="huggingface",
         help="form of the complete weights (huggingface)",
     )
+    add(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="cast the weights; left out, they stay as they are",
+    )
     add("--max_shard_size", default="5GB", metavar="SIZE", help="most bytes of a file (5GB)")
     add(
         "--max_process_num",
@@ -83,6 +88,7 @@ def _merge(options: argparse.Namespace, console: Console) -> int:
         form=options.format,
         max_shard_bytes=size_in_bytes(options.max_shard_size),
         workers=options.max_process_num,
+        dtype=options.dtype,
         overwrite=options.overwrite,
         progress=progress(console, "merged"),
         say=console.say,

@@ -19,6 +19,7 @@ import numpy.typing as npt
 import xxhash
 
 from launcher.layout.box import Box, whole
+from launcher.weights.cast import cast
 from launcher.weights.formats.safetensors import ITEM_BYTES
 from launcher.weights.portion import PortionReader, Words
 from launcher.weights.saves import open_any
@@ -149,7 +150,7 @@ def _numbers(words: Words, dtype: str) -> npt.NDArray[Any] | None:
     are compared."""
     flat = np.ascontiguousarray(words).reshape(-1)
     if dtype == "BF16":
-        return (flat.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+        return cast(flat, "BF16", "F32").view(np.float32).astype(np.float64)
     if dtype not in _NUMPY:
         return None
     kind = np.complex128 if dtype == "C64" else np.float64

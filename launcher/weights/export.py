@@ -14,6 +14,7 @@ from typing import Literal
 
 from launcher.errors import UserError
 from launcher.layout.box import whole
+from launcher.weights.cast import CASTS
 from launcher.weights.formats.safetensors import ITEM_BYTES
 from launcher.weights.source import (
     INDEX_NAME,
@@ -45,6 +46,7 @@ def write_complete(
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     form: Format = "huggingface",
     workers: int = WORKERS,
+    dtype: str | None = None,
     progress: Progress | None = None,
     share: tuple[int, int] = (0, 1),
 ) -> Exported:
@@ -55,7 +57,7 @@ def write_complete(
     extras of the source (the step, the epoch) become `hyper_param.safetensors`, in no index.
     `directory` exists and is ours. `share` = (k, n) writes every n-th file, from the k-th on, so
     that n processes write a directory together; the first also writes the index. `workers`:
-    portions in flight.
+    portions in flight. `dtype` (a name of safetensors) is what floating model weights are cast to.
     """
     everything = source.with_extras()
     names = sorted(name for name in everything.tensors if keep(name))
@@ -66,14 +68,19 @@ def write_complete(
             rule="every tensor was filtered out",
             advice="Give another prefix to --filter_out_param_prefix",
         )
+    sizes = {
+        name: _nbytes(everything, name, dtype if name in groups["model"] else None)
+        for name in names
+    }
     outputs, weight_map = [], dict[str, str]()
     metadata = {"format": "ms" if form == "mindspore" else "pt"}
     for stem in ("model", "optimizer"):
-        shards = _shards(everything, groups[stem], max_shard_bytes)
+        shards = _shards({name: sizes[name] for name in groups[stem]}, max_shard_bytes)
         for index, shard in enumerate(shards, 1):
             file = f"{stem}-{index:05d}-of-{len(shards):05d}.safetensors"
             boxes = {name: (name, whole(everything.shape(name))) for name in shard}
-            outputs.append(Output(directory / file, boxes, metadata))
+            target = dtype if stem == "model" else None
+            outputs.append(Output(directory / file, boxes, metadata, dtype=target))
             if stem == "model" or form == "mindspore":
                 weight_map |= dict.fromkeys(shard, file)
     if groups["extra"]:
@@ -82,11 +89,10 @@ def write_complete(
     first, step = share
     stream(everything, outputs[first::step], progress, workers=workers)
     if weight_map and first == 0:
-        total = sum(_nbytes(everything, name) for name in weight_map)
-        _write_index(directory, form, weight_map, total)
+        _write_index(directory, form, weight_map, sum(sizes[name] for name in weight_map))
     return Exported(
         len(names),
-        sum(_nbytes(everything, name) for name in names),
+        sum(sizes.values()),
         tuple(output.path.name for output in outputs),
     )
 
@@ -106,16 +112,17 @@ def _write_index(directory: Path, form: Format, weight_map: Mapping[str, str], t
     (directory / name).write_text(json.dumps(content, indent=indent) + "\n")
 
 
-def _nbytes(source: Source, name: str) -> int:
-    return math.prod(source.shape(name)) * ITEM_BYTES[source.dtype(name)]
+def _nbytes(source: Source, name: str, dtype: str | None) -> int:
+    found = source.dtype(name)
+    item = ITEM_BYTES[dtype if dtype is not None and found in CASTS else found]
+    return math.prod(source.shape(name)) * item
 
 
-def _shards(source: Source, names: Sequence[str], limit: int) -> list[list[str]]:
+def _shards(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
     """Names in order, cut into groups of at most `limit` bytes (one tensor at least)."""
     groups: list[list[str]] = []
     room = 0
-    for name in names:
-        size = _nbytes(source, name)
+    for name, size in sizes.items():
         if not groups or size > room:
             groups.append([])
             room = limit

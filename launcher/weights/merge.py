@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -26,6 +27,8 @@ from launcher.weights.stream import WORKERS, Progress
 
 __all__ = ["MODEL_FOLDER", "merge", "size_in_bytes", "unified_safetensors"]
 
+DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+"""What weights can be cast to, to the names of safetensors."""
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
           "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}  # fmt: skip
 
@@ -41,6 +44,7 @@ def unified_safetensors(
     max_process_num: int = WORKERS,
     format: Format = "huggingface",
     max_shard_size: int | str = DEFAULT_SHARD_BYTES,
+    dtype: str | None = None,
     overwrite: bool = False,
 ) -> Exported:
     """Merge the save `*-{file_suffix}.safetensors` of the rank folders in `mindspore_ckpt_dir` into
@@ -48,7 +52,8 @@ def unified_safetensors(
 
     `src_strategy_dirs` is needed for rank files of MindSpore alone. `has_redundancy` asserts that
     the ranks hold every copy (True) or that copies were left out (False). `max_process_num` counts
-    threads. Raises `UserError`.
+    threads. `dtype` (float32, bfloat16, float16) is what the weights are cast to; left out, they
+    stay as they are. Raises `UserError`.
     """
     return merge(
         Path(mindspore_ckpt_dir),
@@ -60,6 +65,7 @@ def unified_safetensors(
         workers=max_process_num,
         form=format,
         max_shard_bytes=size_in_bytes(max_shard_size),
+        dtype=dtype,
         overwrite=overwrite,
     )
 
@@ -75,6 +81,7 @@ def merge(
     form: Format = "huggingface",
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     workers: int = WORKERS,
+    dtype: str | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
     say: Say = silent,
@@ -84,7 +91,8 @@ def merge(
     Written aside and renamed when whole. An existing `output_dir` is an error unless `overwrite`,
     which replaces it only after the new one is whole. Tensors whose name starts with one of
     `drop_prefixes` are left out. What is read is checked against its checksums. `strategy`: where
-    the strategy files of MindSpore's rank files are. Raises `UserError`.
+    the strategy files of MindSpore's rank files are; `dtype`: a key of `DTYPES`. Raises
+    `UserError`.
     """
     files = rank_files(directory, suffix)
     source = open_save(directory, files, strategy, say)
@@ -97,11 +105,22 @@ def merge(
             max_shard_bytes=max_shard_bytes,
             form=form,
             workers=workers,
+            dtype=None if dtype is None else DTYPES[dtype],
             progress=progress,
         )
         for file in model_files(files[0]):
             shutil.copy2(file, folder)
+        if dtype is not None:
+            _note_dtype(folder / "config.json", dtype)
     return exported
+
+
+def _note_dtype(config: Path, dtype: str) -> None:
+    """Let config.json, where there is one, say what the weights are now."""
+    if config.is_file():
+        content = json.loads(config.read_bytes())
+        content.pop("torch_dtype", None)
+        config.write_text(json.dumps({**content, "dtype": dtype}, indent=2, sort_keys=True) + "\n")
 
 
 def _check_redundancy(source: Source, asserted: bool | None) -> None:

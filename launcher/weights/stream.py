@@ -21,7 +21,8 @@ import xxhash
 from launcher.errors import UserError
 from launcher.layout.box import Box, Shape, whole
 from launcher.weights.audit import Audit
-from launcher.weights.formats.safetensors import ITEM_BYTES, Slot, header_bytes
+from launcher.weights.cast import CASTS, cast
+from launcher.weights.formats.safetensors import ITEM_BYTES, Slot, header_bytes, in_file_order
 from launcher.weights.new_files import NewFiles
 from launcher.weights.note import BLOCK_BYTES, Note
 from launcher.weights.plan import plan_box
@@ -52,6 +53,13 @@ class Output:
     metadata: Mapping[str, str] = field(default_factory=lambda: {"format": "pt"})
     note: Note | None = None
     """What a rank file says of itself; the checksums are added."""
+    dtype: str | None = None
+    """What floating tensors are cast to; None: they stay as they are."""
+
+    def dtype_of(self, name: str, source: Source) -> str:
+        """The dtype that `name` of the new file gets."""
+        found = source.dtype(self.boxes[name][0])
+        return self.dtype if self.dtype is not None and found in CASTS else found
 
 
 def stream(
@@ -99,7 +107,9 @@ class _Writer:
         boxes = output.boxes
         # In the order in which the source is read, which is that of the hashes.
         order = sorted(boxes, key=lambda n: (_order(source, boxes[n][0]), boxes[n][1].offset))
-        self.slots = [Slot(n, source.dtype(boxes[n][0]), boxes[n][1].size) for n in order]
+        self.slots = [Slot(n, output.dtype_of(n, source), boxes[n][1].size) for n in order]
+        if output.note is None:  # not hashed: in the order that aligns what was cast too
+            self.slots = in_file_order(self.slots)
         self.nbytes = sum(slot.nbytes for slot in self.slots)
         self._digests: list[str] = []
         self._hasher, self._room = xxhash.xxh3_64(), BLOCK_BYTES
@@ -199,17 +209,20 @@ class _Stream:
 
     def _cut(self, name: str, box: Box, portion: Portion) -> list[_Part]:
         """What each new file gets of a portion; files that get the same share the memory."""
-        parts, known = [], dict[Box, memoryview]()
+        parts, known = [], dict[tuple[Box, str], memoryview]()
+        dtype = self._source.dtype(name)
         for writer, slot in self._wanted[name]:
             own = writer.output.boxes[slot.name][1]
             common = box.intersect(own)
             if common is None:
                 continue
-            if common not in known:
+            if (common, slot.dtype) not in known:
                 cut = np.ascontiguousarray(portion.values[slices(common.inside(box))])
-                known[common] = cut.reshape(-1).view(np.uint8).data
-            start = _linear(common.inside(own).offset, own.size) * portion.values.itemsize
-            parts.append(_Part(writer, writer.places[slot.name] + start, known[common]))
+                bits = cast(cut.reshape(-1), dtype, slot.dtype)
+                known[common, slot.dtype] = bits.view(np.uint8).data
+            start = _linear(common.inside(own).offset, own.size) * ITEM_BYTES[slot.dtype]
+            view = known[common, slot.dtype]
+            parts.append(_Part(writer, writer.places[slot.name] + start, view))
         return parts
 
     def _in_turn(self, turn: int, portion: Portion, parts: Sequence[_Part]) -> None:

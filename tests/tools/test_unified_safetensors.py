@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 import launcher.weights
 from launcher.errors import UserError
@@ -56,6 +57,26 @@ def test_every_byte_comes_back(tmp_path: Path, mesh: Mesh, form: str) -> None:
     assert set(listed) == set(tensors(optimizer=form == "mindspore"))
     index = "param_name_map.json" if form == "mindspore" else "model.safetensors.index.json"
     assert len(set(json.loads((tmp_path / "out" / index).read_text())["weight_map"].values())) > 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_weights_are_cast_as_torch_casts_them(tmp_path: Path, dtype: torch.dtype) -> None:
+    special = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, 3.4e38, 1e-40, 1.00390625, 65520.0])
+    model = {**tensors(), "special": special, "ints": torch.arange(3, dtype=torch.int32)}
+    save(tmp_path / "ranks", model, Mesh(tp=2))
+    (tmp_path / "ranks/model/CKP").mkdir(parents=True)
+    config = {"model_type": "llama", "torch_dtype": "float32"}
+    (tmp_path / "ranks/model/CKP/config.json").write_text(json.dumps(config))
+    name = str(dtype).removeprefix("torch.")
+    assert merge(tmp_path / "ranks", "--dtype", name) == 0
+    expected = {
+        key: tensor if key.startswith("adam_") or not tensor.is_floating_point() else
+        tensor.to(dtype)
+        for key, tensor in model.items()
+    }  # fmt: skip
+    assert same(content(tmp_path / "out"), expected)
+    written = json.loads((tmp_path / "out/config.json").read_text())
+    assert written == {"model_type": "llama", "dtype": name}
 
 
 def test_the_python_call_takes_the_same_arguments(ranks: Path) -> None:

@@ -1,0 +1,43 @@
+"""Casts between the floating dtypes, on bits, without torch: numpy has no bfloat16.
+
+Rounds to the nearest, ties to even, as torch does; a NaN stays one.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from launcher.weights.portion import Words
+
+FLOATS = {"F64": np.float64, "F32": np.float32, "F16": np.float16}
+CASTS = (*FLOATS, "BF16")
+"""Dtypes that are cast, from and to."""
+
+
+def cast(words: Words, source: str, target: str) -> Words:
+    """The numbers `words` are in dtype `source`, as the bits they have in `target`."""
+    if source == target:
+        return words
+    if source == "BF16":
+        numbers: npt.NDArray[np.floating] = _from_bfloat16(words)
+    else:
+        numbers = np.ascontiguousarray(words).view(FLOATS[source])
+    if target == "BF16":
+        return _to_bfloat16(numbers)
+    with np.errstate(over="ignore"):  # what is too large becomes infinite, as in torch
+        values = numbers.astype(FLOATS[target])
+    return values.view(f"u{values.itemsize}")
+
+
+def _from_bfloat16(words: Words) -> npt.NDArray[np.float32]:
+    return (words.astype(np.uint32) << 16).view(np.float32)
+
+
+def _to_bfloat16(numbers: npt.NDArray[np.floating]) -> Words:
+    with np.errstate(over="ignore"):
+        single = numbers.astype(np.float32)
+    bits = single.view(np.uint32)
+    rounded = (bits + (((bits >> 16) & 1) + 0x7FFF)) >> 16
+    rounded[np.isnan(single)] = 0x7FC0
+    return rounded.astype(np.uint16)
