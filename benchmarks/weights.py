@@ -6,7 +6,10 @@
 Every figure comes from freshly forked processes that have imported all they need (`forks.py`), in
 turns. Loading ends when every byte of every parameter is resident: what maps files is touched page
 by page. Writing ends with fsync. `raw` reads or writes the same number of bytes in long portions
-and knows nothing of tensors. A cold cache is made with posix_fadvise.
+and knows nothing of tensors. A cold cache is made with posix_fadvise. Each measure is
+the second of two in a row: the memory that the first one let go is at hand, in the pieces that the
+second asks for (a virtual machine gives free memory back to its host, and getting it again costs
+several times what a read does).
 """
 
 from __future__ import annotations
@@ -38,6 +41,7 @@ def in_turns(measures: Mapping[str, Measure], rounds: int) -> dict[str, list[Mea
     for number in range(rounds):
         turned = names[number % len(names) :] + names[: number % len(names)]
         for name in turned:
+            measures[name]()
             found[name].append(measures[name]())
         latest = ", ".join(f"{name} {taken[-1].seconds:.2f}" for name, taken in found.items())
         print(f"  round {number + 1}/{rounds}: {latest}", flush=True)

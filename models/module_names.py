@@ -10,6 +10,7 @@ module is refused.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import combinations
 from typing import Any
 
 import torch
@@ -107,7 +108,9 @@ def _tiled(links: Sequence[Link], shape: Shape) -> bool:
     """Whether the boxes of `links` cover every element of a tensor of `shape` once."""
     boxes = {link.box for link in links}
     is_once = len(boxes) == len(links) and sum(box.numel for box in boxes) == whole(shape).numel
-    return is_once and all(
+    if not is_once or any(a.intersect(b) is not None for a, b in combinations(boxes, 2)):
+        return False
+    return all(
         start + length <= n
         for box in boxes
         for start, length, n in zip(box.offset, box.size, shape, strict=True)

@@ -91,6 +91,7 @@ WRITERS: dict[str, Writer] = {
 def make_sharded(folder: Path, config: dict[str, Any]) -> None:
     """A checkpoint of four ranks that share parameters by rows: our rank files, and DCP's."""
     mesh = Mesh(dp_shard=4)
+    shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config))
 

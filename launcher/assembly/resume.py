@@ -13,11 +13,9 @@ from launcher.assembly.weights import check_cuts, check_layout, equalise_copies
 from launcher.checkpoint.resume import Chosen, choose
 from launcher.config.schema import Config
 from launcher.errors import UserError
-from launcher.layout.box import Shape
 from launcher.train.optimizer import equalise_moments, set_step
 from launcher.train.run import TrainRun
 from launcher.train.state import TrainState, from_json
-from launcher.weights.links import shapes_in_files
 from launcher.weights.source import OPTIMIZER_PREFIXES
 from models.build import tied_names
 
@@ -112,20 +110,10 @@ def _restore_tensors(job: Job, run: TrainRun, chosen: Chosen) -> None:
         job, targets, run.layout, run.links_of, chosen.source,
         tied=tied_names(run.parts.modules[-1]),
         ignore_prefixes=(),
-        expected=_expected(run),
+        expected=run.shapes_in_files(optimizer=True),
     )  # fmt: skip
     equalise_copies(run.parts)
     equalise_moments(run.parts.copies(), run.optimizer)
-
-
-def _expected(run: TrainRun) -> dict[str, Shape]:
-    """Weights and moments of the whole model, as files have them."""
-    layout, shapes = run.layout, run.layout.shapes
-    trained = {name: shape for name, shape in shapes.items() if layout.cut(name).sharded}
-    moments = shapes_in_files(trained, run.links_of)
-    return shapes_in_files(shapes, run.links_of) | {
-        f"{prefix}{name}": shape for prefix in OPTIMIZER_PREFIXES for name, shape in moments.items()
-    }
 
 
 def _data_position(job: Job, run: TrainRun, chosen: Chosen, state: TrainState) -> TrainState:

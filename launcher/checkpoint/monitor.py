@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from launcher.checkpoint.names import SaveName, epoch_and_step_in_name
 from launcher.checkpoint.store import Store, agree, attempt, clean_unfinished, next_counter
 from launcher.config.schema import CheckpointMonitorSection
+from launcher.layout.box import Shape
 from launcher.layout.holders import Ranks
 from launcher.layout.mesh import Mesh
 from launcher.parallel.world import World
@@ -35,6 +36,7 @@ class Savable(Protocol):
     def weights(self) -> dict[str, Shard]: ...
     def optimizer_state(self) -> dict[str, Shard]: ...
     def holders(self) -> dict[str, Ranks]: ...
+    def shapes_in_files(self, *, optimizer: bool) -> dict[str, Shape]: ...
     def state_record(self) -> dict[str, Any]: ...
     def write_model_files(self, directory: Path) -> None: ...
     def say(self, text: str) -> None: ...
@@ -114,6 +116,9 @@ class CheckpointMonitor:
             saved = store.save(
                 name, contents[folder], run.state_record(), mesh=run.mesh, world=run.world,
                 remove_redundancy=self.config.remove_redundancy,
+                whole=run.shapes_in_files(
+                    optimizer=folder == "checkpoint" and self.config.save_optimizer
+                ),
             )  # fmt: skip
             names.append(str(name))
             total += saved.bytes_written

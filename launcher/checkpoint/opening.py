@@ -28,7 +28,7 @@ from launcher.parallel.world import World
 from launcher.weights.distributed import check_copies, open_rank_files
 from launcher.weights.rank_folders import newest, save_of
 from launcher.weights.saves import describes_itself, strategy_of
-from launcher.weights.source import Source, detect, open_complete
+from launcher.weights.source import Source, detect, is_rank_folder, open_complete
 
 
 def open_weights(path: Path, world: World, say: Say, *, strategy: str = "") -> Source:
@@ -44,7 +44,7 @@ def open_weights(path: Path, world: World, say: Say, *, strategy: str = "") -> S
             rule="weights are *.safetensors, files of torch, or folders rank_0/, rank_1/, ...",
             advice="Give a folder or a file of weights",
         )
-    if path.is_dir() and path.name.startswith("rank_"):
+    if path.is_dir() and is_rank_folder(path):
         raise UserError(
             f"{path} is the folder of one rank",
             rule="a checkpoint is all of them",

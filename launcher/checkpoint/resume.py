@@ -7,7 +7,7 @@ hear the same.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from launcher.checkpoint.store import Published, is_unfinished, published
 from launcher.checkpoint.whole import newest_whole
 from launcher.errors import UserError, did_you_mean
 from launcher.parallel.world import World
-from launcher.weights.source import Source, detect
+from launcher.weights.source import Source, detect, is_rank_folder
 
 
 @dataclass(frozen=True)
@@ -46,10 +46,11 @@ def choose(
     """
     if root.is_file():
         found = parse_rank_file(root.name)
-        if found is None or not root.parent.name.startswith("rank_"):
+        if found is None or not is_rank_folder(root.parent):
             _refuse_foreign(root)
         root, choice = root.parent.parent, root.name
-    candidates = world.from_main(published(root)) if root.is_dir() else []
+    candidates = world.from_main(published(root))
+    _same_folder(root, candidates, world)
     if not candidates:
         _refuse_foreign(root)
         return None
@@ -79,6 +80,17 @@ def _named(root: Path, candidates: list[Published], choice: str) -> Published:
         rule=f"it holds {', '.join(names[-5:])}",
         nearest=did_you_mean(choice, names),
     )
+
+
+def _same_folder(root: Path, candidates: Sequence[Published], world: World) -> None:
+    """Every rank must see the folder that rank 0 found checkpoints in."""
+    seen = world.gather(root.is_dir())
+    if candidates and not all(seen):
+        raise UserError(
+            f"{root} cannot be found by rank {seen.index(False)}",
+            rule=f"rank 0 found {len(candidates)} checkpoints there, and all ranks read it",
+            advice="Put the checkpoints where every machine sees them, under one path",
+        )
 
 
 def _refuse_foreign(root: Path) -> None:

@@ -107,10 +107,16 @@ def whole_source(
     whole = [file.path for index, file in enumerate(files) if not by_index[index]]
     if not whole:
         return Found(None, faults)
+    source, error = None, None
     try:
-        return Found(open_files(root, whole), faults)
-    except UserError as error:
-        return Found(None, faults, error)
+        source = open_files(root, whole)
+    except UserError as found:
+        error = found
+    # What one rank cannot open, none goes on with.
+    problems = [found for found in world.gather(error.problems if error else None) if found]
+    if problems:
+        return Found(None, faults, UserError(problems[0]))
+    return Found(source, faults)
 
 
 def _faults(file: RankFile, data: bool) -> list[str]:

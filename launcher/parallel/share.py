@@ -1,13 +1,14 @@
 """Sharing: what one rank has read goes to the others that hold the same.
 
-Owns the way of bytes between holders. Each set of holders gets a process group of its own, made and
-let go here, by its members alone; sets are gone through in the same order everywhere, so that no
-two ranks wait for each other.
+Owns the way of bytes between holders: from rank to rank, without process groups, for the sets of
+holders are many and a group would have to be made by the whole world. Sets are gone through in the
+same order everywhere, so that no two ranks wait for each other; within a set all send at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -15,61 +16,95 @@ import torch.distributed as dist
 from launcher.layout.holders import Ranks
 from launcher.weights.memory import Shard
 
-BUCKET_BYTES = 32 << 20
-"""Small tensors travel together, up to so many bytes."""
+LARGE_BYTES = 1 << 20
+"""Tensors of at least so many bytes travel by themselves, straight from memory to memory."""
+AT_ONCE_BYTES = 256 << 20
+"""Bytes of a keeper that are on their way together."""
 
 
-def share(held: Mapping[str, Shard], keepers: Mapping[str, int], holders: Mapping[str, Ranks]) -> (
-    None
-):  # fmt: skip
+@dataclass(frozen=True)
+class _Parcel:
+    """Tensors of one keeper that travel in one buffer."""
+
+    tensors: Sequence[torch.Tensor]
+    buffer: torch.Tensor
+
+    def unpack(self) -> None:
+        """Put what arrived where it belongs."""
+        position = 0
+        for tensor in self.tensors:
+            nbytes = _nbytes(tensor)
+            part = self.buffer[position : position + nbytes]
+            if part.data_ptr() != tensor.data_ptr():
+                tensor.copy_(part.view(tensor.dtype).reshape(tensor.shape))
+            position += nbytes
+
+
+def share(
+    held: Mapping[str, Shard], keepers: Mapping[str, int], holders: Mapping[str, Ranks]
+) -> None:
     """Give every shard the bytes that its keeper has. Called by all ranks together."""
     sets: dict[Ranks, list[str]] = {}
-    for name, shard in held.items():
-        if len(holders[name]) > 1 and shard.box.numel:
+    for name in sorted(held):
+        if len(holders[name]) > 1 and held[name].box.numel:
             sets.setdefault(holders[name], []).append(name)
     for ranks in sorted(sets):
-        group = dist.new_group(list(ranks), use_local_synchronization=True)
-        for keeper, names in _by_keeper(sets[ranks], keepers).items():
-            for bucket in _buckets([held[name].tensor for name in names]):
-                _broadcast(bucket, keeper, group)
-        dist.destroy_process_group(group)
+        for together in _rounds(ranks, sets[ranks], held, keepers):
+            _exchange(ranks, together, held)
 
 
-def _by_keeper(names: Sequence[str], keepers: Mapping[str, int]) -> dict[int, list[str]]:
-    grouped: dict[int, list[str]] = {}
-    for name in sorted(names):
-        grouped.setdefault(keepers[name], []).append(name)
-    return dict(sorted(grouped.items()))
+def _rounds(
+    ranks: Ranks, names: Sequence[str], held: Mapping[str, Shard], keepers: Mapping[str, int]
+) -> Iterator[dict[int, list[str]]]:
+    """The tensors of a set by keeper, so many at a time that no keeper sends too much at once."""
+    waiting = {rank: [name for name in names if keepers[name] == rank] for rank in ranks}
+    while any(waiting.values()):
+        taken: dict[int, list[str]] = {}
+        for rank, left in waiting.items():
+            room = AT_ONCE_BYTES
+            while left and (room == AT_ONCE_BYTES or _nbytes(held[left[0]].tensor) <= room):
+                room -= _nbytes(held[left[0]].tensor)
+                taken.setdefault(rank, []).append(left.pop(0))
+        yield taken
 
 
-def _buckets(tensors: Sequence[torch.Tensor]) -> list[list[torch.Tensor]]:
-    buckets: list[list[torch.Tensor]] = []
-    room = 0
+def _exchange(
+    ranks: Ranks, by_keeper: Mapping[int, Sequence[str]], held: Mapping[str, Shard]
+) -> None:
+    me, operations, arriving = dist.get_rank(), list[dist.P2POp](), list[_Parcel]()
+    for keeper, names in by_keeper.items():
+        for parcel in _parcels([held[name].tensor for name in names], filled=keeper == me):
+            if keeper != me:
+                operations.append(dist.P2POp(dist.irecv, parcel.buffer, keeper))
+                arriving.append(parcel)
+                continue
+            others = [rank for rank in ranks if rank != me]
+            operations += [dist.P2POp(dist.isend, parcel.buffer, rank) for rank in others]
+    for work in dist.batch_isend_irecv(operations) if operations else ():
+        work.wait()
+    for parcel in arriving:
+        parcel.unpack()
+
+
+def _parcels(tensors: Sequence[torch.Tensor], *, filled: bool) -> Iterator[_Parcel]:
+    """Large tensors each in their own memory, the others together in a buffer."""
+    small = []
     for tensor in tensors:
-        nbytes = tensor.numel() * tensor.element_size()
-        if not buckets or nbytes > room:
-            buckets.append([])
-            room = BUCKET_BYTES
-        buckets[-1].append(tensor)
-        room -= nbytes
-    return buckets
+        if _nbytes(tensor) >= LARGE_BYTES and tensor.is_contiguous():
+            yield _Parcel([tensor], _bytes(tensor))
+        else:
+            small.append(tensor)
+    small.sort(key=lambda tensor: -tensor.element_size())  # each is aligned to its elements
+    if small:
+        buffer = (
+            torch.cat([_bytes(tensor.contiguous()) for tensor in small]) if filled else
+            torch.empty(sum(map(_nbytes, small)), dtype=torch.uint8, device=small[0].device)
+        )  # fmt: skip
+        yield _Parcel(small, buffer)
 
 
-def _broadcast(tensors: Sequence[torch.Tensor], keeper: int, group: dist.ProcessGroup) -> None:
-    """One tensor travels as it is, several in one buffer; as bytes, whatever their dtype."""
-    if len(tensors) == 1 and tensors[0].is_contiguous():
-        dist.broadcast(_bytes(tensors[0]), keeper, group)
-        return
-    buffer = torch.cat([_bytes(tensor.contiguous()) for tensor in tensors])
-    dist.broadcast(buffer, keeper, group)
-    if dist.get_rank() == keeper:
-        return
-    position = 0
-    for tensor in tensors:
-        nbytes = tensor.numel() * tensor.element_size()
-        part = buffer[position : position + nbytes].view(tensor.dtype)
-        tensor.copy_(part.reshape(tensor.shape))
-        position += nbytes
+def _nbytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
 
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:

@@ -28,10 +28,14 @@ class Parser(argparse.ArgumentParser):
 
     def parse(self, arguments: Sequence[str] | None) -> argparse.Namespace:
         """The command line. Raises `UserError`."""
-        known, unknown = self.parse_known_args(arguments)
-        if unknown:
+        given = sys.argv[1:] if arguments is None else arguments
+        options = [option for option in self._option_string_actions if option.startswith("--")]
+        # Before argparse looks: it would first ask for what the misspelt option was to be.
+        words = [word.partition("=")[0] for word in given if word.startswith("--")]
+        misspelt = [word for word in words if word not in options and word != "--"]
+        known, unknown = (None, misspelt) if misspelt else self.parse_known_args(arguments)
+        if unknown or known is None:
             word = unknown[0].partition("=")[0]
-            options = [option for option in self._option_string_actions if option.startswith("--")]
             raise UserError(
                 f"{word}: no such {'option' if word.startswith('-') else 'argument'}",
                 where="command line",

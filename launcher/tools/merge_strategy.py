@@ -14,15 +14,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from launcher.errors import EXIT_OK, EXIT_USER, UserError
+from launcher.errors import EXIT_OK
+from launcher.report.console import Console
+from launcher.tools.command import Parser, answer
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m launcher.tools.merge_strategy",
-        description="Merge the strategy files of all pipeline stages into one.",
-    )
+    parser = Parser("merge_strategy", "Merge the strategy files of all pipeline stages into one.")
     add = parser.add_argument
     add(
         "--src",
@@ -43,24 +42,20 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="the merged file; JSON when it ends in .json",
     )
     add("--overwrite", action="store_true", help="replace an existing FILE")
-    return parser.parse_args(arguments)
+    return parser.parse(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, or 2 for a mistake of the user."""
-    options = parse(arguments)
+    return answer(lambda console: _merge(parse(arguments), console))
+
+
+def _merge(options: argparse.Namespace, console: Console) -> int:
     from launcher.weights.strategies import merge_pipeline_strategys
 
-    try:
-        merged = merge_pipeline_strategys(
-            options.source, options.target, overwrite=options.overwrite
-        )
-    except UserError as error:
-        for problem in error.problems:
-            print(f"error: {problem}", file=sys.stderr)
-        return EXIT_USER
+    merged = merge_pipeline_strategys(options.source, options.target, overwrite=options.overwrite)
     stages = len(merged.by_stage())
-    print(
+    console.say(
         f"{options.target}: {len(merged.layouts)} parameters of {stages} pipeline "
         f"stage{'s' * (stages > 1)}"
     )

@@ -25,6 +25,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line. Raises `UserError`."""
     parser = Parser("verify", "Check weights: checksums, coverage, shapes, manifest and index.")
     parser.add_argument("path", type=Path, metavar="PATH", help="a folder of weights, or a file")
+    parser.add_argument(
+        "--src_strategy_dirs",
+        type=Path,
+        metavar="PATH",
+        help="strategy file, or folder of them, of rank files of MindSpore; ours need none",
+    )
     return parser.parse(arguments)
 
 
@@ -36,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _verify(options: argparse.Namespace, console: Console) -> int:
     from launcher.weights.inspection import verify
 
-    verdict = verify(options.path)
+    verdict = verify(options.path, options.src_strategy_dirs)
     for fault in verdict.faults:
         print(f"fault: {fault}", file=sys.stderr)
     for remark in verdict.remarks:

@@ -14,6 +14,7 @@ from torch import nn
 from launcher.checkpoint.names import SaveName
 from launcher.config.schema import Config
 from launcher.data.loader import Batch, Loader
+from launcher.layout.box import Shape
 from launcher.layout.holders import Ranks
 from launcher.layout.layout import Layout
 from launcher.layout.mesh import Mesh
@@ -26,9 +27,10 @@ from launcher.train.interrupts import Interrupts
 from launcher.train.optimizer import MOMENTS, moments
 from launcher.train.scaling import LossScaling
 from launcher.train.state import TrainState, epoch_and_step, to_json
-from launcher.weights.links import LinksOf, linked, no_links
+from launcher.weights.links import LinksOf, linked, no_links, shapes_in_files
 from launcher.weights.memory import Shard
 from launcher.weights.redundancy import file_holders
+from launcher.weights.source import OPTIMIZER_PREFIXES
 
 
 @dataclass(kw_only=True)
@@ -111,6 +113,18 @@ class TrainRun:
         """This rank's shards of the weights, by Hugging Face name."""
         held = shards(self.parts.named_tensors(), self.layout, self.world.rank)
         return linked(held, self.links_of)
+
+    def shapes_in_files(self, *, optimizer: bool) -> dict[str, Shape]:
+        """Every tensor of the whole model as files have it, to its shape; with the moments of those
+        that are trained if `optimizer`."""
+        layout, shapes = self.layout, self.layout.shapes
+        result = shapes_in_files(shapes, self.links_of)
+        if optimizer:
+            trained = {name: shape for name, shape in shapes.items() if layout.cut(name).sharded}
+            moved = shapes_in_files(trained, self.links_of)
+            for prefix in OPTIMIZER_PREFIXES:
+                result |= {prefix + name: shape for name, shape in moved.items()}
+        return result
 
     def holders(self) -> dict[str, Ranks]:
         """The ranks that hold the same as this one, of each tensor it saves, by file name."""

@@ -28,7 +28,7 @@ def folder_aside(
     """
     _check_apart(target, source, option)
     _check_free(target, overwrite, option)
-    place = target.resolve()
+    place = Path(os.path.realpath(target))
     scratch = place.with_name(f".{place.name}.tmp")
     try:
         scratch.mkdir(parents=True, exist_ok=True)
@@ -37,6 +37,7 @@ def folder_aside(
         raise _unwritable(target, option, error) from error
     try:
         _lock(descriptor, target)
+        _recover(place)
         _clear(scratch)
         try:
             yield scratch
@@ -49,7 +50,7 @@ def folder_aside(
 
 
 def _check_apart(target: Path, source: Path, option: str) -> None:
-    inside, outside = source.resolve(), target.resolve()
+    inside, outside = (Path(os.path.realpath(path)) for path in (source, target))
     if inside.is_relative_to(outside) or outside.is_relative_to(inside):
         raise UserError(
             f"{target} holds, or lies in, {source}",
@@ -94,17 +95,38 @@ def _clear(folder: Path) -> None:
 
 
 def _rename(scratch: Path, target: Path, option: str) -> None:
+    """The old folder steps aside, the new one takes its name, and only then the old one goes."""
+    old = _old(target)
     try:
         if target.is_dir():
-            shutil.rmtree(target)
+            os.replace(target, old)
         os.replace(scratch, target)
         descriptor = os.open(target.parent, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-    except OSError as error:
-        raise _unwritable(target, option, error) from error
+    except BaseException as error:
+        _recover(target)
+        if isinstance(error, OSError):
+            raise _unwritable(target, option, error) from error
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _old(target: Path) -> Path:
+    """Where a folder waits while it is replaced."""
+    return target.with_name(f".{target.name}.old.tmp")
+
+
+def _recover(target: Path) -> None:
+    """What an interrupt left of a replacement: the old folder gets its name back if no new one has
+    it, else it goes."""
+    old = _old(target)
+    if old.is_dir() and not target.exists():
+        os.replace(old, target)
+    elif old.is_dir():
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _unwritable(target: Path, option: str, error: OSError) -> UserError:

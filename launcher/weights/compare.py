@@ -203,14 +203,22 @@ def _one_sided(
 
 
 def diff(
-    a: str | os.PathLike[str], b: str | os.PathLike[str], *, filter_out_param_prefix: str = ""
+    a: str | os.PathLike[str],
+    b: str | os.PathLike[str],
+    *,
+    file_suffix: str | None = None,
+    src_strategy_dirs: str | os.PathLike[str] | None = None,
+    filter_out_param_prefix: str = "",
 ) -> Difference:
     """The differences between the weights at two paths, of any layout or format.
 
     A path is a file, complete weights, a folder of rank folders with one save, or a file of one of
-    several saves. Raises `UserError`.
+    several saves, of which `file_suffix` chooses one. `src_strategy_dirs`: strategy files that rank
+    files of MindSpore need. Raises `UserError`.
     """
-    prefix = filter_out_param_prefix
-    return compare(
-        open_any(Path(a)), open_any(Path(b)), keep=lambda n: not prefix or not n.startswith(prefix)
-    )
+    prefix, strategy = filter_out_param_prefix, src_strategy_dirs
+    opened = [
+        open_any(Path(path), file_suffix, None if strategy is None else Path(strategy))
+        for path in (a, b)
+    ]
+    return compare(*opened, keep=lambda name: not prefix or not name.startswith(prefix))

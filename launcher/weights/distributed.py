@@ -18,7 +18,7 @@ import xxhash
 from launcher.errors import UserError
 from launcher.layout.box import Box
 from launcher.weights.formats.safetensors import Header, read_header
-from launcher.weights.note import Note, read_note
+from launcher.weights.note import Note, inventory, read_note
 from launcher.weights.pieces import Piece, Pieces
 from launcher.weights.source import HEADER_READERS, Source
 from launcher.weights.threads import in_parallel
@@ -78,7 +78,29 @@ def open_rank_files(path: Path, files: Sequence[Path]) -> Source:
         is_deduplicated=any(h.metadata.get(REDUNDANCY) == "True" for h in headers.values()),
     )  # fmt: skip
     check_whole(source, lost)
-    return source if not lost else without(source, lost)
+    if not lost:
+        return source
+    _check_inventory(source, note, lost)
+    return without(source, lost)
+
+
+def _check_inventory(source: Source, note: Note, lost: Sequence[int]) -> None:
+    """Check that no tensor stood in the files of the `lost` ranks alone.
+
+    Files without an inventory do not tell; then all ranks must have held a part of every tensor.
+    """
+    if note.inventory is None:
+        gone = source.is_deduplicated or note.mesh.get("pp", 1) > 1
+        what = "may lack tensors"
+    else:
+        gone = inventory({name: source.shape(name) for name in source.tensors}) != note.inventory
+        what = f"holds {len(source.tensors)} of {note.inventory.tensors} tensors"
+    if gone:
+        raise UserError(
+            f"{source.path} {what}",
+            rule=f"no other rank has what the lost {_ranks_text(lost)} held",
+            advice="Copy the missing rank folders, or choose another checkpoint",
+        )
 
 
 def _note(file: Path, header: Header) -> Note:

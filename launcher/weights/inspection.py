@@ -17,9 +17,9 @@ from launcher.errors import UserError
 from launcher.weights.checksums import file_faults
 from launcher.weights.formats import header_of
 from launcher.weights.note import read_note
-from launcher.weights.rank_folders import Save, save_of, saves
+from launcher.weights.rank_folders import Save, save_of, saves, weight_files
 from launcher.weights.saves import MANIFEST_FOLDER, manifest_of, open_save, optimizer_files
-from launcher.weights.source import INDEX_NAMES, detect, open_complete, read_index
+from launcher.weights.source import INDEX_NAMES, detect, is_rank_folder, open_complete, read_index
 
 _UNFINISHED = (".", ".json.tmp")
 """Prefix and suffix of the file that stands in place of a manifest while a save is written."""
@@ -79,11 +79,15 @@ def _size_faults(path: Path, record: Mapping[str, Any]) -> list[str]:
     return [] if expected in (None, size) else [f"{path} has {size} bytes instead of {expected}"]
 
 
-def verify(path: str | os.PathLike[str]) -> Verdict:
+def verify(
+    path: str | os.PathLike[str], src_strategy_dirs: str | os.PathLike[str] | None = None
+) -> Verdict:
     """All that is wrong with the weights at `path`: a file, complete weights, a folder of rank
-    folders with all its saves, or the folder of one rank. Raises `UserError` for no weights at all.
+    folders with all its saves, or the folder of one rank. `src_strategy_dirs`: the strategy files
+    that rank files of MindSpore need. Raises `UserError` for no weights at all.
     """
     root = Path(path)
+    strategy = None if src_strategy_dirs is None else Path(src_strategy_dirs)
     kind = detect(root)
     findings = _Findings([], {}, 0, [])
     if kind == "nothing":
@@ -94,13 +98,15 @@ def verify(path: str | os.PathLike[str]) -> Verdict:
         )
     if root.is_file():
         _lone_file(root, kind, findings)
-    elif root.name.startswith("rank_"):
-        for file in sorted(root.glob("[!.]*.safetensors")):
+    elif is_rank_folder(root):
+        for file in weight_files(root):
             _lone_file(file, "distributed", findings)
     elif kind == "distributed":
-        _rank_folders(root, findings)
+        _rank_folders(root, findings, strategy)
     else:
         _complete(root, findings)
+    if not findings.files and not findings.faults:
+        findings.faults.append(f"{root} holds no file of weights that could be checked")
     return findings.verdict()
 
 
@@ -114,7 +120,7 @@ def _lone_file(file: Path, kind: str, findings: _Findings) -> None:
     findings.file(file, record, of)
 
 
-def _rank_folders(root: Path, findings: _Findings) -> None:
+def _rank_folders(root: Path, findings: _Findings, strategy: Path | None) -> None:
     found = {save.label: save for save in saves(root)}
     published = {path.stem for path in (root / MANIFEST_FOLDER).glob("[!.]*.json")}
     for label in sorted({*found, *published}):
@@ -125,7 +131,7 @@ def _rank_folders(root: Path, findings: _Findings) -> None:
         records = manifest_of(root, label)
         if label in published and records is None:
             findings.faults.append(f"{root / MANIFEST_FOLDER / label}.json cannot be read")
-        _save(root, save, records or {}, findings)
+        _save(root, save, records or {}, findings, strategy)
 
 
 def _is_unfinished(root: Path, label: str) -> bool:
@@ -134,8 +140,9 @@ def _is_unfinished(root: Path, label: str) -> bool:
 
 
 def _save(
-    root: Path, save: Save, records: Mapping[str, Mapping[str, Any]], findings: _Findings
-) -> None:
+    root: Path, save: Save, records: Mapping[str, Mapping[str, Any]], findings: _Findings,
+    strategy: Path | None,
+) -> None:  # fmt: skip
     """One save: every file by itself, then all of them together."""
     expected = {record["rank"]: (root / file, record) for file, record in records.items()}
     whole: list[Path] = []
@@ -150,7 +157,7 @@ def _save(
         return
     before = len(findings.faults)
     try:
-        open_save(root, whole, say=findings.remarks.append)
+        open_save(root, whole, strategy, say=findings.remarks.append)
     except UserError as error:
         # What damaged files held is missing too: that was told of the files.
         if before == 0 or len(whole) == len({*expected, *save.files}):

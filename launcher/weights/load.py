@@ -107,11 +107,14 @@ def _unfit(
 ) -> dict[str, tuple[str, str]]:
     """Name to (what the files have, what the model needs) of tensors of another shape or kind."""
     unfit = {}
+    # What other ranks hold has the dtype of what this one holds: all find the same differences.
+    usual = next((t.tensor.dtype for t in targets.values()), torch.float32)
     for name, file_name in found.items():
         if source.shape(file_name) != expected[name]:
             unfit[name] = (str(list(source.shape(file_name))), str(list(expected[name])))
-        elif name in targets:
-            disk, model = TORCH_DTYPES[source.dtype(file_name)], targets[name].tensor.dtype
+        else:
+            disk = TORCH_DTYPES[source.dtype(file_name)]
+            model = targets[name].tensor.dtype if name in targets else usual
             if disk != model and not (disk.is_floating_point and model.is_floating_point):
                 unfit[name] = (_dtype_name(disk), _dtype_name(model))
     return unfit
@@ -136,13 +139,18 @@ def _check_tied(targets: Mapping[str, Shard], source: Source, tied: Mapping[str,
         target = targets[name]
         other = torch.empty_like(target.tensor)
         fill([_fill_of(Shard(target.shape, target.box, other), source, alias, 0)], source)
-        if not torch.equal(other, target.tensor):
+        if not torch.equal(_bits(other), _bits(target.tensor)):
             raise UserError(
                 f"`{alias}` and `{name}` differ in the files",
                 where=str(source.path),
                 rule="the model ties them: it has one tensor for both",
                 advice="Set tie_word_embeddings: False, or strict_load: False to drop the former",
             )
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    """Bytes: a NaN is equal to itself."""
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
 def _differences(

@@ -1,8 +1,9 @@
 """The note: what a rank file of ours says of itself, in `__metadata__["slipway"]`.
 
 Owns that JSON text: which rank of how many wrote the file, the axes, shape and box of each tensor,
-and a checksum (xxh3_64) for each block of the data section. Equal state gives an equal note: no
-time, no path and no run is in it. Read as any header is: checked before it is believed.
+an inventory of the whole save, and a checksum (xxh3_64) for each block of the data section. Equal
+state gives an equal note: no time, no path and no run is in it. Read as any header is: checked
+before it is believed.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import xxhash
 
 from launcher.errors import UserError
 from launcher.layout.box import Box, Shape
@@ -39,6 +42,23 @@ class Checksums:
 
 
 @dataclass(frozen=True)
+class Inventory:
+    """All tensors of a save, of all ranks together: by it a lost rank is known to be missed."""
+
+    tensors: int
+    digest: str
+    """xxh3_64 (hex) of their names and shapes, by name."""
+
+
+def inventory(shapes: Mapping[str, Shape]) -> Inventory:
+    """The inventory of a save that has these tensors: name to global shape."""
+    hasher = xxhash.xxh3_64()
+    for name in sorted(shapes):
+        hasher.update(f"{name} {list(shapes[name])}\n".encode())
+    return Inventory(len(shapes), hasher.hexdigest())
+
+
+@dataclass(frozen=True)
 class Note:
     """Layout and checksums of one rank file."""
 
@@ -49,6 +69,8 @@ class Note:
     places: Mapping[str, tuple[Shape, Box]]
     """Tensor to the shape of the whole and the box of it that is in the file."""
     checksums: Checksums = Checksums(BLOCK_BYTES, ())
+    inventory: Inventory | None = None
+    """Of the whole save; None where the writer did not know it."""
 
     def text(self, digests: tuple[str, ...]) -> str:
         """The JSON text; of equal length for equally many digests."""
@@ -57,9 +79,10 @@ class Note:
             for name, (shape, box) in self.places.items()
         }
         checksum = {"algorithm": ALGORITHM, "block_bytes": BLOCK_BYTES, "values": list(digests)}
+        whole = {} if self.inventory is None else {"inventory": vars(self.inventory)}
         return json.dumps({
             "version": VERSION, "world_size": self.world_size, "rank": self.rank,
-            "mesh": dict(self.mesh), "tensors": tensors, "checksum": checksum,
+            "mesh": dict(self.mesh), **whole, "tensors": tensors, "checksum": checksum,
         })  # fmt: skip
 
 
@@ -90,8 +113,16 @@ def _note(path: Path, header: Header, content: Any) -> Note:
     }
     return Note(
         content["world_size"], content["rank"], content["mesh"], places,
-        _checksums(header, content["checksum"]),
+        _checksums(header, content["checksum"]), _inventory(content.get("inventory")),
     )  # fmt: skip
+
+
+def _inventory(content: Any) -> Inventory | None:
+    if content is None:
+        return None
+    if not are_naturals([content["tensors"]]) or not isinstance(content["digest"], str):
+        raise ValueError("no inventory")
+    return Inventory(content["tensors"], content["digest"])
 
 
 def _place(path: Path, name: str, entry: Entry, place: Any) -> tuple[Shape, Box]:

@@ -6,7 +6,6 @@ takes of a file is one run of bytes; the runs are given back too, for checksums.
 
 from __future__ import annotations
 
-import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,7 +45,6 @@ class PortionReader:
 
     def __init__(self, source: Source, files: Files) -> None:
         self._source, self._files = source, files
-        self._lock = threading.Lock()
 
     def read(self, name: str, box: Box) -> Portion:
         """`box` of tensor `name`. Raises `UserError` when the files do not hold all of it."""
@@ -61,9 +59,8 @@ class PortionReader:
 
     def descriptor(self, path: Path) -> int:
         """The open file at `path`, as long as its header said."""
-        with self._lock:
-            header = self._source.headers[path]
-            return self._files.descriptor(path, header.file_bytes, header.modified)
+        header = self._source.headers[path]
+        return self._files.descriptor(path, header.file_bytes, header.modified)
 
     def _straight(self, read: Read, box: Box, memory: Bytes) -> Taken | None:
         """Read what is one run on both sides into its place; None when it is not."""

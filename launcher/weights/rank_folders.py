@@ -65,7 +65,7 @@ def saves(root: Path) -> list[Save]:
     of safetensors where there are any."""
     files: dict[tuple[int, str], dict[int, Path]] = {}
     for rank, folder in rank_folders(root).items():
-        for file in _files(folder):
+        for file in weight_files(folder):
             label, run = _label(file, rank)
             files.setdefault((run, label), {})[rank] = file
     found = [Save(label, run, by_rank) for (run, label), by_rank in files.items()]
@@ -152,7 +152,8 @@ def _names(manifest: Mapping[str, Any]) -> list[Any]:
     return [r.get("file") if isinstance(r, dict) else None for r in manifest.get("files", [])]
 
 
-def _files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
+    """The files of weights of a rank folder, of one format: safetensors where there are any."""
     files = [child for child in listed(folder) if not child.name.startswith(".")]
     for suffix in WEIGHT_SUFFIXES:
         found = [file for file in files if file.name.endswith(suffix) and file.is_file()]

@@ -135,6 +135,7 @@ class _Reader:
         stream: torch.cuda.Stream | None = getattr(self._own, "stream", None)
         if stream is None:
             stream = self._own.stream = torch.cuda.Stream(device)
+            stream.wait_stream(torch.cuda.default_stream(device))  # what fills the memory first
         return stream
 
     def _factors(self, scales: Scales, box: Box) -> tuple[torch.Tensor, int]:

@@ -45,8 +45,8 @@ def silent(text: str) -> None:
 def rank_files(directory: Path, suffix: str) -> list[Path]:
     """The file of each rank folder that ends in `-{suffix}.safetensors`, in rank order.
 
-    Exact: `1_1` never takes `11_1`. `2-1_1` takes the second run that wrote there. Raises
-    `UserError` for none, and for two in one folder.
+    Exact: `1_1` never takes `11_1`. `1-1_1` takes the second run that wrote there, whose files are
+    `CKP_rank_0_1-1_1` and so on. Raises `UserError` for none, and for two in one folder.
     """
     folders = rank_folders(directory) if directory.is_dir() else {}
     if not folders:
@@ -65,7 +65,8 @@ def rank_files(directory: Path, suffix: str) -> list[Path]:
                 f"{folder} has two files of the save {suffix}: "
                 f"{', '.join(match.name for match in matches)}",
                 rule="one file a rank belongs to a save",
-                advice="Move the files of the other run away",
+                nearest="A later run is chosen by its number: 1-1_1 is `..._rank_0_1-1_1`",
+                advice="Give such a suffix, or move the files of the other run away",
             )
         files += matches
     if not files:

@@ -21,7 +21,7 @@ from launcher.layout.box import Box, whole
 from launcher.layout.grid import TensorLayout, boxes
 from launcher.layout.strategy import Strategy
 from launcher.weights.aside import folder_aside
-from launcher.weights.note import Note
+from launcher.weights.note import Note, inventory
 from launcher.weights.saves import DEFAULT_SUFFIX, MODEL_FOLDER, Say, open_any, silent
 from launcher.weights.source import INDEX_NAMES, OPTIMIZER_PREFIXES, Source
 from launcher.weights.strategies import read_strategy
@@ -214,7 +214,8 @@ def _output(
 ) -> Output:
     path = folder / f"rank_{rank}" / f"{PREFIX}_rank_{rank}-{suffix}.safetensors"
     places = {name: (source.shape(name), box) for name, box in own.items()}
-    note = Note(layout.world_size, rank, dict(layout.mesh), places)
+    whole = inventory({name: source.shape(name) for name in source.tensors})
+    note = Note(layout.world_size, rank, dict(layout.mesh), places, inventory=whole)
     metadata = {"format": "pt", "remove_redundancy": "False"}
     return Output(path, {name: (name, box) for name, box in own.items()}, metadata, note)
 

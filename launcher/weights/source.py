@@ -9,6 +9,7 @@ Invariant: every `Piece` lies inside its file, as its header was checked.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -93,15 +94,21 @@ class Source:
         return replace(self, tensors={**self.tensors, **self.extras}, extras={})
 
 
+def is_rank_folder(folder: Path) -> bool:
+    """Whether a folder is that of one rank, by its name: `rank_0`, `rank_1`, ..."""
+    return re.fullmatch(r"rank_\d+", folder.name) is not None
+
+
 def detect(path: Path) -> Kind:
     """What `path` holds, from names alone: no file is opened. Raises `UserError` for a folder that
     cannot be listed."""
     if os.path.isfile(path):  # where the question itself is refused, the answer is no
-        return "distributed" if path.parent.name.startswith("rank_") else "single"
+        return "distributed" if is_rank_folder(path.parent) else "single"
     if not os.path.isdir(path):
         return "nothing"
-    names = {child.name for child in listed(path)}
-    if any(name.startswith("rank_") for name in names):
+    children = listed(path)
+    names = {child.name for child in children}
+    if any(is_rank_folder(child) and child.is_dir() for child in children):
         return "distributed"
     return "complete" if _weight_files(names) or names & {*INDEX_NAMES} else "nothing"
 

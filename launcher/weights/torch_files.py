@@ -25,12 +25,18 @@ _ZIP, _OLD_TORCH = b"PK\x03\x04", b"\x80\x02\x8a\x0al\xfc\x9cF"
 def weights_in(path: Path) -> tuple[dict[str, torch.Tensor], list[str]]:
     """(name to tensor, keys that are left out) of a file of torch. Raises `UserError`."""
     content, left_out = _loaded(path), list[str]()
-    while isinstance(content, Mapping) and not _tensors(content):
-        inner = next((key for key in WEIGHT_KEYS if isinstance(content.get(key), Mapping)), None)
-        if inner is None:
+    while isinstance(content, Mapping):  # as `formats.torch_pickle` chooses
+        inner = [key for key in WEIGHT_KEYS if _holds_tensors(content.get(key))]
+        if len(inner) > 1:
+            raise UserError(
+                f"{path} holds weights as {' and as '.join(map(repr, inner))}",
+                rule="a file of weights holds one set of them",
+                advice="Save the one you mean alone: torch.save(weights, path)",
+            )
+        if not inner:
             break
-        left_out += [str(key) for key in content if key != inner]
-        content = content[inner]
+        left_out += [str(key) for key in content if key != inner[0]]
+        content = content[inner[0]]
     tensors = _tensors(content) if isinstance(content, Mapping) else {}
     if not tensors:
         found = ", ".join(map(str, content)) if isinstance(content, Mapping) else ""
@@ -42,6 +48,12 @@ def weights_in(path: Path) -> tuple[dict[str, torch.Tensor], list[str]]:
     for name, tensor in tensors.items():
         _check_tensor(path, name, tensor)
     return tensors, left_out + [str(key) for key in content if key not in tensors]
+
+
+def _holds_tensors(content: Any) -> bool:
+    if not isinstance(content, Mapping):
+        return False
+    return bool(_tensors(content)) or any(_holds_tensors(content.get(k)) for k in WEIGHT_KEYS)
 
 
 def _tensors(content: Mapping[Any, Any]) -> dict[str, torch.Tensor]:

@@ -14,6 +14,7 @@ import mmap
 import os
 import resource
 import stat
+import threading
 from pathlib import Path
 from types import TracebackType
 
@@ -30,19 +31,21 @@ Bytes = npt.NDArray[np.uint8]
 
 
 class Files:
-    """Files opened for reading, each once, until `close`."""
+    """Files opened for reading, each once, until `close`; from several threads."""
 
     def __init__(self) -> None:
         self._open: dict[Path, int] = {}
+        self._lock = threading.Lock()
 
     def descriptor(
         self, path: Path, expected_bytes: int | None = None, modified: int | None = None
     ) -> int:
         """The descriptor of `path`. Raises `UserError` when it cannot be opened, has not
         `expected_bytes`, or was not written last when `modified` says (nanoseconds)."""
-        if path not in self._open:
-            self._open[path] = _open(path, expected_bytes, modified)
-        return self._open[path]
+        with self._lock:
+            if path not in self._open:
+                self._open[path] = _open(path, expected_bytes, modified)
+            return self._open[path]
 
     def close(self) -> None:
         """Close them all."""

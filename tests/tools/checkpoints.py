@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -41,6 +42,19 @@ def layout(named: dict[str, torch.Tensor], mesh: Mesh) -> Layout:
     return Layout({name: tuple(tensor.shape) for name, tensor in named.items()}, mesh, cuts)
 
 
+def held(
+    named: dict[str, torch.Tensor], mesh: Mesh, rank: int, *, without: Collection[str] = ()
+) -> dict[str, Shard]:
+    """What a rank holds of the tensors, but for those it is to be `without`."""
+    placed, shards = layout(named, mesh).of(rank), {}
+    for name, whole in named.items():
+        if name not in without:
+            box = placed[name].boxes[0]
+            cut = tuple(slice(o, o + n) for o, n in zip(box.offset, box.size, strict=True))
+            shards[name] = Shard(tuple(whole.shape), box, whole[cut].contiguous())
+    return shards
+
+
 def save(
     folder: Path, named: dict[str, torch.Tensor], mesh: Mesh, name: str = "CKP_rank_{}-1_1",
     *, holders: dict[str, int] | None = None,
@@ -50,14 +64,8 @@ def save(
     for rank in range(mesh.world_size):
         path = folder / f"rank_{rank}" / f"{name.format(rank)}.safetensors"
         path.parent.mkdir(parents=True, exist_ok=True)
-        placed = layout(named, mesh).of(rank)
-        own = {n for n in named if holders is None or holders.get(n, rank) == rank}
-        shards = {}
-        for tensor_name in own:
-            box = placed[tensor_name].boxes[0]
-            cut = tuple(slice(o, o + n) for o, n in zip(box.offset, box.size, strict=True))
-            whole = named[tensor_name]
-            shards[tensor_name] = Shard(tuple(whole.shape), box, whole[cut].contiguous())
+        others = {n for n in named if holders is not None and holders.get(n, rank) != rank}
+        shards = held(named, mesh, rank, without=others)
         write_rank_file(path, shards, mesh=mesh, rank=rank, remove_redundancy=holders is not None)
         files.append(path)
     return files
