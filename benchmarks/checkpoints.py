@@ -14,7 +14,7 @@ from launcher.layout.mesh import Mesh
 from launcher.weights.formats.safetensors import in_file_order
 from launcher.weights.links import shapes_in_files
 from launcher.weights.source import INDEX_NAME
-from launcher.weights.write import Part, write_file
+from launcher.weights.streaming.write import Part, write_file
 from models.build import build_model, links_of
 from models.families import model_spec
 from models.spec import ModelSpec

@@ -18,7 +18,7 @@ from torch import nn
 from launcher.errors import UserError
 from launcher.layout.box import whole
 from launcher.weights.links import LinksOf, linked, no_links
-from launcher.weights.memory import Shard
+from launcher.weights.reading.memory import Shard
 from launcher.weights.source import Source
 from models import names
 from models.decoder import Decoder

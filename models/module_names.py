@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from launcher.errors import UserError
 from launcher.layout.box import Box, Shape, whole
 from launcher.weights.links import Link
-from launcher.weights.runs import c_strides
+from launcher.weights.reading.runs import c_strides
 
 Links = Mapping[str, tuple[Link, ...]]
 """Tensor of the module to its tensors in files; without those that are one, under one name."""

@@ -17,14 +17,14 @@ import torch
 
 from benchmarks.checkpoints import layout_of
 from launcher.layout.mesh import Mesh
-from launcher.weights.distributed import open_rank_files
 from launcher.weights.links import linked, shapes_in_files
-from launcher.weights.load import load
-from launcher.weights.memory import Shard, use_huge_pages
-from launcher.weights.read import PORTION_BYTES, READERS
+from launcher.weights.ranks.distributed import open_rank_files
+from launcher.weights.reading.load import load
+from launcher.weights.reading.memory import Shard, use_huge_pages
+from launcher.weights.reading.read import PORTION_BYTES, READERS
+from launcher.weights.reading.transfer import Files, read_exactly
 from launcher.weights.source import Source, open_complete
 from launcher.weights.threads import in_parallel
-from launcher.weights.transfer import Files, read_exactly
 from models.names import links
 
 Loader = Callable[[Path, int, int], Any]

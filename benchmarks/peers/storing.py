@@ -19,14 +19,14 @@ from benchmarks.peers.loading import as_dtensors, config_of, empty_shards, load_
 from launcher.layout.box import Box
 from launcher.layout.layout import Layout
 from launcher.layout.mesh import Mesh
-from launcher.weights.distributed import open_rank_files
 from launcher.weights.links import linked
-from launcher.weights.memory import Shard
-from launcher.weights.merge import merge
-from launcher.weights.rank_file import write_rank_file
-from launcher.weights.slicing import slice_weights
+from launcher.weights.offline.merge import merge
+from launcher.weights.offline.slicing import slice_weights
+from launcher.weights.ranks.distributed import open_rank_files
+from launcher.weights.ranks.rank_file import write_rank_file
+from launcher.weights.reading.memory import Shard
 from launcher.weights.source import open_complete
-from launcher.weights.write import write_all
+from launcher.weights.streaming.write import write_all
 from models.names import links
 
 State = tuple[Mesh, dict[str, Shard]]

@@ -13,9 +13,9 @@ from launcher.layout.layout import Layout
 from launcher.parallel.share import share
 from launcher.parallel.world import World
 from launcher.weights.links import LinksOf
-from launcher.weights.load import LoadReport, load
-from launcher.weights.memory import Shard
-from launcher.weights.redundancy import file_holders, keepers_of
+from launcher.weights.ranks.redundancy import file_holders, keepers_of
+from launcher.weights.reading.load import LoadReport, load
+from launcher.weights.reading.memory import Shard
 from launcher.weights.source import Source
 
 Result = TypeVar("Result")
@@ -62,7 +62,7 @@ def load_job(
 ) -> LoadReport:  # fmt: skip
     """`load` of `held` on every rank of the job: each by itself, or with balanced_load together.
 
-    `options` are those of `launcher.weights.load.load`.
+    `options` are those of `launcher.weights.reading.load.load`.
     """
     whole = layout.mesh.world_size == 1
     rank = 0 if whole else job.world.rank

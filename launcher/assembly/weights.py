@@ -17,10 +17,10 @@ from launcher.layout.layout import Layout
 from launcher.parallel.apply import shards
 from launcher.parallel.parts import Parts
 from launcher.parallel.tied import equalise
-from launcher.weights.distributed import layout_text
 from launcher.weights.links import linked, shapes_in_files
-from launcher.weights.load import LoadReport
-from launcher.weights.memory import Shard
+from launcher.weights.ranks.distributed import layout_text
+from launcher.weights.reading.load import LoadReport
+from launcher.weights.reading.memory import Shard
 from launcher.weights.source import Source, detect
 from models.build import initialise_shard, is_left_alone, links_of, named_as_model, tied_names
 

@@ -14,9 +14,9 @@ from launcher.layout.box import Shape
 from launcher.layout.holders import Ranks
 from launcher.layout.mesh import Mesh
 from launcher.parallel.world import World
-from launcher.weights.memory import Shard
-from launcher.weights.merge import MODEL_FOLDER
-from launcher.weights.redundancy import without_copies
+from launcher.weights.offline.merge import MODEL_FOLDER
+from launcher.weights.ranks.redundancy import without_copies
+from launcher.weights.reading.memory import Shard
 
 
 class Savable(Protocol):

@@ -25,9 +25,9 @@ from launcher.checkpoint.whole import (
 )
 from launcher.errors import Problem, UserError
 from launcher.parallel.world import World
-from launcher.weights.distributed import check_copies, open_rank_files
-from launcher.weights.rank_folders import newest, save_of
-from launcher.weights.saves import describes_itself, strategy_of
+from launcher.weights.ranks.distributed import check_copies, open_rank_files
+from launcher.weights.ranks.rank_folders import newest, save_of
+from launcher.weights.ranks.saves import describes_itself, strategy_of
 from launcher.weights.source import Source, detect, is_rank_folder, open_complete
 
 
@@ -108,7 +108,7 @@ def _with_strategy(root: Path, strategy: str) -> OpenFiles:
     if known is None:
         return open_rank_files  # which says what is missing
     # By name: few runs read files of MindSpore.
-    opener = import_module("launcher.weights.mindspore").open_mindspore_ranks
+    opener = import_module("launcher.weights.ranks.mindspore").open_mindspore_ranks
     return partial(opener, strategy=known)
 
 

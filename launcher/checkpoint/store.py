@@ -31,8 +31,8 @@ from launcher.errors import UserError
 from launcher.layout.box import Shape
 from launcher.layout.mesh import Mesh
 from launcher.parallel.world import World
-from launcher.weights.memory import Shard
-from launcher.weights.rank_file import write_rank_file
+from launcher.weights.ranks.rank_file import write_rank_file
+from launcher.weights.reading.memory import Shard
 
 MANIFEST_VERSION = 1
 

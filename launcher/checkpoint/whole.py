@@ -2,9 +2,9 @@
 
 Owns what makes a file count: it is there, it has the size and the header its manifest gives, and,
 before a run is resumed, its bytes have their checksums (weights alone are checked as they are
-loaded: `launcher.weights.recheck`). Each rank takes its share of the files, all hear the same.
-A file that does not count is as good as missing: where the files of other ranks hold all that it
-held, they stand in for it, and that is said.
+loaded: `launcher.weights.reading.recheck`). Each rank takes its share of the files, all hear the
+same. A file that does not count is as good as missing: where the files of other ranks hold all that
+it held, they stand in for it, and that is said.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from pathlib import Path
 from launcher.checkpoint.store import Published
 from launcher.errors import UserError
 from launcher.parallel.world import World
-from launcher.weights.checksums import file_faults
-from launcher.weights.distributed import open_rank_files
+from launcher.weights.ranks.distributed import open_rank_files
+from launcher.weights.reading.checksums import file_faults
 from launcher.weights.source import Source
 
 FAULTS_SHOWN = 3

@@ -21,7 +21,7 @@ from launcher.parallel.expert import apply_expert_parallel
 from launcher.parallel.local import local
 from launcher.parallel.meshes import DATA_AXES, Meshes
 from launcher.parallel.tensor import TensorParallel, apply_tensor_parallel
-from launcher.weights.memory import Shard as HeldShard
+from launcher.weights.reading.memory import Shard as HeldShard
 from models.decoder import Decoder
 from models.moe import Experts, Router
 

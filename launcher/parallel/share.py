@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from launcher.layout.holders import Ranks
-from launcher.weights.memory import Shard
+from launcher.weights.reading.memory import Shard
 
 LARGE_BYTES = 1 << 20
 """Tensors of at least so many bytes travel by themselves, straight from memory to memory."""

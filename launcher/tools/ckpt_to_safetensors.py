@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _convert(options: argparse.Namespace, console: Console) -> int:
-    from launcher.weights.convert import ckpt_to_safetensors, read_name_map
+    from launcher.weights.offline.convert import ckpt_to_safetensors, read_name_map
 
     converted = ckpt_to_safetensors(
         options.file_path,

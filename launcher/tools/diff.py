@@ -19,7 +19,7 @@ from launcher.report.console import Console
 from launcher.tools.command import Parser, answer, progress
 
 if TYPE_CHECKING:
-    from launcher.weights.compare import Row
+    from launcher.weights.offline.compare import Row
 
 ROWS_SHOWN = 20
 EXIT_DIFFERENT = EXIT_INTERNAL
@@ -58,8 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _diff(options: argparse.Namespace, console: Console) -> int:
-    from launcher.weights.compare import compare
-    from launcher.weights.saves import open_any
+    from launcher.weights.offline.compare import compare
+    from launcher.weights.ranks.saves import open_any
 
     a, b = (
         open_any(path, options.file_suffix, options.src_strategy_dirs, console.say)

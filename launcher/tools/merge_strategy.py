@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _merge(options: argparse.Namespace, console: Console) -> int:
-    from launcher.weights.strategies import merge_pipeline_strategys
+    from launcher.weights.ranks.strategies import merge_pipeline_strategys
 
     merged = merge_pipeline_strategys(options.source, options.target, overwrite=options.overwrite)
     stages = len(merged.by_stage())

@@ -71,9 +71,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _slice(options: argparse.Namespace, console: Console) -> int:
-    from launcher.weights.saves import open_any
-    from launcher.weights.slicing import RankLayout, StrategyLayout, slice_weights
-    from launcher.weights.strategies import read_strategy
+    from launcher.weights.offline.slicing import RankLayout, StrategyLayout, slice_weights
+    from launcher.weights.ranks.saves import open_any
+    from launcher.weights.ranks.strategies import read_strategy
 
     source = open_any(
         options.unified_safetensors_dir, options.file_suffix, options.src_strategy_dirs, console.say

@@ -75,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _merge(options: argparse.Namespace, console: Console) -> int:
-    from launcher.weights.merge import merge, size_in_bytes
+    from launcher.weights.offline.merge import merge, size_in_bytes
 
     prefix = options.filter_out_param_prefix
     exported = merge(

@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _verify(options: argparse.Namespace, console: Console) -> int:
-    from launcher.weights.inspection import verify
+    from launcher.weights.offline.inspection import verify
 
     verdict = verify(options.path, options.src_strategy_dirs)
     for fault in verdict.faults:

@@ -28,8 +28,8 @@ from launcher.train.optimizer import MOMENTS, moments
 from launcher.train.scaling import LossScaling
 from launcher.train.state import TrainState, epoch_and_step, to_json
 from launcher.weights.links import LinksOf, linked, no_links, shapes_in_files
-from launcher.weights.memory import Shard
-from launcher.weights.redundancy import file_holders
+from launcher.weights.ranks.redundancy import file_holders
+from launcher.weights.reading.memory import Shard
 from launcher.weights.source import OPTIMIZER_PREFIXES
 
 

@@ -1,5 +1,8 @@
 """Weights: what is on disk becomes what each rank needs, and back, box by box.
 
+Rooms, each on those before it: `formats`, `source` (what is on disk) with `pieces` and `links`,
+`reading` (into memory), `streaming` (from disk to disk), `ranks` (rank files), `offline` (tools).
+
 The Python calls of the original are here under its names, those of the tools under theirs; each is
 imported when it is asked for, so that one that reads files does not load torch:
 
@@ -17,12 +20,12 @@ from importlib import import_module
 from typing import Any
 
 CALLS = {
-    "unified_safetensors": "launcher.weights.merge",
-    "load_distributed_checkpoint": "launcher.weights.slicing",
-    "merge_pipeline_strategys": "launcher.weights.strategies",
-    "ckpt_to_safetensors": "launcher.weights.convert",
-    "verify": "launcher.weights.inspection",
-    "diff": "launcher.weights.compare",
+    "unified_safetensors": "launcher.weights.offline.merge",
+    "load_distributed_checkpoint": "launcher.weights.offline.slicing",
+    "merge_pipeline_strategys": "launcher.weights.ranks.strategies",
+    "ckpt_to_safetensors": "launcher.weights.offline.convert",
+    "verify": "launcher.weights.offline.inspection",
+    "diff": "launcher.weights.offline.compare",
 }
 """Call to the module it lives in."""
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from launcher.layout.box import Box, Shape, whole
 
 if TYPE_CHECKING:  # shards hold tensors of torch, names do not
-    from launcher.weights.memory import Shard
+    from launcher.weights.reading.memory import Shard
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,8 +18,8 @@ from typing import Any, Literal
 from launcher.errors import UserError
 from launcher.layout.box import Shape, whole
 from launcher.weights.formats import header_of
+from launcher.weights.formats.note import Checksums
 from launcher.weights.formats.safetensors import Header, parse_json
-from launcher.weights.note import Checksums
 from launcher.weights.pieces import Piece, Pieces
 from launcher.weights.scales import DEFAULT_BLOCK, block_in, factors_of
 from launcher.weights.threads import in_parallel

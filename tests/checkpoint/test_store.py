@@ -17,7 +17,7 @@ from launcher.errors import UserError
 from launcher.layout.box import whole
 from launcher.layout.mesh import Mesh
 from launcher.parallel.world import World
-from launcher.weights.memory import Shard
+from launcher.weights.reading.memory import Shard
 from tests.ranks import run_ranks
 
 ALONE = World(0, 1, torch.device("cpu"))

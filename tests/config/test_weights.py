@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from launcher.layout.mesh import Mesh
-from launcher.weights.copies import RECORD, write_record
+from launcher.weights.offline.copies import RECORD, write_record
 from tests.config.interpreter import Report, run_many
 from tests.config.weight_files import MINDSPORE_CKPT, TORCH_ZIP, rank_files, safetensors
 from tests.config.workspace import RIGHT, build
@@ -255,7 +255,7 @@ def test_what_is_loaded_and_what_is_said(case: Case, reports: dict[str, Report])
 def test_a_folder_is_ours_only_by_its_record(
     tmp_path: Path, content: dict[str, str], reason: str
 ) -> None:
-    from launcher.weights.copies import foreign
+    from launcher.weights.offline.copies import foreign
 
     folder = tmp_path / "unified_checkpoint"
     folder.mkdir()

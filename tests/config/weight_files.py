@@ -6,8 +6,8 @@ from pathlib import Path
 
 from launcher.layout.box import Box
 from launcher.layout.mesh import Mesh
+from launcher.weights.formats.note import Note
 from launcher.weights.formats.safetensors import Slot, header_bytes
-from launcher.weights.note import Note
 
 MINDSPORE_CKPT = b"\x0a\x18\x0a\x01w\x12\x13\x08\x02\x12\x07Float32\x1a\x08" + bytes(8)
 """A .ckpt of MindSpore: one parameter w of two numbers."""

@@ -163,7 +163,7 @@ def logits_agree(folder: Path) -> None:
     from launcher.parallel.apply import shards
     from launcher.parallel.parts import Parts
     from launcher.weights.links import linked
-    from launcher.weights.load import load
+    from launcher.weights.reading.load import load
     from launcher.weights.source import open_complete
     from models.build import build_model, links_of, tied_names
     from models.families import model_spec

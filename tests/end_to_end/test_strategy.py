@@ -24,7 +24,7 @@ from launcher.layout.layout import Layout
 from launcher.layout.strategy import Strategy, parse
 from launcher.report.console import Console
 from launcher.weights.formats.safetensors import read_header
-from launcher.weights.strategies import read_folder, read_strategy
+from launcher.weights.ranks.strategies import read_folder, read_strategy
 from models.build import build_model
 from models.names import unstacked
 from tests.parallel.parity import FAMILIES

@@ -17,7 +17,7 @@ from launcher.layout.grid import TensorLayout, boxes, entry, full_shape
 from launcher.layout.layout import Cut, Layout, chunk
 from launcher.layout.mesh import Mesh
 from launcher.layout.wire import Message
-from launcher.weights.strategies import read_folder
+from launcher.weights.ranks.strategies import read_folder
 from tests.layout.golden import ALL, needs_all
 
 

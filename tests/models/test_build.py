@@ -11,7 +11,7 @@ import torch
 from launcher.errors import UserError
 from launcher.layout.box import whole
 from launcher.weights.links import linked, shapes_in_files
-from launcher.weights.memory import Shard
+from launcher.weights.reading.memory import Shard
 from models.build import (
     blocks,
     build_model,

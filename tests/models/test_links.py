@@ -26,12 +26,12 @@ from launcher.layout.box import Box, whole
 from launcher.layout.mesh import Mesh
 from launcher.parallel.apply import shards
 from launcher.parallel.parts import Parts
-from launcher.weights.distributed import open_rank_files
-from launcher.weights.export import write_complete
 from launcher.weights.links import Link, linked, shapes_in_files
-from launcher.weights.load import load
-from launcher.weights.memory import Shard
-from launcher.weights.rank_file import write_rank_file
+from launcher.weights.offline.export import write_complete
+from launcher.weights.ranks.distributed import open_rank_files
+from launcher.weights.ranks.rank_file import write_rank_file
+from launcher.weights.reading.load import load
+from launcher.weights.reading.memory import Shard
 from launcher.weights.source import open_complete
 from models.build import build_model, is_left_alone, links_of, named_as_model, tied_names
 from models.family_table import MODULES_WITH_EXPERTS

@@ -8,7 +8,7 @@ from launcher.layout.box import whole
 from launcher.layout.holders import keepers
 from launcher.parallel import share as sharing
 from launcher.parallel import world as worlds
-from launcher.weights.memory import Shard
+from launcher.weights.reading.memory import Shard
 from tests.ranks import run_ranks
 
 SETS = {

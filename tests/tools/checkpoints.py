@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from launcher.layout.layout import Cut, Layout
 from launcher.layout.mesh import Mesh
 from launcher.weights.formats.safetensors import read_header
-from launcher.weights.memory import Shard
-from launcher.weights.rank_file import write_rank_file
+from launcher.weights.ranks.rank_file import write_rank_file
+from launcher.weights.reading.memory import Shard
 
 CUTS = {"proj": Cut(tp_dim=1), "embed": Cut(tp_dim=0), "counts": Cut(sharded=False)}
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from launcher.errors import UserError
-from launcher.weights import aside
-from launcher.weights.aside import folder_aside
+from launcher.weights.streaming import aside
+from launcher.weights.streaming.aside import folder_aside
 
 
 def replace(target: Path, source: Path, text: str) -> None:

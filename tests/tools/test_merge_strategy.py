@@ -17,7 +17,7 @@ from launcher.layout.strategy import MERGED, Operator, Strategy, parse, serialis
 from launcher.layout.strategy_json import serialise_json
 from launcher.tools.merge_strategy import main
 from launcher.weights import merge_pipeline_strategys
-from launcher.weights.strategies import read_folder, read_strategy
+from launcher.weights.ranks.strategies import read_folder, read_strategy
 from tests.layout.golden import ALL, HERE, by_name, needs_all
 
 CUT, WHOLE = TensorLayout((2, 2), ((0, -1),)), TensorLayout((2, 2), ((-1, -1),))
@@ -177,7 +177,7 @@ def test_a_truncated_file(source: Path, target: Path, capsys) -> None:
 
 
 def test_a_huge_file(source: Path, target: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("launcher.weights.strategies.LARGEST_FILE", 1 << 20)
+    monkeypatch.setattr("launcher.weights.ranks.strategies.LARGEST_FILE", 1 << 20)
     (source / "z.ckpt").write_bytes(bytes((1 << 20) + 1))
     assert f"{source}/z.ckpt: has more than 1 MiB: a strategy file has" in said(
         source, target, capsys

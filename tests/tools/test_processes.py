@@ -28,7 +28,7 @@ print(json.dumps([code, "torch" in sys.modules, int(status["VmHWM"].split()[0]) 
 """
 DYING = """
 import importlib, os, sys
-from launcher.weights.new_files import NewFiles
+from launcher.weights.streaming.new_files import NewFiles
 written, write = [], NewFiles.write
 def deadly(self, path, view, position):
     write(self, path, view, position)

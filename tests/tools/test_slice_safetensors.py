@@ -23,8 +23,8 @@ from launcher.tools.slice_safetensors import main
 from launcher.tools.unified_safetensors import main as merge
 from launcher.weights.formats.safetensors import read_header
 from launcher.weights.links import linked
-from launcher.weights.memory import TORCH_DTYPES, Shard
-from launcher.weights.saves import open_any
+from launcher.weights.ranks.saves import open_any
+from launcher.weights.reading.memory import TORCH_DTYPES, Shard
 from models.build import build_model, links_of
 from models.families import model_spec
 from tests.layout.golden import ALL, needs_all

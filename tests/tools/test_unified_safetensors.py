@@ -15,7 +15,7 @@ import launcher.weights
 from launcher.errors import UserError
 from launcher.layout.mesh import Mesh
 from launcher.tools.unified_safetensors import main
-from launcher.weights.merge import size_in_bytes
+from launcher.weights.offline.merge import size_in_bytes
 from launcher.weights.source import open_complete
 from tests.layout.golden import ALL, needs_all
 from tests.tools.checkpoints import content, flip, manifest, same, save, tensors

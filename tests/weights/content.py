@@ -6,9 +6,9 @@ import numpy as np
 
 from launcher.layout.box import whole
 from launcher.weights.formats.safetensors import ITEM_BYTES
-from launcher.weights.plan import plan_box, read_runs_of
+from launcher.weights.reading.plan import plan_box, read_runs_of
+from launcher.weights.reading.transfer import Files, read_runs
 from launcher.weights.source import Source
-from launcher.weights.transfer import Files, read_runs
 
 Content = dict[str, tuple[str, tuple[int, ...], bytes]]
 """Name to (dtype name, shape, bytes in C order)."""

@@ -23,14 +23,14 @@ from safetensors.torch import save_file
 from launcher.errors import UserError
 from launcher.layout.box import Box, whole
 from launcher.layout.mesh import Mesh
-from launcher.weights.distributed import check_copies, open_rank_files
+from launcher.weights.formats.note import BLOCK_BYTES, Checksums, Note
 from launcher.weights.formats.safetensors import Slot, header_bytes, read_header
-from launcher.weights.load import load
-from launcher.weights.memory import Shard
-from launcher.weights.note import BLOCK_BYTES, Checksums, Note
-from launcher.weights.runs import Runs
+from launcher.weights.ranks.distributed import check_copies, open_rank_files
+from launcher.weights.reading.load import load
+from launcher.weights.reading.memory import Shard
+from launcher.weights.reading.runs import Runs
+from launcher.weights.reading.transfer import Files, read_runs
 from launcher.weights.source import INDEX_NAME, Source, detect, open_complete
-from launcher.weights.transfer import Files, read_runs
 from tests.weights.test_load import cut, empty_like, model, save
 
 AGAIN = "Copy the file again from its origin; nothing was loaded from it."

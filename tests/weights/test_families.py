@@ -20,8 +20,8 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from launcher.weights.distributed import open_rank_files
-from launcher.weights.export import write_complete
+from launcher.weights.offline.export import write_complete
+from launcher.weights.ranks.distributed import open_rank_files
 from models.build import hf_directory_files
 from models.families import model_spec
 from tests.ranks import run_ranks
@@ -162,7 +162,7 @@ def _run(case: Case, world: Any) -> Logits | None:
     from launcher.parallel.apply import shards
     from launcher.report.console import Console
     from launcher.weights.links import linked
-    from launcher.weights.rank_file import write_rank_file
+    from launcher.weights.ranks.rank_file import write_rank_file
     from models.build import links_of
 
     name = f"{case} {world.rank}.yaml"

@@ -19,8 +19,8 @@ from safetensors import SafetensorError, safe_open
 
 from launcher.errors import UserError
 from launcher.layout.box import Box, whole
-from launcher.weights.distributed import check_copies, open_rank_files
 from launcher.weights.formats import header_of
+from launcher.weights.formats.note import BLOCK_BYTES, Checksums, Note, read_note
 from launcher.weights.formats.safetensors import (
     ITEM_BYTES,
     Header,
@@ -29,10 +29,10 @@ from launcher.weights.formats.safetensors import (
     parse_header,
     read_header,
 )
-from launcher.weights.note import BLOCK_BYTES, Checksums, Note, read_note
-from launcher.weights.plan import plan_box, read_runs_of
+from launcher.weights.ranks.distributed import check_copies, open_rank_files
+from launcher.weights.reading.plan import plan_box, read_runs_of
+from launcher.weights.reading.transfer import Files, read_runs
 from launcher.weights.source import INDEX_NAME, Source, open_complete
-from launcher.weights.transfer import Files, read_runs
 from tests.weights.mutations import mutate_bytes, mutate_json, mutate_tree
 
 HEADERS, NOTES, INDEXES, FILES, FOLDERS = 11_000, 6_000, 1_500, 1_000, 500

@@ -16,14 +16,14 @@ from launcher.errors import UserError
 from launcher.layout.box import Box, whole
 from launcher.layout.layout import Layout
 from launcher.layout.mesh import Mesh
-from launcher.weights.distributed import open_rank_files
-from launcher.weights.export import write_complete
 from launcher.weights.formats.safetensors import Entry
-from launcher.weights.load import load
-from launcher.weights.memory import Shard
+from launcher.weights.offline.export import write_complete
 from launcher.weights.pieces import Piece, Pieces
-from launcher.weights.plan import Read, plan_box, read_runs_of
-from launcher.weights.rank_file import write_rank_file
+from launcher.weights.ranks.distributed import open_rank_files
+from launcher.weights.ranks.rank_file import write_rank_file
+from launcher.weights.reading.load import load
+from launcher.weights.reading.memory import Shard
+from launcher.weights.reading.plan import Read, plan_box, read_runs_of
 from launcher.weights.source import detect, open_complete
 
 

@@ -20,10 +20,10 @@ from safetensors.torch import save_file
 from launcher.errors import UserError
 from launcher.layout.grid import TensorLayout, boxes
 from launcher.layout.strategy import MERGED, Strategy, parse, serialise, strategy_file
-from launcher.weights.merge import merge
-from launcher.weights.mindspore import open_mindspore_ranks
+from launcher.weights.offline.merge import merge
+from launcher.weights.ranks.mindspore import open_mindspore_ranks
+from launcher.weights.ranks.strategies import read_strategy
 from launcher.weights.source import Source, open_complete
-from launcher.weights.strategies import read_strategy
 from tests.layout.golden import ALL, needs_all
 from tests.layout.golden import HERE as STRATEGIES
 from tests.weights.content import Content, content, extras

@@ -16,13 +16,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from launcher.layout.box import Box
-from launcher.weights.distributed import check_whole
 from launcher.weights.formats.safetensors import Entry
 from launcher.weights.links import linked
-from launcher.weights.memory import Shard, memory_of
 from launcher.weights.pieces import Piece, Pieces
-from launcher.weights.plan import plan_box, read_runs_of
-from launcher.weights.runs import runs
+from launcher.weights.ranks.distributed import check_whole
+from launcher.weights.reading.memory import Shard, memory_of
+from launcher.weights.reading.plan import plan_box, read_runs_of
+from launcher.weights.reading.runs import runs
 from launcher.weights.source import Source
 from tests.weights.worlds import World, bits, random_tensor, shards, spoil, worlds
 

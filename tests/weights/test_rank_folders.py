@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from launcher.errors import UserError
-from launcher.weights.rank_folders import first_file, newest, newest_manifest, save_of, saves
+from launcher.weights.ranks.rank_folders import first_file, newest, newest_manifest, save_of, saves
 
 
 def fill(root: Path, *names: str, ranks: int = 2) -> None:

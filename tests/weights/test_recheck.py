@@ -10,12 +10,12 @@ import torch
 from launcher.errors import UserError
 from launcher.layout.layout import Cut, Layout
 from launcher.layout.mesh import Mesh
-from launcher.weights.distributed import open_rank_files
+from launcher.weights.formats.note import BLOCK_BYTES
 from launcher.weights.formats.safetensors import read_header
-from launcher.weights.load import load
-from launcher.weights.memory import Shard
-from launcher.weights.note import BLOCK_BYTES
-from launcher.weights.rank_file import write_rank_file
+from launcher.weights.ranks.distributed import open_rank_files
+from launcher.weights.ranks.rank_file import write_rank_file
+from launcher.weights.reading.load import load
+from launcher.weights.reading.memory import Shard
 
 SHAPES = {"a": (1024, 1024), "b": (1536, 2048), "c": (64,), "adam_m.a": (1024, 1024)}
 

@@ -17,17 +17,19 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from launcher.layout.box import Box, whole
-from launcher.weights import note, read, stream, transfer, write
-from launcher.weights.checksums import file_faults
-from launcher.weights.distributed import check_copies, open_rank_files
-from launcher.weights.export import write_complete
+from launcher.weights.formats import note
+from launcher.weights.formats.note import Note
 from launcher.weights.links import linked, shapes_in_files
-from launcher.weights.load import load
-from launcher.weights.memory import Shard
-from launcher.weights.note import Note
-from launcher.weights.rank_file import write_rank_file
+from launcher.weights.offline.export import write_complete
+from launcher.weights.ranks.distributed import check_copies, open_rank_files
+from launcher.weights.ranks.rank_file import write_rank_file
+from launcher.weights.reading import read, transfer
+from launcher.weights.reading.checksums import file_faults
+from launcher.weights.reading.load import load
+from launcher.weights.reading.memory import Shard
 from launcher.weights.source import Source, open_complete
-from launcher.weights.stream import Output
+from launcher.weights.streaming import stream, write
+from launcher.weights.streaming.stream import Output
 from tests.weights.worlds import MOMENTS, World, bits, random_tensor, region, shards, spoil, worlds
 
 # --- rank files -------------------------------------------------------------------------------

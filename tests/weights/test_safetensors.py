@@ -13,11 +13,11 @@ from safetensors.torch import load_file, save_file
 from launcher.errors import UserError
 from launcher.layout.box import whole
 from launcher.layout.mesh import Mesh
-from launcher.weights.checksums import file_faults
+from launcher.weights.formats.note import BLOCK_BYTES, read_note
 from launcher.weights.formats.safetensors import read_header
-from launcher.weights.memory import Shard
-from launcher.weights.note import BLOCK_BYTES, read_note
-from launcher.weights.rank_file import write_rank_file
+from launcher.weights.ranks.rank_file import write_rank_file
+from launcher.weights.reading.checksums import file_faults
+from launcher.weights.reading.memory import Shard
 
 
 def shard_of(tensor: torch.Tensor) -> Shard:

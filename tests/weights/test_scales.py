@@ -13,12 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-import launcher.weights.read
+import launcher.weights.reading.read
 from launcher.errors import UserError
 from launcher.layout.box import Box, whole
-from launcher.weights.load import load
-from launcher.weights.memory import Shard
 from launcher.weights.pieces import Pieces
+from launcher.weights.reading.load import load
+from launcher.weights.reading.memory import Shard
 from launcher.weights.scales import Scales
 from launcher.weights.source import open_complete
 from tests.weights.directories import multiplied, quantised
@@ -68,7 +68,9 @@ def test_any_box_is_that_box_of_the_whole(folders: dict[str, Path], data: st.Dat
     box = Box(tuple(offset), tuple(size))
     held = target(box, dtype)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(launcher.weights.read, "PORTION_BYTES", data.draw(st.sampled_from([7, 200])))
+        patch.setattr(
+            launcher.weights.reading.read, "PORTION_BYTES", data.draw(st.sampled_from([7, 200]))
+        )
         load(held, open_complete(folder))
     files = load_file(folder / "model.safetensors")
     expected = multiplied(files[NAME], files[FACTORS], BLOCK).to(dtype)

@@ -12,10 +12,10 @@ from safetensors.torch import save_file
 
 from launcher.layout.layout import Cut, Layout
 from launcher.layout.mesh import Mesh
-from launcher.weights import transfer
-from launcher.weights.distributed import open_rank_files
-from launcher.weights.load import load
-from launcher.weights.rank_file import write_rank_file
+from launcher.weights.ranks.distributed import open_rank_files
+from launcher.weights.ranks.rank_file import write_rank_file
+from launcher.weights.reading import transfer
+from launcher.weights.reading.load import load
 from launcher.weights.source import Source, open_complete
 from tests.weights.worlds import shards
 

@@ -18,8 +18,8 @@ from launcher.layout.box import Box, Shape
 from launcher.layout.layout import Cut, Layout
 from launcher.layout.mesh import RANK_AXES, Mesh
 from launcher.weights.links import Link, linked, stacked
-from launcher.weights.memory import Shard
-from launcher.weights.redundancy import file_holders, without_copies
+from launcher.weights.ranks.redundancy import file_holders, without_copies
+from launcher.weights.reading.memory import Shard
 
 MOMENTS = ("adam_m.", "adam_v.")
 

@@ -13,9 +13,9 @@ from pathlib import Path
 
 from launcher.config.checks.check import Check
 from launcher.errors import UserError
+from launcher.weights.formats.note import Note, read_note
 from launcher.weights.formats.safetensors import Header, read_header
-from launcher.weights.note import Note, read_note
-from launcher.weights.rank_folders import first_file, rank_folders
+from launcher.weights.ranks.rank_folders import first_file, rank_folders
 from launcher.weights.source import MINDSPORE_INDEX_NAME, Kind, detect, first_weight_file
 
 

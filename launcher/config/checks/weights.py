@@ -17,9 +17,9 @@ from launcher.config.derived import mesh_of
 from launcher.config.provenance import KeyProblem
 from launcher.errors import UserError
 from launcher.layout.mesh import Mesh
-from launcher.weights.copies import FOLDERS, foreign
-from launcher.weights.distributed import REDUNDANCY, layout_text
 from launcher.weights.formats import header_of
+from launcher.weights.offline.copies import FOLDERS, foreign
+from launcher.weights.ranks.distributed import REDUNDANCY, layout_text
 
 _KEYS = ("load_checkpoint", "pretrained_model_dir", "use_parallel")
 

@@ -19,16 +19,16 @@ from pathlib import Path
 import torch
 
 from launcher.errors import UserError, did_you_mean
-from launcher.weights.aside import folder_aside
 from launcher.weights.formats.safetensors import in_file_order
-from launcher.weights.memory import DTYPE_NAMES, bytes_of
-from launcher.weights.saves import Say, silent
-from launcher.weights.slicing import side_files
+from launcher.weights.offline.slicing import side_files
+from launcher.weights.offline.torch_files import weights_in
+from launcher.weights.ranks.saves import Say, silent
+from launcher.weights.reading.memory import DTYPE_NAMES, bytes_of
 from launcher.weights.source import INDEX_NAME, TORCH_INDEX_NAME, WEIGHT_SUFFIXES, read_index
-from launcher.weights.stream import Progress
+from launcher.weights.streaming.aside import folder_aside
+from launcher.weights.streaming.stream import Progress
+from launcher.weights.streaming.write import Part, write_file
 from launcher.weights.threads import in_parallel
-from launcher.weights.torch_files import weights_in
-from launcher.weights.write import Part, write_file
 
 SUFFIXES = tuple(suffix for suffix in WEIGHT_SUFFIXES if suffix != ".safetensors")
 """Extensions of files of torch."""

@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from launcher.errors import UserError
-from launcher.weights.runs import Runs
+from launcher.weights.reading.runs import Runs
 
 SHORT_RUN = 16 << 10
 """Bytes below which a run is not worth a system call of its own."""

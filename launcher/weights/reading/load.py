@@ -14,10 +14,10 @@ import torch
 
 from launcher.errors import Problem, UserError
 from launcher.layout.box import Shape
-from launcher.weights.memory import TORCH_DTYPES, Shard
-from launcher.weights.plan import plan_box
-from launcher.weights.read import Fill, fill
-from launcher.weights.recheck import check_read
+from launcher.weights.reading.memory import TORCH_DTYPES, Shard
+from launcher.weights.reading.plan import plan_box
+from launcher.weights.reading.read import Fill, fill
+from launcher.weights.reading.recheck import check_read
 from launcher.weights.scales import check_idle, scales_of
 from launcher.weights.source import OPTIMIZER_PREFIXES, Source
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from launcher.layout.box import Box, Shape
-from launcher.weights.transfer import Bytes
+from launcher.weights.reading.transfer import Bytes
 
 TORCH_DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,

@@ -10,10 +10,9 @@ from collections.abc import Collection
 from pathlib import Path
 
 from launcher.errors import UserError
-from launcher.weights.aside import folder_aside
-from launcher.weights.distributed import REDUNDANCY
-from launcher.weights.export import DEFAULT_SHARD_BYTES, Exported, Format, write_complete
-from launcher.weights.saves import (
+from launcher.weights.offline.export import DEFAULT_SHARD_BYTES, Exported, Format, write_complete
+from launcher.weights.ranks.distributed import REDUNDANCY
+from launcher.weights.ranks.saves import (
     DEFAULT_SUFFIX,
     MODEL_FOLDER,
     Say,
@@ -23,7 +22,8 @@ from launcher.weights.saves import (
     silent,
 )
 from launcher.weights.source import Source
-from launcher.weights.stream import WORKERS, Progress
+from launcher.weights.streaming.aside import folder_aside
+from launcher.weights.streaming.stream import WORKERS, Progress
 
 __all__ = ["MODEL_FOLDER", "merge", "size_in_bytes", "unified_safetensors"]
 

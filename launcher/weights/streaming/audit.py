@@ -14,12 +14,12 @@ import numpy as np
 import xxhash
 
 from launcher.errors import UserError
-from launcher.weights.checksums import changed
+from launcher.weights.formats.note import Checksums, read_note
 from launcher.weights.formats.safetensors import Header
-from launcher.weights.note import Checksums, read_note
-from launcher.weights.portion import Taken
+from launcher.weights.reading.checksums import changed
+from launcher.weights.reading.transfer import Bytes, read_exactly
 from launcher.weights.source import Source
-from launcher.weights.transfer import Bytes, read_exactly
+from launcher.weights.streaming.portion import Taken
 
 
 class Audit:

@@ -19,14 +19,14 @@ import numpy as np
 import xxhash
 
 from launcher.errors import Problem, UserError
-from launcher.weights.checksums import changed
 from launcher.weights.formats.safetensors import ITEM_BYTES
-from launcher.weights.memory import TORCH_DTYPES, memory_of
-from launcher.weights.plan import Read, read_runs_of
-from launcher.weights.read import READERS, Fill
+from launcher.weights.reading.checksums import changed
+from launcher.weights.reading.memory import TORCH_DTYPES, memory_of
+from launcher.weights.reading.plan import Read, read_runs_of
+from launcher.weights.reading.read import READERS, Fill
+from launcher.weights.reading.transfer import Files, read_exactly
 from launcher.weights.source import Source
 from launcher.weights.threads import in_parallel
-from launcher.weights.transfer import Files, read_exactly
 
 EXTRA = 0.01
 """Bytes that may be read to complete blocks, as a share of those that were read anyway."""

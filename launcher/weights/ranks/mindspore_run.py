@@ -23,13 +23,13 @@ from launcher.errors import UserError
 from launcher.layout.box import Box, Shape
 from launcher.layout.grid import TensorLayout, boxes, full_shape
 from launcher.layout.strategy import Strategy
-from launcher.weights.distributed import NAMED
 from launcher.weights.formats import header_of
 from launcher.weights.formats.safetensors import Header
 from launcher.weights.pieces import Piece
+from launcher.weights.ranks.distributed import NAMED
+from launcher.weights.reading.transfer import Files, read_exactly
 from launcher.weights.source import HEADER_READERS
 from launcher.weights.threads import in_parallel
-from launcher.weights.transfer import Files, read_exactly
 
 ADVICE = "Give the strategy files of the run that wrote the rank files, of all pipeline stages"
 COMPARED_BYTES = 4096

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from launcher.errors import UserError
-from launcher.weights.checksums import file_faults
 from launcher.weights.formats import header_of
-from launcher.weights.note import read_note
-from launcher.weights.rank_folders import Save, save_of, saves, weight_files
-from launcher.weights.saves import MANIFEST_FOLDER, manifest_of, open_save, optimizer_files
+from launcher.weights.formats.note import read_note
+from launcher.weights.ranks.rank_folders import Save, save_of, saves, weight_files
+from launcher.weights.ranks.saves import MANIFEST_FOLDER, manifest_of, open_save, optimizer_files
+from launcher.weights.reading.checksums import file_faults
 from launcher.weights.source import INDEX_NAMES, detect, is_rank_folder, open_complete, read_index
 
 _UNFINISHED = (".", ".json.tmp")

@@ -20,12 +20,12 @@ from launcher.errors import UserError
 from launcher.layout.box import Box, whole
 from launcher.layout.grid import TensorLayout, boxes
 from launcher.layout.strategy import Strategy
-from launcher.weights.aside import folder_aside
-from launcher.weights.note import Note, inventory
-from launcher.weights.saves import DEFAULT_SUFFIX, MODEL_FOLDER, Say, open_any, silent
+from launcher.weights.formats.note import Note, inventory
+from launcher.weights.ranks.saves import DEFAULT_SUFFIX, MODEL_FOLDER, Say, open_any, silent
+from launcher.weights.ranks.strategies import read_strategy
 from launcher.weights.source import INDEX_NAMES, OPTIMIZER_PREFIXES, Source
-from launcher.weights.strategies import read_strategy
-from launcher.weights.stream import WORKERS, Output, Progress, stream
+from launcher.weights.streaming.aside import folder_aside
+from launcher.weights.streaming.stream import WORKERS, Output, Progress, stream
 
 NAMED = 8
 """Tensors named in a message."""

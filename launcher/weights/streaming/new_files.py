@@ -13,7 +13,7 @@ from collections import OrderedDict
 from pathlib import Path
 from types import TracebackType
 
-from launcher.weights.write import write_all
+from launcher.weights.streaming.write import write_all
 
 OPEN_FILES = 256
 """New files that are kept open at a time: those used last."""

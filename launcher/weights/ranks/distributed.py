@@ -1,8 +1,9 @@
 """Rank files: the source made of one file a rank.
 
 Owns what a folder of rank files must be. The layout comes from the notes of the files; those of
-MindSpore, which have none, need its strategy files (`launcher.weights.mindspore`). Invariants: the
-files are of one save; every tensor is whole, from replicas where the file of a rank is lost.
+MindSpore, which have none, need its strategy files (`launcher.weights.ranks.mindspore`).
+Invariants: the files are of one save; every tensor is whole, from replicas where the file of a rank
+is lost.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ import xxhash
 
 from launcher.errors import UserError
 from launcher.layout.box import Box
+from launcher.weights.formats.note import Note, inventory, read_note
 from launcher.weights.formats.safetensors import Header, read_header
-from launcher.weights.note import Note, inventory, read_note
 from launcher.weights.pieces import Piece, Pieces
+from launcher.weights.reading.transfer import Files, read_exactly
 from launcher.weights.source import HEADER_READERS, Source
 from launcher.weights.threads import in_parallel
-from launcher.weights.transfer import Files, read_exactly
 
 REDUNDANCY = "remove_redundancy"
 """Key of the metadata that says whether copies were left to other ranks."""

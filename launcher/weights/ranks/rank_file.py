@@ -10,10 +10,10 @@ import torch
 
 from launcher.layout.box import Shape
 from launcher.layout.mesh import Mesh
+from launcher.weights.formats.note import Note, inventory
 from launcher.weights.formats.safetensors import Header, in_file_order
-from launcher.weights.memory import DTYPE_NAMES, Shard, bytes_of
-from launcher.weights.note import Note, inventory
-from launcher.weights.write import Part, write_file
+from launcher.weights.reading.memory import DTYPE_NAMES, Shard, bytes_of
+from launcher.weights.streaming.write import Part, write_file
 
 
 def write_rank_file(

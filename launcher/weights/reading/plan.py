@@ -14,7 +14,7 @@ from launcher.errors import UserError
 from launcher.layout.box import Box
 from launcher.weights.formats.safetensors import ITEM_BYTES
 from launcher.weights.pieces import Piece, Pieces
-from launcher.weights.runs import Runs, c_strides, runs
+from launcher.weights.reading.runs import Runs, c_strides, runs
 
 
 @dataclass(frozen=True, slots=True)

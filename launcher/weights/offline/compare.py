@@ -19,13 +19,13 @@ import numpy.typing as npt
 import xxhash
 
 from launcher.layout.box import Box, whole
-from launcher.weights.cast import cast
 from launcher.weights.formats.safetensors import ITEM_BYTES
-from launcher.weights.portion import PortionReader, Words
-from launcher.weights.saves import open_any
+from launcher.weights.ranks.saves import open_any
+from launcher.weights.reading.transfer import Files
 from launcher.weights.source import Source
+from launcher.weights.streaming.cast import cast
+from launcher.weights.streaming.portion import PortionReader, Words
 from launcher.weights.threads import in_parallel
-from launcher.weights.transfer import Files
 
 Kind = Literal["differs", "dtype differs", "shape differs", "only in A", "only in B", "renamed"]
 Keep = Callable[[str], bool]

@@ -16,10 +16,10 @@ from pathlib import Path
 from launcher.errors import UserError
 from launcher.layout.box import whole
 from launcher.layout.strategy import Strategy
-from launcher.weights.distributed import NAMED, REDUNDANCY, check_whole, without
 from launcher.weights.formats.safetensors import Entry
-from launcher.weights.mindspore_run import ADVICE, Run, open_run
 from launcher.weights.pieces import Piece, Pieces
+from launcher.weights.ranks.distributed import NAMED, REDUNDANCY, check_whole, without
+from launcher.weights.ranks.mindspore_run import ADVICE, Run, open_run
 from launcher.weights.source import GRADIENTS, OPTIMIZER_PREFIXES, Source
 
 COUNTERS = ("epoch_num", "step_num", "global_step")

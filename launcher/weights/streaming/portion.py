@@ -15,9 +15,9 @@ import numpy.typing as npt
 
 from launcher.layout.box import Box
 from launcher.weights.formats.safetensors import ITEM_BYTES
-from launcher.weights.plan import Read, plan_box, read_runs_of
+from launcher.weights.reading.plan import Read, plan_box, read_runs_of
+from launcher.weights.reading.transfer import Bytes, Files, read_runs
 from launcher.weights.source import Source
-from launcher.weights.transfer import Bytes, Files, read_runs
 
 Words = npt.NDArray[np.unsignedinteger[Any]]
 """Elements as unsigned numbers of their size: their bits, whatever they mean."""

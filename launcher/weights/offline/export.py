@@ -14,7 +14,6 @@ from typing import Literal
 
 from launcher.errors import UserError
 from launcher.layout.box import whole
-from launcher.weights.cast import CASTS
 from launcher.weights.formats.safetensors import ITEM_BYTES
 from launcher.weights.source import (
     INDEX_NAME,
@@ -23,7 +22,8 @@ from launcher.weights.source import (
     OPTIMIZER_PREFIXES,
     Source,
 )
-from launcher.weights.stream import WORKERS, Output, Progress, stream
+from launcher.weights.streaming.cast import CASTS
+from launcher.weights.streaming.stream import WORKERS, Output, Progress, stream
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
 Format = Literal["huggingface", "mindspore"]

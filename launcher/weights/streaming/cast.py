@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from launcher.weights.portion import Words
+from launcher.weights.streaming.portion import Words
 
 FLOATS = {"F64": np.float64, "F32": np.float32, "F16": np.float16}
 CASTS = (*FLOATS, "BF16")

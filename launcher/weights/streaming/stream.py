@@ -20,16 +20,16 @@ import xxhash
 
 from launcher.errors import UserError
 from launcher.layout.box import Box, Shape, whole
-from launcher.weights.audit import Audit
-from launcher.weights.cast import CASTS, cast
+from launcher.weights.formats.note import BLOCK_BYTES, Note
 from launcher.weights.formats.safetensors import ITEM_BYTES, Slot, header_bytes, in_file_order
-from launcher.weights.new_files import NewFiles
-from launcher.weights.note import BLOCK_BYTES, Note
-from launcher.weights.plan import plan_box
-from launcher.weights.portion import Portion, PortionReader, slices
+from launcher.weights.reading.plan import plan_box
+from launcher.weights.reading.transfer import Files
 from launcher.weights.source import Source
+from launcher.weights.streaming.audit import Audit
+from launcher.weights.streaming.cast import CASTS, cast
+from launcher.weights.streaming.new_files import NewFiles
+from launcher.weights.streaming.portion import Portion, PortionReader, slices
 from launcher.weights.threads import in_parallel
-from launcher.weights.transfer import Files
 
 WORKERS = 4
 """Portions in flight unless the caller says otherwise."""

@@ -18,11 +18,11 @@ from typing import Any
 
 from launcher.errors import UserError
 from launcher.layout.strategy import Strategy
-from launcher.weights.distributed import check_copies, open_rank_files
 from launcher.weights.formats import header_of
-from launcher.weights.rank_folders import rank_folders, save_of, saves
+from launcher.weights.ranks.distributed import check_copies, open_rank_files
+from launcher.weights.ranks.rank_folders import rank_folders, save_of, saves
+from launcher.weights.ranks.strategies import read_strategy
 from launcher.weights.source import Source, detect, open_complete
-from launcher.weights.strategies import read_strategy
 
 MANIFEST_FOLDER = "manifest"
 """Beside the rank folders: one JSON file for each published save."""
@@ -112,7 +112,7 @@ def open_save(
         if known is None:
             return open_rank_files(directory, files)  # says what is needed
         # By name: few tools read files of MindSpore.
-        reader = import_module("launcher.weights.mindspore")
+        reader = import_module("launcher.weights.ranks.mindspore")
         source = reader.open_mindspore_ranks(directory, files, known)
     for remark in source.remarks:
         say(remark)

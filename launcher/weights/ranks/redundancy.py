@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from launcher.layout.holders import Holders, Ranks, keepers
 from launcher.layout.layout import Layout
 from launcher.weights.links import LinksOf
-from launcher.weights.memory import Shard
+from launcher.weights.reading.memory import Shard
 from launcher.weights.source import OPTIMIZER_PREFIXES
 
 

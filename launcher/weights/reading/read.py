@@ -17,12 +17,12 @@ import numpy as np
 import torch
 
 from launcher.layout.box import Box
-from launcher.weights.memory import TORCH_DTYPES, memory_of, use_huge_pages
-from launcher.weights.plan import Read, plan_box, portions, read_runs_of
+from launcher.weights.reading.memory import TORCH_DTYPES, memory_of, use_huge_pages
+from launcher.weights.reading.plan import Read, plan_box, portions, read_runs_of
+from launcher.weights.reading.transfer import Bytes, Files, read_runs
 from launcher.weights.scales import Scales
 from launcher.weights.source import Source
 from launcher.weights.threads import in_parallel
-from launcher.weights.transfer import Bytes, Files, read_runs
 
 READERS = 4
 """Reads in flight; more than a few gain nothing on one disk."""

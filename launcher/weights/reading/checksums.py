@@ -9,10 +9,10 @@ import xxhash
 
 from launcher.errors import UserError
 from launcher.weights.formats import header_of
+from launcher.weights.formats.note import Checksums, read_note
 from launcher.weights.formats.safetensors import Header
-from launcher.weights.note import Checksums, read_note
+from launcher.weights.reading.transfer import Files, read_exactly
 from launcher.weights.threads import in_parallel
-from launcher.weights.transfer import Files, read_exactly
 
 READERS = 4
 

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import xxhash
 
+from launcher.weights.formats.note import BLOCK_BYTES, Note
 from launcher.weights.formats.safetensors import Header, Slot, header_bytes, parse_header
-from launcher.weights.note import BLOCK_BYTES, Note
 from launcher.weights.threads import in_parallel
 
 WRITERS = 4

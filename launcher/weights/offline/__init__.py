@@ -1,0 +1,1 @@
+"""What the offline tools do: merging, slicing, converting, comparing, inspecting."""
