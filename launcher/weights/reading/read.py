@@ -9,6 +9,7 @@ multiplied by their factors.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -24,8 +25,9 @@ from launcher.weights.scales import Scales
 from launcher.weights.source import Source
 from launcher.weights.threads import in_parallel
 
-READERS = 4
-"""Reads in flight; more than a few gain nothing on one disk."""
+READERS = max(2, min(4, os.cpu_count() or 2))
+"""Reads in flight: one a core, for most of the time goes into copying; more than a few gain nothing
+on one disk."""
 
 PORTION_BYTES = 16 << 20
 """Bytes of a file that are read at a time."""
