@@ -107,7 +107,7 @@ NOT_WHOLE = f"{FILE} is not a whole safetensors file: "
 NO_INDEX = f"{INDEX} is not an index of weights: it needs a map named `weight_map` from tensor to "
 COMPLETE = (
     Bad("cut short", cut_short,
-        f"{NOT_WHOLE}its tensors end at byte 72, the file at 69. {AGAIN}", open_complete),
+        f"{NOT_WHOLE}its tensors end at byte 4104, the file at 4101. {AGAIN}", open_complete),
     Bad("header past the end", claims(b"{}", 500),
         f"{NOT_WHOLE}it has 10 bytes and its header claims 500. {AGAIN}", open_complete),
     Bad("not JSON", claims(b"{w: 1}"),
@@ -369,8 +369,8 @@ def replace(path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (shrink, f"{{file}} has 68 bytes: it had 72 when its header was read. {WAIT}"),
-        (grow, f"{{file}} has 76 bytes: it had 72 when its header was read. {WAIT}"),
+        (shrink, f"{{file}} has 4100 bytes: it had 4104 when its header was read. {WAIT}"),
+        (grow, f"{{file}} has 4108 bytes: it had 4104 when its header was read. {WAIT}"),
         (replace, f"{{file}} was replaced: it must stay as its header was read. {WAIT}"),
         (Path.unlink, "{file} cannot be read: No such file or directory."),
     ],

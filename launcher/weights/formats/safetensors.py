@@ -35,6 +35,9 @@ MAX_HEADER_BYTES = 100_000_000
 """The format's own limit."""
 
 MAX_DIMS = 64
+
+PAGE_BYTES = 4096
+"""Blocks that share no page of the cache are written without waiting for each other."""
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 """The escape of half a character, as JSON has it."""
 
@@ -190,7 +193,7 @@ def in_file_order(slots: Iterable[AnySlot]) -> list[AnySlot]:
 
 def header_bytes(slots: Sequence[Slot], metadata: Mapping[str, str]) -> bytes:
     """What stands before the data section: length and JSON, padded so that the data begins at a
-    multiple of 8. Tensors lie in the order given."""
+    multiple of `PAGE_BYTES`. Tensors lie in the order given."""
     entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     position = 0
     for slot in slots:
@@ -201,5 +204,5 @@ def header_bytes(slots: Sequence[Slot], metadata: Mapping[str, str]) -> bytes:
         }
         position += slot.nbytes
     raw = json.dumps(entries, separators=(",", ":")).encode()
-    raw += b" " * (-len(raw) % 8)
+    raw += b" " * (-(8 + len(raw)) % PAGE_BYTES)
     return len(raw).to_bytes(8, "little") + raw

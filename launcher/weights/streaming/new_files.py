@@ -6,22 +6,16 @@ for little.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import threading
 from collections import OrderedDict
 from pathlib import Path
 from types import TracebackType
 
-from launcher.weights.streaming.write import write_all
+from launcher.weights.streaming.write import begin_writing, write_all
 
 OPEN_FILES = 256
 """New files that are kept open at a time: those used last."""
-
-
-_SYNC_FILE_RANGE = getattr(ctypes.CDLL(None), "sync_file_range", None)
-"""Of Linux: sync_file_range(descriptor, offset, bytes, flags)."""
-_BEGIN_WRITING = 2
 
 
 class NewFiles:
@@ -37,9 +31,7 @@ class NewFiles:
         descriptor = self._take(path)
         try:
             write_all(descriptor, view, position)
-            if _SYNC_FILE_RANGE is not None:
-                place = (ctypes.c_int64(position), ctypes.c_int64(len(view)))
-                _SYNC_FILE_RANGE(descriptor, *place, _BEGIN_WRITING)
+            begin_writing(descriptor, position, len(view))
         finally:
             self._give_back(descriptor)
 
