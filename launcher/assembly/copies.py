@@ -18,12 +18,12 @@ from launcher.assembly.job import Job
 from launcher.checkpoint.store import attempt
 from launcher.errors import Problem, UserError
 from launcher.parallel.world import World
-from launcher.weights.offline.copies import FOLDERS, foreign, write_record
+from launcher.weights.offline.copy_record import FOLDERS, foreign, write_record
 from launcher.weights.offline.export import Format, write_complete
 from launcher.weights.ranks.saves import model_files
 from launcher.weights.reading.memory import TORCH_DTYPES
 from launcher.weights.source import MINDSPORE_INDEX_NAME, OPTIMIZER_PREFIXES, Source
-from launcher.weights.streaming.aside import folder_aside
+from launcher.weights.streaming.new_folder import folder_aside
 from models.build import hf_directory_files
 
 Result = TypeVar("Result")

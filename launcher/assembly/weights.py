@@ -14,11 +14,11 @@ from launcher.assembly.model import predict_mesh
 from launcher.checkpoint.opening import open_weights
 from launcher.errors import UserError
 from launcher.layout.layout import Layout
+from launcher.layout.mesh import other_layout
 from launcher.parallel.apply import shards
 from launcher.parallel.parts import Parts
 from launcher.parallel.tied import equalise
 from launcher.weights.links import linked, shapes_in_files
-from launcher.weights.ranks.distributed import layout_text
 from launcher.weights.reading.load import LoadReport
 from launcher.weights.reading.memory import Shard
 from launcher.weights.source import Source, detect
@@ -57,21 +57,9 @@ def check_layout(job: Job, source: Source) -> None:
         return
     predicts = job.config.run_mode in ("predict", "predict_with_train_model")
     mesh = predict_mesh(job) if predicts else job.mesh
-    sizes, written = _without_ones(mesh.sizes()), _without_ones(source.mesh or {})
-    same = source.world_size == mesh.world_size
-    if written:  # else the axes are unknown, and boxes are compared
-        same = same and written == sizes
-    if not same:
-        raise _other_layout(
-            job,
-            f"{source.path} was written by {layout_text(source.world_size, written)}, "
-            f"this run has {layout_text(mesh.world_size, sizes)}",
-        )
-
-
-def _without_ones(sizes: Mapping[str, int]) -> dict[str, int]:
-    """Axes of one rank say nothing; older files do not name them all."""
-    return {axis: size for axis, size in sizes.items() if size > 1}
+    difference = other_layout(source.world_size, source.mesh, mesh)
+    if difference:
+        raise _other_layout(job, f"{source.path} {difference}")
 
 
 def check_cuts(job: Job, source: Source, held: Mapping[str, Shard]) -> None:

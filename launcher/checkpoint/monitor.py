@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,8 +14,9 @@ from launcher.layout.box import Shape
 from launcher.layout.holders import Ranks
 from launcher.layout.mesh import Mesh
 from launcher.parallel.world import World
+from launcher.weights.formats.note import inventory_of
 from launcher.weights.offline.merge import MODEL_FOLDER
-from launcher.weights.ranks.redundancy import without_copies
+from launcher.weights.ranks.redundancy import keepers_of
 from launcher.weights.reading.memory import Shard
 
 
@@ -53,6 +54,7 @@ class CheckpointMonitor:
         self.config = config
         self._saved_step = 0
         self._stores: dict[str, Store] = {}
+        self._kept: dict[str, frozenset[str]] = {}
 
     def on_train_begin(self, run: Savable) -> None:
         """Take a name that no earlier run has, and clear away what a crash left."""
@@ -69,7 +71,11 @@ class CheckpointMonitor:
                 counter,
                 self.config.keep_checkpoint_max,
                 run.inputs,
+                inventory_of(run.shapes_in_files(optimizer=self._has_optimizer(folder))),
             )
+
+    def _has_optimizer(self, folder: str) -> bool:
+        return folder == "checkpoint" and self.config.save_optimizer
 
     def _open_folder(self, run: Savable, folder: Path) -> int:
         removed = clean_unfinished(folder)
@@ -107,8 +113,7 @@ class CheckpointMonitor:
         if self.config.save_optimizer:
             contents["checkpoint"] = {**weights, **run.optimizer_state()}
         if self.config.remove_redundancy:
-            holders, rank = run.holders(), run.world.rank
-            contents = {f: without_copies(held, holders, rank) for f, held in contents.items()}
+            contents = {f: self._without_copies(run, f, held) for f, held in contents.items()}
         epoch, step = epoch_and_step_in_name(run.global_step, run.steps_per_epoch, run.sink_size)
         total, names = 0, []
         for folder, store in self._stores.items():
@@ -116,9 +121,6 @@ class CheckpointMonitor:
             saved = store.save(
                 name, contents[folder], run.state_record(), mesh=run.mesh, world=run.world,
                 remove_redundancy=self.config.remove_redundancy,
-                whole=run.shapes_in_files(
-                    optimizer=folder == "checkpoint" and self.config.save_optimizer
-                ),
             )  # fmt: skip
             names.append(str(name))
             total += saved.bytes_written
@@ -130,6 +132,15 @@ class CheckpointMonitor:
             f"saved step {run.global_step} as {names[0]}: {ranks}, {total / 1e6:.1f} MB, "
             f"{time.perf_counter() - started:.2f} s"
         )
+
+    def _without_copies(
+        self, run: Savable, folder: str, held: Mapping[str, Shard]
+    ) -> dict[str, Shard]:
+        """What is left to this rank: the same names at every save."""
+        if folder not in self._kept:
+            keeper = keepers_of(held, run.holders())
+            self._kept[folder] = frozenset(n for n in held if keeper[n] == run.world.rank)
+        return {name: held[name] for name in held if name in self._kept[folder]}
 
 
 def _make_folder(folder: Path) -> None:

@@ -14,7 +14,7 @@ from importlib import import_module
 from pathlib import Path
 
 from launcher.checkpoint.store import Published, is_unfinished, published
-from launcher.checkpoint.whole import (
+from launcher.checkpoint.wholeness import (
     Found,
     OpenFiles,
     RankFile,

@@ -15,7 +15,7 @@ from typing import Any
 from launcher.checkpoint.files import read_json
 from launcher.checkpoint.names import SaveName, parse_rank_file
 from launcher.checkpoint.store import Published, is_unfinished, published
-from launcher.checkpoint.whole import newest_whole
+from launcher.checkpoint.wholeness import newest_whole
 from launcher.errors import UserError, did_you_mean
 from launcher.parallel.world import World
 from launcher.weights.source import Source, detect, is_rank_folder

@@ -28,9 +28,9 @@ from launcher.checkpoint.files import (
 )
 from launcher.checkpoint.names import SaveName, parse_rank_file
 from launcher.errors import UserError
-from launcher.layout.box import Shape
 from launcher.layout.mesh import Mesh
 from launcher.parallel.world import World
+from launcher.weights.formats.note import Inventory
 from launcher.weights.ranks.rank_file import write_rank_file
 from launcher.weights.reading.memory import Shard
 
@@ -108,6 +108,8 @@ class Store:
     """How many checkpoints of this prefix stay; 0: all."""
     inputs: frozenset[Path] = frozenset()
     """Resolved files that are never deleted: what the run was started from."""
+    inventory: Inventory | None = None
+    """Of what all ranks together save here."""
 
     def save(
         self,
@@ -118,17 +120,15 @@ class Store:
         mesh: Mesh,
         world: World,
         remove_redundancy: bool = False,
-        whole: Mapping[str, Shape] | None = None,
     ) -> Saved:
         """Write and publish one checkpoint. Called on every rank.
 
-        `remove_redundancy` says of `shards` that copies were left to other ranks; `whole` is every
-        tensor of the save, name to shape.
+        `remove_redundancy` says of `shards` that copies were left to other ranks.
         Raises `UserError` on every rank when any rank could not write; the checkpoints that were
         there are untouched then.
         """
         agree(world, attempt(self._prepare, name, world))
-        outcome = attempt(self._write, name, shards, mesh, world, remove_redundancy, whole)
+        outcome = attempt(self._write, name, shards, mesh, world, remove_redundancy)
         files = agree(world, outcome)
         agree(world, attempt(self._publish, name, files, state, mesh, world))
         agree(world, attempt(self._write_meta, name, world))
@@ -148,14 +148,14 @@ class Store:
 
     def _write(
         self, name: SaveName, shards: Mapping[str, Shard], mesh: Mesh, world: World,
-        remove_redundancy: bool, whole: Mapping[str, Shape] | None,
+        remove_redundancy: bool,
     ) -> dict[str, Any]:  # fmt: skip
         folder = self.root / f"rank_{world.rank}"
         path = folder / name.rank_file(world.rank)
         try:
             header = write_rank_file(
                 temporary(path), shards, mesh=mesh, rank=world.rank,
-                remove_redundancy=remove_redundancy, whole=whole,
+                remove_redundancy=remove_redundancy, inventory=self.inventory,
             )  # fmt: skip
         except BaseException:
             temporary(path).unlink(missing_ok=True)

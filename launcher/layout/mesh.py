@@ -21,6 +21,7 @@ of a layer, and what is left of the data axes holds copies or pieces of each exp
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 RANK_AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
@@ -118,4 +119,30 @@ def training_mesh(
         cp=context_parallel,
         tp=tensor_parallel,
         ep=expert_parallel,
+    )
+
+
+def layout_text(ranks: int, mesh: Mapping[str, int] | None) -> str:
+    """A layout in words: `4 ranks (dp_shard 2 x tp 2)`; the number alone where axes are unknown."""
+    axes = " x ".join(f"{axis} {size}" for axis, size in (mesh or {}).items() if size > 1)
+    if ranks == 1:
+        return "1 rank (not cut)"
+    return f"{ranks} ranks ({axes})" if axes else f"{ranks} ranks"
+
+
+def other_layout(
+    ranks: int, sizes: Mapping[str, int] | None, mesh: Mesh, *, axes: bool = True
+) -> str:
+    """How weights that `ranks` ranks wrote on axes of `sizes` lie otherwise than `mesh` has them;
+    empty when they do not, as far as is known. Axes of one rank say nothing; `axes` False compares
+    the number of ranks alone."""
+    written, here = (
+        {axis: size for axis, size in found.items() if size > 1}
+        for found in (sizes or {}, mesh.sizes())
+    )
+    if ranks == mesh.world_size and not (axes and written and written != here):
+        return ""
+    return (
+        f"was written by {layout_text(ranks, written)}, "
+        f"this run has {layout_text(mesh.world_size, here)}"
     )

@@ -10,6 +10,7 @@ import argparse
 import resource
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from launcher.errors import EXIT_SIGINT, EXIT_USER, UserError, did_you_mean
@@ -43,6 +44,25 @@ class Parser(argparse.ArgumentParser):
                 advice=f"See {self.prog} --help",
             )
         return known
+
+    def add_strategies(self) -> None:
+        """`--src_strategy_dirs`: how the rank files that are read are cut."""
+        self.add_argument(
+            "--src_strategy_dirs",
+            type=Path,
+            metavar="PATH",
+            help="strategy file, or folder of them, of rank files of MindSpore; ours need none",
+        )
+
+    def add_threads(self) -> None:
+        """`--max_process_num`, the original's name; they are threads."""
+        self.add_argument(
+            "--max_process_num",
+            type=count,
+            default=4,
+            metavar="N",
+            help="threads that read and write (4, at most 8)",
+        )
 
     def error(self, message: str) -> NoReturn:
         """What argparse finds wrong."""

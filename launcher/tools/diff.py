@@ -37,12 +37,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
             help="complete weights, a folder of rank folders, or a file (of a rank: its save)",
         )
     add("--file_suffix", metavar="E_S", help="the save, where rank folders hold several")
-    add(
-        "--src_strategy_dirs",
-        type=Path,
-        metavar="PATH",
-        help="strategy files of rank folders that MindSpore wrote",
-    )
+    parser.add_strategies()
     add(
         "--filter_out_param_prefix",
         default="",

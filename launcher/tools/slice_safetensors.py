@@ -18,7 +18,7 @@ from pathlib import Path
 
 from launcher.errors import EXIT_OK
 from launcher.report.console import Console
-from launcher.tools.command import Parser, answer, count, progress
+from launcher.tools.command import Parser, answer, progress
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -48,19 +48,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     layout.add_argument("--config", metavar="YAML", help="a configuration with parallel_config")
     add("--file_suffix", metavar="E_S", help="the save to read, where rank folders hold several")
-    add(
-        "--src_strategy_dirs",
-        type=Path,
-        metavar="PATH",
-        help="strategy files of the rank folders to read, where MindSpore wrote them",
-    )
-    add(
-        "--max_process_num",
-        type=count,
-        default=4,
-        metavar="N",
-        help="threads that read and write (4, at most 8)",
-    )
+    parser.add_strategies()
+    parser.add_threads()
     add("--overwrite", action="store_true", help="replace an existing dst_safetensors_dir")
     return parser.parse(arguments)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from launcher.errors import EXIT_OK
 from launcher.report.console import Console
-from launcher.tools.command import Parser, answer, count, progress, truth
+from launcher.tools.command import Parser, answer, progress, truth
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -28,12 +28,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--mindspore_ckpt_dir", type=Path, required=True, metavar="DIR", help="holds rank_0/, ...")
     add("--output_dir", type=Path, required=True, metavar="DIR", help="where complete weights go")
     add("--file_suffix", default="1_1", metavar="E_S", help="the save: *-E_S.safetensors (1_1)")
-    add(
-        "--src_strategy_dirs",
-        type=Path,
-        metavar="PATH",
-        help="strategy file, or folder of them, of rank files of MindSpore; ours need none",
-    )
+    parser.add_strategies()
     add(
         "--has_redundancy",
         type=truth,
@@ -58,13 +53,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="cast the weights; left out, they stay as they are",
     )
     add("--max_shard_size", default="5GB", metavar="SIZE", help="most bytes of a file (5GB)")
-    add(
-        "--max_process_num",
-        type=count,
-        default=4,
-        metavar="N",
-        help="threads that read and write (4, at most 8)",
-    )
+    parser.add_threads()
     add("--overwrite", action="store_true", help="replace an existing output_dir")
     return parser.parse(arguments)
 

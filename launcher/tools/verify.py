@@ -25,12 +25,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line. Raises `UserError`."""
     parser = Parser("verify", "Check weights: checksums, coverage, shapes, manifest and index.")
     parser.add_argument("path", type=Path, metavar="PATH", help="a folder of weights, or a file")
-    parser.add_argument(
-        "--src_strategy_dirs",
-        type=Path,
-        metavar="PATH",
-        help="strategy file, or folder of them, of rank files of MindSpore; ours need none",
-    )
+    parser.add_strategies()
     return parser.parse(arguments)
 
 

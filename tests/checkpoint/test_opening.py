@@ -61,7 +61,7 @@ def test_a_lost_and_a_damaged_file_are_made_up_for_and_said(tmp_path: Path) -> N
     names, said = opened(tmp_path)
     assert names == {files[0].name}
     assert said[0].startswith(f"{files[2]} is not a whole safetensors file")
-    assert "ranks 1, 2 have no file; their parts are read from the ranks" in said[1]
+    assert "ranks 1, 2 have no whole file; their parts are read from the ranks" in said[1]
 
 
 def test_what_nobody_else_holds_cannot_be_made_up_for(tmp_path: Path) -> None:

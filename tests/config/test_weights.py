@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from launcher.layout.mesh import Mesh
-from launcher.weights.offline.copies import RECORD, write_record
+from launcher.weights.offline.copy_record import RECORD, write_record
 from tests.config.interpreter import Report, run_many
 from tests.config.weight_files import MINDSPORE_CKPT, TORCH_ZIP, rank_files, safetensors
 from tests.config.workspace import RIGHT, build
@@ -118,7 +118,7 @@ CASES = (
          yaml="load_checkpoint: old_ranks\nload_ckpt_format: ckpt\n",
          says=("CKP_rank_0-1_1.ckpt is a .ckpt file of MindSpore",)),
     Case(name="rank files of torch", errors=1, yaml="load_checkpoint: torch_ranks\n",
-         says=("is a file of torch: rank files are safetensors. Convert them: python -m "
+         says=("is a file of torch: a file of safetensors is needed here. Convert it: python -m "
                "launcher.tools.ckpt_to_safetensors.",)),
     Case(name="copies were left out, said so",
          yaml="load_checkpoint: spared\nremove_redundancy: True\n"),
@@ -255,7 +255,7 @@ def test_what_is_loaded_and_what_is_said(case: Case, reports: dict[str, Report])
 def test_a_folder_is_ours_only_by_its_record(
     tmp_path: Path, content: dict[str, str], reason: str
 ) -> None:
-    from launcher.weights.offline.copies import foreign
+    from launcher.weights.offline.copy_record import foreign
 
     folder = tmp_path / "unified_checkpoint"
     folder.mkdir()

@@ -302,7 +302,7 @@ def test_resuming_on_the_same_layout_and_on_another_without_a_rank(shop: Shop) -
     assert "step 2 of 4" in changed.stdout
     assert f"crippled/rank_0/{damaged.name}: bytes " in changed.stdout
     assert f"crippled/rank_3/{damaged.name.replace('_0-', '_3-')} is missing" in changed.stdout
-    assert "ranks 0, 3 have no file; their parts are read from the ranks" in changed.stdout
+    assert "ranks 0, 3 have no whole file; their parts are read from the ranks" in changed.stdout
     losses = [shop.workshop.losses(output) for output in ("resumed", "moved")]
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
     shutil.rmtree(crippled / "rank_1")

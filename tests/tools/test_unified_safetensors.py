@@ -142,7 +142,7 @@ def test_redundancy_is_an_assertion_about_the_files(tmp_path: Path, ranks: Path,
 def test_a_lost_rank_is_said_and_its_copies_are_read(ranks: Path, capsys) -> None:
     shutil.rmtree(ranks / "rank_1")
     assert merge(ranks) == 0
-    assert "rank 1 has no file; its parts are read from the ranks" in capsys.readouterr().out
+    assert "rank 1 has no whole file; its parts are read from the ranks" in capsys.readouterr().out
     assert same(content(ranks.parent / "out"), tensors())
     shutil.rmtree(ranks.parent / "out")
     shutil.rmtree(ranks / "rank_5")

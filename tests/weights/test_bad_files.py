@@ -15,27 +15,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from launcher.errors import UserError
-from launcher.layout.box import Box, whole
+from launcher.layout.box import Box
 from launcher.layout.mesh import Mesh
 from launcher.weights.formats.note import BLOCK_BYTES, Checksums, Note
 from launcher.weights.formats.safetensors import Slot, header_bytes, read_header
 from launcher.weights.ranks.distributed import check_copies, open_rank_files
 from launcher.weights.reading.load import load
-from launcher.weights.reading.memory import Shard
-from launcher.weights.reading.runs import Runs
-from launcher.weights.reading.transfer import Files, read_runs
 from launcher.weights.source import INDEX_NAME, Source, detect, open_complete
 from tests.weights.test_load import cut, empty_like, model, save
 
 AGAIN = "Copy the file again from its origin; nothing was loaded from it."
 ORIGIN = "Copy it again from its origin."
-WAIT = "Something writes to it: try again when that is done."
 OTHER_RUN = "Move the files of the other run away."
 
 
@@ -348,62 +343,6 @@ def as_nobody(function: Callable[[], Any]) -> str:
     return str(answer)
 
 
-# --- files that change ------------------------------------------------------------------------
-
-
-def shrink(path: Path) -> None:
-    os.truncate(path, path.stat().st_size - 4)
-
-
-def grow(path: Path) -> None:
-    path.write_bytes(path.read_bytes() + b"more")
-
-
-def replace(path: Path) -> None:
-    before = path.stat()
-    path.with_name("new").write_bytes(path.read_bytes())
-    path.with_name("new").replace(path)
-    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 1_000_000))
-
-
-@pytest.mark.parametrize(
-    ("change", "says"),
-    [
-        (shrink, f"{{file}} has 4100 bytes: it had 4104 when its header was read. {WAIT}"),
-        (grow, f"{{file}} has 4108 bytes: it had 4104 when its header was read. {WAIT}"),
-        (replace, f"{{file}} was replaced: it must stay as its header was read. {WAIT}"),
-        (Path.unlink, "{file} cannot be read: No such file or directory."),
-    ],
-)
-def test_a_file_that_changes_after_its_header_was_read(tmp_path, change, says: str) -> None:
-    path = right(tmp_path)
-    source = open_complete(path)
-    change(path)
-    target = Shard((2,), whole((2,)), torch.full((2,), 3.0))
-    with pytest.raises(UserError) as caught:
-        load({"w": target}, source)
-    assert str(caught.value) == says.format(file=path)
-    assert torch.equal(target.tensor, torch.full((2,), 3.0))
-
-
-@pytest.mark.parametrize(
-    "runs",
-    [
-        pytest.param(Runs(4000, 0, 8000, ()), id="one run"),
-        pytest.param(Runs(4000, 0, 8, ((10, 16, 8),)), id="mapped"),
-        pytest.param(Runs(4000, 0, 8, ((10, 8, 16),)), id="in one read"),
-    ],
-)
-def test_a_file_that_shrinks_while_it_is_open(tmp_path, runs: Runs) -> None:
-    path = tmp_path / "w.bin"
-    path.write_bytes(bytes(20_000))
-    with Files() as files:
-        descriptor = files.descriptor(path, 20_000)
-        os.truncate(path, 4004)
-        with pytest.raises(UserError, match="ended early: it was longer when its header was read"):
-            read_runs(descriptor, path, runs, np.empty(20_000, np.uint8))
-
-
 # --- what does not fit the model --------------------------------------------------------------
 
 
@@ -439,7 +378,8 @@ def test_a_lost_rank_whose_copy_another_has_is_replaced_and_told(tmp_path) -> No
     save(tmp_path, tensors, Mesh(dp_replicate=2, dp_shard=2))[1].unlink()
     source = open_ranks(tmp_path)
     assert source.remarks == (
-        f"{tmp_path}: rank 1 has no file; its parts are read from the ranks that hold the same",
+        f"{tmp_path}: rank 1 has no whole file; its parts are read from the ranks that hold the "
+        "same",
     )
     targets = empty_like(cut(tensors, Mesh(), 0))
     load(targets, source, rank=0)

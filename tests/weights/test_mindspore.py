@@ -252,8 +252,8 @@ def test_copies_stand_in_for_lost_ranks(tmp_path) -> None:
     source = run.open(run.save()[2:])
     assert_equal(source, run.tensors)
     assert source.remarks == (
-        f"{tmp_path}: ranks 0, 1 have no file; their parts are read from the ranks that hold the "
-        "same",
+        f"{tmp_path}: ranks 0, 1 have no whole file; their parts are read from the ranks that hold "
+        "the same",
     )
 
 

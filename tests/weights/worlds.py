@@ -18,7 +18,7 @@ from launcher.layout.box import Box, Shape
 from launcher.layout.layout import Cut, Layout
 from launcher.layout.mesh import RANK_AXES, Mesh
 from launcher.weights.links import Link, linked, stacked
-from launcher.weights.ranks.redundancy import file_holders, without_copies
+from launcher.weights.ranks.redundancy import file_holders, keepers_of
 from launcher.weights.reading.memory import Shard
 
 MOMENTS = ("adam_m.", "adam_v.")
@@ -65,7 +65,8 @@ class World:
         held = linked(shards(self.before, rank, values), self.links_of)
         if not self.leaves_copies:
             return held
-        return without_copies(held, file_holders(self.before, rank, self.links_of), rank)
+        keeper = keepers_of(held, file_holders(self.before, rank, self.links_of))
+        return {name: shard for name, shard in held.items() if keeper[name] == rank}
 
 
 @st.composite

@@ -7,7 +7,7 @@ strategy (`only_save_strategy`) reads no weights: it needs none.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 from launcher.config.checks.check import Check
@@ -16,10 +16,11 @@ from launcher.config.checks.paths import nearest_path
 from launcher.config.derived import mesh_of
 from launcher.config.provenance import KeyProblem
 from launcher.errors import UserError
-from launcher.layout.mesh import Mesh
+from launcher.layout.mesh import Mesh, other_layout
 from launcher.weights.formats import header_of
-from launcher.weights.offline.copies import FOLDERS, foreign
-from launcher.weights.ranks.distributed import REDUNDANCY, layout_text
+from launcher.weights.formats.safetensors import ZIP, read_header
+from launcher.weights.offline.copy_record import FOLDERS, foreign
+from launcher.weights.ranks.distributed import REDUNDANCY
 
 _KEYS = ("load_checkpoint", "pretrained_model_dir", "use_parallel")
 
@@ -122,15 +123,11 @@ def _refuse_unread(found: Files) -> None:
     """Raise `UserError` for a format that is known and not read; torch need not be loaded here."""
     assert found.one is not None
     with found.one.open("rb") as opened:
-        is_torch = opened.read(4) == b"PK\x03\x04"
-    if found.kind == "distributed" and is_torch:
-        raise UserError(
-            f"{found.one} is a file of torch",
-            rule="rank files are safetensors",
-            advice="Convert them: python -m launcher.tools.ckpt_to_safetensors",
-        )
+        is_torch = opened.read(4) == ZIP
     if not is_torch:
         header_of(found.one)
+    elif found.kind == "distributed":
+        read_header(found.one)  # rank files are of safetensors alone
 
 
 def cutting(check: Check) -> Iterator[KeyProblem]:
@@ -170,23 +167,12 @@ def _other_layout(check: Check, found: Files, mesh: Mesh) -> str:
     the files do not say."""
     if isinstance(check.config.resume_training, str) and check.trains:
         return ""  # which save it is, is seen when it is opened
-    ranks, sizes = found.ranks, _without_ones(found.note.mesh if found.note else {})
-    if ranks is None:
+    if found.ranks is None:
         return ""
-    same = ranks == mesh.world_size
-    if sizes and check.lays_out:  # else the axes are unknown, and boxes are compared later
-        same = same and sizes == _without_ones(mesh.sizes())
-    if same:
-        return ""
-    return (
-        f"{found.path} was written by {layout_text(ranks, sizes)}, "
-        f"this run has {layout_text(mesh.world_size, mesh.sizes())}"
-    )
-
-
-def _without_ones(sizes: Mapping[str, int]) -> dict[str, int]:
-    """Axes of one rank say nothing; older files do not name them all."""
-    return {axis: size for axis, size in sizes.items() if size > 1}
+    sizes = found.note.mesh if found.note else None
+    # Where axes are unknown, boxes are compared later.
+    difference = other_layout(found.ranks, sizes, mesh, axes=check.lays_out)
+    return f"{found.path} {difference}" if difference else ""
 
 
 def redundancy(check: Check) -> Iterator[KeyProblem]:

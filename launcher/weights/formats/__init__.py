@@ -12,9 +12,8 @@ from pathlib import Path
 
 from launcher.errors import UserError
 from launcher.weights.formats import safetensors, torch_pickle
-from launcher.weights.formats.safetensors import Header
+from launcher.weights.formats.safetensors import ZIP, Header
 
-_ZIP = b"PK\x03\x04"
 _OLD_TORCH = b"\x80\x02\x8a\x0al\xfc\x9cF"
 _MINDSPORE = b"\x0a"
 _MINDSPORE_ENCRYPTED = (0x7F3A5ED8, 0x7F3A5ED9, 0x7F3A5EDA)
@@ -32,7 +31,7 @@ def header_of(path: Path) -> Header:
             os.close(descriptor)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
-    if start.startswith(_ZIP):
+    if start.startswith(ZIP):
         return torch_pickle.read_header(path)
     if int.from_bytes(start, "little") > file_bytes:
         _refuse_known(path, start)

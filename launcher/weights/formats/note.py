@@ -50,7 +50,7 @@ class Inventory:
     """xxh3_64 (hex) of their names and shapes, by name."""
 
 
-def inventory(shapes: Mapping[str, Shape]) -> Inventory:
+def inventory_of(shapes: Mapping[str, Shape]) -> Inventory:
     """The inventory of a save that has these tensors: name to global shape."""
     hasher = xxhash.xxh3_64()
     for name in sorted(shapes):

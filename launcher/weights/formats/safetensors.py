@@ -36,6 +36,9 @@ MAX_HEADER_BYTES = 100_000_000
 
 MAX_DIMS = 64
 
+ZIP = b"PK\x03\x04"
+"""What a file of torch begins with; as a length, more than a header may have."""
+
 PAGE_BYTES = 4096
 """Blocks that share no page of the cache are written without waiting for each other."""
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
@@ -83,6 +86,12 @@ def read_header(path: Path) -> Header:
             if not stat.S_ISREG(found.st_mode):
                 raise UserError(f"{path} is not a file", advice="Give a safetensors file")
             prefix = file.read(8)
+            if prefix.startswith(ZIP):
+                raise UserError(
+                    f"{path} is a file of torch",
+                    rule="a file of safetensors is needed here",
+                    advice="Convert it: python -m launcher.tools.ckpt_to_safetensors",
+                )
             length = int.from_bytes(prefix, "little")
             if len(prefix) < 8 or length > min(MAX_HEADER_BYTES, found.st_size - 8):
                 claim = f"its header claims {length}" if len(prefix) == 8 else "a header has 8"

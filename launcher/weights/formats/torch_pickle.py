@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -117,16 +117,10 @@ def _weights(path: Path, content: Any) -> dict[str, _Tensor]:
     for _ in range(_DEPTH):
         if not isinstance(content, dict):
             break
-        inner = [key for key in WEIGHT_KEYS if _has_tensors(content.get(key), _DEPTH)]
-        if len(inner) > 1:
-            raise UserError(
-                f"{path} holds weights as {' and as '.join(map(repr, inner))}",
-                rule="a file of weights holds one set of them",
-                advice="Save the one you mean alone: torch.save(weights, path)",
-            )
-        if not inner:
+        key = weight_key(path, content, lambda inner: _has_tensors(inner, _DEPTH))
+        if key is None:
             break
-        content = content[inner[0]]
+        content = content[key]
     found = content.items() if isinstance(content, dict) else ()
     tensors = {name: value for name, value in found if isinstance(value, _Tensor)}
     if not tensors:
@@ -138,6 +132,21 @@ def _weights(path: Path, content: Any) -> dict[str, _Tensor]:
             advice="Save it as torch.save(module.state_dict(), path)",
         )
     return tensors
+
+
+def weight_key(path: Path, content: Mapping[str, Any], holds: Callable[[Any], bool]) -> str | None:
+    """The key of the one map in `content` that weights are put in; None: they are in `content`.
+
+    `holds` says of a value whether there are tensors in it. Raises `UserError` for two such maps.
+    """
+    inner = [key for key in WEIGHT_KEYS if holds(content.get(key))]
+    if len(inner) > 1:
+        raise UserError(
+            f"{path} holds weights as {' and as '.join(map(repr, inner))}",
+            rule="a file of weights holds one set of them",
+            advice="Save the one you mean alone: torch.save(weights, path)",
+        )
+    return inner[0] if inner else None
 
 
 def _has_tensors(content: Any, depth: int) -> bool:

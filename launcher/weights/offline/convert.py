@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,7 @@ from launcher.weights.offline.torch_files import weights_in
 from launcher.weights.ranks.saves import Say, silent
 from launcher.weights.reading.memory import DTYPE_NAMES, bytes_of
 from launcher.weights.source import INDEX_NAME, TORCH_INDEX_NAME, WEIGHT_SUFFIXES, read_index
-from launcher.weights.streaming.aside import folder_aside
+from launcher.weights.streaming.new_folder import folder_aside
 from launcher.weights.streaming.stream import Progress
 from launcher.weights.streaming.write import Part, write_file
 from launcher.weights.threads import in_parallel
@@ -108,7 +108,7 @@ def _file_aside(folder: Path, name: Path, overwrite: bool) -> Iterator[Path]:
             rule="nothing is replaced unasked",
             advice="Give another --save_path, or --overwrite",
         )
-    scratch = folder / f".{name}.tmp"
+    scratch, is_new = folder / f".{name}.tmp", not folder.exists()
     try:
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir(parents=True)
@@ -122,6 +122,9 @@ def _file_aside(folder: Path, name: Path, overwrite: bool) -> Iterator[Path]:
         ) from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+        if is_new and not target.exists():
+            with suppress(OSError):
+                folder.rmdir()
 
 
 def _jobs(folder: Path, regex: str | None) -> list[_Job]:

@@ -22,7 +22,7 @@ from launcher.weights.ranks.saves import (
     silent,
 )
 from launcher.weights.source import Source
-from launcher.weights.streaming.aside import folder_aside
+from launcher.weights.streaming.new_folder import folder_aside
 from launcher.weights.streaming.stream import WORKERS, Progress
 
 __all__ = ["MODEL_FOLDER", "merge", "size_in_bytes", "unified_safetensors"]

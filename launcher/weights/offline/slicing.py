@@ -20,11 +20,11 @@ from launcher.errors import UserError
 from launcher.layout.box import Box, whole
 from launcher.layout.grid import TensorLayout, boxes
 from launcher.layout.strategy import Strategy
-from launcher.weights.formats.note import Note, inventory
+from launcher.weights.formats.note import Note, inventory_of
 from launcher.weights.ranks.saves import DEFAULT_SUFFIX, MODEL_FOLDER, Say, open_any, silent
 from launcher.weights.ranks.strategies import read_strategy
 from launcher.weights.source import INDEX_NAMES, OPTIMIZER_PREFIXES, Source
-from launcher.weights.streaming.aside import folder_aside
+from launcher.weights.streaming.new_folder import folder_aside
 from launcher.weights.streaming.stream import WORKERS, Output, Progress, stream
 
 NAMED = 8
@@ -214,7 +214,7 @@ def _output(
 ) -> Output:
     path = folder / f"rank_{rank}" / f"{PREFIX}_rank_{rank}-{suffix}.safetensors"
     places = {name: (source.shape(name), box) for name, box in own.items()}
-    whole = inventory({name: source.shape(name) for name in source.tensors})
+    whole = inventory_of({name: source.shape(name) for name in source.tensors})
     note = Note(layout.world_size, rank, dict(layout.mesh), places, inventory=whole)
     metadata = {"format": "pt", "remove_redundancy": "False"}
     return Output(path, {name: (name, box) for name, box in own.items()}, metadata, note)

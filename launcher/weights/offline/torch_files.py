@@ -16,7 +16,7 @@ import torch
 
 from launcher.errors import UserError
 from launcher.weights.formats import header_of
-from launcher.weights.formats.torch_pickle import WEIGHT_KEYS
+from launcher.weights.formats.torch_pickle import WEIGHT_KEYS, weight_key
 from launcher.weights.reading.memory import DTYPE_NAMES
 
 _ZIP, _OLD_TORCH = b"PK\x03\x04", b"\x80\x02\x8a\x0al\xfc\x9cF"
@@ -25,18 +25,12 @@ _ZIP, _OLD_TORCH = b"PK\x03\x04", b"\x80\x02\x8a\x0al\xfc\x9cF"
 def weights_in(path: Path) -> tuple[dict[str, torch.Tensor], list[str]]:
     """(name to tensor, keys that are left out) of a file of torch. Raises `UserError`."""
     content, left_out = _loaded(path), list[str]()
-    while isinstance(content, Mapping):  # as `formats.torch_pickle` chooses
-        inner = [key for key in WEIGHT_KEYS if _holds_tensors(content.get(key))]
-        if len(inner) > 1:
-            raise UserError(
-                f"{path} holds weights as {' and as '.join(map(repr, inner))}",
-                rule="a file of weights holds one set of them",
-                advice="Save the one you mean alone: torch.save(weights, path)",
-            )
-        if not inner:
+    while isinstance(content, Mapping):
+        inner = weight_key(path, content, _holds_tensors)
+        if inner is None:
             break
-        left_out += [str(key) for key in content if key != inner[0]]
-        content = content[inner[0]]
+        left_out += [str(key) for key in content if key != inner]
+        content = content[inner]
     tensors = _tensors(content) if isinstance(content, Mapping) else {}
     if not tensors:
         found = ", ".join(map(str, content)) if isinstance(content, Mapping) else ""

@@ -9,7 +9,7 @@ is lost.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +18,8 @@ import xxhash
 
 from launcher.errors import UserError
 from launcher.layout.box import Box
-from launcher.weights.formats.note import Note, inventory, read_note
+from launcher.layout.mesh import layout_text
+from launcher.weights.formats.note import Note, inventory_of, read_note
 from launcher.weights.formats.safetensors import Header, read_header
 from launcher.weights.pieces import Piece, Pieces
 from launcher.weights.reading.transfer import Files, read_exactly
@@ -94,7 +95,7 @@ def _check_inventory(source: Source, note: Note, lost: Sequence[int]) -> None:
         gone = source.is_deduplicated or note.mesh.get("pp", 1) > 1
         what = "may lack tensors"
     else:
-        gone = inventory({name: source.shape(name) for name in source.tensors}) != note.inventory
+        gone = inventory_of({name: source.shape(name) for name in source.tensors}) != note.inventory
         what = f"holds {len(source.tensors)} of {note.inventory.tensors} tensors"
     if gone:
         raise UserError(
@@ -118,14 +119,6 @@ def _note(file: Path, header: Header) -> Note:
 
 def _layout_of(note: Note) -> str:
     return layout_text(note.world_size, note.mesh)
-
-
-def layout_text(ranks: int, mesh: Mapping[str, int] | None) -> str:
-    """A layout in words: `4 ranks (dp_shard 2 x tp 2)`; the number alone where axes are unknown."""
-    axes = " x ".join(f"{axis} {size}" for axis, size in (mesh or {}).items() if size > 1)
-    if ranks == 1:
-        return "1 rank (not cut)"
-    return f"{ranks} ranks ({axes})" if axes else f"{ranks} ranks"
 
 
 def check_whole(source: Source, lost: Sequence[int] = ()) -> None:
@@ -164,10 +157,10 @@ def _numel(piece: Piece) -> int:
 
 
 def without(source: Source, lost: Sequence[int]) -> Source:
-    """`source` with the remark that the ranks `lost` have no file."""
+    """`source` with the remark that the ranks `lost` have no whole file."""
     is_one = len(lost) == 1
     remark = (
-        f"{source.path}: {_ranks_text(lost)} {'has' if is_one else 'have'} no file; "
+        f"{source.path}: {_ranks_text(lost)} {'has' if is_one else 'have'} no whole file; "
         f"{'its' if is_one else 'their'} parts are read from the ranks that hold the same"
     )
     return replace(source, remarks=(remark,))

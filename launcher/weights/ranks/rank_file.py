@@ -8,9 +8,8 @@ from pathlib import Path
 
 import torch
 
-from launcher.layout.box import Shape
 from launcher.layout.mesh import Mesh
-from launcher.weights.formats.note import Note, inventory
+from launcher.weights.formats.note import Inventory, Note
 from launcher.weights.formats.safetensors import Header, in_file_order
 from launcher.weights.reading.memory import DTYPE_NAMES, Shard, bytes_of
 from launcher.weights.streaming.write import Part, write_file
@@ -18,13 +17,13 @@ from launcher.weights.streaming.write import Part, write_file
 
 def write_rank_file(
     path: Path, shards: Mapping[str, Shard], *, mesh: Mesh, rank: int,
-    remove_redundancy: bool = False, whole: Mapping[str, Shape] | None = None,
+    remove_redundancy: bool = False, inventory: Inventory | None = None,
 ) -> Header:  # fmt: skip
     """Write what `rank` holds to `path`, durable, with its layout and checksums in the header.
 
     `shards`: global tensor name to the box held and its memory, on any device. `remove_redundancy`
-    says that copies were left to other ranks. `whole`: every tensor of the save to its shape, where
-    that is known; without it a lost rank may not be missed. No time, path or run is in the file.
+    says that copies were left to other ranks. `inventory`: of the whole save, where it is known;
+    without it a lost rank may not be missed. No time, path or run is in the file.
     """
     parts = in_file_order(
         Part(name, DTYPE_NAMES[shard.tensor.dtype], shard.box.size,
@@ -32,8 +31,7 @@ def write_rank_file(
         for name, shard in shards.items()
     )  # fmt: skip
     places = {part.name: (shards[part.name].shape, shards[part.name].box) for part in parts}
-    known = None if whole is None else inventory(whole)
-    note = Note(mesh.world_size, rank, mesh.sizes(), places, inventory=known)
+    note = Note(mesh.world_size, rank, mesh.sizes(), places, inventory=inventory)
     metadata = {"format": "pt", "remove_redundancy": str(remove_redundancy)}
     return write_file(path, parts, metadata, note)
 

@@ -109,6 +109,12 @@ def save_of(file: Path) -> Save:
     return Save(label, run, {int(rank[1]): file})
 
 
+def label_of(file: Path) -> str:
+    """The name of the save a rank file belongs to: `CKP_1-2_5` of `rank_3/CKP_rank_3_1-2_5`."""
+    rank = _FOLDER.fullmatch(file.parent.name)
+    return _label(file, int(rank[1]))[0] if rank else file.stem
+
+
 def newest_manifest(root: Path) -> dict[str, Any] | None:
     """The manifest of ours with the highest sequence number in `root`; None without one."""
     best: dict[str, Any] | None = None

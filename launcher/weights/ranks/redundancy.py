@@ -29,11 +29,3 @@ def keepers_of(held: Mapping[str, Shard], holders: Mapping[str, Ranks]) -> dict[
     """Tensor to the one of its holders that answers for it, bytes shared out evenly."""
     sizes = {name: s.tensor.numel() * s.tensor.element_size() for name, s in held.items()}
     return keepers(sizes, holders)
-
-
-def without_copies(
-    held: Mapping[str, Shard], holders: Mapping[str, Ranks], rank: int
-) -> dict[str, Shard]:
-    """What is left to `rank` of `held` when every box is left to one of its holders."""
-    keeper = keepers_of(held, holders)
-    return {name: shard for name, shard in held.items() if keeper[name] == rank}

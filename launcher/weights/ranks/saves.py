@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import glob
 import json
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from importlib import import_module
@@ -19,8 +18,15 @@ from typing import Any
 from launcher.errors import UserError
 from launcher.layout.strategy import Strategy
 from launcher.weights.formats import header_of
+from launcher.weights.formats.safetensors import read_header
 from launcher.weights.ranks.distributed import check_copies, open_rank_files
-from launcher.weights.ranks.rank_folders import rank_folders, save_of, saves
+from launcher.weights.ranks.rank_folders import (
+    label_of,
+    rank_folders,
+    save_of,
+    saves,
+    weight_files,
+)
 from launcher.weights.ranks.strategies import read_strategy
 from launcher.weights.source import Source, detect, open_complete
 
@@ -33,7 +39,6 @@ STRATEGY_FOLDER = "strategy"
 DEFAULT_SUFFIX = "1_1"
 SHOWN = 8
 """Saves named in a message."""
-_RANK = re.compile(r"_rank_\d+(?=(_\d+)?-)")
 
 Say = Callable[[str], None]
 
@@ -70,8 +75,11 @@ def rank_files(directory: Path, suffix: str) -> list[Path]:
             )
         files += matches
     if not files:
-        names = [file.stem for folder in folders.values() for file in folder.glob("*.safetensors")]
-        found = sorted({name.rpartition("-")[2] for name in names})
+        others = [file for folder in folders.values() for file in weight_files(folder)]
+        if others and others[0].suffix != ".safetensors":
+            header_of(others[0])  # says what it is,
+            read_header(others[0])  # also of a file of torch, which no rank file is
+        found = sorted({file.stem.rpartition("-")[2] for file in others})
         raise UserError(
             f"{directory}: no file of the save {suffix}",
             nearest=f"There are: {', '.join(found[:SHOWN])}" if found else "",
@@ -80,14 +88,9 @@ def rank_files(directory: Path, suffix: str) -> list[Path]:
     return files
 
 
-def save_name(file: Path) -> str:
-    """What the rank files of one save share: `CKP_rank_3_1-2_5.safetensors` is of `CKP_1-2_5`."""
-    return _RANK.sub("", file.stem)
-
-
 def model_files(rank_file: Path) -> list[Path]:
     """config.json and the tokenizer of the run that wrote `rank_file`."""
-    run = save_name(rank_file).rpartition("-")[0]
+    run = label_of(rank_file).rpartition("-")[0]
     folder = rank_file.parent.parent / MODEL_FOLDER / run
     return sorted(path for path in folder.glob("*") if path.is_file())
 
@@ -134,7 +137,7 @@ def strategy_of(directory: Path, strategy: Path | None) -> Strategy | None:
 
 
 def _check_one_save(directory: Path, files: Sequence[Path]) -> None:
-    names = {save_name(file): file for file in reversed(files)}
+    names = {label_of(file): file for file in reversed(files)}
     if len(names) > 1:
         *_, other, first = (file.name for file in names.values())
         raise UserError(
@@ -160,14 +163,14 @@ def _check_manifest(source: Source) -> bool:
     """A file that took the place of the one that was published belongs to another run. Whether
     something was published."""
     files = list(source.headers)
-    records = manifest_of(source.path, save_name(files[0]))
+    records = manifest_of(source.path, label_of(files[0]))
     for file in files:
         record = (records or {}).get(str(file.relative_to(source.path)), {})
         digest = source.headers[file].digest
         if digest != record.get("header_xxh3_64", digest):
             raise UserError(
-                f"{file} is not the file that was published with the save {save_name(file)}",
-                where=str(source.path / MANIFEST_FOLDER / f"{save_name(file)}.json"),
+                f"{file} is not the file that was published with the save {label_of(file)}",
+                where=str(source.path / MANIFEST_FOLDER / f"{label_of(file)}.json"),
                 rule="the checksum of its header is another one",
                 advice="Copy the file of that run again, or choose another save",
             )

@@ -66,7 +66,7 @@ def newest_whole(
     """
     for candidate in reversed(candidates):
         found = whole_source(candidate.root, rank_files_of(candidate), world, data=data)
-        lack = lacks(candidate)
+        lack = next(filter(None, world.gather(lacks(candidate))), "")
         if found.source is not None and not lack:
             found.tell(say)
             return candidate, found.source

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from launcher.errors import UserError
-from launcher.weights.streaming import aside
-from launcher.weights.streaming.aside import folder_aside
+from launcher.weights.streaming import new_folder
+from launcher.weights.streaming.new_folder import folder_aside
 
 
 def replace(target: Path, source: Path, text: str) -> None:
@@ -38,7 +38,7 @@ def test_an_interrupt_between_the_renames(
             raise KeyboardInterrupt
         real(origin, goal)
 
-    monkeypatch.setattr(aside.os, "replace", interrupted)
+    monkeypatch.setattr(new_folder.os, "replace", interrupted)
     with pytest.raises(KeyboardInterrupt):
         replace(target, source, "new")
     monkeypatch.undo()
