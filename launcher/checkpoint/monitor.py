@@ -54,7 +54,8 @@ class CheckpointMonitor:
         self.config = config
         self._saved_step = 0
         self._stores: dict[str, Store] = {}
-        self._kept: dict[str, frozenset[str]] = {}
+        self._kept: dict[str, tuple[frozenset[str], frozenset[str]]] = {}
+        """Folder to the tensors that were shared out, and those of them that are this rank's."""
 
     def on_train_begin(self, run: Savable) -> None:
         """Take a name that no earlier run has, and clear away what a crash left."""
@@ -136,11 +137,13 @@ class CheckpointMonitor:
     def _without_copies(
         self, run: Savable, folder: str, held: Mapping[str, Shard]
     ) -> dict[str, Shard]:
-        """What is left to this rank: the same names at every save."""
-        if folder not in self._kept:
+        """What is left to this rank: shared out once, and anew should there be other tensors."""
+        shared_out, kept = self._kept.get(folder, (frozenset(), frozenset()))
+        if shared_out != held.keys():
             keeper = keepers_of(held, run.holders())
-            self._kept[folder] = frozenset(n for n in held if keeper[n] == run.world.rank)
-        return {name: held[name] for name in held if name in self._kept[folder]}
+            kept = frozenset(name for name in held if keeper[name] == run.world.rank)
+            self._kept[folder] = frozenset(held), kept
+        return {name: held[name] for name in held if name in kept}
 
 
 def _make_folder(folder: Path) -> None:
