@@ -6,6 +6,7 @@ memory is fresh too; the clock runs from the moment all of them are ready to the
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import tempfile
@@ -36,6 +37,8 @@ def measure(
 ) -> Measured:
     """Run `work` on `ranks` forked processes. `group`: over gloo. `before` is done before the clock
     starts, and what it gives goes to `work` first. Raises RuntimeError when a rank fails."""
+    gc.collect()
+    gc.freeze()  # a collection in a fork would copy every page that holds what was imported
     with tempfile.TemporaryDirectory() as folder:
         store = Path(folder) / "store" if group else None
         children = [_fork(work, before, rank, ranks, store) for rank in range(ranks)]

@@ -180,11 +180,10 @@ def _with_extras(source: Source, is_mindspore: bool) -> Source:
 def _index_files(index: Path) -> dict[Path, set[str] | None]:
     """The files an index names, each with the tensors it should hold."""
     content = read_index(index)
-    by_file: dict[Path, set[str] | None] = {}
+    names: dict[str, set[str]] = {}
     for name, file in content.items():
-        names = by_file.setdefault(index.parent / file, set())
-        assert names is not None
-        names.add(name)
+        names.setdefault(file, set()).add(name)
+    by_file: dict[Path, set[str] | None] = {index.parent / file: names[file] for file in names}
     missing = sorted(file.name for file in by_file if not os.path.isfile(file))
     if missing:
         raise UserError(
@@ -205,9 +204,11 @@ def read_index(index: Path) -> dict[str, str]:
         if index.name == MINDSPORE_INDEX_NAME and "weight_map" not in content:
             content = {"weight_map": content}  # MindSpore also reads a flat map
         weight_map = content["weight_map"]
+        named = set[str]()
         for name, file in weight_map.items():
-            if not isinstance(file, str) or not _is_file_name(file):
+            if not isinstance(file, str) or not (file in named or _is_file_name(file)):
                 raise ValueError(f"`{name}` is in {file!r}, which is no name of a file beside it")
+            named.add(file)
     except OSError as error:
         raise UserError(f"{index} cannot be read: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

@@ -32,6 +32,6 @@ def _bytes(source: Source, name: str) -> bytes:
     with Files() as files:
         for read in plan_box(name, box, source.tensors[name]):
             file = read.piece.file
-            descriptor = files.descriptor(file, source.headers[file].file_bytes)
-            read_runs(descriptor, file, read_runs_of(read, box), memory)
+            files.descriptor(file, source.headers[file].file_bytes)
+            read_runs(files, file, read_runs_of(read, box), memory)
     return memory.tobytes()

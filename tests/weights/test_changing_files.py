@@ -68,7 +68,7 @@ def test_a_file_that_shrinks_while_it_is_open(tmp_path, runs: Runs) -> None:
     path = tmp_path / "w.bin"
     path.write_bytes(bytes(20_000))
     with Files() as files:
-        descriptor = files.descriptor(path, 20_000)
+        files.descriptor(path, 20_000)
         os.truncate(path, 4004)
         with pytest.raises(UserError, match="ended early: it was longer when its header was read"):
-            read_runs(descriptor, path, runs, np.empty(20_000, np.uint8))
+            read_runs(files, path, runs, np.empty(20_000, np.uint8))

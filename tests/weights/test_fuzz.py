@@ -229,7 +229,7 @@ def read_all(source: Source) -> int:
                 assert read.nbytes <= DATA_BYTES
                 memory = np.empty(2 * DATA_BYTES, np.uint8)
                 path = read.piece.file
-                done += read_runs(files.descriptor(path), path, read_runs_of(read, box), memory)
+                done += read_runs(files, path, read_runs_of(read, box), memory)
     return done
 
 

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -61,7 +62,8 @@ def fill(fills: Iterable[Fill], source: Source) -> int:
         job.tensor.untyped_storage().data_ptr(): job.tensor for job, _ in tasks
     }.values():
         use_huge_pages(tensor)
-    tasks.sort(key=lambda task: (str(task[1].piece.file), task[1].piece.entry.start,
+    order = {path: number for number, path in enumerate(sorted(source.headers))}
+    tasks.sort(key=lambda task: (order[task[1].piece.file], task[1].piece.entry.start,
                                  task[1].overlap.offset))  # fmt: skip
     with Files() as files:
         scales = [job.scales for job, _ in tasks if job.scales is not None]
@@ -70,7 +72,9 @@ def fill(fills: Iterable[Fill], source: Source) -> int:
             header = source.headers[path]
             files.descriptor(path, header.file_bytes, header.modified)
         reader = _Reader(files)
-        return sum(in_parallel(reader.read_all, _batches(tasks), READERS))
+        # All is worked out before the threads begin, which then hardly wait for the interpreter.
+        batches = [[reader.prepared(task) for task in batch] for batch in _batches(tasks)]
+        return sum(in_parallel(_read_all, batches, READERS))
 
 
 Task = tuple[Fill, Read]
@@ -88,6 +92,10 @@ def _batches(tasks: Sequence[Task]) -> list[list[Task]]:
     return batches
 
 
+def _read_all(reads: Sequence[Callable[[], int]]) -> int:
+    return sum(read() for read in reads)
+
+
 class _Reader:
     """Reads portions; each thread that does so has a staging area of its own."""
 
@@ -95,20 +103,20 @@ class _Reader:
         self._files = files
         self._own = threading.local()
 
-    def read_all(self, tasks: Sequence[Task]) -> int:
-        """Read several portions. Returns the bytes read."""
-        return sum(self.read(task) for task in tasks)
-
-    def read(self, task: Task) -> int:
-        """Read one portion into its place. Returns the bytes read."""
+    def prepared(self, task: Task) -> Callable[[], int]:
+        """A function that reads one portion into its place and returns the bytes read."""
         job, read = task
         disk_dtype = TORCH_DTYPES[read.piece.entry.dtype]
         on_cpu = job.tensor.device.type == "cpu"
         if on_cpu and job.tensor.dtype == disk_dtype and job.scales is None:
             memory, strides = memory_of(job.tensor)
-            return self._read(read, job.box, memory, strides)
+            runs, path = read_runs_of(read, job.box, (0, strides)), read.piece.file
+            return partial(read_runs, self._files, path, runs, memory)
+        return partial(self._read_through_staging, job, read, disk_dtype)
+
+    def _read_through_staging(self, job: Fill, read: Read, disk_dtype: torch.dtype) -> int:
         staging = self._staging(read.nbytes, pinned=job.tensor.device.type == "cuda")
-        done = self._read(read, read.overlap, staging, None)
+        done = self._read(read, staging)
         values = torch.from_numpy(staging).view(disk_dtype).reshape(read.overlap.size)
         if job.scales is not None:
             factors, more = self._factors(job.scales, read.overlap)
@@ -122,10 +130,9 @@ class _Reader:
             torch.cuda.current_stream().synchronize()
         return done
 
-    def _read(self, read: Read, box: Box, memory: Bytes, strides: list[int] | None) -> int:
+    def _read(self, read: Read, memory: Bytes) -> int:
         path = read.piece.file
-        runs = read_runs_of(read, box, None if strides is None else (0, strides))
-        return read_runs(self._files.descriptor(path), path, runs, memory)
+        return read_runs(self._files, path, read_runs_of(read, read.overlap), memory)
 
     def _staging(self, nbytes: int, *, pinned: bool) -> Bytes:
         size = max(nbytes, PORTION_BYTES)
@@ -147,7 +154,7 @@ class _Reader:
         factors, done = torch.empty(needed.size), 0
         for read in plan_box(scales.name, needed, scales.pieces):
             staging = np.empty(read.nbytes, np.uint8)
-            done += self._read(read, read.overlap, staging, None)
+            done += self._read(read, staging)
             dtype = TORCH_DTYPES[read.piece.entry.dtype]
             values = torch.from_numpy(staging).view(dtype).reshape(read.overlap.size)
             _region(factors, read.overlap.inside(needed)).copy_(values)

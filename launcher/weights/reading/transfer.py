@@ -2,7 +2,8 @@
 
 Owns how a run is read. Long runs are read straight into their place. Short ones would cost a system
 call each: where the file has them back to back they come in one read and are spread in memory;
-where it has not, they are copied out of a mapped window of the file, which is let go at once.
+where it has not, they are copied out of a mapped window of the file, which moves on with the reads
+(to let go of a mapping interrupts every core that runs this process, so it is not done for each).
 Invariant: a file is believed to be as long as it was when its header was checked, or the read fails
 and says so.
 """
@@ -27,15 +28,59 @@ from launcher.weights.reading.runs import Runs
 SHORT_RUN = 16 << 10
 """Bytes below which a run is not worth a system call of its own."""
 
+WINDOW_BYTES = 32 << 20
+"""Bytes of a file that a reader keeps mapped, at most, where a single portion is not longer."""
+
 Bytes = npt.NDArray[np.uint8]
 
 
+class Window:
+    """The part of a file that one reader has mapped; it moves as it is asked for other parts."""
+
+    def __init__(self) -> None:
+        self._mapped: mmap.mmap | None = None
+        self._descriptor = -1
+        self._start = 0
+
+    def over(self, descriptor: int, path: Path, start: int, stop: int) -> Bytes:
+        """The bytes from `start` to `stop` of an open file, as long as the window is not moved.
+
+        Raises `UserError` when the file ends before `stop` or cannot be mapped.
+        """
+        size = os.fstat(descriptor).st_size
+        if size < stop:
+            raise _ended(path)
+        if self._mapped is None or descriptor != self._descriptor or not (
+            self._start <= start and stop <= self._start + len(self._mapped)
+        ):  # fmt: skip
+            self.close()
+            self._descriptor = descriptor
+            self._start = start - start % mmap.ALLOCATIONGRANULARITY
+            length = max(stop - self._start, min(WINDOW_BYTES, size - self._start))
+            try:
+                self._mapped = mmap.mmap(
+                    descriptor, length, access=mmap.ACCESS_READ, offset=self._start
+                )
+            except OSError as error:
+                raise UserError(f"{path} cannot be mapped: {error.strerror}") from error
+        whole: Bytes = np.frombuffer(self._mapped, np.uint8)
+        return whole[start - self._start : stop - self._start]
+
+    def close(self) -> None:
+        """Let go of it; nothing may look at its bytes any more."""
+        if self._mapped is not None:
+            self._mapped.close()
+            self._mapped = None
+
+
 class Files:
-    """Files opened for reading, each once, until `close`; from several threads."""
+    """Files opened for reading, each once, until `close`; from several threads, each of which has a
+    window of its own."""
 
     def __init__(self) -> None:
         self._open: dict[Path, int] = {}
         self._lock = threading.Lock()
+        self._windows: dict[int, Window] = {}
 
     def descriptor(
         self, path: Path, expected_bytes: int | None = None, modified: int | None = None
@@ -47,8 +92,14 @@ class Files:
                 self._open[path] = _open(path, expected_bytes, modified)
             return self._open[path]
 
+    def window(self) -> Window:
+        """What the calling thread has mapped."""
+        return self._windows.setdefault(threading.get_ident(), Window())
+
     def close(self) -> None:
-        """Close them all."""
+        """Close them all; no thread reads them any more."""
+        while self._windows:
+            self._windows.popitem()[1].close()
         while self._open:
             os.close(self._open.popitem()[1])
 
@@ -96,13 +147,14 @@ def _descriptor(path: Path) -> int:
         return os.open(path, flags)
 
 
-def read_runs(descriptor: int, path: Path, runs: Runs, memory: Bytes) -> int:
-    """Read `runs` of an open file into `memory` (its first byte is memory offset 0).
+def read_runs(files: Files, path: Path, runs: Runs, memory: Bytes) -> int:
+    """Read `runs` of the file `path` into `memory` (its first byte is memory offset 0).
 
-    Returns the bytes read. `path` is for messages.
+    Returns the bytes read.
     """
     if not runs.nbytes:
         return 0
+    descriptor = files.descriptor(path)
     if not runs.loops or runs.length >= SHORT_RUN:
         view = memory.data
         for position, start, length in runs:
@@ -110,29 +162,20 @@ def read_runs(descriptor: int, path: Path, runs: Runs, memory: Bytes) -> int:
     elif runs.file_span == runs.nbytes:
         staging = np.empty(runs.nbytes, np.uint8)
         read_exactly(descriptor, path, staging.data, runs.file_offset)
-        _spread(runs, staging, 0, memory)
+        _spread(runs, staging, memory)
     else:
-        start = runs.file_offset - runs.file_offset % mmap.ALLOCATIONGRANULARITY
-        length = runs.file_offset + runs.file_span - start
-        if os.fstat(descriptor).st_size < start + length:
-            raise _ended(path)
-        try:
-            with mmap.mmap(descriptor, length, access=mmap.ACCESS_READ, offset=start) as window:
-                source = np.frombuffer(window, np.uint8)
-                _spread(runs, source, runs.file_offset - start, memory)
-                del source  # the window cannot be closed while it is looked at
-        except OSError as error:
-            raise UserError(f"{path} cannot be mapped: {error.strerror}") from error
+        start, stop = runs.file_offset, runs.file_offset + runs.file_span
+        _spread(runs, files.window().over(descriptor, path, start, stop), memory)
     return runs.nbytes
 
 
-def _spread(runs: Runs, source: Bytes, start: int, memory: Bytes) -> None:
+def _spread(runs: Runs, source: Bytes, memory: Bytes) -> None:
     shape = (*(count for count, _, _ in runs.loops), runs.length)
     file_strides = (*(stride for _, stride, _ in runs.loops), 1)
     memory_strides = (*(stride for _, _, stride in runs.loops), 1)
     np.copyto(
         np.ndarray(shape, np.uint8, memory, runs.memory_offset, memory_strides),
-        np.ndarray(shape, np.uint8, source, start, file_strides),
+        np.ndarray(shape, np.uint8, source, 0, file_strides),
     )
 
 

@@ -16,6 +16,7 @@ import numpy.typing as npt
 from launcher.layout.box import Box
 from launcher.weights.formats.safetensors import ITEM_BYTES
 from launcher.weights.reading.plan import Read, plan_box, read_runs_of
+from launcher.weights.reading.runs import Runs
 from launcher.weights.reading.transfer import Bytes, Files, read_runs
 from launcher.weights.source import Source
 
@@ -62,13 +63,17 @@ class PortionReader:
         header = self._source.headers[path]
         return self._files.descriptor(path, header.file_bytes, header.modified)
 
+    def _read(self, path: Path, runs: Runs, memory: Bytes) -> None:
+        self.descriptor(path)
+        read_runs(self._files, path, runs, memory)
+
     def _straight(self, read: Read, box: Box, memory: Bytes) -> Taken | None:
         """Read what is one run on both sides into its place; None when it is not."""
         runs = read_runs_of(read, box)
         if runs.loops:
             return None
         path = read.piece.file
-        read_runs(self.descriptor(path), path, runs, memory)
+        self._read(path, runs, memory)
         view = memory.data[runs.memory_offset : runs.memory_offset + runs.length]
         return Taken(path, runs.file_offset, view)
 
@@ -77,7 +82,7 @@ class PortionReader:
         path = read.piece.file
         staging: Bytes = np.empty(read.nbytes, np.uint8)
         runs = read_runs_of(read, read.overlap)
-        read_runs(self.descriptor(path), path, runs, staging)
+        self._read(path, runs, staging)
         cut = staging.view(values.dtype).reshape(read.overlap.size)
         values[slices(read.overlap.inside(box))] = cut
         # What has strides of its own (a file of torch) lies otherwise in the file.
