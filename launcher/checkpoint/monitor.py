@@ -1,15 +1,29 @@
-"""CheckpointMonitor: when a run saves, and what."""
+"""CheckpointMonitor: when a run saves, and what.
+
+    step ... step | snapshot | step ... step ... step        async_save: training waits for the
+                        └── write, publish, retain ──┘       snapshot, and for the save before it
+
+Owns the order of saves. Invariants: all ranks save the same steps; one save is under way at a time;
+the last one of a run is waited for; a save that fails leaves the earlier ones as they were.
+"""
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+from launcher.checkpoint.background import Background
+from launcher.checkpoint.integrated import remove_integrated, write_integrated
 from launcher.checkpoint.names import SaveName, epoch_and_step_in_name
+from launcher.checkpoint.snapshot import Snapshot
 from launcher.checkpoint.store import Store, agree, attempt, clean_unfinished, next_counter
 from launcher.config.schema import CheckpointMonitorSection
+from launcher.errors import UserError
 from launcher.layout.box import Shape
 from launcher.layout.holders import Ranks
 from launcher.layout.mesh import Mesh
@@ -34,35 +48,86 @@ class Savable(Protocol):
     def output_dir(self) -> Path: ...
     @property
     def global_step(self) -> int: ...
+    @property
+    def is_whole(self) -> bool: ...
     def weights(self) -> dict[str, Shard]: ...
     def optimizer_state(self) -> dict[str, Shard]: ...
     def holders(self) -> dict[str, Ranks]: ...
     def shapes_in_files(self, *, optimizer: bool) -> dict[str, Shape]: ...
+    def trainable_weights(self) -> dict[str, Shard]: ...
+    def trained_shapes(self) -> dict[str, Shape]: ...
     def state_record(self) -> dict[str, Any]: ...
     def write_model_files(self, directory: Path) -> None: ...
     def say(self, text: str) -> None: ...
 
 
-class CheckpointMonitor:
-    """Saves every `save_checkpoint_steps` steps, at the end and on a signal.
+FULL, NETWORK, TRAINABLE = "checkpoint", "checkpoint_network", "checkpoint_trainable"
+"""Folders of saves: what a resume needs, the weights alone, the trained weights alone."""
 
-    `checkpoint/` gets weights and optimizer (weights alone with `save_optimizer: False`),
-    `checkpoint_network/` weights alone, with `save_network_params: True`.
+LAST_WAIT_SECONDS = 300.0
+"""How long a run that fails waits for the save that is under way."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One save: everything it needs, so that it can be done while the run goes on."""
+
+    step: int
+    epoch: int
+    step_in_epoch: int
+    contents: Mapping[str, Mapping[str, Shard]]
+    """By folder."""
+    record: dict[str, Any]
+    """Content of the state file."""
+    waited_seconds: float
+    """How long training stood still for it."""
+
+
+@dataclass(frozen=True)
+class Done:
+    """What became of a save."""
+
+    job: Job
+    seconds: float
+    nbytes: int = 0
+    removed: tuple[SaveName, ...] = ()
+    troubles: tuple[str, ...] = ()
+    """What went wrong after it was published."""
+    error: UserError | None = None
+
+
+class CheckpointMonitor:
+    """Saves every `save_checkpoint_steps` steps, or every so many seconds, at the end and on a
+    signal.
+
+    `checkpoint/` gets weights and optimizer (weights alone with `save_optimizer: False`);
+    `checkpoint_network/` weights alone, with `save_network_params: True`; `checkpoint_trainable/`
+    those that are trained, with `save_trainable_params: True`; `checkpoint_integrated/` complete
+    weights, with `integrated_save: True`.
     """
 
     def __init__(self, config: CheckpointMonitorSection) -> None:
         self.config = config
         self._saved_step = 0
+        """Of the newest save that is published."""
+        self._tried_step = 0
+        """Of the newest save that was begun."""
+        self._saved_at = 0.0
         self._stores: dict[str, Store] = {}
         self._kept: dict[str, tuple[frozenset[str], frozenset[str]]] = {}
         """Folder to the tensors that were shared out, and those of them that are this rank's."""
+        self._published: set[tuple[str, int]] = set()
+        """(folder, step) of what this run published."""
+        self._snapshot = Snapshot()
+        self._background: Background[Done] = Background()
+        self._apart: World | None = None
 
     def on_train_begin(self, run: Savable) -> None:
         """Take a name that no earlier run has, and clear away what a crash left."""
-        self._saved_step = run.global_step
+        self._saved_step = self._tried_step = run.global_step
+        self._saved_at = time.monotonic()
         root = Path(self.config.directory) if self.config.directory else run.output_dir
-        folders = ["checkpoint"] + ["checkpoint_network"] * self.config.save_network_params
-        for folder in folders:
+        for folder in self._folders():
             found = attempt(self._open_folder, run, root / folder) if run.world.is_main else (0, "")
             counter = agree(run.world, found)[0]
             agree(run.world, attempt(_make_folder, root / folder / f"rank_{run.world.rank}"))
@@ -72,11 +137,34 @@ class CheckpointMonitor:
                 counter,
                 self.config.keep_checkpoint_max,
                 run.inputs,
-                inventory_of(run.shapes_in_files(optimizer=self._has_optimizer(folder))),
+                inventory_of(self._shapes(run, folder)),
+                self.config.keep_checkpoint_per_n_minutes,
             )
+        if self.config.async_save:
+            self._apart = run.world.apart()
+        self._say_what_is_idle(run)
 
-    def _has_optimizer(self, folder: str) -> bool:
-        return folder == "checkpoint" and self.config.save_optimizer
+    def _say_what_is_idle(self, run: Savable) -> None:
+        """The original's rule: a limit in time acts where that in numbers is off."""
+        config = self.config
+        for key, value, other, number in (
+            ("save_checkpoint_seconds", config.save_checkpoint_seconds,
+             "save_checkpoint_steps", config.save_checkpoint_steps),
+            ("keep_checkpoint_per_n_minutes", config.keep_checkpoint_per_n_minutes,
+             "keep_checkpoint_max", config.keep_checkpoint_max),
+        ):  # fmt: skip
+            if value and number:
+                run.say(f"{key}: {value} has no effect: {other} is {number}. Set that to 0")
+
+    def _folders(self) -> list[str]:
+        wanted = {FULL: True, NETWORK: self.config.save_network_params,
+                  TRAINABLE: self.config.save_trainable_params}  # fmt: skip
+        return [folder for folder, is_wanted in wanted.items() if is_wanted]
+
+    def _shapes(self, run: Savable, folder: str) -> Mapping[str, Shape]:
+        if folder == TRAINABLE:
+            return run.trained_shapes()
+        return run.shapes_in_files(optimizer=folder == FULL and self.config.save_optimizer)
 
     def _open_folder(self, run: Savable, folder: Path) -> int:
         removed = clean_unfinished(folder)
@@ -92,46 +180,172 @@ class CheckpointMonitor:
         return counter
 
     def on_steps_end(self, run: Savable, records: Sequence[object]) -> None:
-        """Save at every multiple of `save_checkpoint_steps`, also after a save in between."""
-        interval = self.config.save_checkpoint_steps
-        if interval and run.global_step // interval > self._saved_step // interval:
+        """Say what became of a save under way, and begin another when it is due."""
+        self._look(run)
+        if self._is_due(run):
             self._save(run)
+
+    def _is_due(self, run: Savable) -> bool:
+        interval = self.config.save_checkpoint_steps
+        if interval:
+            return run.global_step // interval > self._tried_step // interval
+        seconds = self.config.save_checkpoint_seconds
+        if not seconds:
+            return False
+        is_late: bool = run.world.from_main(time.monotonic() - self._saved_at >= seconds)
+        return is_late
 
     def on_interrupt(self, run: Savable) -> None:
         """Save before the run stops."""
-        self._save(run)
+        self._save_last(run)
 
     def on_train_end(self, run: Savable) -> None:
         """Save the last step."""
-        self._save(run)
+        self._save_last(run)
 
-    def _save(self, run: Savable) -> None:
+    def on_exception(self, run: Savable, error: Exception) -> None:
+        """Let a save under way come to its end; with `exception_save`, save the last whole step.
+
+        A run that ends with a message for the user (`UserError`) saves nothing: the message says
+        what to go on from. Ranks that did not fail are in the middle of a step, so that with
+        several ranks there is no save.
+        """
+        try:
+            if self._background.is_busy:
+                self._tell(run, self._background.finish(LAST_WAIT_SECONDS))
+            if self.config.exception_save and not isinstance(error, UserError):
+                self._save_after(run)
+        except (TimeoutError, UserError) as trouble:  # the error that ended the run comes first
+            run.say(f"warning: not saved: {trouble}")
+
+    def _save_after(self, run: Savable) -> None:
+        """Save the last whole step of a run that failed."""
+        if not self._stores or self._saved_step == run.global_step:
+            return
+        if run.world.size > 1:
+            run.say("exception_save: one rank failed and the others cannot save without it; the "
+                    f"newest save is that of step {self._saved_step}")  # fmt: skip
+        elif not run.is_whole:
+            run.say("exception_save: an update of the weights was cut short, nothing is saved")
+        else:
+            self._save_last(run)
+
+    def _save_last(self, run: Savable) -> None:
+        """Save what is not saved, and wait for it. Raises `UserError` when it cannot be."""
+        self._wait(run)
         if self._saved_step == run.global_step:
             return
+        done = self._write(self._job(run), run, run.world)
+        self._tell(run, done)
+        if done.error is not None:
+            raise done.error
+
+    def _save(self, run: Savable) -> None:
         started = time.perf_counter()
+        self._wait(run)
+        self._tried_step, self._saved_at = run.global_step, time.monotonic()
+        if self._apart is None:
+            self._settle(run, self._write(self._job(run), run, run.world))
+            return
+        job = self._job(run, started)
+        self._background.start(partial(self._write, job, run, self._apart))
+
+    def _job(self, run: Savable, asynchronous_since: float | None = None) -> Job:
+        """What is to be saved of the run as it is now; a copy of it for an asynchronous save."""
+        contents = self._contents(run)
+        record, waited = run.state_record(), 0.0
+        if asynchronous_since is not None:
+            together = {name: shard for held in contents.values() for name, shard in held.items()}
+            taken = self._snapshot.take(together)
+            contents = {folder: {n: taken[n] for n in held} for folder, held in contents.items()}
+            record = copy.deepcopy(record)
+            waited = time.perf_counter() - asynchronous_since
+        epoch, step = epoch_and_step_in_name(run.global_step, run.steps_per_epoch, run.sink_size)
+        return Job(run.global_step, epoch, step, contents, record, waited)
+
+    def _contents(self, run: Savable) -> dict[str, dict[str, Shard]]:
         weights = run.weights()
-        contents = {"checkpoint": weights, "checkpoint_network": weights}
-        if self.config.save_optimizer:
-            contents["checkpoint"] = {**weights, **run.optimizer_state()}
+        optimizer = run.optimizer_state() if self.config.save_optimizer else {}
+        contents = {FULL: {**weights, **optimizer}, NETWORK: weights}
+        if TRAINABLE in self._stores:
+            contents[TRAINABLE] = run.trainable_weights()
+        contents = {folder: contents[folder] for folder in self._stores}
         if self.config.remove_redundancy:
             contents = {f: self._without_copies(run, f, held) for f, held in contents.items()}
-        epoch, step = epoch_and_step_in_name(run.global_step, run.steps_per_epoch, run.sink_size)
-        total, names = 0, []
-        for folder, store in self._stores.items():
-            name = SaveName(store.prefix, store.counter, epoch, step)
-            saved = store.save(
-                name, contents[folder], run.state_record(), mesh=run.mesh, world=run.world,
-                remove_redundancy=self.config.remove_redundancy,
-            )  # fmt: skip
-            names.append(str(name))
-            total += saved.bytes_written
-            for old in saved.removed:
-                run.say(f"removed {old} of an earlier run: keep_checkpoint_max is {store.keep_max}")
-        self._saved_step = run.global_step
+        return contents
+
+    def _write(self, job: Job, run: Savable, world: World) -> Done:
+        """Write and publish everything of a save. Called on all ranks; of `run` only what does not
+        change is looked at."""
+        started, nbytes = time.perf_counter(), 0
+        removed, troubles = list[SaveName](), list[str]()
+        try:
+            for folder, store in self._stores.items():
+                if (folder, job.step) in self._published:
+                    continue  # a save that failed after it
+                name = SaveName(store.prefix, store.counter, job.epoch, job.step_in_epoch)
+                saved = store.save(
+                    name, job.contents[folder], job.record, mesh=run.mesh, world=world,
+                    remove_redundancy=self.config.remove_redundancy,
+                )  # fmt: skip
+                self._published.add((folder, job.step))
+                nbytes += saved.bytes_written
+                removed += saved.removed
+                troubles += [saved.trouble] * bool(saved.trouble)
+                if folder == FULL and self.config.integrated_save:
+                    agree(world, attempt(self._integrate, store, name, saved.removed, world))
+        except UserError as error:
+            return Done(job, time.perf_counter() - started, error=error)
+        seconds = time.perf_counter() - started
+        return Done(job, seconds, nbytes, tuple(dict.fromkeys(removed)), tuple(troubles))
+
+    def _integrate(
+        self, store: Store, name: SaveName, removed: Sequence[SaveName], world: World
+    ) -> None:
+        if world.is_main:
+            write_integrated(store.root, name, world.size)
+            remove_integrated(store.root, removed)
+
+    def _look(self, run: Savable) -> None:
+        """Say what became of a save that has ended. Raises `UserError` with `on_save_error: stop`,
+        on all ranks after the same step."""
+        if not self._background.is_busy:
+            return
+        is_done = self._background.is_done
+        if self.config.on_save_error == "stop":
+            is_done = all(run.world.gather(is_done))
+        if is_done:
+            self._settle(run, self._background.finish())
+
+    def _wait(self, run: Savable) -> None:
+        """Wait for the save under way."""
+        if self._background.is_busy:
+            self._settle(run, self._background.finish())
+
+    def _settle(self, run: Savable, done: Done) -> None:
+        self._tell(run, done)
+        if done.error is not None and self.config.on_save_error == "stop":
+            raise done.error
+
+    def _tell(self, run: Savable, done: Done) -> None:
+        job = done.job
+        name = SaveName(self._stores[FULL].prefix, self._stores[FULL].counter,
+                        job.epoch, job.step_in_epoch)  # fmt: skip
+        if done.error is not None:
+            run.say(f"warning: step {job.step} was not saved: {done.error}")
+            return
+        self._saved_step = job.step
+        for trouble in done.troubles:
+            run.say(f"warning: {name} is saved, but no older one was let go: {trouble}")
+        for old in done.removed:
+            if old.label != name.label:
+                keeps = f"keep_checkpoint_max is {self.config.keep_checkpoint_max}"
+                run.say(f"removed {old} of an earlier run: {keeps}")
         ranks = "1 rank" if run.world.size == 1 else f"{run.world.size} ranks"
+        beside = f" beside training, which waited {job.waited_seconds:.2f} s"
         run.say(
-            f"saved step {run.global_step} as {names[0]}: {ranks}, {total / 1e6:.1f} MB, "
-            f"{time.perf_counter() - started:.2f} s"
+            f"saved step {job.step} as {name}: {ranks}, {done.nbytes / 1e6:.1f} MB, "
+            f"{done.seconds:.2f} s{beside if job.waited_seconds else ''}"
         )
 
     def _without_copies(

@@ -13,7 +13,9 @@ manifest first. Nothing is deleted that this launcher did not write.
 from __future__ import annotations
 
 import errno
-from collections.abc import Mapping
+import math
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,7 @@ from launcher.layout.mesh import Mesh
 from launcher.parallel.world import World
 from launcher.weights.formats.note import Inventory
 from launcher.weights.ranks.rank_file import write_rank_file
+from launcher.weights.reading.checksums import file_faults
 from launcher.weights.reading.memory import Shard
 
 MANIFEST_VERSION = 1
@@ -49,6 +52,11 @@ class Published:
     def sequence(self) -> int:
         """Order of publication in its folder, from 1; the highest is the newest."""
         return int(self.manifest["sequence"])
+
+    @property
+    def saved_at(self) -> float:
+        """When it was published, seconds since 1970; 0 in those of older versions."""
+        return float(self.manifest.get("saved_at", 0))
 
     @property
     def files(self) -> list[Path]:
@@ -91,10 +99,12 @@ def _read_manifest(root: Path, path: Path) -> Published | None:
 
 @dataclass(frozen=True)
 class Saved:
-    """What a save did: bytes written by all ranks, and checkpoints of earlier runs it let go."""
+    """What a save did: bytes written by all ranks, and the checkpoints it let go."""
 
     bytes_written: int
     removed: tuple[SaveName, ...]
+    trouble: str = ""
+    """What went wrong after it was published; older ones stay then."""
 
 
 @dataclass(frozen=True)
@@ -105,11 +115,13 @@ class Store:
     prefix: str
     counter: int
     keep_max: int
-    """How many checkpoints of this prefix stay; 0: all."""
+    """How many checkpoints of this prefix stay; 0: all, or what `keep_minutes` says."""
     inputs: frozenset[Path] = frozenset()
     """Resolved files that are never deleted: what the run was started from."""
     inventory: Inventory | None = None
     """Of what all ranks together save here."""
+    keep_minutes: int = 0
+    """With `keep_max` 0: of those saved in so many minutes one stays, and the newest; 0: all."""
 
     def save(
         self,
@@ -125,14 +137,35 @@ class Store:
 
         `remove_redundancy` says of `shards` that copies were left to other ranks.
         Raises `UserError` on every rank when any rank could not write; the checkpoints that were
-        there are untouched then.
+        there are untouched then, and what was written of this one is gone.
         """
-        agree(world, attempt(self._prepare, name, world))
-        outcome = attempt(self._write, name, shards, mesh, world, remove_redundancy)
-        files = agree(world, outcome)
-        agree(world, attempt(self._publish, name, files, state, mesh, world))
-        agree(world, attempt(self._write_meta, name, world))
-        return Saved(sum(record["bytes"] for record in files), self._retain(name, world))
+        try:
+            agree(world, attempt(self._prepare, name, world))
+            outcome = attempt(self._write, name, shards, mesh, world, remove_redundancy)
+            files = agree(world, outcome)
+            agree(world, attempt(self._publish, name, files, state, mesh, world))
+        except UserError:
+            self._abandon(name, world)
+            raise
+        nbytes = sum(record["bytes"] for record in files)
+        try:
+            agree(world, attempt(self._finish, name, files[world.rank], world))
+        except UserError as error:
+            return Saved(nbytes, (), error.problems[0].what)
+        return Saved(nbytes, self._retain(world))
+
+    def _abandon(self, name: SaveName, world: World) -> None:
+        """Remove what a save left that failed; a published one stays."""
+        if world.from_main((self.root / "manifest" / name.record).exists()):
+            return
+        path = self.root / f"rank_{world.rank}" / name.rank_file(world.rank)
+        left = [path, temporary(path)]
+        world.barrier()  # files first, then what says whose they are
+        attempt(_remove, left)
+        world.barrier()
+        if world.is_main:
+            state = self.root / "state" / name.record
+            attempt(_remove, [state, temporary(state), intent(self.root, name)])
 
     def _prepare(self, name: SaveName, world: World) -> None:
         (self.root / f"rank_{world.rank}").mkdir(parents=True, exist_ok=True)
@@ -182,6 +215,7 @@ class Store:
         manifest = {
             "version": MANIFEST_VERSION,
             "sequence": newest + 1,
+            "saved_at": round(time.time(), 3),
             "save": vars(name),
             "global_step": state["global_step"],
             "world_size": mesh.world_size,
@@ -194,7 +228,12 @@ class Store:
     def _is_input(self, checkpoint: Published) -> bool:
         return any(file.resolve() in self.inputs for file in checkpoint.files)
 
-    def _write_meta(self, name: SaveName, world: World) -> None:
+    def _finish(self, name: SaveName, record: dict[str, Any], world: World) -> None:
+        """Look at the file once more, before older ones go, and write what the original reads."""
+        path = self.root / f"rank_{world.rank}" / name.rank_file(world.rank)
+        faults = file_faults(path, header_digest=record["header_xxh3_64"], data=False)
+        if faults:
+            raise OSError(errno.EIO, faults[0], str(path))
         meta = {
             "last_epoch": name.epoch,
             "last_step": name.step,
@@ -202,12 +241,10 @@ class Store:
         }
         write_json(self.root / f"rank_{world.rank}" / "meta.json", meta)
 
-    def _retain(self, newest: SaveName, world: World) -> tuple[SaveName, ...]:
-        """Let the oldest go; gives those of earlier runs, which a user should hear of."""
-        if self.keep_max == 0:
-            return ()
+    def _retain(self, world: World) -> tuple[SaveName, ...]:
+        """Let the oldest go."""
         mine = [c for c in published(self.root) if c.name.prefix == self.prefix]
-        old = [c for c in mine[: -self.keep_max] if not self._is_input(c)]
+        old = [c for c in self._superseded(mine) if not self._is_input(c)]
         old = world.from_main(old)
         if world.is_main:
             for checkpoint in old:
@@ -217,9 +254,27 @@ class Store:
                 sync_directory(self.root / "manifest")
         world.barrier()
         for checkpoint in old:
-            for file in checkpoint.files[world.rank :: world.size]:
-                file.unlink(missing_ok=True)
-        return tuple(checkpoint.name for checkpoint in old if checkpoint.name.label != newest.label)
+            _remove(checkpoint.files[world.rank :: world.size])
+        return tuple(checkpoint.name for checkpoint in old)
+
+    def _superseded(self, mine: Sequence[Published]) -> list[Published]:
+        """Those that are not to stay, of checkpoints in order; never the newest."""
+        if self.keep_max:
+            return list(mine[: -self.keep_max])
+        if not self.keep_minutes:
+            return []
+        old, kept_at = [], -math.inf
+        for checkpoint in mine[:-1]:
+            if checkpoint.saved_at - kept_at < 60 * self.keep_minutes:
+                old.append(checkpoint)
+            else:
+                kept_at = checkpoint.saved_at
+        return old
+
+
+def _remove(paths: Sequence[Path]) -> None:
+    for path in paths:
+        path.unlink(missing_ok=True)
 
 
 def intent(root: Path, name: SaveName) -> Path:

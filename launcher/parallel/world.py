@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
@@ -29,6 +29,15 @@ class World:
     device: torch.device
     patient: dist.ProcessGroup | None = None
     """A group whose waits may take a day: while the main process prepares data."""
+    group: dist.ProcessGroup | None = None
+    """What `barrier`, `gather` and `from_main` talk over; None: the group of the job."""
+
+    def apart(self) -> World:
+        """The same world with a group of its own, so that another thread can talk beside training,
+        and with much patience. Called by all processes together."""
+        if self.size == 1:
+            return self
+        return replace(self, group=dist.new_group(backend="gloo", timeout=PATIENCE))
 
     @property
     def is_main(self) -> bool:
@@ -38,7 +47,7 @@ class World:
     def barrier(self) -> None:
         """Wait until every process is here."""
         if self.size > 1:
-            dist.barrier()
+            dist.barrier(group=self.group)
 
     def wait(self) -> None:
         """As `barrier`, for work of one process that may take hours."""
@@ -50,7 +59,7 @@ class World:
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=self.group)
         return values
 
     def from_main(self, value: Any) -> Any:
@@ -58,7 +67,7 @@ class World:
         if self.size == 1:
             return value
         box = [value]
-        dist.broadcast_object_list(box, src=0)
+        dist.broadcast_object_list(box, src=0, group=self.group)
         return box[0]
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:

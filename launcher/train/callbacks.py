@@ -34,6 +34,9 @@ class Callback:
     def on_interrupt(self, run: TrainRun) -> None:
         """After the step in which a signal arrived, before the run stops."""
 
+    def on_exception(self, run: TrainRun, error: Exception) -> None:
+        """After an error on this rank, before the run ends with it."""
+
     def on_train_end(self, run: TrainRun) -> None:
         """After the last step."""
 

@@ -38,18 +38,29 @@ class Draft(NamedTuple):
 def fit(run: TrainRun, callbacks: Sequence[Callback], sink_size: int = 1) -> None:
     """Train until `run.total_steps`. Raises `Interrupted` after a signal."""
     with run.interrupts:
-        for callback in callbacks:
-            callback.on_train_begin(run)
-        while run.state.global_step < run.total_steps:
-            records, signal_number = run_sink(run, sink_size)
+        try:
+            _fit(run, callbacks, sink_size)
+        except Interrupted:
+            raise
+        except Exception as error:
             for callback in callbacks:
-                callback.on_steps_end(run, records)
-            if signal_number:
-                for callback in callbacks:
-                    callback.on_interrupt(run)
-                raise Interrupted(signal_number)
+                callback.on_exception(run, error)
+            raise
+
+
+def _fit(run: TrainRun, callbacks: Sequence[Callback], sink_size: int) -> None:
+    for callback in callbacks:
+        callback.on_train_begin(run)
+    while run.state.global_step < run.total_steps:
+        records, signal_number = run_sink(run, sink_size)
         for callback in callbacks:
-            callback.on_train_end(run)
+            callback.on_steps_end(run, records)
+        if signal_number:
+            for callback in callbacks:
+                callback.on_interrupt(run)
+            raise Interrupted(signal_number)
+    for callback in callbacks:
+        callback.on_train_end(run)
 
 
 def run_sink(run: TrainRun, sink_size: int) -> tuple[list[StepRecord], int]:

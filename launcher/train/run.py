@@ -71,6 +71,8 @@ class TrainRun:
     inputs: frozenset[Path] = frozenset()
     """Files the run was started from; retention leaves them alone."""
     state: TrainState = field(default_factory=TrainState)
+    is_whole: bool = True
+    """Whether weights and moments belong to one step: not in the middle of an update."""
     interrupts: Interrupts = field(default_factory=Interrupts)
     say: Callable[[str], None] = print
     report_row: Callable[[dict[str, Any]], None] = lambda row: None
@@ -117,14 +119,27 @@ class TrainRun:
     def shapes_in_files(self, *, optimizer: bool) -> dict[str, Shape]:
         """Every tensor of the whole model as files have it, to its shape; with the moments of those
         that are trained if `optimizer`."""
-        layout, shapes = self.layout, self.layout.shapes
-        result = shapes_in_files(shapes, self.links_of)
+        result = shapes_in_files(self.layout.shapes, self.links_of)
         if optimizer:
-            trained = {name: shape for name, shape in shapes.items() if layout.cut(name).sharded}
-            moved = shapes_in_files(trained, self.links_of)
+            moved = self.trained_shapes()
             for prefix in OPTIMIZER_PREFIXES:
                 result |= {prefix + name: shape for name, shape in moved.items()}
         return result
+
+    def trainable_weights(self) -> dict[str, Shard]:
+        """This rank's shards of the weights that are trained, by Hugging Face name."""
+        trained = {
+            name: parameter
+            for name, parameter in self.parts.named_parameters().items()
+            if parameter.requires_grad
+        }
+        return linked(shards(trained, self.layout, self.world.rank), self.links_of)
+
+    def trained_shapes(self) -> dict[str, Shape]:
+        """Every tensor that is trained, of the whole model, as files have it, to its shape."""
+        shapes = self.layout.shapes
+        trained = {name: shape for name, shape in shapes.items() if self.layout.cut(name).sharded}
+        return shapes_in_files(trained, self.links_of)
 
     def holders(self) -> dict[str, Ranks]:
         """The ranks that hold the same as this one, of each tensor it saves, by file name."""

@@ -66,8 +66,10 @@ def _update(run: TrainRun, norm: torch.Tensor, learning_rate: float) -> None:
     if run.max_gradient_norm is not None:
         clip_gradients(run.parameters, norm, run.max_gradient_norm)
     set_learning_rate(run.optimizer, learning_rate)
+    run.is_whole = False
     run.optimizer.step()
     run.state.updates += 1
+    run.is_whole = True
 
 
 def training_rows(run: TrainRun, batch: Batch) -> Rows:

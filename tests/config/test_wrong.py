@@ -441,12 +441,18 @@ TABLE = (
     ),
     Wrong(
         name="CheckpointMonitor's options not built yet",
-        add="    async_save: True\n    checkpoint_format: ckpt\n"
-            "    integrated_save: True\n    exception_save: True\n",
-        says=("@async_save@ callbacks.1.async_save = True: not built yet",
-              "@format: ckpt@ callbacks.1.checkpoint_format = 'ckpt': not built yet. "
-              "Use safetensors."),
-        count=4,
+        add="    checkpoint_format: ckpt\n    use_checkpoint_health_monitor: True\n",
+        says=("@format: ckpt@ callbacks.1.checkpoint_format = 'ckpt': not built yet. "
+              "Use safetensors.",
+              "@health@ callbacks.1.use_checkpoint_health_monitor = True: not built yet"),
+        count=2,
+    ),
+    Wrong(
+        name="CheckpointMonitor's choices",
+        add="    async_save: threads\n    on_save_error: contine\n",
+        says=("@async_save@ callbacks.1.async_save = 'threads'", "did you mean `thread`?",
+              "@on_save_error@ callbacks.1.on_save_error = 'contine'", "did you mean `continue`?"),
+        count=2,
     ),
     Wrong(
         name="code allowed by a file",

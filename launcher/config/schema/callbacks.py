@@ -55,34 +55,32 @@ class CheckpointMonitorSection:
     """First part of the file names; without "/" and without the word "rank"."""
     directory: str | None = None
     """Root of the checkpoints. Left out: output_dir."""
-    save_checkpoint_steps: int | None = effective(1, minimum=1)
-    """Optimizer steps between two checkpoints."""
+    save_checkpoint_steps: int | None = effective(1, minimum=0)
+    """Optimizer steps between two checkpoints; 0: save_checkpoint_seconds decides."""
     keep_checkpoint_max: int = effective(5, minimum=0)
-    """Checkpoints kept, the newest ones; 0: all of them."""
+    """Checkpoints kept, the newest ones; 0: all, or what keep_checkpoint_per_n_minutes says."""
     save_network_params: bool = False
     """Also write the weights alone, without optimizer state."""
     save_optimizer: bool = True
     """Write optimizer state too; False: the checkpoint can only be fine-tuned from."""
     checkpoint_format: str = effective("safetensors", choices=("safetensors",), planned=("ckpt",))
     """Format of the files."""
-    integrated_save: bool = not_built(
-        False, "Set it to False; complete weights come from the merging tool"
-    )
-    """Gather the shards before saving."""
-    async_save: bool | str = not_built(
-        False, "Set it to False", choices=(False, True, "thread", "process")
-    )
-    """Write in the background: True, `thread` or `process`."""
+    integrated_save: bool = False
+    """Also write complete weights, as transformers opens them, into `checkpoint_integrated/`."""
+    async_save: bool | str = effective(False, choices=(False, True, "thread", "process"))
+    """Write beside training: it waits for a copy in memory. `process` is done by a thread too."""
+    on_save_error: str = effective("continue", choices=("continue", "stop"))
+    """What a run does when it cannot save: go on and say so, or stop."""
     remove_redundancy: bool = False
     """Write each shard once: of the ranks that hold a copy, one writes it."""
-    save_trainable_params: bool = not_built(False, "Use save_network_params")
-    """Also write the trainable weights alone."""
-    save_checkpoint_seconds: int = not_built(0, "Use save_checkpoint_steps", minimum=0)
-    """Seconds between two checkpoints; 0: off."""
-    keep_checkpoint_per_n_minutes: int = not_built(0, "Use keep_checkpoint_max", minimum=0)
-    """Keep one checkpoint of every so many minutes; 0: off."""
-    exception_save: bool = not_built(False, "Set it to False; Ctrl-C and SIGTERM save anyway")
-    """Save when training fails."""
+    save_trainable_params: bool = False
+    """Also write the trained weights alone, into `checkpoint_trainable/`."""
+    save_checkpoint_seconds: int = effective(0, minimum=0)
+    """Seconds between two checkpoints, with save_checkpoint_steps: 0; 0: off."""
+    keep_checkpoint_per_n_minutes: int = effective(0, minimum=0)
+    """Keep one checkpoint of every so many minutes, with keep_checkpoint_max: 0; 0: off."""
+    exception_save: bool = False
+    """Save the last whole step when training fails on one process."""
     saved_network: Any = no_effect(None, "the model of the run is saved")
     """The original: another network to save."""
     append_info: list[Any] | None = not_built(None, "Leave it out", harmless=([],))

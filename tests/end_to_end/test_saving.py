@@ -1,0 +1,207 @@
+"""Saving in a real run: beside training, by time, what is saved, and when it fails."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from launcher.checkpoint.store import published
+from launcher.weights.ranks.saves import open_any
+from tests.ranks import JobResult, run_job
+from tests.weights.content import content
+from tests.workshop import Workshop
+
+FOUR = {"parallel_config": {"data_parallel": 2, "model_parallel": 2},
+        "runner_config": {"batch_size": 4}}  # fmt: skip
+
+
+def train(
+    workshop: Workshop, output: str, monitor: dict[str, Any], world: int = 1, **changes: Any
+) -> JobResult:
+    """A run with this CheckpointMonitor; the user's own callbacks come after it."""
+    more = changes.pop("more", [])
+    callbacks = [{"type": "CheckpointMonitor", "save_checkpoint_steps": 5, **monitor}, *more]
+    name = workshop.yaml(f"{output}.yaml", callbacks=callbacks, output_dir=output, **changes)
+    return run_job(["--config", name, "--run_mode", "train"], workshop.folder, world)
+
+
+def files(workshop: Workshop, output: str) -> dict[str, bytes]:
+    """Rank files and states, by path."""
+    root = workshop.folder / output / "checkpoint"
+    found = [*root.glob("rank_*/*.safetensors"), *root.glob("state/*.json")]
+    return {str(path.relative_to(root)): path.read_bytes() for path in sorted(found)}
+
+
+@pytest.mark.parametrize("world", [1, 4])
+def test_a_save_beside_training_is_the_save_of_its_step(workshop: Workshop, world: int) -> None:
+    changes = FOUR if world == 4 else {}
+    for output, how in (("waits", False), ("beside", True)):
+        result = train(workshop, output, {"async_save": how}, world, **changes)
+        assert result.code == 0, result.stderr
+    assert "beside training, which waited" in result.stdout
+    assert "saved step 20 as CKP-1_20" in result.stdout
+    assert len(published(workshop.folder / "beside/checkpoint")) == 4
+    waited, beside = files(workshop, "waits"), files(workshop, "beside")
+    assert [*waited] == [*beside]
+    assert len(waited) == 4 * (world + 1)
+    for name, raw in waited.items():
+        if name.endswith(".safetensors"):
+            assert raw == beside[name], name
+    assert workshop.losses("waits") == workshop.losses("beside")
+
+
+SPOILER = """
+import time
+from launcher.train.callbacks import Callback
+
+class Spoiler(Callback):
+    \"\"\"Puts a file where a folder of the checkpoints should be, and takes it away again.\"\"\"
+
+    def __init__(self, begin, end, raises=False):
+        self.begin, self.end, self.raises = begin, end, raises
+
+    def on_steps_end(self, run, records):
+        rank = run.world.size - 1
+        folder = run.output_dir / "checkpoint" / f"rank_{rank}"
+        if run.world.rank == rank and records[-1].step == self.begin:
+            while not (folder / "meta.json").exists():
+                time.sleep(0.01)  # the save before may be under way
+            folder.rename(folder.with_name("aside"))
+            folder.write_text("not a folder")
+        if run.world.rank == rank and records[-1].step == self.end:
+            folder.unlink()
+            folder.with_name("aside").rename(folder)
+        if self.raises and records[-1].step == self.end:
+            raise RuntimeError("the user's own")
+"""
+
+
+@pytest.mark.parametrize("how", [False, True], ids=["waits", "beside"])
+@pytest.mark.parametrize("world", [1, 4])
+def test_a_run_goes_on_when_a_save_fails(workshop: Workshop, world: int, how: bool) -> None:
+    (workshop.folder / "mine.py").write_text(SPOILER)
+    changes = FOUR if world == 4 else {}
+    spoiler = {"type": "Spoiler", "begin": 8, "end": 13}
+    result = train(
+        workshop, "output", {"async_save": how}, world, more=[spoiler],
+        register_path="mine.py", **changes,
+    )  # fmt: skip
+    assert result.code == 0, result.stderr
+    assert "warning: step 10 was not saved: the checkpoint could not be saved" in result.stdout
+    assert f"rank {world - 1}: " in result.stdout
+    root = workshop.folder / "output/checkpoint"
+    assert [c.manifest["global_step"] for c in published(root)] == [5, 15, 20]
+    assert not [path for path in root.rglob("*") if "1_10" in path.name]
+    assert len(workshop.losses()) == 20
+
+
+@pytest.mark.parametrize("how", [False, True], ids=["waits", "beside"])
+def test_a_run_that_is_to_stop_when_a_save_fails(workshop: Workshop, how: bool) -> None:
+    (workshop.folder / "mine.py").write_text(SPOILER)
+    spoiler = {"type": "Spoiler", "begin": 8, "end": 1000}
+    result = train(
+        workshop, "output", {"async_save": how, "on_save_error": "stop"}, 4, more=[spoiler],
+        register_path="mine.py", **FOUR,
+    )  # fmt: skip
+    assert result.codes == [2, 2, 2, 2]
+    assert "the checkpoint could not be saved: rank 3" in result.stderr
+    assert 10 <= len(workshop.losses()) < 20
+    root = workshop.folder / "output/checkpoint"
+    assert [c.manifest["global_step"] for c in published(root)] == [5]
+
+
+def test_a_last_save_that_fails_is_a_failed_run(workshop: Workshop) -> None:
+    (workshop.folder / "mine.py").write_text(SPOILER)
+    spoiler = {"type": "Spoiler", "begin": 12, "end": 1000}
+    result = train(workshop, "output", {}, more=[spoiler], register_path="mine.py")
+    assert result.code == 2
+    assert "warning: step 15 was not saved" in result.stdout
+    assert "the checkpoint could not be saved: rank 0" in result.stderr
+    assert len(workshop.losses()) == 20
+
+
+FAILING = """
+from launcher.train.callbacks import Callback
+
+class Failing(Callback):
+    def on_steps_end(self, run, records):
+        if records[-1].step == 8:
+            raise RuntimeError("the user's own")
+"""
+
+
+@pytest.mark.parametrize("how", [False, True], ids=["waits", "beside"])
+def test_a_run_that_fails_saves_its_last_whole_step(workshop: Workshop, how: bool) -> None:
+    (workshop.folder / "mine.py").write_text(FAILING)
+    monitor = {"exception_save": True, "async_save": how}
+    result = train(workshop, "output", monitor, more=[{"type": "Failing"}], register_path="mine.py")
+    assert result.code == 1
+    assert "the user's own" in result.stderr
+    root = workshop.folder / "output/checkpoint"
+    assert [c.manifest["global_step"] for c in published(root)] == [5, 8]
+    resumed = train(workshop, "output", {}, resume_training=True)
+    assert resumed.code == 0, resumed.stderr
+    assert train(workshop, "whole", {}).code == 0
+    assert workshop.losses("output") == workshop.losses("whole")
+
+
+SLOW = """
+import time
+from launcher.train.callbacks import Callback
+
+class Slow(Callback):
+    def on_steps_end(self, run, records):
+        time.sleep(0.3)
+"""
+
+
+def test_saves_by_time(workshop: Workshop) -> None:
+    """12 steps take 3.6 s at least: a save a second, or the last one alone."""
+    (workshop.folder / "mine.py").write_text(SLOW)
+    for seconds, is_often in ((1, True), (3600, False)):
+        monitor = {"save_checkpoint_steps": 0, "save_checkpoint_seconds": seconds}
+        result = train(
+            workshop, f"every_{seconds}", monitor | {"keep_checkpoint_max": 0},
+            more=[{"type": "Slow"}], register_path="mine.py", runner_config={"max_steps": 12},
+        )  # fmt: skip
+        assert result.code == 0, result.stderr
+        saved = published(workshop.folder / f"every_{seconds}/checkpoint")
+        assert saved[-1].manifest["global_step"] == 12
+        assert len(saved) >= 3 if is_often else len(saved) == 1
+
+
+def test_a_limit_in_time_that_has_no_effect_is_told(workshop: Workshop) -> None:
+    limits = {"save_checkpoint_seconds": 60, "keep_checkpoint_per_n_minutes": 10}
+    result = train(workshop, "output", limits, runner_config={"max_steps": 1})
+    assert (
+        "save_checkpoint_seconds: 60 has no effect: save_checkpoint_steps is 5. Set that to 0"
+    ) in result.stdout
+    assert "keep_checkpoint_per_n_minutes: 10 has no effect: keep_checkpoint_max is 5" in (
+        result.stdout
+    )
+
+
+@pytest.mark.parametrize("how", [False, True], ids=["waits", "beside"])
+def test_all_that_can_be_saved(workshop: Workshop, how: bool) -> None:
+    everything = {
+        "async_save": how, "integrated_save": True, "save_network_params": True,
+        "save_trainable_params": True, "remove_redundancy": True, "keep_checkpoint_max": 2,
+    }  # fmt: skip
+    result = train(workshop, "output", everything, 4, **FOUR)
+    assert result.code == 0, result.stderr
+    output = workshop.folder / "output"
+    kept = {"CKP-1_15", "CKP-1_20"}
+    for folder in ("checkpoint", "checkpoint_network", "checkpoint_trainable"):
+        assert {str(c.name) for c in published(output / folder)} == kept
+    integrated = output / "checkpoint_integrated"
+    assert {path.name for path in integrated.iterdir()} == kept
+    full = content(open_any(output / "checkpoint", "1_20"))
+    weights = {n: v for n, v in full.items() if not n.startswith(("exp_avg", "adam"))}
+    network = content(open_any(output / "checkpoint_network", "1_20"))
+    assert network == content(open_any(output / "checkpoint_trainable", "1_20"))
+    assert network == {name: weights[name] for name in network}
+    model = AutoModelForCausalLM.from_pretrained(integrated / "CKP-1_20")
+    assert {name for name, _ in model.named_parameters()} == network.keys()
+    assert content(open_any(integrated / "CKP-1_20")) == network
