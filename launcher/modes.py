@@ -36,6 +36,7 @@ from launcher.train.callbacks import (
     load_registered,
 )
 from launcher.train.evaluate import evaluate
+from launcher.train.health import NormCheck, norm_limit
 from launcher.train.interrupts import Interrupted
 from launcher.train.loop import fit
 from launcher.train.reporting import Reporting
@@ -207,6 +208,10 @@ def build_callbacks(job: Job) -> list[Callback]:
     config = job.config
     callbacks: list[Callback] = [LossMonitor(config.loss_monitor.per_print_times)]
     callbacks.append(FiniteCheck(stop=config.check_for_nan_in_loss_and_grad))
+    limit = norm_limit(config)
+    if limit is not None:
+        most = config.monitor_config.global_norm_spike_count_threshold
+        callbacks.append(NormCheck(limit, most))
     if config.checkpoint_monitor is not None:
         callbacks.append(CheckpointMonitor(config.checkpoint_monitor))  # type: ignore[arg-type]
     registered = load_registered(config.register_path) if config.register_path else {}

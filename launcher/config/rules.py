@@ -58,6 +58,7 @@ RULES: tuple[Rule, ...] = (
     memory.swap,
     training.sinking,
     training.checkpoint_names,
+    training.norm_checks,
     training.optimizer_numbers,
     training.schedule_arguments,
     training.schedule_numbers,

@@ -88,12 +88,14 @@ def run_sink(run: TrainRun, sink_size: int) -> tuple[list[StepRecord], int]:
 def _record(run: TrainRun, draft: Draft, row: Sequence[float], seconds: float) -> StepRecord:
     epoch, step_in_epoch = epoch_and_step(draft.step, run.steps_per_epoch)
     norm, scaled = row[GRADIENT_NORM], run.scaling is not None
+    limit = run.norm_limit
     return StepRecord(
         step=draft.step, epoch=epoch, step_in_epoch=step_in_epoch, loss=row[LOSS], lr=draft.rate,
         grad_norm=norm, tokens=draft.tokens, tokens_per_second=draft.tokens / seconds,
         consumed_samples=draft.consumed_samples, seconds=seconds,
         loss_scale=draft.loss_scale if scaled else None,
         overflow=not math.isfinite(norm) if scaled else None,
+        skipped=limit.is_beyond(norm) if limit is not None and limit.skips else None,
     )  # fmt: skip
 
 

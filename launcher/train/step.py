@@ -27,6 +27,19 @@ signal. In what a step returns, the norm stands where its square stood."""
 GRADIENT_NORM = SQUARED_NORM
 
 
+@dataclass(frozen=True)
+class NormLimit:
+    """The gradient norm from which on a step is not sound."""
+
+    threshold: float
+    skips: bool
+    """Whether such a step changes nothing."""
+
+    def is_beyond(self, norm: float) -> bool:
+        """Whether `norm` is too large, or no number."""
+        return not norm < self.threshold
+
+
 def train_step(run: TrainRun, data: StepData, learning_rate: float) -> torch.Tensor:
     """Train on one global batch. Returns float32 [loss, gradient norm, ranks per signal...].
 
@@ -46,7 +59,7 @@ def train_step(run: TrainRun, data: StepData, learning_rate: float) -> torch.Ten
     own = torch.stack([loss_sum / targets, run.gradients.squared_norm()])
     sums = run.world.sum(torch.cat([own, requests]))
     norm = sums[SQUARED_NORM].sqrt_()
-    if not _overflowed(run, norm):
+    if not (_overflowed(run, norm) or _is_skipped(run, norm)):
         _update(run, norm, learning_rate)
     run.optimizer.zero_grad(set_to_none=True)
     return sums
@@ -59,6 +72,12 @@ def _overflowed(run: TrainRun, norm: torch.Tensor) -> bool:
     overflow = run.scaling.overflowed(norm)
     run.scaling.move(run.state, overflow)
     return overflow
+
+
+def _is_skipped(run: TrainRun, norm: torch.Tensor) -> bool:
+    """Whether the norm is beyond the limit, where there is one. The host waits for it then."""
+    limit = run.norm_limit
+    return limit is not None and limit.skips and limit.is_beyond(norm.item())
 
 
 def _update(run: TrainRun, norm: torch.Tensor, learning_rate: float) -> None:
@@ -106,6 +125,8 @@ class StepRecord:
     """What the loss of the step was multiplied by; None: the loss is not scaled."""
     overflow: bool | None = None
     """Whether the step was skipped; None: the loss is not scaled."""
+    skipped: bool | None = None
+    """Whether it changed nothing because of its norm; None: no norm is too large."""
 
     def as_row(self) -> dict[str, Any]:
         """For `metrics.jsonl`."""

@@ -89,6 +89,18 @@ def checkpoint_names(check: Check) -> Iterator[KeyProblem]:
         )
 
 
+def norm_checks(check: Check) -> Iterator[KeyProblem]:
+    """A step with a norm far too large is skipped or ends the run, not both."""
+    config, key = check.config, "monitor_config.check_for_global_norm"
+    if config.use_skip_data_by_global_norm and config.monitor_config.check_for_global_norm:
+        yield check.wrong(
+            key,
+            "use_skip_data_by_global_norm skips the steps that this would end the run at",
+            advice="Set one of them to False",
+            also=("use_skip_data_by_global_norm",),
+        )
+
+
 def optimizer_numbers(check: Check) -> Iterator[KeyProblem]:
     """Two betas, each in [0, 1)."""
     betas = check.config.optimizer.betas

@@ -190,12 +190,12 @@ class MonitorSection:
     """Throughput to compare with."""
     print_struct: bool = not_built(False, "Set it to False")
     """Print the model."""
-    check_for_global_norm: bool = not_built(False, "Set it to False")
-    """Stop at a gradient norm far too large."""
-    global_norm_spike_threshold: float = no_effect(3.0, "check_for_global_norm is off")
-    """The norm that is far too large."""
-    global_norm_spike_count_threshold: int = no_effect(10, "check_for_global_norm is off")
-    """How often that may happen."""
+    check_for_global_norm: bool = False
+    """End the run at a gradient norm far too large, before it is saved."""
+    global_norm_spike_threshold: float = effective(3.0, above=0)
+    """The norm from which on it is far too large, where one of the checks is on."""
+    global_norm_spike_count_threshold: int = effective(10, minimum=0)
+    """Steps in a row that use_skip_data_by_global_norm may skip."""
     stable_rank_config: dict[str, Any] | None = no_effect(None, "the monitor is off")
     """Stable rank of weights."""
     health_checkpoint: dict[str, Any] | None = no_effect(None, "the monitor is off")

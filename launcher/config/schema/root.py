@@ -238,8 +238,8 @@ class Config:
     """Save and end when asked through a file."""
     use_checkpoint_health_monitor: bool = not_built(False, "Set it to False")
     """Judge checkpoints by the norm of the embedding."""
-    use_skip_data_by_global_norm: bool = not_built(False, "Set it to False")
-    """Skip steps with a gradient norm far too large."""
+    use_skip_data_by_global_norm: bool = False
+    """Steps with a gradient norm far too large change nothing; monitor_config has the limits."""
     print_struct: bool = not_built(False, "Set it to False")
     """Print the model."""
     npu_num_per_node: int | None = no_effect(None, _ASCEND)
