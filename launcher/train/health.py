@@ -53,10 +53,11 @@ class NormCheck(Callback):
                 raise _error(run, record, "monitor_config.check_for_global_norm ends such a run",
                              "Resume with use_skip_data_by_global_norm: True (and without "
                              "check_for_global_norm) to leave these samples out")  # fmt: skip
+            samples = f"samples {_first(run, record)} to {record.consumed_samples - 1}"
             run.say(
                 f"is_skip: [True], step {record.step}: gradient norm {record.grad_norm:.4g} is "
                 f"beyond {self.limit.threshold:g}, {self.in_a_row} in a row of at most "
-                f"{self.most}: samples {_first(run, record)} to {record.consumed_samples - 1} changed nothing"
+                f"{self.most}: {samples} changed nothing"
             )
             if self.in_a_row > self.most:
                 raise _error(run, record, f"it was skipped, and {self.most} before it in a row: "
