@@ -30,12 +30,21 @@ def publish(written: Path, path: Path) -> None:
     sync_directory(path.parent)
 
 
+def json_bytes(content: dict[str, Any]) -> bytes:
+    """`content` as the text of a file."""
+    return (json.dumps(content, indent=1) + "\n").encode()
+
+
 def write_json(path: Path, content: dict[str, Any]) -> None:
+    """As `write_bytes`, of a JSON map."""
+    write_bytes(path, json_bytes(content))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
     """Write `content` to `path`: a reader sees the old file or the new one, never a part."""
     scratch = temporary(path)
-    with scratch.open("w") as file:
-        json.dump(content, file, indent=1)
-        file.write("\n")
+    with scratch.open("wb") as file:
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
     publish(scratch, path)

@@ -21,6 +21,7 @@ from launcher.checkpoint.wholeness import (
     Say,
     newest_whole,
     rank_files_of,
+    tell_damaged_manifests,
     whole_source,
 )
 from launcher.errors import Problem, UserError
@@ -54,6 +55,7 @@ def open_weights(path: Path, world: World, say: Say, *, strategy: str = "") -> S
         return open_complete(path)
     root = path.parent.parent if path.is_file() else path
     candidates = world.from_main(published(root))
+    tell_damaged_manifests(root, candidates, world, say)
     if path.is_file():
         candidates = [found for found in candidates if path in found.files]
     elif candidates:

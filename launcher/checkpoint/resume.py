@@ -15,9 +15,10 @@ from typing import Any
 from launcher.checkpoint.files import read_json
 from launcher.checkpoint.names import SaveName, parse_rank_file
 from launcher.checkpoint.store import Published, is_unfinished, published
-from launcher.checkpoint.wholeness import newest_whole
+from launcher.checkpoint.wholeness import newest_whole, none_is_whole, tell_damaged_manifests
 from launcher.errors import UserError, did_you_mean
 from launcher.parallel.world import World
+from launcher.weights.ranks.manifests import state_fault
 from launcher.weights.source import Source, detect, is_rank_folder
 
 
@@ -29,6 +30,8 @@ class Chosen:
     state: dict[str, Any]
     source: Source
     is_newest: bool
+    """Whether nothing in the folder was published after it. A damaged manifest of its run counts as
+    newer: it has the name of a save that the run would make again."""
 
     @property
     def name(self) -> SaveName:
@@ -51,7 +54,10 @@ def choose(
         root, choice = root.parent.parent, root.name
     candidates = world.from_main(published(root))
     _same_folder(root, candidates, world)
+    damaged = tell_damaged_manifests(root, candidates, world, say)
     if not candidates:
+        if damaged:
+            raise none_is_whole(root, len(damaged))
         _refuse_foreign(root)
         return None
     newest = candidates[-1]
@@ -60,13 +66,14 @@ def choose(
     candidate, source = newest_whole(candidates, world, say, lacks=_lacks_state)
     state = read_json(candidate.state_path)
     assert state is not None
-    return Chosen(candidate, state, source, candidate == newest)
+    taken = {path.stem.rpartition("-")[0] for path in damaged}
+    is_newest = candidate == newest and candidate.name.label not in taken
+    return Chosen(candidate, state, source, is_newest)
 
 
 def _lacks_state(candidate: Published) -> str:
     """What keeps a run from going on from whole files; empty when nothing does."""
-    path = candidate.state_path
-    return "" if read_json(path) is not None else f"{path} cannot be read"
+    return state_fault(candidate.state_path, candidate.manifest)
 
 
 def _named(root: Path, candidates: list[Published], choice: str) -> Published:

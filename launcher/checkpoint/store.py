@@ -22,10 +22,11 @@ from typing import Any
 
 from launcher.checkpoint.files import (
     TEMPORARY_SUFFIX,
+    json_bytes,
     publish,
-    read_json,
     sync_directory,
     temporary,
+    write_bytes,
     write_json,
 )
 from launcher.checkpoint.names import SaveName, parse_rank_file
@@ -33,11 +34,10 @@ from launcher.errors import UserError
 from launcher.layout.mesh import Mesh
 from launcher.parallel.world import World
 from launcher.weights.formats.note import Inventory
+from launcher.weights.ranks.manifests import digest_of, read_manifest, sealed
 from launcher.weights.ranks.rank_file import write_rank_file
 from launcher.weights.reading.checksums import file_faults
 from launcher.weights.reading.memory import Shard
-
-MANIFEST_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -86,8 +86,8 @@ def published(root: Path) -> list[Published]:
 
 
 def _read_manifest(root: Path, path: Path) -> Published | None:
-    """The checkpoint a manifest publishes; None when it is cut short or not what its name says."""
-    manifest = read_json(path) or {}
+    """The checkpoint a manifest publishes; None when it is damaged or not what its name says."""
+    manifest = read_manifest(path) or {}
     try:
         name = SaveName(**manifest["save"])
         sizes = [int(file["bytes"]) for file in manifest["files"]]
@@ -212,8 +212,8 @@ class Store:
         if not world.is_main:
             return
         newest = max((checkpoint.sequence for checkpoint in published(self.root)), default=0)
+        state_text = json_bytes(state)
         manifest = {
-            "version": MANIFEST_VERSION,
             "sequence": newest + 1,
             "saved_at": round(time.time(), 3),
             "save": vars(name),
@@ -221,9 +221,10 @@ class Store:
             "world_size": mesh.world_size,
             "mesh": mesh.sizes(),
             "files": files,
+            "state_xxh3_64": digest_of(state_text),
         }
-        write_json(self.root / "state" / name.record, state)
-        write_json(self.root / "manifest" / name.record, manifest)
+        write_bytes(self.root / "state" / name.record, state_text)
+        write_bytes(self.root / "manifest" / name.record, sealed(manifest))
 
     def _is_input(self, checkpoint: Published) -> bool:
         return any(file.resolve() in self.inputs for file in checkpoint.files)

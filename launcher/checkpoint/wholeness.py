@@ -17,6 +17,7 @@ from launcher.checkpoint.store import Published
 from launcher.errors import UserError
 from launcher.parallel.world import World
 from launcher.weights.ranks.distributed import open_rank_files
+from launcher.weights.ranks.manifests import MANIFEST_FOLDER
 from launcher.weights.reading.checksums import file_faults
 from launcher.weights.source import Source
 
@@ -72,11 +73,28 @@ def newest_whole(
             return candidate, found.source
         reasons = [*found.faults[:FAULTS_SHOWN], lack or str(found.error or "")]
         say(f"passed over {candidate.name}: {'; '.join(filter(None, reasons))}")
-    raise UserError(
-        f"no checkpoint in {candidates[-1].root} is whole",
-        rule=f"{len(candidates)} were tried, see above",
+    raise none_is_whole(candidates[-1].root, len(candidates))
+
+
+def none_is_whole(root: Path, tried: int) -> UserError:
+    """What to say when all checkpoints of a folder were passed over."""
+    return UserError(
+        f"no checkpoint in {root} is whole",
+        rule=f"{tried} were tried, see above",
         advice="Give another folder as load_checkpoint, or start anew without resume_training",
     )
+
+
+def tell_damaged_manifests(
+    root: Path, candidates: Sequence[Published], world: World, say: Say
+) -> list[Path]:
+    """The manifests in `root` that publish none of `candidates`, each of them said."""
+    counted = {candidate.manifest_path for candidate in candidates}
+    found = (path for path in (root / MANIFEST_FOLDER).glob("*.json") if path not in counted)
+    damaged: list[Path] = world.from_main(sorted(found))
+    for path in damaged:
+        say(f"passed over {path.stem}: {path} is damaged")
+    return damaged
 
 
 def rank_files_of(candidate: Published) -> list[RankFile]:

@@ -103,5 +103,5 @@ def manifest(ranks: Path, files: list[Path], name: str = "CKP-1_1") -> Path:
     ]  # fmt: skip
     path = ranks / "manifest" / f"{name}.json"
     path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps({"files": records}))
+    path.write_text(json.dumps({"version": 1, "files": records}))
     return path

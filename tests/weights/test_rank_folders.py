@@ -64,8 +64,9 @@ def test_folders_without_weights(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "damage",
-    ["", "[]", "{", '{"sequence": "x"}', '{"sequence": 9, "world_size": 2, "files": []}',
-     '{"sequence": 9, "world_size": 1, "files": 3}'],
+    ["", "[]", "{", '{"version": 1, "sequence": "x"}',
+     '{"version": 1, "sequence": 9, "world_size": 2, "files": []}',
+     '{"version": 1, "sequence": 9, "world_size": 1, "files": 3}'],
 )  # fmt: skip
 def test_the_newest_manifest_is_the_highest_sequence_that_can_be_read(
     tmp_path: Path, damage: str
@@ -74,7 +75,7 @@ def test_the_newest_manifest_is_the_highest_sequence_that_can_be_read(
     (tmp_path / "manifest").mkdir()
     for sequence, name in ((2, "1_9"), (1, "1_10")):
         files = [{"file": f"rank_{r}/CKP_rank_{r}-{name}.safetensors"} for r in range(2)]
-        content = {"sequence": sequence, "world_size": 2, "files": files}
+        content = {"version": 1, "sequence": sequence, "world_size": 2, "files": files}
         (tmp_path / f"manifest/CKP-{name}.json").write_text(json.dumps(content))
     (tmp_path / "manifest/other.json").write_text(damage)
     found = newest_manifest(tmp_path)
@@ -87,6 +88,6 @@ def test_the_newest_manifest_is_the_highest_sequence_that_can_be_read(
 def test_a_manifest_cannot_point_elsewhere(tmp_path: Path, file: object) -> None:
     fill(tmp_path, "CKP_rank_{}-1_9.safetensors", ranks=1)
     (tmp_path / "manifest").mkdir()
-    content = {"sequence": 1, "world_size": 1, "files": [{"file": file}]}
+    content = {"version": 1, "sequence": 1, "world_size": 1, "files": [{"file": file}]}
     (tmp_path / "manifest/CKP-1_9.json").write_text(json.dumps(content))
     assert first_file(tmp_path) == tmp_path / "rank_0/CKP_rank_0-1_9.safetensors"

@@ -16,8 +16,14 @@ from typing import Any
 from launcher.errors import UserError
 from launcher.weights.formats import header_of
 from launcher.weights.formats.note import read_note
+from launcher.weights.ranks.manifests import (
+    MANIFEST_FOLDER,
+    STATE_FOLDER,
+    read_manifest,
+    state_fault,
+)
 from launcher.weights.ranks.rank_folders import Save, save_of, saves, weight_files
-from launcher.weights.ranks.saves import MANIFEST_FOLDER, manifest_of, open_save, optimizer_files
+from launcher.weights.ranks.saves import manifest_of, open_save, optimizer_files
 from launcher.weights.reading.checksums import file_faults
 from launcher.weights.source import INDEX_NAMES, detect, is_rank_folder, open_complete, read_index
 
@@ -130,8 +136,20 @@ def _rank_folders(root: Path, findings: _Findings, strategy: Path | None) -> Non
             continue
         records = manifest_of(root, label)
         if label in published and records is None:
-            findings.faults.append(f"{root / MANIFEST_FOLDER / label}.json cannot be read")
+            findings.faults.append(
+                f"{root / MANIFEST_FOLDER / label}.json cannot be read or was changed"
+            )
+        findings.faults += _state_faults(root, label)
         _save(root, save, records or {}, findings, strategy)
+
+
+def _state_faults(root: Path, label: str) -> list[str]:
+    """Of the state a resume needs. Saves published before it had a digest may come without one."""
+    manifest = read_manifest(root / MANIFEST_FOLDER / f"{label}.json") or {}
+    path = root / STATE_FOLDER / f"{label}.json"
+    has_digest = "state_xxh3_64" in manifest
+    fault = state_fault(path, manifest) if has_digest or path.is_file() else ""
+    return [fault] if fault else []
 
 
 def _is_unfinished(root: Path, label: str) -> bool:

@@ -12,7 +12,6 @@ never by time.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.errors import UserError
+from launcher.weights.ranks.manifests import MANIFEST_FOLDER, read_manifest
 from launcher.weights.source import WEIGHT_SUFFIXES, listed
 
 _FOLDER = re.compile(r"rank_(\d+)")
@@ -118,13 +118,13 @@ def label_of(file: Path) -> str:
 def newest_manifest(root: Path) -> dict[str, Any] | None:
     """The manifest of ours with the highest sequence number in `root`; None without one."""
     best: dict[str, Any] | None = None
-    for path in sorted((root / "manifest").glob("*.json")):
+    for path in sorted((root / MANIFEST_FOLDER).glob("*.json")):
         try:
-            content = json.loads(path.read_bytes())
+            content = read_manifest(path) or {}
             is_whole = int(content["sequence"]) > 0 and content["world_size"] == len(
                 content["files"]
             )
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        except (ValueError, KeyError, TypeError):
             continue
         if is_whole and (best is None or content["sequence"] > best["sequence"]):
             best = content

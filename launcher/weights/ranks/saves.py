@@ -8,7 +8,6 @@ Invariant: what is opened is one save of one run.
 from __future__ import annotations
 
 import glob
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from importlib import import_module
@@ -20,6 +19,7 @@ from launcher.layout.strategy import Strategy
 from launcher.weights.formats import header_of
 from launcher.weights.formats.safetensors import read_header
 from launcher.weights.ranks.distributed import check_copies, open_rank_files
+from launcher.weights.ranks.manifests import MANIFEST_FOLDER, read_manifest
 from launcher.weights.ranks.rank_folders import (
     label_of,
     rank_folders,
@@ -30,8 +30,6 @@ from launcher.weights.ranks.rank_folders import (
 from launcher.weights.ranks.strategies import read_strategy
 from launcher.weights.source import Source, detect, open_complete
 
-MANIFEST_FOLDER = "manifest"
-"""Beside the rank folders: one JSON file for each published save."""
 MODEL_FOLDER = "model"
 """Beside the rank folders: for each run, config.json and the tokenizer."""
 STRATEGY_FOLDER = "strategy"
@@ -151,11 +149,11 @@ def manifest_of(directory: Path, name: str) -> dict[str, Mapping[str, Any]] | No
     """What was published of the save `name`: file, below `directory`, to its record with `rank`,
     `bytes` and `header_xxh3_64`. None when nothing was, or it cannot be read."""
     try:
-        content = json.loads((directory / MANIFEST_FOLDER / f"{name}.json").read_bytes())
+        content = read_manifest(directory / MANIFEST_FOLDER / f"{name}.json") or {}
         records = {record["file"]: record for record in content["files"]}
         return {f"{file}": {**record, "rank": int(record["rank"])}
                 for file, record in records.items()}  # fmt: skip
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, KeyError, TypeError):
         return None
 
 

@@ -1,0 +1,77 @@
+"""Manifests: the record that publishes a save, and whether it is as it was written.
+
+Owns the text of `manifest/{save}.json`. Its last field seals it: the xxh3_64 of all that stands
+before that digest, so that no changed bit passes, not even one that leaves valid JSON:
+
+    {"version": 2, "sequence": 3, ..., "state_xxh3_64": "...", "xxh3_64": "58d3ae0c1f5a7e02"}
+
+It holds the digest of the state file too, and those of the headers of the rank files, which hold
+the checksums of their data: one seal vouches for the whole save. Version 1 had no seal and no
+digest of the state; it is still read. Torch-free.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+MANIFEST_FOLDER = "manifest"
+"""Beside the rank folders: one JSON file for each published save."""
+STATE_FOLDER = "state"
+"""Beside the rank folders: for each save the state of the run that a resume needs."""
+VERSION = 2
+UNSEALED_VERSION = 1
+"""Not one bit from `VERSION`: no flipped bit makes a sealed manifest pass for one without."""
+SEAL = "xxh3_64"
+_END = b'"\n}\n'
+_DIGEST_CHARACTERS = 16
+
+
+def digest_of(content: bytes) -> str:
+    """xxh3_64 of `content`, in hex."""
+    return xxhash.xxh3_64_hexdigest(content)
+
+
+def sealed(content: Mapping[str, Any]) -> bytes:
+    """The manifest with this `content`: JSON, with the seal as its last field."""
+    text = json.dumps({"version": VERSION, **content, SEAL: ""}, indent=1) + "\n"
+    head = text.encode().removesuffix(_END)
+    return head + digest_of(head).encode() + _END
+
+
+def read_manifest(path: Path) -> dict[str, Any] | None:
+    """What the manifest at `path` says; None when it cannot be read or is not as it was written."""
+    try:
+        raw = path.read_bytes()
+        content = json.loads(raw)
+    except (OSError, ValueError, RecursionError):
+        return None
+    if not isinstance(content, dict):
+        return None
+    if content.get("version") == UNSEALED_VERSION and SEAL not in content:
+        return content
+    return content if _seal_holds(raw) else None
+
+
+def _seal_holds(raw: bytes) -> bool:
+    head, digest = raw[: -len(_END) - _DIGEST_CHARACTERS], raw[: -len(_END)][-_DIGEST_CHARACTERS:]
+    return raw.endswith(_END) and digest_of(head).encode() == digest
+
+
+def state_fault(path: Path, manifest: Mapping[str, Any]) -> str:
+    """What is wrong with the state file at `path` of a save with this `manifest`; empty when it is
+    as it was written."""
+    try:
+        raw = path.read_bytes()
+        is_map = isinstance(json.loads(raw), dict)
+    except (OSError, ValueError, RecursionError):
+        is_map = False
+    if not is_map:
+        return f"{path} cannot be read"
+    digest = digest_of(raw)
+    is_same = manifest.get("state_xxh3_64", digest) == digest
+    return "" if is_same else f"{path} changed since it was saved"
