@@ -18,7 +18,7 @@ from launcher.assembly.weights import fill_weights, find_weights
 from launcher.checkpoint.files import write_json
 from launcher.checkpoint.monitor import CheckpointMonitor
 from launcher.config.provenance import Provenance
-from launcher.config.schema import Config, RegisteredCallbackSection
+from launcher.config.schema import Config, OnRequestExitSection, RegisteredCallbackSection
 from launcher.errors import EXIT_OK, UserError
 from launcher.parallel import world as worlds
 from launcher.parallel.parts import Parts
@@ -32,6 +32,7 @@ from launcher.train.callbacks import (
     Evaluation,
     FiniteCheck,
     LossMonitor,
+    RequestFile,
     build_registered,
     load_registered,
 )
@@ -214,6 +215,9 @@ def build_callbacks(job: Job) -> list[Callback]:
         callbacks.append(NormCheck(limit, most))
     if config.checkpoint_monitor is not None:
         callbacks.append(CheckpointMonitor(config.checkpoint_monitor))  # type: ignore[arg-type]
+    request = config.last_callback(OnRequestExitSection)
+    if request is not None and request.config_file:
+        callbacks.append(RequestFile(request.config_file))
     registered = load_registered(config.register_path) if config.register_path else {}
     for index, entry in enumerate(config.callbacks):
         if isinstance(entry, RegisteredCallbackSection):

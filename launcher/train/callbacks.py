@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import json
 import math
 import sys
 import traceback
@@ -102,6 +103,28 @@ def _is_sound(run: TrainRun, record: StepRecord) -> bool:
         return True
     scale, overflow = record.loss_scale or 1.0, bool(record.overflow)
     return run.scaling is not None and run.scaling.is_expected(scale, overflow)
+
+
+class RequestFile(Callback):
+    """OnRequestExit: a file with `{"GracefulExit": 1}` ends the run as SIGTERM would, one step
+    after it was seen. The main process looks; the others hear of it in the step."""
+
+    def __init__(self, path: str) -> None:
+        self.path = Path(path)
+        self._seen = False
+
+    def on_steps_end(self, run: TrainRun, records: Sequence[StepRecord]) -> None:
+        if run.world.is_main and not self._seen and self._asks():
+            self._seen = True
+            run.say(f"{self.path} asks for the end: one more step")
+            run.interrupts.request()
+
+    def _asks(self) -> bool:
+        try:
+            content = json.loads(self.path.read_text())
+        except (OSError, ValueError):
+            return False
+        return isinstance(content, dict) and content.get("GracefulExit") == 1
 
 
 class Evaluation(Callback):

@@ -53,6 +53,10 @@ class Interrupts:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
 
+    def request(self, number: int = signal.SIGTERM) -> None:
+        """Note a wish to stop, as if signal `number` had come."""
+        self.received = self.received or number
+
     def as_values(self) -> list[float]:
         """What this rank asks for, one 0 or 1 for each of `SIGNALS`; ranks add them up."""
         return [float(self.received == number) for number in SIGNALS]

@@ -205,3 +205,30 @@ def test_all_that_can_be_saved(workshop: Workshop, how: bool) -> None:
     model = AutoModelForCausalLM.from_pretrained(integrated / "CKP-1_20")
     assert {name for name, _ in model.named_parameters()} == network.keys()
     assert content(open_any(integrated / "CKP-1_20")) == network
+
+
+ASKING = """
+from pathlib import Path
+from launcher.train.callbacks import Callback
+
+class Asking(Callback):
+    def on_steps_end(self, run, records):
+        if run.world.is_main and records[-1].step == 7:
+            Path("exit.json").write_text('{"GracefulExit": 1}')
+"""
+
+
+@pytest.mark.parametrize("world", [1, 4])
+def test_a_file_asks_for_the_end(workshop: Workshop, world: int) -> None:
+    (workshop.folder / "mine.py").write_text(ASKING)
+    changes = FOUR if world == 4 else {}
+    more = [{"type": "Asking"}, {"type": "OnRequestExit", "config_file": "exit.json"}]
+    result = train(workshop, "output", {}, world, more=more, register_path="mine.py", **changes)
+    assert set(result.codes) == {143}
+    assert "exit.json asks for the end: one more step" in result.stdout
+    last = published(workshop.folder / "output/checkpoint")[-1].manifest["global_step"]
+    assert last == len(workshop.losses()) in (8, 9)
+    (workshop.folder / "exit.json").unlink()
+    resumed = train(workshop, "output", {}, world, resume_training=True, **changes)
+    assert resumed.code == 0, resumed.stderr
+    assert len(workshop.losses()) == 20

@@ -16,6 +16,7 @@ from launcher.config.schema.callbacks import (
     IgnoredCallbackSection,
     LossMonitorSection,
     MonitorSection,
+    OnRequestExitSection,
     RegisteredCallbackSection,
     TensorboardSection,
 )
@@ -85,6 +86,7 @@ __all__ = [
     "ModelSection",
     "MoeSection",
     "MonitorSection",
+    "OnRequestExitSection",
     "OptimizerSection",
     "ParallelConfigSection",
     "ParallelOptimizerConfigSection",

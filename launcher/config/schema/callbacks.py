@@ -106,6 +106,26 @@ class CheckpointMonitorSection:
 
 
 @dataclass(frozen=True, kw_only=True)
+class OnRequestExitSection:
+    """`OnRequestExit`: ends a run cleanly when a file asks for it, as SIGTERM and Ctrl-C do."""
+
+    type: str = "OnRequestExit"
+    """Always `OnRequestExit`."""
+    config_file: str = ""
+    """A JSON file that is looked at after every step: `{"GracefulExit": 1}` ends the run."""
+    save_ckpt: bool = no_effect(True, "CheckpointMonitor saves whenever a run is ended cleanly")
+    """Save before the end."""
+    save_mindir: bool = no_effect(True, "there is no such format")
+    """Export the model."""
+    file_name: str = no_effect("Net", "CheckpointMonitor names the files")
+    """Name of the files."""
+    directory: str = no_effect("./", "CheckpointMonitor has the folder")
+    """Where they go."""
+    sig: int = no_effect(15, "SIGTERM and SIGINT always end a run cleanly")
+    """Signal that ends the run."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvalCallbackSection:
     """`EvalCallBack`: evaluation during training; do_eval and the intervals say when."""
 
@@ -137,6 +157,7 @@ CallbackSection = (
     LossMonitorSection
     | CheckpointMonitorSection
     | EvalCallbackSection
+    | OnRequestExitSection
     | RegisteredCallbackSection
     | IgnoredCallbackSection
 )
@@ -145,6 +166,7 @@ CALLBACKS: dict[str, type] = {
     "MFLossMonitor": LossMonitorSection,
     "CheckpointMonitor": CheckpointMonitorSection,
     "EvalCallBack": EvalCallbackSection,
+    "OnRequestExit": OnRequestExitSection,
     "ObsMonitor": IgnoredCallbackSection,
 }
 """What `type` in callbacks may say; anything else comes in through register_path."""
@@ -152,7 +174,7 @@ CALLBACKS: dict[str, type] = {
 PLANNED_CALLBACKS = (
     *("ProfileMonitor", "TrainCallBack", "StressDetectCallBack", "StressTestModelMonitor"),
     *("SDCMonitor", "TopkBiasBalanceCallback", "MoEDropRateCallback", "ColdHotExpertMonitor"),
-    *("TrainingStateMonitor", "SummaryMonitor", "OnRequestExit", "MaxLogitsMonitor"),
+    *("TrainingStateMonitor", "SummaryMonitor", "MaxLogitsMonitor"),
     *("ExpertMigrateCallback", "LossMonitor", "TimeMonitor", "ModelCheckpoint"),
 )
 """Callbacks of the original that this version does not have."""

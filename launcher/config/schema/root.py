@@ -232,8 +232,9 @@ class Config:
     """Deterministic prediction."""
     postprocess_use_numpy: bool = no_effect(False, "tokens are chosen by PyTorch")
     """Choose tokens by numpy."""
-    use_graceful_exit: bool = not_built(
-        False, "Set it to False; Ctrl-C and SIGTERM save and end cleanly anyway"
+    use_graceful_exit: bool = no_effect(
+        False,
+        "OnRequestExit in callbacks is enough; Ctrl-C and SIGTERM save and end cleanly anyway",
     )
     """Save and end when asked through a file."""
     use_checkpoint_health_monitor: bool = not_built(False, "Set it to False")
