@@ -112,6 +112,16 @@ def test_training_page(folder: Path) -> None:
     assert two == pytest.approx(alone, rel=1e-4)
 
 
+def test_checkpoints_page(folder: Path) -> None:
+    assert run_page("checkpoints.md", folder) >= 3
+    rows = [json.loads(line) for line in (folder / "output/saving/metrics.jsonl").open()]
+    assert [row["step"] for row in rows] == list(range(1, 17))
+    names = {path.stem for path in (folder / "output/saving/checkpoint/manifest").glob("*.json")}
+    assert len(names) == 3
+    log = (folder / "output/saving/log/rank_0/info.log").read_text()
+    assert "beside training, which waited" in log
+
+
 def test_weights_page(folder: Path) -> None:
     assert run_page("weights.md", folder) >= 20
     losses = {
