@@ -167,6 +167,9 @@ def train_to_the_end(job: Job, run: TrainRun, callbacks: list[Callback]) -> int:
         job.say(
             f"nothing to do: step {run.state.global_step} is done, the run has {run.total_steps}"
         )
+        for callback in callbacks:
+            if isinstance(callback, CheckpointMonitor):
+                callback.clean(run)
         return EXIT_OK
     write_own(job, run.layout, run.links_of)
     job.say(

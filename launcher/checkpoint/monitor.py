@@ -126,7 +126,7 @@ class CheckpointMonitor:
         """Take a name that no earlier run has, and clear away what a crash left."""
         self._saved_step = self._tried_step = run.global_step
         self._saved_at = time.monotonic()
-        root = Path(self.config.directory) if self.config.directory else run.output_dir
+        root = self._root(run)
         for folder in self._folders():
             found = attempt(self._open_folder, run, root / folder) if run.world.is_main else (0, "")
             counter = agree(run.world, found)[0]
@@ -143,6 +143,15 @@ class CheckpointMonitor:
         if self.config.async_save:
             self._apart = run.world.apart()
         self._say_what_is_idle(run)
+
+    def clean(self, run: Savable) -> None:
+        """Clear away what a crash left, of a run that has nothing to do."""
+        if run.world.is_main:
+            for folder in self._folders():
+                _clean(run, self._root(run) / folder)
+
+    def _root(self, run: Savable) -> Path:
+        return Path(self.config.directory) if self.config.directory else run.output_dir
 
     def _say_what_is_idle(self, run: Savable) -> None:
         """The original's rule: a limit in time acts where that in numbers is off."""
@@ -167,9 +176,7 @@ class CheckpointMonitor:
         return run.shapes_in_files(optimizer=folder == FULL and self.config.save_optimizer)
 
     def _open_folder(self, run: Savable, folder: Path) -> int:
-        removed = clean_unfinished(folder)
-        if removed:
-            run.say(f"{folder}: removed {len(removed)} files of a save that was never finished")
+        _clean(run, folder)
         goes_on = run.resumed_from
         if goes_on is not None and goes_on.prefix == self.config.prefix:
             counter = goes_on.counter
@@ -358,6 +365,12 @@ class CheckpointMonitor:
             kept = frozenset(name for name in held if keeper[name] == run.world.rank)
             self._kept[folder] = frozenset(held), kept
         return {name: held[name] for name in held if name in kept}
+
+
+def _clean(run: Savable, folder: Path) -> None:
+    removed = clean_unfinished(folder)
+    if removed:
+        run.say(f"{folder}: removed {len(removed)} files of a save that was never finished")
 
 
 def _make_folder(folder: Path) -> None:

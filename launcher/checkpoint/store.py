@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import errno
 import math
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -247,15 +248,19 @@ class Store:
         mine = [c for c in published(self.root) if c.name.prefix == self.prefix]
         old = [c for c in self._superseded(mine) if not self._is_input(c)]
         old = world.from_main(old)
-        if world.is_main:
+        # What is let go is first made a save that was never finished: a crash leaves one of those,
+        # which the next start clears away.
+        if world.is_main and old:
             for checkpoint in old:
-                checkpoint.manifest_path.unlink(missing_ok=True)
-                checkpoint.state_path.unlink(missing_ok=True)
-            if old:
-                sync_directory(self.root / "manifest")
+                os.replace(checkpoint.manifest_path, intent(self.root, checkpoint.name))
+            sync_directory(self.root / "manifest")
         world.barrier()
         for checkpoint in old:
             _remove(checkpoint.files[world.rank :: world.size])
+        world.barrier()
+        if world.is_main:
+            for checkpoint in old:
+                _remove([checkpoint.state_path, intent(self.root, checkpoint.name)])
         return tuple(checkpoint.name for checkpoint in old)
 
     def _superseded(self, mine: Sequence[Published]) -> list[Published]:

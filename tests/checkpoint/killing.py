@@ -1,0 +1,181 @@
+"""Killing: runs that end by SIGKILL at a chosen file operation of their saves.
+
+Owns the fault points. They are injected where files are touched (`os.pwrite`, `os.fsync`,
+`os.replace` and so on), for what lies below the folder of checkpoints; the product knows nothing of
+it. The ranks are forked from the server of `tests.ranks`, so that a run starts in no time.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import signal
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any
+
+from tests.ranks import _context, free_port
+
+OPERATIONS = ("pwrite", "fsync", "replace", "rename", "unlink", "mkdir", "open")
+NUMBERS = re.compile(r"rank_\d+|-\d+_\d+|_\d+\.")
+
+
+@dataclass(frozen=True)
+class Fault:
+    """The `index`-th operation of rank `rank` (from 0): the process dies there."""
+
+    rank: int
+    index: int
+    moment: str = "before"
+    """`before` it, `after` it, or `half`: when half of the bytes of a write are in the file."""
+
+
+@dataclass(frozen=True)
+class Operation:
+    """An operation that a run did on a file of its checkpoints."""
+
+    name: str
+    path: str
+    """Below the folder of checkpoints."""
+
+    @property
+    def kind(self) -> str:
+        """The operation and the role of the file, whatever its rank and step."""
+        return f"{self.name} {NUMBERS.sub('*', self.path)}"
+
+
+class Watch:
+    """Counts the operations below `root` and carries out a fault."""
+
+    def __init__(self, root: Path, fault: Fault | None) -> None:
+        self.root = str(root)
+        self.fault = fault
+        self.seen: list[Operation] = []
+        self._lock = threading.Lock()
+
+    def install(self) -> None:
+        """Stand between Python and the operating system."""
+        for name in OPERATIONS:
+            setattr(os, name, self._watched(name, getattr(os, name)))
+        plain_open = io.open
+
+        def watched_open(file: Any, mode: str = "r", *more: Any, **options: Any) -> Any:
+            if "w" not in mode and "a" not in mode:
+                return plain_open(file, mode, *more, **options)
+            return self._do("open", os.fspath(file), plain_open, (file, mode, *more), options)
+
+        io.open = watched_open  # type: ignore[assignment]
+
+    def _watched(self, name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        def operation(target: Any, *more: Any, **options: Any) -> Any:
+            if name == "open" and not more[0] & os.O_CREAT:
+                return original(target, *more, **options)
+            path = os.readlink(f"/proc/self/fd/{target}") if isinstance(target, int) else target
+            return self._do(name, os.fspath(path), original, (target, *more), options)
+
+        return operation
+
+    def _do(self, name: str, path: str, original: Callable[..., Any], arguments: Any,
+            options: Any) -> Any:  # fmt: skip
+        path = os.path.abspath(path)
+        if not path.startswith(self.root):
+            return original(*arguments, **options)
+        with self._lock:
+            index = len(self.seen)
+            self.seen.append(Operation(name, os.path.relpath(path, self.root)))
+            is_last = self.fault is not None and index == self.fault.index
+        if not is_last:
+            return original(*arguments, **options)
+        assert self.fault is not None
+        try:
+            if self.fault.moment == "half" and name == "pwrite":
+                descriptor, content, position = arguments
+                original(descriptor, content[: len(content) // 2], position)
+            elif self.fault.moment == "after":
+                original(*arguments, **options)
+        finally:  # also when it failed, as mkdir does where it has to make the parents first
+            os.kill(os.getpid(), signal.SIGKILL)
+        return None
+
+
+def operations(folder: Path, arguments: Sequence[str], world_size: int) -> list[list[Operation]]:
+    """What each rank of an undisturbed run does on the files of its checkpoints."""
+    codes = _run(folder, arguments, world_size, None)
+    assert codes == [0] * world_size, (folder / "rank_0.log").read_text()
+    return [
+        [Operation(*row) for row in json.loads((folder / f"operations_{rank}.json").read_text())]
+        for rank in range(world_size)
+    ]
+
+
+def run_killed(folder: Path, arguments: Sequence[str], world_size: int, fault: Fault) -> None:
+    """A run in which `fault` happens; the other ranks are killed when they are alone."""
+    codes = _run(folder, arguments, world_size, fault)
+    assert codes[fault.rank] == -signal.SIGKILL, (folder / f"rank_{fault.rank}.log").read_text()
+
+
+def run_killed_after(
+    folder: Path, arguments: Sequence[str], world_size: int, seconds: float
+) -> bool:
+    """A run all of whose ranks are killed `seconds` after the first save began; whether it still
+    ran then."""
+    return -signal.SIGKILL in _run(folder, arguments, world_size, None, after=seconds)
+
+
+def _run(
+    folder: Path, arguments: Sequence[str], world_size: int, fault: Fault | None,
+    after: float | None = None,
+) -> list[int]:  # fmt: skip
+    context, port = _context(), free_port()
+    processes = [
+        context.Process(
+            target=_rank, args=(rank, world_size, port, str(folder), list(arguments), fault)
+        )
+        for rank in range(world_size)
+    ]
+    for process in processes:
+        process.start()
+    if after is not None:
+        while not (folder / "output/checkpoint/manifest").is_dir() and processes[0].is_alive():
+            time.sleep(0.001)
+        time.sleep(after)
+    elif fault is not None:
+        wait([processes[fault.rank].sentinel], 120)
+    for process in processes:
+        if fault is None and after is None:
+            process.join(120)
+        process.kill()
+    for process in processes:
+        process.join()
+    return [int(process.exitcode or 0) for process in processes]
+
+
+def _rank(
+    rank: int, world_size: int, port: int, folder: str, arguments: list[str], fault: Fault | None
+) -> None:
+    os.environ.update(
+        RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank),
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1",
+    )  # fmt: skip
+    import torch
+
+    from launcher.cli import main
+
+    torch.set_num_threads(1)
+    os.chdir(folder)
+    log = os.open(f"rank_{rank}.log", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    own = fault if fault is not None and fault.rank == rank else None
+    watch = Watch(Path(folder, "output", "checkpoint"), own)
+    watch.install()
+    code = main(arguments)
+    rows = [[operation.name, operation.path] for operation in watch.seen]
+    Path(f"operations_{rank}.json").write_text(json.dumps(rows))
+    os._exit(code)
