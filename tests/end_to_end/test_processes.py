@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.ranks import free_port, run_job
 from tests.workshop import Workshop
 
 ROOT = Path(__file__).parents[2]
@@ -108,3 +109,39 @@ def test_torchrun_trains_and_a_mistake_is_told_once(workshop: Workshop) -> None:
     out, err = wrong.communicate(timeout=120)
     assert wrong.returncode != 0
     assert err.count("there is no such checkpoint") == 1
+
+
+DYING = """
+import os
+import signal
+import time
+from launcher.train.callbacks import Callback
+
+class Dying(Callback):
+    def on_steps_end(self, run, records):
+        first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+        if first and run.world.rank == 1 and records[-1].step == 8:
+            while not (run.output_dir / "checkpoint/manifest/CKP-1_5.json").exists():
+                time.sleep(0.01)  # it is written beside training
+            os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_job_that_lost_a_process_goes_on_by_itself(workshop: Workshop) -> None:
+    (workshop.folder / "dying.py").write_text(DYING)
+    callbacks = [{"type": "CheckpointMonitor", "save_checkpoint_steps": 5, "async_save": True}]
+    changes = {"runner_config": {"batch_size": 4}, "parallel_config": {"data_parallel": 2},
+               "resume_training": True}  # fmt: skip
+    name = workshop.yaml(
+        register_path="dying.py", callbacks=[*callbacks, {"type": "Dying"}], **changes
+    )
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2",
+                "--max-restarts", "1", "--master_port", str(free_port())]  # fmt: skip
+    process = start(workshop, "--config", name, "--run_mode", "train", launcher=torchrun)
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == 0, err
+    assert "training: steps 6 to 20" in out
+    whole = workshop.yaml("whole.yaml", callbacks=callbacks, output_dir="whole", **changes)
+    assert run_job(["--config", whole, "--run_mode", "train"], workshop.folder, 2).code == 0
+    assert workshop.losses() == workshop.losses("whole")
+    assert workshop.saved("output", "1_20", 2) == workshop.saved("whole", "1_20", 2)
