@@ -1,4 +1,4 @@
-"""Resuming a run: which checkpoint, and everything it brings back."""
+"""Resuming a run: which checkpoint, everything it brings back, and the receipt of it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from launcher.assembly.balance import load_job
 from launcher.assembly.copies import write_copies
 from launcher.assembly.job import Job
+from launcher.assembly.receipt import Resumption, receipt
 from launcher.assembly.run import build_run
 from launcher.assembly.weights import check_cuts, check_layout, equalise_copies
 from launcher.checkpoint.resume import Chosen, choose
@@ -60,14 +61,9 @@ def resumed_run(job: Job, chosen: Chosen) -> TrainRun:
     where = str(chosen.published.state_path)
     state = _with_loss_scale(run, chosen, from_json(chosen.state, where))
     _restore_tensors(job, run, chosen)
-    saved_batch = chosen.state.get("global_batch_size")
-    same_steps = saved_batch == run.loader.global_batch
+    same_steps = chosen.state.get("global_batch_size") == run.loader.global_batch
     if not same_steps:
         state = state.with_global_batch(run.loader.global_batch)
-        job.say(
-            f"global batch was {saved_batch}, is {run.loader.global_batch}: going on after "
-            f"{state.consumed_samples} samples, as step {state.global_step}"
-        )
     run.state = _data_position(job, run, chosen, state)
     set_step(run.optimizer, state.updates)
     whole_sinks = run.sink_size == 1 or state.global_step % run.sink_size == 0
@@ -75,15 +71,32 @@ def resumed_run(job: Job, chosen: Chosen) -> TrainRun:
     # Under its own name only where no name can come twice: steps counted anew would repeat some.
     if own and chosen.is_newest and same_steps and whole_sinks:
         run.resumed_from = chosen.name
-    job.say(
-        f"resumed: {chosen.name} of {chosen.published.root}, step "
-        f"{state.global_step} of {run.total_steps}, {state.consumed_samples} samples, "
-        f"written by {chosen.source.world_size} ranks"
-    )
+    for line in receipt(_resumption(job, run, chosen)):
+        job.say(line)
     for key in ("seed", "optimizer", "schedule", "loss_scaling"):
         if chosen.state.get(key) != run.facts[key]:
             job.say(f"warning: {key} was {chosen.state.get(key)}, is {run.facts[key]} from here on")
     return run
+
+
+def _resumption(job: Job, run: TrainRun, chosen: Chosen) -> Resumption:
+    manifest = chosen.published.manifest
+    return Resumption(
+        name=str(chosen.name),
+        folder=str(chosen.published.root),
+        saved=chosen.state,
+        saved_ranks=manifest["world_size"],
+        saved_mesh=manifest.get("mesh", {}),
+        state=run.state,
+        facts=run.facts,
+        mesh=job.mesh,
+        total_steps=run.total_steps,
+        data_begins_elsewhere=_names_place_in_data(job.config),
+    )
+
+
+def _names_place_in_data(config: Config) -> bool:
+    return config.ignore_data_skip or config.data_skip_steps is not None
 
 
 def _with_loss_scale(run: TrainRun, chosen: Chosen, state: TrainState) -> TrainState:
@@ -118,26 +131,21 @@ def _restore_tensors(job: Job, run: TrainRun, chosen: Chosen) -> None:
 
 def _data_position(job: Job, run: TrainRun, chosen: Chosen, state: TrainState) -> TrainState:
     """Where the data goes on; refuses to go on in other data, or in another order, unasked."""
-    config = job.config
-    if config.data_skip_steps is not None:
-        state.data_position = config.data_skip_steps * run.loader.global_batch
-    elif config.ignore_data_skip:
-        state.data_position = 0
-    else:
-        saved, present = chosen.state.get("data", {}), run.facts["data"]
-        changed = [key for key in present if saved.get(key) != present[key]]
-        if changed:
-            settings = [key for key in changed if key in DATA_KEYS]
-            listing = ", ".join(f"{DATA_KEYS[k]}: {saved.get(k)} -> {present[k]}" for k in settings)
-            key = DATA_KEYS[settings[0]] if settings else "train_dataset.data_loader.dataset_dir"
-            raise UserError(
-                "the training data is not that of the checkpoint "
-                f"({listing or 'the content of the files differs'})",
-                where=job.provenance.nearest(key),
-                rule="a resumed run goes on in the same samples in the same order",
-                advice="Give the same data, or say where to begin in the new one: "
-                "ignore_data_skip: True (at its start) or data_skip_steps: n",
-            )
-        return state
-    job.say(f"data: beginning at sample {state.data_position}, as asked")
+    if _names_place_in_data(job.config):
+        skipped = (job.config.data_skip_steps or 0) * run.loader.global_batch
+        return replace(state, data_position=skipped)
+    saved, present = chosen.state.get("data", {}), run.facts["data"]
+    changed = [key for key in present if saved.get(key) != present[key]]
+    if changed:
+        settings = [key for key in changed if key in DATA_KEYS]
+        listing = ", ".join(f"{DATA_KEYS[k]}: {saved.get(k)} -> {present[k]}" for k in settings)
+        key = DATA_KEYS[settings[0]] if settings else "train_dataset.data_loader.dataset_dir"
+        raise UserError(
+            "the training data is not that of the checkpoint "
+            f"({listing or 'the content of the files differs'})",
+            where=job.provenance.nearest(key),
+            rule="a resumed run goes on in the same samples in the same order",
+            advice="Give the same data, or say where to begin in the new one: "
+            "ignore_data_skip: True (at its start) or data_skip_steps: n",
+        )
     return state

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from launcher.assembly.data import evaluation_source, open_dataset, steps_per_epoch
+from launcher.assembly.facts import facts_of
 from launcher.assembly.gradients import gradients_of
 from launcher.assembly.job import Job
 from launcher.assembly.model import build_parallel
@@ -18,12 +19,11 @@ from launcher.config.derived import global_batch_size
 from launcher.config.schema import Config
 from launcher.data.loader import Loader
 from launcher.data.order import GlobalOrder
-from launcher.data.packing import RowDataset
 from launcher.errors import UserError
 from launcher.train.health import norm_limit
 from launcher.train.optimizer import build_optimizer
 from launcher.train.run import TrainRun
-from launcher.train.scaling import LossScaling, loss_scaling
+from launcher.train.scaling import loss_scaling
 from launcher.train.schedule import build_schedule, warmup_steps
 from launcher.train.state import TrainState
 from launcher.weights.source import Source
@@ -91,7 +91,7 @@ def build_run(job: Job) -> TrainRun:
         steps_per_epoch=per_epoch,
         total_steps=stop,
         sink_size=_sink_size(config, per_epoch),
-        facts=_facts(job, dataset, order, loader.global_batch, scaling),
+        facts=facts_of(job, dataset, order, loader.global_batch, scaling),
         write_model_files=partial(_write_model_files, job, next(built.parts.parameters()).dtype),
         evaluation=_evaluation(job),
         max_gradient_norm=wrapper.max_grad_norm if wrapper.use_clip_grad else None,
@@ -154,27 +154,6 @@ def _rate_scale(job: Job) -> float:
     if not config.lr_scale:
         return 1.0
     return job.world.size * config.runner_config.batch_size / config.lr_scale_factor
-
-
-def _facts(
-    job: Job, dataset: RowDataset, order: GlobalOrder, global_batch: int,
-    scaling: LossScaling | None,
-) -> dict[str, Any]:  # fmt: skip
-    return {
-        "seed": job.config.seed,
-        "global_batch_size": global_batch,
-        "data": {
-            "fingerprint": dataset.fingerprint,
-            "rows": len(dataset),
-            "seq_length": dataset.seq_length,
-            "packing": dataset.packed,
-            "order_seed": order.seed,
-            "shuffle": order.shuffle,
-        },
-        "optimizer": job.config.optimizer.type,
-        "schedule": job.config.lr_schedule.type,
-        "loss_scaling": scaling.kind if scaling is not None else None,
-    }
 
 
 def _balance(job: Job, global_batch: int) -> torch.Tensor | None:

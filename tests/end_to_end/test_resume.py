@@ -129,6 +129,51 @@ def test_a_changed_global_batch_goes_on_by_samples(workshop: Workshop) -> None:
     assert names == {"CKP-1_10.json", "CKP_1-1_22.json"}, "and no name comes twice"
 
 
+def receipt(result: JobResult) -> list[str]:
+    """The lines from `resumed:` to the last that is indented or closes it, one blank for many."""
+    lines = result.stdout.splitlines()
+    begin = next(n for n, line in enumerate(lines) if line.startswith("resumed:"))
+    rest = [line for line in lines[begin:] if not line.startswith("warning:")]
+    end = next(n for n, line in enumerate(rest) if line.startswith(("training:", "nothing to do")))
+    return [" ".join(line.split()) for line in rest[:end]]
+
+
+def test_the_receipt_of_a_run_without_its_newest_checkpoint(workshop: Workshop) -> None:
+    """E06 of the reference: it is deleted, and its steps come out as they were."""
+    name = workshop.yaml(parallel_config={"data_parallel": 2}, runner_config={"batch_size": 4})
+    run(workshop, name, 2)
+    losses = workshop.losses()
+    for file in (workshop.folder / "output/checkpoint").rglob("*1_20*"):
+        file.unlink()
+    result = run(workshop, name, 2, "--resume_training", "True")
+    assert receipt(result) == [
+        "resumed: CKP-1_10 of output/checkpoint, step 10 of 20",
+        "saved by 2 ranks (dp_replicate 2) after 80 samples, 2560 tokens",
+        "restored weights, optimizer state, schedule, data position, random numbers",
+        "nothing changed: the run goes on bit for bit",
+    ]
+    assert workshop.losses() == losses
+
+
+def test_the_receipt_names_what_changed_since(workshop: Workshop) -> None:
+    name, stop = workshop.yaml(), ("--runner_config.stop_step", "10")
+    run(workshop, name, 1, *stop)
+    moved = run(workshop, name, 2, *stop, "--resume_training", "True", "--seed", "8",
+                "--train_dataset.seed", "7", "--output_dir", "other",
+                "--load_checkpoint", "output/checkpoint", "--parallel_config.data_parallel", "2",
+                "--batch_size", "4")  # fmt: skip
+    assert receipt(moved)[2:] == [
+        "restored weights, optimizer state, schedule, data position",
+        "changed since:",
+        "layout 1 rank (not cut) -> 2 ranks (dp_replicate 2)",
+        "configuration seed: 7 -> 8",
+        "runner_config.batch_size: 8 -> 4",
+        "parallel_config.data_parallel: 1 -> 2",
+        "train_dataset.seed: left out -> 7",
+    ]
+    assert "warning: seed was 7, is 8 from here on" in moved.stdout
+
+
 def test_nothing_to_resume_is_a_fresh_start_with_a_warning(workshop: Workshop) -> None:
     result = run(workshop, workshop.yaml(), 1, "--resume_training", "True", "--max_steps", "2")
     assert "holds no checkpoint: a fresh start" in result.stdout + result.stderr

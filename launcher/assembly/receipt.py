@@ -1,0 +1,138 @@
+"""The receipt of a resume: what was restored from where, and what has changed since.
+
+    resumed: CKP-1_10 of output/checkpoint, step 10 of 20
+      saved by       8 ranks (pp 2 x dp_shard 2 x tp 2) after 80 samples, 2560 tokens
+      restored       weights, optimizer state, schedule, data position, random numbers
+    changed since:
+      layout         8 ranks (pp 2 x dp_shard 2 x tp 2) -> 4 ranks (tp 4)
+      configuration  parallel_config.data_parallel: 2 -> 1
+      versions       torch: 2.11.0 -> 2.12.0
+
+Owns the text and what it compares; changes nothing. At most twenty lines. It promises the same bits
+only where the layout, every key that counts, the versions and the place in the data are the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from launcher.layout.mesh import Mesh, layout_text
+from launcher.train.state import TrainState
+
+KEYS_SHOWN = 10
+VALUE_WIDTH = 30
+_LABEL_WIDTH = 15
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resumption:
+    """What was found, and what goes on from it."""
+
+    name: str
+    folder: str
+    saved: Mapping[str, Any]
+    """The state file: numbers and facts of the run that saved."""
+    saved_ranks: int
+    saved_mesh: Mapping[str, int]
+    """Axis to size; empty where the save does not say."""
+    state: TrainState
+    """Where this run goes on."""
+    facts: Mapping[str, Any]
+    """Facts of this run, by the keys of the state file."""
+    mesh: Mesh
+    total_steps: int
+    data_begins_elsewhere: bool
+    """Whether the user named the place in the data."""
+
+
+def receipt(resumption: Resumption) -> list[str]:
+    """The lines of the receipt."""
+    state, saved = resumption.state, resumption.saved
+    lines = [
+        f"resumed: {resumption.name} of {resumption.folder}, "
+        f"step {state.global_step} of {resumption.total_steps}",
+        _line("saved by", f"{layout_text(resumption.saved_ranks, resumption.saved_mesh)} after "
+              f"{saved['consumed_samples']} samples, {saved['consumed_tokens']} tokens"),
+        _line("restored", ", ".join(_restored(resumption))),
+    ]  # fmt: skip
+    changes = [*_changes(resumption)]
+    if not changes:
+        return [*lines, "nothing changed: the run goes on bit for bit"]
+    return [*lines, "changed since:", *changes]
+
+
+def _line(label: str, text: str) -> str:
+    return f"  {label:<{_LABEL_WIDTH}}{text}"
+
+
+def _restored(resumption: Resumption) -> Iterator[str]:
+    """What goes on where it was; what the configuration now says otherwise is left out."""
+    saved, present = resumption.saved, resumption.facts
+    yield from ("weights", "optimizer state")
+    if saved.get("schedule") == present["schedule"]:
+        yield "schedule"
+    if saved.get("loss_scaling") == present["loss_scaling"] == "dynamic":
+        yield f"loss scale {resumption.state.loss_scale:g}"
+    if not resumption.data_begins_elsewhere:
+        yield "data position"
+    if saved.get("seed") == present["seed"]:
+        yield "random numbers"
+
+
+def _changes(resumption: Resumption) -> Iterator[str]:
+    saved, present, state = resumption.saved, resumption.facts, resumption.state
+    mesh = resumption.mesh
+    if resumption.saved_ranks != mesh.world_size or _other_axes(resumption.saved_mesh, mesh):
+        before = layout_text(resumption.saved_ranks, resumption.saved_mesh)
+        yield _line("layout", f"{before} -> {layout_text(mesh.world_size, mesh.sizes())}")
+    batch = saved.get("global_batch_size")
+    if batch != present["global_batch_size"]:
+        yield _line("samples", f"global batch was {batch}, is {present['global_batch_size']}: "
+                    f"going on after {state.consumed_samples} samples, as step "
+                    f"{state.global_step}")  # fmt: skip
+    if "configuration" in saved:
+        yield from _configuration(saved["configuration"], present["configuration"])
+        software = differences(saved.get("versions", {}), present["versions"])
+        if software:
+            yield _line("versions", ", ".join(software))
+    else:
+        yield _line("configuration", "not compared: the save was written by an older version")
+    if resumption.data_begins_elsewhere:
+        other = "other data, " if saved.get("data") != present["data"] else ""
+        yield _line("data", f"{other}beginning at sample {state.data_position}, as asked")
+
+
+def _other_axes(saved: Mapping[str, int], mesh: Mesh) -> bool:
+    sizes = mesh.sizes()
+    return bool(saved) and any(saved.get(axis, 1) != size for axis, size in sizes.items())
+
+
+def _configuration(saved: Mapping[str, Any], present: Mapping[str, Any]) -> Iterator[str]:
+    found = differences(saved, present)
+    rest = len(found) - KEYS_SHOWN
+    shown = found[:KEYS_SHOWN] + ([f"... and {rest} more"] if rest > 0 else [])
+    for index, text in enumerate(shown):
+        yield _line("" if index else "configuration", text)
+
+
+def differences(saved: Mapping[str, Any], present: Mapping[str, Any]) -> list[str]:
+    """`key: old -> new` of every key whose value is another, in the order of the present ones."""
+    keys = [*present, *(key for key in saved if key not in present)]
+    return [
+        f"{key}: {_value(saved.get(key))} -> {_value(present.get(key))}"
+        for key in keys
+        if saved.get(key) != present.get(key)
+    ]
+
+
+def _value(value: Any) -> str:
+    """A value in a few words: of a long one both ends, for paths differ at their last."""
+    if value is None:
+        return "left out"
+    text = " ".join(str(value).split()) or "''"
+    if len(text) <= VALUE_WIDTH:
+        return text
+    half = (VALUE_WIDTH - 3) // 2
+    return f"{text[:half]}...{text[-half:]}"
