@@ -35,19 +35,26 @@ def json_bytes(content: dict[str, Any]) -> bytes:
     return (json.dumps(content, indent=1) + "\n").encode()
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
+def write_json(path: Path, content: dict[str, Any], *, durable: bool = True) -> None:
     """As `write_bytes`, of a JSON map."""
-    write_bytes(path, json_bytes(content))
+    write_bytes(path, json_bytes(content), durable=durable)
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write `content` to `path`: a reader sees the old file or the new one, never a part."""
+def write_bytes(path: Path, content: bytes, *, durable: bool = True) -> None:
+    """Write `content` to `path`: a reader sees the old file or the new one, never a part.
+
+    Not `durable`: a loss of power may undo it, and no time is spent on that.
+    """
     scratch = temporary(path)
     with scratch.open("wb") as file:
         file.write(content)
         file.flush()
-        os.fsync(file.fileno())
-    publish(scratch, path)
+        if durable:
+            os.fsync(file.fileno())
+    if durable:
+        publish(scratch, path)
+    else:
+        os.replace(scratch, path)
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

@@ -241,7 +241,7 @@ class Store:
             "last_step": name.step,
             "last_ckpt_file": name.rank_file(world.rank),
         }
-        write_json(self.root / f"rank_{world.rank}" / "meta.json", meta)
+        write_json(self.root / f"rank_{world.rank}" / "meta.json", meta, durable=False)
 
     def _retain(self, world: World) -> tuple[SaveName, ...]:
         """Let the oldest go."""
