@@ -169,7 +169,7 @@ def train_to_the_end(job: Job, run: TrainRun, callbacks: list[Callback]) -> int:
         )
         for callback in callbacks:
             if isinstance(callback, CheckpointMonitor):
-                callback.clean(run)
+                callback.settle(run)
         return EXIT_OK
     write_own(job, run.layout, run.links_of)
     job.say(

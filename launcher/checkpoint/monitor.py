@@ -126,6 +126,12 @@ class CheckpointMonitor:
         """Take a name that no earlier run has, and clear away what a crash left."""
         self._saved_step = self._tried_step = run.global_step
         self._saved_at = time.monotonic()
+        self._open(run)
+        if self.config.async_save:
+            self._apart = run.world.apart()
+        self._say_what_is_idle(run)
+
+    def _open(self, run: Savable) -> None:
         root = self._root(run)
         for folder in self._folders():
             found = attempt(self._open_folder, run, root / folder) if run.world.is_main else (0, "")
@@ -140,15 +146,17 @@ class CheckpointMonitor:
                 inventory_of(self._shapes(run, folder)),
                 self.config.keep_checkpoint_per_n_minutes,
             )
-        if self.config.async_save:
-            self._apart = run.world.apart()
-        self._say_what_is_idle(run)
 
-    def clean(self, run: Savable) -> None:
-        """Clear away what a crash left, of a run that has nothing to do."""
-        if run.world.is_main:
-            for folder in self._folders():
-                _clean(run, self._root(run) / folder)
+    def settle(self, run: Savable) -> None:
+        """End what this run was killed in, which has nothing else to do any more."""
+        if run.resumed_from is None:
+            return  # its checkpoints are in another folder
+        self._open(run)
+        for store in self._stores.values():
+            try:
+                store.settle(run.world)
+            except UserError as error:
+                run.say(f"warning: {error}")
 
     def _root(self, run: Savable) -> Path:
         return Path(self.config.directory) if self.config.directory else run.output_dir
@@ -176,7 +184,9 @@ class CheckpointMonitor:
         return run.shapes_in_files(optimizer=folder == FULL and self.config.save_optimizer)
 
     def _open_folder(self, run: Savable, folder: Path) -> int:
-        _clean(run, folder)
+        removed = clean_unfinished(folder)
+        if removed:
+            run.say(f"{folder}: removed {len(removed)} files of a save that was never finished")
         goes_on = run.resumed_from
         if goes_on is not None and goes_on.prefix == self.config.prefix:
             counter = goes_on.counter
@@ -365,12 +375,6 @@ class CheckpointMonitor:
             kept = frozenset(name for name in held if keeper[name] == run.world.rank)
             self._kept[folder] = frozenset(held), kept
         return {name: held[name] for name in held if name in kept}
-
-
-def _clean(run: Savable, folder: Path) -> None:
-    removed = clean_unfinished(folder)
-    if removed:
-        run.say(f"{folder}: removed {len(removed)} files of a save that was never finished")
 
 
 def _make_folder(folder: Path) -> None:

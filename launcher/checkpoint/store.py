@@ -151,9 +151,19 @@ class Store:
         nbytes = sum(record["bytes"] for record in files)
         try:
             agree(world, attempt(self._finish, name, files[world.rank], world))
+            return Saved(nbytes, self._retain(world))
         except UserError as error:
             return Saved(nbytes, (), error.problems[0].what)
-        return Saved(nbytes, self._retain(world))
+
+    def settle(self, world: World) -> None:
+        """Do what the newest save did not come to after it was published. Called on every rank.
+
+        Raises `UserError`.
+        """
+        mine = [c for c in world.from_main(published(self.root)) if c.name.prefix == self.prefix]
+        if mine:
+            agree(world, attempt(self._write_meta, mine[-1].name, world))
+            self._retain(world)
 
     def _abandon(self, name: SaveName, world: World) -> None:
         """Remove what a save left that failed; a published one stays."""
@@ -236,32 +246,39 @@ class Store:
         faults = file_faults(path, header_digest=record["header_xxh3_64"], data=False)
         if faults:
             raise OSError(errno.EIO, faults[0], str(path))
+        self._write_meta(name, world)
+
+    def _write_meta(self, name: SaveName, world: World) -> None:
+        folder = self.root / f"rank_{world.rank}"
+        if not (folder / name.rank_file(world.rank)).is_file():
+            return  # a save of fewer ranks
         meta = {
             "last_epoch": name.epoch,
             "last_step": name.step,
             "last_ckpt_file": name.rank_file(world.rank),
         }
-        write_json(self.root / f"rank_{world.rank}" / "meta.json", meta, durable=False)
+        write_json(folder / "meta.json", meta, durable=False)
 
     def _retain(self, world: World) -> tuple[SaveName, ...]:
         """Let the oldest go."""
-        mine = [c for c in published(self.root) if c.name.prefix == self.prefix]
-        old = [c for c in self._superseded(mine) if not self._is_input(c)]
+        known = [c for c in published(self.root) if c.name.prefix == self.prefix]
+        old = [c for c in self._superseded(known) if not self._is_input(c)]
         old = world.from_main(old)
         # What is let go is first made a save that was never finished: a crash leaves one of those,
         # which the next start clears away.
+        agree(world, attempt(self._withdraw, old, world))
+        mine = [file for checkpoint in old for file in checkpoint.files[world.rank :: world.size]]
+        agree(world, attempt(_remove, mine))
+        if world.is_main:
+            for checkpoint in old:
+                attempt(_remove, [checkpoint.state_path, intent(self.root, checkpoint.name)])
+        return tuple(checkpoint.name for checkpoint in old)
+
+    def _withdraw(self, old: Sequence[Published], world: World) -> None:
         if world.is_main and old:
             for checkpoint in old:
                 os.replace(checkpoint.manifest_path, intent(self.root, checkpoint.name))
             sync_directory(self.root / "manifest")
-        world.barrier()
-        for checkpoint in old:
-            _remove(checkpoint.files[world.rank :: world.size])
-        world.barrier()
-        if world.is_main:
-            for checkpoint in old:
-                _remove([checkpoint.state_path, intent(self.root, checkpoint.name)])
-        return tuple(checkpoint.name for checkpoint in old)
 
     def _superseded(self, mine: Sequence[Published]) -> list[Published]:
         """Those that are not to stay, of checkpoints in order; never the newest."""
