@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from launcher.checkpoint.names import SaveName, epoch_and_step_in_name, parse_rank_file
 from launcher.checkpoint.opening import open_weights
@@ -91,6 +93,21 @@ def test_newest_is_the_highest_sequence_number_whatever_the_times(tmp_path) -> N
     chosen = choose(tmp_path, True, ALONE, print)
     assert chosen is not None
     assert (chosen.name.step, chosen.is_newest) == (20, True)
+
+
+@pytest.mark.parametrize("meta", ["absent", "older", "no json"])
+def test_meta_is_for_others_and_chooses_nothing(tmp_path, meta: str) -> None:
+    save(tmp_path, 10)
+    path = tmp_path / "rank_0/meta.json"
+    older = path.read_text()
+    save(tmp_path, 20)
+    if meta == "absent":
+        path.unlink()
+    else:
+        path.write_text(older if meta == "older" else "{")
+    chosen = choose(tmp_path, True, ALONE, print)
+    assert chosen is not None
+    assert chosen.name.step == 20
 
 
 def test_the_oldest_go_and_earlier_runs_count(tmp_path) -> None:
@@ -242,6 +259,16 @@ def test_an_empty_folder_is_nothing_and_a_foreign_one_is_refused(tmp_path) -> No
         open_weights(tmp_path, ALONE, print)
 
 
+@pytest.mark.parametrize("place", ["", "model.safetensors"])
+def test_complete_weights_are_no_checkpoint_to_go_on_from(tmp_path, place: str) -> None:
+    save_file({"w": torch.ones(4, 3)}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError) as caught:
+        choose(tmp_path / place, True, ALONE, print)
+    said = str(caught.value)
+    assert f"{tmp_path / place} holds weights, but no checkpoint of this launcher" in said
+    assert "Use run_mode finetune to start from weights alone" in said
+
+
 def test_a_file_of_a_rank_stands_for_its_save(tmp_path) -> None:
     name = save(tmp_path, 10)
     source = open_weights(tmp_path / "rank_0" / name.rank_file(0), ALONE, print)
@@ -249,6 +276,26 @@ def test_a_file_of_a_rank_stands_for_its_save(tmp_path) -> None:
     chosen = choose(tmp_path / "rank_0" / name.rank_file(0), True, ALONE, print)
     assert chosen is not None
     assert chosen.name == name
+
+
+@pytest.mark.parametrize("moment", ["_prepare", "_write", "_publish"])
+def test_the_only_checkpoint_outlives_a_save_that_fails(tmp_path, monkeypatch, moment: str) -> None:
+    """A full disk, at each part of a save before it counts; one checkpoint is kept."""
+    save(tmp_path, 10, keep=1)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "disk")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, moment, full)
+        with pytest.raises(UserError, match="No space left on device"):
+            save(tmp_path, 20, keep=1)
+    chosen = choose(tmp_path, True, ALONE, print)
+    assert chosen is not None
+    assert (chosen.name.step, chosen.is_newest) == (10, True)
+    assert not [path for path in tmp_path.rglob("*") if "1_20" in path.name]
+    save(tmp_path, 30, keep=1)
+    assert [c.name.step for c in published(tmp_path)] == [30]
 
 
 def _save_on_ranks(root: str, failing_rank: int) -> str:

@@ -318,6 +318,14 @@ TABLE = (
         says=("@sink_size@ runner_config.sink_size = 0", "-1 for the whole epoch"),
     ),
     Wrong(
+        name="words where CheckpointMonitor counts",
+        replace={"save_checkpoint_steps: 10": "save_checkpoint_steps: ten"},
+        add="    keep_checkpoint_max: many\n",
+        says=("@steps: ten@ callbacks.1.save_checkpoint_steps = 'ten': a whole number",
+              "@many@ callbacks.1.keep_checkpoint_max = 'many': a whole number is needed"),
+        count=2,
+    ),
+    Wrong(
         name="a prefix that breaks names",
         replace={"prefix: demo": "prefix: my/rank"},
         says=("@prefix@ callbacks.1.prefix = 'my/rank': a prefix holds no \"/\"",),
