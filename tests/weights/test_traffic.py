@@ -17,6 +17,7 @@ from launcher.weights.ranks.rank_file import write_rank_file
 from launcher.weights.reading import transfer
 from launcher.weights.reading.load import load
 from launcher.weights.source import Source, open_complete
+from tests.ranks import run_ranks
 from tests.weights.worlds import shards
 
 ROWS, COLUMNS = 64, 1 << 14
@@ -93,3 +94,38 @@ def source_of(folder: Path, values: dict[str, torch.Tensor], cut: Cut, is_cut: b
         files.append(folder / f"{rank}.safetensors")
         write_rank_file(files[-1], shards(layout, rank, values), mesh=mesh, rank=rank)
     return open_rank_files(folder, files)
+
+
+@pytest.mark.parametrize("cut", [Cut(0), Cut(1)], ids=["long runs", "short runs"])
+def test_what_the_system_counts(tmp_path, cut: Cut) -> None:
+    """By the counters of the processes, from a cold cache: what four ranks ask for (`rchar`), and
+    what the disk gives them (`read_bytes`, where a file system counts it) for rows of 8 KiB."""
+    shape = (4096, 2048)
+    save_file({"w": torch.zeros(shape)}, tmp_path / "model.safetensors")
+    descriptor = os.open(tmp_path / "model.safetensors", os.O_RDONLY)
+    os.fsync(descriptor)
+    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    os.close(descriptor)
+    counted = run_ranks(4, counted_load, str(tmp_path), shape, cut)
+    needed = 4 * shape[0] * shape[1]
+    asked, given = (sum(values) for values in zip(*counted, strict=True))
+    assert asked <= (1.02 if cut == Cut(0) else 1.25) * needed
+    assert given <= 1.25 * needed
+
+
+def counted_load(folder: str, shape: tuple[int, int], cut: Cut) -> tuple[int, int]:
+    """A rank's load of its part of `w`: bytes asked of files, bytes fetched from the disk."""
+    layout = Layout({"w": shape}, Mesh(tp=4), {"w": cut})
+    rank = int(os.environ["RANK"])
+    held = shards(layout, rank, {"w": torch.zeros(shape)})
+    before = counters()
+    load(held, open_complete(Path(folder)), rank=rank, expected={"w": shape})
+    asked, given = (now - then for now, then in zip(counters(), before, strict=True))
+    return asked, given
+
+
+def counters() -> tuple[int, int]:
+    """(rchar, read_bytes) of this process."""
+    lines = (line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+    values = {name: int(value) for name, value in lines}
+    return values["rchar"], values["read_bytes"]
