@@ -31,6 +31,7 @@ from launcher.checkpoint.files import (
     write_json,
 )
 from launcher.checkpoint.names import SaveName, parse_rank_file
+from launcher.checkpoint.space import bytes_on_host, room_for
 from launcher.errors import UserError
 from launcher.layout.mesh import Mesh
 from launcher.parallel.world import World
@@ -140,8 +141,9 @@ class Store:
         Raises `UserError` on every rank when any rank could not write; the checkpoints that were
         there are untouched then, and what was written of this one is gone.
         """
+        nbytes = bytes_on_host(world, sum(shard.tensor.nbytes for shard in shards.values()))
         try:
-            agree(world, attempt(self._prepare, name, world))
+            agree(world, attempt(self._prepare, name, world, nbytes))
             outcome = attempt(self._write, name, shards, mesh, world, remove_redundancy)
             files = agree(world, outcome)
             agree(world, attempt(self._publish, name, files, state, mesh, world))
@@ -178,8 +180,9 @@ class Store:
             state = self.root / "state" / name.record
             attempt(_remove, [state, temporary(state), intent(self.root, name)])
 
-    def _prepare(self, name: SaveName, world: World) -> None:
+    def _prepare(self, name: SaveName, world: World, bytes_here: int) -> None:
         (self.root / f"rank_{world.rank}").mkdir(parents=True, exist_ok=True)
+        room_for(self.root, bytes_here)
         if world.is_main:
             for folder in ("manifest", "state"):
                 (self.root / folder).mkdir(parents=True, exist_ok=True)

@@ -11,6 +11,7 @@ imported when it is asked for, so that one that reads files does not load torch:
     merge_pipeline_strategys(src_strategy_dirs, dst_strategy_file)
     ckpt_to_safetensors(file_path, save_path, ...)                files of torch to safetensors
     verify(path)                                                  what is damaged
+    list_checkpoints(path)                                        the saves there are
     diff(a, b)                                                    what is different
 """
 
@@ -25,6 +26,7 @@ CALLS = {
     "merge_pipeline_strategys": "launcher.weights.ranks.strategies",
     "ckpt_to_safetensors": "launcher.weights.offline.convert",
     "verify": "launcher.weights.offline.inspection",
+    "list_checkpoints": "launcher.weights.offline.listing",
     "diff": "launcher.weights.offline.compare",
 }
 """Call to the module it lives in."""
