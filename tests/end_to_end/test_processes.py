@@ -144,4 +144,6 @@ def test_a_job_that_lost_a_process_goes_on_by_itself(workshop: Workshop) -> None
     whole = workshop.yaml("whole.yaml", callbacks=callbacks, output_dir="whole", **changes)
     assert run_job(["--config", whole, "--run_mode", "train"], workshop.folder, 2).code == 0
     assert workshop.losses() == workshop.losses("whole")
-    assert workshop.saved("output", "1_20", 2) == workshop.saved("whole", "1_20", 2)
+    saves = (workshop.saved(output, "1_20", 2) for output in ("output", "whole"))
+    ours, theirs = ({n: raw for n, raw in s.items() if n.endswith(".safetensors")} for s in saves)
+    assert ours == theirs
