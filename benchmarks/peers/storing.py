@@ -26,7 +26,7 @@ from launcher.weights.ranks.distributed import open_rank_files
 from launcher.weights.ranks.rank_file import write_rank_file
 from launcher.weights.reading.memory import Shard
 from launcher.weights.source import open_complete
-from launcher.weights.streaming.write import write_all
+from launcher.weights.streaming.block_file import write_all
 from models.names import links
 
 State = tuple[Mesh, dict[str, Shard]]

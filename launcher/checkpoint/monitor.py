@@ -122,6 +122,11 @@ class CheckpointMonitor:
         self._background: Background[Done] = Background()
         self._apart: World | None = None
 
+    @property
+    def is_writing(self) -> bool:
+        """Whether a save is being written beside training at this moment."""
+        return self._background.is_busy and not self._background.is_done
+
     def on_train_begin(self, run: Savable) -> None:
         """Take a name that no earlier run has, and clear away what a crash left."""
         self._saved_step = self._tried_step = run.global_step

@@ -1,21 +1,21 @@
 """Snapshots: a copy of a state in host memory, so that training goes on while it is written.
 
-Owns that memory: one piece, made at the first snapshot and used again for every other (pinned where
-tensors come from a GPU, whose copies then run at the speed of the bus). Invariant: what `take` gave
-before is no longer valid once it is called again.
+Owns that memory: one piece, made at the first snapshot and used again for every other. Tensors lie
+in it as they will in the file of the rank, so that whole blocks of it can go to the disk as they
+are. Where tensors come from a GPU it is locked in place, and copies run at the speed of the bus.
+Invariant: what `take` gave before is no longer valid once it is called again.
 """
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
 
-from launcher.weights.reading.memory import Shard, use_huge_pages
-
-ALIGNMENT = 64
-"""Bytes at whose multiples tensors begin, as allocators have it."""
+from launcher.weights.formats.safetensors import Slot, in_file_order
+from launcher.weights.reading.memory import DTYPE_NAMES, Shard, use_huge_pages
 
 
 class Snapshot:
@@ -23,30 +23,53 @@ class Snapshot:
 
     def __init__(self) -> None:
         self._memory = torch.empty(0, dtype=torch.uint8)
+        self._is_locked = False
+
+    def __del__(self) -> None:
+        self._unlock()
 
     @property
     def nbytes(self) -> int:
-        """Of the memory that is held."""
+        """Of the memory that is held for tensors."""
         return self._memory.numel()
 
     def take(self, held: Mapping[str, Shard]) -> dict[str, Shard]:
         """The same shards with their values of now, in host memory."""
         tensors = {name: shard.tensor.detach() for name, shard in held.items()}
-        starts, size = dict[str, int](), 0
-        for name, tensor in tensors.items():
-            starts[name] = size
-            size += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+        order = in_file_order(
+            Slot(name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape))
+            for name, tensor in tensors.items()
+        )
         on_gpu = any(tensor.device.type == "cuda" for tensor in tensors.values())
-        if self._memory.numel() < size:
-            self._memory = torch.empty(0, dtype=torch.uint8)  # let go of the smaller one first
-            self._memory = torch.empty(size, dtype=torch.uint8, pin_memory=on_gpu)
-            use_huge_pages(self._memory)
-        taken = {}
-        for name, tensor in tensors.items():
-            raw = self._memory[starts[name] : starts[name] + tensor.nbytes]
+        self._make_room(sum(slot.nbytes for slot in order), locked=on_gpu)
+        taken, start = dict[str, Shard](), 0
+        for slot in order:
+            tensor = tensors[slot.name]
+            raw = self._memory[start : start + slot.nbytes]
             copy = raw.view(tensor.dtype).view(tensor.shape)
             copy.copy_(tensor, non_blocking=True)
-            taken[name] = replace(held[name], tensor=copy)
+            taken[slot.name] = replace(held[slot.name], tensor=copy)
+            start += slot.nbytes
         if on_gpu:
             torch.cuda.synchronize()
         return taken
+
+    def _make_room(self, nbytes: int, *, locked: bool) -> None:
+        if self._memory.numel() >= nbytes:
+            return
+        self._unlock()
+        self._memory = torch.empty(0, dtype=torch.uint8)  # let go of the smaller one first
+        memory = torch.empty(nbytes + mmap.PAGESIZE, dtype=torch.uint8)
+        use_huge_pages(memory)
+        start = -memory.data_ptr() % mmap.PAGESIZE
+        self._memory = memory[start : start + nbytes]
+        if locked:
+            # Not `pin_memory=True`: that rounds up to a power of two, twice the memory at worst.
+            # https://docs.nvidia.com/cuda/cuda-runtime-api/group__CUDART__MEMORY.html
+            error = torch.cuda.cudart().cudaHostRegister(self._memory.data_ptr(), nbytes, 0)
+            self._is_locked = int(error) == 0  # else copies are slower, and as right
+
+    def _unlock(self) -> None:
+        if self._is_locked:
+            torch.cuda.cudart().cudaHostUnregister(self._memory.data_ptr())
+            self._is_locked = False

@@ -12,7 +12,7 @@ from collections import OrderedDict
 from pathlib import Path
 from types import TracebackType
 
-from launcher.weights.streaming.write import begin_writing, write_all
+from launcher.weights.streaming.block_file import begin_writing, write_all
 
 OPEN_FILES = 256
 """New files that are kept open at a time: those used last."""

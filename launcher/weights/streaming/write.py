@@ -2,13 +2,11 @@
 
 Owns how bytes reach a file. Torch-free. A block is taken from where it is, hashed and written to
 its place by one thread while others do the same; the header, which holds the checksums, comes last
-and has its final length from the start. Nothing is copied on the way.
+and has its final length from the start. No tensor is copied as a whole on the way.
 """
 
 from __future__ import annotations
 
-import ctypes
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,14 +15,11 @@ import xxhash
 
 from launcher.weights.formats.note import BLOCK_BYTES, Note
 from launcher.weights.formats.safetensors import Header, Slot, header_bytes, parse_header
+from launcher.weights.streaming.block_file import BlockFile
 from launcher.weights.threads import in_parallel
 
 WRITERS = 2
 """Blocks in flight: one is hashed while another is written; a file lets one in at a time."""
-
-_SYNC_FILE_RANGE = getattr(ctypes.CDLL(None), "sync_file_range", None)
-"""Of Linux: sync_file_range(descriptor, offset, bytes, flags)."""
-_BEGIN_WRITING = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,24 +46,20 @@ def write_file(
         return header_bytes(parts, {**metadata, **own})
 
     start = len(header(["0" * 16] * len(blocks)))
-    with path.open("wb", buffering=0) as file:
-        descriptor = file.fileno()
+    with BlockFile(path, BLOCK_BYTES, WRITERS) as file:
 
         def write(block: tuple[int, Block]) -> str:
-            position = start + block[0] * BLOCK_BYTES
+            pieces = [part.read(first, last) for part, first, last in block[1]]
             hasher = xxhash.xxh3_64()
-            for part, first, last in block[1]:
-                view = part.read(first, last)
-                if note is not None:
-                    hasher.update(view)
-                write_all(descriptor, view, position)
-                position += last - first
-            begin_writing(descriptor, start + block[0] * BLOCK_BYTES, BLOCK_BYTES)
+            for piece in pieces if note is not None else ():
+                hasher.update(piece)
+            file.write(pieces, start + block[0] * BLOCK_BYTES)
             return hasher.hexdigest()
 
         raw = header(in_parallel(write, enumerate(blocks), WRITERS))
-        write_all(descriptor, memoryview(raw), 0)
-        os.fsync(descriptor)
+        for first in range(0, len(raw), BLOCK_BYTES):
+            file.write([memoryview(raw)[first : first + BLOCK_BYTES]], first)
+        file.finish(start + total)
     return parse_header(path, raw[8:], start + total)
 
 
@@ -90,17 +81,3 @@ def _blocks(parts: Sequence[Part]) -> Iterator[Block]:
                 block, room = [], BLOCK_BYTES
     if block:
         yield block
-
-
-def begin_writing(descriptor: int, position: int, nbytes: int) -> None:
-    """Send bytes of a file on their way to the disk, so that fsync waits for little."""
-    if _SYNC_FILE_RANGE is not None:
-        place = (ctypes.c_int64(position), ctypes.c_int64(nbytes))
-        _SYNC_FILE_RANGE(descriptor, *place, _BEGIN_WRITING)
-
-
-def write_all(descriptor: int, view: memoryview, position: int) -> None:
-    """Write all of `view` to the file from `position` on."""
-    while view:
-        count = os.pwrite(descriptor, view, position)
-        view, position = view[count:], position + count
