@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from launcher.assembly.job import Job
-from launcher.checkpoint.store import attempt
+from launcher.checkpoint.agreement import attempt
 from launcher.errors import Problem, UserError
 from launcher.parallel.world import World
 from launcher.weights.offline.copy_record import FOLDERS, foreign, write_record

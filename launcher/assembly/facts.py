@@ -6,6 +6,7 @@ Owns their keys in the state file. What a run has come to (steps, samples) is no
 
 from __future__ import annotations
 
+import json
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -17,6 +18,8 @@ from launcher.config.flat import flat
 from launcher.data.order import GlobalOrder
 from launcher.data.packing import RowDataset
 from launcher.train.scaling import LossScaling
+
+_NOT_OF_THE_MODEL = {"transformers_version", "_name_or_path"}
 
 
 def facts_of(
@@ -39,8 +42,15 @@ def facts_of(
         "schedule": job.config.lr_schedule.type,
         "loss_scaling": scaling.kind if scaling is not None else None,
         "configuration": flat(job.config),
+        "model": _model(job),
         "versions": versions(job.world.device),
     }
+
+
+def _model(job: Job) -> dict[str, Any]:
+    """What describes the model, as JSON gives it back; of which code wrote it nothing."""
+    content: dict[str, Any] = json.loads(json.dumps(job.spec.hf_config))
+    return {key: value for key, value in content.items() if key not in _NOT_OF_THE_MODEL}
 
 
 def versions(device: torch.device) -> dict[str, str]:

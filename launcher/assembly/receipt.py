@@ -23,6 +23,7 @@ from launcher.train.state import TrainState
 
 KEYS_SHOWN = 10
 VALUE_WIDTH = 30
+MODEL_KEYS = "model.model_config."
 _LABEL_WIDTH = 15
 
 
@@ -94,6 +95,9 @@ def _changes(resumption: Resumption) -> Iterator[str]:
                     f"{state.global_step}")  # fmt: skip
     if "configuration" in saved:
         yield from _configuration(saved["configuration"], present["configuration"])
+        model = _beside_configuration(saved, present)
+        if model:
+            yield _line("model", ", ".join(model))
         software = differences(saved.get("versions", {}), present["versions"])
         if software:
             yield _line("versions", ", ".join(software))
@@ -102,6 +106,19 @@ def _changes(resumption: Resumption) -> Iterator[str]:
     if resumption.data_begins_elsewhere:
         other = "other data, " if saved.get("data") != present["data"] else ""
         yield _line("data", f"{other}beginning at sample {state.data_position}, as asked")
+
+
+def _beside_configuration(saved: Mapping[str, Any], present: Mapping[str, Any]) -> list[str]:
+    """What config.json says otherwise, apart from keys that the configuration sets."""
+    if "model" not in saved:
+        return []
+    before, now = saved["configuration"], present["configuration"]
+    written = {key for key in {*before, *now} if before.get(key) != now.get(key)}
+    set_here = {key.removeprefix(MODEL_KEYS) for key in written if key.startswith(MODEL_KEYS)}
+    return [
+        text for text in differences(saved["model"], present["model"])
+        if text.partition(":")[0] not in set_here
+    ]  # fmt: skip
 
 
 def _other_axes(saved: Mapping[str, int], mesh: Mesh) -> bool:

@@ -71,6 +71,8 @@ def resumed_run(job: Job, chosen: Chosen) -> TrainRun:
     # Under its own name only where no name can come twice: steps counted anew would repeat some.
     if own and chosen.is_newest and same_steps and whole_sinks:
         run.resumed_from = chosen.name
+    else:
+        run.inputs |= {file.resolve() for file in chosen.published.files}
     for line in receipt(_resumption(job, run, chosen)):
         job.say(line)
     for key in ("seed", "optimizer", "schedule", "loss_scaling"):

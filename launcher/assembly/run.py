@@ -36,7 +36,7 @@ def fresh_run(job: Job, weights: Source | None) -> TrainRun:
     """A run at its first step, from `weights` or from random ones."""
     run = build_run(job)
     fill_weights(job, run.parts, run.layout, weights)
-    run.inputs = frozenset(file.resolve() for file in weights.headers) if weights else frozenset()
+    run.inputs |= {file.resolve() for file in weights.headers} if weights else set()
     return run
 
 
@@ -100,9 +100,16 @@ def build_run(job: Job) -> TrainRun:
         norm_limit=norm_limit(config),
         has_dropout=_has_dropout(job.spec),
         links_of=links_of(built.parts.modules[-1]),
+        inputs=_inputs(config),
         state=TrainState(loss_scale=scaling.first if scaling is not None else 1.0),
         say=job.say,
     )
+
+
+def _inputs(config: Config) -> frozenset[Path]:
+    """Where the model and its tokenizer come from."""
+    folder = config.pretrained_model_dir
+    return frozenset({Path(folder).resolve()} if folder else ())
 
 
 def _micro_batches(config: Config) -> int:

@@ -4,16 +4,17 @@
 
 Owns that folder. The weights stream from the rank files that were just written, a few tensors at a
 time, so that no process ever holds a whole model. They appear whole or not at all, and go when
-their save goes.
+their save goes; what a run was started from stays.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection
 from pathlib import Path
 
-from launcher.checkpoint.names import SaveName
+from launcher.checkpoint.published import Published
+from launcher.errors import UserError
 from launcher.weights.offline.export import write_complete
 from launcher.weights.ranks.saves import model_files, open_save
 from launcher.weights.source import OPTIMIZER_PREFIXES
@@ -22,13 +23,19 @@ from launcher.weights.streaming.new_folder import folder_aside
 INTEGRATED_FOLDER = "checkpoint_integrated"
 
 
-def write_integrated(root: Path, name: SaveName, ranks: int) -> Path:
-    """Merge the weights of save `name` in `root`, the folder of checkpoints. Returns the folder.
+def write_integrated(checkpoint: Published, inputs: Collection[Path] = ()) -> Path:
+    """Merge the weights of a checkpoint. Returns the folder.
 
-    Raises `UserError` and `OSError`.
+    `inputs`: resolved paths that are never replaced. Raises `UserError` and `OSError`.
     """
-    files = [root / f"rank_{rank}" / name.rank_file(rank) for rank in range(ranks)]
-    folder = folder_of(root, name)
+    root, files = checkpoint.root, checkpoint.files
+    folder = folder_of(root, str(checkpoint.name))
+    if _holds(folder, inputs):
+        raise UserError(
+            f"{folder} is what this run was started from",
+            rule="an input is never written to",
+            advice="Give another output_dir",
+        )
     folder.parent.mkdir(parents=True, exist_ok=True)
     with folder_aside(folder, root, overwrite=True) as aside:
         source = open_save(root, files)
@@ -38,12 +45,26 @@ def write_integrated(root: Path, name: SaveName, ranks: int) -> Path:
     return folder
 
 
-def remove_integrated(root: Path, names: Sequence[SaveName]) -> None:
-    """Let go of those of saves that were let go."""
-    for name in names:
-        shutil.rmtree(folder_of(root, name), ignore_errors=True)
+def remove_integrated(root: Path, name: str, inputs: Collection[Path] = ()) -> None:
+    """Let go of that of save `name`, and of what a crash left of writing it."""
+    folder = folder_of(root, name)
+    if not _holds(folder, inputs):
+        shutil.rmtree(folder, ignore_errors=True)
+    shutil.rmtree(folder.with_name(f".{folder.name}.tmp"), ignore_errors=True)
 
 
-def folder_of(root: Path, name: SaveName) -> Path:
-    """Where the complete weights of a save lie."""
-    return root.parent / INTEGRATED_FOLDER / str(name)
+def integrated_names(root: Path) -> list[str]:
+    """The saves whose complete weights lie beside `root`."""
+    folder = folder_of(root, "")
+    return [path.name for path in folder.iterdir()] if folder.is_dir() else []
+
+
+def folder_of(root: Path, name: str) -> Path:
+    """Where the complete weights of save `name` lie."""
+    return root.parent / INTEGRATED_FOLDER / name
+
+
+def _holds(folder: Path, inputs: Collection[Path]) -> bool:
+    """Whether an input is `folder`, or lies in it."""
+    place = folder.resolve()
+    return any(path.is_relative_to(place) for path in inputs)

@@ -11,17 +11,18 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+from launcher.checkpoint.agreement import agree, attempt
 from launcher.checkpoint.background import Background
-from launcher.checkpoint.integrated import remove_integrated, write_integrated
+from launcher.checkpoint.leftovers import clean_unfinished, next_counter
 from launcher.checkpoint.names import SaveName, epoch_and_step_in_name
+from launcher.checkpoint.saver import FULL, NETWORK, TRAINABLE, Done, Job, Saver
 from launcher.checkpoint.snapshot import Snapshot
-from launcher.checkpoint.store import Store, agree, attempt, clean_unfinished, next_counter
+from launcher.checkpoint.store import Store
 from launcher.config.schema import CheckpointMonitorSection
 from launcher.errors import UserError
 from launcher.layout.box import Shape
@@ -61,39 +62,8 @@ class Savable(Protocol):
     def say(self, text: str) -> None: ...
 
 
-FULL, NETWORK, TRAINABLE = "checkpoint", "checkpoint_network", "checkpoint_trainable"
-"""Folders of saves: what a resume needs, the weights alone, the trained weights alone."""
-
 LAST_WAIT_SECONDS = 300.0
 """How long a run that fails waits for the save that is under way."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """One save: everything it needs, so that it can be done while the run goes on."""
-
-    step: int
-    epoch: int
-    step_in_epoch: int
-    contents: Mapping[str, Mapping[str, Shard]]
-    """By folder."""
-    record: dict[str, Any]
-    """Content of the state file."""
-    waited_seconds: float
-    """How long training stood still for it."""
-
-
-@dataclass(frozen=True)
-class Done:
-    """What became of a save."""
-
-    job: Job
-    seconds: float
-    nbytes: int = 0
-    removed: tuple[SaveName, ...] = ()
-    troubles: tuple[str, ...] = ()
-    """What went wrong after it was published."""
-    error: UserError | None = None
 
 
 class CheckpointMonitor:
@@ -113,11 +83,9 @@ class CheckpointMonitor:
         self._tried_step = 0
         """Of the newest save that was begun."""
         self._saved_at = 0.0
-        self._stores: dict[str, Store] = {}
+        self._saver: Saver | None = None
         self._kept: dict[str, tuple[frozenset[str], frozenset[str]]] = {}
         """Folder to the tensors that were shared out, and those of them that are this rank's."""
-        self._published: set[tuple[str, int]] = set()
-        """(folder, step) of what this run published."""
         self._snapshot = Snapshot()
         self._background: Background[Done] = Background()
         self._apart: World | None = None
@@ -131,18 +99,33 @@ class CheckpointMonitor:
         """Take a name that no earlier run has, and clear away what a crash left."""
         self._saved_step = self._tried_step = run.global_step
         self._saved_at = time.monotonic()
-        self._open(run)
+        self._saver = self._open(run)
+        if run.resumed_from is not None:
+            self._catch_up(run, self._saver.complete)
         if self.config.async_save:
             self._apart = run.world.apart()
         self._say_what_is_idle(run)
 
-    def _open(self, run: Savable) -> None:
-        root = self._root(run)
+    def settle(self, run: Savable) -> None:
+        """End what this run was killed in, which has nothing else to do any more."""
+        if run.resumed_from is not None:  # else its checkpoints are in another folder
+            self._catch_up(run, self._open(run).settle)
+
+    def _catch_up(self, run: Savable, action: Callable[[SaveName, World], None]) -> None:
+        assert run.resumed_from is not None
+        try:
+            action(run.resumed_from, run.world)
+        except UserError as error:
+            run.say(f"warning: {error}")
+
+    def _open(self, run: Savable) -> Saver:
+        root = Path(self.config.directory) if self.config.directory else run.output_dir
+        stores = {}
         for folder in self._folders():
             found = attempt(self._open_folder, run, root / folder) if run.world.is_main else (0, "")
             counter = agree(run.world, found)[0]
             agree(run.world, attempt(_make_folder, root / folder / f"rank_{run.world.rank}"))
-            self._stores[folder] = Store(
+            stores[folder] = Store(
                 root / folder,
                 self.config.prefix,
                 counter,
@@ -151,20 +134,10 @@ class CheckpointMonitor:
                 inventory_of(self._shapes(run, folder)),
                 self.config.keep_checkpoint_per_n_minutes,
             )
-
-    def settle(self, run: Savable) -> None:
-        """End what this run was killed in, which has nothing else to do any more."""
-        if run.resumed_from is None:
-            return  # its checkpoints are in another folder
-        self._open(run)
-        for store in self._stores.values():
-            try:
-                store.settle(run.world)
-            except UserError as error:
-                run.say(f"warning: {error}")
-
-    def _root(self, run: Savable) -> Path:
-        return Path(self.config.directory) if self.config.directory else run.output_dir
+        return Saver(
+            stores, run.mesh, remove_redundancy=self.config.remove_redundancy,
+            integrate=self.config.integrated_save,
+        )  # fmt: skip
 
     def _say_what_is_idle(self, run: Savable) -> None:
         """The original's rule: a limit in time acts where that in numbers is off."""
@@ -189,7 +162,7 @@ class CheckpointMonitor:
         return run.shapes_in_files(optimizer=folder == FULL and self.config.save_optimizer)
 
     def _open_folder(self, run: Savable, folder: Path) -> int:
-        removed = clean_unfinished(folder)
+        removed = clean_unfinished(folder, run.inputs)
         if removed:
             run.say(f"{folder}: removed {len(removed)} files of a save that was never finished")
         goes_on = run.resumed_from
@@ -237,16 +210,17 @@ class CheckpointMonitor:
                 self._tell(run, self._background.finish(LAST_WAIT_SECONDS))
             if self.config.exception_save and not isinstance(error, UserError):
                 self._save_after(run)
-        except (TimeoutError, UserError) as trouble:  # the error that ended the run comes first
-            run.say(f"warning: not saved: {trouble}")
+        except Exception as trouble:  # the error that ended the run comes first
+            run.say(f"warning: not saved: {str(trouble) or type(trouble).__name__}")
 
     def _save_after(self, run: Savable) -> None:
         """Save the last whole step of a run that failed."""
-        if not self._stores or self._saved_step == run.global_step:
+        if self._saver is None or self._saved_step == run.global_step:
             return
         if run.world.size > 1:
-            run.say("exception_save: one rank failed and the others cannot save without it; the "
-                    f"newest save is that of step {self._saved_step}")  # fmt: skip
+            newest = f"the newest save is that of step {self._saved_step}"
+            run.say("exception_save: one rank failed and the others cannot save without it; "
+                    f"{newest if self._saved_step else 'nothing is saved yet'}")  # fmt: skip
         elif not run.is_whole:
             run.say("exception_save: an update of the weights was cut short, nothing is saved")
         else:
@@ -257,7 +231,7 @@ class CheckpointMonitor:
         self._wait(run)
         if self._saved_step == run.global_step:
             return
-        done = self._write(self._job(run), run, run.world)
+        done = self._open_saver.write(self._job(run), run.world)
         self._tell(run, done)
         if done.error is not None:
             raise done.error
@@ -267,10 +241,10 @@ class CheckpointMonitor:
         self._wait(run)
         self._tried_step, self._saved_at = run.global_step, time.monotonic()
         if self._apart is None:
-            self._settle(run, self._write(self._job(run), run, run.world))
+            self._settle(run, self._open_saver.write(self._job(run), run.world))
             return
         job = self._job(run, started)
-        self._background.start(partial(self._write, job, run, self._apart))
+        self._background.start(partial(self._open_saver.write, job, self._apart))
 
     def _job(self, run: Savable, asynchronous_since: float | None = None) -> Job:
         """What is to be saved of the run as it is now; a copy of it for an asynchronous save."""
@@ -289,44 +263,19 @@ class CheckpointMonitor:
         weights = run.weights()
         optimizer = run.optimizer_state() if self.config.save_optimizer else {}
         contents = {FULL: {**weights, **optimizer}, NETWORK: weights}
-        if TRAINABLE in self._stores:
+        folders = self._folders()
+        if TRAINABLE in folders:
             contents[TRAINABLE] = run.trainable_weights()
-        contents = {folder: contents[folder] for folder in self._stores}
+        contents = {folder: contents[folder] for folder in folders}
         if self.config.remove_redundancy:
             contents = {f: self._without_copies(run, f, held) for f, held in contents.items()}
         return contents
 
-    def _write(self, job: Job, run: Savable, world: World) -> Done:
-        """Write and publish everything of a save. Called on all ranks; of `run` only what does not
-        change is looked at."""
-        started, nbytes = time.perf_counter(), 0
-        removed, troubles = list[SaveName](), list[str]()
-        try:
-            for folder, store in self._stores.items():
-                if (folder, job.step) in self._published:
-                    continue  # a save that failed after it
-                name = SaveName(store.prefix, store.counter, job.epoch, job.step_in_epoch)
-                saved = store.save(
-                    name, job.contents[folder], job.record, mesh=run.mesh, world=world,
-                    remove_redundancy=self.config.remove_redundancy,
-                )  # fmt: skip
-                self._published.add((folder, job.step))
-                nbytes += saved.bytes_written
-                removed += saved.removed
-                troubles += [saved.trouble] * bool(saved.trouble)
-                if folder == FULL and self.config.integrated_save:
-                    agree(world, attempt(self._integrate, store, name, saved.removed, world))
-        except UserError as error:
-            return Done(job, time.perf_counter() - started, error=error)
-        seconds = time.perf_counter() - started
-        return Done(job, seconds, nbytes, tuple(dict.fromkeys(removed)), tuple(troubles))
-
-    def _integrate(
-        self, store: Store, name: SaveName, removed: Sequence[SaveName], world: World
-    ) -> None:
-        if world.is_main:
-            write_integrated(store.root, name, world.size)
-            remove_integrated(store.root, removed)
+    @property
+    def _open_saver(self) -> Saver:
+        if self._saver is None:
+            raise RuntimeError("training has not begun")
+        return self._saver
 
     def _look(self, run: Savable) -> None:
         """Say what became of a save that has ended. Raises `UserError` with `on_save_error: stop`,
@@ -350,25 +299,28 @@ class CheckpointMonitor:
             raise done.error
 
     def _tell(self, run: Savable, done: Done) -> None:
-        job = done.job
-        name = SaveName(self._stores[FULL].prefix, self._stores[FULL].counter,
-                        job.epoch, job.step_in_epoch)  # fmt: skip
+        job, name = done.job, done.name
+        for trouble in done.troubles:
+            run.say(f"warning: {name} is saved, but {trouble}")
+        for old in done.removed:
+            run.say(f"removed {old} of an earlier run: {self._retention()}")
         if done.error is not None:
-            run.say(f"warning: step {job.step} was not saved: {done.error}")
+            where = f" in {done.failed_in}, only in {', '.join(done.saved_in)}"
+            run.say(f"warning: step {job.step} was not saved{where if done.saved_in else ''}: "
+                    f"{done.error}")  # fmt: skip
             return
         self._saved_step = job.step
-        for trouble in done.troubles:
-            run.say(f"warning: {name} is saved, but no older one was let go: {trouble}")
-        for old in done.removed:
-            if old.label != name.label:
-                keeps = f"keep_checkpoint_max is {self.config.keep_checkpoint_max}"
-                run.say(f"removed {old} of an earlier run: {keeps}")
         ranks = "1 rank" if run.world.size == 1 else f"{run.world.size} ranks"
         beside = f" beside training, which waited {job.waited_seconds:.2f} s"
         run.say(
             f"saved step {job.step} as {name}: {ranks}, {done.nbytes / 1e6:.1f} MB, "
             f"{done.seconds:.2f} s{beside if job.waited_seconds else ''}"
         )
+
+    def _retention(self) -> str:
+        if self.config.keep_checkpoint_max:
+            return f"keep_checkpoint_max is {self.config.keep_checkpoint_max}"
+        return f"keep_checkpoint_per_n_minutes is {self.config.keep_checkpoint_per_n_minutes}"
 
     def _without_copies(
         self, run: Savable, folder: str, held: Mapping[str, Shard]

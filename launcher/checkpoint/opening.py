@@ -13,7 +13,8 @@ from functools import partial
 from importlib import import_module
 from pathlib import Path
 
-from launcher.checkpoint.store import Published, is_unfinished, published
+from launcher.checkpoint.leftovers import is_unfinished
+from launcher.checkpoint.published import Published, published
 from launcher.checkpoint.wholeness import (
     Found,
     OpenFiles,
@@ -27,6 +28,7 @@ from launcher.checkpoint.wholeness import (
 from launcher.errors import Problem, UserError
 from launcher.parallel.world import World
 from launcher.weights.ranks.distributed import check_copies, open_rank_files
+from launcher.weights.ranks.manifests import MANIFEST_FOLDER
 from launcher.weights.ranks.rank_folders import newest, save_of
 from launcher.weights.ranks.saves import describes_itself, strategy_of
 from launcher.weights.source import Source, detect, is_rank_folder, open_complete
@@ -55,10 +57,10 @@ def open_weights(path: Path, world: World, say: Say, *, strategy: str = "") -> S
         return open_complete(path)
     root = path.parent.parent if path.is_file() else path
     candidates = world.from_main(published(root))
-    tell_damaged_manifests(root, candidates, world, say)
     if path.is_file():
         candidates = [found for found in candidates if path in found.files]
     elif candidates:
+        tell_damaged_manifests(root, candidates, world, say)
         candidate, source = newest_whole(candidates, world, say, data=False)
         say(f"{path}: checkpoint {candidate.name}")
         return source
@@ -80,6 +82,9 @@ def _open_save(
     else:
         save = save_of(path) if path.is_file() else newest(path)
         label, files = save.label, [RankFile(file) for file in save.in_rank_order]
+        manifest = root / MANIFEST_FOLDER / f"{label}.json"
+        if world.from_main(manifest.exists()):
+            say(f"{manifest} is damaged: the files of {label} are taken by their names")
     ours = _describe_themselves([file.path for file in files])
     open_files = open_rank_files if ours else _with_strategy(root, strategy)
     found = whole_source(root, files, world, open_files, data=False)

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from launcher.checkpoint.files import read_json
+from launcher.checkpoint.leftovers import is_unfinished
 from launcher.checkpoint.names import SaveName, parse_rank_file
-from launcher.checkpoint.store import Published, is_unfinished, published
+from launcher.checkpoint.published import Published, published
 from launcher.checkpoint.wholeness import newest_whole, none_is_whole, tell_damaged_manifests
 from launcher.errors import UserError, did_you_mean
 from launcher.parallel.world import World

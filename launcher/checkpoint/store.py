@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from launcher.checkpoint.agreement import agree, attempt
 from launcher.checkpoint.files import (
-    TEMPORARY_SUFFIX,
     json_bytes,
     publish,
     sync_directory,
@@ -30,73 +30,21 @@ from launcher.checkpoint.files import (
     write_bytes,
     write_json,
 )
-from launcher.checkpoint.names import SaveName, parse_rank_file
+from launcher.checkpoint.integrated import remove_integrated
+from launcher.checkpoint.names import SaveName
+from launcher.checkpoint.published import Published, intent, published
 from launcher.checkpoint.space import bytes_on_host, room_for
 from launcher.errors import UserError
 from launcher.layout.mesh import Mesh
 from launcher.parallel.world import World
 from launcher.weights.formats.note import Inventory
-from launcher.weights.ranks.manifests import digest_of, read_manifest, sealed
+from launcher.weights.ranks.manifests import MANIFEST_FOLDER, STATE_FOLDER, digest_of, sealed
 from launcher.weights.ranks.rank_file import write_rank_file
 from launcher.weights.reading.checksums import file_faults
 from launcher.weights.reading.memory import Shard
 
-
-@dataclass(frozen=True)
-class Published:
-    """A checkpoint that counts: its folder, name and manifest."""
-
-    root: Path
-    name: SaveName
-    manifest: dict[str, Any]
-
-    @property
-    def sequence(self) -> int:
-        """Order of publication in its folder, from 1; the highest is the newest."""
-        return int(self.manifest["sequence"])
-
-    @property
-    def saved_at(self) -> float:
-        """When it was published, seconds since 1970; 0 in those of older versions."""
-        return float(self.manifest.get("saved_at", 0))
-
-    @property
-    def files(self) -> list[Path]:
-        """Rank files, in rank order. From the name, so that a manifest cannot point elsewhere."""
-        ranks = range(len(self.manifest["files"]))
-        return [self.root / f"rank_{rank}" / self.name.rank_file(rank) for rank in ranks]
-
-    @property
-    def manifest_path(self) -> Path:
-        """The file whose existence makes this a checkpoint."""
-        return self.root / "manifest" / self.name.record
-
-    @property
-    def state_path(self) -> Path:
-        """Global state of the run."""
-        return self.root / "state" / self.name.record
-
-
-def published(root: Path) -> list[Published]:
-    """Every checkpoint of the folder that counts, oldest first."""
-    found = []
-    for path in (root / "manifest").glob("*.json"):
-        checkpoint = _read_manifest(root, path)
-        if checkpoint is not None:
-            found.append(checkpoint)
-    return sorted(found, key=lambda checkpoint: checkpoint.sequence)
-
-
-def _read_manifest(root: Path, path: Path) -> Published | None:
-    """The checkpoint a manifest publishes; None when it is damaged or not what its name says."""
-    manifest = read_manifest(path) or {}
-    try:
-        name = SaveName(**manifest["save"])
-        sizes = [int(file["bytes"]) for file in manifest["files"]]
-        whole = len(sizes) == manifest["world_size"] and int(manifest["sequence"]) > 0
-    except (KeyError, TypeError, ValueError):
-        return None
-    return Published(root, name, manifest) if whole and name.record == path.name else None
+NO_META = "meta.json was not written"
+NOT_LET_GO = "older ones were not let go"
 
 
 @dataclass(frozen=True)
@@ -119,7 +67,7 @@ class Store:
     keep_max: int
     """How many checkpoints of this prefix stay; 0: all, or what `keep_minutes` says."""
     inputs: frozenset[Path] = frozenset()
-    """Resolved files that are never deleted: what the run was started from."""
+    """Resolved files and folders that are never deleted: what the run was started from."""
     inventory: Inventory | None = None
     """Of what all ranks together save here."""
     keep_minutes: int = 0
@@ -152,7 +100,7 @@ class Store:
             raise
         nbytes = sum(record["bytes"] for record in files)
         try:
-            agree(world, attempt(self._finish, name, files[world.rank], world))
+            agree(world, attempt(self._write_meta, name, world), NO_META)
             return Saved(nbytes, self._retain(world))
         except UserError as error:
             return Saved(nbytes, (), error.problems[0].what)
@@ -164,12 +112,12 @@ class Store:
         """
         mine = [c for c in world.from_main(published(self.root)) if c.name.prefix == self.prefix]
         if mine:
-            agree(world, attempt(self._write_meta, mine[-1].name, world))
+            agree(world, attempt(self._write_meta, mine[-1].name, world), NO_META)
             self._retain(world)
 
     def _abandon(self, name: SaveName, world: World) -> None:
         """Remove what a save left that failed; a published one stays."""
-        if world.from_main((self.root / "manifest" / name.record).exists()):
+        if world.from_main((self.root / MANIFEST_FOLDER / name.record).exists()):
             return
         path = self.root / f"rank_{world.rank}" / name.rank_file(world.rank)
         left = [path, temporary(path)]
@@ -177,21 +125,21 @@ class Store:
         attempt(_remove, left)
         world.barrier()
         if world.is_main:
-            state = self.root / "state" / name.record
+            state = self.root / STATE_FOLDER / name.record
             attempt(_remove, [state, temporary(state), intent(self.root, name)])
 
     def _prepare(self, name: SaveName, world: World, bytes_here: int) -> None:
         (self.root / f"rank_{world.rank}").mkdir(parents=True, exist_ok=True)
         room_for(self.root, bytes_here)
         if world.is_main:
-            for folder in ("manifest", "state"):
+            for folder in (MANIFEST_FOLDER, STATE_FOLDER):
                 (self.root / folder).mkdir(parents=True, exist_ok=True)
-            published_already = self.root / "manifest" / name.record
+            published_already = self.root / MANIFEST_FOLDER / name.record
             if published_already.exists():
                 raise FileExistsError(errno.EEXIST, "it is published", str(published_already))
             # Says whose files these are, should this save never be finished.
             intent(self.root, name).touch()
-            sync_directory(self.root / "manifest")
+            sync_directory(self.root / MANIFEST_FOLDER)
 
     def _write(
         self, name: SaveName, shards: Mapping[str, Shard], mesh: Mesh, world: World,
@@ -208,6 +156,9 @@ class Store:
             temporary(path).unlink(missing_ok=True)
             raise
         publish(temporary(path), path)
+        faults = file_faults(path, header_digest=header.digest, data=False)
+        if faults:
+            raise OSError(errno.EIO, faults[0], str(path))
         return {
             "rank": world.rank,
             "file": str(path.relative_to(self.root)),
@@ -226,6 +177,10 @@ class Store:
         if not world.is_main:
             return
         newest = max((checkpoint.sequence for checkpoint in published(self.root)), default=0)
+        if not intent(self.root, name).exists():
+            raise OSError(
+                errno.EBUSY, "another run that writes here cleared this save away", str(self.root)
+            )
         state_text = json_bytes(state)
         manifest = {
             "sequence": newest + 1,
@@ -237,19 +192,11 @@ class Store:
             "files": files,
             "state_xxh3_64": digest_of(state_text),
         }
-        write_bytes(self.root / "state" / name.record, state_text)
-        write_bytes(self.root / "manifest" / name.record, sealed(manifest))
+        write_bytes(self.root / STATE_FOLDER / name.record, state_text)
+        write_bytes(self.root / MANIFEST_FOLDER / name.record, sealed(manifest))
 
     def _is_input(self, checkpoint: Published) -> bool:
         return any(file.resolve() in self.inputs for file in checkpoint.files)
-
-    def _finish(self, name: SaveName, record: dict[str, Any], world: World) -> None:
-        """Look at the file once more, before older ones go, and write what the original reads."""
-        path = self.root / f"rank_{world.rank}" / name.rank_file(world.rank)
-        faults = file_faults(path, header_digest=record["header_xxh3_64"], data=False)
-        if faults:
-            raise OSError(errno.EIO, faults[0], str(path))
-        self._write_meta(name, world)
 
     def _write_meta(self, name: SaveName, world: World) -> None:
         folder = self.root / f"rank_{world.rank}"
@@ -269,9 +216,12 @@ class Store:
         old = world.from_main(old)
         # What is let go is first made a save that was never finished: a crash leaves one of those,
         # which the next start clears away.
-        agree(world, attempt(self._withdraw, old, world))
+        agree(world, attempt(self._withdraw, old, world), NOT_LET_GO)
+        if world.is_main:
+            for checkpoint in old:
+                remove_integrated(self.root, str(checkpoint.name), self.inputs)
         mine = [file for checkpoint in old for file in checkpoint.files[world.rank :: world.size]]
-        agree(world, attempt(_remove, mine))
+        agree(world, attempt(_remove, mine), NOT_LET_GO)
         if world.is_main:
             for checkpoint in old:
                 attempt(_remove, [checkpoint.state_path, intent(self.root, checkpoint.name)])
@@ -281,7 +231,7 @@ class Store:
         if world.is_main and old:
             for checkpoint in old:
                 os.replace(checkpoint.manifest_path, intent(self.root, checkpoint.name))
-            sync_directory(self.root / "manifest")
+            sync_directory(self.root / MANIFEST_FOLDER)
 
     def _superseded(self, mine: Sequence[Published]) -> list[Published]:
         """Those that are not to stay, of checkpoints in order; never the newest."""
@@ -291,7 +241,10 @@ class Store:
             return []
         old, kept_at = [], -math.inf
         for checkpoint in mine[:-1]:
-            if checkpoint.saved_at - kept_at < 60 * self.keep_minutes:
+            if not checkpoint.saved_at:
+                continue  # nobody wrote down when
+            # Before the one that stays: the clock was set back, and minutes are counted anew.
+            if 0 <= checkpoint.saved_at - kept_at < 60 * self.keep_minutes:
                 old.append(checkpoint)
             else:
                 kept_at = checkpoint.saved_at
@@ -301,84 +254,3 @@ class Store:
 def _remove(paths: Sequence[Path]) -> None:
     for path in paths:
         path.unlink(missing_ok=True)
-
-
-def intent(root: Path, name: SaveName) -> Path:
-    """The file that stands while a save is being written; it becomes the manifest."""
-    return temporary(root / "manifest" / name.record)
-
-
-def attempt(action: Any, *arguments: Any) -> tuple[Any, str]:
-    """(result, error text): a rank that fails must still meet the others."""
-    try:
-        return action(*arguments), ""
-    except OSError as error:
-        return None, f"{error.strerror} ({error.filename})"
-
-
-def agree(world: World, outcome: tuple[Any, str]) -> list[Any]:
-    """The results of all ranks, or a `UserError` on all when one failed."""
-    outcomes = world.gather(outcome)
-    failed = [f"rank {rank}: {error}" for rank, (_, error) in enumerate(outcomes) if error]
-    if failed:
-        raise UserError(
-            f"the checkpoint could not be saved: {'; '.join(failed[:4])}",
-            rule="every rank's file must be written",
-            advice="Earlier checkpoints are untouched. Make room or mend the folder, then resume "
-            "with resume_training: True",
-        )
-    return [result for result, _ in outcomes]
-
-
-def next_counter(root: Path, prefix: str) -> int:
-    """The run counter of a new run in `root`: 0 in a folder without this prefix, else one more
-    than the highest there; never one whose manifests would bear the names of another prefix."""
-    names = {file.name for file in root.glob("rank_*/*.safetensors")}
-    parsed = [found[0] for name in names if (found := parse_rank_file(name)) is not None]
-    parsed += [checkpoint.name for checkpoint in published(root)]
-    counter = max((name.counter + 1 for name in parsed if name.prefix == prefix), default=0)
-    labels = {name.label for name in parsed}
-    while SaveName(prefix, counter, 1, 1).label in labels:
-        counter += 1
-    return counter
-
-
-def clean_unfinished(root: Path) -> list[Path]:
-    """Remove what saves left behind that were never finished. Returns what was removed.
-
-    Only saves that left their intent: files that were put here otherwise stay.
-    """
-    removed = []
-    for path in sorted((root / "manifest").glob(f".*.json{TEMPORARY_SUFFIX}")):
-        record = path.name.removeprefix(".").removesuffix(TEMPORARY_SUFFIX)
-        if not (root / "manifest" / record).exists():
-            removed += _files_of(root, record)
-        removed.append(path)
-    for path in removed:
-        path.unlink(missing_ok=True)
-    return removed
-
-
-def _files_of(root: Path, record: str) -> list[Path]:
-    """Rank and state files, finished or not, of the save with this record."""
-    state = root / "state" / record
-    found = [path for path in (state, temporary(state)) if path.exists()]
-    for path in root.glob("rank_*/*.safetensors*"):
-        found += [path] if _record_of(path.name) == record else []
-    for path in root.glob(f"rank_*/.*.safetensors{TEMPORARY_SUFFIX}"):
-        name = path.name.removeprefix(".").removesuffix(TEMPORARY_SUFFIX)
-        found += [path] if _record_of(name) == record else []
-    return found
-
-
-def _record_of(file_name: str) -> str:
-    parsed = parse_rank_file(file_name)
-    return parsed[0].record if parsed else ""
-
-
-def is_unfinished(root: Path) -> bool:
-    """Whether all weights in `root` belong to saves that were never finished."""
-    intents = (root / "manifest").glob(f".*.json{TEMPORARY_SUFFIX}")
-    records = {path.name.removeprefix(".").removesuffix(TEMPORARY_SUFFIX) for path in intents}
-    files = (path.name for path in root.glob("rank_*/*.safetensors"))
-    return all(_record_of(name) in records for name in files)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher.checkpoint.store import Published
+from launcher.checkpoint.published import Published
 from launcher.errors import UserError
 from launcher.parallel.world import World
 from launcher.weights.ranks.distributed import open_rank_files

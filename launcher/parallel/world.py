@@ -39,6 +39,10 @@ class World:
             return self
         return replace(self, group=dist.new_group(backend="gloo", timeout=PATIENCE))
 
+    def patiently(self) -> World:
+        """The same world, whose processes may wait a day for each other: for work of hours."""
+        return replace(self, group=self.group or self.patient)
+
     @property
     def is_main(self) -> bool:
         """Whether this process speaks and writes for the job."""

@@ -106,12 +106,17 @@ def _is_sound(run: TrainRun, record: StepRecord) -> bool:
 
 
 class RequestFile(Callback):
-    """OnRequestExit: a file with `{"GracefulExit": 1}` ends the run as SIGTERM would, one step
-    after it was seen. The main process looks; the others hear of it in the step."""
+    """OnRequestExit: a file with `{"GracefulExit": 1}` ends the run, saved and with exit code 0,
+    one step after it was seen. The main process looks; the others hear of it in the step."""
 
     def __init__(self, path: str) -> None:
         self.path = Path(path)
         self._seen = False
+
+    def on_train_begin(self, run: TrainRun) -> None:
+        if run.world.is_main and self._asks():
+            run.say(f"warning: {self.path} asks for the end already: this run will not get far. "
+                    "Delete it, or set GracefulExit to 0")  # fmt: skip
 
     def on_steps_end(self, run: TrainRun, records: Sequence[StepRecord]) -> None:
         if run.world.is_main and not self._seen and self._asks():

@@ -40,14 +40,14 @@ class NormCheck(Callback):
 
     limit: NormLimit
     most: int
-    in_a_row: int = 0
 
     def on_steps_end(self, run: TrainRun, records: Sequence[StepRecord]) -> None:
         for record in records:
             if record.overflow or not self.limit.is_beyond(record.grad_norm):
-                self.in_a_row = 0
+                run.state.skipped_in_a_row = 0
                 continue
-            self.in_a_row += 1
+            run.state.skipped_in_a_row += 1
+            in_a_row = run.state.skipped_in_a_row
             self._write(run, record)
             if not self.limit.skips:
                 raise _error(run, record, "monitor_config.check_for_global_norm ends such a run",
@@ -56,10 +56,10 @@ class NormCheck(Callback):
             samples = f"samples {_first(run, record)} to {record.consumed_samples - 1}"
             run.say(
                 f"is_skip: [True], step {record.step}: gradient norm {record.grad_norm:.4g} is "
-                f"beyond {self.limit.threshold:g}, {self.in_a_row} in a row of at most "
+                f"beyond {self.limit.threshold:g}, {in_a_row} in a row of at most "
                 f"{self.most}: {samples} changed nothing"
             )
-            if self.in_a_row > self.most:
+            if in_a_row > self.most:
                 raise _error(run, record, f"it was skipped, and {self.most} before it in a row: "
                              "monitor_config.global_norm_spike_count_threshold allows no more",
                              "Lower the learning rate, or raise the threshold")  # fmt: skip

@@ -1,5 +1,6 @@
-"""Interrupts: SIGINT and SIGTERM become a request to save and stop at the next step boundary.
+"""Interrupts: SIGINT and SIGTERM become a wish to save and stop at the next step boundary.
 
+A wish may also come from within the process (`request`), and leaves signals their meaning.
 Invariant: the first signal only leaves a note, so no step is cut in half; a second one ends the
 process at once. Under torchrun one Ctrl-C reaches a process twice, from the terminal and from the
 agent: signals within `ECHO_SECONDS` of the first are the same request.
@@ -13,20 +14,26 @@ import time
 from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+REQUEST = -1
+"""Stands among the numbers of signals for a wish from within."""
+WISHES = (*SIGNALS, REQUEST)
 ECHO_SECONDS = 2.0
 
 
 class Interrupted(Exception):
-    """Training was stopped by a signal, after a checkpoint was saved where one is configured."""
+    """Training was stopped by one of `WISHES`, after a checkpoint was saved where one is
+    configured."""
 
     def __init__(self, number: int) -> None:
         self.number = number
-        super().__init__(signal.Signals(number).name)
+        asked = number == REQUEST
+        super().__init__("a request to end" if asked else signal.Signals(number).name)
 
     @property
     def exit_code(self) -> int:
-        """128 + the number of the signal, as shells have it: 130 or 143."""
-        return 128 + self.number
+        """128 + the number of the signal, as shells have it: 130 or 143. 0 after a request: the
+        run did what it was to do, and whoever restarts failed jobs leaves it alone."""
+        return 0 if self.number == REQUEST else 128 + self.number
 
 
 class Interrupts:
@@ -35,6 +42,7 @@ class Interrupts:
     def __init__(self) -> None:
         self.received = 0
         self._received_at = 0.0
+        self._is_requested = False
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> Interrupts:
@@ -53,10 +61,11 @@ class Interrupts:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
 
-    def request(self, number: int = signal.SIGTERM) -> None:
-        """Note a wish to stop, as if signal `number` had come."""
-        self.received = self.received or number
+    def request(self) -> None:
+        """Wish to stop, from within."""
+        self._is_requested = True
 
     def as_values(self) -> list[float]:
-        """What this rank asks for, one 0 or 1 for each of `SIGNALS`; ranks add them up."""
-        return [float(self.received == number) for number in SIGNALS]
+        """What this rank asks for, one 0 or 1 for each of `WISHES`; ranks add them up."""
+        signals = [float(self.received == number) for number in SIGNALS]
+        return [*signals, float(self._is_requested)]

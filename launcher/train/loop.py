@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 
 from launcher.train.callbacks import Callback
-from launcher.train.interrupts import SIGNALS, Interrupted
+from launcher.train.interrupts import WISHES, Interrupted
 from launcher.train.run import TrainRun
 from launcher.train.state import epoch_and_step
 from launcher.train.step import GRADIENT_NORM, LOSS, SIGNALS_FROM, StepRecord, train_step
@@ -36,7 +36,7 @@ class Draft(NamedTuple):
 
 
 def fit(run: TrainRun, callbacks: Sequence[Callback], sink_size: int = 1) -> None:
-    """Train until `run.total_steps`. Raises `Interrupted` after a signal."""
+    """Train until `run.total_steps`. Raises `Interrupted` after a wish to stop."""
     with run.interrupts:
         try:
             _fit(run, callbacks, sink_size)
@@ -44,8 +44,17 @@ def fit(run: TrainRun, callbacks: Sequence[Callback], sink_size: int = 1) -> Non
             raise
         except Exception as error:
             for callback in callbacks:
-                callback.on_exception(run, error)
+                _tell_of(error, callback, run)
             raise
+
+
+def _tell_of(error: Exception, callback: Callback, run: TrainRun) -> None:
+    """Tell a callback of the error that ends the run, which comes before any of its own."""
+    try:
+        callback.on_exception(run, error)
+    except Exception as other:
+        name = type(callback).__name__
+        run.say(f"warning: {name}.on_exception: {type(other).__name__}: {other}")
 
 
 def _fit(run: TrainRun, callbacks: Sequence[Callback], sink_size: int) -> None:
@@ -100,6 +109,6 @@ def _record(run: TrainRun, draft: Draft, row: Sequence[float], seconds: float) -
 
 
 def _signal(last: Sequence[float]) -> int:
-    """The signal the ranks agree on after the newest step; SIGTERM, if any rank got it."""
-    received = [number for number, ranks in zip(SIGNALS, last[SIGNALS_FROM:], strict=True) if ranks]
-    return max(received, default=0)
+    """The wish the ranks agree on after the newest step, 0 for none: SIGTERM if any rank got it."""
+    received = [number for number, ranks in zip(WISHES, last[SIGNALS_FROM:], strict=True) if ranks]
+    return max(received, default=0)  # a request comes after signals

@@ -72,7 +72,7 @@ class TrainRun:
     links_of: LinksOf = no_links
     """What the tensors of the model are in files."""
     inputs: frozenset[Path] = frozenset()
-    """Files the run was started from; retention leaves them alone."""
+    """Files and folders the run was started from, resolved; retention leaves them alone."""
     state: TrainState = field(default_factory=TrainState)
     is_whole: bool = True
     """Whether weights and moments belong to one step: not in the middle of an update."""

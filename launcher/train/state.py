@@ -13,7 +13,7 @@ from typing import Any
 from launcher.errors import UserError
 
 STATE_VERSION = 1
-_ABSENT_IN_OLDER_FILES = {"good_steps": 0}
+_ABSENT_IN_OLDER_FILES = {"good_steps": 0, "skipped_in_a_row": 0}
 
 
 @dataclass
@@ -35,6 +35,8 @@ class TrainState:
     """Factor on the loss of the next step; 1.0 where the loss is not scaled."""
     good_steps: int = 0
     """Steps without overflow since a dynamic loss scale last moved."""
+    skipped_in_a_row: int = 0
+    """Newest steps that changed nothing because of their gradient norm."""
 
     def advance(self, samples: int, tokens: int) -> None:
         """Count one optimizer step. Its update, if it made one, is counted where it was made."""

@@ -18,6 +18,7 @@ from launcher.layout.mesh import Mesh
 from launcher.parallel.world import World
 from launcher.weights.ranks.rank_file import write_rank_file
 from launcher.weights.reading.memory import Shard
+from tests.checkpoint import crew
 
 ALONE = World(0, 1, torch.device("cpu"))
 COPIES = Mesh(dp_replicate=2)
@@ -93,6 +94,24 @@ def test_weights_need_no_state_a_resume_does(tmp_path: Path) -> None:
     assert chosen is not None
     assert str(chosen.name) == "CKP-1_1"
     assert said == [f"passed over CKP-1_2: {tmp_path}/state/CKP-1_2.json cannot be read"]
+
+
+def test_a_damaged_manifest_is_passed_over_or_done_without(tmp_path: Path) -> None:
+    crew.save(tmp_path, 1, {"w": torch.ones(4)}, COPIES)
+    crew.save(tmp_path, 2, {"w": torch.ones(4)}, COPIES)
+    manifests = [tmp_path / f"manifest/CKP-1_{step}.json" for step in (1, 2)]
+    manifests[1].write_text("{")
+    found, said = opened(tmp_path)
+    assert found == {"CKP_rank_0-1_1.safetensors", "CKP_rank_1-1_1.safetensors"}
+    assert said[0] == f"passed over CKP-1_2: {manifests[1]} is damaged"
+    file = tmp_path / "rank_0/CKP_rank_0-1_2.safetensors"
+    assert opened(file)[1] == [
+        f"{manifests[1]} is damaged: the files of CKP-1_2 are taken by their names",
+        f"{file}: checkpoint CKP-1_2",
+    ]
+    assert len(opened(tmp_path / "rank_0/CKP_rank_0-1_1.safetensors")[1]) == 1
+    manifests[0].unlink()
+    assert opened(tmp_path)[1][0].endswith("the files of CKP-1_2 are taken by their names")
 
 
 @pytest.mark.parametrize(

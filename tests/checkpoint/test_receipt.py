@@ -171,3 +171,23 @@ def test_a_loss_scale_is_restored_where_it_moves(before: str, now: str, is_resto
         state=replace(STATE, loss_scale=65536.0),
     )
     assert ("loss scale 65536" in restored(resumption)) == is_restored
+
+
+def test_a_model_that_is_described_otherwise_is_told() -> None:
+    before = {"rope_theta": 10000.0, "num_hidden_layers": 2, "rms_norm_eps": 1e-6}
+    saved = {**UNCHANGED.saved, "model": before}
+    same = replace(with_facts(model=dict(before)), saved=saved)
+    assert receipt(same)[-1] == "nothing changed: the run goes on bit for bit"
+    edited = replace(with_facts(model={**before, "rope_theta": 500000.0}), saved=saved)
+    assert receipt(edited)[-1] == "  model          rope_theta: 10000.0 -> 500000.0"
+    key = "model.model_config.rms_norm_eps"
+    written = replace(
+        with_facts(
+            model={**before, "rms_norm_eps": 1e-5},
+            configuration={**FACTS["configuration"], key: 1e-5},
+        ),
+        saved=saved,
+    )
+    assert [line for line in receipt(written) if "rms_norm_eps" in line] == [
+        f"  configuration  {key}: left out -> 1e-05"
+    ]

@@ -10,8 +10,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from launcher.checkpoint.agreement import agree, attempt
 from launcher.checkpoint.space import SMALL_FILES_BYTES, bytes_on_host, room_for
-from launcher.checkpoint.store import agree, attempt
 from launcher.errors import UserError
 from launcher.parallel.world import World
 from tests.checkpoint.crew import ALONE, together

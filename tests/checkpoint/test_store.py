@@ -11,10 +11,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from launcher.checkpoint.leftovers import clean_unfinished, next_counter
 from launcher.checkpoint.names import SaveName, epoch_and_step_in_name, parse_rank_file
 from launcher.checkpoint.opening import open_weights
+from launcher.checkpoint.published import Published, intent, published
 from launcher.checkpoint.resume import choose
-from launcher.checkpoint.store import Store, clean_unfinished, intent, next_counter, published
+from launcher.checkpoint.store import Store
 from launcher.errors import UserError
 from launcher.layout.box import whole
 from launcher.layout.mesh import Mesh
@@ -339,3 +341,14 @@ def test_one_checkpoint_of_so_many_minutes_stays(tmp_path, monkeypatch) -> None:
         name = SaveName("CKP", 0, 1, step)
         store.save(name, shards(step), {"global_step": step}, mesh=Mesh(), world=ALONE)
     assert [c.name.step for c in published(tmp_path)] == [1, 4, 7, 8]
+
+
+def test_saves_of_unknown_times_stay_and_a_clock_set_back_lets_none_go(tmp_path) -> None:
+    def found(step: int, saved_at: float) -> Published:
+        manifest = {"sequence": step, "saved_at": saved_at}
+        return Published(tmp_path, SaveName("CKP", 0, 1, step), manifest)
+
+    times = (0, 0, 9000, 9060, 100, 160, 700, 760)
+    saves = [found(step, at) for step, at in enumerate(times, 1)]
+    store = Store(tmp_path, "CKP", 0, 0, keep_minutes=10)
+    assert [old.name.step for old in store._superseded(saves)] == [4, 6]

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from launcher.checkpoint.names import SaveName
+from launcher.checkpoint.published import published
 from launcher.checkpoint.resume import choose
-from launcher.checkpoint.store import Store, published
+from launcher.checkpoint.store import Store
 from launcher.errors import UserError
 from launcher.layout.layout import Cut, Layout
 from launcher.layout.mesh import Mesh

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from launcher.checkpoint.store import published
+from launcher.checkpoint.published import published
 from tests.ranks import JobResult, run_job
 from tests.workshop import Workshop
 

@@ -149,3 +149,12 @@ def test_the_folder_that_a_resume_reads_stays_as_it_is(workshop: Workshop) -> No
     before = stamps(workshop.folder / "store")
     resume(workshop, name, "output", "--load_checkpoint", "store/checkpoint")
     assert stamps(workshop.folder / "store") == before
+
+
+def test_the_save_a_run_goes_back_to_outlives_what_comes_of_it(workshop: Workshop) -> None:
+    monitor = {"type": "CheckpointMonitor", "save_checkpoint_steps": 5, "keep_checkpoint_max": 4}
+    name = workshop.yaml(callbacks=[monitor])
+    assert start(workshop, name, "output").code == 0
+    resume(workshop, name, "output", "--resume_training", "CKP_rank_0-1_5")
+    left = {path.stem for path in (workshop.folder / "output/checkpoint/manifest").iterdir()}
+    assert left == {"CKP-1_5", "CKP_1-1_10", "CKP_1-1_15", "CKP_1-1_20", "CKP-1_20"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from launcher.layout.mesh import Mesh
 from launcher.parallel.world import World
 from launcher.tools.list_checkpoints import main
 from launcher.weights.reading.memory import Shard
+from tests.checkpoint import crew
 from tests.tools.checkpoints import flip
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -26,12 +28,18 @@ ALONE = World(0, 1, torch.device("cpu"))
 def root(tmp_path: Path) -> Path:
     """Three saves, of 3 kB each, of the run in tmp_path/output."""
     root = tmp_path / "output" / "checkpoint"
-    store = Store(root, "CKP", 0, 0)
     for step in (5, 10, 15):
-        shards = {"w": Shard((64, 12), whole((64, 12)), torch.full((64, 12), float(step)))}
-        name = SaveName("CKP", 0, 1, step)
-        store.save(name, shards, {"global_step": step}, mesh=Mesh(), world=ALONE)
+        save(root, step, ("w", "adam_m.w"))
     return root
+
+
+def save(root: Path, step: int, tensors: Sequence[str]) -> None:
+    shape = (32, 12)
+    tensor = torch.full(shape, float(step))
+    shards = {name: Shard(shape, whole(shape), tensor) for name in tensors}
+    state = {"global_step": step}
+    name = SaveName("CKP", 0, 1, step)
+    Store(root, "CKP", 0, 0).save(name, shards, state, mesh=Mesh(), world=ALONE)
 
 
 def file(root: Path, step: int) -> Path:
@@ -72,7 +80,7 @@ def test_data_is_read_when_asked_for(root: Path, capsys) -> None:
     assert lines(root, capsys)[4].startswith(">")
     row = lines(root, capsys, "--verify", code=1)[4]
     assert "damaged: " in row
-    assert row.endswith("(w)")
+    assert row.endswith("(adam_m.w, w)")
 
 
 def test_a_damaged_manifest_and_a_save_cut_short(root: Path, capsys) -> None:
@@ -80,9 +88,30 @@ def test_a_damaged_manifest_and_a_save_cut_short(root: Path, capsys) -> None:
     (root / "manifest" / "CKP-1_15.json").rename(root / "manifest" / ".CKP-1_15.json.tmp")
     rows = "\n".join(lines(root, capsys, code=1)[2:])
     assert "CKP-1_5.json cannot be read or was changed" in rows
-    assert "unfinished: the next start clears it away" in rows
+    assert "unfinished: being written, or left by a crash" in rows
     assert "> " in rows
     assert "CKP-1_10" in rows.partition("> ")[2].splitlines()[0]
+
+
+def test_a_save_that_other_ranks_make_whole_is_what_a_resume_takes(tmp_path: Path, capsys) -> None:
+    mesh, named = Mesh(dp_replicate=2), {"w": torch.ones(8), "adam_m.w": torch.ones(8)}
+    crew.save(tmp_path, 1, named, mesh)
+    crew.save(tmp_path, 2, named, mesh)
+    (tmp_path / "rank_1" / "CKP_rank_1-1_2.safetensors").unlink()
+    row = lines(tmp_path, capsys, code=1)[3]
+    assert row.startswith(">")
+    assert "damaged (a resume does with what the other ranks hold): rank 1: " in row
+
+
+def test_a_resume_takes_no_weights_alone(root: Path, capsys) -> None:
+    save(root, 20, ("w",))
+    assert not any(line.startswith(">") for line in lines(root, capsys))
+
+
+def test_clocks_do_not_decide(root: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr("launcher.checkpoint.store.time.time", lambda: 1.0)
+    save(root, 20, ("w", "adam_m.w"))
+    assert lines(root, capsys)[-1].split()[:2] == [">", "CKP-1_20"]
 
 
 def test_no_checkpoints(root: Path, capsys) -> None:

@@ -107,7 +107,7 @@ class CheckpointMonitorSection:
 
 @dataclass(frozen=True, kw_only=True)
 class OnRequestExitSection:
-    """`OnRequestExit`: ends a run cleanly when a file asks for it, as SIGTERM and Ctrl-C do."""
+    """`OnRequestExit`: saves and ends a run, with exit code 0, when a file asks for it."""
 
     type: str = "OnRequestExit"
     """Always `OnRequestExit`."""

@@ -7,14 +7,16 @@ rank file has the size and the header that the manifest says. Torch-free.
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from launcher.errors import UserError
 from launcher.layout.mesh import layout_text
+from launcher.weights.ranks.distributed import open_rank_files
 from launcher.weights.ranks.manifests import (
     MANIFEST_FOLDER,
     STATE_FOLDER,
@@ -23,9 +25,10 @@ from launcher.weights.ranks.manifests import (
 )
 from launcher.weights.ranks.rank_folders import Save, saves
 from launcher.weights.reading.checksums import file_faults
-from launcher.weights.source import detect
+from launcher.weights.source import OPTIMIZER_PREFIXES, Source, detect
 
-_UNFINISHED = ".json.tmp"
+_INTENT = ".json.tmp"
+UNFINISHED = "unfinished: being written, or left by a crash (the next start clears it away)"
 
 
 @dataclass(frozen=True)
@@ -42,9 +45,12 @@ class Listed:
     saved_at: float
     """Seconds since 1970."""
     state: str
-    """`whole`, `unfinished`, `no manifest`, or `damaged: ` and what is wrong."""
+    """`whole`, `unfinished: ...`, `no manifest: ...`, or `damaged: ` and what is wrong."""
     sequence: int = 0
     """Order of publication in its folder, from 1; 0: not published."""
+    can_be_opened: bool = False
+    """Whether a resume would find all tensors."""
+    has_optimizer: bool = False
     is_next: bool = False
     """Whether a resume takes this one."""
 
@@ -85,25 +91,27 @@ def _of(folder: Path, data: bool) -> list[Listed]:
     manifests = folder / MANIFEST_FOLDER
     found = {save.label: save for save in saves(folder)}
     published = {path.stem for path in manifests.glob("[!.]*.json")}
-    begun = {p.name.removeprefix(".").removesuffix(_UNFINISHED)
-             for p in manifests.glob(f".*{_UNFINISHED}")}  # fmt: skip
+    begun = {p.name.removeprefix(".").removesuffix(_INTENT)
+             for p in manifests.glob(f".*{_INTENT}")}  # fmt: skip
     rows = []
     for label in {*found, *published, *begun}:
         save = found.get(label, Save(label, 0, {}))
         if label in published:
             rows.append(_published(folder, save, data))
         elif label in begun:
-            rows.append(_unpublished(folder, save, "unfinished: the next start clears it away"))
+            rows.append(_unpublished(folder, save, UNFINISHED))
         else:
             rows.append(_unpublished(folder, save, "no manifest: its files are all that is known"))
-    rows.sort(key=lambda row: (row.saved_at, row.sequence, row.name))
+    rows.sort(key=lambda row: (row.sequence, row.saved_at, row.name))
     return _with_next(rows)
 
 
 def _with_next(rows: Sequence[Listed]) -> list[Listed]:
-    whole = [row for row in rows if row.state == "whole"]
-    newest = whole[-1] if whole else None
-    return [Listed(**{**vars(row), "is_next": row is newest}) for row in rows]
+    """Marks what a resume takes: the last that can be opened. When that holds weights alone, it
+    refuses."""
+    newest = next((row for row in reversed(rows) if row.can_be_opened), None)
+    is_taken = newest is not None and newest.has_optimizer
+    return [replace(row, is_next=is_taken and row is newest) for row in rows]
 
 
 def _published(folder: Path, save: Save, data: bool) -> Listed:
@@ -112,41 +120,60 @@ def _published(folder: Path, save: Save, data: bool) -> Listed:
     if manifest is None:
         return _unpublished(folder, save, f"damaged: {path} cannot be read or was changed")
     state = folder / STATE_FOLDER / f"{save.label}.json"
-    faults = [fault for fault in (state_fault(state, manifest),) if fault]
-    faults += _faults(folder, manifest, data)
-    files = [folder / record["file"] for record in manifest["files"]]
+    lack = state_fault(state, manifest)
+    by_file = {folder / r["file"]: _faults(folder / r["file"], r, data) for r in manifest["files"]}
+    faults = [*([lack] if lack else []), *itertools.chain.from_iterable(by_file.values())]
+    source = None if lack else _source(folder, [f for f, found in by_file.items() if not found])
+    aid = "" if source is None else " (a resume does with what the other ranks hold)"
     return Listed(
         folder,
         save.label,
         manifest.get("global_step"),
-        sum(_size(file) for file in (*files, state)),
+        sum(_size(file) for file in (*by_file, state)),
         layout_text(manifest["world_size"], manifest.get("mesh")),
-        manifest.get("saved_at") or path.stat().st_mtime,
-        f"damaged: {'; '.join(faults[:3])}" if faults else "whole",
+        manifest.get("saved_at") or _modified(path),
+        f"damaged{aid}: {'; '.join(faults[:3])}" if faults else "whole",
         manifest["sequence"],
+        can_be_opened=source is not None,
+        has_optimizer=source is not None
+        and any(name.startswith(OPTIMIZER_PREFIXES) for name in source.tensors),
     )
 
 
-def _faults(folder: Path, manifest: dict[str, Any], data: bool) -> Iterator[str]:
-    for record in manifest["files"]:
-        file = folder / record["file"]
-        size = _size(file)
-        if not file.is_file():
-            yield f"rank {record['rank']}: {file} is missing"
-        elif size != record["bytes"]:
-            yield f"rank {record['rank']}: {file} has {size} bytes instead of {record['bytes']}"
-        else:
-            digest = record.get("header_xxh3_64")
-            yield from file_faults(file, header_digest=digest, data=data)
+def _source(folder: Path, files: Sequence[Path]) -> Source | None:
+    """What files of a save hold together; None when that is not all of it."""
+    try:
+        return open_rank_files(folder, files)
+    except UserError:
+        return None
+
+
+def _faults(file: Path, record: dict[str, Any], data: bool) -> list[str]:
+    rank, size = record["rank"], _size(file)
+    if not file.is_file():
+        return [f"rank {rank}: {file} is missing"]
+    if size != record["bytes"]:
+        return [f"rank {rank}: {file} has {size} bytes instead of {record['bytes']}"]
+    return file_faults(file, header_digest=record.get("header_xxh3_64"), data=data)
 
 
 def _unpublished(folder: Path, save: Save, state: str) -> Listed:
     files = save.in_rank_order
-    times = [file.stat().st_mtime for file in files]
+    times = [_modified(file) for file in files]
     size = sum(_size(file) for file in files)
     return Listed(folder, save.label, None, size, layout_text(len(files), None),
                   max(times, default=0.0), state)  # fmt: skip
 
 
 def _size(file: Path) -> int:
-    return file.stat().st_size if file.is_file() else 0
+    try:
+        return file.stat().st_size
+    except OSError:  # a run that goes on may have let it go
+        return 0
+
+
+def _modified(file: Path) -> float:
+    try:
+        return file.stat().st_mtime
+    except OSError:
+        return 0.0

@@ -35,12 +35,11 @@ class BlockFile:
     multiples of `ALIGNMENT`; `writers` threads write at a time. Raises `OSError`."""
 
     def __init__(self, path: Path, block_bytes: int, writers: int) -> None:
+        self._path = path
         self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
         self._buffers: SimpleQueue[mmap.mmap] = SimpleQueue()
         aligned = block_bytes % ALIGNMENT == 0
-        self._is_direct = (
-            aligned and _is_on_disk(self._descriptor) and _go_direct(self._descriptor)
-        )
+        self._is_direct = aligned and _is_on_disk(self._descriptor) and _go_direct(self._descriptor)
         for _ in range(writers if self._is_direct else 0):
             self._buffers.put(mmap.mmap(-1, block_bytes))
 
@@ -88,6 +87,8 @@ class BlockFile:
         trace: TracebackType | None,
     ) -> None:  # fmt: skip
         os.close(self._descriptor)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(self._path)
 
 
 def _one_aligned(pieces: Sequence[memoryview]) -> memoryview | None:
