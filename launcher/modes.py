@@ -12,6 +12,7 @@ from launcher.assembly.job import Job
 from launcher.assembly.model import build_parallel, build_predicting
 from launcher.assembly.prediction import PREDICT_BATCH, continue_prompts, result_path
 from launcher.assembly.resume import find_resume, resumed_run
+from launcher.assembly.roll_back import RollBack
 from launcher.assembly.run import fresh_run
 from launcher.assembly.strategy import world_without_group, write_all, write_own
 from launcher.assembly.weights import fill_weights, find_weights
@@ -30,14 +31,13 @@ from launcher.report.trackers import open_trackers
 from launcher.train.callbacks import (
     Callback,
     Evaluation,
-    FiniteCheck,
     LossMonitor,
     RequestFile,
     build_registered,
     load_registered,
 )
 from launcher.train.evaluate import evaluate
-from launcher.train.health import NormCheck, norm_limit
+from launcher.train.health import FiniteCheck, LimitCheck, UnsoundStep, limits_of
 from launcher.train.interrupts import Interrupted
 from launcher.train.loop import fit
 from launcher.train.reporting import Reporting
@@ -179,12 +179,27 @@ def train_to_the_end(job: Job, run: TrainRun, callbacks: list[Callback]) -> int:
     )
     reporting = open_reporting(job, run)
     try:
-        fit(run, [*([reporting] if reporting else []), *callbacks], run.sink_size)
+        fit_with_roll_back(job, run, [*([reporting] if reporting else []), *callbacks])
     finally:
         run.loader.close()
         if reporting:
             reporting.close(run)
     return EXIT_OK
+
+
+def fit_with_roll_back(job: Job, run: TrainRun, callbacks: list[Callback]) -> None:
+    """Train; with `monitor_config.roll_back` steps that are not sound are gone back on."""
+    monitor = job.config.monitor_config
+    way_back = RollBack(job, monitor.global_norm_spike_count_threshold)
+    while True:
+        try:
+            fit(run, callbacks, run.sink_size)
+        except UnsoundStep as error:
+            if not monitor.roll_back:
+                raise
+            way_back.take(run, error)
+        else:
+            return
 
 
 def open_reporting(job: Job, run: TrainRun) -> Reporting | None:
@@ -212,10 +227,10 @@ def build_callbacks(job: Job) -> list[Callback]:
     config = job.config
     callbacks: list[Callback] = [LossMonitor(config.loss_monitor.per_print_times)]
     callbacks.append(FiniteCheck(stop=config.check_for_nan_in_loss_and_grad))
-    limit = norm_limit(config)
-    if limit is not None:
+    limits = limits_of(config)
+    if limits is not None:
         most = config.monitor_config.global_norm_spike_count_threshold
-        callbacks.append(NormCheck(limit, most))
+        callbacks.append(LimitCheck(limits, most))
     if config.checkpoint_monitor is not None:
         callbacks.append(CheckpointMonitor(config.checkpoint_monitor))  # type: ignore[arg-type]
     request = config.last_callback(OnRequestExitSection)

@@ -23,6 +23,7 @@ from launcher.weights.source import Source
 from models import names
 from models.decoder import Decoder
 from models.initial import initial_std, initialise_shard, no_weight_decay
+from models.plan import EMBEDDING
 from models.spec import ModelSpec
 from models.transformers_model import TransformersModel, build_transformers, complete_config
 
@@ -112,6 +113,14 @@ def tied_names(model: nn.Module) -> dict[str, str]:
     if isinstance(model, Decoder) and model.config.tie_word_embeddings:
         return {"lm_head.weight": "model.embed_tokens.weight"}
     return {}
+
+
+def input_embedding(model: nn.Module) -> nn.Parameter | None:
+    """The table of the tokens that go in; None where a stage of a pipeline has none."""
+    if isinstance(model, TransformersModel):
+        table: nn.Parameter = model.wrapped.get_input_embeddings().weight
+        return table
+    return dict(model.named_parameters()).get(EMBEDDING)
 
 
 def named_as_model(source: Source, model: nn.Module, expected: Collection[str]) -> Source:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from torch import nn
+
 from launcher.assembly.job import Job
 from launcher.assembly.model import BuiltModel
+from launcher.config.schema import Config
 from launcher.parallel.gradients import Gradients
 from launcher.parallel.parts import Parts
 from launcher.parallel.tied import TiedCopies, tied_copies
+from models.build import input_embedding
 from models.plan import EMBEDDING, is_partial
 
 
@@ -27,15 +33,30 @@ def gradients_of(job: Job, built: BuiltModel) -> Gradients:
                       tied_whole_embedding=tied_whole)
     }  # fmt: skip
     copies = [copy for first, copy in built.parts.copies()]
+    owned = [p for name, p in trained.items() if layout.is_owner(name, rank)]
     return Gradients(
         device=job.world.device,
-        owned=[p for name, p in trained.items() if layout.is_owner(name, rank)],
+        owned=owned,
+        embedding=_among(owned, built.parts) if watches_health(job.config) else None,
         partial=[p for name, p in trained.items() if name in partial_names]
         + (copies if tied_whole else []),
         partial_group=job.meshes.group("tp"),
         sums=built.parts.sums,
         tied=_tied_copies(job, built.parts),
     )
+
+
+def watches_health(config: Config) -> bool:
+    """Whether saves are judged by the norm of the embedding's gradient."""
+    monitor = config.checkpoint_monitor
+    asked = monitor is not None and monitor.use_checkpoint_health_monitor
+    return config.use_checkpoint_health_monitor or asked
+
+
+def _among(owned: Sequence[nn.Parameter], parts: Parts) -> list[nn.Parameter]:
+    """The table of input tokens, if it is among `owned`."""
+    tables = {id(input_embedding(module)) for module in parts.modules}
+    return [parameter for parameter in owned if id(parameter) in tables]
 
 
 def _tied_copies(job: Job, parts: Parts) -> TiedCopies | None:

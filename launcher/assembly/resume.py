@@ -7,10 +7,12 @@ from pathlib import Path
 
 from launcher.assembly.balance import load_job
 from launcher.assembly.copies import write_copies
+from launcher.assembly.gradients import watches_health
 from launcher.assembly.job import Job
 from launcher.assembly.receipt import Resumption, receipt
 from launcher.assembly.run import build_run
 from launcher.assembly.weights import check_cuts, check_layout, equalise_copies
+from launcher.checkpoint.names import SaveName
 from launcher.checkpoint.resume import Chosen, choose
 from launcher.config.schema import Config
 from launcher.errors import UserError
@@ -27,7 +29,7 @@ def find_resume(job: Job) -> Chosen | None:
     if choice is False:
         return None
     root = resume_root(job.config)
-    chosen = choose(root, choice, job.world, job.say)
+    chosen = choose(root, choice, job.world, job.say, healthy=watches_health(job.config))
     if chosen is None:
         job.say(f"warning: resume_training is on, but {root} holds no checkpoint: a fresh start")
     return chosen
@@ -58,20 +60,9 @@ def own_root(config: Config) -> Path:
 def resumed_run(job: Job, chosen: Chosen) -> TrainRun:
     """A run that goes on: weights, optimizer, schedule, data position, random numbers."""
     run = build_run(job)
-    where = str(chosen.published.state_path)
-    state = _with_loss_scale(run, chosen, from_json(chosen.state, where))
-    _restore_tensors(job, run, chosen)
-    same_steps = chosen.state.get("global_batch_size") == run.loader.global_batch
-    if not same_steps:
-        state = state.with_global_batch(run.loader.global_batch)
-    run.state = _data_position(job, run, chosen, state)
-    set_step(run.optimizer, state.updates)
-    whole_sinks = run.sink_size == 1 or state.global_step % run.sink_size == 0
-    own = own_root(job.config).resolve() == chosen.published.root.resolve()
-    # Under its own name only where no name can come twice: steps counted anew would repeat some.
-    if own and chosen.is_newest and same_steps and whole_sinks:
-        run.resumed_from = chosen.name
-    else:
+    run.state = _data_position(job, run, chosen, restore(job, run, chosen))
+    run.resumed_from = name_of(job, run, chosen)
+    if run.resumed_from is None:
         run.inputs |= {file.resolve() for file in chosen.published.files}
     for line in receipt(_resumption(job, run, chosen)):
         job.say(line)
@@ -79,6 +70,31 @@ def resumed_run(job: Job, chosen: Chosen) -> TrainRun:
         if chosen.state.get(key) != run.facts[key]:
             job.say(f"warning: {key} was {chosen.state.get(key)}, is {run.facts[key]} from here on")
     return run
+
+
+def restore(job: Job, run: TrainRun, chosen: Chosen) -> TrainState:
+    """Give `run` the weights and the optimizer of a checkpoint. Returns the state saved with them,
+    in steps of this run's global batch."""
+    where = str(chosen.published.state_path)
+    state = _with_loss_scale(run, chosen, from_json(chosen.state, where))
+    _restore_tensors(job, run, chosen)
+    if not _has_same_steps(run, chosen):
+        state = state.with_global_batch(run.loader.global_batch)
+    set_step(run.optimizer, state.updates)
+    return state
+
+
+def _has_same_steps(run: TrainRun, chosen: Chosen) -> bool:
+    return chosen.state.get("global_batch_size") == run.loader.global_batch
+
+
+def name_of(job: Job, run: TrainRun, chosen: Chosen) -> SaveName | None:
+    """The name under which `run` goes on saving; None: under a new one. Under that of the
+    checkpoint only where no name can come twice: steps counted anew would repeat some."""
+    whole_sinks = run.sink_size == 1 or run.state.global_step % run.sink_size == 0
+    own = own_root(job.config).resolve() == chosen.published.root.resolve()
+    same = own and chosen.is_newest and _has_same_steps(run, chosen) and whole_sinks
+    return chosen.name if same else None
 
 
 def _resumption(job: Job, run: TrainRun, chosen: Chosen) -> Resumption:

@@ -20,7 +20,7 @@ from launcher.config.schema import Config
 from launcher.data.loader import Loader
 from launcher.data.order import GlobalOrder
 from launcher.errors import UserError
-from launcher.train.health import norm_limit
+from launcher.train.health import limits_of
 from launcher.train.optimizer import build_optimizer
 from launcher.train.run import TrainRun
 from launcher.train.scaling import loss_scaling
@@ -97,7 +97,7 @@ def build_run(job: Job) -> TrainRun:
         max_gradient_norm=wrapper.max_grad_norm if wrapper.use_clip_grad else None,
         balance=_balance(job, loader.global_batch),
         scaling=scaling,
-        norm_limit=norm_limit(config),
+        limits=limits_of(config),
         has_dropout=_has_dropout(job.spec),
         links_of=links_of(built.parts.modules[-1]),
         inputs=_inputs(config),

@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+from launcher.checkpoint import health
 from launcher.checkpoint.agreement import agree, attempt
 from launcher.checkpoint.background import Background
 from launcher.checkpoint.leftovers import clean_unfinished, next_counter
@@ -66,6 +67,13 @@ LAST_WAIT_SECONDS = 300.0
 """How long a run that fails waits for the save that is under way."""
 
 
+class Step(Protocol):
+    """What is looked at of a step that was done."""
+
+    @property
+    def embedding_norm(self) -> float | None: ...
+
+
 class CheckpointMonitor:
     """Saves every `save_checkpoint_steps` steps, or every so many seconds, at the end and on a
     signal.
@@ -83,6 +91,8 @@ class CheckpointMonitor:
         self._tried_step = 0
         """Of the newest save that was begun."""
         self._saved_at = 0.0
+        self._embedding_norm: float | None = None
+        """Of the newest step, where the health of saves is watched."""
         self._saver: Saver | None = None
         self._kept: dict[str, tuple[frozenset[str], frozenset[str]]] = {}
         """Folder to the tensors that were shared out, and those of them that are this rank's."""
@@ -174,8 +184,9 @@ class CheckpointMonitor:
         run.write_model_files(folder / MODEL_FOLDER / name.label)
         return counter
 
-    def on_steps_end(self, run: Savable, records: Sequence[object]) -> None:
+    def on_steps_end(self, run: Savable, records: Sequence[Step]) -> None:
         """Say what became of a save under way, and begin another when it is due."""
+        self._embedding_norm = records[-1].embedding_norm if records else None
         self._look(run)
         if self._is_due(run):
             self._save(run)
@@ -250,6 +261,9 @@ class CheckpointMonitor:
         """What is to be saved of the run as it is now; a copy of it for an asynchronous save."""
         contents = self._contents(run)
         record, waited = run.state_record(), 0.0
+        if self._embedding_norm is not None:
+            limit = self.config.embedding_local_norm_threshold
+            record[health.KEY] = health.judgement(self._embedding_norm, limit)
         if asynchronous_since is not None:
             together = {name: shard for held in contents.values() for name, shard in held.items()}
             taken = self._snapshot.take(together)
@@ -310,12 +324,22 @@ class CheckpointMonitor:
                     f"{done.error}")  # fmt: skip
             return
         self._saved_step = job.step
+        if health.KEY in job.record:
+            self._tell_health(run, name, job.record[health.KEY])
         ranks = "1 rank" if run.world.size == 1 else f"{run.world.size} ranks"
         beside = f" beside training, which waited {job.waited_seconds:.2f} s"
         run.say(
             f"saved step {job.step} as {name}: {ranks}, {done.nbytes / 1e6:.1f} MB, "
             f"{done.seconds:.2f} s{beside if job.waited_seconds else ''}"
         )
+
+    def _tell_health(self, run: Savable, name: SaveName, found: dict[str, Any]) -> None:
+        if not found["is_healthy"]:
+            run.say(f"warning: {name}: {health.ailment({health.KEY: found})}")
+        if run.world.is_main:
+            _, trouble = attempt(health.write_down, run.output_dir, name, found)
+            if trouble:
+                run.say(f"warning: {health.RECORD} was not written: {trouble}")
 
     def _retention(self) -> str:
         if self.config.keep_checkpoint_max:

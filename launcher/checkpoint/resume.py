@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from launcher.checkpoint.files import read_json
+from launcher.checkpoint.health import ailment
 from launcher.checkpoint.leftovers import is_unfinished
 from launcher.checkpoint.names import SaveName, parse_rank_file
 from launcher.checkpoint.published import Published, published
@@ -41,12 +43,14 @@ class Chosen:
 
 
 def choose(
-    root: Path, choice: bool | str, world: World, say: Callable[[str], None]
-) -> Chosen | None:
+    root: Path, choice: bool | str, world: World, say: Callable[[str], None], *,
+    healthy: bool = False,
+) -> Chosen | None:  # fmt: skip
     """The checkpoint in folder `root` to resume from; None when the folder holds none at all.
 
     `choice` is True for the newest, or the name of one (`CKP_rank_0-1_10`, with or without
-    extension). Raises `UserError` when what is there cannot be used.
+    extension). With `healthy` an unhealthy one is passed over, unless it is named. Raises
+    `UserError` when what is there cannot be used.
     """
     if root.is_file():
         found = parse_rank_file(root.name)
@@ -64,7 +68,9 @@ def choose(
     newest = candidates[-1]
     if isinstance(choice, str):
         candidates = [_named(root, candidates, choice)]
-    candidate, source = newest_whole(candidates, world, say, lacks=_lacks_state)
+        healthy = False
+    lacks = partial(_lack, healthy=healthy)
+    candidate, source = newest_whole(candidates, world, say, lacks)
     state = read_json(candidate.state_path)
     assert state is not None
     taken = {path.stem.rpartition("-")[0] for path in damaged}
@@ -72,9 +78,12 @@ def choose(
     return Chosen(candidate, state, source, is_newest)
 
 
-def _lacks_state(candidate: Published) -> str:
+def _lack(candidate: Published, *, healthy: bool) -> str:
     """What keeps a run from going on from whole files; empty when nothing does."""
-    return state_fault(candidate.state_path, candidate.manifest)
+    fault = state_fault(candidate.state_path, candidate.manifest)
+    if fault or not healthy:
+        return fault
+    return ailment(read_json(candidate.state_path) or {})
 
 
 def _named(root: Path, candidates: list[Published], choice: str) -> Published:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 
 import torch
@@ -26,7 +27,8 @@ class Snapshot:
         self._is_locked = False
 
     def __del__(self) -> None:
-        self._unlock()
+        with suppress(Exception):  # at the end of the process CUDA may be gone
+            self._unlock()
 
     @property
     def nbytes(self) -> int:

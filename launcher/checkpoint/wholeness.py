@@ -79,7 +79,7 @@ def newest_whole(
 def none_is_whole(root: Path, tried: int) -> UserError:
     """What to say when all checkpoints of a folder were passed over."""
     return UserError(
-        f"no checkpoint in {root} is whole",
+        f"no checkpoint in {root} can be used",
         rule=f"{tried} were tried, see above",
         advice="Give another folder as load_checkpoint, or start anew without resume_training",
     )

@@ -55,6 +55,8 @@ class Gradients:
     partial_group: dist.ProcessGroup | None = None
     sums: GradientSums | None = None
     """Gradients that the ranks of a data group add up, where FSDP does not do it."""
+    embedding: Sequence[nn.Parameter] | None = None
+    """Those of `owned` that are the embedding's, where its norm is watched; None: it is not."""
     tied: TiedCopies | None = None
     """Copies of a tied embedding on the first and the last stage of a pipeline."""
 
@@ -70,3 +72,7 @@ class Gradients:
     def squared_norm(self) -> Tensor:
         """This rank's share of the squared global norm, a float32 scalar: ranks add theirs up."""
         return squared_norm(self.owned, self.device)
+
+    def squared_norm_of_embedding(self) -> Tensor | None:
+        """As `squared_norm`, float32 [1], of the embedding alone; None where it is not watched."""
+        return None if self.embedding is None else squared_norm(self.embedding, self.device)[None]

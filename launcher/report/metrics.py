@@ -41,6 +41,12 @@ class MetricsLog:
                 _put_aside(self.path)
         self._file: TextIO = self.path.open("a")
 
+    def go_back(self, consumed_samples: int) -> None:
+        """Drop the rows after a place that the run goes back to."""
+        self._file.close()
+        _drop_after(self.path, consumed_samples)
+        self._file = self.path.open("a")
+
     def add(self, row: dict[str, Any]) -> None:
         """Write one row, at once. Numbers that JSON has no word for become null."""
         clean = {

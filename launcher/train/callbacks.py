@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import json
-import math
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
@@ -66,43 +65,6 @@ def loss_line(run: TrainRun, record: StepRecord) -> str:
         f"global_norm: [{record.grad_norm:.6f}], "
         f"train_throughput_per_npu: {samples_per_second:.3f} samples/s/p }}"
     )
-
-
-class FiniteCheck(Callback):
-    """Looks for the first loss or gradient norm that is not finite: says so once, or, with
-    `check_for_nan_in_loss_and_grad`, ends the run. Steps in which a dynamic loss scale looks for
-    the scale that fits are left alone.
-
-    It stands before CheckpointMonitor, so that a run that ends has not saved such a step.
-    """
-
-    def __init__(self, stop: bool) -> None:
-        self.stop = stop
-        self._said = False
-
-    def on_steps_end(self, run: TrainRun, records: Sequence[StepRecord]) -> None:
-        for record in records:
-            if self._said or _is_sound(run, record):
-                continue
-            self._said = True
-            first = record.consumed_samples - run.loader.global_batch
-            what = f"step {record.step}: loss {record.loss}, gradient norm {record.grad_norm}"
-            where = f"samples {first} to {record.consumed_samples - 1}"
-            if self.stop:
-                raise UserError(
-                    what,
-                    where=where,
-                    rule="check_for_nan_in_loss_and_grad asks for finite values",
-                    advice="Resume from the last checkpoint with a lower learning rate",
-                )
-            run.say(f"warning: {where}: {what}. check_for_nan_in_loss_and_grad: True would stop")
-
-
-def _is_sound(run: TrainRun, record: StepRecord) -> bool:
-    if math.isfinite(record.loss) and math.isfinite(record.grad_norm):
-        return True
-    scale, overflow = record.loss_scale or 1.0, bool(record.overflow)
-    return run.scaling is not None and run.scaling.is_expected(scale, overflow)
 
 
 class RequestFile(Callback):

@@ -97,18 +97,20 @@ def run_sink(run: TrainRun, sink_size: int) -> tuple[list[StepRecord], int]:
 def _record(run: TrainRun, draft: Draft, row: Sequence[float], seconds: float) -> StepRecord:
     epoch, step_in_epoch = epoch_and_step(draft.step, run.steps_per_epoch)
     norm, scaled = row[GRADIENT_NORM], run.scaling is not None
-    limit = run.norm_limit
+    limits, watches = run.limits, run.gradients.embedding is not None
     return StepRecord(
         step=draft.step, epoch=epoch, step_in_epoch=step_in_epoch, loss=row[LOSS], lr=draft.rate,
         grad_norm=norm, tokens=draft.tokens, tokens_per_second=draft.tokens / seconds,
         consumed_samples=draft.consumed_samples, seconds=seconds,
         loss_scale=draft.loss_scale if scaled else None,
         overflow=not math.isfinite(norm) if scaled else None,
-        skipped=limit.is_beyond(norm) if limit is not None and limit.skips else None,
+        skipped=limits.are_passed(norm, row[LOSS]) if limits and limits.skips else None,
+        embedding_norm=row[-1] if watches else None,
     )  # fmt: skip
 
 
 def _signal(last: Sequence[float]) -> int:
     """The wish the ranks agree on after the newest step, 0 for none: SIGTERM if any rank got it."""
-    received = [number for number, ranks in zip(WISHES, last[SIGNALS_FROM:], strict=True) if ranks]
+    ranks = last[SIGNALS_FROM : SIGNALS_FROM + len(WISHES)]
+    received = [number for number, count in zip(WISHES, ranks, strict=True) if count]
     return max(received, default=0)  # a request comes after signals

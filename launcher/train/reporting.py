@@ -30,6 +30,10 @@ class Reporting(Callback):
         for tracker in self.trackers:
             tracker.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
 
+    def on_train_begin(self, run: TrainRun) -> None:
+        """Rows after the place where the run begins are about to be made again."""
+        self.metrics.go_back(run.state.consumed_samples)
+
     def on_steps_end(self, run: TrainRun, records: Sequence[StepRecord]) -> None:
         for record in records:
             self.row(record.as_row())

@@ -27,7 +27,7 @@ from launcher.train.interrupts import Interrupts
 from launcher.train.optimizer import MOMENTS, moments
 from launcher.train.scaling import LossScaling
 from launcher.train.state import TrainState, epoch_and_step, to_json
-from launcher.train.step import NormLimit
+from launcher.train.step import Limits
 from launcher.weights.links import LinksOf, linked, no_links, shapes_in_files
 from launcher.weights.ranks.redundancy import file_holders
 from launcher.weights.reading.memory import Shard
@@ -66,8 +66,8 @@ class TrainRun:
     float32 scalar on the device; None: there is none."""
     scaling: LossScaling | None = None
     """How the loss is scaled; None: not at all."""
-    norm_limit: NormLimit | None = None
-    """The gradient norm from which on a step is not sound; None: there is none."""
+    limits: Limits | None = None
+    """From which on a step is not sound; None: there are none."""
     has_dropout: bool = False
     links_of: LinksOf = no_links
     """What the tensors of the model are in files."""

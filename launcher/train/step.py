@@ -22,26 +22,28 @@ if TYPE_CHECKING:
     from launcher.train.run import TrainRun
 
 LOSS, SQUARED_NORM, SIGNALS_FROM = range(3)
-"""Places in the tensor the ranks add up in a step; from `SIGNALS_FROM` on, the ranks that got each
-signal. In what a step returns, the norm stands where its square stood."""
+"""Places in the tensor the ranks add up in a step; from `SIGNALS_FROM` on, the ranks that have each
+of `WISHES`. In what a step returns, the norm stands where its square stood."""
 GRADIENT_NORM = SQUARED_NORM
 
 
 @dataclass(frozen=True)
-class NormLimit:
-    """The gradient norm from which on a step is not sound."""
+class Limits:
+    """The gradient norm and the loss from which on a step is not sound."""
 
-    threshold: float
+    norm: float
+    loss: float
     skips: bool
     """Whether such a step changes nothing."""
 
-    def is_beyond(self, norm: float) -> bool:
-        """Whether `norm` is too large, or no number."""
-        return not norm < self.threshold
+    def are_passed(self, norm: float, loss: float) -> bool:
+        """Whether one is too large, or no number."""
+        return not (norm < self.norm and loss < self.loss)
 
 
 def train_step(run: TrainRun, data: StepData, learning_rate: float) -> torch.Tensor:
-    """Train on one global batch. Returns float32 [loss, gradient norm, ranks per signal...].
+    """Train on one global batch. Returns float32 [loss, gradient norm, ranks per wish to stop...],
+    and last, where it is watched, the norm of the embedding's gradient.
 
     The loss is the mean over the target tokens of the global batch, the same on every rank. Loss
     and norm are those without a loss scale. A step that overflowed changes no parameter, moment or
@@ -57,9 +59,12 @@ def train_step(run: TrainRun, data: StepData, learning_rate: float) -> torch.Ten
         unscale_gradients(run.parameters, run.state.loss_scale)
     requests = torch.tensor(run.interrupts.as_values()).to(run.world.device, non_blocking=True)
     own = torch.stack([loss_sum / targets, run.gradients.squared_norm()])
-    sums = run.world.sum(torch.cat([own, requests]))
+    watched = run.gradients.squared_norm_of_embedding()
+    sums = run.world.sum(torch.cat([own, requests, *([] if watched is None else [watched])]))
     norm = sums[SQUARED_NORM].sqrt_()
-    if not (_overflowed(run, norm) or _is_skipped(run, norm)):
+    if watched is not None:
+        sums[-1].sqrt_()
+    if not (_overflowed(run, norm) or _is_skipped(run, sums)):
         _update(run, norm, learning_rate)
     run.optimizer.zero_grad(set_to_none=True)
     return sums
@@ -74,10 +79,12 @@ def _overflowed(run: TrainRun, norm: torch.Tensor) -> bool:
     return overflow
 
 
-def _is_skipped(run: TrainRun, norm: torch.Tensor) -> bool:
-    """Whether the norm is beyond the limit, where there is one. The host waits for it then."""
-    limit = run.norm_limit
-    return limit is not None and limit.skips and limit.is_beyond(norm.item())
+def _is_skipped(run: TrainRun, sums: torch.Tensor) -> bool:
+    """Whether limits are passed, where there are any. The host waits for the sums then."""
+    if run.limits is None or not run.limits.skips:
+        return False
+    loss, norm = sums[: SQUARED_NORM + 1].tolist()
+    return run.limits.are_passed(norm, loss)
 
 
 def _update(run: TrainRun, norm: torch.Tensor, learning_rate: float) -> None:
@@ -126,7 +133,9 @@ class StepRecord:
     overflow: bool | None = None
     """Whether the step was skipped; None: the loss is not scaled."""
     skipped: bool | None = None
-    """Whether it changed nothing because of its norm; None: no norm is too large."""
+    """Whether it changed nothing because limits were passed; None: there are none."""
+    embedding_norm: float | None = None
+    """Of the embedding's gradient; None: it is not watched."""
 
     def as_row(self) -> dict[str, Any]:
         """For `metrics.jsonl`."""

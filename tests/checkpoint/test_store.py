@@ -246,7 +246,7 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, damage: str) -> None:
 def test_when_none_is_whole_the_user_is_told(tmp_path) -> None:
     name = save(tmp_path, 10)
     (tmp_path / "rank_0" / name.rank_file(0)).unlink()
-    with pytest.raises(UserError, match=r"no checkpoint in .* is whole"):
+    with pytest.raises(UserError, match=r"no checkpoint in .* can be used"):
         choose(tmp_path, True, ALONE, print)
 
 

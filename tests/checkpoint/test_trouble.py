@@ -127,7 +127,7 @@ def test_a_rank_folder_that_is_gone(saved, tmp_path: Path) -> None:
     root = shutil.copytree(saved[4], tmp_path / "root")
     shutil.rmtree(root / "rank_2")
     said: list[str] = []
-    with pytest.raises(UserError, match=r"no checkpoint in .* is whole"):
+    with pytest.raises(UserError, match=r"no checkpoint in .* can be used"):
         choose(root, True, ALONE, said.append)
     for step in (OLD, NEW):
         assert f"CKP_rank_2-1_{step}.safetensors is missing" in "\n".join(said)

@@ -449,10 +449,10 @@ TABLE = (
     ),
     Wrong(
         name="CheckpointMonitor's options not built yet",
-        add="    checkpoint_format: ckpt\n    use_checkpoint_health_monitor: True\n",
+        add="    checkpoint_format: ckpt\n    enc_key: secret\n",
         says=("@format: ckpt@ callbacks.1.checkpoint_format = 'ckpt': not built yet. "
               "Use safetensors.",
-              "@health@ callbacks.1.use_checkpoint_health_monitor = True: not built yet"),
+              "@enc_key@ callbacks.1.enc_key = 'secret': not built yet"),
         count=2,
     ),
     Wrong(

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from launcher.train.callbacks import FiniteCheck, loss_line
+from launcher.train.callbacks import loss_line
+from launcher.train.health import FiniteCheck
 from launcher.train.run import TrainRun
 from launcher.train.scaling import LossScaling, loss_scaling
 from launcher.train.state import TrainState, from_json, to_json

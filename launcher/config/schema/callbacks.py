@@ -10,7 +10,6 @@ from typing import Any
 from launcher.config.schema.field import effective, no_effect, not_built, open_keys
 
 _NO_CRYPTO = "Leave it out: files are not encrypted"
-_HEALTH = "the health check is off"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,13 +92,14 @@ class CheckpointMonitorSection:
     """The original's CheckpointConfig object."""
     global_batch_size: int | None = no_effect(None, "known from runner_config")
     """Samples of a step."""
-    embedding_size: int = no_effect(4096, _HEALTH)
+    embedding_size: int = no_effect(4096, "the norm is that of the whole embedding")
     """Elements of the embedding."""
-    embedding_local_norm_threshold: float = no_effect(1.0, _HEALTH)
-    """Norm above which a checkpoint is unhealthy."""
-    use_checkpoint_health_monitor: bool = not_built(False, "Set it to False")
-    """Judge checkpoints by the norm of the embedding."""
-    health_ckpts_record_dir: str = no_effect("./output", _HEALTH)
+    embedding_local_norm_threshold: float = effective(1.0, above=0)
+    """The norm of the embedding's gradient above which a save is unhealthy, where health is
+    watched."""
+    use_checkpoint_health_monitor: bool = False
+    """As the key of that name outside of callbacks: either turns it on."""
+    health_ckpts_record_dir: str = no_effect("./output", "the record lies in output_dir")
     """Where the judgement is written."""
     use_legacy_format: bool = no_effect(True, "there is one format")
     """The original's older or newer format."""
@@ -217,7 +217,12 @@ class MonitorSection:
     global_norm_spike_threshold: float = effective(3.0, above=0)
     """The norm from which on it is far too large, where one of the checks is on."""
     global_norm_spike_count_threshold: int = effective(10, minimum=0)
-    """Steps in a row that use_skip_data_by_global_norm may skip."""
+    """Steps in a row that use_skip_data_by_global_norm may skip; roll-backs to one save."""
+    loss_spike_threshold: float | None = effective(None, above=0)
+    """The loss from which on it is far too large, where one of the checks is on; null: none is."""
+    roll_back: bool = False
+    """Where a check would end the run: go back to the newest save, and leave out the samples
+    between it and the step that was not sound."""
     stable_rank_config: dict[str, Any] | None = no_effect(None, "the monitor is off")
     """Stable rank of weights."""
     health_checkpoint: dict[str, Any] | None = no_effect(None, "the monitor is off")

@@ -237,8 +237,9 @@ class Config:
         "OnRequestExit in callbacks is enough; Ctrl-C and SIGTERM save and end cleanly anyway",
     )
     """Save and end when asked through a file."""
-    use_checkpoint_health_monitor: bool = not_built(False, "Set it to False")
-    """Judge checkpoints by the norm of the embedding."""
+    use_checkpoint_health_monitor: bool = False
+    """Judge saves by the norm of the embedding's gradient; a resume passes over unhealthy ones
+    that are not named."""
     use_skip_data_by_global_norm: bool = False
     """Steps with a gradient norm far too large change nothing; monitor_config has the limits."""
     print_struct: bool = not_built(False, "Set it to False")

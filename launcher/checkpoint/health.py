@@ -1,0 +1,54 @@
+"""Health of saves, judged by the norm of the embedding's gradient in the step that was saved.
+
+Owns the judgement in the state file, and the record of the original: `health_ckpts.json`, a list of
+`{"is_health": 0, "ckpt_name": "CKP_rank_0-1_10.safetensors"}`, in which 0 means healthy. A norm far
+above the usual one comes before a loss that does not recover
+(https://www.mindspore.cn/mindformers/docs/en/master/feature/skip_data_and_ckpt_health_monitor.html).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from launcher.checkpoint.files import write_bytes
+from launcher.checkpoint.names import SaveName
+
+RECORD = "health_ckpts.json"
+KEY = "health"
+"""Of the judgement in the state file."""
+
+
+def judgement(norm: float, threshold: float) -> dict[str, Any]:
+    """What the state file says of a save after a step with this norm."""
+    finite = norm if math.isfinite(norm) else None
+    return {"embedding_norm": finite, "threshold": threshold, "is_healthy": norm <= threshold}
+
+
+def write_down(output_dir: Path, name: SaveName, found: dict[str, Any]) -> None:
+    """Add a save to the record. Raises `OSError`."""
+    path = output_dir / RECORD
+    entry = {"is_health": int(not found["is_healthy"]), "ckpt_name": name.rank_file(0)}
+    known = [old for old in _entries(path) if old.get("ckpt_name") != entry["ckpt_name"]]
+    write_bytes(path, (json.dumps([*known, entry], indent=1) + "\n").encode(), durable=False)
+
+
+def _entries(path: Path) -> list[dict[str, Any]]:
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return []
+    return [row for row in content if isinstance(row, dict)] if isinstance(content, list) else []
+
+
+def ailment(state: dict[str, Any]) -> str:
+    """What keeps a run that wants a healthy save from going on from this one; empty: nothing."""
+    found = state.get(KEY)
+    if not isinstance(found, dict) or found.get("is_healthy", True):
+        return ""
+    return (
+        f"it is not healthy: the embedding's gradient had the norm {found.get('embedding_norm')}, "
+        f"embedding_local_norm_threshold was {found.get('threshold')}"
+    )

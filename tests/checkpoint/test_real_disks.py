@@ -1,0 +1,164 @@
+"""Saves on disks that are full, read-only or not readable: real ones, in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from launcher.checkpoint import store
+from launcher.checkpoint.published import published
+from launcher.checkpoint.resume import choose
+from launcher.checkpoint.space import SMALL_FILES_BYTES
+from launcher.layout.mesh import Mesh
+from tests import mounts
+from tests.checkpoint import crew
+from tests.ranks import _job, run_job, run_ranks
+from tests.workshop import Workshop
+
+ARGUMENTS = ["--config", "run.yaml", "--run_mode", "train"]
+Outcome = tuple[int, str, str]
+
+
+def apart(function: Callable[..., Any], *arguments: object) -> Any:
+    """`function` in a process with mounts of its own."""
+    found = run_ranks(1, _apart, function, arguments)[0]
+    if isinstance(found, mounts.NotAllowed):
+        pytest.skip(str(found))
+    return found
+
+
+def _apart(function: Callable[..., Any], arguments: tuple[object, ...]) -> Any:
+    try:
+        mounts.private()
+    except mounts.NotAllowed as error:
+        return error
+    return function(*arguments)
+
+
+def steps(root: Path) -> list[int]:
+    return [found.manifest["global_step"] for found in published(root)]
+
+
+def full_disk(
+    folder: Path, nbytes: int, asked: bool
+) -> tuple[Outcome, list[int], list[str], Outcome]:
+    """A run on a disk of `nbytes`, what it left there, and the run that goes on with more room."""
+    small = folder / "small"
+    mounts.small_disk(small, nbytes)
+    plain = store.room_for
+    if not asked:
+        store.room_for = lambda root, nbytes: None
+    first = _job(ARGUMENTS, str(folder))
+    store.room_for = plain
+    left = steps(small / "checkpoint"), [p.name for p in small.rglob("*") if p.is_file()]
+    mounts.resize(small, 100_000_000)
+    return first, *left, _job([*ARGUMENTS, "--resume_training", "True"], str(folder))
+
+
+@pytest.mark.parametrize("asked", [True, False], ids=["asked", "found out"])
+def test_a_full_disk_costs_the_saves_that_do_not_fit(workshop: Workshop, asked: bool) -> None:
+    """It is asked before a save; where it says there is room and there is none, the save fails."""
+    monitor = {"type": "CheckpointMonitor", "save_checkpoint_steps": 4, "directory": "small",
+               "keep_checkpoint_max": 0}  # fmt: skip
+    workshop.yaml(callbacks=[{**monitor, "directory": "plenty"}])
+    assert run_job(ARGUMENTS, workshop.folder).code == 0
+    expected = workshop.losses()
+    save = workshop.folder / "plenty/checkpoint/rank_0/CKP_rank_0-1_4.safetensors"
+    nbytes = int(2.5 * save.stat().st_size) + SMALL_FILES_BYTES * asked
+    workshop.yaml(callbacks=[monitor])
+    found = apart(full_disk, workshop.folder, nbytes, asked)
+    (code, out, err), kept, files, (again, _, trouble) = found
+    assert code == 2, "the last save of a run that ends must be there"
+    assert "warning: step 12 was not saved: the checkpoint could not be saved" in out
+    assert ("no room" if asked else "No space left on device") in out
+    assert "the checkpoint could not be saved" in err
+    assert kept == [4, 8]
+    assert not [name for name in files if "12" in name or "20" in name or ".tmp" in name]
+    assert again == 0, trouble
+    assert workshop.losses() == expected
+
+
+TURNING = """
+from pathlib import Path
+from launcher.train.callbacks import Callback
+from tests import mounts
+
+class Turning(Callback):
+    def on_steps_end(self, run, records):
+        if records[-1].step == 8:
+            mounts.read_only(Path("small").resolve())
+        if records[-1].step == 13:
+            mounts.writable(Path("small").resolve())
+"""
+
+
+def turning_disk(folder: Path) -> tuple[Outcome, list[int]]:
+    mounts.small_disk(folder / "small", 50_000_000)
+    return _job(ARGUMENTS, str(folder)), steps(folder / "small/checkpoint")
+
+
+def test_a_disk_that_turns_read_only_and_back(workshop: Workshop) -> None:
+    (workshop.folder / "mine.py").write_text(TURNING)
+    monitor = {"type": "CheckpointMonitor", "save_checkpoint_steps": 5, "directory": "small"}
+    workshop.yaml(callbacks=[monitor, {"type": "Turning"}], register_path="mine.py")
+    (code, out, err), saved = apart(turning_disk, workshop.folder)
+    assert code == 0, err
+    assert "warning: step 10 was not saved" in out
+    assert "Read-only file system" in out
+    assert saved == [5, 15, 20]
+
+
+def read_only_store(folder: Path) -> tuple[Outcome, Outcome]:
+    mounts.read_only(folder / "output")
+    source = ["--resume_training", "True", "--load_checkpoint", "output/checkpoint"]
+    inside = _job([*ARGUMENTS, *source], str(folder))
+    return inside, _job([*ARGUMENTS, *source, "--output_dir", "elsewhere"], str(folder))
+
+
+def test_a_run_reads_from_a_store_that_nobody_may_write_to(workshop: Workshop) -> None:
+    """The reference's X08; into such a folder no run begins."""
+    workshop.yaml(runner_config={"stop_step": 10, "batch_size": 8, "max_steps": 20})
+    assert run_job(ARGUMENTS, workshop.folder).code == 0
+    workshop.yaml()
+    inside, elsewhere = apart(read_only_store, workshop.folder)
+    assert inside[0] == 2
+    assert "Read-only file system" in inside[2]
+    assert "output_dir" in inside[2]
+    assert elsewhere[0] == 0, elsewhere[2]
+    assert "resumed: CKP-1_10 of output/checkpoint" in elsewhere[1]
+    assert steps(workshop.folder / "elsewhere/checkpoint") == [20]
+
+
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    """A folder that every user may enter."""
+    with tempfile.TemporaryDirectory() as name:
+        Path(name).chmod(0o755)
+        yield Path(name)
+
+
+def as_nobody(root: Path) -> tuple[str, list[str]]:
+    if os.getuid() == 0:
+        os.seteuid(65534)
+    said: list[str] = []
+    chosen = choose(root, True, crew.ALONE, said.append)
+    return str(chosen and chosen.name), said
+
+
+@pytest.mark.parametrize("role", ["rank", "state", "manifest"])
+def test_a_file_that_may_not_be_read_is_named_and_passed_over(open_folder: Path, role: str) -> None:
+    for step in (1, 2):
+        crew.save(open_folder, step, {"w": torch.ones(64)}, Mesh())
+    paths = {"rank": "rank_0/CKP_rank_0-1_2.safetensors", "state": "state/CKP-1_2.json",
+             "manifest": "manifest/CKP-1_2.json"}  # fmt: skip
+    (open_folder / paths[role]).chmod(0)
+    name, said = run_ranks(1, as_nobody, open_folder)[0]
+    assert name == "CKP-1_1"
+    assert "passed over CKP-1_2" in said[0]
+    assert str(open_folder / paths[role]) in said[0]
