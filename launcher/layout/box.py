@@ -28,6 +28,8 @@ class Box:
 
     def intersect(self, other: Box) -> Box | None:
         """The elements both boxes hold, or None when there are none."""
+        if self == other:
+            return self if self.numel else None
         offset, size = [], []
         for a, n, b, m in zip(self.offset, self.size, other.offset, other.size, strict=True):
             start, stop = max(a, b), min(a + n, b + m)
@@ -39,6 +41,8 @@ class Box:
 
     def inside(self, outer: Box) -> Box:
         """This box in the coordinates of `outer`, which must contain it."""
+        if not any(outer.offset):
+            return self
         return Box(tuple(a - b for a, b in zip(self.offset, outer.offset, strict=True)), self.size)
 
     def portions(self, limit: int) -> Iterator[Box]:

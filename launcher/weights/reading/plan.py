@@ -73,12 +73,17 @@ def read_runs_of(read: Read, target: Box, memory: tuple[int, Sequence[int]] | No
 
 
 def _dot(index: Sequence[int], strides: Sequence[int]) -> int:
+    if not any(index):
+        return 0
     return sum(i * stride for i, stride in zip(index, strides, strict=True))
 
 
 def portions(reads: Sequence[Read], limit_bytes: int) -> Iterator[Read]:
     """The same reads, in portions of at most `limit_bytes` (one element at least)."""
     for read in reads:
+        if read.nbytes <= limit_bytes:
+            yield read
+            continue
         item = ITEM_BYTES[read.piece.entry.dtype]
         for box in read.overlap.portions(max(limit_bytes // item, 1)):
             yield Read(read.piece, box)
