@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from launcher.assembly.balance import load_job
 from launcher.assembly.copies import write_copies
+from launcher.assembly.derived import Derived, derive
 from launcher.assembly.job import Job
 from launcher.assembly.receipt import Resumption, receipt
 from launcher.assembly.run import build_run
@@ -27,7 +30,8 @@ def find_resume(job: Job) -> Chosen | None:
     if choice is False:
         return None
     root = resume_root(job.config)
-    chosen = choose(root, choice, job.world, job.say)
+    strategy = job.config.src_strategy_path_or_dir
+    chosen = choose(root, choice, job.world, job.say, strategy)
     if chosen is None:
         job.say(f"warning: resume_training is on, but {root} holds no checkpoint: a fresh start")
     return chosen
@@ -58,42 +62,47 @@ def own_root(config: Config) -> Path:
 def resumed_run(job: Job, chosen: Chosen) -> TrainRun:
     """A run that goes on: weights, optimizer, schedule, data position, random numbers."""
     run = build_run(job)
-    where = str(chosen.published.state_path)
-    state = _with_loss_scale(run, chosen, from_json(chosen.state, where))
+    derived = None if chosen.state else derive(run, chosen)
+    saved = derived.saved if derived is not None else chosen.state
+    state = _with_loss_scale(run, saved, from_json(saved, str(chosen.state_path)))
     _restore_tensors(job, run, chosen)
-    same_steps = chosen.state.get("global_batch_size") == run.loader.global_batch
+    same_steps = saved.get("global_batch_size") == run.loader.global_batch
     if not same_steps:
         state = state.with_global_batch(run.loader.global_batch)
-    run.state = _data_position(job, run, chosen, state)
+    run.state = _data_position(job, run, saved, state)
     set_step(run.optimizer, state.updates)
     whole_sinks = run.sink_size == 1 or state.global_step % run.sink_size == 0
-    own = own_root(job.config).resolve() == chosen.published.root.resolve()
+    own = own_root(job.config).resolve() == chosen.root.resolve()
     # Under its own name only where no name can come twice: steps counted anew would repeat some.
     if own and chosen.is_newest and same_steps and whole_sinks:
         run.resumed_from = chosen.name
     else:
-        run.inputs |= {file.resolve() for file in chosen.published.files}
-    for line in receipt(_resumption(job, run, chosen)):
+        run.inputs |= {file.resolve() for file in chosen.files}
+    for line in receipt(_resumption(job, run, chosen, saved, derived)):
         job.say(line)
     for key in ("seed", "optimizer", "schedule", "loss_scaling"):
-        if chosen.state.get(key) != run.facts[key]:
-            job.say(f"warning: {key} was {chosen.state.get(key)}, is {run.facts[key]} from here on")
+        if saved.get(key) != run.facts[key]:
+            job.say(f"warning: {key} was {saved.get(key)}, is {run.facts[key]} from here on")
     return run
 
 
-def _resumption(job: Job, run: TrainRun, chosen: Chosen) -> Resumption:
-    manifest = chosen.published.manifest
+def _resumption(
+    job: Job, run: TrainRun, chosen: Chosen, saved: Mapping[str, Any], derived: Derived | None
+) -> Resumption:
+    source = chosen.source
     return Resumption(
-        name=str(chosen.name),
-        folder=str(chosen.published.root),
-        saved=chosen.state,
-        saved_ranks=manifest["world_size"],
-        saved_mesh=manifest.get("mesh", {}),
+        name=chosen.label,
+        folder=str(chosen.root),
+        saved=saved,
+        # Complete weights have no layout that could be another one.
+        saved_ranks=source.world_size if source.kind == "distributed" else job.world.size,
+        saved_mesh=source.mesh or {},
         state=run.state,
         facts=run.facts,
         mesh=job.mesh,
         total_steps=run.total_steps,
         data_begins_elsewhere=_names_place_in_data(job.config),
+        derived=derived,
     )
 
 
@@ -101,10 +110,10 @@ def _names_place_in_data(config: Config) -> bool:
     return config.ignore_data_skip or config.data_skip_steps is not None
 
 
-def _with_loss_scale(run: TrainRun, chosen: Chosen, state: TrainState) -> TrainState:
+def _with_loss_scale(run: TrainRun, saved: Mapping[str, Any], state: TrainState) -> TrainState:
     """A dynamic loss scale goes on where it was; any other is what the configuration says."""
     kind = run.facts["loss_scaling"]
-    if kind == "dynamic" == chosen.state.get("loss_scaling"):
+    if kind == "dynamic" == saved.get("loss_scaling"):
         return state
     return replace(state, loss_scale=run.state.loss_scale, good_steps=0)
 
@@ -113,9 +122,10 @@ def _restore_tensors(job: Job, run: TrainRun, chosen: Chosen) -> None:
     check_layout(job, chosen.source)
     if not any(name.startswith(OPTIMIZER_PREFIXES) for name in chosen.source.tensors):
         raise UserError(
-            f"{chosen.name.rank_file(0)} holds weights without optimizer state",
-            where=str(chosen.published.root),
-            rule="a resumed run needs both; it was saved with save_optimizer: False",
+            f"{chosen.files[0].name} holds weights without optimizer state",
+            where=str(chosen.root),
+            rule="a resumed run needs both"
+            + ("; it was saved with save_optimizer: False" if chosen.state else ""),
             advice="Use run_mode finetune to start from its weights",
         )
     targets = {**run.weights(), **run.optimizer_state()}
@@ -131,16 +141,18 @@ def _restore_tensors(job: Job, run: TrainRun, chosen: Chosen) -> None:
     equalise_moments(run.parts.copies(), run.optimizer)
 
 
-def _data_position(job: Job, run: TrainRun, chosen: Chosen, state: TrainState) -> TrainState:
+def _data_position(
+    job: Job, run: TrainRun, saved: Mapping[str, Any], state: TrainState
+) -> TrainState:
     """Where the data goes on; refuses to go on in other data, or in another order, unasked."""
     if _names_place_in_data(job.config):
         skipped = (job.config.data_skip_steps or 0) * run.loader.global_batch
         return replace(state, data_position=skipped)
-    saved, present = chosen.state.get("data", {}), run.facts["data"]
-    changed = [key for key in present if saved.get(key) != present[key]]
+    before, present = saved.get("data", {}), run.facts["data"]
+    changed = [key for key in present if before.get(key) != present[key]]
     if changed:
         settings = [key for key in changed if key in DATA_KEYS]
-        listing = ", ".join(f"{DATA_KEYS[k]}: {saved.get(k)} -> {present[k]}" for k in settings)
+        listing = ", ".join(f"{DATA_KEYS[k]}: {before.get(k)} -> {present[k]}" for k in settings)
         key = DATA_KEYS[settings[0]] if settings else "train_dataset.data_loader.dataset_dir"
         raise UserError(
             "the training data is not that of the checkpoint "
