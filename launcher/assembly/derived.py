@@ -21,9 +21,11 @@ from typing import Any
 from launcher.checkpoint.names import global_step_of_name
 from launcher.checkpoint.resume import STEPS, Chosen
 from launcher.errors import UserError
+from launcher.layout.mesh import layout_text
 from launcher.train.run import TrainRun
 from launcher.train.state import TrainState, to_json
 from launcher.weights.reading.scalars import scalars_of
+from launcher.weights.source import Source
 
 BATCH, SCALE = "global_batch_size", "loss_scale"
 USED = (*STEPS, BATCH, SCALE, "epoch_num")
@@ -31,10 +33,12 @@ USED = (*STEPS, BATCH, SCALE, "epoch_num")
 
 @dataclass(frozen=True)
 class Derived:
-    """A state, and where it comes from."""
+    """A state, and where it comes from; what the receipt says of it."""
 
     saved: dict[str, Any]
     """As a state file has it."""
+    saved_by: str
+    """Its ranks, or that it is complete weights."""
     steps_from: str
     """`step_num in the files`."""
     has_batch: bool
@@ -64,7 +68,15 @@ def derive(run: TrainRun, chosen: Chosen) -> Derived:
     )
     unused = tuple(sorted(chosen.source.extras.keys() - {*USED}))
     saved = to_json(state, {**run.facts, BATCH: batch})
-    return Derived(saved, steps_from, BATCH in counters, has_scale, unused)
+    return Derived(
+        saved, _ranks_text(chosen.source), steps_from, BATCH in counters, has_scale, unused
+    )
+
+
+def _ranks_text(source: Source) -> str:
+    if source.kind != "distributed":
+        return "complete weights"
+    return layout_text(source.world_size, source.mesh or {})
 
 
 def _steps(run: TrainRun, chosen: Chosen, counters: Mapping[str, int]) -> tuple[int, str]:

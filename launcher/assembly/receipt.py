@@ -76,9 +76,8 @@ def _without_state(resumption: Resumption, derived: Derived) -> Iterator[str]:
     """What is said of a save that has no state of ours: what was found, supposed, and not known."""
     saved, state = derived.saved, resumption.state
     batch = saved["global_batch_size"]
-    by = layout_text(resumption.saved_ranks, resumption.saved_mesh)
     steps = f"{saved['global_step']} steps ({derived.steps_from})"
-    yield _line("saved by", f"{by} after {steps}, without a state of ours")
+    yield _line("saved by", f"{derived.saved_by} after {steps}, without a state of ours")
     scale = [f"loss scale {state.loss_scale:g}"] if derived.has_scale else []
     yield _line("restored", ", ".join(["weights", "optimizer state", "step", *scale]))
     whose = "as the files say" if derived.has_batch else "that of this run: the saved is not known"
