@@ -19,12 +19,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from launcher.checkpoint.names import global_step_of_name
-from launcher.checkpoint.resume import STEPS, Chosen
+from launcher.checkpoint.resume import Chosen
 from launcher.errors import UserError
 from launcher.layout.mesh import layout_text
 from launcher.train.run import TrainRun
 from launcher.train.state import TrainState, to_json
-from launcher.weights.reading.scalars import scalars_of
+from launcher.weights.reading.scalars import STEPS, scalars_of
 from launcher.weights.source import Source
 
 BATCH, SCALE = "global_batch_size", "loss_scale"
@@ -94,6 +94,8 @@ def _steps(run: TrainRun, chosen: Chosen, counters: Mapping[str, int]) -> tuple[
         )
     epoch, step = chosen.name.epoch, chosen.name.step
     steps = global_step_of_name(epoch, step, run.steps_per_epoch, run.sink_size)
+    if run.sink_size > 1 and step == run.sink_size:
+        return steps, f"{epoch} sinks of {step} by the name"
     how = f"an epoch has {run.steps_per_epoch} in this run"
     return max(steps, 0), f"step {step} of epoch {epoch} in the name; {how}"
 

@@ -78,8 +78,12 @@ def _without_state(resumption: Resumption, derived: Derived) -> Iterator[str]:
     batch = saved["global_batch_size"]
     steps = f"{saved['global_step']} steps ({derived.steps_from})"
     yield _line("saved by", f"{derived.saved_by} after {steps}, without a state of ours")
-    scale = [f"loss scale {state.loss_scale:g}"] if derived.has_scale else []
-    yield _line("restored", ", ".join(["weights", "optimizer state", "step", *scale]))
+    restored = ["weights", "optimizer state", "step"]
+    if state.updates != saved["global_step"]:
+        restored.append(f"{state.updates} updates of the optimizer (global_step in the files)")
+    if derived.has_scale:
+        restored.append(f"loss scale {state.loss_scale:g}")
+    yield _line("restored", ", ".join(restored))
     whose = "as the files say" if derived.has_batch else "that of this run: the saved is not known"
     yield _line("supposed", f"{saved['consumed_samples']} samples seen, a global batch of {batch} ("
                 f"{whose}), in the order of this run")  # fmt: skip

@@ -23,11 +23,8 @@ from launcher.errors import UserError, did_you_mean
 from launcher.parallel.world import World
 from launcher.weights.ranks.manifests import STATE_FOLDER, state_fault
 from launcher.weights.ranks.rank_folders import Save
+from launcher.weights.reading.scalars import STEPS
 from launcher.weights.source import Source, detect, is_rank_folder, open_complete
-
-STEPS = ("step_num", "global_step")
-"""What MindFormers calls the steps done, in files beside the tensors: of the run, and of the
-optimizer, which counts no step that overflowed."""
 
 
 @dataclass(frozen=True)
@@ -45,9 +42,8 @@ class Chosen:
     """The content of its state file; empty where it has none: a save of MindFormers, or of ours
     copied without."""
     is_newest: bool
-    """Whether nothing in the folder was published after it. A damaged manifest of its run counts as
-    newer: it has the name of a save that the run would make again. One that was not published
-    itself is none that a run goes on under."""
+    """Whether it was published, and nothing in the folder after it. A damaged manifest of its run
+    counts as newer: it has the name of a save that the run would make again."""
 
     @property
     def state_path(self) -> Path:

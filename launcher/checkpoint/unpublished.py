@@ -144,7 +144,7 @@ def _checked(found: Found, world: World) -> Found:
     try:
         if lost:
             raise _incomplete(found.source, lost)
-        if describes_itself(next(iter(found.source.headers))):
+        if found.source.mesh is not None:  # of ours
             check_unpublished(found.source, world)
     except UserError as error:
         return replace(found, source=None, error=error)

@@ -12,7 +12,12 @@ import torch
 from safetensors.torch import save_file
 
 from launcher.checkpoint.leftovers import clean_unfinished, next_counter
-from launcher.checkpoint.names import SaveName, epoch_and_step_in_name, parse_rank_file
+from launcher.checkpoint.names import (
+    SaveName,
+    epoch_and_step_in_name,
+    global_step_of_name,
+    parse_rank_file,
+)
 from launcher.checkpoint.opening import open_weights
 from launcher.checkpoint.published import Published, intent, published
 from launcher.checkpoint.resume import choose
@@ -71,6 +76,8 @@ def test_names_are_read_as_they_are_written(text: str, expected) -> None:
 )
 def test_epoch_and_step_of_a_name(global_step: int, sink_size: int, expected) -> None:
     assert epoch_and_step_in_name(global_step, 10, sink_size) == expected
+    rounded = -(-global_step // sink_size) * sink_size  # a last sink that is not full has the name
+    assert global_step_of_name(*expected, 10, sink_size) == rounded
 
 
 def test_a_save_writes_the_tree_of_the_contract(tmp_path) -> None:

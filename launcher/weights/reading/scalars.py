@@ -15,6 +15,10 @@ from launcher.weights.reading.plan import plan_box
 from launcher.weights.reading.read import Fill, fill
 from launcher.weights.source import Source
 
+STEPS = ("step_num", "global_step")
+"""What MindFormers calls the steps done: of the run, and of the optimizer, which counts no step
+that overflowed."""
+
 
 def scalars_of(source: Source) -> dict[str, float]:
     """The extras of `source` that are one number, by name; integers as exact ones."""
