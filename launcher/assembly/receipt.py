@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from launcher.assembly.derived import Derived
 from launcher.layout.mesh import Mesh, layout_text
 from launcher.train.state import TrainState
 
@@ -46,14 +47,21 @@ class Resumption:
     total_steps: int
     data_begins_elsewhere: bool
     """Whether the user named the place in the data."""
+    derived: Derived | None = None
+    """Where the state was taken from, of a save that has none of ours."""
 
 
 def receipt(resumption: Resumption) -> list[str]:
     """The lines of the receipt."""
     state, saved = resumption.state, resumption.saved
-    lines = [
+    head = (
         f"resumed: {resumption.name} of {resumption.folder}, "
-        f"step {state.global_step} of {resumption.total_steps}",
+        f"step {state.global_step} of {resumption.total_steps}"
+    )
+    if resumption.derived is not None:
+        return [head, *_without_state(resumption, resumption.derived)]
+    lines = [
+        head,
         _line("saved by", f"{layout_text(resumption.saved_ranks, resumption.saved_mesh)} after "
               f"{saved['consumed_samples']} samples, {saved['consumed_tokens']} tokens"),
         _line("restored", ", ".join(_restored(resumption))),
@@ -62,6 +70,29 @@ def receipt(resumption: Resumption) -> list[str]:
     if not changes:
         return [*lines, "nothing changed: the run goes on bit for bit"]
     return [*lines, "changed since:", *changes]
+
+
+def _without_state(resumption: Resumption, derived: Derived) -> Iterator[str]:
+    """What is said of a save that has no state of ours: what was found, supposed, and not known."""
+    saved, state = derived.saved, resumption.state
+    batch = saved["global_batch_size"]
+    steps = f"{saved['global_step']} steps ({derived.steps_from})"
+    yield _line("saved by", f"{derived.saved_by} after {steps}, without a state of ours")
+    restored = ["weights", "optimizer state", "step"]
+    if state.updates != saved["global_step"]:
+        restored.append(f"{state.updates} updates of the optimizer (global_step in the files)")
+    if derived.has_scale:
+        restored.append(f"loss scale {state.loss_scale:g}")
+    yield _line("restored", ", ".join(restored))
+    whose = "as the files say" if derived.has_batch else "that of this run: the saved is not known"
+    yield _line("supposed", f"{saved['consumed_samples']} samples seen, a global batch of {batch} ("
+                f"{whose}), in the order of this run")  # fmt: skip
+    yield _line("not known", "data, configuration and versions of the run that saved")
+    if derived.unused:
+        shown = ", ".join(derived.unused[:KEYS_SHOWN]) + " ..." * (len(derived.unused) > KEYS_SHOWN)
+        yield _line("not used", shown)
+    changes = [*_layout(resumption), *_samples(resumption), *_elsewhere(resumption)]
+    yield from ["changed since:", *changes] if changes else []
 
 
 def _line(label: str, text: str) -> str:
@@ -83,16 +114,9 @@ def _restored(resumption: Resumption) -> Iterator[str]:
 
 
 def _changes(resumption: Resumption) -> Iterator[str]:
-    saved, present, state = resumption.saved, resumption.facts, resumption.state
-    mesh = resumption.mesh
-    if resumption.saved_ranks != mesh.world_size or _other_axes(resumption.saved_mesh, mesh):
-        before = layout_text(resumption.saved_ranks, resumption.saved_mesh)
-        yield _line("layout", f"{before} -> {layout_text(mesh.world_size, mesh.sizes())}")
-    batch = saved.get("global_batch_size")
-    if batch != present["global_batch_size"]:
-        yield _line("samples", f"global batch was {batch}, is {present['global_batch_size']}: "
-                    f"going on after {state.consumed_samples} samples, as step "
-                    f"{state.global_step}")  # fmt: skip
+    saved, present = resumption.saved, resumption.facts
+    yield from _layout(resumption)
+    yield from _samples(resumption)
     if "configuration" in saved:
         yield from _configuration(saved["configuration"], present["configuration"])
         model = _beside_configuration(saved, present)
@@ -103,9 +127,30 @@ def _changes(resumption: Resumption) -> Iterator[str]:
             yield _line("versions", ", ".join(software))
     else:
         yield _line("configuration", "not compared: the save was written by an older version")
+    yield from _elsewhere(resumption)
+
+
+def _layout(resumption: Resumption) -> Iterator[str]:
+    mesh = resumption.mesh
+    if resumption.saved_ranks != mesh.world_size or _other_axes(resumption.saved_mesh, mesh):
+        before = layout_text(resumption.saved_ranks, resumption.saved_mesh)
+        yield _line("layout", f"{before} -> {layout_text(mesh.world_size, mesh.sizes())}")
+
+
+def _samples(resumption: Resumption) -> Iterator[str]:
+    present, state = resumption.facts["global_batch_size"], resumption.state
+    batch = resumption.saved.get("global_batch_size")
+    if batch != present:
+        yield _line("samples", f"global batch was {batch}, is {present}: going on after "
+                    f"{state.consumed_samples} samples, as step {state.global_step}")  # fmt: skip
+
+
+def _elsewhere(resumption: Resumption) -> Iterator[str]:
     if resumption.data_begins_elsewhere:
-        other = "other data, " if saved.get("data") != present["data"] else ""
-        yield _line("data", f"{other}beginning at sample {state.data_position}, as asked")
+        other = "other data, " if resumption.saved.get("data") != resumption.facts["data"] else ""
+        yield _line(
+            "data", f"{other}beginning at sample {resumption.state.data_position}, as asked"
+        )
 
 
 def _beside_configuration(saved: Mapping[str, Any], present: Mapping[str, Any]) -> list[str]:

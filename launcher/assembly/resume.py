@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from launcher.assembly.balance import load_job
 from launcher.assembly.copies import write_copies
+from launcher.assembly.derived import Derived, derive
 from launcher.assembly.gradients import watches_health
 from launcher.assembly.job import Job
 from launcher.assembly.receipt import Resumption, receipt
@@ -29,7 +32,9 @@ def find_resume(job: Job) -> Chosen | None:
     if choice is False:
         return None
     root = resume_root(job.config)
-    chosen = choose(root, choice, job.world, job.say, healthy=watches_health(job.config))
+    strategy = job.config.src_strategy_path_or_dir
+    healthy = watches_health(job.config)
+    chosen = choose(root, choice, job.world, job.say, strategy, healthy=healthy)
     if chosen is None:
         job.say(f"warning: resume_training is on, but {root} holds no checkpoint: a fresh start")
     return chosen
@@ -60,56 +65,61 @@ def own_root(config: Config) -> Path:
 def resumed_run(job: Job, chosen: Chosen) -> TrainRun:
     """A run that goes on: weights, optimizer, schedule, data position, random numbers."""
     run = build_run(job)
-    run.state = _data_position(job, run, chosen, restore(job, run, chosen))
-    run.resumed_from = name_of(job, run, chosen)
+    derived = None if chosen.state else derive(run, chosen)
+    saved = derived.saved if derived is not None else chosen.state
+    run.state = _data_position(job, run, saved, restore(job, run, chosen, saved))
+    run.resumed_from = name_to_keep(job, run, chosen)
     if run.resumed_from is None:
-        run.inputs |= {file.resolve() for file in chosen.published.files}
-    for line in receipt(_resumption(job, run, chosen)):
+        run.inputs |= {file.resolve() for file in chosen.files}
+    for line in receipt(_resumption(job, run, chosen, saved, derived)):
         job.say(line)
     for key in ("seed", "optimizer", "schedule", "loss_scaling"):
-        if chosen.state.get(key) != run.facts[key]:
-            job.say(f"warning: {key} was {chosen.state.get(key)}, is {run.facts[key]} from here on")
+        if saved.get(key) != run.facts[key]:
+            job.say(f"warning: {key} was {saved.get(key)}, is {run.facts[key]} from here on")
     return run
 
 
-def restore(job: Job, run: TrainRun, chosen: Chosen) -> TrainState:
-    """Give `run` the weights and the optimizer of a checkpoint. Returns the state saved with them,
-    in steps of this run's global batch."""
-    where = str(chosen.published.state_path)
-    state = _with_loss_scale(run, chosen, from_json(chosen.state, where))
+def restore(job: Job, run: TrainRun, chosen: Chosen, saved: Mapping[str, Any]) -> TrainState:
+    """Give `run` the weights and the optimizer of a checkpoint. Returns the state `saved` with
+    them, in steps of this run's global batch."""
+    state = _with_loss_scale(run, saved, from_json(dict(saved), str(chosen.state_path)))
     _restore_tensors(job, run, chosen)
-    if not _has_same_steps(run, chosen):
+    if not _has_same_steps(run, saved):
         state = state.with_global_batch(run.loader.global_batch)
     set_step(run.optimizer, state.updates)
     return state
 
 
-def _has_same_steps(run: TrainRun, chosen: Chosen) -> bool:
-    return chosen.state.get("global_batch_size") == run.loader.global_batch
+def _has_same_steps(run: TrainRun, saved: Mapping[str, Any]) -> bool:
+    return bool(saved.get("global_batch_size") == run.loader.global_batch)
 
 
-def name_of(job: Job, run: TrainRun, chosen: Chosen) -> SaveName | None:
-    """The name under which `run` goes on saving; None: under a new one. Under that of the
-    checkpoint only where no name can come twice: steps counted anew would repeat some."""
+def name_to_keep(job: Job, run: TrainRun, chosen: Chosen) -> SaveName | None:
+    """The name under which `run` goes on saving; None: a new one. That of the checkpoint only where
+    no name can come twice: steps counted anew would repeat some."""
     whole_sinks = run.sink_size == 1 or run.state.global_step % run.sink_size == 0
-    own = own_root(job.config).resolve() == chosen.published.root.resolve()
-    same = own and chosen.is_newest and _has_same_steps(run, chosen) and whole_sinks
+    own = own_root(job.config).resolve() == chosen.root.resolve()
+    same = own and chosen.is_newest and _has_same_steps(run, chosen.state) and whole_sinks
     return chosen.name if same else None
 
 
-def _resumption(job: Job, run: TrainRun, chosen: Chosen) -> Resumption:
-    manifest = chosen.published.manifest
+def _resumption(
+    job: Job, run: TrainRun, chosen: Chosen, saved: Mapping[str, Any], derived: Derived | None
+) -> Resumption:
+    source = chosen.source
     return Resumption(
-        name=str(chosen.name),
-        folder=str(chosen.published.root),
-        saved=chosen.state,
-        saved_ranks=manifest["world_size"],
-        saved_mesh=manifest.get("mesh", {}),
+        name=chosen.label,
+        folder=str(chosen.root),
+        saved=saved,
+        # Complete weights have no layout that could be another one.
+        saved_ranks=source.world_size if source.kind == "distributed" else job.world.size,
+        saved_mesh=source.mesh or {},
         state=run.state,
         facts=run.facts,
         mesh=job.mesh,
         total_steps=run.total_steps,
         data_begins_elsewhere=_names_place_in_data(job.config),
+        derived=derived,
     )
 
 
@@ -117,10 +127,10 @@ def _names_place_in_data(config: Config) -> bool:
     return config.ignore_data_skip or config.data_skip_steps is not None
 
 
-def _with_loss_scale(run: TrainRun, chosen: Chosen, state: TrainState) -> TrainState:
+def _with_loss_scale(run: TrainRun, saved: Mapping[str, Any], state: TrainState) -> TrainState:
     """A dynamic loss scale goes on where it was; any other is what the configuration says."""
     kind = run.facts["loss_scaling"]
-    if kind == "dynamic" == chosen.state.get("loss_scaling"):
+    if kind == "dynamic" == saved.get("loss_scaling"):
         return state
     return replace(state, loss_scale=run.state.loss_scale, good_steps=0)
 
@@ -129,9 +139,10 @@ def _restore_tensors(job: Job, run: TrainRun, chosen: Chosen) -> None:
     check_layout(job, chosen.source)
     if not any(name.startswith(OPTIMIZER_PREFIXES) for name in chosen.source.tensors):
         raise UserError(
-            f"{chosen.name.rank_file(0)} holds weights without optimizer state",
-            where=str(chosen.published.root),
-            rule="a resumed run needs both; it was saved with save_optimizer: False",
+            f"{chosen.files[0].name} holds weights without optimizer state",
+            where=str(chosen.root),
+            rule="a resumed run needs both"
+            + ("; it was saved with save_optimizer: False" if chosen.state else ""),
             advice="Use run_mode finetune to start from its weights",
         )
     targets = {**run.weights(), **run.optimizer_state()}
@@ -147,16 +158,18 @@ def _restore_tensors(job: Job, run: TrainRun, chosen: Chosen) -> None:
     equalise_moments(run.parts.copies(), run.optimizer)
 
 
-def _data_position(job: Job, run: TrainRun, chosen: Chosen, state: TrainState) -> TrainState:
+def _data_position(
+    job: Job, run: TrainRun, saved: Mapping[str, Any], state: TrainState
+) -> TrainState:
     """Where the data goes on; refuses to go on in other data, or in another order, unasked."""
     if _names_place_in_data(job.config):
         skipped = (job.config.data_skip_steps or 0) * run.loader.global_batch
         return replace(state, data_position=skipped)
-    saved, present = chosen.state.get("data", {}), run.facts["data"]
-    changed = [key for key in present if saved.get(key) != present[key]]
+    before, present = saved.get("data", {}), run.facts["data"]
+    changed = [key for key in present if before.get(key) != present[key]]
     if changed:
         settings = [key for key in changed if key in DATA_KEYS]
-        listing = ", ".join(f"{DATA_KEYS[k]}: {saved.get(k)} -> {present[k]}" for k in settings)
+        listing = ", ".join(f"{DATA_KEYS[k]}: {before.get(k)} -> {present[k]}" for k in settings)
         key = DATA_KEYS[settings[0]] if settings else "train_dataset.data_loader.dataset_dir"
         raise UserError(
             "the training data is not that of the checkpoint "

@@ -10,8 +10,7 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 
 from launcher.assembly.job import Job
-from launcher.assembly.resume import name_of, own_root, restore
-from launcher.checkpoint.names import SaveName
+from launcher.assembly.resume import name_to_keep, own_root, restore
 from launcher.checkpoint.resume import choose
 from launcher.errors import UserError
 from launcher.train.health import UnsoundStep
@@ -24,7 +23,7 @@ class RollBack:
 
     job: Job
     most: int
-    _taken: Counter[SaveName] = field(default_factory=Counter)
+    _taken: Counter[str] = field(default_factory=Counter)
 
     def take(self, run: TrainRun, error: UnsoundStep) -> None:
         """Bring `run` back to its newest save. Raises `error` where there is none, or when that did
@@ -34,15 +33,15 @@ class RollBack:
             chosen = choose(root, True, self.job.world, self.job.say)
         except UserError as trouble:
             raise UserError([*error.problems, *trouble.problems]) from error
-        if chosen is None or self._taken[chosen.name] >= self.most:
-            reason = f"went back to {chosen.name} {self.most} times" if chosen else "nothing saved"
+        if chosen is None or self._taken[chosen.label] >= self.most:
+            reason = f"went back to {chosen.label} {self.most} times" if chosen else "nothing saved"
             self.job.say(f"roll_back: {reason}, the run ends")
             raise error
-        self._taken[chosen.name] += 1
-        state = restore(self.job, run, chosen)
+        self._taken[chosen.label] += 1
+        state = restore(self.job, run, chosen, chosen.state)
         run.state = replace(state, data_position=error.behind)
-        run.resumed_from = name_of(self.job, run, chosen)
+        run.resumed_from = name_to_keep(self.job, run, chosen)
         self.job.say(
-            f"rolled back to {chosen.name}, step {state.global_step}: {error.what}. Samples "
+            f"rolled back to {chosen.label}, step {state.global_step}: {error.what}. Samples "
             f"{state.data_position} to {error.behind - 1} are left out"
         )

@@ -26,6 +26,7 @@ from launcher.layout.layout import Layout, Placement
 from launcher.layout.strategy import parse, serialise, strategy_file
 from launcher.parallel.world import World
 from launcher.weights.links import Link, LinksOf, shapes_in_files
+from launcher.weights.ranks.saves import holds_foreign
 from launcher.weights.source import OPTIMIZER_PREFIXES
 from models.build import build_model, links_of
 
@@ -71,7 +72,14 @@ def write_all(job: Job) -> None:
 
 
 def write_own(job: Job, layout: Layout, links_of: LinksOf) -> None:
-    """Write this rank's file. Raises `UserError`."""
+    """Write this rank's file, but over none that rank files of MindSpore are read with: those in
+    the folder of this run's checkpoints. Raises `UserError`."""
+    if job.world.from_main(_folder(job).is_dir() and holds_foreign(job.output_dir / "checkpoint")):
+        job.say(
+            f"strategy: not written, {_folder(job)} says how rank files beside it are cut that "
+            "this launcher did not write"
+        )
+        return
     _write(job, layout, links_of, (job.world.rank,))
 
 

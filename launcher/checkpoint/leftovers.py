@@ -53,6 +53,11 @@ def is_unfinished(root: Path) -> bool:
     return all(_record_of(name) in records for name in files)
 
 
+def unfinished(root: Path) -> set[str]:
+    """The saves in `root` that were never finished, by name: `CKP-1_10`."""
+    return {record.removesuffix(".json") for record in _unfinished(root)}
+
+
 def _unfinished(root: Path) -> list[str]:
     """Records (names of manifests) of the saves that left their intent."""
     intents = sorted((root / MANIFEST_FOLDER).glob(f".*.json{TEMPORARY_SUFFIX}"))

@@ -65,3 +65,11 @@ def epoch_and_step_in_name(
         return -(-global_step // sink_size), sink_size
     epoch, step = divmod(global_step - 1, steps_per_epoch)
     return epoch + 1, step + 1
+
+
+def global_step_of_name(epoch: int, step: int, steps_per_epoch: int, sink_size: int) -> int:
+    """The optimizer steps done at the save with these two numbers in its name: what
+    `epoch_and_step_in_name` made them of, as far as they tell."""
+    if sink_size > 1 and step == sink_size:
+        return epoch * sink_size
+    return (epoch - 1) * steps_per_epoch + step

@@ -86,12 +86,12 @@ def _open_save(
         if world.from_main(manifest.exists()):
             say(f"{manifest} is damaged: the files of {label} are taken by their names")
     ours = _describe_themselves([file.path for file in files])
-    open_files = open_rank_files if ours else _with_strategy(root, strategy)
+    open_files = open_rank_files if ours else with_strategy(root, strategy)
     found = whole_source(root, files, world, open_files, data=False)
     if found.source is None:
         raise _not_whole(label, found)
     if ours and not candidates:
-        _check_unpublished(found.source, world)
+        check_unpublished(found.source, world)
     found.tell(say)
     say(f"{path}: checkpoint {label}")
     return found.source
@@ -109,7 +109,7 @@ def _describe_themselves(files: Sequence[Path]) -> bool:
     raise first_error
 
 
-def _with_strategy(root: Path, strategy: str) -> OpenFiles:
+def with_strategy(root: Path, strategy: str) -> OpenFiles:
     """Opens rank files of MindSpore by its strategy files, as `root` or `strategy` have them."""
     known = strategy_of(root, Path(strategy) if strategy else None)
     if known is None:
@@ -119,7 +119,7 @@ def _with_strategy(root: Path, strategy: str) -> OpenFiles:
     return partial(opener, strategy=known)
 
 
-def _check_unpublished(source: Source, world: World) -> None:
+def check_unpublished(source: Source, world: World) -> None:
     """Check files that no manifest vouches for; one rank reads, all hear what it found."""
     problems = None
     if world.is_main:

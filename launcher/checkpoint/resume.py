@@ -1,14 +1,15 @@
 """Which checkpoint a path means, and what a resume brings back.
 
 Owns the choice: the newest published checkpoint whose files and state are whole, by sequence
-number, never by time. One that is not is named and passed over. All ranks check, one decides, all
-hear the same.
+number, never by time. One that is not is named and passed over. Where nothing was published, the
+saves of MindFormers count (`unpublished`), and its complete weights with their counters. All ranks
+check, one decides, all hear the same.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,64 +19,106 @@ from launcher.checkpoint.health import ailment
 from launcher.checkpoint.leftovers import is_unfinished
 from launcher.checkpoint.names import SaveName, parse_rank_file
 from launcher.checkpoint.published import Published, published
+from launcher.checkpoint.unpublished import name_of, named, newest_complete, unpublished, up_to_meta
 from launcher.checkpoint.wholeness import newest_whole, none_is_whole, tell_damaged_manifests
 from launcher.errors import UserError, did_you_mean
 from launcher.parallel.world import World
-from launcher.weights.ranks.manifests import state_fault
-from launcher.weights.source import Source, detect, is_rank_folder
+from launcher.weights.ranks.manifests import STATE_FOLDER, state_fault
+from launcher.weights.ranks.rank_folders import Save
+from launcher.weights.reading.scalars import STEPS
+from launcher.weights.source import Source, detect, is_rank_folder, open_complete
 
 
 @dataclass(frozen=True)
 class Chosen:
     """The checkpoint a resume goes on from."""
 
-    published: Published
-    state: dict[str, Any]
+    root: Path
+    label: str
+    """What names it in messages: `CKP-1_10`."""
+    name: SaveName | None
+    """Its name; None: its files are not named as those of a training."""
+    files: Sequence[Path]
     source: Source
+    state: dict[str, Any]
+    """The content of its state file; empty where it has none: a save of MindFormers, or of ours
+    copied without."""
     is_newest: bool
-    """Whether nothing in the folder was published after it. A damaged manifest of its run counts as
-    newer: it has the name of a save that the run would make again."""
+    """Whether it was published, and nothing in the folder after it. A damaged manifest of its run
+    counts as newer: it has the name of a save that the run would make again."""
 
     @property
-    def name(self) -> SaveName:
-        """Its name."""
-        return self.published.name
+    def state_path(self) -> Path:
+        """Where its state lies, if it has one."""
+        return self.root / STATE_FOLDER / f"{self.label}.json"
 
 
 def choose(
-    root: Path, choice: bool | str, world: World, say: Callable[[str], None], *,
-    healthy: bool = False,
+    root: Path, choice: bool | str, world: World, say: Callable[[str], None], strategy: str = "",
+    *, healthy: bool = False,
 ) -> Chosen | None:  # fmt: skip
     """The checkpoint in folder `root` to resume from; None when the folder holds none at all.
 
     `choice` is True for the newest, or the name of one (`CKP_rank_0-1_10`, with or without
-    extension). With `healthy` an unhealthy one is passed over, unless it is named. Raises
+    extension). `strategy` is where strategy files lie, for rank files of MindSpore; left out,
+    beside `root`. With `healthy` an unhealthy save is passed over, unless it is named. Raises
     `UserError` when what is there cannot be used.
     """
     if root.is_file():
-        found = parse_rank_file(root.name)
-        if found is None or not is_rank_folder(root.parent):
-            _refuse_foreign(root)
+        if not is_rank_folder(root.parent):
+            raise _no_checkpoint(root)
         root, choice = root.parent.parent, root.name
-    candidates = world.from_main(published(root))
-    _same_folder(root, candidates, world)
-    damaged = tell_damaged_manifests(root, candidates, world, say)
-    if not candidates:
-        if damaged:
-            raise none_is_whole(root, len(damaged))
-        _refuse_foreign(root)
-        return None
-    newest = candidates[-1]
-    if isinstance(choice, str):
-        candidates = [_named(root, candidates, choice)]
+    held: list[Published] = world.from_main(published(root))
+    others: list[Save] = world.from_main(unpublished(root))
+    _same_folder(root, [*held, *others], world)
+    damaged = tell_damaged_manifests(root, held, world, say)
+    if damaged and not held:
+        raise none_is_whole(root, len(damaged))
+    candidates = held
+    if isinstance(choice, str) and (held or others):
+        candidates, others = _named(root, held, others, choice)
         healthy = False
+    elif others and not held:
+        others = up_to_meta(root, others, world, say)
+    if candidates:
+        return _published(candidates, held[-1], damaged, world, say, healthy=healthy)
+    return _unpublished(root, others, world, say, strategy) if others else _nothing(root)
+
+
+def _published(
+    candidates: list[Published], newest: Published, damaged: Sequence[Path], world: World,
+    say: Callable[[str], None], *, healthy: bool,
+) -> Chosen:  # fmt: skip
     lacks = partial(_lack, healthy=healthy)
     candidate, source = newest_whole(candidates, world, say, lacks)
     state = read_json(candidate.state_path)
     assert state is not None
     taken = {path.stem.rpartition("-")[0] for path in damaged}
     is_newest = candidate == newest and candidate.name.label not in taken
-    return Chosen(candidate, state, source, is_newest)
+    return Chosen(
+        candidate.root, str(candidate.name), candidate.name, candidate.files, source, state,
+        is_newest,
+    )  # fmt: skip
+
+
+def _unpublished(
+    root: Path, candidates: Sequence[Save], world: World, say: Callable[[str], None], strategy: str
+) -> Chosen:
+    save, source = newest_complete(root, candidates, world, say, strategy)
+    chosen = Chosen(root, save.label, name_of(save), save.in_rank_order, source, {}, False)
+    return replace(chosen, state=world.from_main(read_json(chosen.state_path)) or {})
+
+
+def _nothing(root: Path) -> Chosen | None:
+    """What is in a folder without rank files of a save: complete weights with counters of
+    MindFormers beside them, or nothing that a run goes on from."""
+    kind = detect(root)
+    if kind == "nothing" or (kind == "distributed" and is_unfinished(root)):
+        return None  # maybe the first save of a run was never finished
+    source = open_complete(root) if kind == "complete" else None
+    if source is None or not source.extras.keys() & {*STEPS}:
+        raise _no_checkpoint(root)
+    return Chosen(root, root.name, None, list(source.headers), source, {}, False)
 
 
 def _lack(candidate: Published, *, healthy: bool) -> str:
@@ -86,12 +129,18 @@ def _lack(candidate: Published, *, healthy: bool) -> str:
     return ailment(read_json(candidate.state_path) or {})
 
 
-def _named(root: Path, candidates: list[Published], choice: str) -> Published:
+def _named(
+    root: Path, candidates: Sequence[Published], others: Sequence[Save], choice: str
+) -> tuple[list[Published], list[Save]]:
+    """The one of the published `candidates` or of the `others` that has this name."""
     parsed = parse_rank_file(Path(choice).name)
     for candidate in candidates:
         if str(candidate.name) == choice or (parsed and candidate.name == parsed[0]):
-            return candidate
-    names = [str(candidate.name) for candidate in candidates]
+            return [candidate], []
+    found = named(others, choice)
+    if found:
+        return [], found
+    names = [*(other.label for other in others), *(str(found.name) for found in candidates)]
     raise UserError(
         f"resume_training = {choice!r}: there is no such checkpoint in {root}",
         rule=f"it holds {', '.join(names[-5:])}",
@@ -99,7 +148,7 @@ def _named(root: Path, candidates: list[Published], choice: str) -> Published:
     )
 
 
-def _same_folder(root: Path, candidates: Sequence[Published], world: World) -> None:
+def _same_folder(root: Path, candidates: Sequence[object], world: World) -> None:
     """Every rank must see the folder that rank 0 found checkpoints in."""
     seen = world.gather(root.is_dir())
     if candidates and not all(seen):
@@ -110,13 +159,9 @@ def _same_folder(root: Path, candidates: Sequence[Published], world: World) -> N
         )
 
 
-def _refuse_foreign(root: Path) -> None:
-    kind = detect(root)
-    if kind == "distributed" and root.is_dir() and is_unfinished(root):
-        return  # the first save of a run was never finished
-    if kind != "nothing":
-        raise UserError(
-            f"{root} holds weights, but no checkpoint of this launcher",
-            rule="a resume needs the state of the run (checkpoint/manifest and checkpoint/state)",
-            advice="Use run_mode finetune to start from weights alone",
-        )
+def _no_checkpoint(root: Path) -> UserError:
+    return UserError(
+        f"{root} holds weights, but no checkpoint of this launcher",
+        rule="a resume needs the state of the run (checkpoint/manifest and checkpoint/state)",
+        advice="Use run_mode finetune to start from weights alone",
+    )

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from launcher.assembly.derived import Derived
 from launcher.assembly.receipt import KEYS_SHOWN, Resumption, receipt
 from launcher.layout.mesh import Mesh
 from launcher.train.state import TrainState
@@ -190,4 +191,44 @@ def test_a_model_that_is_described_otherwise_is_told() -> None:
     )
     assert [line for line in receipt(written) if "rms_norm_eps" in line] == [
         f"  configuration  {key}: left out -> 1e-05"
+    ]
+
+
+FOREIGN = Derived(
+    saved={"global_step": 10, "consumed_samples": 80, **FACTS},
+    saved_by="8 ranks", steps_from="step_num in the files", has_batch=False, has_scale=False,
+    unused=(),
+)  # fmt: skip
+
+
+def test_a_save_without_a_state_promises_no_bits() -> None:
+    resumption = replace(UNCHANGED, saved=FOREIGN.saved, saved_mesh={}, derived=FOREIGN)
+    assert receipt(resumption) == [
+        "resumed: CKP-1_10 of output/checkpoint, step 10 of 20",
+        "  saved by       8 ranks after 10 steps (step_num in the files), without a state of ours",
+        "  restored       weights, optimizer state, step",
+        "  supposed       80 samples seen, a global batch of 8 (that of this run: the saved is not "
+        "known), in the order of this run",
+        "  not known      data, configuration and versions of the run that saved",
+    ]
+
+
+def test_a_save_without_a_state_says_what_it_has_and_what_is_left() -> None:
+    derived = replace(
+        FOREIGN, saved={**FOREIGN.saved, "global_batch_size": 4}, has_batch=True, has_scale=True,
+        unused=("beta1_power", "learning_rate"),
+    )  # fmt: skip
+    state = replace(STATE, global_step=5, updates=9, loss_scale=512.0)
+    resumption = replace(UNCHANGED, saved=derived.saved, saved_mesh={}, derived=derived,
+                         state=state, saved_ranks=4)  # fmt: skip
+    assert receipt(resumption)[2:] == [
+        "  restored       weights, optimizer state, step, 9 updates of the optimizer (global_step "
+        "in the files), loss scale 512",
+        "  supposed       80 samples seen, a global batch of 4 (as the files say), in the order of "
+        "this run",
+        "  not known      data, configuration and versions of the run that saved",
+        "  not used       beta1_power, learning_rate",
+        "changed since:",
+        "  layout         4 ranks -> 8 ranks (pp 2 x dp_shard 2 x tp 2)",
+        "  samples        global batch was 4, is 8: going on after 80 samples, as step 5",
     ]

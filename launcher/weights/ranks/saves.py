@@ -125,6 +125,21 @@ def describes_itself(file: Path) -> bool:
     return "slipway" in header_of(file).metadata
 
 
+def holds_foreign(root: Path) -> bool:
+    """Whether rank files in `root` do not say themselves how they are cut, and need strategy files.
+    The first rank folder tells; what cannot be read does not count."""
+    folders = rank_folders(root) if root.is_dir() else {}
+    first = next(iter(folders.values()), None)
+    return first is not None and any(map(_needs_strategy, weight_files(first)))
+
+
+def _needs_strategy(file: Path) -> bool:
+    try:
+        return file.suffix == ".ckpt" or not describes_itself(file)
+    except UserError:
+        return False
+
+
 def strategy_of(directory: Path, strategy: Path | None) -> Strategy | None:
     """What the strategy files say that belong to the rank folders in `directory`: those at
     `strategy`, or in `strategy/` beside it; None when there are none."""

@@ -1,0 +1,37 @@
+"""Scalars: the single numbers that stand in files of MindSpore beside the model.
+
+Owns reading them: `step_num`, `epoch_num`, `global_step`, `loss_scale`, `global_batch_size`,
+`learning_rate`, and whatever else of one element is among the extras of a source.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from launcher.layout.box import whole
+from launcher.weights.pieces import Pieces
+from launcher.weights.reading.memory import TORCH_DTYPES
+from launcher.weights.reading.plan import plan_box
+from launcher.weights.reading.read import Fill, fill
+from launcher.weights.source import Source
+
+STEPS = ("step_num", "global_step")
+"""What MindFormers calls the steps done: of the run, and of the optimizer, which counts no step
+that overflowed."""
+
+
+def scalars_of(source: Source) -> dict[str, float]:
+    """The extras of `source` that are one number, by name; integers as exact ones."""
+    return {
+        name: _number(source, name, pieces)
+        for name, pieces in sorted(source.extras.items())
+        if whole(pieces[0].shape).numel == 1
+    }
+
+
+def _number(source: Source, name: str, pieces: Pieces) -> float:
+    box = whole(pieces[0].shape)
+    tensor = torch.empty(box.size, dtype=TORCH_DTYPES[pieces[0].entry.dtype])
+    fill([Fill(tensor, box, plan_box(name, box, pieces))], source)
+    value: float = tensor.item()
+    return value
