@@ -7,15 +7,16 @@ hear the same.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from launcher.checkpoint.files import read_json
+from launcher.checkpoint.folder import see
 from launcher.checkpoint.leftovers import is_unfinished
 from launcher.checkpoint.names import SaveName, parse_rank_file
-from launcher.checkpoint.published import Published, published
+from launcher.checkpoint.published import Published
 from launcher.checkpoint.wholeness import newest_whole, none_is_whole, tell_damaged_manifests
 from launcher.errors import UserError, did_you_mean
 from launcher.parallel.world import World
@@ -31,8 +32,8 @@ class Chosen:
     state: dict[str, Any]
     source: Source
     is_newest: bool
-    """Whether nothing in the folder was published after it. A damaged manifest of its run counts as
-    newer: it has the name of a save that the run would make again."""
+    """Whether nothing in the folder was published after it, on any disk. A damaged manifest of its
+    run counts as newer: it has the name of a save that the run would make again."""
 
     @property
     def name(self) -> SaveName:
@@ -48,27 +49,31 @@ def choose(
     `choice` is True for the newest, or the name of one (`CKP_rank_0-1_10`, with or without
     extension). Raises `UserError` when what is there cannot be used.
     """
-    if root.is_file():
+    if world.from_main(root.is_file()):
         found = parse_rank_file(root.name)
         if found is None or not is_rank_folder(root.parent):
-            _refuse_foreign(root)
+            _refuse_foreign(root, world)
         root, choice = root.parent.parent, root.name
-    candidates = world.from_main(published(root))
+    folder = see(root, world)
+    candidates = folder.candidates
     _same_folder(root, candidates, world)
     damaged = tell_damaged_manifests(root, candidates, world, say)
+    for half in folder.halves:
+        say(str(half))
     if not candidates:
-        if damaged:
-            raise none_is_whole(root, len(damaged))
-        _refuse_foreign(root)
+        if damaged or folder.newest_half:
+            raise none_is_whole(root, len(damaged) or len(folder.halves))
+        _refuse_foreign(root, world, folder.begun)
         return None
     newest = candidates[-1]
     if isinstance(choice, str):
         candidates = [_named(root, candidates, choice)]
-    candidate, source = newest_whole(candidates, world, say, lacks=_lacks_state)
+    candidate, source = newest_whole(candidates, world, say, _lacks_state, disks=folder.disks)
     state = read_json(candidate.state_path)
     assert state is not None
     taken = {path.stem.rpartition("-")[0] for path in damaged}
     is_newest = candidate == newest and candidate.name.label not in taken
+    is_newest &= candidate.sequence > folder.newest_half
     return Chosen(candidate, state, source, is_newest)
 
 
@@ -101,11 +106,12 @@ def _same_folder(root: Path, candidates: Sequence[Published], world: World) -> N
         )
 
 
-def _refuse_foreign(root: Path) -> None:
+def _refuse_foreign(root: Path, world: World, begun: Collection[str] = ()) -> None:
+    """`begun`: records of saves that were never finished on some disk."""
     kind = detect(root)
-    if kind == "distributed" and root.is_dir() and is_unfinished(root):
-        return  # the first save of a run was never finished
-    if kind != "nothing":
+    if kind == "distributed" and root.is_dir() and is_unfinished(root, begun):
+        kind = "nothing"  # the first save of a run was never finished
+    if set(world.gather(kind)) != {"nothing"}:
         raise UserError(
             f"{root} holds weights, but no checkpoint of this launcher",
             rule="a resume needs the state of the run (checkpoint/manifest and checkpoint/state)",

@@ -23,6 +23,9 @@ MANIFEST_FOLDER = "manifest"
 """Beside the rank folders: one JSON file for each published save."""
 STATE_FOLDER = "state"
 """Beside the rank folders: for each save the state of the run that a resume needs."""
+DISKS = "disks"
+"""Of a save whose files lie on several disks, the ranks whose files lie together, disk by disk; all
+disks have the same manifest."""
 VERSION = 2
 UNSEALED_VERSION = 1
 """Not one bit from `VERSION`: no flipped bit makes a sealed manifest pass for one without."""
