@@ -84,8 +84,9 @@ def find_disks(folder: Path, world: World) -> Disks:
         names = machines.each(world, NOT_OPENED, _drop, token)
         seen = machines.each(world, NOT_OPENED, _look, folder, names)
     finally:
-        with suppress(OSError):
-            token.unlink(missing_ok=True)
+        if machines.leads(world):
+            with suppress(OSError):
+                token.unlink(missing_ok=True)
     leaders = [group[0] for group in machines.groups]
     home = _joined(
         {leader: {leaders[i] for i in at} for leader, at in zip(leaders, seen, strict=True)}

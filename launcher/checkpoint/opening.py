@@ -25,7 +25,7 @@ from launcher.checkpoint.wholeness import (
     newest_whole,
     none_is_whole,
     rank_files_of,
-    tell_damaged_manifests,
+    tell_what_does_not_count,
     whole_source,
 )
 from launcher.errors import Problem, UserError
@@ -65,9 +65,7 @@ def open_weights(path: Path, world: World, say: Say, *, strategy: str = "") -> S
     if is_file:
         candidates = [found for found in candidates if path in found.files]
     elif candidates or folder.halves:
-        tell_damaged_manifests(root, candidates, world, say)
-        for half in folder.halves:
-            say(str(half))
+        tell_what_does_not_count(folder, world, say)
         if not candidates:
             raise none_is_whole(root, len(folder.halves))
         candidate, source = newest_whole(candidates, world, say, data=False, disks=folder.disks)

@@ -17,7 +17,7 @@ from launcher.checkpoint.folder import see
 from launcher.checkpoint.leftovers import is_unfinished
 from launcher.checkpoint.names import SaveName, parse_rank_file
 from launcher.checkpoint.published import Published
-from launcher.checkpoint.wholeness import newest_whole, none_is_whole, tell_damaged_manifests
+from launcher.checkpoint.wholeness import newest_whole, none_is_whole, tell_what_does_not_count
 from launcher.errors import UserError, did_you_mean
 from launcher.parallel.world import World
 from launcher.weights.ranks.manifests import state_fault
@@ -57,9 +57,7 @@ def choose(
     folder = see(root, world)
     candidates = folder.candidates
     _same_folder(root, candidates, world)
-    damaged = tell_damaged_manifests(root, candidates, world, say)
-    for half in folder.halves:
-        say(str(half))
+    damaged = tell_what_does_not_count(folder, world, say)
     if not candidates:
         if damaged or folder.newest_half:
             raise none_is_whole(root, len(damaged) or len(folder.halves))

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launcher.checkpoint.disks import ONE_DISK, Disks
+from launcher.checkpoint.folder import Folder
 from launcher.checkpoint.published import Published
 from launcher.checkpoint.sight import sight_of, told_headers
 from launcher.errors import UserError
@@ -91,13 +92,14 @@ def none_is_whole(root: Path, tried: int) -> UserError:
     )
 
 
-def tell_damaged_manifests(
-    root: Path, candidates: Sequence[Published], world: World, say: Say
-) -> list[Path]:
-    """The manifests in `root` that publish none of `candidates`, each of them said."""
-    counted = {candidate.manifest_path for candidate in candidates}
-    found = (path for path in (root / MANIFEST_FOLDER).glob("*.json") if path not in counted)
-    damaged: list[Path] = world.from_main(sorted(found))
+def tell_what_does_not_count(folder: Folder, world: World, say: Say) -> list[Path]:
+    """Say which saves of `folder` do not count. Returns the manifests that are damaged."""
+    for half in folder.halves:
+        say(str(half))
+    known = {candidate.name.record for candidate in folder.candidates}
+    known |= {half.record for half in folder.halves}
+    found = (folder.root / MANIFEST_FOLDER).glob("*.json")
+    damaged: list[Path] = world.from_main(sorted(path for path in found if path.name not in known))
     for path in damaged:
         say(f"passed over {path.stem}: {path} is damaged")
     return damaged

@@ -27,6 +27,7 @@ from launcher.errors import UserError
 from launcher.layout.box import Box
 from launcher.layout.mesh import Mesh
 from launcher.parallel.world import World
+from launcher.weights import list_checkpoints, verify
 from launcher.weights.reading.load import load
 from launcher.weights.reading.memory import Shard
 from tests.checkpoint.crew import together
@@ -262,6 +263,19 @@ def test_ranks_read_what_they_see_and_are_told_of_what_they_do_not(nodes: Nodes)
         "was. Put the folders of checkpoints together on a disk that all machines share, or copy "
         "the rank folders so that each machine has them all."
     )
+
+
+def test_tools_look_at_what_lies_on_one_disk(nodes: Nodes) -> None:
+    nodes.save(1)
+    (row,) = list_checkpoints(nodes.folders[1])
+    assert row.state == "whole, but 2 of its files lie on other disks (ranks 0, 1)"
+    verdict = verify(nodes.folders[1])
+    assert (verdict.is_whole, verdict.files) == (True, 2)
+    assert "2 of its files lie on other disks (ranks 0, 1): not checked" in verdict.remarks[0]
+    (nodes.folders[1] / "rank_3/CKP_rank_3-1_1.safetensors").unlink()
+    (row,) = list_checkpoints(nodes.folders[1])
+    assert "damaged: rank 3: " in row.state
+    assert not verify(nodes.folders[1]).is_whole
 
 
 @pytest.mark.parametrize("node", [0, 1])
