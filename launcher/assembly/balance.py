@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 from launcher.assembly.job import Job
@@ -37,17 +38,23 @@ class Balance:
     def load(self, read: Callable[[], Result]) -> Result:
         """What `read` gives, after its bytes have gone to all holders; its `UserError` of any rank
         is raised on every rank."""
-        result, problems = None, None
-        try:
-            result = read()
-        except UserError as error:
-            problems = error.problems
-        for found in self.world.gather(problems):
-            if found:
-                raise UserError(found)
-        assert result is not None
+        result = together(self.world, read)
         share(self.held, self.keepers, self.holders)
         return result
+
+
+def together(world: World, read: Callable[[], Result]) -> Result:
+    """What `read` gives; its `UserError` of any rank is raised on every rank."""
+    result, problems = None, None
+    try:
+        result = read()
+    except UserError as error:
+        problems = error.problems
+    for found in world.gather(problems):
+        if found:
+            raise UserError(found)
+    assert result is not None
+    return result
 
 
 def balance(world: World, layout: Layout, links_of: LinksOf, held: Mapping[str, Shard]) -> Balance:
@@ -67,6 +74,7 @@ def load_job(
     whole = layout.mesh.world_size == 1
     rank = 0 if whole else job.world.rank
     if whole or not job.config.balanced_load:
-        return load(held, source, rank=rank, **options)
+        alone = partial(load, held, source, rank=rank, **options)
+        return together(job.world, alone) if source.is_spread else alone()
     shared = balance(job.world, layout, links_of, held)
     return shared.load(lambda: load(held, source, rank=rank, reads=shared.reads, **options))

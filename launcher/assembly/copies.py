@@ -33,6 +33,12 @@ def write_copies(job: Job, source: Source) -> None:
     """Write the copies of `source` that the configuration asks for. Called on every rank; raises
     `UserError` on every rank when one could not write."""
     config, distributed = job.config, source.kind == "distributed"
+    if config.save_unified_checkpoint and source.is_spread:
+        raise UserError(
+            f"save_unified_checkpoint: True: no rank sees all files of {source.path}",
+            rule="complete weights are put together from the files of all ranks",
+            advice="Put the folders of checkpoints together on a disk that all machines share",
+        )
     if config.save_unified_checkpoint and distributed:
         _write(job, source, "save_unified_checkpoint", "huggingface")
     if config.save_converted_checkpoint and not distributed and not _is_mindspore(source):

@@ -1,7 +1,8 @@
 """Leftovers: what is in a folder of checkpoints from earlier runs and from crashes.
 
 Owns which names are taken, and which files belong to a save that was never finished: those whose
-save left its intent. Files that came there otherwise stay.
+save left its intent. Files that came there otherwise stay. A save on several disks was never
+finished when it left its intent on one.
 """
 
 from __future__ import annotations
@@ -9,11 +10,15 @@ from __future__ import annotations
 from collections.abc import Collection
 from pathlib import Path
 
+from launcher.checkpoint.disks import Disks
 from launcher.checkpoint.files import TEMPORARY_SUFFIX, temporary
 from launcher.checkpoint.integrated import integrated_names, remove_integrated
 from launcher.checkpoint.names import SaveName, parse_rank_file
-from launcher.checkpoint.published import published
+from launcher.checkpoint.published import published, withdraw
+from launcher.parallel.world import World
 from launcher.weights.ranks.manifests import MANIFEST_FOLDER, STATE_FOLDER
+
+NOT_CLEARED = "what is left of unfinished saves could not be cleared away"
 
 
 def next_counter(root: Path, prefix: str) -> int:
@@ -30,35 +35,59 @@ def next_counter(root: Path, prefix: str) -> int:
     return counter
 
 
-def clean_unfinished(root: Path, inputs: Collection[Path] = ()) -> list[Path]:
+def clean_disks(root: Path, disks: Disks, world: World, inputs: Collection[Path] = ()) -> int:
+    """As `clean_unfinished`, on all disks. Returns how many files were removed.
+
+    Called by all ranks together; raises `UserError` on all. What one disk has published is first
+    made unfinished there, so that a crash leaves no more of a save than the next start clears away.
+    """
+    begun: Collection[str] = ()
+    if disks.are_several:
+        found = disks.each(world, NOT_CLEARED, unfinished, root)
+        begun = sorted({record for records in found for record in records})
+        disks.each(world, NOT_CLEARED, _withdraw_halves, root, begun)
+    return sum(map(len, disks.each(world, NOT_CLEARED, clean_unfinished, root, inputs, begun)))
+
+
+def _withdraw_halves(root: Path, begun: Collection[str]) -> None:
+    """Withdraw what is published here of the saves `begun`, which are unfinished elsewhere."""
+    spread = {found.name.record for found in published(root) if found.is_spread}
+    withdraw(root, sorted(spread & set(begun)))
+
+
+def clean_unfinished(
+    root: Path, inputs: Collection[Path] = (), begun: Collection[str] = ()
+) -> list[Path]:
     """Remove what saves left behind that were never finished. Returns what was removed.
 
-    `inputs`: resolved paths that stay.
+    `inputs`: resolved paths that stay. `begun`: records of saves that are unfinished elsewhere.
     """
-    removed, records = [], _unfinished(root)
-    for record in records:
+    removed = []
+    for record in sorted({*_intents(root), *begun}):
         if not (root / MANIFEST_FOLDER / record).exists():
             removed += _files_of(root, record)
             remove_integrated(root, record.removesuffix(".json"), inputs)
-        removed.append(temporary(root / MANIFEST_FOLDER / record))
+        scratch = temporary(root / MANIFEST_FOLDER / record)
+        removed += [scratch] if scratch.exists() else []
     for path in removed:
         path.unlink(missing_ok=True)
     return removed
 
 
-def is_unfinished(root: Path) -> bool:
-    """Whether all weights in `root` belong to saves that were never finished."""
-    records = _unfinished(root)
+def is_unfinished(root: Path, begun: Collection[str] = ()) -> bool:
+    """Whether all weights in `root` belong to saves that were never finished, here or, as `begun`
+    has them, elsewhere."""
+    records = {*_intents(root), *begun}
     files = (path.name for path in root.glob("rank_*/*.safetensors"))
     return all(_record_of(name) in records for name in files)
 
 
-def unfinished(root: Path) -> set[str]:
-    """The saves in `root` that were never finished, by name: `CKP-1_10`."""
-    return {record.removesuffix(".json") for record in _unfinished(root)}
+def unfinished(root: Path) -> list[str]:
+    """Records of the saves that were never finished: they left their intent and no manifest."""
+    return [record for record in _intents(root) if not (root / MANIFEST_FOLDER / record).exists()]
 
 
-def _unfinished(root: Path) -> list[str]:
+def _intents(root: Path) -> list[str]:
     """Records (names of manifests) of the saves that left their intent."""
     intents = sorted((root / MANIFEST_FOLDER).glob(f".*.json{TEMPORARY_SUFFIX}"))
     return [path.name.removeprefix(".").removesuffix(TEMPORARY_SUFFIX) for path in intents]

@@ -19,7 +19,8 @@ from typing import Any, Protocol
 from launcher.checkpoint import health
 from launcher.checkpoint.agreement import agree, attempt
 from launcher.checkpoint.background import Background
-from launcher.checkpoint.leftovers import clean_unfinished, next_counter
+from launcher.checkpoint.disks import NOT_OPENED, Disks, find_disks
+from launcher.checkpoint.leftovers import clean_disks, next_counter
 from launcher.checkpoint.names import SaveName, epoch_and_step_in_name
 from launcher.checkpoint.saver import FULL, NETWORK, TRAINABLE, Done, Job, Saver
 from launcher.checkpoint.snapshot import Snapshot
@@ -132,8 +133,9 @@ class CheckpointMonitor:
         root = Path(self.config.directory) if self.config.directory else run.output_dir
         stores = {}
         for folder in self._folders():
-            found = attempt(self._open_folder, run, root / folder) if run.world.is_main else (0, "")
-            counter = agree(run.world, found)[0]
+            disks = find_disks(root / folder, run.world)
+            self._refuse_to_merge(disks, root / folder)
+            counter = self._open_folder(run, root / folder, disks)
             agree(run.world, attempt(_make_folder, root / folder / f"rank_{run.world.rank}"))
             stores[folder] = Store(
                 root / folder,
@@ -143,6 +145,7 @@ class CheckpointMonitor:
                 run.inputs,
                 inventory_of(self._shapes(run, folder)),
                 self.config.keep_checkpoint_per_n_minutes,
+                disks,
             )
         return Saver(
             stores, run.mesh, remove_redundancy=self.config.remove_redundancy,
@@ -171,17 +174,29 @@ class CheckpointMonitor:
             return run.trained_shapes()
         return run.shapes_in_files(optimizer=folder == FULL and self.config.save_optimizer)
 
-    def _open_folder(self, run: Savable, folder: Path) -> int:
-        removed = clean_unfinished(folder, run.inputs)
+    def _refuse_to_merge(self, disks: Disks, folder: Path) -> None:
+        if self.config.integrated_save and disks.are_several:
+            raise UserError(
+                f"integrated_save: True: rank {disks.groups[1][0]} does not see what rank 0 writes "
+                f"to {folder}",
+                rule="one rank puts the complete weights together, from the files of all",
+                nearest="Nearest: launcher.tools.unified_safetensors, once all rank folders lie "
+                "together",
+                advice="Set integrated_save: False, or give a folder that all machines share",
+            )
+
+    def _open_folder(self, run: Savable, folder: Path, disks: Disks) -> int:
+        """Clear it, on each disk. Returns the counter of this run, which no run there has."""
+        removed = clean_disks(folder, disks, run.world, run.inputs)
         if removed:
-            run.say(f"{folder}: removed {len(removed)} files of a save that was never finished")
-        goes_on = run.resumed_from
-        if goes_on is not None and goes_on.prefix == self.config.prefix:
+            run.say(f"{folder}: removed {removed} files of a save that was never finished")
+        goes_on, prefix = run.resumed_from, self.config.prefix
+        if goes_on is not None and goes_on.prefix == prefix:
             counter = goes_on.counter
         else:
-            counter = next_counter(folder, self.config.prefix)
-        name = SaveName(self.config.prefix, counter, 1, 1)
-        run.write_model_files(folder / MODEL_FOLDER / name.label)
+            counter = max(disks.each(run.world, NOT_OPENED, next_counter, folder, prefix))
+        model_folder = folder / MODEL_FOLDER / SaveName(prefix, counter, 1, 1).label
+        disks.each(run.world, NOT_OPENED, run.write_model_files, model_folder)
         return counter
 
     def on_steps_end(self, run: Savable, records: Sequence[Step]) -> None:

@@ -9,20 +9,23 @@ do.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
 
+from launcher.checkpoint.disks import ONE_DISK
+from launcher.checkpoint.folder import Folder, see
 from launcher.checkpoint.leftovers import is_unfinished
-from launcher.checkpoint.published import Published, published
 from launcher.checkpoint.wholeness import (
     Found,
     OpenFiles,
     RankFile,
     Say,
     newest_whole,
+    none_is_whole,
     rank_files_of,
-    tell_damaged_manifests,
+    tell_what_does_not_count,
     whole_source,
 )
 from launcher.errors import Problem, UserError
@@ -31,7 +34,7 @@ from launcher.weights.ranks.distributed import check_copies, open_rank_files
 from launcher.weights.ranks.manifests import MANIFEST_FOLDER
 from launcher.weights.ranks.rank_folders import newest, save_of
 from launcher.weights.ranks.saves import describes_itself, strategy_of
-from launcher.weights.source import Source, detect, is_rank_folder, open_complete
+from launcher.weights.source import Kind, Source, detect, is_rank_folder, open_complete
 
 
 def open_weights(path: Path, world: World, say: Say, *, strategy: str = "") -> Source:
@@ -40,7 +43,7 @@ def open_weights(path: Path, world: World, say: Say, *, strategy: str = "") -> S
     `strategy` is where the strategy files lie, for rank files that need them; left out, the folder
     `strategy/` beside the rank files' own. Raises `UserError`.
     """
-    kind = detect(path)
+    kind = _kind(path, world)
     if kind == "nothing":
         raise UserError(
             f"{path} holds no weights",
@@ -55,28 +58,38 @@ def open_weights(path: Path, world: World, say: Say, *, strategy: str = "") -> S
         )
     if kind != "distributed":
         return open_complete(path)
-    root = path.parent.parent if path.is_file() else path
-    candidates = world.from_main(published(root))
-    if path.is_file():
+    is_file = is_rank_folder(path.parent) and not path.is_dir()
+    root = path.parent.parent if is_file else path
+    folder = see(root, world)
+    candidates = folder.candidates
+    if is_file:
         candidates = [found for found in candidates if path in found.files]
-    elif candidates:
-        tell_damaged_manifests(root, candidates, world, say)
-        candidate, source = newest_whole(candidates, world, say, data=False)
+    elif candidates or folder.halves:
+        tell_what_does_not_count(folder, world, say)
+        if not candidates:
+            raise none_is_whole(root, len(folder.halves))
+        candidate, source = newest_whole(candidates, world, say, data=False, disks=folder.disks)
         say(f"{path}: checkpoint {candidate.name}")
         return source
-    elif any(root.glob("rank_*/*.safetensors")) and is_unfinished(root):
+    elif any(root.glob("rank_*/*.safetensors")) and is_unfinished(root, folder.begun):
         raise UserError(
             f"{path} holds rank folders, but no checkpoint that was finished",
             rule="a save counts when the files of all ranks are written",
             advice="Give another folder",
         )
-    return _open_save(path, root, candidates, world, say, strategy)
+    return _open_save(path, replace(folder, candidates=candidates), world, say, strategy)
 
 
-def _open_save(
-    path: Path, root: Path, candidates: Sequence[Published], world: World, say: Say, strategy: str
-) -> Source:
+def _kind(path: Path, world: World) -> Kind:
+    """What `path` holds; a rank file that rank 0 sees is one of distributed weights for all."""
+    kind = detect(path)
+    is_rank_file = world.from_main(kind == "distributed" and path.is_file())
+    return "distributed" if is_rank_file else kind
+
+
+def _open_save(path: Path, folder: Folder, world: World, say: Say, strategy: str) -> Source:
     """The source of one save: a published one, or what the names of files say."""
+    root, candidates = folder.root, folder.candidates
     if candidates:
         label, files = str(candidates[0].name), rank_files_of(candidates[0])
     else:
@@ -87,7 +100,8 @@ def _open_save(
             say(f"{manifest} is damaged: the files of {label} are taken by their names")
     ours = _describe_themselves([file.path for file in files])
     open_files = open_rank_files if ours else with_strategy(root, strategy)
-    found = whole_source(root, files, world, open_files, data=False)
+    disks = folder.disks if candidates and candidates[0].is_spread else ONE_DISK
+    found = whole_source(root, files, world, open_files, data=False, disks=disks)
     if found.source is None:
         raise _not_whole(label, found)
     if ours and not candidates:

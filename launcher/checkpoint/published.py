@@ -1,17 +1,24 @@
 """Published checkpoints: those that count, because their manifest is whole.
 
-Owns what a manifest says of a checkpoint, and where its files lie.
+Owns what a manifest says of a checkpoint, where its files lie, and how it ceases to count.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from launcher.checkpoint.files import temporary
+from launcher.checkpoint.files import sync_directory, temporary
 from launcher.checkpoint.names import SaveName
-from launcher.weights.ranks.manifests import MANIFEST_FOLDER, STATE_FOLDER, read_manifest
+from launcher.weights.ranks.manifests import (
+    DISKS,
+    MANIFEST_FOLDER,
+    STATE_FOLDER,
+    read_manifest,
+)
 
 
 @dataclass(frozen=True)
@@ -33,10 +40,21 @@ class Published:
         return float(self.manifest.get("saved_at", 0))
 
     @property
+    def is_spread(self) -> bool:
+        """Whether it was saved on several disks, each of which has the files of some ranks."""
+        return len(self.manifest.get(DISKS, ())) > 1
+
+    @property
     def files(self) -> list[Path]:
         """Rank files, in rank order. From the name, so that a manifest cannot point elsewhere."""
         ranks = range(len(self.manifest["files"]))
         return [self.root / f"rank_{rank}" / self.name.rank_file(rank) for rank in ranks]
+
+    def in_short(self) -> Published:
+        """The same without what its manifest says of files, to be told to other ranks."""
+        files = [None] * len(self.manifest["files"])
+        short = {"sequence": self.sequence, "saved_at": self.saved_at, "files": files}
+        return replace(self, manifest=short)
 
     @property
     def manifest_path(self) -> Path:
@@ -74,3 +92,12 @@ def _read_manifest(root: Path, path: Path) -> Published | None:
 def intent(root: Path, name: SaveName) -> Path:
     """The file that stands while a save is being written; it becomes the manifest."""
     return temporary(root / MANIFEST_FOLDER / name.record)
+
+
+def withdraw(root: Path, records: Sequence[str]) -> None:
+    """Make of published saves such as were never finished; `records`: the names of manifests."""
+    for record in records:
+        manifest = root / MANIFEST_FOLDER / record
+        os.replace(manifest, temporary(manifest))
+    if records:
+        sync_directory(root / MANIFEST_FOLDER)

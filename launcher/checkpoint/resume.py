@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from launcher.checkpoint.files import read_json
+from launcher.checkpoint.folder import Folder, see
 from launcher.checkpoint.health import ailment
 from launcher.checkpoint.leftovers import is_unfinished
 from launcher.checkpoint.names import SaveName, parse_rank_file
-from launcher.checkpoint.published import Published, published
+from launcher.checkpoint.published import Published
 from launcher.checkpoint.unpublished import name_of, named, newest_complete, unpublished, up_to_meta
-from launcher.checkpoint.wholeness import newest_whole, none_is_whole, tell_damaged_manifests
+from launcher.checkpoint.wholeness import newest_whole, none_is_whole, tell_what_does_not_count
 from launcher.errors import UserError, did_you_mean
 from launcher.parallel.world import World
 from launcher.weights.ranks.manifests import STATE_FOLDER, state_fault
@@ -44,8 +45,8 @@ class Chosen:
     """The content of its state file; empty where it has none: a save of MindFormers, or of ours
     copied without."""
     is_newest: bool
-    """Whether it was published, and nothing in the folder after it. A damaged manifest of its run
-    counts as newer: it has the name of a save that the run would make again."""
+    """Whether it was published, and nothing in the folder after it, on any disk. A damaged manifest
+    of its run counts as newer: it has the name of a save that the run would make again."""
 
     @property
     def state_path(self) -> Path:
@@ -64,37 +65,47 @@ def choose(
     beside `root`. With `healthy` an unhealthy save is passed over, unless it is named. Raises
     `UserError` when what is there cannot be used.
     """
-    if root.is_file():
+    if world.from_main(root.is_file()):
         if not is_rank_folder(root.parent):
             raise _no_checkpoint(root)
         root, choice = root.parent.parent, root.name
-    held: list[Published] = world.from_main(published(root))
-    others: list[Save] = world.from_main(unpublished(root))
+    folder = see(root, world)
+    held = folder.candidates
+    others = _unpublished_in(folder, world)
     _same_folder(root, [*held, *others], world)
-    damaged = tell_damaged_manifests(root, held, world, say)
-    if damaged and not held:
-        raise none_is_whole(root, len(damaged))
-    candidates = held
+    damaged = tell_what_does_not_count(folder, world, say)
+    if not held and (damaged or folder.newest_half):
+        raise none_is_whole(root, len(damaged) or len(folder.halves))
     if isinstance(choice, str) and (held or others):
         candidates, others = _named(root, held, others, choice)
+        chosen = replace(folder, candidates=candidates)
         healthy = False
-    elif others and not held:
-        others = up_to_meta(root, others, world, say)
-    if candidates:
-        return _published(candidates, held[-1], damaged, world, say, healthy=healthy)
-    return _unpublished(root, others, world, say, strategy) if others else _nothing(root)
+    else:
+        chosen = folder
+        others = up_to_meta(root, others, world, say) if others and not held else others
+    if chosen.candidates:
+        return _published(chosen, held[-1], damaged, world, say, healthy=healthy)
+    return _unpublished(root, others, world, say, strategy) if others else _nothing(folder, world)
+
+
+def _unpublished_in(folder: Folder, world: World) -> list[Save]:
+    """Saves without a manifest, but for those that were begun on some disk, or published there."""
+    known = {*folder.begun, *(half.record for half in folder.halves)}
+    found: list[Save] = world.from_main(unpublished(folder.root))
+    return [save for save in found if f"{save.label}.json" not in known]
 
 
 def _published(
-    candidates: list[Published], newest: Published, damaged: Sequence[Path], world: World,
+    folder: Folder, newest: Published, damaged: Sequence[Path], world: World,
     say: Callable[[str], None], *, healthy: bool,
 ) -> Chosen:  # fmt: skip
     lacks = partial(_lack, healthy=healthy)
-    candidate, source = newest_whole(candidates, world, say, lacks)
+    candidate, source = newest_whole(folder.candidates, world, say, lacks, disks=folder.disks)
     state = read_json(candidate.state_path)
     assert state is not None
     taken = {path.stem.rpartition("-")[0] for path in damaged}
     is_newest = candidate == newest and candidate.name.label not in taken
+    is_newest &= candidate.sequence > folder.newest_half
     return Chosen(
         candidate.root, str(candidate.name), candidate.name, candidate.files, source, state,
         is_newest,
@@ -109,13 +120,16 @@ def _unpublished(
     return replace(chosen, state=world.from_main(read_json(chosen.state_path)) or {})
 
 
-def _nothing(root: Path) -> Chosen | None:
+def _nothing(folder: Folder, world: World) -> Chosen | None:
     """What is in a folder without rank files of a save: complete weights with counters of
     MindFormers beside them, or nothing that a run goes on from."""
-    kind = detect(root)
-    if kind == "nothing" or (kind == "distributed" and is_unfinished(root)):
-        return None  # maybe the first save of a run was never finished
-    source = open_complete(root) if kind == "complete" else None
+    root, kind = folder.root, detect(folder.root)
+    if kind == "distributed" and root.is_dir() and is_unfinished(root, folder.begun):
+        kind = "nothing"  # the first save of a run was never finished
+    kinds = set(world.gather(kind))
+    if kinds == {"nothing"}:
+        return None
+    source = open_complete(root) if kinds == {"complete"} else None
     if source is None or not source.extras.keys() & {*STEPS}:
         raise _no_checkpoint(root)
     return Chosen(root, root.name, None, list(source.headers), source, {}, False)

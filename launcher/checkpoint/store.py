@@ -5,6 +5,9 @@
     checkpoint/manifest/CKP-1_10.json                  3. rank 0, last: now the checkpoint exists
     checkpoint/rank_0/meta.json                        4. every rank, for readers of the original
 
+Where ranks see several disks, each has a folder like that, with the files of the ranks that see it
+and the same manifest and state: a leader on each does the part of rank 0.
+
 Invariants: a checkpoint counts only with its manifest; a manifest appears only after every file it
 names is durable; the oldest checkpoint is deleted only after the newer one is published, its
 manifest first. Nothing is deleted that this launcher did not write.
@@ -14,14 +17,14 @@ from __future__ import annotations
 
 import errno
 import math
-import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from launcher.checkpoint.agreement import agree, attempt
+from launcher.checkpoint.disks import ONE_DISK, Disks
 from launcher.checkpoint.files import (
     json_bytes,
     publish,
@@ -32,13 +35,19 @@ from launcher.checkpoint.files import (
 )
 from launcher.checkpoint.integrated import remove_integrated
 from launcher.checkpoint.names import SaveName
-from launcher.checkpoint.published import Published, intent, published
+from launcher.checkpoint.published import Published, intent, published, withdraw
 from launcher.checkpoint.space import bytes_on_host, room_for
 from launcher.errors import UserError
 from launcher.layout.mesh import Mesh
 from launcher.parallel.world import World
 from launcher.weights.formats.note import Inventory
-from launcher.weights.ranks.manifests import MANIFEST_FOLDER, STATE_FOLDER, digest_of, sealed
+from launcher.weights.ranks.manifests import (
+    DISKS,
+    MANIFEST_FOLDER,
+    STATE_FOLDER,
+    digest_of,
+    sealed,
+)
 from launcher.weights.ranks.rank_file import write_rank_file
 from launcher.weights.reading.checksums import file_faults
 from launcher.weights.reading.memory import Shard
@@ -58,6 +67,17 @@ class Saved:
 
 
 @dataclass(frozen=True)
+class Draft:
+    """What one disk knows before a save is published there."""
+
+    newest: int
+    """The highest sequence number in its folder."""
+    saved_at: float
+    state: dict[str, Any]
+    """Of rank 0."""
+
+
+@dataclass(frozen=True)
 class Store:
     """One run's view of a folder of checkpoints."""
 
@@ -72,6 +92,8 @@ class Store:
     """Of what all ranks together save here."""
     keep_minutes: int = 0
     """With `keep_max` 0: of those saved in so many minutes one stays, and the newest; 0: all."""
+    disks: Disks = ONE_DISK
+    """Which ranks see the folder `root` of which disk."""
 
     def save(
         self,
@@ -90,13 +112,16 @@ class Store:
         there are untouched then, and what was written of this one is gone.
         """
         nbytes = bytes_on_host(world, sum(shard.tensor.nbytes for shard in shards.values()))
+        begun = False
         try:
             agree(world, attempt(self._prepare, name, world, nbytes))
+            begun = True
             outcome = attempt(self._write, name, shards, mesh, world, remove_redundancy)
             files = agree(world, outcome)
-            agree(world, attempt(self._publish, name, files, state, mesh, world))
+            drafts = agree(world, attempt(self._draft, state, world))
+            agree(world, attempt(self._publish, name, files, drafts, mesh, world))
         except UserError:
-            self._abandon(name, world)
+            self._abandon(name, world, begun)
             raise
         nbytes = sum(record["bytes"] for record in files)
         try:
@@ -115,23 +140,35 @@ class Store:
             agree(world, attempt(self._write_meta, mine[-1].name, world), NO_META)
             self._retain(world)
 
-    def _abandon(self, name: SaveName, world: World) -> None:
-        """Remove what a save left that failed; a published one stays."""
-        if world.from_main((self.root / MANIFEST_FOLDER / name.record).exists()):
+    def _abandon(self, name: SaveName, world: World, begun: bool) -> None:
+        """Remove what a save left that failed; a published one stays.
+
+        It is published when every disk has its manifest; `begun`: none had one before.
+        """
+        leads = self.disks.leads(world)
+        is_there = leads and (self.root / MANIFEST_FOLDER / name.record).exists()
+        disks = [there for there in world.gather(is_there if leads else None) if there is not None]
+        if all(disks):
             return
+        if any(disks) and not begun:
+            if leads and not is_there:
+                attempt(_remove, [intent(self.root, name)])
+            return
+        if is_there:
+            attempt(withdraw, self.root, [name.record])
         path = self.root / f"rank_{world.rank}" / name.rank_file(world.rank)
         left = [path, temporary(path)]
         world.barrier()  # files first, then what says whose they are
         attempt(_remove, left)
         world.barrier()
-        if world.is_main:
+        if leads:
             state = self.root / STATE_FOLDER / name.record
             attempt(_remove, [state, temporary(state), intent(self.root, name)])
 
     def _prepare(self, name: SaveName, world: World, bytes_here: int) -> None:
         (self.root / f"rank_{world.rank}").mkdir(parents=True, exist_ok=True)
         room_for(self.root, bytes_here)
-        if world.is_main:
+        if self.disks.leads(world):
             for folder in (MANIFEST_FOLDER, STATE_FOLDER):
                 (self.root / folder).mkdir(parents=True, exist_ok=True)
             published_already = self.root / MANIFEST_FOLDER / name.record
@@ -166,30 +203,35 @@ class Store:
             "header_xxh3_64": header.digest,
         }
 
-    def _publish(
-        self,
-        name: SaveName,
-        files: list[dict[str, Any]],
-        state: dict[str, Any],
-        mesh: Mesh,
-        world: World,
-    ) -> None:
-        if not world.is_main:
-            return
+    def _draft(self, state: dict[str, Any], world: World) -> Draft | None:
+        """What this disk, and rank 0 for all, say of a save to be published."""
+        if not self.disks.leads(world):
+            return None
         newest = max((checkpoint.sequence for checkpoint in published(self.root)), default=0)
+        return Draft(newest, round(time.time(), 3), state if world.is_main else {})
+
+    def _publish(
+        self, name: SaveName, files: list[dict[str, Any]], drafts: Sequence[Draft | None],
+        mesh: Mesh, world: World,
+    ) -> None:  # fmt: skip
+        if not self.disks.leads(world):
+            return
         if not intent(self.root, name).exists():
             raise OSError(
                 errno.EBUSY, "another run that writes here cleared this save away", str(self.root)
             )
-        state_text = json_bytes(state)
+        first = drafts[0]
+        assert first is not None
+        state_text = json_bytes(first.state)
         manifest = {
-            "sequence": newest + 1,
-            "saved_at": round(time.time(), 3),
+            "sequence": max(draft.newest for draft in drafts if draft is not None) + 1,
+            "saved_at": first.saved_at,
             "save": vars(name),
-            "global_step": state["global_step"],
+            "global_step": first.state["global_step"],
             "world_size": mesh.world_size,
             "mesh": mesh.sizes(),
             "files": files,
+            **({DISKS: self.disks.groups} if self.disks.are_several else {}),
             "state_xxh3_64": digest_of(state_text),
         }
         write_bytes(self.root / STATE_FOLDER / name.record, state_text)
@@ -211,27 +253,38 @@ class Store:
 
     def _retain(self, world: World) -> tuple[SaveName, ...]:
         """Let the oldest go."""
-        known = [c for c in published(self.root) if c.name.prefix == self.prefix]
-        old = [c for c in self._superseded(known) if not self._is_input(c)]
-        old = world.from_main(old)
+        old = self._to_go(world)
         # What is let go is first made a save that was never finished: a crash leaves one of those,
         # which the next start clears away.
         agree(world, attempt(self._withdraw, old, world), NOT_LET_GO)
-        if world.is_main:
+        leads, share = self.disks.leads(world), self.disks.share(world)
+        if leads:
             for checkpoint in old:
                 remove_integrated(self.root, str(checkpoint.name), self.inputs)
-        mine = [file for checkpoint in old for file in checkpoint.files[world.rank :: world.size]]
+        mine = [file for checkpoint in old for file in checkpoint.files[share]]
         agree(world, attempt(_remove, mine), NOT_LET_GO)
-        if world.is_main:
+        if leads:
             for checkpoint in old:
                 attempt(_remove, [checkpoint.state_path, intent(self.root, checkpoint.name)])
         return tuple(checkpoint.name for checkpoint in old)
 
+    def _to_go(self, world: World) -> list[Published]:
+        """The checkpoints that are to go, by what all disks have; none that is an input of one."""
+        found: list[list[tuple[Published, bool]]] = self.disks.each(world, NOT_LET_GO, self._known)
+        known = {c.name: replace(c, root=self.root) for disk in found for c, _ in disk}
+        inputs = {c.name for disk in found for c, is_input in disk if is_input}
+        in_order = sorted(known.values(), key=lambda checkpoint: checkpoint.sequence)
+        return [c for c in self._superseded(in_order) if c.name not in inputs]
+
+    def _known(self) -> list[tuple[Published, bool]]:
+        """Those of this prefix that this disk has, and whether they are inputs of the run."""
+        mine = (c for c in published(self.root) if c.name.prefix == self.prefix)
+        return [(checkpoint.in_short(), self._is_input(checkpoint)) for checkpoint in mine]
+
     def _withdraw(self, old: Sequence[Published], world: World) -> None:
-        if world.is_main and old:
-            for checkpoint in old:
-                os.replace(checkpoint.manifest_path, intent(self.root, checkpoint.name))
-            sync_directory(self.root / MANIFEST_FOLDER)
+        if self.disks.leads(world):
+            there = (checkpoint for checkpoint in old if checkpoint.manifest_path.exists())
+            withdraw(self.root, [checkpoint.name.record for checkpoint in there])
 
     def _superseded(self, mine: Sequence[Published]) -> list[Published]:
         """Those that are not to stay, of checkpoints in order; never the newest."""

@@ -42,7 +42,8 @@ def unpublished(root: Path) -> list[Save]:
     """The saves in `root` that have neither a manifest nor the intent of one, oldest first."""
     if not root.is_dir() or not rank_folders(root):
         return []
-    known = unfinished(root) | {path.stem for path in (root / MANIFEST_FOLDER).glob("*.json")}
+    known = {record.removesuffix(".json") for record in unfinished(root)}
+    known |= {path.stem for path in (root / MANIFEST_FOLDER).glob("*.json")}
     return [save for save in saves(root) if save.label not in known]
 
 

@@ -4,7 +4,8 @@ Owns what makes a file count: it is there, it has the size and the header its ma
 before a run is resumed, its bytes have their checksums (weights alone are checked as they are
 loaded: `launcher.weights.reading.recheck`). Each rank takes its share of the files, all hear the
 same. A file that does not count is as good as missing: where the files of other ranks hold all that
-it held, they stand in for it, and that is said.
+it held, they stand in for it, and that is said. Of a save whose files lie on several disks each is
+checked where it lies, and none stands in for another: a rank might not see it.
 """
 
 from __future__ import annotations
@@ -13,12 +14,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from launcher.checkpoint.disks import ONE_DISK, Disks
+from launcher.checkpoint.folder import Folder
 from launcher.checkpoint.published import Published
+from launcher.checkpoint.sight import sight_of, told_headers
 from launcher.errors import UserError
 from launcher.parallel.world import World
 from launcher.weights.ranks.distributed import open_rank_files
 from launcher.weights.ranks.manifests import MANIFEST_FOLDER
 from launcher.weights.reading.checksums import file_faults
+from launcher.weights.reading.sight import as_seen
 from launcher.weights.source import Source
 
 FAULTS_SHOWN = 3
@@ -59,14 +64,16 @@ class Found:
 def newest_whole(
     candidates: Sequence[Published], world: World, say: Say,
     lacks: Callable[[Published], str] = lambda candidate: "", *, data: bool = True,
+    disks: Disks = ONE_DISK,
 ) -> tuple[Published, Source]:  # fmt: skip
     """The last of `candidates` that is whole, and its source; those passed over are named.
 
-    `lacks` says what else keeps one from being used; `data` is that of `whole_source`. Raises
-    `UserError` when none can be.
+    `lacks` says what else keeps one from being used; `data` is that of `whole_source`, `disks` are
+    those of ranks that see the same. Raises `UserError` when none can be.
     """
     for candidate in reversed(candidates):
-        found = whole_source(candidate.root, rank_files_of(candidate), world, data=data)
+        files, there = rank_files_of(candidate), disks if candidate.is_spread else ONE_DISK
+        found = whole_source(candidate.root, files, world, data=data, disks=there)
         lack = next(filter(None, world.gather(lacks(candidate))), "")
         if found.source is not None and not lack:
             found.tell(say)
@@ -85,13 +92,14 @@ def none_is_whole(root: Path, tried: int) -> UserError:
     )
 
 
-def tell_damaged_manifests(
-    root: Path, candidates: Sequence[Published], world: World, say: Say
-) -> list[Path]:
-    """The manifests in `root` that publish none of `candidates`, each of them said."""
-    counted = {candidate.manifest_path for candidate in candidates}
-    found = (path for path in (root / MANIFEST_FOLDER).glob("*.json") if path not in counted)
-    damaged: list[Path] = world.from_main(sorted(found))
+def tell_what_does_not_count(folder: Folder, world: World, say: Say) -> list[Path]:
+    """Say which saves of `folder` do not count. Returns the manifests that are damaged."""
+    for half in folder.halves:
+        say(str(half))
+    known = {candidate.name.record for candidate in folder.candidates}
+    known |= {half.record for half in folder.halves}
+    found = (folder.root / MANIFEST_FOLDER).glob("*.json")
+    damaged: list[Path] = world.from_main(sorted(path for path in found if path.name not in known))
     for path in damaged:
         say(f"passed over {path.stem}: {path} is damaged")
     return damaged
@@ -112,22 +120,28 @@ def whole_source(
     open_files: OpenFiles = open_rank_files,
     *,
     data: bool = True,
+    disks: Disks = ONE_DISK,
 ) -> Found:
     """The source in `root` made of those `files` that are whole, and what is wrong with the others.
 
     Called by all ranks together. `open_files` makes a source of files. `data` False does not read
-    what is behind the headers.
+    what is behind the headers. `disks`: which ranks see the same files, where not all do.
     """
-    share = range(world.rank, len(files), world.size)
-    mine = {index: _faults(files[index], data) for index in share}
+    paths = [file.path for file in files]
+    sight = sight_of(paths, disks, world)
+    mine = {index: _faults(files[index], data) for index in sight.share}
     by_index = {index: found for part in world.gather(mine) for index, found in part.items()}
     faults = [text for index in sorted(by_index) for text in by_index[index]]
     whole = [file.path for index, file in enumerate(files) if not by_index[index]]
-    if not whole:
+    if not whole or (faults and sight.hidden):
         return Found(None, faults)
     source, error = None, None
     try:
-        source = open_files(root, whole)
+        if sight.hidden:
+            told = told_headers(paths, sight, world)
+            source = as_seen(open_rank_files(root, whole, told), told)
+        else:
+            source = open_files(root, whole)
     except UserError as found:
         error = found
     # What one rank cannot open, none goes on with.

@@ -70,6 +70,10 @@ class Source:
     """Of the files that have some."""
     is_deduplicated: bool = False
     """Whether copies were left out when the rank files were written."""
+    is_spread: bool = False
+    """Whether its files lie on several disks, so that some ranks do not see some of them."""
+    elsewhere: frozenset[Path] = frozenset()
+    """Those that this rank does not see."""
     remarks: tuple[str, ...] = ()
     """What a user should hear about the files: ranks that are lost and not needed."""
     extras: Mapping[str, Pieces] = field(default_factory=dict)

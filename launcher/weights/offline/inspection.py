@@ -19,8 +19,10 @@ from launcher.weights.formats.note import read_note
 from launcher.weights.ranks.manifests import (
     MANIFEST_FOLDER,
     STATE_FOLDER,
+    ranks_elsewhere,
     read_manifest,
     state_fault,
+    text_of_elsewhere,
 )
 from launcher.weights.ranks.rank_folders import Save, save_of, saves, weight_files
 from launcher.weights.ranks.saves import manifest_of, open_save, optimizer_files
@@ -140,7 +142,13 @@ def _rank_folders(root: Path, findings: _Findings, strategy: Path | None) -> Non
                 f"{root / MANIFEST_FOLDER / label}.json cannot be read or was changed"
             )
         findings.faults += _state_faults(root, label)
-        _save(root, save, records or {}, findings, strategy)
+        manifest = read_manifest(root / MANIFEST_FOLDER / f"{label}.json") if records else None
+        away = ranks_elsewhere(root, manifest) if manifest else []
+        if away:
+            findings.remarks.append(f"{root}: {label}: {text_of_elsewhere(away)}: not checked")
+        here = {file: record for file, record in (records or {}).items()
+                if record["rank"] not in away}  # fmt: skip
+        _save(root, save, here, findings, strategy, is_all=not away)
 
 
 def _state_faults(root: Path, label: str) -> list[str]:
@@ -159,9 +167,9 @@ def _is_unfinished(root: Path, label: str) -> bool:
 
 def _save(
     root: Path, save: Save, records: Mapping[str, Mapping[str, Any]], findings: _Findings,
-    strategy: Path | None,
+    strategy: Path | None, *, is_all: bool,
 ) -> None:  # fmt: skip
-    """One save: every file by itself, then all of them together."""
+    """One save: every file by itself, then, where it is all of them, all together."""
     expected = {record["rank"]: (root / file, record) for file, record in records.items()}
     whole: list[Path] = []
     for rank in sorted({*expected, *save.files}):
@@ -171,7 +179,7 @@ def _save(
             findings.faults.append(f"rank {rank}: {save.files[rank]} is in no manifest")
         if findings.file(file, record, f"rank {rank}: "):
             whole.append(file)
-    if not whole:
+    if not whole or not is_all:
         return
     before = len(findings.faults)
     try:

@@ -20,8 +20,10 @@ from launcher.weights.ranks.distributed import open_rank_files
 from launcher.weights.ranks.manifests import (
     MANIFEST_FOLDER,
     STATE_FOLDER,
+    ranks_elsewhere,
     read_manifest,
     state_fault,
+    text_of_elsewhere,
 )
 from launcher.weights.ranks.rank_folders import Save, saves
 from launcher.weights.reading.checksums import file_faults
@@ -45,7 +47,8 @@ class Listed:
     saved_at: float
     """Seconds since 1970."""
     state: str
-    """`whole`, `unfinished: ...`, `no manifest: ...`, or `damaged: ` and what is wrong."""
+    """`whole`, `whole, but ...` where other disks have the rest, `unfinished: ...`,
+    `no manifest: ...`, or `damaged: ` and what is wrong."""
     sequence: int = 0
     """Order of publication in its folder, from 1; 0: not published."""
     can_be_opened: bool = False
@@ -121,7 +124,11 @@ def _published(folder: Path, save: Save, data: bool) -> Listed:
         return _unpublished(folder, save, f"damaged: {path} cannot be read or was changed")
     state = folder / STATE_FOLDER / f"{save.label}.json"
     lack = state_fault(state, manifest)
-    by_file = {folder / r["file"]: _faults(folder / r["file"], r, data) for r in manifest["files"]}
+    away = ranks_elsewhere(folder, manifest)
+    by_file = {
+        folder / record["file"]: _faults(folder / record["file"], record, data)
+        for record in manifest["files"] if record["rank"] not in away
+    }  # fmt: skip
     faults = [*([lack] if lack else []), *itertools.chain.from_iterable(by_file.values())]
     source = None if lack else _source(folder, [f for f, found in by_file.items() if not found])
     aid = "" if source is None else " (a resume does with what the other ranks hold)"
@@ -132,7 +139,9 @@ def _published(folder: Path, save: Save, data: bool) -> Listed:
         sum(_size(file) for file in (*by_file, state)),
         layout_text(manifest["world_size"], manifest.get("mesh")),
         manifest.get("saved_at") or _modified(path),
-        f"damaged{aid}: {'; '.join(faults[:3])}" if faults else "whole",
+        f"damaged{aid}: {'; '.join(faults[:3])}"
+        if faults
+        else f"whole{', but ' * bool(away)}{text_of_elsewhere(away)}",
         manifest["sequence"],
         can_be_opened=source is not None,
         has_optimizer=source is not None

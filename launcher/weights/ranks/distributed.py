@@ -9,7 +9,7 @@ is lost.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,15 +34,21 @@ COMPARED_BYTES = 1 << 20
 """Bytes of each rank file that are compared with the files of other ranks."""
 
 
-def open_rank_files(path: Path, files: Sequence[Path]) -> Source:
+def open_rank_files(
+    path: Path, files: Sequence[Path], known: Mapping[Path, Header] | None = None
+) -> Source:
     """The source made of one file a rank, of those that describe themselves.
 
-    Raises `UserError` when a file does not describe itself, when two are of one rank, when the
-    files are of different saves, or when ranks are missing whose parts no other rank holds.
+    `known`: headers of files that cannot be read here. Raises `UserError` when a file does not
+    describe itself, when two are of one rank, when the files are of different saves, or when ranks
+    are missing whose parts no other rank holds.
     """
     if not files:
         raise UserError(f"{path} holds no rank files", rule="*.safetensors in rank_*/ is expected")
-    headers = dict(zip(files, in_parallel(read_header, files, HEADER_READERS), strict=True))
+    read = dict(known or {})
+    unread = [file for file in files if file not in read]
+    read |= zip(unread, in_parallel(read_header, unread, HEADER_READERS), strict=True)
+    headers = {file: read[file] for file in files}
     notes = {file: _note(file, header) for file, header in headers.items()}
     first = next(iter(notes))
     for file, note in notes.items():

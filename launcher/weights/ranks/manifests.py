@@ -13,7 +13,7 @@ digest of the state; it is still read. Torch-free.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,14 @@ MANIFEST_FOLDER = "manifest"
 """Beside the rank folders: one JSON file for each published save."""
 STATE_FOLDER = "state"
 """Beside the rank folders: for each save the state of the run that a resume needs."""
+DISKS = "disks"
+"""Of a save whose files lie on several disks, the ranks whose files lie together, disk by disk; all
+disks have the same manifest."""
 VERSION = 2
 UNSEALED_VERSION = 1
 """Not one bit from `VERSION`: no flipped bit makes a sealed manifest pass for one without."""
 SEAL = "xxh3_64"
+RANKS_SHOWN = 4
 _END = b'"\n}\n'
 _DIGEST_CHARACTERS = 16
 
@@ -75,3 +79,17 @@ def state_fault(path: Path, manifest: Mapping[str, Any]) -> str:
     digest = digest_of(raw)
     is_same = manifest.get("state_xxh3_64", digest) == digest
     return "" if is_same else f"{path} changed since it was saved"
+
+
+def ranks_elsewhere(folder: Path, manifest: Mapping[str, Any]) -> list[int]:
+    """The ranks whose files of a save on several disks are not to be expected in `folder`: those of
+    the disks of which no file is here, while files of another one are."""
+    here = {record["rank"] for record in manifest["files"] if (folder / record["file"]).is_file()}
+    away = [ranks for ranks in manifest.get(DISKS, ()) if here.isdisjoint(ranks)]
+    return sorted(rank for ranks in away for rank in ranks) if here else []
+
+
+def text_of_elsewhere(ranks: Sequence[int]) -> str:
+    """What to say of files that lie on other disks; empty when none do."""
+    shown = ", ".join(map(str, ranks[:RANKS_SHOWN])) + " ..." * (len(ranks) > RANKS_SHOWN)
+    return f"{len(ranks)} of its files lie on other disks (ranks {shown})" if ranks else ""

@@ -18,6 +18,7 @@ from launcher.weights.reading.memory import TORCH_DTYPES, Shard
 from launcher.weights.reading.plan import plan_box
 from launcher.weights.reading.read import Fill, fill
 from launcher.weights.reading.recheck import check_read
+from launcher.weights.reading.sight import check_seen
 from launcher.weights.scales import check_idle, scales_of
 from launcher.weights.source import OPTIMIZER_PREFIXES, Source
 
@@ -81,10 +82,11 @@ def load(
         for name, target in targets.items()
         if name in found and reads(name)
     ]
+    check_seen((read for job in jobs for read in job.reads), source, rank)
     bytes_read = fill(jobs, source)
     check_read(jobs, source)
     if strict:
-        _check_tied({n: t for n, t in targets.items() if reads(n)}, source, tied)
+        _check_tied({n: t for n, t in targets.items() if reads(n)}, source, tied, rank)
     return LoadReport(len(found), bytes_read, tuple(sorted(tied)), tuple(missing), tuple(unknown))
 
 
@@ -130,7 +132,9 @@ def _fill_of(target: Shard, source: Source, name: str, rank: int) -> Fill:
     return Fill(target.tensor, target.box, reads, scales_of(source, name))
 
 
-def _check_tied(targets: Mapping[str, Shard], source: Source, tied: Mapping[str, str]) -> None:
+def _check_tied(
+    targets: Mapping[str, Shard], source: Source, tied: Mapping[str, str], rank: int
+) -> None:
     """Where files hold a tied tensor under both names, it must be one tensor: the model has room
     for one."""
     for alias, name in tied.items():
@@ -138,7 +142,9 @@ def _check_tied(targets: Mapping[str, Shard], source: Source, tied: Mapping[str,
             continue
         target = targets[name]
         other = torch.empty_like(target.tensor)
-        fill([_fill_of(Shard(target.shape, target.box, other), source, alias, 0)], source)
+        job = _fill_of(Shard(target.shape, target.box, other), source, alias, rank)
+        check_seen(job.reads, source, rank)
+        fill([job], source)
         if not torch.equal(_bits(other), _bits(target.tensor)):
             raise UserError(
                 f"`{alias}` and `{name}` differ in the files",
