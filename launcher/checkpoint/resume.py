@@ -77,7 +77,7 @@ def choose(
         others = up_to_meta(root, others, world, say)
     if candidates:
         return _published(candidates, held[-1], damaged, world, say)
-    return _unpublished(root, others, world, say, strategy) if others else _nothing(root)
+    return _unpublished(root, others, world, say, strategy) if others else _complete(root)
 
 
 def _published(
@@ -100,12 +100,14 @@ def _unpublished(
 ) -> Chosen:
     save, source = newest_complete(root, candidates, world, say, strategy)
     chosen = Chosen(root, save.label, name_of(save), save.in_rank_order, source, {}, False)
-    return replace(chosen, state=world.from_main(read_json(chosen.state_path)) or {})
+    state = world.from_main(read_json(chosen.state_path))
+    is_ours = source.mesh is not None
+    return replace(chosen, state=state or {}) if is_ours else chosen
 
 
-def _nothing(root: Path) -> Chosen | None:
-    """What is in a folder without rank files of a save: complete weights with counters of
-    MindFormers beside them, or nothing that a run goes on from."""
+def _complete(root: Path) -> Chosen | None:
+    """Complete weights with the counters of MindFormers beside them; None where there is nothing
+    that was finished."""
     kind = detect(root)
     if kind == "nothing" or (kind == "distributed" and is_unfinished(root)):
         return None  # maybe the first save of a run was never finished
