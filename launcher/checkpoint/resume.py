@@ -85,7 +85,7 @@ def choose(
         others = up_to_meta(root, others, world, say) if others and not held else others
     if chosen.candidates:
         return _published(chosen, held[-1], damaged, world, say, healthy=healthy)
-    return _unpublished(root, others, world, say, strategy) if others else _nothing(folder, world)
+    return _unpublished(root, others, world, say, strategy) if others else _complete(folder, world)
 
 
 def _unpublished_in(folder: Folder, world: World) -> list[Save]:
@@ -117,12 +117,14 @@ def _unpublished(
 ) -> Chosen:
     save, source = newest_complete(root, candidates, world, say, strategy)
     chosen = Chosen(root, save.label, name_of(save), save.in_rank_order, source, {}, False)
-    return replace(chosen, state=world.from_main(read_json(chosen.state_path)) or {})
+    state = world.from_main(read_json(chosen.state_path))
+    is_ours = source.mesh is not None
+    return replace(chosen, state=state or {}) if is_ours else chosen
 
 
-def _nothing(folder: Folder, world: World) -> Chosen | None:
-    """What is in a folder without rank files of a save: complete weights with counters of
-    MindFormers beside them, or nothing that a run goes on from."""
+def _complete(folder: Folder, world: World) -> Chosen | None:
+    """Complete weights with the counters of MindFormers beside them; None where there is nothing
+    that was finished."""
     root, kind = folder.root, detect(folder.root)
     if kind == "distributed" and root.is_dir() and is_unfinished(root, folder.begun):
         kind = "nothing"  # the first save of a run was never finished
