@@ -83,7 +83,9 @@ def open_weights(path: Path, world: World, say: Say, *, strategy: str = "") -> S
 def _kind(path: Path, world: World) -> Kind:
     """What `path` holds; a rank file that rank 0 sees is one of distributed weights for all."""
     kind = detect(path)
-    is_rank_file = world.from_main(kind == "distributed" and path.is_file())
+    if not is_rank_folder(path.parent):
+        return kind
+    is_rank_file: bool = world.from_main(path.is_file())
     return "distributed" if is_rank_file else kind
 
 

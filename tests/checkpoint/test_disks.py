@@ -278,6 +278,20 @@ def test_tools_look_at_what_lies_on_one_disk(nodes: Nodes) -> None:
     assert not verify(nodes.folders[1]).is_whole
 
 
+def test_a_file_that_one_disk_has_stands_for_its_save(nodes: Nodes) -> None:
+    for step in (1, 2):
+        nodes.save(step)
+
+    def work(world: World) -> list[bool]:
+        file = nodes.of(world) / "rank_0" / "CKP_rank_0-1_1.safetensors"
+        source = open_weights(file, world, lambda text: None)
+        chosen = choose(file, True, world, lambda text: None)
+        assert chosen is not None
+        return [len(source.headers) == WORLD, chosen.name.step == 1, source.is_spread]
+
+    assert together(WORLD, work) == [[True] * 3] * WORLD
+
+
 @pytest.mark.parametrize("node", [0, 1])
 @pytest.mark.parametrize("moment", ["_prepare", "_write", "_draft", "_publish"])
 def test_a_save_that_fails_on_one_disk_is_nowhere(

@@ -21,7 +21,8 @@ from tests.checkpoint.test_kills import faults_of
 from tests.ranks import JobResult, _job, run_ranks
 from tests.workshop import Workshop
 
-WORLD, DISKS, STEPS, SAMPLE = 4, 2, 3, 60
+WORLD, DISKS, STEPS = 4, 2, 3
+SAMPLE, PARTS = 40, 6
 
 
 def _go_on(arguments: list[str], folder: str) -> tuple[int, str, str]:
@@ -94,16 +95,22 @@ def kind_of(operation: Operation) -> str:
     return re.sub(rf"{re.escape(TOKEN)}\w+", TOKEN, operation.kind)
 
 
-@pytest.mark.crash
-def test_killed_at_every_kind_of_operation_and_at_many_more(killed: Killed) -> None:
+def faults(killed: Killed) -> list[Fault]:
+    """One of every kind of operation of each leader, and some of all ranks."""
     chance = random.Random(DISKS)
     kinds: dict[tuple[int, str], list[Fault]] = {}
     for rank in (0, 2):  # the leaders
         for index, operation in enumerate(killed.operations[rank]):
             kinds.setdefault((rank, kind_of(operation)), []).append(Fault(rank, index))
     chosen = [chance.choice(faults) for faults in kinds.values()]
-    chosen += chance.sample([fault for _, fault in faults_of(killed.operations)], SAMPLE)
-    for fault in chosen:
+    every = [fault for _, fault in faults_of(killed.operations)]
+    return [*chosen, *chance.sample(every, SAMPLE)]
+
+
+@pytest.mark.crash
+@pytest.mark.parametrize("part", range(PARTS))
+def test_killed_at_every_kind_of_operation_and_at_many_more(killed: Killed, part: int) -> None:
+    for fault in faults(killed)[part::PARTS]:
         try:
             killed.die(fault)
         except AssertionError as error:
