@@ -12,7 +12,7 @@ from launcher.assembly.job import Job
 from launcher.assembly.model import build_parallel, build_predicting
 from launcher.assembly.prediction import PREDICT_BATCH, continue_prompts, result_path
 from launcher.assembly.resume import find_resume, resumed_run
-from launcher.assembly.roll_back import RollBack
+from launcher.assembly.roll_back import RollBack, idle_reason
 from launcher.assembly.run import fresh_run
 from launcher.assembly.strategy import world_without_group, write_all, write_own
 from launcher.assembly.weights import fill_weights, find_weights
@@ -190,13 +190,16 @@ def train_to_the_end(job: Job, run: TrainRun, callbacks: list[Callback]) -> int:
 def fit_with_roll_back(job: Job, run: TrainRun, callbacks: list[Callback]) -> None:
     """Train; with `monitor_config.roll_back` steps that are not sound are gone back on."""
     monitor = job.config.monitor_config
-    way_back = RollBack(job, monitor.global_norm_spike_count_threshold)
+    if not monitor.roll_back:
+        fit(run, callbacks, run.sink_size)
+        return
+    if reason := idle_reason(job.config):
+        job.say(f"monitor_config.roll_back: True has no effect: {reason}")
+    way_back = RollBack(job, run, monitor.global_norm_spike_count_threshold)
     while True:
         try:
             fit(run, callbacks, run.sink_size)
         except UnsoundStep as error:
-            if not monitor.roll_back:
-                raise
             way_back.take(run, error)
         else:
             return

@@ -67,8 +67,11 @@ def resumed_run(job: Job, chosen: Chosen) -> TrainRun:
     run = build_run(job)
     derived = None if chosen.state else derive(run, chosen)
     saved = derived.saved if derived is not None else chosen.state
-    run.state = _data_position(job, run, saved, restore(job, run, chosen, saved))
+    state = restore(job, run, chosen, saved, copies=True)
+    run.state = _data_position(job, run, saved, state)
     run.resumed_from = name_to_keep(job, run, chosen)
+    if own_root(job.config).resolve() == chosen.root.resolve():
+        run.came_from = chosen.label
     if run.resumed_from is None:
         run.inputs |= {file.resolve() for file in chosen.files}
     for line in receipt(_resumption(job, run, chosen, saved, derived)):
@@ -79,11 +82,14 @@ def resumed_run(job: Job, chosen: Chosen) -> TrainRun:
     return run
 
 
-def restore(job: Job, run: TrainRun, chosen: Chosen, saved: Mapping[str, Any]) -> TrainState:
-    """Give `run` the weights and the optimizer of a checkpoint. Returns the state `saved` with
-    them, in steps of this run's global batch."""
+def restore(
+    job: Job, run: TrainRun, chosen: Chosen, saved: Mapping[str, Any], *, copies: bool = False
+) -> TrainState:
+    """Give `run` the weights and the optimizer of a checkpoint; with `copies` also write those that
+    the configuration asks for. Returns the state `saved` with them, in steps of this run's global
+    batch."""
     state = _with_loss_scale(run, saved, from_json(dict(saved), str(chosen.state_path)))
-    _restore_tensors(job, run, chosen)
+    _restore_tensors(job, run, chosen, copies=copies)
     if not _has_same_steps(run, saved):
         state = state.with_global_batch(run.loader.global_batch)
     set_step(run.optimizer, state.updates)
@@ -135,7 +141,7 @@ def _with_loss_scale(run: TrainRun, saved: Mapping[str, Any], state: TrainState)
     return replace(state, loss_scale=run.state.loss_scale, good_steps=0)
 
 
-def _restore_tensors(job: Job, run: TrainRun, chosen: Chosen) -> None:
+def _restore_tensors(job: Job, run: TrainRun, chosen: Chosen, *, copies: bool) -> None:
     check_layout(job, chosen.source)
     if not any(name.startswith(OPTIMIZER_PREFIXES) for name in chosen.source.tensors):
         raise UserError(
@@ -147,7 +153,8 @@ def _restore_tensors(job: Job, run: TrainRun, chosen: Chosen) -> None:
         )
     targets = {**run.weights(), **run.optimizer_state()}
     check_cuts(job, chosen.source, targets)
-    write_copies(job, chosen.source)
+    if copies:
+        write_copies(job, chosen.source)
     load_job(
         job, targets, run.layout, run.links_of, chosen.source,
         tied=tied_names(run.parts.modules[-1]),

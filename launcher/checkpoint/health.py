@@ -48,7 +48,8 @@ def ailment(state: dict[str, Any]) -> str:
     found = state.get(KEY)
     if not isinstance(found, dict) or found.get("is_healthy", True):
         return ""
+    norm = found.get("embedding_norm")
     return (
-        f"it is not healthy: the embedding's gradient had the norm {found.get('embedding_norm')}, "
+        f"it is not healthy: the embedding's gradient had the norm {norm or 'NaN'}, "
         f"embedding_local_norm_threshold was {found.get('threshold')}"
     )

@@ -73,6 +73,8 @@ class Step(Protocol):
 
     @property
     def embedding_norm(self) -> float | None: ...
+    @property
+    def changed_nothing(self) -> bool: ...
 
 
 class CheckpointMonitor:
@@ -93,7 +95,7 @@ class CheckpointMonitor:
         """Of the newest save that was begun."""
         self._saved_at = 0.0
         self._embedding_norm: float | None = None
-        """Of the newest step, where the health of saves is watched."""
+        """Of the newest step that changed anything, where the health of saves is watched."""
         self._saver: Saver | None = None
         self._kept: dict[str, tuple[frozenset[str], frozenset[str]]] = {}
         """Folder to the tensors that were shared out, and those of them that are this rank's."""
@@ -110,6 +112,7 @@ class CheckpointMonitor:
         """Take a name that no earlier run has, and clear away what a crash left."""
         self._saved_step = self._tried_step = run.global_step
         self._saved_at = time.monotonic()
+        self._embedding_norm = None
         self._saver = self._open(run)
         if run.resumed_from is not None:
             self._catch_up(run, self._saver.complete)
@@ -201,7 +204,9 @@ class CheckpointMonitor:
 
     def on_steps_end(self, run: Savable, records: Sequence[Step]) -> None:
         """Say what became of a save under way, and begin another when it is due."""
-        self._embedding_norm = records[-1].embedding_norm if records else None
+        for record in records:
+            if not record.changed_nothing:
+                self._embedding_norm = record.embedding_norm
         self._look(run)
         if self._is_due(run):
             self._save(run)
@@ -233,7 +238,9 @@ class CheckpointMonitor:
         """
         try:
             if self._background.is_busy:
-                self._tell(run, self._background.finish(LAST_WAIT_SECONDS))
+                # After a message for the user all ranks are here, and the run may go back.
+                patience = None if isinstance(error, UserError) else LAST_WAIT_SECONDS
+                self._tell(run, self._background.finish(patience))
             if self.config.exception_save and not isinstance(error, UserError):
                 self._save_after(run)
         except Exception as trouble:  # the error that ended the run comes first
@@ -367,10 +374,18 @@ class CheckpointMonitor:
         """What is left to this rank: shared out once, and anew should there be other tensors."""
         shared_out, kept = self._kept.get(folder, (frozenset(), frozenset()))
         if shared_out != held.keys():
-            keeper = keepers_of(held, run.holders())
+            keeper = keepers_of(held, self._holders(run, folder))
             kept = frozenset(name for name in held if keeper[name] == run.world.rank)
             self._kept[folder] = frozenset(held), kept
         return {name: held[name] for name in held if name in kept}
+
+    def _holders(self, run: Savable, folder: str) -> Mapping[str, Ranks]:
+        """The ranks that hold the same; on several disks each has all that its ranks hold."""
+        mates = set(self._open_saver.stores[folder].disks.mates(run.world))
+        return {
+            name: tuple(rank for rank in ranks if rank in mates)
+            for name, ranks in run.holders().items()
+        }
 
 
 def _make_folder(folder: Path) -> None:

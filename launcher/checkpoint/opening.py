@@ -95,7 +95,7 @@ def _open_save(path: Path, folder: Folder, world: World, say: Say, strategy: str
     if candidates:
         label, files = str(candidates[0].name), rank_files_of(candidates[0])
     else:
-        save = save_of(path) if path.is_file() else newest(path)
+        save = newest(path) if path.is_dir() else save_of(path)
         label, files = save.label, [RankFile(file) for file in save.in_rank_order]
         manifest = root / MANIFEST_FOLDER / f"{label}.json"
         if world.from_main(manifest.exists()):

@@ -8,7 +8,7 @@ check, one decides, all hear the same.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -56,14 +56,15 @@ class Chosen:
 
 def choose(
     root: Path, choice: bool | str, world: World, say: Callable[[str], None], strategy: str = "",
-    *, healthy: bool = False,
+    *, healthy: bool = False, without: Collection[str] | None = None,
 ) -> Chosen | None:  # fmt: skip
     """The checkpoint in folder `root` to resume from; None when the folder holds none at all.
 
     `choice` is True for the newest, or the name of one (`CKP_rank_0-1_10`, with or without
     extension). `strategy` is where strategy files lie, for rank files of MindSpore; left out,
-    beside `root`. With `healthy` an unhealthy save is passed over, unless it is named. Raises
-    `UserError` when what is there cannot be used.
+    beside `root`. With `healthy` an unhealthy save is passed over, unless it is named.
+    With `without` only published saves count, and not those with these names. Raises `UserError`
+    when what is there cannot be used.
     """
     if world.from_main(root.is_file()):
         if not is_rank_folder(root.parent):
@@ -74,6 +75,10 @@ def choose(
     others = _unpublished_in(folder, world)
     _same_folder(root, [*held, *others], world)
     damaged = tell_what_does_not_count(folder, world, say)
+    if without is not None:
+        left = [found for found in held if str(found.name) not in without]
+        among = replace(folder, candidates=left)
+        return _published(among, held[-1], damaged, world, say, healthy=healthy) if left else None
     if not held and (damaged or folder.newest_half):
         raise none_is_whole(root, len(damaged) or len(folder.halves))
     if isinstance(choice, str) and (held or others):

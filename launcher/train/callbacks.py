@@ -102,6 +102,9 @@ class Evaluation(Callback):
         self.epoch_interval = epoch_interval
         self._evaluated_step = -1
 
+    def on_train_begin(self, run: TrainRun) -> None:
+        self._evaluated_step = -1
+
     def on_steps_end(self, run: TrainRun, records: Sequence[StepRecord]) -> None:
         if any(self._due(run, record) for record in records):
             self._evaluate(run)

@@ -34,6 +34,8 @@ class UnsoundStep(UserError):
         """Place in the data behind the step."""
         self.what = f"step {record.step}: loss {record.loss}, gradient norm {record.grad_norm:.4g}"
         where = f"samples {first} to {self.behind - 1}"
+        if not run.config.monitor_config.roll_back:
+            advice += ", or set monitor_config.roll_back: True"
         super().__init__(self.what, where=where, rule=rule, advice=advice)
 
 
@@ -64,8 +66,7 @@ class FiniteCheck(Callback):
                 raise UnsoundStep(
                     run, record,
                     rule="check_for_nan_in_loss_and_grad asks for finite values",
-                    advice="Resume from the last checkpoint with a lower learning rate, or set "
-                    "monitor_config.roll_back: True",
+                    advice="Resume from the last checkpoint with a lower learning rate",
                 )  # fmt: skip
             self._said = True
             first, behind = samples_of(run, record)
@@ -118,8 +119,7 @@ class LimitCheck(Callback):
             raise UnsoundStep(
                 run, record, rule="monitor_config.check_for_global_norm ends such a run",
                 advice="Resume with use_skip_data_by_global_norm: True (and without "
-                "check_for_global_norm) to leave these samples out, or set "
-                "monitor_config.roll_back: True",
+                "check_for_global_norm) to leave these samples out",
             )  # fmt: skip
         first, behind = samples_of(run, record)
         run.say(
@@ -134,7 +134,7 @@ class LimitCheck(Callback):
             )  # fmt: skip
 
     def _what(self, record: StepRecord) -> str:
-        if record.loss < self.limits.loss:
+        if not record.grad_norm < self.limits.norm:
             return f"gradient norm {record.grad_norm:.4g} is beyond {self.limits.norm:g}"
         return f"loss {record.loss:.4g} is beyond {self.limits.loss:g}"
 
@@ -144,7 +144,10 @@ class LimitCheck(Callback):
         path = run.output_dir / ABNORMAL_FILE
         known = _read(path, dict)
         first, behind = samples_of(run, record)
-        known[str(record.step)] = {
+        key = str(record.step)
+        if key in known and known[key].get("samples") != [first, behind - 1]:  # after a roll-back
+            key += f" (samples {first} to {behind - 1})"
+        known[key] = {
             "global_norm": str(record.grad_norm), "loss": str(record.loss),
             "samples": [first, behind - 1],
         }  # fmt: skip

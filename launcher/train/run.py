@@ -71,6 +71,8 @@ class TrainRun:
     has_dropout: bool = False
     links_of: LinksOf = no_links
     """What the tensors of the model are in files."""
+    came_from: str = ""
+    """The checkpoint it was resumed from, where that lies in the folder it writes to."""
     inputs: frozenset[Path] = frozenset()
     """Files and folders the run was started from, resolved; retention leaves them alone."""
     state: TrainState = field(default_factory=TrainState)

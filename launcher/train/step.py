@@ -137,6 +137,11 @@ class StepRecord:
     embedding_norm: float | None = None
     """Of the embedding's gradient; None: it is not watched."""
 
+    @property
+    def changed_nothing(self) -> bool:
+        """Whether the step was left out."""
+        return bool(self.overflow or self.skipped)
+
     def as_row(self) -> dict[str, Any]:
         """For `metrics.jsonl`."""
         return {key: value for key, value in asdict(self).items() if value is not None}

@@ -141,6 +141,34 @@ def test_a_run_that_keeps_going_back_ends(workshop: Workshop) -> None:
     assert result.stdout.count("rolled back to CKP-1_2") == 2
     assert "roll_back: went back to CKP-1_2 2 times, the run ends" in result.stdout
     assert "samples 32 to 39: step 3: loss" in result.stderr, "further on in the data each time"
+    assert "roll_back: True" not in result.stderr, "it is on"
+    listed = json.loads((workshop.folder / "output/abnormal_global_norm.json").read_text())
+    assert [row["samples"] for row in listed.values()] == [[16, 23], [24, 31], [32, 39]]
+
+
+def test_a_run_never_goes_back_to_a_save_of_another(workshop: Workshop) -> None:
+    monitor = {"type": "CheckpointMonitor", "save_checkpoint_steps": 5}
+    assert train(workshop, "output", callbacks=[monitor]).code == 0
+    limits = {"check_for_global_norm": True, "roll_back": True, "loss_spike_threshold": 1e-3,
+              "global_norm_spike_threshold": 1e9}  # fmt: skip
+    result = train(workshop, "output", callbacks=[monitor], monitor_config=limits, seed=8)
+    assert result.code == 2
+    assert "roll_back: no save, the run ends" in result.stdout
+    assert "rolled back" not in result.stdout
+    behind = train(
+        workshop, "output", callbacks=[monitor], monitor_config=limits,
+        resume_training="CKP_rank_0-1_10",
+    )  # fmt: skip
+    assert "rolled back to CKP-1_10, step 10: step 11" in behind.stdout, "not on to step 20"
+
+
+def test_a_way_back_that_does_nothing_is_told(workshop: Workshop) -> None:
+    stop = {"stop_step": 1, "batch_size": 8, "max_steps": 20}
+    result = train(workshop, "output", monitor_config={"roll_back": True}, runner_config=stop)
+    assert "roll_back: True has no effect: no check ends the run" in result.stdout
+    result = train(workshop, "output", monitor_config={"roll_back": True}, runner_config=stop,
+                   check_for_nan_in_loss_and_grad=True, callbacks=[])  # fmt: skip
+    assert "roll_back: True has no effect: nothing is saved" in result.stdout
 
 
 @pytest.mark.parametrize("layout", ["one", "four"])
@@ -189,3 +217,21 @@ def test_without_a_healthy_save_there_is_no_resume(workshop: Workshop) -> None:
     assert refused.code == 2
     assert "passed over CKP-1_20: it is not healthy" in refused.stdout
     assert "no checkpoint in output/checkpoint can be used" in refused.stderr
+
+
+def test_a_step_that_overflowed_makes_no_save_unhealthy(workshop: Workshop) -> None:
+    monitor = {"type": "CheckpointMonitor", "save_checkpoint_steps": 1,
+               "embedding_local_norm_threshold": 1e9,
+               "use_checkpoint_health_monitor": True}  # fmt: skip
+    scale = {"type": "DynamicLossScaleUpdateCell", "loss_scale_value": 2**40, "scale_factor": 16,
+             "scale_window": 1000}  # fmt: skip
+    result = train(
+        workshop, "output", callbacks=[monitor], runner_wrapper={"scale_sense": scale},
+        model={"model_config": {"compute_dtype": "float16"}},
+        runner_config={"stop_step": 8, "batch_size": 8, "max_steps": 20},
+    )  # fmt: skip
+    assert result.code == 0, result.stderr
+    overflowed = [row["overflow"] for row in workshop.rows()]
+    assert overflowed[0]
+    assert not overflowed[-1]
+    assert "is not healthy" not in result.stdout

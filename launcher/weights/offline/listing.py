@@ -10,12 +10,14 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from launcher.errors import UserError
 from launcher.layout.mesh import layout_text
+from launcher.weights.formats.safetensors import read_header
 from launcher.weights.ranks.distributed import open_rank_files
 from launcher.weights.ranks.manifests import (
     MANIFEST_FOLDER,
@@ -143,10 +145,18 @@ def _published(folder: Path, save: Save, data: bool) -> Listed:
         if faults
         else f"whole{', but ' * bool(away)}{text_of_elsewhere(away)}",
         manifest["sequence"],
-        can_be_opened=source is not None,
-        has_optimizer=source is not None
-        and any(name.startswith(OPTIMIZER_PREFIXES) for name in source.tensors),
+        # What lies elsewhere is supposed to be there.
+        can_be_opened=source is not None or (bool(away) and not faults),
+        has_optimizer=_has_optimizer([*by_file]),
     )
+
+
+def _has_optimizer(files: Sequence[Path]) -> bool:
+    """Whether the first of `files` that can be read holds optimizer state."""
+    for file in files:
+        with suppress(UserError):
+            return any(name.startswith(OPTIMIZER_PREFIXES) for name in read_header(file).entries)
+    return False
 
 
 def _source(folder: Path, files: Sequence[Path]) -> Source | None:

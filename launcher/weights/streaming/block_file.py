@@ -132,19 +132,21 @@ def begin_writing(descriptor: int, position: int, nbytes: int) -> None:
 
 def write_all(descriptor: int, view: memoryview, position: int) -> None:
     """Write all of `view` to the file from `position` on."""
+    was_refused = False
     while view:
         try:
             count = os.pwrite(descriptor, view, position)
         except OSError as error:
-            if error.errno != errno.EINVAL or not _leave_direct(descriptor):
+            if error.errno != errno.EINVAL or was_refused:
                 raise
+            was_refused = True
+            _leave_direct(descriptor)  # once more, also when another thread did it meanwhile
             continue
         view, position = view[count:], position + count
 
 
-def _leave_direct(descriptor: int) -> bool:
-    """Write through the page cache again, after a write that went in part or was not aligned as
-    this disk asks for; False when that is so already."""
+def _leave_direct(descriptor: int) -> None:
+    """Write through the page cache from now on, after a write that went in part or was not aligned
+    as this disk asks for."""
     flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
     fcntl.fcntl(descriptor, fcntl.F_SETFL, flags & ~_DIRECT)
-    return bool(flags & _DIRECT)
