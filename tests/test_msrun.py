@@ -332,17 +332,14 @@ def wait_for(condition: Callable[[], bool]) -> None:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_reaches_the_workers(folder: Path, number: signal.Signals) -> None:
     process = start(folder, "job.py wait", "2")
-    log = folder / "output/msrun_log/worker_1.log"
-    for _ in range(600):
-        if log.is_file() and "rank 1 of 2" in log.read_text():
-            break
-        time.sleep(0.05)
-    time.sleep(0.3)  # rank 0 too
+    logs = [folder / f"output/msrun_log/worker_{rank}.log" for rank in range(2)]
+    wait_for(lambda: all(f"rank {rank} of 2" in log.read_text() if log.is_file() else False
+                         for rank, log in enumerate(logs)))  # fmt: skip
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 128 + number, err
     assert out.endswith(f"stopped by {number:d}\n")
-    assert f"stopped by {number:d}" in log.read_text()
+    assert f"stopped by {number:d}" in logs[1].read_text()
 
 
 def test_two_nodes_meet(folder: Path) -> None:
