@@ -1,7 +1,7 @@
 """Loading, writing, merging and slicing weights: against raw reads and writes, and against peers.
 
     python -m benchmarks.weights [--what load write tools] [--sizes 2 8] [--ranks 1 4] [--rounds 5]
-                                 [--folder DIR] [--write]
+                                 [--systems Slipway raw ...] [--folder DIR] [--write]
 
 Every figure comes from freshly forked processes that have imported all they need (`forks.py`), in
 turns. Loading ends when every byte of every parameter is resident: what maps files is touched page
@@ -31,6 +31,8 @@ from benchmarks.measure import Spread, parser, ratios, report, table
 from benchmarks.peers import loading, storing
 
 MODULE = "benchmarks.weights"
+SYSTEMS = ("Slipway", "raw", "transformers", "DCP")
+"""Ways to load; all are measured unless some are named."""
 Measure = Callable[[], Measured]
 
 
@@ -65,8 +67,11 @@ HEADER = ("what", "system", "seconds", "Slipway / system (below 1: Slipway is fa
           "peak memory of a rank, MB")  # fmt: skip
 
 
-def load(folder: Path, sizes: Sequence[int], worlds: Sequence[int], rounds: int) -> str:
-    """The table of loading."""
+def load(
+    folder: Path, sizes: Sequence[int], worlds: Sequence[int], rounds: int,
+    systems: Sequence[str] = SYSTEMS,
+) -> str:  # fmt: skip
+    """The table of loading; re-slicing is measured where all of `systems` are."""
     rows = []
     for kind, size in CONFIGS:
         if size not in sizes:
@@ -75,7 +80,6 @@ def load(folder: Path, sizes: Sequence[int], worlds: Sequence[int], rounds: int)
         make(source, CONFIGS[kind, size])
         for ranks in worlds:
             for cache in ("warm", "cold"):
-                systems = ["Slipway", "raw", "transformers", "DCP"]
                 label = (kind, f"{size} GB,", f"{ranks} rank{'s' * (ranks > 1)},", cache)
                 print(*label)
                 measures = {
@@ -83,7 +87,8 @@ def load(folder: Path, sizes: Sequence[int], worlds: Sequence[int], rounds: int)
                     for name in systems
                 }
                 rows += rows_of(label, in_turns(measures, rounds), "Slipway")
-        rows += reshard(folder, kind, size, rounds)
+        if len(systems) == len(SYSTEMS):
+            rows += reshard(folder, kind, size, rounds)
     return table(HEADER, rows)
 
 
@@ -157,6 +162,7 @@ def main() -> None:
     made.add_argument("--what", nargs="+", default=["load", "write", "tools"])
     made.add_argument("--sizes", nargs="+", type=int, default=[2])
     made.add_argument("--ranks", nargs="+", type=int, default=[1, 4])
+    made.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
     made.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "weights-bench")
     arguments = made.parse_args()
     torch.set_num_threads(1)
@@ -165,8 +171,9 @@ def main() -> None:
     sizes, worlds, rounds = arguments.sizes, arguments.ranks, arguments.rounds
     arguments.folder.mkdir(parents=True, exist_ok=True)
     if "load" in arguments.what:
-        body = load(arguments.folder, sizes, worlds, rounds)
-        report("Loading weights", MODULE, arguments, body)
+        body = load(arguments.folder, sizes, worlds, rounds, arguments.systems)
+        large = f", {' and '.join(map(str, sizes))} GB" if sizes != [2] else ""
+        report(f"Loading weights{large}", MODULE, arguments, body)
     if "write" in arguments.what:
         body = write(arguments.folder, sizes, worlds, rounds)
         report("Writing weights", MODULE, arguments, body)
