@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from launcher.config.command_line import parse
+from launcher.config.command_line import FLAGS, parse
 from launcher.config.resolve import resolve
 from launcher.config.rules import check
 from tests.config.test_resolve import resolved, value
@@ -89,6 +89,46 @@ def test_overrides(workspace: Path, words: list[str], key: str, expected: Any) -
     result = resolved(BASE, *words)
     assert value(result, key) == expected
     assert type(value(result, key)) is type(expected)
+
+
+SAMPLES: dict[str, list[tuple[list[str], Any]]] = {
+    "text": [(["a b,c=[d] {e}: 'f' \"g\" #h"], "a b,c=[d] {e}: 'f' \"g\" #h"), (["12"], "12")],
+    "int": [(["7"], 7), (["0"], 0)],
+    "bool": [(["True"], True), (["false"], False)],
+    "bool or text": [(["True"], True), (["CKP_rank_0-1_10"], "CKP_rank_0-1_10")],
+    "texts": [(["I love Beijing, because", "1"], ["I love Beijing, because", "1"])],
+}
+CHOICES: dict[str, tuple[str, Any]] = {
+    "run_mode": ("eval", "eval"),
+    "device_target": ("CPU", "CPU"),
+    "mode": ("1", 1),
+}
+AT_LEAST_ONE = {"epochs", "max_steps", "batch_size", "gradient_accumulation_steps", "num_samples",
+                "transform_process_num", "predict_batch_size"}  # fmt: skip
+MOVED = {"model.model_config.do_sample": "generation_config.do_sample"}
+SECTIONS = "train_dataset: {data_loader: {type: TextDataLoader, dataset_dir: x}}\n"
+
+
+@pytest.mark.parametrize("name", FLAGS)
+def test_every_value_of_a_flag_arrives_as_it_was_written(workspace: Path, name: str) -> None:
+    """X10 of the reference's acceptance behaviours, with a space and with an equals sign."""
+    flag = FLAGS[name]
+    for words, expected in SAMPLES[flag.type]:
+        if name in CHOICES:
+            words, expected = [CHOICES[name][0]], CHOICES[name][1]
+        if name in AT_LEAST_ONE and expected == 0:
+            continue
+        ways = [[f"--{name}", *words]] + [[f"--{name}={words[0]}"]] * (flag.type != "texts")
+        for way in ways:
+            Path("x.yaml").write_text(BASE + SECTIONS)
+            result = resolve("x.yaml", None if name == "run_mode" else "train", overrides=way)
+            refused = [str(problem) for problem in result.problems]
+            if refused:  # by name, never dropped
+                assert all("not built yet" in text and f"--{name}" in text for text in refused)
+                continue
+            place = MOVED.get(flag.targets[0], flag.targets[0])
+            found = value(result, place)
+            assert (found, type(found)) == (expected, type(expected)), way
 
 
 @pytest.mark.parametrize(
