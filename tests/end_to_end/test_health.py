@@ -171,21 +171,13 @@ def test_a_way_back_that_does_nothing_is_told(workshop: Workshop) -> None:
     assert "roll_back: True has no effect: nothing is saved" in result.stdout
 
 
-@pytest.mark.parametrize("layout", ["one", "four"])
-def test_unhealthy_saves_are_told_written_down_and_passed_over(
-    workshop: Workshop, layout: str
-) -> None:
-    four = {"parallel_config": {"model_parallel": 2, "pipeline_stage": 2, "micro_batch_num": 4},
-            "runner_config": {"batch_size": 2}}  # fmt: skip
-    changes: dict[str, Any] = four if layout == "four" else {}
-    world = 4 if changes else 1
-
+def test_unhealthy_saves_are_told_written_down_and_passed_over(workshop: Workshop) -> None:
     def run(output: str, threshold: float, *more: str, **others: Any) -> JobResult:
         monitor = {"type": "CheckpointMonitor", "save_checkpoint_steps": 5,
                    "embedding_local_norm_threshold": threshold}  # fmt: skip
         name = workshop.yaml(f"{output}.yaml", output_dir=output, callbacks=[monitor],
-                             use_checkpoint_health_monitor=True, **changes, **others)  # fmt: skip
-        return run_job(["--config", name, "--run_mode", "train", *more], workshop.folder, world)
+                             use_checkpoint_health_monitor=True, **others)  # fmt: skip
+        return run_job(["--config", name, "--run_mode", "train", *more], workshop.folder)
 
     assert run("plain", 1e9).code == 0
     norms = {row["step"]: row["embedding_norm"] for row in workshop.rows("plain")}
@@ -235,3 +227,16 @@ def test_a_step_that_overflowed_makes_no_save_unhealthy(workshop: Workshop) -> N
     assert overflowed[0]
     assert not overflowed[-1]
     assert "is not healthy" not in result.stdout
+
+
+def test_the_norm_of_the_embedding_is_that_of_one_process(workshop: Workshop) -> None:
+    four = {"parallel_config": {"model_parallel": 2, "pipeline_stage": 2, "micro_batch_num": 4},
+            "runner_config": {"batch_size": 2, "stop_step": 4}}  # fmt: skip
+    found = []
+    for output, world, changes in (("one", 1, {}), ("four", 4, four)):
+        name = workshop.yaml(f"{output}.yaml", output_dir=output, callbacks=[],
+                             use_checkpoint_health_monitor=True, **changes)  # fmt: skip
+        result = run_job(["--config", name, "--run_mode", "train"], workshop.folder, world)
+        assert result.code == 0, result.stderr
+        found.append([row["embedding_norm"] for row in workshop.rows(output)][:4])
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
