@@ -21,6 +21,8 @@ from launcher.weights.source import OPTIMIZER_PREFIXES
 from launcher.weights.streaming.new_folder import folder_aside
 
 INTEGRATED_FOLDER = "checkpoint_integrated"
+FULL = "checkpoint"
+"""The folder whose saves are merged. Saves of other folders may bear the same names."""
 
 
 def write_integrated(checkpoint: Published, inputs: Collection[Path] = ()) -> Path:
@@ -46,7 +48,9 @@ def write_integrated(checkpoint: Published, inputs: Collection[Path] = ()) -> Pa
 
 
 def remove_integrated(root: Path, name: str, inputs: Collection[Path] = ()) -> None:
-    """Let go of that of save `name`, and of what a crash left of writing it."""
+    """Let go of that of save `name` in `root`, and of what a crash left of writing it."""
+    if root.name != FULL:
+        return
     folder = folder_of(root, name)
     if not _holds(folder, inputs):
         shutil.rmtree(folder, ignore_errors=True)
@@ -54,9 +58,10 @@ def remove_integrated(root: Path, name: str, inputs: Collection[Path] = ()) -> N
 
 
 def integrated_names(root: Path) -> list[str]:
-    """The saves whose complete weights lie beside `root`."""
+    """The saves of `root` whose complete weights lie beside it."""
     folder = folder_of(root, "")
-    return [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    is_there = root.name == FULL and folder.is_dir()
+    return [path.name for path in folder.iterdir()] if is_there else []
 
 
 def folder_of(root: Path, name: str) -> Path:

@@ -20,9 +20,10 @@ from launcher.checkpoint import health
 from launcher.checkpoint.agreement import agree, attempt
 from launcher.checkpoint.background import Background
 from launcher.checkpoint.disks import NOT_OPENED, Disks, find_disks
+from launcher.checkpoint.integrated import FULL
 from launcher.checkpoint.leftovers import clean_disks, next_counter
 from launcher.checkpoint.names import SaveName, epoch_and_step_in_name
-from launcher.checkpoint.saver import FULL, NETWORK, TRAINABLE, Done, Job, Saver
+from launcher.checkpoint.saver import NETWORK, TRAINABLE, Done, Job, Saver
 from launcher.checkpoint.snapshot import Snapshot
 from launcher.checkpoint.store import Store
 from launcher.config.schema import CheckpointMonitorSection

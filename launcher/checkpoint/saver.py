@@ -13,7 +13,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from launcher.checkpoint.agreement import agree, attempt
-from launcher.checkpoint.integrated import INTEGRATED_FOLDER, folder_of, write_integrated
+from launcher.checkpoint.integrated import (
+    FULL,
+    INTEGRATED_FOLDER,
+    folder_of,
+    write_integrated,
+)
 from launcher.checkpoint.names import SaveName
 from launcher.checkpoint.published import published
 from launcher.checkpoint.store import Store
@@ -22,8 +27,9 @@ from launcher.layout.mesh import Mesh
 from launcher.parallel.world import World
 from launcher.weights.reading.memory import Shard
 
-FULL, NETWORK, TRAINABLE = "checkpoint", "checkpoint_network", "checkpoint_trainable"
-"""Folders of saves: what a resume needs, the weights alone, the trained weights alone."""
+NETWORK, TRAINABLE = "checkpoint_network", "checkpoint_trainable"
+"""Folders of saves beside `FULL`, which has what a resume needs: the weights alone, the trained
+weights alone."""
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ def apart(function: Callable[..., Any], *arguments: object) -> Any:
     """`function` in a process with mounts of its own."""
     found = run_ranks(1, _apart, function, arguments)[0]
     if isinstance(found, mounts.NotAllowed):
-        pytest.skip(str(found))
+        pytest.skip(f"this system gives a process no file systems of its own: {found}")
     return found
 
 

@@ -10,11 +10,11 @@ from safetensors.torch import load_file
 
 from launcher.checkpoint import saver as module
 from launcher.checkpoint.agreement import agree, attempt
-from launcher.checkpoint.integrated import INTEGRATED_FOLDER, folder_of
+from launcher.checkpoint.integrated import FULL, INTEGRATED_FOLDER, folder_of
 from launcher.checkpoint.leftovers import clean_unfinished, next_counter
 from launcher.checkpoint.names import SaveName
 from launcher.checkpoint.published import intent, published
-from launcher.checkpoint.saver import FULL, NETWORK, Done, Job, Saver
+from launcher.checkpoint.saver import NETWORK, Done, Job, Saver
 from launcher.checkpoint.store import Store
 from launcher.errors import UserError
 from launcher.layout.mesh import Mesh
@@ -120,6 +120,17 @@ def test_merged_weights_that_a_run_came_from_stay(tmp_path: Path) -> None:
     for path in (tmp_path / FULL).glob("*/*"):
         path.unlink()
     assert next_counter(tmp_path / FULL, "CKP") == 1, "no name of merged weights comes twice"
+
+
+def test_saves_of_weights_alone_take_no_merged_weights_with_them(tmp_path: Path) -> None:
+    """Their names may be those of other saves: the folders count their runs apart."""
+    Pair(tmp_path).write(1)
+    for step in (2, 3):
+        store = Store(tmp_path / NETWORK, "CKP", 0, 1)
+        name, shards = SaveName("CKP", 0, 1, step), held({"w": NAMED["w"]}, Mesh(), 0)
+        store.save(name, shards, {"global_step": step}, mesh=Mesh(), world=ALONE)
+    assert steps(tmp_path, NETWORK) == [3]
+    assert merged(tmp_path) == ["CKP-1_1"]
 
 
 def test_a_killed_merge_is_made_up_for(tmp_path: Path) -> None:
