@@ -47,6 +47,12 @@ CONFIGS: dict[tuple[str, int], dict[str, Any]] = {
     },
 }  # fmt: skip
 """(kind, gigabytes) -> config.json."""
+SMALL: dict[str, dict[str, Any]] = {
+    kind: CONFIGS[kind, 2] | {"vocab_size": 256, "hidden_size": 256, "intermediate_size": 512,
+                              "num_hidden_layers": 2} | more
+    for kind, more in (("dense", {}), ("moe", {"moe_intermediate_size": 64, "num_experts": 8}))
+}  # fmt: skip
+"""The same with next to no weights."""
 
 
 def spec_of(config: dict[str, Any]) -> ModelSpec:

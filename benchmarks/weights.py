@@ -9,7 +9,10 @@ by page. Writing ends with fsync. `raw` reads or writes the same number of bytes
 and knows nothing of tensors. A cold cache is made with posix_fadvise. Each measure is
 the second of two in a row: the memory that the first one let go is at hand, in the pieces that the
 second asks for (a virtual machine gives free memory back to its host, and getting it again costs
-several times what a read does).
+several times what a read does). Each process loads a small model of the same kind before the clock
+starts: a fork gets a copy of a page of the interpreter when it first touches it, which a process
+that began by itself does not pay. Weights of other sizes leave the page cache, so that "warm" ones
+and what is loaded find room beside each other.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.checkpoints import CONFIGS, make
+from benchmarks.checkpoints import CONFIGS, SMALL, make
 from benchmarks.forks import Measured, forget, measure
 from benchmarks.measure import Spread, parser, ratios, report, table
 from benchmarks.peers import loading, storing
@@ -78,6 +81,8 @@ def load(
             continue
         source = folder / f"{kind}{size}"
         make(source, CONFIGS[kind, size])
+        make(small_one(source), SMALL[kind])
+        forget(other for other in folder.iterdir() if other != source)
         for ranks in worlds:
             for cache in ("warm", "cold"):
                 label = (kind, f"{size} GB,", f"{ranks} rank{'s' * (ranks > 1)},", cache)
@@ -93,23 +98,31 @@ def load(
 
 
 def one_load(name: str, source: Path, ranks: int, *, cold: bool = False) -> Measured:
-    """One load by the system `name`."""
+    """One load by the system `name`, behind one of `small_one(source)`."""
     if cold:
         forget([source])
     loader = loading.LOADERS[name]
     return measure(
-        lambda rank, count: loader(source, rank, count), ranks,
+        lambda _, rank, count: loader(source, rank, count), ranks,
         group=ranks > 1 and loading.is_group_needed(name),
+        before=lambda rank, count: loader(small_one(source), rank, count),
     )  # fmt: skip
+
+
+def small_one(source: Path) -> Path:
+    """Where the small model of the kind of `source` lies."""
+    return source.with_name(f"{source.name}-small")
 
 
 def reshard(folder: Path, kind: str, size: int, rounds: int) -> list[list[str]]:
     """From four ranks that share parameters by rows to four that are tensor parallel."""
     saved = folder / f"{kind}{size}-sharded"
     storing.make_sharded(saved, CONFIGS[kind, size])
+    storing.make_sharded(small_one(saved), SMALL[kind])
     names = ("Slipway re-sliced", "DCP re-sharded")
     found = in_turns({name: partial(one_load, name, saved, 4) for name in names}, rounds)
     shutil.rmtree(saved)
+    shutil.rmtree(small_one(saved))
     return rows_of((kind, f"{size} GB,", "4 shards to 4 tensor-parallel ranks"), found, names[0])
 
 

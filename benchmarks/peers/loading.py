@@ -64,17 +64,21 @@ def empty_shards(layout: Any, rank: int) -> dict[str, Shard]:
 
 
 def raw(folder: Path, rank: int, ranks: int) -> Any:
-    """As many bytes as the rank needs, in long reads, into tensors of the same sizes."""
+    """As many bytes as the rank needs, in long reads, into tensors of the same sizes. The ranks
+    begin at equal distances in all files end to end, so that each byte is read by about one."""
     held = empty_shards(layout_of(config_of(folder), Mesh(tp=ranks)), rank)
     files = sorted(folder.rglob("*.safetensors"))
-    position, file, tasks = rank * (files[0].stat().st_size // ranks // 8 * 8), 0, []
+    sizes = [path.stat().st_size for path in files]
+    position, file, tasks = rank * (sum(sizes) // ranks // 8 * 8), 0, []
+    while position >= sizes[file]:
+        position, file = position - sizes[file], file + 1
     for shard in held.values():
         use_huge_pages(shard.tensor)
         memory = memoryview(shard.tensor.reshape(-1).view(torch.uint8).numpy())
         while memory:
-            if position + 8 >= files[file].stat().st_size:
+            if position + 8 >= sizes[file]:
                 file, position = (file + 1) % len(files), 0
-            count = min(len(memory), PORTION_BYTES, files[file].stat().st_size - position)
+            count = min(len(memory), PORTION_BYTES, sizes[file] - position)
             tasks.append((files[file], position, memory[:count]))
             memory, position = memory[count:], position + count
     with Files() as opened:

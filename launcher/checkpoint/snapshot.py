@@ -11,7 +11,6 @@ from __future__ import annotations
 import mmap
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import replace
 
 import torch
 
@@ -50,7 +49,7 @@ class Snapshot:
             raw = self._memory[start : start + slot.nbytes]
             copy = raw.view(tensor.dtype).view(tensor.shape)
             copy.copy_(tensor, non_blocking=True)
-            taken[slot.name] = replace(held[slot.name], tensor=copy)
+            taken[slot.name] = held[slot.name]._replace(tensor=copy)
             start += slot.nbytes
         if on_gpu:
             torch.cuda.synchronize()

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from operator import add, sub
+from typing import NamedTuple
 
 Shape = tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Box:
+class Box(NamedTuple):
     """`size` elements from `offset` on, in each dim of a global tensor."""
 
     offset: Shape
@@ -30,20 +30,16 @@ class Box:
         """The elements both boxes hold, or None when there are none."""
         if self == other:
             return self if self.numel else None
-        offset, size = [], []
-        for a, n, b, m in zip(self.offset, self.size, other.offset, other.size, strict=True):
-            start, stop = max(a, b), min(a + n, b + m)
-            if stop <= start:
-                return None
-            offset.append(start)
-            size.append(stop - start)
-        return Box(tuple(offset), tuple(size))
+        offset = tuple(map(max, self.offset, other.offset))
+        stops = map(min, map(add, self.offset, self.size), map(add, other.offset, other.size))
+        size = tuple(map(sub, stops, offset))
+        return Box(offset, size) if min(size) > 0 else None
 
     def inside(self, outer: Box) -> Box:
         """This box in the coordinates of `outer`, which must contain it."""
         if not any(outer.offset):
             return self
-        return Box(tuple(a - b for a, b in zip(self.offset, outer.offset, strict=True)), self.size)
+        return Box(tuple(map(sub, self.offset, outer.offset)), self.size)
 
     def portions(self, limit: int) -> Iterator[Box]:
         """This box in C-ordered portions of at most `limit` elements (at least 1), each a box.

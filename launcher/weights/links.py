@@ -10,8 +10,7 @@ needs no link. A stack of experts has one link an expert, a fused projection one
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from launcher.layout.box import Box, Shape, whole
 
@@ -19,8 +18,7 @@ if TYPE_CHECKING:  # shards hold tensors of torch, names do not
     from launcher.weights.reading.memory import Shard
 
 
-@dataclass(frozen=True, slots=True)
-class Link:
+class Link(NamedTuple):
     """Tensor `name` of the files is `box` of the model's tensor, without the dims `dropped`."""
 
     name: str
@@ -35,6 +33,8 @@ class Link:
 
     def kept(self, values: Sequence[int]) -> Shape:
         """`values`, one a dim of the model's tensor, without those of the dropped dims."""
+        if self.dropped == (0,):
+            return tuple(values[1:])
         return tuple(v for dim, v in enumerate(values) if dim not in self.dropped)
 
 
@@ -76,14 +76,14 @@ def _part(shard: Shard, link: Link) -> Shard | None:
     if common is None:
         return None
     tensor, inside = shard.tensor, common.inside(shard.box)
-    for dim in reversed(range(tensor.dim())):
+    for dim in range(len(common.size) - 1, -1, -1):
         if dim in link.dropped:
             tensor = tensor.select(dim, inside.offset[dim])
-        elif inside.size[dim] != tensor.shape[dim]:
-            tensor = tensor.narrow(dim, inside.offset[dim], inside.size[dim])
+        elif common.size[dim] != shard.box.size[dim]:
+            tensor = tensor.narrow(dim, inside.offset[dim], common.size[dim])
     place = common.inside(link.box)
     box = Box(link.kept(place.offset), link.kept(place.size))
-    return replace(shard, shape=link.shape, box=box, tensor=tensor)
+    return type(shard)(link.shape, box, tensor)
 
 
 def stacked(names: Sequence[str], shape: Shape) -> list[Link]:

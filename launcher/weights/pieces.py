@@ -6,16 +6,15 @@ import itertools
 import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 from launcher.layout.box import Box, Shape
 from launcher.weights.formats.safetensors import Entry
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(NamedTuple):
     """One box of a global tensor and the file entry that holds it."""
 
     file: Path

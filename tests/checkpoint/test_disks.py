@@ -7,7 +7,6 @@ import os
 import shutil
 import threading
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -178,7 +177,7 @@ def test_a_disk_with_a_copy_of_all_is_enough_for_any_layout(nodes: Nodes) -> Non
         files = {piece.file for piece in source.tensors["w"]}
         assert {file.is_relative_to(nodes.of(world)) for file in files} == {True}
         tensor = torch.zeros(8)
-        load({"w": replace(whole, tensor=tensor)}, source, rank=world.rank)
+        load({"w": whole._replace(tensor=tensor)}, source, rank=world.rank)
         return torch.equal(tensor, NAMED["w"])
 
     assert together(WORLD, work) == [True] * WORLD

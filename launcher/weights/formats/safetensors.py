@@ -16,7 +16,7 @@ import stat
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import xxhash
 
@@ -41,12 +41,12 @@ ZIP = b"PK\x03\x04"
 
 PAGE_BYTES = 4096
 """Blocks that share no page of the cache are written without waiting for each other."""
+_FIELDS = {"dtype", "shape", "data_offsets"}
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 """The escape of half a character, as JSON has it."""
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(NamedTuple):
     """One tensor of a file: dtype name, shape, and where its bytes lie in the file."""
 
     dtype: str
@@ -140,7 +140,7 @@ def parse_json(text: str, pairs_hook: Callable[[list[tuple[str, Any]]], Any] | N
 
 
 def _entry(path: Path, name: str, value: Any, data_start: int) -> Entry:
-    if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
+    if not isinstance(value, dict) or value.keys() != _FIELDS:
         raise _broken(path, f"the entry of `{name}` needs dtype, shape and data_offsets")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
@@ -157,7 +157,9 @@ def are_naturals(value: Any) -> bool:
     """Whether `value` is a list of sizes a file can have: not negative, below 2^63, few."""
     if not isinstance(value, list) or len(value) > MAX_DIMS:
         return False
-    return all(type(n) is int and 0 <= n < 1 << 63 for n in value)
+    if not value:
+        return True
+    return {*map(type, value)} == {int} and min(value) >= 0 and max(value) < 1 << 63
 
 
 def _check_coverage(path: Path, entries: dict[str, Entry], start: int, file_bytes: int) -> None:

@@ -62,14 +62,14 @@ def load(
     if expected is None:
         expected = {name: target.shape for name, target in targets.items()}
     found = _names_in_files(source, expected, tied)
-    factors = {*source.scales.values()}
+    factors, ignored = {*source.scales.values()}, tuple(ignore_prefixes)
     unknown = [
         name
         for name in source.tensors
         if name not in expected
         and name not in tied
         and name not in factors
-        and not name.startswith(tuple(ignore_prefixes))
+        and not name.startswith(ignored)
     ]
     missing = [name for name in expected if name not in found]
     extra = [name for name in unknown if not leave(name)]

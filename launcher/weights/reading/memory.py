@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -36,18 +36,44 @@ def bytes_of(tensor: torch.Tensor) -> memoryview:
 def memory_of(tensor: torch.Tensor) -> tuple[Bytes, list[int]]:
     """The memory of a CPU tensor from its first element to its last, and the stride of each dim in
     bytes; shares it, copies nothing."""
-    if tensor.device.type != "cpu":
-        raise ValueError("only a CPU tensor has bytes that can be shared")
-    item = tensor.element_size()
-    strides = [stride * item for stride in tensor.stride()]
+    whole, (start, strides) = _storage_bytes(tensor), address_of(tensor)
     if tensor.numel() == 0:
         return np.empty(0, np.uint8), strides
+    item = tensor.element_size()
     span = item + sum((n - 1) * s for n, s in zip(tensor.shape, strides, strict=True))
+    return whole[start : start + span], strides
+
+
+def address_of(tensor: torch.Tensor) -> tuple[int, list[int]]:
+    """(offset of the first element in the storage, stride of each dim), in bytes."""
+    item = tensor.element_size()
+    return tensor.storage_offset() * item, [stride * item for stride in tensor.stride()]
+
+
+def _storage_bytes(tensor: torch.Tensor) -> Bytes:
+    if tensor.device.type != "cpu":
+        raise ValueError("only a CPU tensor has bytes that can be shared")
     storage = tensor.detach().untyped_storage()
-    flat = torch.empty(0, dtype=torch.uint8).set_(
-        storage, tensor.storage_offset() * item, (span,), (1,)
-    )
-    return flat.numpy(), strides
+    flat = torch.empty(0, dtype=torch.uint8).set_(storage, 0, (storage.nbytes(),), (1,))
+    whole: Bytes = flat.numpy()
+    return whole
+
+
+class Storages:
+    """The storages of CPU tensors that are about to be written, as bytes, each made once: the
+    tensors of a stack of experts share one."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, Bytes] = {}
+
+    def under(self, tensor: torch.Tensor) -> Bytes:
+        """The storage of `tensor`, with large pages where the system has them; `address_of` says
+        where in it the tensor lies."""
+        address = tensor.untyped_storage().data_ptr()
+        if address not in self._known:
+            use_huge_pages(tensor)
+            self._known[address] = _storage_bytes(tensor)
+        return self._known[address]
 
 
 def use_huge_pages(tensor: torch.Tensor) -> None:
@@ -64,8 +90,7 @@ def use_huge_pages(tensor: torch.Tensor) -> None:
 _MADVISE = getattr(ctypes.CDLL(None), "madvise", None) if hasattr(mmap, "MADV_HUGEPAGE") else None
 
 
-@dataclass(frozen=True)
-class Shard:
+class Shard(NamedTuple):
     """A box of a global tensor and the local memory that holds it.
 
     `tensor` has the size of `box`; `shape` is the global shape.

@@ -8,7 +8,8 @@ linear in what they overlap.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from operator import mul
+from typing import NamedTuple
 
 from launcher.errors import UserError
 from launcher.layout.box import Box
@@ -17,8 +18,7 @@ from launcher.weights.pieces import Piece, Pieces
 from launcher.weights.reading.runs import Runs, c_strides, runs
 
 
-@dataclass(frozen=True, slots=True)
-class Read:
+class Read(NamedTuple):
     """Take `overlap` (global coordinates) out of `piece`."""
 
     piece: Piece
@@ -39,6 +39,8 @@ def plan_box(name: str, box: Box, pieces: Pieces, *, prefer_rank: int = 0) -> li
     """
     if box.numel == 0:
         return []
+    if len(pieces) == 1 and box.intersect(pieces[0].box) == box:
+        return [Read(pieces[0], box)]
     reads = []
     for holders, overlap in pieces.meeting(box):
         own = [piece for piece in holders if piece.rank == prefer_rank]
@@ -63,6 +65,9 @@ def read_runs_of(read: Read, target: Box, memory: tuple[int, Sequence[int]] | No
     file_strides = [n * item for n in piece.entry.strides] if piece.entry.strides is not None else (
         c_strides(piece.box.size, item))  # fmt: skip
     start, memory_strides = memory or (0, c_strides(target.size, item))
+    is_whole = read.overlap == piece.box and read.overlap == target
+    if is_whole and file_strides == memory_strides == c_strides(target.size, item):
+        return Runs(piece.entry.start, start, piece.entry.stop - piece.entry.start, ())
     inside, goal = read.overlap.inside(piece.box).offset, read.overlap.inside(target).offset
     return runs(
         read.overlap.size,
@@ -75,7 +80,7 @@ def read_runs_of(read: Read, target: Box, memory: tuple[int, Sequence[int]] | No
 def _dot(index: Sequence[int], strides: Sequence[int]) -> int:
     if not any(index):
         return 0
-    return sum(i * stride for i, stride in zip(index, strides, strict=True))
+    return sum(map(mul, index, strides))
 
 
 def portions(reads: Sequence[Read], limit_bytes: int) -> Iterator[Read]:

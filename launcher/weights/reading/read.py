@@ -12,14 +12,14 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from launcher.layout.box import Box
-from launcher.weights.reading.memory import TORCH_DTYPES, memory_of, use_huge_pages
+from launcher.weights.reading.memory import TORCH_DTYPES, Storages, address_of
 from launcher.weights.reading.plan import Read, plan_box, portions, read_runs_of
 from launcher.weights.reading.transfer import Bytes, Files, read_runs
 from launcher.weights.scales import Scales
@@ -38,8 +38,7 @@ SCALED_BYTES = 512 << 10
 what fits into a cache is multiplied faster."""
 
 
-@dataclass(frozen=True)
-class Fill:
+class Fill(NamedTuple):
     """A tensor, the box of the global tensor it is, and the reads that fill it.
 
     The tensor has the size of the box, on any device, of any dtype the files' can be cast to.
@@ -58,10 +57,6 @@ def fill(fills: Iterable[Fill], source: Source) -> int:
         for job in fills
         for read in portions(job.reads, SCALED_BYTES if job.scales else PORTION_BYTES)
     ]
-    for tensor in {
-        job.tensor.untyped_storage().data_ptr(): job.tensor for job, _ in tasks
-    }.values():
-        use_huge_pages(tensor)
     order = {path: number for number, path in enumerate(sorted(source.headers))}
     tasks.sort(key=lambda task: (order[task[1].piece.file], task[1].piece.entry.start,
                                  task[1].overlap.offset))  # fmt: skip
@@ -101,17 +96,18 @@ class _Reader:
 
     def __init__(self, files: Files) -> None:
         self._files = files
+        self._storages = Storages()
         self._own = threading.local()
 
     def prepared(self, task: Task) -> Callable[[], int]:
         """A function that reads one portion into its place and returns the bytes read."""
         job, read = task
         disk_dtype = TORCH_DTYPES[read.piece.entry.dtype]
-        on_cpu = job.tensor.device.type == "cpu"
-        if on_cpu and job.tensor.dtype == disk_dtype and job.scales is None:
-            memory, strides = memory_of(job.tensor)
-            runs, path = read_runs_of(read, job.box, (0, strides)), read.piece.file
-            return partial(read_runs, self._files, path, runs, memory)
+        if job.tensor.device.type == "cpu":
+            memory = self._storages.under(job.tensor)
+            if job.tensor.dtype == disk_dtype and job.scales is None:
+                runs = read_runs_of(read, job.box, address_of(job.tensor))
+                return partial(read_runs, self._files, read.piece.file, runs, memory)
         return partial(self._read_through_staging, job, read, disk_dtype)
 
     def _read_through_staging(self, job: Fill, read: Read, disk_dtype: torch.dtype) -> int:
