@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -21,7 +20,7 @@ import torch
 from launcher.layout.box import Box
 from launcher.weights.reading.memory import TORCH_DTYPES, Storages, address_of
 from launcher.weights.reading.plan import Read, plan_box, portions, read_runs_of
-from launcher.weights.reading.transfer import Bytes, Files, read_runs
+from launcher.weights.reading.transfer import Bytes, Files, Transfer, read_all, read_runs
 from launcher.weights.scales import Scales
 from launcher.weights.source import Source
 from launcher.weights.threads import in_parallel
@@ -67,9 +66,7 @@ def fill(fills: Iterable[Fill], source: Source) -> int:
             header = source.headers[path]
             files.descriptor(path, header.file_bytes, header.modified)
         reader = _Reader(files)
-        # All is worked out before the threads begin, which then hardly wait for the interpreter.
-        batches = [[reader.prepared(task) for task in batch] for batch in _batches(tasks)]
-        return sum(in_parallel(_read_all, batches, READERS))
+        return sum(in_parallel(reader.read, _batches(tasks), READERS))
 
 
 Task = tuple[Fill, Read]
@@ -87,10 +84,6 @@ def _batches(tasks: Sequence[Task]) -> list[list[Task]]:
     return batches
 
 
-def _read_all(reads: Sequence[Callable[[], int]]) -> int:
-    return sum(read() for read in reads)
-
-
 class _Reader:
     """Reads portions; each thread that does so has a staging area of its own."""
 
@@ -99,18 +92,29 @@ class _Reader:
         self._storages = Storages()
         self._own = threading.local()
 
-    def prepared(self, task: Task) -> Callable[[], int]:
-        """A function that reads one portion into its place and returns the bytes read."""
-        job, read = task
-        disk_dtype = TORCH_DTYPES[read.piece.entry.dtype]
-        if job.tensor.device.type == "cpu":
-            memory = self._storages.under(job.tensor)
-            if job.tensor.dtype == disk_dtype and job.scales is None:
-                runs = read_runs_of(read, job.box, address_of(job.tensor))
-                return partial(read_runs, self._files, read.piece.file, runs, memory)
-        return partial(self._read_through_staging, job, read, disk_dtype)
+    def read(self, tasks: Sequence[Task]) -> int:
+        """Read portions into their places. Returns the bytes read."""
+        straight, done = list[Transfer](), 0
+        for job, read in tasks:
+            transfer = self._straight(job, read)
+            if transfer is None:
+                done += self._read_through_staging(job, read)
+            else:
+                straight.append(transfer)
+        return done + read_all(self._files, straight)
 
-    def _read_through_staging(self, job: Fill, read: Read, disk_dtype: torch.dtype) -> int:
+    def _straight(self, job: Fill, read: Read) -> Transfer | None:
+        """From file to tensor; None where bytes do not stay what they are."""
+        if job.tensor.device.type != "cpu":
+            return None
+        memory = self._storages.under(job.tensor)
+        if job.scales is not None or job.tensor.dtype != TORCH_DTYPES[read.piece.entry.dtype]:
+            return None
+        runs = read_runs_of(read, job.box, address_of(job.tensor))
+        return Transfer(read.piece.file, runs, memory)
+
+    def _read_through_staging(self, job: Fill, read: Read) -> int:
+        disk_dtype = TORCH_DTYPES[read.piece.entry.dtype]
         staging = self._staging(read.nbytes, pinned=job.tensor.device.type == "cuda")
         done = self._read(read, staging)
         values = torch.from_numpy(staging).view(disk_dtype).reshape(read.overlap.size)

@@ -16,8 +16,10 @@ import os
 import resource
 import stat
 import threading
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +32,9 @@ SHORT_RUN = 16 << 10
 
 WINDOW_BYTES = 32 << 20
 """Bytes of a file that a reader keeps mapped, at most, where a single portion is not longer."""
+
+VIEWS = 256
+"""Tensors that a system call reads at most; systems take 1,024 or more."""
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -169,6 +174,47 @@ def read_runs(files: Files, path: Path, runs: Runs, memory: Bytes) -> int:
     return runs.nbytes
 
 
+class Transfer(NamedTuple):
+    """Runs of a file, and the memory that they go to."""
+
+    path: Path
+    runs: Runs
+    memory: Bytes
+
+
+def read_all(files: Files, transfers: Iterable[Transfer]) -> int:
+    """Read transfers in order. Neighbours that are one run each and lie end to end in their file
+    come in one system call: the small tensors of many experts, say. Returns the bytes read."""
+    done, row = 0, list[Transfer]()
+    for transfer in transfers:
+        if row and (len(row) == VIEWS or not _is_next(row[-1], transfer)):
+            done += _read_row(files, row)
+            row = []
+        if transfer.runs.loops:
+            done += read_runs(files, *transfer)
+        elif transfer.runs.nbytes:
+            row.append(transfer)
+    return done + _read_row(files, row)
+
+
+def _is_next(last: Transfer, transfer: Transfer) -> bool:
+    """Whether a run begins in the file where `last` ends."""
+    stop = last.runs.file_offset + last.runs.length
+    return transfer.path == last.path and transfer.runs.file_offset == stop
+
+
+def _read_row(files: Files, row: Sequence[Transfer]) -> int:
+    """Read single runs that lie end to end. Returns the bytes read."""
+    if not row:
+        return 0
+    views = []
+    for _, runs, memory in row:
+        views.append(memory.data[runs.memory_offset : runs.memory_offset + runs.length])
+    path, start = row[0].path, row[0].runs.file_offset
+    read_exactly(files.descriptor(path), path, views, start)
+    return sum(transfer.runs.length for transfer in row)
+
+
 def _spread(runs: Runs, source: Bytes, memory: Bytes) -> None:
     shape = (*(count for count, _, _ in runs.loops), runs.length)
     file_strides = (*(stride for _, stride, _ in runs.loops), 1)
@@ -179,16 +225,23 @@ def _spread(runs: Runs, source: Bytes, memory: Bytes) -> None:
     )
 
 
-def read_exactly(descriptor: int, path: Path, view: memoryview, position: int) -> None:
-    """Fill `view` with the bytes of the file from `position` on."""
-    while view:
+def read_exactly(
+    descriptor: int, path: Path, view: memoryview | Sequence[memoryview], position: int
+) -> None:
+    """Fill `view`, or several of them in turn, with the bytes of the file from `position` on."""
+    views = [part for part in ([view] if isinstance(view, memoryview) else view) if part]
+    while views:
         try:
-            count = os.preadv(descriptor, [view], position)
+            count = os.preadv(descriptor, views, position)
         except OSError as error:
             raise UserError(f"{path} cannot be read: {error.strerror}") from error
         if count == 0:
             raise _ended(path)
-        view, position = view[count:], position + count
+        position += count
+        while views and count >= len(views[0]):
+            count -= len(views.pop(0))
+        if count:
+            views[0] = views[0][count:]
 
 
 def _ended(path: Path) -> UserError:
