@@ -20,7 +20,7 @@ from launcher.layout.mesh import Mesh
 from launcher.weights.links import linked, shapes_in_files
 from launcher.weights.ranks.distributed import open_rank_files
 from launcher.weights.reading.load import load
-from launcher.weights.reading.memory import Shard, use_huge_pages
+from launcher.weights.reading.memory import Shard, Storages
 from launcher.weights.reading.read import PORTION_BYTES, READERS
 from launcher.weights.reading.transfer import Files, read_exactly
 from launcher.weights.source import Source, open_complete
@@ -72,22 +72,25 @@ def raw(folder: Path, rank: int, ranks: int) -> Any:
     position, file, tasks = rank * (sum(sizes) // ranks // 8 * 8), 0, []
     while position >= sizes[file]:
         position, file = position - sizes[file], file + 1
+    storages = Storages(shard.tensor for shard in held.values())
     for shard in held.values():
-        use_huge_pages(shard.tensor)
-        memory = memoryview(shard.tensor.reshape(-1).view(torch.uint8).numpy())
+        memory = shard.tensor.reshape(-1).view(torch.uint8).numpy().data
         while memory:
             if position + 8 >= sizes[file]:
                 file, position = (file + 1) % len(files), 0
             count = min(len(memory), PORTION_BYTES, sizes[file] - position)
-            tasks.append((files[file], position, memory[:count]))
+            tasks.append((files[file], position, memory[:count], shard.tensor))
             memory, position = memory[count:], position + count
     with Files() as opened:
         for path in files:
             opened.descriptor(path)
-        in_parallel(
-            lambda task: read_exactly(opened.descriptor(task[0]), task[0], task[2], task[1]),
-            tasks, READERS,
-        )  # fmt: skip
+
+        def read(task: tuple[Path, int, memoryview, torch.Tensor]) -> None:
+            path, position, memory, tensor = task
+            storages.under(tensor)  # large pages, as ours has them
+            read_exactly(opened.descriptor(path), path, memory, position)
+
+        in_parallel(read, tasks, READERS)
     return held
 
 

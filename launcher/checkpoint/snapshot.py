@@ -15,7 +15,8 @@ from contextlib import suppress
 import torch
 
 from launcher.weights.formats.safetensors import Slot, in_file_order
-from launcher.weights.reading.memory import DTYPE_NAMES, Shard, use_huge_pages
+from launcher.weights.reading.memory import DTYPE_NAMES, Shard
+from launcher.weights.reading.pages import use_huge_pages
 
 
 class Snapshot:
@@ -61,7 +62,7 @@ class Snapshot:
         self._unlock()
         self._memory = torch.empty(0, dtype=torch.uint8)  # let go of the smaller one first
         memory = torch.empty(nbytes + mmap.PAGESIZE, dtype=torch.uint8)
-        use_huge_pages(memory)
+        use_huge_pages([(memory.data_ptr(), nbytes)])
         start = -memory.data_ptr() % mmap.PAGESIZE
         self._memory = memory[start : start + nbytes]
         if locked:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import ctypes
-import mmap
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from launcher.layout.box import Box, Shape
+from launcher.weights.reading.pages import make_huge, use_huge_pages
 from launcher.weights.reading.transfer import Bytes
 
 TORCH_DTYPES: dict[str, torch.dtype] = {
@@ -22,8 +22,6 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
 """Dtype names of the safetensors format to torch dtypes."""
 
 DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
-
-HUGE_PAGE = 2 << 20
 
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:
@@ -63,7 +61,9 @@ class Storages:
     """The storages of CPU tensors that are about to be written, as bytes, each made once: the
     tensors of a stack of experts share one."""
 
-    def __init__(self) -> None:
+    def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
+        storages = [t.untyped_storage() for t in tensors if t.device.type == "cpu"]
+        self._blocks = use_huge_pages({s.data_ptr(): s.nbytes() for s in storages}.items())
         self._known: dict[int, Bytes] = {}
 
     def under(self, tensor: torch.Tensor) -> Bytes:
@@ -71,23 +71,9 @@ class Storages:
         where in it the tensor lies."""
         address = tensor.untyped_storage().data_ptr()
         if address not in self._known:
-            use_huge_pages(tensor)
+            make_huge(self._blocks, address, tensor.untyped_storage().nbytes())
             self._known[address] = _storage_bytes(tensor)
         return self._known[address]
-
-
-def use_huge_pages(tensor: torch.Tensor) -> None:
-    """Ask for large pages under a CPU tensor that is still to be written: its first touch is then
-    several times as fast. Does nothing where the system has none."""
-    nbytes = tensor.untyped_storage().nbytes()
-    if tensor.device.type != "cpu" or nbytes < 2 * HUGE_PAGE or _MADVISE is None:
-        return
-    start = -(-tensor.untyped_storage().data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-    stop = tensor.untyped_storage().data_ptr() + nbytes
-    _MADVISE(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), mmap.MADV_HUGEPAGE)
-
-
-_MADVISE = getattr(ctypes.CDLL(None), "madvise", None) if hasattr(mmap, "MADV_HUGEPAGE") else None
 
 
 class Shard(NamedTuple):

@@ -65,7 +65,7 @@ def fill(fills: Iterable[Fill], source: Source) -> int:
         for path in {read.piece.file for _, read in tasks} | factors:
             header = source.headers[path]
             files.descriptor(path, header.file_bytes, header.modified)
-        reader = _Reader(files)
+        reader = _Reader(files, Storages(job.tensor for job, _ in tasks))
         return sum(in_parallel(reader.read, _batches(tasks), READERS))
 
 
@@ -87,9 +87,9 @@ def _batches(tasks: Sequence[Task]) -> list[list[Task]]:
 class _Reader:
     """Reads portions; each thread that does so has a staging area of its own."""
 
-    def __init__(self, files: Files) -> None:
+    def __init__(self, files: Files, storages: Storages) -> None:
         self._files = files
-        self._storages = Storages()
+        self._storages = storages
         self._own = threading.local()
 
     def read(self, tasks: Sequence[Task]) -> int:
