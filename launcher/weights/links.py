@@ -31,6 +31,10 @@ class Link(NamedTuple):
         """Of the tensor in files."""
         return self.kept(self.box.size)
 
+    def is_entry_of(self, shape: Shape) -> bool:
+        """Whether it is all of one index of the first dim of a tensor of `shape`, as in a stack."""
+        return self.dropped == (0,) and self.box.size[1:] == shape[1:]
+
     def kept(self, values: Sequence[int]) -> Shape:
         """`values`, one a dim of the model's tensor, without those of the dropped dims."""
         if self.dropped == (0,):
@@ -63,11 +67,28 @@ def linked(held: Mapping[str, Shard], links_of: LinksOf) -> dict[str, Shard]:
         if links is None:
             result[name] = shard
             continue
+        entries: dict[int, Shard] | None = None
         for link in links:
-            part = _part(shard, link)
+            if link.is_entry_of(shard.shape):
+                entries = _entries(shard) if entries is None else entries
+                part = entries.get(link.box.offset[0])
+            else:
+                part = _part(shard, link)
             if part is not None:
                 result[link.name] = part
     return result
+
+
+def _entries(shard: Shard) -> dict[int, Shard]:
+    """What a shard holds of each index of its first dim, as `_part` of a link with it would be."""
+    rest = Box(shard.box.offset[1:], shard.box.size[1:])
+    if not rest.numel:
+        return {}
+    shape, first = shard.shape[1:], shard.box.offset[0]
+    return {
+        first + row: type(shard)(shape, rest, tensor)
+        for row, tensor in enumerate(shard.tensor.unbind(0))
+    }
 
 
 def _part(shard: Shard, link: Link) -> Shard | None:
