@@ -32,7 +32,7 @@ test-full: lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not crash"
 
 test-crash: $(VENV)/installed-dev
-	$(BIN)/python -m pytest -m crash
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m crash
 
 docs: $(VENV)/installed
 	$(BIN)/python -m launcher.tools.config_docs

@@ -128,6 +128,7 @@ def reshard(folder: Path, kind: str, size: int, rounds: int) -> list[list[str]]:
 
 def write(folder: Path, sizes: Sequence[int], worlds: Sequence[int], rounds: int) -> str:
     """The table of writing, on disk and in memory."""
+    forget([folder])
     rows = []
     places = {"disk": folder, "tmpfs": Path("/dev/shm")}
     for size in sizes:
@@ -155,6 +156,7 @@ def one_write(name: str, root: Path, config: dict[str, Any], ranks: int) -> Meas
 
 def tools(folder: Path, sizes: Sequence[int], rounds: int) -> str:
     """The table of the offline tools."""
+    forget([folder])
     rows = []
     for size in sizes:
         config = CONFIGS["dense", size]
