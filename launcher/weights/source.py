@@ -98,9 +98,15 @@ class Source:
         return replace(self, tensors={**self.tensors, **self.extras}, extras={})
 
 
+def rank_of(folder: Path) -> int | None:
+    """The rank whose folder it is, by its name: `rank_0`, `rank_1`, ...; None for others."""
+    match = re.fullmatch(r"rank_(\d+)", folder.name)
+    return None if match is None else int(match[1])
+
+
 def is_rank_folder(folder: Path) -> bool:
-    """Whether a folder is that of one rank, by its name: `rank_0`, `rank_1`, ..."""
-    return re.fullmatch(r"rank_\d+", folder.name) is not None
+    """Whether a folder is that of one rank, by its name."""
+    return rank_of(folder) is not None
 
 
 def detect(path: Path) -> Kind:

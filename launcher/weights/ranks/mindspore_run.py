@@ -11,7 +11,6 @@ A strategy knows no shapes: a slice and its layout give the shape of the whole. 
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -28,7 +27,7 @@ from launcher.weights.formats.safetensors import Header
 from launcher.weights.pieces import Piece
 from launcher.weights.ranks.distributed import NAMED
 from launcher.weights.reading.transfer import Files, read_exactly
-from launcher.weights.source import HEADER_READERS
+from launcher.weights.source import HEADER_READERS, rank_of
 from launcher.weights.threads import in_parallel
 
 ADVICE = "Give the strategy files of the run that wrote the rank files, of all pipeline stages"
@@ -128,15 +127,15 @@ def _stages_text(stages: Collection[int]) -> str:
 def _by_rank(path: Path, files: Sequence[Path], world_size: int) -> dict[int, Path]:
     found: dict[int, Path] = {}
     for file in files:
-        match = re.fullmatch(r"rank_(\d+)", file.parent.name)
-        if match is None or int(match[1]) in found:
+        rank = rank_of(file.parent)
+        if rank is None or rank in found:
             raise UserError(
-                f"{file} lies in no rank folder" if match is None else
-                f"{file} and {found[int(match[1])].name} are of one rank",
+                f"{file} lies in no rank folder" if rank is None else
+                f"{file} and {found[rank].name} are of one rank",
                 rule="one file a rank belongs to a save, in rank_<number>/",
                 advice="Move the files of the other run away",
             )  # fmt: skip
-        found[int(match[1])] = file
+        found[rank] = file
     if not found:
         raise UserError(f"{path} holds no rank files", rule="*.safetensors in rank_*/ is expected")
     if max(found) >= world_size:

@@ -20,9 +20,8 @@ from typing import Any
 
 from launcher.errors import UserError
 from launcher.weights.ranks.manifests import MANIFEST_FOLDER, read_manifest
-from launcher.weights.source import WEIGHT_SUFFIXES, listed
+from launcher.weights.source import WEIGHT_SUFFIXES, listed, rank_of
 
-_FOLDER = re.compile(r"rank_(\d+)")
 _NUMBERS = re.compile(r"-(\d+)_(\d+)$")
 SHOWN = 4
 """Saves named in a message."""
@@ -54,9 +53,9 @@ def rank_folders(root: Path) -> dict[int, Path]:
     """Rank to its folder in `root`."""
     found = {}
     for child in listed(root):
-        match = _FOLDER.fullmatch(child.name)
-        if match and child.is_dir():
-            found[int(match[1])] = child
+        rank = rank_of(child)
+        if rank is not None and child.is_dir():
+            found[rank] = child
     return dict(sorted(found.items()))
 
 
@@ -95,24 +94,24 @@ def newest(root: Path) -> Save:
 
 def save_of(file: Path) -> Save:
     """The save that a rank file belongs to."""
-    rank = _FOLDER.fullmatch(file.parent.name)
+    rank = rank_of(file.parent)
     if rank is None:
         raise UserError(
             f"{file} lies in no rank folder",
             rule="distributed weights lie in rank_0/, rank_1/, ...",
             advice="Give the folder that holds them, usually {output_dir}/checkpoint",
         )
-    label, run = _label(file, int(rank[1]))
+    label, run = _label(file, rank)
     for save in saves(file.parent.parent):
         if (save.label, save.run) == (label, run) and file in save.files.values():
             return save
-    return Save(label, run, {int(rank[1]): file})
+    return Save(label, run, {rank: file})
 
 
 def label_of(file: Path) -> str:
     """The name of the save a rank file belongs to: `CKP_1-2_5` of `rank_3/CKP_rank_3_1-2_5`."""
-    rank = _FOLDER.fullmatch(file.parent.name)
-    return _label(file, int(rank[1]))[0] if rank else file.stem
+    rank = rank_of(file.parent)
+    return file.stem if rank is None else _label(file, rank)[0]
 
 
 def newest_manifest(root: Path) -> dict[str, Any] | None:
