@@ -30,6 +30,8 @@ class Box(NamedTuple):
         """The elements both boxes hold, or None when there are none."""
         if self == other:
             return self if self.numel else None
+        if len(self.offset) != len(other.offset):
+            raise ValueError(f"{self} and {other} are boxes of different tensors")
         offset = tuple(map(max, self.offset, other.offset))
         stops = map(min, map(add, self.offset, self.size), map(add, other.offset, other.size))
         size = tuple(map(sub, stops, offset))

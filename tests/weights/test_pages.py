@@ -72,3 +72,11 @@ def test_storages_keep_what_tensors_hold() -> None:
     assert found[0] is found[1] is found[2]
     assert [memory.nbytes for memory in found[2:]] == [12 << 20, 28, 4 << 20, 10 << 20]
     assert all(torch.equal(a, b) for a, b in zip(before, (*stack, *others), strict=True))
+
+
+def test_storages_that_begin_at_one_address_are_several() -> None:
+    buffer = np.arange(16, dtype=np.float32)
+    half, whole = torch.from_numpy(buffer[:8]), torch.from_numpy(buffer)
+    assert half.data_ptr() == whole.data_ptr()
+    storages = Storages([half, whole])
+    assert [storages.under(tensor).nbytes for tensor in (half, whole)] == [32, 64]

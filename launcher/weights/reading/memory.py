@@ -63,17 +63,18 @@ class Storages:
 
     def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
         storages = [t.untyped_storage() for t in tensors if t.device.type == "cpu"]
-        self._blocks = use_huge_pages({s.data_ptr(): s.nbytes() for s in storages}.items())
-        self._known: dict[int, Bytes] = {}
+        self._blocks = use_huge_pages({(s.data_ptr(), s.nbytes()) for s in storages})
+        self._known: dict[tuple[int, int], Bytes] = {}
 
     def under(self, tensor: torch.Tensor) -> Bytes:
         """The storage of `tensor`, with large pages where the system has them; `address_of` says
         where in it the tensor lies."""
-        address = tensor.untyped_storage().data_ptr()
-        if address not in self._known:
-            make_huge(self._blocks, address, tensor.untyped_storage().nbytes())
-            self._known[address] = _storage_bytes(tensor)
-        return self._known[address]
+        storage = tensor.untyped_storage()
+        place = (storage.data_ptr(), storage.nbytes())  # several may begin at one address
+        if place not in self._known:
+            make_huge(self._blocks, *place)
+            self._known[place] = _storage_bytes(tensor)
+        return self._known[place]
 
 
 class Shard(NamedTuple):

@@ -209,7 +209,10 @@ def _read_row(files: Files, row: Sequence[Transfer]) -> int:
         return 0
     views = []
     for _, runs, memory in row:
-        views.append(memory.data[runs.memory_offset : runs.memory_offset + runs.length])
+        view = memory.data[runs.memory_offset : runs.memory_offset + runs.length]
+        if len(view) != runs.length:
+            raise ValueError(f"{runs} do not fit into {len(memory)} bytes of memory")
+        views.append(view)
     path, start = row[0].path, row[0].runs.file_offset
     read_exactly(files.descriptor(path), path, views, start)
     return sum(transfer.runs.length for transfer in row)
