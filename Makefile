@@ -9,6 +9,9 @@ BIN := $(VENV)/bin
 QUICKSTART := --config configs/quickstart.yaml
 LINT_PATHS := launcher models tests benchmarks run.py
 
+# It makes the environment; what runs in that (`msrun.sh` reads PYTHON) uses the environment's own.
+unexport PYTHON
+
 .PHONY: quickstart test test-full test-crash lint tests docs clean
 
 quickstart: $(VENV)/installed data/quickstart/prepared.json

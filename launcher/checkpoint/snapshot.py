@@ -62,7 +62,7 @@ class Snapshot:
         self._unlock()
         self._memory = torch.empty(0, dtype=torch.uint8)  # let go of the smaller one first
         memory = torch.empty(nbytes + mmap.PAGESIZE, dtype=torch.uint8)
-        use_huge_pages([(memory.data_ptr(), nbytes)])
+        use_huge_pages([(memory.data_ptr(), memory.numel())])
         start = -memory.data_ptr() % mmap.PAGESIZE
         self._memory = memory[start : start + nbytes]
         if locked:

@@ -16,10 +16,14 @@ from __future__ import annotations
 import ctypes
 import mmap
 from collections.abc import Iterable
+from pathlib import Path
 
 HUGE_PAGE = 2 << 20
 MADV_COLLAPSE = 25
 """Of Linux 6.1 and later: https://man7.org/linux/man-pages/man2/madvise.2.html"""
+
+ENABLED = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+"""What an administrator allows: https://docs.kernel.org/admin-guide/mm/transhuge.html"""
 
 _ALLOW = getattr(mmap, "MADV_HUGEPAGE", None)
 _LIBC = None if _ALLOW is None else ctypes.CDLL(None)
@@ -31,7 +35,7 @@ def use_huge_pages(memory: Iterable[tuple[int, int]]) -> set[int]:
     Returns the blocks to be asked for (`make_huge`) before anything is written to them.
     """
     wanted = set[int]()
-    if _ALLOW is None:
+    if _ALLOW is None or not _are_allowed():
         return wanted
     for start, stop, addresses in _end_to_end(memory):
         if stop - start < 2 * HUGE_PAGE:
@@ -63,6 +67,14 @@ def _end_to_end(memory: Iterable[tuple[int, int]]) -> list[tuple[int, int, list[
         else:
             found.append((start, stop, [address]))
     return found
+
+
+def _are_allowed() -> bool:
+    """MADV_COLLAPSE does not ask."""
+    try:
+        return "[never]" not in ENABLED.read_text()
+    except OSError:
+        return False
 
 
 def _advise(start: int, nbytes: int, advice: int) -> None:

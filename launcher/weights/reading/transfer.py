@@ -183,7 +183,7 @@ class Transfer(NamedTuple):
 
 
 def read_all(files: Files, transfers: Iterable[Transfer]) -> int:
-    """Read transfers in order. Neighbours that are one run each and lie end to end in their file
+    """Read transfers. Neighbours that are one run each and lie end to end in their file
     come in one system call: the small tensors of many experts, say. Returns the bytes read."""
     done, row = 0, list[Transfer]()
     for transfer in transfers:
