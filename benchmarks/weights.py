@@ -6,10 +6,8 @@
 Every figure comes from freshly forked processes that have imported all they need (`forks.py`), in
 turns. Loading ends when every byte of every parameter is resident: what maps files is touched page
 by page. Writing ends with fsync. `raw` reads or writes the same number of bytes in long portions
-and knows nothing of tensors. A cold cache is made with posix_fadvise. Each measure is
-the second of two in a row: the memory that the first one let go is at hand, in the pieces that the
-second asks for (a virtual machine gives free memory back to its host, and getting it again costs
-several times what a read does). Each process loads a small model of the same kind before the clock
+and knows nothing of tensors. A cold cache is made with posix_fadvise. The memory that a measure
+asks for is at hand (`forks.py`). Each process loads a small model of the same kind before the clock
 starts: a fork gets a copy of a page of the interpreter when it first touches it, which a process
 that began by itself does not pay. Weights of other sizes leave the page cache, so that "warm" ones
 and what is loaded find room beside each other.
@@ -24,7 +22,6 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -37,6 +34,10 @@ MODULE = "benchmarks.weights"
 SYSTEMS = ("Slipway", "raw", "transformers", "DCP")
 """Ways to load; all are measured unless some are named."""
 Measure = Callable[[], Measured]
+GIGABYTE = 10**9
+ROOM = 3
+"""Memory that is at hand for a measure, by the size of the weights: theirs, that of their files in
+the page cache, and what peers copy on the way."""
 
 
 def in_turns(measures: Mapping[str, Measure], rounds: int) -> dict[str, list[Measured]]:
@@ -46,7 +47,6 @@ def in_turns(measures: Mapping[str, Measure], rounds: int) -> dict[str, list[Mea
     for number in range(rounds):
         turned = names[number % len(names) :] + names[: number % len(names)]
         for name in turned:
-            measures[name]()
             found[name].append(measures[name]())
         latest = ", ".join(f"{name} {taken[-1].seconds:.2f}" for name, taken in found.items())
         print(f"  round {number + 1}/{rounds}: {latest}", flush=True)
@@ -106,6 +106,7 @@ def one_load(name: str, source: Path, ranks: int, *, cold: bool = False) -> Meas
         lambda _, rank, count: loader(source, rank, count), ranks,
         group=ranks > 1 and loading.is_group_needed(name),
         before=lambda rank, count: loader(small_one(source), rank, count),
+        at_hand=ROOM * sum(path.stat().st_size for path in source.rglob("*.safetensors")),
     )  # fmt: skip
 
 
@@ -139,19 +140,22 @@ def write(folder: Path, sizes: Sequence[int], worlds: Sequence[int], rounds: int
                 label = (f"{size} GB,", f"{ranks} rank{'s' * (ranks > 1)},", place)
                 print(*label)
                 measures = {
-                    name: partial(one_write, name, root, CONFIGS["dense", size], ranks)
-                    for name in storing.WRITERS
+                    name: partial(one_write, name, root, size, ranks) for name in storing.WRITERS
                 }
                 rows += rows_of(label, in_turns(measures, rounds), "Slipway")
     return table(HEADER, rows)
 
 
-def one_write(name: str, root: Path, config: dict[str, Any], ranks: int) -> Measured:
-    """One save by the system `name`; the tensors are in memory before the clock starts."""
+def one_write(name: str, root: Path, size: int, ranks: int) -> Measured:
+    """One save by the system `name` of the dense model of `size` gigabytes; the tensors are in
+    memory before the clock starts."""
     with tempfile.TemporaryDirectory(dir=root) as folder:
-        state = partial(storing.state, config)
+        state = partial(storing.state, CONFIGS["dense", size])
         run = partial(storing.WRITERS[name], Path(folder))
-        return measure(run, ranks, group=ranks > 1 and name == "DCP", before=state)
+        return measure(
+            run, ranks, group=ranks > 1 and name == "DCP", before=state,
+            at_hand=ROOM * size * GIGABYTE,
+        )  # fmt: skip
 
 
 def tools(folder: Path, sizes: Sequence[int], rounds: int) -> str:
@@ -166,7 +170,9 @@ def tools(folder: Path, sizes: Sequence[int], rounds: int) -> str:
             jobs = storing.tool_jobs(Path(scratch), complete, config)
             for label, names in storing.TOOL_GROUPS.items():
                 print(label)
-                measures = {name: partial(measure, jobs[name], 1) for name in names}
+                at_hand = ROOM * size * GIGABYTE
+                measures = {name: partial(measure, jobs[name], 1, at_hand=at_hand)
+                            for name in names}  # fmt: skip
                 rows += rows_of((f"{size} GB,", label), in_turns(measures, rounds), names[0])
     return table(HEADER, rows)
 
