@@ -14,7 +14,7 @@ from launcher.layout.layout import Cut, Layout
 from launcher.layout.mesh import Mesh
 from launcher.weights.ranks.distributed import open_rank_files
 from launcher.weights.ranks.rank_file import write_rank_file
-from launcher.weights.reading import transfer
+from launcher.weights.reading import pages, transfer, window
 from launcher.weights.reading.load import load
 from launcher.weights.source import Source, open_complete
 from tests.ranks import run_ranks
@@ -33,7 +33,8 @@ CUTS = {
 
 
 class Traffic:
-    """Bytes of files that were read, and of windows of files that were mapped."""
+    """Bytes of files that were read, and of windows of files that were mapped to be read; without
+    what is mapped for large pages, where the system has them."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.read = self.mapped = 0
@@ -49,7 +50,8 @@ class Traffic:
             return original_map(descriptor, length, **options)
 
         patch.setattr(transfer.os, "preadv", counting_read)
-        patch.setattr(transfer.mmap, "mmap", counting_map)
+        patch.setattr(window.mmap, "mmap", counting_map)
+        patch.setattr(pages, "are_allowed", lambda: False)
 
 
 @pytest.mark.parametrize("name", CUTS)

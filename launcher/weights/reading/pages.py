@@ -25,8 +25,16 @@ MADV_COLLAPSE = 25
 ENABLED = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 """What an administrator allows: https://docs.kernel.org/admin-guide/mm/transhuge.html"""
 
-_ALLOW = getattr(mmap, "MADV_HUGEPAGE", None)
-_LIBC = None if _ALLOW is None else ctypes.CDLL(None)
+_LIBC = ctypes.CDLL(None) if hasattr(mmap, "MADV_HUGEPAGE") else None
+
+
+def are_allowed() -> bool:
+    """Whether there are large pages, and an administrator lets processes ask for them (not all that
+    asks is told no: MADV_COLLAPSE does as it is told)."""
+    try:
+        return hasattr(mmap, "MADV_HUGEPAGE") and "[never]" not in ENABLED.read_text()
+    except OSError:
+        return False
 
 
 def use_huge_pages(memory: Iterable[tuple[int, int]]) -> set[int]:
@@ -35,12 +43,12 @@ def use_huge_pages(memory: Iterable[tuple[int, int]]) -> set[int]:
     Returns the blocks to be asked for (`make_huge`) before anything is written to them.
     """
     wanted = set[int]()
-    if _ALLOW is None or not _are_allowed():
+    if not are_allowed():
         return wanted
     for start, stop, addresses in _end_to_end(memory):
         if stop - start < 2 * HUGE_PAGE:
             continue
-        _advise(start, stop - start, _ALLOW)
+        _advise(start, stop - start, mmap.MADV_HUGEPAGE)
         begun = {address - address % HUGE_PAGE for address in addresses}
         wanted |= {b for b in begun if start <= b and b + HUGE_PAGE <= stop}
     return wanted
@@ -67,14 +75,6 @@ def _end_to_end(memory: Iterable[tuple[int, int]]) -> list[tuple[int, int, list[
         else:
             found.append((start, stop, [address]))
     return found
-
-
-def _are_allowed() -> bool:
-    """MADV_COLLAPSE does not ask."""
-    try:
-        return "[never]" not in ENABLED.read_text()
-    except OSError:
-        return False
 
 
 def _advise(start: int, nbytes: int, advice: int) -> None:

@@ -2,8 +2,7 @@
 
 Owns how a run is read. Long runs are read straight into their place. Short ones would cost a system
 call each: where the file has them back to back they come in one read and are spread in memory;
-where it has not, they are copied out of a mapped window of the file, which moves on with the reads
-(to let go of a mapping interrupts every core that runs this process, so it is not done for each).
+where it has not, they are copied out of a mapped window of the file (`window.py`).
 Invariant: a file is believed to be as long as it was when its header was checked, or the read fails
 and says so.
 """
@@ -11,7 +10,6 @@ and says so.
 from __future__ import annotations
 
 import errno
-import mmap
 import os
 import resource
 import stat
@@ -22,60 +20,16 @@ from types import TracebackType
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from launcher.errors import UserError
 from launcher.weights.reading.runs import Runs
+from launcher.weights.reading.window import Bytes, Window, changed, ended
 
 SHORT_RUN = 16 << 10
 """Bytes below which a run is not worth a system call of its own."""
 
-WINDOW_BYTES = 32 << 20
-"""Bytes of a file that a reader keeps mapped, at most, where a single portion is not longer."""
-
 VIEWS = 256
 """Tensors that a system call reads at most; systems take 1,024 or more."""
-
-Bytes = npt.NDArray[np.uint8]
-
-
-class Window:
-    """The part of a file that one reader has mapped; it moves as it is asked for other parts."""
-
-    def __init__(self) -> None:
-        self._mapped: mmap.mmap | None = None
-        self._descriptor = -1
-        self._start = 0
-
-    def over(self, descriptor: int, path: Path, start: int, stop: int) -> Bytes:
-        """The bytes from `start` to `stop` of an open file, as long as the window is not moved.
-
-        Raises `UserError` when the file ends before `stop` or cannot be mapped.
-        """
-        size = os.fstat(descriptor).st_size
-        if size < stop:
-            raise _ended(path)
-        if self._mapped is None or descriptor != self._descriptor or not (
-            self._start <= start and stop <= self._start + len(self._mapped)
-        ):  # fmt: skip
-            self.close()
-            self._descriptor = descriptor
-            self._start = start - start % mmap.ALLOCATIONGRANULARITY
-            length = max(stop - self._start, min(WINDOW_BYTES, size - self._start))
-            try:
-                self._mapped = mmap.mmap(
-                    descriptor, length, access=mmap.ACCESS_READ, offset=self._start
-                )
-            except OSError as error:
-                raise UserError(f"{path} cannot be mapped: {error.strerror}") from error
-        whole: Bytes = np.frombuffer(self._mapped, np.uint8)
-        return whole[start - self._start : stop - self._start]
-
-    def close(self) -> None:
-        """Let go of it; nothing may look at its bytes any more."""
-        if self._mapped is not None:
-            self._mapped.close()
-            self._mapped = None
 
 
 class Files:
@@ -100,6 +54,16 @@ class Files:
     def window(self) -> Window:
         """What the calling thread has mapped."""
         return self._windows.setdefault(threading.get_ident(), Window())
+
+    def read(self, path: Path, views: Sequence[memoryview], position: int) -> int:
+        """Fill `views` in turn with the bytes of `path` from `position` on. Returns their number.
+
+        Raises `UserError` when the file cannot be read or ends too early.
+        """
+        descriptor, nbytes = self.descriptor(path), sum(map(len, views))
+        self.window().pull(descriptor, path, position, position + nbytes)
+        read_exactly(descriptor, path, views, position)
+        return nbytes
 
     def close(self) -> None:
         """Close them all; no thread reads them any more."""
@@ -129,10 +93,10 @@ def _open(path: Path, expected_bytes: int | None, modified: int | None) -> int:
         raise UserError(f"{path} is not a file")
     problem = None
     if expected_bytes is not None and found.st_size != expected_bytes:
-        problem = _changed(f"{path} has {found.st_size} bytes",
+        problem = changed(f"{path} has {found.st_size} bytes",
                            f"it had {expected_bytes} when its header was read")  # fmt: skip
     elif modified is not None and found.st_mtime_ns != modified:
-        problem = _changed(f"{path} was replaced", "it must stay as its header was read")
+        problem = changed(f"{path} was replaced", "it must stay as its header was read")
     if problem is not None:
         os.close(descriptor)
         raise problem
@@ -159,18 +123,18 @@ def read_runs(files: Files, path: Path, runs: Runs, memory: Bytes) -> int:
     """
     if not runs.nbytes:
         return 0
-    descriptor = files.descriptor(path)
     if not runs.loops or runs.length >= SHORT_RUN:
         view = memory.data
         for position, start, length in runs:
-            read_exactly(descriptor, path, view[start : start + length], position)
+            files.read(path, [view[start : start + length]], position)
     elif runs.file_span == runs.nbytes:
         staging = np.empty(runs.nbytes, np.uint8)
-        read_exactly(descriptor, path, staging.data, runs.file_offset)
+        files.read(path, [staging.data], runs.file_offset)
         _spread(runs, staging, memory)
     else:
         start, stop = runs.file_offset, runs.file_offset + runs.file_span
-        _spread(runs, files.window().over(descriptor, path, start, stop), memory)
+        source = files.window().over(files.descriptor(path), path, start, stop)
+        _spread(runs, source, memory)
     return runs.nbytes
 
 
@@ -213,9 +177,7 @@ def _read_row(files: Files, row: Sequence[Transfer]) -> int:
         if len(view) != runs.length:
             raise ValueError(f"{runs} do not fit into {len(memory)} bytes of memory")
         views.append(view)
-    path, start = row[0].path, row[0].runs.file_offset
-    read_exactly(files.descriptor(path), path, views, start)
-    return sum(transfer.runs.length for transfer in row)
+    return files.read(row[0].path, views, row[0].runs.file_offset)
 
 
 def _spread(runs: Runs, source: Bytes, memory: Bytes) -> None:
@@ -239,17 +201,9 @@ def read_exactly(
         except OSError as error:
             raise UserError(f"{path} cannot be read: {error.strerror}") from error
         if count == 0:
-            raise _ended(path)
+            raise ended(path)
         position += count
         while views and count >= len(views[0]):
             count -= len(views.pop(0))
         if count:
             views[0] = views[0][count:]
-
-
-def _ended(path: Path) -> UserError:
-    return _changed(f"{path} ended early", "it was longer when its header was read")
-
-
-def _changed(what: str, rule: str) -> UserError:
-    return UserError(what, rule=rule, advice="Something writes to it: try again when that is done")

@@ -1,0 +1,109 @@
+"""A window: the part of a file that one reader has mapped. Torch-free.
+
+Owns mappings of files, which move on with the reads (to let go of one interrupts every core that
+runs the process, so it is not done for each read), and what the system is asked to hold of a file.
+The system reads ahead for whoever reads on and on, in pages that grow as he does. Ranks that each
+read their part of one tensor after the other jump, and would get small pages, few at a time:
+
+    file      |  tensor one   |  tensor two   |        block   |. . . .|. . . .|
+    rank 1    |   xxxx        |   xxxx        |                a large page each, read when one
+                                                               byte of it is asked for
+
+A block (2 MiB) of a mapping that may have large pages comes in one page, whoever asks for it, with
+the next one behind it: cold files are then read as fast in parts as from end to end.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from launcher.errors import UserError
+from launcher.weights.reading import pages
+
+WINDOW_BYTES = 32 << 20
+"""Bytes of a file that a reader keeps mapped, at most, where a single portion is not longer."""
+
+PULLED_BYTES = 512 << 10
+"""Reads from this length on pull whole blocks into the page cache; shorter ones may stand alone in
+theirs, and the system reads what it sees fit."""
+
+MADV_POPULATE_READ = 22
+"""Of Linux 5.14 and later; a page that cannot be had is an error here, not a signal:
+https://man7.org/linux/man-pages/man2/madvise.2.html"""
+
+Bytes = npt.NDArray[np.uint8]
+
+
+class Window:
+    """The part of a file that one reader has mapped; it moves as it is asked for other parts."""
+
+    def __init__(self) -> None:
+        self._mapped: mmap.mmap | None = None
+        self._descriptor = -1
+        self._start = 0
+        self._may_be_large = pages.are_allowed()
+
+    def over(self, descriptor: int, path: Path, start: int, stop: int) -> Bytes:
+        """The bytes from `start` to `stop` of an open file, as long as the window is not moved.
+
+        Raises `UserError` when the file ends before `stop` or cannot be mapped.
+        """
+        mapped = self._over(descriptor, path, start, stop)
+        whole: Bytes = np.frombuffer(mapped, np.uint8)
+        return whole[start - self._start : stop - self._start]
+
+    def pull(self, descriptor: int, path: Path, start: int, stop: int) -> None:
+        """Have the blocks of an open file that a read from `start` to `stop` needs in memory, in
+        large pages where the system has them. Nothing else is done; the read says what is wrong.
+        """
+        if stop - start < PULLED_BYTES or not self._may_be_large:
+            return
+        for block in range(start - start % pages.HUGE_PAGE, stop, pages.HUGE_PAGE):
+            try:
+                mapped = self._over(descriptor, path, block, block + 1)
+                mapped.madvise(MADV_POPULATE_READ, block - self._start, mmap.PAGESIZE)
+            except (OSError, UserError):
+                return
+
+    def _over(self, descriptor: int, path: Path, start: int, stop: int) -> mmap.mmap:
+        """A mapping that holds the bytes from `start` to `stop`."""
+        size = os.fstat(descriptor).st_size
+        if size < stop:
+            raise ended(path)
+        if self._mapped is None or descriptor != self._descriptor or not (
+            self._start <= start and stop <= self._start + len(self._mapped)
+        ):  # fmt: skip
+            self.close()
+            self._descriptor = descriptor
+            self._start = start - start % max(pages.HUGE_PAGE, mmap.ALLOCATIONGRANULARITY)
+            length = max(stop - self._start, min(WINDOW_BYTES, size - self._start))
+            try:
+                self._mapped = mmap.mmap(
+                    descriptor, length, access=mmap.ACCESS_READ, offset=self._start
+                )
+                if self._may_be_large:
+                    self._mapped.madvise(mmap.MADV_HUGEPAGE)
+            except OSError as error:
+                raise UserError(f"{path} cannot be mapped: {error.strerror}") from error
+        return self._mapped
+
+    def close(self) -> None:
+        """Let go of it; nothing may look at its bytes any more."""
+        if self._mapped is not None:
+            self._mapped.close()
+            self._mapped = None
+
+
+def ended(path: Path) -> UserError:
+    """The error of a file that is shorter than it was."""
+    return changed(f"{path} ended early", "it was longer when its header was read")
+
+
+def changed(what: str, rule: str) -> UserError:
+    """The error of a file that is not what it was when its header was read."""
+    return UserError(what, rule=rule, advice="Something writes to it: try again when that is done")

@@ -1,0 +1,142 @@
+"""Windows: what the system is asked to have in memory before a read, and what it must not break."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import random
+
+import pytest
+
+from launcher.errors import UserError
+from launcher.weights.reading import pages, window
+from launcher.weights.reading.pages import HUGE_PAGE
+from launcher.weights.reading.transfer import Files
+from launcher.weights.reading.window import MADV_POPULATE_READ, PULLED_BYTES, WINDOW_BYTES, Window
+
+pytestmark = pytest.mark.skipif(
+    not hasattr(mmap, "MADV_HUGEPAGE"), reason="this system has no large pages to ask for"
+)
+
+BLOCKS = WINDOW_BYTES // HUGE_PAGE + 4
+
+
+@pytest.fixture(autouse=True)
+def allowed(tmp_path, monkeypatch):
+    """The file in which an administrator allows large pages, whatever this machine's says."""
+    file = tmp_path / "enabled"
+    file.write_text("always [madvise] never")
+    monkeypatch.setattr(pages, "ENABLED", file)
+    return file
+
+
+@pytest.fixture
+def file(tmp_path):
+    """Random bytes, a little more than a window has room for."""
+    path = tmp_path / "file"
+    path.write_bytes(random.Random(0).randbytes(BLOCKS * HUGE_PAGE + 5))
+    return path
+
+
+@pytest.fixture
+def pulled(monkeypatch):
+    """Blocks of the file that were asked for, in order; the real system is asked too."""
+    blocks: list[int] = []
+
+    class Told(mmap.mmap):
+        def __new__(cls, descriptor, length, access, offset):
+            made = super().__new__(cls, descriptor, length, access=access, offset=offset)
+            made.offset = offset
+            return made
+
+        def madvise(self, advice, start=0, length=0):
+            if advice == MADV_POPULATE_READ:
+                assert length == mmap.PAGESIZE
+                blocks.append((self.offset + start) / HUGE_PAGE)
+                return super().madvise(advice, start, length)
+            return super().madvise(advice)
+
+    monkeypatch.setattr(window.mmap, "mmap", Told)
+    return blocks
+
+
+def test_blocks_of_a_long_read_are_asked_for(file, pulled) -> None:
+    position, nbytes = HUGE_PAGE + 7, 2 * HUGE_PAGE
+    memory = bytearray(nbytes)
+    with Files() as files:
+        assert files.read(file, [memoryview(memory)], position) == nbytes
+    assert pulled == [1, 2, 3]
+    assert memory == file.read_bytes()[position : position + nbytes]
+
+
+def test_a_read_longer_than_a_window_moves_it(file, pulled) -> None:
+    memory = bytearray(file.stat().st_size)
+    with Files() as files:
+        files.read(file, [memoryview(memory)], 0)
+    assert pulled == list(range(BLOCKS + 1))
+    assert memory == file.read_bytes()
+
+
+def test_short_reads_are_left_to_the_system(file, pulled) -> None:
+    memory = memoryview(bytearray(PULLED_BYTES - 1))
+    with Files() as files:
+        files.read(file, [memory], HUGE_PAGE)
+    assert pulled == []
+    assert memory == file.read_bytes()[HUGE_PAGE:][: len(memory)]
+
+
+def test_nothing_is_asked_for_that_is_not_allowed(file, pulled, allowed) -> None:
+    allowed.write_text("always madvise [never]")
+    with Files() as files:
+        files.read(file, [memoryview(bytearray(HUGE_PAGE))], 0)
+    assert pulled == []
+
+
+def test_what_is_pulled_is_in_memory(file) -> None:
+    descriptor = os.open(file, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    one = Window()
+    one.pull(descriptor, file, 2 * HUGE_PAGE, 4 * HUGE_PAGE)
+    one.close()
+    assert residence(descriptor, 2 * HUGE_PAGE, 2 * HUGE_PAGE) == {1}
+    os.close(descriptor)
+
+
+def residence(descriptor: int, start: int, nbytes: int) -> set[int]:
+    """What mincore says about the pages of a file: 1 is in memory."""
+    mapped = mmap.mmap(descriptor, nbytes, flags=mmap.MAP_PRIVATE, offset=start)
+    answer = (ctypes.c_ubyte * (nbytes // mmap.PAGESIZE))()
+    first = ctypes.c_char.from_buffer(mapped)
+    libc = ctypes.CDLL(None, use_errno=True)
+    address = ctypes.c_void_p(ctypes.addressof(first))
+    assert libc.mincore(address, ctypes.c_size_t(nbytes), answer) == 0
+    del first
+    mapped.close()
+    return {page & 1 for page in answer}
+
+
+def test_a_file_that_has_become_shorter_is_an_error_and_no_signal(file) -> None:
+    memory = memoryview(bytearray(4 * HUGE_PAGE))
+    with Files() as files:
+        files.read(file, [memory], 0)
+        os.truncate(file, HUGE_PAGE + 100)
+        with pytest.raises(UserError, match="ended early"):
+            files.read(file, [memory], 0)
+        with pytest.raises(UserError, match="ended early"):
+            files.window().over(files.descriptor(file), file, 0, 2 * HUGE_PAGE)
+        os.truncate(file, 0)
+        with pytest.raises(UserError, match="ended early"):
+            files.read(file, [memory], 0)
+
+
+def test_a_block_that_cannot_be_had_leaves_the_word_to_the_read(file, monkeypatch) -> None:
+    def denied(*_, **__):
+        raise OSError(22, "Invalid argument")
+
+    monkeypatch.setattr(window.mmap, "mmap", denied)
+    memory = bytearray(HUGE_PAGE)
+    with Files() as files:
+        files.read(file, [memoryview(memory)], 0)
+    assert memory == file.read_bytes()[:HUGE_PAGE]
