@@ -23,7 +23,7 @@ Work = Callable[..., object]
 """(rank, ranks) -> anything; behind what `before` gave, where there is one."""
 Before = Callable[[int, int], object]
 
-MEMORY_LEFT = 2 << 30
+MEMORY_LEFT = 1 << 30
 """Bytes that are left to others when memory is fetched."""
 
 QUIET_SECONDS = 2.2
@@ -116,8 +116,8 @@ def _fork(
 
 def fetch_memory(nbytes: int) -> None:
     """See to it that `nbytes`, or what there is, can be had from the system at once, for the next
-    two seconds at least."""
-    nbytes = min(nbytes, _memory("MemAvailable", "/proc/meminfo") - MEMORY_LEFT)
+    two seconds at least. Only free memory is: what the page cache holds stays there."""
+    nbytes = min(nbytes, _memory("MemFree", "/proc/meminfo") - MEMORY_LEFT)
     if nbytes <= 0:
         return
     memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)

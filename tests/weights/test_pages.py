@@ -12,20 +12,13 @@ from launcher.weights.reading import pages
 from launcher.weights.reading.memory import Storages
 from launcher.weights.reading.pages import HUGE_PAGE, make_huge, use_huge_pages
 
-pytestmark = pytest.mark.skipif(
-    not hasattr(mmap, "MADV_HUGEPAGE"), reason="this system has no large pages to ask for"
-)
+pytestmark = [
+    pytest.mark.usefixtures("allowed"),
+    pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"),
+                       reason="a system without large pages (not Linux) has none to ask for"),
+]  # fmt: skip
 
 BLOCKS = 12
-
-
-@pytest.fixture(autouse=True)
-def allowed(tmp_path, monkeypatch):
-    """The file in which an administrator allows large pages, whatever this machine's says."""
-    file = tmp_path / "enabled"
-    file.write_text("always [madvise] never")
-    monkeypatch.setattr(pages, "ENABLED", file)
-    return file
 
 
 @pytest.fixture

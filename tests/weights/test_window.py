@@ -7,28 +7,23 @@ import mmap
 import os
 import random
 
+import numpy as np
 import pytest
 
 from launcher.errors import UserError
 from launcher.weights.reading import pages, window
 from launcher.weights.reading.pages import HUGE_PAGE
-from launcher.weights.reading.transfer import Files
+from launcher.weights.reading.runs import Runs
+from launcher.weights.reading.transfer import SHORT_RUN, Files, read_runs
 from launcher.weights.reading.window import MADV_POPULATE_READ, PULLED_BYTES, WINDOW_BYTES, Window
 
-pytestmark = pytest.mark.skipif(
-    not hasattr(mmap, "MADV_HUGEPAGE"), reason="this system has no large pages to ask for"
-)
+pytestmark = [
+    pytest.mark.usefixtures("allowed"),
+    pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"),
+                       reason="a system without large pages (not Linux) has none to ask for"),
+]  # fmt: skip
 
 BLOCKS = WINDOW_BYTES // HUGE_PAGE + 4
-
-
-@pytest.fixture(autouse=True)
-def allowed(tmp_path, monkeypatch):
-    """The file in which an administrator allows large pages, whatever this machine's says."""
-    file = tmp_path / "enabled"
-    file.write_text("always [madvise] never")
-    monkeypatch.setattr(pages, "ENABLED", file)
-    return file
 
 
 @pytest.fixture
@@ -140,3 +135,40 @@ def test_a_block_that_cannot_be_had_leaves_the_word_to_the_read(file, monkeypatc
     with Files() as files:
         files.read(file, [memoryview(memory)], 0)
     assert memory == file.read_bytes()[:HUGE_PAGE]
+
+
+def test_a_system_is_asked_once_what_it_may_do(file, monkeypatch) -> None:
+    """Small runs are many: what an administrator says is not read again before each of them."""
+    asked: list[None] = []
+    monkeypatch.setattr(pages, "are_allowed", lambda: asked.append(None) or True)
+    memory = np.zeros(64 * SHORT_RUN, np.uint8)
+    with Files() as files:
+        for _ in range(3):
+            read_runs(files, file, Runs(0, 0, SHORT_RUN, ((64, 2 * SHORT_RUN, SHORT_RUN),)), memory)
+            read_runs(files, file, Runs(0, 0, 8, ((64, 64, 8),)), memory)
+            files.read(file, [memory.data], 5)
+    assert len(asked) == 1
+    assert bytes(memory) == file.read_bytes()[5:][: len(memory)]
+
+
+@pytest.mark.parametrize("refused", [getattr(mmap, "MADV_HUGEPAGE", 14), MADV_POPULATE_READ])
+def test_advice_that_is_refused_is_given_once(file, monkeypatch, refused) -> None:
+    given: list[int] = []
+
+    class Strict(mmap.mmap):
+        def madvise(self, advice, *place):
+            given.append(advice)
+            if advice == refused:
+                raise OSError(22, "Invalid argument")
+            return super().madvise(advice, *place)
+
+    monkeypatch.setattr(window.mmap, "mmap", Strict)
+    memory, content = bytearray(4 * HUGE_PAGE), file.read_bytes()
+    with Files() as files:
+        for position in (0, HUGE_PAGE):
+            files.read(file, [memoryview(memory)], position)
+            assert memory == content[position:][: len(memory)]
+        found = files.window().over(files.descriptor(file), file, 5, HUGE_PAGE)
+        assert bytes(found) == content[5:HUGE_PAGE]
+        del found
+    assert given.count(refused) == 1

@@ -53,7 +53,10 @@ class Files:
 
     def window(self) -> Window:
         """What the calling thread has mapped."""
-        return self._windows.setdefault(threading.get_ident(), Window())
+        thread = threading.get_ident()
+        if thread not in self._windows:
+            self._windows[thread] = Window()
+        return self._windows[thread]
 
     def read(self, path: Path, views: Sequence[memoryview], position: int) -> int:
         """Fill `views` in turn with the bytes of `path` from `position` on. Returns their number.
@@ -124,9 +127,10 @@ def read_runs(files: Files, path: Path, runs: Runs, memory: Bytes) -> int:
     if not runs.nbytes:
         return 0
     if not runs.loops or runs.length >= SHORT_RUN:
-        view = memory.data
+        view, descriptor, window = memory.data, files.descriptor(path), files.window()
         for position, start, length in runs:
-            files.read(path, [view[start : start + length]], position)
+            window.pull(descriptor, path, position, position + length)
+            read_exactly(descriptor, path, view[start : start + length], position)
     elif runs.file_span == runs.nbytes:
         staging = np.empty(runs.nbytes, np.uint8)
         files.read(path, [staging.data], runs.file_offset)

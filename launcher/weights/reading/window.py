@@ -2,7 +2,7 @@
 
 Owns mappings of files, which move on with the reads (to let go of one interrupts every core that
 runs the process, so it is not done for each read), and what the system is asked to hold of a file.
-The system reads ahead for whoever reads on and on, in pages that grow as he does. Ranks that each
+The system reads ahead for whoever reads on and on, in pages that grow with it. Ranks that each
 read their part of one tensor after the other jump, and would get small pages, few at a time:
 
     file      |  tensor one   |  tensor two   |        block   |. . . .|. . . .|
@@ -15,6 +15,7 @@ the next one behind it: cold files are then read as fast in parts as from end to
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 from pathlib import Path
@@ -68,6 +69,7 @@ class Window:
                 mapped = self._over(descriptor, path, block, block + 1)
                 mapped.madvise(MADV_POPULATE_READ, block - self._start, mmap.PAGESIZE)
             except (OSError, UserError):
+                self._may_be_large = False  # an older system, or a file in trouble: not again
                 return
 
     def _over(self, descriptor: int, path: Path, start: int, stop: int) -> mmap.mmap:
@@ -86,10 +88,11 @@ class Window:
                 self._mapped = mmap.mmap(
                     descriptor, length, access=mmap.ACCESS_READ, offset=self._start
                 )
-                if self._may_be_large:
-                    self._mapped.madvise(mmap.MADV_HUGEPAGE)
             except OSError as error:
                 raise UserError(f"{path} cannot be mapped: {error.strerror}") from error
+            if self._may_be_large:
+                with contextlib.suppress(OSError):  # it is advice
+                    self._mapped.madvise(mmap.MADV_HUGEPAGE)
         return self._mapped
 
     def close(self) -> None:
