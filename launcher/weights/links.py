@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from launcher.layout.box import Box, Shape, whole
+from launcher.weights.garbage import none_collected
 
 if TYPE_CHECKING:  # shards hold tensors of torch, names do not
     from launcher.weights.reading.memory import Shard
@@ -50,6 +51,7 @@ def no_links(name: str, shape: Shape) -> None:
     """Every tensor of the model is one tensor of the files, under the same name."""
 
 
+@none_collected()
 def shapes_in_files(shapes: Mapping[str, Shape], links_of: LinksOf) -> dict[str, Shape]:
     """Name and global shape of every tensor of the files, from those of the model."""
     result: dict[str, Shape] = {}
@@ -59,6 +61,7 @@ def shapes_in_files(shapes: Mapping[str, Shape], links_of: LinksOf) -> dict[str,
     return result
 
 
+@none_collected()
 def linked(held: Mapping[str, Shard], links_of: LinksOf) -> dict[str, Shard]:
     """The shards of the model as shards of the files' tensors, in the same memory."""
     result = {}

@@ -20,6 +20,7 @@ from launcher.layout.box import Shape, whole
 from launcher.weights.formats import header_of
 from launcher.weights.formats.note import Checksums
 from launcher.weights.formats.safetensors import Header, parse_json
+from launcher.weights.garbage import none_collected
 from launcher.weights.pieces import Piece, Pieces
 from launcher.weights.scales import DEFAULT_BLOCK, block_in, factors_of
 from launcher.weights.threads import in_parallel
@@ -152,6 +153,7 @@ def first_weight_file(folder: Path) -> Path | None:
     return folder / files[0] if files else None
 
 
+@none_collected()
 def open_complete(path: Path) -> Source:
     """The source at `path`: one file, or a directory of complete weights. Raises `UserError`."""
     if not os.path.isdir(path):

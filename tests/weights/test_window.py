@@ -36,8 +36,10 @@ def file(tmp_path):
 
 @pytest.fixture
 def pulled(monkeypatch):
-    """Blocks of the file that were asked for, in order; the real system is asked too."""
+    """Blocks of the file that were asked for, in order, as if none were in memory; the real system
+    is asked too."""
     blocks: list[int] = []
+    monkeypatch.setattr(window, "_is_in_memory", lambda descriptor, position: False)
 
     class Told(mmap.mmap):
         def __new__(cls, descriptor, length, access, offset):
@@ -86,6 +88,29 @@ def test_nothing_is_asked_for_that_is_not_allowed(file, pulled, allowed) -> None
     with Files() as files:
         files.read(file, [memoryview(bytearray(HUGE_PAGE))], 0)
     assert pulled == []
+
+
+def test_nothing_is_asked_for_that_is_in_memory(file, pulled, monkeypatch) -> None:
+    in_memory = {HUGE_PAGE + 7: True, 2 * HUGE_PAGE: False, 3 * HUGE_PAGE: True}
+    monkeypatch.setattr(window, "_is_in_memory", lambda descriptor, at: in_memory[at])
+    with Files() as files:
+        files.read(file, [memoryview(bytearray(2 * HUGE_PAGE))], HUGE_PAGE + 7)
+    assert pulled == [2]
+
+
+def test_the_system_tells_what_is_in_memory(file) -> None:
+    descriptor = os.open(file, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    os.pread(descriptor, 1, 0)
+    if window._is_in_memory(descriptor, 0):  # else this system does not tell
+        assert residence(descriptor, 0, mmap.PAGESIZE) == {1}
+        last = HUGE_PAGE * (BLOCKS - 1)
+        told = {int(window._is_in_memory(descriptor, last))}
+        assert told == residence(descriptor, last, mmap.PAGESIZE)
+    assert not window._is_in_memory(descriptor, file.stat().st_size + HUGE_PAGE)
+    assert not window._is_in_memory(-1, 0)
+    os.close(descriptor)
 
 
 def test_what_is_pulled_is_in_memory(file) -> None:
@@ -163,6 +188,7 @@ def test_advice_that_is_refused_is_given_once(file, monkeypatch, refused) -> Non
             return super().madvise(advice, *place)
 
     monkeypatch.setattr(window.mmap, "mmap", Strict)
+    monkeypatch.setattr(window, "_is_in_memory", lambda descriptor, position: False)
     memory, content = bytearray(4 * HUGE_PAGE), file.read_bytes()
     with Files() as files:
         for position in (0, HUGE_PAGE):

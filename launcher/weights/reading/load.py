@@ -14,6 +14,7 @@ import torch
 
 from launcher.errors import Problem, UserError
 from launcher.layout.box import Shape
+from launcher.weights.garbage import none_collected
 from launcher.weights.reading.memory import TORCH_DTYPES, Shard
 from launcher.weights.reading.plan import plan_box
 from launcher.weights.reading.read import Fill, fill
@@ -37,6 +38,7 @@ class LoadReport:
     left_in_files: tuple[str, ...] = field(default=())
 
 
+@none_collected()
 def load(
     targets: Mapping[str, Shard],
     source: Source,

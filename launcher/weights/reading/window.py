@@ -10,12 +10,14 @@ read their part of one tensor after the other jump, and would get small pages, f
                                                                byte of it is asked for
 
 A block (2 MiB) of a mapping that may have large pages comes in one page, whoever asks for it, with
-the next one behind it: cold files are then read as fast in parts as from end to end.
+the next one behind it: cold files are then read as fast in parts as from end to end. Of blocks that
+are in memory nothing is asked.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import mmap
 import os
 from pathlib import Path
@@ -36,6 +38,12 @@ theirs, and the system reads what it sees fit."""
 MADV_POPULATE_READ = 22
 """Of Linux 5.14 and later; a page that cannot be had is an error here, not a signal:
 https://man7.org/linux/man-pages/man2/madvise.2.html"""
+
+CACHESTAT = 451
+"""The number of the system call, on all machines, of Linux 6.5 and later:
+https://docs.kernel.org/filesystems/cachestat.html"""
+
+_SYSCALL = getattr(ctypes.CDLL(None), "syscall", lambda *_: -1)
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -65,6 +73,8 @@ class Window:
         if stop - start < PULLED_BYTES or not self._may_be_large:
             return
         for block in range(start - start % pages.HUGE_PAGE, stop, pages.HUGE_PAGE):
+            if _is_in_memory(descriptor, max(block, start)):
+                continue
             try:
                 mapped = self._over(descriptor, path, block, block + 1)
                 mapped.madvise(MADV_POPULATE_READ, block - self._start, mmap.PAGESIZE)
@@ -100,6 +110,14 @@ class Window:
         if self._mapped is not None:
             self._mapped.close()
             self._mapped = None
+
+
+def _is_in_memory(descriptor: int, position: int) -> bool:
+    """Whether the system has the byte at `position` of an open file; False where it does not tell:
+    an older one, or a file that others own."""
+    wanted, found = (ctypes.c_uint64 * 2)(position, 1), (ctypes.c_uint64 * 5)()
+    refused = _SYSCALL(CACHESTAT, descriptor, wanted, found, 0)
+    return not refused and found[0] > 0
 
 
 def ended(path: Path) -> UserError:

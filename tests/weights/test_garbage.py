@@ -1,0 +1,36 @@
+"""Garbage: the collector rests while plans are made, and only then."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+
+from launcher.weights.garbage import none_collected
+from launcher.weights.source import open_complete
+
+
+def test_the_collector_rests_and_does_again_what_it_did() -> None:
+    assert gc.isenabled()
+    with none_collected():
+        assert not gc.isenabled()
+        with none_collected():
+            assert not gc.isenabled()
+        assert not gc.isenabled(), "the inner one is not the last"
+    assert gc.isenabled()
+
+
+def test_one_that_rested_before_goes_on_to_rest() -> None:
+    gc.disable()
+    try:
+        with none_collected():
+            pass
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
+
+
+def test_it_works_again_after_an_error(tmp_path) -> None:
+    with pytest.raises(Exception, match="holds no weights"):
+        open_complete(tmp_path)
+    assert gc.isenabled()
