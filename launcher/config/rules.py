@@ -72,6 +72,7 @@ RULES: tuple[Rule, ...] = (
     paths.named_paths,
     weights.weights,
     weights.file_format,
+    weights.damage,
     weights.cutting,
     weights.redundancy,
     weights.copies,

@@ -199,6 +199,8 @@ def test_tokenizer_dir(workspace: Path, words: list[str], expected: str) -> None
         ("corpsu/a.txt", "did you mean `corpus/a.txt`?"),
         ("corpsu/zzz/a.txt", "did you mean `corpus`?"),
         ("/zzzzz/y", ""),
+        ("old/nothing like it", "`old` holds net.ckpt"),
+        ("ranks/rank_0/CKP_rank_0-1_10.safetensors/x", ""),
         ("unlike anything", ""),
     ],
 )

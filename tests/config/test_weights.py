@@ -6,6 +6,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,6 +121,22 @@ CASES = (
     Case(name="rank files of torch", errors=1, yaml="load_checkpoint: torch_ranks\n",
          says=("is a file of torch: a file of safetensors is needed here. Convert it: python -m "
                "launcher.tools.ckpt_to_safetensors.",)),
+    Case(name="a file cut short", errors=1, yaml="load_checkpoint: cut\n",
+         says=("cut/model.safetensors is not a whole safetensors file: its tensors end at byte "
+               "4104, the file at 4100. Copy the file again from its origin; nothing was loaded "
+               "from it.",)),
+    Case(name="a header that claims more than there is", errors=1,
+         yaml="load_checkpoint: lying/model.safetensors\n",
+         says=("it has 4104 bytes and its header claims",)),
+    Case(name="an index that names what is not there", errors=1,
+         yaml="pretrained_model_dir: part\n", mode="finetune",
+         says=("part/model.safetensors.index.json names 1 file that cannot be found: "
+               "model-00002-of-00002.safetensors: all files of an index lie beside it.",)),
+    Case(name="a path with a typo", errors=1, yaml="load_checkpoint: ful\n",
+         says=("load_checkpoint = 'ful': there is no such path. did you mean `full`? Name a "
+               "folder or a file of weights; paths begin in the current directory.",)),
+    Case(name="a path that is like none", errors=1, yaml="load_checkpoint: busy/hole\n",
+         says=("there is no such path. `busy` holds unified_checkpoint. Name a folder",)),
     Case(name="copies were left out, said so",
          yaml="load_checkpoint: spared\nremove_redundancy: True\n"),
     Case(name="copies were left out, denied", errors=1,
@@ -185,6 +202,7 @@ def files(folder: Path) -> None:
     )
     (folder / "torch/pytorch_model.bin").write_bytes(TORCH_ZIP)
     safetensors(folder / "disguised/model.ckpt")
+    damaged_files(folder, config)
     rank_files(folder / "one", Mesh())
     rank_files(folder / "two", Mesh(dp_replicate=2))
     rank_files(folder / "tensor", Mesh(tp=2))
@@ -203,6 +221,21 @@ def files(folder: Path) -> None:
     (folder / "busy/unified_checkpoint/thesis.txt").write_text("years of work")
     safetensors(folder / "again/unified_checkpoint/model.safetensors")
     write_record(folder / "again/unified_checkpoint", "save_unified_checkpoint")
+
+
+def damaged_files(folder: Path, config: str) -> None:
+    """Complete weights that are not."""
+    safetensors(folder / "cut/model.safetensors")
+    with (folder / "cut/model.safetensors").open("r+b") as file:
+        file.truncate(4100)
+    safetensors(folder / "lying/model.safetensors")
+    with (folder / "lying/model.safetensors").open("r+b") as file:
+        file.write((1 << 62).to_bytes(8, "little"))
+    shutil.copytree(folder / "full", folder / "part")
+    (folder / "part/config.json").write_text(config)
+    (folder / "part/model.safetensors").rename(folder / "part/model-00001-of-00002.safetensors")
+    names = {"w": "model-00001-of-00002.safetensors", "x": "model-00002-of-00002.safetensors"}
+    (folder / "part/model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
 
 
 ALL = (*table(), *CASES)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from tests.config.weight_files import MINDSPORE_CKPT
+from tests.config.weight_files import MINDSPORE_CKPT, safetensors
 
 RIGHT = """\
 seed: 7
@@ -79,7 +79,7 @@ def build(folder: Path) -> Path:
         "max_position_embeddings": 128,
     }
     (hugging_face / "config.json").write_text(json.dumps(config))
-    (hugging_face / "model.safetensors").write_bytes(b"")
+    safetensors(hugging_face / "model.safetensors")
     _tokenizer(folder / "no_weights", size=60)
     (folder / "no_weights" / "config.json").write_text(json.dumps(config))
     (folder / "broken").mkdir()

@@ -1,8 +1,8 @@
 """The weights a run begins with, as far as names and one header tell.
 
 Owns which path counts, load_checkpoint or another, and what kind of files lie there. Torch-free;
-nothing of a tensor is read. What is damaged is told by whoever reads the tensors: here it is
-silence.
+nothing of a tensor is read. What is damaged is told by a rule of its own, or by whoever reads the
+tensors: here it is silence.
 """
 
 from __future__ import annotations
@@ -17,6 +17,12 @@ from launcher.weights.formats.note import Note, read_note
 from launcher.weights.formats.safetensors import Header, read_header
 from launcher.weights.ranks.rank_folders import first_file, rank_folders
 from launcher.weights.source import MINDSPORE_INDEX_NAME, Kind, detect, first_weight_file
+
+LOOKED_AT = 64
+"""Files whose headers are read before anything heavy is loaded."""
+
+HEADER_BYTES = 4 << 20
+"""The same, of all these headers: some ten thousand tensors, a tenth of a second."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +71,23 @@ class Files:
         index = self.path / MINDSPORE_INDEX_NAME
         return index.is_file() or (self.header is not None and (
             self.header.metadata.get("format") == "ms"))  # fmt: skip
+
+    @property
+    def is_large(self) -> bool:
+        """Whether the headers of complete weights are more than can be read before anybody waits;
+        True where that cannot be told."""
+        try:
+            files = [self.path] if self.path.is_file() else [*self.path.glob("*.safetensors")]
+            if len(files) > LOOKED_AT:
+                return True
+            nbytes = 0
+            for file in files:
+                with file.open("rb") as opened:
+                    claim = int.from_bytes(opened.read(8), "little")
+                nbytes += claim if claim < file.stat().st_size else 0  # else it is soon refused
+            return nbytes > HEADER_BYTES
+        except OSError:
+            return True
 
 
 def files_of(check: Check) -> Files | None:

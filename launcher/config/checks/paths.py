@@ -7,7 +7,7 @@ saves its strategy (`only_save_strategy`) reads no data: it needs none.
 from __future__ import annotations
 
 import glob
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from launcher.config.checks.check import Check
@@ -15,6 +15,9 @@ from launcher.config.derived import has_tokenizer, tokenizer_dir
 from launcher.config.provenance import KeyProblem
 from launcher.config.schema import DataLoaderSection, DatasetSection
 from launcher.errors import did_you_mean
+
+NAMES_SHOWN = 5
+"""Names of a folder that are listed where none of them is near."""
 
 _BY_TYPE = {
     "suffixes": ("TextDataLoader",),
@@ -25,7 +28,8 @@ _BY_TYPE = {
 
 
 def nearest_path(path: str) -> str:
-    """`did you mean `data/corpus`?` for the nearest existing name beside a missing path."""
+    """`did you mean `data/corpus`?` for the nearest existing name beside a missing path; what there
+    is beside it where none is near."""
     missing = Path(path)
     while not missing.parent.exists():
         missing = missing.parent
@@ -35,11 +39,20 @@ def nearest_path(path: str) -> str:
         return ""
     found = did_you_mean(missing.name, names)
     if not found:
-        return ""
+        return _holds(missing.parent, names)
     name = found.removeprefix("did you mean `").removesuffix("`?")
     rest = Path(path).relative_to(missing)
     near = names[name] / rest
     return f"did you mean `{near if near.exists() else names[name]}`?"
+
+
+def _holds(folder: Path, names: Iterable[str]) -> str:
+    """What there is to choose from, a few names of it."""
+    if folder == folder.parent:
+        return ""  # the current directory or the root: nobody meant what lies there
+    shown = sorted(name for name in names if not name.startswith("."))
+    more = ", ..." if len(shown) > NAMES_SHOWN else ""
+    return f"`{folder}` holds {', '.join(shown[:NAMES_SHOWN]) or 'nothing'}{more}"
 
 
 def run_mode(check: Check) -> Iterator[KeyProblem]:

@@ -7,6 +7,7 @@ strategy (`only_save_strategy`) reads no weights: it needs none.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from launcher.weights.formats import header_of
 from launcher.weights.formats.safetensors import ZIP, read_header
 from launcher.weights.offline.copy_record import FOLDERS, foreign
 from launcher.weights.ranks.distributed import REDUNDANCY
+from launcher.weights.source import is_rank_folder, open_complete
 
 _KEYS = ("load_checkpoint", "pretrained_model_dir", "use_parallel")
 
@@ -40,6 +42,7 @@ def weights(check: Check) -> Iterator[KeyProblem]:
                 "load_checkpoint",
                 "there is no such path",
                 nearest=nearest_path(config.load_checkpoint),
+                advice="Name a folder or a file of weights; paths begin in the current directory",
             )
     elif found is None and config.resume_training is not True:
         inner = path / "checkpoint"
@@ -106,6 +109,27 @@ def file_format(check: Check) -> Iterator[KeyProblem]:
             advice="Or leave the key out",
             also=("load_checkpoint",),
         )
+
+
+def damage(check: Check) -> Iterator[KeyProblem]:
+    """Files of complete weights are whole, as far as their headers tell, and agree with their
+    index. One rank looks; where there is too much to look at, whoever reads the tensors tells."""
+    found = None if check.config.only_save_strategy else files_of(check)
+    if found is None or found.kind == "distributed" or os.environ.get("RANK", "0") != "0":
+        return
+    if found.one is None or not _is_safetensors(found.one) or found.is_large:
+        return
+    if is_rank_folder(found.path):
+        return  # it is no complete weights, whatever it looks like
+    try:
+        open_complete(found.path)
+    except UserError as error:
+        for problem in error.problems:
+            what = f"{problem.where}: {problem.what}" if problem.where else problem.what
+            yield check.wrong(
+                "load_checkpoint", problem.rule, what=what, nearest=problem.nearest,
+                advice=problem.advice, also=("pretrained_model_dir",),
+            )  # fmt: skip
 
 
 def _is_safetensors(file: Path) -> bool:
