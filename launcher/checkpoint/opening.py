@@ -100,7 +100,7 @@ def _open_save(path: Path, folder: Folder, world: World, say: Say, strategy: str
         manifest = root / MANIFEST_FOLDER / f"{label}.json"
         if world.from_main(manifest.exists()):
             say(f"{manifest} is damaged: the files of {label} are taken by their names")
-    ours = _describe_themselves([file.path for file in files])
+    ours = _describe_themselves([file.path for file in files], world)
     open_files = open_rank_files if ours else with_strategy(root, strategy)
     disks = folder.disks if candidates and candidates[0].is_spread else ONE_DISK
     found = whole_source(root, files, world, open_files, data=False, disks=disks)
@@ -113,16 +113,21 @@ def _open_save(path: Path, folder: Folder, world: World, say: Say, strategy: str
     return found.source
 
 
-def _describe_themselves(files: Sequence[Path]) -> bool:
-    """Whether rank files say which part of the model they hold, by the first that can be read."""
-    first_error = None
+def _describe_themselves(files: Sequence[Path], world: World) -> bool:
+    """Whether rank files say which part of the model they hold, by the first that can be read by
+    the first rank that can read one. Called by all ranks together."""
+    told, first_error = None, None
     for file in files:
         try:
-            return describes_itself(file)
+            told = describes_itself(file)
+            break
         except UserError as error:
             first_error = first_error or error
-    assert first_error is not None
-    raise first_error
+    answers = world.gather((told, first_error.problems if first_error else ()))
+    for told, _ in answers:
+        if told is not None:
+            return bool(told)
+    raise UserError(next(problems for _, problems in answers if problems))
 
 
 def with_strategy(root: Path, strategy: str) -> OpenFiles:

@@ -292,6 +292,23 @@ def test_a_file_that_one_disk_has_stands_for_its_save(nodes: Nodes) -> None:
 
 
 @pytest.mark.parametrize("node", [0, 1])
+def test_all_ranks_hear_that_one_disk_has_nothing_that_can_be_read(nodes: Nodes, node: int) -> None:
+    nodes.save(1)
+    for file in nodes.folders[node].glob("rank_*/*.safetensors"):
+        file.write_bytes(bytes(file.stat().st_size))
+
+    def work(world: World) -> str:
+        with pytest.raises(UserError) as caught:
+            file = nodes.of(world) / "rank_0" / "CKP_rank_0-1_1.safetensors"
+            open_weights(file, world, lambda text: None)
+        return str(caught.value)
+
+    said = together(WORLD, work)
+    assert len(set(said)) == 1
+    assert f"rank_{2 * node}/CKP_rank_{2 * node}-1_1.safetensors" in said[0]
+
+
+@pytest.mark.parametrize("node", [0, 1])
 @pytest.mark.parametrize("moment", ["_prepare", "_write", "_draft", "_publish"])
 def test_a_save_that_fails_on_one_disk_is_nowhere(
     nodes: Nodes, monkeypatch, moment: str, node: int
