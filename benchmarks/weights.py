@@ -6,7 +6,9 @@
 Every figure comes from freshly forked processes that have imported all they need (`forks.py`), in
 turns. Loading ends when every byte of every parameter is resident: what maps files is touched page
 by page. Writing ends with fsync. `raw` reads or writes the same number of bytes in long portions
-and knows nothing of tensors. A cold cache is made with posix_fadvise. The memory that a measure
+and knows nothing of tensors. A cold cache is made with posix_fadvise;
+a warm one is what a cold load of ours leaves, for the system keeps a file in pages as large as
+whoever read it first asked for. The memory that a measure
 asks for is at hand (`forks.py`). Each process loads a small model of the same kind before the clock
 starts: a fork gets a copy of a page of the interpreter when it first touches it, which a process
 that began by itself does not pay. Weights of other sizes leave the page cache, so that "warm" ones
@@ -91,6 +93,8 @@ def load(
                     name: partial(one_load, name, source, ranks, cold=cache == "cold")
                     for name in systems
                 }
+                if cache == "warm":  # as a first load of the same job leaves it, for all systems
+                    one_load("Slipway", source, ranks, cold=True)
                 rows += rows_of(label, in_turns(measures, rounds), "Slipway")
         if len(systems) == len(SYSTEMS):
             rows += reshard(folder, kind, size, rounds)
