@@ -6,13 +6,12 @@
 Every figure comes from freshly forked processes that have imported all they need (`forks.py`), in
 turns. Loading ends when every byte of every parameter is resident: what maps files is touched page
 by page. Writing ends with fsync. `raw` reads or writes the same number of bytes in long portions
-and knows nothing of tensors. A cold cache is made with posix_fadvise;
-a warm one is what a cold load of ours leaves, for the system keeps a file in pages as large as
-whoever read it first asked for. The memory that a measure
-asks for is at hand (`forks.py`). Each process loads a small model of the same kind before the clock
-starts: a fork gets a copy of a page of the interpreter when it first touches it, which a process
-that began by itself does not pay. Weights of other sizes leave the page cache, so that "warm" ones
-and what is loaded find room beside each other.
+and knows nothing of tensors. A cold cache is made with posix_fadvise; a warm one is what a cold
+load of ours leaves, for the system keeps a file in pages as large as whoever read it first asked
+for. The memory that a measure asks for is at hand (`forks.py`). Each process loads a small model of
+the same kind before the clock starts: a fork gets a copy of a page of the interpreter when it first
+touches it, which a process that began by itself does not pay. Weights of other sizes leave the page
+cache, so that "warm" ones and what is loaded find room beside each other.
 """
 
 from __future__ import annotations
