@@ -1,18 +1,22 @@
 """Agreement: a rank that fails still meets the others, and all go on alike.
 
-Owns the pair `agree(world, attempt(action, ...))`. Whatever goes wrong in an action on one rank is
-an error on all of them; a rank that left the common path would let the others wait for it.
+Owns the pair `agree(world, attempt(action, ...))` for what is written, and `found_by_all` for what
+is read. Whatever goes wrong in an action on one rank is an error on all of them; a rank that left
+the common path would let the others wait for it.
 """
 
 from __future__ import annotations
 
 import traceback
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 from launcher.errors import UserError
 from launcher.parallel.world import World
 
 RANKS_SHOWN = 4
+
+Seen = TypeVar("Seen")
 
 
 def attempt(action: Any, *arguments: Any) -> tuple[Any, str]:
@@ -43,3 +47,17 @@ def agree(
             "with resume_training: True",
         )
     return [result for result, _ in outcomes]
+
+
+def found_by_all(world: World, look: Callable[[], Seen]) -> Seen:
+    """What `look` finds on this rank. The `UserError` of the first rank that cannot see is raised
+    on all of them. Called by all ranks together."""
+    seen, problems = None, None
+    try:
+        seen = look()
+    except UserError as error:
+        problems = error.problems
+    for told in world.gather(problems):
+        if told:
+            raise UserError(told)
+    return cast(Seen, seen)

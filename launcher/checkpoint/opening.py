@@ -14,6 +14,7 @@ from functools import partial
 from importlib import import_module
 from pathlib import Path
 
+from launcher.checkpoint.agreement import found_by_all
 from launcher.checkpoint.disks import ONE_DISK
 from launcher.checkpoint.folder import Folder, see
 from launcher.checkpoint.leftovers import is_unfinished
@@ -95,13 +96,15 @@ def _open_save(path: Path, folder: Folder, world: World, say: Say, strategy: str
     if candidates:
         label, files = str(candidates[0].name), rank_files_of(candidates[0])
     else:
-        save = newest(path) if path.is_dir() else save_of(path)
+        save = found_by_all(world, lambda: newest(path) if path.is_dir() else save_of(path))
         label, files = save.label, [RankFile(file) for file in save.in_rank_order]
         manifest = root / MANIFEST_FOLDER / f"{label}.json"
         if world.from_main(manifest.exists()):
             say(f"{manifest} is damaged: the files of {label} are taken by their names")
     ours = _describe_themselves([file.path for file in files], world)
-    open_files = open_rank_files if ours else with_strategy(root, strategy)
+    open_files: OpenFiles = open_rank_files
+    if not ours:
+        open_files = found_by_all(world, lambda: with_strategy(root, strategy))
     disks = folder.disks if candidates and candidates[0].is_spread else ONE_DISK
     found = whole_source(root, files, world, open_files, data=False, disks=disks)
     if found.source is None:

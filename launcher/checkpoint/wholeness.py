@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from launcher.checkpoint.agreement import found_by_all
 from launcher.checkpoint.disks import ONE_DISK, Disks
 from launcher.checkpoint.folder import Folder
 from launcher.checkpoint.published import Published
@@ -135,19 +136,18 @@ def whole_source(
     whole = [file.path for index, file in enumerate(files) if not by_index[index]]
     if not whole or (faults and sight.hidden):
         return Found(None, faults)
-    source, error = None, None
     try:
-        if sight.hidden:
-            told = told_headers(paths, sight, world)
-            source = as_seen(open_rank_files(root, whole, told), told)
-        else:
-            source = open_files(root, whole)
-    except UserError as found:
-        error = found
-    # What one rank cannot open, none goes on with.
-    problems = [found for found in world.gather(error.problems if error else None) if found]
-    if problems:
-        return Found(None, faults, UserError(problems[0]))
+        told = told_headers(paths, sight, world) if sight.hidden else {}
+        source = found_by_all(
+            world,
+            lambda: (
+                as_seen(open_rank_files(root, whole, told), told)
+                if sight.hidden
+                else open_files(root, whole)
+            ),
+        )
+    except UserError as error:
+        return Found(None, faults, error)
     return Found(source, faults)
 
 

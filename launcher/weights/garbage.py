@@ -7,17 +7,25 @@ nothing, and takes longer the more a process has imported.
 from __future__ import annotations
 
 import gc
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+_lock = threading.Lock()
+_resting: list[bool] = []
+"""For each that is inside, in any thread: whether the collector worked before them all."""
 
 
 @contextmanager
 def none_collected() -> Iterator[None]:
-    """The collector rests, and does again what it did before. Also a decorator of functions."""
-    was_enabled = gc.isenabled()
-    gc.disable()
+    """The collector rests until the last one has left, and does again what it did before the first.
+    Also a decorator of functions."""
+    with _lock:
+        _resting.append(_resting[0] if _resting else gc.isenabled())
+        gc.disable()
     try:
         yield
     finally:
-        if was_enabled:
-            gc.enable()
+        with _lock:
+            if _resting.pop() and not _resting:
+                gc.enable()

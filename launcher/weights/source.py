@@ -158,13 +158,19 @@ def open_complete(path: Path) -> Source:
     """The source at `path`: one file, or a directory of complete weights. Raises `UserError`."""
     if not os.path.isdir(path):
         return _complete("single", path, {path: None})
+    files, may_have_extras = complete_files(path)
+    return _with_extras(_complete("complete", path, files), may_have_extras)
+
+
+def complete_files(path: Path) -> tuple[dict[Path, set[str] | None], bool]:
+    """The files that complete weights in the directory `path` are read from, each with the tensors
+    it should hold (None: nobody says), and whether MindSpore's extras may stand beside them.
+    Raises `UserError`. No file of weights is opened."""
     for name in INDEX_NAMES:
         if name == TORCH_INDEX_NAME and os.path.isfile(path / SINGLE_NAME):
             continue  # both forms of one model: safetensors come first
         if os.path.isfile(path / name):
-            files = _index_files(path / name)
-            is_mindspore = name == MINDSPORE_INDEX_NAME
-            return _with_extras(_complete("complete", path, files), is_mindspore)
+            return _index_files(path / name), name == MINDSPORE_INDEX_NAME
     names = [child.name for child in listed(path)]
     files_found = _weight_files(names)
     models = [name for name in files_found if name.startswith(("model", "pytorch_model"))]
@@ -175,14 +181,14 @@ def open_complete(path: Path) -> Source:
             advice=f"It holds: {', '.join(names[:8]) + ' ...' * (len(names) > 8) or 'nothing'}",
         )
     parts = [name for name in models or files_found if name != MINDSPORE_EXTRAS]
-    whole_parts = _complete("complete", path, {path / n: None for n in parts or files_found})
-    return _with_extras(whole_parts, MINDSPORE_EXTRAS in files_found and bool(parts))
+    may_have_extras = MINDSPORE_EXTRAS in files_found and bool(parts)
+    return {path / name: None for name in parts or files_found}, may_have_extras
 
 
-def _with_extras(source: Source, is_mindspore: bool) -> Source:
+def _with_extras(source: Source, may_have_extras: bool) -> Source:
     """`source` with what MindSpore put beside its complete weights."""
     file = source.path / MINDSPORE_EXTRAS
-    if not is_mindspore or file in source.headers or not os.path.isfile(file):
+    if not may_have_extras or file in source.headers or not os.path.isfile(file):
         return source
     found = _complete("single", file, {file: None})
     extras = {n: p for n, p in found.tensors.items() if not n.startswith(GRADIENTS)}

@@ -30,6 +30,7 @@ from launcher.weights import list_checkpoints, verify
 from launcher.weights.reading.load import load
 from launcher.weights.reading.memory import Shard
 from tests.checkpoint.crew import together
+from tests.config.weight_files import safetensors
 from tests.tools.checkpoints import held
 
 MESH = Mesh(dp_shard=4)
@@ -298,14 +299,30 @@ def test_all_ranks_hear_that_one_disk_has_nothing_that_can_be_read(nodes: Nodes,
         file.write_bytes(bytes(file.stat().st_size))
 
     def work(world: World) -> str:
+        file = nodes.of(world) / "rank_0" / "CKP_rank_0-1_1.safetensors"
         with pytest.raises(UserError) as caught:
-            file = nodes.of(world) / "rank_0" / "CKP_rank_0-1_1.safetensors"
             open_weights(file, world, lambda text: None)
         return str(caught.value)
 
     said = together(WORLD, work)
     assert len(set(said)) == 1
     assert f"rank_{2 * node}/CKP_rank_{2 * node}-1_1.safetensors" in said[0]
+
+
+def test_all_ranks_hear_that_one_disk_has_a_folder_and_nothing_in_it(tmp_path) -> None:
+    nodes = Nodes(tmp_path)
+    for rank in range(WORLD):
+        (nodes.folders[rank // 2] / f"rank_{rank}").mkdir(parents=True)
+    for rank in (0, 1):
+        file = nodes.folders[0] / f"rank_{rank}" / f"CKP_rank_{rank}-1_1.safetensors"
+        safetensors(file)
+
+    def work(world: World) -> str:
+        with pytest.raises(UserError) as caught:
+            open_weights(nodes.of(world), world, lambda text: None)
+        return str(caught.value)
+
+    assert len(set(together(WORLD, work))) == 1
 
 
 @pytest.mark.parametrize("node", [0, 1])

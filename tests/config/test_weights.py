@@ -5,15 +5,17 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import re
 import shutil
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from launcher.config.checks.found import HEADER_BYTES, LOOKED_AT
 from launcher.layout.mesh import Mesh
 from launcher.weights.offline.copy_record import RECORD, write_record
 from tests.config.interpreter import Report, run_many
@@ -74,6 +76,7 @@ class Case:
     silent: tuple[str, ...] = ()
     """Texts that are not said."""
     errors: int = 0
+    env: Mapping[str, str] = field(default_factory=dict)
 
 
 def table() -> Iterator[Case]:
@@ -131,7 +134,32 @@ CASES = (
     Case(name="an index that names what is not there", errors=1,
          yaml="pretrained_model_dir: part\n", mode="finetune",
          says=("part/model.safetensors.index.json names 1 file that cannot be found: "
-               "model-00002-of-00002.safetensors: all files of an index lie beside it.",)),
+               "model-00002-of-00002.safetensors: all files of an index lie beside it.",
+               f"{len(RIGHT.splitlines()) + 1}: part/model.safetensors.index.json")),
+    Case(name="an index alone", errors=1, yaml="load_checkpoint: alone\n",
+         says=("alone/model.safetensors.index.json names 2 files that cannot be found",)),
+    Case(name="one tensor in two files", errors=1, yaml="load_checkpoint: twice\n",
+         says=("twice: `w` stands in two files: model-1.safetensors and "
+               "model-2.safetensors: complete weights hold each tensor once. Move away",)),
+    Case(name="damage is told by the first rank of each machine", errors=1, world=2,
+         yaml="load_checkpoint: cut\nparallel_config: {data_parallel: 2}\n",
+         env={"RANK": "1", "LOCAL_RANK": "0"},
+         says=("[rank 1] error: ", "is not a whole safetensors file")),
+    Case(name="damage is not told by every rank", world=2,
+         yaml="load_checkpoint: cut\nparallel_config: {data_parallel: 2}\n",
+         env={"RANK": "1", "LOCAL_RANK": "1"}),
+    Case(name="damage of what is not loaded",
+         yaml="load_checkpoint: full\npretrained_model_dir: part\n"),
+    Case(name="damage of what a strategy does not need",
+         yaml="only_save_strategy: True\nload_checkpoint: cut\n"),
+    Case(name="damage before a prediction", mode="predict", errors=1,
+         yaml="load_checkpoint: cut\ninput_data: a prompt\n",
+         says=("cut/model.safetensors is not a whole safetensors file",)),
+    Case(name="a folder of one rank", yaml="load_checkpoint: grown/rank_0\n"),
+    Case(name="more files than are looked at", yaml="load_checkpoint: many\n"),
+    Case(name="longer headers than are looked at", yaml="load_checkpoint: talkative\n"),
+    Case(name="files of torch and one that is not", yaml="load_checkpoint: mixed\n"),
+    Case(name="a pipe that no index names", yaml="load_checkpoint: piped\n"),
     Case(name="a path with a typo", errors=1, yaml="load_checkpoint: ful\n",
          says=("load_checkpoint = 'ful': there is no such path. did you mean `full`? Name a "
                "folder or a file of weights; paths begin in the current directory.",)),
@@ -235,7 +263,27 @@ def damaged_files(folder: Path, config: str) -> None:
     (folder / "part/config.json").write_text(config)
     (folder / "part/model.safetensors").rename(folder / "part/model-00001-of-00002.safetensors")
     names = {"w": "model-00001-of-00002.safetensors", "x": "model-00002-of-00002.safetensors"}
-    (folder / "part/model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    for name in ("part", "alone"):
+        (folder / name).mkdir(exist_ok=True)
+        index = folder / name / "model.safetensors.index.json"
+        index.write_text(json.dumps({"weight_map": names}))
+    for number in (1, 2):
+        safetensors(folder / f"twice/model-{number}.safetensors")
+    for number in range(LOOKED_AT + 1):
+        safetensors(folder / f"many/model-{number}.safetensors")  # `w` is in all of them
+    for number in (1, 2):
+        words = {"format": "pt", "words": "x" * HEADER_BYTES}
+        safetensors(folder / f"talkative/model-{number}.safetensors", words)
+    safetensors(folder / "mixed/adapter.safetensors")
+    (folder / "mixed/pytorch_model.bin").write_bytes(b"PK, not for long")
+    (folder / "mixed/pytorch_model.bin.index.json").write_text(
+        json.dumps({"weight_map": {"w": "pytorch_model.bin"}})
+    )
+    shutil.copytree(folder / "full", folder / "piped")
+    (folder / "piped/model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"w": "model.safetensors"}})
+    )
+    os.mkfifo(folder / "piped/a.safetensors")
 
 
 ALL = (*table(), *CASES)
@@ -251,7 +299,7 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Report]:
         right = RIGHT.replace("output_dir: ./out\n", "") if "output_dir:" in case.yaml else RIGHT
         (folder / f"{index}.yaml").write_text(right + case.yaml)
         argv = ["--config", f"{index}.yaml", "--run_mode", case.mode, "--check_config"]
-        env = {"WORLD_SIZE": str(case.world)}
+        env = {"WORLD_SIZE": str(case.world), **case.env}
         commands.append({"argv": argv, "cwd": str(folder), "env": env})
     return dict(zip([case.name for case in ALL], run_many(commands), strict=True))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 
 import pytest
 
@@ -28,6 +29,24 @@ def test_one_that_rested_before_goes_on_to_rest() -> None:
         assert not gc.isenabled()
     finally:
         gc.enable()
+
+
+def test_the_last_thread_to_leave_lets_it_work_again() -> None:
+    inside, may_leave = threading.Barrier(2), threading.Event()
+
+    def stay() -> None:
+        with none_collected():
+            inside.wait(10)
+            may_leave.wait(10)
+
+    thread = threading.Thread(target=stay)
+    with none_collected():
+        thread.start()
+        inside.wait(10)
+    assert not gc.isenabled(), "one is inside"
+    may_leave.set()
+    thread.join()
+    assert gc.isenabled()
 
 
 def test_it_works_again_after_an_error(tmp_path) -> None:

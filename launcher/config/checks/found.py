@@ -7,6 +7,8 @@ tensors: here it is silence.
 
 from __future__ import annotations
 
+import os
+import stat
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,13 +18,22 @@ from launcher.errors import UserError
 from launcher.weights.formats.note import Note, read_note
 from launcher.weights.formats.safetensors import Header, read_header
 from launcher.weights.ranks.rank_folders import first_file, rank_folders
-from launcher.weights.source import MINDSPORE_INDEX_NAME, Kind, detect, first_weight_file
+from launcher.weights.source import (
+    INDEX_NAMES,
+    MINDSPORE_INDEX_NAME,
+    Kind,
+    complete_files,
+    detect,
+    first_weight_file,
+    open_complete,
+)
 
 LOOKED_AT = 64
 """Files whose headers are read before anything heavy is loaded."""
 
-HEADER_BYTES = 4 << 20
-"""The same, of all these headers: some ten thousand tensors, a tenth of a second."""
+HEADER_BYTES = 1 << 20
+"""The same, of all these headers, and of an index: some ten thousand tensors, a tenth of a
+second."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +42,8 @@ class Files:
 
     path: Path
     kind: Kind
+    key: str
+    """Of the configuration, that names it."""
 
     @cached_property
     def one(self) -> Path | None:
@@ -72,37 +85,66 @@ class Files:
         return index.is_file() or (self.header is not None and (
             self.header.metadata.get("format") == "ms"))  # fmt: skip
 
-    @property
-    def is_large(self) -> bool:
-        """Whether the headers of complete weights are more than can be read before anybody waits;
-        True where that cannot be told."""
-        try:
-            files = [self.path] if self.path.is_file() else [*self.path.glob("*.safetensors")]
-            if len(files) > LOOKED_AT:
-                return True
-            nbytes = 0
-            for file in files:
-                with file.open("rb") as opened:
-                    claim = int.from_bytes(opened.read(8), "little")
-                nbytes += claim if claim < file.stat().st_size else 0  # else it is soon refused
-            return nbytes > HEADER_BYTES
-        except OSError:
-            return True
+    def look(self) -> None:
+        """Raise `UserError` for complete weights that are not whole, as far as their index and
+        headers tell. Nothing is said of files of torch, and where there is too much to look at."""
+        if any(_bytes_of(self.path / name) > HEADER_BYTES for name in INDEX_NAMES):
+            return
+        files = [self.path] if self.path.is_file() else [*complete_files(self.path)[0]]
+        if len(files) <= LOOKED_AT and all(map(is_safetensors, files)) and (
+            sum(map(_header_bytes, files)) <= HEADER_BYTES
+        ):  # fmt: skip
+            open_complete(self.path)
+
+
+def is_safetensors(file: Path) -> bool:
+    """By content: JSON stands behind the length of the header. An empty file is what it is named,
+    and what is no file is told by whoever reads its tensors."""
+    start = _start_of(file)
+    return start[8:] == b"{" if len(start) == 9 else file.suffix == ".safetensors"
+
+
+def _start_of(file: Path) -> bytes:
+    """The nine bytes that tell a header, or as many as there are. Opening waits for nobody."""
+    try:
+        descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK)
+        with open(descriptor, "rb") as opened:
+            return opened.read(9) if stat.S_ISREG(os.fstat(descriptor).st_mode) else b""
+    except OSError:
+        return b""
+
+
+def _header_bytes(file: Path) -> int:
+    """What its header claims to be long; 0 where the file is not as long, which is refused."""
+    claim = int.from_bytes(_start_of(file)[:8], "little")
+    return claim if claim < _bytes_of(file) else 0
+
+
+def _bytes_of(file: Path) -> int:
+    try:
+        return file.stat().st_size
+    except OSError:
+        return 0
 
 
 def files_of(check: Check) -> Files | None:
     """What the run loads its first weights from; None: nothing, or nothing yet."""
     config = check.config
-    for place in (config.load_checkpoint, _own_checkpoints(check), config.pretrained_model_dir):
+    places = {
+        "load_checkpoint": config.load_checkpoint,
+        "resume_training": _own_checkpoints(check),
+        "pretrained_model_dir": config.pretrained_model_dir,
+    }
+    for key, place in places.items():
         if not place:
             continue
         try:
             kind = detect(Path(place))
         except UserError:
-            continue  # a folder that cannot be listed is told by whoever reads it
-        if kind != "nothing" and (kind == "complete" or place != config.pretrained_model_dir):
-            return Files(Path(place), kind)
-        if place == config.load_checkpoint:
+            kind = "nothing"  # a folder that cannot be listed: told by a rule of its own
+        if kind != "nothing" and (kind == "complete" or key != "pretrained_model_dir"):
+            return Files(Path(place), kind, key)
+        if key == "load_checkpoint":
             return None
     return None
 

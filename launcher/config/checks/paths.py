@@ -48,9 +48,10 @@ def nearest_path(path: str) -> str:
 
 def _holds(folder: Path, names: Iterable[str]) -> str:
     """What there is to choose from, a few names of it."""
-    if folder == folder.parent:
-        return ""  # the current directory or the root: nobody meant what lies there
-    shown = sorted(name for name in names if not name.startswith("."))
+    if Path.cwd().is_relative_to(folder.resolve()):
+        return ""  # nobody meant what lies here, or above
+    all_names = sorted(name for name in names if name.isprintable())
+    shown = [name for name in all_names if not name.startswith(".")] or all_names
     more = ", ..." if len(shown) > NAMES_SHOWN else ""
     return f"`{folder}` holds {', '.join(shown[:NAMES_SHOWN]) or 'nothing'}{more}"
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from launcher.config.checks.check import Check
-from launcher.config.checks.found import Files, files_of
+from launcher.config.checks.found import Files, files_of, is_safetensors
 from launcher.config.checks.paths import nearest_path
 from launcher.config.derived import mesh_of
 from launcher.config.provenance import KeyProblem
@@ -22,8 +22,9 @@ from launcher.weights.formats import header_of
 from launcher.weights.formats.safetensors import ZIP, read_header
 from launcher.weights.offline.copy_record import FOLDERS, foreign
 from launcher.weights.ranks.distributed import REDUNDANCY
-from launcher.weights.source import is_rank_folder, open_complete
+from launcher.weights.source import detect, is_rank_folder
 
+_PLACES = ("load_checkpoint", "pretrained_model_dir")
 _KEYS = ("load_checkpoint", "pretrained_model_dir", "use_parallel")
 
 
@@ -44,6 +45,8 @@ def weights(check: Check) -> Iterator[KeyProblem]:
                 nearest=nearest_path(config.load_checkpoint),
                 advice="Name a folder or a file of weights; paths begin in the current directory",
             )
+    elif found is None and (error := _cannot_be_listed(path)):
+        yield from _told(check, "load_checkpoint", error)
     elif found is None and config.resume_training is not True:
         inner = path / "checkpoint"
         yield check.wrong(
@@ -51,6 +54,14 @@ def weights(check: Check) -> Iterator[KeyProblem]:
             "it holds no weights (*.safetensors, files of torch, or rank_N folders)",
             nearest=f"did you mean `{inner}`?" if inner.is_dir() else "",
         )
+
+
+def _cannot_be_listed(path: Path) -> UserError | None:
+    try:
+        detect(path)
+    except UserError as error:
+        return error
+    return None
 
 
 def _is_own_output(check: Check, path: Path) -> bool:
@@ -89,22 +100,18 @@ def file_format(check: Check) -> Iterator[KeyProblem]:
     found = None if check.config.only_save_strategy else files_of(check)
     if found is None or found.one is None:
         return
-    is_safetensors = _is_safetensors(found.one)
-    if not is_safetensors:
+    is_ours = is_safetensors(found.one)
+    if not is_ours:
         try:
             _refuse_unread(found)
         except UserError as error:
-            for problem in error.problems:
-                yield check.wrong(
-                    "load_checkpoint", problem.rule, what=problem.what, advice=problem.advice,
-                    also=("pretrained_model_dir",),
-                )  # fmt: skip
+            yield from _told(check, found.key, error)
             return
-    name = "safetensors" if is_safetensors else "ckpt"
+    name = "safetensors" if is_ours else "ckpt"
     if check.config.load_ckpt_format not in (None, name):
         yield check.wrong(
             "load_ckpt_format",
-            f"{found.path} holds {'safetensors' if is_safetensors else 'files of torch (ckpt)'}",
+            f"{found.path} holds {'safetensors' if is_ours else 'files of torch (ckpt)'}",
             nearest=f"Nearest: {name}",
             advice="Or leave the key out",
             also=("load_checkpoint",),
@@ -113,34 +120,26 @@ def file_format(check: Check) -> Iterator[KeyProblem]:
 
 def damage(check: Check) -> Iterator[KeyProblem]:
     """Files of complete weights are whole, as far as their headers tell, and agree with their
-    index. One rank looks; where there is too much to look at, whoever reads the tensors tells."""
+    index. One rank of each machine looks, so that none waits for one that has ended."""
     found = None if check.config.only_save_strategy else files_of(check)
-    if found is None or found.kind == "distributed" or os.environ.get("RANK", "0") != "0":
-        return
-    if found.one is None or not _is_safetensors(found.one) or found.is_large:
+    if found is None or found.kind == "distributed" or os.environ.get("LOCAL_RANK", "0") != "0":
         return
     if is_rank_folder(found.path):
         return  # it is no complete weights, whatever it looks like
     try:
-        open_complete(found.path)
+        found.look()
     except UserError as error:
-        for problem in error.problems:
-            what = f"{problem.where}: {problem.what}" if problem.where else problem.what
-            yield check.wrong(
-                "load_checkpoint", problem.rule, what=what, nearest=problem.nearest,
-                advice=problem.advice, also=("pretrained_model_dir",),
-            )  # fmt: skip
+        yield from _told(check, found.key, error)
 
 
-def _is_safetensors(file: Path) -> bool:
-    """By content: JSON stands behind the length of the header. An empty file is what it is named.
-    """  # fmt: skip
-    try:
-        with file.open("rb") as opened:
-            start = opened.read(9)
-    except OSError:
-        return True  # told by whoever reads its tensors
-    return start[8:] == b"{" if len(start) == 9 else file.suffix == ".safetensors"
+def _told(check: Check, key: str, error: UserError) -> Iterator[KeyProblem]:
+    """Problems of files, as those of the key that names them."""
+    for problem in error.problems:
+        what = f"{problem.where}: {problem.what}" if problem.where else problem.what
+        yield check.wrong(
+            key, problem.rule, what=what, nearest=problem.nearest, advice=problem.advice,
+            also=_PLACES,
+        )  # fmt: skip
 
 
 def _refuse_unread(found: Files) -> None:

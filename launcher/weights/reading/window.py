@@ -40,7 +40,7 @@ MADV_POPULATE_READ = 22
 https://man7.org/linux/man-pages/man2/madvise.2.html"""
 
 CACHESTAT = 451
-"""The number of the system call, on all machines, of Linux 6.5 and later:
+"""The number of the system call on x86-64, arm64 and most others, of Linux 6.5 and later:
 https://docs.kernel.org/filesystems/cachestat.html"""
 
 _SYSCALL = getattr(ctypes.CDLL(None), "syscall", lambda *_: -1)
