@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from launcher.assembly.job import Job
-from launcher.errors import UserError
+from launcher.checkpoint.agreement import found_by_all
 from launcher.layout.holders import Ranks
 from launcher.layout.layout import Layout
 from launcher.parallel.share import share
@@ -38,23 +38,9 @@ class Balance:
     def load(self, read: Callable[[], Result]) -> Result:
         """What `read` gives, after its bytes have gone to all holders; its `UserError` of any rank
         is raised on every rank."""
-        result = together(self.world, read)
+        result = found_by_all(self.world, read)
         share(self.held, self.keepers, self.holders)
         return result
-
-
-def together(world: World, read: Callable[[], Result]) -> Result:
-    """What `read` gives; its `UserError` of any rank is raised on every rank."""
-    result, problems = None, None
-    try:
-        result = read()
-    except UserError as error:
-        problems = error.problems
-    for found in world.gather(problems):
-        if found:
-            raise UserError(found)
-    assert result is not None
-    return result
 
 
 def balance(world: World, layout: Layout, links_of: LinksOf, held: Mapping[str, Shard]) -> Balance:
@@ -75,6 +61,6 @@ def load_job(
     rank = 0 if whole else job.world.rank
     if whole or not job.config.balanced_load:
         alone = partial(load, held, source, rank=rank, **options)
-        return together(job.world, alone) if source.is_spread else alone()
+        return found_by_all(job.world, alone) if source.is_spread else alone()
     shared = balance(job.world, layout, links_of, held)
     return shared.load(lambda: load(held, source, rank=rank, reads=shared.reads, **options))

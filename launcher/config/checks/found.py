@@ -1,8 +1,7 @@
-"""The weights a run begins with, as far as names and one header tell.
+"""The weights a run begins with, as far as names and headers tell.
 
-Owns which path counts, load_checkpoint or another, and what kind of files lie there. Torch-free;
-nothing of a tensor is read. What is damaged is told by a rule of its own, or by whoever reads the
-tensors: here it is silence.
+Owns which path counts, load_checkpoint or another, what kind of files lie there, and whether they
+are whole (`look`; what is damaged is silence otherwise). Torch-free; nothing of a tensor is read.
 """
 
 from __future__ import annotations

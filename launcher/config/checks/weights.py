@@ -100,18 +100,17 @@ def file_format(check: Check) -> Iterator[KeyProblem]:
     found = None if check.config.only_save_strategy else files_of(check)
     if found is None or found.one is None:
         return
-    is_ours = is_safetensors(found.one)
-    if not is_ours:
+    name = "safetensors" if is_safetensors(found.one) else "ckpt"
+    if name == "ckpt":
         try:
             _refuse_unread(found)
         except UserError as error:
             yield from _told(check, found.key, error)
             return
-    name = "safetensors" if is_ours else "ckpt"
     if check.config.load_ckpt_format not in (None, name):
         yield check.wrong(
             "load_ckpt_format",
-            f"{found.path} holds {'safetensors' if is_ours else 'files of torch (ckpt)'}",
+            f"{found.path} holds {'files of torch (ckpt)' if name == 'ckpt' else name}",
             nearest=f"Nearest: {name}",
             advice="Or leave the key out",
             also=("load_checkpoint",),
