@@ -3,4 +3,4 @@
 from launcher.cli import leave, main
 
 if __name__ == "__main__":
-    leave(main())
+    leave(main(owns_process=True))

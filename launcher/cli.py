@@ -12,9 +12,11 @@ import textwrap
 import time
 import traceback
 from collections.abc import Iterable, Sequence
+from datetime import timedelta
 from typing import TYPE_CHECKING, NoReturn
 
 from launcher.config.command_line import CommandLine, help_text, parse
+from launcher.environment import has_own_log, process_environment, rank_or_zero
 from launcher.errors import EXIT_INTERNAL, EXIT_OK, EXIT_SIGINT, EXIT_USER, Problem, UserError
 
 if TYPE_CHECKING:
@@ -22,6 +24,9 @@ if TYPE_CHECKING:
 
 ECHO_DELAY_SECONDS = 5.0
 """How long a rank other than 0 waits before it tells its error."""
+
+REPORT_SECONDS = 5.0
+"""How long a rank that fails before it has joined the job tries to reach the store of the job."""
 
 PEER_DELAY_SECONDS = 10.0
 """How long a rank whose peer is gone waits for the launcher: longer than a peer that tells why."""
@@ -33,47 +38,80 @@ _PEER_IS_GONE = (
 """What gloo and NCCL say when a process at the other end has ended."""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command line. Returns the exit code; mistakes of the user leave no traceback."""
+def main(argv: Sequence[str] | None = None, *, owns_process: bool = False) -> int:
+    """Run one command line. Returns the exit code; mistakes of the user leave no traceback.
+
+    `owns_process`: the process ends with this command. As one rank of several it then tells the
+    others when it fails, and is ended when another one fails.
+    """
     line = parse(sys.argv[1:] if argv is None else argv)
     if line.help:
         print(help_text())
         return EXIT_OK
+    report = _report_failure if owns_process else _report_nothing
     try:
         resolved = _checked(line)
     except UserError as error:
+        report(EXIT_USER, str(error))
         _show(error.problems, tail=". Nothing was started.")
         return EXIT_USER
-    except Exception:
+    except Exception as error:
+        report(EXIT_INTERNAL, repr(error))
         traceback.print_exc()
         return EXIT_INTERNAL
     try:
-        return _run(line, resolved)
+        return _run(line, resolved, ends_with_peers=owns_process)
     except UserError as error:
+        report(EXIT_USER, str(error))
         _show(error.problems)
         return EXIT_USER
     except KeyboardInterrupt:
+        report(EXIT_SIGINT, "stopped by SIGINT")
         print("stopped", file=sys.stderr)
         return EXIT_SIGINT
     except Exception as error:
         if _lost_a_peer(error):
             _wait_for_the_end()
         else:
+            report(EXIT_INTERNAL, repr(error))
             traceback.print_exc()
         return EXIT_INTERNAL
 
 
+def _report_nothing(code: int, reason: str) -> None:
+    """For commands that run inside another program."""
+
+
+def _report_failure(code: int, reason: str) -> None:
+    """Tell the other ranks that this one fails, so that none waits for it."""
+    try:
+        environment = process_environment()
+    except UserError:
+        return
+    if not environment.is_launched:
+        return
+    peers = sys.modules.get("launcher.parallel.peers")
+    watching = peers.watching() if peers is not None else None
+    if watching is not None:
+        watching.fail(code, reason)
+    elif environment.has_several_machines:  # the launcher ends the ranks of this one
+        from launcher.parallel.failure import Failure, report_failure
+
+        failure = Failure.of_this_host(environment.rank, code, reason)
+        report_failure(environment, failure, timedelta(seconds=REPORT_SECONDS))
+
+
 def _lost_a_peer(error: Exception) -> bool:
     """Whether this rank fails only because another one is gone, whose own words say why."""
-    alone = os.environ.get("WORLD_SIZE", "1") == "1"
-    return not alone and any(words in str(error) for words in _PEER_IS_GONE)
+    launched = process_environment().is_launched
+    return launched and any(words in str(error) for words in _PEER_IS_GONE)
 
 
 def _wait_for_the_end() -> None:
     """Leave the word, and the exit code of the job, to the rank that failed: the launcher ends this
     one when it sees that. One line should nobody come."""
     time.sleep(PEER_DELAY_SECONDS)
-    print(f"[rank {_rank()}] another rank has ended, see its log", file=sys.stderr)
+    print(f"[rank {rank_or_zero()}] another rank has ended, see its log", file=sys.stderr)
 
 
 def leave(code: int) -> NoReturn:
@@ -84,7 +122,7 @@ def leave(code: int) -> NoReturn:
     """
     sys.stdout.flush()
     sys.stderr.flush()
-    if "WORLD_SIZE" in os.environ:
+    if os.environ.get("WORLD_SIZE"):
         os._exit(code)
     sys.exit(code)
 
@@ -107,49 +145,49 @@ def _checked(line: CommandLine) -> Resolved:
     problems = (*resolved.problems, *found)
     if problems:
         raise UserError(problems)
-    if _rank() == 0:
+    if rank_or_zero() == 0:
         _say_what_is_ignored(resolved.no_effect)
         for warning in rules.warnings(config, provenance):
             print(f"warning: {warning}", file=sys.stderr)
     return resolved
 
 
-def _run(line: CommandLine, resolved: Resolved) -> int:
+def _run(line: CommandLine, resolved: Resolved, *, ends_with_peers: bool) -> int:
     from launcher.config.printing import to_yaml
 
     text = to_yaml(resolved.config, resolved.provenance)
     if line.print_config:
-        if _rank() == 0:
+        if rank_or_zero() == 0:
             print(text, end="")
         return EXIT_OK
     if line.check_config:
-        if _rank() == 0:
+        if rank_or_zero() == 0:
             print(f"{line.config}: the configuration is right")
         return EXIT_OK
     from launcher import modes
 
-    return modes.run(resolved.config, resolved.provenance, text)
-
-
-def _rank() -> int:
-    return int(os.environ.get("RANK", "0"))
+    return modes.run(
+        resolved.config, resolved.provenance, text, ends_with_peers=ends_with_peers
+    )
 
 
 def _show(problems: Iterable[Problem], *, tail: str = ".") -> None:
     """One `error:` line a problem, and how many there are.
 
-    What goes wrong on all ranks goes wrong on rank 0 too: the others wait a little, and are usually
-    ended by the launcher before they would say the same again.
+    What goes wrong on all ranks goes wrong on rank 0 too: where ranks share a console the others
+    wait a little, and are usually ended by the launcher before they would repeat it.
     """
-    if _rank():
+    rank, found = rank_or_zero(), list(problems)
+    if rank and not has_own_log():
         time.sleep(ECHO_DELAY_SECONDS)
-    found = list(problems)
-    mark = f"[rank {_rank()}] " if _rank() else ""
+    mark = f"[rank {rank}] " if rank else ""
     for problem in found:
         print(f"{mark}error: {problem}", file=sys.stderr)
     count = len(found)
     if count > 1:
         print(f"{mark}{count} errors{tail}", file=sys.stderr)
+    if rank and has_own_log():  # rank 0, whose log is the console, ends first
+        time.sleep(ECHO_DELAY_SECONDS)
 
 
 def _say_what_is_ignored(keys: Sequence[str]) -> None:

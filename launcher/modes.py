@@ -44,16 +44,20 @@ from launcher.train.reporting import Reporting
 from launcher.train.run import TrainRun
 
 
-def run(config: Config, provenance: Provenance, resolved: str) -> int:
+def run(
+    config: Config, provenance: Provenance, resolved: str, *, ends_with_peers: bool = False
+) -> int:
     """Run the mode of `config` in this process. Returns the exit code.
 
-    `resolved`: the configuration as YAML, for `resolved.yaml`. Raises `UserError`.
+    `resolved`: the configuration as YAML, for `resolved.yaml`. `ends_with_peers`: this process may
+    be ended as soon as another rank has failed. Raises `UserError`.
     """
     if config.only_save_strategy:
         mode, world = "strategy", world_without_group()
     else:
         mode = config.run_mode or "train"
-        world = worlds.start(force_cpu=config.context.device_target == "CPU")
+        on_cpu = config.context.device_target == "CPU"
+        world = worlds.start(force_cpu=on_cpu, ends_with_peers=ends_with_peers)
     open_output(config, world, resolved_name(mode), resolved)
     job = Job(config, provenance, world, Console(enabled=world.is_main))
     finished = False

@@ -18,7 +18,7 @@ import torch
 from launcher.assembly.job import Job
 from launcher.assembly.layout import model_layout
 from launcher.checkpoint.files import temporary
-from launcher.config.derived import world_size
+from launcher.environment import process_environment
 from launcher.errors import UserError
 from launcher.layout.box import whole
 from launcher.layout.grid import TensorLayout, entry
@@ -50,7 +50,8 @@ class StageFiles:
 
 def world_without_group() -> World:
     """This process by its environment alone, on the CPU: nobody is waited for."""
-    return World(int(os.environ.get("RANK", 0)), world_size(), torch.device("cpu"))
+    environment = process_environment()
+    return World(environment.rank, environment.world_size, torch.device("cpu"))
 
 
 def write_all(job: Job) -> None:

@@ -7,12 +7,12 @@ environment and one JSON file.
 from __future__ import annotations
 
 import json
-import os
 from math import lcm
 from pathlib import Path
 from typing import Any
 
 from launcher.config.schema import Config
+from launcher.environment import process_environment
 from launcher.errors import UserError
 from launcher.layout.mesh import Mesh, training_mesh
 
@@ -30,14 +30,13 @@ _CONTEXT_ALGORITHMS = {
 
 
 def world_size() -> int:
-    """Processes of this run: torchrun's WORLD_SIZE, 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """Processes of this run: torchrun's WORLD_SIZE, 1 without it. Raises `UserError`."""
+    return process_environment().world_size
 
 
 def planned_world_size() -> int | None:
     """Processes that msrun.sh is about to start: it has the configuration checked once before."""
-    planned = os.environ.get("SLIPWAY_WORLD_SIZE")
-    return int(planned) if planned else None
+    return process_environment().planned_world_size
 
 
 def degrees(config: Config) -> dict[str, int]:

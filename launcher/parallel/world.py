@@ -16,6 +16,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from launcher.environment import ProcessEnvironment, process_environment
+from launcher.errors import UserError
+from launcher.parallel import peers
+from launcher.parallel.failure import job_prefix
+
 GROUP_TIMEOUT = timedelta(minutes=30)
 PATIENCE = timedelta(days=1)
 
@@ -81,21 +86,25 @@ class World:
         return tensor
 
 
-def start(*, force_cpu: bool = False) -> World:
+def start(*, force_cpu: bool = False, ends_with_peers: bool = False) -> World:
     """Join the job this process was started for (environment of `torchrun`), or be alone.
 
-    A group is made even for one process, because FSDP2 needs one for mixed precision.
+    `ends_with_peers`: this process ends as soon as another rank has failed (see `peers`), and not
+    only when it next waits for it. A group is made even for one process, because FSDP2 needs one
+    for mixed precision. Raises `UserError` for environment variables that are wrong.
     """
-    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    environment = process_environment()
+    rank, size = environment.rank, environment.world_size
     device = torch.device("cpu")
     if torch.cuda.is_available() and not force_cpu:
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
-        _repeatable_on_cuda()
+        device = _cuda_device(environment.local_rank)
     if not dist.is_initialized():
+        store = _store(environment)
+        if ends_with_peers and size > 1:
+            peers.watch(environment)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(
-            backend, store=_store(rank, size), rank=rank, world_size=size, timeout=GROUP_TIMEOUT
+            backend, store=store, rank=rank, world_size=size, timeout=GROUP_TIMEOUT
         )
     patient = dist.new_group(backend="gloo", timeout=PATIENCE) if size > 1 else None
     return World(rank, size, device, patient)
@@ -118,6 +127,23 @@ def repeatable_backward(device: torch.device, *, strict: bool) -> Iterator[None]
         torch.use_deterministic_algorithms(True, warn_only=True)
 
 
+def _cuda_device(local_rank: int) -> torch.device:
+    """The GPU of this rank, with repeatable kernels. Raises `UserError`."""
+    count = torch.cuda.device_count()
+    if local_rank >= count:
+        raise UserError(
+            f"LOCAL_RANK = {local_rank}",
+            where="environment variable",
+            rule=f"this machine shows {count} GPU{'' if count == 1 else 's'} to its ranks",
+            advice="Start as many processes on each machine as it has GPUs, or set "
+            "context.device_target: CPU",
+        )
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    _repeatable_on_cuda()
+    return device
+
+
 def _repeatable_on_cuda() -> None:
     """Kernels that give the same bits each time, where there are such; torch warns where not."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -125,22 +151,23 @@ def _repeatable_on_cuda() -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # costs a pass, changes nothing
 
 
-def _store(rank: int, size: int) -> dist.Store:
-    if size == 1:
+def _store(environment: ProcessEnvironment) -> dist.Store:
+    if environment.world_size == 1:
         return dist.HashStore()
-    # A restarted job finds the addresses of the attempt before it in the agent's store: the
-    # prefix keeps attempts apart (connection refused or a hang otherwise).
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    reuse = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    host = os.environ.get("MASTER_ADDR", "127.0.0.1")
-    port = int(os.environ.get("MASTER_PORT", "29500"))
+    serves = environment.rank == 0 and not environment.uses_agent_store
+    # Nobody waits here for all processes: one of them may have failed, which `peers` then tells.
     store = dist.TCPStore(
-        host, port, size, is_master=rank == 0 and not reuse, timeout=GROUP_TIMEOUT
-    )
-    return dist.PrefixStore(f"slipway/attempt{attempt}", store)
+        environment.master_addr, environment.master_port, environment.world_size,
+        is_master=serves, timeout=GROUP_TIMEOUT, wait_for_workers=False,
+    )  # fmt: skip
+    # The prefix keeps attempts apart (connection refused or a hang otherwise).
+    return dist.PrefixStore(job_prefix(environment.restart_count), store)
 
 
 def stop() -> None:
     """Leave the job: the group is destroyed, so that no thread of it outlives the interpreter."""
+    watching = peers.watching()
+    if watching is not None:
+        watching.close()
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -18,8 +18,11 @@ import socket
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from launcher.environment import OF_A_PROCESS, PLANNED_WORLD_SIZE
 from launcher.errors import (
     EXIT_INTERNAL,
     EXIT_OK,
@@ -30,6 +33,10 @@ from launcher.errors import (
 from launcher.tools.follow import Follower, last_lines
 from launcher.tools.launch import ROOT, USAGE, Launch, read
 
+if TYPE_CHECKING:
+    from launcher.parallel.failure import Failure
+    from launcher.tools.node_watch import NodeWatch
+
 WORKER = Path(__file__).with_name("worker.py")
 _SHOWN_LINES = 20
 
@@ -38,13 +45,13 @@ def run_once(launch: Launch, arguments: Sequence[str]) -> int:
     """`run.py` in this process, told how many workers there would be. Returns the exit code."""
     from launcher import cli
 
-    for name in ("RANK", "WORLD_SIZE"):
+    for name in OF_A_PROCESS:
         os.environ.pop(name, None)
-    os.environ["SLIPWAY_WORLD_SIZE"] = str(launch.workers)
+    os.environ[PLANNED_WORLD_SIZE] = str(launch.workers)
     try:
         return cli.main(arguments)
     finally:
-        del os.environ["SLIPWAY_WORLD_SIZE"]
+        del os.environ[PLANNED_WORLD_SIZE]
 
 
 def check(launch: Launch) -> int | None:
@@ -108,12 +115,12 @@ def _free_port() -> int:
 
 
 def torchrun_arguments(launch: Launch) -> list[str]:
-    """The command line of torchrun for this node."""
+    """The command line of torchrun for this node, whose port is chosen."""
     return [
         *("--nnodes", str(launch.nodes), "--nproc-per-node", str(launch.local_workers)),
         *("--node-rank", str(launch.node_rank), "--max-restarts", "0"),
         *("--master-addr", launch.master_addr),
-        *("--master-port", str(launch.master_port or _free_port())),
+        *("--master-port", str(launch.master_port)),
         *("--rdzv-conf", f"timeout={launch.timeout_seconds}"),
         *(str(WORKER), str(launch.log_dir.absolute()), str(launch.script), *launch.arguments),
     ]
@@ -121,29 +128,41 @@ def torchrun_arguments(launch: Launch) -> list[str]:
 
 def start(launch: Launch) -> int:
     """Start this node's workers and wait for them. Returns the exit code of the job."""
+    from launcher.tools.node_watch import NodeWatch
+
     if launch.local_workers > 1:
         os.environ.setdefault("OMP_NUM_THREADS", "1")
+    launch = replace(launch, master_port=launch.master_port or _free_port())
     shown = launch.worker_log(0) if 0 in launch.ranks else None
     print(f"msrun: {_plural(launch.workers, 'worker')}, logs in {launch.log_dir}", file=sys.stderr)
-    with _standard_error_to(launch.scheduler_log) as tell, Follower(shown):
-        return _torchrun(launch, tell)
+    with (
+        _standard_error_to(launch.scheduler_log) as console,
+        Follower(shown),
+        NodeWatch(launch, console.write) as watch,
+    ):
+        return _torchrun(launch, watch, console.tell)
 
 
-def _torchrun(launch: Launch, tell: Callable[[str], None]) -> int:
+def _torchrun(launch: Launch, watch: NodeWatch, tell: Callable[[str], None]) -> int:
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    from launcher.parallel.failure import Failure
 
     try:
         torchrun.run(torchrun.parse_args(torchrun_arguments(launch)))
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        return _failed(launch, rank, failure.exitcode, tell)
+        first = watch.record(_failure_of(rank, failure.exitcode))
+        return _failed(launch, rank, failure.exitcode, first, tell)
     except SignalException as error:
         return 128 + error.sigval
     except Exception as error:
         traceback.print_exc()
-        tell(f"msrun: the job did not form: {str(error).splitlines()[0]}")
+        reason = f"the job did not form: {str(error).splitlines()[0]}"
+        watch.record(Failure.of_this_host(-1, EXIT_INTERNAL, reason))
+        tell(f"msrun: {reason}")
         if launch.nodes > 1:
             tell(
                 f"msrun: start all {launch.nodes} nodes within {launch.timeout_seconds} s, with "
@@ -154,39 +173,77 @@ def _torchrun(launch: Launch, tell: Callable[[str], None]) -> int:
     return EXIT_OK
 
 
-def _failed(launch: Launch, rank: int, code: int, tell: Callable[[str], None]) -> int:
-    """Say which rank failed first, and its last words where the console has not shown them."""
-    how = f"with exit code {code}" if code >= 0 else f"by {signal.Signals(-code).name}"
+def _failure_of(rank: int, code: int) -> Failure:
+    """The failure of a rank that may not have reported it."""
+    from launcher.parallel.failure import Failure
+
+    return Failure.of_this_host(rank, _exit_code(code), f"it ended {_how(code)}")
+
+
+def _how(code: int) -> str:
+    return f"with exit code {code}" if code >= 0 else f"by {signal.Signals(-code).name}"
+
+
+def _exit_code(code: int) -> int:
+    return code if code > 0 else 128 - code
+
+
+def _failed(
+    launch: Launch, rank: int, code: int, first: Failure, tell: Callable[[str], None]
+) -> int:
+    """Print which rank failed first, and the end of its log where the console has not shown it.
+
+    `rank`: the first of this node that ended, with `code`; `first`: the first failure of the job.
+    """
+    if first.rank not in launch.ranks:
+        tell(f"msrun: {first}")
+        return first.exit_code
+    if first.rank != rank:  # it ended the others, before it ended itself
+        rank, code = first.rank, first.exit_code
     log = launch.worker_log(rank)
-    tell(f"msrun: rank {rank} ended first, {how}: see {log}")
+    tell(f"msrun: rank {rank} ended first, {_how(code)}: see {log}")
     if rank:
         for line in last_lines(log, _SHOWN_LINES):
             mark = f"[rank {rank}] "
             tell(mark + line.removeprefix(mark))
-    return code if code > 0 else 128 - code
+    return _exit_code(code)
 
 
 def _plural(count: int, word: str) -> str:
     return f"{count} {word}" if count == 1 else f"{count} {word}s"
 
 
+class _Console:
+    """Standard error as it was before it went to a file."""
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
+        self.lines: list[str] = []
+
+    def tell(self, line: str) -> None:
+        """Print a line when all is over, behind what rank 0 has printed."""
+        self.lines.append(line)
+
+    def write(self, line: str) -> None:
+        """Print a line at once: nothing comes behind it."""
+        os.write(self.descriptor, f"{line}\n".encode())
+
+
 @contextlib.contextmanager
-def _standard_error_to(path: Path) -> Iterator[Callable[[str], None]]:
-    """Standard error of this process and of what it starts goes to a file; the function it yields
-    still speaks to the user, when all is over."""
-    lines: list[str] = []
+def _standard_error_to(path: Path) -> Iterator[_Console]:
+    """Standard error of this process and of what it starts goes to a file."""
     sys.stderr.flush()
-    before = os.dup(2)
+    console = _Console(os.dup(2))
     log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(log, 2)
     os.close(log)
     try:
-        yield lines.append
+        yield console
     finally:
         sys.stderr.flush()
-        os.dup2(before, 2)
-        os.close(before)
-        for line in lines:
+        os.dup2(console.descriptor, 2)
+        os.close(console.descriptor)
+        for line in console.lines:
             print(line, file=sys.stderr)
 
 
@@ -198,18 +255,42 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_OK
     try:
         launch = read(words)
+    except UserError as error:
+        return _refused(error)
+    try:
         code = check(launch)
+        if code == EXIT_OK:
+            return code
         if code is not None:
+            report_refusal(launch, code)
             return code
         prepare(launch)
     except UserError as error:
-        for problem in error.problems:
-            print(f"error: {problem}", file=sys.stderr)
-        return EXIT_USER
+        code = _refused(error)
+        report_refusal(launch, code)
+        return code
     try:
         return start(launch)
     except KeyboardInterrupt:  # before there were workers: afterwards torchrun passes it on
         return EXIT_SIGINT
+
+
+def _refused(error: UserError) -> int:
+    for problem in error.problems:
+        print(f"error: {problem}", file=sys.stderr)
+    return EXIT_USER
+
+
+def report_refusal(launch: Launch, code: int) -> None:
+    """Tell the other nodes, which may wait for this one, that it does not start."""
+    if launch.nodes == 1 or not launch.master_port:
+        return
+    from launcher.parallel.failure import Failure
+    from launcher.tools.node_watch import report
+
+    sys.stderr.flush()
+    reason = f"node {launch.node_rank} did not start, see its console"
+    report(launch, Failure.of_this_host(-1, code, reason))
 
 
 if __name__ == "__main__":

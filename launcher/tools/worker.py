@@ -34,6 +34,7 @@ def main() -> None:
     os.dup2(log, 2)
     os.close(log)
     _end_with_parent()
+    os.environ["SLIPWAY_WORKER_LOG"] = str(path)
     os.execv(sys.executable, [sys.executable, "-u", *command])
 
 

@@ -7,7 +7,6 @@ strategy (`only_save_strategy`) reads no weights: it needs none.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from launcher.config.checks.found import Files, files_of, is_safetensors
 from launcher.config.checks.paths import nearest_path
 from launcher.config.derived import mesh_of
 from launcher.config.provenance import KeyProblem
+from launcher.environment import process_environment
 from launcher.errors import UserError
 from launcher.layout.mesh import Mesh, other_layout
 from launcher.weights.formats import header_of
@@ -121,7 +121,7 @@ def damage(check: Check) -> Iterator[KeyProblem]:
     """Files of complete weights are whole, as far as their headers tell, and agree with their
     index. One rank of each machine looks, so that none waits for one that has ended."""
     found = None if check.config.only_save_strategy else files_of(check)
-    if found is None or found.kind == "distributed" or os.environ.get("LOCAL_RANK", "0") != "0":
+    if found is None or found.kind == "distributed" or process_environment().local_rank:
         return
     if is_rank_folder(found.path):
         return  # it is no complete weights, whatever it looks like

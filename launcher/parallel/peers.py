@@ -1,0 +1,305 @@
+"""Peers: a rank that ends with an error, or is killed, ends all ranks within seconds.
+
+    rank 0 ── a connection to each other rank; one that closes without `done` was a kill
+    store  ── the first failure of the job, written by whoever noticed it, read by all
+
+Owns the thread that watches for both. A rank may wait for a peer that has ended anywhere: while
+the group forms, in a collective of NCCL, in a barrier while rank 0 prepares data. Errors of
+collectives come late or never there, and the launcher of one machine does not end the others.
+
+Invariants: a rank that is about to fail on its own has `GRACE_SECONDS` to do so, since its own
+message is the better one; a rank that has said `done` is never taken for killed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import selectors
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from datetime import timedelta
+from typing import Any, cast
+
+from launcher.environment import ProcessEnvironment
+from launcher.parallel.failure import Failure, FailureRecord
+
+POLL_SECONDS = 0.5
+GRACE_SECONDS = 2.0
+"""How long a rank that reads of a failure may still end with an error of its own."""
+KILL_GRACE_SECONDS = 1.0
+"""How long a launcher has to say by which signal a rank was killed, before rank 0 says that it was
+killed."""
+CONNECT_SECONDS = 30.0
+_KEEPALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4}
+"""Seconds of silence, seconds between probes, probes: a machine that is off is noticed in 30 s."""
+_ADDRESS = "address"
+_DONE = b'{"done": true}\n'
+_MOST_BYTES = 65536
+"""Of a message; a connection that sends more without a line end is not one of ours."""
+
+End = Callable[[Failure], None]
+
+
+def end_process(failure: Failure) -> None:
+    """End this rank, wherever its main thread waits, with the exit code of the failure."""
+    rank = os.environ.get("RANK", "0")
+    print(f"[rank {rank}] error: ended, because {failure}", file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(failure.exit_code)
+
+
+class Peers:
+    """Watches the other ranks of the job from a thread of its own, until `close` or `fail`."""
+
+    def __init__(self, environment: ProcessEnvironment, *, end: End = end_process) -> None:
+        self._environment = environment
+        self._end = end
+        self._record: FailureRecord | None = None
+        self._hub: _Hub | _Spoke | None = None
+        self._lock = threading.Lock()
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="peers", daemon=True)
+
+    def start(self, record: FailureRecord) -> None:
+        """Begin to watch. `record`: over a connection that nothing else uses."""
+        self._record = record
+        is_main = self._environment.rank == 0
+        self._hub = _Hub(record) if is_main else _Spoke(record, self._environment)
+        self._thread.start()
+
+    def fail(self, exit_code: int, reason: str) -> None:
+        """Tell all ranks that this one fails, and stop watching. The first failure counts."""
+        if self._closed.is_set() or self._hub is None:
+            return
+        self._closed.set()
+        failure = Failure.of_this_host(self._environment.rank, exit_code, reason)
+        with self._lock:
+            with suppress(RuntimeError, ValueError):
+                assert self._record is not None
+                failure = self._record.write(failure)
+            self._hub.send(_line(failure))
+
+    def close(self) -> None:
+        """Stop watching: this rank has done its part."""
+        if self._closed.is_set() or self._hub is None:
+            return
+        self._closed.set()
+        with self._lock:
+            self._hub.send(_DONE)
+
+    def _watch(self) -> None:
+        while not self._closed.is_set():
+            failure = self._look()
+            if failure is not None:
+                if not self._closed.wait(GRACE_SECONDS):
+                    self._end(failure)
+                return
+
+    def _look(self) -> Failure | None:
+        """What the connections and the store say within `POLL_SECONDS`."""
+        assert self._hub is not None
+        assert self._record is not None
+        found = self._hub.poll(POLL_SECONDS)
+        with self._lock:
+            if self._closed.is_set():
+                return None
+            with suppress(RuntimeError, ValueError):  # a store that is gone: see the connections
+                recorded = self._record.read()
+                if recorded is not None:
+                    return recorded
+                if found is not None and isinstance(self._hub, _Hub):
+                    found = self._record.write(found)
+            if found is not None and isinstance(self._hub, _Hub):
+                self._hub.send(_line(found))
+            return found
+
+
+def _line(failure: Failure) -> bytes:
+    return f'{{"failed": {failure.to_json()}}}\n'.encode()
+
+
+class _Connection:
+    """A socket, and what came of a line that is not complete yet."""
+
+    def __init__(self, link: socket.socket, rank: int | None = None) -> None:
+        self.link, self.rank = link, rank
+        self.host = "an unknown machine"
+        self.is_done = False
+        self.ended_at: float | None = None
+        self._pending = b""
+        link.setblocking(False)
+        link.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for name, value in _KEEPALIVE.items():
+            if hasattr(socket, name):
+                link.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+    def messages(self) -> Iterator[dict[str, Any]]:
+        """The messages that have come; notes when the other end has closed."""
+        try:
+            data = self.link.recv(_MOST_BYTES)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data or len(self._pending) > _MOST_BYTES:
+            self.ended_at = time.monotonic()
+            return
+        *lines, self._pending = (self._pending + data).split(b"\n")
+        for line in lines:
+            with suppress(ValueError):
+                message = json.loads(line)
+                if isinstance(message, dict):
+                    yield message
+
+    def send(self, data: bytes) -> None:
+        """Send a short message; what cannot be sent at once is lost with its connection."""
+        with suppress(OSError):
+            self.link.send(data)
+
+
+class _Hub:
+    """Rank 0: a connection to every other rank."""
+
+    def __init__(self, record: FailureRecord) -> None:
+        self._token = secrets.token_hex(16)
+        self._listener = socket.create_server(
+            ("", 0), family=socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET,
+            backlog=1024, dualstack_ipv6=socket.has_dualstack_ipv6(),
+        )  # fmt: skip
+        self._listener.setblocking(False)
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self._listener, selectors.EVENT_READ)
+        self._connections: list[_Connection] = []
+        port = self._listener.getsockname()[1]
+        record.store.set(_ADDRESS, json.dumps({"port": port, "token": self._token}))
+
+    def send(self, data: bytes) -> None:
+        """Send to every rank."""
+        for connection in list(self._connections):
+            if connection.rank is not None:
+                connection.send(data)
+
+    def poll(self, seconds: float) -> Failure | None:
+        """A failure that another rank has sent, or the first that ended without a word."""
+        for key, _ in self._selector.select(seconds):
+            if key.data is None:
+                self._accept()
+                continue
+            for message in key.data.messages():
+                failure = self._take(key.data, message)
+                if failure is not None:
+                    return failure
+            if key.data.ended_at is not None:
+                self._selector.unregister(key.data.link)
+                key.data.link.close()
+        return self._killed()
+
+    def _accept(self) -> None:
+        with suppress(OSError):
+            connection = _Connection(self._listener.accept()[0])
+            self._connections.append(connection)
+            self._selector.register(connection.link, selectors.EVENT_READ, connection)
+
+    def _take(self, connection: _Connection, message: dict[str, Any]) -> Failure | None:
+        if connection.rank is None:
+            if message.get("token") == self._token:
+                connection.rank, connection.host = int(message["rank"]), str(message["host"])
+        elif message.get("done"):
+            connection.is_done = True
+        elif "failed" in message:
+            return Failure(**message["failed"])
+        return None
+
+    def _killed(self) -> Failure | None:
+        now = time.monotonic()
+        for connection in self._connections:
+            ended = connection.ended_at
+            if ended is None or connection.is_done or connection.rank is None:
+                continue
+            if now - ended >= KILL_GRACE_SECONDS:
+                return _killed(connection.rank, connection.host)
+        return None
+
+
+class _Spoke:
+    """A rank other than 0: one connection, to rank 0."""
+
+    def __init__(self, record: FailureRecord, environment: ProcessEnvironment) -> None:
+        self._record, self._environment = record, environment
+        self._connection: _Connection | None = None
+
+    def send(self, data: bytes) -> None:
+        """Send to rank 0."""
+        if self._connection is not None:
+            self._connection.send(data)
+
+    def poll(self, seconds: float) -> Failure | None:
+        """A failure that rank 0 has sent, or that of rank 0 when it ended without a word."""
+        if self._connection is None:
+            self._connection = self._connect()
+            if self._connection is None:
+                time.sleep(seconds)
+            return None
+        connection = self._connection
+        if connection.is_done or connection.ended_at is not None:
+            time.sleep(seconds)
+        else:
+            with selectors.DefaultSelector() as selector:
+                selector.register(connection.link, selectors.EVENT_READ)
+                if selector.select(seconds):
+                    for message in connection.messages():
+                        if "failed" in message:
+                            return Failure(**message["failed"])
+                        connection.is_done |= bool(message.get("done"))
+        ended = connection.ended_at
+        late = ended is not None and time.monotonic() - ended >= KILL_GRACE_SECONDS
+        if not late or connection.is_done:
+            return None
+        return _killed(0, self._environment.master_addr)
+
+    def _connect(self) -> _Connection | None:
+        """A connection, once rank 0 has published where it listens."""
+        with suppress(RuntimeError, OSError, ValueError):
+            if not self._record.store.check([_ADDRESS]):
+                return None
+            address = json.loads(self._record.store.get(_ADDRESS))
+            link = socket.create_connection(
+                (self._environment.master_addr, address["port"]), CONNECT_SECONDS
+            )
+            connection = _Connection(link)
+            hello = {"rank": self._environment.rank, "host": socket.gethostname(),
+                     "token": address["token"]}  # fmt: skip
+            connection.send(json.dumps(hello).encode() + b"\n")
+            return connection
+        return None
+
+
+def _killed(rank: int, host: str) -> Failure:
+    return Failure(
+        rank=rank, host=host, exit_code=1,
+        reason="it ended without a message: it was killed, or its machine is gone",
+    )  # fmt: skip
+
+
+_watching: Peers | None = None
+
+
+def watch(environment: ProcessEnvironment) -> None:
+    """Watch the peers of this process for the rest of its life. Raises `RuntimeError` when the
+    store of the job cannot be reached."""
+    global _watching
+    record = FailureRecord.connect(environment, timedelta(seconds=CONNECT_SECONDS))
+    _watching = Peers(environment)
+    _watching.start(record)
+
+
+def watching() -> Peers | None:
+    """The watch of this process, where there is one."""
+    return cast("Peers | None", _watching)
