@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from launcher.assembly.job import Job
-from launcher.checkpoint.agreement import found_by_all
+from launcher.parallel.agreement import found_by_all
 from launcher.layout.holders import Ranks
 from launcher.layout.layout import Layout
 from launcher.parallel.share import share

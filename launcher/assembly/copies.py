@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from launcher.assembly.job import Job
-from launcher.checkpoint.agreement import attempt
-from launcher.errors import Problem, UserError
+from launcher.parallel.agreement import agree, attempt
+from launcher.errors import UserError
 from launcher.parallel.world import World
 from launcher.weights.offline.copy_record import FOLDERS, foreign, write_record
 from launcher.weights.offline.export import Format, write_complete
@@ -92,22 +92,7 @@ def _begin(stack: ExitStack, target: Path, source: Source, key: str) -> Path:
 def _together(world: World, action: Callable[[], Result]) -> list[Result]:
     """What `action` gives on every rank; what goes wrong on one is raised on all."""
 
-    def caught() -> tuple[Result | None, tuple[Problem, ...]]:
-        try:
-            return action(), ()
-        except UserError as error:
-            return None, error.problems
-
-    outcomes = world.gather(attempt(caught))
-    problems: list[Problem] = []
-    for rank, (outcome, failure) in enumerate(outcomes):
-        problems += outcome[1] if outcome else [
-            Problem(what=f"rank {rank}: {failure}", rule="a copy of the weights must be written",
-                    advice="Make room or mend the folder")
-        ]  # fmt: skip
-    if problems:
-        raise UserError(list(dict.fromkeys(problems)))
-    return [outcome[0] for outcome, _ in outcomes]
+    return agree(world, attempt(action), "the copy of the weights could not be written")
 
 
 def _write_model_files(job: Job, source: Source, folder: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from launcher.assembly.job import Job
 from launcher.config.schema import DatasetSection
@@ -10,19 +10,23 @@ from launcher.data.build import build_dataset
 from launcher.data.loader import Batch, evaluation_batches
 from launcher.data.packing import RowDataset
 from launcher.errors import UserError
+from launcher.parallel.disks import find_disks
 
 
 def open_dataset(job: Job, section: DatasetSection) -> RowDataset:
-    """The rows of a data section; rank 0 prepares them once, into `dataset_cache`."""
+    """The rows of a data section; one rank of each disk prepares them, into `dataset_cache`."""
+    cache_dir, world = job.output_dir / "dataset_cache", job.world.patiently()
+    disks = find_disks(cache_dir, world, "the data cache could not be opened")
     dataset = build_dataset(
         section,
         tokenizer=job.tokenizer,
         seq_length=seq_length(job, section),
-        cache_dir=job.output_dir / "dataset_cache",
-        is_main=job.world.is_main,
-        wait=job.world.wait,
+        cache_dir=cache_dir,
+        once=lambda prepare: str(disks.here(world, "", prepare)),
         say=job.say,
     )
+    if disks.are_several:
+        _check_same(world.gather(dataset.content))
     vocabulary = job.spec.hf_config.get("vocab_size")
     if vocabulary is not None and dataset.largest_token >= vocabulary:
         raise UserError(
@@ -31,6 +35,17 @@ def open_dataset(job: Job, section: DatasetSection) -> RowDataset:
             advice="Give the tokenizer the model was made with",
         )
     return dataset
+
+
+def _check_same(contents: Sequence[str]) -> None:
+    """All ranks have prepared the same tokens; `contents`: the hash of those of each rank."""
+    other = next((rank for rank, found in enumerate(contents) if found != contents[0]), None)
+    if other is not None:
+        raise UserError(
+            f"the machine of rank {other} has other data than that of rank 0",
+            rule="all ranks train on the same rows, which each machine prepares from its own files",
+            advice="Copy the same data files and the same tokenizer to every machine",
+        )
 
 
 def seq_length(job: Job, section: DatasetSection) -> int:

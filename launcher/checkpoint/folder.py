@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from launcher.checkpoint.disks import ONE_DISK, Disks, by_machine
+from launcher.parallel.disks import ONE_DISK, Disks, by_machine
 from launcher.checkpoint.leftovers import unfinished
 from launcher.checkpoint.published import Published, published
 from launcher.parallel.world import World

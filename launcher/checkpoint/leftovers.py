@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from pathlib import Path
 
-from launcher.checkpoint.disks import Disks
+from launcher.parallel.disks import Disks
 from launcher.checkpoint.files import TEMPORARY_SUFFIX, temporary
 from launcher.checkpoint.integrated import integrated_names, remove_integrated
 from launcher.checkpoint.names import SaveName, parse_rank_file

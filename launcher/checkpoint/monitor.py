@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from launcher.checkpoint import health
-from launcher.checkpoint.agreement import agree, attempt
+from launcher.parallel.agreement import agree, attempt
 from launcher.checkpoint.background import Background
-from launcher.checkpoint.disks import NOT_OPENED, Disks, find_disks
+from launcher.parallel.disks import NOT_OPENED, Disks, find_disks
 from launcher.checkpoint.integrated import FULL
 from launcher.checkpoint.leftovers import clean_disks, next_counter
 from launcher.checkpoint.names import SaveName, epoch_and_step_in_name

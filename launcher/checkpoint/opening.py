@@ -14,8 +14,8 @@ from functools import partial
 from importlib import import_module
 from pathlib import Path
 
-from launcher.checkpoint.agreement import found_by_all
-from launcher.checkpoint.disks import ONE_DISK
+from launcher.parallel.agreement import found_by_all
+from launcher.parallel.disks import ONE_DISK
 from launcher.checkpoint.folder import Folder, see
 from launcher.checkpoint.leftovers import is_unfinished
 from launcher.checkpoint.wholeness import (

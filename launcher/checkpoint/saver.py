@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from launcher.checkpoint.agreement import agree, attempt
+from launcher.parallel.agreement import agree, attempt
 from launcher.checkpoint.integrated import (
     FULL,
     INTEGRATED_FOLDER,

@@ -23,8 +23,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from launcher.checkpoint.agreement import agree, attempt
-from launcher.checkpoint.disks import ONE_DISK, Disks
+from launcher.parallel.agreement import agree, attempt
+from launcher.parallel.disks import ONE_DISK, Disks
 from launcher.checkpoint.files import (
     json_bytes,
     publish,

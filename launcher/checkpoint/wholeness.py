@@ -14,8 +14,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher.checkpoint.agreement import found_by_all
-from launcher.checkpoint.disks import ONE_DISK, Disks
+from launcher.parallel.agreement import found_by_all
+from launcher.parallel.disks import ONE_DISK, Disks
 from launcher.checkpoint.folder import Folder
 from launcher.checkpoint.published import Published
 from launcher.checkpoint.sight import sight_of, told_headers

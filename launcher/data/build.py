@@ -5,8 +5,8 @@ Owns the data cache. Invariants:
 1. A folder of the cache is named by a hash of everything that decides its content: the files (path,
    size, time of change), the settings, the tokenizer. It is written under another name and renamed
    when it is complete, so a folder with its right name is whole.
-2. Only the main rank reads sources and writes; every rank ends with the same dataset or the same
-   error (see `handover`).
+2. One rank of each disk reads sources and writes there; every rank ends with the same dataset or
+   the same error. No machine needs the cache of another one.
 3. The whole cache may be deleted at any time between runs; nothing else lives in it.
 """
 
@@ -26,7 +26,6 @@ from xxhash import xxh3_128
 from launcher.config.schema import DatasetSection
 from launcher.data.chat import DEFAULT_CHAT_TEMPLATE, tokenise_conversations
 from launcher.data.files import DataFile
-from launcher.data.handover import hand_over
 from launcher.data.packing import (
     PLAN_ARRAYS,
     RowDataset,
@@ -54,6 +53,7 @@ PROGRESS_SECONDS = 10.0
 LEFTOVER_SECONDS = 86400.0
 
 Say = Callable[[str], None]
+Once = Callable[[Callable[[], str]], str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,15 +87,14 @@ def build_dataset(
     tokenizer: Any,
     seq_length: int,
     cache_dir: Path,
-    is_main: bool,
-    wait: Callable[[], None],
+    once: Once,
     say: Say,
 ) -> RowDataset:
-    """The rows of one dataset section, tokenised by the main rank or taken from the cache.
+    """The rows of one dataset section, tokenised here or taken from the cache.
 
-    Every rank calls this with the same arguments; `wait` is a barrier over them and is called once,
-    `say` is used by the main rank only. `cache_dir` must be the same folder for all of them. Raises
-    UserError, the same on every rank.
+    Every rank calls this with the same arguments; `say` is used by the ranks that prepare the data.
+    `once` runs a function on one of the ranks that share `cache_dir` and returns what it gave to
+    each of them. Raises UserError, the same on every rank.
     """
     recipe = Recipe(
         section=section,
@@ -105,14 +104,8 @@ def build_dataset(
         say=say,
     )
     settings = _settings(recipe)
-    folder = hand_over(
-        lambda: _ensure_folder(recipe, settings),
-        name=_hash(settings),
-        cache_dir=recipe.cache_dir,
-        is_main=is_main,
-        wait=wait,
-    )
-    return _open(folder, recipe)
+    name = once(lambda: _ensure_folder(recipe, settings).name)
+    return _open(recipe.cache_dir / name, recipe)
 
 
 def _ensure_folder(recipe: Recipe, settings: dict[str, Any]) -> Path:

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from launcher.checkpoint import disks as module
-from launcher.checkpoint.disks import ONE_DISK, Disks, by_machine, find_disks
+from launcher.parallel import disks as module
+from launcher.parallel.disks import ONE_DISK, Disks, by_machine, find_disks
 from launcher.checkpoint.folder import see
 from launcher.checkpoint.leftovers import clean_disks
 from launcher.checkpoint.names import SaveName

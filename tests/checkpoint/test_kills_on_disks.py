@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.checkpoint.disks import TOKEN
+from launcher.parallel.disks import TOKEN
 from launcher.checkpoint.published import published
 from tests.checkpoint.killing import Fault, Operation, operations, place, run_killed
 from tests.checkpoint.test_kills import faults_of

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from launcher.checkpoint import saver as module
-from launcher.checkpoint.agreement import agree, attempt
+from launcher.parallel.agreement import agree, attempt
 from launcher.checkpoint.integrated import FULL, INTEGRATED_FOLDER, folder_of
 from launcher.checkpoint.leftovers import clean_unfinished, next_counter
 from launcher.checkpoint.names import SaveName
@@ -171,7 +171,7 @@ def test_a_save_that_another_run_cleared_away_is_not_published(tmp_path: Path, m
 
 def test_any_failure_of_a_rank_is_told_on_all(capsys) -> None:
     def work(world: World) -> str:
-        outcome = attempt(int, "x") if world.rank else ("", "")
+        outcome = attempt(int, "x") if world.rank else ("", None)
         with pytest.raises(UserError) as caught:
             agree(world, outcome)
         return caught.value.problems[0].what

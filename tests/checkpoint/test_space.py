@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from launcher.checkpoint.agreement import agree, attempt
+from launcher.parallel.agreement import agree, attempt
 from launcher.checkpoint.space import SMALL_FILES_BYTES, bytes_on_host, room_for
 from launcher.errors import UserError
 from launcher.parallel.world import World

@@ -75,8 +75,7 @@ def build(tmp_path: Path, tokenizer: PreTrainedTokenizerFast, said: list[str]) -
             tokenizer=used,
             seq_length=seq_length,
             cache_dir=cache_dir,
-            is_main=True,
-            wait=lambda: None,
+            once=lambda prepare: prepare(),
             say=said.append,
         )
 

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import threading
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from launcher.config.schema import DataLoaderSection, DatasetSection
-from launcher.data.build import build_dataset
 from launcher.data.packing import RowDataset
 from launcher.errors import UserError
 
@@ -205,111 +202,6 @@ def test_a_cache_that_cannot_be_written(build: Build, corpus: Path, tmp_path: Pa
         build(dataset_dir=str(corpus), cache_dir=tmp_path / "file" / "cache")
     assert "the data cache cannot be written (Not a directory)" in str(caught.value)
     assert "or set another output_dir." in str(caught.value)
-
-
-class Ranks:
-    """Threads as ranks: a real barrier, and what each of them ended with."""
-
-    def __init__(self, count: int) -> None:
-        self.results: list[Any] = [None] * count
-        self._barrier = threading.Barrier(count, timeout=20)
-
-    def _wait(self) -> None:
-        self._barrier.wait()
-
-    def build(self, section: DatasetSection, tokenizer: Any, cache_dir: Path) -> None:
-        def work(rank: int) -> None:
-            try:
-                self.results[rank] = build_dataset(
-                    section,
-                    tokenizer=tokenizer,
-                    seq_length=8,
-                    cache_dir=cache_dir,
-                    is_main=rank == 0,
-                    wait=self._wait,
-                    say=lambda line: None if rank == 0 else pytest.fail(line),
-                )
-            except BaseException as error:
-                self.results[rank] = error
-
-        threads = [threading.Thread(target=work, args=(r,)) for r in range(len(self.results))]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-
-
-def section_of(place: Path) -> DatasetSection:
-    return DatasetSection(data_loader=DataLoaderSection(dataset_dir=str(place)), packing=True)
-
-
-def test_every_rank_maps_the_same_rows(tmp_path: Path, corpus: Path, tokenizer: Any) -> None:
-    ranks = Ranks(3)
-    ranks.build(section_of(corpus), tokenizer, tmp_path / "cache")
-    first, *others = ranks.results
-    for other in others:
-        assert other.fingerprint == first.fingerprint
-        assert np.array_equal(other.row(3).labels, first.row(3).labels)
-
-
-def test_an_error_of_the_main_rank_reaches_all_and_none_waits(
-    tmp_path: Path, corpus: Path, tokenizer: Any
-) -> None:
-    ranks = Ranks(3)
-    ranks.build(section_of(corpus), tokenizer, tmp_path / "cache")  # an old outcome lies there
-    (corpus / "zz.txt").symlink_to("nowhere")
-    ranks = Ranks(3)
-    ranks.build(section_of(corpus), tokenizer, tmp_path / "cache")
-    assert all(isinstance(result, UserError) for result in ranks.results)
-    assert len({str(result) for result in ranks.results}) == 1
-    assert "zz.txt: cannot be read" in str(ranks.results[0])
-
-
-def test_a_fault_of_ours_reaches_all_too(
-    tmp_path: Path, corpus: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def broken(*_: Any) -> None:
-        raise RuntimeError("a bug")
-
-    monkeypatch.setattr("launcher.data.build.tokenise_documents", broken)
-    ranks = Ranks(2)
-    ranks.build(section_of(corpus), tokenizer, tmp_path / "cache")
-    assert repr(ranks.results[0]) == "RuntimeError('a bug')"
-    assert str(ranks.results[1]) == (
-        "the main rank could not read the data (RuntimeError('a bug'))."
-    )
-
-
-def test_a_cache_that_is_not_shared_is_told(tmp_path: Path, corpus: Path, tokenizer: Any) -> None:
-    with pytest.raises(UserError, match="the main rank left no word about the data") as caught:
-        build_dataset(
-            section_of(corpus),
-            tokenizer=tokenizer,
-            seq_length=8,
-            cache_dir=tmp_path / "elsewhere",
-            is_main=False,
-            wait=lambda: None,
-            say=print,
-        )
-    assert "Put output_dir on a file system that all machines share." in str(caught.value)
-
-
-def test_two_runs_at_once_end_with_one_folder(tmp_path: Path, corpus: Path, tokenizer: Any) -> None:
-    results: list[Any] = []
-    threads = []
-    for _ in range(2):
-        ranks = Ranks(1)
-        results.append(ranks)
-        thread = threading.Thread(
-            target=ranks.build, args=(section_of(corpus), tokenizer, tmp_path / "cache")
-        )
-        threads.append(thread)
-        thread.start()
-    for thread in threads:
-        thread.join()
-    prints = {ranks.results[0].fingerprint for ranks in results}
-    assert len(prints) == 1
-    assert len(list((tmp_path / "cache").glob("*/tokens.bin"))) == 1
 
 
 def test_long_tokenising_shows_progress(

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher.checkpoint.agreement import agree, attempt
+from launcher.parallel.agreement import agree, attempt
 from launcher.parallel.world import World
 
 TOKEN = ".disk_"
@@ -55,10 +55,15 @@ class Disks:
     def each(self, world: World, what: str, action: Any, *arguments: Any) -> list[Any]:
         """What `action` gives on every disk, done by its leader. Raises `UserError` on every rank,
         which says `what`, when one fails."""
-        done = attempt(action, *arguments) if self.leads(world) else (None, "")
+        done = attempt(action, *arguments) if self.leads(world) else (None, None)
         leaders = [group[0] for group in self.groups] or [0]
         results = agree(world, done, what)
         return [results[leader] for leader in leaders]
+
+    def here(self, world: World, what: str, action: Any, *arguments: Any) -> Any:
+        """As `each`: what `action` gives on the disk of this rank."""
+        done = attempt(action, *arguments) if self.leads(world) else (None, None)
+        return agree(world, done, what)[self.mates(world)[0]]
 
 
 ONE_DISK = Disks()
@@ -73,16 +78,17 @@ def by_machine(folder: Path, world: World) -> Disks:
     return _disks(ranks.values())
 
 
-def find_disks(folder: Path, world: World) -> Disks:
-    """The disks at `folder`, which is made where it has to be looked into. Raises `UserError`."""
+def find_disks(folder: Path, world: World, what: str = NOT_OPENED) -> Disks:
+    """The disks at `folder`, which is made where it has to be looked into. Raises `UserError`,
+    which says `what`."""
     machines = by_machine(folder, world)
     if not machines.are_several:
         return machines
     token = folder / f"{TOKEN}{uuid.uuid4().hex}"
-    machines.each(world, NOT_OPENED, _make_ready, folder)
+    machines.each(world, what, _make_ready, folder)
     try:
-        names = machines.each(world, NOT_OPENED, _drop, token)
-        seen = machines.each(world, NOT_OPENED, _look, folder, names)
+        names = machines.each(world, what, _drop, token)
+        seen = machines.each(world, what, _look, folder, names)
     finally:
         if machines.leads(world):
             with suppress(OSError):
