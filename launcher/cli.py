@@ -166,9 +166,7 @@ def _run(line: CommandLine, resolved: Resolved, *, ends_with_peers: bool) -> int
         return EXIT_OK
     from launcher import modes
 
-    return modes.run(
-        resolved.config, resolved.provenance, text, ends_with_peers=ends_with_peers
-    )
+    return modes.run(resolved.config, resolved.provenance, text, ends_with_peers=ends_with_peers)
 
 
 def _show(problems: Iterable[Problem], *, tail: str = ".") -> None:

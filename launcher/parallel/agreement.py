@@ -54,14 +54,12 @@ def attempt(action: Any, *arguments: Any) -> tuple[Any, Trouble | None]:
         return None, Trouble(f"{type(error).__name__}: {error}")
 
 
-def agree(
-    world: World, outcome: tuple[Any, Trouble | None], what: str = NOT_SAVED
-) -> list[Any]:
+def agree(world: World, outcome: tuple[Any, Trouble | None], what: str = NOT_SAVED) -> list[Any]:
     """The results of all ranks, or a `UserError` on all, which says `what`, when one failed."""
     outcomes = world.gather(outcome)
     failed = {rank: trouble for rank, (_, trouble) in enumerate(outcomes) if trouble is not None}
     if failed:
-        raise UserError(list(dict.fromkeys(_problems(failed, what))))
+        raise UserError(_problems(failed, what))
     return [result for result, _ in outcomes]
 
 
@@ -78,9 +76,13 @@ def _problems(failed: dict[int, Trouble], what: str) -> list[Problem]:
                 advice=_advice({trouble.errno for trouble in plain.values()}, what),
             )
         )
-    for trouble in failed.values():
-        prefix = f"{what}: " if what else ""
-        found += [replace(problem, what=prefix + problem.what) for problem in trouble.problems]
+    explained = dict[Problem, list[int]]()
+    for rank, trouble in failed.items():
+        for problem in trouble.problems:
+            explained.setdefault(problem, []).append(rank)
+    for problem, ranks in explained.items():
+        who = f"{what}: rank {', '.join(map(str, ranks[:RANKS_SHOWN]))}: " if what else ""
+        found.append(replace(problem, what=who + problem.what))
     return found
 
 

@@ -22,6 +22,8 @@ from launcher.parallel import peers
 from launcher.parallel.failure import job_prefix
 
 GROUP_TIMEOUT = timedelta(minutes=30)
+SERVED_TIMEOUT = timedelta(minutes=1)
+"""To connect to a store that was there before this process was started."""
 PATIENCE = timedelta(days=1)
 
 
@@ -155,11 +157,13 @@ def _store(environment: ProcessEnvironment) -> dist.Store:
     if environment.world_size == 1:
         return dist.HashStore()
     serves = environment.rank == 0 and not environment.uses_agent_store
+    patience = SERVED_TIMEOUT if environment.uses_agent_store else GROUP_TIMEOUT
     # Nobody waits here for all processes: one of them may have failed, which `peers` then tells.
     store = dist.TCPStore(
         environment.master_addr, environment.master_port, environment.world_size,
-        is_master=serves, timeout=GROUP_TIMEOUT, wait_for_workers=False,
+        is_master=serves, timeout=patience, wait_for_workers=False,
     )  # fmt: skip
+    store.set_timeout(GROUP_TIMEOUT)
     # The prefix keeps attempts apart (connection refused or a hang otherwise).
     return dist.PrefixStore(job_prefix(environment.restart_count), store)
 

@@ -64,6 +64,11 @@ class Launch:
         return range(first, first + self.local_workers)
 
     @property
+    def has_console(self) -> bool:
+        """Whether the console of this node shows rank 0."""
+        return 0 in self.ranks
+
+    @property
     def scheduler_log(self) -> Path:
         """Where torchrun's own words go."""
         name = f"scheduler_{self.node_rank}.log" if self.node_rank else "scheduler.log"

@@ -133,8 +133,14 @@ def start(launch: Launch) -> int:
     if launch.local_workers > 1:
         os.environ.setdefault("OMP_NUM_THREADS", "1")
     launch = replace(launch, master_port=launch.master_port or _free_port())
-    shown = launch.worker_log(0) if 0 in launch.ranks else None
+    shown = launch.worker_log(0) if launch.has_console else None
     print(f"msrun: {_plural(launch.workers, 'worker')}, logs in {launch.log_dir}", file=sys.stderr)
+    if launch.nodes > 1:
+        print(
+            f"msrun: node {launch.node_rank} of {launch.nodes}, which meet at {launch.master_addr}:"
+            f"{launch.master_port} within {launch.timeout_seconds} s",
+            file=sys.stderr,
+        )
     with (
         _standard_error_to(launch.scheduler_log) as console,
         Follower(shown),
@@ -203,9 +209,14 @@ def _failed(
     log = launch.worker_log(rank)
     tell(f"msrun: rank {rank} ended first, {_how(code)}: see {log}")
     if rank:
+        mark = f"[rank {rank}] "
+        on_console = (
+            set(last_lines(launch.worker_log(0), _SHOWN_LINES)) if launch.has_console else {}
+        )
         for line in last_lines(log, _SHOWN_LINES):
-            mark = f"[rank {rank}] "
-            tell(mark + line.removeprefix(mark))
+            text = line.removeprefix(mark)
+            if text not in on_console:
+                tell(mark + text)
     return _exit_code(code)
 
 

@@ -26,8 +26,10 @@ from launcher.tools.launch import Launch
 POLL_SECONDS = 0.5
 CONNECT_SECONDS = 3.0
 LINGER_SECONDS = 5.0
-"""How long node 0 serves the record of a failure, and another node tries to write one."""
-WORKER_SECONDS = 12.0
+"""How long node 0 serves the record of a failure for nodes that have not read it."""
+REPORT_SECONDS = 10.0
+"""How long a node that starts nothing tries to reach node 0."""
+WORKER_SECONDS = 8.0
 """How long the ranks of this node have to end by themselves."""
 _SEEN = "seen"
 
@@ -120,8 +122,19 @@ def report(launch: Launch, failure: Failure) -> None:
             record.write(failure)
             _linger(record, launch.nodes - 1)
         else:
-            seconds = timedelta(seconds=CONNECT_SECONDS)
-            FailureRecord.connect(_address(launch), seconds).write(failure)
+            _reach(launch, REPORT_SECONDS).write(failure)
+
+
+def _reach(launch: Launch, seconds: float) -> FailureRecord:
+    """A connection to node 0, which may just be starting. Raises `RuntimeError`."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            return FailureRecord.connect(_address(launch), timedelta(seconds=CONNECT_SECONDS))
+        except RuntimeError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(POLL_SECONDS)
 
 
 def _linger(record: FailureRecord, others: int) -> None:

@@ -26,7 +26,9 @@ def build_on(
     """What each rank ends with: a dataset or an error. `caches`: the folder of each rank."""
 
     def work(world: World) -> Any:
-        section = DatasetSection(data_loader=DataLoaderSection(dataset_dir=str(place)), packing=True)
+        section = DatasetSection(
+            data_loader=DataLoaderSection(dataset_dir=str(place)), packing=True
+        )
         try:
             return build_dataset(
                 section,
