@@ -193,3 +193,7 @@ def _say_what_is_ignored(keys: Sequence[str]) -> None:
         text = f"accepted, no effect on PyTorch: {', '.join(keys)}"
         lines = textwrap.wrap(text, width=100, subsequent_indent="  ", break_long_words=False)
         print("\n".join(lines), file=sys.stderr)
+
+
+if __name__ == "__main__":
+    leave(main(owns_process=True))

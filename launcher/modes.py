@@ -17,7 +17,7 @@ from launcher.assembly.run import fresh_run
 from launcher.assembly.strategy import world_without_group, write_all, write_own
 from launcher.assembly.weights import fill_weights, find_weights
 from launcher.checkpoint.files import write_json
-from launcher.checkpoint.monitor import CheckpointMonitor
+from launcher.checkpoint.monitor import LAST_STEP_ONLY, CheckpointMonitor
 from launcher.config.provenance import Provenance
 from launcher.config.schema import Config, OnRequestExitSection, RegisteredCallbackSection
 from launcher.errors import EXIT_OK, UserError
@@ -25,8 +25,10 @@ from launcher.parallel import world as worlds
 from launcher.parallel.parts import Parts
 from launcher.parallel.world import World
 from launcher.predict import check_writable, read_prompts, result_text, write_results
+from launcher.report.aside import move_aside, write_new
 from launcher.report.console import Console, close_logs, open_logs
-from launcher.report.metrics import MetricsLog
+from launcher.report.curves import FILE_NAME as CURVE_NAME
+from launcher.report.metrics import MetricsLog, Start
 from launcher.report.trackers import open_trackers
 from launcher.train.callbacks import (
     Callback,
@@ -81,7 +83,7 @@ def open_output(config: Config, world: World, name: str, resolved: str) -> None:
     try:
         open_logs(Path(config.output_dir), world.rank)
         if world.is_main:
-            (Path(config.output_dir) / name).write_text(resolved)
+            write_new(Path(config.output_dir) / name, resolved)
     except OSError as error:
         raise UserError(
             f"output_dir = {config.output_dir!r}: {error.filename} cannot be written",
@@ -222,11 +224,21 @@ def open_reporting(job: Job, run: TrainRun) -> Reporting | None:
         names, Path(board or job.output_dir / "trackers"), facts,
         cpu=job.world.device.type == "cpu",
     )  # fmt: skip
-    reporting = Reporting(
-        job.console, MetricsLog(job.output_dir, run.state.consumed_samples), trackers
-    )
+    metrics = MetricsLog(job.output_dir, start_of(run), run.state.consumed_samples)
+    if metrics.moved_to:
+        curve = job.output_dir / CURVE_NAME
+        moved = [metrics.moved_to, *([move_aside(curve)] if curve.exists() else [])]
+        job.say(f"of an earlier run, moved aside: {', '.join(map(str, moved))}")
+    reporting = Reporting(job.console, metrics, trackers)
     run.report_row = reporting.row
     return reporting
+
+
+def start_of(run: TrainRun) -> Start:
+    """What the run is to the metrics in its folder."""
+    if run.resumed_from is not None:
+        return Start.SAME
+    return Start.BRANCH if run.came_from else Start.FRESH
 
 
 def build_callbacks(job: Job) -> list[Callback]:
@@ -240,6 +252,11 @@ def build_callbacks(job: Job) -> list[Callback]:
         callbacks.append(LimitCheck(limits, most))
     if config.checkpoint_monitor is not None:
         callbacks.append(CheckpointMonitor(config.checkpoint_monitor))  # type: ignore[arg-type]
+    elif config.final_checkpoint:
+        callbacks.append(CheckpointMonitor(LAST_STEP_ONLY))
+    else:
+        job.say("warning: nothing will be saved: there is no CheckpointMonitor, and "
+                "final_checkpoint is False")  # fmt: skip
     request = config.last_callback(OnRequestExitSection)
     if request is not None and request.config_file:
         callbacks.append(RequestFile(request.config_file))

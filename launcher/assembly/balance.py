@@ -8,9 +8,9 @@ from functools import partial
 from typing import Any, TypeVar
 
 from launcher.assembly.job import Job
-from launcher.parallel.agreement import found_by_all
 from launcher.layout.holders import Ranks
 from launcher.layout.layout import Layout
+from launcher.parallel.agreement import found_by_all
 from launcher.parallel.share import share
 from launcher.parallel.world import World
 from launcher.weights.links import LinksOf

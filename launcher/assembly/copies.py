@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from launcher.assembly.job import Job
-from launcher.parallel.agreement import agree, attempt
 from launcher.errors import UserError
+from launcher.parallel.agreement import agree, attempt
 from launcher.parallel.world import World
 from launcher.weights.offline.copy_record import FOLDERS, foreign, write_record
 from launcher.weights.offline.export import Format, write_complete

@@ -10,9 +10,9 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from launcher.parallel.disks import ONE_DISK, Disks, by_machine
 from launcher.checkpoint.leftovers import unfinished
 from launcher.checkpoint.published import Published, published
+from launcher.parallel.disks import ONE_DISK, Disks, by_machine
 from launcher.parallel.world import World
 from launcher.weights.ranks.manifests import SEAL
 

@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Collection
 from pathlib import Path
 
-from launcher.parallel.disks import Disks
 from launcher.checkpoint.files import TEMPORARY_SUFFIX, temporary
 from launcher.checkpoint.integrated import integrated_names, remove_integrated
 from launcher.checkpoint.names import SaveName, parse_rank_file
 from launcher.checkpoint.published import published, withdraw
+from launcher.parallel.disks import Disks
 from launcher.parallel.world import World
 from launcher.weights.ranks.manifests import MANIFEST_FOLDER, STATE_FOLDER
 

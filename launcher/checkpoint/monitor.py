@@ -10,6 +10,7 @@ the last one of a run is waited for; a save that fails leaves the earlier ones a
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -17,12 +18,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from launcher.checkpoint import health
-from launcher.parallel.agreement import agree, attempt
 from launcher.checkpoint.background import Background
-from launcher.parallel.disks import NOT_OPENED, Disks, find_disks
+from launcher.checkpoint.cost import Pace, forecast, kept_saves, nbytes_of
 from launcher.checkpoint.integrated import FULL
 from launcher.checkpoint.leftovers import clean_disks, next_counter
 from launcher.checkpoint.names import SaveName, epoch_and_step_in_name
+from launcher.checkpoint.published import published
 from launcher.checkpoint.saver import NETWORK, TRAINABLE, Done, Job, Saver
 from launcher.checkpoint.snapshot import Snapshot
 from launcher.checkpoint.store import Store
@@ -31,11 +32,14 @@ from launcher.errors import UserError
 from launcher.layout.box import Shape
 from launcher.layout.holders import Ranks
 from launcher.layout.mesh import Mesh
+from launcher.parallel.agreement import agree, attempt
+from launcher.parallel.disks import NOT_OPENED, Disks, find_disks
 from launcher.parallel.world import World
 from launcher.weights.formats.note import inventory_of
 from launcher.weights.offline.merge import MODEL_FOLDER
 from launcher.weights.ranks.redundancy import keepers_of
 from launcher.weights.reading.memory import Shard
+from launcher.weights.source import OPTIMIZER_PREFIXES
 
 
 class Savable(Protocol):
@@ -44,8 +48,10 @@ class Savable(Protocol):
     world: World
     mesh: Mesh
     steps_per_epoch: int
+    total_steps: int
     sink_size: int
     resumed_from: SaveName | None
+    came_from: str
     inputs: frozenset[Path]
 
     @property
@@ -64,6 +70,9 @@ class Savable(Protocol):
     def write_model_files(self, directory: Path) -> None: ...
     def say(self, text: str) -> None: ...
 
+
+LAST_STEP_ONLY = CheckpointMonitorSection(save_checkpoint_steps=0)
+"""For a run without CheckpointMonitor: the last step is saved, and nothing before it."""
 
 LAST_WAIT_SECONDS = 300.0
 """How long a run that fails waits for the save that is under way."""
@@ -103,6 +112,7 @@ class CheckpointMonitor:
         self._snapshot = Snapshot()
         self._background: Background[Done] = Background()
         self._apart: World | None = None
+        self._pace = Pace()
 
     @property
     def is_writing(self) -> bool:
@@ -120,6 +130,7 @@ class CheckpointMonitor:
         if self.config.async_save:
             self._apart = run.world.apart()
         self._say_what_is_idle(run)
+        self._say_what_saves_take(run)
 
     def settle(self, run: Savable) -> None:
         """End what this run was killed in, which has nothing else to do any more."""
@@ -150,11 +161,25 @@ class CheckpointMonitor:
                 inventory_of(self._shapes(run, folder)),
                 self.config.keep_checkpoint_per_n_minutes,
                 disks,
+                run.came_from.rpartition("-")[0] if folder == FULL else "",
             )
+            self._say_what_is_kept(run, stores[folder])
         return Saver(
             stores, run.mesh, remove_redundancy=self.config.remove_redundancy,
             integrate=self.config.integrated_save,
         )  # fmt: skip
+
+    def _say_what_is_kept(self, run: Savable, store: Store) -> None:
+        """Saves of earlier runs in the folder, which retention leaves alone."""
+        others = [
+            found.name.label for found in published(store.root) if not store.is_own(found.name)
+        ]
+        if others and run.world.is_main:
+            labels = ", ".join(dict.fromkeys(others))
+            run.say(
+                f"{store.root}: {len(others)} save(s) of earlier runs ({labels}) are kept and do "
+                f"not count for keep_checkpoint_max; this run saves as {store.label}"
+            )
 
     def _say_what_is_idle(self, run: Savable) -> None:
         """The original's rule: a limit in time acts where that in numbers is off."""
@@ -167,6 +192,42 @@ class CheckpointMonitor:
         ):  # fmt: skip
             if value and number:
                 run.say(f"{key}: {value} has no effect: {other} is {number}. Set that to 0")
+
+    def _say_what_saves_take(self, run: Savable) -> None:
+        """Bytes of a save, how many stay, and what is free: before the first step."""
+        store = self._open_saver.stores[FULL]
+        if self.config is LAST_STEP_ONLY:
+            run.say(
+                f"there is no CheckpointMonitor: the last step is saved to {store.root} "
+                "(final_checkpoint: False saves nothing)"
+            )
+        sizes = run.world.gather(self._bytes_of_a_save(run))
+        kept = kept_saves(
+            steps=self.config.save_checkpoint_steps, limit=self.config.keep_checkpoint_max,
+            done=run.global_step, last=run.total_steps,
+        )  # fmt: skip
+        forecasts = forecast(store, sizes, kept, run.world)
+        run.say(str(forecasts[0]))
+        for warning in dict.fromkeys(found.warning for found in forecasts if found.warning):
+            run.say(f"warning: {warning}")
+
+    def _bytes_of_a_save(self, run: Savable) -> int:
+        """Of this rank, in all folders. The moments of a weight are as large as the weight."""
+        total, optimizer = 0, self.config.save_optimizer
+        weights, trained = run.weights(), run.trainable_weights()
+        for folder in self._folders():
+            if self.config.remove_redundancy:
+                held = self._without_copies(run, folder, weights)
+            else:
+                held = weights
+            moved = {name: shard for name, shard in trained.items() if name in held}
+            total += nbytes_of(moved if folder == TRAINABLE else held)
+            if folder == FULL and optimizer:
+                total += len(OPTIMIZER_PREFIXES) * nbytes_of(moved)
+        if self.config.integrated_save and run.world.is_main:
+            numbers = sum(map(math.prod, run.shapes_in_files(optimizer=False).values()))
+            total += numbers * next(iter(weights.values())).tensor.element_size()
+        return total
 
     def _folders(self) -> list[str]:
         wanted = {FULL: True, NETWORK: self.config.save_network_params,
@@ -276,9 +337,12 @@ class CheckpointMonitor:
         self._tried_step, self._saved_at = run.global_step, time.monotonic()
         if self._apart is None:
             self._settle(run, self._open_saver.write(self._job(run), run.world))
-            return
-        job = self._job(run, started)
-        self._background.start(partial(self._open_saver.write, job, self._apart))
+        else:
+            job = self._job(run, started)
+            self._background.start(partial(self._open_saver.write, job, self._apart))
+        warning = self._pace.add(run.global_step, started, time.perf_counter())
+        if warning:
+            run.say(f"warning: {warning}")
 
     def _job(self, run: Savable, asynchronous_since: float | None = None) -> Job:
         """What is to be saved of the run as it is now; a copy of it for an asynchronous save."""
@@ -340,7 +404,7 @@ class CheckpointMonitor:
         for trouble in done.troubles:
             run.say(f"warning: {name} is saved, but {trouble}")
         for old in done.removed:
-            run.say(f"removed {old} of an earlier run: {self._retention()}")
+            run.say(f"removed {old}, of the run that this one goes on from: {self._retention()}")
         if done.error is not None:
             where = f" in {done.failed_in}, only in {', '.join(done.saved_in)}"
             run.say(f"warning: step {job.step} was not saved{where if done.saved_in else ''}: "

@@ -14,8 +14,6 @@ from functools import partial
 from importlib import import_module
 from pathlib import Path
 
-from launcher.parallel.agreement import found_by_all
-from launcher.parallel.disks import ONE_DISK
 from launcher.checkpoint.folder import Folder, see
 from launcher.checkpoint.leftovers import is_unfinished
 from launcher.checkpoint.wholeness import (
@@ -30,6 +28,8 @@ from launcher.checkpoint.wholeness import (
     whole_source,
 )
 from launcher.errors import Problem, UserError
+from launcher.parallel.agreement import found_by_all
+from launcher.parallel.disks import ONE_DISK
 from launcher.parallel.world import World
 from launcher.weights.ranks.distributed import check_copies, open_rank_files
 from launcher.weights.ranks.manifests import MANIFEST_FOLDER

@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from launcher.parallel.agreement import agree, attempt
 from launcher.checkpoint.integrated import (
     FULL,
     INTEGRATED_FOLDER,
@@ -24,6 +23,7 @@ from launcher.checkpoint.published import published
 from launcher.checkpoint.store import Store
 from launcher.errors import UserError
 from launcher.layout.mesh import Mesh
+from launcher.parallel.agreement import agree, attempt
 from launcher.parallel.world import World
 from launcher.weights.reading.memory import Shard
 
@@ -57,7 +57,7 @@ class Done:
     seconds: float
     nbytes: int = 0
     removed: tuple[SaveName, ...] = ()
-    """Saves of earlier runs that were let go."""
+    """Saves that were deleted of the run that this one goes on from."""
     troubles: tuple[str, ...] = ()
     """What went wrong after it was published."""
     error: UserError | None = None

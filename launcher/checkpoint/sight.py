@@ -11,8 +11,8 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher.parallel.disks import Disks
 from launcher.errors import UserError
+from launcher.parallel.disks import Disks
 from launcher.parallel.world import World
 from launcher.weights.formats.safetensors import Header, read_header
 

@@ -1,4 +1,4 @@
-"""Space: is there room for a save before its first byte is written?
+"""Space: is there room for one before its first byte is written?
 
 Owns the question to the file system. A disk that fills up in the middle of a save has cost minutes
 of writing, and leaves no room for the logs that would tell. What this does not see: quotas, and
@@ -25,15 +25,26 @@ def bytes_on_host(world: World, nbytes: int) -> int:
     return sum(part for host, part in world.gather((here, nbytes)) if host == here)
 
 
+def size_text(nbytes: float) -> str:
+    """`12.3 MB` or `45.6 GB`."""
+    return f"{nbytes / 1e9:,.1f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:,.1f} MB"
+
+
+def free_bytes(root: Path) -> int | None:
+    """Free bytes where `root` lies; None where the file system does not say how large it is, as
+    some over a network. Raises `OSError`."""
+    found = os.statvfs(root)
+    return found.f_bavail * found.f_frsize if found.f_blocks else None
+
+
 def room_for(root: Path, nbytes: int) -> None:
     """Check that `nbytes` of rank files, and the small files of a save, fit where `root` lies.
 
     Raises `OSError` (ENOSPC) that gives both sizes, and that of the system when `root` cannot be
     asked about. A file system that does not say how large it is, as some over a network, has room.
     """
-    found = os.statvfs(root)
-    free = found.f_bavail * found.f_frsize
-    if found.f_blocks and free < nbytes + SMALL_FILES_BYTES:
+    free = free_bytes(root)
+    if free is not None and free < nbytes + SMALL_FILES_BYTES:
         raise OSError(
             errno.ENOSPC,
             f"no room: {nbytes / 1e6:,.1f} MB are to be written, {free / 1e6:,.1f} MB are free",

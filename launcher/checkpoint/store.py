@@ -10,7 +10,7 @@ and the same manifest and state: a leader on each does the part of rank 0.
 
 Invariants: a checkpoint counts only with its manifest; a manifest appears only after every file it
 names is durable; the oldest checkpoint is deleted only after the newer one is published, its
-manifest first. Nothing is deleted that this launcher did not write.
+manifest first. Nothing is deleted that this run did not write, or the run it goes on from.
 """
 
 from __future__ import annotations
@@ -23,8 +23,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from launcher.parallel.agreement import agree, attempt
-from launcher.parallel.disks import ONE_DISK, Disks
 from launcher.checkpoint.files import (
     json_bytes,
     publish,
@@ -39,6 +37,8 @@ from launcher.checkpoint.published import Published, intent, published, withdraw
 from launcher.checkpoint.space import bytes_on_host, room_for
 from launcher.errors import UserError
 from launcher.layout.mesh import Mesh
+from launcher.parallel.agreement import agree, attempt
+from launcher.parallel.disks import ONE_DISK, Disks
 from launcher.parallel.world import World
 from launcher.weights.formats.note import Inventory
 from launcher.weights.ranks.manifests import (
@@ -85,7 +85,7 @@ class Store:
     prefix: str
     counter: int
     keep_max: int
-    """How many checkpoints of this prefix stay; 0: all, or what `keep_minutes` says."""
+    """How many checkpoints of this run stay; 0: all, or what `keep_minutes` says."""
     inputs: frozenset[Path] = frozenset()
     """Resolved files and folders that are never deleted: what the run was started from."""
     inventory: Inventory | None = None
@@ -94,6 +94,17 @@ class Store:
     """With `keep_max` 0: of those saved in so many minutes one stays, and the newest; 0: all."""
     disks: Disks = ONE_DISK
     """Which ranks see the folder `root` of which disk."""
+    resumed_label: str = ""
+    """The run that this one goes on from under another name: its saves count for retention."""
+
+    @property
+    def label(self) -> str:
+        """Names this run among those of the folder: prefix and counter."""
+        return SaveName(self.prefix, self.counter, 1, 1).label
+
+    def is_own(self, name: SaveName) -> bool:
+        """Whether this run may delete a save: one that it wrote, or that it goes on from."""
+        return name.label in (self.label, self.resumed_label)
 
     def save(
         self,
@@ -135,7 +146,7 @@ class Store:
 
         Raises `UserError`.
         """
-        mine = [c for c in world.from_main(published(self.root)) if c.name.prefix == self.prefix]
+        mine = [c for c in world.from_main(published(self.root)) if self.is_own(c.name)]
         if mine:
             agree(world, attempt(self._write_meta, mine[-1].name, world), NO_META)
             self._retain(world)
@@ -277,8 +288,8 @@ class Store:
         return [c for c in self._superseded(in_order) if c.name not in inputs]
 
     def _known(self) -> list[tuple[Published, bool]]:
-        """Those of this prefix that this disk has, and whether they are inputs of the run."""
-        mine = (c for c in published(self.root) if c.name.prefix == self.prefix)
+        """Those of this run that this disk has, and whether they are inputs of the run."""
+        mine = (c for c in published(self.root) if self.is_own(c.name))
         return [(checkpoint.in_short(), self._is_input(checkpoint)) for checkpoint in mine]
 
     def _withdraw(self, old: Sequence[Published], world: World) -> None:

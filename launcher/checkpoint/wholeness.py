@@ -14,12 +14,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher.parallel.agreement import found_by_all
-from launcher.parallel.disks import ONE_DISK, Disks
 from launcher.checkpoint.folder import Folder
 from launcher.checkpoint.published import Published
 from launcher.checkpoint.sight import sight_of, told_headers
 from launcher.errors import UserError
+from launcher.parallel.agreement import found_by_all
+from launcher.parallel.disks import ONE_DISK, Disks
 from launcher.parallel.world import World
 from launcher.weights.ranks.distributed import open_rank_files
 from launcher.weights.ranks.manifests import MANIFEST_FOLDER

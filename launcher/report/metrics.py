@@ -1,7 +1,8 @@
 """metrics.jsonl: one JSON object a line, one line an optimizer step, one an evaluation.
 
-Invariant: samples in the file never run backwards. A resumed run first drops the rows after the
-place it resumes from (they are about to be made again); a fresh run puts an older file aside.
+Invariants: samples in the file never run backwards; no row of another run is lost. A run that goes
+on under its own name drops the rows after its newest save, which it is about to make again. Any
+other run first moves the file of the run before it aside, to `metrics-1.jsonl` and so on.
 """
 
 from __future__ import annotations
@@ -9,10 +10,14 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
+from enum import Enum
 from itertools import takewhile
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
+
+from launcher.report.aside import move_aside
 
 FILE_NAME = "metrics.jsonl"
 
@@ -28,17 +33,32 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-class MetricsLog:
-    """Appends rows. `consumed_samples`: how far the run is that is gone on from; 0: a fresh one."""
+class Start(Enum):
+    """What a run is to the rows that an earlier run left in its folder."""
 
-    def __init__(self, output_dir: Path, consumed_samples: int) -> None:
+    FRESH = "fresh"
+    """Another run: none of them belongs to it."""
+    SAME = "same"
+    """The run that wrote them, after an interruption."""
+    BRANCH = "branch"
+    """A run that goes on from an earlier save of the run that wrote them: it shares the first."""
+
+
+class MetricsLog:
+    """Appends rows. `consumed_samples`: how far the run is that this one goes on from."""
+
+    def __init__(self, output_dir: Path, start: Start, consumed_samples: int = 0) -> None:
         output_dir.mkdir(parents=True, exist_ok=True)
         self.path = output_dir / FILE_NAME
+        self.moved_to: Path | None = None
+        """Where the file of an earlier run is now."""
         if self.path.exists():
-            if consumed_samples:
+            if start is not Start.SAME:
+                self.moved_to = move_aside(self.path)
+            if start is Start.BRANCH:
+                shutil.copyfile(self.moved_to or self.path, self.path)
+            if start is not Start.FRESH:
                 _drop_after(self.path, consumed_samples)
-            else:
-                _put_aside(self.path)
         self._file: TextIO = self.path.open("a")
 
     def go_back(self, consumed_samples: int) -> None:
@@ -80,10 +100,3 @@ def _drop_after(path: Path, consumed_samples: int) -> None:
     scratch = path.with_suffix(".tmp")
     scratch.write_text("".join(json.dumps(row) + "\n" for row in rows))
     os.replace(scratch, path)
-
-
-def _put_aside(path: Path) -> None:
-    number = 1
-    while (aside := path.with_name(f"metrics-{number}.jsonl")).exists():
-        number += 1
-    os.replace(path, aside)

@@ -2,7 +2,7 @@
 
 Owns the order of things and the logs. Differences from MindFormers' msrun_launcher.sh: a job that
 fails is a failed exit code, so this always waits for the end (JOIN is accepted); one worker runs;
-the console shows rank 0; the log of an earlier run is kept as *.log.1.
+the console shows rank 0; logs of earlier runs are kept, as *.log.1, *.log.2 and so on.
 
     LOG_DIR/worker_{rank}.log   what a worker prints
     LOG_DIR/scheduler.log       what torchrun says (scheduler_{node}.log on further nodes)
@@ -81,9 +81,13 @@ def prepare(launch: Launch) -> None:
         _check_port(launch.master_port)
     try:
         launch.log_dir.mkdir(parents=True, exist_ok=True)
-        for path in (launch.scheduler_log, *map(launch.worker_log, launch.ranks)):
+        logs = [launch.scheduler_log, *map(launch.worker_log, launch.ranks)]
+        number = 1
+        while any(Path(f"{path}.{number}").exists() for path in logs):
+            number += 1
+        for path in logs:
             if path.exists():
-                path.replace(f"{path}.1")
+                path.replace(f"{path}.{number}")
         launch.scheduler_log.touch()
     except OSError as error:
         raise UserError(

@@ -13,8 +13,6 @@ from typing import Any
 import pytest
 import torch
 
-from launcher.parallel import disks as module
-from launcher.parallel.disks import ONE_DISK, Disks, by_machine, find_disks
 from launcher.checkpoint.folder import see
 from launcher.checkpoint.leftovers import clean_disks
 from launcher.checkpoint.names import SaveName
@@ -25,6 +23,8 @@ from launcher.checkpoint.store import Saved, Store
 from launcher.errors import UserError
 from launcher.layout.box import Box
 from launcher.layout.mesh import Mesh
+from launcher.parallel import disks as module
+from launcher.parallel.disks import ONE_DISK, Disks, by_machine, find_disks
 from launcher.parallel.world import World
 from launcher.weights import list_checkpoints, verify
 from launcher.weights.reading.load import load

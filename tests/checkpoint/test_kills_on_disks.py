@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from launcher.parallel.disks import TOKEN
 from launcher.checkpoint.published import published
+from launcher.parallel.disks import TOKEN
 from tests.checkpoint.killing import Fault, Operation, operations, place, run_killed
 from tests.checkpoint.test_kills import faults_of
 from tests.ranks import JobResult, _job, run_ranks

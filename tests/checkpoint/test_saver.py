@@ -9,7 +9,6 @@ import torch
 from safetensors.torch import load_file
 
 from launcher.checkpoint import saver as module
-from launcher.parallel.agreement import agree, attempt
 from launcher.checkpoint.integrated import FULL, INTEGRATED_FOLDER, folder_of
 from launcher.checkpoint.leftovers import clean_unfinished, next_counter
 from launcher.checkpoint.names import SaveName
@@ -18,6 +17,7 @@ from launcher.checkpoint.saver import NETWORK, Done, Job, Saver
 from launcher.checkpoint.store import Store
 from launcher.errors import UserError
 from launcher.layout.mesh import Mesh
+from launcher.parallel.agreement import agree, attempt
 from launcher.parallel.world import World
 from launcher.weights.formats.note import inventory_of
 from tests.checkpoint.crew import ALONE, together

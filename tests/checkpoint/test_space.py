@@ -10,9 +10,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from launcher.parallel.agreement import agree, attempt
 from launcher.checkpoint.space import SMALL_FILES_BYTES, bytes_on_host, room_for
 from launcher.errors import UserError
+from launcher.parallel.agreement import agree, attempt
 from launcher.parallel.world import World
 from tests.checkpoint.crew import ALONE, together
 

@@ -119,19 +119,26 @@ def test_meta_is_for_others_and_chooses_nothing(tmp_path, meta: str) -> None:
     assert chosen.name.step == 20
 
 
-def test_the_oldest_go_and_earlier_runs_count(tmp_path) -> None:
+@pytest.mark.parametrize("minutes", [0, 10])
+def test_the_oldest_of_a_run_go_and_those_of_other_runs_stay(tmp_path, minutes: int) -> None:
+    """By number and by time; the second run goes on from nothing, the third one from the second."""
     for step in (1, 2):
         save(tmp_path, step, keep=3)
-    for step in (1, 2):
-        save(tmp_path, step, counter=1, keep=3)
-    other = save(tmp_path, 9, prefix="other", keep=1)
-    left = [(c.name.prefix, c.name.counter, c.name.step) for c in published(tmp_path)]
-    assert left == [("CKP", 0, 2), ("CKP", 1, 1), ("CKP", 1, 2), ("other", 0, 9)]
+    later = [Store(tmp_path, "CKP", 1, 0 if minutes else 1, keep_minutes=minutes),
+             Store(tmp_path, "CKP", 2, 0 if minutes else 2, keep_minutes=minutes,
+                   resumed_label="CKP_1")]  # fmt: skip
+    for store in later:
+        for step in (3, 4, 5):
+            name = SaveName("CKP", store.counter, 1, step)
+            store.save(name, shards(), {"global_step": step}, mesh=Mesh(), world=ALONE)
+        if store is later[0]:
+            assert [c.name.step for c in published(tmp_path)][:3] == [1, 2, 3 if minutes else 5]
+    save(tmp_path, 9, prefix="other", keep=1)
+    left = [str(c.name) for c in published(tmp_path)]
+    newest = ["CKP_1-1_3", "CKP_2-1_5"] if minutes else ["CKP_2-1_4", "CKP_2-1_5"]
+    assert left == ["CKP-1_1", "CKP-1_2", *newest, "other-1_9"]
     files = {p.name for p in (tmp_path / "rank_0").glob("*.safetensors")}
-    assert files == {
-        "CKP_rank_0-1_2.safetensors", "CKP_rank_0_1-1_1.safetensors",
-        "CKP_rank_0_1-1_2.safetensors", other.rank_file(0),
-    }  # fmt: skip
+    assert files == {c.files[0].name for c in published(tmp_path)}
 
 
 def test_keep_zero_keeps_all(tmp_path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import pytest
@@ -221,12 +222,80 @@ def test_sinks_go_on_at_their_own_borders_after_a_resume(workshop: Workshop) -> 
     assert "saved step 15 as CKP_1-3_5" in result.stdout
 
 
-def test_an_earlier_run_of_the_folder_is_let_go_aloud(workshop: Workshop) -> None:
-    name = workshop.yaml(
-        callbacks=[
-            {"type": "CheckpointMonitor", "save_checkpoint_steps": 10, "keep_checkpoint_max": 2}
-        ]
-    )
+def test_what_a_finished_run_left_outlives_a_forgotten_resume(workshop: Workshop) -> None:
+    monitor = {"type": "CheckpointMonitor", "save_checkpoint_steps": 5, "keep_checkpoint_max": 1,
+               "integrated_save": True}  # fmt: skip
+    name = workshop.yaml(callbacks=[monitor])
     assert train(workshop, name).code == 0
+    output = workshop.folder / "output"
+    before = {
+        path.relative_to(output): path.read_bytes()
+        for folder in ("checkpoint", "checkpoint_integrated")
+        for path in (output / folder).rglob("*") if path.is_file() and path.name != "meta.json"
+    }  # fmt: skip
+    rows, resolved = workshop.rows(), (output / "resolved.yaml").read_text()
+    result = train(workshop, name, "--seed", "8", "--stop_step", "10")
+    assert result.code == 0, result.stderr
+    assert "removed" not in result.stdout
+    assert "1 save(s) of earlier runs (CKP) are kept" in result.stdout
+    assert "moved aside: output/metrics-1.jsonl, output/loss-1.png" in result.stdout
+    assert {path: (output / path).read_bytes() for path in before} == before
+    aside = (output / "metrics-1.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in aside] == rows
+    assert (output / "resolved-1.yaml").read_text() == resolved
+    names = {path.name for path in (output / "checkpoint/manifest").iterdir()}
+    assert names == {"CKP-1_20.json", "CKP_1-1_10.json"}
+
+
+def test_a_run_in_the_folder_of_another_one_keeps_its_metrics(workshop: Workshop) -> None:
+    """Resumed from elsewhere: the rows in the folder are not those of the run it goes on from."""
+    name = workshop.yaml()
+    for output, more in (("store", ("--stop_step", "10")), ("output", ())):
+        assert train(workshop, name, "--output_dir", output, *more).code == 0
+    rows = workshop.rows()
+    arguments = ("--load_checkpoint", "store/checkpoint", "--resume_training", "True")
+    assert train(workshop, name, *arguments).code == 0
+    aside = (workshop.folder / "output/metrics-1.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in aside] == rows
+    assert [row["step"] for row in workshop.rows()] == list(range(11, 21))
+
+
+@pytest.mark.parametrize(("final", "saved"), [(True, ["CKP-1_20.json"]), (False, [])])
+def test_a_run_without_a_monitor_saves_its_last_step(
+    workshop: Workshop, final: bool, saved: list[str]
+) -> None:
+    name = workshop.yaml(callbacks=[], final_checkpoint=final)
     result = train(workshop, name)
-    assert "removed CKP-1_10 of an earlier run: keep_checkpoint_max is 2" in result.stdout
+    assert result.code == 0, result.stderr
+    manifests = workshop.folder / "output/checkpoint/manifest"
+    assert [path.name for path in manifests.glob("*")] == saved
+    before_training = result.stdout.split("step 1/20")[0]
+    if final:
+        assert "the last step is saved to output/checkpoint (final_checkpoint: " in before_training
+    else:
+        assert "warning: nothing will be saved" in before_training
+
+
+def test_what_saves_take_is_told_before_the_first_step(workshop: Workshop) -> None:
+    name = workshop.yaml(
+        callbacks=[{"type": "CheckpointMonitor", "save_checkpoint_steps": 2,
+                    "keep_checkpoint_max": 3, "integrated_save": True,
+                    "save_network_params": True}]
+    )  # fmt: skip
+    result = train(workshop, name)
+    assert result.code == 0, result.stderr
+    before_training, after = result.stdout.split("step 1/20")
+    told = re.search(
+        r"checkpoint: each save takes ([\d.]+) MB, 3 kept: ([\d.]+) MB together, .* are free",
+        before_training,
+    )
+    assert told is not None, before_training
+    folders = ("checkpoint/rank_0", "checkpoint_network/rank_0", "checkpoint_integrated/CKP-1_20")
+    files = [f for d in folders for f in (workshop.folder / "output" / d).glob("*1_20.saf*")]
+    files += (workshop.folder / "output" / folders[2]).glob("*.safetensors")
+    assert len(files) == 3
+    assert float(told[1]) == pytest.approx(sum(f.stat().st_size for f in files) / 1e6, rel=0.1)
+    assert float(told[2]) == pytest.approx(3 * float(told[1]), abs=0.2)
+    assert after.count("set save_checkpoint_steps to ") == 1, (
+        "steps of a toy are shorter than saves"
+    )

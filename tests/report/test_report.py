@@ -8,9 +8,10 @@ import json
 import pytest
 
 from launcher.errors import UserError
+from launcher.report.aside import write_new
 from launcher.report.console import Console, close_logs, open_logs
 from launcher.report.curves import draw_loss
-from launcher.report.metrics import MetricsLog, read_rows
+from launcher.report.metrics import MetricsLog, Start, read_rows
 from launcher.report.progress import Pace, bar, duration, progress_line
 from launcher.report.trackers import flatten, open_trackers
 
@@ -66,12 +67,12 @@ def test_the_pace_forgets_a_slow_first_step() -> None:
 
 
 def test_a_resumed_run_drops_the_rows_it_makes_again(tmp_path) -> None:
-    with MetricsLog(tmp_path, 0) as log:
+    with MetricsLog(tmp_path, Start.FRESH) as log:
         for step in range(1, 6):
             log.add({"step": step, "loss": float(step), "consumed_samples": 8 * step})
             log.add({"step": step, "eval_loss": 1.0})
     (tmp_path / "metrics.jsonl").open("a").write('{"step": 6, "lo')  # cut by a crash
-    with MetricsLog(tmp_path, 24) as log:
+    with MetricsLog(tmp_path, Start.SAME, 24) as log:
         log.add({"step": 4, "loss": float("nan")})
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 1, 2, 2, 3, 3, 4]
@@ -80,10 +81,28 @@ def test_a_resumed_run_drops_the_rows_it_makes_again(tmp_path) -> None:
 
 def test_a_fresh_run_puts_older_metrics_aside(tmp_path) -> None:
     for run in range(3):
-        with MetricsLog(tmp_path, 0) as log:
+        with MetricsLog(tmp_path, Start.FRESH) as log:
             log.add({"step": run})
     found = {path.name: read_rows(path)[0]["step"] for path in tmp_path.glob("metrics*.jsonl")}
     assert found == {"metrics-1.jsonl": 0, "metrics-2.jsonl": 1, "metrics.jsonl": 2}
+
+
+def test_a_run_that_goes_on_from_an_earlier_save_keeps_what_came_after_it(tmp_path) -> None:
+    with MetricsLog(tmp_path, Start.FRESH) as log:
+        for step in range(1, 6):
+            log.add({"step": step, "consumed_samples": 8 * step})
+    with MetricsLog(tmp_path, Start.BRANCH, 16) as log:
+        log.add({"step": 3, "consumed_samples": 24})
+    steps = {path.name: [row["step"] for row in read_rows(path)] for path in tmp_path.iterdir()}
+    assert steps == {"metrics.jsonl": [1, 2, 3], "metrics-1.jsonl": [1, 2, 3, 4, 5]}
+
+
+def test_text_of_an_earlier_run_is_moved_aside_once(tmp_path) -> None:
+    path = tmp_path / "resolved.yaml"
+    for text in ("a", "a", "b", "b", "c"):
+        write_new(path, text)
+    found = {file.name: file.read_text() for file in tmp_path.iterdir()}
+    assert found == {"resolved.yaml": "c", "resolved-1.yaml": "a", "resolved-2.yaml": "b"}
 
 
 def test_the_curve_is_a_picture(tmp_path) -> None:

@@ -118,6 +118,8 @@ class Config:
     resume_training: bool | str = False
     """Continue a run: True for the newest checkpoint of load_checkpoint (left out:
     {output_dir}/checkpoint), or the name of one. Nothing there: a fresh start with a warning."""
+    final_checkpoint: bool = True
+    """Save the last step of a run without CheckpointMonitor. False: such a run saves nothing."""
     ignore_data_skip: bool = False
     """A resumed run begins the data anew instead of going on where it was."""
     data_skip_steps: int | None = effective(None, minimum=0)
