@@ -234,7 +234,7 @@ def test_what_a_finished_run_left_outlives_a_forgotten_resume(workshop: Workshop
         for path in (output / folder).rglob("*") if path.is_file() and path.name != "meta.json"
     }  # fmt: skip
     rows, resolved = workshop.rows(), (output / "resolved.yaml").read_text()
-    result = train(workshop, name, "--seed", "8", "--stop_step", "10")
+    result = train(workshop, name, "--seed", "8", "--runner_config.stop_step", "10")
     assert result.code == 0, result.stderr
     assert "removed" not in result.stdout
     assert "1 save(s) of earlier runs (CKP) are kept" in result.stdout
@@ -250,7 +250,7 @@ def test_what_a_finished_run_left_outlives_a_forgotten_resume(workshop: Workshop
 def test_a_run_in_the_folder_of_another_one_keeps_its_metrics(workshop: Workshop) -> None:
     """Resumed from elsewhere: the rows in the folder are not those of the run it goes on from."""
     name = workshop.yaml()
-    for output, more in (("store", ("--stop_step", "10")), ("output", ())):
+    for output, more in (("store", ("--runner_config.stop_step", "10")), ("output", ())):
         assert train(workshop, name, "--output_dir", output, *more).code == 0
     rows = workshop.rows()
     arguments = ("--load_checkpoint", "store/checkpoint", "--resume_training", "True")
@@ -294,7 +294,7 @@ def test_what_saves_take_is_told_before_the_first_step(workshop: Workshop) -> No
     files = [f for d in folders for f in (workshop.folder / "output" / d).glob("*1_20.saf*")]
     files += (workshop.folder / "output" / folders[2]).glob("*.safetensors")
     assert len(files) == 3
-    assert float(told[1]) == pytest.approx(sum(f.stat().st_size for f in files) / 1e6, rel=0.1)
+    assert float(told[1]) == pytest.approx(sum(f.stat().st_size for f in files) / 1e6, rel=0.15)
     assert float(told[2]) == pytest.approx(3 * float(told[1]), abs=0.2)
     assert after.count("set save_checkpoint_steps to ") == 1, (
         "steps of a toy are shorter than saves"
