@@ -91,11 +91,16 @@ def build_parallel(job: Job, *, training: bool) -> BuiltModel:
 
 def _layout_text(job: Job) -> str:
     """The axes of more than one rank, and what the stages of a pipeline hold."""
-    axes = " x ".join(f"{axis} {size}" for axis, size in job.mesh.sizes().items() if size > 1)
+    axes = _axes_text(job.mesh)
     if job.split is None:
         return axes
     counts = ", ".join(str(len(layers)) for layers in job.split.layers)
     return f"{axes} ({pipeline_schedule(job.config)}, stages of {counts} layers)"
+
+
+def _axes_text(mesh: Mesh) -> str:
+    """The axes of more than one rank: `dp_replicate 2 x tp 4`."""
+    return " x ".join(f"{axis} {size}" for axis, size in mesh.sizes().items() if size > 1)
 
 
 def _places(context: ContextParallel, device: torch.device, total: int) -> torch.Tensor:
@@ -178,6 +183,7 @@ def build_predicting(job: Job) -> tuple[nn.Module, Layout]:
     else:
         dtype = job.compute_dtype
     model, mesh = build_model(job.spec, dtype=dtype), predict_mesh(job)
+    count = parameter_count(model)
     layout = model_layout(
         model, job.spec, mesh, split=None, vocab_emb_dp=job.config.parallel_config.vocab_emb_dp
     )
@@ -186,7 +192,9 @@ def build_predicting(job: Job) -> tuple[nn.Module, Layout]:
         parallelize(model, layout.cuts, meshes, sequence=False, context=None)
         gather_logits(model, meshes.group("tp"))
     materialise(model, job.world.device)
-    job.say(f"model: {job.spec.family}, {parameter_count(model):,} parameters ({_name(dtype)})")
+    job.say(f"model: {job.spec.family}, {count:,} parameters ({_name(dtype)})")
+    if mesh.world_size > 1:
+        job.say(f"layout: {_axes_text(mesh)}")
     return model, layout
 
 

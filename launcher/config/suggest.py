@@ -54,6 +54,24 @@ _SYNONYMS = {
 }
 """Words of other launchers for our keys."""
 
+_PATHS = {
+    **dict.fromkeys(("dataset", "datasets", "data", "train_data", "train_datasets"),
+                    "train_dataset"),
+    **dict.fromkeys(("eval_data", "eval_datasets", "val_dataset", "validation_dataset"),
+                    "eval_dataset"),
+    **dict.fromkeys(("pet_config", "peft", "peft_config", "pet", "lora", "lora_config", "lora_r",
+                     "lora_rank", "lora_alpha", "lora_dropout", "lora_target_modules", "qlora"),
+                    "model.model_config.pet_config"),
+    **dict.fromkeys(("bf16", "fp16", "torch_dtype", "dtype", "mixed_precision"),
+                    "model.model_config.compute_dtype"),
+    **dict.fromkeys(("gradient_checkpointing", "activation_checkpointing"),
+                    "recompute_config.recompute"),
+    **dict.fromkeys(("optim", "optimizer_type"), "optimizer.type"),
+    **dict.fromkeys(("lr_scheduler", "lr_scheduler_type", "scheduler"), "lr_schedule.type"),
+}  # fmt: skip
+"""Words of other launchers for a key of one section, wherever they are written."""
+_NOT_BUILT = {"model.model_config.pet_config": "LoRA is not built yet"}
+
 _SAME_SECTION = 0.15
 _WITHOUT_EFFECT = 0.05
 _ENOUGH = 0.7
@@ -100,6 +118,8 @@ def schema_keys() -> tuple[SchemaKey, ...]:
 
 def nearest_key(name: str, section: str) -> str:
     """The full dotted key nearest to `name` written in `section`; empty when none is near."""
+    if name in _PATHS:
+        return _PATHS[name]
     word = _SYNONYMS.get(name, name)
     best, best_score = "", 0.0
     matcher = SequenceMatcher(b=word.lower())
@@ -120,4 +140,5 @@ def nearest_key(name: str, section: str) -> str:
 def did_you_mean_key(name: str, section: str) -> str:
     """`did you mean `optimizer.weight_decay`?`, or an empty string."""
     key = nearest_key(name, section)
-    return f"did you mean `{key}`?" if key else ""
+    remark = f" {_NOT_BUILT[key]}" if key in _NOT_BUILT else ""
+    return f"did you mean `{key}`?{remark}" if key else ""

@@ -1,0 +1,92 @@
+"""Variables of a launcher, left over or wrong: each is named, and nothing is started."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from launcher import environment
+from launcher.environment import ProcessEnvironment, process_environment
+from launcher.errors import UserError
+
+LAUNCHED = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2",
+            "MASTER_ADDR": "node0", "MASTER_PORT": "29501"}  # fmt: skip
+NAMES = (*LAUNCHED, "TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_USE_AGENT_STORE",
+         environment.PLANNED_WORLD_SIZE)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in NAMES:
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_what_torchrun_sets_and_what_a_process_alone_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert process_environment() == ProcessEnvironment()
+    for name, value in LAUNCHED.items():
+        monkeypatch.setenv(name, value)
+    found = process_environment()
+    assert (found.rank, found.world_size, found.local_rank) == (3, 4, 1)
+    assert (found.master_addr, found.master_port) == ("node0", 29501)
+    assert found.has_several_machines
+
+
+@pytest.mark.parametrize(
+    ("variables", "named"),
+    [
+        ({"RANK": "3"}, ["RANK = '3': WORLD_SIZE is not set"]),
+        ({"WORLD_SIZE": ""}, ["WORLD_SIZE = '': an integer from 1 is required"]),
+        ({"WORLD_SIZE": "two"}, ["WORLD_SIZE = 'two'"]),
+        ({"WORLD_SIZE": "0"}, ["WORLD_SIZE = '0'"]),
+        ({"WORLD_SIZE": "\u0663"}, ["WORLD_SIZE = '\u0663'"]),
+        ({"WORLD_SIZE": "9" * 5000}, ["WORLD_SIZE = '999"]),
+        ({"WORLD_SIZE": "2"}, ["needs RANK too", "needs MASTER_ADDR too", "needs MASTER_PORT too"]),
+        ({"LOCAL_RANK": "1"}, ["LOCAL_RANK = '1': this machine has 1 process"]),
+        ({"RANK": "-1", "LOCAL_RANK": "1.5"}, ["RANK = '-1'", "LOCAL_RANK = '1.5'"]),
+        ({**LAUNCHED, "RANK": "4"}, ["RANK = '4': WORLD_SIZE is 4, and ranks are 0 to 3"]),
+        ({**LAUNCHED, "MASTER_PORT": "tcp://10.0.0.1:80"}, ["MASTER_PORT = 'tcp://10.0.0.1:80'"]),
+        ({**LAUNCHED, "MASTER_PORT": "70000"}, ["an integer from 1 to 65535 is required"]),
+        ({**LAUNCHED, "TORCHELASTIC_RESTART_COUNT": "x"}, ["TORCHELASTIC_RESTART_COUNT = 'x'"]),
+    ],
+)
+def test_what_does_not_fit_is_named(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], named: list[str]
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError) as caught:
+        process_environment()
+    for text in named:
+        assert text in str(caught.value)
+    assert len(caught.value.problems) == len(named)
+
+
+def test_what_harms_nobody_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pod of Kubernetes has MASTER_PORT=tcp://... for a service of that name."""
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_PORT": "tcp://1:2"}.items():
+        monkeypatch.setenv(name, value)
+    assert process_environment().world_size == 1
+
+
+@pytest.mark.parametrize("command", [["-m", "launcher.cli"], ["-m", "launcher"], ["run.py"]])
+def test_every_way_to_start_answers(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is printed as a traceback, and a mistake is never exit code 0."""
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    done = subprocess.run(
+        [sys.executable, *command, "--config", "nope.yaml"], capture_output=True, text=True,
+        cwd=Path(__file__).parents[2],
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "error: " in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_every_command_runs_as_a_module() -> None:
+    """A file with a `main` that nobody calls would print nothing and end with exit code 0."""
+    launcher = Path(__file__).parents[2] / "launcher"
+    files = [path for path in launcher.rglob("*.py") if "\ndef main(" in path.read_text()]
+    assert len(files) > 10
+    assert [p.name for p in files if 'if __name__ == "__main__":' not in p.read_text()] == []
