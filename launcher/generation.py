@@ -22,6 +22,9 @@ from models.transformers_model import TransformersModel
 _DEFAULTS: dict[str, Any] = {
     "max_length": 20, "max_new_tokens": None, "min_length": 0, "min_new_tokens": None,
     "do_sample": False, "temperature": 1.0, "top_k": 50, "top_p": 1.0, "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0, "bad_words_ids": None, "suppress_tokens": None,
+    "begin_suppress_tokens": None, "min_p": None, "typical_p": 1.0, "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
     "eos_token_id": None, "bos_token_id": None, "pad_token_id": None,
 }  # fmt: skip
 
@@ -40,6 +43,14 @@ class GenerationSettings:
     top_k: int = 50
     top_p: float = 1.0
     repetition_penalty: float = 1.0
+    no_repeat_ngram_size: int = 0
+    bad_words_ids: list[list[int]] | None = None
+    suppress_tokens: list[int] | None = None
+    begin_suppress_tokens: list[int] | None = None
+    min_p: float | None = None
+    typical_p: float = 1.0
+    epsilon_cutoff: float = 0.0
+    eta_cutoff: float = 0.0
     eos_token_ids: tuple[int, ...] = ()
     bos_token_id: int | None = None
     pad_token_id: int = 0
@@ -68,8 +79,11 @@ def generation_settings(
     settings = _DEFAULTS | merged
     end, padding = settings.pop("eos_token_id"), settings.pop("pad_token_id")
     ends = () if end is None else (end,) if isinstance(end, int) else tuple(end)
+    vocabulary = (hf_config or {}).get("vocab_size")
     if padding is None:
         padding = ends[0] if ends else 0
+    if isinstance(vocabulary, int) and not 0 <= padding < vocabulary:
+        padding = 0  # padding is masked, but it has to be in the embedding
     return GenerationSettings(**settings, eos_token_ids=ends, pad_token_id=padding)
 
 
@@ -214,12 +228,25 @@ def _processors(settings: GenerationSettings, prompt_length: int, device: Any) -
     ends, found = list(settings.eos_token_ids), process.LogitsProcessorList()
     if settings.repetition_penalty != 1.0:
         found.append(process.RepetitionPenaltyLogitsProcessor(settings.repetition_penalty))
+    if settings.no_repeat_ngram_size > 0:
+        found.append(process.NoRepeatNGramLogitsProcessor(settings.no_repeat_ngram_size))
+    if settings.bad_words_ids:
+        words = process.NoBadWordsLogitsProcessor(settings.bad_words_ids, ends or None)
+        found.append(words)
     if ends and settings.min_length > 0:
         found.append(process.MinLengthLogitsProcessor(settings.min_length, ends, device=device))
     if ends and settings.min_new_tokens:
         found.append(
             process.MinNewTokensLengthLogitsProcessor(
                 prompt_length, settings.min_new_tokens, ends, device=device
+            )
+        )
+    if settings.suppress_tokens:
+        found.append(process.SuppressTokensLogitsProcessor(settings.suppress_tokens, device))
+    if settings.begin_suppress_tokens:
+        found.append(
+            process.SuppressTokensAtBeginLogitsProcessor(
+                settings.begin_suppress_tokens, prompt_length, device
             )
         )
     if settings.do_sample:
@@ -229,6 +256,14 @@ def _processors(settings: GenerationSettings, prompt_length: int, device: Any) -
             found.append(process.TopKLogitsWarper(settings.top_k))
         if settings.top_p < 1.0:
             found.append(process.TopPLogitsWarper(settings.top_p))
+        if settings.min_p is not None:
+            found.append(process.MinPLogitsWarper(settings.min_p))
+        if settings.typical_p < 1.0:
+            found.append(process.TypicalLogitsWarper(settings.typical_p))
+        if 0.0 < settings.epsilon_cutoff < 1.0:
+            found.append(process.EpsilonLogitsWarper(settings.epsilon_cutoff))
+        if 0.0 < settings.eta_cutoff < 1.0:
+            found.append(process.EtaLogitsWarper(settings.eta_cutoff, device=device))
     return found
 
 
@@ -241,13 +276,19 @@ def _continue_with_transformers(
     sampling: dict[str, Any] = {}
     if settings.do_sample:
         sampling = {"temperature": settings.temperature, "top_k": settings.top_k,
-                    "top_p": settings.top_p}  # fmt: skip
+                    "top_p": settings.top_p, "min_p": settings.min_p,
+                    "typical_p": settings.typical_p, "epsilon_cutoff": settings.epsilon_cutoff,
+                    "eta_cutoff": settings.eta_cutoff}  # fmt: skip
     config = GenerationConfig(
         max_length=limit,
         min_length=settings.min_length,
         min_new_tokens=settings.min_new_tokens,
         do_sample=settings.do_sample,
         repetition_penalty=settings.repetition_penalty,
+        no_repeat_ngram_size=settings.no_repeat_ngram_size,
+        bad_words_ids=settings.bad_words_ids,
+        suppress_tokens=settings.suppress_tokens,
+        begin_suppress_tokens=settings.begin_suppress_tokens,
         eos_token_id=list(settings.eos_token_ids) or None,
         pad_token_id=settings.pad_token_id,
         **sampling,

@@ -90,10 +90,12 @@ class Job:
                 trust_remote_code=self.config.trust_remote_code,
                 local_files_only=True,
             )
-        except (OSError, ValueError) as error:
+        except Exception as error:  # the library assumes that its files are right
+            reason = (str(error) or repr(error)).splitlines()[0]
+            expected = isinstance(error, OSError | ValueError)
             raise UserError(
                 f"no tokenizer can be opened in {self.tokenizer_dir!r}",
-                rule=str(error).splitlines()[0],
+                rule=reason if expected else f"{type(error).__name__}: {reason}",
                 advice="Set processor.tokenizer.pretrained_model_dir to a Hugging Face tokenizer",
             ) from error
         vocabulary = self.spec.hf_config.get("vocab_size", len(tokenizer))

@@ -11,7 +11,8 @@ from torch import nn
 
 from launcher.assembly.job import Job
 from launcher.assembly.model import predict_mesh
-from launcher.checkpoint.files import read_json
+from launcher.config.checks.check import Check
+from launcher.config.checks.generation import read_generation_file
 from launcher.generation import GenerationSettings, generation_settings
 from launcher.predict import RESULT_FILE, Generation, generate
 
@@ -47,11 +48,11 @@ def settings(job: Job) -> GenerationSettings:
         for field in fields(section)
         if job.provenance.is_written(f"generation_config.{field.name}")
     }
-    beside = Path(job.tokenizer_dir) / "generation_config.json"
+    check = Check(config=job.config, provenance=job.provenance, world_size=None)
     return generation_settings(
         written,
         job.spec.generation,
-        read_json(beside) or {},
+        read_generation_file(check).values,
         tokenizer=job.tokenizer,
         hf_config=job.spec.hf_config,
     )

@@ -8,7 +8,6 @@ rule complains about what only follows from it.
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any
 
 from launcher.config.command_line import nearest_flag
@@ -30,6 +29,7 @@ from launcher.config.typing_rules import (
     convert_text,
     describe,
     hints,
+    out_of_bounds,
 )
 from launcher.errors import did_you_mean
 
@@ -123,7 +123,7 @@ class Reader:
     def _is_allowed(self, path: str, node: Node, value: Any, info: FieldInfo) -> bool:
         shown = f"{path} = {value!r}"
         for number in value if isinstance(value, list) else [value]:
-            problem = _out_of_bounds(number, info)
+            problem = out_of_bounds(number, info)
             if problem:
                 self._add(KeyProblem(what=shown, where=node.where, rule=problem, key=path))
                 return False
@@ -303,21 +303,6 @@ def _default(key: dataclasses.Field[Any]) -> Any:
 
 def _asks_for_nothing(value: Any, info: FieldInfo) -> bool:
     return any(value == harmless and type(value) is type(harmless) for harmless in info.harmless)
-
-
-def _out_of_bounds(value: Any, info: FieldInfo) -> str:
-    """The bound that a number breaks, in words; empty when it breaks none."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return ""
-    if isinstance(value, float) and not math.isfinite(value):
-        return "a finite number is needed"
-    if info.minimum is not None and value < info.minimum:
-        return f"it must be at least {info.minimum}"
-    if info.above is not None and value <= info.above:
-        return f"it must be above {info.above}"
-    if info.maximum is not None and value > info.maximum:
-        return f"it must be at most {info.maximum}"
-    return ""
 
 
 def _listed(choices: tuple[Any, ...]) -> str:

@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launcher.config.checks import (
+    generation,
     memory,
     model,
     parallel,
     paths,
     pipeline,
     registered,
+    tokenizer,
     training,
     weights,
 )
@@ -66,9 +68,11 @@ RULES: tuple[Rule, ...] = (
     training.half_weights,
     training.evaluation_in_training,
     training.trackers_installed,
-    training.generation_numbers,
+    generation.numbers,
+    generation.generation_file,
     paths.datasets,
     paths.tokenizer,
+    tokenizer.tokenizer_files,
     paths.named_paths,
     weights.weights,
     weights.file_format,
@@ -135,6 +139,6 @@ def warnings(config: Config, provenance: Provenance) -> list[str]:
     if config.last_callback(EvalCallbackSection) is not None and not config.do_eval:
         lines.append("callbacks: EvalCallBack does nothing without do_eval: True")
     subject = Check(config=config, provenance=provenance, world_size=world_size())
-    for room in (parallel, pipeline, memory, weights):
+    for room in (parallel, pipeline, memory, weights, generation):
         lines += room.warnings(subject)
     return lines

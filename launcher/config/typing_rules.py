@@ -7,10 +7,13 @@ nodes; this file says which one is meant where a field allows several.
 from __future__ import annotations
 
 import functools
+import math
 import types
 import typing
 from dataclasses import dataclass
 from typing import Any, Union
+
+from launcher.config.schema import FieldInfo
 
 WORDS: dict[Any, str] = {
     int: "a whole number",
@@ -152,6 +155,21 @@ def _scalar(kind: type, value: Any) -> Any:
     except OmegaConfBaseException:
         raise WrongType(describe(kind)) from None
     return cells[cell]
+
+
+def out_of_bounds(value: Any, info: FieldInfo) -> str:
+    """The bound that a number breaks, in words; empty when it breaks none."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return ""
+    if isinstance(value, float) and not math.isfinite(value):
+        return "a finite number is needed"
+    if info.minimum is not None and value < info.minimum:
+        return f"it must be at least {info.minimum}"
+    if info.above is not None and value <= info.above:
+        return f"it must be above {info.above}"
+    if info.maximum is not None and value > info.maximum:
+        return f"it must be at most {info.maximum}"
+    return ""
 
 
 def _boolean(value: Any) -> bool:

@@ -279,23 +279,3 @@ def trackers_installed(check: Check) -> Iterator[KeyProblem]:
                 f"the package of the tracker {name} is not installed",
                 advice=f"Install it: pip install {package}",
             )
-
-
-def generation_numbers(check: Check) -> Iterator[KeyProblem]:
-    """The shortest text is not longer than the longest."""
-    generation = check.config.generation_config
-    if generation.max_new_tokens is None and generation.min_length > generation.max_length:
-        yield check.wrong(
-            "generation_config.min_length",
-            f"it must be at most max_length ({generation.max_length})",
-            nearest=f"Nearest: {generation.max_length}",
-            also=("generation_config.max_length",),
-        )
-    most, fewest = generation.max_new_tokens, generation.min_new_tokens
-    if most is not None and fewest is not None and fewest > most:
-        yield check.wrong(
-            "generation_config.min_new_tokens",
-            f"it must be at most max_new_tokens ({most})",
-            nearest=f"Nearest: {most}",
-            also=("generation_config.max_new_tokens",),
-        )

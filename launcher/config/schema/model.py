@@ -93,10 +93,60 @@ class GenerationSection:
     """First token of an empty prompt. Left out: the model's or the tokenizer's."""
     pad_token_id: int | None = None
     """Padding of shorter prompts. Left out: the tokenizer's, else the end token."""
+    no_repeat_ngram_size: int = effective(0, minimum=0)
+    """No sequence of so many tokens comes twice; 0: off."""
+    bad_words_ids: list[Any] | None = None
+    """Lists of token ids that are never generated."""
+    suppress_tokens: list[int] | None = None
+    """Tokens that are never generated."""
+    begin_suppress_tokens: list[int] | None = None
+    """Tokens that are never the first new one."""
+    min_p: float | None = effective(None, minimum=0, maximum=1)
+    """Sample among tokens of at least this share of the likeliest one's probability."""
+    typical_p: float = effective(1.0, above=0, maximum=1)
+    """Sample among the most typical tokens that have this much probability together; 1: off."""
+    epsilon_cutoff: float = effective(0.0, minimum=0, maximum=1)
+    """Sample among tokens of at least this probability; 0: off."""
+    eta_cutoff: float = effective(0.0, minimum=0, maximum=1)
+    """As epsilon_cutoff, lowered where probabilities are spread; 0: off."""
     num_beams: int = not_built(1, "Set it to 1: greedy or sampled", minimum=1)
     """Beams of beam search."""
+    num_beam_groups: int = not_built(1, "Set it to 1", minimum=1)
+    """Groups of beams."""
+    num_return_sequences: int = not_built(1, "Set it to 1", minimum=1)
+    """Texts of each prompt."""
     encoder_repetition_penalty: float = not_built(1.0, "Set it to 1.0")
     """Above 1: makes tokens of the prompt likelier."""
+    encoder_no_repeat_ngram_size: int = not_built(0, "Set it to 0")
+    """No sequence of so many tokens of the prompt comes again."""
+    top_h: float | None = not_built(None, "Leave it out")
+    """Sample among tokens that have this share of the entropy."""
+    penalty_alpha: float | None = not_built(None, "Leave it out", harmless=(0, 0.0))
+    """Contrastive search."""
+    guidance_scale: float | None = not_built(None, "Leave it out", harmless=(1, 1.0))
+    """Classifier-free guidance."""
+    sequence_bias: Any = not_built(None, "Leave it out")
+    """Added to the scores of token sequences."""
+    forced_bos_token_id: int | None = not_built(None, "Leave it out")
+    """The first token, whatever the scores."""
+    forced_eos_token_id: Any = not_built(None, "Leave it out")
+    """The last token of a text of greatest length."""
+    exponential_decay_length_penalty: Any = not_built(None, "Leave it out")
+    """Makes the end likelier with the length."""
+    constraints: Any = not_built(None, "Leave it out")
+    """Constrained beam search."""
+    force_words_ids: Any = not_built(None, "Leave it out")
+    """Words that must come."""
+    stop_strings: Any = not_built(None, "Leave it out: eos_token_id ends a text")
+    """Texts that end a text."""
+    max_time: float | None = not_built(None, "Leave it out")
+    """Seconds after which a text ends."""
+    watermarking_config: Any = not_built(None, "Leave it out")
+    """Marks texts as generated."""
+    token_healing: bool = not_built(False, "Set it to False")
+    """Replaces the last token of the prompt."""
+    dola_layers: Any = not_built(None, "Leave it out")
+    """Contrasts the scores of layers."""
     renormalize_logits: bool = no_effect(False, "probabilities are always normalised")
     """Normalise after all changes."""
     output_scores: bool = no_effect(False, "predict writes text and token ids")
