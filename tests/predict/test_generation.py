@@ -11,6 +11,7 @@ from torch import nn
 from launcher.errors import UserError
 from launcher.generation import (
     GenerationSettings,
+    _processors,
     continue_tokens,
     generation_settings,
     token_limits,
@@ -90,6 +91,10 @@ PROCESSED: dict[str, dict[str, Any]] = {
     "repetition_penalty": {"max_new_tokens": 10, "repetition_penalty": 1.7},
     "min_length": {"max_new_tokens": 12, "min_length": 11, "repetition_penalty": 1.2},
     "min_new_tokens": {"max_new_tokens": 10, "min_new_tokens": 8},
+    "no_repeat_ngram_size": {"max_new_tokens": 16, "no_repeat_ngram_size": 2},
+    "bad_words_ids": {"max_new_tokens": 10, "bad_words_ids": [[9], [5, 9], [33, 40, 7]]},
+    "suppress_tokens": {"max_new_tokens": 10, "suppress_tokens": list(range(0, 96, 2))},
+    "begin_suppress_tokens": {"max_new_tokens": 6, "begin_suppress_tokens": list(range(80))},
 }
 
 
@@ -100,6 +105,29 @@ def test_processed_scores_equal_transformers(name: str) -> None:
     given = PROCESSED[name]
     expected = [generated(module, p, do_sample=False, eos_token_id=[end], **given) for p in PROMPTS]
     assert run(own, GenerationSettings(eos_token_ids=(end,), **given)) == expected
+
+
+WARPED: dict[str, Any] = {
+    "temperature": 1.5, "top_k": 20, "top_p": 0.95, "min_p": 0.01, "typical_p": 0.9,
+    "epsilon_cutoff": 0.001, "eta_cutoff": 0.001, "repetition_penalty": 1.1,
+    "no_repeat_ngram_size": 3, "bad_words_ids": [[7, 8]], "suppress_tokens": [3],
+    "begin_suppress_tokens": [4], "min_new_tokens": 2,
+}  # fmt: skip
+
+
+def test_scores_are_changed_in_the_order_of_transformers() -> None:
+    from transformers import GenerationConfig
+
+    _, module = pair(dense_spec(**FAMILIES["llama"]))
+    config = GenerationConfig(do_sample=True, max_new_tokens=5, eos_token_id=[2], pad_token_id=0,
+                              **WARPED)  # fmt: skip
+    module._prepare_special_tokens(config, kwargs_has_attention_mask=True, device="cpu")
+    expected = module._get_logits_processor(config, input_ids_seq_length=4, device="cpu")
+    own = _processors(GenerationSettings(do_sample=True, eos_token_ids=(2,), **WARPED), 4, "cpu")
+    assert [type(step) for step in own] == [type(step) for step in expected]
+    ids = torch.tensor([[5, 9, 7, 33]])
+    scores = torch.randn(1, 96, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(own(ids, scores.clone()), expected(ids, scores.clone()))
 
 
 SAMPLED = GenerationSettings(
