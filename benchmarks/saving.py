@@ -47,6 +47,8 @@ class Run:
     world: World = field(default_factory=lambda: World(0, 1, torch.device("cpu")))
     mesh: Mesh = field(default_factory=Mesh)
     steps_per_epoch: int = 10**6
+    total_steps: int = 10**6
+    came_from: str = ""
     sink_size: int = 1
     resumed_from: SaveName | None = None
     inputs: frozenset[Path] = frozenset()
@@ -78,7 +80,7 @@ class Run:
         pass
 
     def say(self, text: str) -> None:
-        if "warning" in text:
+        if "not saved" in text or "is saved, but" in text:
             raise RuntimeError(text)
 
 

@@ -7,6 +7,7 @@ imports nothing of the project.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -65,6 +66,38 @@ class UserError(Exception):
             (problems,) if isinstance(problems, Problem) else tuple(problems)
         )
         super().__init__("\n".join(map(str, self.problems)))
+
+
+def path_problem(error: OSError | ValueError | RuntimeError, *, where: str = "") -> Problem:
+    """The problem for a path that the system refuses to look at: one without rights, too long, in a
+    loop of links, or with a NUL character."""
+    name = str(getattr(error, "filename", None) or "")
+    number = getattr(error, "errno", None) or 0
+    reason = getattr(error, "strerror", None) or str(error)
+    return Problem(
+        what=f"{_short(name)!r}: {reason}" if name else reason,
+        where=where,
+        rule=_PATH_RULES.get(number, "the path must be one that the system can open"),
+        advice=_PATH_ADVICE.get(number, "Check the path"),
+    )
+
+
+def _short(path: str) -> str:
+    return path if len(path) <= 80 else f"{path[:60]}...{path[-17:]}"
+
+
+_PATH_RULES = {
+    errno.EACCES: "this user has no rights on that path, or on a folder above it",
+    errno.EPERM: "this user has no rights on that path, or on a folder above it",
+    errno.ENAMETOOLONG: "the system has a limit for the length of names and paths",
+    errno.ELOOP: "its symbolic links lead back to themselves",
+}
+_PATH_ADVICE = {
+    errno.EACCES: "Give read and search rights (chmod), or name another path",
+    errno.EPERM: "Give read and search rights (chmod), or name another path",
+    errno.ENAMETOOLONG: "Name a shorter path",
+    errno.ELOOP: "Repair the links",
+}
 
 
 def not_built_yet(what: str, *, where: str = "", advice: str = "") -> Problem:

@@ -253,7 +253,7 @@ def build_callbacks(job: Job) -> list[Callback]:
     if config.checkpoint_monitor is not None:
         callbacks.append(CheckpointMonitor(config.checkpoint_monitor))  # type: ignore[arg-type]
     elif config.final_checkpoint:
-        callbacks.append(CheckpointMonitor(LAST_STEP_ONLY))
+        callbacks.append(CheckpointMonitor(LAST_STEP_ONLY))  # type: ignore[arg-type]
     else:
         job.say("warning: nothing will be saved: there is no CheckpointMonitor, and "
                 "final_checkpoint is False")  # fmt: skip

@@ -7,11 +7,12 @@ keys that have two names, and how several files become one tree.
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from launcher.config.nodes import Node, merge, read_text
-from launcher.errors import Problem, UserError, did_you_mean
+from launcher.errors import Problem, UserError, did_you_mean, path_problem
 
 PROJECT_CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
@@ -29,6 +30,13 @@ ALIASES = {
 
 def find_config(path: str) -> Path:
     """The file `--config` names. Raises UserError when there is none."""
+    try:
+        return _find(path)
+    except (OSError, ValueError) as error:
+        raise UserError(path_problem(error, where="command line: --config")) from None
+
+
+def _find(path: str) -> Path:
     candidates = [Path(path)]
     if not os.path.isabs(path):
         candidates.append(PROJECT_CONFIGS / path)
@@ -91,7 +99,7 @@ def _load(path: Path, name: str, chain: tuple[Path, ...]) -> Node:
     for entry in _base_entries(base):
         parent = path.parent / str(entry.value)
         here = (*chain, path.resolve())
-        if parent.resolve() in here:
+        if _resolved(parent, entry) in here:
             raise UserError(
                 f"base_config = {entry.value!r} leads back to this file",
                 where=entry.where,
@@ -108,6 +116,15 @@ def _load(path: Path, name: str, chain: tuple[Path, ...]) -> Node:
             )
         tree = merge(tree, _load(parent, _shown(parent), here))
     return merge(tree, own)
+
+
+def _resolved(path: Path, entry: Node) -> Path:
+    try:
+        path.is_file()
+        return path.resolve()
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: a loop of links
+        problem = path_problem(error, where=entry.where)
+        raise UserError(replace(problem, what=f"base_config: {problem.what}")) from None
 
 
 def _base_entries(base: Node | None) -> list[Node]:

@@ -7,7 +7,7 @@ only follows from one.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from launcher.config.checks import (
@@ -26,7 +26,7 @@ from launcher.config.checks.check import Check, Rule
 from launcher.config.derived import global_batch_size, planned_world_size, world_size
 from launcher.config.provenance import KeyProblem, Provenance
 from launcher.config.schema import CALLBACKS, Config, EvalCallbackSection
-from launcher.errors import Problem
+from launcher.errors import Problem, path_problem
 
 __all__ = [
     "RULES",
@@ -108,8 +108,33 @@ def check(
     known = _Known(bad_keys)
     found: list[Problem] = []
     for rule in RULES:
-        found += [problem for problem in rule(subject) if not _follows(problem, known)]
-    return found
+        try:
+            found += [problem for problem in rule(subject) if not _follows(problem, known)]
+        except OSError as error:
+            found.append(_refused_path(subject, error))
+    return list(dict.fromkeys(found))
+
+
+def _refused_path(check: Check, error: OSError) -> Problem:
+    """The problem for a path that cannot be looked at, with the place of the key that names it."""
+    key = key_of_path(check, str(error.filename or ""))
+    problem = path_problem(error, where=check.provenance.nearest(key))
+    return replace(problem, what=f"{key}: {problem.what}") if key else problem
+
+
+def key_of_path(check: Check, path: str) -> str:
+    """The written key whose value is `path` or a folder above it; empty: there is none."""
+    best = ""
+    for key in check.provenance.places:
+        try:
+            value = check.value(key)
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError):
+            continue
+        for text in value if isinstance(value, list) else [value]:
+            is_above = isinstance(text, str) and text and (f"{path}/").startswith(f"{text}/")
+            if is_above and len(str(text)) > len(best and str(check.value(best))):
+                best = key
+    return best
 
 
 def _follows(problem: KeyProblem, known: _Known) -> bool:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from launcher.errors import EXIT_SIGINT, EXIT_USER, UserError, did_you_mean
+from launcher.errors import EXIT_SIGINT, EXIT_USER, UserError, did_you_mean, path_problem
 from launcher.report.console import Console
 
 Progress = Callable[[int, int], None]
@@ -92,6 +92,11 @@ def answer(work: Callable[[Console], int]) -> int:
     except UserError as error:
         for problem in error.problems:
             print(f"error: {problem}", file=sys.stderr)
+        return EXIT_USER
+    except OSError as error:
+        if not error.filename:
+            raise
+        print(f"error: {path_problem(error)}", file=sys.stderr)
         return EXIT_USER
     except KeyboardInterrupt:
         print("interrupted: nothing was replaced", file=sys.stderr)
