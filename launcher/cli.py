@@ -16,7 +16,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, NoReturn
 
 from launcher.config.command_line import CommandLine, help_text, parse
-from launcher.environment import has_own_log, process_environment, rank_or_zero
+from launcher.environment import check_rendezvous, has_own_log, process_environment, rank_or_zero
 from launcher.errors import EXIT_INTERNAL, EXIT_OK, EXIT_SIGINT, EXIT_USER, Problem, UserError
 
 if TYPE_CHECKING:
@@ -145,6 +145,8 @@ def _checked(line: CommandLine) -> Resolved:
     problems = (*resolved.problems, *found)
     if problems:
         raise UserError(problems)
+    if not only_looks and not config.only_save_strategy:
+        check_rendezvous()
     if rank_or_zero() == 0:
         _say_what_is_ignored(resolved.no_effect)
         for warning in rules.warnings(config, provenance):

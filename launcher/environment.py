@@ -76,6 +76,18 @@ def process_environment() -> ProcessEnvironment:
     )  # fmt: skip
 
 
+def check_rendezvous() -> None:
+    """Several processes know where to meet: else one that was started alone, with WORLD_SIZE left
+    over, would wait for the others. Raises `UserError`."""
+    reader = _Reader(os.environ)
+    if process_environment().is_launched:
+        for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+            if not os.environ.get(name):
+                reader.wrong("WORLD_SIZE", f"a job of several processes needs {name} too")
+    if reader.problems:
+        raise UserError(reader.problems)
+
+
 def has_own_log() -> bool:
     """Whether the output of this process goes to a file of its own."""
     return bool(os.environ.get(OWN_LOG))
@@ -110,17 +122,13 @@ class _Reader:
         return default
 
     def check_together(self, rank: int, size: int, local_rank: int, local_size: int) -> None:
-        """A rank is below the number of processes, and several processes know where to meet."""
+        """A rank is below the number of processes."""
         if rank >= size:
             given = "WORLD_SIZE is not set" if "WORLD_SIZE" not in self.variables else (
                 f"WORLD_SIZE is {size}")  # fmt: skip
             self.wrong("RANK", f"{given}, and ranks are 0 to {size - 1}")
         if local_rank >= local_size:
             self.wrong("LOCAL_RANK", f"this machine has {local_size} process(es) of the job")
-        if size > 1:
-            for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
-                if not self.variables.get(name):
-                    self.wrong("WORLD_SIZE", f"a job of several processes needs {name} too")
 
     def wrong(self, name: str, rule: str) -> None:
         """Add a problem with a variable."""

@@ -16,7 +16,7 @@ from launcher.assembly.roll_back import RollBack, idle_reason
 from launcher.assembly.run import fresh_run
 from launcher.assembly.strategy import world_without_group, write_all, write_own
 from launcher.assembly.weights import fill_weights, find_weights
-from launcher.checkpoint.files import write_json
+from launcher.checkpoint.files import json_bytes, write_json
 from launcher.checkpoint.monitor import LAST_STEP_ONLY, CheckpointMonitor
 from launcher.config.provenance import Provenance
 from launcher.config.schema import Config, OnRequestExitSection, RegisteredCallbackSection
@@ -25,7 +25,7 @@ from launcher.parallel import world as worlds
 from launcher.parallel.parts import Parts
 from launcher.parallel.world import World
 from launcher.predict import check_writable, read_prompts, result_text, write_results
-from launcher.report.aside import move_aside, write_new
+from launcher.report.aside import make_way, move_aside, write_new
 from launcher.report.console import Console, close_logs, open_logs
 from launcher.report.curves import FILE_NAME as CURVE_NAME
 from launcher.report.metrics import MetricsLog, Start
@@ -132,7 +132,9 @@ def evaluate_only(job: Job) -> int:
     result = evaluate(built.parts, built.compute, built.row_cut, batches(), job.world)
     job.say(str(result))
     if job.world.is_main:
-        write_json(job.output_dir / "eval_result.json", result.as_row())
+        path, row = job.output_dir / "eval_result.json", result.as_row()
+        make_way(path, json_bytes(row))
+        write_json(path, row)
     return EXIT_OK
 
 

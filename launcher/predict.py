@@ -20,6 +20,7 @@ from torch import nn
 
 from launcher.errors import UserError
 from launcher.generation import GenerationSettings, continue_tokens, token_limits
+from launcher.report.aside import make_way
 from models.decoder import Decoder
 
 RESULT_FILE = "text_generation_result.txt"
@@ -132,7 +133,8 @@ def result_text(generations: Sequence[Generation], batch_size: int) -> str:
 def write_results(generations: Sequence[Generation], path: Path | str, batch_size: int) -> Path:
     """Write the original's form to `path`, and JSON lines beside it under `.jsonl`, which it gives.
 
-    Whoever reads either file finds it whole.
+    Whoever reads either file finds it complete. Results of an earlier run are moved aside, to
+    `text_generation_result-1.txt` and so on.
     """
     path = Path(path)
     if path.suffix == ".jsonl":
@@ -167,8 +169,10 @@ def check_writable(path: Path) -> None:
 def _write(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    content = text.encode("utf-8", errors="backslashreplace")
     try:
-        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
+        partial.write_bytes(content)
+        make_way(path, content)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

@@ -67,7 +67,7 @@ def build_run(job: Job) -> TrainRun:
             f"warning: {len(dataset)} samples are fewer than the global batch of "
             f"{loader.global_batch}: a step sees some of them more than once"
         )
-    _warn_of_warmup(job, total, per_epoch)
+    _warn_of_warmup(job, total, stop, per_epoch)
     built = build_parallel(job, training=True)
     wrapper = config.runner_wrapper
     scaling = loss_scaling(wrapper.scale_sense, job.compute_dtype)
@@ -128,11 +128,14 @@ def _total_steps(job: Job, per_epoch: int) -> int:
     return min(by_epochs, runner.max_steps) if written else runner.max_steps
 
 
-def _warn_of_warmup(job: Job, total: int, per_epoch: int) -> None:
+def _warn_of_warmup(job: Job, total: int, stop: int, per_epoch: int) -> None:
+    """The rate of the first step is that of the beginning of the warm-up, so that a warm-up of n
+    steps has its peak at step n + 1. `stop`: the step the run ends at, of `total` planned ones."""
     steps = warmup_steps(job.config.lr_schedule, total, per_epoch)
-    if steps >= total and steps > 0:
+    if steps >= stop and steps > 0:
+        length = f"run of {total}" if stop == total else f"run that stops at step {stop}"
         job.say(
-            f"warning: {steps} steps of warm-up in a run of {total}: the learning rate never "
+            f"warning: {steps} steps of warm-up in a {length}: the learning rate never "
             "reaches lr_schedule.learning_rate"
         )
 

@@ -25,6 +25,7 @@ from launcher.layout.grid import TensorLayout, entry
 from launcher.layout.layout import Layout, Placement
 from launcher.layout.strategy import parse, serialise, strategy_file
 from launcher.parallel.world import World
+from launcher.report.aside import move_to_numbered_folder
 from launcher.weights.links import Link, LinksOf, shapes_in_files
 from launcher.weights.ranks.saves import holds_foreign
 from launcher.weights.source import OPTIMIZER_PREFIXES
@@ -149,8 +150,11 @@ def _write(
         for rank in ranks:
             path = folder / f"{PREFIX}{rank}{SUFFIX}"
             scratch = temporary(path)
+            content = files.of(rank, layout)
             try:
-                scratch.write_bytes(files.of(rank, layout))
+                scratch.write_bytes(content)
+                if path.is_file() and path.read_bytes() != content:  # of an earlier run
+                    move_to_numbered_folder(path)
                 os.replace(scratch, path)
             finally:
                 scratch.unlink(missing_ok=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from launcher import environment
-from launcher.environment import ProcessEnvironment, process_environment
+from launcher.environment import ProcessEnvironment, check_rendezvous, process_environment
 from launcher.errors import UserError
 
 LAUNCHED = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2",
@@ -43,7 +43,6 @@ def test_what_torchrun_sets_and_what_a_process_alone_has(monkeypatch: pytest.Mon
         ({"WORLD_SIZE": "0"}, ["WORLD_SIZE = '0'"]),
         ({"WORLD_SIZE": "\u0663"}, ["WORLD_SIZE = '\u0663'"]),
         ({"WORLD_SIZE": "9" * 5000}, ["WORLD_SIZE = '999"]),
-        ({"WORLD_SIZE": "2"}, ["needs RANK too", "needs MASTER_ADDR too", "needs MASTER_PORT too"]),
         ({"LOCAL_RANK": "1"}, ["LOCAL_RANK = '1': this machine has 1 process"]),
         ({"RANK": "-1", "LOCAL_RANK": "1.5"}, ["RANK = '-1'", "LOCAL_RANK = '1.5'"]),
         ({**LAUNCHED, "RANK": "4"}, ["RANK = '4': WORLD_SIZE is 4, and ranks are 0 to 3"]),
@@ -62,6 +61,17 @@ def test_what_does_not_fit_is_named(
     for text in named:
         assert text in str(caught.value)
     assert len(caught.value.problems) == len(named)
+
+
+def test_a_process_alone_does_not_wait_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError) as caught:
+        check_rendezvous()
+    needed = ["needs RANK too", "needs MASTER_ADDR too", "needs MASTER_PORT too"]
+    assert [p.rule.split("processes ")[1] for p in caught.value.problems] == needed
+    for name, value in LAUNCHED.items():
+        monkeypatch.setenv(name, value)
+    check_rendezvous()
 
 
 def test_what_harms_nobody_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:

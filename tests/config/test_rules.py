@@ -220,7 +220,7 @@ def test_ignored_keys_are_reported_once(
     )
     assert " ".join(capsys.readouterr().err.split()) == " ".join(expected.split())
     monkeypatch.setenv("RANK", "1")
-    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     assert cli.main(argv) == 0
     assert capsys.readouterr().err == ""
 

@@ -299,3 +299,20 @@ def test_what_saves_take_is_told_before_the_first_step(workshop: Workshop) -> No
     assert after.count("set save_checkpoint_steps to ") == 1, (
         "steps of a toy are shorter than saves"
     )
+
+
+@pytest.mark.parametrize(
+    ("warmup", "stop", "said"), [(20, 20, "run of 20"), (19, 20, ""), (5, 5, "stops at step 5")]
+)
+def test_a_warm_up_that_never_reaches_its_peak_is_told(
+    workshop: Workshop, warmup: int, stop: int, said: str
+) -> None:
+    name = workshop.yaml(
+        lr_schedule={"warmup_steps": warmup}, runner_config={"stop_step": stop}, callbacks=[],
+        final_checkpoint=False,
+    )  # fmt: skip
+    result = train(workshop, name)
+    assert ("the learning rate never reaches" in result.stdout) == bool(said)
+    assert said in result.stdout
+    reached = any(row["lr"] == 1e-2 for row in workshop.rows())
+    assert reached != bool(said)

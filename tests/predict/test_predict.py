@@ -38,6 +38,18 @@ def test_one_prompt_several_and_a_file(tmp_path: Path) -> None:
     assert read_prompts("x" * 300) == ["x" * 300]  # no file system takes it for a name
 
 
+def test_results_of_an_earlier_run_are_kept(tmp_path: Path) -> None:
+    path = tmp_path / "result.txt"
+    for text in ("a", "a", "b"):
+        write_results([Generation(prompt="p", text=text, tokens=(1,))], path, 1)
+    texts = {f.name: f.read_text() for f in tmp_path.glob("*.txt")}
+    assert texts == {
+        "result-1.txt": "[{'text_generation_text': ['a']}]",
+        "result.txt": "[{'text_generation_text': ['b']}]",
+    }
+    assert {f.name for f in tmp_path.glob("*.jsonl")} == {"result-1.jsonl", "result.jsonl"}
+
+
 def refused(tmp_path: Path) -> dict[str, tuple[Any, str]]:
     (tmp_path / "empty.txt").write_text("\n")
     (tmp_path / "binary.bin").write_bytes(b"\xff\xfe\x00")

@@ -8,7 +8,7 @@ import json
 import pytest
 
 from launcher.errors import UserError
-from launcher.report.aside import write_new
+from launcher.report.aside import move_to_numbered_folder, write_new
 from launcher.report.console import Console, close_logs, open_logs
 from launcher.report.curves import draw_loss
 from launcher.report.metrics import MetricsLog, Start, read_rows
@@ -95,6 +95,18 @@ def test_a_run_that_goes_on_from_an_earlier_save_keeps_what_came_after_it(tmp_pa
         log.add({"step": 3, "consumed_samples": 24})
     steps = {path.name: [row["step"] for row in read_rows(path)] for path in tmp_path.iterdir()}
     assert steps == {"metrics.jsonl": [1, 2, 3], "metrics-1.jsonl": [1, 2, 3, 4, 5]}
+
+
+def test_files_of_an_earlier_run_go_to_a_numbered_folder(tmp_path) -> None:
+    folder = tmp_path / "strategy"
+    folder.mkdir()
+    for text in "ab":
+        for rank in "01":
+            (folder / rank).write_text(text)
+            move_to_numbered_folder(folder / rank)
+    found = {f"{p.parent.name}/{p.name}": p.read_text() for p in tmp_path.glob("strategy-*/*")}
+    assert found == {"strategy-1/0": "a", "strategy-1/1": "a", "strategy-2/0": "b",
+                     "strategy-2/1": "b"}  # fmt: skip
 
 
 def test_text_of_an_earlier_run_is_moved_aside_once(tmp_path) -> None:
