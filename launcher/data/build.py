@@ -15,7 +15,8 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from uuid import uuid4
 from xxhash import xxh3_128
 
 from launcher.config.schema import DatasetSection
-from launcher.data.chat import DEFAULT_CHAT_TEMPLATE, tokenise_conversations
+from launcher.data.chat import tokenise_conversations
 from launcher.data.files import DataFile
 from launcher.data.packing import (
     PLAN_ARRAYS,
@@ -37,17 +38,20 @@ from launcher.data.packing import (
 )
 from launcher.data.sources import (
     INSTRUCTION,
-    Tally,
+    Document,
     conversations,
     documents,
     loader_type,
     source_files,
 )
 from launcher.data.store import INDEX_DTYPE, TokenWriter, map_array, open_store, write_array
+from launcher.data.strictness import Strictness
+from launcher.data.tally import Tally
+from launcher.data.templates import DEFAULT_CHAT_TEMPLATE
 from launcher.data.tokens import backend_of, tokenise_documents
 from launcher.errors import UserError
 
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 """Part of every key: raise it when the same input would be stored in another way."""
 PROGRESS_SECONDS = 10.0
 LEFTOVER_SECONDS = 86400.0
@@ -150,7 +154,11 @@ def _make(folder: Path, recipe: Recipe, files: list[DataFile]) -> None:
     try:
         tally = Tally()
         facts = _tokenise(scratch, recipe, files, tally)
-        facts |= {"files": len(files), "read": tally.documents, "warnings": tally.warnings()}
+        facts |= {
+            "files": len(files),
+            "read": tally.documents,
+            "warnings": tally.warnings(recipe.seq_length),
+        }
         if not recipe.is_stream:
             store = open_store(scratch, facts)
             plan = plan_rows(store, recipe.seq_length, packed=recipe.section.packing)
@@ -177,17 +185,32 @@ def _tokenise(folder: Path, recipe: Recipe, files: list[DataFile], tally: Tally)
     try:
         if recipe.is_instruction:
             talks = conversations(loader, files, recipe.cache_dir, tally)
-            for samples in tokenise_conversations(talks, tokenizer, recipe.say):
+            strictness = Strictness(strict=loader.strict_fields, tally=tally)
+            for samples in tokenise_conversations(
+                talks, tokenizer, recipe.say, strictness, recipe.seq_length
+            ):
                 writer.add([s.tokens for s in samples], [s.is_target for s in samples])
                 progress.tell()
         else:
-            texts = documents(loader, files, recipe.cache_dir, tally)
-            for batch in tokenise_documents(texts, tokenizer):
+            places: deque[str] = deque()
+            found = documents(loader, files, recipe.cache_dir, tally)
+            for batch in tokenise_documents(_texts(found, places), tokenizer):
                 writer.add(batch)
+                for tokens in batch:
+                    where = places.popleft()
+                    if len(tokens) < 2:
+                        tally.too_short.add(where)
                 progress.tell()
         return writer.finish()
     finally:
         writer.close()
+
+
+def _texts(found: Iterable[Document], places: deque[str]) -> Iterator[str]:
+    """The texts of documents; their places go to `places`, in the same order."""
+    for document in found:
+        places.append(document.where)
+        yield document.text
 
 
 class _Progress:
@@ -258,6 +281,7 @@ def _settings(recipe: Recipe) -> dict[str, Any]:
         "suffixes": list(loader.suffixes or ()),
         "text_column": loader.text_column,
         "format": loader.format,
+        "strict_fields": loader.strict_fields,
         "split": loader.split,
         "num_samples": loader.num_samples,
         "packing": recipe.section.packing,
@@ -281,17 +305,9 @@ def _hash(value: Any) -> str:
 
 
 def _plan_warnings(plan: RowPlan, recipe: Recipe) -> list[str]:
-    lines = []
-    if plan.cut:
-        lines.append(
-            f"warning: {plan.cut} sample(s) longer than seq_length {recipe.seq_length} were cut"
-        )
-    if plan.nothing_learnt:
-        what = f"no answer within seq_length {recipe.seq_length}"
-        if not recipe.is_instruction:
-            what = "fewer than two tokens"
-        lines.append(f"warning: {plan.nothing_learnt} sample(s) with {what} were left out")
-    return lines
+    if not plan.cut:
+        return []
+    return [f"warning: {plan.cut} sample(s) longer than seq_length {recipe.seq_length} were cut"]
 
 
 def _nothing_to_learn(recipe: Recipe, files: list[DataFile], facts: dict[str, Any]) -> UserError:

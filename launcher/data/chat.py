@@ -3,8 +3,9 @@
 Owns where an answer begins and ends in the text that a chat template makes. Invariants:
 
 1. The tokens are those of the whole conversation, tokenised in one piece, as a model meets them.
-2. A token is a target only if it belongs to an assistant's answer or to the end-of-turn mark behind
-   it; headers, questions and system prompts are context.
+2. A token is a target only if it holds a character of an assistant's answer or of the end-of-turn
+   mark behind it; headers, questions and system prompts are context. A token across the beginning
+   of an answer (` Yes` behind `ASSISTANT: `) belongs to the answer.
 3. An answer that cannot be found for certain is an error, never a guess.
 
 A template with `{% generation %}` blocks says itself what an answer is. For any other, the answer
@@ -18,33 +19,28 @@ that follows the turns `messages[:k]` is what the rendered conversation has afte
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import chain, islice, takewhile
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from launcher.data.conversations import Conversation
-from launcher.data.tokens import backend_of
-from launcher.errors import UserError
+from launcher.data.records import MAX_PROBLEMS
+from launcher.data.shown import check_shown
+from launcher.data.strictness import Strictness
+from launcher.data.tally import Tally
+from launcher.data.templates import DEFAULT_CHAT_TEMPLATE, ChatTemplate, ChatTemplates, Span
+from launcher.data.tokens import backend_of, exact_offsets
+from launcher.errors import Problem, UserError
 
-DEFAULT_CHAT_TEMPLATE = (
-    "{%- for message in messages -%}"
-    "{{- '<|im_start|>' + message['role'] + '\\n' + message['content'] -}}"
-    "{{- (eos_token if eos_token else '<|im_end|>') + '\\n' -}}"
-    "{%- endfor -%}"
-    "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"
-)
-"""For a tokenizer without a template: ChatML, each turn ended by the tokenizer's own end token,
-so that generation stops there."""
+__all__ = ["DEFAULT_CHAT_TEMPLATE", "Sample", "tokenise_conversations"]
 
-_GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _BATCH = 256
-Span = tuple[int, int]
+_PROBE = "probe"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,72 +52,113 @@ class Sample:
 
 
 def tokenise_conversations(
-    conversations: Iterable[Conversation], tokenizer: Any, say: Callable[[str], None]
+    conversations: Iterable[Conversation],
+    tokenizer: Any,
+    say: Callable[[str], None],
+    strictness: Strictness | None = None,
+    seq_length: int | None = None,
 ) -> Iterator[list[Sample]]:
     """The samples of conversations, in batches, in order.
 
-    Raises UserError where the chat template refuses a conversation or hides its answers.
+    What of them is not learnt, in rows of `seq_length` tokens, is counted in the tally of
+    `strictness`. Raises UserError where the chat template refuses a conversation, leaves out a turn
+    or hides an answer.
     """
-    template = None
-    if not getattr(tokenizer, "chat_template", None):
-        template = DEFAULT_CHAT_TEMPLATE
+    strictness = strictness or Strictness(strict=True, tally=Tally())
+    templates = ChatTemplates(tokenizer)
+    if templates.is_default:
         say("the tokenizer has no chat template: a ChatML-like one is used")
-    marked = _GENERATION_BLOCK.search(template or str(tokenizer.chat_template)) is not None
     iterator = iter(conversations)
     while batch := list(islice(iterator, _BATCH)):
-        if marked:
-            yield [_by_generation_blocks(conversation, tokenizer) for conversation in batch]
+        rendered = _render(batch, templates, strictness)
+        samples = _tokenise_with_spans(rendered, batch, tokenizer)
+        for conversation, sample in zip(batch, samples, strict=True):
+            _count(sample, conversation.where, strictness.tally, seq_length)
+        yield samples
+
+
+def _count(sample: Sample, where: str, tally: Tally, seq_length: int | None) -> None:
+    """Count a sample of which nothing is learnt: its first token is never predicted, and its row
+    predicts `seq_length` tokens."""
+    if not sample.is_target[1:].any():
+        tally.nothing_to_learn.add(where)
+    elif seq_length is not None and not sample.is_target[1 : seq_length + 1].any():
+        tally.answer_beyond_row.add(where)
+
+
+def _render(
+    batch: list[Conversation], templates: ChatTemplates, strictness: Strictness
+) -> list[tuple[str, list[Span]]]:
+    rendered = []
+    problems: list[Problem] = []
+    for conversation in batch:
+        try:
+            template = templates.of(conversation)
+            text, spans = _with_spans(conversation, template)
+            check_shown(conversation, template, text, strictness)
+        except UserError as error:
+            problems += (found for found in error.problems if found not in problems)
+            if len(problems) >= MAX_PROBLEMS:
+                break
         else:
-            rendered = [_render_with_spans(talk, tokenizer, template) for talk in batch]
-            yield _tokenise_with_spans(rendered, batch, tokenizer)
+            rendered.append((text, spans))
+    if problems:
+        raise UserError(problems)
+    return rendered
 
 
-def _by_generation_blocks(conversation: Conversation, tokenizer: Any) -> Sample:
-    try:
-        encoded = tokenizer.apply_chat_template(
-            conversation.messages,
-            tools=conversation.tools,
-            tokenize=True,
-            return_dict=True,
-            return_assistant_tokens_mask=True,
-        )
-    except Exception as error:
-        raise _refused(conversation, error) from error
-    mask = np.array(encoded["assistant_masks"], dtype=bool)
-    return Sample(tokens=list(encoded["input_ids"]), is_target=mask)
+def _with_spans(conversation: Conversation, template: ChatTemplate) -> tuple[str, list[Span]]:
+    """The rendered conversation and the character spans of its learnt answers, with their marks."""
+    if not template.marks_answers:
+        return _with_found_spans(conversation, template)
+    text, spans = template.render_marked(conversation, conversation.messages)
+    if conversation.context_turns:
+        turns = _turns_of_blocks(conversation, template, len(spans))
+        spans = [
+            span
+            for span, turn in zip(spans, turns, strict=True)
+            if turn not in conversation.context_turns
+        ]
+    return text, spans
 
 
-def _render_with_spans(
-    conversation: Conversation, tokenizer: Any, template: str | None
-) -> tuple[str, list[Span]]:
-    """The rendered conversation and the character spans of its answers, with end-of-turn marks."""
+def _turns_of_blocks(conversation: Conversation, template: ChatTemplate, blocks: int) -> list[int]:
+    """The turn (index of `messages`) of each generation block: those that the turn adds."""
+    turns: list[int] = []
+    for index, message in enumerate(conversation.messages):
+        if message["role"] == "assistant":
+            _, spans = template.render_marked(conversation, conversation.messages[: index + 1])
+            turns += [index] * (len(spans) - len(turns))
+    if len(turns) != blocks:
+        raise _hidden(conversation.where, max(conversation.context_turns))
+    return turns
+
+
+def _with_found_spans(conversation: Conversation, template: ChatTemplate) -> tuple[str, list[Span]]:
     messages = conversation.messages
 
     def render(count: int, *, prompt: bool = False) -> str:
-        try:
-            text: str = tokenizer.apply_chat_template(
-                messages[:count],
-                tools=conversation.tools,
-                chat_template=template,
-                add_generation_prompt=prompt,
-                tokenize=False,
-            )
-        except Exception as error:
-            raise _refused(conversation, error) from error
-        return text
+        return template.render(conversation, messages[:count], prompt=prompt)
+
+    def mark(index: int) -> str:
+        """What the template writes behind the answer in turn `index`."""
+        probe = [*messages[:index], {"role": "assistant", "content": _PROBE}]
+        return template.render(conversation, probe).rpartition(_PROBE)[2]
 
     whole = render(len(messages))
     spans = []
     for index, message in enumerate(messages):
-        if message["role"] != "assistant" or index == 0:
+        if message["role"] != "assistant" or index == 0 or index in conversation.context_turns:
             continue  # an answer before any question is context
         start = _start(whole, render(index, prompt=True), partial(render, index))
         end: int | None = len(whole)
         if start is not None and index + 1 < len(messages):
-            end = _end(whole, start, render(index + 1), message["content"])
+            until, content = render(index + 1), message["content"]
+            end = _end(whole, start, until, content, partial(mark, index))
         if start is None or end is None:
             raise _hidden(conversation.where, index)
-        spans.append((start, _without_space(whole, start, end, message["content"])))
+        content = message["content"]
+        spans.append((start, _without_space(whole, start, end, content, partial(mark, index))))
     return whole, spans
 
 
@@ -130,35 +167,38 @@ def _start(whole: str, prompt: str, before: Callable[[], str]) -> int | None:
     if whole.startswith(prompt):
         return len(prompt)
     # Some templates put more into the prompt than they keep in the past (an opened thought).
-    shared = next(
-        (i for i, (a, b) in enumerate(zip(whole, prompt, strict=False)) if a != b),
-        min(len(whole), len(prompt)),
-    )
+    shared = _shared(whole, prompt)
     turns = before()
     return shared if whole.startswith(turns) and shared >= len(turns) else None
 
 
-def _end(whole: str, start: int, until: str, content: Any) -> int | None:
+def _end(whole: str, start: int, until: str, content: str, mark: Callable[[], str]) -> int | None:
     """Where the answer ends that begins at `start`; `until` is the rendering that ends with it."""
     if whole.startswith(until):
         return len(until)
     # Some templates render the last answer unlike the same answer in the past (whose thought goes).
-    content = content.strip() if isinstance(content, str) else ""
-    if not content or content not in until:
+    content = content.strip()
+    if content and content in until:
+        behind = until[until.rindex(content) + len(content) :]
+        position = whole.find(content, start)
+        while position >= 0 and not whole.startswith(behind, position + len(content)):
+            position = whole.find(content, position + 1)
+        return position + len(content) + len(behind) if position >= 0 else None
+    behind = mark()
+    if not behind.strip() or behind.strip() in content:
         return None
-    mark = until[until.rindex(content) + len(content) :]
-    position = whole.find(content, start)
-    while position >= 0 and not whole.startswith(mark, position + len(content)):
-        position = whole.find(content, position + 1)
-    return position + len(content) + len(mark) if position >= 0 else None
+    position = whole.find(behind, start)
+    return position + len(behind) if position >= 0 else None
 
 
-def _without_space(whole: str, start: int, end: int, content: Any) -> int:
+def _without_space(whole: str, start: int, end: int, content: str, mark: Callable[[], str]) -> int:
     """The end without the white space behind an end-of-turn mark: generation stops at the mark."""
     answer = whole[start:end].rstrip()
-    if isinstance(content, str) and answer.endswith(content.rstrip()):
-        return end  # there is no mark but the white space
-    return start + len(answer)
+    if content.strip():
+        is_marked = not answer.endswith(content.rstrip())
+    else:
+        is_marked = bool(answer and mark().strip())
+    return start + len(answer) if is_marked else end  # else there is no mark but the white space
 
 
 def _tokenise_with_spans(
@@ -171,41 +211,54 @@ def _tokenise_with_spans(
             for (text, spans), conversation in zip(rendered, conversations, strict=True)
         ]
     samples = []
-    encodings = backend_of(tokenizer).encode_batch(texts, add_special_tokens=False)
+    with exact_offsets(backend_of(tokenizer)) as backend:
+        encodings = backend.encode_batch(texts, add_special_tokens=False)
     for encoding, (_, spans) in zip(encodings, rendered, strict=True):
-        begins = np.array([begin for begin, _ in encoding.offsets], dtype=np.int64)
+        flat = np.fromiter(chain.from_iterable(encoding.offsets), dtype=np.int64)
+        begins, ends = flat[0::2], flat[1::2]
         is_target = np.zeros(len(begins), dtype=bool)
         for start, end in spans:
-            is_target |= (begins >= start) & (begins < end)
+            # A token of no characters (a prefix that the tokenizer adds) counts where it stands.
+            is_target |= (begins < end) & ((ends > start) | (begins >= start))
         samples.append(Sample(tokens=encoding.ids, is_target=is_target))
     return samples
 
 
 def _by_prefixes(text: str, spans: list[Span], where: str, tokenizer: Any) -> Sample:
-    """For a tokenizer that does not say which characters a token stands for."""
+    """For a tokenizer that does not say which characters a token stands for: the tokens of the text
+    before a position are those of the whole text, up to a token that goes across the position."""
 
     def tokens_of(part: str) -> list[int]:
         return list(tokenizer(part, add_special_tokens=False)["input_ids"])
 
+    def length_of(part: list[int]) -> int:
+        return len(tokenizer.decode(part, skip_special_tokens=False))
+
+    def before(position: int) -> tuple[int, bool]:
+        """Tokens that lie before a character, and whether one more goes across it."""
+        alone = tokens_of(text[:position])
+        shared = _shared(tokens, alone)
+        if shared == len(alone):
+            return shared, False
+        length = length_of(alone)
+        inside = takewhile(
+            lambda count: length_of(tokens[:count]) <= length, range(shared + 1, len(tokens) + 1)
+        )
+        return shared + sum(1 for _ in inside), True
+
     tokens = tokens_of(text)
     is_target = np.zeros(len(tokens), dtype=bool)
-    for index, (start, end) in enumerate(spans):
-        before, until = tokens_of(text[:start]), tokens_of(text[:end])
-        if tokens[: len(before)] != before or tokens[: len(until)] != until:
-            raise _hidden(where, index)
-        is_target[len(before) : len(until)] = True
+    for start, end in spans:
+        first, _ = before(start)
+        last, is_across = before(end)
+        is_target[first : last + is_across] = True
     return Sample(tokens=tokens, is_target=is_target)
 
 
-def _refused(conversation: Conversation, error: Exception) -> UserError:
-    roles = ", ".join(str(message.get("role")) for message in conversation.messages)
-    return UserError(
-        f"the chat template refuses the conversation ({error})",
-        where=conversation.where,
-        rule="a conversation must have the turns that the tokenizer's chat template knows",
-        nearest=f"Its turns: {roles}",
-        advice="Repair the record, or use a tokenizer whose template takes it",
-    )
+def _shared(left: Any, right: Any) -> int:
+    """Items at the beginning that two sequences have in common."""
+    pairs = enumerate(zip(left, right, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(left), len(right)))
 
 
 def _hidden(where: str, index: int) -> UserError:

@@ -1,37 +1,43 @@
 """Conversations for instruction tuning: the formats `alpaca`, `messages` and `sharegpt`.
 
 Owns what a record of each format means as turns with `role` and `content`, the form that chat
-templates take. Invariant: a record that does not fit its format is an error that names file and
-line, never a guess; the format is what the user says, else what a file's first record looks like.
+templates take (which fields there are: `fields`). Invariant: a record that does not fit its format
+is an error that names file and record, never a guess; the format is what the user says, else what a
+file's first record looks like.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher.data.records import Record, read_records
+from launcher.data.fields import (
+    ASSISTANT_FIELDS,
+    OTHER_DATA,
+    RECORD_FIELDS,
+    ROLES,
+    SHAREGPT_ROLES,
+    TURN_FIELDS,
+    WEIGHTS,
+)
+from launcher.data.records import Record, convert_records, read_records, shown
+from launcher.data.strictness import (
+    LENIENT,
+    Strictness,
+    check_encodable,
+    names_of,
+    surrogate_error,
+    wrong_field,
+)
 from launcher.errors import UserError, did_you_mean
+from launcher.json_text import NotJson, lone_surrogate, parse
 
 FORMATS = ("alpaca", "messages", "sharegpt")
-_SHAREGPT_ROLES = {
-    "system": "system",
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "assistant": "assistant",
-    "bot": "assistant",
-    "model": "assistant",
-    "function_call": "assistant",
-    "observation": "tool",
-    "tool": "tool",
-    "function": "tool",
-}
+
+Turn = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,12 +45,14 @@ class Conversation:
     """One conversation: `role` and `content` a turn, in the form that chat templates take."""
 
     where: str
-    messages: list[dict[str, Any]]
+    messages: list[Turn]
     tools: list[Any] | None = None
+    context_turns: frozenset[int] = frozenset()
+    """Answers (indices of `messages`) that are context and not learnt."""
 
 
 def conversations_of_file(
-    path: Path, wanted: str | None, cache_dir: Path
+    path: Path, wanted: str | None, cache_dir: Path, strictness: Strictness
 ) -> Iterator[Conversation]:
     """The conversations of one file, in the format `wanted` (of FORMATS) or the detected one."""
     if wanted is not None and wanted not in FORMATS:
@@ -55,26 +63,49 @@ def conversations_of_file(
             advice="Leave it out to have it detected",
         )
     form = wanted
-    for record in read_records(path, cache_dir):
+
+    def conversation_of(record: Record) -> Conversation:
+        nonlocal form
+        if wanted is None:
+            _refuse_two_formats(record)
         form = form or _detect(record)
-        yield _READERS[form](record)
+        return _READERS[form](record, strictness)
+
+    return convert_records(read_records(path, cache_dir), conversation_of)
+
+
+def _formats(record: Record) -> list[str]:
+    keys = record.value
+    found = {
+        "messages": _has_turns(keys.get("messages"), "role"),
+        "sharegpt": _has_turns(keys.get("conversations"), "from"),
+        "alpaca": "instruction" in keys and "output" in keys,
+    }
+    return [name for name, is_it in found.items() if is_it]
 
 
 def _detect(record: Record) -> str:
-    keys = record.value
-    if _has_turns(keys.get("messages"), "role"):
-        return "messages"
-    if _has_turns(keys.get("conversations"), "from"):
-        return "sharegpt"
-    if "instruction" in keys and "output" in keys:
-        return "alpaca"
+    found = _formats(record)
+    if found:
+        return found[0]
     raise UserError(
-        f"has the keys {', '.join(keys) or 'none'}",
+        f"has the keys {names_of(record.value)}",
         where=record.where,
         rule="instruction data is alpaca (instruction, input, output), messages (messages: role, "
         "content) or sharegpt (conversations: from, value)",
         advice="Rename the keys; plain text is read by HFDataLoader",
     )
+
+
+def _refuse_two_formats(record: Record) -> None:
+    found = _formats(record)
+    if len(found) > 1:
+        raise UserError(
+            f"is a record of the formats {' and '.join(found)} at once",
+            where=record.where,
+            rule="a record holds one conversation",
+            advice="Set data_loader.format to the one that counts",
+        )
 
 
 def _has_turns(value: Any, key: str) -> bool:
@@ -83,53 +114,237 @@ def _has_turns(value: Any, key: str) -> bool:
     )
 
 
-def _alpaca(record: Record) -> Conversation:
-    instruction = _string(record, record.value, "instruction", "alpaca")
-    more = _string(record, record.value, "input", "alpaca", optional=True)
+def _alpaca(record: Record, strictness: Strictness) -> Conversation:
+    strictness.check_fields(record, record.value, RECORD_FIELDS["alpaca"])
+    question = [
+        _string(record, record.value, "instruction", "alpaca"),
+        _string(record, record.value, "input", "alpaca", optional=True),
+    ]
     answer = _string(record, record.value, "output", "alpaca")
-    system = _string(record, record.value, "system", "alpaca", optional=True)
-    messages = [{"role": "system", "content": system}] if system else []
-    messages += [
-        {"role": "user", "content": f"{instruction}\n\n{more}" if more else instruction},
+    messages = [
+        *_history(record, strictness),
+        {"role": "user", "content": "\n\n".join(part for part in question if part)},
         {"role": "assistant", "content": answer},
     ]
-    return Conversation(where=record.where, messages=messages)
+    return _conversation(record, messages, [None] * len(messages), strictness)
 
 
-def _messages(record: Record) -> Conversation:
+def _history(record: Record, strictness: Strictness) -> list[Turn]:
+    """Earlier turns, `[[question, answer], ...]`; all are learnt, as in LLaMA-Factory."""
+    history = record.value.get("history")
+    if _is_absent(history):
+        return []
+    if not isinstance(history, list) or not all(map(_is_pair, history)):
+        rule = "in the alpaca format it must be a list of [question, answer] pairs of strings"
+        error = wrong_field(record.where, "history", history, rule)
+        strictness.wrong(error, "history", record.where)
+        return []
+    check_encodable(record, history, "history")
+    roles = ("user", "assistant")
+    return [
+        {"role": role, "content": text}
+        for pair in history
+        for role, text in zip(roles, pair, strict=True)
+    ]
+
+
+def _is_pair(value: Any) -> bool:
+    return (
+        isinstance(value, list) and len(value) == 2 and all(isinstance(text, str) for text in value)
+    )
+
+
+def _messages(record: Record, strictness: Strictness) -> Conversation:
+    strictness.check_fields(record, record.value, RECORD_FIELDS["messages"])
+    turns = _turns(record, "messages", "messages")
+    messages = [_message(record, index, turn, strictness) for index, turn in enumerate(turns)]
+    return _conversation(
+        record, messages, _weights(record, messages, turns, strictness), strictness
+    )
+
+
+def _message(record: Record, index: int, turn: Turn, strictness: Strictness) -> Turn:
+    inside = f"messages[{index}]."
+    # Other fields go to the template, which may know them; what it does not show is counted there.
+    if not OTHER_DATA.keys().isdisjoint(turn):
+        strictness.check_fields(record, turn, turn.keys() - OTHER_DATA.keys(), "messages[].")
+    role = _string(record, turn, "role", "messages", inside)
+    if role not in ROLES:
+        error = UserError(
+            f"'{inside}role' = {shown(role)}",
+            where=record.where,
+            rule=f"a role of the messages format is one of {', '.join(sorted(ROLES))}",
+            nearest=_nearest_role(role),
+            advice=LENIENT,
+        )
+        strictness.wrong(error, "messages[].role", record.where)
+    message = {
+        name: value for name, value in turn.items() if value is not None and name not in WEIGHTS
+    }
+    return message | {"role": role} | _content(record, turn, role, inside, strictness)
+
+
+def _nearest_role(role: str) -> str:
+    name = SHAREGPT_ROLES.get(role.strip().lower())
+    return f"did you mean `{name}`?" if name else did_you_mean(role.lower(), ROLES)
+
+
+def _content(
+    record: Record, turn: Turn, role: str, inside: str, strictness: Strictness
+) -> dict[str, Any]:
+    """The content of a message as one string, and its tool calls in the form of templates."""
+    content = turn.get("content")
+    if isinstance(content, list):
+        content = "".join(_part(record, part, inside) for part in content)
+    elif content is None and role == "assistant" and any(map(turn.get, ASSISTANT_FIELDS)):
+        content = ""
+    elif not isinstance(content, str):
+        raise _wrong_key(record, turn, "content", "messages", "a string", inside)
+    more = {name: value for name, value in turn.items() if name not in ("role", "content")}
+    if more:
+        check_encodable(record, more, inside.removesuffix("."))
+    if wrong := lone_surrogate(content):
+        raise surrogate_error(record.where, f"{inside}content", wrong)
+    if _is_absent(turn.get("tool_calls")):
+        return {"content": content}
+    return {"content": content, "tool_calls": _calls(record, turn["tool_calls"], inside)}
+
+
+def _part(record: Record, part: Any, inside: str) -> str:
+    """The text of one part of a content, which is a list in the form of OpenAI."""
+    if isinstance(part, str):
+        return part
+    if isinstance(part, dict) and part.get("type", "text") == "text":
+        text = part.get("text")
+        if isinstance(text, str):
+            return text
+    raise UserError(
+        f"'{inside}content' has the part {shown(part)}",
+        where=record.where,
+        rule='only text is read: a part of a content must be {"type": "text", "text": ...}',
+        advice="Repair the record or take it out",
+    )
+
+
+def _calls(record: Record, calls: Any, inside: str) -> list[Any]:
+    """Tool calls with their arguments as objects: OpenAI writes JSON in a string, which templates
+    would write once more as JSON."""
+    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+        rule = "it must be a list of objects"
+        raise wrong_field(record.where, f"{inside}tool_calls", calls, rule)
+    return [_call(record, call, f"{inside}tool_calls[{n}]") for n, call in enumerate(calls)]
+
+
+def _call(record: Record, call: dict[str, Any], place: str) -> dict[str, Any]:
+    function = call.get("function")
+    if isinstance(function, dict):
+        return {**call, "function": _call(record, function, f"{place}.function")}
+    arguments = call.get("arguments")
+    if not isinstance(arguments, str) or not arguments.strip():
+        return call
+    try:
+        return {**call, "arguments": parse(arguments)}
+    except NotJson as error:
+        rule = f"it must be JSON ({error.reason})"
+        raise wrong_field(record.where, f"{place}.arguments", arguments, rule) from None
+
+
+def _sharegpt(record: Record, strictness: Strictness) -> Conversation:
+    strictness.check_fields(record, record.value, RECORD_FIELDS["sharegpt"])
+    turns = _turns(record, "conversations", "sharegpt")
     messages = []
-    for turn in _turns(record, "messages", "messages"):
-        role = _string(record, turn, "role", "messages")
-        # Parquet gives every key that any turn of the file has, as null.
-        message = {name: value for name, value in turn.items() if value is not None}
-        messages.append({**message, "role": role, "content": message.get("content", "")})
-    return Conversation(where=record.where, messages=messages, tools=_tools(record))
-
-
-def _sharegpt(record: Record) -> Conversation:
-    messages = []
-    for turn in _turns(record, "conversations", "sharegpt"):
-        speaker = _string(record, turn, "from", "sharegpt")
-        role = _SHAREGPT_ROLES.get(speaker.lower())
+    for index, turn in enumerate(turns):
+        inside = f"conversations[{index}]."
+        strictness.check_fields(record, turn, TURN_FIELDS["sharegpt"], "conversations[].")
+        speaker = _string(record, turn, "from", "sharegpt", inside)
+        role = SHAREGPT_ROLES.get(speaker.lower())
         if role is None:
             raise UserError(
-                f"has a turn from {speaker!r}",
+                f"has a turn from {shown(speaker)}",
                 where=record.where,
-                rule=f"a sharegpt turn is from one of {', '.join(_SHAREGPT_ROLES)}",
-                nearest=did_you_mean(speaker.lower(), _SHAREGPT_ROLES),
+                rule=f"a sharegpt turn is from one of {', '.join(SHAREGPT_ROLES)}",
+                nearest=did_you_mean(speaker.lower(), SHAREGPT_ROLES),
                 advice="Repair the record or take it out",
             )
-        messages.append({"role": role, "content": _string(record, turn, "value", "sharegpt")})
-    if record.value.get("system"):
-        system = _string(record, record.value, "system", "sharegpt")
-        messages.insert(0, {"role": "system", "content": system})
-    return Conversation(where=record.where, messages=messages, tools=_tools(record))
+        content = _string(record, turn, "value", "sharegpt", inside)
+        messages.append({"role": role, "content": content})
+    return _conversation(
+        record, messages, _weights(record, messages, turns, strictness), strictness
+    )
 
 
-_READERS = {"alpaca": _alpaca, "messages": _messages, "sharegpt": _sharegpt}
+_READERS: dict[str, Callable[[Record, Strictness], Conversation]] = {
+    "alpaca": _alpaca,
+    "messages": _messages,
+    "sharegpt": _sharegpt,
+}
 
 
-def _turns(record: Record, key: str, form: str) -> list[dict[str, Any]]:
+def _weights(
+    record: Record, messages: list[Turn], turns: list[Turn], strictness: Strictness
+) -> list[bool | None]:
+    """What each turn says of being learnt; only answers can be."""
+    found = []
+    for index, (message, turn) in enumerate(zip(messages, turns, strict=True)):
+        inside = f"turn {index + 1}: "
+        said = strictness.is_learnt(record, turn, inside)
+        if said and message["role"] != "assistant":
+            error = UserError(
+                f"{inside}a turn of the role {shown(message['role'])} is marked to be learnt",
+                where=record.where,
+                rule="only answers (of the assistant) are learnt",
+                advice=LENIENT,
+            )
+            strictness.wrong(error, "weight", record.where)
+        found.append(said)
+    return found
+
+
+def _conversation(
+    record: Record, messages: list[Turn], learnt: list[bool | None], strictness: Strictness
+) -> Conversation:
+    """The conversation of turns, with what the record as a whole adds to them."""
+    default = strictness.is_learnt(record, record.value)
+    system = _system(record, messages, strictness)
+    if system:
+        messages, learnt = [{"role": "system", "content": system}, *messages], [None, *learnt]
+    return Conversation(
+        where=record.where,
+        messages=messages,
+        tools=_tools(record, strictness),
+        context_turns=frozenset(
+            index
+            for index, (message, said) in enumerate(zip(messages, learnt, strict=True))
+            if message["role"] == "assistant" and (default if said is None else said) is False
+        ),
+    )
+
+
+def _system(record: Record, messages: list[Turn], strictness: Strictness) -> str:
+    """The system text of the record, where its turns do not hold it already."""
+    system = record.value.get("system")
+    if _is_absent(system):
+        return ""
+    if not isinstance(system, str):
+        error = wrong_field(record.where, "system", system, "it must be a string")
+        strictness.wrong(error, "system", record.where)
+        return ""
+    if wrong := lone_surrogate(system):
+        raise surrogate_error(record.where, "system", wrong)
+    turns = [turn["content"] for turn in messages if turn["role"] in ("system", "developer")]
+    if not turns:
+        return system
+    if turns == [system]:
+        return ""
+    raise UserError(
+        f"has two system texts: 'system' = {shown(system)} and a turn {shown(turns[0])}",
+        where=record.where,
+        rule="a conversation has one system text",
+        advice="Put them into one, or take one out",
+    )
+
+
+def _turns(record: Record, key: str, form: str) -> list[Turn]:
     turns = record.value.get(key)
     if isinstance(turns, list) and turns and all(isinstance(turn, dict) for turn in turns):
         return turns
@@ -137,36 +352,54 @@ def _turns(record: Record, key: str, form: str) -> list[dict[str, Any]]:
 
 
 def _string(
-    record: Record, owner: Mapping[str, Any], key: str, form: str, *, optional: bool = False
+    record: Record,
+    owner: Mapping[str, Any],
+    key: str,
+    form: str,
+    inside: str = "",
+    *,
+    optional: bool = False,
 ) -> str:
     value = owner.get(key)
     if isinstance(value, str):
+        if wrong := lone_surrogate(value):
+            raise surrogate_error(record.where, f"{inside}{key}", wrong)
         return value
     if value is None and optional:
         return ""
-    raise _wrong_key(record, owner, key, form, "a string")
+    raise _wrong_key(record, owner, key, form, "a string", inside)
 
 
 def _wrong_key(
-    record: Record, owner: Mapping[str, Any], key: str, form: str, rule: str
+    record: Record, owner: Mapping[str, Any], key: str, form: str, rule: str, inside: str = ""
 ) -> UserError:
-    shown = f"{key!r} = {owner[key]!r}" if key in owner else f"{key!r} is missing"
+    name = f"'{inside}{key}'"
+    text = f"{name} = {shown(owner[key])}" if key in owner else f"{name} is missing"
     return UserError(
-        shown if len(shown) < 80 else shown[:77] + "...",
+        text if len(text) < 80 else text[:77] + "...",
         where=record.where,
         rule=f"in the {form} format it must be {rule}",
-        nearest=f"Keys found: {', '.join(owner)}",
+        nearest=f"Keys found: {names_of(owner)}",
         advice=f"Repair the record, or set data_loader.format ({', '.join(FORMATS)})",
     )
 
 
-def _tools(record: Record) -> list[Any] | None:
+def _tools(record: Record, strictness: Strictness) -> list[Any] | None:
     tools = record.value.get("tools")
-    if isinstance(tools, str) and tools.strip():
-        with suppress(json.JSONDecodeError):  # Parquet data sets often keep them as a string
-            tools = json.loads(tools)
-    if not tools:
+    if isinstance(tools, str) and tools.strip():  # Parquet data sets often keep them as a string
+        with suppress(NotJson):  # a wrong value, which the error below shows
+            tools = parse(tools)
+    if _is_absent(tools.strip() if isinstance(tools, str) else tools):
         return None
-    if isinstance(tools, list):
+    if isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools):
+        check_encodable(record, tools, "tools")
         return tools
-    raise _wrong_key(record, record.value, "tools", "messages", "a list of tools, or JSON of one")
+    rule = "it must be a list of tools (objects), or JSON of one"
+    error = wrong_field(record.where, "tools", record.value["tools"], rule)
+    strictness.wrong(error, "tools", record.where)
+    return None
+
+
+def _is_absent(value: Any) -> bool:
+    """Whether the value of an optional field says nothing; 0 and {} are wrong values instead."""
+    return value is None or value == "" or value == []

@@ -1,30 +1,45 @@
 """Reading records (JSON, JSON lines, Parquet) from files, each with the place it came from.
 
-Invariant: a record that cannot be read is an error that names the file and, for JSON lines, the
-line. Nothing is skipped in silence. Parquet, and JSON for `HFDataLoader`, go through the `datasets`
-library, which is imported only when it is needed, never asks the network, and streams (it makes no
-second copy of the data on the disk).
+Invariant: a record that cannot be read is an error that names the file and, for JSON, the line.
+Nothing is skipped or replaced in silence. JSON is read as it stands in the file (a text that looks
+like a date stays a text). Parquet goes through the `datasets` library, which is imported only when
+it is needed, never asks the network, and streams (it makes no second copy of the data on the disk).
 """
 
 from __future__ import annotations
 
-import gzip
 import json
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import date, datetime, time, timedelta
+from decimal import Decimal
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from reprlib import Repr
+from typing import Any, TypeVar
 
-from launcher.data.files import unreadable
-from launcher.errors import UserError
+from launcher.data.encoding import NotText, decode, read_bytes, read_lines
+from launcher.errors import Problem, UserError
+from launcher.json_text import STRICT, NotJson, line_and_column, parse, parse_at, printable
 
 JSON_LINES = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz")
 JSON = (".json", ".json.gz")
 PARQUET = (".parquet",)
 RECORD_SUFFIXES = (*JSON_LINES, *JSON, *PARQUET)
 
+MAX_PROBLEMS = 20
+"""Wrong records that are reported together."""
+READ_ON = 1000
+"""Records that are looked at behind the first wrong one, for others to report with it."""
+
 _INSTALL = "Install it: pip install 'slipway[data]'"
+_SPACE = re.compile(r"[ \t\r\n]*")
+_SHORT = Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 60
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -35,76 +50,254 @@ class Record:
     value: dict[str, Any]
 
 
-def read_json_records(path: Path) -> Iterator[Record]:
-    """The records of a JSON file (a list of objects, or lines) or a JSON-lines file."""
+def convert_records(
+    records: Iterable[Record | UserError], convert: Callable[[Record], T]
+) -> Iterator[T]:
+    """`convert` of every record.
+
+    Raises UserError for the first that cannot be read or converted, together with others that
+    follow close behind it.
+    """
+
+    def converted(record: Record | UserError) -> T:
+        if isinstance(record, UserError):
+            raise record
+        return convert(record)
+
+    iterator = iter(records)
+    for record in iterator:
+        try:
+            value = converted(record)
+        except UserError as error:
+            raise _with_those_behind(error, iterator, converted) from error
+        yield value
+
+
+def _with_those_behind(
+    first: UserError,
+    records: Iterator[Record | UserError],
+    converted: Callable[[Record | UserError], Any],
+) -> UserError:
+    problems: list[Problem] = list(first.problems)
+    behind = islice(records, READ_ON)
+    while len(problems) < MAX_PROBLEMS:
+        try:
+            converted(next(behind))
+        except StopIteration:
+            break
+        except UserError as error:
+            problems += error.problems
+    return UserError(problems)
+
+
+def read_json_records(path: Path) -> Iterator[Record | UserError]:
+    """The records of a JSON file (a list of objects, or lines) or a JSON-lines file.
+
+    A wrong record comes as the error that says so; those behind it follow where they can be found.
+    Raises UserError when the file cannot be read or has another form.
+    """
+    lines = read_lines(path)
     if str(path).lower().endswith(JSON):
-        text = _read_text(path)
-        try:
-            content = json.loads(text)
-        except json.JSONDecodeError as error:
-            if text.lstrip().startswith("["):
-                here = text.splitlines()[error.lineno - 1 :][:1]
-                raise _not_json(path, error.lineno, error, here) from error
-            # otherwise lines of JSON in a .json file, or a mistake that the lines will show
-        else:
-            if isinstance(content, list):
-                for number, value in enumerate(content, 1):
-                    yield _record(f"{path}, record {number}", value)
-                return
-            if "\n" in text.strip():  # one object, over several lines
-                raise UserError(
-                    "holds one object",
-                    where=str(path),
-                    rule="a JSON dataset is a list of objects, or one object a line",
-                    advice="Put the records into a list",
-                )
-    for number, line in _lines(path):
-        where = f"{path}:{number}"
-        try:
-            value = json.loads(line)
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise _not_json(path, number, error, [line]) from error
-        yield _record(where, value)
+        text = _text_of(path)
+        if text.lstrip().startswith("["):
+            yield from _list_items(path, text)
+            return
+        _refuse_one_object(path, text)
+        lines = ((n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip())
+    for number, line in lines:
+        yield _of_line(path, number, line)
 
 
-def read_records(path: Path, cache_dir: Path) -> Iterator[Record]:
-    """The records of a JSON, JSON-lines or Parquet file, by its suffix."""
-    if str(path).lower().endswith(PARQUET):
-        for number, row in enumerate(stream_rows(path, cache_dir), 1):
-            yield _record(f"{path}, record {number}", row)
+def read_records(path: Path, cache_dir: Path) -> Iterator[Record | UserError]:
+    """The records of a JSON, JSON-lines or Parquet file, by its suffix.
+
+    Parquet gives every key that any record of the file has; those without a value are left out.
+    """
+    if is_parquet(path):
+        for record in read_parquet_records(path, cache_dir):
+            yield Record(record.where, _without_null(record.value))
     else:
         yield from read_json_records(path)
 
 
-def stream_rows(path: Path, cache_dir: Path) -> Iterator[dict[str, Any]]:
-    """The rows of one file as the `datasets` library reads them, streaming.
+def is_parquet(path: Path) -> bool:
+    """Whether the name of a file says that it is Parquet."""
+    return str(path).lower().endswith(PARQUET)
 
-    Raises UserError when the library is missing or cannot read a Parquet file; errors of the
-    library on JSON come through, for the caller to look for the reason.
+
+def read_parquet_records(path: Path, cache_dir: Path) -> Iterator[Record]:
+    """The rows of a Parquet file, streaming; null where a row has no value.
+
+    Raises UserError when the `datasets` library is missing or cannot read the file.
     """
-    builder = "parquet" if str(path).lower().endswith(PARQUET) else "json"
     if path.stat().st_size == 0:
         return
+    number = 0
     with _quiet_datasets() as datasets:
         try:
             rows = datasets.load_dataset(
-                builder,
+                "parquet",
                 data_files=[str(path.resolve())],
                 split="train",
                 streaming=True,
                 cache_dir=str(cache_dir / "huggingface_datasets"),
             )
-            yield from rows
+            for number, row in enumerate(rows, 1):
+                yield Record(f"{path}, record {number}", row)
         except Exception as error:
-            if builder == "json":
-                raise
             reason = (str(error) or repr(error)).splitlines()[0]
             raise UserError(
                 f"cannot be read as Parquet ({reason})",
-                where=str(path),
+                where=f"{path}, behind record {number}" if number else str(path),
                 rule="a file ending in .parquet must be one",
-                advice="Look at it with pyarrow.parquet.read_table, and write it anew",
+                advice="Look at it with pyarrow.parquet.read_table, and write it again",
             ) from error
+
+
+def shown(value: Any) -> str:
+    """A value for a message: short whatever its size and depth, and printable everywhere."""
+    return printable(_SHORT.repr(value))
+
+
+_KINDS = {
+    list: "a list",
+    dict: "an object",
+    str: "a string",
+    bool: "a boolean",
+    int: "a number",
+    float: "a number",
+    type(None): "null",
+    bytes: "bytes",
+    Decimal: "a decimal number",
+    datetime: "a date and time",
+    date: "a date",
+    time: "a time",
+    timedelta: "a duration",
+}
+
+
+def kind_of(value: Any) -> str:
+    """What a value of a record is, in words."""
+    return _KINDS.get(type(value), type(value).__name__)
+
+
+def _text_of(path: Path) -> str:
+    try:
+        return decode(read_bytes(path))
+    except NotText as error:
+        raise _not_text(path, error) from error
+
+
+def _refuse_one_object(path: Path, text: str) -> None:
+    """Raise UserError for one object over several lines; what is none is left to the lines."""
+    if "\n" not in text.strip():
+        return
+    try:
+        parse(text)
+    except NotJson:
+        return
+    raise UserError(
+        "holds one object",
+        where=str(path),
+        rule="a JSON dataset is a list of objects, or one object a line",
+        advice="Put the records into a list",
+    )
+
+
+def _list_items(path: Path, text: str) -> Iterator[Record | UserError]:
+    position = _behind_space(text, text.index("[") + 1)
+    number = 0
+    is_open = text[position : position + 1] != "]"
+    while is_open:
+        number += 1
+        where = f"{path}, record {number}"
+        try:
+            value, end = parse_at(text, position, STRICT)
+            end = _behind_space(text, end)
+            is_open = text[end : end + 1] == ","
+            if not is_open and text[end : end + 1] != "]":
+                raise NotJson("Expecting ',' delimiter", end)
+        except NotJson as error:
+            yield _not_json_item(path, number, text, position, error)
+            return
+        yield _record(where, value)
+        position = _behind_space(text, end + 1) if is_open else end
+    rest = _behind_space(text, position + 1)
+    if rest < len(text):
+        yield _not_json_item(path, number, text, rest, NotJson("Extra data", rest))
+
+
+def _behind_space(text: str, position: int) -> int:
+    match = _SPACE.match(text, position)
+    assert match is not None
+    return match.end()
+
+
+def _not_json_item(path: Path, number: int, text: str, begin: int, error: NotJson) -> UserError:
+    """For a record of a list; where Python gives no position it is the record's beginning."""
+    line, column = line_and_column(text, begin if error.position is None else error.position)
+    end = text.find("\n", begin)
+    here = text[begin : end if end >= 0 else len(text)]
+    if error.position is not None:
+        here = text.split("\n", line)[line - 1]
+    return _not_json(f"{path}:{line}", error.reason, column, here, f"It is in record {number}")
+
+
+def _of_line(path: Path, number: int, line: str | NotText) -> Record | UserError:
+    if isinstance(line, NotText):
+        return _not_text(path, line)
+    where = f"{path}:{number}"
+    try:
+        value = parse(line, STRICT)
+    except NotJson as error:
+        return _not_json(where, error.reason, (error.position or 0) + 1, line)
+    return _record(where, value)
+
+
+def _not_json(where: str, reason: str, column: int, line: str, nearest: str = "") -> UserError:
+    return UserError(
+        f"is not JSON ({reason}, column {column}): {_excerpt(line)}",
+        where=where,
+        rule="every record must be one JSON object",
+        nearest=nearest,
+        advice="Repair the line or take it out",
+    )
+
+
+def _not_text(path: Path, error: NotText) -> UserError:
+    return UserError(
+        f"is not JSON (not {error.encoding}, column {error.column}): {_excerpt(error.excerpt)}",
+        where=f"{path}:{error.line}",
+        rule="data files are UTF-8, or UTF-16 or UTF-32 with a byte order mark",
+        nearest=f"The byte is at offset {error.offset} of the file",
+        advice="Convert the file (iconv -f LATIN1 -t UTF-8), or repair the line",
+    )
+
+
+def _record(where: str, value: Any) -> Record | UserError:
+    if isinstance(value, dict):
+        return Record(where, value)
+    try:
+        text = json.dumps(value)
+    except RecursionError:
+        text = shown(value)
+    return UserError(
+        f"is {kind_of(value)}: {_excerpt(text)}",
+        where=where,
+        rule="every record must be a JSON object",
+        advice='Write it as {"text": ...}, or the form that your data_loader.format has',
+    )
+
+
+def _without_null(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_null(item) for key, item in value.items() if item is not None}
+    return [_without_null(item) for item in value] if isinstance(value, list) else value
+
+
+def _excerpt(text: str) -> str:
+    text = printable(text[:200]).strip()
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 @contextmanager
@@ -117,7 +310,7 @@ def _quiet_datasets() -> Iterator[Any]:
     except ImportError as error:
         raise UserError(
             "the `datasets` library is not installed",
-            rule="HFDataLoader and Parquet files are read through it",
+            rule="Parquet files are read through it",
             advice=_INSTALL,
         ) from error
     verbosity, counts = logging.get_verbosity(), config.HF_UPDATE_DOWNLOAD_COUNTS
@@ -128,67 +321,3 @@ def _quiet_datasets() -> Iterator[Any]:
     finally:
         logging.set_verbosity(verbosity)
         config.HF_UPDATE_DOWNLOAD_COUNTS = counts
-
-
-def _not_json(
-    path: Path,
-    number: int,
-    error: json.JSONDecodeError | UnicodeDecodeError,
-    line: Sequence[str | bytes],
-) -> UserError:
-    if isinstance(error, json.JSONDecodeError):
-        reason, column = error.msg, error.colno
-    else:
-        reason, column = "not UTF-8", error.start + 1
-    return UserError(
-        f"is not JSON ({reason}, column {column}): {_excerpt(line[0] if line else '')}",
-        where=f"{path}:{number}",
-        rule="every record must be one JSON object",
-        advice="Repair the line or take it out",
-    )
-
-
-def _record(where: str, value: Any) -> Record:
-    if not isinstance(value, dict):
-        raise UserError(
-            f"is {_kind(value)}: {_excerpt(json.dumps(value))}",
-            where=where,
-            rule="every record must be a JSON object",
-            advice='Write it as {"text": ...}, or the form that your data_loader.format has',
-        )
-    return Record(where, value)
-
-
-def _kind(value: Any) -> str:
-    names = {list: "a list", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
-    return names.get(type(value), "null" if value is None else type(value).__name__)
-
-
-def _read_text(path: Path) -> str:
-    try:
-        with _open(path) as file:
-            return file.read().decode("utf-8-sig", errors="replace")
-    except OSError as error:
-        raise unreadable(path, error) from error
-
-
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """The lines that are not blank, with their numbers from 1."""
-    try:
-        with _open(path) as file:
-            for number, line in enumerate(file, 1):
-                line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
-                if line.strip():
-                    yield number, line
-    except (OSError, EOFError) as error:
-        raise unreadable(path, OSError(str(error))) from error
-
-
-def _open(path: Path) -> Any:
-    return gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb")
-
-
-def _excerpt(text: str | bytes) -> str:
-    text = text.decode("utf-8", errors="replace") if isinstance(text, bytes) else text
-    text = text.strip()
-    return text if len(text) <= 60 else text[:57] + "..."

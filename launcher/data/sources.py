@@ -8,17 +8,29 @@ what is left out or repaired is counted in a `Tally`; everything else is an erro
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from launcher.config.schema import DataLoaderSection
 from launcher.data.conversations import Conversation, conversations_of_file
-from launcher.data.files import DataFile, find_files, unreadable
-from launcher.data.records import RECORD_SUFFIXES, read_json_records, stream_rows
+from launcher.data.encoding import NotText, decode, encoding_of, read_bytes
+from launcher.data.files import DataFile, find_files
+from launcher.data.records import (
+    RECORD_SUFFIXES,
+    Record,
+    convert_records,
+    is_parquet,
+    kind_of,
+    read_json_records,
+    read_parquet_records,
+    shown,
+)
+from launcher.data.strictness import Strictness, surrogate_error
+from launcher.data.tally import Tally
 from launcher.errors import UserError, did_you_mean
+from launcher.json_text import lone_surrogate
 
 TEXT = "TextDataLoader"
 HUGGING_FACE = "HFDataLoader"
@@ -48,34 +60,11 @@ TEXT_SUFFIXES = (
 _SPLITS = {"train", "validation", "valid", "dev", "test", "eval"}
 
 
-@dataclass(kw_only=True)
-class Tally:
-    """What was read, and what was left out or repaired on the way."""
+class Document(NamedTuple):
+    """One text and where it stands."""
 
-    documents: int = 0
-    empty_documents: int = 0
-    records_without_text: list[str] = field(default_factory=list)
-    """Places of records whose text column is absent or null."""
-    undecodable_files: list[str] = field(default_factory=list)
-    replaced_characters: int = 0
-
-    def warnings(self) -> list[str]:
-        """One line for each thing a user should know of."""
-        lines = []
-        if self.undecodable_files:
-            lines.append(
-                f"warning: {len(self.undecodable_files)} file(s) are not valid UTF-8: "
-                f"{self.replaced_characters} character(s) were replaced by U+FFFD; "
-                f"the first file is {self.undecodable_files[0]}"
-            )
-        if self.records_without_text:
-            lines.append(
-                f"warning: {len(self.records_without_text)} record(s) have no text in the text "
-                f"column and were left out; the first is {self.records_without_text[0]}"
-            )
-        if self.empty_documents:
-            lines.append(f"note: {self.empty_documents} empty document(s) were left out")
-        return lines
+    where: str
+    text: str
 
 
 def loader_type(loader: DataLoaderSection) -> str:
@@ -108,18 +97,20 @@ def source_files(loader: DataLoaderSection) -> list[DataFile]:
 
 def documents(
     loader: DataLoaderSection, files: Iterable[DataFile], cache_dir: Path, tally: Tally
-) -> Iterator[str]:
+) -> Iterator[Document]:
     """The texts of a TextDataLoader or an HFDataLoader, at most `num_samples`; no empty ones."""
     if loader_type(loader) == TEXT:
-        texts = (text for file in files for text in _text_file(file.path, tally))
+        found = (_text_file(file.path, tally) for file in files)
     else:
         column = loader.text_column or "text"
-        texts = (
-            text for file in files for text in _text_column(file.path, column, cache_dir, tally)
+        found = (
+            document
+            for file in files
+            for document in _text_column(file.path, column, cache_dir, tally)
         )
-    for text in islice(_without_empty(texts, tally), loader.num_samples):
+    for document in islice(_without_empty(found, tally), loader.num_samples):
         tally.documents += 1
-        yield text
+        yield document
 
 
 def conversations(
@@ -129,91 +120,90 @@ def conversations(
 
     The format is `data_loader.format`, else what the first record of each file looks like.
     """
-    records = (
+    strictness = Strictness(strict=loader.strict_fields, tally=tally)
+    found = (
         conversation
         for file in files
-        for conversation in conversations_of_file(file.path, loader.format, cache_dir)
+        for conversation in conversations_of_file(file.path, loader.format, cache_dir, strictness)
     )
-    for conversation in islice(records, loader.num_samples):
+    for conversation in islice(found, loader.num_samples):
         tally.documents += 1
         yield conversation
 
 
-def _without_empty(texts: Iterable[str], tally: Tally) -> Iterator[str]:
-    for text in texts:
-        if text.strip():
-            yield text
+def _without_empty(documents: Iterable[Document], tally: Tally) -> Iterator[Document]:
+    for document in documents:
+        if document.text.strip():
+            yield document
         else:
             tally.empty_documents += 1
 
 
-def _text_file(path: Path, tally: Tally) -> Iterator[str]:
+def _text_file(path: Path, tally: Tally) -> Document:
+    content = read_bytes(path)
     try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise unreadable(path, error) from error
-    content = content.removeprefix(b"\xef\xbb\xbf")
-    try:
-        yield content.decode("utf-8")
-    except UnicodeDecodeError:
-        text = content.decode("utf-8", errors="replace")
-        tally.undecodable_files.append(str(path))
+        text = decode(content)
+    except NotText as error:
+        text = content.decode(encoding_of(content), errors="replace").removeprefix("\ufeff")
+        tally.undecodable_files.add(f"{path} (line {error.line}, offset {error.offset})")
         tally.replaced_characters += text.count("\ufffd") - content.count(b"\xef\xbf\xbd")
-        yield text
+    if "\0" in text:
+        tally.files_with_null.add(str(path))
+    return Document(str(path), text)
 
 
-def _text_column(path: Path, column: str, cache_dir: Path, tally: Tally) -> Iterator[str]:
-    count = 0
+def _text_column(path: Path, column: str, cache_dir: Path, tally: Tally) -> Iterator[Document]:
+    records: Iterable[Record | UserError]
+    records = read_parquet_records(path, cache_dir) if is_parquet(path) else read_json_records(path)
+    is_first = True
 
-    def texts(row: Mapping[str, Any], where: str) -> Iterator[str]:
-        text = _text_of(row, column, where, first=count == 0)
+    def document_of(record: Record) -> Document | None:
+        nonlocal is_first
+        text = _text_of(record, column, first=is_first)
+        is_first = False
         if text is None:
-            tally.records_without_text.append(where)
-        else:
-            yield text
+            tally.records_without_text.add(record.where)
+            return None
+        return Document(record.where, text)
 
-    try:
-        for row in stream_rows(path, cache_dir):
-            yield from texts(row, f"{path}, record {count + 1}")
-            count += 1
-    except UserError:
-        raise
-    except OSError as error:
-        raise unreadable(path, error) from error
-    except Exception:
-        # The library gives up on a whole file and does not say where. Either a line is broken, and
-        # reading line by line names it, or columns we do not need change their type on the way.
-        for record in islice(read_json_records(path), count, None):
-            yield from texts(record.value, record.where)
-            count += 1
+    found = convert_records(records, document_of)
+    yield from (document for document in found if document is not None)
 
 
-def _text_of(row: Mapping[str, Any], column: str, where: str, *, first: bool) -> str | None:
+def _text_of(record: Record, column: str, *, first: bool) -> str | None:
     """The text of a record, None where it has none; the first record of a file must have one."""
+    row = record.value
     if column not in row:
         if not first:
             return None
+        near = did_you_mean(column, row)
         raise UserError(
             f"there is no column {column!r}",
-            where=where,
+            where=record.where,
             rule="HFDataLoader reads its documents from data_loader.text_column",
-            nearest=did_you_mean(column, row) or f"Columns found: {', '.join(row) or 'none'}",
-            advice=f"Columns found: {', '.join(row)}" if did_you_mean(column, row) else "",
+            nearest=near or f"Columns found: {', '.join(row) or 'none'}",
+            advice=f"Columns found: {', '.join(row)}" if near else "",
         )
     value = row[column]
     if value is None:
         return None
     if not isinstance(value, str):
+        texts = [name for name in row if isinstance(row[name], str)]
         raise UserError(
-            f"column {column!r} = {value!r}",
-            where=where,
+            f"column {column!r} = {shown(value)}{_not_of_json(value)}",
+            where=record.where,
             rule="a document must be a string",
-            nearest="Columns with text: " + ", ".join(n for n in row if isinstance(row[n], str))
-            if any(isinstance(other, str) for other in row.values())
-            else "",
+            nearest="Columns with text: " + ", ".join(texts) if texts else "",
             advice="Set data_loader.text_column",
         )
+    if wrong := lone_surrogate(value):
+        raise surrogate_error(record.where, column, wrong)
     return value
+
+
+def _not_of_json(value: Any) -> str:
+    """What a value of Parquet is whose notation does not show it (a date is not its text)."""
+    return "" if isinstance(value, (int, float, list, dict)) else f", which is {kind_of(value)}"
 
 
 def _of_split(files: list[DataFile], split: str) -> list[DataFile]:

@@ -8,6 +8,7 @@ the tokenizer's own truncation and padding settings have no say.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 BATCH_CHARACTERS = 1 << 22
@@ -24,6 +25,20 @@ def backend_of(tokenizer: Any) -> Any:
     if backend.padding is not None:
         backend.no_padding()
     return backend
+
+
+@contextmanager
+def exact_offsets(backend: Any) -> Iterator[Any]:
+    """The Rust tokenizer set to give the characters of each token, its leading space included.
+
+    The post-processor of many byte-level tokenizers (`trim_offsets`) takes spaces out of them.
+    """
+    processor = backend.post_processor
+    backend.post_processor = None
+    try:
+        yield backend
+    finally:
+        backend.post_processor = processor
 
 
 def tokenise_documents(documents: Iterable[str], tokenizer: Any) -> Iterator[list[list[int]]]:

@@ -82,7 +82,10 @@ def test_instruction_rows_learn_answers_only(
     labels = [label for label in dataset.row(0).labels.tolist() if label != -100]
     assert chat_tokenizer.decode(labels) == "It slides.<|im_end|>So.<|im_end|>"
     assert said[0].startswith("data: 3 conversations of 3 file(s), ")
-    assert said[1:] == ["warning: 1 sample(s) with no answer within seq_length 64 were left out"]
+    assert said[1:] == [
+        "warning: 1 sample(s) with no answer within seq_length 64 were left out; "
+        f"the first is {tmp_path}/1.jsonl:1"
+    ]
 
 
 def test_the_cache_is_used_again_and_made_anew_when_a_file_changes(

@@ -12,14 +12,16 @@ import pytest
 
 from launcher.config.schema import DataLoaderSection
 from launcher.data.conversations import Conversation
-from launcher.data.sources import Tally, conversations, documents, source_files
+from launcher.data.sources import conversations, documents, source_files
+from launcher.data.tally import Tally
 from launcher.errors import UserError
 
 
 def read(tmp_path: Path, tally: Tally | None = None, **settings: Any) -> list[str]:
     loader = DataLoaderSection(**settings)
     cache = tmp_path / "cache"
-    return list(documents(loader, source_files(loader), cache, tally or Tally()))
+    found = documents(loader, source_files(loader), cache, tally or Tally())
+    return [document.text for document in found]
 
 
 def talk(tmp_path: Path, **settings: Any) -> list[Conversation]:
@@ -103,7 +105,7 @@ def test_undecodable_bytes_are_replaced_and_counted_once(tmp_path: Path) -> None
     ]
     assert tally.warnings() == [
         "warning: 1 file(s) are not valid UTF-8: 2 character(s) were replaced by U+FFFD; "
-        f"the first file is {tmp_path}/a.txt",
+        f"the first file is {tmp_path}/a.txt (line 1, offset 3)",
         "note: 1 empty document(s) were left out",
     ]
 
@@ -147,7 +149,11 @@ def test_the_library_is_kept_off_the_network_and_inside_the_cache(
 
     monkeypatch.setattr(socket.socket, "connect", no_network)
     monkeypatch.setattr(socket, "getaddrinfo", no_network)
-    path = write_lines(tmp_path / "a.jsonl", {"body": "one"})
+    import pyarrow
+    import pyarrow.parquet
+
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"body": ["one"]}), path)
     before = (
         set((Path.home() / ".cache").rglob("*")) if (Path.home() / ".cache").exists() else set()
     )
@@ -159,7 +165,7 @@ def test_the_library_is_kept_off_the_network_and_inside_the_cache(
 
 
 def test_columns_that_change_their_type_do_not_matter(tmp_path: Path) -> None:
-    """The library gives up here (its schema comes from the first part); lines are read instead."""
+    """A library that derives one schema from the first records gives up here."""
     many = [{"text": f"t{n}", "meta": {"a": 1}} for n in range(3)]
     path = write_lines(tmp_path / "a.jsonl", *many, {"text": "last", "meta": [1, {"b": "c"}]})
     assert read(tmp_path, type="HFDataLoader", dataset_dir=str(path)) == ["t0", "t1", "t2", "last"]
@@ -325,7 +331,7 @@ CHAT = {"type": "InstructionDataLoader"}
         (
             {"a.jsonl": '{"body": "one", "id": 1}\n'},
             {**HF, "dataset_dir": "{}"},
-            "{}/a.jsonl, record 1: there is no column 'text': HFDataLoader reads its documents "
+            "{}/a.jsonl:1: there is no column 'text': HFDataLoader reads its documents "
             "from "
             "data_loader.text_column. Columns found: body, id.",
         ),
@@ -337,7 +343,7 @@ CHAT = {"type": "InstructionDataLoader"}
         (
             {"a.jsonl": '{"text": 5, "body": "one"}\n'},
             {**HF, "dataset_dir": "{}"},
-            "{}/a.jsonl, record 1: column 'text' = 5: a document must be a string. Columns with "
+            "{}/a.jsonl:1: column 'text' = 5: a document must be a string. Columns with "
             "text: "
             "body. Set data_loader.text_column.",
         ),
@@ -434,7 +440,8 @@ def test_without_the_library_the_error_says_what_to_install(
 ) -> None:
     import sys
 
-    path = write_lines(tmp_path / "a.jsonl", {"text": "x"})
+    path = tmp_path / "a.parquet"
+    path.write_bytes(b"PAR1")
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UserError, match=r"pip install 'slipway\[data\]'"):
         read(tmp_path, type="HFDataLoader", dataset_dir=str(path))

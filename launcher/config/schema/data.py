@@ -49,6 +49,9 @@ class DataLoaderSection:
     """HFDataLoader: the column that holds the text."""
     format: str | None = effective(None, choices=("alpaca", "messages", "sharegpt"))
     """InstructionDataLoader: form of a record. Left out: seen from the first record."""
+    strict_fields: bool = True
+    """InstructionDataLoader: a field of a record with a wrong value, or one of another kind of data
+    (`rejected`, `images`), is an error. False: it is passed over and counted."""
     split: str = "train"
     """HFDataLoader: the split to read where the source has several."""
     num_samples: int | None = effective(None, minimum=1)

@@ -1,0 +1,134 @@
+"""Bytes of data files to text: UTF-8, or UTF-16 and UTF-32 that say so by a byte order mark.
+
+Owns the encodings of data files. Invariant: a byte that cannot be decoded is never replaced here;
+the caller gets its place. A file whose name ends in `.gz` is decompressed.
+"""
+
+from __future__ import annotations
+
+import gzip
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any, cast
+
+from launcher.data.files import unreadable
+
+_MARKS = (
+    (b"\xff\xfe\x00\x00", "utf-32"),
+    (b"\x00\x00\xfe\xff", "utf-32"),
+    (b"\xff\xfe", "utf-16"),
+    (b"\xfe\xff", "utf-16"),
+)
+"""UTF-32 first: its little-endian mark begins with the one of UTF-16."""
+
+
+class NotText(Exception):
+    """Bytes that are not of the encoding. Lines and columns (in bytes) count from 1, offsets from
+    0."""
+
+    def __init__(self, *, encoding: str, line: int, column: int, offset: int, excerpt: str) -> None:
+        super().__init__(f"not {encoding}")
+        self.encoding, self.line, self.column = encoding, line, column
+        self.offset, self.excerpt = offset, excerpt
+
+
+def open_file(path: Path) -> IO[bytes]:
+    """A data file for reading bytes, decompressed where its name ends in .gz."""
+    return cast(
+        IO[bytes], gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb")
+    )
+
+
+def read_bytes(path: Path) -> bytes:
+    """The content of a data file. Raises UserError when it cannot be read or decompressed."""
+    try:
+        with open_file(path) as file:
+            return file.read()
+    except (OSError, EOFError, zlib.error) as error:
+        raise unreadable(path, _as_os_error(error)) from error
+
+
+def encoding_of(content: bytes) -> str:
+    """`utf-8`, or what the byte order mark at the beginning of a file says."""
+    return next((name for mark, name in _MARKS if content.startswith(mark)), "utf-8")
+
+
+def decode(content: bytes) -> str:
+    """The text of a file, its byte order mark removed. Raises NotText."""
+    encoding = encoding_of(content)
+    text, error = _decoded(content, encoding)
+    if error is not None:
+        line = content[: error.start].decode(encoding, errors="ignore").count("\n") + 1
+        column = error.start - content.rfind(b"\n", 0, error.start)
+        raise _not_text(content, encoding, error, line, column)
+    return text.removeprefix("\ufeff")
+
+
+def read_lines(path: Path) -> Iterator[tuple[int, str | NotText]]:
+    """The lines of a file that are not blank, with their numbers from 1.
+
+    A line of UTF-8 that cannot be decoded comes as the NotText that says why, the lines behind it
+    follow. Raises UserError when the file cannot be read or decompressed.
+    """
+    try:
+        with open_file(path) as file:
+            encoding = encoding_of(file.read(4))
+            file.seek(0)
+            if encoding == "utf-8":
+                yield from _lines_of_bytes(file)
+            else:
+                yield from _lines_of_text(file.read())
+    except (OSError, EOFError, zlib.error) as error:
+        raise unreadable(path, _as_os_error(error)) from error
+
+
+def _lines_of_bytes(file: IO[bytes]) -> Iterator[tuple[int, str | NotText]]:
+    offset = 0
+    for number, line in enumerate(file, 1):
+        if line.strip():
+            text, error = _decoded(line, "utf-8")
+            if error is None:
+                yield number, text.removeprefix("\ufeff") if number == 1 else text
+            else:
+                yield number, _not_text(line, "utf-8", error, number, error.start + 1, offset)
+        offset += len(line)
+
+
+def _lines_of_text(content: bytes) -> Iterator[tuple[int, str | NotText]]:
+    try:
+        lines = decode(content).split("\n")
+    except NotText as error:
+        yield error.line, error
+        return
+    yield from ((number, line) for number, line in enumerate(lines, 1) if line.strip())
+
+
+def _decoded(content: bytes, encoding: str) -> tuple[str, UnicodeDecodeError | None]:
+    try:
+        return content.decode(encoding), None
+    except UnicodeDecodeError as error:
+        return "", error
+
+
+def _not_text(
+    content: bytes,
+    encoding: str,
+    error: UnicodeDecodeError,
+    line: int,
+    column: int,
+    before: int = 0,
+) -> NotText:
+    begin = content.rfind(b"\n", 0, error.start) + 1
+    shown = content[begin : begin + 200].split(b"\n")[0]
+    return NotText(
+        encoding=encoding.upper(),
+        line=line,
+        column=column,
+        offset=before + error.start,
+        excerpt=shown.decode(encoding, errors="backslashreplace"),
+    )
+
+
+def _as_os_error(error: Any) -> OSError:
+    return error if isinstance(error, OSError) else OSError(str(error))

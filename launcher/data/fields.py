@@ -1,0 +1,91 @@
+"""What each field of a conversation record does: one table for each format.
+
+Owns the names. A field of a record is read (`RECORD_FIELDS`, `TURN_FIELDS`), known and without
+effect on what is learnt (`METADATA`), decides whether an answer is learnt (`WEIGHTS`), or belongs
+to another kind of data (`OTHER_DATA`). Any other field is not used, and counted under its name.
+
+Sources: LLaMA-Factory (alpaca and sharegpt with `system`, `history`, `tools`, `images`, `kto_tag`),
+the chat format of OpenAI (`tool_calls`, `weight`, parts of content), axolotl (`train`), ms-swift
+(`loss`), TRL (`chosen`, `rejected`, `label`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+RECORD_FIELDS = {
+    "alpaca": frozenset({"instruction", "input", "output", "system", "history", "tools", "text"}),
+    "messages": frozenset({"messages", "system", "tools"}),
+    "sharegpt": frozenset({"conversations", "system", "tools"}),
+}
+"""Fields of a record. `text` of alpaca is the finished prompt that data sets of the Hub repeat in
+each record; all others are read."""
+
+TURN_FIELDS = {
+    "messages": frozenset({"role", "content"}),
+    "sharegpt": frozenset({"from", "value"}),
+}
+"""Fields of a turn that are read; in the messages format the others go to the chat template."""
+
+METADATA = frozenset(
+    {
+        *("id", "_id", "idx", "index", "uid", "uuid", "guid", "hash", "prompt_id", "message_id"),
+        *("conversation_id", "example_id", "sample_id", "parent_id", "row_id", "tool_call_id"),
+        *("source", "sources", "dataset", "data_source", "dataset_name", "origin", "subset"),
+        *("split", "url", "title", "topic", "author", "license", "version", "model", "generator"),
+        *("category", "categories", "task", "task_type", "task_name", "type", "tag", "tags"),
+        *("domain", "lang", "language", "difficulty", "keywords", "created", "created_at"),
+        *("date", "timestamp", "updated_at", "meta", "metadata", "info", "parallel_tool_calls"),
+    }
+)
+"""Fields that describe a record or a turn; they are no part of the conversation."""
+
+WEIGHTS = ("weight", "loss_weight", "loss_scale", "loss", "train", "training")
+"""0 or false: an answer is context and not learnt; 1 or true: it is learnt."""
+
+ASSISTANT_FIELDS = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
+"""What an answer may have in place of `content`."""
+
+ROLES = frozenset(
+    {"system", "developer", "user", "assistant", "tool", "function", "ipython", "observation"}
+)
+"""Roles of the messages format."""
+
+SHAREGPT_ROLES = {
+    "system": "system",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "assistant": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+    "function_call": "assistant",
+    "observation": "tool",
+    "tool": "tool",
+    "function": "tool",
+}
+
+_PREFERENCE = "preference data, which supervised fine-tuning does not read"
+_MEDIA = "data with images, video or sound, and only text is read"
+
+
+def _is_given(value: Any) -> bool:
+    return value not in (None, "", [], {})
+
+
+def _is_verdict(value: Any) -> bool:
+    return isinstance(value, bool) or value in (0, 1)
+
+
+OTHER_DATA: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    **dict.fromkeys(("chosen", "rejected", "kto_tag"), (_PREFERENCE, _is_given)),
+    "label": (_PREFERENCE, _is_verdict),
+    **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), (_MEDIA, _is_given)),
+    "functions": ("the older spelling of tools: write them as `tools`", _is_given),
+    "chat_template_kwargs": ("not built yet: arguments for the chat template", _is_given),
+    "train_detail": ("not built yet: weights for parts of an answer", _is_given),
+    "training_detail": ("not built yet: weights for parts of an answer", _is_given),
+}
+"""Fields that change what would have to be learnt: what they belong to, and which values do."""

@@ -1,0 +1,133 @@
+"""Counts of what a data set holds that is not learnt, not used, or repaired.
+
+Owns what a user is told of a data set beside errors. Invariant: whatever is left out on the way
+from a file to a row is counted here under its name, with the first place where it was met.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+
+from launcher.errors import did_you_mean
+from launcher.json_text import printable
+
+MAX_NAMES = 20
+"""Names in one line."""
+
+
+@dataclass
+class Places:
+    """How many records, files or samples something was met in, and the first of them."""
+
+    count: int = 0
+    first: str = ""
+    last: str = ""
+
+    def add(self, where: str) -> None:
+        """Count the place `where`; the same place several times in a row counts once."""
+        if where != self.last or not self.count:
+            self.count += 1
+            self.first = self.first or where
+            self.last = where
+
+    def __len__(self) -> int:
+        return self.count
+
+
+@dataclass
+class NamedPlaces:
+    """Places for each of several names, and for all of them together."""
+
+    all: Places = field(default_factory=Places)
+    by_name: dict[str, Places] = field(default_factory=dict)
+
+    def add(self, name: str, where: str) -> None:
+        """Count `name` at the place `where`."""
+        self.all.add(where)
+        self.by_name.setdefault(name, Places()).add(where)
+
+    def line(self, what: str, known: Collection[str] = ()) -> list[str]:
+        """One warning with every name, or none; `known` are the names to suggest instead."""
+        if not self.all.count:
+            return []
+        parts = [_part(name, places, known) for name, places in self.by_name.items()]
+        hidden = len(parts) - MAX_NAMES
+        more = f", and {hidden} other name(s)" if hidden > 0 else ""
+        return [f"warning: {self.all.count} record(s) {what}: {', '.join(parts[:MAX_NAMES])}{more}"]
+
+
+def _part(name: str, places: Places, known: Collection[str]) -> str:
+    short = printable(name) if len(name) <= 60 else printable(name[:57]) + "..."
+    near = did_you_mean(name, known, cutoff=0.75)
+    hint = f"; {near}" if near else ""
+    return f"`{short}` ({places.count}, first in {places.first}{hint})"
+
+
+@dataclass(kw_only=True)
+class Tally:
+    """What was read, and what was left out or repaired on the way."""
+
+    documents: int = 0
+    empty_documents: int = 0
+    records_without_text: Places = field(default_factory=Places)
+    """Records whose text column is absent or null."""
+    undecodable_files: Places = field(default_factory=Places)
+    """Files with bytes that are not text; the place has line and offset of the first byte."""
+    replaced_characters: int = 0
+    files_with_null: Places = field(default_factory=Places)
+    """Text files with the character U+0000."""
+    unused_fields: NamedPlaces = field(default_factory=NamedPlaces)
+    """Fields of records that nothing reads."""
+    known_fields: set[str] = field(default_factory=set)
+    """Fields of the formats that were met, to suggest instead of the unused ones."""
+    hidden_fields: NamedPlaces = field(default_factory=NamedPlaces)
+    """Fields that the chat template does not show."""
+    waved_through: NamedPlaces = field(default_factory=NamedPlaces)
+    """Fields with wrong values that `strict_fields: False` ignores."""
+    nothing_to_learn: Places = field(default_factory=Places)
+    """Conversations without an answer that is learnt."""
+    answer_beyond_row: Places = field(default_factory=Places)
+    """Conversations whose answers begin behind `seq_length`."""
+    too_short: Places = field(default_factory=Places)
+    """Documents of fewer than two tokens."""
+
+    def warnings(self, seq_length: int = 0) -> list[str]:
+        """One line for each thing a user should know of; `seq_length` is that of the rows."""
+        return [
+            *self._about_files(),
+            *self.unused_fields.line("have fields that are not used", self.known_fields),
+            *self.hidden_fields.line("have fields that the chat template does not show"),
+            *self.waved_through.line("have wrong fields, passed over by strict_fields: False"),
+            *_left_out(self.nothing_to_learn, "without an answer to learn"),
+            *_left_out(self.answer_beyond_row, f"with no answer within seq_length {seq_length}"),
+            *_left_out(self.too_short, "with fewer than two tokens"),
+        ]
+
+    def _about_files(self) -> list[str]:
+        lines = []
+        if self.undecodable_files:
+            lines.append(
+                f"warning: {self.undecodable_files.count} file(s) are not valid UTF-8: "
+                f"{self.replaced_characters} character(s) were replaced by U+FFFD; "
+                f"the first file is {self.undecodable_files.first}"
+            )
+        if self.files_with_null:
+            lines.append(
+                f"warning: {self.files_with_null.count} file(s) hold the character U+0000, "
+                f"as files that are not text do; the first is {self.files_with_null.first}"
+            )
+        if self.records_without_text:
+            lines.append(
+                f"warning: {self.records_without_text.count} record(s) have no text in the text "
+                f"column and were left out; the first is {self.records_without_text.first}"
+            )
+        if self.empty_documents:
+            lines.append(f"note: {self.empty_documents} empty document(s) were left out")
+        return lines
+
+
+def _left_out(places: Places, what: str) -> list[str]:
+    if not places:
+        return []
+    return [f"warning: {places.count} sample(s) {what} were left out; the first is {places.first}"]

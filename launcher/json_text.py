@@ -1,0 +1,105 @@
+"""JSON text to values, with one kind of error for everything that Python's own parser raises.
+
+Owns the reasons why a text cannot be read as JSON. A leaf: it imports nothing of the project.
+Beside syntax errors Python raises RecursionError (about a thousand levels) and ValueError (integers
+of more than `sys.get_int_max_str_digits()` digits), both without a position.
+
+`STRICT` follows RFC 8259 where Python's default does not: `NaN` and `Infinity` are refused, and so
+is a key that an object has twice, of which Python keeps the last without a word.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+
+class NotJson(ValueError):
+    """The text cannot be read as JSON; `position` (characters) is None where Python has none."""
+
+    def __init__(self, reason: str, position: int | None = None) -> None:
+        super().__init__(reason)
+        self.reason, self.position = reason, position
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise NotJson(f"duplicate key {printable(twice)!r}")
+    return content
+
+
+def _constant(name: str) -> Any:
+    raise NotJson(f"{name} is not a JSON value")
+
+
+PLAIN = json.JSONDecoder()
+"""Python's own rules."""
+STRICT = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant)
+
+
+def parse(text: str, decoder: json.JSONDecoder = PLAIN) -> Any:
+    """The value of a whole text. Raises NotJson."""
+    return _guarded(lambda: decoder.decode(text))
+
+
+def parse_at(text: str, position: int, decoder: json.JSONDecoder = PLAIN) -> tuple[Any, int]:
+    """The value that begins at `position`, and the position behind it. Raises NotJson."""
+    return _guarded(lambda: decoder.raw_decode(text, position))
+
+
+def _guarded(read: Any) -> Any:
+    try:
+        return read()
+    except NotJson:
+        raise
+    except json.JSONDecodeError as error:
+        raise NotJson(error.msg, error.pos) from None
+    except RecursionError:
+        raise NotJson("nested too deeply") from None
+    except ValueError:
+        digits = sys.get_int_max_str_digits()
+        raise NotJson(f"a number of more than {digits} digits") from None
+
+
+def line_and_column(text: str, position: int) -> tuple[int, int]:
+    """Line and column, both from 1, of a position (characters)."""
+    before = text.rfind("\n", 0, position)
+    return text.count("\n", 0, position) + 1, position - before
+
+
+def lone_surrogate(text: str) -> str:
+    """The first character of `text` that no encoding has (`\\ud83d`), empty where all is well."""
+    if text.isascii():
+        return ""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return f"\\u{ord(text[error.start]):04x}"
+    return ""
+
+
+def printable(text: str) -> str:
+    """`text` with lone surrogates written as escapes, so that it can be printed everywhere."""
+    return text.encode(errors="backslashreplace").decode()
+
+
+def strings_in(value: Any, name: str) -> Iterator[tuple[str, str]]:
+    """Every text inside a value, keys of objects included, with its place (`tools[0].name`).
+
+    Goes without recursion, so that no depth of `value` is too much.
+    """
+    waiting = [(name, value)]
+    while waiting:
+        place, item = waiting.pop()
+        if isinstance(item, str):
+            yield place, item
+        elif isinstance(item, dict):
+            waiting += [(f"{place}.{printable(str(key))}", inner) for key, inner in item.items()]
+            yield from ((place, key) for key in item if isinstance(key, str))
+        elif isinstance(item, (list, tuple)):
+            waiting += [(f"{place}[{index}]", inner) for index, inner in enumerate(item)]
