@@ -11,8 +11,9 @@ is a key that an object has twice, of which Python keeps the last without a word
 from __future__ import annotations
 
 import json
+import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 
@@ -44,15 +45,16 @@ STRICT = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant)
 
 def parse(text: str, decoder: json.JSONDecoder = PLAIN) -> Any:
     """The value of a whole text. Raises NotJson."""
-    return _guarded(lambda: decoder.decode(text))
+    return _guarded(lambda: decoder.decode(text), text, 0)
 
 
 def parse_at(text: str, position: int, decoder: json.JSONDecoder = PLAIN) -> tuple[Any, int]:
     """The value that begins at `position`, and the position behind it. Raises NotJson."""
-    return _guarded(lambda: decoder.raw_decode(text, position))
+    value, end = _guarded(lambda: decoder.raw_decode(text, position), text, position)
+    return value, end
 
 
-def _guarded(read: Any) -> Any:
+def _guarded(read: Callable[[], Any], text: str, position: int) -> Any:
     try:
         return read()
     except NotJson:
@@ -60,10 +62,33 @@ def _guarded(read: Any) -> Any:
     except json.JSONDecodeError as error:
         raise NotJson(error.msg, error.pos) from None
     except RecursionError:
-        raise NotJson("nested too deeply") from None
+        raise NotJson("nested too deeply", _deepest(text, position)) from None
     except ValueError:
         digits = sys.get_int_max_str_digits()
-        raise NotJson(f"a number of more than {digits} digits") from None
+        place = _long_number(text, position, digits)
+        raise NotJson(f"a number of more than {digits} digits", place) from None
+
+
+_PARTS = re.compile(r'"(?:[^"\\]|\\.)*"|[\[{]|[\]}]|\d+', re.DOTALL)
+"""Strings, brackets and digits, so that brackets and digits inside strings do not count."""
+
+
+def _deepest(text: str, position: int) -> int:
+    """Where the value that begins at `position` is nested most."""
+    depth, deepest, place = 0, 0, position
+    for part in _PARTS.finditer(text, position):
+        depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(part[0], 0)
+        if depth > deepest:
+            deepest, place = depth, part.start()
+        if depth <= 0:
+            break
+    return place
+
+
+def _long_number(text: str, position: int, digits: int) -> int:
+    parts = _PARTS.finditer(text, position)
+    found = (part.start() for part in parts if part[0].isdigit() and len(part[0]) > digits)
+    return next(found, position)
 
 
 def line_and_column(text: str, position: int) -> tuple[int, int]:

@@ -18,8 +18,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from launcher.data.encoding import NotText, decode, read_bytes
 from launcher.errors import UserError
 from launcher.generation import GenerationSettings, continue_tokens, token_limits
+from launcher.json_text import lone_surrogate, printable
 from launcher.report.aside import make_way
 from models.decoder import Decoder
 
@@ -51,6 +53,13 @@ def read_prompts(input_data: str | Sequence[str] | None) -> list[str]:
     given = [input_data] if isinstance(input_data, str) else list(input_data or [])
     if not given or given == [""]:
         raise UserError("there is nothing to predict", advice=advice)
+    for prompt in given:
+        if wrong := lone_surrogate(prompt):
+            raise UserError(
+                f"--predict_data {printable(prompt)[:60]!r} holds {wrong}",
+                rule="a prompt is text that UTF-8 can encode",
+                advice=advice,
+            )
     if len(given) > 1:
         return given
     text = given[0]
@@ -187,10 +196,16 @@ def _encode(tokenizer: Any, prompt: str, settings: GenerationSettings) -> list[i
 
 def _read_file(path: Path) -> list[str]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise UserError(f"--predict_data {path} is not UTF-8 text: {error}") from None
-    prompts = [line for line in lines if line.strip()]
+        lines = decode(read_bytes(path)).split("\n")
+    except NotText as error:
+        raise UserError(
+            f"--predict_data {path} is not UTF-8 text",
+            where=f"{path}:{error.line}",
+            rule="prompts are UTF-8, or UTF-16 or UTF-32 with a byte order mark",
+            nearest=f"The byte is at offset {error.offset} of the file",
+            advice="Convert the file (iconv -f LATIN1 -t UTF-8)",
+        ) from None
+    prompts = [line.removesuffix("\r") for line in lines if line.strip()]
     if not prompts:
         raise UserError(f"--predict_data {path} is empty", advice="Write one prompt a line")
     return prompts

@@ -6,7 +6,6 @@ environment and one JSON file.
 
 from __future__ import annotations
 
-import json
 from math import lcm
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 from launcher.config.schema import Config
 from launcher.environment import process_environment
 from launcher.errors import UserError
+from launcher.json_text import NotJson, line_and_column, parse
 from launcher.layout.mesh import Mesh, training_mesh
 
 TOKENIZER_FILES = (
@@ -190,12 +190,14 @@ def read_config_json(config: Config) -> dict[str, Any] | None:
 def read_json_object(path: Path) -> dict[str, Any]:
     """The content of a JSON file. Raises UserError when it is not a JSON object."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+        text = path.read_text(encoding="utf-8")
+        content = parse(text)
+    except NotJson as error:
+        line = "" if error.position is None else f":{line_and_column(text, error.position)[0]}"
         raise UserError(
-            f"this is not valid JSON: {error.msg}",
-            where=f"{path}:{error.lineno}",
-            advice="Mend the file or copy it again",
+            f"this is not valid JSON: {error.reason}",
+            where=f"{path}{line}",
+            advice="Repair the file or copy it again",
         ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the file: {error}", where=str(path)) from None

@@ -67,7 +67,13 @@ def open_logs(output_dir: Path, rank: int) -> None:
     logger.setLevel(logging.INFO)
     logger.propagate = False
     for name, level in (("info.log", logging.INFO), ("error.log", logging.ERROR)):
-        handler = RotatingFileHandler(folder / name, maxBytes=LOG_BYTES, backupCount=LOG_BACKUPS)
+        handler = RotatingFileHandler(
+            folder / name,
+            maxBytes=LOG_BYTES,
+            backupCount=LOG_BACKUPS,
+            encoding="utf-8",
+            errors="backslashreplace",  # names of files may be any bytes
+        )
         handler.setLevel(level)
         handler.setFormatter(logging.Formatter(FILE_FORMAT))
         logger.addHandler(handler)

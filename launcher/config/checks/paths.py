@@ -15,6 +15,7 @@ from launcher.config.derived import has_tokenizer, tokenizer_dir
 from launcher.config.provenance import KeyProblem
 from launcher.config.schema import DataLoaderSection, DatasetSection
 from launcher.errors import did_you_mean
+from launcher.json_text import lone_surrogate
 
 NAMES_SHOWN = 5
 """Names of a folder that are listed where none of them is near."""
@@ -24,6 +25,7 @@ _BY_TYPE = {
     "text_column": ("HFDataLoader", "CommonDataLoader"),
     "split": ("HFDataLoader", "CommonDataLoader", "InstructionDataLoader"),
     "format": ("InstructionDataLoader",),
+    "strict_fields": ("InstructionDataLoader",),
 }
 
 
@@ -183,6 +185,13 @@ def named_paths(check: Check) -> Iterator[KeyProblem]:
     if Path(config.output_dir).is_file():
         yield check.wrong("output_dir", "this is a file, a folder is needed")
     prompt = config.input_data
+    for text in [prompt] if isinstance(prompt, str) else prompt or ():
+        if wrong := lone_surrogate(text):
+            yield check.wrong(
+                "input_data",
+                f"it holds {wrong}, which is no character: a prompt is text that UTF-8 can encode",
+                advice="Give the prompt in UTF-8, or as a file of prompts",
+            )
     if isinstance(prompt, str) and "/" in prompt and Path(prompt[:255]).is_dir():
         yield check.wrong(
             "input_data", "this is a folder", advice="Name a text file with one prompt a line"
