@@ -22,7 +22,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain, islice, takewhile
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -240,11 +240,10 @@ def _by_prefixes(text: str, spans: list[Span], where: str, tokenizer: Any) -> Sa
         shared = _shared(tokens, alone)
         if shared == len(alone):
             return shared, False
-        length = length_of(alone)
-        inside = takewhile(
-            lambda count: length_of(tokens[:count]) <= length, range(shared + 1, len(tokens) + 1)
-        )
-        return shared + sum(1 for _ in inside), True
+        length, count = length_of(alone), shared
+        while count < len(tokens) and length_of(tokens[: count + 1]) <= length:
+            count += 1
+        return count, length_of(tokens[:count]) < length
 
     tokens = tokens_of(text)
     is_target = np.zeros(len(tokens), dtype=bool)

@@ -12,6 +12,7 @@ from launcher.data.conversations import Conversation
 from launcher.errors import UserError
 
 from .conftest import CHATML, train_tokenizer
+from .tokenizers_of_kinds import WithoutOffsets
 
 TURNS = [
     {"role": "system", "content": "Be brief."},
@@ -83,21 +84,6 @@ def learnt(tokenizer: Any, sample: Any) -> list[str]:
 def own_tokenizer() -> PreTrainedTokenizerFast:
     """One whose template the tests may change."""
     return train_tokenizer()
-
-
-class WithoutOffsets:
-    """The same tokenizer, as one that cannot say which characters a token stands for."""
-
-    is_fast = False
-
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._tokenizer, name)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._tokenizer(*args, **kwargs)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from launcher.data import tokens
 from launcher.data.tokens import tokenise_documents
 
 from .conftest import train_tokenizer
-from .test_chat import WithoutOffsets
+from .tokenizers_of_kinds import WithoutOffsets
 
 DOCUMENTS = ["The ship.", "x", "It slides\ndown the slipway.\n" * 30, "\u00e9\u4e2d\U0001f6a2", " "]
 
