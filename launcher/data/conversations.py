@@ -28,6 +28,7 @@ from launcher.data.strictness import (
     LENIENT,
     Strictness,
     check_encodable,
+    is_absent,
     names_of,
     surrogate_error,
     wrong_field,
@@ -132,7 +133,7 @@ def _alpaca(record: Record, strictness: Strictness) -> Conversation:
 def _history(record: Record, strictness: Strictness) -> list[Turn]:
     """Earlier turns, `[[question, answer], ...]`; all are learnt, as in LLaMA-Factory."""
     history = record.value.get("history")
-    if _is_absent(history):
+    if is_absent(history):
         return []
     if not isinstance(history, list) or not all(map(_is_pair, history)):
         rule = "in the alpaca format it must be a list of [question, answer] pairs of strings"
@@ -205,7 +206,7 @@ def _content(
         check_encodable(record, more, inside.removesuffix("."))
     if wrong := lone_surrogate(content):
         raise surrogate_error(record.where, f"{inside}content", wrong)
-    if _is_absent(turn.get("tool_calls")):
+    if is_absent(turn.get("tool_calls")):
         return {"content": content}
     return {"content": content, "tool_calls": _calls(record, turn["tool_calls"], inside)}
 
@@ -323,7 +324,7 @@ def _conversation(
 def _system(record: Record, messages: list[Turn], strictness: Strictness) -> str:
     """The system text of the record, where its turns do not hold it already."""
     system = record.value.get("system")
-    if _is_absent(system):
+    if is_absent(system):
         return ""
     if not isinstance(system, str):
         error = wrong_field(record.where, "system", system, "it must be a string")
@@ -389,7 +390,7 @@ def _tools(record: Record, strictness: Strictness) -> list[Any] | None:
     if isinstance(tools, str) and tools.strip():  # Parquet data sets often keep them as a string
         with suppress(NotJson):  # a wrong value, which the error below shows
             tools = parse(tools)
-    if _is_absent(tools.strip() if isinstance(tools, str) else tools):
+    if is_absent(tools.strip() if isinstance(tools, str) else tools):
         return None
     if isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools):
         check_encodable(record, tools, "tools")
@@ -398,8 +399,3 @@ def _tools(record: Record, strictness: Strictness) -> list[Any] | None:
     error = wrong_field(record.where, "tools", record.value["tools"], rule)
     strictness.wrong(error, "tools", record.where)
     return None
-
-
-def _is_absent(value: Any) -> bool:
-    """Whether the value of an optional field says nothing; 0 and {} are wrong values instead."""
-    return value is None or value == "" or value == []

@@ -71,8 +71,8 @@ _PREFERENCE = "preference data, which supervised fine-tuning does not read"
 _MEDIA = "data with images, video or sound, and only text is read"
 
 
-def _is_given(value: Any) -> bool:
-    return value not in (None, "", [], {})
+def _any(_: Any) -> bool:
+    return True
 
 
 def _is_verdict(value: Any) -> bool:
@@ -80,12 +80,13 @@ def _is_verdict(value: Any) -> bool:
 
 
 OTHER_DATA: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    **dict.fromkeys(("chosen", "rejected", "kto_tag"), (_PREFERENCE, _is_given)),
+    **dict.fromkeys(("chosen", "rejected", "kto_tag"), (_PREFERENCE, _any)),
     "label": (_PREFERENCE, _is_verdict),
-    **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), (_MEDIA, _is_given)),
-    "functions": ("the older spelling of tools: write them as `tools`", _is_given),
-    "chat_template_kwargs": ("not built yet: arguments for the chat template", _is_given),
-    "train_detail": ("not built yet: weights for parts of an answer", _is_given),
-    "training_detail": ("not built yet: weights for parts of an answer", _is_given),
+    **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), (_MEDIA, _any)),
+    "functions": ("the older spelling of tools: write them as `tools`", _any),
+    "chat_template_kwargs": ("not built yet: arguments for the chat template", _any),
+    "train_detail": ("not built yet: weights for parts of an answer", _any),
+    "training_detail": ("not built yet: weights for parts of an answer", _any),
 }
-"""Fields that change what would have to be learnt: what they belong to, and which values do."""
+"""Fields that change what would have to be learnt: what they belong to, and which values do (an
+empty list or text never does)."""

@@ -27,10 +27,10 @@ from launcher.data.records import (
     read_parquet_records,
     shown,
 )
-from launcher.data.strictness import Strictness, surrogate_error
+from launcher.data.strictness import Strictness, names_of, surrogate_error
 from launcher.data.tally import Tally
 from launcher.errors import UserError, did_you_mean
-from launcher.json_text import lone_surrogate
+from launcher.json_text import lone_surrogate, printable
 
 TEXT = "TextDataLoader"
 HUGGING_FACE = "HFDataLoader"
@@ -176,24 +176,24 @@ def _text_of(record: Record, column: str, *, first: bool) -> str | None:
     if column not in row:
         if not first:
             return None
-        near = did_you_mean(column, row)
+        near = printable(did_you_mean(column, row))
         raise UserError(
             f"there is no column {column!r}",
             where=record.where,
             rule="HFDataLoader reads its documents from data_loader.text_column",
-            nearest=near or f"Columns found: {', '.join(row) or 'none'}",
-            advice=f"Columns found: {', '.join(row)}" if near else "",
+            nearest=near or f"Columns found: {names_of(row)}",
+            advice=f"Columns found: {names_of(row)}" if near else "",
         )
     value = row[column]
     if value is None:
         return None
     if not isinstance(value, str):
-        texts = [name for name in row if isinstance(row[name], str)]
+        texts = {name: text for name, text in row.items() if isinstance(text, str)}
         raise UserError(
             f"column {column!r} = {shown(value)}{_not_of_json(value)}",
             where=record.where,
             rule="a document must be a string",
-            nearest="Columns with text: " + ", ".join(texts) if texts else "",
+            nearest=f"Columns with text: {names_of(texts)}" if texts else "",
             advice="Set data_loader.text_column",
         )
     if wrong := lone_surrogate(value):

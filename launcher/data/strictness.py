@@ -38,19 +38,16 @@ class Strictness:
     ) -> None:
         """Check the fields that nothing reads, of a record or of one of its turns (`inside`)."""
         for name, value in owner.items():
-            if name in used or name in METADATA or name in WEIGHTS:
+            if name in used or name in METADATA or name in WEIGHTS or is_absent(value):
                 continue
             full = f"{inside}{name}"
-            if name not in OTHER_DATA:
-                if value is not None:
-                    self.tally.unused_fields.add(full, record.where)
-                    self.tally.known_fields.update(f"{inside}{known}" for known in used)
-                continue
-            kind, belongs = OTHER_DATA[name]
-            if belongs(value):
-                self.wrong(
-                    wrong_field(record.where, full, value, f"it is {kind}"), full, record.where
-                )
+            kind, belongs = OTHER_DATA.get(name, ("", None))
+            if belongs is not None and belongs(value):
+                error = wrong_field(record.where, full, value, f"it is {kind}")
+                self.wrong(error, full, record.where)
+            else:
+                self.tally.unused_fields.add(full, record.where)
+                self.tally.known_fields.update(f"{inside}{known}" for known in used)
 
     def is_learnt(self, record: Record, owner: Mapping[str, Any], inside: str = "") -> bool | None:
         """What the weights of a record or of a turn say; None where they say nothing."""
@@ -75,6 +72,11 @@ class Strictness:
                 advice="Repair the record",
             )
         return next(iter(said.values()), None)
+
+
+def is_absent(value: Any) -> bool:
+    """Whether the value of an optional field says nothing; 0 and {} are wrong values instead."""
+    return value is None or value == "" or value == []
 
 
 def names_of(owner: Mapping[str, Any]) -> str:
