@@ -248,7 +248,7 @@ def _of_line(path: Path, number: int, line: str | NotText) -> Record | UserError
         return _not_text(path, line)
     where = f"{path}:{number}"
     try:
-        value = parse(line, STRICT)
+        value = parse(line.rstrip("\r\n"), STRICT)
     except NotJson as error:
         return _not_json(where, error.reason, (error.position or 0) + 1, line)
     return _record(where, value)

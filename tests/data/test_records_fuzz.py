@@ -101,7 +101,8 @@ def read_column(seed: int, folder: Path) -> str:
     """Read one damaged file as documents of one column."""
     _, suffix, records, choose = mutated(seed)
     path = folder / f"column{seed}{suffix}"
-    if not write(path, records, choose):
+    written = write(path, records, choose)
+    if not written:
         return "not written"
     column = choose.choice(list(records[0]))
     loader = DataLoaderSection(type="HFDataLoader", dataset_files=[str(path)], text_column=column)
@@ -112,7 +113,7 @@ def read_column(seed: int, folder: Path) -> str:
         check_error(error, path)
         return "error"
     tokenizer_with(CHATML)([document.text for document in found] or [""])
-    if all(isinstance(record, dict) for record in records) and len(found) == 3:
+    if written == "as it is":
         assert found[0].text == records[0][column]
     return "result"
 
