@@ -59,7 +59,9 @@ class NamedPlaces:
 
 def _part(name: str, places: Places, known: Collection[str]) -> str:
     short = printable(name) if len(name) <= 60 else printable(name[:57]) + "..."
-    near = did_you_mean(name, known, cutoff=0.75)
+    inside, dot, bare = name.rpartition("].")
+    others = [other.removeprefix(inside + dot) for other in known if other.startswith(inside + dot)]
+    near = did_you_mean(bare, others, cutoff=0.75)
     hint = f"; {near}" if near else ""
     return f"`{short}` ({places.count}, first in {places.first}{hint})"
 
