@@ -53,8 +53,15 @@ def _suspects(messages: list[Turn], text: str) -> list[int]:
 def _is_left_out(conversation: Conversation, template: ChatTemplate, text: str, index: int) -> bool:
     """Whether another content of the turn `index` gives the same text."""
     messages = list(conversation.messages)
-    messages[index] = {**messages[index], "content": messages[index]["content"] + " x"}
-    return _renders_as(conversation, template, messages, text)
+    message = messages[index]
+    if (message["role"], "content") in template.shown:
+        return False
+    messages[index] = {**message, "content": message["content"] + " x"}
+    if _renders_as(conversation, template, messages, text):
+        return True
+    if message["role"] not in (*_SYSTEM, "user"):  # of these a template may show some turns alone
+        template.shown.add((message["role"], "content"))
+    return False
 
 
 def _renders_as(

@@ -101,9 +101,12 @@ class Tally:
             *self.unused_fields.line("have fields that are not used", self.known_fields),
             *self.hidden_fields.line("have fields that the chat template does not show"),
             *self.waved_through.line("have wrong fields, passed over by strict_fields: False"),
-            *_left_out(self.nothing_to_learn, "without an answer to learn"),
-            *_left_out(self.answer_beyond_row, f"with no answer within seq_length {seq_length}"),
-            *_left_out(self.too_short, "with fewer than two tokens"),
+            *_samples(self.nothing_to_learn, "without an answer to learn were left out"),
+            *_samples(
+                self.answer_beyond_row,
+                f"with no answer within seq_length {seq_length} were left out",
+            ),
+            *_samples(self.too_short, "with fewer than two tokens teach nothing"),
         ]
 
     def _about_files(self) -> list[str]:
@@ -129,7 +132,7 @@ class Tally:
         return lines
 
 
-def _left_out(places: Places, what: str) -> list[str]:
+def _samples(places: Places, what: str) -> list[str]:
     if not places:
         return []
-    return [f"warning: {places.count} sample(s) {what} were left out; the first is {places.first}"]
+    return [f"warning: {places.count} sample(s) {what}; the first is {places.first}"]
