@@ -144,6 +144,14 @@ def read_parquet_records(path: Path, cache_dir: Path) -> Iterator[Record]:
             )
             for number, row in enumerate(rows, 1):
                 yield Record(f"{path}, record {number}", row)
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"holds a text that is not UTF-8 (byte 0x{error.object[error.start]:02x} "
+                f"at offset {error.start} of it)",
+                where=f"{path}, record {number + 1}",
+                rule="a string of a Parquet file is UTF-8",
+                advice="Repair the record, or store bytes as text in UTF-8",
+            ) from error
         except Exception as error:
             reason = (str(error) or repr(error)).splitlines()[0]
             raise UserError(

@@ -12,6 +12,7 @@ from itertools import pairwise
 from typing import Any
 
 from launcher.data.conversations import Conversation, Turn
+from launcher.data.records import kind_of
 from launcher.errors import UserError
 from launcher.json_text import lone_surrogate
 
@@ -123,13 +124,19 @@ class ChatTemplates:
             if text is None:
                 raise _no_default(found)
             found = text
+        if not isinstance(found, str):
+            raise UserError(
+                f"the chat template of the tokenizer is {kind_of(found)}",
+                rule="a chat template is a Jinja template, or several with their names",
+                advice="Repair tokenizer_config.json",
+            )
         if wrong := lone_surrogate(found):
             raise UserError(
                 f"the chat template of the tokenizer holds {wrong}, half of a surrogate pair",
                 rule="a text must be Unicode that UTF-8 can encode",
                 advice="Repair tokenizer_config.json or chat_template.jinja",
             )
-        return str(found)
+        return found
 
 
 def _no_default(found: dict[str, str]) -> UserError:

@@ -240,6 +240,26 @@ def test_text_of_parquet_that_looks_like_dates_stays_text(tmp_path: Path) -> Non
     assert [document.text for document in read(path, "HFDataLoader")] == LOOKS
 
 
+def test_text_of_parquet_that_is_not_utf_8(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    offsets = pyarrow.py_buffer(b"\0\0\0\0\3\0\0\0\6\0\0\0")
+    texts = pyarrow.StringArray.from_buffers(2, offsets, pyarrow.py_buffer(b"onet\xe9o"))
+    pyarrow.parquet.write_table(pyarrow.table({"instruction": texts}), tmp_path / "d.parquet")
+    with pytest.raises(UserError) as caught:
+        read(tmp_path / "d.parquet", "HFDataLoader")
+    said = "d.parquet, record 2: holds a text that is not UTF-8 (byte 0xe9 at offset 1 of it)"
+    assert said in str(caught.value)
+
+
+def test_files_whose_names_are_not_utf_8_are_read(tmp_path: Path) -> None:
+    path = tmp_path / b"caf\xe9.jsonl".decode(errors="surrogateescape")
+    tally = Tally()
+    assert len(read(write(path, json.dumps(RECORD | {"foo": 1}).encode()), tally=tally)) == 1
+    assert "`foo` (1, first in " in tally.warnings()[0]
+
+
 # Text files
 
 

@@ -113,6 +113,12 @@ def test_templates_without_a_default_are_named(tokenizer: Any) -> None:
     assert learnt_of(tokenizer, names, TALK, tools=[{"name": "f"}])[0] == [LEARNT]
 
 
+@pytest.mark.parametrize("template", [{"default": 5}, {"default": ["x"]}, {"default": "\ud83d"}])
+def test_a_template_that_is_no_text_is_an_error(tokenizer: Any, template: Any) -> None:
+    with pytest.raises(UserError, match="the chat template of the tokenizer "):
+        learnt_of(tokenizer, template, TALK)
+
+
 @pytest.mark.parametrize(
     ("text", "marks"),
     [
