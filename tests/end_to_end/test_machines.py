@@ -150,8 +150,8 @@ def test_a_rank_that_fails_or_is_killed_ends_all(
 
 
 def spoil_data(folder: Path) -> str:
-    (folder / "corpus/bisect.py").write_bytes("# caf\xe9".encode("latin-1"))
-    return "bisect.py"
+    (folder / "corpus/more.py").symlink_to("nowhere")
+    return "more.py: cannot be read"
 
 
 def spoil_tokenizer(folder: Path) -> str:
