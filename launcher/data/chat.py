@@ -33,11 +33,9 @@ from launcher.data.records import MAX_PROBLEMS
 from launcher.data.shown import check_shown
 from launcher.data.strictness import Strictness
 from launcher.data.tally import Tally
-from launcher.data.templates import DEFAULT_CHAT_TEMPLATE, ChatTemplate, ChatTemplates, Span
+from launcher.data.templates import ChatTemplate, ChatTemplates, Span
 from launcher.data.tokens import backend_of, exact_offsets
 from launcher.errors import Problem, UserError
-
-__all__ = ["DEFAULT_CHAT_TEMPLATE", "Sample", "tokenise_conversations"]
 
 _BATCH = 256
 _PROBE = "probe"

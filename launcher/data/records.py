@@ -29,7 +29,7 @@ JSON = (".json", ".json.gz")
 PARQUET = (".parquet",)
 RECORD_SUFFIXES = (*JSON_LINES, *JSON, *PARQUET)
 
-MAX_PROBLEMS = 20
+MAX_PROBLEMS = 10
 """Wrong records that are reported together."""
 READ_ON = 1000
 """Records that are looked at behind the first wrong one, for others to report with it."""

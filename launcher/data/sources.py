@@ -159,8 +159,8 @@ def _text_column(path: Path, column: str, cache_dir: Path, tally: Tally) -> Iter
 
     def document_of(record: Record) -> Document | None:
         nonlocal is_first
-        text = _text_of(record, column, first=is_first)
-        is_first = False
+        first, is_first = is_first, False
+        text = _text_of(record, column, first=first)
         if text is None:
             tally.records_without_text.add(record.where)
             return None

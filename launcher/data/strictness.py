@@ -61,8 +61,7 @@ class Strictness:
                 said[full] = bool(value)
             else:
                 rule = "it must be 0 or 1 (false or true): an answer is learnt or it is context"
-                error = wrong_field(record.where, full, value, rule)
-                self.wrong(error, full, record.where)
+                self.wrong(wrong_field(record.where, full, value, rule), name, record.where)
         if len(set(said.values())) > 1:
             names = ", ".join(f"{name} = {int(value)}" for name, value in said.items())
             raise UserError(

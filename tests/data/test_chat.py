@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from launcher.data.chat import DEFAULT_CHAT_TEMPLATE, tokenise_conversations
+from launcher.data.chat import tokenise_conversations
 from launcher.data.conversations import Conversation
+from launcher.data.templates import DEFAULT_CHAT_TEMPLATE
 from launcher.errors import UserError
 
 from .conftest import CHATML, train_tokenizer

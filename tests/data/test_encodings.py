@@ -114,7 +114,7 @@ def test_wrong_lines_are_reported_together(tmp_path: Path) -> None:
     path = write(tmp_path / "many.jsonl", b"{\n" * 100)
     with pytest.raises(UserError) as caught:
         read(path)
-    assert len(caught.value.problems) == 20
+    assert len(caught.value.problems) == 10
 
 
 @pytest.mark.parametrize(
@@ -238,6 +238,13 @@ def test_text_of_parquet_that_looks_like_dates_stays_text(tmp_path: Path) -> Non
     path = tmp_path / "d.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"instruction": LOOKS}), path)
     assert [document.text for document in read(path, "HFDataLoader")] == LOOKS
+
+
+def test_a_column_that_is_absent_is_reported_once(tmp_path: Path) -> None:
+    path = write(tmp_path / "d.jsonl", b'{"body": "one"}\n' * 5)
+    with pytest.raises(UserError, match="there is no column 'instruction'") as caught:
+        read(path, "HFDataLoader")
+    assert len(caught.value.problems) == 1
 
 
 def test_text_of_parquet_that_is_not_utf_8(tmp_path: Path) -> None:
