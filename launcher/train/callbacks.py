@@ -89,7 +89,7 @@ class RequestFile(Callback):
     def _asks(self) -> bool:
         try:
             content = json.loads(self.path.read_text())
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return False
         return isinstance(content, dict) and content.get("GracefulExit") == 1
 

@@ -49,6 +49,18 @@ def test_only_the_main_process_speaks_but_every_rank_has_a_log(tmp_path) -> None
     assert (tmp_path / "log/rank_3/error.log").read_text() == ""
 
 
+def test_names_that_are_not_utf_8_reach_the_log(
+    tmp_path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    open_logs(tmp_path, 0)
+    Console(enabled=True, stream=io.TextIOWrapper(io.BytesIO(), "utf-8")).say(
+        "data: caf\udce9.json"
+    )
+    close_logs()
+    assert "data: caf\\udce9.json" in (tmp_path / "log/rank_0/info.log").read_text()
+    assert "Logging error" not in capsys.readouterr().err
+
+
 def test_the_progress_line_says_all_that_matters() -> None:
     line = progress_line(step=3, total=12, loss=2.5, lr=1e-4, grad_norm=0.5,
                          tokens_per_second=12345.6, remaining_seconds=75)  # fmt: skip
