@@ -24,6 +24,8 @@ from launcher.generation import GenerationSettings, continue_tokens, token_limit
 from launcher.json_text import lone_surrogate, printable
 from launcher.report.aside import make_way
 from models.decoder import Decoder
+from models.positions import position_limit, stretched
+from models.transformers_model import TransformersModel
 
 RESULT_FILE = "text_generation_result.txt"
 _FILE_ENDINGS = (".txt", ".json", ".jsonl", ".md", ".csv")
@@ -124,13 +126,14 @@ def continued_text(
 
 
 def positions_of(model: nn.Module) -> int | None:
-    """How many positions the model was made for; None where its rotation stretches by itself."""
+    """Tokens of the longest text; None where nothing limits it."""
     if isinstance(model, Decoder):
-        scaling = model.config.rope_scaling or {}
-        dynamic = scaling.get("rope_type") == "dynamic"
-        return None if dynamic else model.config.max_position_embeddings
-    wrapped = getattr(model, "wrapped", None)
-    return getattr(getattr(wrapped, "config", None), "max_position_embeddings", None)
+        config = model.config
+        return stretched(config.max_position_embeddings, config.rope_scaling or {})
+    if not isinstance(model, TransformersModel):
+        return None
+    limit = position_limit(model.family, model.wrapped.config.to_dict())
+    return limit.longest_row if limit is not None else None
 
 
 def result_text(generations: Sequence[Generation], batch_size: int) -> str:

@@ -23,6 +23,7 @@ from launcher.weights.source import Source
 from models import names
 from models.decoder import Decoder
 from models.initial import initial_std, initialise_shard, no_weight_decay
+from models.json_floats import tagged_floats
 from models.plan import EMBEDDING
 from models.spec import ModelSpec
 from models.transformers_model import TransformersModel, build_transformers, complete_config
@@ -108,8 +109,15 @@ def tied_names(model: nn.Module) -> dict[str, str]:
     Files may hold either or both; `named_parameters()` holds only the latter.
     """
     if isinstance(model, TransformersModel):
-        tied = model.tied_names().items()
-        return {model.name_in_files(alias): model.name_in_files(name) for alias, name in tied}
+        held = {id(parameter): name for name, parameter in model.named_parameters()}
+        tied = [
+            (name, held[id(model.get_parameter(name))])
+            for pair in model.tied_names().items() for name in pair
+        ]  # fmt: skip
+        return {
+            model.name_in_files(alias): model.name_in_files(name)
+            for alias, name in tied if alias != name
+        }  # fmt: skip
     if isinstance(model, Decoder) and model.config.tie_word_embeddings:
         return {"lm_head.weight": "model.embed_tokens.weight"}
     return {}
@@ -134,7 +142,8 @@ def is_left_alone(name: str, model: nn.Module, spec: ModelSpec) -> bool:
     """Whether a tensor of files is known and not wanted: modules that predict further tokens, and
     tables that older versions of transformers wrote."""
     own = isinstance(model, TransformersModel) and model.is_left_alone(name)
-    return own or names.is_table(name) or names.is_multi_token_prediction(name, spec)
+    known = names.is_table(name) or names.is_multi_token_prediction(name, spec)
+    return own or known or names.is_empty_expert(name, spec)
 
 
 def retie(model: nn.Module) -> None:
@@ -177,7 +186,8 @@ def hf_directory_files(
     if dtype is not None:
         config.pop("torch_dtype", None)
         config["dtype"] = str(dtype).removeprefix("torch.")
-    files = {"config.json": (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()}
+    content = json.dumps(tagged_floats(config), indent=2, sort_keys=True)
+    files = {"config.json": f"{content}\n".encode()}
     if source_dir is not None:
         if not Path(source_dir).is_dir():
             raise UserError(

@@ -123,6 +123,8 @@ def rope_of(
             rope = {"rope_theta": rope["rope_theta"]} | given
     if yaml.get("rope_theta") is not None:
         rope["rope_theta"] = yaml["rope_theta"]
+    if base.get("partial_rotary_factor") not in (None, 1, 1.0):
+        rope.setdefault("partial_rotary_factor", base["partial_rotary_factor"])
     old_spelling = rope.pop("type", None)
     rope["rope_type"] = rope.get("rope_type") or old_spelling or "default"
     if rope["rope_type"] in ("llama3", "yarn"):

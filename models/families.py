@@ -12,16 +12,21 @@ from collections.abc import Mapping
 from typing import Any
 
 from launcher.errors import did_you_mean
+from models.causality import check_causal
 from models.checks import SizeCheck, check_rope, rope_of, sliding_windows
+from models.config_class import COMMON_KEYS, ConfigClass, class_names, config_class
 from models.experts_config import ExpertsCheck, experts_of, latent_of
-from models.family_table import (
-    DECODERS,
-    MODULES_WITH_EXPERTS,
+from models.family_table import DECODERS, Family
+from models.json_floats import plain_floats
+from models.keys import EXPERT_COUNTS, GENERAL, NOT_BUILT
+from models.module_config import module_config
+from models.module_table import (
     NO_PACKING,
     TRANSFORMERS_MODULES,
     UNSUPPORTED,
-    Family,
+    WEIGHTS_NEEDED,
 )
+from models.positions import position_limit
 from models.reading import Reading, read, refuse_features
 from models.spec import (
     DecoderConfig,
@@ -34,7 +39,7 @@ from models.spec import (
 
 __all__ = [
     "DECODERS", "TRANSFORMERS_MODULES", "UNSUPPORTED", "DecoderConfig", "ModelConfigError",
-    "ModelProblem", "ModelSpec", "Precision", "model_spec", "supports_packing",
+    "ModelProblem", "ModelSpec", "Precision", "model_spec", "needs_weights", "supports_packing",
 ]  # fmt: skip
 
 
@@ -42,6 +47,13 @@ def supports_packing(spec: ModelSpec) -> bool:
     """Whether documents packed into one row stay apart."""
     known = spec.family in DECODERS or spec.family in TRANSFORMERS_MODULES
     return known and spec.family not in NO_PACKING
+
+
+def needs_weights(spec: ModelSpec) -> bool:
+    """Whether the model cannot begin with random values: some of its parameters begin in another
+    way in transformers, or nobody has looked."""
+    known = spec.family in DECODERS or spec.family in TRANSFORMERS_MODULES
+    return not known or spec.family in WEIGHTS_NEEDED
 
 
 def model_spec(model_config: Mapping[str, Any], config_json: Mapping[str, Any] | None) -> ModelSpec:
@@ -52,29 +64,34 @@ def model_spec(model_config: Mapping[str, Any], config_json: Mapping[str, Any] |
     families that are not built yet. Keys of `config_json` that are unknown are kept and passed on.
     """
     problems = Problems()
-    base = dict(config_json or {})
+    base: dict[str, Any] = plain_floats(dict(config_json or {}))
     family = _family(model_config, base, problems)
     if family is None:
         raise ModelConfigError(problems)
     own = DECODERS.get(family)
+    known = config_class(family) if own is None else None
     if own is not None:
         base = _in_family_spelling(own, base)
     qkv_has_bias = model_config.get("qkv_has_bias")
     sizes = {k: v for k, v in model_config.items() if k != "qkv_has_bias" or own is None}
-    experts = own.expert_count is not None if own is not None else family in MODULES_WITH_EXPERTS
-    reading = read(sizes, own, problems, experts=experts)
+    experts = _has_experts(family, own, known)
+    reading = read(sizes, own, known, problems, experts=experts)
     reading.notes += refuse_features(model_config, base, own, problems, experts=experts)
     base.pop("quantization_config", None)  # the weights of the model are not quantised
     decoder = None
     if own is not None:
+        base, ignored = _split(own, base, reading, problems)
         hf_config = _complete(own, base, reading)
         _check(own, family, hf_config, base, reading, qkv_has_bias, problems)
         if not problems:
             decoder = _decoder(own, family, hf_config, base, reading)
             check_rope(hf_config["rope_parameters"], reading.written, head_dim=decoder.head_dim,
                        problems=problems)  # fmt: skip
+        hf_config = ignored | hf_config
     else:
-        hf_config = base | reading.values | reading.rope | {"model_type": family}
+        assert known is not None
+        hf_config = module_config(family, known, base, reading, problems)
+    check_causal(family, known, hf_config, reading.written, problems)
     if problems:
         raise ModelConfigError(problems)
     return ModelSpec(
@@ -84,17 +101,46 @@ def model_spec(model_config: Mapping[str, Any], config_json: Mapping[str, Any] |
         precision=Precision(**reading.precision),
         seq_length=reading.seq_length,
         generation=reading.generation,
-        written_keys=() if decoder is not None else tuple(reading.values),
         notes=tuple(reading.notes),
     )
+
+
+def _has_experts(family: str, own: Family | None, known: ConfigClass | None) -> bool:
+    if own is not None:
+        return own.expert_count is not None
+    has = known is not None and any(known.has(key) for key in EXPERT_COUNTS)
+    return has and family in TRANSFORMERS_MODULES
+
+
+def _split(
+    own: Family, base: Mapping[str, Any], reading: Reading, problems: Problems
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """config.json of a family of ours: what its class in transformers has, and what that ignores.
+
+    The latter is noted once, and kept for a config.json that is written.
+    """
+    understood = own.own_keys | GENERAL | COMMON_KEYS | _OLD_ROPE
+    understood -= {"hidden_dropout"}  # a key of model_config alone
+    derived = {"head_dim", "qk_head_dim"} if own.latent else set()  # transformers writes them too
+    ignored = {k: v for k, v in base.items() if k not in understood | derived}
+    named = [
+        key for key, value in ignored.items()
+        if value is not None and not key.startswith("_") and key not in _UNREMARKABLE
+    ]  # fmt: skip
+    if named:
+        reading.notes.append(f"config.json: {', '.join(named)}: {own.config_class} has no such key")
+    if ignored.get("per_layer_config"):
+        problems.say("config.json: per_layer_config", "layers of different sizes: not built yet")
+    return {k: v for k, v in base.items() if k in understood - derived}, ignored
 
 
 def _family(
     model_config: Mapping[str, Any], base: Mapping[str, Any], problems: Problems
 ) -> str | None:
     """The model_type, from `type`, `model_type` or config.json; None with a problem otherwise."""
-    by_class = {family.config_class: name for name, family in DECODERS.items()}
-    by_class |= {config: name for name, config in TRANSFORMERS_MODULES.items()}
+    classes = class_names()
+    by_class = {classes[name]: name for name in reversed(TRANSFORMERS_MODULES) if name in classes}
+    by_class |= {family.config_class: name for name, family in DECODERS.items()}
     key = "type" if model_config.get("type") else "model_type"
     typed, found = model_config.get(key), base.get("model_type")
     if typed is None and found is None:
@@ -110,13 +156,15 @@ def _family(
     if missing is None and base.get("text_config"):
         missing = "multimodal models"
     if missing is not None:
-        advice = f"Built: {', '.join([*DECODERS, *MODULES_WITH_EXPERTS])}, and dense models of "
-        advice += "transformers"
+        advice = f"Built: {', '.join(DECODERS)}, and those of transformers in docs/models.md"
         problems.say(f"{what} needs {missing}", "not built yet", advice=advice, key=blamed)
-    elif typed is not None and name not in by_class.values():
-        nearest = did_you_mean(str(typed), [*by_class, *by_class.values()])
+    elif typed is not None and name not in (*DECODERS, *TRANSFORMERS_MODULES):
+        nearest = did_you_mean(str(typed), [*by_class, *DECODERS, *TRANSFORMERS_MODULES])
         nearest = nearest or f"Known: {', '.join(by_class)}"
         problems.say(what, "no such model type", nearest=nearest, key=blamed)
+    elif name not in DECODERS and config_class(name) is None:
+        nearest = did_you_mean(name, classes)
+        problems.say(what, "transformers has no such model type", nearest=nearest, key=blamed)
     elif typed is not None and found is not None and name != found:
         rule = f"config.json of pretrained_model_dir says model_type {found}"
         advice = f"Leave out model.model_config.{key}, or name that model's directory"
@@ -151,11 +199,8 @@ def _complete(own: Family, base: Mapping[str, Any], reading: Reading) -> dict[st
         config["max_position_embeddings"] = max(
             reading.seq_length, config["max_position_embeddings"]
         )
-    if own.latent:
-        for key in ("head_dim", "qk_head_dim"):  # written by transformers, which derives them
-            config.pop(key, None)
-        if "num_key_value_heads" not in given:
-            config["num_key_value_heads"] = None
+    if own.latent and "num_key_value_heads" not in given:
+        config["num_key_value_heads"] = None
     return config
 
 
@@ -179,11 +224,15 @@ def _check(
     SizeCheck(config, describe, problems).run(whole_heads=family == "llama", latent=own.latent)
     if own.expert_count is not None:
         ExpertsCheck(own, config, describe, problems).run()
-    if len(problems) == before and (reading.seq_length or 0) > config["max_position_embeddings"]:
-        what, _ = describe("max_position_embeddings")
-        problems.add("seq_length", reading.seq_length, f"the model has fewer positions ({what})",
-                     nearest=f"Nearest: {config['max_position_embeddings']}",
-                     advice="Or raise model.model_config.max_position_embeddings")  # fmt: skip
+    if len(problems) == before:
+        rope = {"rope_parameters": rope_of(config, base, reading.rope, own.rope_theta)}
+        limit = position_limit(family, config | {"rope_scaling": None} | rope)
+        longest = limit.longest_row if limit is not None else None
+        if longest is not None and (reading.seq_length or 0) > longest:
+            what, _ = describe("max_position_embeddings")
+            problems.add("seq_length", reading.seq_length,
+                         f"the model has fewer positions ({what})", nearest=f"Nearest: {longest}",
+                         advice="Or raise model.model_config.max_position_embeddings")  # fmt: skip
     has = bool(config.get("attention_bias")) if own.qkv_bias is None else own.qkv_bias
     if qkv_has_bias is not None and bool(qkv_has_bias) != has:
         rule = (
@@ -237,6 +286,15 @@ def _decoder(
         latent=latent,
     )
 
+
+_OLD_ROPE = {
+    "rope_theta", "rope_scaling", "rope_parameters", "original_max_position_embeddings",
+    "partial_rotary_factor", "quantization_config",
+}  # fmt: skip
+"""Keys of config.json that are read for every family of ours, beside its own."""
+
+_UNREMARKABLE = frozenset({"per_layer_config", *NOT_BUILT})
+"""Keys that are spoken of elsewhere."""
 
 _LAYER_TYPES_FOLLOW = {"num_hidden_layers", "use_sliding_window", "max_window_layers"}
 """Keys that, written over config.json, make its `layer_types` stale."""

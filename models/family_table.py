@@ -1,7 +1,7 @@
-"""The table of families: which model types are known, and what each one's configuration says.
+"""The table of families with a decoder of ours, and what each one's configuration says.
 
 Owns the defaults (those of the transformers config classes; a test compares) and what sets a family
-apart. A new family of ours is a row here.
+apart. A new family of ours is a row here; `models.module_table` has the others.
 """
 
 from __future__ import annotations
@@ -144,55 +144,3 @@ DECODERS: dict[str, Family] = {
     ),
 }  # fmt: skip
 """model_type -> family. Qwen2.5 is qwen2."""
-
-_DENSE_MODULES: dict[str, str] = {
-    "arcee": "ArceeConfig", "biogpt": "BioGptConfig", "bloom": "BloomConfig",
-    "codegen": "CodeGenConfig", "cohere": "CohereConfig", "cohere2": "Cohere2Config",
-    "cwm": "CwmConfig", "ernie4_5": "Ernie4_5Config", "exaone4": "Exaone4Config",
-    "falcon": "FalconConfig", "gemma": "GemmaConfig", "gemma2": "Gemma2Config",
-    "gemma3_text": "Gemma3TextConfig", "glm": "GlmConfig", "glm4": "Glm4Config",
-    "gpt2": "GPT2Config", "gpt_bigcode": "GPTBigCodeConfig", "gpt_neo": "GPTNeoConfig",
-    "gpt_neox": "GPTNeoXConfig", "gptj": "GPTJConfig", "granite": "GraniteConfig",
-    "helium": "HeliumConfig", "hunyuan_v1_dense": "HunYuanDenseV1Config",
-    "ministral": "MinistralConfig", "mpt": "MptConfig", "nanochat": "NanoChatConfig",
-    "nemotron": "NemotronConfig", "olmo": "OlmoConfig", "olmo2": "Olmo2Config",
-    "olmo3": "Olmo3Config", "opt": "OPTConfig", "persimmon": "PersimmonConfig",
-    "phi": "PhiConfig", "phi3": "Phi3Config", "seed_oss": "SeedOssConfig",
-    "smollm3": "SmolLM3Config", "stablelm": "StableLmConfig",
-    "starcoder2": "Starcoder2Config", "xglm": "XGLMConfig",
-}  # fmt: skip
-
-MODULES_WITH_EXPERTS: dict[str, str] = {
-    "deepseek_v2": "DeepseekV2Config", "dots1": "Dots1Config", "flex_olmo": "FlexOlmoConfig",
-    "glm4_moe": "Glm4MoeConfig", "granitemoe": "GraniteMoeConfig",
-    "hunyuan_v1_moe": "HunYuanMoEV1Config", "olmoe": "OlmoeConfig", "qwen2_moe": "Qwen2MoeConfig",
-}  # fmt: skip
-
-TRANSFORMERS_MODULES: dict[str, str] = _DENSE_MODULES | MODULES_WITH_EXPERTS
-"""model_type -> config class, of causal language models that run through their transformers module.
-"""
-
-UNSUPPORTED: dict[str, str] = {
-    **dict.fromkeys((
-        "dbrx", "deepseek_v32", "ernie4_5_moe", "gpt_oss", "jamba", "llama4", "llama4_text",
-        "minimax", "phimoe", "qwen3_next",
-    ), "another mixture of experts"),
-    **dict.fromkeys((
-        "gemma3", "gemma3n", "gemma4", "llava", "mistral3", "mllama", "paligemma",
-        "phi4_multimodal", "qwen2_5_vl", "qwen2_vl", "qwen3_5", "qwen3_vl", "whisper",
-    ), "multimodal models"),
-    **dict.fromkeys(
-        ("apertus", "diffllama"), "parameters that are neither weights, norms nor biases"
-    ),
-    **dict.fromkeys((
-        "falcon_mamba", "mamba", "mamba2", "recurrent_gemma", "rwkv", "xlstm", "zamba2",
-    ), "recurrent models"),
-    **dict.fromkeys((
-        "bart", "bert", "electra", "marian", "mbart", "pegasus", "roberta", "t5",
-    ), "encoders and encoder-decoders"),
-}  # fmt: skip
-"""model_type -> what it needs that is not built yet."""
-
-NO_PACKING = frozenset({"biogpt", "bloom", "falcon", "mpt", "opt", "xglm"})
-"""Families that build their masks or positions without regard to packed documents. A test goes
-through all."""

@@ -20,12 +20,13 @@ from models.spec import ModelSpec
 BLOCK_ROWS = 256
 
 # Norms of these families multiply by (1 + weight): they begin with zeros.
-_ZERO_CENTRED_NORMS = frozenset({"gemma", "gemma2", "gemma3_text"})
+_ZERO_CENTRED_NORMS = frozenset({"gemma", "gemma2", "gemma3_text", "vaultgemma"})
 # Standard deviations of families whose config class has another default than 0.02.
 _FAMILY_STD = {"nemotron": 0.0134, "starcoder2": 0.018042}
 # Projections into the residual stream that are drawn narrower, by 1 / sqrt(2 * layers).
 _RESIDUAL_PROJECTIONS = {
-    "gpt2": "c_proj.weight", "gpt_bigcode": "c_proj.weight", "nanochat": "o_proj.weight",
+    "gpt2": "c_proj.weight", "gpt-sw3": "c_proj.weight", "gpt_bigcode": "c_proj.weight",
+    "nanochat": "o_proj.weight",
 }  # fmt: skip
 
 

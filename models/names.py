@@ -48,6 +48,12 @@ def is_multi_token_prediction(name: str, spec: ModelSpec) -> bool:
     return layer.isdecimal() and first <= int(layer) < first + extra
 
 
+def is_empty_expert(name: str, spec: ModelSpec) -> bool:
+    """Whether a tensor of a file is of shared experts in a model that has none: transformers writes
+    matrices of no rows for them."""
+    return ".mlp.shared_experts." in name and spec.hf_config.get("n_shared_experts") == 0
+
+
 def is_table(name: str) -> bool:
     """Whether a tensor of a file is a table of angles, which old exports hold and models derive."""
     return name.endswith("rotary_emb.inv_freq")

@@ -1,8 +1,8 @@
 """Reading `model_config`: every key sorted by what it means.
 
 Owns the step from the user's spellings to Hugging Face keys, precisions, generation settings and
-notes. Unknown keys are problems for the families of ours; a family that runs through its
-transformers module is checked against its config class when it is built.
+notes. Unknown keys are problems for the families of ours; those of a family that runs through its
+transformers module are checked against its class in `models.module_config`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from launcher.errors import did_you_mean
 from launcher.weights.scales import block_of
 from models import keys
 from models.checks import is_whole
+from models.config_class import ConfigClass
 from models.family_table import Family
 from models.spec import Problems
 
@@ -40,19 +41,24 @@ class Reading:
 
 
 def read(
-    model_config: Mapping[str, Any], own: Family | None, problems: Problems, *, experts: bool
-) -> Reading:
+    model_config: Mapping[str, Any], own: Family | None, known: ConfigClass | None,
+    problems: Problems, *, experts: bool,
+) -> Reading:  # fmt: skip
     """Sort the keys of `model_config`. `own`: the family, whose keys are those that our decoder
-    understands; None for a family without a decoder of ours, whose keys are all kept. `experts`:
-    whether the family has some."""
+    understands; None for a family without a decoder of ours, whose keys are all kept, under the
+    names of its class `known`. `experts`: whether the family has some."""
     reading = Reading()
     own_keys = _keys_of(own)
     spellings = keys.ALIASES | (own.spellings if own else {})
+    if known is not None:
+        spellings |= _spellings_of(known)
     for key, value in model_config.items():
         target = spellings.get(key, key)
         if key in ("type", "model_type", *keys.STAGES) or _is_feature(key, experts):
             continue  # read elsewhere
-        if key in keys.PRECISIONS:
+        if known is not None and known.has(key) and key not in _READ_HERE:
+            reading.store(known.key(key), key, value, problems)
+        elif key in keys.PRECISIONS:
             _precision(key, value, reading, problems)
         elif key in keys.GENERATION:
             reading.generation["max_length" if key == "max_decode_length" else key] = value
@@ -67,16 +73,28 @@ def read(
                 reading.seq_length = value
         elif target in keys.ROPE:
             reading.rope[target], reading.written[target] = value, key
-            if target != "rope_theta" and not isinstance(value, Mapping | None):
+            if target in _ROPE_MAPS and not isinstance(value, Mapping | None):
                 rule = "must be a map such as {rope_type: linear, factor: 2.0}"
                 problems.add(key, value, rule)
         elif own_keys is not None and target not in own_keys:
-            known = {*keys.every_key(), *own_keys} - {key}
-            nearest = did_you_mean(key, known)
+            nearest = did_you_mean(key, {*keys.every_key(), *own_keys} - {key})
             problems.add(key, value, "no such key of this model", nearest=nearest)
         else:
-            reading.store(target, key, value, problems)
+            reading.store(known.key(target) if known else target, key, value, problems)
     return reading
+
+
+_ROPE_MAPS = ("rope_scaling", "rope_parameters")
+_READ_HERE = frozenset({*keys.PRECISIONS, *keys.ROPE, "seq_length"})
+"""Keys that mean the same in every family, whatever its class has."""
+
+
+def _spellings_of(known: ConfigClass) -> dict[str, str]:
+    """The spellings of MindFormers that mean a key of this class in particular."""
+    count = next((key for key in sorted(keys.EXPERT_COUNTS) if key in known.defaults), None)
+    spellings = dict.fromkeys(keys.EXPERT_COUNTS, count) if count else {}
+    spellings |= {"rotary_pct": "partial_rotary_factor", "rotary_emb_base": "rope_theta"}
+    return {key: target for key, target in spellings.items() if target and not known.has(key)}
 
 
 def refuse_features(

@@ -130,8 +130,6 @@ class ModelSpec:
     generation: dict[str, Any] = field(default_factory=dict)
     """Generation settings written in `model_config`: they rank below the section
     `generation_config`."""
-    written_keys: tuple[str, ...] = ()
-    """Keys of a family without a decoder of ours, to be checked against its config class."""
     notes: tuple[str, ...] = ()
     """Keys accepted without effect, and why: `model.model_config.use_past = False: ...`."""
 

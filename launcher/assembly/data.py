@@ -11,6 +11,7 @@ from launcher.data.loader import Batch, evaluation_batches
 from launcher.data.packing import RowDataset
 from launcher.errors import UserError
 from launcher.parallel.disks import find_disks
+from models.positions import row_length
 
 
 def open_dataset(job: Job, section: DatasetSection) -> RowDataset:
@@ -50,8 +51,8 @@ def _check_same(contents: Sequence[str]) -> None:
 
 def seq_length(job: Job, section: DatasetSection) -> int:
     """Tokens of a row: the data section's, else the model's, else what positions allow (2048)."""
-    positions = int(job.spec.hf_config.get("max_position_embeddings", 2048))
-    return section.seq_length or job.spec.seq_length or min(positions, 2048)
+    usual = row_length(job.spec.family, job.spec.hf_config)
+    return section.seq_length or job.spec.seq_length or usual
 
 
 def steps_per_epoch(rows: int, global_batch: int, *, drop_remainder: bool) -> int:

@@ -141,7 +141,7 @@ def test_refusals(name: str) -> None:
 
 UNKNOWN = {
     "no such type": ({"model_type": "qwn4"}, "transformers has no such model type"),
-    "fused on disk": ({"model_type": "sarvam_moe"}, "files hold other tensors than the module"),
+    "fused on disk": ({"model_type": "sarvam_moe"}, "hold other tensors than the module"),
 }
 
 

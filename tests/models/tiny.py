@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from models.config_class import class_names
 from models.decoder import Decoder
-from models.families import TRANSFORMERS_MODULES, ModelSpec, model_spec
+from models.families import ModelSpec, model_spec
 from models.names import unstacked
+from tests.models.zoo import tiny_config
 
 VOCABULARY = 96
 SIZES: dict[str, Any] = {
@@ -113,23 +115,4 @@ def tokens(rows: int, length: int, *, seed: int = 1) -> Tensor:
 
 def module_spec(family: str, **model_config: Any) -> ModelSpec:
     """A tiny spec of a family that runs through its transformers module."""
-    from transformers import CONFIG_MAPPING
-
-    config_class = CONFIG_MAPPING[family]
-    known = {*config_class().to_dict(), *config_class.attribute_map}
-    wanted = {
-        "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "ffn_dim": 48,
-        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
-        "max_position_embeddings": 64, "sliding_window": 6, "window_size": 6, "rotary_dim": 4,
-        "word_embed_proj_dim": 32, "query_pre_attn_scalar": 8, "n_inner": 48, "pad_token_id": 0,
-        "bos_token_id": 1, "eos_token_id": 2, "attention_types": [[["global", "local"], 1]],
-        "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2,
-        "moe_intermediate_size": 24, "shared_expert_intermediate_size": 40, "n_group": 1,
-        "topk_group": 1, "first_k_dense_replace": 1, "kv_lora_rank": 16, "q_lora_rank": 24,
-        "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8, "n_shared_experts": 1,
-    }  # fmt: skip
-    if "kv_lora_rank" in known:
-        wanted["num_key_value_heads"] = wanted["num_attention_heads"]
-    wanted |= model_config
-    sizes = {key: value for key, value in wanted.items() if key in known}
-    return model_spec({"type": TRANSFORMERS_MODULES[family], **sizes}, None)
+    return model_spec({"type": class_names()[family], **tiny_config(family, **model_config)}, None)

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from launcher.config.checks.check import Check
+from launcher.config.checks.found import files_of
 from launcher.config.derived import read_config_json, read_json_object, tokenizer_dir
 from launcher.config.provenance import KeyProblem
 from launcher.errors import UserError
-from models.families import ModelSpec, model_spec, supports_packing
+from models.families import ModelSpec, model_spec, needs_weights, supports_packing
+from models.positions import PositionLimit, position_limit
 
 _LARGEST_TOKENIZER_BYTES = 4 * 2**20
 """A larger tokenizer.json is not read here: the configuration is checked in a blink."""
@@ -34,6 +36,7 @@ def model(check: Check) -> Iterator[KeyProblem]:
         return
     yield from _row_length(check, spec)
     yield from _packing(check, spec)
+    yield from _first_values(check, spec)
     yield from _vocabulary(check, spec)
 
 
@@ -74,7 +77,8 @@ def _placed(check: Check, problem: Any) -> KeyProblem:
 
 def _row_length(check: Check, spec: ModelSpec) -> Iterator[KeyProblem]:
     written = check.config.model.model_config.get("seq_length")
-    longest = spec.hf_config.get("max_position_embeddings")
+    limit = position_limit(spec.family, spec.hf_config)
+    longest = limit.longest_row if limit is not None else None
     for name in ("train_dataset", "eval_dataset"):
         section = check.value(name)
         key = f"{name}.seq_length"
@@ -89,18 +93,18 @@ def _row_length(check: Check, spec: ModelSpec) -> Iterator[KeyProblem]:
                 advice="Keep one of the two",
                 also=("model.model_config.seq_length",),
             )
-        elif isinstance(longest, int) and length > longest:
-            yield _too_long(check, key, longest)
-    if isinstance(written, int) and isinstance(longest, int) and written > longest:
-        yield _too_long(check, "model.model_config.seq_length", longest)
+        elif limit is not None and longest is not None and length > longest:
+            yield _too_long(check, key, limit)
+    if limit is not None and longest is not None and isinstance(written, int) and written > longest:
+        yield _too_long(check, "model.model_config.seq_length", limit)
 
 
-def _too_long(check: Check, key: str, longest: int) -> KeyProblem:
+def _too_long(check: Check, key: str, limit: PositionLimit) -> KeyProblem:
     return check.wrong(
         key,
-        f"the model has {longest} positions (max_position_embeddings)",
-        nearest=f"Nearest: {longest}",
-        also=("model.model_config.max_position_embeddings",),
+        f"the model has {limit.longest_row} positions ({limit})",
+        nearest=f"Nearest: {limit.longest_row}",
+        also=(f"model.model_config.{limit.key}",),
     )
 
 
@@ -113,6 +117,24 @@ def _packing(check: Check, spec: ModelSpec) -> Iterator[KeyProblem]:
                 f"a {spec.family} model cannot keep packed documents apart: not built yet",
                 advice="Set it to False",
             )
+
+
+def _first_values(check: Check, spec: ModelSpec) -> Iterator[KeyProblem]:
+    """A model that cannot begin with random values has weights."""
+    if check.config.only_save_strategy or not needs_weights(spec):
+        return
+    has_weights = bool(check.config.load_checkpoint) or files_of(check) is not None
+    if has_weights and check.config.strict_load:
+        return
+    key = "strict_load" if has_weights else "pretrained_model_dir"
+    advice = "Leave it out" if has_weights else "Give weights there or in load_checkpoint"
+    yield check.wrong(
+        key,
+        f"a {spec.family} model cannot begin at random: not built yet",
+        what="" if has_weights else f"a {spec.family} model without weights",
+        advice=advice,
+        also=("load_checkpoint", "model", "model.model_config"),
+    )
 
 
 def _vocabulary(check: Check, spec: ModelSpec) -> Iterator[KeyProblem]:

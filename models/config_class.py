@@ -1,0 +1,189 @@
+"""What the configuration class of a model type says: its keys, their defaults and second names.
+
+Owns the reading of those classes from the source of the installed transformers, without importing
+it: the configuration is checked before anything heavy is loaded, and against the very version that
+will run. Nothing of the source is executed; defaults that are not plain values are unknown.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+COMMON_KEYS = frozenset({
+    "_name_or_path", "architectures", "attn_implementation", "auto_map", "bos_token_id",
+    "chunk_size_feed_forward", "dtype", "eos_token_id", "id2label", "is_encoder_decoder",
+    "label2id", "model_type", "name_or_path", "num_labels", "output_attentions",
+    "output_hidden_states", "pad_token_id", "problem_type", "return_dict", "tie_word_embeddings",
+    "torch_dtype", "transformers_version", "use_cache",
+})  # fmt: skip
+"""Keys that config.json of any model type may hold."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConfigClass:
+    """A configuration class of transformers."""
+
+    name: str
+    """`GPT2Config`"""
+    defaults: Mapping[str, Any]
+    """Every key, with its default; None too where that is not a plain value."""
+    synonyms: Mapping[str, str]
+    """Second name of a key, to the key: `hidden_size` to `n_embd`."""
+    derived: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    """Key that is filled in where it is None, to the keys it is derived from."""
+    sections: Mapping[str, ConfigClass] = field(default_factory=dict)
+    """Keys with a class of their own."""
+
+    def key(self, name: str) -> str:
+        """The key that `name` is another name of, or `name` itself."""
+        return self.synonyms.get(name, name)
+
+    def has(self, name: str) -> bool:
+        """Whether `name` is a key of the class, by its first or second name."""
+        return name in self.defaults or name in self.synonyms
+
+    @property
+    def has_rope(self) -> bool:
+        """Whether the model rotates queries and keys as `rope_parameters` say."""
+        return "rope_parameters" in self.defaults
+
+
+@cache
+def config_class(model_type: str) -> ConfigClass | None:
+    """The configuration class of `model_type`; None where the installed transformers has none."""
+    name = class_names().get(model_type)
+    folder = _folder_of(model_type)
+    if name is None or folder is None:
+        return None
+    return _read(name, folder)
+
+
+@cache
+def class_names() -> dict[str, str]:
+    """Every model type that the installed transformers knows, to its configuration class."""
+    return {"gpt-sw3": "GPT2Config"} | dict(_pairs("CONFIG_MAPPING_NAMES"))
+
+
+def mentioned(model_type: str, key: str) -> bool:
+    """Whether the source of the model of `model_type` mentions `key`."""
+    folder = _folder_of(model_type)
+    sources = folder.glob("modeling_*.py") if folder else ()
+    return any(re.search(rf"\b{re.escape(key)}\b", _text(path)) for path in sources)
+
+
+def _models() -> Path | None:
+    """Folder of the models of the installed transformers."""
+    found = find_spec("transformers")
+    places = found.submodule_search_locations if found else None
+    return Path(places[0], "models") if places else None
+
+
+def _pairs(table: str) -> list[tuple[str, str]]:
+    """The entries of a table of transformers' list of models."""
+    models = _models()
+    text = _text(models / "auto" / "auto_mappings.py") if models else ""
+    body = re.search(rf"^{table} = .*?^\)", text, re.MULTILINE | re.DOTALL)
+    return re.findall(r'\("([^"]+)", "([^"]+)"\)', body[0]) if body else []
+
+
+def _folder_of(model_type: str) -> Path | None:
+    models = _models()
+    special = dict(_pairs("SPECIAL_MODEL_TYPE_TO_MODULE_NAME"))
+    name = "gpt2" if model_type == "gpt-sw3" else special.get(model_type, model_type)
+    return models / name.replace("-", "_") if models else None
+
+
+@cache
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError:
+        return ""
+
+
+def _read(name: str, folder: Path) -> ConfigClass | None:
+    """The class `name` of the configuration file of `folder`, with what it inherits there."""
+    for path in sorted(folder.glob("configuration_*.py")):
+        classes = {node.name: node for node in _tree(path).body if isinstance(node, ast.ClassDef)}
+        if name in classes:
+            return _gathered(name, classes)
+    return None
+
+
+@cache
+def _tree(path: Path) -> ast.Module:
+    return ast.parse(_text(path))
+
+
+def _gathered(name: str, classes: Mapping[str, ast.ClassDef]) -> ConfigClass:
+    node = classes[name]
+    bases = [_gathered(b.id, classes) for b in node.bases if getattr(b, "id", "") in classes]  # type: ignore[attr-defined]
+    defaults = {key: value for base in bases for key, value in base.defaults.items()}
+    synonyms = {key: value for base in bases for key, value in base.synonyms.items()}
+    derived = {key: value for base in bases for key, value in base.derived.items()}
+    sections = {key: value for base in bases for key, value in base.sections.items()}
+    for statement in node.body:
+        match statement:
+            case ast.AnnAssign(target=ast.Name(id=key)) if "ClassVar" not in ast.unparse(
+                statement.annotation
+            ):
+                defaults[key] = _plain(statement.value)
+            case ast.Assign(targets=[ast.Name(id="attribute_map")]):
+                synonyms |= _plain(statement.value) or {}
+            case ast.Assign(targets=[ast.Name(id="sub_configs" | "sub_configs_defaults")]):
+                sections |= _sections(statement.value, classes)
+            case ast.FunctionDef(name="__post_init__"):
+                derived |= dict(_derived(statement))
+    return ConfigClass(
+        name=name, defaults=defaults, synonyms=synonyms, derived=derived, sections=sections
+    )
+
+
+def _plain(value: ast.expr | None) -> Any:
+    """The value of a literal; None for everything else."""
+    try:
+        return ast.literal_eval(value) if value is not None else None
+    except ValueError:
+        return None
+
+
+def _sections(value: ast.expr, classes: Mapping[str, ast.ClassDef]) -> dict[str, ConfigClass]:
+    found: dict[str, ConfigClass] = {}
+    if isinstance(value, ast.Dict):
+        for key, named in zip(value.keys, value.values, strict=True):
+            inside = {node.id for node in ast.walk(named) if isinstance(node, ast.Name)}
+            for name in inside & classes.keys():
+                found[str(_plain(key))] = _gathered(name, classes)
+    return found
+
+
+def _derived(function: ast.FunctionDef) -> Iterator[tuple[str, frozenset[str]]]:
+    """`if self.a is None: self.a = f(self.b)` gives `a` and what it comes from: `b`."""
+    for node in ast.walk(function):
+        if not (isinstance(node, ast.If) and isinstance(node.test, ast.Compare)):
+            continue
+        test, of = node.test, _own_names(node.test.left)
+        if len(of) == 1 and isinstance(test.ops[0], ast.Is) and _is_none(test.comparators[0]):
+            inside = {name for part in node.body for name in _own_names(part)}
+            yield next(iter(of)), frozenset(inside - of)
+
+
+def _own_names(tree: ast.AST) -> set[str]:
+    return {
+        node.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute)
+        and isinstance(node.value, ast.Name)
+        and node.value.id == "self"
+    }
+
+
+def _is_none(node: ast.expr) -> bool:
+    return isinstance(node, ast.Constant) and node.value is None

@@ -1,0 +1,156 @@
+"""config.json of a family that runs through its transformers module, with the user's keys above it.
+
+Owns how the two become one: a key of the user replaces that key under any name it has there, a
+section is merged, rope settings go where the family's class reads them. What that class would
+ignore is a problem that names the key. Pure functions over plain dictionaries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from launcher.errors import did_you_mean
+from models.config_class import COMMON_KEYS, ConfigClass, mentioned
+from models.reading import Reading
+from models.spec import Problems
+
+_KEPT = ("rope_theta", "partial_rotary_factor")
+"""Rope settings that stay where only the scaling is written."""
+
+
+def module_config(
+    family: str, known: ConfigClass, base: Mapping[str, Any], reading: Reading, problems: Problems
+) -> dict[str, Any]:
+    """The content of config.json for the module of `family`, whose class is `known`."""
+    config = dict(base)
+    rope = {key: value for key, value in reading.rope.items() if known.has_rope}
+    values = reading.values | {k: v for k, v in reading.rope.items() if k not in rope}
+    if "partial_rotary_factor" in values and _rotates_partly(family, known, base):
+        rope["partial_rotary_factor"] = values.pop("partial_rotary_factor")
+    for key, value in values.items():
+        if _check_key(key, known, reading, problems):
+            _check_not_decided(family, key, known, base, reading, problems)
+            _write(config, key, value, known, reading, problems)
+    if rope:
+        _write_rope(config, rope, known, reading, problems)
+    return config | {"model_type": family}
+
+
+def _check_key(key: str, known: ConfigClass, reading: Reading, problems: Problems) -> bool:
+    if known.has(key) or key in COMMON_KEYS:
+        return True
+    written = reading.written.get(key, key)
+    problems.say(
+        f"model.model_config.{written}",
+        f"{known.name} has no such key",
+        nearest=did_you_mean(written, [*known.defaults, *known.synonyms, *COMMON_KEYS]),
+        key=written,
+    )
+    return False
+
+
+def _check_not_decided(
+    family: str, key: str, known: ConfigClass, base: Mapping[str, Any], reading: Reading,
+    problems: Problems,
+) -> None:  # fmt: skip
+    """A key that only serves to derive another has no effect where config.json has that one."""
+    for target, sources in known.derived.items():
+        decided = base.get(target) is not None and target not in reading.values
+        if key in sources and decided and not mentioned(family, key):
+            problems.add(
+                reading.written[key],
+                reading.values[key],
+                f"config.json has {target}, which decides it",
+                advice=f"Write model.model_config.{target}, or null for it to have it derived",
+            )
+
+
+def _write(
+    config: dict[str, Any], key: str, value: Any, known: ConfigClass, reading: Reading,
+    problems: Problems,
+) -> None:  # fmt: skip
+    """Replace `key` in `config` under all of its names; keys of a section stay that are not
+    written."""
+    present = [key, *(name for name, target in known.synonyms.items() if target == key)]
+    before = [config.pop(name) for name in present if name in config]
+    section = known.sections.get(key)
+    if isinstance(value, Mapping) and section is not None:
+        for inner in value:
+            if not section.has(inner) and inner not in COMMON_KEYS:
+                problems.say(
+                    f"model.model_config.{key}.{inner}",
+                    f"{section.name} has no such key",
+                    nearest=did_you_mean(inner, [*section.defaults, *section.synonyms]),
+                    key=reading.written[key],
+                )
+        if before and isinstance(before[0], Mapping):
+            value = {**before[0], **value}
+    config[key] = value
+
+
+def _rotates_partly(family: str, known: ConfigClass, base: Mapping[str, Any]) -> bool:
+    """Whether the family reads `partial_rotary_factor` among its rope settings."""
+    in_rope = "partial_rotary_factor" in (base.get("rope_parameters") or {})
+    return known.has_rope and (in_rope or mentioned(family, "partial_rotary_factor"))
+
+
+def _write_rope(
+    config: dict[str, Any], given: Mapping[str, Any], known: ConfigClass, reading: Reading,
+    problems: Problems,
+) -> None:  # fmt: skip
+    """Rope settings of the user, in the spelling that config.json has them in."""
+    old, new = config.get("rope_scaling") or {}, config.get("rope_parameters") or {}
+    by_layer = _layer_types_of(old or new)
+    single = {key: value for key, value in given.items() if key in _KEPT and value is not None}
+    maps = {key: dict(given[key] or {}) for key in ("rope_parameters", "rope_scaling")
+            if key in given}  # fmt: skip
+    for key in (*maps, *single):
+        if by_layer and not (maps.get(key) and _layer_types_of(maps[key])):
+            _say_by_layer(key, by_layer, reading, problems)
+            return
+    for key, value in maps.items():
+        if by_layer:
+            config |= {"rope_parameters": {**(old or new), **value}, "rope_scaling": None}
+        elif new and not old:
+            kept = {name: new[name] for name in _KEPT if name in new}
+            config["rope_parameters"] = new = kept | (value or {"rope_type": "default"})
+        else:
+            config |= {"rope_scaling": None, key: value or None}
+            old, new = config["rope_scaling"] or {}, config.get("rope_parameters") or {}
+    if single and not (old or new) and "rope_parameters" in known.derived:
+        _say_own_rope(next(iter(single)), known, reading, problems)
+    elif new and not old:
+        config["rope_parameters"] = new | single
+    else:
+        config |= single
+        if old and not old.keys().isdisjoint(single):
+            config["rope_scaling"] = old | single
+
+
+def _layer_types_of(rope: Mapping[str, Any]) -> list[str]:
+    """The layer types of rope settings by layer type; none where they are of one kind."""
+    if not any(isinstance(value, Mapping) for value in rope.values()):
+        return []
+    return [kind for kind, value in rope.items() if isinstance(value, Mapping | None)]
+
+
+def _say_own_rope(key: str, known: ConfigClass, reading: Reading, problems: Problems) -> None:
+    written = reading.written.get(key, key)
+    problems.say(
+        f"model.model_config.{written}",
+        f"{known.name} has rope settings of its own where none are written",
+        advice="Write model.model_config.rope_parameters: {rope_type: default, rope_theta: ...}",
+        key=written,
+    )
+
+
+def _say_by_layer(key: str, by_layer: list[str], reading: Reading, problems: Problems) -> None:
+    written = reading.written.get(key, key)
+    kinds = ", ".join(f"{kind}: {{rope_theta: ...}}" for kind in by_layer)
+    problems.say(
+        f"model.model_config.{written}",
+        "config.json has rope settings by layer type",
+        advice=f"Write model.model_config.rope_parameters: {{{kinds}}}",
+        key=written,
+    )

@@ -1,0 +1,107 @@
+"""How long a row may be for a model: where its positions end.
+
+Owns which key of config.json says so, for every family, and what rope scaling adds to it. Pure
+functions over plain dictionaries; no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from models.config_class import config_class
+from models.module_table import LEARNED_POSITIONS
+
+USUAL_ROW = 2048
+"""Tokens of a row where nothing is written and the model has as many positions."""
+
+_KEYS = (
+    "max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length",
+    "model_max_length", "max_target_positions", "n_ctx", "context_length",
+)  # fmt: skip
+"""Names of the number of positions; those of the family's own class count."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PositionLimit:
+    """The positions of a model."""
+
+    key: str
+    """The key of config.json that gives their number, as the family spells it."""
+    positions: int
+    """Its value."""
+    longest_row: int | None
+    """Tokens of the longest row; None where the rotation stretches by itself."""
+    usual_row: int
+    """The longest row without rope scaling."""
+
+    def __str__(self) -> str:
+        same = self.longest_row in (None, self.positions)
+        return self.key if same else f"{self.key} = {self.positions}"
+
+
+def position_limit(family: str, hf_config: Mapping[str, Any]) -> PositionLimit | None:
+    """The positions of a model, from its config.json; None where nothing limits its rows."""
+    key, positions = _number_of_positions(family, hf_config)
+    if not isinstance(positions, int) or positions < 1:
+        return None
+    longest: int | None = positions
+    if family in LEARNED_POSITIONS:
+        longest = usual = positions - _reserved(family, hf_config)
+    else:
+        usual, longest = positions, stretched(positions, _rope(hf_config))
+    return PositionLimit(key=key, positions=positions, longest_row=longest, usual_row=usual)
+
+
+def row_length(family: str, hf_config: Mapping[str, Any]) -> int:
+    """Tokens of a row where nobody says how many."""
+    limit = position_limit(family, hf_config)
+    return USUAL_ROW if limit is None else min(limit.usual_row, USUAL_ROW)
+
+
+def stretched(positions: int, rope: Mapping[str, Any]) -> int | None:
+    """Tokens of the longest row with rope settings, of one kind or by layer type; None: any."""
+    kinds = [kind for kind in rope.values() if isinstance(kind, Mapping)] or [rope]
+    longest = [_stretched_by(positions, kind) for kind in kinds]
+    return None if None in longest else max(row for row in longest if row is not None)
+
+
+def _stretched_by(positions: int, rope: Mapping[str, Any]) -> int | None:
+    factor = rope.get("factor")
+    match rope.get("rope_type") or rope.get("type"):
+        case "dynamic":
+            return None
+        case "linear" if isinstance(factor, int | float):
+            return max(positions, int(positions * factor))
+        case "yarn" | "llama3" | "longrope" if isinstance(factor, int | float):
+            original = rope.get("original_max_position_embeddings")
+            return max(positions, int((original or positions) * factor))
+    return positions
+
+
+def _rope(hf_config: Mapping[str, Any]) -> Mapping[str, Any]:
+    rope = hf_config.get("rope_scaling") or hf_config.get("rope_parameters")
+    return rope if isinstance(rope, Mapping) else {}
+
+
+def _number_of_positions(family: str, hf_config: Mapping[str, Any]) -> tuple[str, Any]:
+    """The key and its value: what config.json says, else the default of the family's class."""
+    known = config_class(family)
+    if known is None:
+        key = next((key for key in _KEYS if key in hf_config), _KEYS[0])
+        return key, hf_config.get(key)
+    key = next((known.key(key) for key in _KEYS if known.has(key)), "")
+    names = [key, *(name for name, target in known.synonyms.items() if target == key)]
+    written = [hf_config[name] for name in names if hf_config.get(name) is not None]
+    return key, written[0] if written else known.defaults.get(key)
+
+
+def _reserved(family: str, hf_config: Mapping[str, Any]) -> int:
+    """Entries of the table of positions that no token has."""
+    reserved = LEARNED_POSITIONS[family]
+    if reserved is not None:
+        return reserved
+    known = config_class(family)
+    padding = hf_config.get("pad_token_id", known.defaults.get("pad_token_id") if known else None)
+    return (padding or 0) + 1
