@@ -27,12 +27,12 @@ def check_causal(
         condition = ("is_decoder", True) if known.has("is_decoder") else None
     if condition is not None and known is not None:
         key, needed = condition
-        value = config.get(key, known.defaults.get(key))
+        value = config.get(key, known.default(key))
         if value != needed:
             advice = f"Set model.model_config.{key}: {needed} to train it as a causal model"
             _say(f"model_type {family} with", key, value, written, problems, advice, key in config)
     for key, values in NOT_CAUSAL_WHEN.items():
-        value = config.get(key, known.defaults.get(key) if known is not None else None)
+        value = config.get(key, known.default(key) if known is not None else None)
         if value in values:
             _say("", key, value, written, problems, f"Take {key} out, or give a causal model")
 

@@ -40,14 +40,27 @@ class ConfigClass:
     """Key that is filled in where it is None, to the keys it is derived from."""
     sections: Mapping[str, ConfigClass] = field(default_factory=dict)
     """Keys with a class of their own."""
+    old_keys: frozenset[str] = frozenset()
+    """Keys of older config.json that the class still reads, where a newer one is not there."""
+    rope_kinds: tuple[str, ...] = ()
+    """Layer types with rope settings of their own; empty where all layers share them."""
 
     def key(self, name: str) -> str:
         """The key that `name` is another name of, or `name` itself."""
         return self.synonyms.get(name, name)
 
     def has(self, name: str) -> bool:
-        """Whether `name` is a key of the class, by its first or second name."""
-        return name in self.defaults or name in self.synonyms
+        """Whether `name` is a key of the class, by any of its names."""
+        return name in self.defaults or len(self.names_of(name)) > 1
+
+    def names_of(self, name: str) -> list[str]:
+        """All names of the key `name`, the first one first."""
+        key = self.key(name)
+        return [key, *(second for second, target in self.synonyms.items() if target == key)]
+
+    def default(self, name: str) -> Any:
+        """The default of a key by any of its names; None where it is not a plain value."""
+        return next((self.defaults[n] for n in self.names_of(name) if n in self.defaults), None)
 
     @property
     def has_rope(self) -> bool:
@@ -72,10 +85,10 @@ def class_names() -> dict[str, str]:
 
 
 def mentioned(model_type: str, key: str) -> bool:
-    """Whether the source of the model of `model_type` mentions `key`."""
+    """Whether the source of the model of `model_type` mentions `key`, as far as is known."""
     folder = _folder_of(model_type)
-    sources = folder.glob("modeling_*.py") if folder else ()
-    return any(re.search(rf"\b{re.escape(key)}\b", _text(path)) for path in sources)
+    sources = list(folder.glob("modeling_*.py")) if folder else []
+    return not sources or any(re.search(rf"\b{re.escape(key)}\b", _text(path)) for path in sources)
 
 
 def _models() -> Path | None:
@@ -129,6 +142,8 @@ def _gathered(name: str, classes: Mapping[str, ast.ClassDef]) -> ConfigClass:
     synonyms = {key: value for base in bases for key, value in base.synonyms.items()}
     derived = {key: value for base in bases for key, value in base.derived.items()}
     sections = {key: value for base in bases for key, value in base.sections.items()}
+    kinds = [kind for base in bases for kind in base.rope_kinds] + _rope_kinds(node)
+    old_keys = frozenset(_old_keys(node)).union(*(base.old_keys for base in bases))
     for statement in node.body:
         match statement:
             case ast.AnnAssign(target=ast.Name(id=key)) if "ClassVar" not in ast.unparse(
@@ -142,8 +157,9 @@ def _gathered(name: str, classes: Mapping[str, ast.ClassDef]) -> ConfigClass:
             case ast.FunctionDef(name="__post_init__"):
                 derived |= dict(_derived(statement))
     return ConfigClass(
-        name=name, defaults=defaults, synonyms=synonyms, derived=derived, sections=sections
-    )
+        name=name, defaults=defaults, synonyms=synonyms, derived=derived, sections=sections,
+        old_keys=old_keys, rope_kinds=tuple(dict.fromkeys(kinds)),
+    )  # fmt: skip
 
 
 def _plain(value: ast.expr | None) -> Any:
@@ -173,6 +189,29 @@ def _derived(function: ast.FunctionDef) -> Iterator[tuple[str, frozenset[str]]]:
         if len(of) == 1 and isinstance(test.ops[0], ast.Is) and _is_none(test.comparators[0]):
             inside = {name for part in node.body for name in _own_names(part)}
             yield next(iter(of)), frozenset(inside - of)
+
+
+def _old_keys(node: ast.ClassDef) -> Iterator[str]:
+    """The keys of `kwargs.pop("key", ...)` in the methods of a class."""
+    for tree in ast.walk(node):
+        match tree:
+            case ast.Call(
+                func=ast.Attribute(value=ast.Name(id="kwargs"), attr="pop" | "get"),
+                args=[ast.Constant(value=str(key)), *_],
+            ):
+                yield key
+
+
+def _rope_kinds(node: ast.ClassDef) -> list[str]:
+    """The keys of a map `{"full_attention": {"rope_type": ...}, ...}` in the methods of a class."""
+    kinds: list[str] = []
+    for tree in ast.walk(node):
+        if isinstance(tree, ast.Dict):
+            for key, value in zip(tree.keys, tree.values, strict=True):
+                inner = value.keys if isinstance(value, ast.Dict) else []
+                if any(_plain(name) == "rope_type" for name in inner if name is not None):
+                    kinds.append(str(_plain(key)))
+    return kinds
 
 
 def _own_names(tree: ast.AST) -> set[str]:

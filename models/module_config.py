@@ -18,6 +18,9 @@ from models.spec import Problems
 _KEPT = ("rope_theta", "partial_rotary_factor")
 """Rope settings that stay where only the scaling is written."""
 
+_OLDER = {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"}
+"""Rope setting -> what GPT-NeoX calls it outside `rope_parameters`."""
+
 
 def module_config(
     family: str, known: ConfigClass, base: Mapping[str, Any], reading: Reading, problems: Problems
@@ -72,8 +75,7 @@ def _write(
 ) -> None:  # fmt: skip
     """Replace `key` in `config` under all of its names; keys of a section stay that are not
     written."""
-    present = [key, *(name for name, target in known.synonyms.items() if target == key)]
-    before = [config.pop(name) for name in present if name in config]
+    before = [config.pop(name) for name in known.names_of(key) if name in config]
     section = known.sections.get(key)
     if isinstance(value, Mapping) and section is not None:
         for inner in value:
@@ -101,7 +103,7 @@ def _write_rope(
 ) -> None:  # fmt: skip
     """Rope settings of the user, in the spelling that config.json has them in."""
     old, new = config.get("rope_scaling") or {}, config.get("rope_parameters") or {}
-    by_layer = _layer_types_of(old or new)
+    by_layer = _layer_types_of(old or new) or list(known.rope_kinds)
     single = {key: value for key, value in given.items() if key in _KEPT and value is not None}
     maps = {key: dict(given[key] or {}) for key in ("rope_parameters", "rope_scaling")
             if key in given}  # fmt: skip
@@ -111,7 +113,8 @@ def _write_rope(
             return
     for key, value in maps.items():
         if by_layer:
-            config |= {"rope_parameters": {**(old or new), **value}, "rope_scaling": None}
+            before = (old or new) if _layer_types_of(old or new) else {}
+            config |= {"rope_parameters": {**before, **value}, "rope_scaling": None}
         elif new and not old:
             kept = {name: new[name] for name in _KEPT if name in new}
             config["rope_parameters"] = new = kept | (value or {"rope_type": "default"})
@@ -123,7 +126,8 @@ def _write_rope(
     elif new and not old:
         config["rope_parameters"] = new | single
     else:
-        config |= single
+        older = {key: name for key, name in _OLDER.items() if name in known.old_keys}
+        config |= {older.get(key, key): value for key, value in single.items()}
         if old and not old.keys().isdisjoint(single):
             config["rope_scaling"] = old | single
 
@@ -150,7 +154,7 @@ def _say_by_layer(key: str, by_layer: list[str], reading: Reading, problems: Pro
     kinds = ", ".join(f"{kind}: {{rope_theta: ...}}" for kind in by_layer)
     problems.say(
         f"model.model_config.{written}",
-        "config.json has rope settings by layer type",
+        "this family has rope settings by layer type",
         advice=f"Write model.model_config.rope_parameters: {{{kinds}}}",
         key=written,
     )

@@ -92,9 +92,9 @@ def _number_of_positions(family: str, hf_config: Mapping[str, Any]) -> tuple[str
         key = next((key for key in _KEYS if key in hf_config), _KEYS[0])
         return key, hf_config.get(key)
     key = next((known.key(key) for key in _KEYS if known.has(key)), "")
-    names = [key, *(name for name, target in known.synonyms.items() if target == key)]
-    written = [hf_config[name] for name in names if hf_config.get(name) is not None]
-    return key, written[0] if written else known.defaults.get(key)
+    names = known.names_of(key)
+    written = [name for name in names if hf_config.get(name) is not None]
+    return (written[0], hf_config[written[0]]) if written else (key, known.default(key))
 
 
 def _reserved(family: str, hf_config: Mapping[str, Any]) -> int:
@@ -103,5 +103,5 @@ def _reserved(family: str, hf_config: Mapping[str, Any]) -> int:
     if reserved is not None:
         return reserved
     known = config_class(family)
-    padding = hf_config.get("pad_token_id", known.defaults.get("pad_token_id") if known else None)
+    padding = hf_config.get("pad_token_id", known.default("pad_token_id") if known else None)
     return (padding or 0) + 1
