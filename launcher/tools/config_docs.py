@@ -28,6 +28,7 @@ from launcher.config.schema import (
 )
 from launcher.config.suggest import section_of
 from launcher.config.typing_rules import hints, members
+from launcher.tools import model_docs
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "configuration.md"
 
@@ -210,11 +211,11 @@ def _types() -> str:
 
 
 def main() -> int:
-    """Write the page."""
+    """Write the page, and that of the models."""
     PAGE.parent.mkdir(exist_ok=True)
     PAGE.write_text(render(), encoding="utf-8")
     print(f"wrote {PAGE.name}: {len(PAGE.read_text(encoding='utf-8').splitlines())} lines")
-    return 0
+    return model_docs.main()
 
 
 if __name__ == "__main__":
