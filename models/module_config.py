@@ -104,32 +104,53 @@ def _write_rope(
     """Rope settings of the user, in the spelling that config.json has them in."""
     old, new = config.get("rope_scaling") or {}, config.get("rope_parameters") or {}
     by_layer = _layer_types_of(old or new) or list(known.rope_kinds)
+    if by_layer:
+        _write_rope_by_layer(config, given, by_layer, reading, problems)
+        return
+    for key in ("rope_parameters", "rope_scaling"):
+        if key not in given:
+            continue
+        written = dict(given[key] or {})
+        if new and not old:
+            kept = {name: new[name] for name in _KEPT if name in new}
+            new = kept | (written or {"rope_type": "default"})
+            config["rope_parameters"] = new
+        else:
+            config |= {"rope_scaling": None, key: written or None}
+            old, new = config["rope_scaling"] or {}, config.get("rope_parameters") or {}
     single = {key: value for key, value in given.items() if key in _KEPT and value is not None}
-    maps = {key: dict(given[key] or {}) for key in ("rope_parameters", "rope_scaling")
-            if key in given}  # fmt: skip
-    for key in (*maps, *single):
-        if by_layer and not (maps.get(key) and _layer_types_of(maps[key])):
+    if single:
+        _write_single(config, old, new, single, known, reading, problems)
+
+
+def _write_rope_by_layer(
+    config: dict[str, Any], given: Mapping[str, Any], by_layer: list[str], reading: Reading,
+    problems: Problems,
+) -> None:  # fmt: skip
+    """Rope settings of the user, for the layer types that they name."""
+    for key, written in given.items():
+        if not isinstance(written, Mapping) or not _layer_types_of(written):
             _say_by_layer(key, by_layer, reading, problems)
             return
-    for key, value in maps.items():
-        if by_layer:
-            before = (old or new) if _layer_types_of(old or new) else {}
-            config |= {"rope_parameters": {**before, **value}, "rope_scaling": None}
-        elif new and not old:
-            kept = {name: new[name] for name in _KEPT if name in new}
-            config["rope_parameters"] = new = kept | (value or {"rope_type": "default"})
-        else:
-            config |= {"rope_scaling": None, key: value or None}
-            old, new = config["rope_scaling"] or {}, config.get("rope_parameters") or {}
-    if single and not (old or new) and "rope_parameters" in known.derived:
+        before = config.get("rope_scaling") or config.get("rope_parameters") or {}
+        before = before if _layer_types_of(before) else {}
+        config |= {"rope_parameters": {**before, **written}, "rope_scaling": None}
+
+
+def _write_single(
+    config: dict[str, Any], old: Mapping[str, Any], new: Mapping[str, Any],
+    single: Mapping[str, Any], known: ConfigClass, reading: Reading, problems: Problems,
+) -> None:  # fmt: skip
+    """Single rope settings of the user, where the class takes them from."""
+    if not (old or new) and "rope_parameters" in known.derived:
         _say_own_rope(next(iter(single)), known, reading, problems)
     elif new and not old:
-        config["rope_parameters"] = new | single
+        config["rope_parameters"] = {**new, **single}
     else:
         older = {key: name for key, name in _OLDER.items() if name in known.old_keys}
         config |= {older.get(key, key): value for key, value in single.items()}
-        if old and not old.keys().isdisjoint(single):
-            config["rope_scaling"] = old | single
+        if not old.keys().isdisjoint(single):
+            config["rope_scaling"] = {**old, **single}
 
 
 def _layer_types_of(rope: Mapping[str, Any]) -> list[str]:
