@@ -14,6 +14,7 @@ import torch
 import xxhash
 from torch import Tensor
 
+from models.config_class import config_class
 from models.names import unstacked
 from models.spec import ModelSpec
 
@@ -21,8 +22,6 @@ BLOCK_ROWS = 256
 
 # Norms of these families multiply by (1 + weight): they begin with zeros.
 _ZERO_CENTRED_NORMS = frozenset({"gemma", "gemma2", "gemma3_text", "vaultgemma"})
-# Standard deviations of families whose config class has another default than 0.02.
-_FAMILY_STD = {"nemotron": 0.0134, "starcoder2": 0.018042}
 # Projections into the residual stream that are drawn narrower, by 1 / sqrt(2 * layers).
 _RESIDUAL_PROJECTIONS = {
     "gpt2": "c_proj.weight", "gpt-sw3": "c_proj.weight", "gpt_bigcode": "c_proj.weight",
@@ -77,10 +76,11 @@ def initialise_shard(
 def initial_std(spec: ModelSpec, name: str = "") -> float:
     """The standard deviation of a matrix: `initializer_range`, or what the family calls it, or its
     default."""
-    std = _FAMILY_STD.get(spec.family, 0.02)
+    std, known = 0.02, config_class(spec.family)
     for key in ("initializer_range", "init_std"):
-        if isinstance(spec.hf_config.get(key), int | float):
-            std = float(spec.hf_config[key])
+        value = spec.hf_config.get(key, known.default(key) if known is not None else None)
+        if isinstance(value, int | float):
+            std = float(value)
     if name and name.endswith(_RESIDUAL_PROJECTIONS.get(spec.family, " ")):
         layers = next(
             (spec.hf_config[k] for k in ("num_hidden_layers", "n_layer") if k in spec.hf_config), 12

@@ -116,8 +116,9 @@ def _write_rope(
             new = kept | (written or {"rope_type": "default"})
             config["rope_parameters"] = new
         else:
-            config |= {"rope_scaling": None, key: written or None}
-            old, new = config["rope_scaling"] or {}, config.get("rope_parameters") or {}
+            config.pop("rope_scaling", None)
+            config[key] = written or None
+            old, new = config.get("rope_scaling") or {}, config.get("rope_parameters") or {}
     single = {key: value for key, value in given.items() if key in _KEPT and value is not None}
     if single:
         _write_single(config, old, new, single, known, reading, problems)
@@ -134,7 +135,8 @@ def _write_rope_by_layer(
             return
         before = config.get("rope_scaling") or config.get("rope_parameters") or {}
         before = before if _layer_types_of(before) else {}
-        config |= {"rope_parameters": {**before, **written}, "rope_scaling": None}
+        config.pop("rope_scaling", None)
+        config["rope_parameters"] = {**before, **written}
 
 
 def _write_single(

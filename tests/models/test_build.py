@@ -25,7 +25,7 @@ from models.build import (
     retie,
     tied_names,
 )
-from models.families import TRANSFORMERS_MODULES, model_spec, supports_packing
+from models.families import TRANSFORMERS_MODULES, model_spec, needs_weights, supports_packing
 from models.transformers_model import TransformersModel
 from tests.models.tiny import dense_spec, module_spec, oracle, tokens
 
@@ -96,16 +96,15 @@ def check_family(family: str) -> None:
     initialise(model, spec, seed=0)
     module = reference(model)
     expected = dict(module.named_parameters())
-    for name, parameter in model.named_parameters():
-        if parameter.ndim == 1:
-            assert torch.equal(parameter, expected[name]), name
-        else:
-            spread = 0.2 if parameter.numel() > 100 else 0.6
-            expected_std = pytest.approx(expected[name].std().item(), rel=spread)
-            assert parameter.std().item() == expected_std, name
+    otherwise = [
+        name for name, parameter in model.named_parameters()
+        if not begins_as(parameter, expected[name])
+    ]  # fmt: skip
+    assert bool(otherwise) == needs_weights(spec), otherwise
+    model.load_state_dict(module.state_dict(), strict=False)
     buffers = dict(module.named_buffers())
     assert all(torch.equal(buffer, buffers[name]) for name, buffer in model.named_buffers())
-    assert len(blocks(model)) == 2
+    assert len(blocks(model)) in (1, 2, 4)
 
     input_ids = tokens(2, 24)
     document_ids = torch.repeat_interleave(torch.tensor([9, 1, 14])).repeat(2, 1)
@@ -117,6 +116,14 @@ def check_family(family: str) -> None:
     packed = model(input_ids, document_ids=document_ids)
     alone = torch.cat([model(piece) for piece in input_ids.split([9, 1, 14], dim=1)], dim=1)
     torch.testing.assert_close(packed, alone)
+
+
+def begins_as(parameter: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Whether initial values are those of transformers, as far as random ones can be."""
+    if parameter.ndim == 1 or not expected.any():
+        return torch.equal(parameter, expected)
+    spread = 0.25 if parameter.numel() > 100 else 0.6
+    return parameter.std().item() == pytest.approx(expected.std().item(), rel=spread)
 
 
 REFUSED = {

@@ -53,7 +53,7 @@ def oracle(spec: ModelSpec, *, seed: int = 0) -> nn.Module:
 
     torch.manual_seed(seed)
     config = AutoConfig.for_model(**spec.hf_config)
-    module = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    module = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for parameter in (*module.parameters(), *_corrections(module)):
             if parameter.ndim == 1:
