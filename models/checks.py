@@ -149,7 +149,7 @@ def check_rope(
     if any(isinstance(value, Mapping) for value in rope.values()):
         say("rope settings by layer type", "not built yet")
         return
-    if kind not in _ROPE_NUMBERS:
+    if not isinstance(kind, str) or kind not in _ROPE_NUMBERS:
         rule = "not built yet" if kind in ("longrope", "proportional") else "no such rope_type"
         say(
             f"rope_type = {kind}",

@@ -98,6 +98,7 @@ def _models() -> Path | None:
     return Path(places[0], "models") if places else None
 
 
+@cache
 def _pairs(table: str) -> list[tuple[str, str]]:
     """The entries of a table of transformers' list of models."""
     models = _models()

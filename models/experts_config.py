@@ -36,7 +36,7 @@ class ExpertsCheck:
         self._values()
         if len(self.problems) == before:
             self._choice()
-            if self.own.latent:
+            if self.own.latent and is_whole(self.config["num_attention_heads"]):
                 self._heads()
 
     def _add(self, key: str, rule: str, near: str = "", advice: str = "") -> None:

@@ -27,7 +27,7 @@ from models.module_table import (
     WEIGHTS_NEEDED,
 )
 from models.positions import position_limit
-from models.reading import Reading, read, refuse_features
+from models.reading import MUST_BE_MAP, ROPE_MAPS, Reading, read, refuse_features
 from models.spec import (
     DecoderConfig,
     ModelConfigError,
@@ -70,6 +70,9 @@ def model_spec(model_config: Mapping[str, Any], config_json: Mapping[str, Any] |
         raise ModelConfigError(problems)
     own = DECODERS.get(family)
     known = config_class(family) if own is None else None
+    for key in ROPE_MAPS:
+        if not isinstance(base.get(key), Mapping | None):
+            problems.say(f"config.json: {key} = {base.pop(key)!r}", MUST_BE_MAP)
     if own is not None:
         base = _in_family_spelling(own, base)
     qkv_has_bias = model_config.get("qkv_has_bias")
@@ -139,8 +142,10 @@ def _family(
 ) -> str | None:
     """The model_type, from `type`, `model_type` or config.json; None with a problem otherwise."""
     classes = class_names()
-    by_class = {classes[name]: name for name in reversed(TRANSFORMERS_MODULES) if name in classes}
-    by_class |= {family.config_class: name for name, family in DECODERS.items()}
+    by_class = {kind: name for name, kind in classes.items() if name in UNSUPPORTED}
+    built = {classes[name]: name for name in reversed(TRANSFORMERS_MODULES) if name in classes}
+    built |= {family.config_class: name for name, family in DECODERS.items()}
+    by_class |= built
     key = "type" if model_config.get("type") else "model_type"
     typed, found = model_config.get(key), base.get("model_type")
     if typed is None and found is None:
@@ -152,15 +157,15 @@ def _family(
     if typed is not None:
         what = f"model.model_config.{key} = {typed}"
     blamed = key if typed is not None else ""
-    missing = UNSUPPORTED.get(name) or UNSUPPORTED.get(_snake(name))
+    missing = UNSUPPORTED.get(name)
     if missing is None and base.get("text_config"):
         missing = "multimodal models"
     if missing is not None:
         advice = f"Built: {', '.join(DECODERS)}, and those of transformers in docs/models.md"
         problems.say(f"{what} needs {missing}", "not built yet", advice=advice, key=blamed)
     elif typed is not None and name not in (*DECODERS, *TRANSFORMERS_MODULES):
-        nearest = did_you_mean(str(typed), [*by_class, *DECODERS, *TRANSFORMERS_MODULES])
-        nearest = nearest or f"Known: {', '.join(by_class)}"
+        nearest = did_you_mean(str(typed), [*built, *DECODERS, *TRANSFORMERS_MODULES])
+        nearest = nearest or f"Known: {', '.join(built)}"
         problems.say(what, "no such model type", nearest=nearest, key=blamed)
     elif name not in DECODERS and config_class(name) is None:
         nearest = did_you_mean(name, classes)
@@ -172,13 +177,6 @@ def _family(
     else:
         return name
     return None
-
-
-def _snake(config_class: str) -> str:
-    """`Qwen3MoeConfig` -> `qwen3_moe`, `DeepseekV3Config` -> `deepseek_v3`: enough to find a
-    refusal."""
-    stem = config_class.removesuffix("Config")
-    return "".join(f"_{c.lower()}" if c.isupper() and i else c.lower() for i, c in enumerate(stem))
 
 
 def _in_family_spelling(own: Family, base: Mapping[str, Any]) -> dict[str, Any]:

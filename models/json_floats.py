@@ -12,8 +12,8 @@ _VALUES = {"Infinity": math.inf, "-Infinity": -math.inf, "NaN": math.nan}
 def plain_floats(content: Any) -> Any:
     """`content` of a JSON file with the numbers that such maps stand for."""
     if isinstance(content, dict):
-        if content.keys() == {_TAG} and content[_TAG] in _VALUES:
-            return _VALUES[content[_TAG]]
+        if content.keys() == {_TAG} and str(content[_TAG]) in _VALUES:
+            return _VALUES[str(content[_TAG])]
         return {key: plain_floats(value) for key, value in content.items()}
     return [plain_floats(value) for value in content] if isinstance(content, list) else content
 

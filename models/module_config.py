@@ -12,7 +12,8 @@ from typing import Any
 
 from launcher.errors import did_you_mean
 from models.config_class import COMMON_KEYS, ConfigClass, mentioned
-from models.reading import Reading
+from models.keys import NOT_BUILT
+from models.reading import ROPE_MAPS, Reading
 from models.spec import Problems
 
 _KEPT = ("rope_theta", "partial_rotary_factor")
@@ -27,6 +28,7 @@ def module_config(
 ) -> dict[str, Any]:
     """The content of config.json for the module of `family`, whose class is `known`."""
     config = dict(base)
+    _note_ignored(family, known, base, reading)
     rope = {key: value for key, value in reading.rope.items() if known.has_rope}
     values = reading.values | {k: v for k, v in reading.rope.items() if k not in rope}
     if "partial_rotary_factor" in values and _rotates_partly(family, known, base):
@@ -38,6 +40,21 @@ def module_config(
     if rope:
         _write_rope(config, rope, known, reading, problems)
     return config | {"model_type": family}
+
+
+def _note_ignored(
+    family: str, known: ConfigClass, base: Mapping[str, Any], reading: Reading
+) -> None:
+    """Note the keys of config.json that neither the class nor the model of `family` has."""
+    rope = (*ROPE_MAPS, *_KEPT, "original_max_position_embeddings") if known.has_rope else ()
+    ignored = [
+        key for key, value in base.items()
+        if not (known.has(key) or key in COMMON_KEYS or key in known.old_keys or key in rope)
+        and value is not None and not key.startswith("_") and key not in NOT_BUILT
+        and not mentioned(family, key)
+    ]  # fmt: skip
+    if ignored:
+        reading.notes.append(f"config.json: {', '.join(ignored)}: {known.name} has no such key")
 
 
 def _check_key(key: str, known: ConfigClass, reading: Reading, problems: Problems) -> bool:

@@ -13,6 +13,8 @@ from typing import Any
 from models.config_class import config_class
 from models.module_table import LEARNED_POSITIONS
 
+_MOST = 2**53
+_STRETCHING = ("linear", "yarn", "llama3", "longrope")
 USUAL_ROW = 2048
 """Tokens of a row where nothing is written and the model has as many positions."""
 
@@ -48,7 +50,7 @@ def position_limit(family: str, hf_config: Mapping[str, Any]) -> PositionLimit |
         return None
     longest: int | None = positions
     if family in LEARNED_POSITIONS:
-        longest = usual = positions - _reserved(family, hf_config)
+        longest = usual = max(positions - _reserved(family, hf_config), 1)
     else:
         usual, longest = positions, stretched(positions, _rope(hf_config))
     return PositionLimit(key=key, positions=positions, longest_row=longest, usual_row=usual)
@@ -68,16 +70,18 @@ def stretched(positions: int, rope: Mapping[str, Any]) -> int | None:
 
 
 def _stretched_by(positions: int, rope: Mapping[str, Any]) -> int | None:
-    factor = rope.get("factor")
-    match rope.get("rope_type") or rope.get("type"):
-        case "dynamic":
-            return None
-        case "linear" if isinstance(factor, int | float):
-            return max(positions, int(positions * factor))
-        case "yarn" | "llama3" | "longrope" if isinstance(factor, int | float):
-            original = rope.get("original_max_position_embeddings")
-            return max(positions, int((original or positions) * factor))
-    return positions
+    kind, factor = rope.get("rope_type") or rope.get("type"), rope.get("factor")
+    if kind == "dynamic":
+        return None
+    original = rope.get("original_max_position_embeddings") if kind != "linear" else None
+    if kind not in _STRETCHING or not _is_number(factor) or not _is_number(original or positions):
+        return positions
+    return max(positions, int((original or positions) * factor))
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a value is a number of a size that rows may have."""
+    return isinstance(value, int | float) and abs(value) < _MOST
 
 
 def _rope(hf_config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -104,4 +108,4 @@ def _reserved(family: str, hf_config: Mapping[str, Any]) -> int:
         return reserved
     known = config_class(family)
     padding = hf_config.get("pad_token_id", known.default("pad_token_id") if known else None)
-    return (padding or 0) + 1
+    return padding + 1 if isinstance(padding, int) else 1

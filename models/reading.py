@@ -72,10 +72,11 @@ def read(
             else:
                 reading.seq_length = value
         elif target in keys.ROPE:
-            reading.rope[target], reading.written[target] = value, key
-            if target in _ROPE_MAPS and not isinstance(value, Mapping | None):
-                rule = "must be a map such as {rope_type: linear, factor: 2.0}"
-                problems.add(key, value, rule)
+            reading.written[target] = key
+            if target in ROPE_MAPS and not isinstance(value, Mapping | None):
+                problems.add(key, value, MUST_BE_MAP)
+            else:
+                reading.rope[target] = value
         elif own_keys is not None and target not in own_keys:
             nearest = did_you_mean(key, {*keys.every_key(), *own_keys} - {key})
             problems.add(key, value, "no such key of this model", nearest=nearest)
@@ -84,7 +85,8 @@ def read(
     return reading
 
 
-_ROPE_MAPS = ("rope_scaling", "rope_parameters")
+ROPE_MAPS = ("rope_scaling", "rope_parameters")
+MUST_BE_MAP = "must be a map such as {rope_type: linear, factor: 2.0}"
 _READ_HERE = frozenset({*keys.PRECISIONS, *keys.ROPE, "seq_length"})
 """Keys that mean the same in every family, whatever its class has."""
 

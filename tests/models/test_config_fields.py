@@ -212,3 +212,28 @@ def test_keys_of_a_module(family: str) -> None:
 @pytest.mark.parametrize("family", [f for f in TRANSFORMERS_MODULES if f not in A_FEW])
 def test_keys_of_the_other_modules(family: str) -> None:
     check_module(family)
+
+
+def test_unknown_keys_of_a_module_are_named_once() -> None:
+    config = tiny_json("gpt2") | {"n_ctx": 64, "sliding_window": 8, "torch_dtype": "float32"}
+    assert model_spec({}, config).notes == (
+        "config.json: n_ctx, sliding_window: GPT2Config has no such key",
+    )
+
+
+def test_rope_settings_that_are_no_map() -> None:
+    for family in ("llama", "phi"):
+        with pytest.raises(ModelConfigError) as raised:
+            model_spec({}, tiny_json(family) | {"rope_scaling": "linear"})
+        assert str(raised.value).startswith("config.json: rope_scaling = 'linear': must be a map")
+
+
+def test_a_model_without_shared_experts(tmp_path: Path) -> None:
+    """transformers saves matrices of no rows for them."""
+    config = tiny_json("deepseek_v3") | {"n_shared_experts": 0}
+    expected = module_of(config, tmp_path)
+    assert expected is not None
+    spec = model_spec({}, config)
+    with torch.no_grad():
+        own = loaded(spec, tmp_path)(expected[0])
+    torch.testing.assert_close(own, expected[1], rtol=1e-5, atol=1e-5)

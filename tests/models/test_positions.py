@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from launcher.assembly.data import seq_length
+from launcher.config.schema import DatasetSection
 from launcher.predict import positions_of
 from models.build import build_model
 from models.families import ModelConfigError, model_spec
@@ -103,6 +106,17 @@ def test_a_written_row_of_a_scaled_model() -> None:
     unscaled = {"rope_scaling": None, "seq_length": 65}
     with pytest.raises(ModelConfigError, match=r"seq_length = 65: .*Nearest: 64"):
         model_spec(unscaled, config)
+
+
+def test_rows_of_a_job_where_nobody_says_how_long() -> None:
+    config = {"model_type": "gpt2", "n_positions": 64}
+    for written, section, expected in (
+        ({}, None, 64),
+        ({"seq_length": 32}, None, 32),
+        ({}, 16, 16),
+    ):
+        job = SimpleNamespace(spec=model_spec(written, config))
+        assert seq_length(job, DatasetSection(seq_length=section)) == expected  # type: ignore[arg-type]
 
 
 def test_prediction_ends_there_too() -> None:
