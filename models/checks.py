@@ -202,7 +202,9 @@ def sliding_windows(
 
 
 def is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    """Whether a value is a number that a float can hold."""
+    whole = isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**1000
+    return whole or isinstance(value, float)
 
 
 def is_whole(value: Any, least: int = 1) -> bool:
