@@ -74,16 +74,21 @@ def _check_not_decided(
     family: str, key: str, known: ConfigClass, base: Mapping[str, Any], reading: Reading,
     problems: Problems,
 ) -> None:  # fmt: skip
-    """A key that only serves to derive another has no effect where config.json has that one."""
+    """A key that only serves to derive another has no effect where config.json has that one, and
+    one list an entry a layer does not follow the number of layers."""
     for target, sources in known.derived.items():
-        decided = base.get(target) is not None and target not in reading.values
-        if key in sources and decided and not mentioned(family, key):
-            problems.add(
-                reading.written[key],
-                reading.values[key],
-                f"config.json has {target}, which decides it",
-                advice=f"Write model.model_config.{target}, or null for it to have it derived",
-            )
+        names = known.names_of(target)
+        held = next((base[name] for name in names if base.get(name) is not None), None)
+        if key not in sources or held is None or not reading.values.keys().isdisjoint(names):
+            continue
+        layers = key == known.key("num_hidden_layers") and isinstance(held, list)
+        rule = f"config.json has {target}, which decides it"
+        if layers and len(held) != reading.values[key]:
+            rule = f"{target} of config.json has {len(held)} entries"
+        elif mentioned(family, key):
+            continue
+        advice = f"Write model.model_config.{target}, or null for it to have it derived"
+        problems.add(reading.written[key], reading.values[key], rule, advice=advice)
 
 
 def _write(

@@ -143,6 +143,19 @@ def test_a_key_that_another_one_decides() -> None:
     assert complete_config(model_spec({"no_rope_layer_interval": 2}, base)).no_rope_layers == [1, 0]
 
 
+def test_layers_that_a_list_of_config_json_does_not_have() -> None:
+    base = tiny_json("gemma2")
+    with pytest.raises(ModelConfigError) as raised:
+        model_spec({"num_layers": 3}, base)
+    assert str(raised.value) == (
+        "model.model_config.num_layers = 3: layer_types of config.json has 2 entries. "
+        "Write model.model_config.layer_types, or null for it to have it derived."
+    )
+    config = complete_config(model_spec({"num_layers": 3, "layer_types": None}, base))
+    assert len(config.layer_types) == 3
+    assert model_spec({"num_layers": 2}, base).hf_config["num_hidden_layers"] == 2
+
+
 def test_two_names_of_a_key_must_agree() -> None:
     with pytest.raises(ModelConfigError, match=r"hidden_size = 64 means the same and differs"):
         model_spec({"hidden_size": 64, "n_embd": 32}, tiny_json("gpt2"))
