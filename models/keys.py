@@ -143,6 +143,11 @@ NO_EFFECT: dict[str, str] = {
 }
 """Key -> why it changes nothing here."""
 
+OF_THE_DECODER: frozenset[str] = frozenset({
+    "position_embedding_type", "normalization", "swiglu", "gated_linear_unit", "add_bias_linear",
+})  # fmt: skip
+"""Keys of `NO_EFFECT` whose reason holds for families with a decoder of ours alone."""
+
 NOT_BUILT: dict[str, str] = {
     "pet_config": "low-rank adapters (LoRA)",
     "quantization_config": "quantised weights",

@@ -62,7 +62,7 @@ def read(
             _precision(key, value, reading, problems)
         elif key in keys.GENERATION:
             reading.generation["max_length" if key == "max_decode_length" else key] = value
-        elif key in keys.NO_EFFECT:
+        elif key in keys.NO_EFFECT and not (own is None and key in keys.OF_THE_DECODER):
             _no_effect(key, value, reading)
         elif key in keys.OTHER_WAYS:
             _other_way(key, value, model_config, reading, problems)

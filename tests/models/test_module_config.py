@@ -156,6 +156,13 @@ def test_layers_that_a_list_of_config_json_does_not_have() -> None:
     assert model_spec({"num_layers": 2}, base).hf_config["num_hidden_layers"] == 2
 
 
+@pytest.mark.parametrize("key", ["position_embedding_type", "normalization", "swiglu"])
+def test_what_is_true_of_our_decoder_alone_is_refused(key: str) -> None:
+    with pytest.raises(ModelConfigError, match=f"{key}: MptConfig has no such key"):
+        model_spec({key: "alibi"}, tiny_json("mpt"))
+    assert any(key in note for note in model_spec({"type": "LlamaConfig", key: "x"}, None).notes)
+
+
 def test_two_names_of_a_key_must_agree() -> None:
     with pytest.raises(ModelConfigError, match=r"hidden_size = 64 means the same and differs"):
         model_spec({"hidden_size": 64, "n_embd": 32}, tiny_json("gpt2"))
