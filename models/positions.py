@@ -13,8 +13,10 @@ from typing import Any
 from models.config_class import config_class
 from models.module_table import LEARNED_POSITIONS
 
-_MOST = 2**53
+_MOST = 2**53  # what counts as a number of tokens
 _STRETCHING = ("linear", "yarn", "llama3", "longrope")
+"""Kinds of rope scaling that add positions by their factor."""
+
 USUAL_ROW = 2048
 """Tokens of a row where nothing is written and the model has as many positions."""
 
@@ -74,14 +76,15 @@ def _stretched_by(positions: int, rope: Mapping[str, Any]) -> int | None:
     if kind == "dynamic":
         return None
     original = rope.get("original_max_position_embeddings") if kind != "linear" else None
-    if kind not in _STRETCHING or not _is_number(factor) or not _is_number(original or positions):
+    before, factor = _number(original or positions), _number(factor)
+    if kind not in _STRETCHING or before is None or factor is None:
         return positions
-    return max(positions, int((original or positions) * factor))
+    return max(positions, int(before * factor))
 
 
-def _is_number(value: Any) -> bool:
-    """Whether a value is a number of a size that rows may have."""
-    return isinstance(value, int | float) and abs(value) < _MOST
+def _number(value: Any) -> float | None:
+    """A number of a size that rows may have; None for everything else."""
+    return value if isinstance(value, int | float) and abs(value) < _MOST else None
 
 
 def _rope(hf_config: Mapping[str, Any]) -> Mapping[str, Any]:
