@@ -9,15 +9,16 @@ Hugging Face directory of the model.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from launcher.errors import UserError
-from launcher.layout.box import whole
+from launcher.layout.box import Shape, whole
 from launcher.weights.links import LinksOf, linked, no_links
+from launcher.weights.obsolete import is_obsolete
 from launcher.weights.reading.memory import Shard
 from launcher.weights.source import Source
 from models import names
@@ -29,9 +30,9 @@ from models.spec import ModelSpec
 from models.transformers_model import TransformersModel, build_transformers, complete_config
 
 __all__ = [
-    "blocks", "build_model", "hf_directory_files", "initial_std", "initialise", "initialise_shard",
-    "is_left_alone", "links_of", "materialise", "named_as_model", "no_weight_decay",
-    "parameter_count", "retie", "tied_names",
+    "blocks", "build_model", "hf_directory_files", "ignorable", "initial_std", "initialise",
+    "initialise_shard", "links_of", "materialise", "may_be_missing", "named_as_model",
+    "no_weight_decay", "parameter_count", "retie", "tied_names",
 ]  # fmt: skip
 
 TOKENIZER_FILES = (
@@ -138,12 +139,29 @@ def named_as_model(source: Source, model: nn.Module, expected: Collection[str]) 
     return source.renamed(names.of_base_model(source.tensors, expected, prefix))
 
 
-def is_left_alone(name: str, model: nn.Module, spec: ModelSpec) -> bool:
-    """Whether a tensor of files is known and not wanted: modules that predict further tokens, and
-    tables that older versions of transformers wrote."""
-    own = isinstance(model, TransformersModel) and model.is_left_alone(name)
-    known = names.is_table(name) or names.is_multi_token_prediction(name, spec)
-    return own or known or names.is_empty_expert(name, spec)
+def ignorable(
+    model: nn.Module, spec: ModelSpec, expected: Collection[str]
+) -> Callable[[str, Shape, str], bool]:
+    """Whether a tensor of files that is not among the `expected` ones is known and not wanted, by
+    (name, shape, dtype in safetensors): modules that predict further tokens, what the class of the
+    model declares, and buffers of older classes. No weight of another layer ever is."""
+    places = {names.in_any_layer(name) for name in expected}
+
+    def is_ignorable(name: str, shape: Shape, dtype: str) -> bool:
+        elsewhere = names.in_any_layer(name) in places
+        declared = isinstance(model, TransformersModel) and model.declares_ignorable(
+            name, is_parameter_elsewhere=elsewhere
+        )
+        obsolete = not elsewhere and is_obsolete(name, shape, dtype)
+        unbuilt = names.is_multi_token_prediction(name, spec) or names.is_empty_expert(name, spec)
+        return declared or obsolete or unbuilt
+
+    return is_ignorable
+
+
+def may_be_missing(model: nn.Module, name: str) -> bool:
+    """Whether the class of the model declares that files may do without one of its tensors."""
+    return isinstance(model, TransformersModel) and model.may_be_missing(name)
 
 
 def retie(model: nn.Module) -> None:

@@ -54,9 +54,9 @@ def is_empty_expert(name: str, spec: ModelSpec) -> bool:
     return ".mlp.shared_experts." in name and spec.hf_config.get("n_shared_experts") == 0
 
 
-def is_table(name: str) -> bool:
-    """Whether a tensor of a file is a table of angles, which old exports hold and models derive."""
-    return name.endswith("rotary_emb.inv_freq")
+def in_any_layer(name: str) -> str:
+    """The name of a tensor without the numbers of layers and experts in it: that of its kind."""
+    return ".".join("*" if part.isdecimal() else part for part in name.split("."))
 
 
 def of_base_model(

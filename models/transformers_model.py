@@ -132,10 +132,35 @@ class TransformersModel(nn.Module):
         without it."""
         return str(getattr(self.wrapped, "base_model_prefix", ""))
 
-    def is_left_alone(self, name: str) -> bool:
-        """Whether a tensor of files is known and not wanted: masks and tables of old exports."""
+    def declares_ignorable(self, name: str, *, is_parameter_elsewhere: bool) -> bool:
+        """Whether the class says that a tensor of files, which the module has no place for, may be
+        ignored: by a pattern it declares, or as one of its buffers that are not persistent, which
+        may have been in another module of it (`rotary_emb.inv_freq` of each layer).
+
+        `is_parameter_elsewhere`: in another layer the tensor of this name is a parameter. Then only
+        a pattern counts that names a layer by its number: `attn.bias` also finds `c_attn.bias`.
+        """
         patterns = getattr(self.wrapped, "_keys_to_ignore_on_load_unexpected", None) or ()
+        if is_parameter_elsewhere:
+            patterns = [pattern for pattern in patterns if re.search(r"\d", pattern)]
+        elif ".".join(name.split(".")[-2:]) in self._derived_buffers():
+            return True
         return any(re.search(pattern, name) for pattern in patterns)
+
+    def _derived_buffers(self) -> set[str]:
+        """Module and name of the buffers that are in no file: `rotary_emb.inv_freq`."""
+        return {
+            f"{module_name.rpartition('.')[2]}.{buffer}"
+            for module_name, module in self.named_modules()
+            for buffer in module._non_persistent_buffers_set
+        }
+
+    def may_be_missing(self, name: str) -> bool:
+        """Whether files may do without a tensor of the module, as its class declares. Buffers only:
+        they have their values already, a parameter would have none."""
+        patterns = getattr(self.wrapped, "_keys_to_ignore_on_load_missing", None) or ()
+        is_declared = any(re.search(pattern, name) for pattern in patterns)
+        return is_declared and name in dict(self.named_buffers())
 
 
 def restarting_positions(document_ids: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from launcher.assembly.balance import load_job
 from launcher.assembly.copies import write_copies
 from launcher.assembly.job import Job
 from launcher.assembly.model import predict_mesh
-from launcher.checkpoint.opening import open_weights
+from launcher.checkpoint.opening import open_complete_weights, open_weights
 from launcher.errors import UserError
 from launcher.layout.layout import Layout
 from launcher.layout.mesh import other_layout
@@ -21,8 +21,15 @@ from launcher.parallel.tied import equalise
 from launcher.weights.links import linked, shapes_in_files
 from launcher.weights.reading.load import LoadReport
 from launcher.weights.reading.memory import Shard
-from launcher.weights.source import Source, detect
-from models.build import initialise_shard, is_left_alone, links_of, named_as_model, tied_names
+from launcher.weights.source import Source, holds_complete
+from models.build import (
+    ignorable,
+    initialise_shard,
+    links_of,
+    may_be_missing,
+    named_as_model,
+    tied_names,
+)
 
 
 def find_weights(job: Job) -> Source | None:
@@ -34,8 +41,11 @@ def find_weights(job: Job) -> Source | None:
     path = _weights_path(job)
     if path is None:
         return None
-    strategy = job.config.src_strategy_path_or_dir
-    source = open_weights(path, job.world, job.say, strategy=strategy)
+    if job.config.load_checkpoint:
+        strategy = job.config.src_strategy_path_or_dir
+        source = open_weights(path, job.world, job.say, strategy=strategy)
+    else:
+        source = open_complete_weights(path, job.say)
     check_layout(job, source)
     write_copies(job, source)
     return source
@@ -48,7 +58,7 @@ def _weights_path(job: Job) -> Path | None:
     if config.load_checkpoint and not (trains and config.resume_training is not False):
         return Path(config.load_checkpoint)
     pretrained = Path(config.pretrained_model_dir)
-    return pretrained if config.pretrained_model_dir and detect(pretrained) == "complete" else None
+    return pretrained if config.pretrained_model_dir and holds_complete(pretrained) else None
 
 
 def check_layout(job: Job, source: Source) -> None:
@@ -114,12 +124,15 @@ def _load(job: Job, parts: Parts, layout: Layout, source: Source, rank: int) -> 
     held = linked(shards(parts.named_tensors(), layout, rank), links)
     expected = shapes_in_files(layout.shapes, links)
     check_cuts(job, source, held)
+    named = named_as_model(source, model, expected)
+    spared = {n for n in expected if n not in named.tensors and may_be_missing(model, n)}
+    is_ignorable = ignorable(model, job.spec, expected)
     report = load_job(
-        job, held, layout, links, named_as_model(source, model, expected),
+        job, {n: shard for n, shard in held.items() if n not in spared}, layout, links, named,
         tied=tied_names(model),
         strict=job.config.strict_load,
-        expected=expected,
-        leave=lambda name: is_left_alone(name, model, job.spec),
+        expected={n: shape for n, shape in expected.items() if n not in spared},
+        leave=lambda name: is_ignorable(name, named.shape(name), named.dtype(name)),
     )  # fmt: skip
     _tell(job, source, report)
 
@@ -149,6 +162,8 @@ def _tell(job: Job, source: Source, report: LoadReport) -> None:
     job.say(f"initialised by request: {_listed(report.not_loaded)}")
     if report.left_in_files:
         job.say(f"left in the files: {_listed(report.left_in_files)}")
+    if source.promised:
+        job.say(f"listed in the index alone, not needed: {_listed([*source.promised])}")
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -35,7 +35,15 @@ from launcher.weights.ranks.distributed import check_copies, open_rank_files
 from launcher.weights.ranks.manifests import MANIFEST_FOLDER
 from launcher.weights.ranks.rank_folders import newest, save_of
 from launcher.weights.ranks.saves import describes_itself, strategy_of
-from launcher.weights.source import Kind, Source, detect, is_rank_folder, open_complete
+from launcher.weights.source import (
+    Kind,
+    Source,
+    check_one_kind,
+    detect,
+    is_rank_folder,
+    open_complete,
+    weights_below,
+)
 
 
 def open_weights(path: Path, world: World, say: Say, *, strategy: str = "") -> Source:
@@ -49,6 +57,7 @@ def open_weights(path: Path, world: World, say: Say, *, strategy: str = "") -> S
         raise UserError(
             f"{path} holds no weights",
             rule="weights are *.safetensors, files of torch, or folders rank_0/, rank_1/, ...",
+            nearest=weights_below(path),
             advice="Give a folder or a file of weights",
         )
     if path.is_dir() and is_rank_folder(path):
@@ -58,7 +67,8 @@ def open_weights(path: Path, world: World, say: Say, *, strategy: str = "") -> S
             nearest=f"did you mean `{path.parent}`?",
         )
     if kind != "distributed":
-        return open_complete(path)
+        return open_complete_weights(path, say)
+    found_by_all(world, lambda: check_one_kind(path))
     is_file = is_rank_folder(path.parent) and not path.is_dir()
     root = path.parent.parent if is_file else path
     folder = see(root, world)
@@ -79,6 +89,15 @@ def open_weights(path: Path, world: World, say: Say, *, strategy: str = "") -> S
             advice="Give another folder",
         )
     return _open_save(path, replace(folder, candidates=candidates), world, say, strategy)
+
+
+def open_complete_weights(path: Path, say: Say) -> Source:
+    """The complete weights at `path`; says which other sets were passed over. Raises `UserError`.
+    """
+    source = open_complete(path)
+    for remark in source.remarks:
+        say(remark)
+    return source
 
 
 def _kind(path: Path, world: World) -> Kind:

@@ -78,7 +78,6 @@ RULES: tuple[Rule, ...] = (
     weights.file_format,
     weights.damage,
     weights.cutting,
-    weights.redundancy,
     weights.copies,
     registered.callbacks,
     model.model,

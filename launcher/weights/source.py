@@ -10,45 +10,59 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from launcher.errors import UserError
 from launcher.layout.box import Shape, whole
+from launcher.weights.complete import (
+    HEADER_READERS,
+    MINDSPORE_EXTRAS,
+    WEIGHT_SUFFIXES,
+    Choice,
+    choose,
+    is_weight_file,
+    listed,
+    may_be_left_out,
+)
 from launcher.weights.formats import header_of
 from launcher.weights.formats.note import Checksums
-from launcher.weights.formats.safetensors import Header, parse_json
+from launcher.weights.formats.safetensors import Entry, Header
 from launcher.weights.garbage import none_collected
+from launcher.weights.indexes import (
+    INDEX_NAME,
+    INDEX_NAMES,
+    MINDSPORE_INDEX_NAME,
+    TORCH_INDEX_NAME,
+    read_index,
+)
 from launcher.weights.pieces import Piece, Pieces
 from launcher.weights.scales import DEFAULT_BLOCK, block_in, factors_of
 from launcher.weights.threads import in_parallel
 
+__all__ = [
+    "GRADIENTS", "HEADER_READERS", "INDEX_NAME", "INDEX_NAMES", "MINDSPORE_EXTRAS",
+    "MINDSPORE_INDEX_NAME", "OPTIMIZER_PREFIXES", "SCALARS", "TORCH_INDEX_NAME", "WEIGHT_SUFFIXES",
+    "Kind", "Source", "check_one_kind", "check_promised", "detect", "first_weight_file",
+    "holds_complete", "is_of_mindspore", "is_rank_folder", "is_scalar", "listed", "open_complete",
+    "rank_of", "read_index", "weights_below",
+]  # fmt: skip
+
 Kind = Literal["complete", "single", "distributed", "nothing"]
 
-SINGLE_NAME = "model.safetensors"
-INDEX_NAME = "model.safetensors.index.json"
-TORCH_INDEX_NAME = "pytorch_model.bin.index.json"
-MINDSPORE_INDEX_NAME = "param_name_map.json"
-MINDSPORE_EXTRAS = "hyper_param.safetensors"
-"""Beside MindSpore's complete weights: step, epoch and whatever else was not cut."""
-INDEX_NAMES = (INDEX_NAME, MINDSPORE_INDEX_NAME, TORCH_INDEX_NAME)
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
-"""Extensions of files of weights, the format to be read by preference first."""
-_NO_WEIGHTS = (
-    "training_args.bin",
-    "optimizer.pt",
-    "optimizer.bin",
-    "scheduler.pt",
-    "rng_state.pth",
-)
-"""Files of torch beside weights that have none in them."""
 OPTIMIZER_PREFIXES = ("adam_m.", "adam_v.")
 GRADIENTS = "accu_grads"
 """Begins the names of gradients under way, which MindSpore saves and nothing reads again."""
-LARGEST_INDEX = 1 << 28
-HEADER_READERS = 8
+CHILDREN = 100
+"""Folders that are looked into for weights, where there are none in their parent."""
+SCALARS = (
+    "epoch_num", "step_num", "global_step", "loss_scale", "learning_rate", "global_batch_size",
+    "current_iterator_step", "last_overflow_iterator_step",
+)  # fmt: skip
+"""Single numbers that MindSpore and MindFormers put into files of weights, beside the model."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +93,9 @@ class Source:
     """What a user should hear about the files: ranks that are lost and not needed."""
     extras: Mapping[str, Pieces] = field(default_factory=dict)
     """What stands in files of MindSpore beside the model: step, epoch, loss scale. Whole."""
+    promised: Mapping[str, Path] = field(default_factory=dict)
+    """Heads and old buffers that an index lists and no file holds, to the file where it says they
+    are: a model that ties or derives them does without."""
 
     def shape(self, name: str) -> Shape:
         """Global shape of tensor `name`."""
@@ -92,7 +109,8 @@ class Source:
         """The same tensors, those in `names` under the other name given there."""
         tensors = {names.get(name, name): pieces for name, pieces in self.tensors.items()}
         scales = {names.get(name, name): names.get(f, f) for name, f in self.scales.items()}
-        return replace(self, tensors=tensors, scales=scales)
+        promised = {names.get(name, name): file for name, file in self.promised.items()}
+        return replace(self, tensors=tensors, scales=scales, promised=promised)
 
     def with_extras(self) -> Source:
         """The same source, with the extras among the tensors."""
@@ -100,8 +118,9 @@ class Source:
 
 
 def rank_of(folder: Path) -> int | None:
-    """The rank whose folder it is, by its name: `rank_0`, `rank_1`, ...; None for others."""
-    match = re.fullmatch(r"rank_(\d+)", folder.name)
+    """The rank whose folder it is, by its name: `rank_0`, or `rank0` as older tools of MindSpore
+    name it; None for others."""
+    match = re.fullmatch(r"rank_?(\d+)", folder.name)
     return None if match is None else int(match[1])
 
 
@@ -119,38 +138,60 @@ def detect(path: Path) -> Kind:
         return "nothing"
     children = listed(path)
     names = {child.name for child in children}
-    if any(is_rank_folder(child) and child.is_dir() for child in children):
+    is_complete = any(map(is_weight_file, names)) or not names.isdisjoint(INDEX_NAMES)
+    ranks = [child for child in children if is_rank_folder(child) and child.is_dir()]
+    if ranks and not (is_complete and not any(map(_holds_weights, ranks))):
         return "distributed"
-    return "complete" if _weight_files(names) or names & {*INDEX_NAMES} else "nothing"
+    return "complete" if is_complete else "nothing"
 
 
-def listed(folder: Path) -> list[Path]:
-    """What is in `folder`, by name. Raises `UserError` when it cannot be listed."""
-    try:
-        return sorted(folder.iterdir())
-    except OSError as error:
+def _holds_weights(folder: Path) -> bool:
+    return any(is_weight_file(child.name) for child in listed(folder))
+
+
+def holds_complete(folder: Path) -> bool:
+    """Whether complete weights lie in `folder`, whatever else does: what the key
+    pretrained_model_dir means."""
+    if not os.path.isdir(folder):
+        return False
+    names = {child.name for child in listed(folder)}
+    return any(map(is_weight_file, names)) or not names.isdisjoint(INDEX_NAMES)
+
+
+def weights_below(path: Path) -> str:
+    """`did you mean `output/checkpoint`?` for a folder in `path` that holds weights; empty where
+    there is none."""
+    with suppress(UserError, OSError):
+        children = [child for child in listed(path) if child.is_dir() and not is_rank_folder(child)]
+        for child in sorted(children, key=lambda child: child.name != "checkpoint")[:CHILDREN]:
+            ranks = filter(is_rank_folder, listed(child))
+            if holds_complete(child) or any(map(_holds_weights, ranks)):
+                return f"did you mean `{child}`?"
+    return ""
+
+
+def check_one_kind(path: Path) -> None:
+    """Check that not both complete weights and rank folders lie at `path`. Raises `UserError`."""
+    if os.path.isdir(path) and detect(path) == "distributed" and holds_complete(path):
+        names = [child.name for child in listed(path)]
+        ranks = [name for name in names if is_rank_folder(path / name)]
+        complete = [name for name in names if is_weight_file(name) or name in INDEX_NAMES]
         raise UserError(
-            f"{folder} cannot be listed: {error.strerror}", advice="Check the rights of the folder"
-        ) from error
-
-
-def _weight_files(names: Collection[str]) -> list[str]:
-    """The files of weights among `names`: of one extension, the preferred one; hidden ones are
-    other programs' or unfinished."""
-    for suffix in WEIGHT_SUFFIXES:
-        files = sorted(
-            name for name in names
-            if name.endswith(suffix) and name not in _NO_WEIGHTS and not name.startswith(".")
-        )  # fmt: skip
-        if files:
-            return files
-    return []
+            f"{path} holds two sets of weights: {complete[0]} and {ranks[0]}/",
+            rule="a folder holds complete weights or rank folders, and nothing says which of them "
+            "is meant",
+            nearest=f"One of them is `{path / complete[0]}`" * (complete[0] not in INDEX_NAMES),
+            advice="Name a file, or move one of them into another folder",
+        )
 
 
 def first_weight_file(folder: Path) -> Path | None:
-    """One of the files of complete weights in `folder`; None without any."""
-    files = _weight_files({child.name for child in listed(folder)})
-    return folder / files[0] if files else None
+    """One of the files of complete weights in `folder`; None without any, and where nothing says
+    which of two sets is meant."""
+    try:
+        return next(iter(choose(folder).taken.files), None)
+    except UserError:
+        return None
 
 
 @none_collected()
@@ -158,115 +199,75 @@ def open_complete(path: Path) -> Source:
     """The source at `path`: one file, or a directory of complete weights. Raises `UserError`."""
     if not os.path.isdir(path):
         return _complete("single", path, {path: None})
-    files, may_have_extras = complete_files(path)
-    return _with_extras(_complete("complete", path, files), may_have_extras)
+    choice = choose(path)
+    source = _complete("complete", path, choice.taken.files)
+    return _with_extras(replace(source, remarks=choice.remarks), choice)
 
 
-def complete_files(path: Path) -> tuple[dict[Path, set[str] | None], bool]:
-    """The files that complete weights in the directory `path` are read from, each with the tensors
-    it should hold (None: nobody says), and whether MindSpore's extras may stand beside them.
-    Raises `UserError`. No file of weights is opened."""
-    for name in INDEX_NAMES:
-        if name == TORCH_INDEX_NAME and os.path.isfile(path / SINGLE_NAME):
-            continue  # both forms of one model: safetensors come first
-        if os.path.isfile(path / name):
-            return _index_files(path / name), name == MINDSPORE_INDEX_NAME
-    names = [child.name for child in listed(path)]
-    files_found = _weight_files(names)
-    models = [name for name in files_found if name.startswith(("model", "pytorch_model"))]
-    if not files_found:
-        raise UserError(
-            f"{path} holds no weights",
-            rule="complete weights are *.safetensors, or files of torch (*.bin, *.pt, *.ckpt)",
-            advice=f"It holds: {', '.join(names[:8]) + ' ...' * (len(names) > 8) or 'nothing'}",
-        )
-    parts = [name for name in models or files_found if name != MINDSPORE_EXTRAS]
-    may_have_extras = MINDSPORE_EXTRAS in files_found and bool(parts)
-    return {path / name: None for name in parts or files_found}, may_have_extras
-
-
-def _with_extras(source: Source, may_have_extras: bool) -> Source:
+def _with_extras(source: Source, choice: Choice) -> Source:
     """`source` with what MindSpore put beside its complete weights."""
     file = source.path / MINDSPORE_EXTRAS
-    if not may_have_extras or file in source.headers or not os.path.isfile(file):
+    is_there = choice.may_have_extras and file not in source.headers and os.path.isfile(file)
+    if not is_there:
         return source
-    found = _complete("single", file, {file: None})
-    extras = {n: p for n, p in found.tensors.items() if not n.startswith(GRADIENTS)}
-    return replace(source, headers={**source.headers, **found.headers}, extras=extras)
-
-
-def _index_files(index: Path) -> dict[Path, set[str] | None]:
-    """The files an index names, each with the tensors it should hold."""
-    content = read_index(index)
-    names: dict[str, set[str]] = {}
-    for name, file in content.items():
-        names.setdefault(file, set()).add(name)
-    by_file: dict[Path, set[str] | None] = {index.parent / file: names[file] for file in names}
-    missing = sorted(file.name for file in by_file if not os.path.isfile(file))
-    if missing:
-        raise UserError(
-            f"{index} names {_count(len(missing), 'file')} that cannot be found: "
-            f"{', '.join(missing[:5])}",
-            rule="all files of an index lie beside it",
-            advice="Copy the missing files beside the index",
-        )
-    return by_file
-
-
-def read_index(index: Path) -> dict[str, str]:
-    """Tensor to file name, as an index of Hugging Face, torch or MindSpore says."""
-    try:
-        if index.stat().st_size > LARGEST_INDEX:
-            raise ValueError(f"it has more than {LARGEST_INDEX >> 20} MiB")
-        content: Any = parse_json(index.read_bytes().decode())
-        if index.name == MINDSPORE_INDEX_NAME and "weight_map" not in content:
-            content = {"weight_map": content}  # MindSpore also reads a flat map
-        weight_map = content["weight_map"]
-        named = set[str]()
-        for name, file in weight_map.items():
-            if not isinstance(file, str) or not (file in named or _is_file_name(file)):
-                raise ValueError(f"`{name}` is in {file!r}, which is no name of a file beside it")
-            named.add(file)
-    except OSError as error:
-        raise UserError(f"{index} cannot be read: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        why = str(error)[:300] if isinstance(error, ValueError) else type(error).__name__
-        raise UserError(
-            f"{index} is not an index of weights",
-            rule=f"it needs a map named `weight_map` from tensor to file ({why})",
-            advice="Copy it again from its origin",
-        ) from error
-    return dict(weight_map)
-
-
-def _is_file_name(name: str) -> bool:
-    return Path(name).name == name not in ("", "..") and len(name.encode()) < 256
+    header = header_of(file)
+    extras = {name: _pieces(file, entry) for name, entry in header.entries.items()
+              if not name.startswith(GRADIENTS)}  # fmt: skip
+    return replace(
+        source, headers={**source.headers, file: header}, extras={**source.extras, **extras}
+    )
 
 
 def _complete(kind: Kind, path: Path, files: Mapping[Path, set[str] | None]) -> Source:
     tensors: dict[str, Pieces] = {}
+    extras: dict[str, Pieces] = {}
     headers = dict(zip(files, in_parallel(header_of, files, HEADER_READERS), strict=True))
-    for file, expected in files.items():
-        absent = sorted((expected or set()) - set(headers[file].entries))
-        if absent:
-            raise UserError(
-                f"{file} lacks `{absent[0]}`",
-                rule="the index beside it says that it is there",
-                advice="Copy both again from their origin",
-            )
-        for name, entry in headers[file].entries.items():
-            if name in tensors:
+    for file, header in headers.items():
+        of_mindspore = is_of_mindspore(header)
+        for name, entry in header.entries.items():
+            if of_mindspore and name.startswith(GRADIENTS):
+                continue
+            kept = extras if is_scalar(name, entry.shape) else tensors
+            if name in kept:
                 raise UserError(
-                    f"`{name}` stands in two files: {tensors[name][0].file.name} and {file.name}",
+                    f"`{name}` stands in two files: {kept[name][0].file.name} and {file.name}",
                     where=str(path),
                     rule="complete weights hold each tensor once",
                     advice="Move away the files that do not belong to this model",
                 )
-            tensors[name] = Pieces([Piece(file, entry, entry.shape, whole(entry.shape), 0)])
+            kept[name] = _pieces(file, entry)
     factors = factors_of(tensors)
     block = block_in(path if path.is_dir() else path.parent) if factors else DEFAULT_BLOCK
-    return Source(kind, path, tensors, headers, scales=factors, scale_block=block)
+    promised = {
+        name: file for file, names in files.items() for name in names or ()
+        if name not in tensors and name not in extras
+    }  # fmt: skip
+    check_promised(promised, lambda name: not may_be_left_out(name))
+    return Source(kind, path, tensors, headers, scales=factors, scale_block=block, extras=extras,
+                  promised=promised)  # fmt: skip
 
 
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+def _pieces(file: Path, entry: Entry) -> Pieces:
+    return Pieces([Piece(file, entry, entry.shape, whole(entry.shape), 0)])
+
+
+def is_of_mindspore(header: Header) -> bool:
+    """Whether MindSpore wrote a file."""
+    return header.metadata.get("format") == "ms"
+
+
+def is_scalar(name: str, shape: Shape) -> bool:
+    """Whether a tensor of a file is one of the single numbers of MindSpore, and none of a model."""
+    return name in SCALARS and all(size == 1 for size in shape)
+
+
+def check_promised(promised: Mapping[str, Path], needed: Callable[[str], bool]) -> None:
+    """Check that files hold what their index promised, as far as it is `needed`. Raises `UserError`
+    that names a file and a tensor."""
+    for name, file in sorted(promised.items(), key=lambda item: (item[1], item[0])):
+        if needed(name):
+            raise UserError(
+                f"{file} lacks `{name}`",
+                rule="the index beside it says that it is there",
+                advice="Copy both again from their origin",
+            )

@@ -158,7 +158,9 @@ CASES = (
     Case(name="a folder of one rank", yaml="load_checkpoint: grown/rank_0\n"),
     Case(name="more files than are looked at", yaml="load_checkpoint: many\n"),
     Case(name="longer headers than are looked at", yaml="load_checkpoint: talkative\n"),
-    Case(name="files of torch and one that is not", yaml="load_checkpoint: mixed\n"),
+    Case(name="files of torch, beside one that transformers would not take", errors=1,
+         yaml="load_checkpoint: mixed\n",
+         says=("mixed/pytorch_model.bin is not a whole safetensors file",)),
     Case(name="a pipe that no index names", yaml="load_checkpoint: piped\n"),
     Case(name="a path with a typo", errors=1, yaml="load_checkpoint: ful\n",
          says=("load_checkpoint = 'ful': there is no such path. did you mean `full`? Name a "
@@ -167,10 +169,10 @@ CASES = (
          says=("there is no such path. `busy` holds unified_checkpoint. Name a folder",)),
     Case(name="copies were left out, said so",
          yaml="load_checkpoint: spared\nremove_redundancy: True\n"),
-    Case(name="copies were left out, denied", errors=1,
+    Case(name="copies were left out, denied",
          yaml="load_checkpoint: spared\nremove_redundancy: False\n",
-         says=("remove_redundancy = False: spared/rank_0/CKP_rank_0-1_10.safetensors says "
-               "remove_redundancy True. Nearest: True. Or leave the key out.",)),
+         says=("remove_redundancy = False: no effect, "
+               "spared/rank_0/CKP_rank_0-1_10.safetensors says True, which counts",)),
     Case(name="the newest save speaks", yaml="load_checkpoint: grown\nremove_redundancy: True\n"),
     Case(name="complete weights are never redundant",
          yaml="load_checkpoint: full\nremove_redundancy: True\n"),

@@ -33,7 +33,7 @@ from launcher.weights.ranks.rank_file import write_rank_file
 from launcher.weights.reading.load import load
 from launcher.weights.reading.memory import Shard
 from launcher.weights.source import open_complete
-from models.build import build_model, is_left_alone, links_of, named_as_model, tied_names
+from models.build import build_model, ignorable, links_of, named_as_model, tied_names
 from models.config_class import config_class
 from models.keys import EXPERT_COUNTS
 from models.module_names import links_of_module
@@ -55,13 +55,15 @@ def loaded(spec: ModelSpec, folder: Path, *, strict: bool = True) -> nn.Module:
     layout = model_layout(model, spec, Mesh(), split=None, vocab_emb_dp=False)
     held = linked(shards(Parts([model]).named_tensors(), layout, 0), links_of(model))
     expected = shapes_in_files(layout.shapes, links_of(model))
+    source = named_as_model(open_complete(folder), model, expected)
+    leave = ignorable(model, spec, expected)
     load(
         held,
-        named_as_model(open_complete(folder), model, expected),
+        source,
         tied=tied_names(model),
         strict=strict,
         expected=expected,
-        leave=lambda name: is_left_alone(name, model, spec),
+        leave=lambda name: leave(name, source.shape(name), source.dtype(name)),
     )
     return model
 
@@ -213,22 +215,14 @@ def test_names_without_the_base_model_are_told_only_where_nothing_else_fits() ->
     assert of_base_model(["a", "b"], expected, "") == {}
 
 
-def test_masks_and_tables_of_old_exports_are_left_alone() -> None:
-    gpt2, llama = module_spec("gpt2"), dense_spec(type="LlamaConfig")
-    old = build_model(gpt2, dtype=torch.float32)
-    assert is_left_alone("transformer.h.0.attn.bias", old, gpt2)
-    assert not is_left_alone("transformer.h.0.mlp.c_fc.weight", old, gpt2)
-    own = build_model(llama, dtype=torch.float32)
-    assert is_left_alone("model.layers.0.self_attn.rotary_emb.inv_freq", own, llama)
-    assert not is_left_alone("model.layers.0.self_attn.q_proj.weight", own, llama)
-
-
 def test_modules_for_further_tokens_are_left_alone(tmp_path: Path) -> None:
     spec = module_spec("glm4_moe", num_hidden_layers=2)
     spec.hf_config["num_nextn_predict_layers"] = 1
     model = build_model(spec, dtype=torch.float32)
-    assert is_left_alone("model.layers.2.eh_proj.weight", model, spec)
-    assert not is_left_alone("model.layers.1.mlp.gate.weight", model, spec)
+    leave = ignorable(model, spec, ["model.layers.0.mlp.gate.weight"])
+    assert leave("model.layers.2.eh_proj.weight", (4, 8), "F32")
+    assert leave("model.layers.2.mlp.gate.weight", (4, 8), "F32")
+    assert not leave("model.layers.1.mlp.gate.weight", (4, 8), "F32")
 
 
 @pytest.mark.parametrize("tied", [True, False])

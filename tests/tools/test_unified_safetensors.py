@@ -204,8 +204,14 @@ def test_nothing_left_to_write(ranks: Path, capsys) -> None:
 
 
 def test_strategy_files_are_not_needed_for_ours(ranks: Path, capsys) -> None:
-    assert merge(ranks, "--src_strategy_dirs", "nowhere") == 0
-    assert "nowhere: not needed, the rank files say themselves" in capsys.readouterr().out
+    (ranks.parent / "strategy").mkdir()
+    strategy = str(ranks.parent / "strategy")
+    assert merge(ranks, "--src_strategy_dirs", strategy) == 0
+    assert f"{strategy}: not needed, the rank files say themselves" in capsys.readouterr().out
+    assert merge(ranks, "--overwrite", "--src_strategy_dirs", f"{strategy}s") == 2
+    said = capsys.readouterr().err
+    assert f"{strategy}s: there is no such path" in said
+    assert f"did you mean `{strategy}`?" in said
 
 
 @pytest.mark.parametrize(

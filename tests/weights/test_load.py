@@ -205,7 +205,9 @@ def test_detection_reads_names_only(tmp_path) -> None:
     (tmp_path / "x.safetensors").write_bytes(b"not opened")
     assert detect(tmp_path) == "complete"
     assert detect(tmp_path / "x.safetensors") == "single"
-    (tmp_path / "rank_0").mkdir()
+    (tmp_path / "rank_0").mkdir()  # as of logs
+    assert detect(tmp_path) == "complete"
+    (tmp_path / "rank_0" / "y.safetensors").write_bytes(b"not opened")
     assert detect(tmp_path) == "distributed"
     assert detect_in_rank_folder(tmp_path) == "distributed"
 

@@ -321,7 +321,7 @@ REFUSED: dict[str, tuple[Callable[[], bytes], str]] = {
                       "{path} is a pickle that torch did not write"),
     "encrypted by MindSpore": (lambda: struct.pack("<I", 0x7F3A5ED9) + bytes(range(1, 100)),
                                "{path} is an encrypted file of MindSpore"),
-    "nothing": (lambda: b"", "{path} is not a whole safetensors file"),
+    "nothing": (lambda: b"", "{path} is empty: it has 0 bytes"),
 }  # fmt: skip
 
 

@@ -14,16 +14,18 @@ from pathlib import Path
 
 from launcher.config.checks.check import Check
 from launcher.errors import UserError
+from launcher.weights.complete import choose
 from launcher.weights.formats.note import Note, read_note
+from launcher.weights.formats.placeholders import placeholder
 from launcher.weights.formats.safetensors import Header, read_header
 from launcher.weights.ranks.rank_folders import first_file, rank_folders
 from launcher.weights.source import (
     INDEX_NAMES,
     MINDSPORE_INDEX_NAME,
     Kind,
-    complete_files,
     detect,
     first_weight_file,
+    holds_complete,
     open_complete,
 )
 
@@ -86,10 +88,14 @@ class Files:
 
     def look(self) -> None:
         """Raise `UserError` for complete weights that are not whole, as far as their index and
-        headers tell. Nothing is said of files of torch, and where there is too much to look at."""
+        headers tell, or where nothing says which of two sets is meant. Nothing is said of files of
+        torch, and where there is too much to look at."""
         if any(_bytes_of(self.path / name) > HEADER_BYTES for name in INDEX_NAMES):
             return
-        files = [self.path] if self.path.is_file() else [*complete_files(self.path)[0]]
+        files = [self.path] if self.path.is_file() else [*choose(self.path).taken.files]
+        for file in files[:LOOKED_AT]:
+            if file != self.one and (found := placeholder(file, is_text=True)):
+                raise UserError(found)
         if len(files) <= LOOKED_AT and all(map(is_safetensors, files)) and (
             sum(map(_header_bytes, files)) <= HEADER_BYTES
         ):  # fmt: skip
@@ -141,7 +147,9 @@ def files_of(check: Check) -> Files | None:
             kind = detect(Path(place))
         except UserError:
             kind = "nothing"  # a folder that cannot be listed: told by a rule of its own
-        if kind != "nothing" and (kind == "complete" or key != "pretrained_model_dir"):
+        if key == "pretrained_model_dir":
+            kind = "complete" if kind != "nothing" and holds_complete(Path(place)) else "nothing"
+        if kind != "nothing":
             return Files(Path(place), kind, key)
         if key == "load_checkpoint":
             return None

@@ -7,7 +7,7 @@ strategy (`only_save_strategy`) reads no weights: it needs none.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from launcher.config.checks.check import Check
@@ -19,10 +19,11 @@ from launcher.environment import process_environment
 from launcher.errors import UserError
 from launcher.layout.mesh import Mesh, other_layout
 from launcher.weights.formats import header_of
+from launcher.weights.formats.placeholders import unfinished_download
 from launcher.weights.formats.safetensors import ZIP, read_header
 from launcher.weights.offline.copy_record import FOLDERS, foreign
 from launcher.weights.ranks.distributed import REDUNDANCY
-from launcher.weights.source import detect, is_rank_folder
+from launcher.weights.source import check_one_kind, detect, is_rank_folder, weights_below
 
 _PLACES = ("load_checkpoint", "pretrained_model_dir")
 _KEYS = ("load_checkpoint", "pretrained_model_dir", "use_parallel")
@@ -48,20 +49,27 @@ def weights(check: Check) -> Iterator[KeyProblem]:
     elif found is None and (error := _cannot_be_listed(path)):
         yield from _told(check, "load_checkpoint", error)
     elif found is None and config.resume_training is not True:
-        inner = path / "checkpoint"
         yield check.wrong(
             "load_checkpoint",
             "it holds no weights (*.safetensors, files of torch, or rank_N folders)",
-            nearest=f"did you mean `{inner}`?" if inner.is_dir() else "",
+            nearest=unfinished_download(path) or weights_below(path),
         )
+    elif config.resume_training is False and (error := _error_of(check_one_kind, path)):
+        yield from _told(check, "load_checkpoint", error)
 
 
 def _cannot_be_listed(path: Path) -> UserError | None:
+    return _error_of(detect, path)
+
+
+def _error_of(function: Callable[[Path], object], path: Path) -> UserError | None:
     try:
-        detect(path)
+        function(path)
     except UserError as error:
         return error
     return None
+
+
 
 
 def _is_own_output(check: Check, path: Path) -> bool:
@@ -107,7 +115,7 @@ def file_format(check: Check) -> Iterator[KeyProblem]:
         except UserError as error:
             yield from _told(check, found.key, error)
             return
-    if check.config.load_ckpt_format not in (None, name):
+    if check.config.load_ckpt_format not in (None, name) and found.key != "pretrained_model_dir":
         yield check.wrong(
             "load_ckpt_format",
             f"{found.path} holds {'files of torch (ckpt)' if name == 'ckpt' else name}",
@@ -197,23 +205,6 @@ def _other_layout(check: Check, found: Files, mesh: Mesh) -> str:
     return f"{found.path} {difference}" if difference else ""
 
 
-def redundancy(check: Check) -> Iterator[KeyProblem]:
-    """remove_redundancy says of distributed weights what their files say of themselves."""
-    asserted = check.config.remove_redundancy
-    found = None if check.config.only_save_strategy else files_of(check)
-    if asserted is None or found is None or found.kind != "distributed" or found.header is None:
-        return  # complete weights hold each tensor once anyway
-    said = found.header.metadata.get(REDUNDANCY)
-    if said in ("True", "False") and said != str(asserted):
-        yield check.wrong(
-            "remove_redundancy",
-            f"{found.one} says remove_redundancy {said}",
-            nearest=f"Nearest: {said}",
-            advice="Or leave the key out",
-            also=("load_checkpoint",),
-        )
-
-
 def copies(check: Check) -> Iterator[KeyProblem]:
     """Copies of weights replace only what a former run wrote as one."""
     for key, folder in FOLDERS.items():
@@ -251,7 +242,26 @@ def warnings(check: Check) -> list[str]:
     if not whole or found.is_mindspore:
         reason = "are in MindSpore's form already" if whole else "are distributed"
         reasons["save_converted_checkpoint"] = f"no effect, the weights in {found.path} {reason}"
-    return _lines(check, {key: why for key, why in reasons.items() if check.value(key)})
+    given = {key: why for key, why in reasons.items() if check.value(key)}
+    return _lines(check, _of_files(check, found) | given)
+
+
+def _of_files(check: Check, found: Files) -> dict[str, str]:
+    """Keys that say of the files what they are not, and that need not be right: the files decide.
+    MindFormers does the same with remove_redundancy since 1.5.0."""
+    reasons: dict[str, str] = {}
+    asserted = check.config.remove_redundancy
+    said = found.header.metadata.get(REDUNDANCY) if found.header else None
+    if found.kind == "distributed" and said in ("True", "False") and asserted not in (
+        None, said == "True"):  # fmt: skip
+        reasons["remove_redundancy"] = f"no effect, {found.one} says {said}, which counts"
+    form = "safetensors" if found.one and is_safetensors(found.one) else "ckpt"
+    if found.key == "pretrained_model_dir" and check.config.load_ckpt_format not in (None, form):
+        reasons["load_ckpt_format"] = (
+            f"no effect, load_checkpoint is empty, and {found.path} holds "
+            f"{'files of torch' if form == 'ckpt' else form}"
+        )
+    return reasons
 
 
 def _lines(check: Check, reasons: dict[str, str]) -> list[str]:

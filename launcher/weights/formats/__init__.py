@@ -12,6 +12,7 @@ from pathlib import Path
 
 from launcher.errors import UserError
 from launcher.weights.formats import safetensors, torch_pickle
+from launcher.weights.formats.placeholders import refuse_placeholder
 from launcher.weights.formats.safetensors import ZIP, Header
 
 _OLD_TORCH = b"\x80\x02\x8a\x0al\xfc\x9cF"
@@ -34,6 +35,7 @@ def header_of(path: Path) -> Header:
     if start.startswith(ZIP):
         return torch_pickle.read_header(path)
     if int.from_bytes(start, "little") > file_bytes:
+        refuse_placeholder(path)
         _refuse_known(path, start)
     return safetensors.read_header(path)
 

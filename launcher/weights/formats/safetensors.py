@@ -22,6 +22,7 @@ import xxhash
 
 from launcher.errors import UserError
 from launcher.layout.box import Shape
+from launcher.weights.formats.placeholders import refuse_placeholder
 
 ITEM_BYTES = {
     "F64": 8, "I64": 8, "U64": 8, "C64": 8,
@@ -94,6 +95,7 @@ def read_header(path: Path) -> Header:
                 )
             length = int.from_bytes(prefix, "little")
             if len(prefix) < 8 or length > min(MAX_HEADER_BYTES, found.st_size - 8):
+                refuse_placeholder(path)
                 claim = f"its header claims {length}" if len(prefix) == 8 else "a header has 8"
                 raise _broken(path, f"it has {found.st_size} bytes and {claim}")
             raw = file.read(length)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.errors import UserError
+from launcher.weights.complete import choose
 from launcher.weights.formats import header_of
 from launcher.weights.formats.note import read_note
 from launcher.weights.ranks.manifests import (
@@ -25,9 +26,19 @@ from launcher.weights.ranks.manifests import (
     text_of_elsewhere,
 )
 from launcher.weights.ranks.rank_folders import Save, save_of, saves, weight_files
-from launcher.weights.ranks.saves import manifest_of, open_save, optimizer_files
+from launcher.weights.ranks.saves import check_exists, manifest_of, open_save, optimizer_files
 from launcher.weights.reading.checksums import file_faults
-from launcher.weights.source import INDEX_NAMES, detect, is_rank_folder, open_complete, read_index
+from launcher.weights.source import (
+    INDEX_NAMES,
+    Source,
+    check_one_kind,
+    detect,
+    is_rank_folder,
+    open_complete,
+    rank_of,
+    read_index,
+    weights_below,
+)
 
 _UNFINISHED = (".", ".json.tmp")
 """Prefix and suffix of the file that stands in place of a manifest while a save is written."""
@@ -102,8 +113,11 @@ def verify(
         raise UserError(
             f"{root} holds no weights" if os.path.exists(root) else f"{root}: no such path",
             rule="a file of weights, a folder of them or a folder of rank folders is needed",
+            nearest=weights_below(root),
             advice="Give the folder of the weights, such as {output_dir}/checkpoint",
         )
+    check_exists(strategy)
+    check_one_kind(root)
     if root.is_file():
         _lone_file(root, kind, findings)
     elif is_rank_folder(root):
@@ -122,7 +136,7 @@ def _lone_file(file: Path, kind: str, findings: _Findings) -> None:
     """A file by itself; of a rank file also what its manifest says."""
     record, of = None, ""
     if kind == "distributed":
-        label, rank = save_of(file).label, file.parent.name[5:]
+        label, rank = save_of(file).label, rank_of(file.parent)
         records = manifest_of(file.parent.parent, label) or {}
         record, of = records.get(f"{file.parent.name}/{file.name}"), f"rank {rank}: "
     findings.file(file, record, of)
@@ -194,14 +208,27 @@ def _complete(root: Path, findings: _Findings) -> None:
     """Complete weights: every file, and what the index says of them."""
     index = next((root / name for name in INDEX_NAMES if (root / name).is_file()), None)
     try:
-        files = list(open_complete(root).headers)
+        source = open_complete(root)
     except UserError as error:
         findings.faults.append(str(error))
         files = _files_of(root, index)
+    else:
+        files = list(source.headers)
+        index = choose(root).taken.index
+        _remark(source, findings)
     files += [file for file in optimizer_files(root) if file not in files]
     whole = [file for file in files if findings.file(file)]
     if index is not None:
         findings.faults += _strays(index, whole)
+
+
+def _remark(source: Source, findings: _Findings) -> None:
+    """What was passed over, and what may be missing: only the model says whether it is."""
+    findings.remarks += source.remarks
+    findings.remarks += [
+        f"{file} lacks `{name}`, which the index lists: a model that ties or derives it does "
+        "without" for name, file in sorted(source.promised.items())
+    ]  # fmt: skip
 
 
 def _files_of(root: Path, index: Path | None) -> list[Path]:

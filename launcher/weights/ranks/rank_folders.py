@@ -54,8 +54,15 @@ def rank_folders(root: Path) -> dict[int, Path]:
     found = {}
     for child in listed(root):
         rank = rank_of(child)
-        if rank is not None and child.is_dir():
-            found[rank] = child
+        if rank is None or not child.is_dir():
+            continue
+        if rank in found:
+            raise UserError(
+                f"{root} holds {found[rank].name}/ and {child.name}/",
+                rule="a rank has one folder",
+                advice="Move one of them into another folder",
+            )
+        found[rank] = child
     return dict(sorted(found.items()))
 
 

@@ -8,6 +8,7 @@ Invariant: what is opened is one save of one run.
 from __future__ import annotations
 
 import glob
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from importlib import import_module
@@ -28,7 +29,13 @@ from launcher.weights.ranks.rank_folders import (
     weight_files,
 )
 from launcher.weights.ranks.strategies import read_strategy
-from launcher.weights.source import Source, detect, open_complete
+from launcher.weights.source import (
+    Source,
+    check_one_kind,
+    detect,
+    open_complete,
+    weights_below,
+)
 
 MODEL_FOLDER = "model"
 """Beside the rank folders: for each run, config.json and the tokenizer."""
@@ -101,6 +108,7 @@ def open_save(
     `strategy`: the strategy files that rank files of MindSpore need; left out, those in `strategy/`
     beside `directory` are taken. Raises `UserError`, also when the files are of two saves.
     """
+    check_exists(strategy)
     if describes_itself(files[0]):
         if strategy is not None:
             say(f"{strategy}: not needed, the rank files say themselves how they are cut")
@@ -118,6 +126,19 @@ def open_save(
     for remark in source.remarks:
         say(remark)
     return source
+
+
+def check_exists(strategy: Path | None) -> None:
+    """Check that strategy files are where they are said to be, also where none are needed."""
+    if strategy is not None and not os.path.exists(strategy):
+        raise UserError(
+            f"{strategy}: there is no such path",
+            rule="strategy files are looked for there (--src_strategy_dirs)",
+            nearest=f"did you mean `{beside}`?"
+            if (beside := strategy.parent / STRATEGY_FOLDER).is_dir() else "",
+            advice="Name a strategy file, a merged one or the folder of them; rank files of ours "
+            "need none",
+        )  # fmt: skip
 
 
 def describes_itself(file: Path) -> bool:
@@ -202,10 +223,17 @@ def open_any(
         raise UserError(
             f"{path} holds no weights" if path.exists() else f"{path}: there is no such path",
             rule="a file of weights, a folder of them or a folder of rank folders is needed",
+            nearest=weights_below(path),
             advice="Give the folder of the weights, such as {output_dir}/checkpoint",
         )
+    check_exists(strategy)
     if kind != "distributed":
-        return _with_optimizer(open_complete(path))
+        source = open_complete(path)
+        unused = f"{strategy}: not needed, {path} holds complete weights"
+        for remark in (*source.remarks, *([unused] if strategy is not None else [])):
+            say(remark)
+        return _with_optimizer(source)
+    check_one_kind(path)
     if path.is_file():
         return open_save(path.parent.parent, save_of(path).in_rank_order, strategy, say)
     if suffix is not None:

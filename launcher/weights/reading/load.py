@@ -21,7 +21,7 @@ from launcher.weights.reading.read import Fill, fill
 from launcher.weights.reading.recheck import check_read
 from launcher.weights.reading.sight import check_seen
 from launcher.weights.scales import check_idle, scales_of
-from launcher.weights.source import OPTIMIZER_PREFIXES, Source
+from launcher.weights.source import OPTIMIZER_PREFIXES, Source, check_promised
 
 ROWS_SHOWN = 20
 
@@ -76,6 +76,7 @@ def load(
     missing = [name for name in expected if name not in found]
     extra = [name for name in unknown if not leave(name)]
     check_idle(source, unknown)
+    check_promised(source.promised, frozenset(missing).__contains__)
     unfit = _unfit(source, expected, targets, found)
     if unfit or (strict and (missing or extra)):
         raise _differences(expected, source, missing, extra, unfit)

@@ -1,0 +1,320 @@
+"""Complete weights in a folder: which files they are, where a folder may hold more than one set.
+
+Owns that choice, for every reader: the check of a configuration, the ranks of a run and the tools
+take the same files. It is that of `from_pretrained` of transformers:
+
+    model.safetensors  >  model.safetensors.index.json  >  pytorch_model.bin  >  its index
+
+What was passed over is said. Where two sets are left and neither transformers nor an index decides,
+or where they are of two models, nothing is taken. A set whose files are gone does not count.
+Invariant: the files of a choice are one set, and each of them is there.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from launcher.errors import UserError
+from launcher.weights.formats import header_of
+from launcher.weights.formats.placeholders import unfinished_download
+from launcher.weights.indexes import (
+    INDEX_NAME,
+    MINDSPORE_INDEX_NAME,
+    TORCH_INDEX_NAME,
+    read_index,
+)
+from launcher.weights.obsolete import has_obsolete_name
+from launcher.weights.threads import in_parallel
+
+SINGLE_NAME = "model.safetensors"
+TORCH_SINGLE_NAME = "pytorch_model.bin"
+MINDSPORE_EXTRAS = "hyper_param.safetensors"
+"""Beside MindSpore's complete weights: step, epoch and whatever else was not cut."""
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
+"""Extensions of files of weights, the format to be read by preference first."""
+_NO_WEIGHTS = re.compile(
+    r"training_args\.bin|(optimizer|scheduler|sampler)(_\d+)?\.(pt|bin)|rng_state(_\d+)?\.pth"
+)
+"""Files of torch beside weights that have none in them."""
+_NO_SETS = re.compile(r"(adapter_model|consolidated|optimizer-\d|hyper_param\.safetensors$)")
+"""Begins the names of files that are no set where there is another file: an adapter, weights under
+the names of Meta or Mistral, optimizer state, and the extras of MindSpore."""
+_MODEL = r"(?:pytorch_)?model"
+_SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<total>\d{5})(?P<end>.*)")
+_VARIANT = re.compile(rf"{_MODEL}\.(\w+)(-\d{{5}}-of-\d{{5}})?\.\w+|"
+                      rf"{_MODEL}-\d{{5}}-of-\d{{5}}\.(\w+)\.\w+")  # fmt: skip
+"""`model.fp16.safetensors`, `model.fp16-00001-of-00002.safetensors`: the `variant` of
+transformers."""
+_HEAD = re.compile(
+    r"(.+\.)?(lm_head|lm_head\.decoder|embed_out|output_projection|cls\.predictions\.decoder|"
+    r"generator_lm_head|lm_loss|proj_out|pred_layer\.proj)\.(weight|bias)|"
+    r"(output|head|decoder)\.weight"
+)
+"""What the models of transformers that may be tied call the matrix before the logits."""
+_META_FOLDER = "original"
+"""Where repositories of Meta have the weights under its own names."""
+HEADER_READERS = 8
+MOST_SHARDS = 10_000
+SHOWN = 5
+"""Names in a message."""
+Form = Literal["whole", "index", "mindspore", "loose"]
+
+
+@dataclass(frozen=True)
+class WeightSet:
+    """Files that together are complete weights, or were."""
+
+    label: str
+    """What messages call it."""
+    form: Form
+    folder: Path
+    files: Mapping[Path, set[str] | None]
+    """Each with the tensors it should hold; None: nobody says."""
+    index: Path | None = None
+
+    @property
+    def missing(self) -> list[str]:
+        """Names of its files that are not there."""
+        return sorted(file.name for file in self.files if not os.path.lexists(file))
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether none of its files is there."""
+        return bool(self.files) and len(self.missing) == len(self.files)
+
+    @property
+    def is_shards(self) -> bool:
+        """Whether it is shards by the names of its files."""
+        return all(_SHARD.fullmatch(file.name) for file in self.files)
+
+    @property
+    def is_safetensors(self) -> bool:
+        """Whether its files are safetensors, by their names."""
+        return all(file.suffix == ".safetensors" for file in self.files)
+
+    def __str__(self) -> str:
+        if self.missing:
+            return f"{self.label} ({len(self.missing)} of its {len(self.files)} files are gone)"
+        return f"{self.label} ({len(self.files)} files)" if len(self.files) > 1 else self.label
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The set that is read, and what was passed over."""
+
+    taken: WeightSet
+    passed_over: tuple[str, ...] = ()
+
+    @property
+    def may_have_extras(self) -> bool:
+        """Whether MindSpore's extras may stand beside it."""
+        index = self.taken.index
+        return index is None or (index.parent / MINDSPORE_INDEX_NAME).is_file()
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """The line that says what is read and what is not; none where there was no choice."""
+        if not self.passed_over:
+            return ()
+        others = ", ".join(self.passed_over[:SHOWN])
+        more = len(self.passed_over) - SHOWN
+        return (
+            f"{self.taken.folder}: {self.taken} is read, as transformers does; passed over: "
+            f"{others}{f' and {more} more' if more > 0 else ''}",
+        )
+
+
+def choose(folder: Path) -> Choice:
+    """The complete weights in `folder`. Raises `UserError` where there are none, where files of
+    them are missing, and where nothing says which of two sets is meant.
+
+    Indexes are read; headers of files only where two sets are compared.
+    """
+    names = [child.name for child in listed(folder)]
+    weights = [name for name in names if is_weight_file(name)]
+    sets = _sets(folder, weights)
+    if not sets:
+        raise _nothing(folder, names)
+    named = [known for known in sets if known.form != "loose"] or sets
+    taken = next((known for known in named if not known.is_gone), named[0])
+    _check_there(taken)
+    others = [known for known in sets if known is not taken]
+    for other in others:
+        _check_decided(taken, other)
+    held = {file.name for known in sets for file in known.files} | {MINDSPORE_EXTRAS}
+    rest = [name for name in weights if name not in held and not name.startswith("optimizer-")]
+    if any((folder / _META_FOLDER).glob("consolidated*")):
+        rest.append(f"{_META_FOLDER}/")
+    return Choice(taken, (*map(str, others), *rest))
+
+
+def listed(folder: Path) -> list[Path]:
+    """What is in `folder`, by name. Raises `UserError` when it cannot be listed."""
+    try:
+        return sorted(folder.iterdir())
+    except OSError as error:
+        raise UserError(
+            f"{folder} cannot be listed: {error.strerror}", advice="Check the rights of the folder"
+        ) from error
+
+
+def is_weight_file(name: str) -> bool:
+    """Whether a file holds weights, by its name. Hidden ones are other programs' or unfinished."""
+    is_other = name.startswith(".") or _NO_WEIGHTS.fullmatch(name) is not None
+    return name.endswith(WEIGHT_SUFFIXES) and not is_other
+
+
+def may_be_left_out(name: str) -> bool:
+    """Whether the files of a model may do without a tensor, by its name: a buffer of older
+    versions, or a head, which may be tied to the embedding. The class of the model has the last
+    word, when it is built."""
+    return has_obsolete_name(name) or _HEAD.fullmatch(name) is not None
+
+
+def _sets(folder: Path, names: Sequence[str]) -> list[WeightSet]:
+    """All sets, in the order they are looked for: those that have a name or an index, as
+    transformers does, then those that only the names of files make."""
+    known = _distinct([
+        *_whole(folder, SINGLE_NAME),
+        *_indexed(folder, INDEX_NAME, "index"),
+        *_indexed(folder, MINDSPORE_INDEX_NAME, "mindspore"),
+    ])  # fmt: skip
+    if all(one.is_gone for one in known):
+        torch = [*_whole(folder, TORCH_SINGLE_NAME), *_indexed(folder, TORCH_INDEX_NAME, "index")]
+        known += _distinct(torch)
+    held = {file.name for one in known for file in one.files}
+    others = [name for name in names if name not in held]
+    loose = [_loose(folder, [name for name in others if name.endswith(suffix)])
+             for suffix in WEIGHT_SUFFIXES]  # fmt: skip
+    if not known:
+        return next(filter(None, loose), [])
+    return known + [one for group in loose for one in group if one.is_shards]
+
+
+def _whole(folder: Path, name: str) -> Iterator[WeightSet]:
+    if os.path.lexists(folder / name):
+        yield WeightSet(name, "whole", folder, {folder / name: None})
+
+
+def _indexed(folder: Path, name: str, form: Form) -> Iterator[WeightSet]:
+    """The set that an index describes. Raises `UserError` for one that cannot be read."""
+    index = folder / name
+    if os.path.isfile(index):
+        names: dict[str, set[str]] = {}
+        for tensor, file in read_index(index).items():
+            names.setdefault(file, set()).add(tensor)
+        yield WeightSet(name, form, folder, {folder / file: names[file] for file in names}, index)
+
+
+def _loose(folder: Path, names: Sequence[str]) -> list[WeightSet]:
+    """Sets by the names of files alone: shards that count up to one total are a set, and so are all
+    files whose names say nothing. A variant is one where there is nothing but variants."""
+    found = [name for name in names if not _NO_SETS.match(name)] or list(names)
+    found = [name for name in found if re.match(_MODEL, name)] or found
+    found = [name for name in found if not _VARIANT.fullmatch(name)] or found
+    groups: dict[str, list[str]] = {}
+    for name in found:
+        match = _SHARD.fullmatch(name)
+        single = name if _VARIANT.fullmatch(name) else ""
+        label = f"{match['stem']}-*-of-{match['total']}{match['end']}" if match else single
+        groups.setdefault(label, []).append(name)
+    return [
+        WeightSet(label or group[0], "loose", folder,
+                  dict.fromkeys(folder / name for name in _with_missing(group)))
+        for label, group in groups.items()
+    ]  # fmt: skip
+
+
+def _with_missing(group: Sequence[str]) -> list[str]:
+    """The names of shards, also of those that are not there."""
+    match = _SHARD.fullmatch(group[0])
+    total = int(match["total"]) if match else 0
+    if match is None or total > MOST_SHARDS:
+        return list(group)
+    every = [f"{match['stem']}-{number:05d}-of-{match['total']}{match['end']}"
+             for number in range(1, total + 1)]  # fmt: skip
+    return [*every, *(name for name in group if name not in every)]
+
+
+def _distinct(sets: Sequence[WeightSet]) -> list[WeightSet]:
+    """`sets` without those that are part of another one: a whole file that an index names, and an
+    index of the same files."""
+    kept: list[WeightSet] = []
+    for one in sorted(sets, key=lambda one: one.index is None):
+        if not any(one.files.keys() <= other.files.keys() for other in kept):
+            kept.append(one)
+    return [one for one in sets if one in kept]
+
+
+def _check_there(taken: WeightSet) -> None:
+    """Check that all files of a set are there. Raises `UserError`."""
+    missing = taken.missing
+    if not missing:
+        return
+    what = f"{len(missing)} file" + "s" * (len(missing) > 1)
+    shown = ", ".join(missing[:SHOWN])
+    raise UserError(
+        f"{taken.index} names {what} that cannot be found: {shown}" if taken.index else
+        f"{taken.folder} lacks {what} of {taken.label}: {shown}",
+        rule="all files of an index lie beside it" if taken.index else
+        f"the names of the others say that there are {len(taken.files)}",
+        nearest=unfinished_download(taken.folder, missing),
+        advice="Copy the missing files beside the index" if taken.index else
+        "Copy the missing files beside the others",
+    )  # fmt: skip
+
+
+def _check_decided(taken: WeightSet, other: WeightSet) -> None:
+    """Check that something decides for `taken` and against `other`. Raises `UserError`."""
+    if other.missing or taken.is_safetensors != other.is_safetensors:
+        return
+    difference = ""
+    if other.form == "loose" and (taken.index is not None or not other.is_shards):
+        return  # files that a folder has beside what its index, or the name of a whole file, means
+    if taken.form == "whole" and taken.is_safetensors and other.form != "mindspore":
+        difference = _difference(taken, other)
+        if not difference:
+            return
+    raise UserError(
+        f"{taken.folder} holds two sets of weights: {taken} and {other}",
+        rule="a folder holds the weights of one model once, and nothing says which of them is meant"
+        + (f": {difference}" if difference else ""),
+        advice="Move the files of one of them into another folder",
+    )
+
+
+def _difference(taken: WeightSet, other: WeightSet) -> str:
+    """A tensor that shows that two sets are of two models; empty where they may be of one, and
+    where `other` cannot be read. Raises `UserError` when `taken` cannot."""
+    try:
+        passed_over = _shapes(other)
+    except UserError:
+        return ""
+    shapes = _shapes(taken)
+    for name in sorted(shapes.keys() & passed_over.keys()):
+        if shapes[name] != passed_over[name]:
+            return f"`{name}` is {list(shapes[name])} in one, {list(passed_over[name])} in another"
+    alone = (name for name in sorted(shapes.keys() ^ passed_over.keys())
+             if not may_be_left_out(name))  # fmt: skip
+    name = next(alone, "")
+    return f"`{name}` is in one of them alone" if name else ""
+
+
+def _shapes(known: WeightSet) -> dict[str, tuple[int, ...]]:
+    headers = in_parallel(header_of, list(known.files), HEADER_READERS)
+    return {name: entry.shape for header in headers for name, entry in header.entries.items()}
+
+
+def _nothing(folder: Path, names: Sequence[str]) -> UserError:
+    more = " ..." * (len(names) > 8)
+    return UserError(
+        f"{folder} holds no weights",
+        rule="complete weights are *.safetensors, or files of torch (*.bin, *.pt, *.ckpt)",
+        nearest=unfinished_download(folder),
+        advice=f"It holds: {', '.join(names[:8]) + more or 'nothing'}",
+    )

@@ -1,0 +1,52 @@
+"""Indexes: the JSON file beside several files of weights that says which tensor is in which.
+
+Owns the three forms there are (safetensors and torch of Hugging Face, MindSpore) and their names.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from launcher.errors import UserError
+from launcher.weights.formats.placeholders import placeholder
+from launcher.weights.formats.safetensors import parse_json
+
+INDEX_NAME = "model.safetensors.index.json"
+TORCH_INDEX_NAME = "pytorch_model.bin.index.json"
+MINDSPORE_INDEX_NAME = "param_name_map.json"
+INDEX_NAMES = (INDEX_NAME, MINDSPORE_INDEX_NAME, TORCH_INDEX_NAME)
+LARGEST_INDEX = 1 << 28
+
+
+def read_index(index: Path) -> dict[str, str]:
+    """Tensor to file name, as an index of Hugging Face, torch or MindSpore says. Raises
+    `UserError`."""
+    try:
+        if index.stat().st_size > LARGEST_INDEX:
+            raise ValueError(f"it has more than {LARGEST_INDEX >> 20} MiB")
+        content: Any = parse_json(index.read_bytes().decode())
+        if index.name == MINDSPORE_INDEX_NAME and "weight_map" not in content:
+            content = {"weight_map": content}  # MindSpore also reads a flat map
+        weight_map = content["weight_map"]
+        named = set[str]()
+        for name, file in weight_map.items():
+            if not isinstance(file, str) or not (file in named or _is_file_name(file)):
+                raise ValueError(f"`{name}` is in {file!r}, which is no name of a file beside it")
+            named.add(file)
+    except OSError as error:
+        raise UserError(f"{index} cannot be read: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        if found := placeholder(index, is_text=True):
+            raise UserError(found) from error
+        why = str(error)[:300] if isinstance(error, ValueError) else type(error).__name__
+        raise UserError(
+            f"{index} is not an index of weights",
+            rule=f"it needs a map named `weight_map` from tensor to file ({why})",
+            advice="Copy it again from its origin",
+        ) from error
+    return dict(weight_map)
+
+
+def _is_file_name(name: str) -> bool:
+    return Path(name).name == name not in ("", "..") and len(name.encode()) < 256
