@@ -156,7 +156,7 @@ class CheckpointMonitor:
                 root / folder,
                 self.config.prefix,
                 counter,
-                self.config.keep_checkpoint_max,
+                self.config.keep_checkpoint_max or 0,
                 run.inputs,
                 inventory_of(self._shapes(run, folder)),
                 self.config.keep_checkpoint_per_n_minutes,

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
-from importlib import import_module
 from pathlib import Path
 
 from launcher.checkpoint.folder import Folder, see
@@ -34,7 +32,7 @@ from launcher.parallel.world import World
 from launcher.weights.ranks.distributed import check_copies, open_rank_files
 from launcher.weights.ranks.manifests import MANIFEST_FOLDER
 from launcher.weights.ranks.rank_folders import newest, save_of
-from launcher.weights.ranks.saves import describes_itself, strategy_of
+from launcher.weights.ranks.saves import describes_itself, mindspore_opener
 from launcher.weights.source import (
     Kind,
     Source,
@@ -82,7 +80,7 @@ def open_weights(path: Path, world: World, say: Say, *, strategy: str = "") -> S
         candidate, source = newest_whole(candidates, world, say, data=False, disks=folder.disks)
         say(f"{path}: checkpoint {candidate.name}")
         return source
-    elif any(root.glob("rank_*/*.safetensors")) and is_unfinished(root, folder.begun):
+    elif any(root.glob("rank*/*.safetensors")) and is_unfinished(root, folder.begun):
         raise UserError(
             f"{path} holds rank folders, but no checkpoint that was finished",
             rule="a save counts when the files of all ranks are written",
@@ -92,8 +90,7 @@ def open_weights(path: Path, world: World, say: Say, *, strategy: str = "") -> S
 
 
 def open_complete_weights(path: Path, say: Say) -> Source:
-    """The complete weights at `path`; says which other sets were passed over. Raises `UserError`.
-    """
+    """The complete weights at `path`; says which others were passed over. Raises `UserError`."""
     source = open_complete(path)
     for remark in source.remarks:
         say(remark)
@@ -123,7 +120,7 @@ def _open_save(path: Path, folder: Folder, world: World, say: Say, strategy: str
     ours = _describe_themselves([file.path for file in files], world)
     open_files: OpenFiles = open_rank_files
     if not ours:
-        open_files = found_by_all(world, lambda: with_strategy(root, strategy))
+        open_files = found_by_all(world, lambda: with_strategy(root, strategy, say))
     disks = folder.disks if candidates and candidates[0].is_spread else ONE_DISK
     found = whole_source(root, files, world, open_files, data=False, disks=disks)
     if found.source is None:
@@ -152,14 +149,9 @@ def _describe_themselves(files: Sequence[Path], world: World) -> bool:
     raise UserError(next(problems for _, problems in answers if problems))
 
 
-def with_strategy(root: Path, strategy: str) -> OpenFiles:
+def with_strategy(root: Path, strategy: str, say: Say) -> OpenFiles:
     """Opens rank files of MindSpore by its strategy files, as `root` or `strategy` have them."""
-    known = strategy_of(root, Path(strategy) if strategy else None)
-    if known is None:
-        return open_rank_files  # which says what is missing
-    # By name: few runs read files of MindSpore.
-    opener = import_module("launcher.weights.ranks.mindspore").open_mindspore_ranks
-    return partial(opener, strategy=known)
+    return mindspore_opener(root, Path(strategy) if strategy else None, say)
 
 
 def check_unpublished(source: Source, world: World) -> None:

@@ -35,7 +35,7 @@ from launcher.weights.ranks.distributed import open_rank_files
 from launcher.weights.ranks.manifests import MANIFEST_FOLDER
 from launcher.weights.ranks.rank_folders import Save, rank_folders, saves
 from launcher.weights.ranks.saves import describes_itself
-from launcher.weights.source import Source
+from launcher.weights.source import Source, rank_of
 
 
 def unpublished(root: Path) -> list[Save]:
@@ -108,7 +108,7 @@ def newest_complete(
     newest: tuple[Problem, ...] = ()
     for save in reversed(candidates):
         files = [RankFile(file) for file in save.in_rank_order]
-        found = _checked(whole_source(root, files, world, _opener(strategy)), world)
+        found = _checked(whole_source(root, files, world, _opener(strategy, say)), world)
         if found.source is not None:
             return save, found.source
         problems = found.error.problems if found.error else ()
@@ -126,12 +126,13 @@ def newest_complete(
     ])  # fmt: skip
 
 
-def _opener(strategy: str) -> OpenFiles:
+def _opener(strategy: str, say: Say) -> OpenFiles:
     """Opens rank files of either kind. Strategy files are read where they are needed."""
 
     def open_files(root: Path, files: Sequence[Path]) -> Source:
-        ours = describes_itself(files[0])
-        return open_rank_files(root, files) if ours else with_strategy(root, strategy)(root, files)
+        if describes_itself(files[0]):
+            return open_rank_files(root, files)
+        return with_strategy(root, strategy, say)(root, files)
 
     return open_files
 
@@ -140,8 +141,8 @@ def _checked(found: Found, world: World) -> Found:
     """`found` without its source where a rank has no whole file, or ranks are of two runs."""
     if found.source is None:
         return found
-    held = {file.parent.name for file in found.source.headers}
-    lost = [rank for rank in range(found.source.world_size) if f"rank_{rank}" not in held]
+    held = {rank_of(file.parent) for file in found.source.headers}
+    lost = [rank for rank in range(found.source.world_size) if rank not in held]
     try:
         if lost:
             raise _incomplete(found.source, lost)

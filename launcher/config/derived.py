@@ -15,6 +15,7 @@ from launcher.environment import process_environment
 from launcher.errors import UserError
 from launcher.json_text import NotJson, line_and_column, parse
 from launcher.layout.mesh import Mesh, training_mesh
+from launcher.weights.formats.placeholders import placeholder
 
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt"),
@@ -193,6 +194,8 @@ def read_json_object(path: Path) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
         content = parse(text)
     except NotJson as error:
+        if found := placeholder(path, is_text=True):
+            raise UserError(found) from None
         line = "" if error.position is None else f":{line_and_column(text, error.position)[0]}"
         raise UserError(
             f"this is not valid JSON: {error.reason}",

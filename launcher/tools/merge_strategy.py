@@ -53,7 +53,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _merge(options: argparse.Namespace, console: Console) -> int:
     from launcher.weights.ranks.strategies import merge_pipeline_strategys
 
-    merged = merge_pipeline_strategys(options.source, options.target, overwrite=options.overwrite)
+    merged = merge_pipeline_strategys(
+        options.source, options.target, overwrite=options.overwrite, say=console.say
+    )
     stages = len(merged.by_stage())
     console.say(
         f"{options.target}: {len(merged.layouts)} parameters of {stages} pipeline "

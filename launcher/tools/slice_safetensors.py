@@ -73,7 +73,7 @@ def _slice(options: argparse.Namespace, console: Console) -> int:
 
         layout = configured_layout(options.config, source)
     else:
-        layout = StrategyLayout(read_strategy(options.predict_strategy), source)
+        layout = StrategyLayout(read_strategy(options.predict_strategy, console.say), source)
     sliced = slice_weights(
         source,
         layout,

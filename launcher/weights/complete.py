@@ -111,12 +111,6 @@ class Choice:
     passed_over: tuple[str, ...] = ()
 
     @property
-    def may_have_extras(self) -> bool:
-        """Whether MindSpore's extras may stand beside it."""
-        index = self.taken.index
-        return index is None or (index.parent / MINDSPORE_INDEX_NAME).is_file()
-
-    @property
     def remarks(self) -> tuple[str, ...]:
         """The line that says what is read and what is not; none where there was no choice."""
         if not self.passed_over:

@@ -22,7 +22,6 @@ from launcher.weights.complete import (
     HEADER_READERS,
     MINDSPORE_EXTRAS,
     WEIGHT_SUFFIXES,
-    Choice,
     choose,
     is_weight_file,
     listed,
@@ -201,14 +200,13 @@ def open_complete(path: Path) -> Source:
         return _complete("single", path, {path: None})
     choice = choose(path)
     source = _complete("complete", path, choice.taken.files)
-    return _with_extras(replace(source, remarks=choice.remarks), choice)
+    return _with_extras(replace(source, remarks=choice.remarks))
 
 
-def _with_extras(source: Source, choice: Choice) -> Source:
-    """`source` with what MindSpore put beside its complete weights."""
+def _with_extras(source: Source) -> Source:
+    """`source` with what MindSpore, or a merge of its files, put beside complete weights."""
     file = source.path / MINDSPORE_EXTRAS
-    is_there = choice.may_have_extras and file not in source.headers and os.path.isfile(file)
-    if not is_there:
+    if file in source.headers or not os.path.isfile(file):
         return source
     header = header_of(file)
     extras = {name: _pieces(file, entry) for name, entry in header.entries.items()

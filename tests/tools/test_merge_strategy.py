@@ -194,12 +194,47 @@ def test_a_file_without_content(source: Path, target: Path, capsys) -> None:
         assert f"{source}/z.ckpt: {what}: the first operator says which pipeline stage" in error
 
 
-def test_a_merged_file_among_them(source: Path, tmp_path: Path, target: Path, capsys) -> None:
-    merge_pipeline_strategys(source, tmp_path / "merged.ckpt")
-    (tmp_path / "merged.ckpt").rename(source / "merged.ckpt")
-    error = said(source, target, capsys)
-    assert f"{source}/merged.ckpt: names a parameter 0-w0" in error
-    assert "It is a merged file. Move it away." in error
+MERGED_NAME = "merged_ckpt_strategy.ckpt"
+"""As MindFormers leaves it among the files it was merged from."""
+
+
+@pytest.mark.parametrize("suffix", [".ckpt", ".json"])
+def test_a_merged_file_among_them_is_left_out(
+    source: Path, tmp_path: Path, target: Path, capsys, suffix: str
+) -> None:
+    """One of another run too: the other files count, as the original replaces it."""
+    if suffix == ".json":
+        for file in sorted(source.iterdir()):
+            (source / f"{file.stem}.json").write_bytes(serialise_json(read_strategy(file)))
+            file.unlink()
+    expected = read_folder(source)
+    stale = Strategy(expected.operators, (("0-w0", WHOLE), ("1-w1", CUT)), MERGED)
+    for merged in (expected, stale):
+        written = serialise_json(merged) if suffix == ".json" else serialise(merged)
+        (source / MERGED_NAME).with_suffix(suffix).write_bytes(written)
+        assert main(["--src", str(source), "--dst", str(target), "--overwrite"]) == 0
+        place = (source / MERGED_NAME).with_suffix(suffix)
+        assert f"{place}: left out, 2 strategy files beside it" in capsys.readouterr().out
+        assert read_strategy(target) == read_folder(source) == expected
+
+
+def test_a_merged_file_alone_or_with_more_stages_is_used(source: Path, capsys) -> None:
+    """The files of one machine, and what was merged of all."""
+    expected = read_folder(source)
+    (source / MERGED_NAME).write_bytes(serialise(expected))
+    for rank in range(4, 8):
+        (source / NAME.format(rank)).unlink()
+    said: list[str] = []
+    assert read_folder(source, said.append) == expected
+    assert said == [f"{source / MERGED_NAME}: used, it has the stages of the other strategy files "
+                    "and more"]  # fmt: skip
+    for rank in range(4):
+        (source / NAME.format(rank)).unlink()
+    assert read_folder(source, said.append) == expected
+    assert len(said) == 1
+    (source / "older.ckpt").write_bytes(serialise(Strategy((), (("0-w0", WHOLE),), MERGED)))
+    with pytest.raises(UserError, match="holds two merged files that differ"):
+        read_folder(source)
 
 
 def test_a_hyphen_in_a_name(source: Path, target: Path, capsys) -> None:

@@ -126,17 +126,18 @@ def test_what_another_process_writes_is_left_to_it(ranks: Path, capsys) -> None:
     assert not scratch.exists()
 
 
-def test_redundancy_is_an_assertion_about_the_files(tmp_path: Path, ranks: Path, capsys) -> None:
-    error = refused(ranks, capsys, "--has_redundancy", "False")
-    assert "has_redundancy = False: the files say remove_redundancy = False" in error
+def test_the_files_say_whether_copies_were_left_out(tmp_path: Path, ranks: Path, capsys) -> None:
+    assert merge(ranks, "--has_redundancy", "False") == 0
+    said = capsys.readouterr().out
+    assert "has_redundancy = False: no effect, the files say remove_redundancy = False" in said
     bare = tmp_path / "bare"
     holders = {name: index % 2 for index, name in enumerate(tensors())}
     save(bare, tensors(), Mesh(dp_replicate=2), holders=holders)
-    assert "the files say remove_redundancy = True" in refused(
-        bare, capsys, "--has_redundancy", "true"
-    )
-    assert merge(bare, "--has_redundancy", "False") == 0
+    assert merge(bare, "--has_redundancy", "true", "--overwrite") == 0
+    assert "the files say remove_redundancy = True, which counts" in capsys.readouterr().out
     assert same(content(tmp_path / "out"), tensors())
+    assert merge(bare, "--has_redundancy", "False", "--overwrite") == 0
+    assert "no effect" not in capsys.readouterr().out
 
 
 def test_a_lost_rank_is_said_and_its_copies_are_read(ranks: Path, capsys) -> None:

@@ -70,8 +70,6 @@ def _error_of(function: Callable[[Path], object], path: Path) -> UserError | Non
     return None
 
 
-
-
 def _is_own_output(check: Check, path: Path) -> bool:
     """A run that always resumes names the checkpoints it is going to write."""
     if check.config.resume_training is not True:

@@ -56,8 +56,9 @@ class CheckpointMonitorSection:
     """Root of the checkpoints. Left out: output_dir."""
     save_checkpoint_steps: int | None = effective(1, minimum=0)
     """Optimizer steps between two checkpoints; 0: save_checkpoint_seconds decides."""
-    keep_checkpoint_max: int = effective(5, minimum=0)
-    """Checkpoints kept, the newest ones; 0: all, or what keep_checkpoint_per_n_minutes says."""
+    keep_checkpoint_max: int | None = effective(5, minimum=0)
+    """Checkpoints kept, the newest ones; 0 or null: all, or what keep_checkpoint_per_n_minutes
+    says."""
     save_network_params: bool = False
     """Also write the weights alone, without optimizer state."""
     save_optimizer: bool = True

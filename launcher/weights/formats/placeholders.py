@@ -49,6 +49,15 @@ def refuse_placeholder(path: Path) -> None:
         raise UserError(found)
 
 
+def is_pointer(path: Path) -> bool:
+    """Whether a file is a git-lfs pointer: the question where any content is possible."""
+    try:
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+            return file.read(len(_POINTER)) == _POINTER
+    except OSError:
+        return False
+
+
 def _recognised(path: Path, start: bytes, size: int, is_text: bool) -> Problem | None:
     if not size:
         return Problem(

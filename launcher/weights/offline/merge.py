@@ -50,8 +50,9 @@ def unified_safetensors(
     """Merge the save `*-{file_suffix}.safetensors` of the rank folders in `mindspore_ckpt_dir` into
     complete weights in `output_dir`. Names are those of the command of the same name.
 
-    `src_strategy_dirs` is needed for rank files of MindSpore alone. `has_redundancy` asserts that
-    the ranks hold every copy (True) or that copies were left out (False). `max_process_num` counts
+    `src_strategy_dirs` is needed for rank files of MindSpore alone. `has_redundancy` says that the
+    ranks hold every copy (True) or that copies were left out (False); where the files say it, that
+    counts. `max_process_num` counts
     threads. `dtype` (float32, bfloat16, float16) is what the weights are cast to; left out, they
     stay as they are. Raises `UserError`.
     """
@@ -96,7 +97,7 @@ def merge(
     """
     files = rank_files(directory, suffix)
     source = open_save(directory, files, strategy, say)
-    _check_redundancy(source, has_redundancy)
+    _note_redundancy(source, has_redundancy, say)
     with folder_aside(output_dir, directory, overwrite=overwrite) as folder:
         exported = write_complete(
             source,
@@ -123,20 +124,16 @@ def _note_dtype(config: Path, dtype: str) -> None:
         config.write_text(json.dumps({**content, "dtype": dtype}, indent=2, sort_keys=True) + "\n")
 
 
-def _check_redundancy(source: Source, asserted: bool | None) -> None:
-    """The files say whether copies were left out; where they do not, the user may be right."""
-    said = {header.metadata.get(REDUNDANCY) for header in source.headers.values()}
-    if asserted is None or said == {None}:
-        return
+def _note_redundancy(source: Source, asserted: bool | None, say: Say) -> None:
+    """Say that the files decide whether copies were left out, as they do for MindSpore, where they
+    contradict the user."""
+    marked = {header.metadata.get(REDUNDANCY) for header in source.headers.values()} != {None}
     found = not source.is_deduplicated
-    if found != asserted:
+    if asserted is not None and marked and found != asserted:
         meaning = "every rank holds all its copies" if found else "copies were left out"
-        raise UserError(
-            f"has_redundancy = {asserted}",
-            where=str(source.path),
-            rule=f"the files say {REDUNDANCY} = {not found}: {meaning}",
-            nearest=f"Possible: has_redundancy {found}",
-            advice="Leave it out: it is seen from the files",
+        say(
+            f"has_redundancy = {asserted}: no effect, the files say {REDUNDANCY} = {not found}, "
+            f"which counts: {meaning}"
         )
 
 

@@ -1,9 +1,9 @@
 """Slicing: complete weights, or those of another layout, become the rank files of a new layout.
 
 Owns what each rank's file gets, and what a strategy of MindSpore says about it. Torch-free.
-Invariants: every tensor of the source is in the new files; optimizer state is cut as its parameter;
-what the layout does not know is whole in the file of rank 0. What is no tensor of a model (the
-step, the epoch of MindSpore's files) is left out: rank files are loaded strictly.
+Invariants: every tensor of the source is in the new files, but for optimizer state where the layout
+has none; such state is cut as its parameter; what the layout does not know is whole in the file of
+rank 0. The step, the epoch and the like of MindSpore's files are in the file of every rank.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -23,7 +23,7 @@ from launcher.layout.strategy import Strategy
 from launcher.weights.formats.note import Note, inventory_of
 from launcher.weights.ranks.saves import DEFAULT_SUFFIX, MODEL_FOLDER, Say, open_any, silent
 from launcher.weights.ranks.strategies import read_strategy
-from launcher.weights.source import INDEX_NAMES, OPTIMIZER_PREFIXES, Source
+from launcher.weights.source import INDEX_NAMES, OPTIMIZER_PREFIXES, Source, is_scalar
 from launcher.weights.streaming.new_folder import folder_aside
 from launcher.weights.streaming.stream import WORKERS, Output, Progress, stream
 
@@ -45,6 +45,10 @@ class RankLayout(Protocol):
     @property
     def mesh(self) -> Mapping[str, int]:
         """Axis to size; empty where the layout does not say."""
+
+    @property
+    def has_optimizer(self) -> bool:
+        """Whether its ranks hold optimizer state."""
 
     def boxes(self, rank: int) -> Mapping[str, Box]:
         """Name in files to the box that `rank` holds of it. No optimizer state."""
@@ -76,6 +80,11 @@ class StrategyLayout:
     def world_size(self) -> int:
         """Number of ranks."""
         return sum(map(_ranks, self._stages))
+
+    @cached_property
+    def has_optimizer(self) -> bool:
+        """Whether the strategy lists optimizer state; that of a prediction does not."""
+        return any(name.startswith(OPTIMIZER_PREFIXES) for stage in self._stages for name in stage)
 
     def boxes(self, rank: int) -> dict[str, Box]:
         """Name to the box that `rank` holds. Raises `UserError` for one that cannot be cut so."""
@@ -163,6 +172,8 @@ def slice_weights(
             rule="rank files have no place for the factors of their blocks",
             advice="Load the complete weights themselves: they are sliced while they are read",
         )
+    if not layout.has_optimizer:
+        source = _without_optimizer(source, say)
     held = [_with_optimizer(source, layout.boxes(rank)) for rank in range(layout.world_size)]
     known = {name for boxes_of in held for name in boxes_of}
     if not known:
@@ -173,6 +184,7 @@ def slice_weights(
             advice="Give the strategy or the configuration of a run of this model",
         )
     _place_the_rest(source, held, known, say)
+    source = _with_scalars(source, held, say)
     with folder_aside(
         target, source.path, overwrite=overwrite, option="--dst_safetensors_dir"
     ) as folder:
@@ -183,6 +195,27 @@ def slice_weights(
         written = stream(source, outputs, progress, workers=workers)
         _copy_side_files(source.path, folder / MODEL_FOLDER / PREFIX)
     return Sliced(layout.world_size, len(source.tensors), written)
+
+
+def _without_optimizer(source: Source, say: Say) -> Source:
+    """The source for a layout that has no optimizer state, as MindSpore slices it too."""
+    kept = {n: p for n, p in source.tensors.items() if not n.startswith(OPTIMIZER_PREFIXES)}
+    left_out = len(source.tensors) - len(kept)
+    if left_out:
+        say(f"left out, the strategy has no optimizer state: {left_out} tensors adam_*")
+    return replace(source, tensors=kept)
+
+
+def _with_scalars(source: Source, held: Sequence[dict[str, Box]], say: Say) -> Source:
+    """The source with the scalars of MindSpore among its tensors, which every rank holds."""
+    scalars = {n: p for n, p in source.extras.items() if is_scalar(n, p[0].shape)}
+    others = sorted(source.extras.keys() - scalars.keys())
+    for own in held:
+        own.update({name: whole(pieces[0].shape) for name, pieces in scalars.items()})
+    if others:
+        more = " ..." * (len(others) > NAMED)
+        say(f"left out, nothing of the model: {', '.join(others[:NAMED])}{more}")
+    return replace(source, tensors={**source.tensors, **scalars}, extras={})
 
 
 def _with_optimizer(source: Source, weights: Mapping[str, Box]) -> dict[str, Box]:
@@ -205,8 +238,6 @@ def _place_the_rest(
             f"warning: the layout does not know {len(others)} of {len(source.tensors)} tensors, "
             f"such as {others[0]}: they are whole in the file of rank 0"
         )
-    if source.extras:
-        say(f"left out, nothing of the model: {', '.join(sorted(source.extras)[:NAMED])}")
 
 
 def _output(
@@ -214,7 +245,10 @@ def _output(
 ) -> Output:
     path = folder / f"rank_{rank}" / f"{PREFIX}_rank_{rank}-{suffix}.safetensors"
     places = {name: (source.shape(name), box) for name, box in own.items()}
-    whole = inventory_of({name: source.shape(name) for name in source.tensors})
+    whole = inventory_of({
+        name: source.shape(name) for name in source.tensors
+        if not is_scalar(name, source.shape(name))
+    })  # fmt: skip
     note = Note(layout.world_size, rank, dict(layout.mesh), places, inventory=whole)
     metadata = {"format": "pt", "remove_redundancy": "False"}
     return Output(path, {name: (name, box) for name, box in own.items()}, metadata, note)

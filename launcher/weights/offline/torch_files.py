@@ -18,6 +18,7 @@ from launcher.errors import UserError
 from launcher.weights.formats import header_of
 from launcher.weights.formats.torch_pickle import WEIGHT_KEYS, weight_key
 from launcher.weights.reading.memory import DTYPE_NAMES
+from launcher.weights.source import SCALARS
 
 _ZIP, _OLD_TORCH = b"PK\x03\x04", b"\x80\x02\x8a\x0al\xfc\x9cF"
 
@@ -25,7 +26,9 @@ _ZIP, _OLD_TORCH = b"PK\x03\x04", b"\x80\x02\x8a\x0al\xfc\x9cF"
 def weights_in(path: Path) -> tuple[dict[str, torch.Tensor], list[str]]:
     """(name to tensor, keys that are left out) of a file of torch. Raises `UserError`."""
     content, left_out = _loaded(path), list[str]()
+    scalars: dict[str, torch.Tensor] = {}
     while isinstance(content, Mapping):
+        scalars |= _scalars(content)
         inner = weight_key(path, content, _holds_tensors)
         if inner is None:
             break
@@ -41,7 +44,20 @@ def weights_in(path: Path) -> tuple[dict[str, torch.Tensor], list[str]]:
         )
     for name, tensor in tensors.items():
         _check_tensor(path, name, tensor)
-    return tensors, left_out + [str(key) for key in content if key not in tensors]
+    tensors = {**scalars, **tensors}
+    left_out += [str(key) for key in content if key not in tensors]
+    return tensors, [key for key in left_out if key not in scalars]
+
+
+def _scalars(content: Mapping[Any, Any]) -> dict[str, torch.Tensor]:
+    """The step, the epoch and the like beside weights, as MindSpore stores them in such a file:
+    whole numbers as int64, others as float32, of no dim."""
+    dtypes = {int: torch.int64, float: torch.float32}
+    return {
+        key: torch.tensor(content[key], dtype=dtypes[type(content[key])])
+        for key in SCALARS
+        if type(content.get(key)) in dtypes
+    }
 
 
 def _holds_tensors(content: Any) -> bool:

@@ -23,7 +23,7 @@ from launcher.weights.formats.note import Note, inventory_of, read_note
 from launcher.weights.formats.safetensors import Header, read_header
 from launcher.weights.pieces import Piece, Pieces
 from launcher.weights.reading.transfer import Files, read_exactly
-from launcher.weights.source import HEADER_READERS, Source
+from launcher.weights.source import HEADER_READERS, Source, is_scalar
 from launcher.weights.threads import in_parallel
 
 REDUNDANCY = "remove_redundancy"
@@ -72,10 +72,15 @@ def open_rank_files(
             )
         by_rank[note.rank] = file
     tensors: dict[str, list[Piece]] = {}
+    extras: dict[str, Pieces] = {}
     for file, header in headers.items():
         for name, entry in header.entries.items():
             shape, box = notes[file].places[name]
-            tensors.setdefault(name, []).append(Piece(file, entry, shape, box, notes[file].rank))
+            piece = Piece(file, entry, shape, box, notes[file].rank)
+            if is_scalar(name, shape):
+                extras.setdefault(name, Pieces([piece]))
+            else:
+                tensors.setdefault(name, []).append(piece)
     note = notes[first]
     absent = (rank for rank in range(note.world_size) if rank not in by_rank)
     lost = list(itertools.islice(absent, NAMED + 1))
@@ -84,6 +89,7 @@ def open_rank_files(
         note.mesh, note.world_size,
         checksums={file: note.checksums for file, note in notes.items() if note.checksums.values},
         is_deduplicated=any(h.metadata.get(REDUNDANCY) == "True" for h in headers.values()),
+        extras=extras,
     )  # fmt: skip
     check_whole(source, lost)
     if not lost:

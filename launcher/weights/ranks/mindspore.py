@@ -16,11 +16,12 @@ from pathlib import Path
 from launcher.errors import UserError
 from launcher.layout.box import whole
 from launcher.layout.strategy import Strategy
+from launcher.weights.formats import header_of
 from launcher.weights.formats.safetensors import Entry
 from launcher.weights.pieces import Piece, Pieces
 from launcher.weights.ranks.distributed import NAMED, REDUNDANCY, check_whole, without
 from launcher.weights.ranks.mindspore_run import ADVICE, Run, open_run
-from launcher.weights.source import GRADIENTS, OPTIMIZER_PREFIXES, Source
+from launcher.weights.source import GRADIENTS, OPTIMIZER_PREFIXES, Source, is_scalar
 
 COUNTERS = ("epoch_num", "step_num", "global_step")
 """What must be equal in all files of one save."""
@@ -59,6 +60,23 @@ def open_mindspore_ranks(path: Path, files: Sequence[Path], strategy: Strategy) 
     _check_whole(run, source, lost)
     _check_copies(run, tensors)
     return without(source, lost) if lost else source
+
+
+def open_single_rank(path: Path, files: Sequence[Path]) -> Source:
+    """The source made of the file of a run of one rank, which needs no strategy: nothing is cut.
+
+    Whether it is all of a model is seen when it is loaded. Raises `UserError`.
+    """
+    (file,) = files
+    header = header_of(file)
+    tensors: dict[str, Pieces] = {}
+    extras: dict[str, Pieces] = {}
+    for name, entry in header.entries.items():
+        if not any(part in name for part in PASSING):
+            kept = extras if is_scalar(name, entry.shape) else tensors
+            kept[name] = Pieces([Piece(file, entry, entry.shape, whole(entry.shape), 0)])
+    remark = f"{path}: one rank folder and no strategy files: its tensors are taken as not cut"
+    return Source("distributed", path, tensors, {file: header}, extras=extras, remarks=(remark,))
 
 
 @dataclass(frozen=True)

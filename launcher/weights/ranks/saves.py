@@ -11,6 +11,7 @@ import glob
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from launcher.weights.ranks.rank_folders import (
     saves,
     weight_files,
 )
-from launcher.weights.ranks.strategies import read_strategy
+from launcher.weights.ranks.strategies import Say, holds_strategies, read_strategy, silent
 from launcher.weights.source import (
     Source,
     check_one_kind,
@@ -44,12 +45,6 @@ STRATEGY_FOLDER = "strategy"
 DEFAULT_SUFFIX = "1_1"
 SHOWN = 8
 """Saves named in a message."""
-
-Say = Callable[[str], None]
-
-
-def silent(text: str) -> None:
-    """Remarks that nobody asked for."""
 
 
 def rank_files(directory: Path, suffix: str) -> list[Path]:
@@ -117,12 +112,7 @@ def open_save(
         if not _check_manifest(source):
             check_copies(source)
     else:
-        known = strategy_of(directory, strategy)
-        if known is None:
-            return open_rank_files(directory, files)  # says what is needed
-        # By name: few tools read files of MindSpore.
-        reader = import_module("launcher.weights.ranks.mindspore")
-        source = reader.open_mindspore_ranks(directory, files, known)
+        source = mindspore_opener(directory, strategy, say)(directory, files)
     for remark in source.remarks:
         say(remark)
     return source
@@ -161,13 +151,28 @@ def _needs_strategy(file: Path) -> bool:
         return False
 
 
-def strategy_of(directory: Path, strategy: Path | None) -> Strategy | None:
+def mindspore_opener(
+    directory: Path, strategy: Path | None, say: Say = silent
+) -> Callable[[Path, Sequence[Path]], Source]:
+    """Opens the rank files of a save of MindSpore in `directory`: with the strategy files at
+    `strategy`, or in `strategy/` beside it. Without any, the file of a run of one rank is complete
+    by itself; for others it raises `UserError`."""
+    known = strategy_of(directory, strategy, say)
+    # By name: few runs and tools read files of MindSpore.
+    reader = import_module("launcher.weights.ranks.mindspore")
+    if known is not None:
+        return partial(reader.open_mindspore_ranks, strategy=known)
+    is_alone = [*rank_folders(directory)] == [0]
+    return reader.open_single_rank if is_alone else open_rank_files  # which says what is needed
+
+
+def strategy_of(directory: Path, strategy: Path | None, say: Say = silent) -> Strategy | None:
     """What the strategy files say that belong to the rank folders in `directory`: those at
     `strategy`, or in `strategy/` beside it; None when there are none."""
     beside = directory.resolve().parent / STRATEGY_FOLDER
-    if strategy is None and not beside.is_dir():
+    if strategy is None and not holds_strategies(beside):
         return None
-    return read_strategy(strategy or beside)
+    return read_strategy(strategy or beside, say)
 
 
 def _check_one_save(directory: Path, files: Sequence[Path]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from launcher.errors import UserError
@@ -17,6 +17,11 @@ from launcher.layout.strategy_json import parse_json, serialise_json
 
 LARGEST_FILE = 1 << 28
 SUFFIXES = (".ckpt", ".json")
+Say = Callable[[str], None]
+
+
+def silent(text: str) -> None:
+    """Remarks that nobody asked for."""
 
 
 def merge_pipeline_strategys(
@@ -24,6 +29,7 @@ def merge_pipeline_strategys(
     dst_strategy_file: str | os.PathLike[str],
     *,
     overwrite: bool = False,
+    say: Say = silent,
 ) -> Strategy:
     """Merge the strategy files of all pipeline stages in a folder into one file; returns it.
 
@@ -32,25 +38,75 @@ def merge_pipeline_strategys(
     `overwrite`. Name and arguments are MindSpore's.
     """
     source, target = Path(src_strategy_dirs), Path(dst_strategy_file)
-    merged = read_folder(source)
+    merged = read_folder(source, say)
     _check_target(source, target, overwrite)
     _write(target, (serialise_json if target.suffix == ".json" else serialise)(merged))
     return merged
 
 
-def read_strategy(path: Path) -> Strategy:
+def read_strategy(path: Path, say: Say = silent) -> Strategy:
     """The strategies at `path`: a strategy file, merged or of one stage, or a folder of files."""
-    return read_folder(path) if os.path.isdir(path) else _parse(_content(path), path)
+    return read_folder(path, say) if os.path.isdir(path) else _parse(_content(path), path)
 
 
-def read_folder(directory: Path) -> Strategy:
+def holds_strategies(directory: Path) -> bool:
+    """Whether a strategy file lies in `directory`, by the names of what is there."""
+    return os.path.isdir(directory) and any(
+        child.suffix in SUFFIXES and not child.name.startswith(".") for child in directory.iterdir()
+    )
+
+
+def read_folder(directory: Path, say: Say = silent) -> Strategy:
     """The strategies of all pipeline stages in `directory`, merged, stage by stage.
 
-    Raises `UserError` when it is no folder, holds no strategy files, both kinds of them, a damaged
-    or a merged one, two that contradict each other, or not every stage.
+    A merged file that is there already, as MindFormers leaves `merged_ckpt_strategy.ckpt`, is used
+    when it is all there is, or says more than the others and nothing else; it is left out, and that
+    is said, when it contradicts them. Raises `UserError` when it is no folder, holds no strategy
+    files, both kinds of them, a damaged one, two that contradict each other, or not every stage.
     """
+    found = list(_strategies(directory))
+    merged = [(path, strategy) for path, strategy in found if _is_merged(strategy)]
+    others = [(path, strategy) for path, strategy in found if not _is_merged(strategy)]
+    if merged and not others:
+        return _only_merged(directory, merged)
+    for path, strategy in merged:
+        if _contains(strategy, others):
+            say(f"{path}: used, it has the stages of the other strategy files and more")
+            return strategy
+        say(f"{path}: left out, {len(others)} strategy files beside it are merged anew")
+    return _merged_anew(directory, others)
+
+
+def _is_merged(strategy: Strategy) -> bool:
+    """Whether every parameter is named with its stage."""
+    names = [name.partition("-") for name, _ in strategy.layouts]
+    return bool(names) and all(stage.isdecimal() and hyphen for stage, hyphen, _ in names)
+
+
+def _only_merged(directory: Path, merged: Sequence[tuple[Path, Strategy]]) -> Strategy:
+    first, strategy = merged[0]
+    for path, other in merged[1:]:
+        if other.by_stage() != strategy.by_stage():
+            raise UserError(
+                f"holds two merged files that differ: {first.name} and {path.name}",
+                where=str(directory),
+                rule="a folder has the strategies of one run",
+                advice="Name the one that is meant",
+            )
+    return strategy
+
+
+def _contains(merged: Strategy, others: Sequence[tuple[Path, Strategy]]) -> bool:
+    """Whether a merged file says of every stage what the others say, and has further stages."""
+    stages = merged.by_stage()
+    told = {strategy.stage: dict(strategy.layouts) for _, strategy in others}
+    agree = all(stages.get(stage) == layouts for stage, layouts in told.items())
+    return agree and len(stages) > len(told)
+
+
+def _merged_anew(directory: Path, found: Sequence[tuple[Path, Strategy]]) -> Strategy:
     stages: dict[int, tuple[Path, Strategy]] = {}
-    for path, strategy in _strategies(directory):
+    for path, strategy in found:
         _check_of_one_stage(path, strategy)
         first, known = stages.setdefault(strategy.stage, (path, strategy))
         _check_agree(first, known, path, strategy)
@@ -157,13 +213,11 @@ def _check_of_one_stage(path: Path, strategy: Strategy) -> None:
             advice="Have the run that wrote it write it anew",
         )
     if hyphen := next((name for name, _ in strategy.layouts if "-" in name), None):
-        merged = hyphen.partition("-")[0].isdecimal()
         raise UserError(
             f"names a parameter {hyphen}",
             where=str(path),
             rule="in a file of one stage no name has a hyphen, which separates stage and parameter",
-            nearest="It is a merged file" if merged else "",
-            advice="Move it away" if merged else "Rename the parameter",
+            advice="Rename the parameter",
         )
 
 

@@ -2,7 +2,8 @@
 
 Owns the agreement between what a model needs and what the files hold. Invariant: either every
 element of every target is written exactly once, or nothing is written and the user is told all
-differences (`strict_load: False` is the explicit way out, and says what it left alone).
+differences (`strict_load: False` is the explicit way out, and says what it left alone; files that
+have nothing of the model are refused all the same).
 """
 
 from __future__ import annotations
@@ -12,18 +13,17 @@ from dataclasses import dataclass, field
 
 import torch
 
-from launcher.errors import Problem, UserError
+from launcher.errors import UserError
 from launcher.layout.box import Shape
 from launcher.weights.garbage import none_collected
 from launcher.weights.reading.memory import TORCH_DTYPES, Shard
+from launcher.weights.reading.mismatch import Differences, mismatch
 from launcher.weights.reading.plan import plan_box
 from launcher.weights.reading.read import Fill, fill
 from launcher.weights.reading.recheck import check_read
 from launcher.weights.reading.sight import check_seen
 from launcher.weights.scales import check_idle, scales_of
 from launcher.weights.source import OPTIMIZER_PREFIXES, Source, check_promised
-
-ROWS_SHOWN = 20
 
 
 @dataclass(frozen=True)
@@ -78,8 +78,9 @@ def load(
     check_idle(source, unknown)
     check_promised(source.promised, frozenset(missing).__contains__)
     unfit = _unfit(source, expected, targets, found)
-    if unfit or (strict and (missing or extra)):
-        raise _differences(expected, source, missing, extra, unfit)
+    differences = Differences(expected, found, missing, extra, unfit)
+    if unfit or differences.fit_none or (strict and (missing or extra)):
+        raise mismatch(source, differences)
     jobs = [
         _fill_of(target, source, found[name], rank)
         for name, target in targets.items()
@@ -160,34 +161,3 @@ def _check_tied(
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
     """Bytes: a NaN is equal to itself."""
     return tensor.contiguous().reshape(-1).view(torch.uint8)
-
-
-def _differences(
-    expected: Mapping[str, Shape],
-    source: Source,
-    missing: list[str],
-    extra: list[str],
-    unfit: Mapping[str, tuple[str, str]],
-) -> UserError:
-    rows = [(name, "missing", str(list(expected[name]))) for name in missing]
-    rows += [(name, str(list(source.shape(name))), "unknown") for name in extra]
-    rows += [(name, *both) for name, both in unfit.items()]
-    width = max(len(name) for name, _, _ in rows[:ROWS_SHOWN])
-    lines = [f"  {'tensor':{width}}  {'in the files':>16}  {'in the model':>16}"]
-    lines += [
-        f"  {name:{width}}  {disk:>16}  {model:>16}" for name, disk, model in rows[:ROWS_SHOWN]
-    ]
-    if len(rows) > ROWS_SHOWN:
-        lines.append(f"  ... and {len(rows) - ROWS_SHOWN} more")
-    counts = f"{len(missing)} missing, {len(extra)} extra, {len(unfit)} of another shape or dtype"
-    way_out = "shapes and dtypes must agree" if unfit else "strict_load: False loads what fits"
-    return UserError(
-        Problem(
-            where=str(source.path),
-            what=f"the weights do not fit the model ({counts})",
-            rule="every parameter is written exactly once",
-            advice=f"Give the weights of this model, or mend model.model_config; {way_out}\n"
-            + "\n".join(lines)
-            + "\n",
-        )
-    )

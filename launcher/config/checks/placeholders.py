@@ -1,0 +1,73 @@
+"""Rules about files that are not what their name says, before a reader of each fails in its way.
+
+Owns where a git-lfs pointer or a web page is looked for: in the files of a tokenizer and in data.
+Weights have a rule of their own (`weights.damage`), config.json is read by `derived`. The first
+bytes of some files are read.
+"""
+
+from __future__ import annotations
+
+import glob
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+
+from launcher.config.checks.check import Check
+from launcher.config.derived import TOKENIZER_FILES, tokenizer_dir
+from launcher.config.provenance import KeyProblem
+from launcher.config.schema import DatasetSection
+from launcher.errors import Problem
+from launcher.weights.formats.placeholders import is_pointer, placeholder
+
+HUB_FILES = (
+    *TOKENIZER_FILES, "generation_config.json", "special_tokens_map.json", "added_tokens.json",
+    "merges.txt",
+)  # fmt: skip
+LOOKED_AT = 64
+"""Files of a data set whose first bytes are read."""
+_DATA_KEYS = ("dataset_dir", "dataset_files", "data_files")
+
+
+def hub_files(check: Check) -> Iterator[KeyProblem]:
+    """The files of the tokenizer and of generation are downloaded."""
+    folders = {
+        "pretrained_model_dir": check.config.pretrained_model_dir,
+        "processor.tokenizer.pretrained_model_dir": tokenizer_dir(check.config),
+    }
+    looked_at = set[str]()
+    for key, folder in folders.items():
+        if folder and folder not in looked_at:
+            looked_at.add(folder)
+            for name in HUB_FILES:
+                found = placeholder(Path(folder, name), is_text=True)
+                if found is not None:
+                    yield _problem(check, key, found)
+
+
+def data_files(check: Check) -> Iterator[KeyProblem]:
+    """The files of data are downloaded."""
+    config = check.config
+    sections: dict[str, DatasetSection | None] = {}
+    if check.trains:
+        sections["train_dataset"] = config.train_dataset
+    if check.mode == "eval" or (check.trains and config.do_eval):
+        sections["eval_dataset"] = config.eval_dataset
+    for name, section in sections.items():
+        if section is None or config.only_save_strategy:
+            continue
+        for key in (f"{name}.data_loader.{key}" for key in _DATA_KEYS):
+            for path in itertools.islice(_files(check.value(key)), LOOKED_AT):
+                if is_pointer(path) and (found := placeholder(path, is_text=True)):
+                    yield _problem(check, key, found)
+
+
+def _files(value: str | list[str] | None) -> Iterator[Path]:
+    """The files that a key of data names: by themselves, in folders, or by a pattern."""
+    for written in [value] if isinstance(value, str) else value or []:
+        paths = [written] if Path(written).exists() else glob.iglob(written, recursive=True)
+        for path in map(Path, paths if written else ()):
+            yield from sorted(path.iterdir()) if path.is_dir() else [path]
+
+
+def _problem(check: Check, key: str, found: Problem) -> KeyProblem:
+    return check.wrong(key, found.rule, what=found.what, advice=found.advice)

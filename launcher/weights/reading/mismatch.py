@@ -1,0 +1,214 @@
+"""Weights that do not fit a model: the table of all differences, and what the weights are.
+
+Owns that error. Names tell much: a wrapper around the model that was saved (data parallel, compile,
+PEFT) or a model around it (the language model of a multimodal one) leaves its name before those of
+all tensors, and other programs have names of their own. `strict_load: False` is no way out there,
+nor where no name fits: it would train random weights.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from launcher.errors import Problem, UserError
+from launcher.layout.box import Shape
+from launcher.weights.source import Source
+
+ROWS_SHOWN = 20
+SAMPLED = 50
+"""Names by which a prefix is looked for."""
+
+WRAPPERS: Mapping[str, str] = {
+    "module": "DistributedDataParallel or DeepSpeed (`model.module` is the model itself)",
+    "_orig_mod": "torch.compile (`model._orig_mod` is the model itself)",
+    "_fsdp_wrapped_module": "FullyShardedDataParallel (use its full state dict)",
+    "_checkpoint_wrapped_module": "a wrapper for activation checkpointing",
+    "base_model": "PEFT (`model.merge_and_unload()` gives the model itself)",
+    "base_layer": "PEFT (`model.merge_and_unload()` gives the model itself)",
+    "language_model": "a multimodal model, whose language model this is",
+    "text_model": "a multimodal model, whose language model this is",
+}
+"""Part of a name to what puts it there."""
+
+
+class Foreign(NamedTuple):
+    """Names that tell of another program or form."""
+
+    names: re.Pattern[str]
+    what: str
+    advice: str
+
+
+FOREIGN: tuple[Foreign, ...] = (
+    Foreign(re.compile(r"\blora_(A|B|embedding)"), "an adapter of PEFT (LoRA)",
+            "Merge it into its base model first: `PeftModel.from_pretrained(base, folder)"
+            ".merge_and_unload().save_pretrained(new_folder)`"),
+    Foreign(re.compile(r"\.(qweight|qzeros|g_idx)$"), "weights quantised by GPTQ or AWQ",
+            "Give weights that are not quantised"),
+    Foreign(re.compile(r"\.(absmax|quant_map|nested_absmax|quant_state\.\S+)$"),
+            "weights quantised by bitsandbytes", "Give weights that are not quantised"),
+    Foreign(re.compile(r"embedding_weight$|\.w_qkv\.|\.w_gate_hidden\."),
+            "weights under the names of MindFormers' own models",
+            "Give the Hugging Face weights of the model, or convert the names back with "
+            "MindFormers' convert_weight.py --reversed"),
+    Foreign(re.compile(r"^(tok_embeddings\.|layers\.\d+\.attention\.w[qkvo]\.)"),
+            "weights under the names of Meta or Mistral (consolidated)",
+            "Give the Hugging Face weights of the model"),
+    Foreign(re.compile(r"^(model\.)?(decoder\.layers\.\d+\.self_attention\.linear_qkv|"
+                       r"embedding\.word_embeddings)\."),
+            "weights under the names of Megatron", "Export them to Hugging Face first"),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Differences:
+    """What keeps weights from being loaded."""
+
+    expected: Mapping[str, Shape]
+    found: Collection[str]
+    """Those of `expected` that the files have."""
+    missing: Sequence[str]
+    extra: Sequence[str]
+    unfit: Mapping[str, tuple[str, str]]
+    """Name to (what the files have, what the model needs)."""
+
+    @property
+    def fit_none(self) -> bool:
+        """Whether the files have no tensor of the model."""
+        return not self.found and bool(self.expected)
+
+
+def mismatch(source: Source, differences: Differences) -> UserError:
+    """The error for weights of `source` that do not fit the model."""
+    missing, extra, unfit = differences.missing, differences.extra, differences.unfit
+    counts = f"{len(missing)} missing, {len(extra)} extra, {len(unfit)} of another shape or dtype"
+    explained = _explained(missing, extra)
+    usual = "Give the weights of this model, or mend model.model_config"
+    if explained:
+        nearest, advice = explained
+    elif differences.fit_none:
+        nearest = "No tensor of the model is in the files: these are weights of another model"
+        advice = usual
+    else:
+        nearest = ""
+        advice = f"{usual}; " + (
+            "shapes and dtypes must agree" if unfit else "strict_load: False loads what fits"
+        )
+    return UserError(
+        Problem(
+            where=str(source.path),
+            what=f"the weights do not fit the model ({counts})",
+            rule="every parameter is written exactly once",
+            nearest=nearest,
+            advice=f"{advice}\n" + "\n".join(_table(source, differences)) + "\n",
+        )
+    )
+
+
+def _table(source: Source, differences: Differences) -> list[str]:
+    """The differences line by line, some of each kind."""
+    expected = differences.expected
+    kinds = {
+        "missing": [(name, "missing", str(list(expected[name]))) for name in differences.missing],
+        "unknown": [(n, str(list(source.shape(n))), "unknown") for n in differences.extra],
+        "of another shape or dtype": [(n, *both) for n, both in differences.unfit.items()],
+    }
+    shown = {kind: rows[:room] for (kind, rows), room in zip(
+        kinds.items(), _rooms([len(rows) for rows in kinds.values()]), strict=True)}  # fmt: skip
+    width = max(len(name) for rows in shown.values() for name, _, _ in rows)
+    lines = [f"  {'tensor':{width}}  {'in the files':>16}  {'in the model':>16}"]
+    for kind, rows in shown.items():
+        lines += [f"  {name:{width}}  {disk:>16}  {model:>16}" for name, disk, model in rows]
+        if more := len(kinds[kind]) - len(rows):
+            lines.append(f"  ... and {more} more {kind}")
+    return lines
+
+
+def _rooms(lengths: Sequence[int]) -> list[int]:
+    """How many rows of each kind are shown: `ROWS_SHOWN` in all, shared out evenly, what one does
+    not need going to the others."""
+    rooms, left = [0] * len(lengths), ROWS_SHOWN
+    while left and any(room < length for room, length in zip(rooms, lengths, strict=True)):
+        for index, length in enumerate(lengths):
+            if left and rooms[index] < length:
+                rooms[index], left = rooms[index] + 1, left - 1
+    return rooms
+
+
+def _explained(missing: Sequence[str], extra: Sequence[str]) -> tuple[str, str] | None:
+    """(what the weights are, how to go on), where names tell; None where they do not."""
+    for foreign in FOREIGN:
+        if any(foreign.names.search(name) for name in extra):
+            return f"They are {foreign.what}", foreign.advice
+    if not missing or not extra:
+        return None
+    return _wrapped(missing, extra) or _prefixed(missing, extra) or _bare(missing, extra)
+
+
+def _wrapped(missing: Sequence[str], extra: Sequence[str]) -> tuple[str, str] | None:
+    """Where the parts that wrappers put into names are all that differs."""
+    parts = {part for name in extra for part in name.split(".") if part in WRAPPERS}
+    # `base_model.model.` of PEFT has a part more; files of a base model alone have one less.
+    short = {name: name.partition(".")[2] or name for name in missing}
+    for strip_model, wanted in ((False, dict(zip(missing, missing, strict=True))),
+                                (True, dict(zip(missing, missing, strict=True))),
+                                (False, short)):  # fmt: skip
+        named = {_without(name, parts, strip_model): name for name in extra}
+        if parts and {*wanted.values()} <= named.keys():
+            what = "; ".join(dict.fromkeys(WRAPPERS[part] for part in sorted(parts)))
+            shown = " and ".join(f"`{part}.`" for part in sorted(parts))
+            return (
+                f"The names in the files have {shown} in them, which comes from {what}"
+                f"{_others(len(extra) - len(wanted))}",
+                "Save the tensors under the names of the model itself "
+                f"(`{missing[0]}`, not `{named[wanted[missing[0]]]}`)",
+            )
+    return None
+
+
+def _without(name: str, parts: Collection[str], strip_model: bool) -> str:
+    kept = ".".join(part for part in name.split(".") if part not in parts)
+    return kept.removeprefix("model.") if strip_model else kept
+
+
+def _prefixed(missing: Sequence[str], extra: Sequence[str]) -> tuple[str, str] | None:
+    """Where the files have one more prefix than the model."""
+    prefix = _common_prefix(missing, extra)
+    if prefix is None or not {f"{prefix}{name}" for name in missing} <= {*extra}:
+        return None
+    return (
+        f"The names in the files begin with `{prefix}`, of a module around the model"
+        f"{_others(len(extra) - len(missing))}",
+        f"Save the tensors without it (`{missing[0]}`, not `{prefix}{missing[0]}`)",
+    )
+
+
+def _bare(missing: Sequence[str], extra: Sequence[str]) -> tuple[str, str] | None:
+    """Where the files lack a prefix that the model has."""
+    prefix = _common_prefix(extra, missing)
+    if prefix is None or not {f"{prefix}{name}" for name in extra} <= {*missing}:
+        return None
+    return (
+        f"The names in the files lack the `{prefix}` that those of the model begin with"
+        f"{_others(len(missing) - len(extra), 'are missing')}",
+        f"Save the tensors with it (`{prefix}{extra[0]}`, not `{extra[0]}`)",
+    )
+
+
+def _others(number: int, verb: str = "belong to other parts") -> str:
+    return f" ({number} further tensors {verb})" if number > 0 else ""
+
+
+def _common_prefix(short: Sequence[str], long: Sequence[str]) -> str | None:
+    """What most often stands before the names `short` in the names `long`."""
+    prefixes = Counter(
+        other.removesuffix(name)
+        for name in short[:SAMPLED]
+        for other in long
+        if other.endswith(f".{name}")
+    )
+    return prefixes.most_common(1)[0][0] if prefixes else None
