@@ -182,7 +182,8 @@ def _sets(folder: Path, names: Sequence[str]) -> list[WeightSet]:
         torch = [*_whole(folder, TORCH_SINGLE_NAME), *_indexed(folder, TORCH_INDEX_NAME, "index")]
         known += _distinct(torch)
     held = {file.name for one in known for file in one.files}
-    others = [name for name in names if name not in held]
+    others = [name for name in names
+              if name not in held and not (known and _VARIANT.fullmatch(name))]  # fmt: skip
     loose = [_loose(folder, [name for name in others if name.endswith(suffix)])
              for suffix in WEIGHT_SUFFIXES]  # fmt: skip
     if not known:
@@ -268,8 +269,8 @@ def _check_decided(taken: WeightSet, other: WeightSet) -> None:
     if other.missing or taken.is_safetensors != other.is_safetensors:
         return
     difference = ""
-    if other.form == "loose" and (taken.index is not None or not other.is_shards):
-        return  # files that a folder has beside what its index, or the name of a whole file, means
+    if other.form == "loose" and taken.index is not None:
+        return  # the index says which files count
     if taken.form == "whole" and taken.is_safetensors and other.form != "mindspore":
         difference = _difference(taken, other)
         if not difference:
