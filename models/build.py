@@ -150,7 +150,7 @@ def ignorable(
     def is_ignorable(name: str, shape: Shape, dtype: str) -> bool:
         elsewhere = names.in_any_layer(name) in places
         declared = isinstance(model, TransformersModel) and model.declares_ignorable(
-            name, is_parameter_elsewhere=elsewhere
+            name, len(shape), is_parameter_elsewhere=elsewhere
         )
         obsolete = not elsewhere and is_obsolete(name, shape, dtype)
         unbuilt = names.is_multi_token_prediction(name, spec) or names.is_empty_expert(name, spec)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -132,10 +133,10 @@ class TransformersModel(nn.Module):
         without it."""
         return str(getattr(self.wrapped, "base_model_prefix", ""))
 
-    def declares_ignorable(self, name: str, *, is_parameter_elsewhere: bool) -> bool:
-        """Whether the class says that a tensor of files, which the module has no place for, may be
-        ignored: by a pattern it declares, or as one of its buffers that are not persistent, which
-        may have been in another module of it (`rotary_emb.inv_freq` of each layer).
+    def declares_ignorable(self, name: str, dims: int, *, is_parameter_elsewhere: bool) -> bool:
+        """Whether the class says that a tensor of files with so many `dims`, which the module has
+        no place for, may be ignored: by a pattern it declares, or as one of its buffers that are
+        not persistent, which may have been in another module (`rotary_emb.inv_freq` of a layer).
 
         `is_parameter_elsewhere`: in another layer the tensor of this name is a parameter. Then only
         a pattern counts that names a layer by its number: `attn.bias` also finds `c_attn.bias`.
@@ -143,16 +144,19 @@ class TransformersModel(nn.Module):
         patterns = getattr(self.wrapped, "_keys_to_ignore_on_load_unexpected", None) or ()
         if is_parameter_elsewhere:
             patterns = [pattern for pattern in patterns if re.search(r"\d", pattern)]
-        elif ".".join(name.split(".")[-2:]) in self._derived_buffers():
+        elif self._derived_buffers.get(".".join(name.split(".")[-2:])) == dims:
             return True
         return any(re.search(pattern, name) for pattern in patterns)
 
-    def _derived_buffers(self) -> set[str]:
-        """Module and name of the buffers that are in no file: `rotary_emb.inv_freq`."""
+    @cached_property
+    def _derived_buffers(self) -> dict[str, int]:
+        """Module and name of the buffers that are in no file, to their number of dims:
+        `rotary_emb.inv_freq` has 1."""
         return {
-            f"{module_name.rpartition('.')[2]}.{buffer}"
+            f"{module_name.rpartition('.')[2]}.{name}": buffer.ndim
             for module_name, module in self.named_modules()
-            for buffer in module._non_persistent_buffers_set
+            for name, buffer in module.named_buffers(recurse=False)
+            if name in module._non_persistent_buffers_set
         }
 
     def may_be_missing(self, name: str) -> bool:
