@@ -24,7 +24,7 @@ NOT_CLEARED = "what is left of unfinished saves could not be cleared away"
 def next_counter(root: Path, prefix: str) -> int:
     """The run counter of a new run in `root`: 0 in a folder without this prefix, else one more
     than the highest there; never one whose manifests would bear the names of another prefix."""
-    names = {file.name for file in root.glob("rank_*/*.safetensors")}
+    names = {file.name for file in root.glob("rank*/*.safetensors")}
     parsed = [found[0] for name in names if (found := parse_rank_file(name)) is not None]
     parsed += [checkpoint.name for checkpoint in published(root)]
     counter = max((name.counter + 1 for name in parsed if name.prefix == prefix), default=0)
@@ -78,7 +78,7 @@ def is_unfinished(root: Path, begun: Collection[str] = ()) -> bool:
     """Whether all weights in `root` belong to saves that were never finished, here or, as `begun`
     has them, elsewhere."""
     records = {*_intents(root), *begun}
-    files = (path.name for path in root.glob("rank_*/*.safetensors"))
+    files = (path.name for path in root.glob("rank*/*.safetensors"))
     return all(_record_of(name) in records for name in files)
 
 

@@ -13,7 +13,7 @@ never by time.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,13 +69,27 @@ def rank_folders(root: Path) -> dict[int, Path]:
 def saves(root: Path) -> list[Save]:
     """The saves of `root`, oldest first. Of each rank folder the files of one format count, those
     of safetensors where there are any."""
-    files: dict[tuple[int, str], dict[int, Path]] = {}
-    for rank, folder in rank_folders(root).items():
-        for file in weight_files(folder):
+    files = {rank: weight_files(folder) for rank, folder in rank_folders(root).items()}
+    by_label: dict[tuple[int, str], dict[int, Path]] = {}
+    for rank, own in files.items():
+        for file in own:
             label, run = _label(file, rank)
-            files.setdefault((run, label), {})[rank] = file
-    found = [Save(label, run, by_rank) for (run, label), by_rank in files.items()]
-    return sorted(found, key=lambda save: (save.order, save.label))
+            by_label.setdefault((run, label), {})[rank] = file
+    found = [Save(label, run, by_rank) for (run, label), by_rank in by_label.items()]
+    numbered = _numbered(files) if len(found) > 1 else None
+    return [numbered] if numbered else sorted(found, key=lambda save: (save.order, save.label))
+
+
+def _numbered(files: Mapping[int, Sequence[Path]]) -> Save | None:
+    """The save of files that have nothing but the rank behind their name, one in each folder:
+    `rank_1/toy1`, as MindSpore's transform_checkpoints names them; None for others."""
+    if any(len(own) != 1 for own in files.values()):
+        return None
+    names = {rank: re.fullmatch(rf"(.*\D)?{rank}", own[0].stem) for rank, own in files.items()}
+    stems = {match[1] if match else None for match in names.values()}
+    stem = stems.pop() if len(stems) == 1 else None
+    return Save(stem.rstrip("_-"), 0, {rank: own[0] for rank, own in files.items()}) if stem else (
+        None)  # fmt: skip
 
 
 def newest(root: Path) -> Save:
@@ -108,10 +122,10 @@ def save_of(file: Path) -> Save:
             rule="distributed weights lie in rank_0/, rank_1/, ...",
             advice="Give the folder that holds them, usually {output_dir}/checkpoint",
         )
-    label, run = _label(file, rank)
     for save in saves(file.parent.parent):
-        if (save.label, save.run) == (label, run) and file in save.files.values():
+        if file in save.files.values():
             return save
+    label, run = _label(file, rank)
     return Save(label, run, {rank: file})
 
 
