@@ -11,6 +11,7 @@ from launcher.config.checks.found import files_of
 from launcher.config.derived import read_config_json, read_json_object, tokenizer_dir
 from launcher.config.provenance import KeyProblem
 from launcher.errors import UserError
+from launcher.weights.formats.placeholders import placeholder
 from models.families import ModelSpec, model_spec, needs_weights, supports_packing
 from models.positions import PositionLimit, position_limit
 
@@ -143,8 +144,8 @@ def _vocabulary(check: Check, spec: ModelSpec) -> Iterator[KeyProblem]:
     path = Path(folder) / "tokenizer.json"
     if not folder or not isinstance(rows, int) or not path.is_file():
         return
-    if path.stat().st_size > _LARGEST_TOKENIZER_BYTES:
-        return
+    if path.stat().st_size > _LARGEST_TOKENIZER_BYTES or placeholder(path, is_text=True):
+        return  # what stands there in place of a tokenizer is told by a rule of its own
     try:
         tokens = _token_count(read_json_object(path))
     except UserError as error:

@@ -21,7 +21,7 @@ UNFINISHED_SUFFIXES = (".incomplete", ".part", ".partial", ".crdownload", ".aria
 """What browsers, aria2 and the Hugging Face client append to a file that is still coming."""
 HUB_DOWNLOADS = Path(".cache", "huggingface", "download")
 """Where the Hugging Face client keeps what it downloads into a folder until it is complete."""
-_POINTER = b"version https://git-lfs"
+_POINTER, _POINTER_ID = b"version https://git-lfs", b"\noid sha256:"
 _PAGES = (b"<!doctype", b"<html", b"<head", b"<body", b"<?xml", b"<error")
 _TEXT_SHOWN = 60
 
@@ -53,7 +53,8 @@ def is_pointer(path: Path) -> bool:
     """Whether a file is a git-lfs pointer: the question where any content is possible."""
     try:
         with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
-            return file.read(len(_POINTER)) == _POINTER
+            start = file.read(LOOKED_AT)
+            return start.startswith(_POINTER) and _POINTER_ID in start
     except OSError:
         return False
 
