@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from launcher.errors import Problem, UserError
 from launcher.layout.box import Shape
+from launcher.weights.complete import may_be_left_out
 from launcher.weights.source import Source
 
 ROWS_SHOWN = 20
@@ -151,28 +152,44 @@ def _explained(missing: Sequence[str], extra: Sequence[str]) -> tuple[str, str] 
 
 def _wrapped(missing: Sequence[str], extra: Sequence[str]) -> tuple[str, str] | None:
     """Where the parts that wrappers put into names are all that differs."""
-    parts = {part for name in extra for part in name.split(".") if part in WRAPPERS}
-    # `base_model.model.` of PEFT has a part more; files of a base model alone have one less.
-    short = {name: name.partition(".")[2] or name for name in missing}
-    for strip_model, wanted in ((False, dict(zip(missing, missing, strict=True))),
-                                (True, dict(zip(missing, missing, strict=True))),
-                                (False, short)):  # fmt: skip
-        named = {_without(name, parts, strip_model): name for name in extra}
-        if parts and {*wanted.values()} <= named.keys():
-            what = "; ".join(dict.fromkeys(WRAPPERS[part] for part in sorted(parts)))
-            shown = " and ".join(f"`{part}.`" for part in sorted(parts))
+    parts = sorted({part for name in extra for part in name.split(".") if part in WRAPPERS})
+    for form in (_as_it_is, _in_peft, _of_base_model) if parts else ():
+        named = {_without(name, parts): name for name in extra}
+        pairs = {name: named.get(form(name), named.get(name)) for name in missing}
+        if all(pairs.values()) or (form is _of_base_model and _all_but_heads(pairs)):
+            what = "; ".join(dict.fromkeys(WRAPPERS[part] for part in parts))
+            shown = " and ".join(f"`{part}.`" for part in parts)
+            name, other = next(pair for pair in pairs.items() if pair[1])
             return (
                 f"The names in the files have {shown} in them, which comes from {what}"
-                f"{_others(len(extra) - len(wanted))}",
-                "Save the tensors under the names of the model itself "
-                f"(`{missing[0]}`, not `{named[wanted[missing[0]]]}`)",
+                f"{_others(len(extra) - len({*pairs.values()} - {None}))}",
+                f"Save the tensors under the names of the model itself (`{name}`, not `{other}`)",
             )
     return None
 
 
-def _without(name: str, parts: Collection[str], strip_model: bool) -> str:
-    kept = ".".join(part for part in name.split(".") if part not in parts)
-    return kept.removeprefix("model.") if strip_model else kept
+def _as_it_is(name: str) -> str:
+    return name
+
+
+def _in_peft(name: str) -> str:
+    """`base_model.model.` has a part more than the wrapper."""
+    return f"model.{name}"
+
+
+def _of_base_model(name: str) -> str:
+    """Files of the model without its head have names without what it is in."""
+    return name.partition(".")[2]
+
+
+def _all_but_heads(pairs: Mapping[str, str | None]) -> bool:
+    return any(pairs.values()) and all(
+        other or may_be_left_out(name) for name, other in pairs.items()
+    )
+
+
+def _without(name: str, parts: Collection[str]) -> str:
+    return ".".join(part for part in name.split(".") if part not in parts)
 
 
 def _prefixed(missing: Sequence[str], extra: Sequence[str]) -> tuple[str, str] | None:
