@@ -22,7 +22,12 @@ from launcher.weights.offline.copy_record import FOLDERS, foreign, write_record
 from launcher.weights.offline.export import Format, write_complete
 from launcher.weights.ranks.saves import model_files
 from launcher.weights.reading.memory import TORCH_DTYPES
-from launcher.weights.source import MINDSPORE_INDEX_NAME, OPTIMIZER_PREFIXES, Source
+from launcher.weights.source import (
+    MINDSPORE_INDEX_NAME,
+    OPTIMIZER_PREFIXES,
+    Source,
+    is_of_mindspore,
+)
 from launcher.weights.streaming.new_folder import folder_aside
 from models.build import hf_directory_files
 
@@ -46,8 +51,8 @@ def write_copies(job: Job, source: Source) -> None:
 
 
 def _is_mindspore(source: Source) -> bool:
-    formats = {header.metadata.get("format") for header in source.headers.values()}
-    return "ms" in formats or (source.path / MINDSPORE_INDEX_NAME).is_file()
+    is_mapped = source.index is not None and source.index.name == MINDSPORE_INDEX_NAME
+    return is_mapped or any(map(is_of_mindspore, source.headers.values()))
 
 
 def _write(job: Job, source: Source, key: str, form: Format) -> None:

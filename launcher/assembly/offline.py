@@ -44,11 +44,6 @@ class ConfiguredLayout:
         """Axis to size."""
         return self.layout.mesh.sizes()
 
-    @property
-    def has_optimizer(self) -> bool:
-        """Whether its ranks hold optimizer state: those of a training run do."""
-        return True
-
     def boxes(self, rank: int) -> dict[str, Box]:
         """Name in files to the box that `rank` holds of it."""
         return {

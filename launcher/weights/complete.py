@@ -16,6 +16,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -77,10 +78,13 @@ class WeightSet:
     """Each with the tensors it should hold; None: nobody says."""
     index: Path | None = None
 
-    @property
+    @cached_property
     def missing(self) -> list[str]:
-        """Names of its files that are not there."""
-        return sorted(file.name for file in self.files if not os.path.lexists(file))
+        """Names of its files that are not there, or links to what is not; only an index and the
+        names of shards tell."""
+        if self.index is None and not self.is_shards:
+            return []
+        return sorted(file.name for file in self.files if not os.path.exists(file))
 
     @property
     def is_gone(self) -> bool:
@@ -192,7 +196,7 @@ def _sets(folder: Path, names: Sequence[str]) -> list[WeightSet]:
 
 
 def _whole(folder: Path, name: str) -> Iterator[WeightSet]:
-    if os.path.lexists(folder / name):
+    if os.path.exists(folder / name):
         yield WeightSet(name, "whole", folder, {folder / name: None})
 
 

@@ -92,6 +92,8 @@ class Source:
     """What a user should hear about the files: ranks that are lost and not needed."""
     extras: Mapping[str, Pieces] = field(default_factory=dict)
     """What stands in files of MindSpore beside the model: step, epoch, loss scale. Whole."""
+    index: Path | None = None
+    """By which the files of complete weights were found; None: by their names."""
     promised: Mapping[str, Path] = field(default_factory=dict)
     """Heads and old buffers that an index lists and no file holds, to the file where it says they
     are: a model that ties or derives them does without."""
@@ -200,7 +202,7 @@ def open_complete(path: Path) -> Source:
         return _complete("single", path, {path: None})
     choice = choose(path)
     source = _complete("complete", path, choice.taken.files)
-    return _with_extras(replace(source, remarks=choice.remarks))
+    return _with_extras(replace(source, remarks=choice.remarks, index=choice.taken.index))
 
 
 def _with_extras(source: Source) -> Source:

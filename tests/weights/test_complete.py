@@ -221,3 +221,18 @@ def test_the_index_may_list_what_a_model_derives(tmp_path: Path) -> None:
     (tmp_path / INDEX_NAME).write_text(json.dumps(content))
     with pytest.raises(UserError, match=r"lacks `l\.2\.w`: the index beside it says"):
         open_complete(tmp_path)
+
+
+def test_a_link_to_a_file_that_is_gone_is_gone(tmp_path: Path) -> None:
+    """As in a cache of the hub that was cleared."""
+    for build in (*shards(), INDEX):
+        build(tmp_path)
+    (tmp_path / "model.safetensors").symlink_to("blobs/1")
+    assert len(open_complete(tmp_path).headers) == 2
+    (tmp_path / SHARDS["l_0_w"]).unlink()
+    (tmp_path / SHARDS["l_0_w"]).symlink_to("blobs/2")
+    with pytest.raises(UserError, match="names 1 file that cannot be found: model-00001-of-00002"):
+        open_complete(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    WHOLE(tmp_path)
+    assert [path.name for path in open_complete(tmp_path).headers] == ["model.safetensors"]

@@ -26,6 +26,7 @@ from launcher.weights.source import (
     detect,
     first_weight_file,
     holds_complete,
+    is_of_mindspore,
     open_complete,
 )
 
@@ -82,9 +83,13 @@ class Files:
     @property
     def is_mindspore(self) -> bool:
         """Whether they are in MindSpore's form."""
-        index = self.path / MINDSPORE_INDEX_NAME
-        return index.is_file() or (self.header is not None and (
-            self.header.metadata.get("format") == "ms"))  # fmt: skip
+        if self.header is not None and is_of_mindspore(self.header):
+            return True
+        try:
+            index = choose(self.path).taken.index if self.kind == "complete" else None
+        except UserError:
+            return False
+        return index is not None and index.name == MINDSPORE_INDEX_NAME
 
     def look(self) -> None:
         """Raise `UserError` for complete weights that are not whole, as far as their index and

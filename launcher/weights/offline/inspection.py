@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from launcher.errors import UserError
-from launcher.weights.complete import choose
 from launcher.weights.formats import header_of
 from launcher.weights.formats.note import read_note
 from launcher.weights.ranks.manifests import (
@@ -214,7 +213,7 @@ def _complete(root: Path, findings: _Findings) -> None:
         files = _files_of(root, index)
     else:
         files = list(source.headers)
-        index = choose(root).taken.index
+        index = source.index
         _remark(source, findings)
     files += [file for file in optimizer_files(root) if file not in files]
     whole = [file for file in files if findings.file(file)]

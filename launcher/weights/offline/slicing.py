@@ -46,10 +46,6 @@ class RankLayout(Protocol):
     def mesh(self) -> Mapping[str, int]:
         """Axis to size; empty where the layout does not say."""
 
-    @property
-    def has_optimizer(self) -> bool:
-        """Whether its ranks hold optimizer state."""
-
     def boxes(self, rank: int) -> Mapping[str, Box]:
         """Name in files to the box that `rank` holds of it. No optimizer state."""
 
@@ -172,7 +168,7 @@ def slice_weights(
             rule="rank files have no place for the factors of their blocks",
             advice="Load the complete weights themselves: they are sliced while they are read",
         )
-    if not layout.has_optimizer:
+    if isinstance(layout, StrategyLayout) and not layout.has_optimizer:
         source = _without_optimizer(source, say)
     held = [_with_optimizer(source, layout.boxes(rank)) for rank in range(layout.world_size)]
     known = {name for boxes_of in held for name in boxes_of}

@@ -51,7 +51,7 @@ class Save:
 
 def rank_folders(root: Path) -> dict[int, Path]:
     """Rank to its folder in `root`."""
-    found = {}
+    found: dict[int, Path] = {}
     for child in listed(root):
         rank = rank_of(child)
         if rank is None or not child.is_dir():
