@@ -66,6 +66,8 @@ OBSOLETE: tuple[Obsolete, ...] = (
              "the version of fairseq's state: opt, bart, xglm"),
     Obsolete(re.compile(r"(?:^|\.)embed_positions\._float_tensor$"), _is_number,
              "the dtype of fairseq's table of positions: xglm"),
+    Obsolete(re.compile(r"(?:^|\.)embed_positions\.weights$"), _is_table,
+             "the sines and cosines of positions: xglm, of fairseq"),
     Obsolete(re.compile(r"(?:^|\.)(?:position_ids|token_type_ids)$"), _is_integer,
              "the numbers 0, 1, 2, ... of positions, or zeros: bert, gpt, clip"),
 )  # fmt: skip

@@ -21,8 +21,10 @@ from launcher.weights.formats.placeholders import is_pointer, placeholder
 
 HUB_FILES = (
     *TOKENIZER_FILES, "generation_config.json", "special_tokens_map.json", "added_tokens.json",
-    "merges.txt",
+    "merges.txt", "chat_template.jinja",
 )  # fmt: skip
+_BINARY_OR_JSON = (".json", ".model")
+"""Extensions of files that are never empty, and no page; of others a pointer alone is none."""
 LOOKED_AT = 64
 """Files of a data set whose first bytes are read."""
 _DATA_KEYS = ("dataset_dir", "dataset_files", "data_files")
@@ -39,8 +41,9 @@ def hub_files(check: Check) -> Iterator[KeyProblem]:
         if folder and folder not in looked_at:
             looked_at.add(folder)
             for name in HUB_FILES:
-                found = placeholder(Path(folder, name), is_text=True)
-                if found is not None:
+                path = Path(folder, name)
+                is_sure = path.suffix in _BINARY_OR_JSON or is_pointer(path)
+                if is_sure and (found := placeholder(path, is_text=True)):
                     yield _problem(check, key, found)
 
 

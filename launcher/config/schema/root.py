@@ -127,7 +127,7 @@ class Config:
     load_ckpt_async: bool = no_effect(False, "only for ckpt files, and ignored for safetensors")
     """Load in the background."""
     remove_redundancy: bool | None = None
-    """Assertion about load_checkpoint: each tensor stands in one file only. Left out: seen."""
+    """Whether copies were left out of load_checkpoint. The files decide; a difference is noted."""
     resume_by_last_timestamp_ckpt: bool = not_built(
         False, "The newest complete checkpoint is chosen by its sequence number: leave it out"
     )

@@ -14,6 +14,7 @@ from pathlib import Path
 from launcher.errors import UserError
 from launcher.layout.strategy import MERGED, Strategy, parse, serialise
 from launcher.layout.strategy_json import parse_json, serialise_json
+from launcher.weights.formats.placeholders import is_pointer, placeholder
 
 LARGEST_FILE = 1 << 28
 SUFFIXES = (".ckpt", ".json")
@@ -73,7 +74,7 @@ def read_folder(directory: Path, say: Say = silent) -> Strategy:
         if _contains(strategy, others):
             say(f"{path}: used, it has the stages of the other strategy files and more")
             return strategy
-        say(f"{path}: left out, {len(others)} strategy files beside it are merged anew")
+        say(f"{path}: left out, {len(others)} strategy files beside it are merged instead")
     return _merged_anew(directory, others)
 
 
@@ -189,6 +190,8 @@ def _content(path: Path) -> bytes:
             where=str(path),
             advice="Give a strategy file, or a folder of them",
         ) from None
+    if is_pointer(path) and (found := placeholder(path)):
+        raise UserError(found)
     if len(data) > LARGEST_FILE:
         raise UserError(
             f"has more than {LARGEST_FILE >> 20} MiB",
