@@ -322,7 +322,7 @@ TABLE = (
         replace={"save_checkpoint_steps: 10": "save_checkpoint_steps: ten"},
         add="    keep_checkpoint_max: many\n",
         says=("@steps: ten@ callbacks.1.save_checkpoint_steps = 'ten': a whole number",
-              "@many@ callbacks.1.keep_checkpoint_max = 'many': a whole number is needed"),
+              "@many@ callbacks.1.keep_checkpoint_max = 'many': a whole number or null is"),
         count=2,
     ),
     Wrong(

@@ -17,6 +17,8 @@ from launcher.errors import Problem, UserError
 
 LOOKED_AT = 512
 """Bytes of a file that tell."""
+SHORTEST_TEXT = 8
+"""Bytes; less may be anything that was cut short."""
 UNFINISHED_SUFFIXES = (".incomplete", ".part", ".partial", ".crdownload", ".aria2", ".download")
 """What browsers, aria2 and the Hugging Face client append to a file that is still coming."""
 HUB_DOWNLOADS = Path(".cache", "huggingface", "download")
@@ -96,7 +98,7 @@ def _recognised(path: Path, start: bytes, size: int, is_text: bool) -> Problem |
 def _is_text(start: bytes) -> bool:
     """Whether it is a text, as far as it goes. A file of MindSpore begins with a line feed, and may
     have the name of a tensor behind it."""
-    if start.startswith((b"\n", b"PK")):
+    if start.startswith((b"\n", b"PK")) or len(start) < SHORTEST_TEXT:
         return False
     try:
         text = start.decode()

@@ -16,8 +16,7 @@ from pathlib import Path
 from launcher.errors import UserError
 from launcher.layout.box import whole
 from launcher.layout.strategy import Strategy
-from launcher.weights.formats import header_of
-from launcher.weights.formats.safetensors import Entry
+from launcher.weights.formats.safetensors import Entry, read_header
 from launcher.weights.pieces import Piece, Pieces
 from launcher.weights.ranks.distributed import NAMED, REDUNDANCY, check_whole, without
 from launcher.weights.ranks.mindspore_run import ADVICE, Run, open_run
@@ -68,7 +67,7 @@ def open_single_rank(path: Path, files: Sequence[Path]) -> Source:
     Whether it is all of a model is seen when it is loaded. Raises `UserError`.
     """
     (file,) = files
-    header = header_of(file)
+    header = read_header(file)
     tensors: dict[str, Pieces] = {}
     extras: dict[str, Pieces] = {}
     for name, entry in header.entries.items():
