@@ -45,7 +45,7 @@ from launcher.weights.threads import in_parallel
 __all__ = [
     "GRADIENTS", "HEADER_READERS", "INDEX_NAME", "INDEX_NAMES", "MINDSPORE_EXTRAS",
     "MINDSPORE_INDEX_NAME", "OPTIMIZER_PREFIXES", "SCALARS", "TORCH_INDEX_NAME", "WEIGHT_SUFFIXES",
-    "Kind", "Source", "check_one_kind", "check_promised", "detect", "first_weight_file",
+    "Kind", "Source", "check_one_kind", "check_promised", "detect",
     "holds_complete", "is_of_mindspore", "is_rank_folder", "is_scalar", "listed", "open_complete",
     "rank_of", "read_index", "weights_below",
 ]  # fmt: skip
@@ -184,15 +184,6 @@ def check_one_kind(path: Path) -> None:
             nearest=f"One of them is `{path / complete[0]}`" * (complete[0] not in INDEX_NAMES),
             advice="Name a file, or move one of them into another folder",
         )
-
-
-def first_weight_file(folder: Path) -> Path | None:
-    """One of the files of complete weights in `folder`; None without any, and where nothing says
-    which of two sets is meant."""
-    try:
-        return next(iter(choose(folder).taken.files), None)
-    except UserError:
-        return None
 
 
 @none_collected()

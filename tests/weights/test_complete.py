@@ -37,7 +37,9 @@ def file(name: str, *tensors: str, rows: int = ROWS, value: float = 0.0) -> Buil
 def index(name: str, **files: str) -> Build:
     """An index: tensor (`_` for a dot) to file."""
     weight_map = {tensor.replace("_", "."): place for tensor, place in files.items()}
-    return lambda folder: (folder / name).write_text(json.dumps({"weight_map": weight_map}))
+    return lambda folder: (folder / name).write_text(
+        json.dumps({"metadata": {}, "weight_map": weight_map})
+    )
 
 
 def shards(stem: str = "model", end: str = "safetensors", rows: int = ROWS) -> tuple[Build, Build]:

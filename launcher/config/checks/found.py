@@ -14,7 +14,7 @@ from pathlib import Path
 
 from launcher.config.checks.check import Check
 from launcher.errors import UserError
-from launcher.weights.complete import choose
+from launcher.weights.complete import Choice, choose
 from launcher.weights.formats.note import Note, read_note
 from launcher.weights.formats.placeholders import placeholder
 from launcher.weights.formats.safetensors import Header, read_header
@@ -24,7 +24,6 @@ from launcher.weights.source import (
     MINDSPORE_INDEX_NAME,
     Kind,
     detect,
-    first_weight_file,
     holds_complete,
     is_of_mindspore,
     open_complete,
@@ -52,7 +51,18 @@ class Files:
         """One of the files; None where there is none to be seen."""
         if self.kind == "distributed":
             return first_file(self.path)
-        return self.path if self.path.is_file() else first_weight_file(self.path)
+        if self.choice is not None:
+            return next(iter(self.choice.taken.files), None)
+        return self.path if self.path.is_file() else None
+
+    @cached_property
+    def choice(self) -> Choice | None:
+        """Of complete weights in a folder, those that are read; None of others, and where nothing
+        says which of two sets is meant."""
+        try:
+            return choose(self.path) if self.kind == "complete" else None
+        except UserError:
+            return None
 
     @cached_property
     def header(self) -> Header | None:
@@ -85,10 +95,7 @@ class Files:
         """Whether they are in MindSpore's form."""
         if self.header is not None and is_of_mindspore(self.header):
             return True
-        try:
-            index = choose(self.path).taken.index if self.kind == "complete" else None
-        except UserError:
-            return False
+        index = self.choice.taken.index if self.choice is not None else None
         return index is not None and index.name == MINDSPORE_INDEX_NAME
 
     def look(self) -> None:
@@ -97,7 +104,8 @@ class Files:
         torch, and where there is too much to look at."""
         if any(_bytes_of(self.path / name) > HEADER_BYTES for name in INDEX_NAMES):
             return
-        files = [self.path] if self.path.is_file() else [*choose(self.path).taken.files]
+        choice = self.choice or (choose(self.path) if self.path.is_dir() else None)
+        files = [self.path] if choice is None else [*choice.taken.files]
         for file in files[:LOOKED_AT]:
             if file != self.one and (found := placeholder(file, is_text=True)):
                 raise UserError(found)
