@@ -41,7 +41,7 @@ def find_weights(job: Job) -> Source | None:
     path = _weights_path(job)
     if path is None:
         return None
-    if job.config.load_checkpoint:
+    if path == Path(job.config.load_checkpoint):
         strategy = job.config.src_strategy_path_or_dir
         source = open_weights(path, job.world, job.say, strategy=strategy)
     else:

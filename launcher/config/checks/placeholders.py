@@ -1,8 +1,8 @@
 """Rules about files that are not what their name says, before a reader of each fails in its way.
 
 Owns where a git-lfs pointer or a web page is looked for: in the files of a tokenizer and in data.
-Weights have a rule of their own (`weights.damage`), config.json is read by `derived`. The first
-bytes of some files are read.
+Weights have a rule of their own (`weights.damage`); config.json and generation_config.json are read
+by `derived`, which asks as well. The first bytes of some files are read.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from launcher.errors import Problem
 from launcher.weights.formats.placeholders import is_pointer, placeholder
 
 HUB_FILES = (
-    *TOKENIZER_FILES, "generation_config.json", "special_tokens_map.json", "added_tokens.json",
-    "merges.txt", "chat_template.jinja",
+    *TOKENIZER_FILES, "special_tokens_map.json", "added_tokens.json", "merges.txt",
+    "chat_template.jinja",
 )  # fmt: skip
 _BINARY_OR_JSON = (".json", ".model")
 """Extensions of files that are never empty, and no page; of others a pointer alone is none."""
@@ -31,7 +31,7 @@ _DATA_KEYS = ("dataset_dir", "dataset_files", "data_files")
 
 
 def hub_files(check: Check) -> Iterator[KeyProblem]:
-    """The files of the tokenizer and of generation are downloaded."""
+    """The files of the tokenizer are downloaded."""
     folders = {
         "pretrained_model_dir": check.config.pretrained_model_dir,
         "processor.tokenizer.pretrained_model_dir": tokenizer_dir(check.config),
