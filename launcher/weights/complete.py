@@ -5,9 +5,9 @@ take the same files. It is that of `from_pretrained` of transformers:
 
     model.safetensors  >  model.safetensors.index.json  >  pytorch_model.bin  >  its index
 
-What was passed over is said. Where two sets are left and neither transformers nor an index decides,
-or where they are of two models, nothing is taken. A set whose files are gone does not count.
-Invariant: the files of a choice are one set, and each of them is there.
+What was passed over is reported. Where two sets are left and neither transformers nor an index
+decides, or where they are of two models, nothing is taken. A set whose files are gone does not
+count. Invariant: the files of a choice are one set, and each of them is there.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ _NO_WEIGHTS = re.compile(
 )
 """Files of torch beside weights that have none in them."""
 _NO_SETS = re.compile(r"(adapter_model|consolidated|optimizer-\d|hyper_param\.safetensors$)")
-"""Begins the names of files that are no set where there is another file: an adapter, weights under
-the names of Meta or Mistral, optimizer state, and the extras of MindSpore."""
+"""Begins the names of files that are not a set where there is another file: an adapter, weights
+under the names of Meta or Mistral, optimizer state, and the extras of MindSpore."""
 _MODEL = r"(?:pytorch_)?model"
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<total>\d{5})(?P<end>.*)")
 _VARIANT = re.compile(rf"{_MODEL}\.(\w+)(-\d{{5}}-of-\d{{5}})?\.\w+|"
@@ -63,7 +63,7 @@ HEADER_READERS = 8
 MOST_SHARDS = 10_000
 SHOWN = 5
 """Names in a message."""
-Form = Literal["whole", "index", "mindspore", "loose"]
+Form = Literal["single", "index", "mindspore", "loose"]
 
 
 @dataclass(frozen=True)
@@ -75,13 +75,13 @@ class WeightSet:
     form: Form
     folder: Path
     files: Mapping[Path, set[str] | None]
-    """Each with the tensors it should hold; None: nobody says."""
+    """Each with the tensors it should hold; None: unknown."""
     index: Path | None = None
 
     @cached_property
     def missing(self) -> list[str]:
         """Names of its files that are not there, or links to what is not; only an index and the
-        names of shards tell."""
+        names of shards show that."""
         if self.index is None and not self.is_shards:
             return []
         return sorted(file.name for file in self.files if not os.path.exists(file))
@@ -116,7 +116,7 @@ class Choice:
 
     @property
     def remarks(self) -> tuple[str, ...]:
-        """The line that says what is read and what is not; none where there was no choice."""
+        """One line about what is read and what is not; none where there was no choice."""
         if not self.passed_over:
             return ()
         others = ", ".join(self.passed_over[:SHOWN])
@@ -129,7 +129,7 @@ class Choice:
 
 def choose(folder: Path) -> Choice:
     """The complete weights in `folder`. Raises `UserError` where there are none, where files of
-    them are missing, and where nothing says which of two sets is meant.
+    them are missing, and where nothing decides between two sets.
 
     Indexes are read; headers of files only where two sets are compared.
     """
@@ -178,12 +178,12 @@ def _sets(folder: Path, names: Sequence[str]) -> list[WeightSet]:
     """All sets, in the order they are looked for: those that have a name or an index, as
     transformers does, then those that only the names of files make."""
     known = _distinct([
-        *_whole(folder, SINGLE_NAME),
+        *_single(folder, SINGLE_NAME),
         *_indexed(folder, INDEX_NAME, "index"),
         *_indexed(folder, MINDSPORE_INDEX_NAME, "mindspore"),
     ])  # fmt: skip
     if all(one.is_gone for one in known):
-        torch = [*_whole(folder, TORCH_SINGLE_NAME), *_indexed(folder, TORCH_INDEX_NAME, "index")]
+        torch = [*_single(folder, TORCH_SINGLE_NAME), *_indexed(folder, TORCH_INDEX_NAME, "index")]
         known += _distinct(torch)
     held = {file.name for one in known for file in one.files}
     others = [name for name in names
@@ -195,9 +195,9 @@ def _sets(folder: Path, names: Sequence[str]) -> list[WeightSet]:
     return known + [one for group in loose for one in group if one.is_shards]
 
 
-def _whole(folder: Path, name: str) -> Iterator[WeightSet]:
+def _single(folder: Path, name: str) -> Iterator[WeightSet]:
     if os.path.exists(folder / name):
-        yield WeightSet(name, "whole", folder, {folder / name: None})
+        yield WeightSet(name, "single", folder, {folder / name: None})
 
 
 def _indexed(folder: Path, name: str, form: Form) -> Iterator[WeightSet]:
@@ -212,7 +212,7 @@ def _indexed(folder: Path, name: str, form: Form) -> Iterator[WeightSet]:
 
 def _loose(folder: Path, names: Sequence[str]) -> list[WeightSet]:
     """Sets by the names of files alone: shards that count up to one total are a set, and so are all
-    files whose names say nothing. A variant is one where there is nothing but variants."""
+    other files. A variant is one where there is nothing but variants."""
     found = [name for name in names if not _NO_SETS.match(name)] or list(names)
     found = [name for name in found if re.match(_MODEL, name)] or found
     found = [name for name in found if not _VARIANT.fullmatch(name)] or found
@@ -241,7 +241,7 @@ def _with_missing(group: Sequence[str]) -> list[str]:
 
 
 def _distinct(sets: Sequence[WeightSet]) -> list[WeightSet]:
-    """`sets` without those that are part of another one: a whole file that an index names, and an
+    """`sets` without those that are part of another one: a single file that an index names, and an
     index of the same files."""
     kept: list[WeightSet] = []
     for one in sorted(sets, key=lambda one: one.index is None):
@@ -275,13 +275,13 @@ def _check_decided(taken: WeightSet, other: WeightSet) -> None:
     difference = ""
     if other.form == "loose" and taken.index is not None:
         return  # the index says which files count
-    if taken.form == "whole" and taken.is_safetensors and other.form != "mindspore":
+    if taken.form == "single" and taken.is_safetensors and other.form != "mindspore":
         difference = _difference(taken, other)
         if not difference:
             return
     raise UserError(
         f"{taken.folder} holds two sets of weights: {taken} and {other}",
-        rule="a folder holds the weights of one model once, and nothing says which of them is meant"
+        rule="a folder holds the weights of one model once, and nothing decides which is meant"
         + (f": {difference}" if difference else ""),
         advice="Move the files of one of them into another folder",
     )

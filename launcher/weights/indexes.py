@@ -1,4 +1,4 @@
-"""Indexes: the JSON file beside several files of weights that says which tensor is in which.
+"""Indexes: the JSON file beside several files of weights that maps each tensor to its file.
 
 Owns the three forms there are (safetensors and torch of Hugging Face, MindSpore) and their names.
 """
@@ -20,7 +20,7 @@ LARGEST_INDEX = 1 << 28
 
 
 def read_index(index: Path) -> dict[str, str]:
-    """Tensor to file name, as an index of Hugging Face, torch or MindSpore says. Raises
+    """Tensor to file name, by an index of Hugging Face, torch or MindSpore. Raises
     `UserError`."""
     try:
         if index.stat().st_size > LARGEST_INDEX:

@@ -1,8 +1,8 @@
-"""Obsolete buffers: tensors of old checkpoints that are no weights, and that no class has today.
+"""Obsolete buffers: tensors of old checkpoints that are not weights, and that no class has now.
 
 Owns the one table of them, by name and by what they must look like. Older versions of transformers
 (and fairseq before it) saved masks, tables of angles and version numbers, which models now derive.
-What a class of today says of itself (its buffers that are not persistent, the names it declares to
+What a current class declares (its buffers that are not persistent, the names it declares to
 be ignored) is asked of the class: `models.build.ignorable`. A bias is never one of them: it has one
 dim, a mask has two or more.
 """
@@ -74,7 +74,7 @@ OBSOLETE: tuple[Obsolete, ...] = (
 
 
 def has_obsolete_name(name: str) -> bool:
-    """Whether a tensor is named as one of them; its shape may still say that it is a weight."""
+    """Whether a tensor is named as one of them; its shape may still show that it is a weight."""
     return any(kind.names.search(name) for kind in OBSOLETE)
 
 

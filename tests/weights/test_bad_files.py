@@ -359,8 +359,8 @@ def test_all_that_does_not_fit_is_in_one_table(tmp_path) -> None:
         load(targets, open_complete(tmp_path))
     assert str(caught.value) == (
         f"{tmp_path}: the weights do not fit the model (1 missing, 1 extra, 2 of another shape or "
-        "dtype): every parameter is written exactly once. Give the weights of this model, or mend "
-        "model.model_config; shapes and dtypes must agree\n"
+        "dtype): every parameter is written exactly once. Give the weights of this model, or "
+        "correct model.model_config; shapes and dtypes must agree\n"
         "  tensor      in the files      in the model\n"
         "  gone            missing            [2, 2]\n"
         "  more                [1]           unknown\n"

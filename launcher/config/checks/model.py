@@ -145,7 +145,7 @@ def _vocabulary(check: Check, spec: ModelSpec) -> Iterator[KeyProblem]:
     if not folder or not isinstance(rows, int) or not path.is_file():
         return
     if path.stat().st_size > _LARGEST_TOKENIZER_BYTES or placeholder(path, is_text=True):
-        return  # what stands there in place of a tokenizer is told by a rule of its own
+        return  # what is there in place of a tokenizer has a rule of its own
     try:
         tokens = _token_count(read_json_object(path))
     except UserError as error:

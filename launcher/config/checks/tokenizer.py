@@ -64,7 +64,7 @@ def tokenizer_files(check: Check) -> Iterator[KeyProblem]:
         if not path.is_file() or path.stat().st_size > _LARGEST_BYTES:
             continue
         if placeholder(path, is_text=True):
-            continue  # told by a rule of its own
+            continue  # a rule of its own reports it
         try:
             content = read_json_object(path)
         except UserError as error:

@@ -16,7 +16,7 @@ from pathlib import Path
 from launcher.errors import Problem, UserError
 
 LOOKED_AT = 512
-"""Bytes of a file that tell."""
+"""Bytes of a file that are looked at."""
 SHORTEST_TEXT = 8
 """Bytes; less may be anything that was cut short."""
 UNFINISHED_SUFFIXES = (".incomplete", ".part", ".partial", ".crdownload", ".aria2", ".download")

@@ -126,7 +126,7 @@ def check_exists(strategy: Path | None) -> None:
             rule="strategy files are looked for there (--src_strategy_dirs)",
             nearest=f"did you mean `{beside}`?"
             if (beside := strategy.parent / STRATEGY_FOLDER).is_dir() else "",
-            advice="Name a strategy file, a merged one or the folder of them; rank files of ours "
+            advice="Name a strategy file, a merged one or the folder of them; files of Slipway "
             "need none",
         )  # fmt: skip
 

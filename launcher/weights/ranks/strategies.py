@@ -100,9 +100,9 @@ def _only_merged(directory: Path, merged: Sequence[tuple[Path, Strategy]]) -> St
 def _contains(merged: Strategy, others: Sequence[tuple[Path, Strategy]]) -> bool:
     """Whether a merged file says of every stage what the others say, and has further stages."""
     stages = merged.by_stage()
-    told = {strategy.stage: dict(strategy.layouts) for _, strategy in others}
-    agree = all(stages.get(stage) == layouts for stage, layouts in told.items())
-    return agree and len(stages) > len(told)
+    single = {strategy.stage: dict(strategy.layouts) for _, strategy in others}
+    agree = all(stages.get(stage) == layouts for stage, layouts in single.items())
+    return agree and len(stages) > len(single)
 
 
 def _merged_anew(directory: Path, found: Sequence[tuple[Path, Strategy]]) -> Strategy:

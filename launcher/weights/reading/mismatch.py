@@ -1,8 +1,8 @@
 """Weights that do not fit a model: the table of all differences, and what the weights are.
 
-Owns that error. Names tell much: a wrapper around the model that was saved (data parallel, compile,
+Owns that error. Names show much: a wrapper around the model that was saved (data parallel, compile,
 PEFT) or a model around it (the language model of a multimodal one) leaves its name before those of
-all tensors, and other programs have names of their own. `strict_load: False` is no way out there,
+all tensors, and other programs have names of their own. `strict_load: False` is not advised there,
 nor where no name fits: it would train random weights.
 """
 
@@ -37,7 +37,7 @@ WRAPPERS: Mapping[str, str] = {
 
 
 class Foreign(NamedTuple):
-    """Names that tell of another program or form."""
+    """Names by which another program or form is known."""
 
     names: re.Pattern[str]
     what: str
@@ -88,7 +88,7 @@ def mismatch(source: Source, differences: Differences) -> UserError:
     missing, extra, unfit = differences.missing, differences.extra, differences.unfit
     counts = f"{len(missing)} missing, {len(extra)} extra, {len(unfit)} of another shape or dtype"
     explained = _explained(missing, extra)
-    usual = "Give the weights of this model, or mend model.model_config"
+    usual = "Give the weights of this model, or correct model.model_config"
     if explained:
         nearest, advice = explained
     elif differences.fit_none:
@@ -141,7 +141,7 @@ def _rooms(lengths: Sequence[int]) -> list[int]:
 
 
 def _explained(missing: Sequence[str], extra: Sequence[str]) -> tuple[str, str] | None:
-    """(what the weights are, how to go on), where names tell; None where they do not."""
+    """(what the weights are, how to go on), where names show it; None where they do not."""
     for foreign in FOREIGN:
         if any(foreign.names.search(name) for name in extra):
             return f"They are {foreign.what}", foreign.advice
@@ -221,7 +221,7 @@ def _others(number: int, verb: str = "belong to other parts") -> str:
 
 
 def _common_prefix(short: Sequence[str], long: Sequence[str]) -> str | None:
-    """What most often stands before the names `short` in the names `long`."""
+    """What most often precedes the names `short` in the names `long`."""
     prefixes = Counter(
         other.removesuffix(name)
         for name in short[:SAMPLED]
