@@ -51,6 +51,10 @@ CASES = (
          yaml="load_ckpt_format: safetensors\npretrained_model_dir: torch\n",
          says=("load_ckpt_format = 'safetensors': no effect, load_checkpoint is empty, and torch "
                "holds files of torch",)),
+    Case(name="the format of a run's own saves",
+         yaml="load_ckpt_format: ckpt\nresume_training: True\noutput_dir: earlier\n",
+         says=("load_ckpt_format = 'ckpt': no effect, load_checkpoint is empty, and "
+               "earlier/checkpoint holds safetensors",)),
     Case(name="copies are there, denied", yaml="load_checkpoint: ranks\nremove_redundancy: True\n",
          says=("remove_redundancy = True: no effect, ranks/rank_0/CKP_rank_0-1_10.safetensors "
                "says False, which counts",)),
@@ -118,7 +122,7 @@ def files(folder: Path) -> None:
         shutil.copy(folder / "qwen/config.json", folder / name)
     (folder / "bins/a.bin").write_bytes(TORCH_ZIP)
     (folder / "bins/pytorch_model.bin.index.json").write_text('{"weight_map": {"w": "a.bin"}}')
-    for name in ("beside", "ranks", "rank", "above/weights"):
+    for name in ("beside", "ranks", "rank", "above/weights", "earlier/checkpoint"):
         rank_files(folder / name, Mesh())
     (folder / "above/weights/rank_0").rename(folder / "above/weights/rank0")
     (folder / "rank/rank_0/CKP_rank_0-1_10.safetensors").write_bytes(POINTER)

@@ -113,7 +113,7 @@ def file_format(check: Check) -> Iterator[KeyProblem]:
         except UserError as error:
             yield from _told(check, found.key, error)
             return
-    if check.config.load_ckpt_format not in (None, name) and found.key != "pretrained_model_dir":
+    if check.config.load_ckpt_format not in (None, name) and found.key == "load_checkpoint":
         yield check.wrong(
             "load_ckpt_format",
             f"{found.path} holds {'files of torch (ckpt)' if name == 'ckpt' else name}",
@@ -254,7 +254,7 @@ def _of_files(check: Check, found: Files) -> dict[str, str]:
         None, said == "True"):  # fmt: skip
         reasons["remove_redundancy"] = f"no effect, {found.one} says {said}, which counts"
     form = "safetensors" if found.one and is_safetensors(found.one) else "ckpt"
-    if found.key == "pretrained_model_dir" and check.config.load_ckpt_format not in (None, form):
+    if found.key != "load_checkpoint" and check.config.load_ckpt_format not in (None, form):
         reasons["load_ckpt_format"] = (
             f"no effect, load_checkpoint is empty, and {found.path} holds "
             f"{'files of torch' if form == 'ckpt' else form}"
