@@ -36,6 +36,8 @@ KILL_GRACE_SECONDS = 1.0
 """How long a launcher has to say by which signal a rank was killed, before rank 0 says that it was
 killed."""
 CONNECT_SECONDS = 30.0
+STORE_SECONDS = 3.0
+"""How long a rank that ends waits for the store to take the reason."""
 _KEEPALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4}
 """Seconds of silence, seconds between probes, probes: a machine that is off is noticed in 30 s."""
 _ADDRESS = "address"
@@ -56,69 +58,78 @@ def end_process(failure: Failure) -> None:
 
 
 class Peers:
-    """Watches the other ranks of the job from a thread of its own, until `close` or `fail`."""
+    """Watches the other ranks of the job from threads of its own, until `close` or `fail`.
+
+    One thread reads the connections and one the store: where the network is cut, a question to the
+    store is answered after a quarter of an hour.
+    """
 
     def __init__(self, environment: ProcessEnvironment, *, end: End = end_process) -> None:
         self._environment = environment
         self._end = end
         self._record: FailureRecord | None = None
-        self._hub: _Hub | _Spoke | None = None
-        self._lock = threading.Lock()
+        self._link: _Hub | _Spoke | None = None
         self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="peers", daemon=True)
 
     def start(self, record: FailureRecord) -> None:
         """Begin to watch. `record`: over a connection that nothing else uses."""
         self._record = record
         is_main = self._environment.rank == 0
-        self._hub = _Hub(record) if is_main else _Spoke(record, self._environment)
-        self._thread.start()
+        self._link = _Hub(record) if is_main else _Spoke(record, self._environment)
+        for look in (self._at_connections, self._at_store):
+            threading.Thread(target=self._watch, args=(look,), name="peers", daemon=True).start()
 
     def fail(self, exit_code: int, reason: str) -> None:
         """Tell all ranks that this one fails, and stop watching. The first failure counts."""
-        if self._closed.is_set() or self._hub is None:
+        if self._closed.is_set() or self._link is None:
             return
         self._closed.set()
-        failure = Failure.of_this_host(self._environment.rank, exit_code, reason)
-        with self._lock:
-            with suppress(RuntimeError, ValueError):
-                assert self._record is not None
-                failure = self._record.write(failure)
-            self._hub.send(_line(failure))
+        self._pass_on(Failure.of_this_host(self._environment.rank, exit_code, reason))
 
     def close(self) -> None:
         """Stop watching: this rank has done its part."""
-        if self._closed.is_set() or self._hub is None:
+        if self._closed.is_set() or self._link is None:
             return
         self._closed.set()
-        with self._lock:
-            self._hub.send(_DONE)
+        self._link.send(_DONE)
 
-    def _watch(self) -> None:
+    def _watch(self, look: Callable[[], Failure | None]) -> None:
         while not self._closed.is_set():
-            failure = self._look()
+            failure = look()
             if failure is not None:
                 if not self._closed.wait(GRACE_SECONDS):
                     self._end(failure)
                 return
 
-    def _look(self) -> Failure | None:
-        """What the connections and the store say within `POLL_SECONDS`."""
-        assert self._hub is not None
+    def _at_connections(self) -> Failure | None:
+        assert self._link is not None
+        failure = self._link.poll(POLL_SECONDS)
+        if failure is not None and isinstance(self._link, _Hub):
+            self._pass_on(failure)
+        return failure
+
+    def _at_store(self) -> Failure | None:
         assert self._record is not None
-        found = self._hub.poll(POLL_SECONDS)
-        with self._lock:
-            if self._closed.is_set():
-                return None
-            with suppress(RuntimeError, ValueError):  # a store that is gone: see the connections
-                recorded = self._record.read()
-                if recorded is not None:
-                    return recorded
-                if found is not None and isinstance(self._hub, _Hub):
-                    found = self._record.write(found)
-            if found is not None and isinstance(self._hub, _Hub):
-                self._hub.send(_line(found))
-            return found
+        self._closed.wait(POLL_SECONDS)
+        try:
+            return self._record.read()
+        except (RuntimeError, ValueError):  # the store is gone: the connections tell why
+            self._closed.wait(CONNECT_SECONDS)
+            return None
+
+    def _pass_on(self, failure: Failure) -> None:
+        """Send a failure to the ranks at the other end of the connections, and record it."""
+        assert self._link is not None
+        assert self._record is not None
+        self._link.send(_line(failure))
+        writing = threading.Thread(target=_write, args=(self._record, failure), daemon=True)
+        writing.start()
+        writing.join(STORE_SECONDS)
+
+
+def _write(record: FailureRecord, failure: Failure) -> None:
+    with suppress(RuntimeError, ValueError):
+        record.write(failure)
 
 
 def _line(failure: Failure) -> bytes:
@@ -284,7 +295,7 @@ class _Spoke:
 def _killed(rank: int, host: str) -> Failure:
     return Failure(
         rank=rank, host=host, exit_code=1,
-        reason="it ended without a message: it was killed, or its machine is gone",
+        reason="it ended without a message: it was killed, or its machine or network is gone",
     )  # fmt: skip
 
 

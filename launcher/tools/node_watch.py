@@ -56,22 +56,28 @@ class NodeWatch:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._closed.set()
-        self._thread.join()
+        self._stop()
         if self._server is not None and self._failure is not None:
             _linger(FailureRecord(self._server), self._launch.nodes - 1)
 
     def record(self, failure: Failure) -> Failure:
         """Record a failure of this node. Returns the first one of the job."""
-        self._closed.set()
-        self._thread.join()
+        answers = self._stop()
         if self._failure is None:
             self._failure = failure
             with suppress(RuntimeError, ValueError):
-                record = self._record or self._connect()
-                self._failure = record.write(failure)
-                self._acknowledge(record)
+                if answers:
+                    record = self._record or self._connect()
+                    self._failure = record.write(failure)
+                    self._acknowledge(record)
         return self._failure
+
+    def _stop(self) -> bool:
+        """End the watch. Returns whether the store answers; where the network is cut it may take a
+        quarter of an hour."""
+        self._closed.set()
+        self._thread.join(CONNECT_SECONDS + POLL_SECONDS)
+        return not self._thread.is_alive()
 
     def _acknowledge(self, record: FailureRecord) -> None:
         """Let node 0 know that this node has read the failure."""
