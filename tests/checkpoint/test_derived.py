@@ -35,7 +35,7 @@ def chosen(folder: Path, name: SaveName | None = NAME, **scalars: float) -> Chos
     beside = {key: torch.tensor([value]) for key, value in scalars.items()}
     save_file({"w": torch.ones(2), **beside}, file)
     source = open_complete(file)
-    extras = {key: source.tensors[key] for key in beside}
+    extras = {key: (source.tensors | source.extras)[key] for key in beside}
     source = replace(source, kind="distributed", tensors={"w": source.tensors["w"]}, extras=extras)
     return Chosen(folder, "mf-2_3", name, [file], source, {}, False)
 

@@ -223,7 +223,7 @@ def test_ignored_keys_are_reported_once(
     assert " ".join(capsys.readouterr().err.split()) == " ".join(expected.split())
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert cli.main(argv) == 0
+    assert cli.main([*argv, "--parallel_config.data_parallel", "2"]) == 0
     assert capsys.readouterr().err == ""
 
 
