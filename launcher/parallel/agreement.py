@@ -100,14 +100,19 @@ def _advice(numbers: set[int], what: str) -> str:
 
 
 def found_by_all(world: World, look: Callable[[], Seen]) -> Seen:
-    """What `look` finds on this rank. The `UserError` of the first rank that cannot see is raised
-    on all of them. Called by all ranks together."""
+    """What `look` finds on this rank. The `UserError` of the first rank that has one is raised on
+    all of them; it names the rank where not all ranks see the same. Called by all ranks together.
+    """
     seen, problems = None, None
     try:
         seen = look()
     except UserError as error:
         problems = error.problems
-    for told in world.gather(problems):
-        if told:
-            raise UserError(told)
-    return cast(Seen, seen)
+    told = world.gather(problems)
+    first = next((found for found in told if found), None)
+    if first is None:
+        return cast(Seen, seen)
+    if all(found == first for found in told):
+        raise UserError(first)
+    rank = told.index(first)
+    raise UserError([replace(problem, what=f"rank {rank}: {problem.what}") for problem in first])

@@ -72,7 +72,7 @@ def test_what_nobody_else_holds_cannot_be_made_up_for(tmp_path: Path) -> None:
         open_weights(tmp_path, ALONE, print)
     first, second = map(str, caught.value.problems)
     assert f"{files[1]} is not a whole safetensors file" in first
-    assert "no other rank has what the lost rank 1 held" in second
+    assert "and no other rank holds its parts" in second
 
 
 def test_two_runs_in_one_folder_are_not_mixed(tmp_path: Path) -> None:

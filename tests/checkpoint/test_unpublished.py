@@ -151,7 +151,7 @@ def test_a_save_that_is_not_complete_is_passed_over(tmp_path: Path, damage: str)
         assert found.label == "mf-1_5"
         assert said[0].startswith("passed over mf-1_10: ")
     expected = {
-        "gone": "no other rank has what the lost rank 1 held",
+        "gone": "and no other rank holds its parts",
         "cut": f"{file} is not a whole safetensors file",
         "of another save": f"{file} has 8: the files of one save are of one step",
     }
@@ -182,7 +182,7 @@ def test_when_no_save_is_complete_the_user_hears_why(tmp_path: Path) -> None:
         "newest of 2 not all have. Copy what is missing, or use run_mode finetune to start from "
         "weights alone."
     )
-    assert "the lost rank 1 held" in second
+    assert "no other rank holds its parts" in second
     assert "The strategy files describe 2 ranks, 1 have a file" in second
 
 

@@ -309,7 +309,7 @@ def test_resuming_on_the_same_layout_and_on_another_without_a_rank(shop: Shop) -
     refused = shop.attempt(RESUME_CHANGED, "train", 2, "refused", "--batch_size", "4")
     assert refused.code == 2
     assert "no checkpoint in crippled can be used" in refused.stderr
-    assert "no other rank has what the lost ranks 0, 1, 3 held" in refused.stdout
+    assert "ranks 0, 1, 3 have no whole file in crippled, and no other rank holds" in refused.stdout
 
 
 CLUSTER = """

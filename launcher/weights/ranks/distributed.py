@@ -112,7 +112,7 @@ def _check_inventory(source: Source, note: Note, lost: Sequence[int]) -> None:
     if gone:
         raise UserError(
             f"{source.path} {what}",
-            rule=f"no other rank has what the lost {_ranks_text(lost)} held",
+            rule=_without_files(source, lost),
             advice="Copy the missing rank folders, or choose another checkpoint",
         )
 
@@ -158,10 +158,19 @@ def check_whole(source: Source, lost: Sequence[int] = ()) -> None:
     more = f" and {len(holes) - NAMED} more" * (len(holes) > NAMED)
     raise UserError(
         f"{source.path} does not hold all of {', '.join(holes[:NAMED])}{more}",
-        rule=f"no other rank has what the lost {_ranks_text(lost)} held" if lost else
+        rule=_without_files(source, lost) if lost else
         "every element must be held exactly once (replicas apart)",
         advice="Copy the missing rank folders, or choose another checkpoint",
     )  # fmt: skip
+
+
+def _without_files(source: Source, ranks: Sequence[int]) -> str:
+    """Why a save cannot be used. Another machine may have the files, so the folder is named."""
+    has, their = ("has", "its") if len(ranks) == 1 else ("have", "their")
+    return (
+        f"{_ranks_text(ranks)} {has} no whole file in {source.path}, and no other rank holds "
+        f"{their} parts"
+    )
 
 
 def _numel(piece: Piece) -> int:
