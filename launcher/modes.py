@@ -20,8 +20,10 @@ from launcher.checkpoint.files import json_bytes, write_json
 from launcher.checkpoint.monitor import LAST_STEP_ONLY, CheckpointMonitor
 from launcher.config.provenance import Provenance
 from launcher.config.schema import Config, OnRequestExitSection, RegisteredCallbackSection
+from launcher.config.shared import shared_settings
 from launcher.errors import EXIT_OK, UserError
 from launcher.parallel import world as worlds
+from launcher.parallel.consistency import check_same
 from launcher.parallel.parts import Parts
 from launcher.parallel.world import World
 from launcher.predict import check_writable, read_prompts, result_text, write_results
@@ -60,6 +62,10 @@ def run(
         mode = config.run_mode or "train"
         on_cpu = config.context.device_target == "CPU"
         world = worlds.start(force_cpu=on_cpu, ends_with_peers=ends_with_peers)
+        check_same(
+            world, shared_settings(config), rule="all processes of a job have one configuration",
+            advice="Start every machine with the same YAML file and the same overrides",
+        )  # fmt: skip
     open_output(config, world, resolved_name(mode), resolved)
     job = Job(config, provenance, world, Console(enabled=world.is_main))
     finished = False
@@ -141,6 +147,10 @@ def evaluate_only(job: Job) -> int:
 def predict(job: Job) -> int:
     """Continue prompts, print them, and write them down."""
     prompts = read_prompts(job.config.input_data)
+    check_same(
+        job.world, {"--predict_data": prompts}, rule="all ranks continue the same prompts",
+        advice="Copy the file of prompts to every machine",
+    )  # fmt: skip
     check_writable(result_path(job))
     model, layout = build_predicting(job)
     fill_weights(job, Parts([model]), layout, find_weights(job))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from launcher.assembly.model import predict_mesh
 from launcher.config.checks.check import Check
 from launcher.config.checks.generation import read_generation_file
 from launcher.generation import GenerationSettings, generation_settings
+from launcher.parallel.consistency import check_same
 from launcher.predict import RESULT_FILE, Generation, generate
 
 PREDICT_BATCH = 8
@@ -23,14 +24,25 @@ PREDICT_BATCH = 8
 def continue_prompts(
     job: Job, model: nn.Module, prompts: Sequence[str], batch_size: int
 ) -> list[Generation]:
-    """Every prompt with its continuation, on the main rank; each rank takes its share of them."""
+    """Every prompt with its continuation, on the main rank; each rank takes its share of them.
+
+    Called by all ranks together. Raises `UserError`, also where machines have other settings in
+    generation_config.json, or another tokenizer.
+    """
     seed, mesh = job.config.generation_config.seed, predict_mesh(job)
+    chosen = settings(job)
+    ids = [job.tokenizer(prompt)["input_ids"] for prompt in prompts]
+    check_same(
+        job.world, {**asdict(chosen), "tokens of the prompts": ids},
+        rule="all ranks generate alike, which each machine reads from its own files",
+        advice="Copy the same model folder and the same tokenizer to every machine",
+    )  # fmt: skip
     model.eval()
     return generate(
         model,
         job.tokenizer,
         prompts,
-        settings(job),
+        chosen,
         batch_size=batch_size,
         device=job.world.device,
         seed=job.config.seed if seed is None else seed,

@@ -14,7 +14,7 @@ from launcher.assembly.gradients import watches_health
 from launcher.assembly.job import Job
 from launcher.assembly.receipt import Resumption, receipt
 from launcher.assembly.run import build_run
-from launcher.assembly.weights import check_cuts, check_layout, equalise_copies
+from launcher.assembly.weights import check_cuts, check_layout, check_same_model, equalise_copies
 from launcher.checkpoint.names import SaveName
 from launcher.checkpoint.resume import Chosen, choose
 from launcher.config.schema import Config
@@ -64,6 +64,7 @@ def own_root(config: Config) -> Path:
 
 def resumed_run(job: Job, chosen: Chosen) -> TrainRun:
     """A run that goes on: weights, optimizer, schedule, data position, random numbers."""
+    check_same_model(job)
     run = build_run(job)
     derived = None if chosen.state else derive(run, chosen)
     saved = derived.saved if derived is not None else chosen.state

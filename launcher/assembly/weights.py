@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,8 +17,10 @@ from launcher.errors import UserError
 from launcher.layout.layout import Layout
 from launcher.layout.mesh import other_layout
 from launcher.parallel.apply import shards
+from launcher.parallel.consistency import Unquoted, check_same
 from launcher.parallel.parts import Parts
 from launcher.parallel.tied import equalise
+from launcher.weights.content import content_of
 from launcher.weights.links import linked, shapes_in_files
 from launcher.weights.reading.load import LoadReport
 from launcher.weights.reading.memory import Shard
@@ -36,9 +39,12 @@ def find_weights(job: Job) -> Source | None:
     """The weights the user names: load_checkpoint, else pretrained_model_dir's, else None.
 
     Copies of them are written where save_unified_checkpoint or save_converted_checkpoint ask for
-    one.
+    one. Called by all ranks together. Raises `UserError`, also where a machine has other weights
+    than that of rank 0.
     """
     path = _weights_path(job)
+    check_same_model(job)
+    _check_same(job, {"weights": Unquoted("none" if path is None else "found")})
     if path is None:
         return None
     if path == Path(job.config.load_checkpoint):
@@ -46,9 +52,26 @@ def find_weights(job: Job) -> Source | None:
         source = open_weights(path, job.world, job.say, strategy=strategy)
     else:
         source = open_complete_weights(path, job.say)
+    if source.kind != "distributed" and job.world.size > 1:
+        _check_same(job, {f"weights in {path.name}": Unquoted(content_of(source))})
     check_layout(job, source)
     write_copies(job, source)
     return source
+
+
+def check_same_model(job: Job) -> None:
+    """Check that every machine describes the same model. Called by all ranks together; raises
+    `UserError`."""
+    config = job.spec.hf_config
+    _check_same(job, {f"config.json: {key}": value for key, value in config.items()})
+
+
+def _check_same(job: Job, facts: Mapping[str, Any]) -> None:
+    check_same(
+        job.world, facts, rule="all ranks start from one model, which each machine reads from its "
+        "own files",
+        advice="Copy the same model folder to every machine",
+    )  # fmt: skip
 
 
 def _weights_path(job: Job) -> Path | None:

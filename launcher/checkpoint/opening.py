@@ -27,6 +27,7 @@ from launcher.checkpoint.wholeness import (
 )
 from launcher.errors import Problem, UserError
 from launcher.parallel.agreement import found_by_all
+from launcher.parallel.consistency import Unquoted, check_same
 from launcher.parallel.disks import ONE_DISK
 from launcher.parallel.world import World
 from launcher.weights.ranks.distributed import check_copies, open_rank_files
@@ -51,6 +52,11 @@ def open_weights(path: Path, world: World, say: Say, *, strategy: str = "") -> S
     `strategy/` beside the rank files' own. Raises `UserError`.
     """
     kind = _kind(path, world)
+    check_same(
+        world, {f"weights in {path.name}": Unquoted(kind)},
+        rule="all ranks load one form of weights",
+        advice="Copy the same folder to every machine",
+    )  # fmt: skip
     if kind == "nothing":
         raise UserError(
             f"{path} holds no weights",

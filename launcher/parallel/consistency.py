@@ -1,0 +1,49 @@
+"""Consistency: what all ranks must have alike, although each machine reads files of its own.
+
+Owns the comparison. A rank with another configuration, other weights or other prompts would wait in
+another collective than its peers, or compute something else without a word.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from launcher.errors import Problem, UserError
+from launcher.parallel.world import World
+
+_CHARACTERS = 60
+_SHOWN = 5
+
+
+def check_same(world: World, facts: Mapping[str, Any], *, rule: str, advice: str) -> None:
+    """Check that `facts`, name to value, are equal on all ranks. Called by all ranks together.
+
+    Raises `UserError` on every rank, with one problem for each of the first facts that differ.
+    """
+    told = world.gather(dict(facts))
+    names = dict.fromkeys(name for given in told for name in given)
+    problems = []
+    for name in names:
+        values = [given.get(name) for given in told]
+        other = next((rank for rank, value in enumerate(values) if value != values[0]), None)
+        if other is not None:
+            problems.append(
+                Problem(
+                    what=f"{name}: {_short(values[other])} on rank {other}, {_short(values[0])} "
+                    "on rank 0",
+                    rule=rule,
+                    advice=advice,
+                )
+            )
+    if problems:
+        raise UserError(problems[:_SHOWN])
+
+
+def _short(value: Any) -> str:
+    text = str(value) if isinstance(value, Unquoted) else repr(value)
+    return text if len(text) <= _CHARACTERS else f"{text[: _CHARACTERS - 3]}..."
+
+
+class Unquoted(str):
+    """A text that describes content, shown without quotes."""
