@@ -45,7 +45,7 @@ def test_a_tensor_that_only_the_lost_rank_held_is_missed(
     assert set(open_rank_files(ranks, files).tensors) == set(tensors())
     shutil.rmtree(files[1].parent)
     with pytest.raises(
-        UserError, match="rank 1 has no whole file in .*, and no other rank holds its parts"
+        UserError, match=r"rank 1 has no whole file in .*, and no other rank holds its parts"
     ):
         open_rank_files(ranks, files[:1])
     out = ["--output_dir", str(tmp_path / "out")]

@@ -371,8 +371,8 @@ def no_layouts(folder: Path) -> object:
 GIVE = "Give the strategy files of the run that wrote the rank files, of all pipeline stages."
 MISFITS: tuple[tuple[Opened, str], ...] = (
     (lost_part, "{f} does not hold all of `w` (16 of 32 elements): ranks 1, 3 have no "
-     "whole file in {f}, and no other rank holds their parts. The strategy files describe 4 ranks, 2 have a file. Copy the missing rank "
-     "folders, or choose another checkpoint."),
+     "whole file in {f}, and no other rank holds their parts. The strategy files describe "
+     "4 ranks, 2 have a file. Copy the missing rank folders, or choose another checkpoint."),
     (lost_stage, "{f}: no file holds `v`: the strategy files list them; of 8 ranks there is no "
      "file of 4, 5, 6, 7. Copy the missing rank folders. " + GIVE),
     (too_many_ranks, "{f}: {f}/rank_7/toy_rank_7-1_2.safetensors is of rank 7: the strategy files "
@@ -390,8 +390,8 @@ MISFITS: tuple[tuple[Opened, str], ...] = (
      "{f}/rank_2/toy_rank_2-1_2.safetensors: as the strategy files have it, these ranks hold "
      "copies of one part. " + GIVE),
     (more_ranks_than_files, "{f} does not hold all of `w` (64 of 128 elements): ranks 4, 5, 6, 7 "
-     "have no whole file in {f}, and no other rank holds their parts. The strategy files describe 8 ranks, 4 have a file. "
-     "Copy the missing rank folders, or choose another checkpoint."),
+     "have no whole file in {f}, and no other rank holds their parts. The strategy files "
+     "describe 8 ranks, 4 have a file. Copy the missing rank folders, or choose another checkpoint."),
     (unknown_matrix, "{f}: the strategy files do not have `adam_m.w`: they say how every matrix "
      "of the run that wrote the rank files is cut, its optimizer state too. " + GIVE),
     (two_steps, "{f}: {f}/rank_0/toy_rank_0-1_2.safetensors has step_num 6, "
