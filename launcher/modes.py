@@ -5,18 +5,20 @@ Called on every rank, after the configuration has been checked; the first place 
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 from launcher.assembly.data import evaluation_source
 from launcher.assembly.job import Job
 from launcher.assembly.model import build_parallel, build_predicting
 from launcher.assembly.prediction import PREDICT_BATCH, continue_prompts, result_path
-from launcher.assembly.resume import find_resume, resumed_run
+from launcher.assembly.resume import find_resume, own_root, resumed_run
 from launcher.assembly.roll_back import RollBack, idle_reason
 from launcher.assembly.run import fresh_run
 from launcher.assembly.strategy import world_without_group, write_all, write_own
 from launcher.assembly.weights import fill_weights, find_weights
 from launcher.checkpoint.files import json_bytes, write_json
+from launcher.checkpoint.in_use import in_use
 from launcher.checkpoint.monitor import LAST_STEP_ONLY, CheckpointMonitor
 from launcher.config.provenance import Provenance
 from launcher.config.schema import Config, OnRequestExitSection, RegisteredCallbackSection
@@ -47,6 +49,9 @@ from launcher.train.loop import fit
 from launcher.train.reporting import Reporting
 from launcher.train.run import TrainRun
 
+TRAINING = ("train", "finetune")
+"""Modes that write into the folder of a run as one run at a time must."""
+
 
 def run(
     config: Config, provenance: Provenance, resolved: str, *, ends_with_peers: bool = False
@@ -66,11 +71,13 @@ def run(
             world, shared_settings(config), rule="all processes of a job have one configuration",
             advice="Start every machine with the same YAML file and the same overrides",
         )  # fmt: skip
-    open_output(config, world, resolved_name(mode), resolved)
+    open_output(config, world)
     job = Job(config, provenance, world, Console(enabled=world.is_main))
     finished = False
     try:
-        code = MODES[mode](job)
+        with in_use(written_folders(job), world) if mode in TRAINING else nullcontext():
+            write_resolved(job, resolved_name(mode), resolved)
+            code = MODES[mode](job)
         finished = True
     except Interrupted as interrupted:
         job.say(f"stopped by {interrupted}")
@@ -84,23 +91,40 @@ def run(
     return code
 
 
-def open_output(config: Config, world: World, name: str, resolved: str) -> None:
-    """The folder of the run, its logs, and the configuration that runs."""
+def open_output(config: Config, world: World) -> None:
+    """The folder of the run and its logs."""
     try:
         open_logs(Path(config.output_dir), world.rank)
-        if world.is_main:
-            write_new(Path(config.output_dir) / name, resolved)
     except OSError as error:
-        raise UserError(
-            f"output_dir = {config.output_dir!r}: {error.filename} cannot be written",
-            rule=str(error.strerror),
-            advice="Set output_dir to a folder this run may write to",
-        ) from error
+        raise _not_written(config, error) from error
+
+
+def write_resolved(job: Job, name: str, text: str) -> None:
+    """The configuration that runs, as YAML."""
+    if not job.world.is_main:
+        return
+    try:
+        write_new(job.output_dir / name, text)
+    except OSError as error:
+        raise _not_written(job.config, error) from error
+
+
+def _not_written(config: Config, error: OSError) -> UserError:
+    return UserError(
+        f"output_dir = {config.output_dir!r}: {error.filename} cannot be written",
+        rule=str(error.strerror),
+        advice="Set output_dir to a folder this run may write to",
+    )
+
+
+def written_folders(job: Job) -> list[Path]:
+    """Where a training run writes: its output, and its saves where they go elsewhere."""
+    return list(dict.fromkeys([job.output_dir, own_root(job.config).parent]))
 
 
 def resolved_name(mode: str) -> str:
     """`resolved.yaml` is the configuration that trained; other modes do not write over it."""
-    return "resolved.yaml" if mode in ("train", "finetune") else f"resolved_{mode}.yaml"
+    return "resolved.yaml" if mode in TRAINING else f"resolved_{mode}.yaml"
 
 
 def train(job: Job) -> int:

@@ -265,7 +265,8 @@ RANKS = (
     Bad("a rank lost that nobody replaces", lambda folder: sharded(folder)[1].unlink(),
         "{folder} does not hold all of `embed` (28 of 52 elements), `norm` (3 of 5 elements), "
         "`proj` (16 of 24 elements): rank 1 has no whole file in {folder}, and no other rank "
-        "holds its parts. Copy the missing rank folders, or choose another checkpoint.", open_ranks),
+        "holds its parts. Copy the missing rank folders, or choose another checkpoint.",
+        open_ranks),
     Bad("a hole", placed([[[0], [2]]], [3]),
         "{folder} does not hold all of `w` (2 of 3 elements): rank 1 has no whole file in "
         "{folder}, and no other rank holds its parts. Copy the missing rank folders, or choose "
@@ -273,8 +274,8 @@ RANKS = (
     Bad("more ranks than there can be", noted(world_size=2**62, tensors={
             "w": {"shape": [3], "boxes": [[[0], [2]]]}}),
         "{folder} does not hold all of `w` (2 of 3 elements): ranks 1, 2, 3, 4, 5 ... have no "
-        "whole file in {folder}, and no other rank holds their parts. Copy the missing rank folders, or "
-        "choose another checkpoint.", open_ranks),
+        "whole file in {folder}, and no other rank holds their parts. Copy the missing rank "
+        "folders, or choose another checkpoint.", open_ranks),
     Bad("box outside", placed([[[1], [2]]]),
         f"{DAMAGED}the box of `w` is not inside its shape [2]. {CHOOSE}", open_ranks),
     Bad("box of another size", placed([[[0], [1]]]),

@@ -391,7 +391,8 @@ MISFITS: tuple[tuple[Opened, str], ...] = (
      "copies of one part. " + GIVE),
     (more_ranks_than_files, "{f} does not hold all of `w` (64 of 128 elements): ranks 4, 5, 6, 7 "
      "have no whole file in {f}, and no other rank holds their parts. The strategy files "
-     "describe 8 ranks, 4 have a file. Copy the missing rank folders, or choose another checkpoint."),
+     "describe 8 ranks, 4 have a file. Copy the missing rank folders, or choose another "
+     "checkpoint."),
     (unknown_matrix, "{f}: the strategy files do not have `adam_m.w`: they say how every matrix "
      "of the run that wrote the rank files is cut, its optimizer state too. " + GIVE),
     (two_steps, "{f}: {f}/rank_0/toy_rank_0-1_2.safetensors has step_num 6, "
