@@ -159,13 +159,26 @@ def _store(environment: ProcessEnvironment) -> dist.Store:
     serves = environment.rank == 0 and not environment.uses_agent_store
     patience = SERVED_TIMEOUT if environment.uses_agent_store else GROUP_TIMEOUT
     # Nobody waits here for all processes: one of them may have failed, which `peers` then tells.
-    store = dist.TCPStore(
-        environment.master_addr, environment.master_port, environment.world_size,
-        is_master=serves, timeout=patience, wait_for_workers=False,
-    )  # fmt: skip
+    try:
+        store = dist.TCPStore(
+            environment.master_addr, environment.master_port, environment.world_size,
+            is_master=serves, timeout=patience, wait_for_workers=False,
+        )  # fmt: skip
+    except dist.DistError as error:
+        raise _no_store(environment, error, serves=serves) from error
     store.set_timeout(GROUP_TIMEOUT)
     # The prefix keeps attempts apart (connection refused or a hang otherwise).
     return dist.PrefixStore(job_prefix(environment.restart_count), store)
+
+
+def _no_store(environment: ProcessEnvironment, error: Exception, *, serves: bool) -> UserError:
+    address = f"{environment.master_addr}:{environment.master_port}"
+    return UserError(
+        f"MASTER_ADDR:MASTER_PORT = {address}",
+        where="environment variables",
+        rule=f"rank 0 {'listens' if serves else 'is reached'} there; {str(error).splitlines()[0]}",
+        advice="Give the address of the machine of rank 0, and a port that is free there",
+    )
 
 
 def stop() -> None:

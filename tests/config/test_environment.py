@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 
-from launcher import environment
+from launcher import cli, environment
 from launcher.environment import ProcessEnvironment, check_rendezvous, process_environment
 from launcher.errors import UserError
 
@@ -72,6 +74,33 @@ def test_a_process_alone_does_not_wait_for_others(monkeypatch: pytest.MonkeyPatc
     for name, value in LAUNCHED.items():
         monkeypatch.setenv(name, value)
     check_rendezvous()
+
+
+def test_a_number_of_processes_left_over_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    (tmp_path / "x.yaml").write_text("seed: 1\n")
+    assert cli.main(["--config", str(tmp_path / "x.yaml"), "--run_mode", "train"]) == 2
+    assert "(unset WORLD_SIZE where it is left over)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_address_where_no_store_can_be_is_a_mistake_of_the_user(
+    rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank 0 finds its port taken; rank 1 finds nobody."""
+    from launcher.parallel import world
+
+    monkeypatch.setattr(world, "GROUP_TIMEOUT", timedelta(seconds=0.1))
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1" if rank else "", 0))
+        if not rank:
+            taken.listen()
+        port = taken.getsockname()[1]
+        environment = ProcessEnvironment(rank=rank, world_size=2, master_port=port)
+        with pytest.raises(UserError, match=f"MASTER_ADDR:MASTER_PORT = 127.0.0.1:{port}"):
+            world._store(environment)
 
 
 def test_what_harms_nobody_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -62,7 +62,7 @@ def processes(check: Check) -> Iterator[KeyProblem]:
     if planned_world_size() is not None:
         start = f"give msrun.sh {needed} as the number of workers"
     elif needed == 1:
-        start = "start it without torchrun"
+        start = "start it without torchrun (unset WORLD_SIZE where it is left over)"
     fits = world % others == 0
     yield check.wrong(
         "parallel_config.data_parallel",
