@@ -29,6 +29,11 @@ _DEFAULTS: dict[str, Any] = {
 }  # fmt: skip
 
 
+_SMALLEST_DIVISOR = 1e-30
+"""Of logits: a smaller one makes them infinite in float32, and draws impossible. A temperature that
+is so small draws the likeliest token either way."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class GenerationSettings:
     """How to continue prompts; the names are those of transformers."""
@@ -77,6 +82,8 @@ def generation_settings(
         value = in_config if in_config is not None else getattr(tokenizer, key, None)
         merged.setdefault(key, value)
     settings = _DEFAULTS | merged
+    for key in ("temperature", "repetition_penalty"):
+        settings[key] = max(settings[key], _SMALLEST_DIVISOR)
     end, padding = settings.pop("eos_token_id"), settings.pop("pad_token_id")
     ends = () if end is None else (end,) if isinstance(end, int) else tuple(end)
     vocabulary = (hf_config or {}).get("vocab_size")

@@ -34,12 +34,24 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return content
 
 
+def _unambiguous(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object that may repeat a key with the same value, as some written by hand do."""
+    content = dict(pairs)
+    if len(content) != len(pairs):
+        for name, value in pairs:
+            if content[name] != value:
+                raise NotJson(f"{printable(name)!r} has two values")
+    return content
+
+
 def _constant(name: str) -> Any:
     raise NotJson(f"{name} is not a JSON value")
 
 
 PLAIN = json.JSONDecoder()
 """Python's own rules."""
+UNAMBIGUOUS = json.JSONDecoder(object_pairs_hook=_unambiguous)
+"""For files of a hub."""
 STRICT = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from launcher.config.schema import Config
 from launcher.environment import process_environment
 from launcher.errors import UserError
-from launcher.json_text import NotJson, line_and_column, parse
+from launcher.json_text import UNAMBIGUOUS, NotJson, line_and_column, parse
 from launcher.layout.mesh import Mesh, training_mesh
 from launcher.weights.formats.placeholders import placeholder
 
@@ -192,7 +192,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
     """The content of a JSON file. Raises UserError when it is not a JSON object."""
     try:
         text = path.read_text(encoding="utf-8")
-        content = parse(text)
+        content = parse(text, UNAMBIGUOUS)
     except NotJson as error:
         if found := placeholder(path, is_text=True):
             raise UserError(found) from None

@@ -71,6 +71,7 @@ RULES: tuple[Rule, ...] = (
     training.trackers_installed,
     generation.numbers,
     generation.generation_file,
+    generation.bad_words,
     paths.datasets,
     paths.tokenizer,
     tokenizer.tokenizer_files,

@@ -146,6 +146,9 @@ def found_in(name: str, content: str | bytes) -> list[str]:
         ("generation_config.json", "[]", "generation_config.json: this is not a JSON object"),
         ("generation_config.json", '{"num_beams": 2}', "generation_config.json: num_beams = 2"),
         ("generation_config.json", b'{"a": "\xff"}', "generation_config.json"),
+        ("generation_config.json", '{"top_k": 5, "top_k": 6}', "'top_k' has two values"),
+        ("generation_config.json", '{"bad_words_ids": [[1, 99999]]}', "holds token 99999"),
+        ("tokenizer_config.json", '{"a": {"b": 1, "b": 2}}', "'b' has two values"),
         ("tokenizer_config.json", "{broken", "tokenizer_config.json:1: this is not valid JSON"),
         ("tokenizer_config.json", "[1]", "tokenizer_config.json: this is not a JSON object"),
         ("tokenizer_config.json", '{"tokenizer_class": 5}', "tokenizer_class = 5: a text is need"),
@@ -210,3 +213,8 @@ def test_any_content_is_right_or_an_error_with_file_and_place(name: str, count: 
 
 def test_the_table_has_no_key_twice() -> None:
     assert not generation_file._HOW_IT_COMPUTES & set(generation_file._FIELDS)
+
+
+@pytest.mark.usefixtures("_folder")
+def test_a_key_twice_with_one_value_does_no_harm() -> None:
+    assert found_in("generation_config.json", '{"top_k": 5, "do_sample": true, "top_k": 5}') == []

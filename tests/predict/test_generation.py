@@ -213,3 +213,9 @@ def test_prompts_without_room(name: str) -> None:
     with pytest.raises(UserError) as raised:
         token_limits(lengths, GenerationSettings(**settings), positions)
     assert text in str(raised.value)
+
+
+@pytest.mark.parametrize("key", ["temperature", "repetition_penalty"])
+def test_a_number_near_zero_does_not_make_logits_infinite(key: str) -> None:
+    settings = generation_settings({"do_sample": True, key: 1e-320})
+    assert torch.isfinite(torch.tensor([30.0, -30.0]) / getattr(settings, key)).all()

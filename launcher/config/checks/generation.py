@@ -7,7 +7,12 @@ from dataclasses import fields
 
 from launcher.config.checks.check import Check
 from launcher.config.derived import read_json_object, tokenizer_dir
-from launcher.config.generation_file import GenerationFile, check_generation, generation_path
+from launcher.config.generation_file import (
+    FILE_NAME,
+    GenerationFile,
+    check_generation,
+    generation_path,
+)
 from launcher.config.provenance import KeyProblem
 from launcher.errors import Problem, UserError
 
@@ -42,6 +47,26 @@ def generation_file(check: Check) -> Iterator[KeyProblem]:
         yield from map(_about_the_file, error.problems)
         return
     yield from map(_about_the_file, found.problems)
+
+
+def bad_words(check: Check) -> Iterator[KeyProblem]:
+    """Tokens of bad_words_ids are tokens of the model, as `transformers` requires."""
+    key, section = "bad_words_ids", check.config.generation_config
+    if check.mode not in ("predict", "predict_with_train_model") or check.spec is None:
+        return
+    written, size = section.bad_words_ids, check.spec.hf_config.get("vocab_size")
+    try:
+        words = written or read_generation_file(check).values.get(key) or []
+    except UserError:
+        return  # told by `generation_file`
+    token = max((token for word in words for token in word), default=0)
+    if isinstance(size, int) and token >= size:
+        yield check.wrong(
+            f"generation_config.{key}",
+            f"the model has {size} tokens",
+            what=f"{key} holds token {token}",
+            advice="" if written else f"Correct {FILE_NAME}, or set generation_config.{key}",
+        )
 
 
 def warnings(check: Check) -> list[str]:
