@@ -24,7 +24,7 @@ from launcher.train.run import TrainRun
 def idle_reason(config: Config) -> str:
     """Why roll_back does nothing in a run with `config`; empty: it may."""
     if config.checkpoint_monitor is None:
-        return "nothing is saved: add CheckpointMonitor to callbacks"
+        return "nothing is saved before the last step: add CheckpointMonitor to callbacks"
     checks = (config.check_for_nan_in_loss_and_grad, config.use_skip_data_by_global_norm,
               config.monitor_config.check_for_global_norm)  # fmt: skip
     if not any(checks):

@@ -70,11 +70,14 @@ def forecast(store: Store, sizes: Sequence[int], kept: int | None, world: World)
     ]  # fmt: skip
 
 
-def kept_saves(*, steps: int | None, limit: int, done: int, last: int) -> int | None:
-    """How many saves stay of those from step `done` to step `last`, one every `steps` steps and one
-    of the last step; None where only the time a run takes tells. `limit` 0: all."""
+def kept_saves(
+    *, steps: int | None, seconds: int = 0, limit: int, done: int, last: int
+) -> int | None:
+    """How many saves stay of those from step `done` to step `last`, one every `steps` steps or
+    `seconds`, and one of the last step; None where only the time a run takes tells. `limit` 0:
+    all."""
     if not steps:
-        return limit or None
+        return (limit or None) if seconds else 1
     saves = max(math.ceil(last / steps) - done // steps, 1)
     return min(saves, limit) if limit else saves
 

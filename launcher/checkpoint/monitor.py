@@ -203,7 +203,8 @@ class CheckpointMonitor:
             )
         sizes = run.world.gather(self._bytes_of_a_save(run))
         kept = kept_saves(
-            steps=self.config.save_checkpoint_steps, limit=self.config.keep_checkpoint_max or 0,
+            steps=self.config.save_checkpoint_steps, seconds=self.config.save_checkpoint_seconds,
+            limit=self.config.keep_checkpoint_max or 0,
             done=run.global_step, last=run.total_steps,
         )  # fmt: skip
         forecasts = forecast(store, sizes, kept, run.world)

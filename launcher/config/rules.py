@@ -7,6 +7,7 @@ only follows from one.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -109,6 +110,8 @@ def check(
     """Everything the rules find wrong. `world`: number of processes, None when not yet started."""
     subject = Check(config=config, provenance=provenance, world_size=world)
     known = _Known(bad_keys)
+    if with_nul := list(_nul_characters(subject)):
+        return with_nul  # the system refuses to look at such a path: other rules would end there
     found: list[Problem] = []
     for rule in RULES:
         try:
@@ -116,6 +119,18 @@ def check(
         except OSError as error:
             found.append(_refused_path(subject, error))
     return list(dict.fromkeys(found))
+
+
+def _nul_characters(check: Check) -> Iterator[Problem]:
+    """Texts that no path, name or prompt can be."""
+    for key in check.provenance.places:
+        try:
+            value = check.value(key)
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError):
+            continue
+        texts = value if isinstance(value, list) else [value]
+        if any(isinstance(text, str) and "\0" in text for text in texts):
+            yield check.wrong(key, "a text has no NUL character", advice="Remove it")
 
 
 def _refused_path(check: Check, error: OSError) -> Problem:

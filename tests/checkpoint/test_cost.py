@@ -48,8 +48,9 @@ def test_more_than_half_of_what_is_free_is_a_warning(changes: dict[str, int], wa
         ({"steps": 1, "limit": 5, "done": 0, "last": 20}, 5),
         ({"steps": 10, "limit": 0, "done": 0, "last": 25}, 3),
         ({"steps": 10, "limit": 0, "done": 20, "last": 25}, 1),
-        ({"steps": 0, "limit": 0, "done": 0, "last": 25}, None),
-        ({"steps": 0, "limit": 4, "done": 0, "last": 25}, 4),
+        ({"steps": 0, "seconds": 9, "limit": 0, "done": 0, "last": 25}, None),
+        ({"steps": 0, "seconds": 9, "limit": 4, "done": 0, "last": 25}, 4),
+        ({"steps": 0, "limit": 4, "done": 0, "last": 25}, 1),
     ],
 )
 def test_how_many_saves_stay(arguments: dict[str, int], expected: int | None) -> None:

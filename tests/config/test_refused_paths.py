@@ -119,3 +119,17 @@ def test_a_fault_of_the_system_that_names_no_path_is_no_mistake_of_the_user(
             answer(broken)
     else:
         assert answer(broken) == 2
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_a_nul_character_is_named_with_its_key(
+    key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    Path("run.yaml").write_text(RIGHT)
+    line = ["--config", "run.yaml", "--run_mode", "train", f"--{key}", "\0x"]
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        assert importlib.import_module("launcher.cli").main(line) == 2
+    assert "a text has no NUL character" in said.getvalue()
+    assert key in said.getvalue()
