@@ -21,8 +21,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
-from itertools import chain, islice
+from functools import cached_property, partial
+from itertools import chain, count, islice
 from typing import Any
 
 import numpy as np
@@ -38,7 +38,8 @@ from launcher.data.tokens import backend_of, exact_offsets
 from launcher.errors import Problem, UserError
 
 _BATCH = 256
-_PROBE = "probe"
+_TAIL = 8
+"""Characters of a prompt that show whether a conversation ends in one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,30 +135,69 @@ def _turns_of_blocks(conversation: Conversation, template: ChatTemplate, blocks:
 
 def _with_found_spans(conversation: Conversation, template: ChatTemplate) -> tuple[str, list[Span]]:
     messages = conversation.messages
+    whole = template.render(conversation, messages)
+    return whole, [
+        _found_span(whole, conversation, template, index)
+        for index, message in enumerate(messages)  # an answer before any question is context
+        if message["role"] == "assistant" and index and index not in conversation.context_turns
+    ]
 
-    def render(count: int, *, prompt: bool = False) -> str:
-        return template.render(conversation, messages[:count], prompt=prompt)
 
-    def mark(index: int) -> str:
-        """What the template writes behind the answer in turn `index`."""
-        probe = [*messages[:index], {"role": "assistant", "content": _PROBE}]
-        return template.render(conversation, probe).rpartition(_PROBE)[2]
+def _found_span(whole: str, conversation: Conversation, template: ChatTemplate, index: int) -> Span:
+    """The span of the answer in turn `index` in the rendered conversation."""
+    messages = conversation.messages
 
-    whole = render(len(messages))
-    spans = []
-    for index, message in enumerate(messages):
-        if message["role"] != "assistant" or index == 0 or index in conversation.context_turns:
-            continue  # an answer before any question is context
-        start = _start(whole, render(index, prompt=True), partial(render, index))
-        end: int | None = len(whole)
-        if start is not None and index + 1 < len(messages):
-            until, content = render(index + 1), message["content"]
-            end = _end(whole, start, until, content, partial(mark, index))
-        if start is None or end is None:
-            raise _hidden(conversation.where, index)
-        content = message["content"]
-        spans.append((start, _without_space(whole, start, end, content, partial(mark, index))))
-    return whole, spans
+    def render(turns: int, *, prompt: bool = False) -> str:
+        return template.render(conversation, messages[:turns], prompt=prompt)
+
+    around = _Around(conversation, template, index)
+    question = _Around(conversation, template, index - 1)
+    prompt = render(index, prompt=True)
+    start = _start(whole, prompt, partial(render, index))
+    if start is None:
+        start = _start_behind_question(whole, question)
+    end: int | None = len(whole)
+    if index + 1 < len(messages):
+        end = _end(whole, render(index + 1), around)
+    elif _asks_again(whole, prompt, around, question):
+        end = _end_by_mark(whole, around.behind(len(messages)), around)
+    if start is None or end is None or end < start:
+        raise _hidden(conversation.where, index)
+    return start, _without_space(whole, start, end, messages[index]["content"], around)
+
+
+@dataclass(frozen=True)
+class _Around:
+    """What a template writes around the content of turn `index`: it is asked with another content
+    there, whose text is known and stands nowhere else."""
+
+    conversation: Conversation
+    template: ChatTemplate
+    index: int
+
+    def split(self, turns: int, *, prompt: bool = False) -> tuple[str, str]:
+        """The text before and behind the content in the rendered `messages[:turns]`; two empty
+        texts where the template leaves it out."""
+        messages = list(self.conversation.messages[:turns])
+        messages[self.index] = {**messages[self.index], "content": self.probe}
+        text = self.template.render(self.conversation, messages, prompt=prompt)
+        before, found, behind = text.rpartition(self.probe)
+        return (before, behind) if found else ("", "")
+
+    @cached_property
+    def probe(self) -> str:
+        """A content that stands nowhere else: digits, which no template changes."""
+        texts = str(self.conversation.messages) + str(self.conversation.tools) + self.template.text
+        return next(probe for probe in map(str, count(10**9 + 7)) if probe not in texts)
+
+    def behind(self, turns: int) -> str:
+        """The text behind the content in the rendered `messages[:turns]`."""
+        return self.split(turns)[1]
+
+    @cached_property
+    def mark(self) -> str:
+        """What the template writes behind the turn where the conversation ends with it."""
+        return self.behind(self.index + 1)
 
 
 def _start(whole: str, prompt: str, before: Callable[[], str]) -> int | None:
@@ -170,32 +210,60 @@ def _start(whole: str, prompt: str, before: Callable[[], str]) -> int | None:
     return shared if whole.startswith(turns) and shared >= len(turns) else None
 
 
-def _end(whole: str, start: int, until: str, content: str, mark: Callable[[], str]) -> int | None:
-    """Where the answer ends that begins at `start`; `until` is the rendering that ends with it."""
+def _start_behind_question(whole: str, question: _Around) -> int | None:
+    """The same where earlier turns are rendered in another way once more turns follow (a system
+    text that moves to the last question, an end mark of the conversation): the answer begins behind
+    what the prompt has behind the last question."""
+    asked = question.split(question.index + 1, prompt=True)[1]
+    behind = question.split(len(question.conversation.messages))[1]
+    if not asked or not behind.startswith(asked) or not whole.endswith(behind):
+        return None
+    return len(whole) - len(behind) + len(asked)
+
+
+def _end(whole: str, until: str, around: _Around) -> int | None:
+    """Where the answer ends; `until` is the rendering that ends with it."""
     if whole.startswith(until):
         return len(until)
-    # Some templates render the last answer unlike the same answer in the past (whose thought goes).
-    content = content.strip()
-    if content and content in until:
-        behind = until[until.rindex(content) + len(content) :]
-        position = whole.find(content, start)
-        while position >= 0 and not whole.startswith(behind, position + len(content)):
-            position = whole.find(content, position + 1)
-        return position + len(content) + len(behind) if position >= 0 else None
-    behind = mark()
-    if not behind.strip() or behind.strip() in content:
+    # Some templates render the last answer unlike the same answer in the past (whose thought goes),
+    # or end the conversation with a mark of its own.
+    behind = around.behind(len(around.conversation.messages))
+    if not behind or not whole.endswith(behind):
         return None
-    position = whole.find(behind, start)
-    return position + len(behind) if position >= 0 else None
+    if around.mark and behind.startswith(around.mark):
+        return len(whole) - len(behind) + len(around.mark)
+    return _end_by_mark(whole, behind, around)
 
 
-def _without_space(whole: str, start: int, end: int, content: str, mark: Callable[[], str]) -> int:
+def _end_by_mark(whole: str, behind: str, around: _Around) -> int | None:
+    """Where the answer ends that has `behind` behind it, by the first special token there."""
+    if not behind or not whole.endswith(behind):
+        return None
+    places = [(behind.find(token), token) for token in around.template.special_tokens]
+    found = [(place, -len(token), token) for place, token in places if place >= 0]
+    if not found:
+        return None
+    place, _, token = min(found)
+    return len(whole) - len(behind) + place + len(token)
+
+
+def _asks_again(whole: str, prompt: str, around: _Around, question: _Around) -> bool:
+    """Whether a template asks for one more answer behind the last one, though not asked to: it has
+    the same behind answer and question, and the answer begins there."""
+    return (
+        whole.endswith(prompt[-_TAIL:])
+        and around.mark == question.mark != ""
+        and around.split(len(around.conversation.messages))[0] == prompt
+    )
+
+
+def _without_space(whole: str, start: int, end: int, content: str, around: _Around) -> int:
     """The end without the white space behind an end-of-turn mark: generation stops at the mark."""
     answer = whole[start:end].rstrip()
     if content.strip():
         is_marked = not answer.endswith(content.rstrip())
     else:
-        is_marked = bool(answer and mark().strip())
+        is_marked = bool(answer and around.mark.strip())
     return start + len(answer) if is_marked else end  # else there is no mark but the white space
 
 

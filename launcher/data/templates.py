@@ -58,6 +58,13 @@ class ChatTemplate:
             for before, token in pairwise(tokens)
         )
 
+    @cached_property
+    def special_tokens(self) -> frozenset[str]:
+        """The texts of the special tokens of the tokenizer, its end-of-turn marks among them."""
+        added = getattr(self.tokenizer, "added_tokens_decoder", {}).values()
+        special = {token.content for token in added if token.special}
+        return frozenset(special | set(self.tokenizer.all_special_tokens))
+
     def render(
         self,
         conversation: Conversation,
