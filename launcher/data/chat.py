@@ -151,15 +151,16 @@ def _found_span(whole: str, conversation: Conversation, template: ChatTemplate, 
         return template.render(conversation, messages[:turns], prompt=prompt)
 
     around = _Around(conversation, template, index)
-    question = _Around(conversation, template, index - 1)
     prompt = render(index, prompt=True)
     start = _start(whole, prompt, partial(render, index))
     if start is None:
-        start = _start_behind_question(whole, question)
+        start = _start_behind_question(whole, _Around(conversation, template, index - 1))
     end: int | None = len(whole)
     if index + 1 < len(messages):
         end = _end(whole, render(index + 1), around)
-    elif _asks_again(whole, prompt, around, question):
+    elif (
+        whole.endswith(prompt[-_TAIL:]) and render(index) == prompt and _asks_again(prompt, around)
+    ):
         end = _end_by_mark(whole, around.behind(len(messages)), around)
     if start is None or end is None or end < start:
         raise _hidden(conversation.where, index)
@@ -247,14 +248,12 @@ def _end_by_mark(whole: str, behind: str, around: _Around) -> int | None:
     return len(whole) - len(behind) + place + len(token)
 
 
-def _asks_again(whole: str, prompt: str, around: _Around, question: _Around) -> bool:
-    """Whether a template asks for one more answer behind the last one, though not asked to: it has
-    the same behind answer and question, and the answer begins there."""
-    return (
-        whole.endswith(prompt[-_TAIL:])
-        and around.mark == question.mark != ""
-        and around.split(len(around.conversation.messages))[0] == prompt
-    )
+def _asks_again(prompt: str, around: _Around) -> bool:
+    """Whether a template that always asks for an answer does so behind the last one too: it has the
+    same behind answer and question, and the answer begins there."""
+    question = _Around(around.conversation, around.template, around.index - 1)
+    is_same = around.mark == question.mark != ""
+    return is_same and around.split(len(around.conversation.messages))[0] == prompt
 
 
 def _without_space(whole: str, start: int, end: int, content: str, around: _Around) -> int:

@@ -34,7 +34,7 @@ from launcher.data.strictness import (
     wrong_field,
 )
 from launcher.errors import UserError, did_you_mean
-from launcher.json_text import NotJson, lone_surrogate, parse
+from launcher.json_text import NotJson, lone_surrogate, parse, printable
 
 FORMATS = ("alpaca", "messages", "sharegpt")
 
@@ -94,8 +94,17 @@ def _detect(record: Record) -> str:
         where=record.where,
         rule="instruction data is alpaca (instruction, input, output), messages (messages: role, "
         "content) or sharegpt (conversations: from, value)",
+        nearest=_turns_found(record),
         advice="Rename the keys; plain text is read by HFDataLoader",
     )
+
+
+def _turns_found(record: Record) -> str:
+    """The fields of the first turn of what looks like turns; empty where nothing does."""
+    for key, value in record.value.items():
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            return f"The turns of `{printable(key[:60])}` have {names_of(value[0])}"
+    return ""
 
 
 def _refuse_two_formats(record: Record) -> None:

@@ -102,3 +102,14 @@ def test_an_end_that_no_special_token_marks_is_an_error(tokenizer: Any) -> None:
     template = PHI3.replace("<|end|>", "---").replace("eos_token", "'==='")
     with pytest.raises(UserError, match="the answer in turn 2 cannot be found"):
         runs_of(tokenizer, template.replace("<|", "[").replace("|>", "]"), talk_of(*"abcd"))
+
+
+def test_the_same_end_in_prompts_and_marks_is_not_a_prompt(tokenizer: Any) -> None:
+    """As in Command R: where a template is asked for a prompt and gives none else, the conversation
+    ends with a mark, special or not."""
+    template = (
+        "{% for m in messages %}{{ '[' + m.role + '_TURN]' + m.content + '[END_TURN]' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '[assistant_TURN]' }}{% endif %}"
+    )
+    expected = ["Yes[END_TURN]", "No[END_TURN]"]
+    assert runs_of(tokenizer, template, talk_of("a", "Yes", "b", "No")) == expected
