@@ -39,7 +39,8 @@ MINDSPORE_EXTRAS = "hyper_param.safetensors"
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 """Extensions of files of weights, the format to be read by preference first."""
 _NO_WEIGHTS = re.compile(
-    r"training_args\.bin|(optimizer|scheduler|sampler)(_\d+)?\.(pt|bin)|rng_state(_\d+)?\.pth"
+    r"training_args\.bin|(optimizer|scheduler|sampler|scaler)(_\d+)?\.(pt|bin)|"
+    r"rng_state(_\d+)?\.pth"
 )
 """Files of torch beside weights that have none in them."""
 _NO_SETS = re.compile(r"(adapter_model|consolidated|optimizer-\d|hyper_param\.safetensors$)")
@@ -146,6 +147,8 @@ def choose(folder: Path) -> Choice:
         _check_decided(taken, other)
     held = {file.name for known in sets for file in known.files} | {MINDSPORE_EXTRAS}
     rest = [name for name in weights if name not in held and not name.startswith("optimizer-")]
+    if taken.form == "single" and _is_broken(folder / INDEX_NAME):
+        rest.append(f"{INDEX_NAME} (which is not an index of weights)")
     if any((folder / _META_FOLDER).glob("consolidated*")):
         rest.append(f"{_META_FOLDER}/")
     return Choice(taken, (*map(str, others), *rest))
@@ -177,9 +180,10 @@ def may_be_left_out(name: str) -> bool:
 def _sets(folder: Path, names: Sequence[str]) -> list[WeightSet]:
     """All sets, in the order they are looked for: those that have a name or an index, as
     transformers does, then those that only the names of files make."""
+    single = list(_single(folder, SINGLE_NAME))
     known = _distinct([
-        *_single(folder, SINGLE_NAME),
-        *_indexed(folder, INDEX_NAME, "index"),
+        *single,
+        *_indexed(folder, INDEX_NAME, "index", is_needed=not single),
         *_indexed(folder, MINDSPORE_INDEX_NAME, "mindspore"),
     ])  # fmt: skip
     if all(one.is_gone for one in known):
@@ -200,14 +204,23 @@ def _single(folder: Path, name: str) -> Iterator[WeightSet]:
         yield WeightSet(name, "single", folder, {folder / name: None})
 
 
-def _indexed(folder: Path, name: str, form: Form) -> Iterator[WeightSet]:
-    """The set that an index describes. Raises `UserError` for one that cannot be read."""
+def _indexed(folder: Path, name: str, form: Form, *, is_needed: bool = True) -> Iterator[WeightSet]:
+    """The set that an index describes. Raises `UserError` for one that cannot be read, unless
+    there is a file that counts before it."""
     index = folder / name
-    if os.path.isfile(index):
+    if os.path.isfile(index) and (is_needed or not _is_broken(index)):
         names: dict[str, set[str]] = {}
         for tensor, file in read_index(index).items():
             names.setdefault(file, set()).add(tensor)
         yield WeightSet(name, form, folder, {folder / file: names[file] for file in names}, index)
+
+
+def _is_broken(index: Path) -> bool:
+    """Whether an index is there and cannot be read."""
+    try:
+        return os.path.isfile(index) and not read_index(index)
+    except UserError:
+        return True
 
 
 def _loose(folder: Path, names: Sequence[str]) -> list[WeightSet]:

@@ -5,7 +5,7 @@ Owns the three forms there are (safetensors and torch of Hugging Face, MindSpore
 
 from __future__ import annotations
 
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from launcher.errors import UserError
@@ -31,8 +31,8 @@ def read_index(index: Path) -> dict[str, str]:
         weight_map = content["weight_map"]
         named = set[str]()
         for name, file in weight_map.items():
-            if not isinstance(file, str) or not (file in named or _is_file_name(file)):
-                raise ValueError(f"`{name}` is in {file!r}, which is no name of a file beside it")
+            if not isinstance(file, str) or not (file in named or _is_beside(file)):
+                raise ValueError(f"`{name}` is in {file!r}, which is not a file beside or below it")
             named.add(file)
     except OSError as error:
         raise UserError(f"{index} cannot be read: {error.strerror}") from error
@@ -48,5 +48,8 @@ def read_index(index: Path) -> dict[str, str]:
     return dict(weight_map)
 
 
-def _is_file_name(name: str) -> bool:
-    return Path(name).name == name not in ("", "..") and len(name.encode()) < 256
+def _is_beside(name: str) -> bool:
+    """Whether a name is that of a file beside an index, or in a folder beside it."""
+    path = PurePosixPath(name)
+    is_plain = not path.is_absolute() and ".." not in path.parts and str(path) == name != "."
+    return is_plain and all(len(part.encode()) < 256 for part in path.parts) and len(name) < 1024

@@ -108,7 +108,7 @@ def test_the_same_end_in_prompts_and_marks_is_not_a_prompt(tokenizer: Any) -> No
     """As in Command R: where a template is asked for a prompt and gives none else, the conversation
     ends with a mark, special or not."""
     template = (
-        "{% for m in messages %}{{ '[' + m.role + '_TURN]' + m.content + '[END_TURN]' }}{% endfor %}"
+        "{% for m in messages %}{{ '[' + m.role + '_TURN]' + m.content }}[END_TURN]{% endfor %}"
         "{% if add_generation_prompt %}{{ '[assistant_TURN]' }}{% endif %}"
     )
     expected = ["Yes[END_TURN]", "No[END_TURN]"]

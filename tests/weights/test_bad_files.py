@@ -77,10 +77,10 @@ def claims(header: bytes, length: int | None = None) -> Callable[[Path], Any]:
 
 
 def index(*files: object) -> Callable[[Path], Any]:
-    """An index that names these files, and the file `model.safetensors`."""
+    """An index that names these files, and the file `a.safetensors`."""
 
     def build(folder: Path) -> None:
-        right(folder)
+        right(folder, "a.safetensors")
         content = {"weight_map": {f"w{number}": file for number, file in enumerate(files)}}
         (folder / INDEX_NAME).write_text(json.dumps(content))
 
@@ -117,25 +117,25 @@ COMPLETE = (
         f"{NOT_WHOLE}`w` has the unknown dtype 'F4'. {AGAIN}", open_complete),
     Bad("dtype is a list", claims(b'{"w": {"dtype": [], "shape": [0], "data_offsets": [0, 0]}}'),
         f"{NOT_WHOLE}`w` has the unknown dtype []. {AGAIN}", open_complete),
-    Bad("index names a missing file", index("model.safetensors", "gone.safetensors"),
+    Bad("index names a missing file", index("a.safetensors", "gone.safetensors"),
         f"{INDEX} names 1 file that cannot be found: gone.safetensors: all files of an index lie "
         "beside it. Copy the missing files beside the index.", open_complete),
-    Bad("index names a file outside", index("../model.safetensors"),
-        f"{NO_INDEX}file (`w0` is in '../model.safetensors', which is no name of a file beside "
-        f"it). {ORIGIN}", open_complete),
+    Bad("index names a file outside", index("../a.safetensors"),
+        f"{NO_INDEX}file (`w0` is in '../a.safetensors', which is not a file beside or "
+        f"below it). {ORIGIN}", open_complete),
     Bad("index names a file by its whole path", index("/etc/hostname"),
-        f"{NO_INDEX}file (`w0` is in '/etc/hostname', which is no name of a file beside it). "
+        f"{NO_INDEX}file (`w0` is in '/etc/hostname', which is not a file beside or below it). "
         f"{ORIGIN}", open_complete),
     Bad("index names the folder above", index(".."),
-        f"{NO_INDEX}file (`w0` is in '..', which is no name of a file beside it). {ORIGIN}",
+        f"{NO_INDEX}file (`w0` is in '..', which is not a file beside or below it). {ORIGIN}",
         open_complete),
     Bad("index names a number", index(3),
-        f"{NO_INDEX}file (`w0` is in 3, which is no name of a file beside it). {ORIGIN}",
+        f"{NO_INDEX}file (`w0` is in 3, which is not a file beside or below it). {ORIGIN}",
         open_complete),
     Bad("index names a file too long to be", index("n" * 300),
         f"{NO_INDEX}file (`w0` is in '{'n' * 288}). {ORIGIN}", open_complete),
-    Bad("index of another tensor", index("model.safetensors"),
-        f"{FILE} lacks `w0`: the index beside it says that it is there. Copy both again from "
+    Bad("index of another tensor", index("a.safetensors"),
+        "{folder}/a.safetensors lacks `w0`: the index beside it says that it is there. Copy both again from "
         "their origin.", open_complete),
     Bad("index is a list", index_says("[1]"), f"{NO_INDEX}file (TypeError). {ORIGIN}",
         open_complete),

@@ -67,6 +67,13 @@ TAKEN: dict[str, tuple[list[Build], str, str]] = {
     "one shard is gone": (
         [WHOLE, shards()[0], INDEX], "model.safetensors",
         f"{INDEX_NAME} (1 of its 2 files are gone)"),
+    "an index that is cut short": (
+        [WHOLE, lambda folder: (folder / INDEX_NAME).write_text('{"weight_map": {"l.0')],
+        "model.safetensors", f"{INDEX_NAME} (which is not an index of weights)"),
+    "shards in a folder of their own": (
+        [file("parts/a.safetensors", "l.0.w"), file("parts/b.safetensors", "l.1.w"),
+         index(INDEX_NAME, l_0_w="parts/a.safetensors", l_1_w="parts/b.safetensors")],
+        "a.safetensors", ""),
     "a map of MindSpore whose parts are gone": (
         [WHOLE, MAP], "model.safetensors", "param_name_map.json (2 of its 2 files are gone)"),
     "shards that cannot be read": (

@@ -8,7 +8,7 @@ file, its tensor where there is one, and its rank.
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -247,11 +247,12 @@ def _strays(index: Path, files: Collection[Path]) -> list[str]:
         known = read_index(index)
     except UserError:
         return []
-    listed: Sequence[str] = list(known.values())
+    places = {name: index.parent / file for name, file in known.items()}
+    listed = set(places.values())
     return [
         f"{file}: `{name}` is not in {index.name}"
         for file in files
-        if file.name in listed
+        if file in listed
         for name in header_of(file).entries
-        if known.get(name) != file.name
+        if places.get(name) != file
     ]
