@@ -41,7 +41,7 @@ METADATA = frozenset(
 )
 """Fields that describe a record or a turn; they are no part of the conversation."""
 
-WEIGHTS = ("weight", "loss_weight", "loss_scale", "loss", "train", "training")
+WEIGHTS = ("weight", "loss_weight", "loss_scale", "loss_mask", "loss", "train", "training")
 """0 or false: an answer is context and not learnt; 1 or true: it is learnt."""
 
 ASSISTANT_FIELDS = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")

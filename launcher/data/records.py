@@ -135,6 +135,8 @@ def read_parquet_records(path: Path, cache_dir: Path) -> Iterator[Record]:
     number = 0
     with _quiet_datasets() as datasets:
         try:
+            if _is_empty_parquet(path):  # which `datasets` cannot read
+                return
             rows = datasets.load_dataset(
                 "parquet",
                 data_files=[str(path.resolve())],
@@ -160,6 +162,12 @@ def read_parquet_records(path: Path, cache_dir: Path) -> Iterator[Record]:
                 rule="a file ending in .parquet must be one",
                 advice="Look at it with pyarrow.parquet.read_table, and write it again",
             ) from error
+
+
+def _is_empty_parquet(path: Path) -> bool:
+    from pyarrow.parquet import read_metadata
+
+    return bool(read_metadata(path).num_rows == 0)
 
 
 def shown(value: Any) -> str:
@@ -243,12 +251,12 @@ def _behind_space(text: str, position: int) -> int:
 
 def _not_json_item(path: Path, number: int, text: str, begin: int, error: NotJson) -> UserError:
     """For a record of a list; where Python gives no position it is the record's beginning."""
-    line, column = line_and_column(text, begin if error.position is None else error.position)
-    end = text.find("\n", begin)
-    here = text[begin : end if end >= 0 else len(text)]
-    if error.position is not None:
-        here = text.split("\n", line)[line - 1]
-    return _not_json(f"{path}:{line}", error.reason, column, here, f"It is in record {number}")
+    at = error.position
+    line, column = line_and_column(text, begin if at is None else at)
+    start = begin if at is None else text.rfind("\n", 0, at) + 1
+    here = text[start:].partition("\n")[0]
+    place = None if at is None else column
+    return _not_json(f"{path}:{line}", error.reason, place, here, f"It is in record {number}")
 
 
 def _of_line(path: Path, number: int, line: str | NotText) -> Record | UserError:
@@ -258,13 +266,17 @@ def _of_line(path: Path, number: int, line: str | NotText) -> Record | UserError
     try:
         value = parse(line.rstrip("\r\n"), STRICT)
     except NotJson as error:
-        return _not_json(where, error.reason, (error.position or 0) + 1, line)
+        column = None if error.position is None else error.position + 1
+        return _not_json(where, error.reason, column, line)
     return _record(where, value)
 
 
-def _not_json(where: str, reason: str, column: int, line: str, nearest: str = "") -> UserError:
+def _not_json(
+    where: str, reason: str, column: int | None, line: str, nearest: str = ""
+) -> UserError:
+    place = "" if column is None else f", column {column}"
     return UserError(
-        f"is not JSON ({reason}, column {column}): {_excerpt(line)}",
+        f"is not JSON ({reason}{place}): {_excerpt(line)}",
         where=where,
         rule="every record must be one JSON object",
         nearest=nearest,

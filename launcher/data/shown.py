@@ -10,7 +10,7 @@ from __future__ import annotations
 from launcher.data.conversations import Conversation, Turn
 from launcher.data.fields import METADATA
 from launcher.data.records import shown
-from launcher.data.strictness import Strictness
+from launcher.data.strictness import Strictness, is_absent
 from launcher.data.templates import ChatTemplate
 from launcher.errors import UserError
 
@@ -103,7 +103,7 @@ def _check_fields(
         (message["role"], name)
         for message in messages
         for name, value in message.items()
-        if name not in ("role", "content") and name not in METADATA and value
+        if name not in ("role", "content", *METADATA) and not is_absent(value)
     }
     for role, name in sorted(fields - template.shown):
         without = [

@@ -240,6 +240,30 @@ def test_text_of_parquet_that_looks_like_dates_stays_text(tmp_path: Path) -> Non
     assert [document.text for document in read(path, "HFDataLoader")] == LOOKS
 
 
+def test_a_parquet_file_without_rows_is_an_empty_one(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    for name, rows in (("a", []), ("b", ["the ship"])):
+        table = pyarrow.table({"text": pyarrow.array(rows, pyarrow.string())})
+        pyarrow.parquet.write_table(table, tmp_path / f"{name}.parquet")
+    loader = DataLoaderSection(type="HFDataLoader", dataset_dir=str(tmp_path))
+    found = documents(loader, source_files(loader), tmp_path / "cache", Tally())
+    assert [document.text for document in found] == ["the ship"]
+
+
+@pytest.mark.parametrize("reason", ["NaN is not a JSON value", "duplicate key 'output'"])
+@pytest.mark.parametrize("name", ["d.jsonl", "d.json"])
+def test_a_place_that_is_not_known_is_not_made_up(tmp_path: Path, name: str, reason: str) -> None:
+    wrong = '"score": NaN' if "NaN" in reason else '"output": "b"'
+    record = f'{{"instruction": "q", "output": "a", {wrong}}}'
+    path = tmp_path / name
+    path.write_text(f"[\n{record}\n]" if name == "d.json" else f"\n{record}\n")
+    with pytest.raises(UserError) as caught:
+        read(path)
+    assert f"{path}:2: is not JSON ({reason}): {{" in str(caught.value)
+
+
 def test_a_column_that_is_absent_is_reported_once(tmp_path: Path) -> None:
     path = write(tmp_path / "d.jsonl", b'{"body": "one"}\n' * 5)
     with pytest.raises(UserError, match="there is no column 'instruction'") as caught:

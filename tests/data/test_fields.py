@@ -73,6 +73,7 @@ WORKS: list[tuple[str, dict[str, Any], list[dict[str, Any]], set[int]]] = [
     ("training false", messages({**ANSWER, "training": False}), [USER, ANSWER], {1}),
     ("loss false", messages({**ANSWER, "loss": False}), [USER, ANSWER], {1}),
     ("loss_weight 0", messages({**ANSWER, "loss_weight": 0}), [USER, ANSWER], {1}),
+    ("loss_mask 0", messages({**ANSWER, "loss_mask": 0}), [USER, ANSWER], {1}),
     ("two that agree", messages({**ANSWER, "weight": 0, "train": False}), [USER, ANSWER], {1}),
     ("null weight", messages({**ANSWER, "weight": None}), [USER, ANSWER], set()),
     ("question of weight 0", {"messages": [{**USER, "weight": 0}, ANSWER]}, [USER, ANSWER], set()),

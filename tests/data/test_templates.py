@@ -234,6 +234,14 @@ def test_fields_that_the_template_does_not_show_are_counted(tokenizer: Any) -> N
     assert texts[0].startswith('[{"type": "function"')
 
 
+def test_fields_of_false_and_zero_are_counted_too(tokenizer: Any) -> None:
+    flagged = [QUESTION, {**ANSWER, "mask": 0, "prefix": False, "refusal": None, "audio": []}]
+    (line,) = learnt_of(tokenizer, CHATML, flagged)[1]
+    assert line.count("messages[].") == 2
+    assert "`messages[].mask`" in line
+    assert "`messages[].prefix`" in line
+
+
 def test_tools_that_the_template_does_not_show_are_counted(tokenizer: Any) -> None:
     tools = [{"name": "f"}]
     assert learnt_of(tokenizer, TOOLS, TALK, tools=tools)[1] == []

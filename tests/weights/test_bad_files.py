@@ -135,8 +135,8 @@ COMPLETE = (
     Bad("index names a file too long to be", index("n" * 300),
         f"{NO_INDEX}file (`w0` is in '{'n' * 288}). {ORIGIN}", open_complete),
     Bad("index of another tensor", index("a.safetensors"),
-        "{folder}/a.safetensors lacks `w0`: the index beside it says that it is there. Copy both again from "
-        "their origin.", open_complete),
+        "{folder}/a.safetensors lacks `w0`: the index beside it says that it is there. Copy "
+        "both again from their origin.", open_complete),
     Bad("index is a list", index_says("[1]"), f"{NO_INDEX}file (TypeError). {ORIGIN}",
         open_complete),
     Bad("index is no JSON", index_says("{"),
