@@ -37,6 +37,7 @@ from launcher.weights.ranks.saves import describes_itself, mindspore_opener
 from launcher.weights.source import (
     Kind,
     Source,
+    check_all_ranks,
     check_one_kind,
     detect,
     is_rank_folder,
@@ -64,12 +65,7 @@ def open_weights(path: Path, world: World, say: Say, *, strategy: str = "") -> S
             nearest=weights_below(path),
             advice="Give a folder or a file of weights",
         )
-    if path.is_dir() and is_rank_folder(path):
-        raise UserError(
-            f"{path} is the folder of one rank",
-            rule="a checkpoint is all of them",
-            nearest=f"did you mean `{path.parent}`?",
-        )
+    check_all_ranks(path)
     if kind != "distributed":
         return open_complete_weights(path, say)
     found_by_all(world, lambda: check_one_kind(path))

@@ -63,7 +63,9 @@ def _slice(options: argparse.Namespace, console: Console) -> int:
     from launcher.weights.offline.slicing import RankLayout, StrategyLayout, slice_weights
     from launcher.weights.ranks.saves import open_any
     from launcher.weights.ranks.strategies import read_strategy
+    from launcher.weights.source import check_all_ranks
 
+    check_all_ranks(options.unified_safetensors_dir)
     source = open_any(
         options.unified_safetensors_dir, options.file_suffix, options.src_strategy_dirs, console.say
     )

@@ -45,7 +45,7 @@ from launcher.weights.threads import in_parallel
 __all__ = [
     "GRADIENTS", "HEADER_READERS", "INDEX_NAME", "INDEX_NAMES", "MINDSPORE_EXTRAS",
     "MINDSPORE_INDEX_NAME", "OPTIMIZER_PREFIXES", "SCALARS", "TORCH_INDEX_NAME", "WEIGHT_SUFFIXES",
-    "Kind", "Source", "check_one_kind", "check_promised", "detect",
+    "Kind", "Source", "check_all_ranks", "check_one_kind", "check_promised", "detect",
     "holds_complete", "is_of_mindspore", "is_rank_folder", "is_scalar", "listed", "open_complete",
     "rank_of", "read_index", "weights_below",
 ]  # fmt: skip
@@ -169,6 +169,16 @@ def weights_below(path: Path) -> str:
             if holds_complete(child) or any(map(_holds_weights, ranks)):
                 return f"did you mean `{child}`?"
     return ""
+
+
+def check_all_ranks(path: Path) -> None:
+    """Check that `path` is not the folder of one rank of several. Raises `UserError`."""
+    if is_rank_folder(path) and os.path.isdir(path):
+        raise UserError(
+            f"{path} is the folder of one rank",
+            rule="a checkpoint is all of them",
+            nearest=f"did you mean `{path.parent}`?",
+        )
 
 
 def check_one_kind(path: Path) -> None:

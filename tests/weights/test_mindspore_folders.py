@@ -180,6 +180,22 @@ def test_numbers_are_sliced_loaded_and_merged_again(tmp_path: Path) -> None:
     assert scalars_of(open_any(tmp_path / "out")) == VALUES
 
 
+def test_one_rank_of_several_is_not_sliced_as_if_it_were_complete(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for rank in range(2):
+        rank_file(tmp_path / "checkpoint", f"rank_{rank}/net_rank_{rank}-2_2")
+    (tmp_path / "s.ckpt").write_bytes(strategy_file({"w": TensorLayout((2,), ((0, -1),))}, 0))
+    arguments = ["--unified_safetensors_dir", str(tmp_path / "checkpoint/rank_0"),
+                 "--predict_strategy", str(tmp_path / "s.ckpt"),
+                 "--dst_safetensors_dir", str(tmp_path / "ranks")]  # fmt: skip
+    assert slice_main(arguments) == 2
+    said = capsys.readouterr().err
+    assert "checkpoint/rank_0 is the folder of one rank" in said
+    assert f"did you mean `{tmp_path / 'checkpoint'}`?" in said
+    assert not (tmp_path / "ranks").exists()
+
+
 def test_numbers_beside_the_weights_of_torch_are_converted(tmp_path: Path) -> None:
     content = {"state_dict": WEIGHTS, "epoch_num": 2, "step_num": 6, "loss_scale": 1024.0,
                "learning_rate": "0.5", "args": {"lr": 1}}  # fmt: skip

@@ -23,7 +23,13 @@ from launcher.layout.strategy import Strategy
 from launcher.weights.formats.note import Note, inventory_of
 from launcher.weights.ranks.saves import DEFAULT_SUFFIX, MODEL_FOLDER, Say, open_any, silent
 from launcher.weights.ranks.strategies import read_strategy
-from launcher.weights.source import INDEX_NAMES, OPTIMIZER_PREFIXES, Source, is_scalar
+from launcher.weights.source import (
+    INDEX_NAMES,
+    OPTIMIZER_PREFIXES,
+    Source,
+    check_all_ranks,
+    is_scalar,
+)  # fmt: skip
 from launcher.weights.streaming.new_folder import folder_aside
 from launcher.weights.streaming.stream import WORKERS, Output, Progress, stream
 
@@ -140,6 +146,7 @@ def load_distributed_checkpoint(
     for name, value in given.items():
         if not isinstance(value, (str, os.PathLike)):
             raise UserError(f"{name} = {value!r}", rule="a path is needed")
+    check_all_ranks(Path(str(unified_safetensors_dir)))
     source = open_any(Path(str(unified_safetensors_dir)))
     layout = StrategyLayout(read_strategy(Path(str(predict_strategy))), source)
     target = Path(str(dst_safetensors_dir))
