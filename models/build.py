@@ -37,9 +37,11 @@ __all__ = [
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja",
-    "generation_config.json",
+    "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.json", "vocab.txt",
+    "merges.txt", "chat_template.jinja", "generation_config.json",
 )  # fmt: skip
+NAMED_TEMPLATES = "additional_chat_templates"
+"""Folder of the chat templates beside the default one, as transformers saves them."""
 
 
 def build_model(
@@ -192,7 +194,7 @@ def hf_directory_files(
     spec: ModelSpec, source_dir: Path | str | None, *, dtype: torch.dtype | str | None = None
 ) -> dict[str, bytes]:
     """What belongs beside exported weights: config.json, and tokenizer and generation files of
-    `source_dir`.
+    `source_dir`. Names may have a folder in them.
 
     `dtype` is that of the exported weights; None keeps what config.json said.
     """
@@ -212,7 +214,8 @@ def hf_directory_files(
                 f"{source_dir} is not a directory",
                 advice="Name the directory with the tokenizer files",
             )
-        for name in TOKENIZER_FILES:
+        templates = sorted(Path(source_dir, NAMED_TEMPLATES).glob("*.jinja"))
+        for name in (*TOKENIZER_FILES, *(f"{NAMED_TEMPLATES}/{path.name}" for path in templates)):
             path = Path(source_dir, name)
             if path.is_file():
                 files[name] = path.read_bytes()

@@ -8,7 +8,6 @@ weights.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -20,7 +19,7 @@ from launcher.parallel.agreement import agree, attempt
 from launcher.parallel.world import World
 from launcher.weights.offline.copy_record import FOLDERS, foreign, write_record
 from launcher.weights.offline.export import Format, write_complete
-from launcher.weights.ranks.saves import model_files
+from launcher.weights.ranks.saves import copy_model_files
 from launcher.weights.reading.memory import TORCH_DTYPES
 from launcher.weights.source import (
     MINDSPORE_INDEX_NAME,
@@ -102,14 +101,12 @@ def _together(world: World, action: Callable[[], Result]) -> list[Result]:
 
 def _write_model_files(job: Job, source: Source, folder: Path) -> None:
     """config.json and the tokenizer: those saved beside the rank files, else those of this run."""
-    beside = model_files(min(source.headers))
-    for file in beside:
-        shutil.copy2(file, folder)
-    if beside:
+    if copy_model_files(min(source.headers), folder):
         return
     dtypes = {name: source.dtype(name) for name in source.tensors}
     dtype = TORCH_DTYPES[next(iter(dtypes.values()))]
     for name, content in hf_directory_files(
         job.spec, job.tokenizer_dir or None, dtype=dtype
     ).items():
+        (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(content)

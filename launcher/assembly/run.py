@@ -186,6 +186,7 @@ def _write_model_files(job: Job, dtype: Any, directory: Path) -> None:
     for name, content in hf_directory_files(
         job.spec, job.tokenizer_dir or None, dtype=dtype
     ).items():
+        (directory / name).parent.mkdir(exist_ok=True)
         (directory / name).write_bytes(content)
 
 

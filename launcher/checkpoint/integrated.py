@@ -16,7 +16,7 @@ from pathlib import Path
 from launcher.checkpoint.published import Published
 from launcher.errors import UserError
 from launcher.weights.offline.export import write_complete
-from launcher.weights.ranks.saves import model_files, open_save
+from launcher.weights.ranks.saves import copy_model_files, open_save
 from launcher.weights.source import OPTIMIZER_PREFIXES
 from launcher.weights.streaming.new_folder import folder_aside
 
@@ -42,8 +42,7 @@ def write_integrated(checkpoint: Published, inputs: Collection[Path] = ()) -> Pa
     with folder_aside(folder, root, overwrite=True) as aside:
         source = open_save(root, files)
         write_complete(source, aside, keep=lambda n: not n.startswith(OPTIMIZER_PREFIXES))
-        for file in model_files(files[0]):
-            shutil.copy2(file, aside)
+        copy_model_files(files[0], aside)
     return folder
 
 

@@ -58,7 +58,7 @@ OBSOLETE: tuple[Obsolete, ...] = (
              "what masked scores were set to, -1e4 or -1e9: the same families"),
     Obsolete(re.compile(_ATTENTION + r"embed_positions$"), _is_table,
              "the sines and cosines of positions: gptj, codegen"),
-    Obsolete(re.compile(_ROTARY + r"(?:original_)?inv_freq$"), _is_frequencies,
+    Obsolete(re.compile(r"(?:^|\.)(?:original_)?inv_freq$"), _is_frequencies,
              "the frequencies of rotary positions: llama and all after it"),
     Obsolete(re.compile(_ROTARY + r"(?:cos|sin)(?:_cached)?$"), _is_table,
              "the cosines and sines of rotary positions: llama, gpt_neox, falcon, persimmon, phi"),

@@ -286,8 +286,12 @@ def test_an_exported_directory_opens_in_transformers(name: str, tied: bool, tmp_
 def test_files_beside_the_weights(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     (tmp_path / "model.safetensors").write_text("not copied")
+    (tmp_path / "sentencepiece.bpe.model").write_text("")
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates/rag.jinja").write_text("{{ messages }}")
     files = hf_directory_files(OURS, tmp_path, dtype=torch.bfloat16)
-    assert set(files) == {"config.json", "tokenizer.json"}
+    assert set(files) == {"config.json", "tokenizer.json", "sentencepiece.bpe.model",
+                          "additional_chat_templates/rag.jinja"}  # fmt: skip
     config = json.loads(files["config.json"])
     assert (config["dtype"], config["model_type"]) == ("bfloat16", "qwen3")
     assert config["architectures"] == ["Qwen3ForCausalLM"]

@@ -36,6 +36,7 @@ OLD: dict[str, dict[str, Tensor]] = {
     "xglm": {"model.embed_positions.weights": torch.ones(40, 64),
              "model.embed_positions._float_tensor": torch.zeros(1)},
     "falcon": {"transformer.h.0.self_attention.rotary_emb.inv_freq": FREQUENCIES,
+               "transformer.h.1.self_attention.maybe_rotary.inv_freq": FREQUENCIES,
                "transformer.h.0.self_attention.rotary_emb.cos_cached": TABLE[0]},
     "phi": {"model.layers.0.self_attn.rotary_emb.sin_cached": TABLE,
             "model.layers.0.self_attn.rotary_emb.inv_freq": FREQUENCIES},

@@ -75,6 +75,8 @@ def complete(folder: Path, model_config: dict[str, object]) -> dict[str, torch.T
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     config = model_spec(model_config, None).hf_config
     (folder / "config.json").write_text(json.dumps(config))
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates/rag.jinja").write_text("{{ messages }}")
     return named
 
 
@@ -119,6 +121,7 @@ def test_a_configuration_is_sliced_as_its_run_saves(
     assert merge(["--mindspore_ckpt_dir", ranks, "--output_dir", merged]) == 0
     assert same(content(tmp_path / "merged"), named)
     assert (tmp_path / "merged" / "config.json").exists()
+    assert (tmp_path / "merged" / "additional_chat_templates/rag.jinja").exists()
 
 
 def held_in_training(model_config: dict[str, object], layout: str, rank: int) -> dict[str, Box]:

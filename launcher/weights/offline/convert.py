@@ -20,7 +20,7 @@ import torch
 
 from launcher.errors import UserError, did_you_mean
 from launcher.weights.formats.safetensors import in_file_order
-from launcher.weights.offline.slicing import side_files
+from launcher.weights.offline.slicing import copy_side_files
 from launcher.weights.offline.torch_files import weights_in
 from launcher.weights.ranks.saves import Say, silent
 from launcher.weights.reading.memory import DTYPE_NAMES, bytes_of
@@ -93,8 +93,7 @@ def ckpt_to_safetensors(
             content = {"metadata": total, "weight_map": dict(sorted(weight_map.items()))}
             (scratch / INDEX_NAME).write_text(json.dumps(content, indent=2) + "\n")
         if all(job.target.parent == Path() for job in jobs):
-            for file in side_files(origin):
-                shutil.copy2(file, scratch)
+            copy_side_files(origin, scratch)
     return converted
 
 

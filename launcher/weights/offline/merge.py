@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 from collections.abc import Collection
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from launcher.weights.ranks.saves import (
     DEFAULT_SUFFIX,
     MODEL_FOLDER,
     Say,
-    model_files,
+    copy_model_files,
     open_save,
     rank_files,
     silent,
@@ -109,8 +108,7 @@ def merge(
             dtype=None if dtype is None else DTYPES[dtype],
             progress=progress,
         )
-        for file in model_files(files[0]):
-            shutil.copy2(file, folder)
+        copy_model_files(files[0], folder)
         if dtype is not None:
             _note_dtype(folder / "config.json", dtype)
     return exported

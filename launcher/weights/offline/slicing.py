@@ -196,7 +196,9 @@ def slice_weights(
         for output in outputs:
             output.path.parent.mkdir()
         written = stream(source, outputs, progress, workers=workers)
-        _copy_side_files(source.path, folder / MODEL_FOLDER / PREFIX)
+        # For whoever merges the rank files again.
+        beside = source.path if source.path.is_dir() else source.path.parent
+        copy_side_files(beside, folder / MODEL_FOLDER / PREFIX)
     return Sliced(layout.world_size, len(source.tensors), written)
 
 
@@ -257,19 +259,15 @@ def _output(
     return Output(path, {name: (name, box) for name, box in own.items()}, metadata, note)
 
 
-def _copy_side_files(origin: Path, folder: Path) -> None:
-    """config.json and the tokenizer, for whoever merges the rank files again."""
-    files = side_files(origin if origin.is_dir() else origin.parent)
-    if files:
-        folder.mkdir(parents=True)
-        for file in files:
-            shutil.copy2(file, folder)
-
-
-def side_files(folder: Path) -> list[Path]:
-    """Configuration and tokenizer beside weights."""
-    return sorted(
-        path for path in folder.iterdir()
+def copy_side_files(origin: Path, target: Path) -> None:
+    """Copy configuration and tokenizer beside weights into the folder `target`, with the folder of
+    named chat templates."""
+    beside = [
+        path for path in origin.iterdir()
         if path.suffix in SIDE_FILES and path.name not in INDEX_NAMES and path.is_file()
         and not path.name.startswith(".")
-    )  # fmt: skip
+    ]  # fmt: skip
+    for path in sorted([*beside, *origin.glob("additional_chat_templates/*.jinja")]):
+        place = target / path.relative_to(origin)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(path, place)

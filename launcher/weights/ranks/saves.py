@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import glob
 import os
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -88,11 +89,17 @@ def rank_files(directory: Path, suffix: str) -> list[Path]:
     return files
 
 
-def model_files(rank_file: Path) -> list[Path]:
-    """config.json and the tokenizer of the run that wrote `rank_file`."""
+def copy_model_files(rank_file: Path, target: Path) -> bool:
+    """Copy config.json and the tokenizer of the run that wrote `rank_file` into the folder
+    `target`, folders among them too. Whether there were any."""
     run = label_of(rank_file).rpartition("-")[0]
     folder = rank_file.parent.parent / MODEL_FOLDER / run
-    return sorted(path for path in folder.glob("*") if path.is_file())
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    for file in files:
+        place = target / file.relative_to(folder)
+        place.parent.mkdir(exist_ok=True, parents=True)
+        shutil.copy2(file, place)
+    return bool(files)
 
 
 def open_save(
