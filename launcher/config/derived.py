@@ -20,6 +20,7 @@ from launcher.weights.formats.placeholders import placeholder
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt"),
     "spiece.model",
+    "sentencepiece.bpe.model",
 )
 
 _CONTEXT_ALGORITHMS = {
