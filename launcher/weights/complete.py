@@ -81,11 +81,11 @@ class WeightSet:
 
     @cached_property
     def missing(self) -> list[str]:
-        """Names of its files that are not there, or links to what is not; only an index and the
-        names of shards show that."""
-        if self.index is None and not self.is_shards:
-            return []
-        return sorted(file.name for file in self.files if not os.path.exists(file))
+        """Names of its files that are not there, or links to what is not; of files that are not
+        there only an index and the names of shards tell."""
+        all_count = self.index is not None or self.is_shards
+        gone = (file for file in self.files if not os.path.exists(file))
+        return sorted(file.name for file in gone if all_count or os.path.islink(file))
 
     @property
     def is_gone(self) -> bool:
@@ -268,6 +268,7 @@ def _check_there(taken: WeightSet) -> None:
     missing = taken.missing
     if not missing:
         return
+    _check_link(taken.folder / missing[0], taken)
     what = f"{len(missing)} file" + "s" * (len(missing) > 1)
     shown = ", ".join(missing[:SHOWN])
     raise UserError(
@@ -279,6 +280,21 @@ def _check_there(taken: WeightSet) -> None:
         advice="Copy the missing files beside the index" if taken.index else
         "Copy the missing files beside the others",
     )  # fmt: skip
+
+
+def _check_link(file: Path, taken: WeightSet) -> None:
+    """Check that a missing file of a set is no link to what is missing. Raises `UserError`."""
+    if not os.path.islink(file):
+        return
+    try:
+        os.stat(file)
+    except OSError as error:
+        raise UserError(
+            f"{file} is a link to {os.readlink(file)} that cannot be followed: {error.strerror}",
+            rule="the cache of the Hub has links, to files of a folder beside it (blobs/)",
+            nearest=unfinished_download(taken.folder, taken.missing),
+            advice="Download it again, or copy the files that the links lead to",
+        ) from error
 
 
 def _check_decided(taken: WeightSet, other: WeightSet) -> None:

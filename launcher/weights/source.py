@@ -164,11 +164,18 @@ def weights_below(path: Path) -> str:
     there is none."""
     with suppress(UserError, OSError):
         children = [child for child in listed(path) if child.is_dir() and not is_rank_folder(child)]
-        for child in sorted(children, key=lambda child: child.name != "checkpoint")[:CHILDREN]:
+        children += path.glob("snapshots/*/")  # as the cache of the Hub has them
+        for child in sorted(children, key=_newest_first)[:CHILDREN]:
             ranks = filter(is_rank_folder, listed(child))
             if holds_complete(child) or any(map(_holds_weights, ranks)):
                 return f"did you mean `{child}`?"
     return ""
+
+
+def _newest_first(folder: Path) -> tuple[bool, bool, int]:
+    """Sort key: `checkpoint`, then `checkpoint-20` before `checkpoint-10`, then all others."""
+    match = re.fullmatch(r".*checkpoint-(\d+)", folder.name)
+    return folder.name != "checkpoint", match is None, -int(match[1]) if match else 0
 
 
 def check_all_ranks(path: Path) -> None:

@@ -155,7 +155,9 @@ COMPLETE = (
         f"{FILE} cannot be read: Is a directory.", open_complete),
     Bad("a link to itself as a file",
         lambda folder: (folder / "model.safetensors").symlink_to("model.safetensors"),
-        f"{FILE} cannot be read: Too many levels of symbolic links.", open_complete),
+        f"{FILE} is a link to model.safetensors that cannot be followed: Too many levels of "
+        "symbolic links: the cache of the Hub has links, to files of a folder beside it (blobs/). "
+        "Download it again, or copy the files that the links lead to.", open_complete),
     Bad("a link to itself as a folder", lambda folder: (folder / "loop").symlink_to("loop"),
         "{folder}/loop cannot be read: Too many levels of symbolic links.",
         lambda folder: open_complete(folder / "loop")),

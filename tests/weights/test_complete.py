@@ -16,7 +16,7 @@ from launcher.errors import UserError
 from launcher.weights import verify
 from launcher.weights.complete import choose
 from launcher.weights.ranks.saves import open_any
-from launcher.weights.source import INDEX_NAME, check_one_kind, open_complete
+from launcher.weights.source import INDEX_NAME, check_one_kind, open_complete, weights_below
 
 ROWS = 2
 Build = Callable[[Path], object]
@@ -240,8 +240,34 @@ def test_a_link_to_a_file_that_is_gone_is_gone(tmp_path: Path) -> None:
     assert len(open_complete(tmp_path).headers) == 2
     (tmp_path / SHARDS["l_0_w"]).unlink()
     (tmp_path / SHARDS["l_0_w"]).symlink_to("blobs/2")
-    with pytest.raises(UserError, match="names 1 file that cannot be found: model-00001-of-00002"):
+    with pytest.raises(UserError, match="is a link to blobs/2 that cannot be followed"):
         open_complete(tmp_path)
     (tmp_path / "model.safetensors").unlink()
     WHOLE(tmp_path)
     assert [path.name for path in open_complete(tmp_path).headers] == ["model.safetensors"]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "net.safetensors"])
+def test_a_link_that_leads_nowhere_is_named(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).symlink_to("../../blobs/1f")
+    with pytest.raises(UserError) as caught:
+        open_complete(tmp_path)
+    assert f"{tmp_path / name} is a link to ../../blobs/1f that cannot be followed" in str(
+        caught.value
+    )
+
+
+@pytest.mark.parametrize(
+    ("places", "nearest"),
+    [
+        (["checkpoint-9", "checkpoint-10", "runs"], "checkpoint-10"),
+        (["checkpoint", "checkpoint-10"], "checkpoint"),
+        (["snapshots/1f2e", "blobs"], "snapshots/1f2e"),
+    ],
+)
+def test_the_way_down_to_weights(tmp_path: Path, places: list[str], nearest: str) -> None:
+    for place in places:
+        (tmp_path / place).mkdir(parents=True)
+        if place not in ("runs", "blobs"):
+            WHOLE(tmp_path / place)
+    assert weights_below(tmp_path) == f"did you mean `{tmp_path / nearest}`?"
