@@ -157,6 +157,15 @@ def _no_default(found: dict[str, str]) -> UserError:
 
 
 def _refused(conversation: Conversation, error: Exception) -> UserError:
+    from jinja2 import TemplateSyntaxError
+
+    if isinstance(error, TemplateSyntaxError):
+        return UserError(
+            f"the chat template of the tokenizer is not a Jinja template: line {error.lineno}: "
+            f"{error.message}",
+            rule="conversations are written with it",
+            advice="Repair chat_template.jinja, or chat_template in tokenizer_config.json",
+        )
     roles = ", ".join(str(message.get("role")) for message in conversation.messages)
     return UserError(
         f"the chat template refuses the conversation ({error})",

@@ -119,6 +119,14 @@ def test_a_template_that_is_no_text_is_an_error(tokenizer: Any, template: Any) -
         learnt_of(tokenizer, template, TALK)
 
 
+def test_a_template_that_is_no_jinja_is_said_once_and_not_of_the_records(tokenizer: Any) -> None:
+    with pytest.raises(UserError) as caught:
+        learnt_of(tokenizer, CHATML + "\n{{ m.content }", TALK, TALK)
+    (problem,) = caught.value.problems
+    assert problem.what.startswith("the chat template of the tokenizer is not a Jinja template: ")
+    assert "line 2: unexpected '}'" in problem.what
+
+
 @pytest.mark.parametrize(
     ("text", "marks"),
     [
