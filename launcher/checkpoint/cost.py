@@ -70,6 +70,18 @@ def forecast(store: Store, sizes: Sequence[int], kept: int | None, world: World)
     ]  # fmt: skip
 
 
+def kept_of_earlier_runs(store: Store) -> str:
+    """Which saves in the folder retention leaves alone; empty where there are none."""
+    names = [found.name for found in published(store.root)]
+    others = [name.label for name in names if not store.is_own(name)]
+    if not others:
+        return ""
+    return (
+        f"{store.root}: {len(others)} save(s) of earlier runs ({', '.join(dict.fromkeys(others))}) "
+        f"are kept and do not count for keep_checkpoint_max; this run saves as {store.label}"
+    )
+
+
 def kept_saves(
     *, steps: int | None, seconds: int = 0, limit: int, done: int, last: int
 ) -> int | None:

@@ -15,15 +15,21 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from launcher.checkpoint import health
 from launcher.checkpoint.background import Background
-from launcher.checkpoint.cost import Pace, forecast, kept_saves, nbytes_of
+from launcher.checkpoint.cost import (
+    Pace,
+    forecast,
+    kept_of_earlier_runs,
+    kept_saves,
+    nbytes_of,
+)
 from launcher.checkpoint.integrated import FULL
 from launcher.checkpoint.leftovers import clean_disks, next_counter
 from launcher.checkpoint.names import SaveName, epoch_and_step_in_name
-from launcher.checkpoint.published import published
+from launcher.checkpoint.savable import Savable, Step
 from launcher.checkpoint.saver import NETWORK, TRAINABLE, Done, Job, Saver
 from launcher.checkpoint.snapshot import Snapshot
 from launcher.checkpoint.store import Store
@@ -31,7 +37,6 @@ from launcher.config.schema import CheckpointMonitorSection
 from launcher.errors import UserError
 from launcher.layout.box import Shape
 from launcher.layout.holders import Ranks
-from launcher.layout.mesh import Mesh
 from launcher.parallel.agreement import agree, attempt
 from launcher.parallel.disks import NOT_OPENED, Disks, find_disks
 from launcher.parallel.world import World
@@ -41,50 +46,11 @@ from launcher.weights.ranks.redundancy import keepers_of
 from launcher.weights.reading.memory import Shard
 from launcher.weights.source import OPTIMIZER_PREFIXES
 
-
-class Savable(Protocol):
-    """What a run shows of itself to be saved (`launcher.train.run.TrainRun` is one)."""
-
-    world: World
-    mesh: Mesh
-    steps_per_epoch: int
-    total_steps: int
-    sink_size: int
-    resumed_from: SaveName | None
-    came_from: str
-    inputs: frozenset[Path]
-
-    @property
-    def output_dir(self) -> Path: ...
-    @property
-    def global_step(self) -> int: ...
-    @property
-    def is_whole(self) -> bool: ...
-    def weights(self) -> dict[str, Shard]: ...
-    def optimizer_state(self) -> dict[str, Shard]: ...
-    def holders(self) -> dict[str, Ranks]: ...
-    def shapes_in_files(self, *, optimizer: bool) -> dict[str, Shape]: ...
-    def trainable_weights(self) -> dict[str, Shard]: ...
-    def trained_shapes(self) -> dict[str, Shape]: ...
-    def state_record(self) -> dict[str, Any]: ...
-    def write_model_files(self, directory: Path) -> None: ...
-    def say(self, text: str) -> None: ...
-
-
 LAST_STEP_ONLY = CheckpointMonitorSection(save_checkpoint_steps=0)
 """For a run without CheckpointMonitor: the last step is saved, and nothing before it."""
 
 LAST_WAIT_SECONDS = 300.0
 """How long a run that fails waits for the save that is under way."""
-
-
-class Step(Protocol):
-    """What is looked at of a step that was done."""
-
-    @property
-    def embedding_norm(self) -> float | None: ...
-    @property
-    def changed_nothing(self) -> bool: ...
 
 
 class CheckpointMonitor:
@@ -163,23 +129,12 @@ class CheckpointMonitor:
                 disks,
                 run.came_from.rpartition("-")[0] if folder == FULL else "",
             )
-            self._say_what_is_kept(run, stores[folder])
+            if run.world.is_main and (line := kept_of_earlier_runs(stores[folder])):
+                run.say(line)
         return Saver(
             stores, run.mesh, remove_redundancy=self.config.remove_redundancy,
             integrate=self.config.integrated_save,
         )  # fmt: skip
-
-    def _say_what_is_kept(self, run: Savable, store: Store) -> None:
-        """Saves of earlier runs in the folder, which retention leaves alone."""
-        others = [
-            found.name.label for found in published(store.root) if not store.is_own(found.name)
-        ]
-        if others and run.world.is_main:
-            labels = ", ".join(dict.fromkeys(others))
-            run.say(
-                f"{store.root}: {len(others)} save(s) of earlier runs ({labels}) are kept and do "
-                f"not count for keep_checkpoint_max; this run saves as {store.label}"
-            )
 
     def _say_what_is_idle(self, run: Savable) -> None:
         """The original's rule: a limit in time acts where that in numbers is off."""

@@ -1,0 +1,51 @@
+"""What CheckpointMonitor asks of a run, and of its steps: no more of either is known to saves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol
+
+from launcher.checkpoint.names import SaveName
+from launcher.layout.box import Shape
+from launcher.layout.holders import Ranks
+from launcher.layout.mesh import Mesh
+from launcher.parallel.world import World
+from launcher.weights.reading.memory import Shard
+
+
+class Savable(Protocol):
+    """What a run shows of itself to be saved (`launcher.train.run.TrainRun` is one)."""
+
+    world: World
+    mesh: Mesh
+    steps_per_epoch: int
+    total_steps: int
+    sink_size: int
+    resumed_from: SaveName | None
+    came_from: str
+    inputs: frozenset[Path]
+
+    @property
+    def output_dir(self) -> Path: ...
+    @property
+    def global_step(self) -> int: ...
+    @property
+    def is_whole(self) -> bool: ...
+    def weights(self) -> dict[str, Shard]: ...
+    def optimizer_state(self) -> dict[str, Shard]: ...
+    def holders(self) -> dict[str, Ranks]: ...
+    def shapes_in_files(self, *, optimizer: bool) -> dict[str, Shape]: ...
+    def trainable_weights(self) -> dict[str, Shard]: ...
+    def trained_shapes(self) -> dict[str, Shape]: ...
+    def state_record(self) -> dict[str, Any]: ...
+    def write_model_files(self, directory: Path) -> None: ...
+    def say(self, text: str) -> None: ...
+
+
+class Step(Protocol):
+    """What is looked at of a step that was done."""
+
+    @property
+    def embedding_norm(self) -> float | None: ...
+    @property
+    def changed_nothing(self) -> bool: ...
