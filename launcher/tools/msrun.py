@@ -180,6 +180,9 @@ def _torchrun(launch: Launch, watch: NodeWatch, tell: Callable[[str], None]) -> 
             )
         tell(f"msrun: see {launch.scheduler_log}")
         return EXIT_INTERNAL
+    if watch.failure is not None:  # elsewhere, while the ranks of this node ended well
+        tell(f"msrun: {watch.failure}")
+        return watch.failure.exit_code
     return EXIT_OK
 
 

@@ -72,6 +72,11 @@ class NodeWatch:
                     self._acknowledge(record)
         return self._failure
 
+    @property
+    def failure(self) -> Failure | None:
+        """The first failure of the job, as far as this node has seen."""
+        return self._failure
+
     def _stop(self) -> bool:
         """End the watch. Returns whether the store answers; where the network is cut it may take a
         quarter of an hour."""
