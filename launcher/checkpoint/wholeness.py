@@ -89,7 +89,7 @@ def none_is_whole(root: Path, tried: int) -> UserError:
     return UserError(
         f"no checkpoint in {root} can be used",
         rule=f"{tried} were tried, see above",
-        advice="Give another folder as load_checkpoint, or start anew without resume_training",
+        advice="Give another folder as load_checkpoint, or start again without resume_training",
     )
 
 
