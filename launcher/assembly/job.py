@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 
 from launcher.assembly.layout import split_of
-from launcher.config.derived import mesh_of, tokenizer_dir, ulysses_degree
+from launcher.config.derived import mesh_of, read_config_json, tokenizer_dir, ulysses_degree
 from launcher.config.provenance import Provenance
 from launcher.config.schema import Config
 from launcher.errors import UserError
@@ -53,11 +52,7 @@ class Job:
         return spec
 
     def _config_json(self) -> dict[str, Any] | None:
-        path = Path(self.config.pretrained_model_dir) / "config.json"
-        if not self.config.pretrained_model_dir or not path.is_file():
-            return None
-        content: dict[str, Any] = json.loads(path.read_text())
-        return content
+        return read_config_json(self.config)
 
     @cached_property
     def mesh(self) -> Mesh:
