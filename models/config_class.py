@@ -84,6 +84,14 @@ def class_names() -> dict[str, str]:
     return {"gpt-sw3": "GPT2Config"} | dict(_pairs("CONFIG_MAPPING_NAMES"))
 
 
+@cache
+def is_causal_type(model_type: str) -> bool:
+    """Whether the installed transformers has a causal language model of `model_type`; True too
+    where its list of them cannot be read."""
+    types = dict(_pairs("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "modeling_auto.py"))
+    return model_type in types or not types
+
+
 def mentioned(model_type: str, key: str) -> bool:
     """Whether the source of the model of `model_type` mentions `key`, as far as is known."""
     folder = _folder_of(model_type)
@@ -99,10 +107,10 @@ def _models() -> Path | None:
 
 
 @cache
-def _pairs(table: str) -> list[tuple[str, str]]:
-    """The entries of a table of transformers' list of models."""
+def _pairs(table: str, file: str = "auto_mappings.py") -> list[tuple[str, str]]:
+    """The entries of a table of transformers' lists of models."""
     models = _models()
-    text = _text(models / "auto" / "auto_mappings.py") if models else ""
+    text = _text(models / "auto" / file) if models else ""
     body = re.search(rf"^{table} = .*?^\)", text, re.MULTILINE | re.DOTALL)
     return re.findall(r'\("([^"]+)", "([^"]+)"\)', body[0]) if body else []
 

@@ -14,7 +14,13 @@ from typing import Any
 from launcher.errors import did_you_mean
 from models.causality import check_causal
 from models.checks import SizeCheck, check_rope, rope_of, sliding_windows
-from models.config_class import COMMON_KEYS, ConfigClass, class_names, config_class
+from models.config_class import (
+    COMMON_KEYS,
+    ConfigClass,
+    class_names,
+    config_class,
+    is_causal_type,
+)
 from models.experts_config import ExpertsCheck, experts_of, latent_of
 from models.family_table import DECODERS, Family
 from models.json_floats import plain_floats
@@ -170,6 +176,10 @@ def _family(
     elif name not in DECODERS and config_class(name) is None:
         nearest = did_you_mean(name, classes)
         problems.say(what, "transformers has no such model type", nearest=nearest, key=blamed)
+    elif name not in (*DECODERS, *TRANSFORMERS_MODULES) and not is_causal_type(name):
+        advice = "Built: the model types in docs/models.md"
+        problems.say(what, "transformers has no causal language model of this type", advice=advice,
+                     key=blamed)  # fmt: skip
     elif typed is not None and found is not None and name != found:
         rule = f"config.json of pretrained_model_dir says model_type {found}"
         advice = f"Leave out model.model_config.{key}, or name that model's directory"

@@ -10,7 +10,8 @@ from transformers import PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from models.config_class import COMMON_KEYS, config_class, mentioned
+from models.config_class import COMMON_KEYS, class_names, config_class, is_causal_type, mentioned
+from models.families import ModelConfigError, model_spec
 from models.module_table import TRANSFORMERS_MODULES
 
 _BASE = {field.name for field in dataclasses.fields(PretrainedConfig)}
@@ -51,6 +52,16 @@ def test_layer_types_with_rope_settings_of_their_own(family: str) -> None:
     by_layer = any(isinstance(value, dict) for value in rope.values())
     assert bool(known.rope_kinds) == by_layer
     assert set(known.rope_kinds) <= set(rope)
+
+
+def test_types_without_a_causal_language_model_are_refused() -> None:
+    """All that transformers has, of pictures, sound and text, before anything is loaded."""
+    others = class_names().keys() - MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys() - {"gpt-sw3"}
+    assert {"albert", "clip", "modernbert", "flaubert", "qwen2_audio"} <= others
+    for model_type in others:
+        with pytest.raises(ModelConfigError, match=f"model_type = {model_type}"):
+            model_spec({}, {"model_type": model_type})
+    assert all(map(is_causal_type, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
 
 
 def test_names_of_a_key() -> None:
