@@ -15,6 +15,11 @@ that follows the turns `messages[:k]` is what the rendered conversation has afte
     render(messages[:k], with prompt)   <|user|>Why?<|assistant|>
     render(messages)                    <|user|>Why?<|assistant|>Because.<|end|> <|user|>...
                                                                  ^ answer     ^
+
+Where a template renders the end of a conversation in another way (Phi-3 ends it with a token, gpt-oss
+ends the last answer alone with `<|return|>`, Qwen3 keeps the last thought alone), the answer ends
+before the text that stays when another answer is put in its place; its mark is the first special
+token of that text.
 """
 
 from __future__ import annotations
