@@ -13,6 +13,7 @@ from typing import Any
 from launcher.errors import did_you_mean
 from models.config_class import COMMON_KEYS, ConfigClass, mentioned
 from models.keys import NOT_BUILT
+from models.module_sizes import ModuleSizes
 from models.reading import ROPE_MAPS, Reading
 from models.spec import Problems
 
@@ -39,6 +40,7 @@ def module_config(
             _write(config, key, value, known, reading, problems)
     if rope:
         _write_rope(config, rope, known, reading, problems)
+    ModuleSizes(config, known, reading, problems).run()
     return config | {"model_type": family}
 
 
