@@ -8,6 +8,7 @@ as are those without a wanted suffix; what the user names himself is never skipp
 
 from __future__ import annotations
 
+import errno
 import glob
 import os
 from collections import Counter
@@ -115,11 +116,16 @@ def _stat(path: Path, below: str) -> DataFile:
 
 def unreadable(path: Path, error: OSError) -> UserError:
     """The error for a file or folder that exists and cannot be read."""
+    remedy = "Copy or compress it again"
+    if error.errno in (errno.EACCES, errno.EPERM):
+        remedy = "Give read permission"
+    elif error.errno:
+        remedy = "Check the file"
     return UserError(
         f"cannot be read ({error.strerror or error})",
         where=str(path),
         rule="every file of a dataset must be readable",
-        advice="Give read permission, or take it out of the dataset",
+        advice=f"{remedy}, or take it out of the dataset",
     )
 
 

@@ -159,7 +159,7 @@ def read_parquet_records(path: Path, cache_dir: Path) -> Iterator[Record]:
             raise UserError(
                 f"cannot be read as Parquet ({reason})",
                 where=f"{path}, behind record {number}" if number else str(path),
-                rule="a file ending in .parquet must be one",
+                rule="it is read through the `datasets` library, which must know its types",
                 advice="Look at it with pyarrow.parquet.read_table, and write it again",
             ) from error
 

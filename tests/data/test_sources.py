@@ -293,7 +293,7 @@ CHAT = {"type": "InstructionDataLoader"}
             {"a.txt": None},
             {"dataset_dir": "{}"},
             "{}/a.txt: cannot be read (No such file or directory): every file of a dataset must be "
-            "readable. Give read permission, or take it out of the dataset.",
+            "readable. Check the file, or take it out of the dataset.",
         ),
         (
             {"a.jsonl": '{"text": "one"}\n\n{"text": "two", oops}\n'},
@@ -350,7 +350,7 @@ CHAT = {"type": "InstructionDataLoader"}
         (
             {"a.parquet": "no parquet at all"},
             {**HF, "dataset_dir": "{}"},
-            "a file ending in .parquet must be one.",
+            "it is read through the `datasets` library, which must know its types.",
         ),
         (
             {"test.jsonl": "{}"},
