@@ -1,4 +1,4 @@
-"""The table of families with a decoder of ours, and what each one's configuration says.
+"""The table of families with a decoder of Slipway, and what each one's configuration says.
 
 Owns the defaults (those of the transformers config classes; a test compares) and what sets a family
 apart. A new family of ours is a row here; `models.module_table` has the others.

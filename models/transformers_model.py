@@ -213,7 +213,7 @@ def _check_balance(spec: ModelSpec, config: Any) -> None:
     if getattr(config, "output_router_logits", False):
         raise UserError(
             f"output_router_logits = True with the model type {spec.family}",
-            rule="a balance loss of the experts is added for families with a decoder of ours only",
+            rule="the balance loss of experts is added for families with a decoder of Slipway only",
             advice="Set model.model_config.output_router_logits: False",
         )
 

@@ -49,7 +49,7 @@ def attempt(action: Any, *arguments: Any) -> tuple[Any, Trouble | None]:
         return None, Trouble(f"{error.strerror or error}{place}", error.errno or 0)
     except UserError as error:
         return None, Trouble(problems=error.problems)
-    except Exception as error:  # a fault of ours: the others must not wait, and it must be seen
+    except Exception as error:  # a bug: the other ranks must not wait, and it must be seen
         traceback.print_exc()
         return None, Trouble(f"{type(error).__name__}: {error}")
 

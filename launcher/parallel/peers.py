@@ -43,7 +43,7 @@ _KEEPALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4}
 _ADDRESS = "address"
 _DONE = b'{"done": true}\n'
 _MOST_BYTES = 65536
-"""Of a message; a connection that sends more without a line end is not one of ours."""
+"""Of a message; a connection that sends more without a line end is not from a rank."""
 
 End = Callable[[Failure], None]
 

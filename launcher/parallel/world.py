@@ -60,11 +60,6 @@ class World:
         if self.size > 1:
             dist.barrier(group=self.group)
 
-    def wait(self) -> None:
-        """As `barrier`, for work of one process that may take hours."""
-        if self.size > 1:
-            dist.barrier(group=self.patient)
-
     def gather(self, value: Any) -> list[Any]:
         """`value` of every process, in rank order, on every process. For small host objects."""
         if self.size == 1:

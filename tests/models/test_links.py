@@ -237,8 +237,8 @@ def test_a_balance_loss_that_would_be_left_out_is_refused() -> None:
     with pytest.raises(UserError) as caught:
         build_model(spec, dtype=torch.float32)
     assert str(caught.value) == (
-        "output_router_logits = True with the model type qwen2_moe: a balance loss of the experts "
-        "is added for families with a decoder of ours only. "
+        "output_router_logits = True with the model type qwen2_moe: the balance loss of experts "
+        "is added for families with a decoder of Slipway only. "
         "Set model.model_config.output_router_logits: False."
     )
 
