@@ -20,6 +20,7 @@ from launcher.assembly.weights import fill_weights, find_weights
 from launcher.checkpoint.files import json_bytes, write_json
 from launcher.checkpoint.in_use import in_use
 from launcher.checkpoint.monitor import LAST_STEP_ONLY, CheckpointMonitor
+from launcher.checkpoint.published import published
 from launcher.config.provenance import Provenance
 from launcher.config.schema import Config, OnRequestExitSection, RegisteredCallbackSection
 from launcher.config.shared import shared_settings
@@ -260,7 +261,7 @@ def open_reporting(job: Job, run: TrainRun) -> Reporting | None:
         names, Path(board or job.output_dir / "trackers"), facts,
         cpu=job.world.device.type == "cpu",
     )  # fmt: skip
-    metrics = MetricsLog(job.output_dir, start_of(run), run.state.consumed_samples)
+    metrics = MetricsLog(job.output_dir, start_of(job, run), run.state.consumed_samples)
     if metrics.moved_to:
         curve = job.output_dir / CURVE_NAME
         moved = [metrics.moved_to, *([move_aside(curve)] if curve.exists() else [])]
@@ -270,11 +271,13 @@ def open_reporting(job: Job, run: TrainRun) -> Reporting | None:
     return reporting
 
 
-def start_of(run: TrainRun) -> Start:
-    """What the run is to the metrics in its folder."""
+def start_of(job: Job, run: TrainRun) -> Start:
+    """What the run is to the metrics in its folder, which are those of the run that saved last."""
     if run.resumed_from is not None:
         return Start.SAME
-    return Start.BRANCH if run.came_from else Start.FRESH
+    saved = published(own_root(job.config)) if run.came_from else []
+    is_of_last = bool(saved) and run.came_from.startswith(f"{saved[-1].name.label}-")
+    return Start.BRANCH if is_of_last else Start.FRESH
 
 
 def build_callbacks(job: Job) -> list[Callback]:

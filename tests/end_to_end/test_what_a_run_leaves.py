@@ -260,6 +260,23 @@ def test_a_run_in_the_folder_of_another_one_keeps_its_metrics(workshop: Workshop
     assert [row["step"] for row in workshop.rows()] == list(range(11, 21))
 
 
+def test_the_history_of_a_run_is_that_of_the_save_it_goes_on_from(workshop: Workshop) -> None:
+    """Going back in the newest run shares its first rows; in an older one they lie elsewhere."""
+    name = workshop.yaml(
+        callbacks=[{"type": "CheckpointMonitor", "save_checkpoint_steps": 5,
+                    "keep_checkpoint_max": 9}]
+    )  # fmt: skip
+    assert train(workshop, name).code == 0
+    back = ("--resume_training", "CKP_rank_0-1_5")
+    assert train(workshop, name, *back).code == 0
+    assert [row["step"] for row in workshop.rows()] == list(range(1, 21))
+    assert train(workshop, name, "--seed", "8").code == 0
+    assert train(workshop, name, *back).code == 0
+    assert [row["step"] for row in workshop.rows()] == list(range(6, 21))
+    asides = [f"metrics-{number}.jsonl" for number in (1, 2, 3)]
+    assert all((workshop.folder / "output" / aside).is_file() for aside in asides)
+
+
 @pytest.mark.parametrize(("final", "saved"), [(True, ["CKP-1_20.json"]), (False, [])])
 def test_a_run_without_a_monitor_saves_its_last_step(
     workshop: Workshop, final: bool, saved: list[str]
