@@ -86,7 +86,7 @@ def _rank(rank: int, port: int, folder: str, arguments: list[str]) -> None:
     os.environ.update(
         RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank % PER_NODE),
         LOCAL_WORLD_SIZE=str(PER_NODE), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
-        TORCHELASTIC_USE_AGENT_STORE="True", OMP_NUM_THREADS="1",
+        TORCHELASTIC_USE_AGENT_STORE="True", OMP_NUM_THREADS="1", SLIPWAY_WORKER_LOG=folder,
     )  # fmt: skip
     log = os.open(Path(folder, f"rank_{rank}.log"), os.O_WRONLY | os.O_APPEND)
     os.dup2(log, 1)

@@ -26,7 +26,7 @@ from contextlib import suppress
 from datetime import timedelta
 from typing import Any, cast
 
-from launcher.environment import ProcessEnvironment
+from launcher.environment import ProcessEnvironment, has_own_log, process_environment
 from launcher.parallel.failure import Failure, FailureRecord
 
 POLL_SECONDS = 0.5
@@ -50,8 +50,9 @@ End = Callable[[Failure], None]
 
 def end_process(failure: Failure) -> None:
     """End this rank, wherever its main thread waits, with the exit code of the failure."""
-    rank = os.environ.get("RANK", "0")
-    print(f"[rank {rank}] error: ended, because {failure}", file=sys.stderr)
+    environment = process_environment()
+    if environment.local_rank == 0 or has_own_log():  # else the ranks of a machine share a console
+        print(f"[rank {environment.rank}] error: ended, because {failure}", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(failure.exit_code)
