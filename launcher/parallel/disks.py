@@ -11,7 +11,6 @@ saves into a folder writes one. Called by all ranks together.
 from __future__ import annotations
 
 import os
-import time
 import uuid
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -24,8 +23,6 @@ from launcher.parallel.world import World
 
 TOKEN = ".disk_"
 """Begins the names of tokens."""
-TOKEN_SECONDS = 3600.0
-"""After so long no run is starting any more that wrote one."""
 NOT_OPENED = "the folder of checkpoints could not be opened"
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
 
@@ -132,10 +129,8 @@ def _machine() -> str:
 
 def _make_ready(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    for left in folder.glob(f"{TOKEN}*"):
-        with suppress(OSError):
-            if time.time() - left.stat().st_mtime > TOKEN_SECONDS:  # left by a crash
-                left.unlink()
+    for left in folder.glob(f"{TOKEN}*"):  # by a crash
+        left.unlink(missing_ok=True)
 
 
 def _drop(token: Path) -> str:

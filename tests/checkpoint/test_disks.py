@@ -104,12 +104,9 @@ def test_ranks_of_one_machine_and_folder_see_one_disk_and_nothing_is_written(tmp
 def test_a_token_tells_disks_apart_and_is_gone_again(nodes: Nodes) -> None:
     for folder in nodes.folders:
         folder.mkdir(parents=True)
-        for name in ("left", "starting"):
-            (folder / f"{module.TOKEN}{name}").touch()
-        os.utime(folder / f"{module.TOKEN}left", (0, 0))  # by a crash, long ago
+        (folder / f"{module.TOKEN}left").touch()  # by a crash
     assert together(WORLD, lambda w: find_disks(nodes.of(w), w)) == [TWO] * WORLD
-    others = [[path.name for path in folder.iterdir()] for folder in nodes.folders]
-    assert others == [[f"{module.TOKEN}starting"]] * 2, "those of a run that starts now stay"
+    assert [list(folder.iterdir()) for folder in nodes.folders] == [[], []]
 
 
 def test_machines_that_share_a_disk_see_one(tmp_path, monkeypatch) -> None:
