@@ -124,9 +124,10 @@ def _has_experts(family: str, own: Family | None, known: ConfigClass | None) -> 
 def _split(
     own: Family, base: Mapping[str, Any], reading: Reading, problems: Problems
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """config.json of a family of ours: what its class in transformers has, and what that ignores.
+    """config.json of a family in `DECODERS`: the keys that its class in transformers has, and those
+    that the class ignores.
 
-    The latter is noted once, and kept for a config.json that is written.
+    The latter are noted once, and kept for a config.json that is written.
     """
     understood = own.own_keys | GENERAL | COMMON_KEYS | _OLD_ROPE
     understood -= {"hidden_dropout"}  # a key of model_config alone
@@ -299,7 +300,7 @@ _OLD_ROPE = {
     "rope_theta", "rope_scaling", "rope_parameters", "original_max_position_embeddings",
     "partial_rotary_factor", "quantization_config",
 }  # fmt: skip
-"""Keys of config.json that are read for every family of ours, beside its own."""
+"""Keys of config.json that are read for every family in `DECODERS`, beside its own."""
 
 _UNREMARKABLE = frozenset({"per_layer_config", *NOT_BUILT})
 """Keys that are spoken of elsewhere."""

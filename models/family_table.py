@@ -1,7 +1,7 @@
 """The table of families with a decoder of Slipway, and what each one's configuration says.
 
 Owns the defaults (those of the transformers config classes; a test compares) and what sets a family
-apart. A new family of ours is a row here; `models.module_table` has the others.
+apart. A new family with a decoder is a row here; `models.module_table` has the others.
 """
 
 from __future__ import annotations

@@ -146,7 +146,7 @@ NO_EFFECT: dict[str, str] = {
 OF_THE_DECODER: frozenset[str] = frozenset({
     "position_embedding_type", "normalization", "swiglu", "gated_linear_unit", "add_bias_linear",
 })  # fmt: skip
-"""Keys of `NO_EFFECT` whose reason holds for families with a decoder of ours alone."""
+"""Keys of `NO_EFFECT` whose reason holds for families in `DECODERS` alone."""
 
 NOT_BUILT: dict[str, str] = {
     "pet_config": "low-rank adapters (LoRA)",

@@ -1,8 +1,8 @@
 """Reading `model_config`: every key sorted by what it means.
 
 Owns the step from the user's spellings to Hugging Face keys, precisions, generation settings and
-notes. Unknown keys are problems for the families of ours; those of a family that runs through its
-transformers module are checked against its class in `models.module_config`.
+notes. Unknown keys are problems for the families in `DECODERS`; those of a family that runs through
+its transformers module are checked against its class in `models.module_config`.
 """
 
 from __future__ import annotations

@@ -13,9 +13,11 @@ from launcher.assembly.copies import write_copies
 from launcher.assembly.job import Job
 from launcher.assembly.model import predict_mesh
 from launcher.checkpoint.opening import open_complete_weights, open_weights
+from launcher.environment import process_environment
 from launcher.errors import UserError
 from launcher.layout.layout import Layout
 from launcher.layout.mesh import other_layout
+from launcher.parallel.agreement import found_by_all
 from launcher.parallel.apply import shards
 from launcher.parallel.consistency import Unquoted, check_same
 from launcher.parallel.parts import Parts
@@ -52,8 +54,8 @@ def find_weights(job: Job) -> Source | None:
         source = open_weights(path, job.world, job.say, strategy=strategy)
     else:
         source = open_complete_weights(path, job.say)
-    if source.kind != "distributed" and job.world.size > 1:
-        _check_same(job, {f"weights in {path.name}": Unquoted(content_of(source))})
+    if source.kind != "distributed" and process_environment().has_several_machines:
+        _check_same_content(job, source)
     check_layout(job, source)
     write_copies(job, source)
     return source
@@ -64,6 +66,15 @@ def check_same_model(job: Job) -> None:
     `UserError`."""
     config = job.spec.hf_config
     _check_same(job, {f"config.json: {key}": value for key, value in config.items()})
+
+
+def _check_same_content(job: Job, source: Source) -> None:
+    """Check that complete weights are the same on every machine, of which one rank reads a sample:
+    ranks of one machine have the same files."""
+    reads = process_environment().local_rank == 0
+    content = found_by_all(job.world, lambda: content_of(source) if reads else "")
+    of_main = job.world.from_main(content)
+    _check_same(job, {f"weights in {source.path.name}": Unquoted(content or of_main)})
 
 
 def _check_same(job: Job, facts: Mapping[str, Any]) -> None:

@@ -1,6 +1,6 @@
 """Counts of what a data set holds that is not learnt, not used, or repaired.
 
-Owns what a user is told of a data set beside errors. Invariant: whatever is left out on the way
+Owns the warnings about a data set. Invariant: whatever is left out on the way
 from a file to a row is counted here under its name, with the first place where it was met.
 """
 
