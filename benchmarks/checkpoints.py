@@ -12,10 +12,10 @@ import torch
 from launcher.layout.layout import Layout
 from launcher.layout.mesh import Mesh
 from launcher.weights.formats.safetensors import in_file_order
-from launcher.weights.links import shapes_in_files
 from launcher.weights.source import INDEX_NAME
 from launcher.weights.streaming.write import Part, write_file
-from models.build import build_model, links_of
+from launcher.weights.tensor_mapping import shapes_in_files
+from models.build import build_model, mappings_of
 from models.families import model_spec
 from models.spec import ModelSpec
 
@@ -65,7 +65,7 @@ def make(folder: Path, config: dict[str, Any]) -> int:
     spec = spec_of(config)
     model = build_model(spec, dtype=torch.bfloat16)
     shapes = shapes_in_files(
-        {name: tuple(p.shape) for name, p in model.named_parameters()}, links_of(model)
+        {name: tuple(p.shape) for name, p in model.named_parameters()}, mappings_of(model)
     )
     parts = [Part(name, "BF16", shape, _noise) for name, shape in shapes.items()]
     total = sum(part.nbytes for part in parts)
@@ -95,7 +95,7 @@ def _noise(start: int, stop: int) -> memoryview:
 
 def layout_of(config: dict[str, Any], mesh: Mesh) -> Layout:
     """Where the tensors of the model lie on `mesh`."""
-    from launcher.assembly.layout import model_layout
+    from launcher.builders.layout import model_layout
 
     spec = spec_of(config)
     model = build_model(spec, dtype=torch.bfloat16)

@@ -38,7 +38,7 @@ def deepseek_layout(degrees: Mapping[str, int]) -> Layout:
     """The layout of DeepSeek-V3 with the sharded optimizer on a mesh of these degrees."""
     import torch
 
-    from launcher.assembly.layout import model_layout
+    from launcher.builders.layout import model_layout
     from models.build import build_model
     from models.families import model_spec
     from models.stage import stage_split
@@ -90,11 +90,11 @@ def _once() -> list[float]:
     held = [layout.of(rank) for rank in range(layout.mesh.world_size)]
     numbers += [time.perf_counter() - started, _peak()]
     assert len(held) == layout.mesh.world_size
-    from launcher.assembly.strategy import stage_files
-    from models.names import links
+    from launcher.mindspore.strategy_export import stage_files
+    from models.names import mappings
 
     started = time.perf_counter()
-    assert len(stage_files(layout, links).stages) == layout.mesh.pp
+    assert len(stage_files(layout, mappings).stages) == layout.mesh.pp
     numbers += [time.perf_counter() - started, _peak()]
     return [*numbers, time.perf_counter() - begin, _peak()]
 

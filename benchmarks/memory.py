@@ -30,9 +30,9 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from benchmarks.measure import ROOT, Spread, parser, report, table
 from launcher.config.schema.parallel import RecomputeSection, SwapSection
+from launcher.parallel.offload import Swap, apply_offload, offloaded_parts
 from launcher.parallel.recompute import apply_recompute, recompute_plan, recomputed_pieces
-from launcher.parallel.swap import Swap, apply_swap, swapped_pieces
-from models.build import build_model, initialise
+from models.build import build_model, initialize
 from models.decoder import Decoder
 from models.families import model_spec
 from models.stage import StageSplit
@@ -117,14 +117,14 @@ def quickstart(recompute: dict[str, Any], swap: dict[str, Any]) -> tuple[Decoder
     spec = model_spec(config["model"]["model_config"], None)
     model = build_model(spec, dtype=torch.float32, device="cpu")
     assert isinstance(model, Decoder)
-    initialise(model, spec, 0)
+    initialize(model, spec, 0)
     model.ends = False
     layers = {int(number): layer for number, layer in model.model.layers.items()}
     whole = StageSplit((range(len(layers)),), (0,))
     again = recomputed_pieces(layers, recompute_plan(RecomputeSection(**recompute), whole))
     apply_recompute(layers, again)
-    moving = swapped_pieces(layers, SwapSection(**swap), again)
-    return model, apply_swap(layers, moving, torch.device("cpu"))
+    moving = offloaded_parts(layers, SwapSection(**swap), again)
+    return model, apply_offload(layers, moving, torch.device("cpu"))
 
 
 def kept_bytes(model: Decoder, ids: Tensor) -> int:

@@ -30,7 +30,7 @@ from launcher.config.schema import CheckpointMonitorSection
 from launcher.layout.box import Shape, whole
 from launcher.layout.mesh import Mesh
 from launcher.parallel.world import World
-from launcher.weights.reading.memory import Shard
+from launcher.weights.reading.shard import Shard
 
 MODULE = "benchmarks.saving"
 TENSORS = 96
@@ -53,7 +53,7 @@ class Run:
     resumed_from: SaveName | None = None
     inputs: frozenset[Path] = frozenset()
     global_step: int = 0
-    is_whole: bool = True
+    is_consistent: bool = True
 
     def weights(self) -> dict[str, Shard]:
         return {n: Shard(tuple(t.shape), whole(t.shape), t) for n, t in self.state.items()}
@@ -64,7 +64,7 @@ class Run:
     def optimizer_state(self) -> dict[str, Shard]:
         return {}
 
-    def holders(self) -> dict[str, Any]:
+    def replica_ranks(self) -> dict[str, Any]:
         return {}
 
     def shapes_in_files(self, *, optimizer: bool) -> dict[str, Shape]:
@@ -79,7 +79,7 @@ class Run:
     def write_model_files(self, directory: Path) -> None:
         pass
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         if "not saved" in text or "is saved, but" in text:
             raise RuntimeError(text)
 

@@ -148,7 +148,7 @@ def _checked(line: CommandLine) -> Resolved:
     if not only_looks and not config.only_save_strategy:
         check_rendezvous()
     if rank_or_zero() == 0:
-        _say_what_is_ignored(resolved.no_effect)
+        _log_ignored(resolved.no_effect)
         for warning in rules.warnings(config, provenance):
             print(f"warning: {warning}", file=sys.stderr)
     return resolved
@@ -190,7 +190,7 @@ def _show(problems: Iterable[Problem], *, tail: str = ".") -> None:
         time.sleep(ECHO_DELAY_SECONDS)
 
 
-def _say_what_is_ignored(keys: Sequence[str]) -> None:
+def _log_ignored(keys: Sequence[str]) -> None:
     if keys:
         text = f"accepted, no effect on PyTorch: {', '.join(keys)}"
         lines = textwrap.wrap(text, width=100, subsequent_indent="  ", break_long_words=False)

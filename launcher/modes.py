@@ -8,15 +8,14 @@ from __future__ import annotations
 from contextlib import nullcontext
 from pathlib import Path
 
-from launcher.assembly.data import evaluation_source
-from launcher.assembly.job import Job
-from launcher.assembly.model import build_parallel, build_predicting
-from launcher.assembly.prediction import PREDICT_BATCH, continue_prompts, result_path
-from launcher.assembly.resume import find_resume, own_root, resumed_run
-from launcher.assembly.roll_back import RollBack, idle_reason
-from launcher.assembly.run import fresh_run
-from launcher.assembly.strategy import world_without_group, write_all, write_own
-from launcher.assembly.weights import fill_weights, find_weights
+from launcher.builders.data import evaluation_source
+from launcher.builders.job import Job
+from launcher.builders.load_weights import find_weights, load_or_init
+from launcher.builders.model import build_parallel, build_predicting
+from launcher.builders.prediction import PREDICT_BATCH, continue_prompts, result_path
+from launcher.builders.resume import find_resume, own_root, resumed_run
+from launcher.builders.roll_back import RollBack, no_effect_reason
+from launcher.builders.run import fresh_run
 from launcher.checkpoint.files import json_bytes, write_json
 from launcher.checkpoint.in_use import in_use
 from launcher.checkpoint.monitor import LAST_STEP_ONLY, CheckpointMonitor
@@ -25,6 +24,7 @@ from launcher.config.provenance import Provenance
 from launcher.config.schema import Config, OnRequestExitSection, RegisteredCallbackSection
 from launcher.config.shared import shared_settings
 from launcher.errors import EXIT_OK, UserError
+from launcher.mindspore.strategy_export import world_without_group, write_all, write_own
 from launcher.parallel import world as worlds
 from launcher.parallel.consistency import check_same
 from launcher.parallel.parts import Parts
@@ -81,7 +81,7 @@ def run(
             code = MODES[mode](job)
         finished = True
     except Interrupted as interrupted:
-        job.say(f"stopped by {interrupted}")
+        job.log(f"stopped by {interrupted}")
         code = interrupted.exit_code
         finished = True
     finally:
@@ -159,9 +159,9 @@ def evaluate_only(job: Job) -> int:
     weights = find_weights(job)
     batches = evaluation_source(job)
     built = build_parallel(job, training=False)
-    fill_weights(job, built.parts, built.layout, weights)
-    result = evaluate(built.parts, built.compute, built.row_cut, batches(), job.world)
-    job.say(str(result))
+    load_or_init(job, built.parts, built.layout, weights)
+    result = evaluate(built.parts, built.compute, built.batch_sharder, batches(), job.world)
+    job.log(str(result))
     if job.world.is_main:
         path, row = job.output_dir / "eval_result.json", result.as_row()
         make_way(path, json_bytes(row))
@@ -178,13 +178,13 @@ def predict(job: Job) -> int:
     )  # fmt: skip
     check_writable(result_path(job))
     model, layout = build_predicting(job)
-    fill_weights(job, Parts([model]), layout, find_weights(job))
+    load_or_init(job, Parts([model]), layout, find_weights(job))
     batch_size = job.config.predict_batch_size or min(len(prompts), PREDICT_BATCH)
     generations = continue_prompts(job, model, prompts, batch_size)
     if job.world.is_main:
         path = write_results(generations, result_path(job), batch_size)
-        job.say(result_text(generations, batch_size))
-        job.say(f"written: {path.with_suffix('.txt')} and {path}")
+        job.log(result_text(generations, batch_size))
+        job.log(f"written: {path.with_suffix('.txt')} and {path}")
     return EXIT_OK
 
 
@@ -207,15 +207,15 @@ MODES = {
 def train_to_the_end(job: Job, run: TrainRun, callbacks: list[Callback]) -> int:
     """The loop with its callbacks; metrics and the loss curve are finished whatever happens."""
     if run.state.global_step >= run.total_steps:
-        job.say(
+        job.log(
             f"nothing to do: step {run.state.global_step} is done, the run has {run.total_steps}"
         )
         for callback in callbacks:
             if isinstance(callback, CheckpointMonitor):
-                callback.settle(run)
+                callback.finish_interrupted_save(run)
         return EXIT_OK
-    write_own(job, run.layout, run.links_of)
-    job.say(
+    write_own(job, run.layout, run.mappings_of)
+    job.log(
         f"training: steps {run.state.global_step + 1} to {run.total_steps}, "
         f"{run.steps_per_epoch} an epoch, {run.loader.global_batch} samples a step, "
         f"{job.world.size} {'rank' if job.world.size == 1 else 'ranks'} on {job.world.device.type}"
@@ -236,8 +236,8 @@ def fit_with_roll_back(job: Job, run: TrainRun, callbacks: list[Callback]) -> No
     if not monitor.roll_back:
         fit(run, callbacks, run.sink_size)
         return
-    if reason := idle_reason(job.config):
-        job.say(f"monitor_config.roll_back: True has no effect: {reason}")
+    if reason := no_effect_reason(job.config):
+        job.log(f"monitor_config.roll_back: True has no effect: {reason}")
     way_back = RollBack(job, run, monitor.global_norm_spike_count_threshold)
     while True:
         try:
@@ -255,17 +255,17 @@ def open_reporting(job: Job, run: TrainRun) -> Reporting | None:
     config = job.config
     board = config.tensorboard.tensorboard_dir
     names = list(dict.fromkeys([*config.trackers, *(["tensorboard"] if board else [])]))
-    facts = {"seed": config.seed, "global_batch_size": run.loader.global_batch,
+    metadata = {"seed": config.seed, "global_batch_size": run.loader.global_batch,
              "total_steps": run.total_steps, "model": job.spec.hf_config}  # fmt: skip
     trackers = open_trackers(
-        names, Path(board or job.output_dir / "trackers"), facts,
+        names, Path(board or job.output_dir / "trackers"), metadata,
         cpu=job.world.device.type == "cpu",
     )  # fmt: skip
     metrics = MetricsLog(job.output_dir, start_of(job, run), run.state.consumed_samples)
     if metrics.moved_to:
         curve = job.output_dir / CURVE_NAME
         moved = [metrics.moved_to, *([move_aside(curve)] if curve.exists() else [])]
-        job.say(f"of an earlier run, moved aside: {', '.join(map(str, moved))}")
+        job.log(f"of an earlier run, moved aside: {', '.join(map(str, moved))}")
     reporting = Reporting(job.console, metrics, trackers)
     run.report_row = reporting.row
     return reporting
@@ -294,7 +294,7 @@ def build_callbacks(job: Job) -> list[Callback]:
     elif config.final_checkpoint:
         callbacks.append(CheckpointMonitor(LAST_STEP_ONLY))  # type: ignore[arg-type]
     else:
-        job.say("warning: nothing will be saved: there is no CheckpointMonitor, and "
+        job.log("warning: nothing will be saved: there is no CheckpointMonitor, and "
                 "final_checkpoint is False")  # fmt: skip
     request = config.last_callback(OnRequestExitSection)
     if request is not None and request.config_file:

@@ -55,7 +55,7 @@ class KVCache:
         self._layers[layer] = (key, value)
 
 
-class Sight:
+class AttentionMask:
     """Who may see whom in the rows of one forward.
 
     Every row has `total` tokens, of which `length` are here as queries: those at `places` [length],
@@ -68,20 +68,22 @@ class Sight:
         length: int,
         total: int,
         device: torch.device,
-        places: Tensor | None = None,
+        token_indices: Tensor | None = None,
         document_ids: Tensor | None = None,
         key_mask: Tensor | None = None,
     ) -> None:
         """`document_ids` [rows, total]: only inside the same document. `key_mask` [rows, total]:
         False for padding."""
         self.length, self.total = length, total
-        self.in_order = places is None
-        self.places = (
-            torch.arange(total - length, total, device=device) if places is None else places
+        self.in_order = token_indices is None
+        self.token_indices = (
+            torch.arange(total - length, total, device=device)
+            if token_indices is None
+            else token_indices
         )
         self.document_ids, self.key_mask = document_ids, key_mask
         self._masks: dict[tuple[int | None, bool], Tensor | None] = {}
-        self._whole: Sight | None = None
+        self._whole: AttentionMask | None = None
 
     def mask(
         self,
@@ -105,13 +107,13 @@ class Sight:
             self._masks[found] = None if plain else self._build(window, None, None)
         return self._masks[found]
 
-    def whole(self) -> Sight:
+    def whole(self) -> AttentionMask:
         """The same rows seen by all of their tokens, in order: for attention that has gathered
         them. One object for all layers, as masks are kept in it."""
         if self.in_order and self.length == self.total:
             return self
         if self._whole is None:
-            self._whole = Sight(length=self.total, total=self.total, device=self.places.device,
+            self._whole = AttentionMask(length=self.total, total=self.total, device=self.token_indices.device,
                                 document_ids=self.document_ids, key_mask=self.key_mask)  # fmt: skip
         return self._whole
 
@@ -122,8 +124,10 @@ class Sight:
         return self.in_order and not (narrow or blocks or several)
 
     def _build(self, window: int | None, queries: Tensor | None, keys: Tensor | None) -> Tensor:
-        queries = self.places if queries is None else queries
-        key_index = torch.arange(self.total, device=self.places.device) if keys is None else keys
+        queries = self.token_indices if queries is None else queries
+        key_index = (
+            torch.arange(self.total, device=self.token_indices.device) if keys is None else keys
+        )
         query_index = queries[:, None]
         allowed = key_index <= query_index
         if window is not None and self.total > window:
@@ -146,8 +150,8 @@ class StepContext:
 
     cos: Tensor
     sin: Tensor
-    sight: Sight
-    stream_places: Tensor | None = None
+    mask: AttentionMask
+    stream_indices: Tensor | None = None
     """Places of the tokens of the residual stream here; None: all of a row, in order."""
     dropout_seeds: Tensor | None = None
     """One seed a row [rows], or None: no dropout."""
@@ -180,20 +184,20 @@ class BaseAttention(nn.Module):
         Everything about who sees whom happens in here. A seam: the instance's attribute may be
         replaced by a function of the same arguments, which may call this one.
         """
-        sight = context.sight
+        mask = context.mask
         if context.dropout_seeds is None or not self.dropout:
-            return attend(query, key, value, sight.mask(window), scale=self.scale)
+            return attend(query, key, value, mask.mask(window), scale=self.scale)
         heads = torch.arange(query.shape[1], device=query.device) + self.first_head
         return attend_with_dropout(
             query,
             key,
             value,
-            sight.mask(window, always=True),
+            mask.mask(window, always=True),
             scale=self.scale,
             dtype=self.softmax_dtype,
             probability=self.dropout,
             seeds=dropout_seeds(context.dropout_seeds, self.layer, SHARES),
-            lines=heads[:, None] * sight.total + sight.places,
+            lines=heads[:, None] * mask.total + mask.token_indices,
         )
 
 

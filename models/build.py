@@ -17,21 +17,21 @@ from torch import nn
 
 from launcher.errors import UserError
 from launcher.layout.box import Shape, whole
-from launcher.weights.links import LinksOf, linked, no_links
 from launcher.weights.obsolete import is_obsolete
-from launcher.weights.reading.memory import Shard
+from launcher.weights.reading.shard import Shard
 from launcher.weights.source import Source
+from launcher.weights.tensor_mapping import MappingsOf, mapped, no_mapping
 from models import names
 from models.decoder import Decoder
-from models.initial import initial_std, initialise_shard, no_weight_decay
+from models.initial import initial_std, initialize_shard, no_weight_decay
 from models.json_floats import tagged_floats
 from models.plan import EMBEDDING
 from models.spec import ModelSpec
 from models.transformers_model import TransformersModel, build_transformers, complete_config
 
 __all__ = [
-    "blocks", "build_model", "hf_directory_files", "ignorable", "initial_std", "initialise",
-    "initialise_shard", "links_of", "materialise", "may_be_missing", "named_as_model",
+    "blocks", "build_model", "hf_directory_files", "ignorable", "initial_std", "initialize",
+    "initialize_shard", "mappings_of", "materialize", "may_be_missing", "named_as_model",
     "no_weight_decay", "parameter_count", "retie", "tied_names",
 ]  # fmt: skip
 
@@ -61,11 +61,11 @@ def build_model(
         # Not .to(dtype): buffers keep the dtype they have.
         model._apply(lambda t: t.to(dtype) if isinstance(t, nn.Parameter) else t)
     if torch.device(device).type != "meta":
-        materialise(model, device)
+        materialize(model, device)
     return model
 
 
-def materialise(model: nn.Module, device: torch.device | str) -> None:
+def materialize(model: nn.Module, device: torch.device | str) -> None:
     """Allocate what is still on the meta device, move the rest, and tie again what was tied.
 
     Values of parameters are undefined; buffers of ours begin with zeros.
@@ -81,7 +81,7 @@ def materialise(model: nn.Module, device: torch.device | str) -> None:
     retie(model)
 
 
-def initialise(model: nn.Module, spec: ModelSpec, seed: int) -> None:
+def initialize(model: nn.Module, spec: ModelSpec, seed: int) -> None:
     """Fill every parameter of a whole (not sharded) model with its initial values, and buffers of
     ours with zeros."""
     if isinstance(model, Decoder):
@@ -91,18 +91,18 @@ def initialise(model: nn.Module, spec: ModelSpec, seed: int) -> None:
         name: Shard(tuple(p.shape), whole(tuple(p.shape)), p.detach())
         for name, p in model.named_parameters()
     }
-    for name, shard in linked(whole_shards, links_of(model)).items():
+    for name, shard in mapped(whole_shards, mappings_of(model)).items():
         box = shard.box
-        values = initialise_shard(name, shard.shape, box.offset, box.size, spec, seed)
+        values = initialize_shard(name, shard.shape, box.offset, box.size, spec, seed)
         shard.tensor.copy_(values)
 
 
-def links_of(model: nn.Module) -> LinksOf:
+def mappings_of(model: nn.Module) -> MappingsOf:
     """What the tensors of `model` are in a Hugging Face directory."""
     if isinstance(model, TransformersModel):
-        links = model.links
-        return lambda name, shape: links.get(name)
-    return names.links if isinstance(model, Decoder) else no_links
+        mappings = model.mappings
+        return lambda name, shape: mappings.get(name)
+    return names.mappings if isinstance(model, Decoder) else no_mapping
 
 
 def tied_names(model: nn.Module) -> dict[str, str]:

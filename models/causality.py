@@ -30,14 +30,14 @@ def check_causal(
         value = config.get(key, known.default(key))
         if value != needed:
             advice = f"Set model.model_config.{key}: {needed} to train it as a causal model"
-            _say(f"model_type {family} with", key, value, written, problems, advice, key in config)
+            _log(f"model_type {family} with", key, value, written, problems, advice, key in config)
     for key, values in NOT_CAUSAL_WHEN.items():
         value = config.get(key, known.default(key) if known is not None else None)
         if value in values:
-            _say("", key, value, written, problems, f"Take {key} out, or give a causal model")
+            _log("", key, value, written, problems, f"Take {key} out, or give a causal model")
 
 
-def _say(
+def _log(
     what: str, key: str, value: Any, written: Mapping[str, str], problems: Problems, advice: str,
     is_given: bool = True,
 ) -> None:  # fmt: skip
@@ -45,4 +45,4 @@ def _say(
     place = f"model.model_config.{spelled}" if spelled else f"config.json: {key}"
     text = f"{what} {place if is_given else key} = {value}".strip()
     text += "" if is_given else " (its default)"
-    problems.say(text, _RULE, advice=advice, key=spelled)
+    problems.log(text, _RULE, advice=advice, key=spelled)

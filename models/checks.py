@@ -52,14 +52,14 @@ class SizeCheck:
 
     def _add(self, key: str, rule: str, near: str = "", advice: str = "") -> None:
         what, written = self.describe(key)
-        self.problems.say(what, rule, nearest=near, advice=advice, key=written)
+        self.problems.log(what, rule, nearest=near, advice=advice, key=written)
 
     def _values(self) -> None:
         config = self.config
         for key in _WHOLE:
             missing = config.get(key) is None and (key in _OPTIONAL or key not in config)
             least = 0 if key == "max_window_layers" else 1
-            if not missing and not is_whole(config[key], least):
+            if not missing and not is_integer(config[key], least):
                 self._add(key, f"must be a whole number of at least {least}")
         for key in _FLAGS:
             if not isinstance(config.get(key), bool | None):
@@ -103,7 +103,7 @@ class SizeCheck:
             self._add("layer_types", f"must be a list of {' and '.join(LAYER_TYPES)}")
         elif LAYER_TYPES[1] in types and not self.config.get("use_sliding_window"):
             self._add("layer_types", "sliding_attention needs use_sliding_window: True")
-        elif is_whole(layers) and len(types) != layers:
+        elif is_integer(layers) and len(types) != layers:
             self._add("layer_types", f"has {len(types)} entries for {layers} layers")
 
 
@@ -143,15 +143,15 @@ def check_rope(
     place = f"model.model_config.{key}" if key else "config.json: rope settings"
     kind = rope["rope_type"]
 
-    def say(what: str, rule: str, near: str = "") -> None:
-        problems.say(f"{place}: {what}", rule, nearest=near, key=key)
+    def log(what: str, rule: str, near: str = "") -> None:
+        problems.log(f"{place}: {what}", rule, nearest=near, key=key)
 
     if any(isinstance(value, Mapping) for value in rope.values()):
-        say("rope settings by layer type", "not built yet")
+        log("rope settings by layer type", "not built yet")
         return
     if not isinstance(kind, str) or kind not in _ROPE_NUMBERS:
         rule = "not built yet" if kind in ("longrope", "proportional") else "no such rope_type"
-        say(
+        log(
             f"rope_type = {kind}",
             rule,
             did_you_mean(str(kind), _ROPE_NUMBERS) or _known(_ROPE_NUMBERS),
@@ -160,26 +160,26 @@ def check_rope(
     before = len(problems)
     for number in ("rope_theta", *_ROPE_NUMBERS[kind]):
         if not is_number(rope.get(number)) or rope[number] <= 0:
-            say(f"{number} = {rope.get(number)}", f"rope_type {kind} needs a number above 0")
+            log(f"{number} = {rope.get(number)}", f"rope_type {kind} needs a number above 0")
     if len(problems) > before:
         return
     if rope.get("factor", 1) < 1:
-        say(f"factor = {rope['factor']}", "must be at least 1", "Nearest: 1.0")
+        log(f"factor = {rope['factor']}", "must be at least 1", "Nearest: 1.0")
     if kind == "llama3" and rope["high_freq_factor"] <= rope["low_freq_factor"]:
         low = rope["low_freq_factor"]
-        say(
+        log(
             f"high_freq_factor = {rope['high_freq_factor']}",
             f"must be above low_freq_factor ({low})",
         )
     if rope.get("partial_rotary_factor") not in (None, 1, 1.0):
         rotated = rope["partial_rotary_factor"]
-        say(
+        log(
             f"partial_rotary_factor = {rotated}",
             "this family rotates the whole head",
             "Nearest: 1.0",
         )
     if kind == "dynamic" and head_dim <= 2:
-        say(f"rope_type dynamic with head_dim = {head_dim}", "it needs larger heads", "Nearest: 4")
+        log(f"rope_type dynamic with head_dim = {head_dim}", "it needs larger heads", "Nearest: 4")
 
 
 def sliding_windows(
@@ -207,7 +207,7 @@ def is_number(value: Any) -> bool:
     return whole or isinstance(value, float)
 
 
-def is_whole(value: Any, least: int = 1) -> bool:
+def is_integer(value: Any, least: int = 1) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 

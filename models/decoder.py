@@ -18,7 +18,7 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from models.attention import BaseAttention, KVCache, Sight, StepContext
+from models.attention import AttentionMask, BaseAttention, KVCache, StepContext
 from models.deepseek import LatentAttention
 from models.dropout import ATTENTION_OUTPUT, MLP_OUTPUT, dropout, dropout_seeds
 from models.layers import MLP, Embedding, Linear, RMSNorm, TiedHead, dtype_of, norm_of
@@ -90,7 +90,7 @@ class DecoderLayer(nn.Module):
         if context.dropout_seeds is None or not self.dropout:
             return states
         seeds = dropout_seeds(context.dropout_seeds, self.layer, site)
-        return dropout(states, self.dropout, seeds, lines=context.stream_places)
+        return dropout(states, self.dropout, seeds, lines=context.stream_indices)
 
 
 class DecoderModel(nn.Module):
@@ -147,7 +147,7 @@ class Decoder(nn.Module):
         cache: KVCache | None = None,
         attention_mask: Tensor | None = None,
         last_only: bool = False,
-        places: Tensor | None = None,
+        token_indices: Tensor | None = None,
         total: int | None = None,
         balance_scale: Tensor | None = None,
     ) -> Tensor:
@@ -169,10 +169,10 @@ class Decoder(nn.Module):
         past = cache.length if cache is not None else 0
         if total is None:
             total = past + length
-        sight = Sight(length=length, total=total, device=inputs.device, places=places,
+        mask = AttentionMask(length=length, total=total, device=inputs.device, token_indices=token_indices,
                       document_ids=document_ids, key_mask=attention_mask)  # fmt: skip
         if position_ids is None:
-            position_ids = _positions(sight)
+            position_ids = _positions(mask)
         rotary_dtype = self.precision.rotary_dtype
         cos, sin = self.rotary.tables(
             position_ids, dtype_of(rotary_dtype) if rotary_dtype else states.dtype
@@ -181,8 +181,8 @@ class Decoder(nn.Module):
         context = StepContext(
             cos=cos,
             sin=sin,
-            sight=sight,
-            stream_places=sight.places.chunk(parts)[part],
+            mask=mask,
+            stream_indices=mask.token_indices.chunk(parts)[part],
             dropout_seeds=sample_seeds if self.training else None,
             cache=cache,
             balance_scale=balance_scale,
@@ -204,9 +204,9 @@ class Decoder(nn.Module):
         return states
 
 
-def _positions(sight: Sight) -> Tensor:
+def _positions(mask: AttentionMask) -> Tensor:
     """Positions [rows or 1, length] of the tokens here: their places, not counting padding."""
-    if sight.key_mask is None:
-        return sight.places[None]
-    counted: Tensor = (sight.key_mask.long().cumsum(-1) - 1).clamp_min(0)
-    return counted[:, sight.places]
+    if mask.key_mask is None:
+        return mask.token_indices[None]
+    counted: Tensor = (mask.key_mask.long().cumsum(-1) - 1).clamp_min(0)
+    return counted[:, mask.token_indices]

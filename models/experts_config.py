@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from models.checks import Describe, is_number, is_whole, nearest
+from models.checks import Describe, is_integer, is_number, nearest
 from models.family_table import Family
 from models.spec import ExpertsConfig, LatentConfig, Problems
 
@@ -36,18 +36,18 @@ class ExpertsCheck:
         self._values()
         if len(self.problems) == before:
             self._choice()
-            if self.own.latent and is_whole(self.config["num_attention_heads"]):
+            if self.own.latent and is_integer(self.config["num_attention_heads"]):
                 self._heads()
 
     def _add(self, key: str, rule: str, near: str = "", advice: str = "") -> None:
         what, written = self.describe(key)
-        self.problems.say(what, rule, nearest=near, advice=advice, key=written)
+        self.problems.log(what, rule, nearest=near, advice=advice, key=written)
 
     def _values(self) -> None:
         config, own = self.config, self.own.defaults
         for key, least in _LEAST.items():
             absent = key not in own or (key == "q_lora_rank" and config[key] is None)
-            if not absent and not is_whole(config[key], least):
+            if not absent and not is_integer(config[key], least):
                 self._add(key, f"must be a whole number of at least {least}")
         for key in _FLAGS:
             if key in own and not isinstance(config[key], bool):
@@ -56,7 +56,7 @@ class ExpertsCheck:
             if key in own and not (is_number(config[key]) and config[key] >= 0):
                 self._add(key, "must be a number of at least 0")
         dense = config.get("mlp_only_layers")
-        whole = isinstance(dense, list | tuple) and all(is_whole(layer, 0) for layer in dense)
+        whole = isinstance(dense, list | tuple) and all(is_integer(layer, 0) for layer in dense)
         if dense is not None and not whole:
             self._add("mlp_only_layers", "must be a list of layers, counted from 0")
         if config.get("router_jitter_noise"):

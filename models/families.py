@@ -78,7 +78,7 @@ def model_spec(model_config: Mapping[str, Any], config_json: Mapping[str, Any] |
     known = config_class(family) if own is None else None
     for key in ROPE_MAPS:
         if not isinstance(base.get(key), Mapping | None):
-            problems.say(f"config.json: {key} = {base.pop(key)!r}", MUST_BE_MAP)
+            problems.log(f"config.json: {key} = {base.pop(key)!r}", MUST_BE_MAP)
     if own is not None:
         base = _in_family_spelling(own, base)
     qkv_has_bias = model_config.get("qkv_has_bias")
@@ -140,7 +140,7 @@ def _split(
     if named:
         reading.notes.append(f"config.json: {', '.join(named)}: {own.config_class} has no such key")
     if ignored.get("per_layer_config"):
-        problems.say("config.json: per_layer_config", "layers of different sizes: not built yet")
+        problems.log("config.json: per_layer_config", "layers of different sizes: not built yet")
     return {k: v for k, v in base.items() if k in understood - derived}, ignored
 
 
@@ -157,7 +157,7 @@ def _family(
     typed, found = model_config.get(key), base.get("model_type")
     if typed is None and found is None:
         advice = "Write it, for example Qwen3Config, or set pretrained_model_dir"
-        problems.say("model.model_config.type is missing", advice=advice, key="type")
+        problems.log("model.model_config.type is missing", advice=advice, key="type")
         return None
     name = str(found) if typed is None else by_class.get(str(typed), str(typed))
     what = f"config.json: model_type = {found}"
@@ -169,22 +169,22 @@ def _family(
         missing = "multimodal models"
     if missing is not None:
         advice = f"Built: {', '.join(DECODERS)}, and those of transformers in docs/models.md"
-        problems.say(f"{what} needs {missing}", "not built yet", advice=advice, key=blamed)
+        problems.log(f"{what} needs {missing}", "not built yet", advice=advice, key=blamed)
     elif typed is not None and name not in (*DECODERS, *TRANSFORMERS_MODULES):
         nearest = did_you_mean(str(typed), [*built, *DECODERS, *TRANSFORMERS_MODULES])
         nearest = nearest or f"Known: {', '.join(built)}"
-        problems.say(what, "no such model type", nearest=nearest, key=blamed)
+        problems.log(what, "no such model type", nearest=nearest, key=blamed)
     elif name not in DECODERS and config_class(name) is None:
         nearest = did_you_mean(name, classes)
-        problems.say(what, "transformers has no such model type", nearest=nearest, key=blamed)
+        problems.log(what, "transformers has no such model type", nearest=nearest, key=blamed)
     elif name not in (*DECODERS, *TRANSFORMERS_MODULES) and not is_causal_type(name):
         advice = "Built: the model types in docs/models.md"
-        problems.say(what, "transformers has no causal language model of this type", advice=advice,
+        problems.log(what, "transformers has no causal language model of this type", advice=advice,
                      key=blamed)  # fmt: skip
     elif typed is not None and found is not None and name != found:
         rule = f"config.json of pretrained_model_dir says model_type {found}"
         advice = f"Leave out model.model_config.{key}, or name that model's directory"
-        problems.say(what, rule, advice=advice, key=blamed)
+        problems.log(what, rule, advice=advice, key=blamed)
     else:
         return name
     return None

@@ -29,7 +29,7 @@ _RESIDUAL_PROJECTIONS = {
 }  # fmt: skip
 
 
-def initialise_shard(
+def initialize_shard(
     name: str,
     global_shape: Sequence[int],
     box_offset: Sequence[int],
@@ -47,7 +47,7 @@ def initialise_shard(
     if experts is not None:
         held = experts[box_offset[0] : box_offset[0] + box_size[0]]
         inner = (global_shape[1:], box_offset[1:], box_size[1:])
-        matrices = [initialise_shard(expert, *inner, spec, seed) for expert in held]
+        matrices = [initialize_shard(expert, *inner, spec, seed) for expert in held]
         return torch.stack(matrices) if matrices else torch.empty(tuple(box_size))
     constant = _constant(name, len(global_shape), spec.family)
     if constant is not None:

@@ -63,7 +63,7 @@ def _check_key(key: str, known: ConfigClass, reading: Reading, problems: Problem
     if known.has(key) or key in COMMON_KEYS:
         return True
     written = reading.written.get(key, key)
-    problems.say(
+    problems.log(
         f"model.model_config.{written}",
         f"{known.name} has no such key",
         nearest=did_you_mean(written, [*known.defaults, *known.synonyms, *COMMON_KEYS]),
@@ -104,7 +104,7 @@ def _write(
     if isinstance(value, Mapping) and section is not None:
         for inner in value:
             if not section.has(inner) and inner not in COMMON_KEYS:
-                problems.say(
+                problems.log(
                     f"model.model_config.{key}.{inner}",
                     f"{section.name} has no such key",
                     nearest=did_you_mean(inner, [*section.defaults, *section.synonyms]),
@@ -155,7 +155,7 @@ def _write_rope_by_layer(
     """Rope settings of the user, for the layer types that they name."""
     for key, written in given.items():
         if not isinstance(written, Mapping) or not _layer_types_of(written):
-            _say_by_layer(key, by_layer, reading, problems)
+            _report_by_layer(key, by_layer, reading, problems)
             return
         before = config.get("rope_scaling") or config.get("rope_parameters") or {}
         before = before if _layer_types_of(before) else {}
@@ -169,7 +169,7 @@ def _write_single(
 ) -> None:  # fmt: skip
     """Single rope settings of the user, where the class takes them from."""
     if not (old or new) and "rope_parameters" in known.derived:
-        _say_own_rope(next(iter(single)), known, reading, problems)
+        _report_own_rope(next(iter(single)), known, reading, problems)
     elif new and not old:
         config["rope_parameters"] = {**new, **single}
     else:
@@ -186,9 +186,9 @@ def _layer_types_of(rope: Mapping[str, Any]) -> list[str]:
     return [kind for kind, value in rope.items() if isinstance(value, Mapping | None)]
 
 
-def _say_own_rope(key: str, known: ConfigClass, reading: Reading, problems: Problems) -> None:
+def _report_own_rope(key: str, known: ConfigClass, reading: Reading, problems: Problems) -> None:
     written = reading.written.get(key, key)
-    problems.say(
+    problems.log(
         f"model.model_config.{written}",
         f"{known.name} has rope settings of its own where none are written",
         advice="Write model.model_config.rope_parameters: {rope_type: default, rope_theta: ...}",
@@ -196,10 +196,10 @@ def _say_own_rope(key: str, known: ConfigClass, reading: Reading, problems: Prob
     )
 
 
-def _say_by_layer(key: str, by_layer: list[str], reading: Reading, problems: Problems) -> None:
+def _report_by_layer(key: str, by_layer: list[str], reading: Reading, problems: Problems) -> None:
     written = reading.written.get(key, key)
     kinds = ", ".join(f"{kind}: {{rope_theta: ...}}" for kind in by_layer)
-    problems.say(
+    problems.log(
         f"model.model_config.{written}",
         "this family has rope settings by layer type",
         advice=f"Write model.model_config.rope_parameters: {{{kinds}}}",

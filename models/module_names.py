@@ -18,14 +18,14 @@ from torch import Tensor, nn
 
 from launcher.errors import UserError
 from launcher.layout.box import Box, Shape, whole
-from launcher.weights.links import Link
-from launcher.weights.reading.runs import c_strides
+from launcher.weights.reading.strided_copy import c_strides
+from launcher.weights.tensor_mapping import TensorMapping
 
-Links = Mapping[str, tuple[Link, ...]]
+Mappings = Mapping[str, tuple[TensorMapping, ...]]
 """Tensor of the module to its tensors in files; without those that are one, under one name."""
 
 
-def links_of_module(module: Any) -> Links:
+def mappings_of_module(module: Any) -> Mappings:
     """What the tensors of a `PreTrainedModel` are in the directory that transformers saves.
 
     Raises UserError where files hold something else than boxes of them: transposed, permuted or
@@ -35,19 +35,19 @@ def links_of_module(module: Any) -> Links:
 
     originals = {name: _Original(tensor) for name, tensor in _tensors(module)}
     owners = {_memory(original): name for name, original in originals.items()}
-    found: dict[str, list[Link]] = {}
+    found: dict[str, list[TensorMapping]] = {}
     for file_name, view in revert_weight_conversion(module, dict(originals)).items():
         name = owners.get(_memory(view))
-        link = _link(file_name, view, tuple(originals[name].shape)) if name else None
-        if name is None or link is None:
+        mapping = _mapping(file_name, view, tuple(originals[name].shape)) if name else None
+        if name is None or mapping is None:
             raise _other_tensors(module, file_name)
-        found.setdefault(name, []).append(link)
+        found.setdefault(name, []).append(mapping)
     for name, original in originals.items():
         if not _tiled(found.get(name, ()), tuple(original.shape)):
             raise _other_tensors(module, name)
     return {
-        name: tuple(links) for name, links in found.items()
-        if links != [Link(name, whole(tuple(originals[name].shape)))]
+        name: tuple(mappings) for name, mappings in found.items()
+        if mappings != [TensorMapping(name, whole(tuple(originals[name].shape)))]
     }  # fmt: skip
 
 
@@ -71,7 +71,7 @@ def _memory(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-def _link(file_name: str, view: Tensor, shape: Shape) -> Link | None:
+def _mapping(file_name: str, view: Tensor, shape: Shape) -> TensorMapping | None:
     """Which box of a tensor of `shape` the view is; None when it is none."""
     kept = _kept_dims(view, shape)
     if kept is None:
@@ -84,7 +84,7 @@ def _link(file_name: str, view: Tensor, shape: Shape) -> Link | None:
     for dim, length in zip(kept, view.shape, strict=True):
         size[dim] = length
     dropped = tuple(dim for dim in range(len(shape)) if dim not in kept)
-    return Link(file_name, Box(tuple(offset), tuple(size)), dropped)
+    return TensorMapping(file_name, Box(tuple(offset), tuple(size)), dropped)
 
 
 def _kept_dims(view: Tensor, shape: Shape) -> list[int] | None:
@@ -104,10 +104,10 @@ def _kept_dims(view: Tensor, shape: Shape) -> list[int] | None:
     return kept
 
 
-def _tiled(links: Sequence[Link], shape: Shape) -> bool:
+def _tiled(mappings: Sequence[TensorMapping], shape: Shape) -> bool:
     """Whether the boxes of `links` cover every element of a tensor of `shape` once."""
-    boxes = {link.box for link in links}
-    is_once = len(boxes) == len(links) and sum(box.numel for box in boxes) == whole(shape).numel
+    boxes = {mapping.box for mapping in mappings}
+    is_once = len(boxes) == len(mappings) and sum(box.numel for box in boxes) == whole(shape).numel
     if not is_once or any(a.intersect(b) is not None for a, b in combinations(boxes, 2)):
         return False
     return all(

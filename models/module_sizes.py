@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from models.checks import is_whole, nearest
+from models.checks import is_integer, nearest
 from models.config_class import ConfigClass
 from models.reading import Reading
 from models.spec import Problems
@@ -33,7 +33,7 @@ class ModuleSizes:
         before = len(self._problems)
         for name in _COUNTS:
             _, value = self._value(name)
-            if value is not None and not isinstance(value, list) and not is_whole(value):
+            if value is not None and not isinstance(value, list) and not is_integer(value):
                 self._add(name, "must be an integer of at least 1")
         if len(self._problems) == before:
             self._heads()
@@ -42,7 +42,7 @@ class ModuleSizes:
     def _heads(self) -> None:
         _, heads = self._value("num_attention_heads")
         _, groups = self._value("num_key_value_heads")
-        if is_whole(heads) and is_whole(groups) and heads % groups:
+        if is_integer(heads) and is_integer(groups) and heads % groups:
             divisors = [size for size in range(1, heads + 1) if heads % size == 0]
             near = sorted(divisors, key=lambda size: abs(size - groups))[:2]
             rule = f"{heads} attention heads cannot be shared by {groups} evenly"
@@ -51,9 +51,9 @@ class ModuleSizes:
     def _chosen_experts(self) -> None:
         for name in _CHOSEN:
             _, chosen = self._value(name)
-            counts = {key: value for key, value in map(self._value, _EXPERTS) if is_whole(value)}
+            counts = {key: value for key, value in map(self._value, _EXPERTS) if is_integer(value)}
             experts = next(iter(counts.values())) if len(counts) == 1 else None
-            if experts and is_whole(chosen) and chosen > experts:
+            if experts and is_integer(chosen) and chosen > experts:
                 self._add(name, f"there are {experts} experts", f"Nearest: {experts}")
 
     def _value(self, name: str) -> tuple[str, Any]:
@@ -67,4 +67,4 @@ class ModuleSizes:
         key, value = self._value(name)
         written = self._reading.written.get(key)
         what = f"model.model_config.{written}" if written else f"config.json: {key}"
-        self._problems.say(f"{what} = {value!r}", rule, nearest=near, key=written or "")
+        self._problems.log(f"{what} = {value!r}", rule, nearest=near, key=written or "")

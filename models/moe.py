@@ -110,7 +110,7 @@ class MoE(nn.Module):
         weights, chosen, probabilities = self.gate(tokens)
         if self.training and context.balance_scale is not None:
             by_row = (t.unflatten(0, states.shape[:2]) for t in (probabilities, chosen))
-            loss = row_balance(*by_row, total=context.sight.total, row_sum=self.row_sum).sum()
+            loss = row_balance(*by_row, total=context.mask.total, row_sum=self.row_sum).sum()
             scale = context.balance_scale * self.balance_share
             weights = _WithLoss.apply(weights, loss, scale)
         mixed = self._mixed(tokens, weights, chosen).view_as(states)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 from launcher.layout.box import Shape
-from launcher.weights.links import Link, stacked
+from launcher.weights.tensor_mapping import TensorMapping, stacked
 from models.spec import ModelSpec
 
 _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
@@ -29,7 +29,7 @@ def unstacked(name: str, shape: Sequence[int]) -> list[str] | None:
     return [f"{block}.{expert}.{spelling}.weight" for expert in range(shape[0])]
 
 
-def links(name: str, shape: Shape) -> list[Link] | None:
+def mappings(name: str, shape: Shape) -> list[TensorMapping] | None:
     """What a stacked expert parameter is in files; None for every other tensor."""
     names = unstacked(name, shape)
     return None if names is None else stacked(names, shape)

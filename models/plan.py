@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from launcher.layout.layout import WHOLE, Cut
+from launcher.layout.layout import REPLICATED, ShardSpec
 from models.spec import DecoderConfig
 
 REGIONS = ("self_attn", "mlp", "block_sparse_moe")
@@ -33,9 +33,9 @@ _BUFFERS = ("e_score_correction_bias",)
 EMBEDDING = "model.embed_tokens.weight"
 
 
-def parameter_cuts(
+def shard_specs(
     names: Iterable[str], config: DecoderConfig, *, tp: int, vocab_emb_dp: bool
-) -> dict[str, Cut]:
+) -> dict[str, ShardSpec]:
     """How each named tensor of the decoder is cut; pipeline stages are added elsewhere.
 
     `vocab_emb_dp` keeps the embedding whole on every tensor-parallel rank.
@@ -43,20 +43,20 @@ def parameter_cuts(
     return {name: _cut(name, config, tp, vocab_emb_dp) for name in names}
 
 
-def _cut(name: str, config: DecoderConfig, tp: int, vocab_emb_dp: bool) -> Cut:
+def _cut(name: str, config: DecoderConfig, tp: int, vocab_emb_dp: bool) -> ShardSpec:
     if name.endswith(_BUFFERS):
-        return WHOLE
+        return REPLICATED
     if name == EMBEDDING:
-        return Cut(tp_dim=None if vocab_emb_dp else 0)
+        return ShardSpec(tp_dim=None if vocab_emb_dp else 0)
     parts = name.split(".")
     if parts[-2] == "experts":
-        return Cut(tp_dim=_EXPERT_DIMS[parts[-1]], expert=True)
+        return ShardSpec(tp_dim=_EXPERT_DIMS[parts[-1]], expert=True)
     dim = _DIMS.get(parts[-2])
     if dim is None or (parts[-1] == "bias" and dim == 1):
-        return Cut()
+        return ShardSpec()
     if parts[-2] in ("k_proj", "v_proj") and repeats_kv_heads(config, tp):
-        return Cut()
-    return Cut(tp_dim=dim)
+        return ShardSpec()
+    return ShardSpec(tp_dim=dim)
 
 
 def repeats_kv_heads(config: DecoderConfig, tp: int) -> bool:
@@ -72,7 +72,7 @@ def in_region(name: str) -> bool:
 
 
 def is_partial(
-    name: str, cut: Cut, *, tp: int, sequence_parallel: bool, tied_whole_embedding: bool
+    name: str, cut: ShardSpec, *, tp: int, sequence_parallel: bool, tied_whole_embedding: bool
 ) -> bool:
     """Whether each tensor-parallel rank has only a part of the gradient of `name`, to be added up.
 

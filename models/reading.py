@@ -14,7 +14,7 @@ from typing import Any
 from launcher.errors import did_you_mean
 from launcher.weights.scales import block_of
 from models import keys
-from models.checks import is_whole
+from models.checks import is_integer
 from models.config_class import ConfigClass
 from models.family_table import Family
 from models.spec import Problems
@@ -67,7 +67,7 @@ def read(
         elif key in keys.OTHER_WAYS:
             _other_way(key, value, model_config, reading, problems)
         elif key == "seq_length":
-            if value is not None and not is_whole(value):
+            if value is not None and not is_integer(value):
                 problems.add(key, value, "must be a whole number of at least 1")
             else:
                 reading.seq_length = value
@@ -123,7 +123,7 @@ def refuse_features(
         same = key in config_json and written == config_json[key]  # said twice, answered once
         if not keys.asks_for_nothing(key, written) and not same:
             what = f"model.model_config.{key} needs {feature}"
-            problems.say(what, rule, advice=advice, key=key)
+            problems.log(what, rule, advice=advice, key=key)
         elif not keys.asks_for_nothing(key, config_json.get(key)):
             what, value = f"config.json: {key}", config_json[key]
             of_module = own is None and experts and key == "num_nextn_predict_layers"
@@ -134,7 +134,7 @@ def refuse_features(
                     f"{what}: FP8 weights are multiplied by their factors as they are read"
                 )
             else:
-                problems.say(f"{what} needs {feature}", rule, advice=advice)
+                problems.log(f"{what} needs {feature}", rule, advice=advice)
     return notes
 
 

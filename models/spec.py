@@ -149,11 +149,11 @@ class Problems(list[ModelProblem]):
     def add(self, key: str, value: Any, rule: str, *, nearest: str = "", advice: str = "") -> None:
         """About a key of `model_config` as the user wrote it."""
         shown = repr(value) if isinstance(value, str) and not value.isidentifier() else value
-        self.say(
+        self.log(
             f"model.model_config.{key} = {shown}", rule, nearest=nearest, advice=advice, key=key
         )
 
-    def say(
+    def log(
         self, what: str, rule: str = "", *, nearest: str = "", advice: str = "", key: str = ""
     ) -> None:
         """About anything; `key` is the one of `model_config` that is to blame, if one is."""

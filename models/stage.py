@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from launcher.layout.layout import Cut
+from launcher.layout.layout import ShardSpec
 from models.spec import DecoderConfig
 
 if TYPE_CHECKING:
@@ -81,11 +81,13 @@ def stage_rank(stage: int, ranks: int, *, v_shaped: bool) -> int:
     return ranks - 1 - place if v_shaped and lap % 2 else place
 
 
-def with_stages(cuts: dict[str, Cut], split: StageSplit, *, tied: bool) -> dict[str, Cut]:
+def with_stages(
+    specs: dict[str, ShardSpec], split: StageSplit, *, tied: bool
+) -> dict[str, ShardSpec]:
     """`cuts`, told which pipeline ranks hold each tensor."""
     return {
-        name: Cut(cut.tp_dim, cut.expert, cut.sharded, split.ranks_of(name, tied=tied))
-        for name, cut in cuts.items()
+        name: ShardSpec(cut.tp_dim, cut.expert, cut.sharded, split.ranks_of(name, tied=tied))
+        for name, cut in specs.items()
     }
 
 
@@ -146,7 +148,7 @@ def _runs(first: int, others: Sequence[int], end: int) -> tuple[int, int, int]:
     return max(first, others[0]), first * first + others[1], -end
 
 
-def cut_to_stage(model: Decoder, split: StageSplit, stage: int) -> Decoder:
+def keep_stage(model: Decoder, split: StageSplit, stage: int) -> Decoder:
     """Take from a whole decoder on the meta device all that `stage` does not compute, in place."""
     kept = split.layers[stage]
     for layer in range(model.config.num_hidden_layers):

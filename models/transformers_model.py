@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from launcher.errors import UserError
 from models.families import TRANSFORMERS_MODULES, supports_packing
-from models.module_names import Links, links_of_module
+from models.module_names import Mappings, mappings_of_module
 from models.spec import ModelSpec
 
 
@@ -31,12 +31,12 @@ class TransformersModel(nn.Module):
     """
 
     def __init__(
-        self, module: nn.Module, *, links: Links, packing: bool, known_causal: bool = True
+        self, module: nn.Module, *, mappings: Mappings, packing: bool, known_causal: bool = True
     ) -> None:
         super().__init__()
         # Past nn.Module's bookkeeping: the wrapped module must not become a child.
         object.__setattr__(self, "wrapped", module)
-        self.links = links
+        self.mappings = mappings
         self._modules = dict(module._modules)
         self._parameters, self._buffers = module._parameters, module._buffers
         self._non_persistent_buffers_set = module._non_persistent_buffers_set
@@ -119,7 +119,7 @@ class TransformersModel(nn.Module):
 
     def name_in_files(self, name: str) -> str:
         """The name of a parameter that is one tensor in files."""
-        return self.links[name][0].name if name in self.links else name
+        return self.mappings[name][0].name if name in self.mappings else name
 
     def retie(self) -> None:
         """Make every tied name the very parameter it stands for."""
@@ -182,13 +182,13 @@ def build_transformers(spec: ModelSpec, dtype: torch.dtype) -> TransformersModel
     from transformers import AutoModelForCausalLM
 
     config = complete_config(spec)
-    with init_empty_weights(include_buffers=False), _told_as_user_error(spec):
+    with init_empty_weights(include_buffers=False), _raised_as_user_error(spec):
         module = AutoModelForCausalLM.from_config(
             config, attn_implementation=_attention(config), dtype=dtype
         )
     model = TransformersModel(
         module,
-        links=links_of_module(module),
+        mappings=mappings_of_module(module),
         packing=supports_packing(spec),
         known_causal=spec.family in TRANSFORMERS_MODULES,
     )
@@ -201,7 +201,7 @@ def complete_config(spec: ModelSpec) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     content = {k: v for k, v in spec.hf_config.items() if k != "model_type"}
-    with _told_as_user_error(spec):
+    with _raised_as_user_error(spec):
         config = AutoConfig.for_model(spec.family, **content)
         config.architectures = [AutoModelForCausalLM._model_mapping[type(config)].__name__]
     _check_balance(spec, config)
@@ -219,7 +219,7 @@ def _check_balance(spec: ModelSpec, config: Any) -> None:
 
 
 @contextmanager
-def _told_as_user_error(spec: ModelSpec) -> Iterator[None]:
+def _raised_as_user_error(spec: ModelSpec) -> Iterator[None]:
     """What transformers says about impossible sizes is the user's to read, without a traceback."""
     try:
         yield

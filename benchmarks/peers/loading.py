@@ -17,15 +17,15 @@ import torch
 
 from benchmarks.checkpoints import layout_of
 from launcher.layout.mesh import Mesh
-from launcher.weights.links import linked, shapes_in_files
 from launcher.weights.ranks.distributed import open_rank_files
 from launcher.weights.reading.load import load
-from launcher.weights.reading.memory import Shard, Storages
 from launcher.weights.reading.read import PORTION_BYTES, READERS
+from launcher.weights.reading.shard import Shard, Storages
 from launcher.weights.reading.transfer import Files, read_exactly
 from launcher.weights.source import Source, open_complete
+from launcher.weights.tensor_mapping import mapped, shapes_in_files
 from launcher.weights.threads import in_parallel
-from models.names import links
+from models.names import mappings
 
 Loader = Callable[[Path, int, int], Any]
 
@@ -51,7 +51,9 @@ def load_from(source: Source, config: dict[str, Any], mesh: Mesh, rank: int) -> 
     """What `rank` holds, filled from `source`."""
     layout = layout_of(config, mesh)
     held = empty_shards(layout, rank)
-    load(linked(held, links), source, rank=rank, expected=shapes_in_files(layout.shapes, links))
+    load(
+        mapped(held, mappings), source, rank=rank, expected=shapes_in_files(layout.shapes, mappings)
+    )
     return held
 
 
@@ -131,7 +133,7 @@ def dcp_resharded(folder: Path, rank: int, ranks: int) -> Any:
 
 def dcp_state(config: dict[str, Any], mesh: Mesh, rank: int) -> dict[str, torch.Tensor]:
     """Fresh memory for the tensors of the files, cut as ours are."""
-    return as_dtensors(mesh, linked(empty_shards(layout_of(config, mesh), rank), links))
+    return as_dtensors(mesh, mapped(empty_shards(layout_of(config, mesh), rank), mappings))
 
 
 def as_dtensors(mesh: Mesh, held: dict[str, Shard]) -> dict[str, torch.Tensor]:
@@ -177,7 +179,7 @@ def import_all() -> None:
         "torch.distributed.checkpoint", "torch.distributed.checkpoint.hf_storage",
         "torch.distributed.tensor", "transformers.distributed",
         "transformers.models.llama.modeling_llama",
-        "transformers.models.qwen3_moe.modeling_qwen3_moe", "launcher.assembly.layout",
+        "transformers.models.qwen3_moe.modeling_qwen3_moe", "launcher.builders.layout",
         "transformers.integrations.tensor_parallel", "safetensors.torch",
     ):  # fmt: skip
         importlib.import_module(module)

@@ -19,15 +19,15 @@ from benchmarks.peers.loading import as_dtensors, config_of, empty_shards, load_
 from launcher.layout.box import Box
 from launcher.layout.layout import Layout
 from launcher.layout.mesh import Mesh
-from launcher.weights.links import linked
 from launcher.weights.offline.merge import merge
 from launcher.weights.offline.slicing import slice_weights
 from launcher.weights.ranks.distributed import open_rank_files
 from launcher.weights.ranks.rank_file import write_rank_file
-from launcher.weights.reading.memory import Shard
+from launcher.weights.reading.shard import Shard
 from launcher.weights.source import open_complete
 from launcher.weights.streaming.block_file import write_all
-from models.names import links
+from launcher.weights.tensor_mapping import mapped
+from models.names import mappings
 
 State = tuple[Mesh, dict[str, Shard]]
 Writer = Callable[[Path, State, int, int], Any]
@@ -37,7 +37,7 @@ COPY_BYTES = 16 << 20
 def state(config: dict[str, Any], rank: int, ranks: int, mesh: Mesh | None = None) -> State:
     """What a rank holds, in resident memory; tensor parallel unless told otherwise."""
     mesh = mesh or Mesh(tp=ranks)
-    held = linked(empty_shards(layout_of(config, mesh), rank), links)
+    held = mapped(empty_shards(layout_of(config, mesh), rank), mappings)
     generator = torch.Generator().manual_seed(rank)
     for shard in held.values():
         bits = shard.tensor.view(torch.int16)

@@ -14,9 +14,9 @@ from pathlib import Path
 from launcher.checkpoint.published import published
 from launcher.checkpoint.space import free_bytes, size_text
 from launcher.checkpoint.store import Store
-from launcher.parallel.disks import NOT_OPENED
+from launcher.parallel.filesystems import NOT_OPENED
 from launcher.parallel.world import World
-from launcher.weights.reading.memory import Shard
+from launcher.weights.reading.shard import Shard
 
 TIME_SHARE = 0.1
 """Of the time of a run that saves may take without a warning."""
@@ -60,9 +60,9 @@ class Forecast:
 def forecast(store: Store, sizes: Sequence[int], kept: int | None, world: World) -> list[Forecast]:
     """What the saves of a run take on each disk. `sizes`: bytes of a save, by rank; `kept`: how
     many stay. Called by all ranks together; raises `UserError` on all."""
-    free = store.disks.each(world, NOT_OPENED, free_bytes, store.root)
+    free = store.filesystems.on_each(world, NOT_OPENED, free_bytes, store.root)
     present = sum(store.is_own(found.name) for found in published(store.root))
-    groups = store.disks.groups or (range(world.size),)
+    groups = store.filesystems.groups or (range(world.size),)
     return [
         Forecast(save_bytes=sum(sizes[rank] for rank in ranks), kept=kept, present=present,
                  free_bytes=there, root=store.root)

@@ -10,15 +10,15 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from launcher.checkpoint.leftovers import unfinished
+from launcher.checkpoint.cleanup import unfinished
 from launcher.checkpoint.published import Published, published
-from launcher.parallel.disks import ONE_DISK, Disks, by_machine
+from launcher.parallel.filesystems import ONE_FILESYSTEM, FilesystemGroups, one_per_machine
 from launcher.parallel.world import World
 from launcher.weights.ranks.manifests import SEAL
 
 
 @dataclass(frozen=True)
-class Half:
+class PartialSave:
     """A save that some disks have published, and others not."""
 
     record: str
@@ -37,16 +37,18 @@ class Folder:
 
     root: Path
     candidates: list[Published]
-    disks: Disks = ONE_DISK
+    filesystems: FilesystemGroups = ONE_FILESYSTEM
     """Ranks that see the same; where machines share a disk, more groups than disks."""
-    halves: Sequence[Half] = ()
+    partial_saves: Sequence[PartialSave] = ()
     begun: Collection[str] = ()
     """Records of the saves that were never finished on some disk."""
 
     @property
-    def newest_half(self) -> int:
+    def newest_partial(self) -> int:
         """The highest sequence number of halves that are no remains of a crash; 0 without any."""
-        return max((h.sequence for h in self.halves if h.record not in self.begun), default=0)
+        return max(
+            (h.sequence for h in self.partial_saves if h.record not in self.begun), default=0
+        )
 
 
 @dataclass(frozen=True)
@@ -57,29 +59,29 @@ class _View:
     unfinished: Collection[str]
 
 
-def see(root: Path, world: World) -> Folder:
+def scan(root: Path, world: World) -> Folder:
     """What counts in folder `root`. Called by all ranks together."""
-    disks = by_machine(root, world)
-    leads = disks.leads(world)
-    here = published(root) if leads else []
+    filesystems = one_per_machine(root, world)
+    is_leader = filesystems.is_leader(world)
+    here = published(root) if is_leader else []
     candidates = [replace(found, root=root) for found in world.from_main(here)]
-    if not disks.are_several:
+    if not filesystems.are_several:
         return Folder(root, candidates)
     view = _View({c.name.record: _identity(c) for c in here if c.is_spread}, unfinished(root))
-    told = world.gather(view if leads else None)
-    views = {rank: found for rank, found in enumerate(told) if found is not None}
-    halves = list(_halves(views))
-    lacking = {half.record for half in halves}
+    reported = world.gather(view if is_leader else None)
+    views = {rank: found for rank, found in enumerate(reported) if found is not None}
+    partial_saves = list(_partial_saves(views))
+    lacking = {half.record for half in partial_saves}
     counted = [c for c in candidates if c.name.record not in lacking]
     begun = {record for found in views.values() for record in found.unfinished}
-    return Folder(root, counted, disks, halves, begun)
+    return Folder(root, counted, filesystems, partial_saves, begun)
 
 
 def _identity(save: Published) -> tuple[int, str]:
     return save.sequence, str(save.manifest.get(SEAL))
 
 
-def _halves(views: Mapping[int, _View]) -> Iterable[Half]:
+def _partial_saves(views: Mapping[int, _View]) -> Iterable[PartialSave]:
     """The saves that not all disks have alike, oldest first."""
     known: dict[str, tuple[int, str]] = {}
     for view in views.values():
@@ -88,4 +90,4 @@ def _halves(views: Mapping[int, _View]) -> Iterable[Half]:
     for record, identity in sorted(known.items(), key=lambda item: item[1]):
         without = [rank for rank, view in views.items() if view.published.get(record) != identity]
         if without:
-            yield Half(record, identity[0], min(without))
+            yield PartialSave(record, identity[0], min(without))

@@ -21,7 +21,7 @@ KEY = "health"
 """Of the judgement in the state file."""
 
 
-def judgement(norm: float, threshold: float) -> dict[str, Any]:
+def health_verdict(norm: float, threshold: float) -> dict[str, Any]:
     """What the state file says of a save after a step with this norm."""
     finite = norm if math.isfinite(norm) else None
     return {"embedding_norm": finite, "threshold": threshold, "is_healthy": norm <= threshold}
@@ -43,7 +43,7 @@ def _entries(path: Path) -> list[dict[str, Any]]:
     return [row for row in content if isinstance(row, dict)] if isinstance(content, list) else []
 
 
-def ailment(state: dict[str, Any]) -> str:
+def health_issue(state: dict[str, Any]) -> str:
     """What keeps a run that wants a healthy save from going on from this one; empty: nothing."""
     found = state.get(KEY)
     if not isinstance(found, dict) or found.get("is_healthy", True):

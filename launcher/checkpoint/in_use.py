@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from launcher.errors import UserError
-from launcher.parallel.disks import find_disks
+from launcher.parallel.filesystems import find_filesystem_groups
 from launcher.parallel.world import World
 
 PATIENCE_SECONDS = 5.0
@@ -33,7 +33,7 @@ def in_use(folders: Sequence[Path], world: World) -> Iterator[None]:
     held: list[int] = []
     try:
         for folder in folders:
-            find_disks(folder, world).each(world, "", _hold, folder, held)
+            find_filesystem_groups(folder, world).on_each(world, "", _hold, folder, held)
         yield
     finally:
         for descriptor in held:

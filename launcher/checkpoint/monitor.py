@@ -19,6 +19,7 @@ from typing import Any
 
 from launcher.checkpoint import health
 from launcher.checkpoint.background import Background
+from launcher.checkpoint.cleanup import clean_filesystems, next_counter
 from launcher.checkpoint.cost import (
     Pace,
     forecast,
@@ -27,23 +28,22 @@ from launcher.checkpoint.cost import (
     nbytes_of,
 )
 from launcher.checkpoint.integrated import FULL
-from launcher.checkpoint.leftovers import clean_disks, next_counter
 from launcher.checkpoint.names import SaveName, epoch_and_step_in_name
 from launcher.checkpoint.savable import Savable, Step
-from launcher.checkpoint.saver import NETWORK, TRAINABLE, Done, Job, Saver
+from launcher.checkpoint.saver import NETWORK, TRAINABLE, Saver, SaveRequest, SaveResult
 from launcher.checkpoint.snapshot import Snapshot
 from launcher.checkpoint.store import Store
 from launcher.config.schema import CheckpointMonitorSection
 from launcher.errors import UserError
 from launcher.layout.box import Shape
-from launcher.layout.holders import Ranks
-from launcher.parallel.agreement import agree, attempt
-from launcher.parallel.disks import NOT_OPENED, Disks, find_disks
+from launcher.layout.replicas import Ranks
+from launcher.parallel.all_ranks import capture_error, raise_if_any_failed
+from launcher.parallel.filesystems import NOT_OPENED, FilesystemGroups, find_filesystem_groups
 from launcher.parallel.world import World
-from launcher.weights.formats.note import inventory_of
+from launcher.weights.formats.rank_metadata import inventory_of
 from launcher.weights.offline.merge import MODEL_FOLDER
-from launcher.weights.ranks.redundancy import keepers_of
-from launcher.weights.reading.memory import Shard
+from launcher.weights.ranks.redundancy import writers_of
+from launcher.weights.reading.shard import Shard
 from launcher.weights.source import OPTIMIZER_PREFIXES
 
 LAST_STEP_ONLY = CheckpointMonitorSection(save_checkpoint_steps=0)
@@ -76,8 +76,8 @@ class CheckpointMonitor:
         self._kept: dict[str, tuple[frozenset[str], frozenset[str]]] = {}
         """Folder to the tensors that were shared out, and those of them that are this rank's."""
         self._snapshot = Snapshot()
-        self._background: Background[Done] = Background()
-        self._apart: World | None = None
+        self._background: Background[SaveResult] = Background()
+        self._save_world: World | None = None
         self._pace = Pace()
 
     @property
@@ -94,30 +94,32 @@ class CheckpointMonitor:
         if run.resumed_from is not None:
             self._catch_up(run, self._saver.complete)
         if self.config.async_save:
-            self._apart = run.world.apart()
-        self._say_what_is_idle(run)
-        self._say_what_saves_take(run)
+            self._save_world = run.world.with_new_group()
+        self._warn_no_effect(run)
+        self._log_space_needed(run)
 
-    def settle(self, run: Savable) -> None:
+    def finish_interrupted_save(self, run: Savable) -> None:
         """End what this run was killed in, which has nothing else to do any more."""
         if run.resumed_from is not None:  # else its checkpoints are in another folder
-            self._catch_up(run, self._open(run).settle)
+            self._catch_up(run, self._open(run).finish_interrupted_save)
 
     def _catch_up(self, run: Savable, action: Callable[[SaveName, World], None]) -> None:
         assert run.resumed_from is not None
         try:
             action(run.resumed_from, run.world)
         except UserError as error:
-            run.say(f"warning: {error}")
+            run.log(f"warning: {error}")
 
     def _open(self, run: Savable) -> Saver:
         root = Path(self.config.directory) if self.config.directory else run.output_dir
         stores = {}
         for folder in self._folders():
-            disks = find_disks(root / folder, run.world)
-            self._refuse_to_merge(disks, root / folder)
-            counter = self._open_folder(run, root / folder, disks)
-            agree(run.world, attempt(_make_folder, root / folder / f"rank_{run.world.rank}"))
+            filesystems = find_filesystem_groups(root / folder, run.world)
+            self._refuse_to_merge(filesystems, root / folder)
+            counter = self._open_folder(run, root / folder, filesystems)
+            raise_if_any_failed(
+                run.world, capture_error(_make_folder, root / folder / f"rank_{run.world.rank}")
+            )
             stores[folder] = Store(
                 root / folder,
                 self.config.prefix,
@@ -126,17 +128,17 @@ class CheckpointMonitor:
                 run.inputs,
                 inventory_of(self._shapes(run, folder)),
                 self.config.keep_checkpoint_per_n_minutes,
-                disks,
+                filesystems,
                 run.came_from.rpartition("-")[0] if folder == FULL else "",
             )
             if run.world.is_main and (line := kept_of_earlier_runs(stores[folder])):
-                run.say(line)
+                run.log(line)
         return Saver(
             stores, run.mesh, remove_redundancy=self.config.remove_redundancy,
             integrate=self.config.integrated_save,
         )  # fmt: skip
 
-    def _say_what_is_idle(self, run: Savable) -> None:
+    def _warn_no_effect(self, run: Savable) -> None:
         """The original's rule: a limit in time acts where that in numbers is off."""
         config = self.config
         for key, value, other, number in (
@@ -146,13 +148,13 @@ class CheckpointMonitor:
              "keep_checkpoint_max", config.keep_checkpoint_max),
         ):  # fmt: skip
             if value and number:
-                run.say(f"{key}: {value} has no effect: {other} is {number}. Set that to 0")
+                run.log(f"{key}: {value} has no effect: {other} is {number}. Set that to 0")
 
-    def _say_what_saves_take(self, run: Savable) -> None:
+    def _log_space_needed(self, run: Savable) -> None:
         """Bytes of a save, how many stay, and what is free: before the first step."""
         store = self._open_saver.stores[FULL]
         if self.config is LAST_STEP_ONLY:
-            run.say(
+            run.log(
                 f"there is no CheckpointMonitor: the last step is saved to {store.root} "
                 "(final_checkpoint: False saves nothing)"
             )
@@ -163,9 +165,9 @@ class CheckpointMonitor:
             done=run.global_step, last=run.total_steps,
         )  # fmt: skip
         forecasts = forecast(store, sizes, kept, run.world)
-        run.say(str(forecasts[0]))
+        run.log(str(forecasts[0]))
         for warning in dict.fromkeys(found.warning for found in forecasts if found.warning):
-            run.say(f"warning: {warning}")
+            run.log(f"warning: {warning}")
 
     def _bytes_of_a_save(self, run: Savable) -> int:
         """Of this rank, in all folders. The moments of a weight are as large as the weight."""
@@ -195,10 +197,10 @@ class CheckpointMonitor:
             return run.trained_shapes()
         return run.shapes_in_files(optimizer=folder == FULL and self.config.save_optimizer)
 
-    def _refuse_to_merge(self, disks: Disks, folder: Path) -> None:
-        if self.config.integrated_save and disks.are_several:
+    def _refuse_to_merge(self, filesystems: FilesystemGroups, folder: Path) -> None:
+        if self.config.integrated_save and filesystems.are_several:
             raise UserError(
-                f"integrated_save: True: rank {disks.groups[1][0]} does not see what rank 0 writes "
+                f"integrated_save: True: rank {filesystems.groups[1][0]} does not see what rank 0 writes "
                 f"to {folder}",
                 rule="one rank puts the complete weights together, from the files of all",
                 nearest="Nearest: launcher.tools.unified_safetensors, once all rank folders lie "
@@ -206,18 +208,18 @@ class CheckpointMonitor:
                 advice="Set integrated_save: False, or give a folder that all machines share",
             )
 
-    def _open_folder(self, run: Savable, folder: Path, disks: Disks) -> int:
+    def _open_folder(self, run: Savable, folder: Path, filesystems: FilesystemGroups) -> int:
         """Clear it, on each disk. Returns the counter of this run, which no run there has."""
-        removed = clean_disks(folder, disks, run.world, run.inputs)
+        removed = clean_filesystems(folder, filesystems, run.world, run.inputs)
         if removed:
-            run.say(f"{folder}: removed {removed} files of a save that was never finished")
+            run.log(f"{folder}: removed {removed} files of a save that was never finished")
         goes_on, prefix = run.resumed_from, self.config.prefix
         if goes_on is not None and goes_on.prefix == prefix:
             counter = goes_on.counter
         else:
-            counter = max(disks.each(run.world, NOT_OPENED, next_counter, folder, prefix))
+            counter = max(filesystems.on_each(run.world, NOT_OPENED, next_counter, folder, prefix))
         model_folder = folder / MODEL_FOLDER / SaveName(prefix, counter, 1, 1).label
-        disks.each(run.world, NOT_OPENED, run.write_model_files, model_folder)
+        filesystems.on_each(run.world, NOT_OPENED, run.write_model_files, model_folder)
         return counter
 
     def on_steps_end(self, run: Savable, records: Sequence[Step]) -> None:
@@ -258,11 +260,11 @@ class CheckpointMonitor:
             if self._background.is_busy:
                 # After a message for the user all ranks are here, and the run may go back.
                 patience = None if isinstance(error, UserError) else LAST_WAIT_SECONDS
-                self._tell(run, self._background.finish(patience))
+                self._report(run, self._background.finish(patience))
             if self.config.exception_save and not isinstance(error, UserError):
                 self._save_after(run)
         except Exception as trouble:  # the error that ended the run comes first
-            run.say(f"warning: not saved: {str(trouble) or type(trouble).__name__}")
+            run.log(f"warning: not saved: {str(trouble) or type(trouble).__name__}")
 
     def _save_after(self, run: Savable) -> None:
         """Save the last whole step of a run that failed."""
@@ -270,10 +272,10 @@ class CheckpointMonitor:
             return
         if run.world.size > 1:
             newest = f"the newest save is that of step {self._saved_step}"
-            run.say("exception_save: one rank failed and the others cannot save without it; "
+            run.log("exception_save: one rank failed and the others cannot save without it; "
                     f"{newest if self._saved_step else 'nothing is saved yet'}")  # fmt: skip
-        elif not run.is_whole:
-            run.say("exception_save: an update of the weights was cut short, nothing is saved")
+        elif not run.is_consistent:
+            run.log("exception_save: an update of the weights was cut short, nothing is saved")
         else:
             self._save_last(run)
 
@@ -282,8 +284,8 @@ class CheckpointMonitor:
         self._wait(run)
         if self._saved_step == run.global_step:
             return
-        done = self._open_saver.write(self._job(run), run.world)
-        self._tell(run, done)
+        done = self._open_saver.write(self._request(run), run.world)
+        self._report(run, done)
         if done.error is not None:
             raise done.error
 
@@ -291,22 +293,22 @@ class CheckpointMonitor:
         started = time.perf_counter()
         self._wait(run)
         self._tried_step, self._saved_at = run.global_step, time.monotonic()
-        if self._apart is None:
-            self._settle(run, self._open_saver.write(self._job(run), run.world))
+        if self._save_world is None:
+            self._finish_save(run, self._open_saver.write(self._request(run), run.world))
         else:
-            job = self._job(run, started)
-            self._background.start(partial(self._open_saver.write, job, self._apart))
+            job = self._request(run, started)
+            self._background.start(partial(self._open_saver.write, job, self._save_world))
         warning = self._pace.add(run.global_step, started, time.perf_counter())
         if warning:
-            run.say(f"warning: {warning}")
+            run.log(f"warning: {warning}")
 
-    def _job(self, run: Savable, asynchronous_since: float | None = None) -> Job:
+    def _request(self, run: Savable, asynchronous_since: float | None = None) -> SaveRequest:
         """What is to be saved of the run as it is now; a copy of it for an asynchronous save."""
         contents = self._contents(run)
         record, waited = run.state_record(), 0.0
         if self._embedding_norm is not None:
             limit = self.config.embedding_local_norm_threshold
-            record[health.KEY] = health.judgement(self._embedding_norm, limit)
+            record[health.KEY] = health.health_verdict(self._embedding_norm, limit)
         if asynchronous_since is not None:
             together = {name: shard for held in contents.values() for name, shard in held.items()}
             taken = self._snapshot.take(together)
@@ -314,7 +316,7 @@ class CheckpointMonitor:
             record = copy.deepcopy(record)
             waited = time.perf_counter() - asynchronous_since
         epoch, step = epoch_and_step_in_name(run.global_step, run.steps_per_epoch, run.sink_size)
-        return Job(run.global_step, epoch, step, contents, record, waited)
+        return SaveRequest(run.global_step, epoch, step, contents, record, waited)
 
     def _contents(self, run: Savable) -> dict[str, dict[str, Shard]]:
         weights = run.weights()
@@ -343,46 +345,46 @@ class CheckpointMonitor:
         if self.config.on_save_error == "stop":
             is_done = all(run.world.gather(is_done))
         if is_done:
-            self._settle(run, self._background.finish())
+            self._finish_save(run, self._background.finish())
 
     def _wait(self, run: Savable) -> None:
         """Wait for the save under way."""
         if self._background.is_busy:
-            self._settle(run, self._background.finish())
+            self._finish_save(run, self._background.finish())
 
-    def _settle(self, run: Savable, done: Done) -> None:
-        self._tell(run, done)
+    def _finish_save(self, run: Savable, done: SaveResult) -> None:
+        self._report(run, done)
         if done.error is not None and self.config.on_save_error == "stop":
             raise done.error
 
-    def _tell(self, run: Savable, done: Done) -> None:
+    def _report(self, run: Savable, done: SaveResult) -> None:
         job, name = done.job, done.name
         for trouble in done.troubles:
-            run.say(f"warning: {name} is saved, but {trouble}")
+            run.log(f"warning: {name} is saved, but {trouble}")
         for old in done.removed:
-            run.say(f"removed {old}, of the run that this one goes on from: {self._retention()}")
+            run.log(f"removed {old}, of the run that this one goes on from: {self._retention()}")
         if done.error is not None:
             where = f" in {done.failed_in}, only in {', '.join(done.saved_in)}"
-            run.say(f"warning: step {job.step} was not saved{where if done.saved_in else ''}: "
+            run.log(f"warning: step {job.step} was not saved{where if done.saved_in else ''}: "
                     f"{done.error}")  # fmt: skip
             return
         self._saved_step = job.step
         if health.KEY in job.record:
-            self._tell_health(run, name, job.record[health.KEY])
+            self._log_health(run, name, job.record[health.KEY])
         ranks = "1 rank" if run.world.size == 1 else f"{run.world.size} ranks"
         beside = f" beside training, which waited {job.waited_seconds:.2f} s"
-        run.say(
+        run.log(
             f"saved step {job.step} as {name}: {ranks}, {done.nbytes / 1e6:.1f} MB, "
             f"{done.seconds:.2f} s{beside if job.waited_seconds else ''}"
         )
 
-    def _tell_health(self, run: Savable, name: SaveName, found: dict[str, Any]) -> None:
+    def _log_health(self, run: Savable, name: SaveName, found: dict[str, Any]) -> None:
         if not found["is_healthy"]:
-            run.say(f"warning: {name}: {health.ailment({health.KEY: found})}")
+            run.log(f"warning: {name}: {health.health_issue({health.KEY: found})}")
         if run.world.is_main:
-            _, trouble = attempt(health.write_down, run.output_dir, name, found)
+            _, trouble = capture_error(health.write_down, run.output_dir, name, found)
             if trouble:
-                run.say(f"warning: {health.RECORD} was not written: {trouble}")
+                run.log(f"warning: {health.RECORD} was not written: {trouble}")
 
     def _retention(self) -> str:
         if self.config.keep_checkpoint_max:
@@ -395,17 +397,17 @@ class CheckpointMonitor:
         """What is left to this rank: shared out once, and anew should there be other tensors."""
         shared_out, kept = self._kept.get(folder, (frozenset(), frozenset()))
         if shared_out != held.keys():
-            keeper = keepers_of(held, self._holders(run, folder))
+            keeper = writers_of(held, self._replica_ranks(run, folder))
             kept = frozenset(name for name in held if keeper[name] == run.world.rank)
             self._kept[folder] = frozenset(held), kept
         return {name: held[name] for name in held if name in kept}
 
-    def _holders(self, run: Savable, folder: str) -> Mapping[str, Ranks]:
+    def _replica_ranks(self, run: Savable, folder: str) -> Mapping[str, Ranks]:
         """The ranks that hold the same; on several disks each has all that its ranks hold."""
-        mates = set(self._open_saver.stores[folder].disks.mates(run.world))
+        peers = set(self._open_saver.stores[folder].filesystems.peers(run.world))
         return {
-            name: tuple(rank for rank in ranks if rank in mates)
-            for name, ranks in run.holders().items()
+            name: tuple(rank for rank in ranks if rank in peers)
+            for name, ranks in run.replica_ranks().items()
         }
 
 

@@ -89,12 +89,12 @@ def _read_manifest(root: Path, path: Path) -> Published | None:
     return Published(root, name, manifest) if whole and name.record == path.name else None
 
 
-def intent(root: Path, name: SaveName) -> Path:
+def in_progress_marker(root: Path, name: SaveName) -> Path:
     """The file that stands while a save is being written; it becomes the manifest."""
     return temporary(root / MANIFEST_FOLDER / name.record)
 
 
-def withdraw(root: Path, records: Sequence[str]) -> None:
+def unpublish(root: Path, records: Sequence[str]) -> None:
     """Make of published saves such as were never finished; `records`: the names of manifests."""
     for record in records:
         manifest = root / MANIFEST_FOLDER / record

@@ -14,15 +14,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from launcher.checkpoint.cleanup import is_unfinished
 from launcher.checkpoint.files import read_json
-from launcher.checkpoint.folder import Folder, see
-from launcher.checkpoint.health import ailment
-from launcher.checkpoint.leftovers import is_unfinished
+from launcher.checkpoint.folder import Folder, scan
+from launcher.checkpoint.health import health_issue
 from launcher.checkpoint.names import SaveName, parse_rank_file
 from launcher.checkpoint.published import Published
-from launcher.checkpoint.unpublished import name_of, named, newest_complete, unpublished, up_to_meta
-from launcher.checkpoint.wholeness import newest_whole, none_is_whole, tell_what_does_not_count
+from launcher.checkpoint.validation import latest_valid, no_valid_save, warn_skipped
 from launcher.errors import UserError, did_you_mean
+from launcher.mindspore.mindformers_saves import (
+    name_of,
+    named,
+    newest_complete,
+    not_after_meta,
+    unpublished,
+)
 from launcher.parallel.world import World
 from launcher.weights.ranks.manifests import STATE_FOLDER, state_fault
 from launcher.weights.ranks.rank_folders import Save
@@ -55,7 +61,7 @@ class Chosen:
 
 
 def choose(
-    root: Path, choice: bool | str, world: World, say: Callable[[str], None], strategy: str = "",
+    root: Path, choice: bool | str, world: World, log: Callable[[str], None], strategy: str = "",
     *, healthy: bool = False, without: Collection[str] | None = None,
 ) -> Chosen | None:  # fmt: skip
     """The checkpoint in folder `root` to resume from; None when the folder holds none at all.
@@ -70,47 +76,49 @@ def choose(
         if not is_rank_folder(root.parent):
             raise _no_checkpoint(root)
         root, choice = root.parent.parent, root.name
-    folder = see(root, world)
+    folder = scan(root, world)
     held = folder.candidates
     others = _unpublished_in(folder, world)
     _same_folder(root, [*held, *others], world)
-    damaged = tell_what_does_not_count(folder, world, say)
+    damaged = warn_skipped(folder, world, log)
     if without is not None:
         left = [found for found in held if str(found.name) not in without]
         among = replace(folder, candidates=left)
-        return _published(among, held[-1], damaged, world, say, healthy=healthy) if left else None
-    if not held and (damaged or folder.newest_half):
-        raise none_is_whole(root, len(damaged) or len(folder.halves))
+        return _published(among, held[-1], damaged, world, log, healthy=healthy) if left else None
+    if not held and (damaged or folder.newest_partial):
+        raise no_valid_save(root, len(damaged) or len(folder.partial_saves))
     if isinstance(choice, str) and (held or others):
         candidates, others = _named(root, held, others, choice)
         chosen = replace(folder, candidates=candidates)
         healthy = False
     else:
         chosen = folder
-        others = up_to_meta(root, others, world, say) if others and not held else others
+        others = not_after_meta(root, others, world, log) if others and not held else others
     if chosen.candidates:
-        return _published(chosen, held[-1], damaged, world, say, healthy=healthy)
-    return _unpublished(root, others, world, say, strategy) if others else _complete(folder, world)
+        return _published(chosen, held[-1], damaged, world, log, healthy=healthy)
+    return _unpublished(root, others, world, log, strategy) if others else _complete(folder, world)
 
 
 def _unpublished_in(folder: Folder, world: World) -> list[Save]:
     """Saves without a manifest, but for those that were begun on some disk, or published there."""
-    known = {*folder.begun, *(half.record for half in folder.halves)}
+    known = {*folder.begun, *(half.record for half in folder.partial_saves)}
     found: list[Save] = world.from_main(unpublished(folder.root))
     return [save for save in found if f"{save.label}.json" not in known]
 
 
 def _published(
     folder: Folder, newest: Published, damaged: Sequence[Path], world: World,
-    say: Callable[[str], None], *, healthy: bool,
+    log: Callable[[str], None], *, healthy: bool,
 ) -> Chosen:  # fmt: skip
     lacks = partial(_lack, healthy=healthy)
-    candidate, source = newest_whole(folder.candidates, world, say, lacks, disks=folder.disks)
+    candidate, source = latest_valid(
+        folder.candidates, world, log, lacks, filesystems=folder.filesystems
+    )
     state = read_json(candidate.state_path)
     assert state is not None
     taken = {path.stem.rpartition("-")[0] for path in damaged}
     is_newest = candidate == newest and candidate.name.label not in taken
-    is_newest &= candidate.sequence > folder.newest_half
+    is_newest &= candidate.sequence > folder.newest_partial
     return Chosen(
         candidate.root, str(candidate.name), candidate.name, candidate.files, source, state,
         is_newest,
@@ -118,9 +126,9 @@ def _published(
 
 
 def _unpublished(
-    root: Path, candidates: Sequence[Save], world: World, say: Callable[[str], None], strategy: str
+    root: Path, candidates: Sequence[Save], world: World, log: Callable[[str], None], strategy: str
 ) -> Chosen:
-    save, source = newest_complete(root, candidates, world, say, strategy)
+    save, source = newest_complete(root, candidates, world, log, strategy)
     chosen = Chosen(root, save.label, name_of(save), save.in_rank_order, source, {}, False)
     state = world.from_main(read_json(chosen.state_path))
     is_ours = source.mesh is not None
@@ -147,7 +155,7 @@ def _lack(candidate: Published, *, healthy: bool) -> str:
     fault = state_fault(candidate.state_path, candidate.manifest)
     if fault or not healthy:
         return fault
-    return ailment(read_json(candidate.state_path) or {})
+    return health_issue(read_json(candidate.state_path) or {})
 
 
 def _named(

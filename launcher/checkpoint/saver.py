@@ -23,9 +23,9 @@ from launcher.checkpoint.published import published
 from launcher.checkpoint.store import Store
 from launcher.errors import UserError
 from launcher.layout.mesh import Mesh
-from launcher.parallel.agreement import agree, attempt
+from launcher.parallel.all_ranks import capture_error, raise_if_any_failed
 from launcher.parallel.world import World
-from launcher.weights.reading.memory import Shard
+from launcher.weights.reading.shard import Shard
 
 NETWORK, TRAINABLE = "checkpoint_network", "checkpoint_trainable"
 """Folders of saves beside `FULL`, which has what a resume needs: the weights alone, the trained
@@ -33,7 +33,7 @@ weights alone."""
 
 
 @dataclass(frozen=True)
-class Job:
+class SaveRequest:
     """One save: everything it needs, so that it can be done while the run goes on."""
 
     step: int
@@ -48,10 +48,10 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Done:
+class SaveResult:
     """What became of a save."""
 
-    job: Job
+    job: SaveRequest
     name: SaveName
     """In the first folder."""
     seconds: float
@@ -80,11 +80,11 @@ class Saver:
         self._written: set[tuple[str, int]] = set()
         """(folder, step) of what this run has written."""
 
-    def write(self, job: Job, world: World) -> Done:
+    def write(self, job: SaveRequest, world: World) -> SaveResult:
         """Write and publish everything of a save that is not there yet."""
         started, nbytes = time.perf_counter(), 0
         removed, troubles, folder = list[SaveName](), list[str](), FULL
-        world = world.patiently()
+        world = world.with_long_timeout()
         error = None
         try:
             for folder, store in self.stores.items():
@@ -105,7 +105,7 @@ class Saver:
                 self._written.add((folder, job.step))
         except UserError as found:
             error = found
-        return Done(
+        return SaveResult(
             job, _name(self.stores[FULL], job), time.perf_counter() - started, nbytes,
             tuple(dict.fromkeys(removed)), tuple(troubles), error, folder if error else "",
             tuple(known for known, step in sorted(self._written) if step == job.step),
@@ -115,15 +115,17 @@ class Saver:
         """Merge the weights of a published save. Raises `UserError`."""
         store = self.stores[FULL]
         what = "the complete weights could not be written"
-        agree(world.patiently(), attempt(_integrate, store, name, world), what)
+        raise_if_any_failed(
+            world.with_long_timeout(), capture_error(_integrate, store, name, world), what
+        )
 
-    def settle(self, newest: SaveName, world: World) -> None:
+    def finish_interrupted_save(self, newest: SaveName, world: World) -> None:
         """Do what an earlier run did not come to after it published `newest`, its last save.
 
         Raises `UserError`.
         """
         for store in self.stores.values():
-            store.settle(world)
+            store.finish_interrupted_save(world)
         self.complete(newest, world)
 
     def complete(self, newest: SaveName, world: World) -> None:
@@ -134,7 +136,7 @@ class Saver:
             self.integrate(newest, world)
 
 
-def _name(store: Store, job: Job) -> SaveName:
+def _name(store: Store, job: SaveRequest) -> SaveName:
     return SaveName(store.prefix, store.counter, job.epoch, job.step_in_epoch)
 
 

@@ -15,8 +15,8 @@ from contextlib import suppress
 import torch
 
 from launcher.weights.formats.safetensors import Slot, in_file_order
-from launcher.weights.reading.memory import DTYPE_NAMES, Shard
 from launcher.weights.reading.pages import use_huge_pages
+from launcher.weights.reading.shard import DTYPE_NAMES, Shard
 
 
 class Snapshot:

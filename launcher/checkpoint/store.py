@@ -33,14 +33,14 @@ from launcher.checkpoint.files import (
 )
 from launcher.checkpoint.integrated import remove_integrated
 from launcher.checkpoint.names import SaveName
-from launcher.checkpoint.published import Published, intent, published, withdraw
+from launcher.checkpoint.published import Published, in_progress_marker, published, unpublish
 from launcher.checkpoint.space import bytes_on_host, room_for
 from launcher.errors import UserError
 from launcher.layout.mesh import Mesh
-from launcher.parallel.agreement import agree, attempt
-from launcher.parallel.disks import ONE_DISK, Disks
+from launcher.parallel.all_ranks import capture_error, raise_if_any_failed
+from launcher.parallel.filesystems import ONE_FILESYSTEM, FilesystemGroups
 from launcher.parallel.world import World
-from launcher.weights.formats.note import Inventory
+from launcher.weights.formats.rank_metadata import Inventory
 from launcher.weights.ranks.manifests import (
     DISKS,
     MANIFEST_FOLDER,
@@ -50,7 +50,7 @@ from launcher.weights.ranks.manifests import (
 )
 from launcher.weights.ranks.rank_file import write_rank_file
 from launcher.weights.reading.checksums import file_faults
-from launcher.weights.reading.memory import Shard
+from launcher.weights.reading.shard import Shard
 
 NO_META = "meta.json was not written"
 NOT_LET_GO = "older ones were not let go"
@@ -67,7 +67,7 @@ class Saved:
 
 
 @dataclass(frozen=True)
-class Draft:
+class ManifestInputs:
     """What one disk knows before a save is published there."""
 
     newest: int
@@ -92,7 +92,7 @@ class Store:
     """Of what all ranks together save here."""
     keep_minutes: int = 0
     """With `keep_max` 0: of those saved in so many minutes one stays, and the newest; 0: all."""
-    disks: Disks = ONE_DISK
+    filesystems: FilesystemGroups = ONE_FILESYSTEM
     """Which ranks see the folder `root` of which disk."""
     resumed_label: str = ""
     """The run that this one goes on from under another name: its saves count for retention."""
@@ -125,30 +125,36 @@ class Store:
         nbytes = bytes_on_host(world, sum(shard.tensor.nbytes for shard in shards.values()))
         begun = False
         try:
-            agree(world, attempt(self._prepare, name, world, nbytes))
+            raise_if_any_failed(world, capture_error(self._prepare, name, world, nbytes))
             begun = True
-            outcome = attempt(self._write, name, shards, mesh, world, remove_redundancy)
-            files = agree(world, outcome)
-            drafts = agree(world, attempt(self._draft, state, world))
-            agree(world, attempt(self._publish, name, files, drafts, mesh, world))
+            outcome = capture_error(self._write, name, shards, mesh, world, remove_redundancy)
+            files = raise_if_any_failed(world, outcome)
+            inputs_of_disks = raise_if_any_failed(
+                world, capture_error(self._manifest_inputs, state, world)
+            )
+            raise_if_any_failed(
+                world, capture_error(self._publish, name, files, inputs_of_disks, mesh, world)
+            )
         except UserError:
             self._abandon(name, world, begun)
             raise
         nbytes = sum(record["bytes"] for record in files)
         try:
-            agree(world, attempt(self._write_meta, name, world), NO_META)
+            raise_if_any_failed(world, capture_error(self._write_meta, name, world), NO_META)
             return Saved(nbytes, self._retain(world))
         except UserError as error:
             return Saved(nbytes, (), error.problems[0].what)
 
-    def settle(self, world: World) -> None:
+    def finish_interrupted_save(self, world: World) -> None:
         """Do what the newest save did not come to after it was published. Called on every rank.
 
         Raises `UserError`.
         """
         mine = [c for c in world.from_main(published(self.root)) if self.is_own(c.name)]
         if mine:
-            agree(world, attempt(self._write_meta, mine[-1].name, world), NO_META)
+            raise_if_any_failed(
+                world, capture_error(self._write_meta, mine[-1].name, world), NO_META
+            )
             self._retain(world)
 
     def _abandon(self, name: SaveName, world: World, begun: bool) -> None:
@@ -156,37 +162,39 @@ class Store:
 
         It is published when every disk has its manifest; `begun`: none had one before.
         """
-        leads = self.disks.leads(world)
-        is_there = leads and (self.root / MANIFEST_FOLDER / name.record).exists()
-        disks = [there for there in world.gather(is_there if leads else None) if there is not None]
-        if all(disks):
+        is_leader = self.filesystems.is_leader(world)
+        is_there = is_leader and (self.root / MANIFEST_FOLDER / name.record).exists()
+        filesystems = [
+            there for there in world.gather(is_there if is_leader else None) if there is not None
+        ]
+        if all(filesystems):
             return
-        if any(disks) and not begun:
-            if leads and not is_there:
-                attempt(_remove, [intent(self.root, name)])
+        if any(filesystems) and not begun:
+            if is_leader and not is_there:
+                capture_error(_remove, [in_progress_marker(self.root, name)])
             return
         if is_there:
-            attempt(withdraw, self.root, [name.record])
+            capture_error(unpublish, self.root, [name.record])
         path = self.root / f"rank_{world.rank}" / name.rank_file(world.rank)
         left = [path, temporary(path)]
         world.barrier()  # files first, then what says whose they are
-        attempt(_remove, left)
+        capture_error(_remove, left)
         world.barrier()
-        if leads:
+        if is_leader:
             state = self.root / STATE_FOLDER / name.record
-            attempt(_remove, [state, temporary(state), intent(self.root, name)])
+            capture_error(_remove, [state, temporary(state), in_progress_marker(self.root, name)])
 
     def _prepare(self, name: SaveName, world: World, bytes_here: int) -> None:
         (self.root / f"rank_{world.rank}").mkdir(parents=True, exist_ok=True)
         room_for(self.root, bytes_here)
-        if self.disks.leads(world):
+        if self.filesystems.is_leader(world):
             for folder in (MANIFEST_FOLDER, STATE_FOLDER):
                 (self.root / folder).mkdir(parents=True, exist_ok=True)
             published_already = self.root / MANIFEST_FOLDER / name.record
             if published_already.exists():
                 raise FileExistsError(errno.EEXIST, "it is published", str(published_already))
             # Says whose files these are, should this save never be finished.
-            intent(self.root, name).touch()
+            in_progress_marker(self.root, name).touch()
             sync_directory(self.root / MANIFEST_FOLDER)
 
     def _write(
@@ -214,35 +222,35 @@ class Store:
             "header_xxh3_64": header.digest,
         }
 
-    def _draft(self, state: dict[str, Any], world: World) -> Draft | None:
+    def _manifest_inputs(self, state: dict[str, Any], world: World) -> ManifestInputs | None:
         """What this disk, and rank 0 for all, say of a save to be published."""
-        if not self.disks.leads(world):
+        if not self.filesystems.is_leader(world):
             return None
         newest = max((checkpoint.sequence for checkpoint in published(self.root)), default=0)
-        return Draft(newest, round(time.time(), 3), state if world.is_main else {})
+        return ManifestInputs(newest, round(time.time(), 3), state if world.is_main else {})
 
     def _publish(
-        self, name: SaveName, files: list[dict[str, Any]], drafts: Sequence[Draft | None],
+        self, name: SaveName, files: list[dict[str, Any]], inputs_of_disks: Sequence[ManifestInputs | None],
         mesh: Mesh, world: World,
     ) -> None:  # fmt: skip
-        if not self.disks.leads(world):
+        if not self.filesystems.is_leader(world):
             return
-        if not intent(self.root, name).exists():
+        if not in_progress_marker(self.root, name).exists():
             raise OSError(
                 errno.EBUSY, "another run that writes here cleared this save away", str(self.root)
             )
-        first = drafts[0]
+        first = inputs_of_disks[0]
         assert first is not None
         state_text = json_bytes(first.state)
         manifest = {
-            "sequence": max(draft.newest for draft in drafts if draft is not None) + 1,
+            "sequence": max(draft.newest for draft in inputs_of_disks if draft is not None) + 1,
             "saved_at": first.saved_at,
             "save": vars(name),
             "global_step": first.state["global_step"],
             "world_size": mesh.world_size,
             "mesh": mesh.sizes(),
             "files": files,
-            **({DISKS: self.disks.groups} if self.disks.are_several else {}),
+            **({DISKS: self.filesystems.groups} if self.filesystems.are_several else {}),
             "state_xxh3_64": digest_of(state_text),
         }
         write_bytes(self.root / STATE_FOLDER / name.record, state_text)
@@ -264,24 +272,28 @@ class Store:
 
     def _retain(self, world: World) -> tuple[SaveName, ...]:
         """Let the oldest go."""
-        old = self._to_go(world)
+        old = self._expired(world)
         # What is let go is first made a save that was never finished: a crash leaves one of those,
         # which the next start clears away.
-        agree(world, attempt(self._withdraw, old, world), NOT_LET_GO)
-        leads, share = self.disks.leads(world), self.disks.share(world)
-        if leads:
+        raise_if_any_failed(world, capture_error(self._unpublish, old, world), NOT_LET_GO)
+        is_leader, share = self.filesystems.is_leader(world), self.filesystems.share(world)
+        if is_leader:
             for checkpoint in old:
                 remove_integrated(self.root, str(checkpoint.name), self.inputs)
         mine = [file for checkpoint in old for file in checkpoint.files[share]]
-        agree(world, attempt(_remove, mine), NOT_LET_GO)
-        if leads:
+        raise_if_any_failed(world, capture_error(_remove, mine), NOT_LET_GO)
+        if is_leader:
             for checkpoint in old:
-                attempt(_remove, [checkpoint.state_path, intent(self.root, checkpoint.name)])
+                capture_error(
+                    _remove, [checkpoint.state_path, in_progress_marker(self.root, checkpoint.name)]
+                )
         return tuple(checkpoint.name for checkpoint in old)
 
-    def _to_go(self, world: World) -> list[Published]:
+    def _expired(self, world: World) -> list[Published]:
         """The checkpoints that are to go, by what all disks have; none that is an input of one."""
-        found: list[list[tuple[Published, bool]]] = self.disks.each(world, NOT_LET_GO, self._known)
+        found: list[list[tuple[Published, bool]]] = self.filesystems.on_each(
+            world, NOT_LET_GO, self._known
+        )
         known = {c.name: replace(c, root=self.root) for disk in found for c, _ in disk}
         inputs = {c.name for disk in found for c, is_input in disk if is_input}
         in_order = sorted(known.values(), key=lambda checkpoint: checkpoint.sequence)
@@ -292,10 +304,10 @@ class Store:
         mine = (c for c in published(self.root) if self.is_own(c.name))
         return [(checkpoint.in_short(), self._is_input(checkpoint)) for checkpoint in mine]
 
-    def _withdraw(self, old: Sequence[Published], world: World) -> None:
-        if self.disks.leads(world):
+    def _unpublish(self, old: Sequence[Published], world: World) -> None:
+        if self.filesystems.is_leader(world):
             there = (checkpoint for checkpoint in old if checkpoint.manifest_path.exists())
-            withdraw(self.root, [checkpoint.name.record for checkpoint in there])
+            unpublish(self.root, [checkpoint.name.record for checkpoint in there])
 
     def _superseded(self, mine: Sequence[Published]) -> list[Published]:
         """Those that are not to stay, of checkpoints in order; never the newest."""

@@ -76,7 +76,7 @@ def check_generation(
             shown = dataclasses.replace(problem, what=prefix + problem.what, where=where)
             found.problems.append(shown)
         elif info.status == "effective":
-            found.values[key] = _settled(key, value)
+            found.values[key] = _resolved_values(key, value)
     if unknown:
         found.notes.append(f"{where}: not used: {', '.join(sorted(unknown))}")
     if idle:
@@ -153,7 +153,7 @@ _LISTS = {
 }  # fmt: skip
 
 
-def _settled(key: str, value: Any) -> Any:
+def _resolved_values(key: str, value: Any) -> Any:
     """The value in the type of the schema; a negative token id, which some files have for none, is
     None."""
     value = convert(hints(GenerationSection)[key], value)

@@ -271,12 +271,12 @@ class Reader:
 
     def _add(self, problem: KeyProblem) -> None:
         self.bad.add(problem.key)
-        if any(_is_told_again(known, problem) for known in self.problems):
+        if any(_is_reported_elsewhere(known, problem) for known in self.problems):
             return
         self.problems.append(problem)
 
 
-def _is_told_again(known: KeyProblem, problem: KeyProblem) -> bool:
+def _is_reported_elsewhere(known: KeyProblem, problem: KeyProblem) -> bool:
     """Whether `problem` is the same line, read a second time through the alias of a data set."""
     if "_dataset_task." not in f"{known.key} {problem.key}" or known.where != problem.where:
         return False

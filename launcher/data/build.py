@@ -25,7 +25,7 @@ from uuid import uuid4
 from xxhash import xxh3_128
 
 from launcher.config.schema import DatasetSection
-from launcher.data.chat import tokenise_conversations
+from launcher.data.chat import tokenize_conversations
 from launcher.data.files import DataFile
 from launcher.data.packing import (
     PLAN_ARRAYS,
@@ -56,7 +56,7 @@ CACHE_VERSION = 2
 PROGRESS_SECONDS = 10.0
 LEFTOVER_SECONDS = 86400.0
 
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 Once = Callable[[Callable[[], str]], str]
 
 
@@ -68,7 +68,7 @@ class Recipe:
     tokenizer: Any
     seq_length: int
     cache_dir: Path
-    say: Say
+    log: Log
 
     @property
     def is_instruction(self) -> bool:
@@ -92,7 +92,7 @@ def build_dataset(
     seq_length: int,
     cache_dir: Path,
     once: Once,
-    say: Say,
+    log: Log,
 ) -> RowDataset:
     """The rows of one dataset section, tokenised here or taken from the cache.
 
@@ -105,7 +105,7 @@ def build_dataset(
         tokenizer=tokenizer,
         seq_length=seq_length,
         cache_dir=Path(cache_dir),
-        say=say,
+        log=log,
     )
     settings = _settings(recipe)
     name = once(lambda: _ensure_folder(recipe, settings).name)
@@ -120,8 +120,8 @@ def _ensure_folder(recipe: Recipe, settings: dict[str, Any]) -> Path:
     folder = recipe.cache_dir / key
     try:
         recipe.cache_dir.mkdir(parents=True, exist_ok=True)
-        if folder.exists() and not _is_whole(folder, recipe):
-            recipe.say(f"warning: the cached tokens in {folder} are damaged, they are made anew")
+        if folder.exists() and not _is_complete(folder, recipe):
+            recipe.log(f"warning: the cached tokens in {folder} are damaged, they are made anew")
             shutil.rmtree(folder)
         origin = f"from the cache {folder}"
         if not folder.exists():
@@ -134,15 +134,15 @@ def _ensure_folder(recipe: Recipe, settings: dict[str, Any]) -> Path:
             rule="tokens are kept in a folder that this program may write to",
             advice="Free some space, give write permission, or set another output_dir",
         ) from error
-    facts = _facts(folder)
+    metadata = _metadata(folder)
     kind = "conversations" if recipe.is_instruction else "documents"
     rows = len(_rows(folder, recipe).target_counts)
-    recipe.say(
-        f"data: {facts['read']:,} {kind} of {facts['files']:,} file(s), "
-        f"{facts['tokens']:,} tokens, {rows:,} rows of {recipe.seq_length} ({origin})"
+    recipe.log(
+        f"data: {metadata['read']:,} {kind} of {metadata['files']:,} file(s), "
+        f"{metadata['tokens']:,} tokens, {rows:,} rows of {recipe.seq_length} ({origin})"
     )
-    for line in facts["warnings"]:
-        recipe.say(line)
+    for line in metadata["warnings"]:
+        recipe.log(line)
     return folder
 
 
@@ -153,22 +153,22 @@ def _make(folder: Path, recipe: Recipe, files: list[DataFile]) -> None:
     scratch.mkdir()
     try:
         tally = Tally()
-        facts = _tokenise(scratch, recipe, files, tally)
-        facts |= {
+        metadata = _tokenise(scratch, recipe, files, tally)
+        metadata |= {
             "files": len(files),
             "read": tally.documents,
             "warnings": tally.warnings(recipe.seq_length),
         }
         if not recipe.is_stream:
-            store = open_store(scratch, facts)
+            store = open_store(scratch, metadata)
             plan = plan_rows(store, recipe.seq_length, packed=recipe.section.packing)
-            facts |= {"rows": len(plan.target_counts), "row_samples": len(plan.samples)}
-            facts["warnings"] += _plan_warnings(plan, recipe)
+            metadata |= {"rows": len(plan.target_counts), "row_samples": len(plan.samples)}
+            metadata["warnings"] += _plan_warnings(plan, recipe)
             for name in PLAN_ARRAYS:
                 write_array(scratch / f"{name}.bin", getattr(plan, name).astype(INDEX_DTYPE))
-        (scratch / "facts.json").write_text(json.dumps(facts, indent=1) + "\n")
+        (scratch / "facts.json").write_text(json.dumps(metadata, indent=1) + "\n")
         if len(_rows(scratch, recipe).target_counts) == 0:
-            raise _nothing_to_learn(recipe, files, facts)
+            raise _nothing_to_learn(recipe, files, metadata)
         try:
             scratch.rename(folder)
         except OSError:
@@ -181,16 +181,16 @@ def _make(folder: Path, recipe: Recipe, files: list[DataFile]) -> None:
 def _tokenise(folder: Path, recipe: Recipe, files: list[DataFile], tally: Tally) -> dict[str, Any]:
     loader, tokenizer = recipe.section.data_loader, recipe.tokenizer
     writer = TokenWriter(folder, with_targets=recipe.is_instruction)
-    progress = _Progress(tally, writer, recipe.say)
+    progress = _Progress(tally, writer, recipe.log)
     try:
         if recipe.is_instruction:
             talks = conversations(loader, files, recipe.cache_dir, tally)
             strictness = Strictness(strict=loader.strict_fields, tally=tally)
-            for samples in tokenise_conversations(
-                talks, tokenizer, recipe.say, strictness, recipe.seq_length
+            for samples in tokenize_conversations(
+                talks, tokenizer, recipe.log, strictness, recipe.seq_length
             ):
                 writer.add([s.tokens for s in samples], [s.is_target for s in samples])
-                progress.tell()
+                progress.report()
         else:
             places: deque[str] = deque()
             found = documents(loader, files, recipe.cache_dir, tally)
@@ -200,7 +200,7 @@ def _tokenise(folder: Path, recipe: Recipe, files: list[DataFile], tally: Tally)
                     where = places.popleft()
                     if len(tokens) < 2:
                         tally.too_short.add(where)
-                progress.tell()
+                progress.report()
         return writer.finish()
     finally:
         writer.close()
@@ -216,41 +216,41 @@ def _texts(found: Iterable[Document], places: deque[str]) -> Iterator[str]:
 class _Progress:
     """A line every few seconds, for corpora that take long."""
 
-    def __init__(self, tally: Tally, writer: TokenWriter, say: Say) -> None:
-        self._tally, self._writer, self._say = tally, writer, say
+    def __init__(self, tally: Tally, writer: TokenWriter, log: Log) -> None:
+        self._tally, self._writer, self._log = tally, writer, log
         self._started = self._last = time.monotonic()
 
-    def tell(self) -> None:
+    def report(self) -> None:
         now = time.monotonic()
         if now - self._last < PROGRESS_SECONDS:
             return
         self._last = now
         speed = self._writer.tokens / (now - self._started)
-        self._say(
+        self._log(
             f"tokenising: {self._tally.documents:,} read, {self._writer.tokens:,} tokens, "
             f"{speed:,.0f} tokens/s"
         )
 
 
 def _open(folder: Path, recipe: Recipe) -> RowDataset:
-    facts = _facts(folder)
+    metadata = _metadata(folder)
     return RowDataset(
         rows=_rows(folder, recipe),
         seq_length=recipe.seq_length,
         packed=recipe.section.packing,
-        content=facts["content"],
-        largest_token=facts["largest_token"],
+        content=metadata["content"],
+        largest_token=metadata["largest_token"],
     )
 
 
 def _rows(folder: Path, recipe: Recipe) -> Rows:
-    facts = _facts(folder)
-    store = open_store(folder, facts)
+    metadata = _metadata(folder)
+    store = open_store(folder, metadata)
     if recipe.is_stream:
         return StreamRows(store, recipe.seq_length, recipe.pad_token)
-    lengths = {"row_starts": facts["rows"] + 1, "samples": facts["row_samples"]}
+    lengths = {"row_starts": metadata["rows"] + 1, "samples": metadata["row_samples"]}
     plan = RowPlan.of_arrays(
-        map_array(folder / f"{name}.bin", INDEX_DTYPE, lengths.get(name, facts["rows"]))
+        map_array(folder / f"{name}.bin", INDEX_DTYPE, lengths.get(name, metadata["rows"]))
         for name in PLAN_ARRAYS
     )
     return SampleRows(
@@ -258,7 +258,7 @@ def _rows(folder: Path, recipe: Recipe) -> Rows:
     )
 
 
-def _is_whole(folder: Path, recipe: Recipe) -> bool:
+def _is_complete(folder: Path, recipe: Recipe) -> bool:
     try:
         _open(folder, recipe)
     except (OSError, ValueError, KeyError):
@@ -266,9 +266,9 @@ def _is_whole(folder: Path, recipe: Recipe) -> bool:
     return True
 
 
-def _facts(folder: Path) -> dict[str, Any]:
-    facts: dict[str, Any] = json.loads((folder / "facts.json").read_text())
-    return facts
+def _metadata(folder: Path) -> dict[str, Any]:
+    metadata: dict[str, Any] = json.loads((folder / "facts.json").read_text())
+    return metadata
 
 
 def _settings(recipe: Recipe) -> dict[str, Any]:
@@ -310,14 +310,14 @@ def _plan_warnings(plan: RowPlan, recipe: Recipe) -> list[str]:
     return [f"warning: {plan.cut} sample(s) longer than seq_length {recipe.seq_length} were cut"]
 
 
-def _nothing_to_learn(recipe: Recipe, files: list[DataFile], facts: dict[str, Any]) -> UserError:
+def _nothing_to_learn(recipe: Recipe, files: list[DataFile], metadata: dict[str, Any]) -> UserError:
     shown = ", ".join(repr(path) for path in recipe.section.data_loader.paths)
     return UserError(
         f"data_loader: {shown} has nothing to learn from ({len(files)} file(s), "
-        f"{facts['read']} document(s), {facts['tokens']} token(s))",
+        f"{metadata['read']} document(s), {metadata['tokens']} token(s))",
         rule="a dataset needs at least two tokens of text, or one answer that fits into a row",
         nearest=f"The first file is {files[0].path}",
-        advice="; ".join(facts["warnings"]) or "Look into the files",
+        advice="; ".join(metadata["warnings"]) or "Look into the files",
     )
 
 

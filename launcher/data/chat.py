@@ -48,10 +48,10 @@ class Sample:
     is_target: npt.NDArray[np.bool_]
 
 
-def tokenise_conversations(
+def tokenize_conversations(
     conversations: Iterable[Conversation],
     tokenizer: Any,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
     strictness: Strictness | None = None,
     seq_length: int | None = None,
 ) -> Iterator[list[Sample]]:
@@ -64,7 +64,7 @@ def tokenise_conversations(
     strictness = strictness or Strictness(strict=True, tally=Tally())
     templates = ChatTemplates(tokenizer)
     if templates.is_default:
-        say("the tokenizer has no chat template: a ChatML-like one is used")
+        log("the tokenizer has no chat template: a ChatML-like one is used")
     iterator = iter(conversations)
     while batch := list(islice(iterator, _BATCH)):
         rendered = _render(batch, templates, strictness)

@@ -85,7 +85,7 @@ class Tally:
     """Fields of the formats that were met, to suggest instead of the unused ones."""
     hidden_fields: NamedPlaces = field(default_factory=NamedPlaces)
     """Fields that the chat template does not show."""
-    waved_through: NamedPlaces = field(default_factory=NamedPlaces)
+    skipped_checks: NamedPlaces = field(default_factory=NamedPlaces)
     """Fields with wrong values that `strict_fields: False` ignores."""
     nothing_to_learn: Places = field(default_factory=Places)
     """Conversations without an answer that is learnt."""
@@ -100,7 +100,7 @@ class Tally:
             *self._about_files(),
             *self.unused_fields.line("have fields that are not used", self.known_fields),
             *self.hidden_fields.line("have fields that the chat template does not show"),
-            *self.waved_through.line("have wrong fields, passed over by strict_fields: False"),
+            *self.skipped_checks.line("have wrong fields, passed over by strict_fields: False"),
             *_samples(self.nothing_to_learn, "without an answer to learn were left out"),
             *_samples(
                 self.answer_beyond_row,

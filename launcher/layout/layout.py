@@ -20,7 +20,7 @@ from launcher.layout.mesh import Mesh
 
 
 @dataclass(frozen=True)
-class Cut:
+class ShardSpec:
     """How one tensor is cut, whatever the mesh."""
 
     tp_dim: int | None = None
@@ -33,8 +33,8 @@ class Cut:
     """Pipeline ranks that hold it, the owner first; None: all."""
 
 
-WHOLE = Cut(sharded=False)
-SHARDED = Cut()
+REPLICATED = ShardSpec(sharded=False)
+SHARDED = ShardSpec()
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,7 @@ class Placement:
     """Of the global tensor."""
     boxes: tuple[Box, ...]
     """In file order; one that is empty where there are more ranks than rows."""
-    cuts: tuple[tuple[str, int], ...] = ()
+    specs: tuple[tuple[str, int], ...] = ()
     """(axis, dim) of every cut, in the order in which they were made."""
 
 
@@ -67,7 +67,7 @@ class Layout:
     shapes: Mapping[str, Shape]
     """Global shape of every tensor, experts stacked."""
     mesh: Mesh
-    cuts: Mapping[str, Cut] = field(default_factory=dict)
+    specs: Mapping[str, ShardSpec] = field(default_factory=dict)
     """How each tensor is cut; one without entry is cut over `dp_shard` only."""
     _known: dict[tuple[int, ...], dict[str, Placement]] = field(
         default_factory=dict, repr=False, compare=False
@@ -83,18 +83,18 @@ class Layout:
         key = (at["pp"], at["ep"], at["tp"], at["dp_shard"], at["expert_shard"])
         if key not in self._known:
             self._known[key] = {
-                name: self._place(self.shapes[name], self.cut(name), at)
+                name: self._place(self.shapes[name], self.spec_of(name), at)
                 for name in self.names(at["pp"])
             }
         return self._known[key]
 
-    def _place(self, shape: Shape, cut: Cut, at: Mapping[str, int]) -> Placement:
+    def _place(self, shape: Shape, spec: ShardSpec, at: Mapping[str, int]) -> Placement:
         """Layers repeat, on all stages: tensors that are cut alike share the answer."""
-        tp = None if cut.tp_dim is None else at["tp"]
-        data = (at["ep"], at["expert_shard"]) if cut.expert else at["dp_shard"]
-        key = (shape, cut.tp_dim, tp, cut.expert, cut.sharded, data)
+        tp = None if spec.tp_dim is None else at["tp"]
+        data = (at["ep"], at["expert_shard"]) if spec.expert else at["dp_shard"]
+        key = (shape, spec.tp_dim, tp, spec.expert, spec.sharded, data)
         if key not in self._placed:
-            self._placed[key] = place(shape, cut, self.mesh, at)
+            self._placed[key] = place(shape, spec, self.mesh, at)
         return self._placed[key]
 
     def names(self, stage: int) -> tuple[str, ...]:
@@ -102,24 +102,24 @@ class Layout:
         if stage not in self._by_stage:
             self._by_stage[stage] = tuple(
                 name for name in self.shapes
-                if (stages := self.cut(name).stages) is None or stage in stages
+                if (stages := self.spec_of(name).stages) is None or stage in stages
             )  # fmt: skip
         return self._by_stage[stage]
 
-    def cut(self, name: str) -> Cut:
+    def spec_of(self, name: str) -> ShardSpec:
         """How `name` is cut."""
-        return self.cuts.get(name, SHARDED)
+        return self.specs.get(name, SHARDED)
 
     def is_owner(self, name: str, rank: int) -> bool:
         """Whether `rank` is the first of those that hold its piece of `name`: what is added up over
         the owners counts every element once."""
-        at, cut = self.mesh.coordinates(rank), self.cut(name)
-        copies = ["expert_copy"] if cut.expert else ["dp_replicate", "cp"]
-        if not cut.sharded:
-            copies += ["expert_shard"] if cut.expert else ["dp_shard"]
-        if cut.tp_dim is None:
+        at, spec = self.mesh.coordinates(rank), self.spec_of(name)
+        copies = ["expert_copy"] if spec.expert else ["dp_replicate", "cp"]
+        if not spec.sharded:
+            copies += ["expert_shard"] if spec.expert else ["dp_shard"]
+        if spec.tp_dim is None:
             copies.append("tp")
-        first_stage = at["pp"] == (cut.stages or (0,))[0]
+        first_stage = at["pp"] == (spec.stages or (0,))[0]
         return first_stage and not any(at[axis] for axis in copies)
 
     def alike(self, prefix: str) -> Layout:
@@ -127,27 +127,27 @@ class Layout:
         return replace(
             self,
             shapes={prefix + name: shape for name, shape in self.shapes.items()},
-            cuts={prefix + name: cut for name, cut in self.cuts.items()},
+            specs={prefix + name: spec for name, spec in self.specs.items()},
             _known={},
             _by_stage={},
             _placed={},
         )
 
 
-def place(shape: Shape, cut: Cut, mesh: Mesh, at: Mapping[str, int]) -> Placement:
+def place(shape: Shape, spec: ShardSpec, mesh: Mesh, at: Mapping[str, int]) -> Placement:
     """The placement of a tensor of `shape` at the coordinates `at`."""
-    box, cuts = whole(shape), []
-    shards = ("expert_shard", mesh.expert_shard) if cut.expert else ("dp_shard", mesh.dp_shard)
+    box, specs = whole(shape), []
+    shards = ("expert_shard", mesh.expert_shard) if spec.expert else ("dp_shard", mesh.dp_shard)
     steps = [
-        ("ep", mesh.ep, 0 if cut.expert else None),
-        ("tp", mesh.tp, cut.tp_dim),
-        (*shards, 0 if cut.sharded and shape else None),
+        ("ep", mesh.ep, 0 if spec.expert else None),
+        ("tp", mesh.tp, spec.tp_dim),
+        (*shards, 0 if spec.sharded and shape else None),
     ]
     for axis, pieces, dim in steps:
         if dim is not None and pieces > 1:
             box = _cut(box, dim, pieces, at[axis])
-            cuts.append((axis, dim))
-    return Placement(shape, (box,), tuple(cuts))
+            specs.append((axis, dim))
+    return Placement(shape, (box,), tuple(specs))
 
 
 def _cut(box: Box, dim: int, pieces: int, index: int) -> Box:

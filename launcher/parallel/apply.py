@@ -15,13 +15,13 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
-from launcher.layout.layout import Cut, Layout
+from launcher.layout.layout import Layout, ShardSpec
 from launcher.parallel.context import ContextParallel, apply_context_parallel
 from launcher.parallel.expert import apply_expert_parallel
 from launcher.parallel.local import local
 from launcher.parallel.meshes import DATA_AXES, Meshes
 from launcher.parallel.tensor import TensorParallel, apply_tensor_parallel
-from launcher.weights.reading.memory import Shard as HeldShard
+from launcher.weights.reading.shard import Shard as HeldShard
 from models.decoder import Decoder
 from models.moe import Experts, Router
 
@@ -50,35 +50,35 @@ class Precisions:
 
 
 def parallelize(
-    model: Decoder, cuts: Mapping[str, Cut], meshes: Meshes, *, sequence: bool,
+    model: Decoder, specs: Mapping[str, ShardSpec], meshes: Meshes, *, sequence: bool,
     context: ContextParallel | None,
 ) -> None:  # fmt: skip
     """Put tensor, sequence, context and expert parallelism beside `model`, in place; its parameters
     (on the meta device) become this rank's part of them."""
     mesh = meshes.layout
     if mesh.tp > 1 or mesh.ep > 1:
-        cut_parameters(model, cuts, meshes)
+        shard_parameters(model, specs, meshes)
     tensor_group, expert_group = meshes.group("tp"), meshes.group("ep")
     if tensor_group is not None:
-        apply_tensor_parallel(model, cuts, TensorParallel(tensor_group, sequence))
+        apply_tensor_parallel(model, specs, TensorParallel(tensor_group, sequence))
     if expert_group is not None:
         apply_expert_parallel(model, expert_group)
     if context is not None:
         apply_context_parallel(model, context)
 
 
-def cut_parameters(model: nn.Module, cuts: Mapping[str, Cut], meshes: Meshes) -> None:
+def shard_parameters(model: nn.Module, specs: Mapping[str, ShardSpec], meshes: Meshes) -> None:
     """Replace every parameter by this rank's part of it on the model axes: `tp`, for experts `ep`
     and `tp`."""
     for prefix, module in model.named_modules():
         for leaf, parameter in list(module.named_parameters(recurse=False)):
-            part = _own_part(parameter.detach(), cuts[f"{prefix}.{leaf}"], meshes)
+            part = _own_part(parameter.detach(), specs[f"{prefix}.{leaf}"], meshes)
             setattr(module, leaf, nn.Parameter(part, requires_grad=parameter.requires_grad))
 
 
-def _own_part(whole: torch.Tensor, cut: Cut, meshes: Meshes) -> torch.Tensor:
-    mesh = meshes.experts if cut.expert else meshes.dense
-    for axis, dim in {"ep": 0 if cut.expert else None, "tp": cut.tp_dim}.items():
+def _own_part(whole: torch.Tensor, spec: ShardSpec, meshes: Meshes) -> torch.Tensor:
+    mesh = meshes.experts if spec.expert else meshes.dense
+    for axis, dim in {"ep": 0 if spec.expert else None, "tp": spec.tp_dim}.items():
         if dim is not None and getattr(meshes.layout, axis) > 1:
             whole = whole.chunk(mesh[axis].size(), dim)[mesh.get_local_rank(axis)]
     return whole.contiguous()
@@ -121,7 +121,7 @@ def shard_model(
 
 def _data_mesh(mesh: DeviceMesh) -> DeviceMesh:
     """The axes FSDP works on: without `copies` where there is one, or it would add them up too."""
-    return mesh[DATA_AXES] if mesh["copies"].size() > 1 else mesh["shards"]
+    return mesh[DATA_AXES] if mesh["dp_replicate"].size() > 1 else mesh["dp_shard"]
 
 
 def _units(blocks: list[nn.Module], together: int) -> list[nn.Module | list[nn.Module]]:

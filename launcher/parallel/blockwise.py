@@ -17,7 +17,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Piece:
+class Block:
     """A part of the scores: which queries here, which of the keys that are passing through."""
 
     queries: slice
@@ -46,7 +46,7 @@ class Softmax:
         self.weight = torch.zeros_like(self.peak)
         self.sum = self.weight.new_zeros((*asking.shape[:-1], value_size))
 
-    def add(self, piece: Piece, keys: Tensor, values: Tensor) -> None:
+    def add(self, piece: Block, keys: Tensor, values: Tensor) -> None:
         """Let the queries of `piece` look at its keys."""
         peak, weight, total = (
             t[:, :, :, piece.queries] for t in (self.peak, self.weight, self.sum)
@@ -84,7 +84,7 @@ class Change:
         self.mean = (gradient.to(logarithm.dtype) * output.to(logarithm.dtype)).sum(-1)
 
     def add(
-        self, piece: Piece, keys: Tensor, values: Tensor, of_keys: Tensor, of_values: Tensor
+        self, piece: Block, keys: Tensor, values: Tensor, of_keys: Tensor, of_values: Tensor
     ) -> None:
         """Add to `of_query`, and to `of_keys` and `of_values`, shaped as `keys` and `values`."""
         parts = (self.asking, self.gradient, self.logarithm, self.mean)
@@ -99,7 +99,7 @@ class Change:
         of_keys[:, :, piece.keys] += _over_queries(slope, asking)
 
 
-def _scores(asking: Tensor, keys: Tensor, piece: Piece, scale: float) -> Tensor:
+def _scores(asking: Tensor, keys: Tensor, piece: Block, scale: float) -> Tensor:
     """Scores [rows, key/value heads, query heads of each, queries, keys] of a piece, -inf where a
     query may not look; a fresh tensor."""
     query, key = asking[:, :, :, piece.queries], keys[:, :, piece.keys]

@@ -120,7 +120,7 @@ class _KeepPiece(torch.autograd.Function):
         return _gather(gradient, ctx.dim, ctx.group), None, None
 
 
-def fan_out(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
+def copy_to_tp(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
     """`tensor`, the same on every rank, into work that differs by rank.
 
     The gradient that comes back is added up in place: nothing that takes the result may hand the
@@ -130,7 +130,7 @@ def fan_out(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
     return result
 
 
-def add_up(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
+def all_reduce(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
     """The sum of every rank's `tensor`; a tensor that is not a leaf is overwritten with it."""
     result: Tensor = _AddUp.apply(tensor.contiguous(), group)
     return result
@@ -142,13 +142,13 @@ def gather(piece: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
     return result
 
 
-def add_up_and_cut(tensor: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
+def reduce_scatter(tensor: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
     """This rank's piece, along `dim`, of the sum of every rank's `tensor`."""
     result: Tensor = _AddUpAndCut.apply(tensor, dim, group)
     return result
 
 
-def keep_piece(tensor: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
+def split(tensor: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
     """This rank's piece, along `dim`, of a `tensor` that is the same on every rank."""
     result: Tensor = _KeepPiece.apply(tensor, dim, group)
     return result

@@ -21,11 +21,11 @@ def check_same(world: World, facts: Mapping[str, Any], *, rule: str, advice: str
 
     Raises `UserError` on every rank, with one problem for each of the first facts that differ.
     """
-    told = world.gather(dict(facts))
-    names = dict.fromkeys(name for given in told for name in given)
+    reported = world.gather(dict(facts))
+    names = dict.fromkeys(name for given in reported for name in given)
     problems = []
     for name in names:
-        values = [given.get(name) for given in told]
+        values = [given.get(name) for given in reported]
         other = next((rank for rank, value in enumerate(values) if value != values[0]), None)
         if other is not None:
             problems.append(

@@ -41,7 +41,7 @@ HEADS, TOKENS = 1, 2
 Attend = Callable[[Tensor, Tensor, Tensor, StepContext, int | None], Tensor]
 
 
-def places(total: int, size: int, rank: int, *, balanced: bool) -> Tensor:
+def token_indices(total: int, size: int, rank: int, *, balanced: bool) -> Tensor:
     """Which tokens of a row of `total` tokens `rank` of `size` ranks has: int64 [total / size],
     ascending.
 
@@ -60,7 +60,7 @@ def places(total: int, size: int, rank: int, *, balanced: bool) -> Tensor:
 class ContextParallel:
     """The ranks that share rows. None for a group that is not there; one is."""
 
-    trade: dist.ProcessGroup | None = None
+    ulysses: dist.ProcessGroup | None = None
     """Ranks that trade tokens for heads; their number divides the query heads of a rank."""
     ring: dist.ProcessGroup | None = None
     """Ranks that pass keys and values round; the same member of each trade."""
@@ -68,20 +68,22 @@ class ContextParallel:
     @property
     def length_unit(self) -> int:
         """What the length of a row must be a multiple of."""
-        trading, passing = _size(self.trade), _size(self.ring)
+        trading, passing = _size(self.ulysses), _size(self.ring)
         return trading if passing == 1 else passing * math.lcm(2, trading)
 
-    def places(self, total: int) -> Tensor:
+    def token_indices(self, total: int) -> Tensor:
         """Which tokens of a row of `total` tokens are here: int64 [total / ranks], ascending.
 
         ValueError unless `total` is a multiple of `length_unit`.
         """
         member = torch.arange(total)
         if _size(self.ring) > 1:
-            member = places(total, _size(self.ring), dist.get_rank(self.ring), balanced=True)
-        if _size(self.trade) == 1:
+            member = token_indices(total, _size(self.ring), dist.get_rank(self.ring), balanced=True)
+        if _size(self.ulysses) == 1:
             return member
-        own = places(len(member), _size(self.trade), dist.get_rank(self.trade), balanced=False)
+        own = token_indices(
+            len(member), _size(self.ulysses), dist.get_rank(self.ulysses), balanced=False
+        )
         return member[own]
 
 
@@ -100,7 +102,7 @@ def apply_context_parallel(model: Decoder, cp: ContextParallel) -> None:
     for layer in model.model.layers.values():
         attention = layer.self_attn
         attention.attend = partial(_attend, attention, attention.attend, cp)
-    apply_row_sums(model, *(group for group in (cp.trade, cp.ring) if group is not None))
+    apply_row_sums(model, *(group for group in (cp.ulysses, cp.ring) if group is not None))
 
 
 def _attend(
@@ -114,18 +116,18 @@ def _attend(
     window: int | None,
 ) -> Tensor:
     """As `BaseAttention.attend`, over the tokens of all ranks."""
-    sight = context.sight
-    if sight.in_order:
+    mask = context.mask
+    if mask.in_order:
         return alone(query, key, value, context, window)
-    if cp.trade is not None:
-        key, value = (enough_heads(states, _size(cp.trade)) for states in (key, value))
-        query, key, value = (exchange(t, HEADS, TOKENS, cp.trade) for t in (query, key, value))
+    if cp.ulysses is not None:
+        key, value = (enough_heads(states, _size(cp.ulysses)) for states in (key, value))
+        query, key, value = (exchange(t, HEADS, TOKENS, cp.ulysses) for t in (query, key, value))
     if cp.ring is not None:
-        ring = Ring(cp.ring, sight, window)
+        ring = Ring(cp.ring, mask, window)
         output = ring_attention(query, key, value, ring, scale=attention.scale)
     else:
-        output = alone(query, key, value, replace(context, sight=sight.whole()), window)
-    return output if cp.trade is None else exchange(output, TOKENS, HEADS, cp.trade)
+        output = alone(query, key, value, replace(context, mask=mask.whole()), window)
+    return output if cp.ulysses is None else exchange(output, TOKENS, HEADS, cp.ulysses)
 
 
 def enough_heads(states: Tensor, size: int) -> Tensor:

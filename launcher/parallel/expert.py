@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from launcher.parallel.collectives import add_up, exchange_rows
+from launcher.parallel.collectives import all_reduce, exchange_rows
 from models.decoder import Decoder
 from models.moe import Experts, MoE
 
@@ -52,12 +52,12 @@ def apply_row_sums(model: Decoder, *groups: dist.ProcessGroup) -> None:
     """
     for module in model.modules():
         if isinstance(module, MoE):
-            module.row_sum = partial(_add_up_over, groups)
+            module.row_sum = partial(_all_reduce_over, groups)
 
 
-def _add_up_over(groups: tuple[dist.ProcessGroup, ...], sums: Tensor) -> Tensor:
+def _all_reduce_over(groups: tuple[dist.ProcessGroup, ...], sums: Tensor) -> Tensor:
     for group in groups:
-        sums = add_up(sums, group)
+        sums = all_reduce(sums, group)
     return sums
 
 

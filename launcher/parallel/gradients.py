@@ -14,8 +14,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
+from launcher.parallel.grad_all_reduce import GradAllReduce
 from launcher.parallel.local import local_gradient, local_gradients
-from launcher.parallel.sums import GradientSums
 from launcher.parallel.tied import TiedCopies
 
 
@@ -53,7 +53,7 @@ class Gradients:
     partial: Sequence[nn.Parameter] = ()
     """Parameters of which each rank of `partial_group` has only a part of the gradient."""
     partial_group: dist.ProcessGroup | None = None
-    sums: GradientSums | None = None
+    grad_all_reduce: GradAllReduce | None = None
     """Gradients that the ranks of a data group add up, where FSDP does not do it."""
     embedding: Sequence[nn.Parameter] | None = None
     """Those of `owned` that are the embedding's, where its norm is watched; None: it is not."""
@@ -62,8 +62,8 @@ class Gradients:
 
     def finish(self) -> None:
         """Make the gradients those of the global batch, in place."""
-        if self.sums is not None:
-            self.sums.finish()
+        if self.grad_all_reduce is not None:
+            self.grad_all_reduce.finish()
         if self.partial_group is not None:
             add_up_partial(self.partial, self.partial_group)
         if self.tied is not None:

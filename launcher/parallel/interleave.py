@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from launcher.parallel.pieces import Function
-from models.attention import Sight, StepContext
+from models.attention import AttentionMask, StepContext
 from models.decoder import Decoder
 
 
@@ -52,21 +52,21 @@ def cut(context: StepContext, rows: int, copies: int) -> list[StepContext]:
     """The context of each copy of equally many of the `rows`."""
     if copies == 1:
         return [context]
-    sight, size = context.sight, rows // copies
+    mask, size = context.mask, rows // copies
     cos, sin, seeds, documents, shown = (
         _by_row(tensor, size, copies)
-        for tensor in (context.cos, context.sin, context.dropout_seeds, sight.document_ids,
-                       sight.key_mask)
+        for tensor in (context.cos, context.sin, context.dropout_seeds, mask.document_ids,
+                       mask.key_mask)
     )  # fmt: skip
     # A sight of its own for each copy, though they may be equal: masks are made on its stream.
-    sights = [
-        Sight(length=sight.length, total=sight.total, device=sight.places.device,
-              places=None if sight.in_order else sight.places, document_ids=documents[i],
+    masks = [
+        AttentionMask(length=mask.length, total=mask.total, device=mask.token_indices.device,
+              token_indices=None if mask.in_order else mask.token_indices, document_ids=documents[i],
               key_mask=shown[i])
         for i in range(copies)
     ]  # fmt: skip
     return [
-        replace(context, cos=cos[i], sin=sin[i], sight=sights[i], dropout_seeds=seeds[i])
+        replace(context, cos=cos[i], sin=sin[i], mask=masks[i], dropout_seeds=seeds[i])
         for i in range(copies)
     ]
 
@@ -117,7 +117,7 @@ def _each(
 
 
 def _tensors(context: StepContext) -> list[Tensor]:
-    held = {**vars(context.sight), **vars(context)}
+    held = {**vars(context.mask), **vars(context)}
     return [value for value in held.values() if isinstance(value, Tensor) and value.is_cuda]
 
 

@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from launcher.layout.mesh import Mesh
 
-DATA_AXES = ("copies", "shards")
+DATA_AXES = ("dp_replicate", "dp_shard")
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Meshes:
 
     layout: Mesh
     device_type: str
-    trade: int = 1
+    ulysses: int = 1
     """Context-parallel neighbours that trade tokens for heads; the rest of `cp` is a ring."""
 
     @cached_property
@@ -34,7 +34,12 @@ class Meshes:
         """Axes copies, shards, and `tp` and `pp` where they have more than one rank."""
         m = self.layout
         ranks = _ranks(m.pp, m.dp_replicate, m.dp_shard, m.cp, m.tp).permute(0, 1, 3, 2, 4)
-        sizes = {"pp": m.pp, "copies": m.dp_replicate * m.cp, "shards": m.dp_shard, "tp": m.tp}
+        sizes = {
+            "pp": m.pp,
+            "dp_replicate": m.dp_replicate * m.cp,
+            "dp_shard": m.dp_shard,
+            "tp": m.tp,
+        }
         return self._mesh(ranks, sizes)
 
     @cached_property
@@ -43,7 +48,7 @@ class Meshes:
         m = self.layout
         copies = m.data_parallel // (m.expert_shard * m.ep)
         ranks = _ranks(m.pp, copies, m.expert_shard, m.ep, m.cp, m.tp).permute(0, 1, 4, 2, 3, 5)
-        sizes = {"pp": m.pp, "copies": copies * m.cp, "shards": m.expert_shard, "ep": m.ep,
+        sizes = {"pp": m.pp, "dp_replicate": copies * m.cp, "dp_shard": m.expert_shard, "ep": m.ep,
                  "tp": m.tp}  # fmt: skip
         return self._mesh(ranks, sizes)
 
@@ -51,10 +56,10 @@ class Meshes:
     def context(self) -> DeviceMesh:
         """Axes `ring` and `trade`, which make up `cp`, beside the others."""
         m = self.layout
-        ring = m.cp // self.trade
-        sizes = {"pp": m.pp, "data": m.data_parallel, "ring": ring, "trade": self.trade,
+        ring = m.cp // self.ulysses
+        sizes = {"pp": m.pp, "data": m.data_parallel, "ring": ring, "ulysses": self.ulysses,
                  "tp": m.tp}  # fmt: skip
-        return self._mesh(_ranks(m.pp, m.data_parallel, ring, self.trade, m.tp), sizes)
+        return self._mesh(_ranks(m.pp, m.data_parallel, ring, self.ulysses, m.tp), sizes)
 
     def make(self, *, experts: bool) -> None:
         """Make the meshes and their groups now. All ranks must do so together, whether or not what

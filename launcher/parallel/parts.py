@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from launcher.parallel.apply import sync_gradients
-from launcher.parallel.sums import GradientSums
+from launcher.parallel.grad_all_reduce import GradAllReduce
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Parts:
     """
 
     modules: Sequence[nn.Module]
-    sums: GradientSums | None = None
+    grad_all_reduce: GradAllReduce | None = None
     """How gradients are added up over the ranks where FSDP does not do it."""
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
@@ -71,5 +71,5 @@ class Parts:
         """Whether the next backward pass reduces gradients over the ranks."""
         for module in self.modules:
             sync_gradients(module, enabled)
-        if self.sums is not None:
-            self.sums.sync = enabled
+        if self.grad_all_reduce is not None:
+            self.grad_all_reduce.sync = enabled

@@ -140,22 +140,22 @@ def _line(failure: Failure) -> bytes:
 class _Connection:
     """A socket, and what came of a line that is not complete yet."""
 
-    def __init__(self, link: socket.socket, rank: int | None = None) -> None:
-        self.link, self.rank = link, rank
+    def __init__(self, mapping: socket.socket, rank: int | None = None) -> None:
+        self.mapping, self.rank = mapping, rank
         self.host = "an unknown machine"
         self.is_done = False
         self.ended_at: float | None = None
         self._pending = b""
-        link.setblocking(False)
-        link.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        mapping.setblocking(False)
+        mapping.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         for name, value in _KEEPALIVE.items():
             if hasattr(socket, name):
-                link.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+                mapping.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
     def messages(self) -> Iterator[dict[str, Any]]:
         """The messages that have come; notes when the other end has closed."""
         try:
-            data = self.link.recv(_MOST_BYTES)
+            data = self.mapping.recv(_MOST_BYTES)
         except BlockingIOError:
             return
         except OSError:
@@ -173,7 +173,7 @@ class _Connection:
     def send(self, data: bytes) -> None:
         """Send a short message; what cannot be sent at once is lost with its connection."""
         with suppress(OSError):
-            self.link.send(data)
+            self.mapping.send(data)
 
 
 class _Hub:
@@ -209,15 +209,15 @@ class _Hub:
                 if failure is not None:
                     return failure
             if key.data.ended_at is not None:
-                self._selector.unregister(key.data.link)
-                key.data.link.close()
+                self._selector.unregister(key.data.mapping)
+                key.data.mapping.close()
         return self._killed()
 
     def _accept(self) -> None:
         with suppress(OSError):
             connection = _Connection(self._listener.accept()[0])
             self._connections.append(connection)
-            self._selector.register(connection.link, selectors.EVENT_READ, connection)
+            self._selector.register(connection.mapping, selectors.EVENT_READ, connection)
 
     def _take(self, connection: _Connection, message: dict[str, Any]) -> Failure | None:
         if connection.rank is None:
@@ -264,7 +264,7 @@ class _Spoke:
             time.sleep(seconds)
         else:
             with selectors.DefaultSelector() as selector:
-                selector.register(connection.link, selectors.EVENT_READ)
+                selector.register(connection.mapping, selectors.EVENT_READ)
                 if selector.select(seconds):
                     for message in connection.messages():
                         if "failed" in message:
@@ -282,10 +282,10 @@ class _Spoke:
             if not self._record.store.check([_ADDRESS]):
                 return None
             address = json.loads(self._record.store.get(_ADDRESS))
-            link = socket.create_connection(
+            mapping = socket.create_connection(
                 (self._environment.master_addr, address["port"]), CONNECT_SECONDS
             )
-            connection = _Connection(link)
+            connection = _Connection(mapping)
             hello = {"rank": self._environment.rank, "host": socket.gethostname(),
                      "token": address["token"]}  # fmt: skip
             connection.send(json.dumps(hello).encode() + b"\n")

@@ -59,7 +59,7 @@ _FREE = re.compile(
 
 
 @dataclass(frozen=True)
-class Piece:
+class LayerPart:
     """One piece, which runs when `attribute` of `owner` is called."""
 
     owner: nn.Module
@@ -71,14 +71,14 @@ class Piece:
         setattr(self.owner, self.attribute, wrapper(getattr(self.owner, self.attribute)))
 
 
-def pieces(layer: nn.Module) -> dict[str, Piece]:
+def pieces(layer: nn.Module) -> dict[str, LayerPart]:
     """The pieces of `layer` by name."""
-    found: dict[str, Piece] = {}
+    found: dict[str, LayerPart] = {}
     for name, module in layer.named_modules():
-        found[name] = Piece(module, "forward")
+        found[name] = LayerPart(module, "forward")
         for kind, (part, attribute) in _PARTS.items():
             if isinstance(module, kind):
-                found[f"{name}.{part}"] = Piece(module, attribute)
+                found[f"{name}.{part}"] = LayerPart(module, attribute)
     return found
 
 

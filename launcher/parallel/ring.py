@@ -27,8 +27,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from launcher.parallel.blockwise import Change, Piece, Softmax, grouped
-from models.attention import Sight
+from launcher.parallel.blockwise import Block, Change, Softmax, grouped
+from models.attention import AttentionMask
 
 SCORES = {"cpu": 1 << 19, "cuda": 1 << 25}
 """Elements of scores computed at once: on a CPU what its cache holds, on a GPU bounded memory (128
@@ -52,7 +52,7 @@ class Ring:
     """The ranks of a ring, and who sees whom in the rows they share."""
 
     group: dist.ProcessGroup
-    sight: Sight
+    mask: AttentionMask
     window: int | None
 
     @property
@@ -65,15 +65,15 @@ class Ring:
         """How many they are."""
         return dist.get_world_size(self.group)
 
-    def pieces(self, source: int, *, lines: int) -> Iterator[Piece]:
+    def pieces(self, source: int, *, lines: int) -> Iterator[Block]:
         """What there is to compute between the queries here and the keys of rank `source`.
 
         `lines`: rows times heads. Which tokens may not be looked at for their order alone is left
         out; it is known without asking the device.
         """
-        queries = chunks(self.sight.total, self.size, self.rank)
-        scores = SCORES.get(self.sight.places.device.type, SCORES["cuda"])
-        for at, key_range in _placed(chunks(self.sight.total, self.size, source)):
+        queries = chunks(self.mask.total, self.size, self.rank)
+        scores = SCORES.get(self.mask.token_indices.device.type, SCORES["cuda"])
+        for at, key_range in _placed(chunks(self.mask.total, self.size, source)):
             step = max(1, scores // (lines * len(key_range)))
             if self.window is not None:  # short runs of queries leave most keys out of the window
                 step = min(step, max(self.window, 256))
@@ -83,7 +83,7 @@ class Ring:
                     first = start + tile_start
                     yield from self._piece(slice(first, first + len(tile)), tile, at, key_range)
 
-    def _piece(self, queries: slice, asking: range, at: int, keys: range) -> Iterator[Piece]:
+    def _piece(self, queries: slice, asking: range, at: int, keys: range) -> Iterator[Block]:
         first = keys.start if self.window is None else asking.start - self.window + 1
         asked = range(max(keys.start, first), min(keys.stop, asking.stop))
         if not asked:
@@ -92,22 +92,22 @@ class Ring:
         by_order = asked[-1] <= asking[0] and (
             self.window is None or asked[0] > asking[-1] - self.window
         )
-        everyone = self.sight.document_ids is None and self.sight.key_mask is None
+        everyone = self.mask.document_ids is None and self.mask.key_mask is None
         mask = None if by_order and everyone else self._mask(asking, asked)
-        yield Piece(queries, slice(at, at + len(asked)), mask)
+        yield Block(queries, slice(at, at + len(asked)), mask)
 
     def _mask(self, asking: range, asked: range) -> Tensor | None:
-        device = self.sight.places.device
+        device = self.mask.token_indices.device
         queries, keys = (torch.arange(r.start, r.stop, device=device) for r in (asking, asked))
-        return self.sight.mask(self.window, queries, keys)
+        return self.mask.mask(self.window, queries, keys)
 
 
 def _placed(ranges: Sequence[range]) -> Iterator[tuple[int, range]]:
     """Each range and where it begins when they are laid end to end."""
     at = 0
-    for places in ranges:
-        yield at, places
-        at += len(places)
+    for token_indices in ranges:
+        yield at, token_indices
+        at += len(token_indices)
 
 
 @torch.compiler.disable

@@ -24,8 +24,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from launcher.layout.layout import Cut
-from launcher.parallel.collectives import add_up, add_up_and_cut, fan_out, gather, keep_piece
+from launcher.layout.layout import ShardSpec
+from launcher.parallel.collectives import all_reduce, copy_to_tp, gather, reduce_scatter, split
 from launcher.parallel.vocabulary import look_up
 from models.decoder import Decoder
 from models.layers import Embedding
@@ -58,16 +58,18 @@ class TensorParallel:
         """States as they are between regions -> all tokens, into work that differs by rank."""
         if self.sequence:
             return gather(states, SEQUENCE, self.group)
-        return fan_out(states, self.group)
+        return copy_to_tp(states, self.group)
 
     def leave(self, states: Tensor) -> Tensor:
         """The ranks' parts of a result -> states as they are between regions."""
         if self.sequence:
-            return add_up_and_cut(states, SEQUENCE, self.group)
-        return add_up(states, self.group)
+            return reduce_scatter(states, SEQUENCE, self.group)
+        return all_reduce(states, self.group)
 
 
-def apply_tensor_parallel(model: Decoder, cuts: Mapping[str, Cut], tp: TensorParallel) -> None:
+def apply_tensor_parallel(
+    model: Decoder, specs: Mapping[str, ShardSpec], tp: TensorParallel
+) -> None:
     """Put tensor parallelism beside `model`, whose parameters are cut already."""
     for layer in model.model.layers.values():
         _share_attention(layer.self_attn, model, tp)
@@ -82,9 +84,9 @@ def apply_tensor_parallel(model: Decoder, cuts: Mapping[str, Cut], tp: TensorPar
     if tp.sequence:
         model.stream_part = (tp.rank, tp.size)
     if model.embeds:
-        _share_embedding(model, cuts, tp)
+        _share_embedding(model, specs, tp)
     if model.ends:
-        _share_head(model, cuts, tp)
+        _share_head(model, specs, tp)
 
 
 def _enter(tp: TensorParallel, module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -123,9 +125,9 @@ def _on_first(first: bool, parameter: Tensor) -> Tensor:
     return parameter * float(first)
 
 
-def _share_embedding(model: Decoder, cuts: Mapping[str, Cut], tp: TensorParallel) -> None:
+def _share_embedding(model: Decoder, specs: Mapping[str, ShardSpec], tp: TensorParallel) -> None:
     embedding = model.model.embed_tokens
-    if cuts["model.embed_tokens.weight"].tp_dim is not None:
+    if specs["model.embed_tokens.weight"].tp_dim is not None:
         embedding.forward = partial(_look_up_own, embedding, tp)  # type: ignore[method-assign]
         embedding.register_forward_hook(partial(_leave, tp))
         return
@@ -153,14 +155,14 @@ def _without_gradient(parameter: Tensor) -> Tensor:
 
 
 def _keep_own_tokens(tp: TensorParallel, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
-    return keep_piece(output, SEQUENCE, tp.group)
+    return split(output, SEQUENCE, tp.group)
 
 
-def _share_head(model: Decoder, cuts: Mapping[str, Cut], tp: TensorParallel) -> None:
+def _share_head(model: Decoder, specs: Mapping[str, ShardSpec], tp: TensorParallel) -> None:
     head = model.head_module
     head.register_forward_pre_hook(partial(_enter, tp))
     if model.config.tie_word_embeddings:
-        if cuts["model.embed_tokens.weight"].tp_dim is not None:
+        if specs["model.embed_tokens.weight"].tp_dim is not None:
             return
         count = model.config.vocab_size // tp.size
         head.views["weight"] = partial(_rows, slice(tp.rank * count, (tp.rank + 1) * count))

@@ -62,7 +62,7 @@ def tied_copies(mesh: Mesh, split: StageSplit, parameters: Sequence[nn.Parameter
     return TiedCopies(parameters, own)
 
 
-def equalise(first: Iterable[Tensor], second: Iterable[Tensor]) -> None:
+def broadcast_tied(first: Iterable[Tensor], second: Iterable[Tensor]) -> None:
     """Give the tensors of the second copy the values of the first: parameters, moments."""
     with torch.no_grad():
         for source, target in zip(first, second, strict=True):

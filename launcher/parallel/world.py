@@ -24,7 +24,7 @@ from launcher.parallel.failure import job_prefix
 GROUP_TIMEOUT = timedelta(minutes=30)
 SERVED_TIMEOUT = timedelta(minutes=1)
 """To connect to a store that was there before this process was started."""
-PATIENCE = timedelta(days=1)
+LONG_TIMEOUT = timedelta(days=1)
 
 
 @dataclass(frozen=True)
@@ -34,21 +34,21 @@ class World:
     rank: int
     size: int
     device: torch.device
-    patient: dist.ProcessGroup | None = None
+    long_timeout_group: dist.ProcessGroup | None = None
     """A group whose waits may take a day: while the main process prepares data."""
     group: dist.ProcessGroup | None = None
     """What `barrier`, `gather` and `from_main` talk over; None: the group of the job."""
 
-    def apart(self) -> World:
+    def with_new_group(self) -> World:
         """The same world with a group of its own, so that another thread can talk beside training,
         and with much patience. Called by all processes together."""
         if self.size == 1:
             return self
-        return replace(self, group=dist.new_group(backend="gloo", timeout=PATIENCE))
+        return replace(self, group=dist.new_group(backend="gloo", timeout=LONG_TIMEOUT))
 
-    def patiently(self) -> World:
+    def with_long_timeout(self) -> World:
         """The same world, whose processes may wait a day for each other: for work of hours."""
-        return replace(self, group=self.group or self.patient)
+        return replace(self, group=self.group or self.long_timeout_group)
 
     @property
     def is_main(self) -> bool:
@@ -103,8 +103,8 @@ def start(*, force_cpu: bool = False, ends_with_peers: bool = False) -> World:
         dist.init_process_group(
             backend, store=store, rank=rank, world_size=size, timeout=GROUP_TIMEOUT
         )
-    patient = dist.new_group(backend="gloo", timeout=PATIENCE) if size > 1 else None
-    return World(rank, size, device, patient)
+    long_timeout_group = dist.new_group(backend="gloo", timeout=LONG_TIMEOUT) if size > 1 else None
+    return World(rank, size, device, long_timeout_group)
 
 
 @contextmanager

@@ -33,7 +33,7 @@ class Console:
         self._line = ""
         self._shown = -1e9
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         """A message: into the log of this rank, and on the console of the main one."""
         logger.info(text)
         if self.enabled:

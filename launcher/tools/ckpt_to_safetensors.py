@@ -59,11 +59,11 @@ def _convert(options: argparse.Namespace, console: Console) -> int:
         options.processes_num,
         overwrite=options.overwrite,
         progress=progress(console, "converted"),
-        say=console.say,
+        log=console.log,
     )
     files = converted.files
     where = options.save_path or files[0]
-    console.say(
+    console.log(
         f"{where}: {converted.tensors} tensors in {len(files)} file{'s' * (len(files) != 1)}"
     )
     return EXIT_OK

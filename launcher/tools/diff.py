@@ -54,10 +54,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _diff(options: argparse.Namespace, console: Console) -> int:
     from launcher.weights.offline.compare import compare
-    from launcher.weights.ranks.saves import open_any
+    from launcher.weights.ranks.saves import open_any_format
 
     a, b = (
-        open_any(path, options.file_suffix, options.src_strategy_dirs, console.say)
+        open_any_format(path, options.file_suffix, options.src_strategy_dirs, console.log)
         for path in (options.a, options.b)
     )
     prefix = options.filter_out_param_prefix
@@ -68,9 +68,9 @@ def _diff(options: argparse.Namespace, console: Console) -> int:
         progress=progress(console, "compared"),
     )
     for line in table(found.rows):
-        console.say(line)
+        console.log(line)
     outcome = "equal" if found.is_equal else f"{len(found.rows)} differ"
-    console.say(f"{outcome}: {found.equal} tensors are the same")
+    console.log(f"{outcome}: {found.equal} tensors are the same")
     return EXIT_OK if found.is_equal else EXIT_DIFFERENT
 
 

@@ -86,7 +86,7 @@ class _Words:
         self.written = written
         self.problems: list[Problem] = []
 
-    def say(self, name: str, rule: str, nearest: str = "") -> None:
+    def log(self, name: str, rule: str, nearest: str = "") -> None:
         self.problems.append(
             Problem(
                 what=f"{name.upper()} = {self.written[name]!r}",
@@ -106,7 +106,7 @@ class _Words:
             return number
         nearest = "" if number is None else f"Nearest: {least if number < least else most}"
         until = "" if most is None else f" to {most}"
-        self.say(name, f"a whole number from {least}{until} is needed", nearest)
+        self.log(name, f"a whole number from {least}{until} is needed", nearest)
         return default
 
 
@@ -126,14 +126,14 @@ def read(argv: Sequence[str]) -> Launch:
     if workers % local:
         near = [n for n in (workers // local * local, (workers // local + 1) * local) if n]
         rule = f"every node has LOCAL_WORKER ({local}) workers"
-        words.say("worker_num", rule, f"Nearest: {' or '.join(map(str, near))}")
+        words.log("worker_num", rule, f"Nearest: {' or '.join(map(str, near))}")
         local = workers
     last_node = None if words.problems else workers // local - 1
     node_rank = words.number("node_rank", 0, last_node, 0)
     port = words.number("master_port", 1, 65535, 0)
     timeout = words.number("cluster_time_out", 1, None, 1)
     if words.written.get("join", "False").lower() not in ("true", "false"):
-        words.say("join", "True or False is needed")
+        words.log("join", "True or False is needed")
     script, arguments = _command(command, words.problems)
     if words.problems:
         raise UserError(words.problems)

@@ -42,9 +42,9 @@ def _list(options: argparse.Namespace, console: Console) -> int:
 
     rows = list_checkpoints(options.path, data=options.verify)
     for folder in dict.fromkeys(row.folder for row in rows):
-        console.say(f"{folder}:")
+        console.log(f"{folder}:")
         for line in table([row for row in rows if row.folder == folder]):
-            console.say(line)
+            console.log(line)
     return EXIT_INTERNAL if any(row.is_damaged for row in rows) else EXIT_OK
 
 

@@ -51,13 +51,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _merge(options: argparse.Namespace, console: Console) -> int:
-    from launcher.weights.ranks.strategies import merge_pipeline_strategys
+    from launcher.mindspore.strategy_files import merge_pipeline_strategys
 
     merged = merge_pipeline_strategys(
-        options.source, options.target, overwrite=options.overwrite, say=console.say
+        options.source, options.target, overwrite=options.overwrite, log=console.log
     )
     stages = len(merged.by_stage())
-    console.say(
+    console.log(
         f"{options.target}: {len(merged.layouts)} parameters of {stages} pipeline "
         f"stage{'s' * (stages > 1)}"
     )

@@ -150,10 +150,10 @@ def start(launch: Launch) -> int:
         Follower(shown),
         NodeWatch(launch, console.write) as watch,
     ):
-        return _torchrun(launch, watch, console.tell)
+        return _torchrun(launch, watch, console.report)
 
 
-def _torchrun(launch: Launch, watch: NodeWatch, tell: Callable[[str], None]) -> int:
+def _torchrun(launch: Launch, watch: NodeWatch, report: Callable[[str], None]) -> int:
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -165,23 +165,23 @@ def _torchrun(launch: Launch, watch: NodeWatch, tell: Callable[[str], None]) -> 
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         first = watch.record(_failure_of(rank, failure.exitcode))
-        return _failed(launch, rank, failure.exitcode, first, tell)
+        return _failed(launch, rank, failure.exitcode, first, report)
     except SignalException as error:
         return 128 + error.sigval
     except Exception as error:
         traceback.print_exc()
         reason = f"the job did not form: {str(error).splitlines()[0]}"
         watch.record(Failure.of_this_host(-1, EXIT_INTERNAL, reason))
-        tell(f"msrun: {reason}")
+        report(f"msrun: {reason}")
         if launch.nodes > 1:
-            tell(
+            report(
                 f"msrun: start all {launch.nodes} nodes within {launch.timeout_seconds} s, with "
                 "the same MASTER_ADDR and MASTER_PORT"
             )
-        tell(f"msrun: see {launch.scheduler_log}")
+        report(f"msrun: see {launch.scheduler_log}")
         return EXIT_INTERNAL
     if watch.failure is not None:  # elsewhere, while the ranks of this node ended well
-        tell(f"msrun: {watch.failure}")
+        report(f"msrun: {watch.failure}")
         return watch.failure.exit_code
     return EXIT_OK
 
@@ -202,19 +202,19 @@ def _exit_code(code: int) -> int:
 
 
 def _failed(
-    launch: Launch, rank: int, code: int, first: Failure, tell: Callable[[str], None]
+    launch: Launch, rank: int, code: int, first: Failure, report: Callable[[str], None]
 ) -> int:
     """Print which rank failed first, and the end of its log where the console has not shown it.
 
     `rank`: the first of this node that ended, with `code`; `first`: the first failure of the job.
     """
     if first.rank not in launch.ranks:
-        tell(f"msrun: {first}")
+        report(f"msrun: {first}")
         return first.exit_code
     if first.rank != rank:  # it ended the others, before it ended itself
         rank, code = first.rank, first.exit_code
     log = launch.worker_log(rank)
-    tell(f"msrun: rank {rank} ended first, {_how(code)}: see {log}")
+    report(f"msrun: rank {rank} ended first, {_how(code)}: see {log}")
     if rank:
         mark = f"[rank {rank}] "
         on_console = (
@@ -223,7 +223,7 @@ def _failed(
         for line in last_lines(log, _SHOWN_LINES):
             text = line.removeprefix(mark)
             if text not in on_console:
-                tell(mark + text)
+                report(mark + text)
     return _exit_code(code)
 
 
@@ -238,7 +238,7 @@ class _Console:
         self.descriptor = descriptor
         self.lines: list[str] = []
 
-    def tell(self, line: str) -> None:
+    def report(self, line: str) -> None:
         """Print a line when all is over, behind what rank 0 has printed."""
         self.lines.append(line)
 

@@ -60,22 +60,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _slice(options: argparse.Namespace, console: Console) -> int:
+    from launcher.mindspore.strategy_files import read_strategy
     from launcher.weights.offline.slicing import RankLayout, StrategyLayout, slice_weights
-    from launcher.weights.ranks.saves import open_any
-    from launcher.weights.ranks.strategies import read_strategy
+    from launcher.weights.ranks.saves import open_any_format
     from launcher.weights.source import check_all_ranks
 
     check_all_ranks(options.unified_safetensors_dir)
-    source = open_any(
-        options.unified_safetensors_dir, options.file_suffix, options.src_strategy_dirs, console.say
+    source = open_any_format(
+        options.unified_safetensors_dir, options.file_suffix, options.src_strategy_dirs, console.log
     )
     layout: RankLayout
     if options.config is not None:
-        from launcher.assembly.offline import configured_layout
+        from launcher.builders.offline import configured_layout
 
         layout = configured_layout(options.config, source)
     else:
-        layout = StrategyLayout(read_strategy(options.predict_strategy, console.say), source)
+        layout = StrategyLayout(read_strategy(options.predict_strategy, console.log), source)
     sliced = slice_weights(
         source,
         layout,
@@ -83,9 +83,9 @@ def _slice(options: argparse.Namespace, console: Console) -> int:
         workers=options.max_process_num,
         overwrite=options.overwrite,
         progress=progress(console, "sliced"),
-        say=console.say,
+        log=console.log,
     )
-    console.say(
+    console.log(
         f"{options.dst_safetensors_dir}: {sliced.tensors} tensors in {sliced.ranks} rank "
         f"file{'s' * (sliced.ranks != 1)}, {sliced.total_bytes / 1e6:,.1f} MB"
     )

@@ -80,10 +80,10 @@ def _merge(options: argparse.Namespace, console: Console) -> int:
         dtype=options.dtype,
         overwrite=options.overwrite,
         progress=progress(console, "merged"),
-        say=console.say,
+        log=console.log,
     )
     files = len(exported.files)
-    console.say(
+    console.log(
         f"{options.output_dir}: {exported.tensors} tensors in {files} file{'s' * (files != 1)}"
     )
     return EXIT_OK

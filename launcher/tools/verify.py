@@ -41,8 +41,8 @@ def _verify(options: argparse.Namespace, console: Console) -> int:
     for fault in verdict.faults:
         print(f"fault: {fault}", file=sys.stderr)
     for remark in verdict.remarks:
-        console.say(remark)
-    if not verdict.is_whole:
+        console.log(remark)
+    if not verdict.is_complete:
         return EXIT_FAULTS
     checked = verdict.files - verdict.unchecked
     sums = (
@@ -51,7 +51,7 @@ def _verify(options: argparse.Namespace, console: Console) -> int:
         "headers agree, there are no checksums"
     )  # fmt: skip
     files = f"{verdict.files} file{'s' * (verdict.files != 1)}"
-    console.say(f"{options.path}: whole: {files}, {verdict.total_bytes / 1e6:,.1f} MB, {sums}")
+    console.log(f"{options.path}: whole: {files}, {verdict.total_bytes / 1e6:,.1f} MB, {sums}")
     return EXIT_OK
 
 

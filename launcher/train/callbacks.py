@@ -50,7 +50,7 @@ class LossMonitor(Callback):
     def on_steps_end(self, run: TrainRun, records: Sequence[StepRecord]) -> None:
         for record in records:
             if record.step % self.per_print_times == 0 or record.step == run.total_steps:
-                run.say(loss_line(run, record))
+                run.log(loss_line(run, record))
 
 
 def loss_line(run: TrainRun, record: StepRecord) -> str:
@@ -77,13 +77,13 @@ class RequestFile(Callback):
 
     def on_train_begin(self, run: TrainRun) -> None:
         if run.world.is_main and self._asks():
-            run.say(f"warning: {self.path} asks for the end already: this run will not get far. "
+            run.log(f"warning: {self.path} asks for the end already: this run will not get far. "
                     "Delete it, or set GracefulExit to 0")  # fmt: skip
 
     def on_steps_end(self, run: TrainRun, records: Sequence[StepRecord]) -> None:
         if run.world.is_main and not self._seen and self._asks():
             self._seen = True
-            run.say(f"{self.path} asks for the end: one more step")
+            run.log(f"{self.path} asks for the end: one more step")
             run.interrupts.request()
 
     def _asks(self) -> bool:
@@ -123,10 +123,10 @@ class Evaluation(Callback):
         if run.evaluation is None or self._evaluated_step == run.state.global_step:
             return
         self._evaluated_step = run.state.global_step
-        result = evaluate(run.parts, run.compute, run.row_cut, run.evaluation(), run.world)
+        result = evaluate(run.parts, run.compute, run.batch_sharder, run.evaluation(), run.world)
         epoch, _ = run.epoch_and_step()
         run.report_row({"step": run.state.global_step, "epoch": epoch, **result.as_row()})
-        run.say(f"step {run.state.global_step}: {result}")
+        run.log(f"step {run.state.global_step}: {result}")
 
 
 def load_registered(path: str) -> dict[str, type[Callback]]:

@@ -24,7 +24,7 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class Rows:
+class MicroBatch:
     """One batch on the device: what a model takes, and what it is compared with."""
 
     input_ids: Tensor
@@ -36,11 +36,11 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class RowCut:
+class BatchSharder:
     """Which tokens of every row this rank has."""
 
     device: torch.device
-    places: Callable[[int], Tensor] | None = None
+    token_indices: Callable[[int], Tensor] | None = None
     """From the length of a row to the places of the tokens here, on the device; None: all of them.
     """
     counts: bool = True
@@ -49,20 +49,20 @@ class RowCut:
 
     def __call__(
         self, batch: Batch, *, seeds: Tensor | None = None, seed: int | None = None, **more: Any
-    ) -> Rows:
+    ) -> MicroBatch:
         """The rows of `batch` on the device, cut to the tokens of this rank."""
         tensors = {"position_ids": batch.position_ids, "document_ids": batch.document_ids,
                    "sample_seeds": seeds}  # fmt: skip
         ids, labels = self._moved(batch.input_ids), self._moved(batch.labels)
         arguments = {k: self._moved(v) for k, v in tensors.items() if v is not None}
-        if self.places is not None:
+        if self.token_indices is not None:
             total = ids.shape[1]
-            places = self.places(total)
-            ids, labels = ids[:, places], labels[:, places]
+            token_indices = self.token_indices(total)
+            ids, labels = ids[:, token_indices], labels[:, token_indices]
             if "position_ids" in arguments:
-                arguments["position_ids"] = arguments["position_ids"][:, places]
-            more |= {"places": places, "total": total}
-        return Rows(ids, labels, arguments | more, seed)
+                arguments["position_ids"] = arguments["position_ids"][:, token_indices]
+            more |= {"token_indices": token_indices, "total": total}
+        return MicroBatch(ids, labels, arguments | more, seed)
 
     def _moved(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.device, non_blocking=True)
@@ -71,16 +71,16 @@ class RowCut:
 class Compute(Protocol):
     """How losses and gradients come about."""
 
-    def train(self, rows: Sequence[Rows], scale: float | Tensor) -> Tensor:
+    def train(self, rows: Sequence[MicroBatch], scale: float | Tensor) -> Tensor:
         """Forward and backward of all micro-batches; gradients are those of `scale` times the sum
         of losses. Returns that sum, without the scale, as far as this rank has it."""
 
-    def evaluate(self, rows: Rows) -> Tensor:
+    def evaluate(self, rows: MicroBatch) -> Tensor:
         """The summed loss of one batch, as far as this rank has it; no gradients."""
 
 
 @dataclass(frozen=True)
-class WholeModel:
+class FullModel:
     """Every rank computes all layers."""
 
     parts: Parts
@@ -90,7 +90,7 @@ class WholeModel:
     own_kernels: bool
     """The model is ours, whose backward pass has a repeatable kernel for everything."""
 
-    def train(self, rows: Sequence[Rows], scale: float | Tensor) -> Tensor:
+    def train(self, rows: Sequence[MicroBatch], scale: float | Tensor) -> Tensor:
         total = torch.zeros((), device=rows[0].input_ids.device)
         for index, batch in enumerate(rows):
             self.parts.sync_gradients(index == len(rows) - 1)
@@ -100,10 +100,10 @@ class WholeModel:
             total += loss.detach()
         return total * float(self.counts)
 
-    def evaluate(self, rows: Rows) -> Tensor:
+    def evaluate(self, rows: MicroBatch) -> Tensor:
         return self._loss(rows) * float(self.counts)
 
-    def _loss(self, rows: Rows) -> Tensor:
+    def _loss(self, rows: MicroBatch) -> Tensor:
         if rows.seed is not None:
             torch.manual_seed(rows.seed)
         logits = self.parts.modules[0](rows.input_ids, **rows.arguments)
@@ -118,7 +118,7 @@ class PipelinedModel:
     loss: Loss
     counts: bool
 
-    def train(self, rows: Sequence[Rows], scale: float | Tensor) -> Tensor:
+    def train(self, rows: Sequence[MicroBatch], scale: float | Tensor) -> Tensor:
         together = _concatenated(rows)
         with repeatable_backward(together.input_ids.device, strict=True):
             total = self.pipeline.train(
@@ -129,15 +129,15 @@ class PipelinedModel:
             )
         return total / scale * float(self.counts)
 
-    def evaluate(self, rows: Rows) -> Tensor:
+    def evaluate(self, rows: MicroBatch) -> Tensor:
         total = self.pipeline.evaluate(rows.input_ids, rows.labels, self.loss, rows.arguments)
         return total * float(self.counts)
 
 
-def _concatenated(rows: Sequence[Rows]) -> Rows:
+def _concatenated(rows: Sequence[MicroBatch]) -> MicroBatch:
     """Micro-batches of one shape as one batch."""
     first = rows[0].arguments
     by_row = first.keys() & set(BY_ROW)
     joined = {key: torch.cat([batch.arguments[key] for batch in rows]) for key in by_row}
     ids, labels = ([getattr(b, name) for b in rows] for name in ("input_ids", "labels"))
-    return Rows(torch.cat(ids), torch.cat(labels), first | joined)
+    return MicroBatch(torch.cat(ids), torch.cat(labels), first | joined)

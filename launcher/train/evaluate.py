@@ -12,7 +12,7 @@ import torch
 from launcher.data.loader import Batch
 from launcher.parallel.parts import Parts
 from launcher.parallel.world import World
-from launcher.train.compute import Compute, RowCut
+from launcher.train.compute import BatchSharder, Compute
 from launcher.train.loss import IGNORED_LABEL
 
 
@@ -39,16 +39,20 @@ class EvaluationResult:
 
 @torch.no_grad()
 def evaluate(
-    parts: Parts, compute: Compute, row_cut: RowCut, batches: Iterable[Batch], world: World
+    parts: Parts,
+    compute: Compute,
+    batch_sharder: BatchSharder,
+    batches: Iterable[Batch],
+    world: World,
 ) -> EvaluationResult:
     """Token-weighted loss over the batches of all ranks; each rank brings equally many."""
     was_training = parts.training
     parts.train(False)
     total = torch.zeros(2, dtype=torch.float64, device=world.device)
     for batch in batches:
-        rows = row_cut(batch)
+        rows = batch_sharder(batch)
         total[0] += compute.evaluate(rows)
-        total[1] += (rows.labels != IGNORED_LABEL).sum() * int(row_cut.counts)
+        total[1] += (rows.labels != IGNORED_LABEL).sum() * int(batch_sharder.counts)
     parts.train(was_training)
     loss_sum, tokens = world.sum(total).tolist()
     return EvaluationResult(loss_sum / max(tokens, 1), int(tokens))

@@ -2,7 +2,7 @@
 
 Owns what counts as such a step and what is done about it: it changes nothing (and several in a row
 end the training), or it ends the training before anything of it is saved, or training goes back to
-the newest save and leaves its samples out (`launcher.assembly.roll_back` does that). Invariant: all
+the newest save and leaves its samples out (`launcher.builders.roll_back` does that). Invariant: all
 ranks decide alike without talking, from the numbers they share.
 """
 
@@ -71,7 +71,7 @@ class FiniteCheck(Callback):
             self._said = True
             first, behind = samples_of(run, record)
             what = f"step {record.step}: loss {record.loss}, gradient norm {record.grad_norm}"
-            run.say(f"warning: samples {first} to {behind - 1}: {what}. "
+            run.log(f"warning: samples {first} to {behind - 1}: {what}. "
                     "check_for_nan_in_loss_and_grad: True would stop")  # fmt: skip
 
 
@@ -122,7 +122,7 @@ class LimitCheck(Callback):
                 "check_for_global_norm) to leave these samples out",
             )  # fmt: skip
         first, behind = samples_of(run, record)
-        run.say(
+        run.log(
             f"is_skip: [True], step {record.step}: {self._what(record)}, {in_a_row} in a row of at "
             f"most {self.most}: samples {first} to {behind - 1} changed nothing"
         )

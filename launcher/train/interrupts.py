@@ -16,7 +16,7 @@ from types import FrameType
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 REQUEST = -1
 """Stands among the numbers of signals for a wish from within."""
-WISHES = (*SIGNALS, REQUEST)
+STOP_REASONS = (*SIGNALS, REQUEST)
 ECHO_SECONDS = 2.0
 
 

@@ -19,13 +19,13 @@ from typing import NamedTuple
 import torch
 
 from launcher.train.callbacks import Callback
-from launcher.train.interrupts import WISHES, Interrupted
+from launcher.train.interrupts import STOP_REASONS, Interrupted
 from launcher.train.run import TrainRun
 from launcher.train.state import epoch_and_step
 from launcher.train.step import GRADIENT_NORM, LOSS, SIGNALS_FROM, StepRecord, train_step
 
 
-class Draft(NamedTuple):
+class PendingRecord(NamedTuple):
     """What the host knows of a step before it reads what the device measured."""
 
     step: int
@@ -54,7 +54,7 @@ def _tell_of(error: Exception, callback: Callback, run: TrainRun) -> None:
         callback.on_exception(run, error)
     except Exception as other:
         name = type(callback).__name__
-        run.say(f"warning: {name}.on_exception: {type(other).__name__}: {other}")
+        run.log(f"warning: {name}.on_exception: {type(other).__name__}: {other}")
 
 
 def _fit(run: TrainRun, callbacks: Sequence[Callback], sink_size: int) -> None:
@@ -80,29 +80,34 @@ def run_sink(run: TrainRun, sink_size: int) -> tuple[list[StepRecord], int]:
     started = time.perf_counter()
     done = run.state.global_step
     steps = min(sink_size - done % sink_size, run.total_steps - done)
-    measured, drafts = [], []
+    measured, pending = [], []
     for _ in range(steps):
         data = run.loader.step(run.state.data_position)
         rate, scale = run.schedule(run.state.global_step), run.state.loss_scale
         measured.append(train_step(run, data, rate))
         run.state.advance(data.samples, data.input_tokens)
-        drafts.append(Draft(run.state.global_step, rate, scale, data.input_tokens,
+        pending.append(PendingRecord(run.state.global_step, rate, scale, data.input_tokens,
                             run.state.consumed_samples))  # fmt: skip
     values = torch.stack(measured).tolist()  # the one point where the host waits for the device
     seconds = (time.perf_counter() - started) / steps
-    records = [_record(run, draft, row, seconds) for draft, row in zip(drafts, values, strict=True)]
+    records = [
+        _record(run, pending_record, row, seconds)
+        for pending_record, row in zip(pending, values, strict=True)
+    ]
     return records, _signal(values[-1])
 
 
-def _record(run: TrainRun, draft: Draft, row: Sequence[float], seconds: float) -> StepRecord:
-    epoch, step_in_epoch = epoch_and_step(draft.step, run.steps_per_epoch)
+def _record(
+    run: TrainRun, pending_record: PendingRecord, row: Sequence[float], seconds: float
+) -> StepRecord:
+    epoch, step_in_epoch = epoch_and_step(pending_record.step, run.steps_per_epoch)
     norm, scaled = row[GRADIENT_NORM], run.scaling is not None
     limits, watches = run.limits, run.gradients.embedding is not None
     return StepRecord(
-        step=draft.step, epoch=epoch, step_in_epoch=step_in_epoch, loss=row[LOSS], lr=draft.rate,
-        grad_norm=norm, tokens=draft.tokens, tokens_per_second=draft.tokens / seconds,
-        consumed_samples=draft.consumed_samples, seconds=seconds,
-        loss_scale=draft.loss_scale if scaled else None,
+        step=pending_record.step, epoch=epoch, step_in_epoch=step_in_epoch, loss=row[LOSS], lr=pending_record.rate,
+        grad_norm=norm, tokens=pending_record.tokens, tokens_per_second=pending_record.tokens / seconds,
+        consumed_samples=pending_record.consumed_samples, seconds=seconds,
+        loss_scale=pending_record.loss_scale if scaled else None,
         overflow=not math.isfinite(norm) if scaled else None,
         skipped=limits.are_passed(norm, row[LOSS]) if limits and limits.skips else None,
         embedding_norm=row[-1] if watches else None,
@@ -111,6 +116,6 @@ def _record(run: TrainRun, draft: Draft, row: Sequence[float], seconds: float) -
 
 def _signal(last: Sequence[float]) -> int:
     """The wish the ranks agree on after the newest step, 0 for none: SIGTERM if any rank got it."""
-    ranks = last[SIGNALS_FROM : SIGNALS_FROM + len(WISHES)]
-    received = [number for number, count in zip(WISHES, ranks, strict=True) if count]
+    ranks = last[SIGNALS_FROM : SIGNALS_FROM + len(STOP_REASONS)]
+    received = [number for number, count in zip(STOP_REASONS, ranks, strict=True) if count]
     return max(received, default=0)  # a request comes after signals

@@ -55,4 +55,4 @@ class Reporting(Callback):
             tracker.finish()
         curve = run.output_dir / CURVE_NAME
         if draw_loss(read_rows(self.metrics.path), curve):
-            run.say(f"loss curve: {curve}   metrics: {self.metrics.path}")
+            run.log(f"loss curve: {curve}   metrics: {self.metrics.path}")

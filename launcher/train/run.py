@@ -15,23 +15,23 @@ from launcher.checkpoint.names import SaveName
 from launcher.config.schema import Config
 from launcher.data.loader import Batch, Loader
 from launcher.layout.box import Shape
-from launcher.layout.holders import Ranks
 from launcher.layout.layout import Layout
 from launcher.layout.mesh import Mesh
+from launcher.layout.replicas import Ranks
 from launcher.parallel.apply import shards
 from launcher.parallel.gradients import Gradients
 from launcher.parallel.parts import Parts
 from launcher.parallel.world import World
-from launcher.train.compute import Compute, RowCut
+from launcher.train.compute import BatchSharder, Compute
 from launcher.train.interrupts import Interrupts
 from launcher.train.optimizer import MOMENTS, moments
 from launcher.train.scaling import LossScaling
 from launcher.train.state import TrainState, epoch_and_step, to_json
 from launcher.train.step import Limits
-from launcher.weights.links import LinksOf, linked, no_links, shapes_in_files
-from launcher.weights.ranks.redundancy import file_holders
-from launcher.weights.reading.memory import Shard
+from launcher.weights.ranks.redundancy import file_replicas
+from launcher.weights.reading.shard import Shard
 from launcher.weights.source import OPTIMIZER_PREFIXES
+from launcher.weights.tensor_mapping import MappingsOf, mapped, no_mapping, shapes_in_files
 
 
 @dataclass(kw_only=True)
@@ -43,7 +43,7 @@ class TrainRun:
     layout: Layout
     parts: Parts
     compute: Compute
-    row_cut: RowCut
+    batch_sharder: BatchSharder
     gradients: Gradients
     optimizer: torch.optim.Optimizer
     loader: Loader
@@ -52,7 +52,7 @@ class TrainRun:
     steps_per_epoch: int
     total_steps: int
     sink_size: int = 1
-    facts: dict[str, Any]
+    metadata: dict[str, Any]
     """About data, order and model; written into every state file, compared by a resume."""
     write_model_files: Callable[[Path], None] = lambda directory: None
     """Puts config.json and the tokenizer into a folder, so that checkpoints explain themselves."""
@@ -69,17 +69,17 @@ class TrainRun:
     limits: Limits | None = None
     """From which on a step is not sound; None: there are none."""
     has_dropout: bool = False
-    links_of: LinksOf = no_links
+    mappings_of: MappingsOf = no_mapping
     """What the tensors of the model are in files."""
     came_from: str = ""
     """The checkpoint it was resumed from, where that lies in the folder it writes to."""
     inputs: frozenset[Path] = frozenset()
     """Files and folders the run was started from, resolved; retention leaves them alone."""
     state: TrainState = field(default_factory=TrainState)
-    is_whole: bool = True
+    is_consistent: bool = True
     """Whether weights and moments belong to one step: not in the middle of an update."""
     interrupts: Interrupts = field(default_factory=Interrupts)
-    say: Callable[[str], None] = print
+    log: Callable[[str], None] = print
     report_row: Callable[[dict[str, Any]], None] = lambda row: None
     """Adds a row to `metrics.jsonl` (main process; does nothing elsewhere)."""
 
@@ -110,7 +110,7 @@ class TrainRun:
 
     def state_record(self) -> dict[str, Any]:
         """The content of a state file."""
-        return to_json(self.state, self.facts)
+        return to_json(self.state, self.metadata)
 
     def epoch_and_step(self) -> tuple[int, int]:
         """(epoch, step inside it) of the newest optimizer step done, both from 1."""
@@ -119,12 +119,12 @@ class TrainRun:
     def weights(self) -> dict[str, Shard]:
         """This rank's shards of the weights, by Hugging Face name."""
         held = shards(self.parts.named_tensors(), self.layout, self.world.rank)
-        return linked(held, self.links_of)
+        return mapped(held, self.mappings_of)
 
     def shapes_in_files(self, *, optimizer: bool) -> dict[str, Shape]:
         """Every tensor of the whole model as files have it, to its shape; with the moments of those
         that are trained if `optimizer`."""
-        result = shapes_in_files(self.layout.shapes, self.links_of)
+        result = shapes_in_files(self.layout.shapes, self.mappings_of)
         if optimizer:
             moved = self.trained_shapes()
             for prefix in OPTIMIZER_PREFIXES:
@@ -138,17 +138,19 @@ class TrainRun:
             for name, parameter in self.parts.named_parameters().items()
             if parameter.requires_grad
         }
-        return linked(shards(trained, self.layout, self.world.rank), self.links_of)
+        return mapped(shards(trained, self.layout, self.world.rank), self.mappings_of)
 
     def trained_shapes(self) -> dict[str, Shape]:
         """Every tensor that is trained, of the whole model, as files have it, to its shape."""
         shapes = self.layout.shapes
-        trained = {name: shape for name, shape in shapes.items() if self.layout.cut(name).sharded}
-        return shapes_in_files(trained, self.links_of)
+        trained = {
+            name: shape for name, shape in shapes.items() if self.layout.spec_of(name).sharded
+        }
+        return shapes_in_files(trained, self.mappings_of)
 
-    def holders(self) -> dict[str, Ranks]:
+    def replica_ranks(self) -> dict[str, Ranks]:
         """The ranks that hold the same as this one, of each tensor it saves, by file name."""
-        return file_holders(self.layout, self.world.rank, self.links_of)
+        return file_replicas(self.layout, self.world.rank, self.mappings_of)
 
     def optimizer_state(self) -> dict[str, Shard]:
         """This rank's shards of the optimizer's moments, by file name."""
@@ -159,6 +161,6 @@ class TrainRun:
                 name.removeprefix(f"{prefix}."): tensor
                 for name, tensor in state.items() if name.startswith(f"{prefix}.")
             }  # fmt: skip
-            held = linked(shards(mine, self.layout, self.world.rank), self.links_of)
+            held = mapped(shards(mine, self.layout, self.world.rank), self.mappings_of)
             result |= {f"{prefix}.{name}": shard for name, shard in held.items()}
         return result

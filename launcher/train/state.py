@@ -50,9 +50,9 @@ class TrainState:
         return replace(self, global_step=self.consumed_samples // global_batch)
 
 
-def to_json(state: TrainState, facts: dict[str, Any]) -> dict[str, Any]:
+def to_json(state: TrainState, metadata: dict[str, Any]) -> dict[str, Any]:
     """The content of a state file: the state, and facts about the run that a resume checks."""
-    return {"version": STATE_VERSION, **asdict(state), **facts}
+    return {"version": STATE_VERSION, **asdict(state), **metadata}
 
 
 def from_json(content: dict[str, Any], where: str) -> TrainState:

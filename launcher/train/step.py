@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from launcher.data.loader import Batch, StepData
-from launcher.train.compute import Rows
+from launcher.train.compute import MicroBatch
 from launcher.train.optimizer import clip_gradients, set_learning_rate
 from launcher.train.random import mix, sample_seeds
 from launcher.train.scaling import unscale_gradients
@@ -52,7 +52,7 @@ def train_step(run: TrainRun, data: StepData, learning_rate: float) -> torch.Ten
     """
     targets = max(data.target_tokens, 1)
     run.parts.train()
-    rows = [training_rows(run, batch) for batch in data.batches]
+    rows = [micro_batch_of(run, batch) for batch in data.batches]
     loss_sum = run.compute.train(rows, run.state.loss_scale / targets)
     run.gradients.finish()
     if run.scaling is not None:
@@ -60,14 +60,16 @@ def train_step(run: TrainRun, data: StepData, learning_rate: float) -> torch.Ten
     requests = torch.tensor(run.interrupts.as_values()).to(run.world.device, non_blocking=True)
     own = torch.stack([loss_sum / targets, run.gradients.squared_norm()])
     watched = run.gradients.squared_norm_of_embedding()
-    sums = run.world.sum(torch.cat([own, requests, *([] if watched is None else [watched])]))
-    norm = sums[SQUARED_NORM].sqrt_()
+    grad_all_reduce = run.world.sum(
+        torch.cat([own, requests, *([] if watched is None else [watched])])
+    )
+    norm = grad_all_reduce[SQUARED_NORM].sqrt_()
     if watched is not None:
-        sums[-1].sqrt_()
-    if not (_overflowed(run, norm) or _is_skipped(run, sums)):
+        grad_all_reduce[-1].sqrt_()
+    if not (_overflowed(run, norm) or _is_skipped(run, grad_all_reduce)):
         _update(run, norm, learning_rate)
     run.optimizer.zero_grad(set_to_none=True)
-    return sums
+    return grad_all_reduce
 
 
 def _overflowed(run: TrainRun, norm: torch.Tensor) -> bool:
@@ -79,11 +81,11 @@ def _overflowed(run: TrainRun, norm: torch.Tensor) -> bool:
     return overflow
 
 
-def _is_skipped(run: TrainRun, sums: torch.Tensor) -> bool:
+def _is_skipped(run: TrainRun, grad_all_reduce: torch.Tensor) -> bool:
     """Whether limits are passed, where there are any. The host waits for the sums then."""
     if run.limits is None or not run.limits.skips:
         return False
-    loss, norm = sums[: SQUARED_NORM + 1].tolist()
+    loss, norm = grad_all_reduce[: SQUARED_NORM + 1].tolist()
     return run.limits.are_passed(norm, loss)
 
 
@@ -92,13 +94,13 @@ def _update(run: TrainRun, norm: torch.Tensor, learning_rate: float) -> None:
     if run.max_gradient_norm is not None:
         clip_gradients(run.parameters, norm, run.max_gradient_norm)
     set_learning_rate(run.optimizer, learning_rate)
-    run.is_whole = False
+    run.is_consistent = False
     run.optimizer.step()
     run.state.updates += 1
-    run.is_whole = True
+    run.is_consistent = True
 
 
-def training_rows(run: TrainRun, batch: Batch) -> Rows:
+def micro_batch_of(run: TrainRun, batch: Batch) -> MicroBatch:
     """One micro-batch on the device, with what training has beside: seeds, the balance loss."""
     more: dict[str, Any] = {}
     if run.balance is not None:
@@ -107,7 +109,7 @@ def training_rows(run: TrainRun, batch: Batch) -> Rows:
         step = run.state.global_step
         more["seeds"] = sample_seeds(run.seed, step, batch.sample_ids)
         more["seed"] = mix(run.seed, step, int(batch.sample_ids[0]))
-    return run.row_cut(batch, **more)
+    return run.batch_sharder(batch, **more)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,7 +23,7 @@ from typing import Any
 CALLS = {
     "unified_safetensors": "launcher.weights.offline.merge",
     "load_distributed_checkpoint": "launcher.weights.offline.slicing",
-    "merge_pipeline_strategys": "launcher.weights.ranks.strategies",
+    "merge_pipeline_strategys": "launcher.mindspore.strategy_files",
     "ckpt_to_safetensors": "launcher.weights.offline.convert",
     "verify": "launcher.weights.offline.inspection",
     "list_checkpoints": "launcher.weights.offline.listing",

@@ -34,7 +34,7 @@ class Pieces(tuple[Piece, ...]):
     """
 
     @cached_property
-    def holders(self) -> dict[Box, list[Piece]]:
+    def replica_ranks(self) -> dict[Box, list[Piece]]:
         """Every box that is not empty, to the pieces that hold just that box."""
         found: dict[Box, list[Piece]] = {}
         for piece in self:
@@ -45,9 +45,9 @@ class Pieces(tuple[Piece, ...]):
     @cached_property
     def _grid(self) -> tuple[dict[Shape, Box], list[list[int]]] | None:
         """(box by offset, lines of each dim); None when the boxes form no grid."""
-        boxes = {box.offset: box for box in self.holders}
+        boxes = {box.offset: box for box in self.replica_ranks}
         lines = [sorted(set(starts)) for starts in zip(*boxes, strict=True)]
-        if len(boxes) < len(self.holders) or math.prod(map(len, lines)) != len(boxes):
+        if len(boxes) < len(self.replica_ranks) or math.prod(map(len, lines)) != len(boxes):
             return None
         for box in boxes.values():
             for start, size, line in zip(box.offset, box.size, lines, strict=True):
@@ -66,11 +66,11 @@ class Pieces(tuple[Piece, ...]):
         for candidate in self._candidates(box):
             overlap = box.intersect(candidate)
             if overlap is not None:
-                yield self.holders[candidate], overlap
+                yield self.replica_ranks[candidate], overlap
 
     def _candidates(self, box: Box) -> Iterable[Box]:
         if self._grid is None:
-            return self.holders
+            return self.replica_ranks
         boxes, lines = self._grid
         ranges = [
             line[max(bisect_right(line, start) - 1, 0) : bisect_left(line, start + size)]
@@ -83,5 +83,5 @@ class Pieces(tuple[Piece, ...]):
         """Whether no two different boxes share an element."""
         if len(self) == 1 or self._grid is not None:
             return True
-        pairs = itertools.combinations(self.holders, 2)
+        pairs = itertools.combinations(self.replica_ranks, 2)
         return all(a.intersect(b) is None for a, b in pairs)

@@ -28,9 +28,9 @@ from launcher.weights.complete import (
     may_be_left_out,
 )
 from launcher.weights.formats import header_of
-from launcher.weights.formats.note import Checksums
+from launcher.weights.formats.rank_metadata import Checksums
 from launcher.weights.formats.safetensors import Entry, Header
-from launcher.weights.garbage import none_collected
+from launcher.weights.gc_pause import gc_paused
 from launcher.weights.indexes import (
     INDEX_NAME,
     INDEX_NAMES,
@@ -203,7 +203,7 @@ def check_one_kind(path: Path) -> None:
         )
 
 
-@none_collected()
+@gc_paused()
 def open_complete(path: Path) -> Source:
     """The source at `path`: one file, or a directory of complete weights. Raises `UserError`."""
     if not os.path.isdir(path):

@@ -14,7 +14,7 @@ from launcher.checkpoint.names import SaveName
 from launcher.checkpoint.store import Store
 from launcher.layout.mesh import Mesh
 from launcher.parallel.world import World
-from launcher.weights.formats.note import inventory_of
+from launcher.weights.formats.rank_metadata import inventory_of
 from tests.tools.checkpoints import held
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -27,7 +27,7 @@ class Crewmate(World):
     table: list[Any]
     meeting: threading.Barrier
 
-    def patiently(self) -> World:
+    def with_long_timeout(self) -> World:
         """These ranks wait as long as ever."""
         return self
 

@@ -104,28 +104,28 @@ class Watch:
         return None
 
 
-def place(folder: Path, rank: int, world_size: int, disks: int) -> Path:
+def place(folder: Path, rank: int, world_size: int, filesystems: int) -> Path:
     """The current directory of a rank: one for all, or one for the ranks of each disk."""
-    return folder if disks == 1 else folder / f"disk_{rank * disks // world_size}"
+    return folder if filesystems == 1 else folder / f"disk_{rank * filesystems // world_size}"
 
 
 def operations(
-    folder: Path, arguments: Sequence[str], world_size: int, disks: int = 1
+    folder: Path, arguments: Sequence[str], world_size: int, filesystems: int = 1
 ) -> list[list[Operation]]:
     """What each rank of an undisturbed run does on the files of its checkpoints."""
-    codes = _run(folder, arguments, world_size, None, disks=disks)
-    places = [place(folder, rank, world_size, disks) for rank in range(world_size)]
+    codes = _run(folder, arguments, world_size, None, filesystems=filesystems)
+    places = [place(folder, rank, world_size, filesystems) for rank in range(world_size)]
     assert codes == [0] * world_size, (places[0] / "rank_0.log").read_text()
     rows = [json.loads((at / f"operations_{r}.json").read_text()) for r, at in enumerate(places)]
     return [[Operation(*row) for row in done] for done in rows]
 
 
 def run_killed(
-    folder: Path, arguments: Sequence[str], world_size: int, fault: Fault, disks: int = 1
+    folder: Path, arguments: Sequence[str], world_size: int, fault: Fault, filesystems: int = 1
 ) -> None:
     """A run in which `fault` happens; the other ranks are killed when they are alone."""
-    codes = _run(folder, arguments, world_size, fault, disks=disks)
-    log = place(folder, fault.rank, world_size, disks) / f"rank_{fault.rank}.log"
+    codes = _run(folder, arguments, world_size, fault, filesystems=filesystems)
+    log = place(folder, fault.rank, world_size, filesystems) / f"rank_{fault.rank}.log"
     assert codes[fault.rank] == -signal.SIGKILL, log.read_text()
 
 
@@ -139,7 +139,7 @@ def run_killed_after(
 
 def _run(
     folder: Path, arguments: Sequence[str], world_size: int, fault: Fault | None,
-    after: float | None = None, disks: int = 1,
+    after: float | None = None, filesystems: int = 1,
 ) -> list[int]:  # fmt: skip
     context, port = _context(), free_port()
     processes = [
@@ -149,7 +149,7 @@ def _run(
                 rank,
                 world_size,
                 port,
-                str(place(folder, rank, world_size, disks)),
+                str(place(folder, rank, world_size, filesystems)),
                 list(arguments),
                 fault,
             ),

@@ -9,7 +9,7 @@ import pytest
 from launcher.checkpoint import cost
 from launcher.checkpoint.cost import Forecast, Pace, forecast, kept_saves
 from launcher.checkpoint.store import Store
-from launcher.parallel.disks import Disks
+from launcher.parallel.filesystems import FilesystemGroups
 from launcher.parallel.world import World
 from tests.checkpoint.crew import together
 
@@ -59,11 +59,11 @@ def test_how_many_saves_stay(arguments: dict[str, int], expected: int | None) ->
 
 def test_each_disk_has_figures_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cost, "free_bytes", lambda root: 30 if root.name == "a" else 1000)
-    disks = Disks(((0, 1), (2,)))
+    filesystems = FilesystemGroups(((0, 1), (2,)))
 
     def work(world: World) -> list[Forecast]:
         root = tmp_path / ("a" if world.rank < 2 else "b")
-        return forecast(Store(root, "CKP", 0, 5, disks=disks), [3, 4, 5], 2, world)
+        return forecast(Store(root, "CKP", 0, 5, filesystems=filesystems), [3, 4, 5], 2, world)
 
     found = together(3, work)[0]
     assert [(f.save_bytes, f.free_bytes) for f in found] == [(7, 30), (5, 1000)]

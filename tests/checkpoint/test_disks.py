@@ -13,29 +13,34 @@ from typing import Any
 import pytest
 import torch
 
-from launcher.checkpoint.folder import see
-from launcher.checkpoint.leftovers import clean_disks
+from launcher.checkpoint.cleanup import clean_filesystems
+from launcher.checkpoint.folder import scan
 from launcher.checkpoint.names import SaveName
-from launcher.checkpoint.opening import open_weights
-from launcher.checkpoint.published import intent, published
+from launcher.checkpoint.published import in_progress_marker, published
+from launcher.checkpoint.resolve import open_weights
 from launcher.checkpoint.resume import Chosen, choose
 from launcher.checkpoint.store import Saved, Store
 from launcher.errors import UserError
 from launcher.layout.box import Box
 from launcher.layout.mesh import Mesh
-from launcher.parallel import disks as module
-from launcher.parallel.disks import ONE_DISK, Disks, by_machine, find_disks
+from launcher.parallel import filesystems as module
+from launcher.parallel.filesystems import (
+    ONE_FILESYSTEM,
+    FilesystemGroups,
+    find_filesystem_groups,
+    one_per_machine,
+)
 from launcher.parallel.world import World
 from launcher.weights import list_checkpoints, verify
 from launcher.weights.reading.load import load
-from launcher.weights.reading.memory import Shard
+from launcher.weights.reading.shard import Shard
 from tests.checkpoint.crew import together
 from tests.config.weight_files import safetensors
 from tests.tools.checkpoints import held
 
 MESH = Mesh(dp_shard=4)
 WORLD = 4
-TWO = Disks(((0, 1), (2, 3)))
+TWO = FilesystemGroups(((0, 1), (2, 3)))
 NAMED = {"w": torch.arange(8.0)}
 
 
@@ -55,7 +60,9 @@ class Nodes:
 
         def work(world: World) -> Saved | UserError:
             root = self.of(world)
-            store = Store(root, "CKP", counter, keep, disks=find_disks(root, world))
+            store = Store(
+                root, "CKP", counter, keep, filesystems=find_filesystem_groups(root, world)
+            )
             try:
                 return store.save(name, held(NAMED, mesh, world.rank), {"global_step": step},
                                   mesh=mesh, world=world)  # fmt: skip
@@ -69,8 +76,8 @@ class Nodes:
         said: list[str] = []
 
         def work(world: World) -> Chosen | None:
-            say = said.append if world.is_main else lambda text: None
-            return choose(self.of(world), True, world, say)
+            log = said.append if world.is_main else lambda text: None
+            return choose(self.of(world), True, world, log)
 
         return together(WORLD, work), said
 
@@ -79,7 +86,7 @@ class Nodes:
         return [[found.name.step for found in published(folder)] for folder in self.folders]
 
     def clean(self) -> list[int]:
-        return together(WORLD, lambda w: clean_disks(self.of(w), TWO, w))
+        return together(WORLD, lambda w: clean_filesystems(self.of(w), TWO, w))
 
     def left(self) -> set[str]:
         """The files on both disks, `meta.json` apart."""
@@ -97,7 +104,7 @@ def nodes(tmp_path: Path) -> Nodes:
 
 def test_ranks_of_one_machine_and_folder_see_one_disk_and_nothing_is_written(tmp_path) -> None:
     folder = tmp_path / "output" / "checkpoint"
-    assert together(3, lambda w: find_disks(folder, w)) == [ONE_DISK] * 3
+    assert together(3, lambda w: find_filesystem_groups(folder, w)) == [ONE_FILESYSTEM] * 3
     assert not folder.parent.exists()
 
 
@@ -105,7 +112,7 @@ def test_a_token_tells_disks_apart_and_is_gone_again(nodes: Nodes) -> None:
     for folder in nodes.folders:
         folder.mkdir(parents=True)
         (folder / f"{module.TOKEN}left").touch()  # by a crash
-    assert together(WORLD, lambda w: find_disks(nodes.of(w), w)) == [TWO] * WORLD
+    assert together(WORLD, lambda w: find_filesystem_groups(nodes.of(w), w)) == [TWO] * WORLD
     assert [list(folder.iterdir()) for folder in nodes.folders] == [[], []]
 
 
@@ -118,17 +125,22 @@ def test_machines_that_share_a_disk_see_one(tmp_path, monkeypatch) -> None:
         return (machine, *plain(folder))
 
     monkeypatch.setattr(module, "_place", place)
-    assert together(3, lambda w: by_machine(tmp_path, w).are_several) == [True] * 3
-    assert together(3, lambda w: find_disks(tmp_path, w)) == [ONE_DISK] * 3
+    assert together(3, lambda w: one_per_machine(tmp_path, w).are_several) == [True] * 3
+    assert together(3, lambda w: find_filesystem_groups(tmp_path, w)) == [ONE_FILESYSTEM] * 3
     assert list(tmp_path.iterdir()) == []
 
 
 def test_who_leads_and_what_falls_to_whom() -> None:
     worlds = [World(rank, WORLD, torch.device("cpu")) for rank in range(WORLD)]
-    assert [TWO.leads(world) for world in worlds] == [True, False, True, False]
+    assert [TWO.is_leader(world) for world in worlds] == [True, False, True, False]
     assert [range(5)[TWO.share(world)] for world in worlds] == [range(0, 5, 2), range(1, 5, 2)] * 2
-    assert [ONE_DISK.leads(world) for world in worlds] == [True, False, False, False]
-    assert [list(range(5)[ONE_DISK.share(world)]) for world in worlds] == [[0, 4], [1], [2], [3]]
+    assert [ONE_FILESYSTEM.is_leader(world) for world in worlds] == [True, False, False, False]
+    assert [list(range(5)[ONE_FILESYSTEM.share(world)]) for world in worlds] == [
+        [0, 4],
+        [1],
+        [2],
+        [3],
+    ]
 
 
 def test_a_folder_that_cannot_be_made_is_the_error_of_all(nodes: Nodes) -> None:
@@ -136,7 +148,7 @@ def test_a_folder_that_cannot_be_made_is_the_error_of_all(nodes: Nodes) -> None:
 
     def work(world: World) -> str:
         with pytest.raises(UserError) as caught:
-            find_disks(nodes.of(world), world)
+            find_filesystem_groups(nodes.of(world), world)
         return str(caught.value)
 
     (text,) = set(together(WORLD, work))
@@ -270,12 +282,12 @@ def test_tools_look_at_what_lies_on_one_disk(nodes: Nodes) -> None:
     (row,) = list_checkpoints(nodes.folders[1])
     assert row.state == "whole, but 2 of its files lie on other disks (ranks 0, 1)"
     verdict = verify(nodes.folders[1])
-    assert (verdict.is_whole, verdict.files) == (True, 2)
+    assert (verdict.is_complete, verdict.files) == (True, 2)
     assert "2 of its files lie on other disks (ranks 0, 1): not checked" in verdict.remarks[0]
     (nodes.folders[1] / "rank_3/CKP_rank_3-1_1.safetensors").unlink()
     (row,) = list_checkpoints(nodes.folders[1])
     assert "damaged: rank 3: " in row.state
-    assert not verify(nodes.folders[1]).is_whole
+    assert not verify(nodes.folders[1]).is_complete
 
 
 def test_a_file_that_one_disk_has_stands_for_its_save(nodes: Nodes) -> None:
@@ -326,7 +338,7 @@ def test_all_ranks_hear_that_one_disk_has_a_folder_and_nothing_in_it(tmp_path) -
 
 
 @pytest.mark.parametrize("node", [0, 1])
-@pytest.mark.parametrize("moment", ["_prepare", "_write", "_draft", "_publish"])
+@pytest.mark.parametrize("moment", ["_prepare", "_write", "_manifest_inputs", "_publish"])
 def test_a_save_that_fails_on_one_disk_is_nowhere(
     nodes: Nodes, monkeypatch, moment: str, node: int
 ) -> None:
@@ -365,7 +377,9 @@ def test_a_crash_between_two_manifests_is_cleared_away_on_both_disks(
     nodes.save(1)
     before = nodes.left()
     nodes.save(2)
-    (nodes.folders[node] / "manifest" / name.record).rename(intent(nodes.folders[node], name))
+    (nodes.folders[node] / "manifest" / name.record).rename(
+        in_progress_marker(nodes.folders[node], name)
+    )
     chosen, said = nodes.choose()
     assert [found and (found.name.step, found.is_newest) for found in chosen] == [(1, True)] * 4
     leader = 2 * node
@@ -377,7 +391,7 @@ def test_a_crash_between_two_manifests_is_cleared_away_on_both_disks(
 
 def test_a_crash_of_the_first_save_is_a_fresh_start(nodes: Nodes) -> None:
     name = nodes.save(1) and SaveName("CKP", 0, 1, 1)
-    (nodes.folders[1] / "manifest" / name.record).rename(intent(nodes.folders[1], name))
+    (nodes.folders[1] / "manifest" / name.record).rename(in_progress_marker(nodes.folders[1], name))
     chosen, said = nodes.choose()
     assert chosen == [None] * WORLD
     assert len(said) == 1
@@ -392,7 +406,7 @@ def test_leftovers_on_one_disk_are_cleaned_by_its_leader(nodes: Nodes) -> None:
         for path in (folder / record, *folder.glob("rank_*")):
             for file in path.glob("*1_2.*"):
                 file.unlink()
-    (nodes.folders[1] / "manifest" / name.record).rename(intent(nodes.folders[1], name))
+    (nodes.folders[1] / "manifest" / name.record).rename(in_progress_marker(nodes.folders[1], name))
     (nodes.folders[1] / "rank_2/.CKP_rank_2-1_2.safetensors.tmp").write_bytes(b"half")
     (nodes.folders[0] / "state" / name.record).unlink()
     assert nodes.clean() == [2] * WORLD
@@ -408,7 +422,9 @@ def test_saves_of_a_shared_disk_count_without_asking_all(tmp_path) -> None:
             mesh=Mesh(), world=World(0, 1, torch.device("cpu")),
         )  # fmt: skip
     (nodes.folders[1] / "manifest/CKP-1_1.json").unlink()
-    seen = together(WORLD, lambda w: see(nodes.of(w), w))
-    assert [(len(found.candidates), list(found.halves)) for found in seen] == [(1, [])] * WORLD
+    seen = together(WORLD, lambda w: scan(nodes.of(w), w))
+    assert [(len(found.candidates), list(found.partial_saves)) for found in seen] == [
+        (1, [])
+    ] * WORLD
     chosen, _ = nodes.choose()
     assert [found and found.name.step for found in chosen] == [1] * WORLD

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from launcher.checkpoint.published import published
-from launcher.parallel.disks import TOKEN
+from launcher.parallel.filesystems import TOKEN
 from tests.checkpoint.killing import Fault, Operation, operations, place, run_killed
 from tests.checkpoint.test_kills import faults_of
 from tests.ranks import JobResult, _job, run_ranks
@@ -34,8 +34,8 @@ class Killed:
 
     def __init__(self, workshop: Workshop) -> None:
         self.workshop, self.folder = workshop, workshop.folder
-        self.disks = [place(self.folder, rank, WORLD, DISKS) for rank in (0, 2)]
-        for disk in self.disks:
+        self.filesystems = [place(self.folder, rank, WORLD, DISKS) for rank in (0, 2)]
+        for disk in self.filesystems:
             disk.mkdir()
         name = workshop.yaml(
             output_dir=str(self.folder / "output"),
@@ -55,7 +55,7 @@ class Killed:
         self.expected, self.losses = self.left(), workshop.losses()
 
     def roots(self) -> list[Path]:
-        return [disk / "output" / "checkpoint" for disk in self.disks]
+        return [disk / "output" / "checkpoint" for disk in self.filesystems]
 
     def left(self) -> dict[str, bytes]:
         """What lies on the disks; of manifests, which have a time, the name."""
@@ -71,7 +71,7 @@ class Killed:
 
     def die(self, fault: Fault) -> None:
         """Kill a fresh run there, and see that it goes on as if nothing had been."""
-        for folder in (self.folder, *self.disks):
+        for folder in (self.folder, *self.filesystems):
             shutil.rmtree(folder / "output", ignore_errors=True)
         run_killed(self.folder, self.arguments, WORLD, fault, DISKS)
         on_disks = [{c.manifest["global_step"] for c in published(root)} for root in self.roots()]

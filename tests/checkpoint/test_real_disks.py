@@ -25,7 +25,7 @@ ARGUMENTS = ["--config", "run.yaml", "--run_mode", "train"]
 Outcome = tuple[int, str, str]
 
 
-def apart(function: Callable[..., Any], *arguments: object) -> Any:
+def in_own_mounts(function: Callable[..., Any], *arguments: object) -> Any:
     """`function` in a process with mounts of its own."""
     found = run_ranks(1, _apart, function, arguments)[0]
     if isinstance(found, mounts.NotAllowed):
@@ -72,7 +72,7 @@ def test_a_full_disk_costs_the_saves_that_do_not_fit(workshop: Workshop, asked: 
     save = workshop.folder / "plenty/checkpoint/rank_0/CKP_rank_0-1_4.safetensors"
     nbytes = int(2.5 * save.stat().st_size) + SMALL_FILES_BYTES * asked
     workshop.yaml(callbacks=[monitor])
-    found = apart(full_disk, workshop.folder, nbytes, asked)
+    found = in_own_mounts(full_disk, workshop.folder, nbytes, asked)
     (code, out, err), kept, files, (again, _, trouble) = found
     assert code == 2, "the last save of a run that ends must be there"
     assert "warning: step 12 was not saved: the checkpoint could not be saved" in out
@@ -107,7 +107,7 @@ def test_a_disk_that_turns_read_only_and_back(workshop: Workshop) -> None:
     (workshop.folder / "mine.py").write_text(TURNING)
     monitor = {"type": "CheckpointMonitor", "save_checkpoint_steps": 5, "directory": "small"}
     workshop.yaml(callbacks=[monitor, {"type": "Turning"}], register_path="mine.py")
-    (code, out, err), saved = apart(turning_disk, workshop.folder)
+    (code, out, err), saved = in_own_mounts(turning_disk, workshop.folder)
     assert code == 0, err
     assert "warning: step 10 was not saved" in out
     assert "Read-only file system" in out
@@ -126,7 +126,7 @@ def test_a_run_reads_from_a_store_that_nobody_may_write_to(workshop: Workshop) -
     workshop.yaml(runner_config={"stop_step": 10, "batch_size": 8, "max_steps": 20})
     assert run_job(ARGUMENTS, workshop.folder).code == 0
     workshop.yaml()
-    inside, elsewhere = apart(read_only_store, workshop.folder)
+    inside, elsewhere = in_own_mounts(read_only_store, workshop.folder)
     assert inside[0] == 2
     assert "Read-only file system" in inside[2]
     assert "output_dir" in inside[2]

@@ -9,17 +9,17 @@ import torch
 from safetensors.torch import load_file
 
 from launcher.checkpoint import saver as module
+from launcher.checkpoint.cleanup import next_counter, remove_unfinished
 from launcher.checkpoint.integrated import FULL, INTEGRATED_FOLDER, folder_of
-from launcher.checkpoint.leftovers import clean_unfinished, next_counter
 from launcher.checkpoint.names import SaveName
-from launcher.checkpoint.published import intent, published
-from launcher.checkpoint.saver import NETWORK, Done, Job, Saver
+from launcher.checkpoint.published import in_progress_marker, published
+from launcher.checkpoint.saver import NETWORK, Saver, SaveRequest, SaveResult
 from launcher.checkpoint.store import Store
 from launcher.errors import UserError
 from launcher.layout.mesh import Mesh
-from launcher.parallel.agreement import agree, attempt
+from launcher.parallel.all_ranks import capture_error, raise_if_any_failed
 from launcher.parallel.world import World
-from launcher.weights.formats.note import inventory_of
+from launcher.weights.formats.rank_metadata import inventory_of
 from tests.checkpoint.crew import ALONE, together
 from tests.tools.checkpoints import held
 
@@ -37,12 +37,12 @@ def saver(root: Path, *, keep: int = 2, inputs: frozenset[Path] = frozenset()) -
     return Saver(stores, MESH, remove_redundancy=False, integrate=True)
 
 
-def job(world: World, step: int) -> Job:
+def job(world: World, step: int) -> SaveRequest:
     contents = {
         folder: held({name: NAMED[name] for name in names}, MESH, world.rank)
         for folder, names in FOLDERS.items()
     }
-    return Job(step, 1, step, contents, {"global_step": step}, 0.0)
+    return SaveRequest(step, 1, step, contents, {"global_step": step}, 0.0)
 
 
 class Pair:
@@ -51,7 +51,7 @@ class Pair:
     def __init__(self, root: Path, **options) -> None:
         self.savers = [saver(root, **options) for _ in range(2)]
 
-    def write(self, step: int) -> list[Done]:
+    def write(self, step: int) -> list[SaveResult]:
         return together(2, lambda w: self.savers[w.rank].write(job(w, step), w))
 
 
@@ -148,8 +148,8 @@ def test_merged_weights_go_with_a_save_that_was_being_let_go(tmp_path: Path) -> 
     pair.write(1)
     pair.write(2)
     root, name = tmp_path / FULL, SaveName("CKP", 0, 1, 1)
-    (root / "manifest" / name.record).rename(intent(root, name))  # killed here
-    clean_unfinished(root)
+    (root / "manifest" / name.record).rename(in_progress_marker(root, name))  # killed here
+    remove_unfinished(root)
     assert merged(tmp_path) == ["CKP-1_2"]
 
 
@@ -159,7 +159,7 @@ def test_a_save_that_another_run_cleared_away_is_not_published(tmp_path: Path, m
 
     def write_and_lose(self: Store, name: SaveName, *more: object) -> object:
         written = plain(self, name, *more)  # type: ignore[arg-type]
-        clean_unfinished(tmp_path)
+        remove_unfinished(tmp_path)
         return written
 
     monkeypatch.setattr(Store, "_write", write_and_lose)
@@ -171,9 +171,9 @@ def test_a_save_that_another_run_cleared_away_is_not_published(tmp_path: Path, m
 
 def test_any_failure_of_a_rank_is_told_on_all(capsys) -> None:
     def work(world: World) -> str:
-        outcome = attempt(int, "x") if world.rank else ("", None)
+        outcome = capture_error(int, "x") if world.rank else ("", None)
         with pytest.raises(UserError) as caught:
-            agree(world, outcome)
+            raise_if_any_failed(world, outcome)
         return caught.value.problems[0].what
 
     assert set(together(3, work)) == {

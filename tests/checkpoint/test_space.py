@@ -12,7 +12,7 @@ import pytest
 
 from launcher.checkpoint.space import SMALL_FILES_BYTES, bytes_on_host, room_for
 from launcher.errors import UserError
-from launcher.parallel.agreement import agree, attempt
+from launcher.parallel.all_ranks import capture_error, raise_if_any_failed
 from launcher.parallel.world import World
 from tests.checkpoint.crew import ALONE, together
 
@@ -57,7 +57,7 @@ def test_real_folders(tmp_path: Path) -> None:
 def test_a_save_says_so_and_how_to_go_on(monkeypatch, tmp_path: Path) -> None:
     disk(monkeypatch)
     with pytest.raises(UserError) as caught:
-        agree(ALONE, attempt(room_for, tmp_path, 12_345_678_900))
+        raise_if_any_failed(ALONE, capture_error(room_for, tmp_path, 12_345_678_900))
     assert str(caught.value).startswith(
         "the checkpoint could not be saved: rank 0: no room: 12,345.7 MB are to be written, 4.1 MB "
         f"are free ({tmp_path}): every rank's file must be written."

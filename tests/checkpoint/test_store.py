@@ -11,22 +11,22 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from launcher.checkpoint.leftovers import clean_unfinished, next_counter
+from launcher.checkpoint.cleanup import next_counter, remove_unfinished
 from launcher.checkpoint.names import (
     SaveName,
     epoch_and_step_in_name,
     global_step_of_name,
     parse_rank_file,
 )
-from launcher.checkpoint.opening import open_weights
-from launcher.checkpoint.published import Published, intent, published
+from launcher.checkpoint.published import Published, in_progress_marker, published
+from launcher.checkpoint.resolve import open_weights
 from launcher.checkpoint.resume import choose
 from launcher.checkpoint.store import Store
 from launcher.errors import UserError
 from launcher.layout.box import whole
 from launcher.layout.mesh import Mesh
 from launcher.parallel.world import World
-from launcher.weights.reading.memory import Shard
+from launcher.weights.reading.shard import Shard
 from tests.ranks import run_ranks
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -159,7 +159,7 @@ def test_a_new_run_takes_the_next_counter(tmp_path) -> None:
 def crash_while_saving(root: Path, step: int, *, prefix: str = "CKP") -> SaveName:
     """What is there when a process is killed after its rank file, before the manifest."""
     name = save(root, step, prefix=prefix)
-    (root / "manifest" / name.record).rename(intent(root, name))
+    (root / "manifest" / name.record).rename(in_progress_marker(root, name))
     return name
 
 
@@ -171,7 +171,7 @@ def test_a_crash_leaves_nothing_behind_and_strangers_stay(tmp_path) -> None:
     copied = folder / "CKP_rank_0-1_40.safetensors"  # put here by the user, without a manifest
     copied.write_bytes((folder / "CKP_rank_0-1_10.safetensors").read_bytes())
     (folder / "notes.txt").write_text("mine")
-    removed = {path.name for path in clean_unfinished(tmp_path)}
+    removed = {path.name for path in remove_unfinished(tmp_path)}
     assert removed == {
         ".CKP-1_20.json.tmp", ".CKP_rank_0-1_20.safetensors.tmp", "CKP_rank_0-1_20.safetensors",
         "CKP-1_20.json",
@@ -180,7 +180,7 @@ def test_a_crash_leaves_nothing_behind_and_strangers_stay(tmp_path) -> None:
         "CKP_rank_0-1_10.safetensors", copied.name, "notes.txt", "meta.json",
     }  # fmt: skip
     assert [path.name for path in (tmp_path / "state").iterdir()] == ["CKP-1_10.json"]
-    assert clean_unfinished(tmp_path) == []
+    assert remove_unfinished(tmp_path) == []
 
 
 def test_a_first_save_that_was_never_finished_is_a_fresh_start(tmp_path) -> None:

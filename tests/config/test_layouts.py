@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from launcher.config import derived, rules
-from launcher.config.checks.pipeline import mended
+from launcher.config.checks.pipeline import corrected
 from launcher.config.resolve import resolve
 from launcher.config.schema import Config
 from models.families import model_spec
@@ -741,7 +741,7 @@ def test_ways_to_share_a_sequence(
     ],
 )
 def test_mended_counts(counts: list[int], layers: int, expected: list[int]) -> None:
-    assert mended(counts, layers) == expected
+    assert corrected(counts, layers) == expected
 
 
 def test_the_family_with_experts_is_one_of_ours() -> None:

@@ -58,7 +58,7 @@ CASES = (
     Case(name="copies are there, denied", yaml="load_checkpoint: ranks\nremove_redundancy: True\n",
          says=("remove_redundancy = True: no effect, ranks/rank_0/CKP_rank_0-1_10.safetensors "
                "says False, which counts",)),
-    Case(name="no limit of checkpoints", silent=("keep_checkpoint_max",),
+    Case(name="no limit of checkpoints", no_log=("keep_checkpoint_max",),
          yaml="callbacks: [{type: CheckpointMonitor, keep_checkpoint_max: null}]\n"),
     Case(name="a pointer", errors=1, yaml="load_checkpoint: pointer\n",
          says=("pointer/model.safetensors is a git-lfs pointer of 135 bytes, not the file itself",
@@ -79,7 +79,7 @@ CASES = (
                "words/tokenizer.model is a git-lfs pointer")),
     Case(name="pointers to data", errors=1,
          yaml="eval_dataset: {data_loader: {type: TextDataLoader, dataset_dir: data}}\n",
-         mode="eval", says=("data/b.txt is a git-lfs pointer",), silent=("a.txt",)),
+         mode="eval", says=("data/b.txt is a git-lfs pointer",), no_log=("a.txt",)),
     Case(name="a page", errors=1, yaml="load_checkpoint: page\n",
          says=("page/model.safetensors is a web page (`<!DOCTYPE html> <html><head><title>",)),
     Case(name="an answer", errors=1, yaml="load_checkpoint: answer\n",
@@ -178,7 +178,7 @@ def test_what_is_chosen_and_what_is_said(case: Case, reports: dict[str, Report])
     report = reports[case.name]
     for text in case.says:
         assert text in report.err, report.err
-    for text in case.silent:
+    for text in case.no_log:
         assert text not in report.err, report.err
     assert report.err.count("error: ") == case.errors, report.err
     assert report.code == (2 if case.errors else 0)

@@ -73,7 +73,7 @@ class Case:
     world: int = 1
     mode: str = "train"
     says: tuple[str, ...] = ()
-    silent: tuple[str, ...] = ()
+    no_log: tuple[str, ...] = ()
     """Texts that are not said."""
     errors: int = 0
     env: Mapping[str, str] = field(default_factory=dict)
@@ -100,7 +100,7 @@ CASES = (
          says=("use_parallel = True: not needed, one process was started (see torchrun)",)),
     Case(name="one process need not cut", yaml="load_checkpoint: full\nauto_trans_ckpt: True\n",
          says=("auto_trans_ckpt = True: not needed, full holds complete weights, and one",)),
-    Case(name="two processes cut", world=2, silent=("not needed",),
+    Case(name="two processes cut", world=2, no_log=("not needed",),
          yaml="load_checkpoint: full\nauto_trans_ckpt: True\nuse_parallel: True\n"
               "parallel_config: {data_parallel: 2}\n"),
     Case(name="weights of the model's folder", world=2, mode="finetune", errors=1,
@@ -182,7 +182,7 @@ CASES = (
     Case(name="a strategy for complete weights",
          yaml="load_checkpoint: full\nsrc_strategy_path_or_dir: strategy\n",
          says=("src_strategy_path_or_dir = 'strategy': not needed, full holds complete weights",)),
-    Case(name="a strategy that is needed", silent=("not needed",),
+    Case(name="a strategy that is needed", no_log=("not needed",),
          yaml="load_checkpoint: foreign\nsrc_strategy_path_or_dir: strategy\n"),
     Case(name="a strategy that is not there", errors=1,
          yaml="load_checkpoint: foreign\nsrc_strategy_path_or_dir: strategi\n",
@@ -202,7 +202,7 @@ CASES = (
          says=("busy/unified_checkpoint holds thesis.txt, which no run wrote there as a copy: only "
                "a copy that a former run wrote is replaced. Move it away, or give another "
                "output_dir.",)),
-    Case(name="a copy over a former one", silent=("no run wrote",),
+    Case(name="a copy over a former one", no_log=("no run wrote",),
          yaml="load_checkpoint: two\nsave_unified_checkpoint: True\noutput_dir: again\n"),
     Case(name="a checkpoint of its own, cut anew against the word", errors=1,
          yaml="resume_training: True\nauto_trans_ckpt: False\noutput_dir: earlier\n",
@@ -315,7 +315,7 @@ def test_what_is_loaded_and_what_is_said(case: Case, reports: dict[str, Report])
     report = reports[case.name]
     for text in case.says:
         assert text in report.err, report.err
-    for text in case.silent:
+    for text in case.no_log:
         assert text not in report.err, report.err
     assert report.err.count("error: ") == case.errors, report.err
     assert report.code == (2 if case.errors else 0)
@@ -346,6 +346,6 @@ def test_a_folder_is_ours_only_by_its_record(
     for name, text in (content or {"file": "x"}).items():
         (folder / name).write_text(text)
     assert reason in foreign(folder, "save_unified_checkpoint")
-    link = tmp_path / "link"
-    link.symlink_to(folder)
-    assert "is no folder" in foreign(link, "save_unified_checkpoint")
+    mapping = tmp_path / "link"
+    mapping.symlink_to(folder)
+    assert "is no folder" in foreign(mapping, "save_unified_checkpoint")

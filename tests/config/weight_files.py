@@ -6,7 +6,7 @@ from pathlib import Path
 
 from launcher.layout.box import Box
 from launcher.layout.mesh import Mesh
-from launcher.weights.formats.note import Note
+from launcher.weights.formats.rank_metadata import RankFileMetadata
 from launcher.weights.formats.safetensors import Slot, header_bytes
 
 MINDSPORE_CKPT = b"\x0a\x18\x0a\x01w\x12\x13\x08\x02\x12\x07Float32\x1a\x08" + bytes(8)
@@ -29,7 +29,7 @@ def rank_files(
     """What the ranks of `mesh` would save of a tensor `w` that has two rows for each."""
     for rank in range(mesh.world_size):
         places = {"w": ((2 * mesh.world_size,), Box((2 * rank,), (2,)))}
-        note = Note(mesh.world_size, rank, mesh.sizes(), places)
+        note = RankFileMetadata(mesh.world_size, rank, mesh.sizes(), places)
         metadata = {"format": "pt" if is_ours else "ms", "remove_redundancy": str(deduplicated)}
         own = {"slipway": note.text(("0" * 16,))} if is_ours else {}
         file = root / f"rank_{rank}" / f"{name.format(rank)}.safetensors"

@@ -76,7 +76,7 @@ def build(tmp_path: Path, tokenizer: PreTrainedTokenizerFast, said: list[str]) -
             seq_length=seq_length,
             cache_dir=cache_dir,
             once=lambda prepare: prepare(),
-            say=said.append,
+            log=said.append,
         )
 
     return make

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from launcher.data.chat import tokenise_conversations
+from launcher.data.chat import tokenize_conversations
 from launcher.data.conversations import Conversation
 from launcher.data.templates import DEFAULT_CHAT_TEMPLATE
 from launcher.errors import UserError
@@ -65,7 +65,7 @@ def samples_of(
         Conversation(where=f"data.jsonl:{number}", messages=turns)
         for number, turns in enumerate(conversations, 1)
     ]
-    batches = list(tokenise_conversations(talks, tokenizer, said.append))
+    batches = list(tokenize_conversations(talks, tokenizer, said.append))
     return [sample for batch in batches for sample in batch], said
 
 
@@ -112,7 +112,7 @@ def test_only_answers_and_their_end_are_learnt(
     (sample,), _ = samples_of(own_tokenizer, template, TURNS)
     if not offsets and template is not WITH_GENERATION:
         talk = Conversation(where="x", messages=TURNS)
-        ((sample,),) = list(tokenise_conversations([talk], used, lambda _: None))
+        ((sample,),) = list(tokenize_conversations([talk], used, lambda _: None))
     assert learnt(own_tokenizer, sample) == expected
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from launcher.data.chat import tokenise_conversations
+from launcher.data.chat import tokenize_conversations
 from launcher.data.conversations import Conversation
 from launcher.errors import UserError
 
@@ -50,7 +50,7 @@ def runs_of(tokenizer: Any, template: str, turns: list[dict[str, Any]]) -> list[
     """The runs of learnt tokens of a conversation, as text."""
     tokenizer.chat_template = template
     talk = Conversation(where="d.jsonl:1", messages=turns)
-    ((sample,),) = tokenise_conversations([talk], tokenizer, lambda _: None)
+    ((sample,),) = tokenize_conversations([talk], tokenizer, lambda _: None)
     runs: list[list[int]] = [[]]
     for token, is_target in zip(sample.tokens, sample.is_target, strict=True):
         if is_target:

@@ -9,19 +9,23 @@ from typing import Any
 import numpy as np
 import pytest
 
-from launcher.assembly.data import _check_same
+from launcher.builders.data import _check_same
 from launcher.config.schema import DataLoaderSection, DatasetSection
 from launcher.data.build import build_dataset
 from launcher.errors import UserError
-from launcher.parallel.disks import ONE_DISK, Disks
+from launcher.parallel.filesystems import ONE_FILESYSTEM, FilesystemGroups
 from launcher.parallel.world import World
 from tests.checkpoint.crew import together
 
-TWO_DISKS = Disks(((0, 1), (2, 3)))
+TWO_DISKS = FilesystemGroups(((0, 1), (2, 3)))
 
 
 def build_on(
-    size: int, place: Path, tokenizer: Any, caches: list[Path], disks: Disks = ONE_DISK
+    size: int,
+    place: Path,
+    tokenizer: Any,
+    caches: list[Path],
+    disks: FilesystemGroups = ONE_FILESYSTEM,
 ) -> list[Any]:
     """What each rank ends with: a dataset or an error. `caches`: the folder of each rank."""
 
@@ -35,8 +39,8 @@ def build_on(
                 tokenizer=tokenizer,
                 seq_length=8,
                 cache_dir=caches[world.rank],
-                once=lambda prepare: str(disks.here(world, "", prepare)),
-                say=lambda line: None if disks.leads(world) else pytest.fail(line),
+                once=lambda prepare: str(disks.on_own(world, "", prepare)),
+                log=lambda line: None if disks.is_leader(world) else pytest.fail(line),
             )
         except UserError as error:
             return error
@@ -97,7 +101,7 @@ def test_other_files_on_another_machine_are_told(
 
 
 def test_two_runs_at_once_end_with_one_folder(tmp_path: Path, corpus: Path, tokenizer: Any) -> None:
-    each = Disks(((0,), (1,)))  # nobody waits for the other
+    each = FilesystemGroups(((0,), (1,)))  # nobody waits for the other
     first, second = build_on(2, corpus, tokenizer, [tmp_path / "cache"] * 2, each)
     assert first.fingerprint == second.fingerprint
     assert len(list((tmp_path / "cache").glob("*/tokens.bin"))) == 1

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from launcher.config.schema import DataLoaderSection
-from launcher.data.chat import tokenise_conversations
+from launcher.data.chat import tokenize_conversations
 from launcher.data.fields import METADATA, WEIGHTS
 from launcher.data.sources import conversations, documents, source_files
 from launcher.data.strictness import Strictness
@@ -54,13 +54,13 @@ def check_error(error: UserError, path: Path) -> None:
 
 def check_nothing_is_lost(record: dict[str, Any], shown: str, tally: Tally) -> None:
     """Every text of the record is in the tokens, or its field is counted or known as metadata."""
-    places = (tally.unused_fields, tally.hidden_fields, tally.waved_through)
+    places = (tally.unused_fields, tally.hidden_fields, tally.skipped_checks)
     names = [name for found in places for name in found.by_name]
     counted = {name.rpartition("].")[2] for name in names} | {name.split(" ")[0] for name in names}
-    silent = METADATA | set(WEIGHTS) | {"role", "from", "text"}
+    no_log = METADATA | set(WEIGHTS) | {"role", "from", "text"}
     for path, text in texts_in(record):
         is_raw = text.startswith(RAW) or "tools" in path or "tool_calls" in path
-        if path and not is_raw and not silent & set(path) and not counted & set(path):
+        if path and not is_raw and not no_log & set(path) and not counted & set(path):
             assert text.strip() in shown, (path, text)
 
 
@@ -82,7 +82,7 @@ def read_damaged(seed: int, folder: Path) -> str:
     strictness = Strictness(strict=loader.strict_fields, tally=tally)
     try:
         found = list(conversations(loader, source_files(loader), folder / "cache", tally))
-        batches = list(tokenise_conversations(found, tokenizer, lambda _: None, strictness, 10**6))
+        batches = list(tokenize_conversations(found, tokenizer, lambda _: None, strictness, 10**6))
         samples = [sample for batch in batches for sample in batch]
     except UserError as error:
         check_error(error, path)

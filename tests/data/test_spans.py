@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from launcher.data.chat import tokenise_conversations
+from launcher.data.chat import tokenize_conversations
 from launcher.data.conversations import Conversation
 
 from .conftest import CHATML
@@ -55,7 +55,7 @@ def runs_of(tokenizer: Any, template: str, answer: str, *, offsets: bool) -> lis
     turns = [question, {"role": "assistant", "content": answer}] * 2
     used = tokenizer if offsets else WithoutOffsets(tokenizer)
     talk = Conversation(where="d.jsonl:1", messages=turns)
-    ((sample,),) = tokenise_conversations([talk], used, lambda _: None)
+    ((sample,),) = tokenize_conversations([talk], used, lambda _: None)
     runs: list[list[int]] = [[]]
     for token, is_target in zip(sample.tokens, sample.is_target, strict=True):
         if is_target:
@@ -150,7 +150,7 @@ def test_answers_that_the_past_renders_in_another_way(
     tokenizer.chat_template = THOUGHT_IN_LAST
     turns = [{"role": "user", "content": "is it ?"}, {"role": "assistant", **answer}] * 2
     talk = Conversation(where="d.jsonl:1", messages=turns)
-    ((sample,),) = tokenise_conversations([talk], tokenizer, lambda _: None)
+    ((sample,),) = tokenize_conversations([talk], tokenizer, lambda _: None)
     tokens = [t for t, learnt in zip(sample.tokens, sample.is_target, strict=True) if learnt]
     expected = f"{first}<|im_end|><think>\n\n</think>\n\n{last}<|im_end|>"
     assert tokenizer.decode(tokens) == expected

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from launcher.data.chat import tokenise_conversations
+from launcher.data.chat import tokenize_conversations
 from launcher.data.conversations import Conversation
 from launcher.data.strictness import Strictness
 from launcher.data.tally import Tally
@@ -61,7 +61,7 @@ def learnt_of(
         Conversation(where=f"d.jsonl:{number}", messages=turns, **fields)
         for number, turns in enumerate(talks, 1)
     ]
-    batches = tokenise_conversations(found, tokenizer, lambda _: None, strictness, 100)
+    batches = tokenize_conversations(found, tokenizer, lambda _: None, strictness, 100)
     texts = []
     for sample in (sample for batch in batches for sample in batch):
         pairs = zip(sample.tokens, sample.is_target, strict=True)

@@ -113,7 +113,7 @@ def _train_all(folder: str, configs: Sequence[Mapping[str, Any]]) -> list[list[S
 def _train(config: Mapping[str, Any], world: Any) -> list[Samples]:
     """`launcher.modes.train`, with an ear at the loader."""
     from launcher import modes
-    from launcher.assembly.job import Job
+    from launcher.builders.job import Job
     from launcher.config.command_line import parse
     from launcher.config.resolve import resolve_command_line
     from launcher.report.console import Console

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from launcher.checkpoint.published import intent, published
+from launcher.checkpoint.published import in_progress_marker, published
 from tests.ranks import JobResult, _job, run_ranks
 from tests.workshop import Workshop
 
@@ -79,7 +79,7 @@ def test_a_run_goes_on_from_what_both_disks_have(machines: Machines) -> None:
         root = machines.root(node, "parts")
         newest = published(root)[-1]
         if node == "b":
-            newest.manifest_path.rename(intent(root, newest.name))
+            newest.manifest_path.rename(in_progress_marker(root, newest.name))
     result = machines.train("parts", steps=6, monitor={"keep_checkpoint_max": 1})
     assert result.codes == [0] * 4, result.stderr
     assert "passed over CKP-1_4: the disk of rank 2 has no whole manifest of it" in result.stdout
@@ -102,10 +102,10 @@ def test_what_lies_on_another_disk_is_an_error_of_all_ranks(machines: Machines) 
     assert result.codes == [2] * 4, result.stderr
     assert "passed over CKP-1_4: " in result.stdout
     assert "rank_1/CKP_rank_1-1_4.safetensors is missing" in result.stdout
-    told = {line.removeprefix(f"[rank {rank}] ") for rank, line in zip(
+    reported = {line.removeprefix(f"[rank {rank}] ") for rank, line in zip(
         range(4), result.stderr.splitlines(), strict=True)}  # fmt: skip
-    assert len(told) == 1, told
-    assert "rank 1 needs rank_2/CKP_rank_2-1_2.safetensors, rank_3/CKP_rank_3-1_2" in told.pop()
+    assert len(reported) == 1, reported
+    assert "rank 1 needs rank_2/CKP_rank_2-1_2.safetensors, rank_3/CKP_rank_3-1_2" in reported.pop()
     assert machines.saved("run") == [["CKP-1_2", "CKP-1_4"]] * 2
 
 

@@ -158,20 +158,20 @@ def export(workshop: Workshop) -> Path:
 
 def logits_agree(folder: Path) -> None:
     """Our model, filled by our loader from the export, gives the logits of transformers."""
-    from launcher.assembly.layout import model_layout
+    from launcher.builders.layout import model_layout
     from launcher.layout.mesh import Mesh
     from launcher.parallel.apply import shards
     from launcher.parallel.parts import Parts
-    from launcher.weights.links import linked
     from launcher.weights.reading.load import load
     from launcher.weights.source import open_complete
-    from models.build import build_model, links_of, tied_names
+    from launcher.weights.tensor_mapping import mapped
+    from models.build import build_model, mappings_of, tied_names
     from models.families import model_spec
 
     spec = model_spec({}, json.loads((folder / "config.json").read_text()))
     ours = build_model(spec, dtype=torch.float32, device="cpu").eval()
     layout = model_layout(ours, spec, Mesh(), split=None, vocab_emb_dp=True)
-    held = linked(shards(Parts([ours]).named_tensors(), layout, 0), links_of(ours))
+    held = mapped(shards(Parts([ours]).named_tensors(), layout, 0), mappings_of(ours))
     load(held, open_complete(folder), tied=tied_names(ours))
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     ids = torch.randint(0, VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(1))

@@ -129,7 +129,7 @@ def test_a_changed_global_batch_goes_on_by_samples(workshop: Workshop) -> None:
     assert names == {"CKP-1_10.json", "CKP_1-1_22.json"}, "and no name comes twice"
 
 
-def receipt(result: JobResult) -> list[str]:
+def resume_report(result: JobResult) -> list[str]:
     """The lines from `resumed:` to the last that is indented or closes it, one blank for many."""
     lines = result.stdout.splitlines()
     begin = next(n for n, line in enumerate(lines) if line.startswith("resumed:"))
@@ -146,7 +146,7 @@ def test_the_receipt_of_a_run_without_its_newest_checkpoint(workshop: Workshop) 
     for file in (workshop.folder / "output/checkpoint").rglob("*1_20*"):
         file.unlink()
     result = run(workshop, name, 2, "--resume_training", "True")
-    assert receipt(result) == [
+    assert resume_report(result) == [
         "resumed: CKP-1_10 of output/checkpoint, step 10 of 20",
         "saved by 2 ranks (dp_replicate 2) after 80 samples, 2560 tokens",
         "restored weights, optimizer state, schedule, data position, random numbers",
@@ -162,7 +162,7 @@ def test_the_receipt_names_what_changed_since(workshop: Workshop) -> None:
                 "--train_dataset.seed", "7", "--output_dir", "other",
                 "--load_checkpoint", "output/checkpoint", "--parallel_config.data_parallel", "2",
                 "--batch_size", "4")  # fmt: skip
-    assert receipt(moved)[2:] == [
+    assert resume_report(moved)[2:] == [
         "restored weights, optimizer state, schedule, data position",
         "changed since:",
         "layout 1 rank (not cut) -> 2 ranks (dp_replicate 2)",

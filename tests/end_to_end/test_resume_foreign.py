@@ -16,9 +16,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from launcher.mindspore.rank_weights import open_mindspore_ranks
+from launcher.mindspore.strategy_files import read_strategy
 from launcher.weights.offline.export import write_complete
-from launcher.weights.ranks.mindspore import open_mindspore_ranks
-from launcher.weights.ranks.strategies import read_strategy
 from tests.end_to_end.test_resume_choices import resume, stamps, start
 from tests.workshop import Workshop, merged
 

@@ -8,7 +8,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from launcher.checkpoint.published import published
-from launcher.weights.ranks.saves import open_any
+from launcher.weights.ranks.saves import open_any_format
 from tests.ranks import JobResult, run_job
 from tests.weights.content import content
 from tests.workshop import Workshop
@@ -197,14 +197,14 @@ def test_all_that_can_be_saved(workshop: Workshop, how: bool) -> None:
         assert {str(c.name) for c in published(output / folder)} == kept
     integrated = output / "checkpoint_integrated"
     assert {path.name for path in integrated.iterdir()} == kept
-    full = content(open_any(output / "checkpoint", "1_20"))
+    full = content(open_any_format(output / "checkpoint", "1_20"))
     weights = {n: v for n, v in full.items() if not n.startswith(("exp_avg", "adam"))}
-    network = content(open_any(output / "checkpoint_network", "1_20"))
-    assert network == content(open_any(output / "checkpoint_trainable", "1_20"))
+    network = content(open_any_format(output / "checkpoint_network", "1_20"))
+    assert network == content(open_any_format(output / "checkpoint_trainable", "1_20"))
     assert network == {name: weights[name] for name in network}
     model = AutoModelForCausalLM.from_pretrained(integrated / "CKP-1_20")
     assert {name for name, _ in model.named_parameters()} == network.keys()
-    assert content(open_any(integrated / "CKP-1_20")) == network
+    assert content(open_any_format(integrated / "CKP-1_20")) == network
 
 
 ASKING = """

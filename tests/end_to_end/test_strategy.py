@@ -13,18 +13,18 @@ import pytest
 import torch
 import yaml
 
-from launcher.assembly.job import Job
-from launcher.assembly.layout import model_layout
-from launcher.assembly.strategy import world_without_group
+from launcher.builders.job import Job
+from launcher.builders.layout import model_layout
 from launcher.config.command_line import parse as parse_words
 from launcher.config.resolve import resolve_command_line
 from launcher.layout.box import Box
-from launcher.layout.grid import TensorLayout, boxes
 from launcher.layout.layout import Layout
-from launcher.layout.strategy import Strategy, parse
+from launcher.mindspore.strategy import Strategy, parse
+from launcher.mindspore.strategy_export import world_without_group
+from launcher.mindspore.strategy_files import read_folder, read_strategy
+from launcher.mindspore.tensor_layout import TensorLayout, boxes
 from launcher.report.console import Console
 from launcher.weights.formats.safetensors import read_header
-from launcher.weights.ranks.strategies import read_folder, read_strategy
 from models.build import build_model
 from models.names import unstacked
 from tests.parallel.parity import FAMILIES

@@ -56,11 +56,13 @@ class Shop:
 
     def run(self, sample: str, mode: str, world: int, output: str, *more: str) -> JobResult:
         """Run a sample of the page over the base of the story; it must succeed."""
-        result = self.attempt(sample, mode, world, output, *more)
+        result = self.capture_error(sample, mode, world, output, *more)
         assert result.code == 0, result.stderr + result.stdout
         return result
 
-    def attempt(self, sample: str, mode: str, world: int, output: str, *more: str) -> JobResult:
+    def capture_error(
+        self, sample: str, mode: str, world: int, output: str, *more: str
+    ) -> JobResult:
         name = f"{output}.yaml"
         (self.folder / name).write_text(f"base_config: base.yaml\n{sample}")
         arguments = ["--config", name, "--run_mode", mode, "--output_dir", output, *more]
@@ -183,13 +185,13 @@ def test_the_original_slicing(shop: Shop, tuned: float, untouched: float) -> Non
 
 def test_another_slicing(shop: Shop, tuned: float) -> None:
     assert shop.loss(CHANGED_SLICING, 2, "changed") == pytest.approx(tuned, rel=1e-5)
-    result = shop.attempt(CHANGED_SLICING, "eval", 2, "changed", "--check_config")
+    result = shop.capture_error(CHANGED_SLICING, "eval", 2, "changed", "--check_config")
     assert "src_strategy_path_or_dir = 'tuned/strategy': not needed" in result.stderr
 
 
 def test_equal_axes_that_cut_in_another_way_are_another_layout(shop: Shop) -> None:
     sample = ORIGINAL_SLICING + "  vocab_emb_dp: False\n"
-    refused = shop.attempt(sample, "eval", 4, "otherwise")
+    refused = shop.capture_error(sample, "eval", 4, "otherwise")
     assert refused.code == 2
     assert "no rank has written the part of `model.embed_tokens.weight`" in refused.stderr
     assert "auto_trans_ckpt: False loads only the same layout" in refused.stderr
@@ -208,7 +210,7 @@ def test_the_whole_copy_opens_in_transformers_and_replaces_only_itself(
         pytest.approx(tuned, rel=1e-5)
     )
     (copy / "notes.txt").write_text("mine")
-    refused = shop.attempt(TO_ONE, "eval", 1, "put_together")
+    refused = shop.capture_error(TO_ONE, "eval", 1, "put_together")
     assert refused.code == 2
     assert "unified_checkpoint holds notes.txt, which no run wrote there" in refused.stderr
     (copy / "notes.txt").unlink()
@@ -306,7 +308,7 @@ def test_resuming_on_the_same_layout_and_on_another_without_a_rank(shop: Shop) -
     losses = [shop.workshop.losses(output) for output in ("resumed", "moved")]
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
     shutil.rmtree(crippled / "rank_1")
-    refused = shop.attempt(RESUME_CHANGED, "train", 2, "refused", "--batch_size", "4")
+    refused = shop.capture_error(RESUME_CHANGED, "train", 2, "refused", "--batch_size", "4")
     assert refused.code == 2
     assert "no checkpoint in crippled can be used" in refused.stderr
     assert "ranks 0, 1, 3 have no whole file in crippled, and no other rank holds" in refused.stdout
@@ -447,7 +449,7 @@ def test_rank_files_that_do_not_describe_themselves(
     sample, strategy = f"load_checkpoint: {tmp_path}/foreign/checkpoint\n", tmp_path / "plan"
     if place == "beside":
         strategy = tmp_path / "foreign/strategy"
-        refused = shop.attempt(sample, "eval", 1, "foreign")
+        refused = shop.capture_error(sample, "eval", 1, "foreign")
         assert refused.code == 2
         assert "does not say which part of the model it holds" in refused.stderr
         assert "Set src_strategy_path_or_dir" in refused.stderr

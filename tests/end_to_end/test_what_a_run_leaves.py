@@ -302,17 +302,17 @@ def test_what_saves_take_is_told_before_the_first_step(workshop: Workshop) -> No
     result = train(workshop, name)
     assert result.code == 0, result.stderr
     before_training, after = result.stdout.split("step 1/20")
-    told = re.search(
+    reported = re.search(
         r"checkpoint: each save takes ([\d.]+) MB, 3 kept: ([\d.]+) MB together, .* are free",
         before_training,
     )
-    assert told is not None, before_training
+    assert reported is not None, before_training
     folders = ("checkpoint/rank_0", "checkpoint_network/rank_0", "checkpoint_integrated/CKP-1_20")
     files = [f for d in folders for f in (workshop.folder / "output" / d).glob("*1_20.saf*")]
     files += (workshop.folder / "output" / folders[2]).glob("*.safetensors")
     assert len(files) == 3
-    assert float(told[1]) == pytest.approx(sum(f.stat().st_size for f in files) / 1e6, rel=0.15)
-    assert float(told[2]) == pytest.approx(3 * float(told[1]), abs=0.2)
+    assert float(reported[1]) == pytest.approx(sum(f.stat().st_size for f in files) / 1e6, rel=0.15)
+    assert float(reported[2]) == pytest.approx(3 * float(reported[1]), abs=0.2)
     assert after.count("set save_checkpoint_steps to ") == 1, (
         "steps of a toy are shorter than saves"
     )

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from launcher.layout.box import Box, Shape, whole
-from launcher.layout.layout import WHOLE, Cut, Layout, chunk
+from launcher.layout.layout import REPLICATED, Layout, ShardSpec, chunk
 from launcher.layout.mesh import Mesh, training_mesh
 
 SHAPES = st.lists(st.integers(1, 70), min_size=1, max_size=3).map(tuple)
@@ -36,7 +36,7 @@ def meshes(draw, most: int = 3) -> Mesh:
 
 
 @st.composite
-def cut_tensors(draw) -> tuple[Shape, Cut, Mesh]:
+def cut_tensors(draw) -> tuple[Shape, ShardSpec, Mesh]:
     """A tensor, a way to cut it, and a mesh; what is cut in equal pieces can be."""
     mesh, shape = draw(meshes()), list(draw(SHAPES))
     expert = len(shape) > 1 and draw(st.booleans())
@@ -48,7 +48,7 @@ def cut_tensors(draw) -> tuple[Shape, Cut, Mesh]:
     stages = draw(
         st.sampled_from([None, *((stage,) for stage in range(mesh.pp)), (0, mesh.pp - 1)])
     )
-    cut = Cut(tp_dim, expert, sharded=draw(st.booleans()), stages=stages)
+    cut = ShardSpec(tp_dim, expert, sharded=draw(st.booleans()), stages=stages)
     return tuple(shape), cut, mesh
 
 
@@ -59,7 +59,7 @@ def test_the_boxes_cover_a_tensor_and_each_element_has_one_owner(case) -> None:
     layout = Layout({"w": shape}, mesh, {"w": cut})
     held = torch.zeros(shape, dtype=torch.int64)
     owned = torch.zeros(shape, dtype=torch.int64)
-    holders = 0
+    replica_ranks = 0
     for rank in range(mesh.world_size):
         if "w" not in layout.of(rank):
             assert mesh.coordinates(rank)["pp"] not in (cut.stages or range(mesh.pp))
@@ -69,12 +69,12 @@ def test_the_boxes_cover_a_tensor_and_each_element_has_one_owner(case) -> None:
         place = tuple(slice(o, o + n) for o, n in zip(box.offset, box.size, strict=True))
         held[place] += 1
         owned[place] += layout.is_owner("w", rank)
-        holders += 1
+        replica_ranks += 1
     assert (owned == 1).all()
-    assert (held == holders // _pieces(cut, mesh)).all()
+    assert (held == replica_ranks // _pieces(cut, mesh)).all()
 
 
-def _pieces(cut: Cut, mesh: Mesh) -> int:
+def _pieces(cut: ShardSpec, mesh: Mesh) -> int:
     """In how many pieces a tensor is cut, some of which may be empty."""
     data = mesh.expert_shard if cut.expert else mesh.dp_shard
     tensor = 1 if cut.tp_dim is None else mesh.tp
@@ -82,7 +82,7 @@ def _pieces(cut: Cut, mesh: Mesh) -> int:
 
 
 def test_scalars_and_buffers_are_whole_on_every_rank() -> None:
-    layout = Layout({"scalar": (), "buffer": (8,)}, Mesh(dp_shard=4), {"buffer": WHOLE})
+    layout = Layout({"scalar": (), "buffer": (8,)}, Mesh(dp_shard=4), {"buffer": REPLICATED})
     for rank in range(4):
         held = layout.of(rank)
         assert held["scalar"].boxes == (Box((), ()),)
@@ -105,7 +105,7 @@ def test_experts_are_shared_by_neighbours_on_the_data_axes() -> None:
     at = [mesh.coordinates(rank) for rank in range(4)]
     assert [where["ep"] for where in at] == [0, 1, 0, 1]
     assert [where["expert_shard"] for where in at] == [0, 0, 1, 1]
-    layout = Layout({"experts": (4, 6, 2)}, mesh, {"experts": Cut(expert=True)})
+    layout = Layout({"experts": (4, 6, 2)}, mesh, {"experts": ShardSpec(expert=True)})
     boxes = [layout.of(rank)["experts"].boxes[0] for rank in range(4)]
     assert [box.offset[0] for box in boxes] == [0, 2, 1, 3]
     assert {box.size for box in boxes} == {(1, 6, 2)}
@@ -149,7 +149,7 @@ def test_a_shard_size_that_does_not_divide_is_refused() -> None:
 
 
 def test_state_of_the_optimizer_lies_as_its_parameter_does() -> None:
-    layout = Layout({"w": (8, 6)}, Mesh(dp_shard=2, tp=2), {"w": Cut(tp_dim=1)})
+    layout = Layout({"w": (8, 6)}, Mesh(dp_shard=2, tp=2), {"w": ShardSpec(tp_dim=1)})
     state = layout.alike("adam_m.")
     for rank in range(4):
         assert state.of(rank) == {"adam_m.w": layout.of(rank)["w"]}

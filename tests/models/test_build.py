@@ -10,16 +10,16 @@ import torch
 
 from launcher.errors import UserError
 from launcher.layout.box import whole
-from launcher.weights.links import linked, shapes_in_files
-from launcher.weights.reading.memory import Shard
+from launcher.weights.reading.shard import Shard
+from launcher.weights.tensor_mapping import mapped, shapes_in_files
 from models.build import (
     blocks,
     build_model,
     hf_directory_files,
-    initialise,
-    initialise_shard,
-    links_of,
-    materialise,
+    initialize,
+    initialize_shard,
+    mappings_of,
+    materialize,
     no_weight_decay,
     parameter_count,
     retie,
@@ -59,15 +59,15 @@ def test_names_and_values_of_a_saved_directory(family: str, tied: bool, tmp_path
     assert all(p.is_meta for p in model.parameters())
     assert not any(b.is_meta for b in model.buffers())
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    assert set(shapes_in_files(shapes, links_of(model))) == set(files)
+    assert set(shapes_in_files(shapes, mappings_of(model))) == set(files)
     assert bool(tied_names(model)) == tied
 
-    materialise(model, "cpu")
+    materialize(model, "cpu")
     held = {
         name: Shard(shapes[name], whole(shapes[name]), p.detach())
         for name, p in model.named_parameters()
     }
-    for name, shard in linked(held, links_of(model)).items():
+    for name, shard in mapped(held, mappings_of(model)).items():
         shard.tensor.copy_(files[name])
     for target, source in model.tied_names().items():
         assert model.get_parameter(target) is model.get_parameter(source)
@@ -93,7 +93,7 @@ def check_family(family: str) -> None:
     spec = module_spec(family)
     model = build_model(spec, dtype=torch.float32, device="cpu")
     assert isinstance(model, TransformersModel)
-    initialise(model, spec, seed=0)
+    initialize(model, spec, seed=0)
     module = reference(model)
     expected = dict(module.named_parameters())
     otherwise = [
@@ -162,23 +162,23 @@ def test_refusals_of_config_json(name: str) -> None:
 
 def test_shards_equal_slices_of_the_whole() -> None:
     shape, name = (700, 12), "model.layers.0.mlp.up_proj.weight"
-    whole = initialise_shard(name, shape, (0, 0), shape, OURS, seed=7)
+    whole = initialize_shard(name, shape, (0, 0), shape, OURS, seed=7)
     boxes = [((0, 0), (256, 12)), ((256, 0), (444, 12)), ((100, 3), (333, 5)), ((699, 11), (1, 1)),
              ((0, 0), (700, 0)), ((300, 0), (0, 12))]  # fmt: skip
     for offset, size in boxes:
-        shard = initialise_shard(name, shape, offset, size, OURS, seed=7)
+        shard = initialize_shard(name, shape, offset, size, OURS, seed=7)
         rows, columns = (slice(o, o + n) for o, n in zip(offset, size, strict=True))
         assert torch.equal(shard, whole[rows, columns])
     assert whole.std() == pytest.approx(0.02, rel=0.05)
     assert not torch.equal(whole[:256], whole[256:512])
-    assert not torch.equal(whole, initialise_shard(name, shape, (0, 0), shape, OURS, seed=8))
-    other = initialise_shard(name + "x", shape, (0, 0), shape, OURS, seed=7)
+    assert not torch.equal(whole, initialize_shard(name, shape, (0, 0), shape, OURS, seed=8))
+    other = initialize_shard(name + "x", shape, (0, 0), shape, OURS, seed=7)
     assert not torch.equal(whole, other)
 
 
 def test_initial_values_stay_what_they_are() -> None:
     """Known numbers: a later version must not draw other models from the same seed."""
-    values = initialise_shard("lm_head.weight", (300, 8), (256, 0), (2, 2), OURS, seed=1)
+    values = initialize_shard("lm_head.weight", (300, 8), (256, 0), (2, 2), OURS, seed=1)
     assert values.flatten().tolist() == pytest.approx(KNOWN_VALUES, abs=1e-7)
 
 
@@ -192,7 +192,7 @@ KNOWN_VALUES = [
 
 def test_biases_zero_norms_one() -> None:
     def first(name: str, *shape: int) -> float:
-        return float(initialise_shard(name, shape, [0] * len(shape), shape, OURS, 1).flatten()[0])
+        return float(initialize_shard(name, shape, [0] * len(shape), shape, OURS, 1).flatten()[0])
 
     assert first("model.layers.0.self_attn.q_proj.bias", 8) == 0
     assert first("model.norm.weight", 8) == 1
@@ -229,7 +229,7 @@ def test_sharded_on_meta_then_filled(kind: str, tied: bool, tmp_path: Path) -> N
     if kind == "decoder":
         spec = dense_spec(type="Qwen3Config", head_dim=16, tie_word_embeddings=tied)
     plain = build_model(spec, dtype=torch.float32, device="cpu")
-    initialise(plain, spec, seed=5)
+    initialize(plain, spec, seed=5)
     input_ids = tokens(2, 16)
     plain(input_ids).pow(2).sum().backward()
 
@@ -241,12 +241,12 @@ def test_sharded_on_meta_then_filled(kind: str, tied: bool, tmp_path: Path) -> N
         for block in blocks(model):
             fully_shard(block, mesh=mesh)
         fully_shard(model, mesh=mesh)
-        materialise(model, "cpu")
+        materialize(model, "cpu")
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 shape = tuple(parameter.shape)
-                ((file_name, _),) = shapes_in_files({name: shape}, links_of(model)).items()
-                values = initialise_shard(file_name, shape, [0] * len(shape), shape, spec, 5)
+                ((file_name, _),) = shapes_in_files({name: shape}, mappings_of(model)).items()
+                values = initialize_shard(file_name, shape, [0] * len(shape), shape, spec, 5)
                 parameter.to_local().copy_(values)
         model(input_ids).pow(2).sum().backward()
         retie(model)
@@ -270,7 +270,7 @@ def test_an_exported_directory_opens_in_transformers(name: str, tied: bool, tmp_
     }}[name]  # fmt: skip
     spec = dense_spec(tie_word_embeddings=tied, **given)
     model = build_model(spec, dtype=torch.float32, device="cpu")
-    initialise(model, spec, seed=1)
+    initialize(model, spec, seed=1)
     save_file(model.state_dict(), tmp_path / "model.safetensors", {"format": "pt"})
     for file_name, content in hf_directory_files(spec, None, dtype=torch.float32).items():
         (tmp_path / file_name).write_bytes(content)

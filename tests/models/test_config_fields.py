@@ -17,7 +17,7 @@ from launcher.errors import UserError
 from models.config_class import ConfigClass, config_class
 from models.families import DECODERS, TRANSFORMERS_MODULES, ModelConfigError, model_spec
 from models.transformers_model import complete_config
-from tests.models.test_links import loaded
+from tests.models.test_tensor_mapping import loaded
 from tests.models.tiny import tokens
 from tests.models.zoo import tiny_config
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from models.attention import KVCache
-from models.build import build_model, initialise
+from models.build import build_model, initialize
 from models.decoder import Decoder
 from models.dropout import dropout, dropout_seeds
 from models.rope import inverse_frequencies
@@ -186,8 +186,8 @@ def test_dropout_belongs_to_the_sample_not_to_the_batch() -> None:
     own, _ = pair(dense_spec(**DROPOUT))
     input_ids = tokens(4, 24)
     whole = own(input_ids, sample_seeds=SEEDS)
-    halves = [own(input_ids[i : i + 2], sample_seeds=SEEDS[i : i + 2]) for i in (0, 2)]
-    torch.testing.assert_close(whole, torch.cat(halves))
+    partial_saves = [own(input_ids[i : i + 2], sample_seeds=SEEDS[i : i + 2]) for i in (0, 2)]
+    torch.testing.assert_close(whole, torch.cat(partial_saves))
     assert torch.equal(whole, own(input_ids, sample_seeds=SEEDS))
     torch.testing.assert_close(whole.flip(0), own(input_ids.flip(0), sample_seeds=SEEDS.flip(0)))
     other = own(input_ids, sample_seeds=SEEDS + 1)
@@ -252,9 +252,9 @@ def test_built_on_meta_and_filled_equals_built_in_place() -> None:
     assert not list(model.buffers())
     assert "lm_head.weight" not in model.state_dict()
     model.to_empty(device="cpu")
-    initialise(model, spec, seed=3)
+    initialize(model, spec, seed=3)
     other = build_model(spec, dtype=torch.float32, device="cpu")
-    initialise(other, spec, seed=3)
+    initialize(other, spec, seed=3)
     input_ids = tokens(1, 8)
     assert torch.equal(model(input_ids), other(input_ids))
     assert model(input_ids).shape == (1, 8, VOCABULARY)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.build import build_model, initialise, materialise
+from models.build import build_model, initialize, materialize
 from models.deepseek import LatentAttention
 from models.moe import Router
 from models.rope import rotate, score_factor
@@ -103,15 +103,15 @@ def test_the_heads_of_latent_attention_add_up() -> None:
     whole = []
     attention.register_forward_hook(lambda _module, _given, output: whole.append(output))
     own(tokens(2, 8))
-    halves = []
+    partial_saves = []
     for half in (0, 1):
         piece = copy.deepcopy(attention)
         for name in ("q_b_proj", "kv_b_proj"):
             weight = getattr(piece, name).weight
             weight.data = weight.data.chunk(2)[half]
         piece.o_proj.weight.data = piece.o_proj.weight.data.chunk(2, dim=1)[half]
-        halves.append(LatentAttention.forward(piece, *inputs[0]))
-    torch.testing.assert_close(sum(halves), whole[0])
+        partial_saves.append(LatentAttention.forward(piece, *inputs[0]))
+    torch.testing.assert_close(sum(partial_saves), whole[0])
 
 
 def test_the_correction_survives_the_meta_device() -> None:
@@ -119,10 +119,10 @@ def test_the_correction_survives_the_meta_device() -> None:
     model = build_model(spec, dtype=torch.bfloat16)
     name = "model.layers.1.mlp.gate.e_score_correction_bias"
     assert model.state_dict()[name].is_meta
-    materialise(model, "cpu")
+    materialize(model, "cpu")
     correction = model.state_dict()[name]
     assert correction.dtype == torch.float32
     assert not correction.any()
     correction += 1
-    initialise(model, spec, seed=0)
+    initialize(model, spec, seed=0)
     assert not model.state_dict()[name].any()

@@ -14,8 +14,8 @@ from models.attention import KVCache
 from models.build import (
     build_model,
     hf_directory_files,
-    initialise,
-    initialise_shard,
+    initialize,
+    initialize_shard,
     no_weight_decay,
     parameter_count,
 )
@@ -229,11 +229,13 @@ def test_balance_of_a_row_in_two_parts() -> None:
     chosen = torch.stack([torch.randperm(6)[:2] for _ in range(24)]).view(2, 12, 2)
     whole = row_balance(probabilities, chosen, total=12, row_sum=lambda sums: sums)
     (expected,) = torch.autograd.grad(whole.sum(), probabilities)
-    halves = [slice(0, 5), slice(5, 12)]
+    partial_saves = [slice(0, 5), slice(5, 12)]
     hits = torch.zeros_like(probabilities).scatter(-1, chosen, 1.0)
-    sums = [torch.stack((hits[:, h].sum(1), probabilities[:, h].sum(1))).detach() for h in halves]
+    sums = [
+        torch.stack((hits[:, h].sum(1), probabilities[:, h].sum(1))).detach() for h in partial_saves
+    ]
     for here, other in ((0, 1), (1, 0)):
-        part = halves[here]
+        part = partial_saves[here]
         loss = row_balance(probabilities[:, part], chosen[:, part], total=12,
                            row_sum=lambda local, other=other: local + sums[other])  # fmt: skip
         torch.testing.assert_close(loss, whole)
@@ -318,13 +320,13 @@ def test_names_and_count_are_those_of_a_saved_directory(family: str) -> None:
 def test_initial_values_are_a_function_of_the_name_on_disk(family: str) -> None:
     spec = experts_spec(family)
     model = build_model(spec, dtype=torch.float32, device="cpu")
-    initialise(model, spec, seed=3)
+    initialize(model, spec, seed=3)
     assert all(not buffer.any() for buffer in model.buffers())
     seen = 0
     for name, parameter in model.named_parameters():
         for expert, on_disk in enumerate(unstacked(name, parameter.shape) or ()):
             shape = tuple(parameter.shape)[1:]
-            alone = initialise_shard(on_disk, shape, (0, 0), shape, spec, 3)
+            alone = initialize_shard(on_disk, shape, (0, 0), shape, spec, 3)
             assert torch.equal(parameter[expert], alone), on_disk
             seen += 1
         if parameter.ndim > 1:
@@ -332,9 +334,9 @@ def test_initial_values_are_a_function_of_the_name_on_disk(family: str) -> None:
     assert seen
     name = next(n for n, p in model.named_parameters() if unstacked(n, p.shape))
     whole = model.get_parameter(name)
-    box = initialise_shard(name, tuple(whole.shape), (1, 4, 3), (2, 5, 7), spec, 3)
+    box = initialize_shard(name, tuple(whole.shape), (1, 4, 3), (2, 5, 7), spec, 3)
     assert torch.equal(box, whole[1:3, 4:9, 3:10])
-    assert initialise_shard(name, tuple(whole.shape), (1, 0, 0), (0, 5, 7), spec, 3).shape[0] == 0
+    assert initialize_shard(name, tuple(whole.shape), (1, 0, 0), (0, 5, 7), spec, 3).shape[0] == 0
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -344,7 +346,7 @@ def test_an_exported_directory_opens_in_transformers(family: str, tmp_path: Path
 
     spec = experts_spec(family)
     model = build_model(spec, dtype=torch.float32, device="cpu")
-    initialise(model, spec, seed=1)
+    initialize(model, spec, seed=1)
     files: dict[str, Tensor] = {}
     for name, tensor in model.state_dict().items():
         experts = unstacked(name, tensor.shape)

@@ -11,9 +11,9 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from launcher.errors import UserError
-from models.build import build_model, ignorable, links_of, may_be_missing
+from models.build import build_model, ignorable, mappings_of, may_be_missing
 from models.spec import ModelSpec
-from tests.models.test_links import loaded
+from tests.models.test_tensor_mapping import loaded
 from tests.models.tiny import dense_spec, module_spec, oracle, saved, tokens
 
 MASK = torch.ones(1, 1, 8, 8).tril()
@@ -87,10 +87,10 @@ def test_a_weight_is_never_one_of_them(case: str) -> None:
     family, tensors = WEIGHTS[case]
     spec = spec_of(family)
     model = build_model(spec, dtype=torch.float32)
-    links, expected = links_of(model), set[str]()
+    mappings, expected = mappings_of(model), set[str]()
     for name, tensor in model.state_dict(keep_vars=True).items():
-        found = links(name, tuple(tensor.shape))
-        expected |= {name} if found is None else {link.name for link in found}
+        found = mappings(name, tuple(tensor.shape))
+        expected |= {name} if found is None else {mapping.name for mapping in found}
     leave = ignorable(model, spec, expected)
     for name, tensor in tensors.items():
         assert not leave(name, tuple(tensor.shape), "F32")

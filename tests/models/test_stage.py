@@ -10,12 +10,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launcher.layout.layout import Cut
+from launcher.layout.layout import ShardSpec
 from models.decoder import Decoder
 from models.spec import DecoderConfig
 from models.stage import (
     balanced,
-    cut_to_stage,
+    keep_stage,
     layer_weights,
     stage_rank,
     stage_split,
@@ -159,10 +159,10 @@ def test_ranks_of_tensors(v_shaped: bool, tied: bool, ranks: tuple[int, ...]) ->
         "model.norm.weight": (ends,),
         "lm_head.weight": (ends,),
     }
-    cuts = with_stages({name: Cut(tp_dim=0) for name in names}, split, tied=tied)
+    specs = with_stages({name: ShardSpec(tp_dim=0) for name in names}, split, tied=tied)
     assert {name: split.ranks_of(name, tied=tied) for name in names} == names
     for name, found in names.items():
-        assert cuts[name] == Cut(tp_dim=0, expert=cuts[name].expert, sharded=cuts[name].sharded,
+        assert specs[name] == ShardSpec(tp_dim=0, expert=specs[name].expert, sharded=specs[name].sharded,
                                  stages=found)  # fmt: skip
 
 
@@ -177,7 +177,7 @@ def test_stages_hold_every_parameter_once_and_compute_the_same(
         for parameter in whole.parameters():
             parameter.normal_(0.0, 0.2)
     split = stage_split(whole.config, 4, counts=counts)
-    stages = [cut_to_stage(copy.deepcopy(whole), split, stage) for stage in range(4)]
+    stages = [keep_stage(copy.deepcopy(whole), split, stage) for stage in range(4)]
     names = [name for stage in stages for name, _ in stage.named_parameters()]
     copies = ["model.embed_tokens.weight"] if tied else []
     assert sorted(names) == sorted([name for name, _ in whole.named_parameters()] + copies)
@@ -195,6 +195,6 @@ def test_cutting_works_on_the_meta_device() -> None:
     with torch.device("meta"):
         model = Decoder(config_of(4))
     split = stage_split(model.config, 2)
-    stage = cut_to_stage(model, split, 1)
+    stage = keep_stage(model, split, 1)
     assert list(stage.model.layers) == ["2", "3"]
     assert all(parameter.is_meta for parameter in stage.parameters())

@@ -19,7 +19,7 @@ from launcher.tools import model_docs
 from models.families import DECODERS, TRANSFORMERS_MODULES, UNSUPPORTED, ModelConfigError
 from models.families import model_spec as describe
 from models.transformers_model import TransformersModel
-from tests.models.test_links import loaded
+from tests.models.test_tensor_mapping import loaded
 from tests.models.tiny import gradients_of, tokens
 from tests.models.zoo import tiny_config
 

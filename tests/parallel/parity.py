@@ -180,8 +180,8 @@ def _ranks_main(folder: str, cases: Sequence[Case]) -> list[Outcome]:
 def _run(case: Case, world: Any, tag: str) -> Outcome:
     import yaml
 
-    from launcher.assembly.job import Job
-    from launcher.assembly.run import fresh_run
+    from launcher.builders.job import Job
+    from launcher.builders.run import fresh_run
     from launcher.config.command_line import parse
     from launcher.config.resolve import resolve_command_line
     from launcher.report.console import Console
@@ -219,16 +219,16 @@ def _evaluate(run: Any) -> float:
     from launcher.train.evaluate import evaluate
 
     data = run.loader.step(0)
-    return evaluate(run.parts, run.compute, run.row_cut, data.batches, run.world).loss
+    return evaluate(run.parts, run.compute, run.batch_sharder, data.batches, run.world).loss
 
 
 def _gradients(run: Any) -> Pieces:
     from launcher.parallel.apply import shards
-    from launcher.weights.links import linked
+    from launcher.weights.tensor_mapping import mapped
 
     tensors = {n: p.grad for n, p in run.parts.named_parameters().items() if p.grad is not None}
     held = shards(tensors, run.layout, run.world.rank)
-    return _pieces(linked(held, run.links_of))
+    return _pieces(mapped(held, run.mappings_of))
 
 
 def _pieces(held: Mapping[str, Any]) -> Pieces:

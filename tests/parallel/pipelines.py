@@ -18,7 +18,7 @@ from launcher.parallel.schedules import SCHEDULES
 from launcher.train.loss import IGNORED_LABEL, token_loss_sum
 from models.decoder import Decoder
 from models.spec import DecoderConfig
-from models.stage import StageSplit, cut_to_stage, stage_split
+from models.stage import StageSplit, keep_stage, stage_split
 from tests.models.tiny import VOCABULARY, dense_spec
 from tests.ranks import run_ranks
 
@@ -84,11 +84,11 @@ def batch(case: Case, *, seed: int = 0) -> tuple[Tensor, Tensor, dict[str, Any]]
     if case.packed:
         starts = torch.rand(rows, LENGTH, generator=generator) < 0.3
         starts[:, 0] = True
-        places = torch.arange(LENGTH).expand(rows, LENGTH)
+        token_indices = torch.arange(LENGTH).expand(rows, LENGTH)
         document_ids = starts.long().cumsum(1)
-        first = torch.where(starts, places, 0).cummax(1).values
-        arguments |= {"document_ids": document_ids, "position_ids": places - first}
-        arguments |= {"places": torch.arange(LENGTH)}  # goes to every micro-batch as it is
+        first = torch.where(starts, token_indices, 0).cummax(1).values
+        arguments |= {"document_ids": document_ids, "position_ids": token_indices - first}
+        arguments |= {"token_indices": torch.arange(LENGTH)}  # goes to every micro-batch as it is
     if case.dropout:
         arguments["sample_seeds"] = torch.randint(0, 2**62, (rows,), generator=generator)
     return ids, labels, arguments
@@ -121,7 +121,7 @@ def split_of(case: Case, ranks: int) -> StageSplit:
 
 def stages_of(case: Case, split: StageSplit, rank: int) -> dict[int, Decoder]:
     model = whole_decoder(whole(case))
-    return {s: cut_to_stage(copy.deepcopy(model), split, s) for s in split.stages_of(rank)}
+    return {s: keep_stage(copy.deepcopy(model), split, s) for s in split.stages_of(rank)}
 
 
 def pipeline_of(case: Case, group: Any, stages: dict[int, Decoder], split: StageSplit) -> Pipeline:

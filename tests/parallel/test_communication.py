@@ -25,8 +25,8 @@ def step_collectives(folder: str, cases: list[Case]) -> list[dict[str, int]]:
     import yaml
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    from launcher.assembly.job import Job
-    from launcher.assembly.run import fresh_run
+    from launcher.builders.job import Job
+    from launcher.builders.run import fresh_run
     from launcher.config.command_line import parse
     from launcher.config.resolve import resolve_command_line
     from launcher.parallel import world as worlds

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from launcher.config.schema import Config
 from launcher.config.shared import shared_settings
 from launcher.errors import UserError
-from launcher.parallel.agreement import found_by_all
+from launcher.parallel.all_ranks import on_all_ranks
 from launcher.parallel.consistency import check_same
 from launcher.parallel.world import World
 from launcher.weights.content import content_of
@@ -66,7 +66,7 @@ def test_what_one_rank_alone_sees_is_told_with_its_rank(own: str | None) -> None
             return [UserError("lost", rule="whole").problems, value]
 
     with pytest.raises(UserError) as caught:
-        found_by_all(Second(1, 2, torch.device("cpu")), look)
+        on_all_ranks(Second(1, 2, torch.device("cpu")), look)
     (problem,) = caught.value.problems
     assert problem.what == ("lost" if own == "lost" else "rank 0: lost")
 

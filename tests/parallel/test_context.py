@@ -18,9 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from launcher.parallel import ring, world
-from launcher.parallel.context import ContextParallel, apply_context_parallel, places
+from launcher.parallel.context import ContextParallel, apply_context_parallel, token_indices
 from launcher.parallel.ring import Ring, chunks, ring_attention
-from models.attention import Sight, StepContext, attend
+from models.attention import AttentionMask, StepContext, attend
 from models.decoder import Decoder
 from tests.models.tiny import EXPERTS, VOCABULARY, dense_spec, tokens
 from tests.ranks import run_ranks
@@ -28,7 +28,7 @@ from tests.ranks import run_ranks
 ROWS, TOTAL = 2, 32
 CLOSE = 1e-5
 WINDOW = 7
-WAYS = [("ring", 2), ("ring", 4), ("trade", 2), ("trade", 4), ("both", 4)]
+WAYS = [("ring", 2), ("ring", 4), ("ulysses", 2), ("ulysses", 4), ("both", 4)]
 MODELS = {
     "llama": {"type": "LlamaConfig"},
     "qwen3": {"type": "Qwen3Config", "head_dim": 24, "num_heads": 8, "n_kv_heads": 2},
@@ -45,18 +45,18 @@ PATTERNS = ("causal", "documents", "window", "documents and window")
     ("rank", "expected"), [(0, [0, 1, 14, 15]), (1, [2, 3, 12, 13]), (3, [6, 7, 8, 9])]
 )
 def test_a_ring_deals_chunks_from_head_and_tail(rank: int, expected: list[int]) -> None:
-    assert places(16, 4, rank, balanced=True).tolist() == expected
+    assert token_indices(16, 4, rank, balanced=True).tolist() == expected
     assert [place for chunk in chunks(16, 4, rank) for place in chunk] == expected
 
 
 def test_a_trade_deals_consecutive_tokens() -> None:
-    assert places(16, 4, 2, balanced=False).tolist() == [8, 9, 10, 11]
+    assert token_indices(16, 4, 2, balanced=False).tolist() == [8, 9, 10, 11]
 
 
 @pytest.mark.parametrize(("total", "balanced"), [(12, True), (10, False)])
 def test_tokens_that_cannot_be_shared_equally_are_refused(total: int, balanced: bool) -> None:
     with pytest.raises(ValueError, match=f"{total} tokens cannot be"):
-        places(total, 4, 1, balanced=balanced)
+        token_indices(total, 4, 1, balanced=balanced)
 
 
 def test_causal_work_in_a_ring_is_equal_at_every_step() -> None:
@@ -76,9 +76,9 @@ class _At(Ring):
     """A ring as one of its ranks sees it, without any process group."""
 
     def __init__(self, size: int, rank: int, total: int, window: int | None = None) -> None:
-        sight = Sight(length=total // size, total=total, device=torch.device("cpu"),
-                      places=places(total, size, rank, balanced=True))  # fmt: skip
-        for name, value in {"sight": sight, "window": window, "at": (rank, size)}.items():
+        mask = AttentionMask(length=total // size, total=total, device=torch.device("cpu"),
+                      token_indices=token_indices(total, size, rank, balanced=True))  # fmt: skip
+        for name, value in {"mask": mask, "window": window, "at": (rank, size)}.items():
             object.__setattr__(self, name, value)
 
     @property
@@ -101,9 +101,9 @@ def test_pieces_cover_what_may_be_seen_once(
     for rank in range(size):
         at = _At(size, rank, total, window)
         for source in range(size):
-            keys = places(total, size, source, balanced=True)
+            keys = token_indices(total, size, source, balanced=True)
             for piece in at.pieces(source, lines=2):
-                lines, columns = at.sight.places[piece.queries], keys[piece.keys]
+                lines, columns = at.mask.token_indices[piece.queries], keys[piece.keys]
                 assert 2 * len(lines) * len(columns) <= scores
                 mask = torch.ones(()) if piece.mask is None else piece.mask[0, 0]
                 seen[lines[:, None], columns] += mask.long()
@@ -118,7 +118,7 @@ def test_pieces_cover_what_may_be_seen_once(
 def test_every_token_is_on_one_rank(way: str, size: int) -> None:
     shares = run_ranks(size, _places, way)
     units = {unit for unit, _ in shares}
-    assert units == {{"ring": 2 * size, "trade": size, "both": 4}[way]}
+    assert units == {{"ring": 2 * size, "ulysses": size, "both": 4}[way]}
     assert sorted(place for _, share in shares for place in share) == list(range(16))
     if way == "both":
         assert [share for _, share in shares] == [
@@ -129,7 +129,7 @@ def test_every_token_is_on_one_rank(way: str, size: int) -> None:
 def _places(way: str) -> tuple[int, list[int]]:
     cp = _start(way)
     try:
-        return cp.length_unit, cp.places(16).tolist()
+        return cp.length_unit, cp.token_indices(16).tolist()
     finally:
         world.stop()
 
@@ -141,8 +141,8 @@ def _start(way: str) -> ContextParallel:
     if way != "both":
         return ContextParallel(**{way: everyone})
     pairs = [[0, 1], [2, 3]], [[0, 2], [1, 3]]
-    trade, ring_ = (dist.new_subgroups_by_enumeration(ranks)[0] for ranks in pairs)
-    return ContextParallel(trade=trade, ring=ring_)
+    ulysses, ring_ = (dist.new_subgroups_by_enumeration(ranks)[0] for ranks in pairs)
+    return ContextParallel(ulysses=ulysses, ring=ring_)
 
 
 # Whole decoders.
@@ -180,9 +180,9 @@ def _compare(
     expected = alone(ids, document_ids=documents, position_ids=positions)
     _loss(expected, ids).backward()
 
-    own = cp.places(TOTAL)
+    own = cp.token_indices(TOTAL)
     found = (run or shared.__class__.__call__)(
-        shared, ids[:, own], position_ids=positions[:, own], document_ids=documents, places=own,
+        shared, ids[:, own], position_ids=positions[:, own], document_ids=documents, token_indices=own,
         total=TOTAL,
     )  # fmt: skip
     _loss(found, ids[:, own]).backward()
@@ -257,7 +257,7 @@ def _recomputed(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return lambda *inputs: checkpoint(forward, *inputs, use_reentrant=False)
 
 
-@pytest.mark.parametrize("way", ["ring", "trade"])
+@pytest.mark.parametrize("way", ["ring", "ulysses"])
 def test_layers_may_be_compiled(way: str) -> None:
     for errors in run_ranks(2, _compare_compiled, way):
         assert max(errors) <= CLOSE, errors
@@ -295,7 +295,7 @@ def _whole_rows() -> float:
 # Attention by itself.
 
 
-@pytest.mark.parametrize(("way", "size"), [("ring", 4), ("trade", 2), ("both", 4)])
+@pytest.mark.parametrize(("way", "size"), [("ring", 4), ("ulysses", 2), ("both", 4)])
 def test_values_may_have_another_size_and_scores_another_scale(way: str, size: int) -> None:
     for errors in run_ranks(size, _compare_latent, way):
         assert max(errors) <= CLOSE, errors
@@ -309,7 +309,7 @@ class _Latent:
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, context: StepContext, window: int | None
     ) -> Tensor:
-        return attend(query, key, value, context.sight.mask(window), scale=self.scale)
+        return attend(query, key, value, context.mask.mask(window), scale=self.scale)
 
 
 def _compare_latent(way: str) -> list[float]:
@@ -320,7 +320,7 @@ def _compare_latent(way: str) -> list[float]:
         whole = [t.requires_grad_() for t in _operands(heads=4, shared=4, sizes=(12, 12, 8))]
         expected = layer.attend(*whole, _context(None, documents), None)
         (expected * _weights(expected)).sum().backward()
-        own = cp.places(TOTAL)
+        own = cp.token_indices(TOTAL)
         parts = [t.detach()[:, :, own].requires_grad_() for t in whole]
         model = _model_of(layer)
         apply_context_parallel(model, cp)
@@ -345,9 +345,9 @@ def _operands(
 
 def _context(own: Tensor | None, documents: Tensor | None) -> StepContext:
     length = TOTAL if own is None else len(own)
-    sight = Sight(length=length, total=TOTAL, device=torch.device("cpu"), places=own,
+    mask = AttentionMask(length=length, total=TOTAL, device=torch.device("cpu"), token_indices=own,
                   document_ids=documents)  # fmt: skip
-    return StepContext(cos=torch.empty(0), sin=torch.empty(0), sight=sight)
+    return StepContext(cos=torch.empty(0), sin=torch.empty(0), mask=mask)
 
 
 def _weights(like: Tensor) -> Tensor:
@@ -375,9 +375,11 @@ def _compare_padded() -> float:
     try:
         key_mask = torch.arange(TOTAL) >= torch.tensor([[5], [0]])
         query, key, value = _operands(heads=4, shared=2, sizes=(8, 8, 8))
-        device, own = torch.device("cpu"), cp.places(TOTAL)
-        whole = Sight(length=TOTAL, total=TOTAL, device=device, key_mask=key_mask)
-        part = Sight(length=len(own), total=TOTAL, device=device, places=own, key_mask=key_mask)
+        device, own = torch.device("cpu"), cp.token_indices(TOTAL)
+        whole = AttentionMask(length=TOTAL, total=TOTAL, device=device, key_mask=key_mask)
+        part = AttentionMask(
+            length=len(own), total=TOTAL, device=device, token_indices=own, key_mask=key_mask
+        )
         expected = attend(query, key, value, whole.mask(None))[:, :, own]
         assert cp.ring is not None
         parts = (t[:, :, own] for t in (query, key, value))
@@ -399,10 +401,10 @@ def _compare_in(dtype: str) -> list[float]:
                  for t in _operands(heads=4, shared=2, sizes=(8, 8, 8))]  # fmt: skip
         expected = attend(*whole, None)
         expected.backward(_weights(expected))
-        own = cp.places(TOTAL)
+        own = cp.token_indices(TOTAL)
         parts = [t.detach()[:, :, own].to(getattr(torch, dtype)).requires_grad_() for t in whole]
         assert cp.ring is not None
-        found = ring_attention(*parts, Ring(cp.ring, _context(own, None).sight, None))
+        found = ring_attention(*parts, Ring(cp.ring, _context(own, None).mask, None))
         found.backward(_weights(expected)[:, :, own].to(found.dtype))
         pairs = [(expected[:, :, own], found)]
         pairs += [(a.grad[:, :, own], b.grad) for a, b in zip(whole, parts, strict=True)]
@@ -438,8 +440,8 @@ def _long_row() -> tuple[int, bool]:
     cp = _start("ring")
     try:
         total = 512
-        own = cp.places(total)
-        sight = Sight(length=len(own), total=total, device=torch.device("cpu"), places=own,
+        own = cp.token_indices(total)
+        mask = AttentionMask(length=len(own), total=total, device=torch.device("cpu"), token_indices=own,
                       document_ids=(torch.arange(total) // 100).expand(ROWS, -1))  # fmt: skip
         assert cp.ring is not None
         results = []
@@ -447,7 +449,7 @@ def _long_row() -> tuple[int, bool]:
             for _ in range(2):
                 operands = _operands(heads=2, shared=1, sizes=(8, 8, 8), total=len(own))
                 parts = [t.requires_grad_() for t in operands]
-                output = ring_attention(*parts, Ring(cp.ring, sight, None))
+                output = ring_attention(*parts, Ring(cp.ring, mask, None))
                 output.backward(_weights(output))
                 results.append([output, *(part.grad for part in parts)])
         same = (torch.equal(a, b) for a, b in zip(*results, strict=True))

@@ -208,7 +208,7 @@ def _compare_stacks(counts: list[list[int]], group: dist.ProcessGroup) -> list[f
 # The balance loss, when the tokens of a row are on several ranks.
 
 
-@pytest.mark.parametrize(("way", "ranks"), [("ring", 2), ("trade", 2), ("both", 4)])
+@pytest.mark.parametrize(("way", "ranks"), [("ring", 2), ("ulysses", 2), ("both", 4)])
 def test_the_balance_loss_counts_the_tokens_of_whole_rows(way: str, ranks: int) -> None:
     for worst in run_ranks(ranks, _compare_balance, way):
         assert worst <= CLOSE
@@ -221,9 +221,9 @@ def _compare_balance(way: str) -> float:
         cp = ContextParallel(**{way: pair}) if way != "both" else _both(pair)
         alone, shared = _decoder("qwen3_moe"), _decoder("qwen3_moe")
         apply_context_parallel(shared, cp)
-        ids, scale, own = tokens(2, 16), torch.tensor(0.7), cp.places(16)
+        ids, scale, own = tokens(2, 16), torch.tensor(0.7), cp.token_indices(16)
         (alone(ids, balance_scale=scale) * 0.0).sum().backward()
-        found = shared(ids[:, own], places=own, total=16, balance_scale=scale)
+        found = shared(ids[:, own], token_indices=own, total=16, balance_scale=scale)
         (found * 0.0).sum().backward()
         assert alone.model.layers["0"].mlp.gate.weight.grad.abs().max() > 0
         for parameter in shared.parameters():
@@ -233,6 +233,6 @@ def _compare_balance(way: str) -> float:
         world.stop()
 
 
-def _both(trade: dist.ProcessGroup) -> ContextParallel:
+def _both(ulysses: dist.ProcessGroup) -> ContextParallel:
     ring, _ = dist.new_subgroups_by_enumeration([[0, 2], [1, 3]])
-    return ContextParallel(trade=trade, ring=ring)
+    return ContextParallel(ulysses=ulysses, ring=ring)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from launcher.parallel.interleave import cut, interleave
-from models.attention import Sight, StepContext
+from models.attention import AttentionMask, StepContext
 from tests.models.tiny import tokens
 from tests.parallel.keeping import (
     COPIES,
@@ -45,9 +45,9 @@ def test_rows_that_do_not_divide_run_as_one() -> None:
 def test_each_copy_has_its_rows_of_the_context() -> None:
     rows, total = 4, 6
     documents = torch.arange(rows * total).view(rows, total)
-    sight = Sight(length=total, total=total, device=CPU, document_ids=documents)
+    mask = AttentionMask(length=total, total=total, device=CPU, document_ids=documents)
     context = StepContext(
-        cos=torch.arange(rows).view(rows, 1, 1, 1), sin=torch.zeros(1, 1, total, 2), sight=sight,
+        cos=torch.arange(rows).view(rows, 1, 1, 1), sin=torch.zeros(1, 1, total, 2), mask=mask,
         dropout_seeds=torch.arange(rows),
     )  # fmt: skip
     first, second = cut(context, rows, 2)
@@ -56,8 +56,8 @@ def test_each_copy_has_its_rows_of_the_context() -> None:
     assert second.sin is context.sin
     assert second.dropout_seeds is not None
     assert second.dropout_seeds.tolist() == [2, 3]
-    assert torch.equal(second.sight.document_ids, documents[2:])  # type: ignore[arg-type]
-    assert torch.equal(sight.mask(None)[2:], second.sight.mask(None))  # type: ignore[index, arg-type]
+    assert torch.equal(second.mask.document_ids, documents[2:])  # type: ignore[arg-type]
+    assert torch.equal(mask.mask(None)[2:], second.mask.mask(None))  # type: ignore[index, arg-type]
 
 
 LAYOUTS = [

@@ -12,11 +12,11 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from launcher.config.schema.parallel import SwapSection
 from launcher.errors import UserError
-from launcher.parallel import swap as swaps
+from launcher.parallel import offload as offload
 from launcher.parallel.interleave import interleave
+from launcher.parallel.offload import Swap, apply_offload, offloaded_parts
 from launcher.parallel.pieces import check_patterns, layers_chosen, matching, names_in, pieces
 from launcher.parallel.recompute import CHEAP
-from launcher.parallel.swap import Swap, apply_swap, swapped_pieces
 from models.decoder import Decoder
 from models.stage import StageSplit
 from tests.models.tiny import tokens
@@ -167,7 +167,9 @@ def _line(key: str) -> str:
 def swapped(model: Decoder, **section: Any) -> Swap:
     layers = numbered(model)
     kept = dict.fromkeys(layers, ())
-    return apply_swap(layers, swapped_pieces(layers, SwapSection(swap=True, **section), kept), CPU)
+    return apply_offload(
+        layers, offloaded_parts(layers, SwapSection(swap=True, **section), kept), CPU
+    )
 
 
 @pytest.mark.parametrize("model_name", SPECS)
@@ -184,8 +186,8 @@ def swapped(model: Decoder, **section: Any) -> Swap:
 def test_swapped_gradients_are_the_same_bits(
     monkeypatch: pytest.MonkeyPatch, model_name: str, section: Any, most: float
 ) -> None:
-    carrier = Copying()
-    monkeypatch.setattr(swaps, "carrier_for", lambda device: carrier)
+    copy_engine = Copying()
+    monkeypatch.setattr(offload, "copy_engine_for", lambda device: copy_engine)
     model = decoder(model_name)
     swap = swapped(model, **section)
     gradients, kept = step(model)
@@ -194,10 +196,10 @@ def test_swapped_gradients_are_the_same_bits(
     stays = sum(kept.values())
     assert stays <= most * everything
     assert stays + swap.moved_bytes <= everything
-    assert carrier.sent == swap.moved_bytes == carrier.brought
+    assert copy_engine.sent == swap.moved_bytes == copy_engine.brought
 
 
-class Copying(swaps.Carrier):
+class Copying(offload.CopyEngine):
     """Really copies, as to and from a device, and counts."""
 
     def __init__(self) -> None:
@@ -217,11 +219,11 @@ def test_parameters_and_shared_tables_stay() -> None:
     swap = swapped(model)
     sent: list[int] = []
 
-    def note(storage: torch.UntypedStorage) -> Any:
+    def record_transfer(storage: torch.UntypedStorage) -> Any:
         sent.append(storage.data_ptr())
         return storage
 
-    swap.carrier.out = note  # type: ignore[method-assign]
+    swap.copy_engine.out = record_transfer  # type: ignore[method-assign]
     step(model)
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
     assert sent
@@ -245,7 +247,7 @@ def test_parcels_before_are_sent_for_and_none_is_left_behind() -> None:
         order.append(layer_of[id(host)])
         return host
 
-    swap.carrier.out, swap.carrier.back = out, back  # type: ignore[method-assign]
+    swap.copy_engine.out, swap.copy_engine.back = out, back  # type: ignore[method-assign]
     step(model)
     assert order == sorted(order, reverse=True)
     gc.collect()
@@ -257,8 +259,8 @@ def test_what_runs_again_is_not_swapped_but_what_it_keeps_is() -> None:
     model = decoder("dense")
     layers, again = numbered(model), run_again(model, recompute=True)
     inner = SwapSection(swap=True, op_swap=[{"op_name": "mlp"}])
-    swap = apply_swap(layers, swapped_pieces(layers, inner, again), CPU)
-    outer = apply_swap(layers, swapped_pieces(layers, SwapSection(swap=True), again), CPU)
+    swap = apply_offload(layers, offloaded_parts(layers, inner, again), CPU)
+    outer = apply_offload(layers, offloaded_parts(layers, SwapSection(swap=True), again), CPU)
     gradients, _ = step(model)
     assert_same(gradients, plain("dense")[0])
     assert swap.moved_bytes == 0

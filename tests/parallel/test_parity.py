@@ -134,7 +134,7 @@ def test_the_runs_learn_something(quick) -> None:
         assert ranks[0].eval_loss < reference.losses[0]
 
 
-WHOLE = list(whole_matrix())
+REPLICATED = list(whole_matrix())
 
 
 def wrong_ones(workshop: Workshop, cases: list[Case], tolerance: float) -> list[str]:
@@ -153,7 +153,7 @@ def wrong_ones(workshop: Workshop, cases: list[Case], tolerance: float) -> list[
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_whole_matrix(materials: Workshop, tmp_path, family: str) -> None:
-    cases = [case for case in WHOLE if case.family == family]
+    cases = [case for case in REPLICATED if case.family == family]
     wrong = wrong_ones(materials.copy_to(tmp_path / "work"), cases, TOLERANCE)
     assert not wrong, "\n".join(wrong)
 

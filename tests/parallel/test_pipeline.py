@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from launcher.layout.mesh import Mesh
 from launcher.parallel import world
 from launcher.parallel.schedules import SCHEDULES
-from launcher.parallel.tied import equalise, tied_copies
+from launcher.parallel.tied import broadcast_tied, tied_copies
 from launcher.train.loss import token_loss_sum
 from tests.parallel.pipelines import (
     EMBEDDING,
@@ -171,9 +171,9 @@ def refusals() -> dict[str, str]:
         ),
     }  # fmt: skip
     said = {}
-    for name, attempt in attempts.items():
+    for name, capture_error in attempts.items():
         with pytest.raises(ValueError) as raised:
-            attempt()
+            capture_error()
         said[name] = str(raised.value)
     return said
 
@@ -223,6 +223,6 @@ def test_an_error_in_a_stage_comes_out_as_it_is() -> None:
 def test_equalise_copies_the_first_to_the_second() -> None:
     first, second = nn.Parameter(torch.arange(3.0)), nn.Parameter(torch.zeros(3))
     moment = torch.ones(2)
-    equalise([first, torch.full((2,), 4.0)], [second, moment])
+    broadcast_tied([first, torch.full((2,), 4.0)], [second, moment])
     assert second.tolist() == [0, 1, 2]
     assert moment.tolist() == [4, 4]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from launcher.layout.layout import Cut
+from launcher.layout.layout import ShardSpec
 from launcher.layout.mesh import Mesh
 from launcher.parallel import vocabulary, world
 from launcher.parallel.apply import parallelize
@@ -26,8 +26,8 @@ from launcher.parallel.tied import tied_copies
 from launcher.train.loss import IGNORED_LABEL
 from models.build import blocks
 from models.decoder import Decoder
-from models.plan import is_partial, parameter_cuts
-from models.stage import cut_to_stage, stage_split
+from models.plan import is_partial, shard_specs
+from models.stage import keep_stage, stage_split
 from tests.models.tiny import VOCABULARY, experts_spec
 from tests.parallel.pipelines import (
     EMBEDDING,
@@ -172,9 +172,9 @@ def run_tensor_parallel_case(case: Case, meshes: Meshes, sequence: bool) -> dict
     split = split_of(case, 2)
     stages = stages_of(case, split, dist.get_rank(group))
     names = [name for name, _ in whole_decoder(whole(case)).named_parameters()]
-    cuts = parameter_cuts(names, config_of(case), tp=2, vocab_emb_dp=False)
+    specs = shard_specs(names, config_of(case), tp=2, vocab_emb_dp=False)
     for module in stages.values():
-        parallelize(module, cuts, meshes, sequence=sequence, context=None)
+        parallelize(module, specs, meshes, sequence=sequence, context=None)
     pipeline = pipeline_of(case, group, stages, split)
     ids, labels, arguments = batch(case)
     scale = 1.0 / int((labels != IGNORED_LABEL).sum())
@@ -185,21 +185,23 @@ def run_tensor_parallel_case(case: Case, meshes: Meshes, sequence: bool) -> dict
     trained = pipeline.train(ids, labels, loss, arguments)
     evaluated = pipeline.evaluate(ids, labels, loss, arguments)
     rule = {"tp": 2, "sequence_parallel": sequence, "tied_whole_embedding": False}
-    add_up_partial([p for n, p in named(stages) if is_partial(n, cuts[n], **rule)], tp_group)
+    add_up_partial([p for n, p in named(stages) if is_partial(n, specs[n], **rule)], tp_group)
     if case.tied:
         held = [p for name, p in named(stages) if name == EMBEDDING]
         tied_copies(meshes.layout, split, held).add_up_gradients()
     expected = reference(whole(case), 0)
     return {
         "loss": loss_error(trained, expected[0], group),
-        "gradients": gradient_error(stages, own_parts(expected[1], cuts, tp_group)),
+        "gradients": gradient_error(stages, own_parts(expected[1], specs, tp_group)),
         "evaluation": loss_error(evaluated, expected[2], group),
     }
 
 
-def own_parts(whole: dict[str, Tensor], cuts: dict[str, Cut], group: Any) -> dict[str, Tensor]:
+def own_parts(
+    whole: dict[str, Tensor], specs: dict[str, ShardSpec], group: Any
+) -> dict[str, Tensor]:
     """What this tensor-parallel rank holds of each tensor."""
-    dims = {name: cuts[name].tp_dim for name in whole}
+    dims = {name: specs[name].tp_dim for name in whole}
     return {
         name: tensor if (dim := dims[name]) is None else tensor.chunk(2, dim)[dist.get_rank(group)]
         for name, tensor in whole.items()
@@ -232,7 +234,7 @@ def run_experts_case(case: Case, model: Decoder) -> dict[str, float]:
     split = stage_split(model.config, 2, per_rank=case.per_rank,
                         v_shaped=SCHEDULES[case.schedule].v_shaped)  # fmt: skip
     mine = split.stages_of(dist.get_rank())
-    stages = {stage: cut_to_stage(copy.deepcopy(model), split, stage) for stage in mine}
+    stages = {stage: keep_stage(copy.deepcopy(model), split, stage) for stage in mine}
     ids, labels, arguments = batch(case)
     arguments["balance_scale"] = torch.tensor(0.05)
     expected = copy.deepcopy(model)

@@ -51,8 +51,8 @@ def test_every_stage_does_every_micro_batch_once(
     )
     stages = range(ranks * per_rank)
     assert done == Counter((k, s, m) for k in "FB" for s in stages for m in range(micro_batches))
-    halves = [[x for own in order for x in own if x.kind == kind] for kind in "IW"]
-    assert len(halves[0]) == len(halves[1])
+    partial_saves = [[x for own in order for x in own if x.kind == kind] for kind in "IW"]
+    assert len(partial_saves[0]) == len(partial_saves[1])
 
 
 @pytest.mark.parametrize(("name", "ranks", "per_rank", "micro_batches"), NUMBERS)

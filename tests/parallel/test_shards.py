@@ -18,8 +18,8 @@ import yaml
 from torch import nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from launcher.assembly import model as assembly
-from launcher.assembly.job import Job
+from launcher.builders import model as assembly
+from launcher.builders.job import Job
 from launcher.config.command_line import parse
 from launcher.config.resolve import Resolved, resolve_command_line
 from launcher.config.rules import check
@@ -31,7 +31,7 @@ from launcher.report.console import Console
 from models.build import build_model
 from tests.layout.tiling import assert_covered
 from tests.parallel.parity import FAMILIES, Case
-from tests.parallel.test_parity import WHOLE
+from tests.parallel.test_parity import REPLICATED
 from tests.workshop import Workshop
 
 V_SHAPED = {"pipeline_scheduler": "zero_bubble_v"}
@@ -102,7 +102,7 @@ def test_the_shards_of_torch_are_the_boxes_of_the_layout(case: Case) -> None:
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_whole_matrix(family: str) -> None:
-    for case in WHOLE:
+    for case in REPLICATED:
         if case.family == family:
             compare(case)
 

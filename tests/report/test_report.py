@@ -25,7 +25,7 @@ def test_on_a_terminal_progress_is_one_line_below_the_messages() -> None:
     stream = Terminal()
     console = Console(enabled=True, stream=stream)
     console.progress("step 1")
-    console.say("saved")
+    console.log("saved")
     console.progress("step 2", last=True)
     assert stream.getvalue() == "\r\033[Kstep 1\r\033[Ksaved\nstep 1\r\033[Kstep 2\n"
 
@@ -42,7 +42,7 @@ def test_elsewhere_progress_is_a_plain_line_now_and_then() -> None:
 def test_only_the_main_process_speaks_but_every_rank_has_a_log(tmp_path) -> None:
     stream = io.StringIO()
     open_logs(tmp_path, 3)
-    Console(enabled=False, stream=stream).say("here")
+    Console(enabled=False, stream=stream).log("here")
     close_logs()
     assert stream.getvalue() == ""
     assert "here" in (tmp_path / "log/rank_3/info.log").read_text()
@@ -53,7 +53,7 @@ def test_names_that_are_not_utf_8_reach_the_log(
     tmp_path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     open_logs(tmp_path, 0)
-    Console(enabled=True, stream=io.TextIOWrapper(io.BytesIO(), "utf-8")).say(
+    Console(enabled=True, stream=io.TextIOWrapper(io.BytesIO(), "utf-8")).log(
         "data: caf\udce9.json"
     )
     close_logs()

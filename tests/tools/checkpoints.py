@@ -9,13 +9,17 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from launcher.layout.layout import Cut, Layout
+from launcher.layout.layout import Layout, ShardSpec
 from launcher.layout.mesh import Mesh
 from launcher.weights.formats.safetensors import read_header
 from launcher.weights.ranks.rank_file import write_rank_file
-from launcher.weights.reading.memory import Shard
+from launcher.weights.reading.shard import Shard
 
-CUTS = {"proj": Cut(tp_dim=1), "embed": Cut(tp_dim=0), "counts": Cut(sharded=False)}
+CUTS = {
+    "proj": ShardSpec(tp_dim=1),
+    "embed": ShardSpec(tp_dim=0),
+    "counts": ShardSpec(sharded=False),
+}
 
 
 def tensors(seed: int = 0, *, optimizer: bool = True) -> dict[str, torch.Tensor]:
@@ -38,8 +42,8 @@ def tensors(seed: int = 0, *, optimizer: bool = True) -> dict[str, torch.Tensor]
 
 def layout(named: dict[str, torch.Tensor], mesh: Mesh) -> Layout:
     """Where they lie; state lies as its parameter."""
-    cuts = {name: CUTS.get(name.split(".")[-1], Cut()) for name in named}
-    return Layout({name: tuple(tensor.shape) for name, tensor in named.items()}, mesh, cuts)
+    specs = {name: CUTS.get(name.split(".")[-1], ShardSpec()) for name in named}
+    return Layout({name: tuple(tensor.shape) for name, tensor in named.items()}, mesh, specs)
 
 
 def held(
@@ -57,16 +61,20 @@ def held(
 
 def save(
     folder: Path, named: dict[str, torch.Tensor], mesh: Mesh, name: str = "CKP_rank_{}-1_1",
-    *, holders: dict[str, int] | None = None,
+    *, replica_ranks: dict[str, int] | None = None,
 ) -> list[Path]:  # fmt: skip
     """The rank files of one save. `holders`: tensor to the only rank that writes it."""
     files = []
     for rank in range(mesh.world_size):
         path = folder / f"rank_{rank}" / f"{name.format(rank)}.safetensors"
         path.parent.mkdir(parents=True, exist_ok=True)
-        others = {n for n in named if holders is not None and holders.get(n, rank) != rank}
+        others = {
+            n for n in named if replica_ranks is not None and replica_ranks.get(n, rank) != rank
+        }
         shards = held(named, mesh, rank, without=others)
-        write_rank_file(path, shards, mesh=mesh, rank=rank, remove_redundancy=holders is not None)
+        write_rank_file(
+            path, shards, mesh=mesh, rank=rank, remove_redundancy=replica_ranks is not None
+        )
         files.append(path)
     return files
 

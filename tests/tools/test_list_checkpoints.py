@@ -17,7 +17,7 @@ from launcher.layout.box import whole
 from launcher.layout.mesh import Mesh
 from launcher.parallel.world import World
 from launcher.tools.list_checkpoints import main
-from launcher.weights.reading.memory import Shard
+from launcher.weights.reading.shard import Shard
 from tests.checkpoint import crew
 from tests.tools.checkpoints import flip
 

@@ -12,7 +12,7 @@ from launcher.errors import UserError
 from launcher.layout.mesh import Mesh
 from launcher.tools import verify as verify_tool
 from launcher.tools.unified_safetensors import main
-from launcher.weights.formats.note import inventory_of
+from launcher.weights.formats.rank_metadata import inventory_of
 from launcher.weights.ranks.distributed import open_rank_files
 from launcher.weights.ranks.rank_file import write_rank_file
 from tests.tools.checkpoints import held, tensors

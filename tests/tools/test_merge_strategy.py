@@ -12,15 +12,15 @@ import pytest
 
 import launcher.weights
 from launcher.errors import UserError
-from launcher.layout.grid import TensorLayout, entry
-from launcher.layout.strategy import MERGED, Operator, Strategy, parse, serialise, strategy_file
-from launcher.layout.strategy_json import serialise_json
+from launcher.mindspore.strategy import MERGED, Operator, Strategy, parse, serialize, strategy_file
+from launcher.mindspore.strategy_files import read_folder, read_strategy
+from launcher.mindspore.strategy_json import serialize_json
+from launcher.mindspore.tensor_layout import TensorLayout, entry
 from launcher.tools.merge_strategy import main
 from launcher.weights import merge_pipeline_strategys
-from launcher.weights.ranks.strategies import read_folder, read_strategy
-from tests.layout.golden import ALL, HERE, by_name, needs_all
+from tests.mindspore.golden import ALL, HERE, by_name, needs_all
 
-CUT, WHOLE = TensorLayout((2, 2), ((0, -1),)), TensorLayout((2, 2), ((-1, -1),))
+CUT, REPLICATED = TensorLayout((2, 2), ((0, -1),)), TensorLayout((2, 2), ((-1, -1),))
 NAME = "ckpt_strategy_rank_{}.ckpt"
 
 
@@ -81,7 +81,7 @@ def test_the_python_call_has_the_same_name(source: Path, target: Path) -> None:
 def test_ranks_are_taken_by_number_not_by_text(tmp_path: Path) -> None:
     for rank, name in ((10, "late"), (2, "early")):
         file = tmp_path / NAME.format(rank)
-        file.write_bytes(serialise(Strategy((Operator(name, 0),), (("w", CUT),))))
+        file.write_bytes(serialize(Strategy((Operator(name, 0),), (("w", CUT),))))
     assert read_folder(tmp_path).operators[0].name == "early"
 
 
@@ -90,7 +90,7 @@ def test_json_goes_in_and_out(source: Path, tmp_path: Path) -> None:
     folder.mkdir()
     for path in source.iterdir():
         strategy = parse(path.read_bytes(), str(path))
-        (folder / f"{path.stem}.json").write_bytes(serialise_json(strategy))
+        (folder / f"{path.stem}.json").write_bytes(serialize_json(strategy))
     assert main(["--src_strategy_dirs", str(folder), "--dst_strategy_file", str(target)]) == 0
     assert json.loads(target.read_text())["current_stage"] == 1
     assert read_strategy(target) == read_folder(source)
@@ -177,7 +177,7 @@ def test_a_truncated_file(source: Path, target: Path, capsys) -> None:
 
 
 def test_a_huge_file(source: Path, target: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("launcher.weights.ranks.strategies.LARGEST_FILE", 1 << 20)
+    monkeypatch.setattr("launcher.mindspore.strategy_files.LARGEST_FILE", 1 << 20)
     (source / "z.ckpt").write_bytes(bytes((1 << 20) + 1))
     assert f"{source}/z.ckpt: has more than 1 MiB: a strategy file has" in said(
         source, target, capsys
@@ -189,7 +189,7 @@ def test_a_file_without_content(source: Path, target: Path, capsys) -> None:
         (Strategy((), (("w", CUT),)), "describes no operator"),
         (Strategy((Operator("MatMul_w", 0),), ()), "describes no parameter"),
     ):
-        (source / "z.ckpt").write_bytes(serialise(strategy))
+        (source / "z.ckpt").write_bytes(serialize(strategy))
         error = said(source, target, capsys)
         assert f"{source}/z.ckpt: {what}: the first operator says which pipeline stage" in error
 
@@ -205,12 +205,12 @@ def test_a_merged_file_among_them_is_left_out(
     """One of another run too: the other files count, as the original replaces it."""
     if suffix == ".json":
         for file in sorted(source.iterdir()):
-            (source / f"{file.stem}.json").write_bytes(serialise_json(read_strategy(file)))
+            (source / f"{file.stem}.json").write_bytes(serialize_json(read_strategy(file)))
             file.unlink()
     expected = read_folder(source)
-    stale = Strategy(expected.operators, (("0-w0", WHOLE), ("1-w1", CUT)), MERGED)
+    stale = Strategy(expected.operators, (("0-w0", REPLICATED), ("1-w1", CUT)), MERGED)
     for merged in (expected, stale):
-        written = serialise_json(merged) if suffix == ".json" else serialise(merged)
+        written = serialize_json(merged) if suffix == ".json" else serialize(merged)
         (source / MERGED_NAME).with_suffix(suffix).write_bytes(written)
         assert main(["--src", str(source), "--dst", str(target), "--overwrite"]) == 0
         place = (source / MERGED_NAME).with_suffix(suffix)
@@ -221,7 +221,7 @@ def test_a_merged_file_among_them_is_left_out(
 def test_a_merged_file_alone_or_with_more_stages_is_used(source: Path, capsys) -> None:
     """The files of one machine, and what was merged of all."""
     expected = read_folder(source)
-    (source / MERGED_NAME).write_bytes(serialise(expected))
+    (source / MERGED_NAME).write_bytes(serialize(expected))
     for rank in range(4, 8):
         (source / NAME.format(rank)).unlink()
     said: list[str] = []
@@ -232,14 +232,14 @@ def test_a_merged_file_alone_or_with_more_stages_is_used(source: Path, capsys) -
         (source / NAME.format(rank)).unlink()
     assert read_folder(source, said.append) == expected
     assert len(said) == 1
-    (source / "older.ckpt").write_bytes(serialise(Strategy((), (("0-w0", WHOLE),), MERGED)))
+    (source / "older.ckpt").write_bytes(serialize(Strategy((), (("0-w0", REPLICATED),), MERGED)))
     with pytest.raises(UserError, match="holds two merged files that differ"):
         read_folder(source)
 
 
 def test_a_hyphen_in_a_name(source: Path, target: Path, capsys) -> None:
     strategy = Strategy((Operator("MatMul_a-b", 0),), (("a-b", CUT),))
-    (source / "z.ckpt").write_bytes(serialise(strategy))
+    (source / "z.ckpt").write_bytes(serialize(strategy))
     assert "names a parameter a-b" in (error := said(source, target, capsys))
     assert "Rename the parameter." in error
 
@@ -254,7 +254,7 @@ def test_a_stage_is_missing(source: Path, target: Path, capsys) -> None:
 
 
 def test_two_runs_are_mixed(source: Path, target: Path, capsys) -> None:
-    (source / NAME.format(2)).write_bytes(strategy_file({"w0": WHOLE}, 0))
+    (source / NAME.format(2)).write_bytes(strategy_file({"w0": REPLICATED}, 0))
     assert said(source, target, capsys) == (
         f"error: {source}/ckpt_strategy_rank_2.ckpt: contradicts ckpt_strategy_rank_0.ckpt: both "
         "are of pipeline stage 0, and w0 lies differently: all files of a stage say the same. "

@@ -21,7 +21,7 @@ def test_a_failure_elsewhere_is_the_exit_code_of_every_node(
     monkeypatch.setattr(torchrun, "run", lambda arguments: None)
     launch = read(["run.py", "2", "1", "127.0.0.1", "29400", "1", str(tmp_path), "False", "60"])
     failure = Failure(rank=0, host="other", exit_code=3, reason="no room") if fails else None
-    told: list[str] = []
-    code = msrun._torchrun(launch, SimpleNamespace(failure=failure), told.append)  # type: ignore
+    reported: list[str] = []
+    code = msrun._torchrun(launch, SimpleNamespace(failure=failure), reported.append)  # type: ignore
     assert code == (3 if fails else 0)
-    assert told == (["msrun: rank 0 on other failed: no room"] if fails else [])
+    assert reported == (["msrun: rank 0 on other failed: no room"] if fails else [])

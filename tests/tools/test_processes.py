@@ -12,9 +12,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from launcher.layout.grid import TensorLayout
 from launcher.layout.mesh import Mesh
-from launcher.layout.strategy import strategy_file
+from launcher.mindspore.strategy import strategy_file
+from launcher.mindspore.tensor_layout import TensorLayout
 from tests.tools.checkpoints import content, same, save, tensors
 
 ROOT = Path(__file__).parents[2]

@@ -11,23 +11,23 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 import launcher.weights
-from launcher.assembly.layout import model_layout, split_of
+from launcher.builders.layout import model_layout, split_of
 from launcher.config.derived import mesh_of
 from launcher.config.resolve import resolve
 from launcher.errors import UserError
 from launcher.layout.box import Box
-from launcher.layout.grid import TensorLayout
 from launcher.layout.mesh import Mesh
-from launcher.layout.strategy import strategy_file
+from launcher.mindspore.strategy import strategy_file
+from launcher.mindspore.tensor_layout import TensorLayout
 from launcher.tools.slice_safetensors import main
 from launcher.tools.unified_safetensors import main as merge
 from launcher.weights.formats.safetensors import read_header
-from launcher.weights.links import linked
-from launcher.weights.ranks.saves import open_any
-from launcher.weights.reading.memory import TORCH_DTYPES, Shard
-from models.build import build_model, links_of
+from launcher.weights.ranks.saves import open_any_format
+from launcher.weights.reading.shard import TORCH_DTYPES, Shard
+from launcher.weights.tensor_mapping import mapped
+from models.build import build_model, mappings_of
 from models.families import model_spec
-from tests.layout.golden import ALL, needs_all
+from tests.mindspore.golden import ALL, needs_all
 from tests.tools.checkpoints import content, same, save, tensors
 
 DENSE = {
@@ -53,9 +53,9 @@ LAYOUTS = {
 def weights(model_config: dict[str, object]) -> dict[str, torch.Tensor]:
     """Random weights under the names of files, with the first moment of two of them."""
     model = build_model(model_spec(model_config, None), dtype=torch.bfloat16)
-    links, named = links_of(model), dict[str, torch.Tensor]()
+    mappings, named = mappings_of(model), dict[str, torch.Tensor]()
     for name, parameter in model.named_parameters():
-        found = links(name, tuple(parameter.shape))
+        found = mappings(name, tuple(parameter.shape))
         shapes = {name: parameter.shape} if found is None else {k.name: k.shape for k in found}
         named |= {n: torch.randn(shape).bfloat16() for n, shape in shapes.items()}
     state = [name for name in named if "layers.1." in name and "proj" in name]
@@ -104,7 +104,7 @@ def test_a_configuration_is_sliced_as_its_run_saves(
                  str(tmp_path / "sliced"), "--config", configuration(tmp_path, layout)]  # fmt: skip
     assert main(arguments) == 0
     assert "warning" not in capsys.readouterr().out
-    source = open_any(tmp_path / "sliced")
+    source = open_any_format(tmp_path / "sliced")
     for rank in range(source.world_size):
         file = tmp_path / "sliced" / f"rank_{rank}" / f"net_rank_{rank}-1_1.safetensors"
         own, header = load_file(file), read_header(file)
@@ -140,7 +140,7 @@ def held_in_training(model_config: dict[str, object], layout: str, rank: int) ->
         name: Shard(p.shape, p.boxes[0], torch.empty(p.boxes[0].size, device="meta"))
         for name, p in placed.items()
     }
-    return {name: shard.box for name, shard in linked(shards, links_of(model)).items()}
+    return {name: shard.box for name, shard in mapped(shards, mappings_of(model)).items()}
 
 
 def test_rank_files_are_sliced_anew_from_a_strategy(tmp_path: Path, capsys) -> None:
@@ -197,7 +197,7 @@ def test_slices_are_those_of_mindspore(target: str, tmp_path: Path) -> None:
         dst_safetensors_dir=str(tmp_path / "out"),
     )  # fmt: skip
     theirs = sorted((ALL / "dist" / "resliced" / target).glob("rank_*/*.safetensors"))
-    known = {*open_any(ALL / "dist" / "unified" / "dp2mp2pp2").tensors, *SCALARS}
+    known = {*open_any_format(ALL / "dist" / "unified" / "dp2mp2pp2").tensors, *SCALARS}
     assert theirs
     for file in theirs:
         (ours,) = (tmp_path / "out" / file.parent.name).glob("*.safetensors")

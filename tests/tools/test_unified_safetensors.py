@@ -17,7 +17,7 @@ from launcher.layout.mesh import Mesh
 from launcher.tools.unified_safetensors import main
 from launcher.weights.offline.merge import size_in_bytes
 from launcher.weights.source import open_complete
-from tests.layout.golden import ALL, needs_all
+from tests.mindspore.golden import ALL, needs_all
 from tests.tools.checkpoints import content, flip, manifest, same, save, tensors
 
 MESHES = {
@@ -131,8 +131,8 @@ def test_the_files_say_whether_copies_were_left_out(tmp_path: Path, ranks: Path,
     said = capsys.readouterr().out
     assert "has_redundancy = False: no effect, the files say remove_redundancy = False" in said
     bare = tmp_path / "bare"
-    holders = {name: index % 2 for index, name in enumerate(tensors())}
-    save(bare, tensors(), Mesh(dp_replicate=2), holders=holders)
+    replica_ranks = {name: index % 2 for index, name in enumerate(tensors())}
+    save(bare, tensors(), Mesh(dp_replicate=2), replica_ranks=replica_ranks)
     assert merge(bare, "--has_redundancy", "true", "--overwrite") == 0
     assert "the files say remove_redundancy = True, which counts" in capsys.readouterr().out
     assert same(content(tmp_path / "out"), tensors())

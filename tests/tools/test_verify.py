@@ -35,7 +35,7 @@ def test_whole_saves_in_one_line(ranks: Path, capsys) -> None:
     assert out.startswith(f"{ranks}: whole: 4 files, ")
     assert out.endswith(" MB, checksums agree\n")
     verdict = launcher.weights.verify(ranks / "rank_1" / "CKP_rank_1-1_2.safetensors")
-    assert (verdict.is_whole, verdict.files, verdict.unchecked) == (True, 1, 0)
+    assert (verdict.is_complete, verdict.files, verdict.unchecked) == (True, 1, 0)
     assert launcher.weights.verify(str(ranks / "rank_0")).files == 2
 
 

@@ -10,14 +10,14 @@ import sys
 import pytest
 
 from launcher.train import interrupts as module
-from launcher.train.interrupts import REQUEST, WISHES, Interrupted, Interrupts
+from launcher.train.interrupts import REQUEST, STOP_REASONS, Interrupted, Interrupts
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_is_noted(number: int, code: int) -> None:
     with Interrupts() as interrupts:
         os.kill(os.getpid(), number)
-        assert interrupts.as_values() == [float(wish == number) for wish in WISHES]
+        assert interrupts.as_values() == [float(wish == number) for wish in STOP_REASONS]
     assert Interrupted(number).exit_code == code
 
 

@@ -67,8 +67,8 @@ def _ranks_main(folder: str, plans: Sequence[Plan]) -> list[Trace]:
 def _run(plan: Plan, world: Any, tag: str) -> Any:
     import yaml
 
-    from launcher.assembly.job import Job
-    from launcher.assembly.run import fresh_run
+    from launcher.builders.job import Job
+    from launcher.builders.run import fresh_run
     from launcher.config.command_line import parse
     from launcher.config.resolve import resolve_command_line
     from launcher.report.console import Console

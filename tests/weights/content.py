@@ -6,8 +6,8 @@ import numpy as np
 
 from launcher.layout.box import whole
 from launcher.weights.formats.safetensors import ITEM_BYTES
-from launcher.weights.reading.plan import plan_box, read_runs_of
-from launcher.weights.reading.transfer import Files, read_runs
+from launcher.weights.reading.plan import plan_box, strided_copy_of
+from launcher.weights.reading.transfer import Files, read_strided
 from launcher.weights.source import Source
 
 Content = dict[str, tuple[str, tuple[int, ...], bytes]]
@@ -33,5 +33,5 @@ def _bytes(source: Source, name: str) -> bytes:
         for read in plan_box(name, box, source.tensors[name]):
             file = read.piece.file
             files.descriptor(file, source.headers[file].file_bytes)
-            read_runs(files, file, read_runs_of(read, box), memory)
+            read_strided(files, file, strided_copy_of(read, box), memory)
     return memory.tobytes()

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from launcher.errors import UserError
 from launcher.layout.box import Box
 from launcher.layout.mesh import Mesh
-from launcher.weights.formats.note import BLOCK_BYTES, Checksums, Note
+from launcher.weights.formats.rank_metadata import BLOCK_BYTES, Checksums, RankFileMetadata
 from launcher.weights.formats.safetensors import Slot, header_bytes, read_header
 from launcher.weights.ranks.distributed import check_copies, open_rank_files
 from launcher.weights.reading.load import load
@@ -206,7 +206,7 @@ def two_of_one_rank(folder: Path) -> None:
 
 def rank_file(folder: Path, number: int, shape: tuple[int, ...], **changes: Any) -> Path:
     """A file of one of two ranks that holds the first [2] of `w`, which has `shape`."""
-    note = Note(2, number, {"dp_replicate": 2}, {"w": (shape, Box((0,), (2,)))},
+    note = RankFileMetadata(2, number, {"dp_replicate": 2}, {"w": (shape, Box((0,), (2,)))},
                 Checksums(BLOCK_BYTES, ()))  # fmt: skip
     text = json.dumps({**json.loads(note.text(("0" * 16,))), **changes})
     path = folder / f"rank_{number}" / f"m_rank_{number}-1_1.safetensors"
@@ -318,10 +318,10 @@ def test_what_may_not_be_read_is_told(name: str) -> None:
         os.chmod(folder, 0o755)
         locked = folder / "model.safetensors" if name == "file" else folder
         os.chmod(locked, 0)
-        told = as_nobody(lambda: open_complete(folder))
+        reported = as_nobody(lambda: open_complete(folder))
         os.chmod(folder, 0o700)
     what = "cannot be listed" if name == "folder" else "cannot be read"
-    assert told.startswith(f"{locked} {what}: Permission denied.")
+    assert reported.startswith(f"{locked} {what}: Permission denied.")
 
 
 def as_nobody(function: Callable[[], Any]) -> str:

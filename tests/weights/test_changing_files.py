@@ -12,9 +12,9 @@ import torch
 from launcher.errors import UserError
 from launcher.layout.box import whole
 from launcher.weights.reading.load import load
-from launcher.weights.reading.memory import Shard
-from launcher.weights.reading.runs import Runs
-from launcher.weights.reading.transfer import Files, read_runs
+from launcher.weights.reading.shard import Shard
+from launcher.weights.reading.strided_copy import StridedCopy
+from launcher.weights.reading.transfer import Files, read_strided
 from launcher.weights.source import open_complete
 from tests.weights.test_bad_files import right
 
@@ -57,18 +57,18 @@ def test_a_file_that_changes_after_its_header_was_read(tmp_path, change, says: s
 
 
 @pytest.mark.parametrize(
-    "runs",
+    "strided_copy",
     [
-        pytest.param(Runs(4000, 0, 8000, ()), id="one run"),
-        pytest.param(Runs(4000, 0, 8, ((10, 16, 8),)), id="mapped"),
-        pytest.param(Runs(4000, 0, 8, ((10, 8, 16),)), id="in one read"),
+        pytest.param(StridedCopy(4000, 0, 8000, ()), id="one run"),
+        pytest.param(StridedCopy(4000, 0, 8, ((10, 16, 8),)), id="mapped"),
+        pytest.param(StridedCopy(4000, 0, 8, ((10, 8, 16),)), id="in one read"),
     ],
 )
-def test_a_file_that_shrinks_while_it_is_open(tmp_path, runs: Runs) -> None:
+def test_a_file_that_shrinks_while_it_is_open(tmp_path, strided_copy: StridedCopy) -> None:
     path = tmp_path / "w.bin"
     path.write_bytes(bytes(20_000))
     with Files() as files:
         files.descriptor(path, 20_000)
         os.truncate(path, 4004)
         with pytest.raises(UserError, match="ended early: it was longer when its header was read"):
-            read_runs(files, path, runs, np.empty(20_000, np.uint8))
+            read_strided(files, path, strided_copy, np.empty(20_000, np.uint8))

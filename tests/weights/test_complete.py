@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from launcher.errors import UserError
 from launcher.weights import verify
 from launcher.weights.complete import choose
-from launcher.weights.ranks.saves import open_any
+from launcher.weights.ranks.saves import open_any_format
 from launcher.weights.source import INDEX_NAME, check_one_kind, open_complete, weights_below
 
 ROWS = 2
@@ -48,7 +48,7 @@ def shards(stem: str = "model", end: str = "safetensors", rows: int = ROWS) -> t
 
 
 SHARDS = {"l_0_w": "model-00001-of-00002.safetensors", "l_1_w": "model-00002-of-00002.safetensors"}
-WHOLE, INDEX = file("model.safetensors", value=1.0), index(INDEX_NAME, **SHARDS)
+REPLICATED, INDEX = file("model.safetensors", value=1.0), index(INDEX_NAME, **SHARDS)
 OTHER_SHARDS = shards(rows=3)
 BINS = {k: v.replace("model", "pytorch_model").replace("safetensors", "bin")
         for k, v in SHARDS.items()}  # fmt: skip
@@ -59,30 +59,30 @@ PARTS = file("part0.safetensors", "l.0.w"), file("part1.safetensors", "l.1.w")
 TAKEN: dict[str, tuple[list[Build], str, str]] = {
     # what is in the folder: what is read, and what is passed over
     "new whole file, old shards": (
-        [WHOLE, *shards(), INDEX], "model.safetensors", f"{INDEX_NAME} (2 files)"),
+        [REPLICATED, *shards(), INDEX], "model.safetensors", f"{INDEX_NAME} (2 files)"),
     "shards without an index": (
-        [WHOLE, *shards()], "model.safetensors", "model-*-of-00002.safetensors (2 files)"),
+        [REPLICATED, *shards()], "model.safetensors", "model-*-of-00002.safetensors (2 files)"),
     "shards that are gone": (
-        [WHOLE, INDEX], "model.safetensors", f"{INDEX_NAME} (2 of its 2 files are gone)"),
+        [REPLICATED, INDEX], "model.safetensors", f"{INDEX_NAME} (2 of its 2 files are gone)"),
     "one shard is gone": (
-        [WHOLE, shards()[0], INDEX], "model.safetensors",
+        [REPLICATED, shards()[0], INDEX], "model.safetensors",
         f"{INDEX_NAME} (1 of its 2 files are gone)"),
     "an index that is cut short": (
-        [WHOLE, lambda folder: (folder / INDEX_NAME).write_text('{"weight_map": {"l.0')],
+        [REPLICATED, lambda folder: (folder / INDEX_NAME).write_text('{"weight_map": {"l.0')],
         "model.safetensors", f"{INDEX_NAME} (which is not an index of weights)"),
     "shards in a folder of their own": (
         [file("parts/a.safetensors", "l.0.w"), file("parts/b.safetensors", "l.1.w"),
          index(INDEX_NAME, l_0_w="parts/a.safetensors", l_1_w="parts/b.safetensors")],
         "a.safetensors", ""),
     "a map of MindSpore whose parts are gone": (
-        [WHOLE, MAP], "model.safetensors", "param_name_map.json (2 of its 2 files are gone)"),
+        [REPLICATED, MAP], "model.safetensors", "param_name_map.json (2 of its 2 files are gone)"),
     "shards that cannot be read": (
-        [WHOLE, INDEX, *(lambda folder, n=name: (folder / n).write_bytes(b"") for name in
+        [REPLICATED, INDEX, *(lambda folder, n=name: (folder / n).write_bytes(b"") for name in
                          SHARDS.values())], "model.safetensors", f"{INDEX_NAME} (2 files)"),
     "an index of the whole file": (
-        [WHOLE, index(INDEX_NAME, l_0_w="model.safetensors", l_1_w="model.safetensors")],
+        [REPLICATED, index(INDEX_NAME, l_0_w="model.safetensors", l_1_w="model.safetensors")],
         "model.safetensors", ""),
-    "both forms": ([WHOLE, BIN], "model.safetensors", "pytorch_model.bin"),
+    "both forms": ([REPLICATED, BIN], "model.safetensors", "pytorch_model.bin"),
     "both forms in shards": (
         [*shards(), INDEX, *shards("pytorch_model", "bin"), BIN_INDEX],
         "model-00001-of-00002.safetensors", "pytorch_model-*-of-00002.bin (2 files)"),
@@ -91,10 +91,10 @@ TAKEN: dict[str, tuple[list[Build], str, str]] = {
     "another extension is not looked for": (
         [BIN, file("adapter_model.safetensors"), file("vision.safetensors", "v")],
         "pytorch_model.bin", "adapter_model.safetensors, vision.safetensors"),
-    "a variant": ([WHOLE, file("model.fp16.safetensors")], "model.safetensors",
+    "a variant": ([REPLICATED, file("model.fp16.safetensors")], "model.safetensors",
                   "model.fp16.safetensors"),
     "a variant of shards, with its own index": (
-        [WHOLE, *shards("model.fp16"), index("model.safetensors.index.fp16.json", **SHARDS)],
+        [REPLICATED, *shards("model.fp16"), index("model.safetensors.index.fp16.json", **SHARDS)],
         "model.safetensors", "model.fp16-00001-of-00002.safetensors"),
     "variants of torch": ([BIN, file("pytorch_model.fp16.bin")], "pytorch_model.bin",
                           "pytorch_model.fp16.bin"),
@@ -104,7 +104,7 @@ TAKEN: dict[str, tuple[list[Build], str, str]] = {
          file("original/consolidated.00.pth", "tok")],
         "model-00001-of-00002.safetensors", "consolidated.safetensors, original/"),
     "what a trainer leaves": (
-        [WHOLE, *(file(name, "s") for name in ("optimizer.pt", "scheduler.pt", "rng_state_0.pth",
+        [REPLICATED, *(file(name, "s") for name in ("optimizer.pt", "scheduler.pt", "rng_state_0.pth",
                                                "training_args.bin"))], "model.safetensors", ""),
     "MindSpore's complete weights": (
         [MAP, *PARTS, file("hyper_param.safetensors", "step_num", rows=1)],
@@ -126,7 +126,7 @@ def test_one_set_is_read_and_the_others_are_named(tmp_path: Path, case: str) -> 
     for build in built:
         build(tmp_path)
     said: list[str] = []
-    source = open_any(tmp_path, say=said.append)
+    source = open_any_format(tmp_path, log=said.append)
     assert next(iter(source.headers)).name == taken
     assert {"l.0.w", "l.1.w"} <= source.tensors.keys()
     if passed_over:
@@ -142,13 +142,13 @@ def test_one_set_is_read_and_the_others_are_named(tmp_path: Path, case: str) -> 
 
 
 REFUSED: dict[str, tuple[list[Build], tuple[str, ...]]] = {
-    "two models": ([WHOLE, *OTHER_SHARDS, INDEX], (
+    "two models": ([REPLICATED, *OTHER_SHARDS, INDEX], (
         "model.safetensors", f"{INDEX_NAME} (2 files)",
         "`l.0.w` is [2] in one, [3] in another")),
     "more layers": ([file("model.safetensors", "l.0.w", "l.1.w", "l.2.w"), *shards(), INDEX], (
         "`l.2.w` is in one of them alone",)),
-    "shards of another model": ([WHOLE, *OTHER_SHARDS], ("model-*-of-00002.safetensors",)),
-    "a map of MindSpore": ([WHOLE, MAP, *PARTS], ("model.safetensors", "param_name_map.json")),
+    "shards of another model": ([REPLICATED, *OTHER_SHARDS], ("model-*-of-00002.safetensors",)),
+    "a map of MindSpore": ([REPLICATED, MAP, *PARTS], ("model.safetensors", "param_name_map.json")),
     "two indexes": ([*shards(), INDEX, MAP, *PARTS], (INDEX_NAME, "param_name_map.json")),
     "two sets of torch": ([BIN, *shards("pytorch_model", "bin"), BIN_INDEX], (
         "pytorch_model.bin and pytorch_model.bin.index.json (2 files)",)),
@@ -168,7 +168,7 @@ def test_where_nothing_decides_both_are_named(tmp_path: Path, case: str) -> None
     built, names = REFUSED[case]
     for build in built:
         build(tmp_path)
-    for look in (open_complete, open_any, choose):
+    for look in (open_complete, open_any_format, choose):
         with pytest.raises(UserError) as caught:
             look(tmp_path)
         said = str(caught.value)
@@ -191,7 +191,7 @@ def test_a_shard_that_no_index_misses_is_named(tmp_path: Path) -> None:
 
 
 def test_a_whole_file_that_is_cut_short_is_not_passed_over(tmp_path: Path) -> None:
-    for build in (WHOLE, *shards(), INDEX):
+    for build in (REPLICATED, *shards(), INDEX):
         build(tmp_path)
     os.truncate(tmp_path / "model.safetensors", 100)
     with pytest.raises(UserError, match=r"model\.safetensors is not a whole safetensors file"):
@@ -200,17 +200,17 @@ def test_a_whole_file_that_is_cut_short_is_not_passed_over(tmp_path: Path) -> No
 
 def test_rank_folders_beside_complete_weights(tmp_path: Path) -> None:
     """Those of logs do no harm."""
-    WHOLE(tmp_path)
+    REPLICATED(tmp_path)
     file("rank_0/worker.log.bin", "s")(tmp_path)
     (tmp_path / "rank_0/worker.log.bin").rename(tmp_path / "rank_0/worker.log")
-    assert open_any(tmp_path).kind == "complete"
+    assert open_any_format(tmp_path).kind == "complete"
     file("rank_0/net_rank_0-1_1.safetensors")(tmp_path)
-    for look in (check_one_kind, open_any, verify):
+    for look in (check_one_kind, open_any_format, verify):
         with pytest.raises(UserError) as caught:
             look(tmp_path)
         assert "two sets of weights: model.safetensors and rank_0/" in str(caught.value)
         assert f"One of them is `{tmp_path / 'model.safetensors'}`" in str(caught.value)
-    assert open_any(tmp_path / "model.safetensors").kind == "single"
+    assert open_any_format(tmp_path / "model.safetensors").kind == "single"
 
 
 def test_the_index_may_list_what_a_model_derives(tmp_path: Path) -> None:
@@ -243,7 +243,7 @@ def test_a_link_to_a_file_that_is_gone_is_gone(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is a link to blobs/2 that cannot be followed"):
         open_complete(tmp_path)
     (tmp_path / "model.safetensors").unlink()
-    WHOLE(tmp_path)
+    REPLICATED(tmp_path)
     assert [path.name for path in open_complete(tmp_path).headers] == ["model.safetensors"]
 
 
@@ -269,5 +269,5 @@ def test_the_way_down_to_weights(tmp_path: Path, places: list[str], nearest: str
     for place in places:
         (tmp_path / place).mkdir(parents=True)
         if place not in ("runs", "blobs"):
-            WHOLE(tmp_path / place)
+            REPLICATED(tmp_path / place)
     assert weights_below(tmp_path) == f"did you mean `{tmp_path / nearest}`?"

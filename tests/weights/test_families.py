@@ -154,16 +154,16 @@ def _ranks_main(folder: str, cases: list[Case]) -> list[Logits | None]:
 
 def _run(case: Case, world: Any) -> Logits | None:
     """Load as a job does; logits; the rank file."""
-    from launcher.assembly.job import Job
-    from launcher.assembly.model import build_parallel
-    from launcher.assembly.weights import fill_weights, find_weights
+    from launcher.builders.job import Job
+    from launcher.builders.load_weights import find_weights, load_or_init
+    from launcher.builders.model import build_parallel
     from launcher.config.command_line import parse
     from launcher.config.resolve import resolve_command_line
     from launcher.parallel.apply import shards
     from launcher.report.console import Console
-    from launcher.weights.links import linked
     from launcher.weights.ranks.rank_file import write_rank_file
-    from models.build import links_of
+    from launcher.weights.tensor_mapping import mapped
+    from models.build import mappings_of
 
     name = f"{case} {world.rank}.yaml"
     Path(name).write_text(yaml.safe_dump(case.yaml()))
@@ -171,18 +171,18 @@ def _run(case: Case, world: Any) -> Logits | None:
     assert not resolved.problems, resolved.problems
     job = Job(resolved.config, resolved.provenance, world, Console(enabled=False))
     built = build_parallel(job, training=True)
-    fill_weights(job, built.parts, built.layout, find_weights(job))
+    load_or_init(job, built.parts, built.layout, find_weights(job))
     held = shards(built.parts.named_tensors(), built.layout, world.rank)
     file = Path(str(case), f"rank_{world.rank}", f"m_rank_{world.rank}-1_1.safetensors")
     file.parent.mkdir(parents=True)
     write_rank_file(
-        file, linked(held, links_of(built.parts.modules[-1])), mesh=job.mesh, rank=world.rank
+        file, mapped(held, mappings_of(built.parts.modules[-1])), mesh=job.mesh, rank=world.rank
     )
     return _logits(job, built)
 
 
 def _logits(job: Any, built: Any) -> Logits | None:
-    from launcher.train.compute import Rows
+    from launcher.train.compute import MicroBatch
 
     seen: list[torch.Tensor] = []
 
@@ -192,7 +192,7 @@ def _logits(job: Any, built: Any) -> Logits | None:
 
     built.parts.train(False)
     with torch.no_grad():
-        replace(built.compute, loss=loss).evaluate(Rows(_ids(), _ids(), {}))
+        replace(built.compute, loss=loss).evaluate(MicroBatch(_ids(), _ids(), {}))
     if not seen:
         return None
     logits = torch.cat(seen)
@@ -231,6 +231,6 @@ def _check_export(case: Case, folder: Path) -> None:
     for name, tensor in original.items():
         assert held[name].dtype == tensor.dtype, f"{case}: {name}"
         assert torch.equal(held[name], tensor), f"{case}: {name}"
-    _, told = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
-    assert not told["missing_keys"], case
-    assert not told["unexpected_keys"], case
+    _, reported = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert not reported["missing_keys"], case
+    assert not reported["unexpected_keys"], case

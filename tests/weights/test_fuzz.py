@@ -20,7 +20,12 @@ from safetensors import SafetensorError, safe_open
 from launcher.errors import UserError
 from launcher.layout.box import Box, whole
 from launcher.weights.formats import header_of
-from launcher.weights.formats.note import BLOCK_BYTES, Checksums, Note, read_note
+from launcher.weights.formats.rank_metadata import (
+    BLOCK_BYTES,
+    Checksums,
+    RankFileMetadata,
+    read_rank_metadata,
+)
 from launcher.weights.formats.safetensors import (
     ITEM_BYTES,
     Header,
@@ -30,8 +35,8 @@ from launcher.weights.formats.safetensors import (
     read_header,
 )
 from launcher.weights.ranks.distributed import check_copies, open_rank_files
-from launcher.weights.reading.plan import plan_box, read_runs_of
-from launcher.weights.reading.transfer import Files, read_runs
+from launcher.weights.reading.plan import plan_box, strided_copy_of
+from launcher.weights.reading.transfer import Files, read_strided
 from launcher.weights.source import INDEX_NAME, Source, open_complete
 from tests.weights.mutations import mutate_bytes, mutate_json, mutate_tree
 
@@ -44,7 +49,7 @@ def test_the_numbers_add_up() -> None:
     assert HEADERS + NOTES + INDEXES + FILES + FOLDERS == 20_000
 
 
-def told(function: Callable[..., Result], *arguments: Any) -> Result | None:
+def reported(function: Callable[..., Result], *arguments: Any) -> Result | None:
     """The result; None when the user was told, in words that can be printed, what is wrong."""
     try:
         return function(*arguments)
@@ -80,7 +85,7 @@ def test_headers() -> None:
     believed = 0
     for _ in range(HEADERS):
         raw = mutate_json(rng, TREE)
-        header = told(parse_header, PATH, raw, 8 + len(raw) + DATA_BYTES)
+        header = reported(parse_header, PATH, raw, 8 + len(raw) + DATA_BYTES)
         if header is not None:
             believed += 1
             assert_true(header)
@@ -94,11 +99,11 @@ def note_of(rank: int, digests: int = 1) -> str:
     """The note of one of two ranks: `w` is cut in two, the others are on both."""
     places = {slot.name: (slot.shape, whole(slot.shape)) for slot in TENSORS}
     places["w"] = ((6, 2), Box((3 * rank, 0), (3, 2)))
-    note = Note(2, rank, {"dp_shard": 2, "tp": 1}, places, Checksums(BLOCK_BYTES, ()))
+    note = RankFileMetadata(2, rank, {"dp_shard": 2, "tp": 1}, places, Checksums(BLOCK_BYTES, ()))
     return note.text(("0" * 16,) * digests)
 
 
-def assert_note_true(header: Header, note: Note) -> None:
+def assert_note_true(header: Header, note: RankFileMetadata) -> None:
     assert note.places.keys() == header.entries.keys()
     for name, (shape, box) in note.places.items():
         assert box.size == header.entries[name].shape
@@ -115,7 +120,7 @@ def test_notes() -> None:
     believed = 0
     for _ in range(NOTES):
         header.metadata["slipway"] = mutate_json(rng, tree).decode(errors="replace")
-        note = told(read_note, PATH, header)
+        note = reported(read_rank_metadata, PATH, header)
         if note is not None:
             believed += 1
             assert_note_true(header, note)
@@ -144,7 +149,7 @@ def test_indexes(tmp_path) -> None:
             tree = {"weight_map": {"a": rng.choice(names)}}
         raw = json.dumps(tree).encode()
         (folder / INDEX_NAME).write_bytes(mutate_bytes(rng, raw) if rng.random() < 0.5 else raw)
-        source = told(open_complete, folder)
+        source = reported(open_complete, folder)
         if source is not None:
             believed += 1
             assert {path.parent for path in source.headers} <= {folder}
@@ -164,7 +169,7 @@ def test_files_and_the_library_that_has_the_format(tmp_path) -> None:
         path.write_bytes(mutate_bytes(rng, content) if rng.random() < 0.7 else content)
         if number % 5 == 0:
             tracemalloc.start()
-        header = told(header_of, path)
+        header = reported(header_of, path)
         assert tracemalloc.get_traced_memory()[1] < 4 << 20
         tracemalloc.stop()
         if header is not None:
@@ -202,7 +207,7 @@ def test_no_memory_is_taken_on_the_word_of_a_header(tmp_path, lie: str) -> None:
     path = tmp_path / "lie.safetensors"
     path.write_bytes(content)
     tracemalloc.start()
-    assert told(read_header, path) is None
+    assert reported(read_header, path) is None
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 1 << 20
@@ -229,7 +234,7 @@ def read_all(source: Source) -> int:
                 assert read.nbytes <= DATA_BYTES
                 memory = np.empty(2 * DATA_BYTES, np.uint8)
                 path = read.piece.file
-                done += read_runs(files, path, read_runs_of(read, box), memory)
+                done += read_strided(files, path, strided_copy_of(read, box), memory)
     return done
 
 
@@ -248,7 +253,7 @@ def test_folders(tmp_path) -> None:
         wrong = rng.randrange(2)
         write_rank(tmp_path, 1 - wrong, note_of(1 - wrong).encode())
         write_rank(tmp_path, wrong, mutate_json(rng, trees[wrong]))
-        done = told(open_and_read, tmp_path, right)
+        done = reported(open_and_read, tmp_path, right)
         opened += done is not None
         assert done in (None, DATA_BYTES, DATA_BYTES + TENSORS[0].nbytes)
     assert 0 < opened < FOLDERS // 2

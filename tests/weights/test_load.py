@@ -22,8 +22,8 @@ from launcher.weights.pieces import Piece, Pieces
 from launcher.weights.ranks.distributed import open_rank_files
 from launcher.weights.ranks.rank_file import write_rank_file
 from launcher.weights.reading.load import load
-from launcher.weights.reading.memory import Shard
-from launcher.weights.reading.plan import Read, plan_box, read_runs_of
+from launcher.weights.reading.plan import Read, plan_box, strided_copy_of
+from launcher.weights.reading.shard import Shard
 from launcher.weights.source import detect, open_complete
 
 
@@ -118,7 +118,7 @@ def test_byte_runs_copy_exactly_the_overlap(data) -> None:
     entry = Entry("U8", held.size, 0, len(file))
     read = Read(Piece(None, entry, shape, held, 0), overlap)  # type: ignore[arg-type]
     memory = bytearray(wanted.numel)
-    for position, start, length in read_runs_of(read, wanted):
+    for position, start, length in strided_copy_of(read, wanted):
         memory[start : start + length] = file[position : position + length]
     result = torch.frombuffer(memory, dtype=torch.uint8).reshape(wanted.size)
     inside = overlap.inside(wanted)

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from launcher.errors import UserError
 from launcher.layout.box import whole
 from launcher.weights.reading.load import load
-from launcher.weights.reading.memory import Shard
+from launcher.weights.reading.shard import Shard
 from launcher.weights.source import open_complete
 
 NAMES = [

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from launcher.weights.reading import pages
-from launcher.weights.reading.memory import Storages
 from launcher.weights.reading.pages import HUGE_PAGE, make_huge, use_huge_pages
+from launcher.weights.reading.shard import Storages
 
 pytestmark = [
     pytest.mark.usefixtures("allowed"),
@@ -41,27 +41,27 @@ def test_blocks_in_which_a_tensor_begins_are_asked_for(memory) -> None:
 
 def test_what_the_system_is_told(memory, monkeypatch) -> None:
     _, block = memory
-    told: list[tuple[int, int, int]] = []
-    monkeypatch.setattr(pages, "_advise", lambda *given: told.append(given))
+    reported: list[tuple[int, int, int]] = []
+    monkeypatch.setattr(pages, "_advise", lambda *given: reported.append(given))
     one, two = (block + 64, 3 * HUGE_PAGE), (block + 3 * HUGE_PAGE + 4096 + 64, 2 * HUGE_PAGE)
     wanted = use_huge_pages([one, two])
-    assert told == [(block, 5 * HUGE_PAGE + 8192, mmap.MADV_HUGEPAGE)]
+    assert reported == [(block, 5 * HUGE_PAGE + 8192, mmap.MADV_HUGEPAGE)]
     make_huge(wanted, *one)
-    assert sorted(told[1:]) == [
+    assert sorted(reported[1:]) == [
         (block, HUGE_PAGE, pages.MADV_COLLAPSE),
         (block + 3 * HUGE_PAGE, HUGE_PAGE, pages.MADV_COLLAPSE),
     ]
     make_huge(wanted, *two)
-    assert len(told) == 3
+    assert len(reported) == 3
 
 
 def test_what_an_administrator_forbids_is_not_asked_for(memory, monkeypatch, allowed) -> None:
-    told: list[tuple[int, int, int]] = []
-    monkeypatch.setattr(pages, "_advise", lambda *given: told.append(given))
+    reported: list[tuple[int, int, int]] = []
+    monkeypatch.setattr(pages, "_advise", lambda *given: reported.append(given))
     for text in ("always madvise [never]", None):
         allowed.write_text(text) if text else allowed.unlink()
         assert use_huge_pages([(memory[1] + 64, 4 * HUGE_PAGE)]) == set()
-    assert told == []
+    assert reported == []
 
 
 def test_what_is_around_small_memory_is_not_touched(memory) -> None:

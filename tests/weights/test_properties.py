@@ -17,13 +17,13 @@ from hypothesis import strategies as st
 
 from launcher.layout.box import Box
 from launcher.weights.formats.safetensors import Entry
-from launcher.weights.links import linked
 from launcher.weights.pieces import Piece, Pieces
-from launcher.weights.ranks.distributed import check_whole
-from launcher.weights.reading.memory import Shard, memory_of
-from launcher.weights.reading.plan import plan_box, read_runs_of
-from launcher.weights.reading.runs import runs
+from launcher.weights.ranks.distributed import check_complete
+from launcher.weights.reading.plan import plan_box, strided_copy_of
+from launcher.weights.reading.shard import Shard, memory_of
+from launcher.weights.reading.strided_copy import strided_copy
 from launcher.weights.source import Source
+from launcher.weights.tensor_mapping import mapped
 from tests.weights.worlds import World, bits, random_tensor, shards, spoil, worlds
 
 NAMES = {torch.uint8: "U8", torch.int16: "I16", torch.int32: "I32", torch.int64: "I64"}
@@ -46,7 +46,7 @@ def test_runs_copy_a_box_between_any_two_surroundings(turned: bool) -> None:
         source, goal = view_at(file.T if turned else file, in_file), view_at(memory, in_memory)
         expected = memory.copy()
         view_at(expected, in_memory)[:] = source
-        found = runs(size, 2, address(source, file), address(goal, memory))
+        found = strided_copy(size, 2, address(source, file), address(goal, memory))
         assert found.nbytes == goal.nbytes
         content, flat = file.tobytes(), memory.reshape(-1).view(np.uint8)
         for position, start, length in found:
@@ -82,7 +82,7 @@ def check_plan(world: World, seed: int) -> None:
         for name, piece in found.items():
             pieces.setdefault(name, []).append(piece)
     tensors = {name: Pieces(found) for name, found in pieces.items()}
-    check_whole(Source("distributed", Path(), tensors, {}))
+    check_complete(Source("distributed", Path(), tensors, {}))
     done = set[tuple[str, Box]]()
     for rank in range(world.after.mesh.world_size):
         for name, shard in shards(world.after, rank, values).items():
@@ -112,10 +112,10 @@ def check_filled(
     """The reads of a shard write every byte once: as many as it has, and none stays wrong."""
     expected, written = bits(shard.tensor), 0
     spoil(shard.tensor)
-    for file_name, part in linked({name: shard}, world.links_of).items():
+    for file_name, part in mapped({name: shard}, world.mappings_of).items():
         memory, strides = memory_of(part.tensor)
         for planned in plan_box(file_name, part.box, tensors[file_name], prefer_rank=rank):
-            found = read_runs_of(planned, part.box, (0, strides))
+            found = strided_copy_of(planned, part.box, (0, strides))
             assert found.nbytes == planned.nbytes
             content = files[planned.piece.rank]
             for position, start, length in found:

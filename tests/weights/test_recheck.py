@@ -8,20 +8,20 @@ import pytest
 import torch
 
 from launcher.errors import UserError
-from launcher.layout.layout import Cut, Layout
+from launcher.layout.layout import Layout, ShardSpec
 from launcher.layout.mesh import Mesh
-from launcher.weights.formats.note import BLOCK_BYTES
+from launcher.weights.formats.rank_metadata import BLOCK_BYTES
 from launcher.weights.formats.safetensors import read_header
 from launcher.weights.ranks.distributed import open_rank_files
 from launcher.weights.ranks.rank_file import write_rank_file
 from launcher.weights.reading.load import load
-from launcher.weights.reading.memory import Shard
+from launcher.weights.reading.shard import Shard
 
 SHAPES = {"a": (1024, 1024), "b": (1536, 2048), "c": (64,), "adam_m.a": (1024, 1024)}
 
 
 def held(mesh: Mesh, rank: int, dtype: torch.dtype, tp_dim: int = 0) -> dict[str, Shard]:
-    layout = Layout(SHAPES, mesh, {name: Cut(tp_dim=tp_dim) for name in SHAPES})
+    layout = Layout(SHAPES, mesh, {name: ShardSpec(tp_dim=tp_dim) for name in SHAPES})
     return {
         name: Shard(p.shape, p.boxes[0], torch.zeros(p.boxes[0].size, dtype=dtype))
         for name, p in layout.of(rank).items()

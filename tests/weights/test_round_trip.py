@@ -17,19 +17,19 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from launcher.layout.box import Box, whole
-from launcher.weights.formats import note
-from launcher.weights.formats.note import Note
-from launcher.weights.links import linked, shapes_in_files
+from launcher.weights.formats import rank_metadata
+from launcher.weights.formats.rank_metadata import RankFileMetadata
 from launcher.weights.offline.export import write_complete
 from launcher.weights.ranks.distributed import check_copies, open_rank_files
 from launcher.weights.ranks.rank_file import write_rank_file
 from launcher.weights.reading import read, transfer
 from launcher.weights.reading.checksums import file_faults
 from launcher.weights.reading.load import load
-from launcher.weights.reading.memory import Shard
+from launcher.weights.reading.shard import Shard
 from launcher.weights.source import Source, open_complete
 from launcher.weights.streaming import stream, write
 from launcher.weights.streaming.stream import Output
+from launcher.weights.tensor_mapping import mapped, shapes_in_files
 from tests.weights.worlds import MOMENTS, World, bits, random_tensor, region, shards, spoil, worlds
 
 # --- rank files -------------------------------------------------------------------------------
@@ -42,7 +42,7 @@ def small_steps(short_run: int, portion: int):
         patch.setattr(transfer, "SHORT_RUN", short_run)
         for module in (read, stream):
             patch.setattr(module, "PORTION_BYTES", portion)
-        for module in (note, stream, write):
+        for module in (rank_metadata, stream, write):
             patch.setattr(module, "BLOCK_BYTES", 2 * portion)
         yield
 
@@ -77,14 +77,14 @@ def save_ranks(folder: Path, world: World, values: dict[str, torch.Tensor], alia
 
 def check_loaded(world: World, values: dict[str, torch.Tensor], source: Source) -> None:
     """Every rank of the second layout loads what it held, to the bit, and reads no byte twice."""
-    expected = shapes_in_files({n: tuple(t.shape) for n, t in values.items()}, world.links_of)
+    expected = shapes_in_files({n: tuple(t.shape) for n, t in values.items()}, world.mappings_of)
     for rank in range(world.after.mesh.world_size):
         held = shards(world.after, rank, values)
         wanted = {name: bits(shard.tensor) for name, shard in held.items()}
         for shard in held.values():
             spoil(shard.tensor)
         report = load(
-            linked(held, world.links_of), source, expected=expected, rank=rank,
+            mapped(held, world.mappings_of), source, expected=expected, rank=rank,
             tied={"head": "t0"}, ignore_prefixes=(),
         )  # fmt: skip
         assert report.bytes_read == sum(map(len, wanted.values()))
@@ -101,8 +101,8 @@ def check_exported(
     found = {}
     for file in exported.files:
         found |= load_file(folder / file)
-    wanted = linked(
-        {n: Shard(tuple(t.shape), whole(t.shape), t) for n, t in values.items()}, world.links_of
+    wanted = mapped(
+        {n: Shard(tuple(t.shape), whole(t.shape), t) for n, t in values.items()}, world.mappings_of
     )
     assert found.keys() == {alias if name == "t0" else name for name in wanted}
     for name, shard in wanted.items():
@@ -165,8 +165,12 @@ def test_streams_cut_like_slices(tmp_path_factory, data: st.DataObject, seed: in
         chosen = data.draw(st.lists(st.sampled_from(list(tensors)), unique=True, min_size=1))
         cut = {f"new.{n}": (n, data.draw(boxes(tuple(tensors[n].shape)))) for n in chosen}
         places = {new: (tuple(tensors[n].shape), box) for new, (n, box) in cut.items()}
-        own = Note(3, number, {"dp_shard": 3}, places) if data.draw(st.booleans()) else None
-        outputs.append(Output(folder / f"new-{number}", cut, note=own))
+        own = (
+            RankFileMetadata(3, number, {"dp_shard": 3}, places)
+            if data.draw(st.booleans())
+            else None
+        )
+        outputs.append(Output(folder / f"new-{number}", cut, rank_metadata=own))
     with small_steps(8, 48):
         done = stream.stream(source, outputs)
     assert done == sum(check_output(output, tensors) for output in outputs)

@@ -13,11 +13,11 @@ from safetensors.torch import load_file, save_file
 from launcher.errors import UserError
 from launcher.layout.box import whole
 from launcher.layout.mesh import Mesh
-from launcher.weights.formats.note import BLOCK_BYTES, read_note
+from launcher.weights.formats.rank_metadata import BLOCK_BYTES, read_rank_metadata
 from launcher.weights.formats.safetensors import read_header
 from launcher.weights.ranks.rank_file import write_rank_file
 from launcher.weights.reading.checksums import file_faults
-from launcher.weights.reading.memory import Shard
+from launcher.weights.reading.shard import Shard
 
 
 def shard_of(tensor: torch.Tensor) -> Shard:
@@ -52,7 +52,7 @@ def test_we_read_the_header_the_library_writes(tmp_path) -> None:
     assert {n: e.shape for n, e in header.entries.items()} == {
         n: tuple(t.shape) for n, t in tensors().items()
     }
-    assert read_note(path, header) is None
+    assert read_rank_metadata(path, header) is None
 
 
 def test_equal_state_gives_equal_bytes(tmp_path) -> None:

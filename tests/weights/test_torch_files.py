@@ -27,10 +27,10 @@ from launcher.weights.formats import header_of
 from launcher.weights.formats.pickles import BrokenPickleError, RefusedCallError, read_pickle
 from launcher.weights.formats.safetensors import ITEM_BYTES
 from launcher.weights.reading.load import load
-from launcher.weights.reading.memory import DTYPE_NAMES
+from launcher.weights.reading.shard import DTYPE_NAMES
 from launcher.weights.source import open_complete
 from tests.weights.content import content
-from tests.weights.test_fuzz import told
+from tests.weights.test_fuzz import reported
 from tests.weights.test_load import cut, empty_like, model
 
 
@@ -94,13 +94,13 @@ class Tied(torch.nn.Module):
 
 def parameter_with_attribute() -> torch.nn.Parameter:
     parameter = torch.nn.Parameter(torch.ones(2, 2))
-    parameter.note = "kept by torch, left out by us"  # type: ignore[attr-defined]
+    parameter.rank_metadata = "kept by torch, left out by us"  # type: ignore[attr-defined]
     return parameter
 
 
 def tensor_with_attribute() -> torch.Tensor:
     tensor = torch.ones(3)
-    tensor.note = "kept by torch, left out by us"  # type: ignore[attr-defined]
+    tensor.rank_metadata = "kept by torch, left out by us"  # type: ignore[attr-defined]
     return tensor
 
 
@@ -216,7 +216,7 @@ def test_of_both_forms_of_a_model_safetensors_are_read(tmp_path) -> None:
 # --- what is refused --------------------------------------------------------------------------
 
 
-class Runs:
+class StridedCopy:
     """An object whose pickle calls `function(*arguments)`."""
 
     def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
@@ -275,14 +275,14 @@ def conjugate() -> torch.Tensor:
 
 NOTHING_RUN = "tensors, numbers, texts, lists and maps are read, and nothing in a file is run"
 REFUSED: dict[str, tuple[Callable[[], bytes], str]] = {
-    "a command": (lambda: saved({**WEIGHTS, "x": Runs(os.system, "touch run")}),
+    "a command": (lambda: saved({**WEIGHTS, "x": StridedCopy(os.system, "touch run")}),
                   "{path} wants to call posix.system: " + NOTHING_RUN),
-    "code": (lambda: saved({"x": Runs(eval, "open('run', 'w')")}), "call __builtin__.eval: "),
+    "code": (lambda: saved({"x": StridedCopy(eval, "open('run', 'w')")}), "call __builtin__.eval: "),
     "a command, protocol 0": (lambda: archive(data_pkl=b"cposix\nsystem\n(S'touch run'\ntR."),
                               "wants to call posix.system"),
     "an instance": (lambda: archive(data_pkl=b"(S'touch run'\niposix\nsystem\n."),
                     "wants to call posix.system"),
-    "an attribute that is asked for": (lambda: saved({"m": Runs(getattr, "text", "upper")}),
+    "an attribute that is asked for": (lambda: saved({"m": StridedCopy(getattr, "text", "upper")}),
                                "wants to call __builtin__.getattr"),
     "a module": (lambda: saved(torch.nn.Linear(1, 1)),
                  "wants to call torch.nn.modules.linear.Linear"),
@@ -372,7 +372,9 @@ def test_a_tensor_that_is_not_inside_its_storage(tmp_path, change: dict[str, Any
             return ("storage", torch.FloatStorage, "0", "cpu", 48) if obj is BASE else None
 
     view = {"offset": 0, "size": (6, 8), "stride": (8, 1), **change}
-    rebuild = Runs(torch._utils._rebuild_tensor, BASE, view["offset"], view["size"], view["stride"])
+    rebuild = StridedCopy(
+        torch._utils._rebuild_tensor, BASE, view["offset"], view["size"], view["stride"]
+    )
     buffer = io.BytesIO()
     Lying(buffer, 2).dump({"w": rebuild})
     path = tmp_path / "w.pt"
@@ -390,7 +392,7 @@ def test_mutated_files_are_refused_or_stay_inside_themselves(tmp_path, seed: int
         for _ in range(rng.choice((1, 1, 2, 8))):
             raw[rng.randrange(len(raw))] = rng.choice((0, 1, 0x7F, 0x80, 0xFF, rng.randrange(256)))
         path.write_bytes(raw)
-        header = told(header_of, path)
+        header = reported(header_of, path)
         if header is None:
             refused += 1
             continue

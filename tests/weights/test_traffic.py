@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from launcher.layout.layout import Cut, Layout
+from launcher.layout.layout import Layout, ShardSpec
 from launcher.layout.mesh import Mesh
 from launcher.weights.ranks.distributed import open_rank_files
 from launcher.weights.ranks.rank_file import write_rank_file
@@ -22,13 +22,13 @@ from tests.weights.worlds import shards
 
 ROWS, COLUMNS = 64, 1 << 14
 CUTS = {
-    "rows": (Cut(0), Mesh(tp=4)),
-    "columns": (Cut(1), Mesh(tp=2)),
-    "data parallel": (Cut(), Mesh(dp_shard=4)),
-    "experts": (Cut(expert=True), Mesh(dp_shard=4, ep=4)),
-    "stages": (Cut(stages=(1,)), Mesh(pp=2, tp=2)),
-    "rows, columns are cut in the files": (Cut(0), Mesh(tp=4)),
-    "short columns": (Cut(1), Mesh(tp=32)),
+    "rows": (ShardSpec(0), Mesh(tp=4)),
+    "columns": (ShardSpec(1), Mesh(tp=2)),
+    "data parallel": (ShardSpec(), Mesh(dp_shard=4)),
+    "experts": (ShardSpec(expert=True), Mesh(dp_shard=4, ep=4)),
+    "stages": (ShardSpec(stages=(1,)), Mesh(pp=2, tp=2)),
+    "rows, columns are cut in the files": (ShardSpec(0), Mesh(tp=4)),
+    "short columns": (ShardSpec(1), Mesh(tp=32)),
 }
 
 
@@ -60,7 +60,7 @@ def test_a_job_reads_what_its_ranks_need(tmp_path, monkeypatch, name: str) -> No
     windows of the file, which together are no larger than the file and the rest of a page."""
     cut, mesh = CUTS[name]
     values = {"w": torch.zeros(ROWS, COLUMNS)}
-    file_cut = Cut(1) if "cut in the files" in name else cut
+    file_cut = ShardSpec(1) if "cut in the files" in name else cut
     source = source_of(tmp_path, values, file_cut, "cut in the files" in name)
     layout = Layout({"w": (ROWS, COLUMNS)}, mesh, {"w": cut})
     traffic, needed = Traffic(monkeypatch), 0
@@ -72,7 +72,7 @@ def test_a_job_reads_what_its_ranks_need(tmp_path, monkeypatch, name: str) -> No
         file_bytes = sum(header.file_bytes for header in source.headers.values())
         rank_read = traffic.read - before[0] + traffic.mapped - before[1]
         assert rank_read <= file_bytes + mmap.ALLOCATIONGRANULARITY
-    assert needed == values["w"].nbytes * holders(name)
+    assert needed == values["w"].nbytes * replica_ranks(name)
     if traffic.mapped:
         assert name == "short columns"
         assert traffic.read == 0
@@ -80,12 +80,14 @@ def test_a_job_reads_what_its_ranks_need(tmp_path, monkeypatch, name: str) -> No
         assert needed <= traffic.read <= 1.02 * needed
 
 
-def holders(name: str) -> int:
+def replica_ranks(name: str) -> int:
     """How often a job holds each element."""
     return 2 if name == "stages" else 1
 
 
-def source_of(folder: Path, values: dict[str, torch.Tensor], cut: Cut, is_cut: bool) -> Source:
+def source_of(
+    folder: Path, values: dict[str, torch.Tensor], cut: ShardSpec, is_cut: bool
+) -> Source:
     """The values in one file, or cut over two ranks."""
     if not is_cut:
         save_file(values, folder / "model.safetensors")
@@ -98,8 +100,8 @@ def source_of(folder: Path, values: dict[str, torch.Tensor], cut: Cut, is_cut: b
     return open_rank_files(folder, files)
 
 
-@pytest.mark.parametrize("cut", [Cut(0), Cut(1)], ids=["long runs", "short runs"])
-def test_what_the_system_counts(tmp_path, cut: Cut) -> None:
+@pytest.mark.parametrize("cut", [ShardSpec(0), ShardSpec(1)], ids=["long runs", "short runs"])
+def test_what_the_system_counts(tmp_path, cut: ShardSpec) -> None:
     """By the counters of the processes, from a cold cache: what four ranks ask for (`rchar`), and
     what the disk gives them (`read_bytes`, where a file system counts it) for rows of 8 KiB."""
     shape = (4096, 2048)
@@ -111,11 +113,11 @@ def test_what_the_system_counts(tmp_path, cut: Cut) -> None:
     counted = run_ranks(4, counted_load, str(tmp_path), shape, cut)
     needed = 4 * shape[0] * shape[1]
     asked, given = (sum(values) for values in zip(*counted, strict=True))
-    assert asked <= (1.02 if cut == Cut(0) else 1.25) * needed
+    assert asked <= (1.02 if cut == ShardSpec(0) else 1.25) * needed
     assert given <= 1.25 * needed
 
 
-def counted_load(folder: str, shape: tuple[int, int], cut: Cut) -> tuple[int, int]:
+def counted_load(folder: str, shape: tuple[int, int], cut: ShardSpec) -> tuple[int, int]:
     """A rank's load of its part of `w`: bytes asked of files, bytes fetched from the disk."""
     layout = Layout({"w": shape}, Mesh(tp=4), {"w": cut})
     rank = int(os.environ["RANK"])

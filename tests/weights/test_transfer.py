@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from launcher.errors import UserError
-from launcher.weights.reading.runs import Runs
+from launcher.weights.reading.strided_copy import StridedCopy
 from launcher.weights.reading.transfer import VIEWS, Files, Transfer, read_all, read_exactly
 
 TENSORS = 2 * VIEWS + 10
@@ -23,7 +23,7 @@ def content() -> bytes:
 def row(path: Path, memory: np.ndarray, start: int = 100) -> list[Transfer]:
     """Tensors end to end in a file from `start` on, to places in memory in the opposite order."""
     return [
-        Transfer(path, Runs(start + i * TENSOR_BYTES, (TENSORS - 1 - i) * TENSOR_BYTES,
+        Transfer(path, StridedCopy(start + i * TENSOR_BYTES, (TENSORS - 1 - i) * TENSOR_BYTES,
                             TENSOR_BYTES, ()), memory)
         for i in range(TENSORS)
     ]  # fmt: skip
@@ -75,15 +75,15 @@ def test_any_transfers_put_every_byte_in_its_place(tmp_path, seed: int) -> None:
         loops = () if chance.random() < 0.7 else ((3, chance.choice((length, 40)), 32),)
         if chance.random() < 0.3:
             position = chance.randrange(4_000)
-        runs = Runs(position, place, length, loops)
-        for start, goal, count in runs:
+        strided_copy = StridedCopy(position, place, length, loops)
+        for start, goal, count in strided_copy:
             wanted[goal : goal + count] = files_content[path][start : start + count]
-        transfers.append(Transfer(path, runs, memory))
-        place, position = place + 128, (position + runs.file_span) % 4_000
+        transfers.append(Transfer(path, strided_copy, memory))
+        place, position = place + 128, (position + strided_copy.file_span) % 4_000
     with Files() as files:
         read = read_all(files, transfers)
     assert memory.tobytes() == bytes(wanted)
-    assert read == sum(transfer.runs.nbytes for transfer in transfers)
+    assert read == sum(transfer.strided_copy.nbytes for transfer in transfers)
 
 
 def test_a_file_that_ends_within_a_row(tmp_path, content: bytes) -> None:

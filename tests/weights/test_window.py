@@ -13,8 +13,8 @@ import pytest
 from launcher.errors import UserError
 from launcher.weights.reading import pages, window
 from launcher.weights.reading.pages import HUGE_PAGE
-from launcher.weights.reading.runs import Runs
-from launcher.weights.reading.transfer import SHORT_RUN, Files, read_runs
+from launcher.weights.reading.strided_copy import StridedCopy
+from launcher.weights.reading.transfer import SHORT_RUN, Files, read_strided
 from launcher.weights.reading.window import MADV_POPULATE_READ, PULLED_BYTES, WINDOW_BYTES, Window
 
 pytestmark = [
@@ -106,8 +106,8 @@ def test_the_system_tells_what_is_in_memory(file) -> None:
     if window._is_in_memory(descriptor, 0):  # else this system does not tell
         assert residence(descriptor, 0, mmap.PAGESIZE) == {1}
         last = HUGE_PAGE * (BLOCKS - 1)
-        told = {int(window._is_in_memory(descriptor, last))}
-        assert told == residence(descriptor, last, mmap.PAGESIZE)
+        reported = {int(window._is_in_memory(descriptor, last))}
+        assert reported == residence(descriptor, last, mmap.PAGESIZE)
     assert not window._is_in_memory(descriptor, file.stat().st_size + HUGE_PAGE)
     assert not window._is_in_memory(-1, 0)
     os.close(descriptor)
@@ -169,8 +169,10 @@ def test_a_system_is_asked_once_what_it_may_do(file, monkeypatch) -> None:
     memory = np.zeros(64 * SHORT_RUN, np.uint8)
     with Files() as files:
         for _ in range(3):
-            read_runs(files, file, Runs(0, 0, SHORT_RUN, ((64, 2 * SHORT_RUN, SHORT_RUN),)), memory)
-            read_runs(files, file, Runs(0, 0, 8, ((64, 64, 8),)), memory)
+            read_strided(
+                files, file, StridedCopy(0, 0, SHORT_RUN, ((64, 2 * SHORT_RUN, SHORT_RUN),)), memory
+            )
+            read_strided(files, file, StridedCopy(0, 0, 8, ((64, 64, 8),)), memory)
             files.read(file, [memory.data], 5)
     assert len(asked) == 1
     assert bytes(memory) == file.read_bytes()[5:][: len(memory)]

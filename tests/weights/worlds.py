@@ -15,11 +15,11 @@ import torch
 from hypothesis import strategies as st
 
 from launcher.layout.box import Box, Shape
-from launcher.layout.layout import Cut, Layout
+from launcher.layout.layout import Layout, ShardSpec
 from launcher.layout.mesh import RANK_AXES, Mesh
-from launcher.weights.links import Link, linked, stacked
-from launcher.weights.ranks.redundancy import file_holders, keepers_of
-from launcher.weights.reading.memory import Shard
+from launcher.weights.ranks.redundancy import file_replicas, writers_of
+from launcher.weights.reading.shard import Shard
+from launcher.weights.tensor_mapping import TensorMapping, mapped, stacked
 
 MOMENTS = ("adam_m.", "adam_v.")
 
@@ -51,7 +51,7 @@ class World:
     leaves_copies: bool
     """Each box is saved by one of its holders."""
 
-    def links_of(self, name: str, shape: Shape) -> Sequence[Link] | None:
+    def mappings_of(self, name: str, shape: Shape) -> Sequence[TensorMapping] | None:
         """An expert in files is `name.index`, of moments too."""
         base = name
         for prefix in MOMENTS:
@@ -62,10 +62,10 @@ class World:
 
     def saved(self, rank: int, values: dict[str, torch.Tensor]) -> dict[str, Shard]:
         """What `rank` writes of tensors of the model, as tensors of the files."""
-        held = linked(shards(self.before, rank, values), self.links_of)
+        held = mapped(shards(self.before, rank, values), self.mappings_of)
         if not self.leaves_copies:
             return held
-        keeper = keepers_of(held, file_holders(self.before, rank, self.links_of))
+        keeper = writers_of(held, file_replicas(self.before, rank, self.mappings_of))
         return {name: shard for name, shard in held.items() if keeper[name] == rank}
 
 
@@ -73,7 +73,7 @@ class World:
 def worlds(draw: st.DrawFn, most_ranks: int) -> World:
     """A random model on two random meshes."""
     shapes, experts = {}, set()
-    layouts = [(draw(meshes(most_ranks)), dict[str, Cut]()) for _ in range(2)]
+    layouts = [(draw(meshes(most_ranks)), dict[str, ShardSpec]()) for _ in range(2)]
     for number in range(draw(st.integers(1, 4))):
         name, shape = f"t{number}", tuple(draw(st.lists(st.integers(1, 7), max_size=3)))
         shapes[name] = shape
@@ -81,12 +81,12 @@ def worlds(draw: st.DrawFn, most_ranks: int) -> World:
         if is_expert:
             experts.add(name)
         tp_dim = draw(st.sampled_from([None, *range(int(is_expert), len(shape))]))
-        for mesh, cuts in layouts:
+        for mesh, specs in layouts:
             stages = draw(
                 st.sampled_from([None, *((s,) for s in range(mesh.pp)), (0, mesh.pp - 1)])
             )
-            cuts[name] = Cut(tp_dim, is_expert, sharded=draw(st.booleans()), stages=stages)
-    before, after = (Layout(shapes, mesh, cuts) for mesh, cuts in layouts)
+            specs[name] = ShardSpec(tp_dim, is_expert, sharded=draw(st.booleans()), stages=stages)
+    before, after = (Layout(shapes, mesh, specs) for mesh, specs in layouts)
     return World(shapes, frozenset(experts), before, after, draw(st.booleans()))
 
 

@@ -15,8 +15,8 @@ from pathlib import Path
 from launcher.config.checks.check import Check
 from launcher.errors import UserError
 from launcher.weights.complete import Choice, choose
-from launcher.weights.formats.note import Note, read_note
 from launcher.weights.formats.placeholders import placeholder
+from launcher.weights.formats.rank_metadata import RankFileMetadata, read_rank_metadata
 from launcher.weights.formats.safetensors import Header, read_header
 from launcher.weights.ranks.rank_folders import first_file, rank_folders
 from launcher.weights.source import (
@@ -73,18 +73,18 @@ class Files:
             return None
 
     @cached_property
-    def note(self) -> Note | None:
+    def rank_metadata(self) -> RankFileMetadata | None:
         """What a rank file of ours says of itself; None where there is none."""
         try:
-            return read_note(self.one, self.header) if self.one and self.header else None
+            return read_rank_metadata(self.one, self.header) if self.one and self.header else None
         except UserError:
             return None
 
     @property
     def ranks(self) -> int | None:
         """Ranks that wrote distributed weights; of files that do not say, the folders there are."""
-        if self.note is not None:
-            return self.note.world_size
+        if self.rank_metadata is not None:
+            return self.rank_metadata.world_size
         try:
             return len(rank_folders(self.path.parent.parent if self.path.is_file() else self.path))
         except UserError:

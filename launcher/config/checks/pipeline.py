@@ -133,7 +133,7 @@ def split(check: Check) -> Iterator[KeyProblem]:
         yield check.wrong(
             _OFFSET,
             f"{form}, one number for each stage",
-            nearest=f"Nearest: {_as_offset(check, mended([layers // count] * count, layers))}",
+            nearest=f"Nearest: {_as_offset(check, corrected([layers // count] * count, layers))}",
             also=(_STAGES, _PER_RANK),
         )
     else:
@@ -155,7 +155,7 @@ def _stage_layers(
             _LAYERS,
             f"{layers} layers are divided over {count} stages; these are {sum(written)} over "
             f"{len(written)}",
-            nearest=f"Nearest: {mended(present, layers)}",
+            nearest=f"Nearest: {corrected(present, layers)}",
             also=also,
         )
 
@@ -170,7 +170,7 @@ def _offset(check: Check, count: int, layers: int) -> Iterator[KeyProblem]:
             _OFFSET,
             f"{layers} layers are {share} for each of {count} stages, and {rest} over: the sum of "
             f"offset is {rest}, and every stage keeps a layer",
-            nearest=f"Nearest: {_as_offset(check, mended(counts, layers))}",
+            nearest=f"Nearest: {_as_offset(check, corrected(counts, layers))}",
             also=(_STAGES, _PER_RANK),
         )
 
@@ -199,7 +199,7 @@ def _as_offset(check: Check, counts: list[int]) -> list[Any]:
     return laps if each > 1 else laps[0]
 
 
-def mended(counts: list[int], layers: int) -> list[int]:
+def corrected(counts: list[int], layers: int) -> list[int]:
     """`counts` changed as little as gives every stage a layer, and `layers` in all."""
     result = [min(max(count, 1), layers) for count in counts]
     while sum(result) < layers:

@@ -21,7 +21,7 @@ from launcher.config.schema import Config
 from models.families import DecoderConfig
 
 _USUAL_LENGTH = 2048
-"""Longest row where neither data nor model say one; see launcher/assembly/data.py."""
+"""Longest row where neither data nor model say one; see launcher/builders/data.py."""
 
 _LARGEST_DEGREE = 1 << 16
 """No larger one is looked for: a slip of the keyboard costs no time."""

@@ -47,7 +47,7 @@ def weights(check: Check) -> Iterator[KeyProblem]:
                 advice="Name a folder or a file of weights; paths begin in the current directory",
             )
     elif found is None and (error := _cannot_be_listed(path)):
-        yield from _told(check, "load_checkpoint", error)
+        yield from _reported(check, "load_checkpoint", error)
     elif found is None and config.resume_training is not True:
         yield check.wrong(
             "load_checkpoint",
@@ -55,7 +55,7 @@ def weights(check: Check) -> Iterator[KeyProblem]:
             nearest=unfinished_download(path) or weights_below(path),
         )
     elif config.resume_training is False and (error := _error_of(check_one_kind, path)):
-        yield from _told(check, "load_checkpoint", error)
+        yield from _reported(check, "load_checkpoint", error)
 
 
 def _cannot_be_listed(path: Path) -> UserError | None:
@@ -111,7 +111,7 @@ def file_format(check: Check) -> Iterator[KeyProblem]:
         try:
             _refuse_unread(found)
         except UserError as error:
-            yield from _told(check, found.key, error)
+            yield from _reported(check, found.key, error)
             return
     if check.config.load_ckpt_format not in (None, name) and found.key == "load_checkpoint":
         yield check.wrong(
@@ -134,10 +134,10 @@ def damage(check: Check) -> Iterator[KeyProblem]:
     try:
         found.look()
     except UserError as error:
-        yield from _told(check, found.key, error)
+        yield from _reported(check, found.key, error)
 
 
-def _told(check: Check, key: str, error: UserError) -> Iterator[KeyProblem]:
+def _reported(check: Check, key: str, error: UserError) -> Iterator[KeyProblem]:
     """Problems of files, as those of the key that names them."""
     for problem in error.problems:
         what = f"{problem.where}: {problem.what}" if problem.where else problem.what
@@ -197,7 +197,7 @@ def _other_layout(check: Check, found: Files, mesh: Mesh) -> str:
         return ""  # which save it is, is seen when it is opened
     if found.ranks is None:
         return ""
-    sizes = found.note.mesh if found.note else None
+    sizes = found.rank_metadata.mesh if found.rank_metadata else None
     # Where axes are unknown, boxes are compared later.
     difference = other_layout(found.ranks, sizes, mesh, axes=check.lays_out)
     return f"{found.path} {difference}" if difference else ""
@@ -232,7 +232,7 @@ def warnings(check: Check) -> list[str]:
     held = f"{found.path} holds complete weights"
     if config.auto_trans_ckpt and whole and check.world_size == 1:
         reasons["auto_trans_ckpt"] = f"not needed, {held}, and one process loads them"
-    if whole or found.note is not None:
+    if whole or found.rank_metadata is not None:
         reason = held if whole else f"the files of {found.path} describe their layout"
         reasons["src_strategy_path_or_dir"] = f"not needed, {reason}"
     if whole:

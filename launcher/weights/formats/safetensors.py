@@ -147,7 +147,7 @@ def _entry(path: Path, name: str, value: Any, data_start: int) -> Entry:
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
         raise _broken(path, f"`{name}` has the unknown dtype {dtype!r}")
-    if not are_naturals(shape) or not are_naturals(offsets) or len(offsets) != 2:
+    if not are_non_negative(shape) or not are_non_negative(offsets) or len(offsets) != 2:
         raise _broken(path, f"`{name}` has shape {shape!r} and offsets {offsets!r}")
     begin, end = offsets
     if end - begin != math.prod(shape) * ITEM_BYTES[dtype]:
@@ -155,7 +155,7 @@ def _entry(path: Path, name: str, value: Any, data_start: int) -> Entry:
     return Entry(dtype, tuple(shape), data_start + begin, data_start + end)
 
 
-def are_naturals(value: Any) -> bool:
+def are_non_negative(value: Any) -> bool:
     """Whether `value` is a list of sizes a file can have: not negative, below 2^63, few."""
     if not isinstance(value, list) or len(value) > MAX_DIMS:
         return False

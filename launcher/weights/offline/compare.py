@@ -20,7 +20,7 @@ import xxhash
 
 from launcher.layout.box import Box, whole
 from launcher.weights.formats.safetensors import ITEM_BYTES
-from launcher.weights.ranks.saves import open_any
+from launcher.weights.ranks.saves import open_any_format
 from launcher.weights.reading.transfer import Files
 from launcher.weights.source import Source
 from launcher.weights.streaming.cast import cast
@@ -218,7 +218,7 @@ def diff(
     """
     prefix, strategy = filter_out_param_prefix, src_strategy_dirs
     opened = [
-        open_any(Path(path), file_suffix, None if strategy is None else Path(strategy))
+        open_any_format(Path(path), file_suffix, None if strategy is None else Path(strategy))
         for path in (a, b)
     ]
     return compare(*opened, keep=lambda name: not prefix or not name.startswith(prefix))

@@ -22,8 +22,8 @@ from launcher.errors import UserError, did_you_mean
 from launcher.weights.formats.safetensors import in_file_order
 from launcher.weights.offline.slicing import copy_side_files
 from launcher.weights.offline.torch_files import weights_in
-from launcher.weights.ranks.saves import Say, silent
-from launcher.weights.reading.memory import DTYPE_NAMES, bytes_of
+from launcher.weights.ranks.saves import Log, no_log
+from launcher.weights.reading.shard import DTYPE_NAMES, bytes_of
 from launcher.weights.source import INDEX_NAME, TORCH_INDEX_NAME, WEIGHT_SUFFIXES, read_index
 from launcher.weights.streaming.new_folder import folder_aside
 from launcher.weights.streaming.stream import Progress
@@ -62,7 +62,7 @@ def ckpt_to_safetensors(
     *,
     overwrite: bool = False,
     progress: Progress | None = None,
-    say: Say = silent,
+    log: Log = no_log,
 ) -> Converted:
     """Convert a file of torch, or all in a folder, to safetensors in the folder `save_path`.
 
@@ -78,7 +78,7 @@ def ckpt_to_safetensors(
         jobs = [_Job(origin, Path(f"{origin.stem}.safetensors"))]
         folder = origin.parent if save_path is None else Path(save_path)
         with _file_aside(folder, jobs[0].target, overwrite) as scratch:
-            return _convert(jobs, scratch, folder, names, 1, progress, say)[0]
+            return _convert(jobs, scratch, folder, names, 1, progress, log)[0]
     if save_path is None:
         raise UserError(
             f"{origin} is a folder", rule="its files are converted into another folder",
@@ -87,7 +87,7 @@ def ckpt_to_safetensors(
     jobs = _jobs(origin, file_name_regex)
     target = Path(save_path)
     with folder_aside(target, origin, overwrite=overwrite, option="--save_path") as scratch:
-        converted, weight_map = _convert(jobs, scratch, target, names, processes_num, progress, say)
+        converted, weight_map = _convert(jobs, scratch, target, names, processes_num, progress, log)
         if (origin / TORCH_INDEX_NAME).is_file():
             total = {"total_size": converted.total_bytes}
             content = {"metadata": total, "weight_map": dict(sorted(weight_map.items()))}
@@ -173,7 +173,7 @@ def _new_name(file: Path) -> str:
 
 def _convert(
     jobs: list[_Job], scratch: Path, folder: Path, name_map: Mapping[str, str], workers: int,
-    progress: Progress | None, say: Say,
+    progress: Progress | None, log: Log,
 ) -> tuple[Converted, dict[str, str]]:  # fmt: skip
     """Convert into `scratch`. Returns what was done, with the names the files will have in
     `folder`, and tensor to file name."""
@@ -184,7 +184,7 @@ def _convert(
         weights, left_out = weights_in(job.origin)
         if left_out:
             more = " ..." * (len(left_out) > NAMED)
-            say(f"{job.origin}: left out, no tensors: {', '.join(left_out[:NAMED])}{more}")
+            log(f"{job.origin}: left out, no tensors: {', '.join(left_out[:NAMED])}{more}")
         used.update(weights)
         named = _renamed(job.origin, weights, name_map)
         target = scratch / job.target

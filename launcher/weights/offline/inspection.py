@@ -15,7 +15,7 @@ from typing import Any
 
 from launcher.errors import UserError
 from launcher.weights.formats import header_of
-from launcher.weights.formats.note import read_note
+from launcher.weights.formats.rank_metadata import read_rank_metadata
 from launcher.weights.ranks.manifests import (
     MANIFEST_FOLDER,
     STATE_FOLDER,
@@ -55,7 +55,7 @@ class Verdict:
     remarks: tuple[str, ...] = ()
 
     @property
-    def is_whole(self) -> bool:
+    def is_complete(self) -> bool:
         """Whether there is no fault."""
         return not self.faults
 
@@ -85,8 +85,10 @@ class _Findings:
             return False
         header = header_of(path)
         self.files[path] = header.file_bytes
-        note = read_note(path, header)
-        self.unchecked += note is None or not (note.checksums.values or not header.entries)
+        rank_metadata = read_rank_metadata(path, header)
+        self.unchecked += rank_metadata is None or not (
+            rank_metadata.checksums.values or not header.entries
+        )
         return True
 
 
@@ -196,7 +198,7 @@ def _save(
         return
     before = len(findings.faults)
     try:
-        open_save(root, whole, strategy, say=findings.remarks.append)
+        open_save(root, whole, strategy, log=findings.remarks.append)
     except UserError as error:
         # What damaged files held is missing too: that was told of the files.
         if before == 0 or len(whole) == len({*expected, *save.files}):

@@ -14,11 +14,11 @@ from launcher.weights.ranks.distributed import REDUNDANCY
 from launcher.weights.ranks.saves import (
     DEFAULT_SUFFIX,
     MODEL_FOLDER,
-    Say,
+    Log,
     copy_model_files,
+    no_log,
     open_save,
     rank_files,
-    silent,
 )
 from launcher.weights.source import Source
 from launcher.weights.streaming.new_folder import folder_aside
@@ -84,7 +84,7 @@ def merge(
     dtype: str | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
-    say: Say = silent,
+    log: Log = no_log,
 ) -> Exported:
     """Merge the save `suffix` of `directory` into complete weights in `output_dir`.
 
@@ -95,8 +95,8 @@ def merge(
     `UserError`.
     """
     files = rank_files(directory, suffix)
-    source = open_save(directory, files, strategy, say)
-    _note_redundancy(source, has_redundancy, say)
+    source = open_save(directory, files, strategy, log)
+    _note_redundancy(source, has_redundancy, log)
     with folder_aside(output_dir, directory, overwrite=overwrite) as folder:
         exported = write_complete(
             source,
@@ -122,14 +122,14 @@ def _note_dtype(config: Path, dtype: str) -> None:
         config.write_text(json.dumps({**content, "dtype": dtype}, indent=2, sort_keys=True) + "\n")
 
 
-def _note_redundancy(source: Source, asserted: bool | None, say: Say) -> None:
+def _note_redundancy(source: Source, asserted: bool | None, log: Log) -> None:
     """Say that the files decide whether copies were left out, as they do for MindSpore, where they
     contradict the user."""
     marked = {header.metadata.get(REDUNDANCY) for header in source.headers.values()} != {None}
     found = not source.is_deduplicated
     if asserted is not None and marked and found != asserted:
         meaning = "every rank holds all its copies" if found else "copies were left out"
-        say(
+        log(
             f"has_redundancy = {asserted}: no effect, the files say {REDUNDANCY} = {not found}, "
             f"which counts: {meaning}"
         )

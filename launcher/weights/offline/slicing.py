@@ -18,11 +18,11 @@ from typing import Any, Literal, Protocol
 
 from launcher.errors import UserError
 from launcher.layout.box import Box, whole
-from launcher.layout.grid import TensorLayout, boxes
-from launcher.layout.strategy import Strategy
-from launcher.weights.formats.note import Note, inventory_of
-from launcher.weights.ranks.saves import DEFAULT_SUFFIX, MODEL_FOLDER, Say, open_any, silent
-from launcher.weights.ranks.strategies import read_strategy
+from launcher.mindspore.strategy import Strategy
+from launcher.mindspore.strategy_files import read_strategy
+from launcher.mindspore.tensor_layout import TensorLayout, boxes
+from launcher.weights.formats.rank_metadata import RankFileMetadata, inventory_of
+from launcher.weights.ranks.saves import DEFAULT_SUFFIX, MODEL_FOLDER, Log, no_log, open_any_format
 from launcher.weights.source import (
     INDEX_NAMES,
     OPTIMIZER_PREFIXES,
@@ -147,7 +147,7 @@ def load_distributed_checkpoint(
         if not isinstance(value, (str, os.PathLike)):
             raise UserError(f"{name} = {value!r}", rule="a path is needed")
     check_all_ranks(Path(str(unified_safetensors_dir)))
-    source = open_any(Path(str(unified_safetensors_dir)))
+    source = open_any_format(Path(str(unified_safetensors_dir)))
     layout = StrategyLayout(read_strategy(Path(str(predict_strategy))), source)
     target = Path(str(dst_safetensors_dir))
     return slice_weights(source, layout, target, workers=max_process_num, overwrite=overwrite)
@@ -162,7 +162,7 @@ def slice_weights(
     workers: int = WORKERS,
     overwrite: bool = False,
     progress: Progress | None = None,
-    say: Say = silent,
+    log: Log = no_log,
 ) -> Sliced:
     """Write the rank files of `layout` from `source` to `target`, a folder that appears whole.
 
@@ -176,7 +176,7 @@ def slice_weights(
             advice="Load the complete weights themselves: they are sliced while they are read",
         )
     if isinstance(layout, StrategyLayout) and not layout.has_optimizer:
-        source = _without_optimizer(source, say)
+        source = _without_optimizer(source, log)
     held = [_with_optimizer(source, layout.boxes(rank)) for rank in range(layout.world_size)]
     known = {name for boxes_of in held for name in boxes_of}
     if not known:
@@ -186,8 +186,8 @@ def slice_weights(
             nearest=f"The weights have `{next(iter(source.tensors), 'no tensor')}`",
             advice="Give the strategy or the configuration of a run of this model",
         )
-    _place_the_rest(source, held, known, say)
-    source = _with_scalars(source, held, say)
+    _place_the_rest(source, held, known, log)
+    source = _with_scalars(source, held, log)
     with folder_aside(
         target, source.path, overwrite=overwrite, option="--dst_safetensors_dir"
     ) as folder:
@@ -202,16 +202,16 @@ def slice_weights(
     return Sliced(layout.world_size, len(source.tensors), written)
 
 
-def _without_optimizer(source: Source, say: Say) -> Source:
+def _without_optimizer(source: Source, log: Log) -> Source:
     """The source for a layout that has no optimizer state, as MindSpore slices it too."""
     kept = {n: p for n, p in source.tensors.items() if not n.startswith(OPTIMIZER_PREFIXES)}
     left_out = len(source.tensors) - len(kept)
     if left_out:
-        say(f"left out, the strategy has no optimizer state: {left_out} tensors adam_*")
+        log(f"left out, the strategy has no optimizer state: {left_out} tensors adam_*")
     return replace(source, tensors=kept)
 
 
-def _with_scalars(source: Source, held: Sequence[dict[str, Box]], say: Say) -> Source:
+def _with_scalars(source: Source, held: Sequence[dict[str, Box]], log: Log) -> Source:
     """The source with the scalars of MindSpore among its tensors, which every rank holds."""
     scalars = {n: p for n, p in source.extras.items() if is_scalar(n, p[0].shape)}
     others = sorted(source.extras.keys() - scalars.keys())
@@ -219,7 +219,7 @@ def _with_scalars(source: Source, held: Sequence[dict[str, Box]], say: Say) -> S
         own.update({name: whole(pieces[0].shape) for name, pieces in scalars.items()})
     if others:
         more = " ..." * (len(others) > NAMED)
-        say(f"left out, nothing of the model: {', '.join(others[:NAMED])}{more}")
+        log(f"left out, nothing of the model: {', '.join(others[:NAMED])}{more}")
     return replace(source, tensors={**source.tensors, **scalars}, extras={})
 
 
@@ -234,12 +234,12 @@ def _with_optimizer(source: Source, weights: Mapping[str, Box]) -> dict[str, Box
 
 
 def _place_the_rest(
-    source: Source, held: Sequence[dict[str, Box]], known: set[str], say: Say
+    source: Source, held: Sequence[dict[str, Box]], known: set[str], log: Log
 ) -> None:
     others = [name for name in source.tensors if name not in known]
     held[0].update({name: whole(source.shape(name)) for name in others})
     if others:
-        say(
+        log(
             f"warning: the layout does not know {len(others)} of {len(source.tensors)} tensors, "
             f"such as {others[0]}: they are whole in the file of rank 0"
         )
@@ -254,9 +254,11 @@ def _output(
         name: source.shape(name) for name in source.tensors
         if not is_scalar(name, source.shape(name))
     })  # fmt: skip
-    note = Note(layout.world_size, rank, dict(layout.mesh), places, inventory=whole)
+    rank_metadata = RankFileMetadata(
+        layout.world_size, rank, dict(layout.mesh), places, inventory=whole
+    )
     metadata = {"format": "pt", "remove_redundancy": "False"}
-    return Output(path, {name: (name, box) for name, box in own.items()}, metadata, note)
+    return Output(path, {name: (name, box) for name, box in own.items()}, metadata, rank_metadata)
 
 
 def copy_side_files(origin: Path, target: Path) -> None:

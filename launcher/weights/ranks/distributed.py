@@ -1,7 +1,7 @@
 """Rank files: the source made of one file a rank.
 
 Owns what a folder of rank files must be. The layout comes from the notes of the files; those of
-MindSpore, which have none, need its strategy files (`launcher.weights.ranks.mindspore`).
+MindSpore, which have none, need its strategy files (`launcher.mindspore.rank_weights`).
 Invariants: the files are of one save; every tensor is whole, from replicas where the file of a rank
 is lost.
 """
@@ -19,7 +19,11 @@ import xxhash
 from launcher.errors import UserError
 from launcher.layout.box import Box
 from launcher.layout.mesh import layout_text
-from launcher.weights.formats.note import Note, inventory_of, read_note
+from launcher.weights.formats.rank_metadata import (
+    RankFileMetadata,
+    inventory_of,
+    read_rank_metadata,
+)
 from launcher.weights.formats.safetensors import Header, read_header
 from launcher.weights.pieces import Piece, Pieces
 from launcher.weights.reading.transfer import Files, read_exactly
@@ -49,28 +53,31 @@ def open_rank_files(
     unread = [file for file in files if file not in read]
     read |= zip(unread, in_parallel(read_header, unread, HEADER_READERS), strict=True)
     headers = {file: read[file] for file in files}
-    notes = {file: _note(file, header) for file, header in headers.items()}
+    notes = {file: _rank_metadata(file, header) for file, header in headers.items()}
     first = next(iter(notes))
-    for file, note in notes.items():
-        if (note.world_size, note.mesh) != (notes[first].world_size, notes[first].mesh):
+    for file, rank_metadata in notes.items():
+        if (rank_metadata.world_size, rank_metadata.mesh) != (
+            notes[first].world_size,
+            notes[first].mesh,
+        ):
             raise UserError(
                 f"{path} mixes two saves: {first.name} is of {_layout_of(notes[first])}, "
-                f"{file.name} of {_layout_of(note)}",
+                f"{file.name} of {_layout_of(rank_metadata)}",
                 rule="all ranks of a save have one layout",
                 advice="Move the files of the other run away",
             )
     by_rank: dict[int, Path] = {}
-    for file, note in notes.items():
-        twin = by_rank.get(note.rank)
-        if twin is not None or note.rank >= note.world_size:
+    for file, rank_metadata in notes.items():
+        twin = by_rank.get(rank_metadata.rank)
+        if twin is not None or rank_metadata.rank >= rank_metadata.world_size:
             raise UserError(
-                f"{file} was written by rank {note.rank} of {note.world_size}",
+                f"{file} was written by rank {rank_metadata.rank} of {rank_metadata.world_size}",
                 where=str(path),
                 rule="one file a rank belongs to a save"
                 + (f"; {twin} is of that rank too" if twin is not None else ""),
                 advice="Move the files of the other run away",
             )
-        by_rank[note.rank] = file
+        by_rank[rank_metadata.rank] = file
     tensors: dict[str, list[Piece]] = {}
     extras: dict[str, Pieces] = {}
     for file, header in headers.items():
@@ -81,34 +88,37 @@ def open_rank_files(
                 extras.setdefault(name, Pieces([piece]))
             else:
                 tensors.setdefault(name, []).append(piece)
-    note = notes[first]
-    absent = (rank for rank in range(note.world_size) if rank not in by_rank)
+    rank_metadata = notes[first]
+    absent = (rank for rank in range(rank_metadata.world_size) if rank not in by_rank)
     lost = list(itertools.islice(absent, NAMED + 1))
     source = Source(
         "distributed", path, {name: Pieces(pieces) for name, pieces in tensors.items()}, headers,
-        note.mesh, note.world_size,
-        checksums={file: note.checksums for file, note in notes.items() if note.checksums.values},
+        rank_metadata.mesh, rank_metadata.world_size,
+        checksums={file: rank_metadata.checksums for file, rank_metadata in notes.items() if rank_metadata.checksums.values},
         is_deduplicated=any(h.metadata.get(REDUNDANCY) == "True" for h in headers.values()),
         extras=extras,
     )  # fmt: skip
-    check_whole(source, lost)
+    check_complete(source, lost)
     if not lost:
         return source
-    _check_inventory(source, note, lost)
+    _check_inventory(source, rank_metadata, lost)
     return without(source, lost)
 
 
-def _check_inventory(source: Source, note: Note, lost: Sequence[int]) -> None:
+def _check_inventory(source: Source, rank_metadata: RankFileMetadata, lost: Sequence[int]) -> None:
     """Check that no tensor stood in the files of the `lost` ranks alone.
 
     Files without an inventory do not tell; then all ranks must have held a part of every tensor.
     """
-    if note.inventory is None:
-        gone = source.is_deduplicated or note.mesh.get("pp", 1) > 1
+    if rank_metadata.inventory is None:
+        gone = source.is_deduplicated or rank_metadata.mesh.get("pp", 1) > 1
         what = "may lack tensors"
     else:
-        gone = inventory_of({name: source.shape(name) for name in source.tensors}) != note.inventory
-        what = f"holds {len(source.tensors)} of {note.inventory.tensors} tensors"
+        gone = (
+            inventory_of({name: source.shape(name) for name in source.tensors})
+            != rank_metadata.inventory
+        )
+        what = f"holds {len(source.tensors)} of {rank_metadata.inventory.tensors} tensors"
     if gone:
         raise UserError(
             f"{source.path} {what}",
@@ -117,23 +127,23 @@ def _check_inventory(source: Source, note: Note, lost: Sequence[int]) -> None:
         )
 
 
-def _note(file: Path, header: Header) -> Note:
-    note = read_note(file, header)
-    if note is None:
+def _rank_metadata(file: Path, header: Header) -> RankFileMetadata:
+    rank_metadata = read_rank_metadata(file, header)
+    if rank_metadata is None:
         raise UserError(
             f"{file} does not say which part of the model it holds",
             rule="rank files of MindSpore need the strategy files of the run that wrote them",
             advice="Set src_strategy_path_or_dir (--src_strategy_dirs) to the folder strategy/ of "
             "that run",
         )
-    return note
+    return rank_metadata
 
 
-def _layout_of(note: Note) -> str:
-    return layout_text(note.world_size, note.mesh)
+def _layout_of(rank_metadata: RankFileMetadata) -> str:
+    return layout_text(rank_metadata.world_size, rank_metadata.mesh)
 
 
-def check_whole(source: Source, lost: Sequence[int] = ()) -> None:
+def check_complete(source: Source, lost: Sequence[int] = ()) -> None:
     """Check that the pieces of every tensor agree and cover it. `lost`: ranks without a file.
 
     Raises `UserError` that names the tensors and, when ranks are lost, these.
@@ -150,7 +160,7 @@ def check_whole(source: Source, lost: Sequence[int] = ()) -> None:
                     rule="all ranks of one save agree on it",
                     advice="Move the files of the other run away",
                 )
-        held = sum(box.numel for box in pieces.holders)
+        held = sum(box.numel for box in pieces.replica_ranks)
         if held != _numel(first) or not pieces.is_disjoint:
             holes.append(f"`{name}` ({held} of {_numel(first)} elements)")
     if not holes:
@@ -221,19 +231,19 @@ def _small_copies(source: Source) -> dict[tuple[str, Box], list[Piece]]:
     """(tensor, box) to the pieces that hold it, of those that several files hold; smallest first,
     until `COMPARED_BYTES` of a file are reached."""
     copies = {
-        (name, box): holders
+        (name, box): replica_ranks
         for name, pieces in source.tensors.items()
-        for box, holders in pieces.holders.items()
-        if len(holders) > 1
+        for box, replica_ranks in pieces.replica_ranks.items()
+        if len(replica_ranks) > 1
     }
     left = dict.fromkeys(source.headers, COMPARED_BYTES)
     chosen = {}
     for name, box in sorted(copies, key=lambda key: (key[1].numel, key[0], key[1].offset)):
-        holders = copies[name, box]
-        size = holders[0].entry.stop - holders[0].entry.start
-        if all(left[piece.file] >= size for piece in holders):
-            chosen[name, box] = holders
-            left |= {piece.file: left[piece.file] - size for piece in holders}
+        replica_ranks = copies[name, box]
+        size = replica_ranks[0].entry.stop - replica_ranks[0].entry.start
+        if all(left[piece.file] >= size for piece in replica_ranks):
+            chosen[name, box] = replica_ranks
+            left |= {piece.file: left[piece.file] - size for piece in replica_ranks}
     return chosen
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 
 from launcher.layout.mesh import Mesh
-from launcher.weights.formats.note import Inventory, Note
+from launcher.weights.formats.rank_metadata import Inventory, RankFileMetadata
 from launcher.weights.formats.safetensors import Header, in_file_order
-from launcher.weights.reading.memory import DTYPE_NAMES, Shard, bytes_of
+from launcher.weights.reading.shard import DTYPE_NAMES, Shard, bytes_of
 from launcher.weights.streaming.write import Part, write_file
 
 
@@ -31,9 +31,11 @@ def write_rank_file(
         for name, shard in shards.items()
     )  # fmt: skip
     places = {part.name: (shards[part.name].shape, shards[part.name].box) for part in parts}
-    note = Note(mesh.world_size, rank, mesh.sizes(), places, inventory=inventory)
+    rank_metadata = RankFileMetadata(
+        mesh.world_size, rank, mesh.sizes(), places, inventory=inventory
+    )
     metadata = {"format": "pt", "remove_redundancy": str(remove_redundancy)}
-    return write_file(path, parts, metadata, note)
+    return write_file(path, parts, metadata, rank_metadata)
 
 
 def _bytes(tensor: torch.Tensor, start: int, stop: int) -> memoryview:

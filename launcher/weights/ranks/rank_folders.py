@@ -141,12 +141,12 @@ def newest_manifest(root: Path) -> dict[str, Any] | None:
     for path in sorted((root / MANIFEST_FOLDER).glob("*.json")):
         try:
             content = read_manifest(path) or {}
-            is_whole = int(content["sequence"]) > 0 and content["world_size"] == len(
+            is_complete = int(content["sequence"]) > 0 and content["world_size"] == len(
                 content["files"]
             )
         except (ValueError, KeyError, TypeError):
             continue
-        if is_whole and (best is None or content["sequence"] > best["sequence"]):
+        if is_complete and (best is None or content["sequence"] > best["sequence"]):
             best = content
     return best
 

@@ -4,28 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from launcher.layout.holders import Holders, Ranks, keepers
 from launcher.layout.layout import Layout
-from launcher.weights.links import LinksOf
-from launcher.weights.reading.memory import Shard
+from launcher.layout.replicas import Ranks, Replicas, writer_ranks
+from launcher.weights.reading.shard import Shard
 from launcher.weights.source import OPTIMIZER_PREFIXES
+from launcher.weights.tensor_mapping import MappingsOf
 
 
-def file_holders(layout: Layout, rank: int, links_of: LinksOf) -> dict[str, Ranks]:
+def file_replicas(layout: Layout, rank: int, mappings_of: MappingsOf) -> dict[str, Ranks]:
     """The ranks that hold the same as `rank`, for every tensor of files it has a part of, and for
     the optimizer state of each."""
-    holders, result = Holders(layout), dict[str, Ranks]()
+    replica_ranks, result = Replicas(layout), dict[str, Ranks]()
     for name, placement in layout.of(rank).items():
-        links, box = links_of(name, placement.shape), placement.boxes[0]
-        names = [name] if links is None else [
-            link.name for link in links if box.intersect(link.box) is not None
+        mappings, box = mappings_of(name, placement.shape), placement.boxes[0]
+        names = [name] if mappings is None else [
+            mapping.name for mapping in mappings if box.intersect(mapping.box) is not None
         ]  # fmt: skip
         for prefix in ("", *OPTIMIZER_PREFIXES):
-            result |= {prefix + file_name: holders.of(name, rank) for file_name in names}
+            result |= {prefix + file_name: replica_ranks.of(name, rank) for file_name in names}
     return result
 
 
-def keepers_of(held: Mapping[str, Shard], holders: Mapping[str, Ranks]) -> dict[str, int]:
+def writers_of(held: Mapping[str, Shard], replica_ranks: Mapping[str, Ranks]) -> dict[str, int]:
     """Tensor to the one of its holders that answers for it, bytes shared out evenly."""
     sizes = {name: s.tensor.numel() * s.tensor.element_size() for name, s in held.items()}
-    return keepers(sizes, holders)
+    return writer_ranks(sizes, replica_ranks)

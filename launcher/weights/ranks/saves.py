@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from launcher.errors import UserError
-from launcher.layout.strategy import Strategy
+from launcher.mindspore.strategy import Strategy
+from launcher.mindspore.strategy_files import Log, holds_strategies, no_log, read_strategy
 from launcher.weights.formats import header_of
 from launcher.weights.formats.safetensors import read_header
 from launcher.weights.ranks.distributed import check_copies, open_rank_files
@@ -30,7 +31,6 @@ from launcher.weights.ranks.rank_folders import (
     saves,
     weight_files,
 )
-from launcher.weights.ranks.strategies import Say, holds_strategies, read_strategy, silent
 from launcher.weights.source import (
     Source,
     check_one_kind,
@@ -103,7 +103,7 @@ def copy_model_files(rank_file: Path, target: Path) -> bool:
 
 
 def open_save(
-    directory: Path, files: Sequence[Path], strategy: Path | None = None, say: Say = silent
+    directory: Path, files: Sequence[Path], strategy: Path | None = None, log: Log = no_log
 ) -> Source:
     """The source of one save, whose files are `files`.
 
@@ -113,15 +113,15 @@ def open_save(
     check_exists(strategy)
     if describes_itself(files[0]):
         if strategy is not None:
-            say(f"{strategy}: not needed, the rank files say themselves how they are cut")
+            log(f"{strategy}: not needed, the rank files say themselves how they are cut")
         _check_one_save(directory, files)
         source = open_rank_files(directory, files)
         if not _check_manifest(source):
             check_copies(source)
     else:
-        source = mindspore_opener(directory, strategy, say)(directory, files)
+        source = mindspore_opener(directory, strategy, log)(directory, files)
     for remark in source.remarks:
-        say(remark)
+        log(remark)
     return source
 
 
@@ -159,27 +159,27 @@ def _needs_strategy(file: Path) -> bool:
 
 
 def mindspore_opener(
-    directory: Path, strategy: Path | None, say: Say = silent
+    directory: Path, strategy: Path | None, log: Log = no_log
 ) -> Callable[[Path, Sequence[Path]], Source]:
     """Opens the rank files of a save of MindSpore in `directory`: with the strategy files at
     `strategy`, or in `strategy/` beside it. Without any, the file of a run of one rank is complete
     by itself; for others it raises `UserError`."""
-    known = strategy_of(directory, strategy, say)
+    known = strategy_of(directory, strategy, log)
     # By name: few runs and tools read files of MindSpore.
-    reader = import_module("launcher.weights.ranks.mindspore")
+    reader = import_module("launcher.mindspore.rank_weights")
     if known is not None:
         return partial(reader.open_mindspore_ranks, strategy=known)
     is_alone = [*rank_folders(directory)] == [0]
     return reader.open_single_rank if is_alone else open_rank_files  # which says what is needed
 
 
-def strategy_of(directory: Path, strategy: Path | None, say: Say = silent) -> Strategy | None:
+def strategy_of(directory: Path, strategy: Path | None, log: Log = no_log) -> Strategy | None:
     """What the strategy files say that belong to the rank folders in `directory`: those at
     `strategy`, or in `strategy/` beside it; None when there are none."""
     beside = directory.resolve().parent / STRATEGY_FOLDER
     if strategy is None and not holds_strategies(beside):
         return None
-    return read_strategy(strategy or beside, say)
+    return read_strategy(strategy or beside, log)
 
 
 def _check_one_save(directory: Path, files: Sequence[Path]) -> None:
@@ -223,8 +223,8 @@ def _check_manifest(source: Source) -> bool:
     return records is not None
 
 
-def open_any(
-    path: Path, suffix: str | None = None, strategy: Path | None = None, say: Say = silent
+def open_any_format(
+    path: Path, suffix: str | None = None, strategy: Path | None = None, log: Log = no_log
 ) -> Source:
     """The source at `path`, whatever it is: a file, complete weights, or one save of rank folders.
 
@@ -243,13 +243,13 @@ def open_any(
         source = open_complete(path)
         unused = f"{strategy}: not needed, {path} holds complete weights"
         for remark in (*source.remarks, *([unused] if strategy is not None else [])):
-            say(remark)
+            log(remark)
         return _with_optimizer(source)
     check_one_kind(path)
     if path.is_file():
-        return open_save(path.parent.parent, save_of(path).in_rank_order, strategy, say)
+        return open_save(path.parent.parent, save_of(path).in_rank_order, strategy, log)
     if suffix is not None:
-        return open_save(path, rank_files(path, suffix), strategy, say)
+        return open_save(path, rank_files(path, suffix), strategy, log)
     found = saves(path)
     if len(found) != 1:
         raise UserError(
@@ -258,7 +258,7 @@ def open_any(
             nearest=f"There are: {', '.join(save.label for save in found[-SHOWN:])}",
             advice="Choose with --file_suffix, or name one of its files",
         )
-    return open_save(path, found[0].in_rank_order, strategy, say)
+    return open_save(path, found[0].in_rank_order, strategy, log)
 
 
 def _with_optimizer(source: Source) -> Source:

@@ -9,7 +9,7 @@ import xxhash
 
 from launcher.errors import UserError
 from launcher.weights.formats import header_of
-from launcher.weights.formats.note import Checksums, read_note
+from launcher.weights.formats.rank_metadata import Checksums, read_rank_metadata
 from launcher.weights.formats.safetensors import Header
 from launcher.weights.reading.transfer import Files, read_exactly
 from launcher.weights.threads import in_parallel
@@ -28,10 +28,10 @@ def file_faults(path: Path, *, header_digest: str | None = None, data: bool = Tr
         header = header_of(path)
         if header_digest is not None and header.digest != header_digest:
             return [f"{path}: its header changed"]
-        note = read_note(path, header)
-        if note is None or not data:
+        rank_metadata = read_rank_metadata(path, header)
+        if rank_metadata is None or not data:
             return []
-        return _changed_blocks(path, header, note.checksums)
+        return _changed_blocks(path, header, rank_metadata.checksums)
     except UserError as error:
         return [str(error)]
 

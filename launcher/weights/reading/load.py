@@ -15,13 +15,13 @@ import torch
 
 from launcher.errors import UserError
 from launcher.layout.box import Shape
-from launcher.weights.garbage import none_collected
-from launcher.weights.reading.memory import TORCH_DTYPES, Shard
+from launcher.weights.gc_pause import gc_paused
+from launcher.weights.reading.local_files import check_local
 from launcher.weights.reading.mismatch import Differences, mismatch
 from launcher.weights.reading.plan import plan_box
 from launcher.weights.reading.read import Fill, fill
 from launcher.weights.reading.recheck import check_read
-from launcher.weights.reading.sight import check_seen
+from launcher.weights.reading.shard import TORCH_DTYPES, Shard
 from launcher.weights.scales import check_idle, scales_of
 from launcher.weights.source import OPTIMIZER_PREFIXES, Source, check_promised
 
@@ -38,7 +38,7 @@ class LoadReport:
     left_in_files: tuple[str, ...] = field(default=())
 
 
-@none_collected()
+@gc_paused()
 def load(
     targets: Mapping[str, Shard],
     source: Source,
@@ -86,7 +86,7 @@ def load(
         for name, target in targets.items()
         if name in found and reads(name)
     ]
-    check_seen((read for job in jobs for read in job.reads), source, rank)
+    check_local((read for job in jobs for read in job.reads), source, rank)
     bytes_read = fill(jobs, source)
     check_read(jobs, source)
     if strict:
@@ -147,7 +147,7 @@ def _check_tied(
         target = targets[name]
         other = torch.empty_like(target.tensor)
         job = _fill_of(Shard(target.shape, target.box, other), source, alias, rank)
-        check_seen(job.reads, source, rank)
+        check_local(job.reads, source, rank)
         fill([job], source)
         if not torch.equal(_bits(other), _bits(target.tensor)):
             raise UserError(

@@ -15,7 +15,7 @@ from launcher.errors import UserError
 from launcher.layout.box import Box
 from launcher.weights.formats.safetensors import ITEM_BYTES
 from launcher.weights.pieces import Piece, Pieces
-from launcher.weights.reading.runs import Runs, c_strides, runs
+from launcher.weights.reading.strided_copy import StridedCopy, c_strides, strided_copy
 
 
 class Read(NamedTuple):
@@ -42,9 +42,9 @@ def plan_box(name: str, box: Box, pieces: Pieces, *, prefer_rank: int = 0) -> li
     if len(pieces) == 1 and box.intersect(pieces[0].box) == box:
         return [Read(pieces[0], box)]
     reads = []
-    for holders, overlap in pieces.meeting(box):
-        own = [piece for piece in holders if piece.rank == prefer_rank]
-        reads.append(Read((own or holders)[prefer_rank % len(own or holders)], overlap))
+    for replica_ranks, overlap in pieces.meeting(box):
+        own = [piece for piece in replica_ranks if piece.rank == prefer_rank]
+        reads.append(Read((own or replica_ranks)[prefer_rank % len(own or replica_ranks)], overlap))
     covered = sum(read.overlap.numel for read in reads)
     if covered != box.numel or not pieces.is_disjoint:
         raise UserError(
@@ -55,7 +55,9 @@ def plan_box(name: str, box: Box, pieces: Pieces, *, prefer_rank: int = 0) -> li
     return reads
 
 
-def read_runs_of(read: Read, target: Box, memory: tuple[int, Sequence[int]] | None = None) -> Runs:
+def strided_copy_of(
+    read: Read, target: Box, memory: tuple[int, Sequence[int]] | None = None
+) -> StridedCopy:
     """The runs of `read`, from its file to the memory of `target`.
 
     `memory`: (offset, stride of each dim), in bytes, of the first element of `target`; C-ordered
@@ -65,11 +67,11 @@ def read_runs_of(read: Read, target: Box, memory: tuple[int, Sequence[int]] | No
     file_strides = [n * item for n in piece.entry.strides] if piece.entry.strides is not None else (
         c_strides(piece.box.size, item))  # fmt: skip
     start, memory_strides = memory or (0, c_strides(target.size, item))
-    is_whole = read.overlap == piece.box and read.overlap == target
-    if is_whole and file_strides == memory_strides == c_strides(target.size, item):
-        return Runs(piece.entry.start, start, piece.entry.stop - piece.entry.start, ())
+    is_complete = read.overlap == piece.box and read.overlap == target
+    if is_complete and file_strides == memory_strides == c_strides(target.size, item):
+        return StridedCopy(piece.entry.start, start, piece.entry.stop - piece.entry.start, ())
     inside, goal = read.overlap.inside(piece.box).offset, read.overlap.inside(target).offset
-    return runs(
+    return strided_copy(
         read.overlap.size,
         item,
         (piece.entry.start + _dot(inside, file_strides), file_strides),

@@ -18,9 +18,9 @@ import numpy as np
 import torch
 
 from launcher.layout.box import Box
-from launcher.weights.reading.memory import TORCH_DTYPES, Storages, address_of
-from launcher.weights.reading.plan import Read, plan_box, portions, read_runs_of
-from launcher.weights.reading.transfer import Bytes, Files, Transfer, read_all, read_runs
+from launcher.weights.reading.plan import Read, plan_box, portions, strided_copy_of
+from launcher.weights.reading.shard import TORCH_DTYPES, Storages, address_of
+from launcher.weights.reading.transfer import Bytes, Files, Transfer, read_all, read_strided
 from launcher.weights.scales import Scales
 from launcher.weights.source import Source
 from launcher.weights.threads import in_parallel
@@ -110,8 +110,8 @@ class _Reader:
         memory = self._storages.under(job.tensor)
         if job.scales is not None or job.tensor.dtype != TORCH_DTYPES[read.piece.entry.dtype]:
             return None
-        runs = read_runs_of(read, job.box, address_of(job.tensor))
-        return Transfer(read.piece.file, runs, memory)
+        strided_copy = strided_copy_of(read, job.box, address_of(job.tensor))
+        return Transfer(read.piece.file, strided_copy, memory)
 
     def _read_through_staging(self, job: Fill, read: Read) -> int:
         disk_dtype = TORCH_DTYPES[read.piece.entry.dtype]
@@ -132,7 +132,7 @@ class _Reader:
 
     def _read(self, read: Read, memory: Bytes) -> int:
         path = read.piece.file
-        return read_runs(self._files, path, read_runs_of(read, read.overlap), memory)
+        return read_strided(self._files, path, strided_copy_of(read, read.overlap), memory)
 
     def _staging(self, nbytes: int, *, pinned: bool) -> Bytes:
         size = max(nbytes, PORTION_BYTES)

@@ -21,9 +21,9 @@ import xxhash
 from launcher.errors import Problem, UserError
 from launcher.weights.formats.safetensors import ITEM_BYTES
 from launcher.weights.reading.checksums import changed
-from launcher.weights.reading.memory import TORCH_DTYPES, memory_of
-from launcher.weights.reading.plan import Read, read_runs_of
+from launcher.weights.reading.plan import Read, strided_copy_of
 from launcher.weights.reading.read import READERS, Fill
+from launcher.weights.reading.shard import TORCH_DTYPES, memory_of
 from launcher.weights.reading.transfer import Files, read_exactly
 from launcher.weights.source import Source
 from launcher.weights.threads import in_parallel
@@ -95,11 +95,11 @@ def _as_read(job: Fill, read: Read) -> memoryview | None:
     if not whole or not as_it_is or job.tensor.device.type != "cpu":
         return None
     memory, strides = memory_of(job.tensor)
-    runs = read_runs_of(read, job.box, (0, strides))
-    if runs.loops:
+    strided_copy = strided_copy_of(read, job.box, (0, strides))
+    if strided_copy.loops:
         return None
     nbytes = read.overlap.numel * ITEM_BYTES[entry.dtype]
-    return memory.data[runs.memory_offset : runs.memory_offset + nbytes]
+    return memory.data[strided_copy.memory_offset : strided_copy.memory_offset + nbytes]
 
 
 def _blocks(path: Path, found: Iterable[Segment], source: Source) -> Iterator[Block]:

@@ -10,9 +10,9 @@ import torch
 
 from launcher.layout.box import whole
 from launcher.weights.pieces import Pieces
-from launcher.weights.reading.memory import TORCH_DTYPES
 from launcher.weights.reading.plan import plan_box
 from launcher.weights.reading.read import Fill, fill
+from launcher.weights.reading.shard import TORCH_DTYPES
 from launcher.weights.source import Source
 
 STEPS = ("step_num", "global_step")

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import numpy as np
 
 from launcher.errors import UserError
-from launcher.weights.reading.runs import Runs
+from launcher.weights.reading.strided_copy import StridedCopy
 from launcher.weights.reading.window import Bytes, Window, changed, ended
 
 SHORT_RUN = 16 << 10
@@ -119,34 +119,34 @@ def _descriptor(path: Path) -> int:
         return os.open(path, flags)
 
 
-def read_runs(files: Files, path: Path, runs: Runs, memory: Bytes) -> int:
+def read_strided(files: Files, path: Path, strided_copy: StridedCopy, memory: Bytes) -> int:
     """Read `runs` of the file `path` into `memory` (its first byte is memory offset 0).
 
     Returns the bytes read.
     """
-    if not runs.nbytes:
+    if not strided_copy.nbytes:
         return 0
-    if not runs.loops or runs.length >= SHORT_RUN:
+    if not strided_copy.loops or strided_copy.length >= SHORT_RUN:
         view, descriptor, window = memory.data, files.descriptor(path), files.window()
-        for position, start, length in runs:
+        for position, start, length in strided_copy:
             window.pull(descriptor, path, position, position + length)
             read_exactly(descriptor, path, view[start : start + length], position)
-    elif runs.file_span == runs.nbytes:
-        staging = np.empty(runs.nbytes, np.uint8)
-        files.read(path, [staging.data], runs.file_offset)
-        _spread(runs, staging, memory)
+    elif strided_copy.file_span == strided_copy.nbytes:
+        staging = np.empty(strided_copy.nbytes, np.uint8)
+        files.read(path, [staging.data], strided_copy.file_offset)
+        _spread(strided_copy, staging, memory)
     else:
-        start, stop = runs.file_offset, runs.file_offset + runs.file_span
+        start, stop = strided_copy.file_offset, strided_copy.file_offset + strided_copy.file_span
         source = files.window().over(files.descriptor(path), path, start, stop)
-        _spread(runs, source, memory)
-    return runs.nbytes
+        _spread(strided_copy, source, memory)
+    return strided_copy.nbytes
 
 
 class Transfer(NamedTuple):
     """Runs of a file, and the memory that they go to."""
 
     path: Path
-    runs: Runs
+    strided_copy: StridedCopy
     memory: Bytes
 
 
@@ -158,17 +158,17 @@ def read_all(files: Files, transfers: Iterable[Transfer]) -> int:
         if row and (len(row) == VIEWS or not _is_next(row[-1], transfer)):
             done += _read_row(files, row)
             row = []
-        if transfer.runs.loops:
-            done += read_runs(files, *transfer)
-        elif transfer.runs.nbytes:
+        if transfer.strided_copy.loops:
+            done += read_strided(files, *transfer)
+        elif transfer.strided_copy.nbytes:
             row.append(transfer)
     return done + _read_row(files, row)
 
 
 def _is_next(last: Transfer, transfer: Transfer) -> bool:
     """Whether a run begins in the file where `last` ends."""
-    stop = last.runs.file_offset + last.runs.length
-    return transfer.path == last.path and transfer.runs.file_offset == stop
+    stop = last.strided_copy.file_offset + last.strided_copy.length
+    return transfer.path == last.path and transfer.strided_copy.file_offset == stop
 
 
 def _read_row(files: Files, row: Sequence[Transfer]) -> int:
@@ -176,20 +176,22 @@ def _read_row(files: Files, row: Sequence[Transfer]) -> int:
     if not row:
         return 0
     views = []
-    for _, runs, memory in row:
-        view = memory.data[runs.memory_offset : runs.memory_offset + runs.length]
-        if len(view) != runs.length:
-            raise ValueError(f"{runs} do not fit into {len(memory)} bytes of memory")
+    for _, strided_copy, memory in row:
+        view = memory.data[
+            strided_copy.memory_offset : strided_copy.memory_offset + strided_copy.length
+        ]
+        if len(view) != strided_copy.length:
+            raise ValueError(f"{strided_copy} do not fit into {len(memory)} bytes of memory")
         views.append(view)
-    return files.read(row[0].path, views, row[0].runs.file_offset)
+    return files.read(row[0].path, views, row[0].strided_copy.file_offset)
 
 
-def _spread(runs: Runs, source: Bytes, memory: Bytes) -> None:
-    shape = (*(count for count, _, _ in runs.loops), runs.length)
-    file_strides = (*(stride for _, stride, _ in runs.loops), 1)
-    memory_strides = (*(stride for _, _, stride in runs.loops), 1)
+def _spread(strided_copy: StridedCopy, source: Bytes, memory: Bytes) -> None:
+    shape = (*(count for count, _, _ in strided_copy.loops), strided_copy.length)
+    file_strides = (*(stride for _, stride, _ in strided_copy.loops), 1)
+    memory_strides = (*(stride for _, _, stride in strided_copy.loops), 1)
     np.copyto(
-        np.ndarray(shape, np.uint8, memory, runs.memory_offset, memory_strides),
+        np.ndarray(shape, np.uint8, memory, strided_copy.memory_offset, memory_strides),
         np.ndarray(shape, np.uint8, source, 0, file_strides),
     )
 

@@ -14,7 +14,7 @@ import numpy as np
 import xxhash
 
 from launcher.errors import UserError
-from launcher.weights.formats.note import Checksums, read_note
+from launcher.weights.formats.rank_metadata import Checksums, read_rank_metadata
 from launcher.weights.formats.safetensors import Header
 from launcher.weights.reading.checksums import changed
 from launcher.weights.reading.transfer import Bytes, read_exactly
@@ -28,9 +28,11 @@ class Audit:
     def __init__(self, source: Source, descriptor: Callable[[Path], int]) -> None:
         self._files = {}
         for path, header in source.headers.items():
-            note = read_note(path, header) if "slipway" in header.metadata else None
-            if note is not None and note.checksums.values:
-                self._files[path] = _Blocks(path, header, note.checksums, descriptor)
+            rank_metadata = (
+                read_rank_metadata(path, header) if "slipway" in header.metadata else None
+            )
+            if rank_metadata is not None and rank_metadata.checksums.values:
+                self._files[path] = _Blocks(path, header, rank_metadata.checksums, descriptor)
 
     def take(self, taken: Taken) -> None:
         """The next bytes that were read. Raises `UserError` when a block of them changed."""

@@ -15,9 +15,9 @@ import numpy.typing as npt
 
 from launcher.layout.box import Box
 from launcher.weights.formats.safetensors import ITEM_BYTES
-from launcher.weights.reading.plan import Read, plan_box, read_runs_of
-from launcher.weights.reading.runs import Runs
-from launcher.weights.reading.transfer import Bytes, Files, read_runs
+from launcher.weights.reading.plan import Read, plan_box, strided_copy_of
+from launcher.weights.reading.strided_copy import StridedCopy
+from launcher.weights.reading.transfer import Bytes, Files, read_strided
 from launcher.weights.source import Source
 
 Words = npt.NDArray[np.unsignedinteger[Any]]
@@ -63,13 +63,13 @@ class PortionReader:
         header = self._source.headers[path]
         return self._files.descriptor(path, header.file_bytes, header.modified)
 
-    def _read(self, path: Path, runs: Runs, memory: Bytes) -> None:
+    def _read(self, path: Path, runs: StridedCopy, memory: Bytes) -> None:
         self.descriptor(path)
-        read_runs(self._files, path, runs, memory)
+        read_strided(self._files, path, runs, memory)
 
     def _straight(self, read: Read, box: Box, memory: Bytes) -> Taken | None:
         """Read what is one run on both sides into its place; None when it is not."""
-        runs = read_runs_of(read, box)
+        runs = strided_copy_of(read, box)
         if runs.loops:
             return None
         path = read.piece.file
@@ -81,7 +81,7 @@ class PortionReader:
         """Read what lies scattered in memory in one run, and spread it."""
         path = read.piece.file
         staging: Bytes = np.empty(read.nbytes, np.uint8)
-        runs = read_runs_of(read, read.overlap)
+        runs = strided_copy_of(read, read.overlap)
         self._read(path, runs, staging)
         cut = staging.view(values.dtype).reshape(read.overlap.size)
         values[slices(read.overlap.inside(box))] = cut

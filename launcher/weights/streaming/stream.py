@@ -20,7 +20,7 @@ import xxhash
 
 from launcher.errors import UserError
 from launcher.layout.box import Box, Shape, whole
-from launcher.weights.formats.note import BLOCK_BYTES, Note
+from launcher.weights.formats.rank_metadata import BLOCK_BYTES, RankFileMetadata
 from launcher.weights.formats.safetensors import ITEM_BYTES, Slot, header_bytes, in_file_order
 from launcher.weights.reading.plan import plan_box
 from launcher.weights.reading.transfer import Files
@@ -51,7 +51,7 @@ class Output:
     boxes: Mapping[str, tuple[str, Box]]
     """Name in the new file to (name in the source, box of it)."""
     metadata: Mapping[str, str] = field(default_factory=lambda: {"format": "pt"})
-    note: Note | None = None
+    rank_metadata: RankFileMetadata | None = None
     """What a rank file says of itself; the checksums are added."""
     dtype: str | None = None
     """What floating tensors are cast to; None: they stay as they are."""
@@ -108,7 +108,7 @@ class _Writer:
         # In the order in which the source is read, which is that of the hashes.
         order = sorted(boxes, key=lambda n: (_order(source, boxes[n][0]), boxes[n][1].offset))
         self.slots = [Slot(n, output.dtype_of(n, source), boxes[n][1].size) for n in order]
-        if output.note is None:  # not hashed: in the order that aligns what was cast too
+        if output.rank_metadata is None:  # not hashed: in the order that aligns what was cast too
             self.slots = in_file_order(self.slots)
         self.nbytes = sum(slot.nbytes for slot in self.slots)
         self._digests: list[str] = []
@@ -122,13 +122,13 @@ class _Writer:
             position += slot.nbytes
 
     def _header(self, digests: Sequence[str]) -> bytes:
-        note = self.output.note
-        own = {} if note is None else {"slipway": note.text(tuple(digests))}
+        rank_metadata = self.output.rank_metadata
+        own = {} if rank_metadata is None else {"slipway": rank_metadata.text(tuple(digests))}
         return header_bytes(self.slots, {**self.output.metadata, **own})
 
     def hash(self, view: memoryview, position: int) -> None:
         """Take the next bytes of the file, those from `position` on, into the checksums."""
-        if self.output.note is None:
+        if self.output.rank_metadata is None:
             return
         assert position == self._hashed, "a file is hashed front to back"
         self._hashed += len(view)

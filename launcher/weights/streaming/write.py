@@ -13,7 +13,7 @@ from pathlib import Path
 
 import xxhash
 
-from launcher.weights.formats.note import BLOCK_BYTES, Note
+from launcher.weights.formats.rank_metadata import BLOCK_BYTES, RankFileMetadata
 from launcher.weights.formats.safetensors import Header, Slot, header_bytes, parse_header
 from launcher.weights.streaming.block_file import BlockFile
 from launcher.weights.threads import in_parallel
@@ -31,7 +31,10 @@ class Part(Slot):
 
 
 def write_file(
-    path: Path, parts: Sequence[Part], metadata: dict[str, str], note: Note | None = None
+    path: Path,
+    parts: Sequence[Part],
+    metadata: dict[str, str],
+    rank_metadata: RankFileMetadata | None = None,
 ) -> Header:
     """Write `parts`, in the order given, and make the file durable (fsync). Returns its header.
 
@@ -42,7 +45,7 @@ def write_file(
     blocks = list(_blocks(parts))
 
     def header(digests: Sequence[str]) -> bytes:
-        own = {} if note is None else {"slipway": note.text(tuple(digests))}
+        own = {} if rank_metadata is None else {"slipway": rank_metadata.text(tuple(digests))}
         return header_bytes(parts, {**metadata, **own})
 
     start = len(header(["0" * 16] * len(blocks)))
@@ -51,7 +54,7 @@ def write_file(
         def write(block: tuple[int, Block]) -> str:
             pieces = [part.read(first, last) for part, first, last in block[1]]
             hasher = xxhash.xxh3_64()
-            for piece in pieces if note is not None else ():
+            for piece in pieces if rank_metadata is not None else ():
                 hasher.update(piece)
             file.write(pieces, start + block[0] * BLOCK_BYTES)
             return hasher.hexdigest()

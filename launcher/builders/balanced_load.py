@@ -1,0 +1,68 @@
+"""Balanced loading: each byte of storage is read by one rank, which passes it on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
+
+from launcher.builders.job import Job
+from launcher.layout.layout import Layout
+from launcher.layout.replicas import Ranks
+from launcher.parallel.all_ranks import on_all_ranks
+from launcher.parallel.broadcast_shards import broadcast_shards
+from launcher.parallel.world import World
+from launcher.weights.ranks.redundancy import file_replicas, writers_of
+from launcher.weights.reading.load import LoadReport, load
+from launcher.weights.reading.shard import Shard
+from launcher.weights.source import Source
+from launcher.weights.tensor_mapping import MappingsOf
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class BalancedLoad:
+    """Who reads what, for the tensors of files that this rank holds."""
+
+    world: World
+    held: Mapping[str, Shard]
+    replica_ranks: Mapping[str, Ranks]
+    writer_ranks: Mapping[str, int]
+
+    def reads(self, name: str) -> bool:
+        """Whether this rank reads its box of `name`."""
+        return self.writer_ranks[name] == self.world.rank
+
+    def load(self, read: Callable[[], Result]) -> Result:
+        """What `read` gives, after its bytes have gone to all holders; its `UserError` of any rank
+        is raised on every rank."""
+        result = on_all_ranks(self.world, read)
+        broadcast_shards(self.held, self.writer_ranks, self.replica_ranks)
+        return result
+
+
+def balanced_load(
+    world: World, layout: Layout, mappings_of: MappingsOf, held: Mapping[str, Shard]
+) -> BalancedLoad:
+    """Share out the reading of `held`, the shards of this rank by name in files."""
+    replica_ranks = file_replicas(layout, world.rank, mappings_of)
+    return BalancedLoad(world, held, replica_ranks, writers_of(held, replica_ranks))
+
+
+def load_job(
+    job: Job, held: Mapping[str, Shard], layout: Layout, mappings_of: MappingsOf, source: Source,
+    **options: Any,
+) -> LoadReport:  # fmt: skip
+    """`load` of `held` on every rank of the job: each by itself, or with balanced_load together.
+
+    `options` are those of `launcher.weights.reading.load.load`.
+    """
+    whole = layout.mesh.world_size == 1
+    rank = 0 if whole else job.world.rank
+    if whole or not job.config.balanced_load:
+        alone = partial(load, held, source, rank=rank, **options)
+        return on_all_ranks(job.world, alone) if source.is_spread else alone()
+    shared = balanced_load(job.world, layout, mappings_of, held)
+    return shared.load(lambda: load(held, source, rank=rank, reads=shared.reads, **options))

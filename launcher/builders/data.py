@@ -1,0 +1,74 @@
+"""Data of a job: rows of a section, their length, and what an epoch is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+from launcher.builders.job import Job
+from launcher.config.schema import DatasetSection
+from launcher.data.build import build_dataset
+from launcher.data.loader import Batch, evaluation_batches
+from launcher.data.packing import RowDataset
+from launcher.errors import UserError
+from launcher.parallel.filesystems import find_filesystem_groups
+from models.positions import row_length
+
+
+def open_dataset(job: Job, section: DatasetSection) -> RowDataset:
+    """The rows of a data section; one rank of each disk prepares them, into `dataset_cache`."""
+    cache_dir, world = job.output_dir / "dataset_cache", job.world.with_long_timeout()
+    filesystems = find_filesystem_groups(cache_dir, world, "the data cache could not be opened")
+    dataset = build_dataset(
+        section,
+        tokenizer=job.tokenizer,
+        seq_length=seq_length(job, section),
+        cache_dir=cache_dir,
+        once=lambda prepare: str(filesystems.on_own(world, "", prepare)),
+        log=job.log,
+    )
+    if filesystems.are_several:
+        _check_same(world.gather(dataset.content))
+    vocabulary = job.spec.hf_config.get("vocab_size")
+    if vocabulary is not None and dataset.largest_token >= vocabulary:
+        raise UserError(
+            f"the data holds token {dataset.largest_token}",
+            rule=f"the model has room for {vocabulary} tokens",
+            advice="Give the tokenizer the model was made with",
+        )
+    return dataset
+
+
+def _check_same(contents: Sequence[str]) -> None:
+    """All ranks have prepared the same tokens; `contents`: the hash of those of each rank."""
+    other = next((rank for rank, found in enumerate(contents) if found != contents[0]), None)
+    if other is not None:
+        raise UserError(
+            f"the machine of rank {other} has other data than that of rank 0",
+            rule="all ranks train on the same rows, which each machine prepares from its own files",
+            advice="Copy the same data files and the same tokenizer to every machine",
+        )
+
+
+def seq_length(job: Job, section: DatasetSection) -> int:
+    """Tokens of a row: the data section's, else the model's, else what positions allow (2048)."""
+    usual = row_length(job.spec.family, job.spec.hf_config)
+    return section.seq_length or job.spec.seq_length or usual
+
+
+def steps_per_epoch(rows: int, global_batch: int, *, drop_remainder: bool) -> int:
+    """Optimizer steps of one epoch. Samples run on from one epoch into the next, without a gap."""
+    full, rest = divmod(rows, global_batch)
+    return max(full + (rest > 0 and not drop_remainder), 1)
+
+
+def evaluation_source(job: Job) -> Callable[[], Iterable[Batch]]:
+    """A function that gives this rank's share of the evaluation data, anew at each call."""
+    assert job.config.eval_dataset is not None
+    dataset = open_dataset(job, job.config.eval_dataset)
+    return lambda: evaluation_batches(
+        dataset,
+        job.config.runner_config.batch_size,
+        job.mesh.data_parallel,
+        job.mesh.data_rank(job.world.rank),
+        pin_memory=job.world.device.type == "cuda",
+    )

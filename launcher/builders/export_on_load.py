@@ -1,0 +1,114 @@
+"""Copies of the weights a job loads: distributed ones whole, Hugging Face's in MindSpore's form.
+
+Owns {output_dir}/unified_checkpoint and {output_dir}/ms_safetensors. All ranks write a part each,
+aside; rank 0 renames the folder when it is whole. Invariants: only a former copy is replaced, and
+what is loaded is never written to. Optimizer state stays where it is: a copy is for loading
+weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TypeVar
+
+from launcher.builders.job import Job
+from launcher.errors import UserError
+from launcher.parallel.all_ranks import capture_error, raise_if_any_failed
+from launcher.parallel.world import World
+from launcher.weights.offline.copy_record import FOLDERS, foreign, write_record
+from launcher.weights.offline.export import Format, write_complete
+from launcher.weights.ranks.saves import copy_model_files
+from launcher.weights.reading.shard import TORCH_DTYPES
+from launcher.weights.source import (
+    MINDSPORE_INDEX_NAME,
+    OPTIMIZER_PREFIXES,
+    Source,
+    is_of_mindspore,
+)
+from launcher.weights.streaming.new_folder import folder_aside
+from models.build import hf_directory_files
+
+Result = TypeVar("Result")
+
+
+def export_on_load(job: Job, source: Source) -> None:
+    """Write the copies of `source` that the configuration asks for. Called on every rank; raises
+    `UserError` on every rank when one could not write."""
+    config, distributed = job.config, source.kind == "distributed"
+    if config.save_unified_checkpoint and source.is_spread:
+        raise UserError(
+            f"save_unified_checkpoint: True: no rank sees all files of {source.path}",
+            rule="complete weights are put together from the files of all ranks",
+            advice="Put the folders of checkpoints together on a disk that all machines share",
+        )
+    if config.save_unified_checkpoint and distributed:
+        _write(job, source, "save_unified_checkpoint", "huggingface")
+    if config.save_converted_checkpoint and not distributed and not _is_mindspore(source):
+        _write(job, source, "save_converted_checkpoint", "mindspore")
+
+
+def _is_mindspore(source: Source) -> bool:
+    is_mapped = source.index is not None and source.index.name == MINDSPORE_INDEX_NAME
+    return is_mapped or any(map(is_of_mindspore, source.headers.values()))
+
+
+def _write(job: Job, source: Source, key: str, form: Format) -> None:
+    target, world = job.output_dir / FOLDERS[key], job.world
+    with ExitStack() as stack:
+        begin = lambda: _begin(stack, target, source, key)  # noqa: E731
+        scratch = _together(world, begin if world.is_main else lambda: None)[0]
+        assert scratch is not None
+        share = lambda: write_complete(  # noqa: E731
+            source,
+            scratch,
+            keep=lambda name: not name.startswith(OPTIMIZER_PREFIXES),
+            form=form,
+            share=(world.rank, world.size),
+        )
+        written = _together(world, share)[0]
+
+        def finish() -> None:
+            if form == "huggingface":
+                _write_model_files(job, source, scratch)
+            write_record(scratch, key)
+            stack.close()  # renames it
+
+        _together(world, finish if world.is_main else lambda: None)
+    job.log(f"{key}: {written.tensors} tensors, {written.total_bytes / 1e6:.1f} MB in {target}")
+
+
+def _begin(stack: ExitStack, target: Path, source: Source, key: str) -> Path:
+    """The folder to write into, which becomes `target` when `stack` is closed."""
+    reason = foreign(target, key)
+    if reason:
+        raise UserError(
+            reason,
+            rule=f"{key}: only a copy that a former run wrote is replaced",
+            advice="Move it away, or give another output_dir",
+        )
+    return stack.enter_context(
+        folder_aside(target, source.path, overwrite=True, option="output_dir")
+    )
+
+
+def _together(world: World, action: Callable[[], Result]) -> list[Result]:
+    """What `action` gives on every rank; what goes wrong on one is raised on all."""
+
+    return raise_if_any_failed(
+        world, capture_error(action), "the copy of the weights could not be written"
+    )
+
+
+def _write_model_files(job: Job, source: Source, folder: Path) -> None:
+    """config.json and the tokenizer: those saved beside the rank files, else those of this run."""
+    if copy_model_files(min(source.headers), folder):
+        return
+    dtypes = {name: source.dtype(name) for name in source.tensors}
+    dtype = TORCH_DTYPES[next(iter(dtypes.values()))]
+    for name, content in hf_directory_files(
+        job.spec, job.tokenizer_dir or None, dtype=dtype
+    ).items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(content)

@@ -1,0 +1,111 @@
+"""The state of a run that saved none of ours: worked out from what MindFormers writes instead.
+
+Owns where each number comes from:
+
+    steps        `step_num` in the files, else `global_step`, else epoch and step in the name
+    updates      `global_step`, which counts no step that overflowed, else the steps
+    samples      the steps x `global_batch_size` in the files, else x the batch of this run
+    loss scale   `loss_scale`, where this run moves its own
+
+Tokens are counted from here on. What such a save does not say (data, configuration, versions) is
+taken to be as in this run, and the receipt says that it is not known.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from launcher.checkpoint.names import global_step_of_name
+from launcher.checkpoint.resume import Chosen
+from launcher.errors import UserError
+from launcher.layout.mesh import layout_text
+from launcher.train.run import TrainRun
+from launcher.train.state import TrainState, to_json
+from launcher.weights.reading.scalars import STEPS, scalars_of
+from launcher.weights.source import Source
+
+BATCH, SCALE = "global_batch_size", "loss_scale"
+USED = (*STEPS, BATCH, SCALE, "epoch_num")
+
+
+@dataclass(frozen=True)
+class InferredState:
+    """A state, and where it comes from; what the receipt says of it."""
+
+    saved: dict[str, Any]
+    """As a state file has it."""
+    saved_by: str
+    """Its ranks, or that it is complete weights."""
+    steps_from: str
+    """`step_num in the files`."""
+    has_batch: bool
+    """Whether the files say the global batch."""
+    has_scale: bool
+    """Whether the loss scale is theirs."""
+    unused: tuple[str, ...]
+    """Extras of the files that nothing is made of."""
+
+
+def infer_state(run: TrainRun, chosen: Chosen) -> InferredState:
+    """The state that `run` goes on from after the save `chosen`. Raises `UserError` when nothing
+    says how many steps were done, or a number cannot be one."""
+    numbers = scalars_of(chosen.source)
+    counters = {name: _count(chosen, name, numbers[name]) for name in (*STEPS, BATCH)
+                if name in numbers}  # fmt: skip
+    steps, steps_from = _steps(run, chosen, counters)
+    batch = counters.get(BATCH) or run.loader.global_batch
+    scale = numbers.get(SCALE, 0.0)
+    has_scale = run.metadata["loss_scaling"] == "dynamic" and scale > 0 and math.isfinite(scale)
+    state = TrainState(
+        global_step=steps,
+        updates=counters.get("global_step", steps),
+        consumed_samples=steps * batch,
+        data_position=steps * batch,
+        loss_scale=scale if has_scale else run.state.loss_scale,
+    )
+    unused = tuple(sorted(chosen.source.extras.keys() - {*USED}))
+    saved = to_json(state, {**run.metadata, BATCH: batch})
+    return InferredState(
+        saved, _ranks_text(chosen.source), steps_from, BATCH in counters, has_scale, unused
+    )
+
+
+def _ranks_text(source: Source) -> str:
+    if source.kind != "distributed":
+        return "complete weights"
+    return layout_text(source.world_size, source.mesh or {})
+
+
+def _steps(run: TrainRun, chosen: Chosen, counters: Mapping[str, int]) -> tuple[int, str]:
+    """(steps done, where that stands)."""
+    found = next((name for name in STEPS if name in counters), None)
+    if found is not None:
+        return counters[found], f"{found} in the files"
+    if chosen.name is None:
+        raise UserError(
+            f"{chosen.label} does not say after how many steps it was saved",
+            where=str(chosen.root),
+            rule=f"its files have neither {' nor '.join(STEPS)} nor a name such as "
+            "CKP_rank_0-1_10.safetensors",
+            advice="Name the files so, or use run_mode finetune to start from weights alone",
+        )
+    epoch, step = chosen.name.epoch, chosen.name.step
+    steps = global_step_of_name(epoch, step, run.steps_per_epoch, run.sink_size)
+    if run.sink_size > 1 and step == run.sink_size:
+        return steps, f"{epoch} sinks of {step} by the name"
+    how = f"an epoch has {run.steps_per_epoch} in this run"
+    return max(steps, 0), f"step {step} of epoch {epoch} in the name; {how}"
+
+
+def _count(chosen: Chosen, name: str, value: float) -> int:
+    if not math.isfinite(value) or value < 0 or value != int(value):
+        raise UserError(
+            f"{name} = {value}",
+            where=str(chosen.source.extras[name][0].file),
+            rule="it must be a whole number from 0 on",
+            advice="Resume from another checkpoint",
+        )
+    return int(value)

@@ -1,0 +1,113 @@
+"""A job: the configuration, this process, a voice, and what follows from these alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from launcher.builders.layout import split_of
+from launcher.config.derived import mesh_of, read_config_json, tokenizer_dir, ulysses_degree
+from launcher.config.provenance import Provenance
+from launcher.config.schema import Config
+from launcher.errors import UserError
+from launcher.layout.mesh import Mesh
+from launcher.parallel.meshes import Meshes
+from launcher.parallel.world import World
+from launcher.report.console import Console
+from models.families import model_spec
+from models.spec import ModelSpec
+from models.stage import StageSplit
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every mode starts from: the configuration, this process, and a voice."""
+
+    config: Config
+    provenance: Provenance
+    world: World
+    console: Console
+
+    def log(self, text: str) -> None:
+        """Tell the user."""
+        self.console.log(text)
+
+    @property
+    def output_dir(self) -> Path:
+        """Root of everything the run writes."""
+        return Path(self.config.output_dir)
+
+    @cached_property
+    def spec(self) -> ModelSpec:
+        """The model, as described by config.json and the YAML."""
+        spec = model_spec(self.config.model.model_config, self._config_json())
+        for note in spec.notes:
+            self.log(f"accepted, no effect: {note}")
+        return spec
+
+    def _config_json(self) -> dict[str, Any] | None:
+        return read_config_json(self.config)
+
+    @cached_property
+    def mesh(self) -> Mesh:
+        """The axes of the job and their sizes."""
+        return mesh_of(self.config)
+
+    @cached_property
+    def meshes(self) -> Meshes:
+        """The torch meshes of the same axes, and their process groups."""
+        return Meshes(self.mesh, self.world.device.type, ulysses=ulysses_degree(self.config))
+
+    @cached_property
+    def split(self) -> StageSplit | None:
+        """Which layers each stage of the pipeline has; None without a pipeline."""
+        return split_of(self.config, self.spec)
+
+    @cached_property
+    def tokenizer_dir(self) -> str:
+        """Folder of the tokenizer; empty when there is none."""
+        return tokenizer_dir(self.config)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The tokenizer, checked against the vocabulary of the model."""
+        from transformers import AutoTokenizer
+
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(
+                self.tokenizer_dir,
+                trust_remote_code=self.config.trust_remote_code,
+                local_files_only=True,
+            )
+        except Exception as error:  # the library assumes that its files are right
+            reason = (str(error) or repr(error)).splitlines()[0]
+            expected = isinstance(error, OSError | ValueError)
+            raise UserError(
+                f"no tokenizer can be opened in {self.tokenizer_dir!r}",
+                rule=reason if expected else f"{type(error).__name__}: {reason}",
+                advice="Set processor.tokenizer.pretrained_model_dir to a Hugging Face tokenizer",
+            ) from error
+        vocabulary = self.spec.hf_config.get("vocab_size", len(tokenizer))
+        if len(tokenizer) > vocabulary:
+            raise UserError(
+                f"the tokenizer in {self.tokenizer_dir} has {len(tokenizer)} tokens",
+                rule=f"the model has room for {vocabulary}",
+                nearest=f"Set model.model_config.vocab_size to {len(tokenizer)} or more",
+            )
+        return tokenizer
+
+    def dtype(self, name: str | None, *, otherwise: torch.dtype) -> torch.dtype:
+        """The torch dtype of a configured name."""
+        return otherwise if name is None else DTYPES[name]
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Dtype of forward and backward: as configured, else bf16 on CUDA and fp32 on the CPU."""
+        usual = torch.bfloat16 if self.world.device.type == "cuda" else torch.float32
+        return self.dtype(self.spec.precision.compute_dtype, otherwise=usual)

@@ -1,0 +1,130 @@
+"""What the layers of a job do beside computing: run again, move to the host, be compiled, take
+turns.
+
+Owns the order in which these are put round a layer, innermost first: compilation, recomputation,
+swapping, interleaved copies. FSDP's hooks come outside of all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import OffloadPolicy
+
+from launcher.builders.job import Job
+from launcher.errors import UserError
+from launcher.parallel.compiling import USUAL, compile_layers, leave_out
+from launcher.parallel.interleave import interleave
+from launcher.parallel.offload import (
+    apply_offload,
+    check_offload,
+    offloaded_parts,
+    optimizer_policy,
+)
+from launcher.parallel.pieces import names_in
+from launcher.parallel.recompute import (
+    apply_recompute,
+    check_recompute,
+    is_cheap,
+    recompute_plan,
+    recomputed_pieces,
+)
+from models.build import blocks, materialize
+from models.decoder import Decoder
+from models.stage import StageSplit
+
+_RECOMPUTE, _SWAP = "recompute_config", "swap_config"
+
+
+def check_layers(job: Job, whole: nn.Module) -> None:
+    """Compare what the configuration names with the layers of the whole model.
+
+    Raises UserError for what is not there, or cannot be done with this model.
+    """
+    names = names_in(blocks(whole))
+    idle = {
+        _RECOMPUTE: check_recompute(job.config.recompute_config, _split(job, whole), names,
+                                    where=job.provenance.where),
+        _SWAP: check_offload(job.config.swap_config, names, where=job.provenance.where),
+    }  # fmt: skip
+    for section, patterns in idle.items():
+        if patterns:
+            job.log(f"accepted, no effect: {section}: nothing is kept of {patterns}")
+    if not isinstance(whole, Decoder):
+        _check_foreign(job)
+    if job.config.swap_config.optimizer and job.world.device.type != "cuda":
+        job.log("accepted, no effect: swap_config.optimizer: it is in host memory already")
+
+
+def prepare_layers(job: Job, module: nn.Module, whole: nn.Module) -> None:
+    """Put round the layers of `module`, a stage of `whole` or all of it, what the configuration
+    asks for in training."""
+    config, layers = job.config, _numbered(module)
+    plan = recompute_plan(config.recompute_config, _split(job, whole))
+    again = recomputed_pieces(layers, plan)
+    moving = offloaded_parts(layers, config.swap_config, again)
+    apart = {
+        number: {*moving[number], *(name for name in again[number] if not is_cheap(name))} - {""}
+        for number in layers
+    }
+    if config.compile is not False:
+        compile_layers(layers, USUAL if config.compile is True else config.compile, apart)
+    apply_recompute(layers, again, draws=not isinstance(module, Decoder))
+    if config.swap_config.swap:
+        apply_offload(layers, moving, job.world.device)
+    if config.compile is not False:
+        leave_out(layers, apart)
+    if config.micro_batch_interleave_num > 1:
+        assert isinstance(module, Decoder)
+        interleave(module, config.micro_batch_interleave_num)
+
+
+def offload_policy(job: Job) -> OffloadPolicy | None:
+    """Parameters and optimizer state in host memory, where the configuration asks for it and there
+    is other memory; else None."""
+    return optimizer_policy(job.world.device) if job.config.swap_config.optimizer else None
+
+
+def materialize_all(module: nn.Module, device: torch.device, offload: OffloadPolicy | None) -> None:
+    """Put `module` into real memory: on the device, or its parameters on the host."""
+    if offload is None:
+        materialize(module, device)
+        return
+    materialize(module, "cpu")
+    for buffer in module.buffers():
+        buffer.data = buffer.data.to(device)
+
+
+def _check_foreign(job: Job) -> None:
+    """Raise UserError for what only decoders of ours can do."""
+    select = job.config.recompute_config.select_recompute
+    names_modules = isinstance(select, dict) or (
+        isinstance(select, list) and any(isinstance(item, str) for item in select)
+    )
+    refused = {
+        "micro_batch_interleave_num": job.config.micro_batch_interleave_num > 1,
+        f"{_RECOMPUTE}.select_recompute": bool(select) and not names_modules,
+    }
+    for key, asks in refused.items():
+        if asks:
+            raise UserError(
+                key,
+                where=job.provenance.where(key),
+                rule=f"not built for {job.spec.family}, a model type that runs through its "
+                "transformers module",
+                advice="Name modules, or leave it out" if "select" in key else "Leave it out",
+            )
+
+
+def _numbered(module: nn.Module) -> Mapping[int, nn.Module]:
+    """The layers of a module by their number in the model."""
+    if isinstance(module, Decoder):
+        return {int(number): layer for number, layer in module.model.layers.items()}
+    return dict(enumerate(blocks(module)))
+
+
+def _split(job: Job, whole: nn.Module) -> StageSplit:
+    """Which rank has which layers; all of them on one without a pipeline."""
+    return job.split or StageSplit((range(len(blocks(whole))),), (0,))

@@ -1,0 +1,69 @@
+"""The layout of a job: from degrees and a model to where every tensor lies.
+
+Owns the few steps between the configuration and `launcher.layout`. No process group and no device:
+the same layout comes out of one process for any number of ranks. Torch-free, but for a model that
+is in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING
+
+from launcher.config.derived import stage_counts, stages_per_rank
+from launcher.config.schema import Config
+from launcher.layout.box import Shape
+from launcher.layout.layout import REPLICATED, SHARDED, Layout, ShardSpec
+from launcher.layout.mesh import Mesh
+from models.plan import shard_specs
+from models.spec import ModelSpec
+from models.stage import StageSplit, stage_split, with_stages
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def split_of(config: Config, spec: ModelSpec) -> StageSplit | None:
+    """The stages of the pipeline; None without one."""
+    ranks = config.parallel_config.pipeline_stage
+    if ranks == 1 or spec.decoder is None:
+        return None
+    return stage_split(
+        spec.decoder,
+        ranks,
+        per_rank=stages_per_rank(config),
+        v_shaped=config.parallel.pipeline_config.pipeline_scheduler == "zero_bubble_v",
+        counts=stage_counts(config, spec.decoder.num_hidden_layers),
+    )
+
+
+def model_layout(
+    model: nn.Module, spec: ModelSpec, mesh: Mesh, *, split: StageSplit | None, vocab_emb_dp: bool
+) -> Layout:
+    """Where every tensor of `model`, whole and on the meta device, lies on `mesh`."""
+    from torch import nn
+
+    parameters = dict(model.named_parameters())
+    shapes = {
+        name: tuple(tensor.shape)
+        for name, tensor in model.state_dict(keep_vars=True).items()
+        if name in parameters or not isinstance(tensor, nn.Parameter)
+    }
+    return layout_of(shapes, parameters, spec, mesh, split=split, vocab_emb_dp=vocab_emb_dp)
+
+
+def layout_of(
+    shapes: Mapping[str, Shape], parameters: Collection[str], spec: ModelSpec, mesh: Mesh, *,
+    split: StageSplit | None, vocab_emb_dp: bool,
+) -> Layout:  # fmt: skip
+    """Where tensors of these names and shapes lie on `mesh`; those that are no `parameters` are
+    buffers."""
+    if spec.decoder is None:
+        specs = {name: SHARDED if name in parameters else REPLICATED for name in shapes}
+        return Layout(shapes, mesh, specs)
+    by_name: Mapping[str, ShardSpec] = shard_specs(
+        shapes, spec.decoder, tp=mesh.tp, vocab_emb_dp=vocab_emb_dp
+    )
+    if split is not None:
+        by_name = with_stages(dict(by_name), split, tied=spec.decoder.tie_word_embeddings)
+    return Layout(shapes, mesh, by_name)

@@ -1,0 +1,209 @@
+"""Weights of a job: which ones, into the memory of this rank's part, and the lines that say so."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from launcher.builders.balanced_load import load_job
+from launcher.builders.export_on_load import export_on_load
+from launcher.builders.job import Job
+from launcher.builders.model import predict_mesh
+from launcher.checkpoint.resolve import open_complete_weights, open_weights
+from launcher.environment import process_environment
+from launcher.errors import UserError
+from launcher.layout.layout import Layout
+from launcher.layout.mesh import other_layout
+from launcher.parallel.all_ranks import on_all_ranks
+from launcher.parallel.apply import shards
+from launcher.parallel.consistency import Unquoted, check_same
+from launcher.parallel.parts import Parts
+from launcher.parallel.tied import broadcast_tied
+from launcher.weights.content import content_of
+from launcher.weights.reading.load import LoadReport
+from launcher.weights.reading.shard import Shard
+from launcher.weights.source import Source, holds_complete
+from launcher.weights.tensor_mapping import mapped, shapes_in_files
+from models.build import (
+    ignorable,
+    initialize_shard,
+    mappings_of,
+    may_be_missing,
+    named_as_model,
+    tied_names,
+)
+
+
+def find_weights(job: Job) -> Source | None:
+    """The weights the user names: load_checkpoint, else pretrained_model_dir's, else None.
+
+    Copies of them are written where save_unified_checkpoint or save_converted_checkpoint ask for
+    one. Called by all ranks together. Raises `UserError`, also where a machine has other weights
+    than that of rank 0.
+    """
+    path = _weights_path(job)
+    check_same_model(job)
+    _check_same(job, {"weights": Unquoted("none" if path is None else "found")})
+    if path is None:
+        return None
+    if path == Path(job.config.load_checkpoint):
+        strategy = job.config.src_strategy_path_or_dir
+        source = open_weights(path, job.world, job.log, strategy=strategy)
+    else:
+        source = open_complete_weights(path, job.log)
+    if source.kind != "distributed" and process_environment().has_several_machines:
+        _check_same_content(job, source)
+    check_layout(job, source)
+    export_on_load(job, source)
+    return source
+
+
+def check_same_model(job: Job) -> None:
+    """Check that every machine describes the same model. Called by all ranks together; raises
+    `UserError`."""
+    config = job.spec.hf_config
+    _check_same(job, {f"config.json: {key}": value for key, value in config.items()})
+
+
+def _check_same_content(job: Job, source: Source) -> None:
+    """Check that complete weights are the same on every machine, of which one rank reads a sample:
+    ranks of one machine have the same files."""
+    reads = process_environment().local_rank == 0
+    content = on_all_ranks(job.world, lambda: content_of(source) if reads else "")
+    of_main = job.world.from_main(content)
+    _check_same(job, {f"weights in {source.path.name}": Unquoted(content or of_main)})
+
+
+def _check_same(job: Job, metadata: Mapping[str, Any]) -> None:
+    check_same(
+        job.world, metadata, rule="all ranks start from one model, which each machine reads from its "
+        "own files",
+        advice="Copy the same model folder to every machine",
+    )  # fmt: skip
+
+
+def _weights_path(job: Job) -> Path | None:
+    config = job.config
+    # A run that resumes takes load_checkpoint for the folder of checkpoints to go on from.
+    trains = config.run_mode in ("train", "finetune")
+    if config.load_checkpoint and not (trains and config.resume_training is not False):
+        return Path(config.load_checkpoint)
+    pretrained = Path(config.pretrained_model_dir)
+    return pretrained if config.pretrained_model_dir and holds_complete(pretrained) else None
+
+
+def check_layout(job: Job, source: Source) -> None:
+    """auto_trans_ckpt: False asserts that no weights need to be cut or put together."""
+    if job.config.auto_trans_ckpt is not False or source.kind != "distributed":
+        return
+    predicts = job.config.run_mode in ("predict", "predict_with_train_model")
+    mesh = predict_mesh(job) if predicts else job.mesh
+    difference = other_layout(source.world_size, source.mesh, mesh)
+    if difference:
+        raise _other_layout(job, f"{source.path} {difference}")
+
+
+def check_cuts(job: Job, source: Source, held: Mapping[str, Shard]) -> None:
+    """As `check_layout`, box by box: with auto_trans_ckpt: False every box this rank holds is one
+    that a rank has written. Equal axes may cut a model in two ways."""
+    if job.config.auto_trans_ckpt is not False or source.kind != "distributed":
+        return
+    for name, shard in held.items():
+        pieces = source.tensors.get(name)
+        if pieces is not None and shard.box.numel and shard.box not in pieces.replica_ranks:
+            raise _other_layout(
+                job,
+                f"no rank has written the part of `{name}` that rank {job.world.rank} holds: "
+                f"{list(shard.box.size)} of {list(shard.shape)}, from {list(shard.box.offset)} on",
+            )
+
+
+def _other_layout(job: Job, what: str) -> UserError:
+    return UserError(
+        what,
+        where=job.provenance.where("auto_trans_ckpt"),
+        rule="auto_trans_ckpt: False loads only the same layout",
+        advice="Set auto_trans_ckpt: True",
+    )
+
+
+def load_or_init(job: Job, parts: Parts, layout: Layout, source: Source | None) -> None:
+    """Load the weights of `source`, or begin at random; says which, in three lines at most.
+
+    `layout` is how the model is cut: the job's, or that of one rank.
+    """
+    rank = job.world.rank if layout.mesh.world_size > 1 else 0
+    if source is None:
+        initialize(job, parts, layout, rank)
+        job.log(f"weights: none given, initialised at random from seed {job.config.seed}")
+    else:
+        if not job.config.strict_load:
+            initialize(job, parts, layout, rank)
+        _load(job, parts, layout, source, rank)
+    sync_tied_weights(parts)
+
+
+def sync_tied_weights(parts: Parts) -> None:
+    """Where a rank has both ends of a pipeline, its second copy of the tied embedding follows."""
+    copies = parts.copies()
+    broadcast_tied([first for first, _ in copies], [second for _, second in copies])
+
+
+def _load(job: Job, parts: Parts, layout: Layout, source: Source, rank: int) -> None:
+    model = parts.modules[-1]
+    mappings = mappings_of(model)
+    held = mapped(shards(parts.named_tensors(), layout, rank), mappings)
+    expected = shapes_in_files(layout.shapes, mappings)
+    check_cuts(job, source, held)
+    named = named_as_model(source, model, expected)
+    spared = {n for n in expected if n not in named.tensors and may_be_missing(model, n)}
+    is_ignorable = ignorable(model, job.spec, expected)
+    report = load_job(
+        job, {n: shard for n, shard in held.items() if n not in spared}, layout, mappings, named,
+        tied=tied_names(model),
+        strict=job.config.strict_load,
+        expected={n: shape for n, shape in expected.items() if n not in spared},
+        leave=lambda name: is_ignorable(name, named.shape(name), named.dtype(name)),
+    )  # fmt: skip
+    _report(job, source, report)
+
+
+def initialize(job: Job, parts: Parts, layout: Layout, rank: int) -> None:
+    """Random weights: a function of (seed, name in files), the same on any layout."""
+    # The buffers of a transformers module have their values already.
+    own = job.spec.decoder is not None
+    tensors = parts.named_tensors() if own else dict(parts.named_parameters())
+    held = mapped(shards(tensors, layout, rank), mappings_of(parts.modules[-1]))
+    with torch.no_grad():
+        for name, shard in held.items():
+            box = shard.box
+            values = initialize_shard(
+                name, shard.shape, box.offset, box.size, job.spec, job.config.seed
+            )
+            shard.tensor.copy_(values)
+
+
+def _report(job: Job, source: Source, report: LoadReport) -> None:
+    bytes_read = sum(job.world.gather(report.bytes_read))
+    job.log(
+        f"loaded: {report.loaded} tensors, {bytes_read / 1e6:.1f} MB read from {source.path} "
+        f"({source.kind})"
+    )
+    job.log(f"tied: {', '.join(report.tied) or 'nothing'}")
+    job.log(f"initialised by request: {_listed(report.not_loaded)}")
+    if report.left_in_files:
+        job.log(f"left in the files: {_listed(report.left_in_files)}")
+    if source.promised:
+        job.log(f"listed in the index alone, not needed: {_listed([*source.promised])}")
+
+
+def _listed(names: Sequence[str]) -> str:
+    """How many there are, and the first of them."""
+    if not names:
+        return "nothing"
+    count = "1 tensor" if len(names) == 1 else f"{len(names)} tensors"
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    return f"{count} ({', '.join(names[:4])}{more})"

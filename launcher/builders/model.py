@@ -1,0 +1,211 @@
+"""The model of a job in real memory: this rank's part of it, values still undefined."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache, partial
+
+import torch
+from torch import nn
+
+from launcher.builders.job import DTYPES, Job
+from launcher.builders.layer_memory import (
+    check_layers,
+    materialize_all,
+    offload_policy,
+    prepare_layers,
+)
+from launcher.builders.layout import model_layout
+from launcher.config.derived import pipeline_schedule
+from launcher.layout.layout import Layout
+from launcher.layout.mesh import Mesh
+from launcher.parallel import vocabulary
+from launcher.parallel.apply import Precisions, parallelize, shard_model
+from launcher.parallel.context import ContextParallel
+from launcher.parallel.grad_all_reduce import GradAllReduce, make_grad_all_reduce
+from launcher.parallel.meshes import Meshes
+from launcher.parallel.parts import Parts
+from launcher.parallel.pipeline import Pipeline
+from launcher.parallel.tensor import gather_logits
+from launcher.train.compute import BatchSharder, Compute, FullModel, Loss, PipelinedModel
+from launcher.train.loss import token_loss_sum
+from models.build import blocks, build_model, materialize, parameter_count
+from models.decoder import Decoder
+from models.stage import keep_stage
+
+
+@dataclass(frozen=True)
+class BuiltModel:
+    """What a rank holds of the model, and how the whole of it lies over the ranks."""
+
+    parts: Parts
+    layout: Layout
+    compute: Compute
+    batch_sharder: BatchSharder
+
+
+def build_parallel(job: Job, *, training: bool) -> BuiltModel:
+    """The model of the job, cut as the configuration says, in real memory.
+
+    Raises `UserError` for what the model cannot do.
+    """
+    usual = torch.float32 if training else job.compute_dtype
+    dtype = job.dtype(job.spec.precision.params_dtype, otherwise=usual)
+    whole = build_model(job.spec, dtype=dtype)
+    count = parameter_count(whole)
+    layout = model_layout(
+        whole, job.spec, job.mesh, split=job.split,
+        vocab_emb_dp=job.config.parallel_config.vocab_emb_dp,
+    )  # fmt: skip
+    job.meshes.make(experts=job.spec.decoder is not None and job.spec.decoder.experts is not None)
+    context = context_parallel(job)
+    modules = _stages(job, whole, dtype)
+    offload = offload_policy(job) if training else None
+    if training:
+        check_layers(job, whole)
+    sharded = job.mesh.dp_shard > 1 or job.compute_dtype != dtype or offload is not None
+    for module in modules.values():
+        if isinstance(module, Decoder):
+            sequence = job.config.parallel_config.use_seq_parallel and job.mesh.tp > 1
+            parallelize(module, layout.specs, job.meshes, sequence=sequence, context=context)
+        if training:
+            prepare_layers(job, module, whole)
+        if sharded:
+            shard_model(
+                module, blocks(module), job.meshes,
+                precisions=Precisions(job.compute_dtype, dtype),
+                blocks_together=job.config.parallel_config.gradient_aggregation_group,
+                offload=offload,
+            )  # fmt: skip
+        materialize_all(module, job.world.device, offload)
+    job.log(
+        f"model: {job.spec.family}, {count:,} parameters "
+        f"({_name(dtype)}, computing in {_name(job.compute_dtype)})"
+    )
+    if job.mesh.world_size > 1:
+        job.log(f"layout: {_layout_text(job)}")
+    parts = Parts(
+        list(modules.values()), _grad_all_reduce(job, modules) if training and not sharded else None
+    )
+    at = job.mesh.coordinates(job.world.rank)
+    batch_sharder = BatchSharder(
+        job.world.device,
+        token_indices=None
+        if context is None
+        else lru_cache(partial(_token_indices, context, job.world.device)),
+        counts=at["tp"] == 0 and at["pp"] == 0,
+    )
+    return BuiltModel(parts, layout, _compute(job, parts, modules), batch_sharder)
+
+
+def _layout_text(job: Job) -> str:
+    """The axes of more than one rank, and what the stages of a pipeline hold."""
+    axes = _axes_text(job.mesh)
+    if job.split is None:
+        return axes
+    counts = ", ".join(str(len(layers)) for layers in job.split.layers)
+    return f"{axes} ({pipeline_schedule(job.config)}, stages of {counts} layers)"
+
+
+def _axes_text(mesh: Mesh) -> str:
+    """The axes of more than one rank: `dp_replicate 2 x tp 4`."""
+    return " x ".join(f"{axis} {size}" for axis, size in mesh.sizes().items() if size > 1)
+
+
+def _token_indices(context: ContextParallel, device: torch.device, total: int) -> torch.Tensor:
+    return context.token_indices(total).to(device)
+
+
+def _grad_all_reduce(job: Job, modules: dict[int, nn.Module]) -> GradAllReduce | None:
+    """Gradients are added up over whole copies of the parameters: without FSDP, which would copy
+    them."""
+    if job.mesh.data_parallel * job.mesh.cp == 1:
+        return None
+    layers = [layer for module in modules.values() for layer in blocks(module)]
+    together = job.config.parallel_config.gradient_aggregation_group
+    return make_grad_all_reduce(list(modules.values()), layers, job.meshes, together=together)
+
+
+def _stages(job: Job, whole: nn.Module, dtype: torch.dtype) -> dict[int, nn.Module]:
+    """This rank's stages, by number; the whole model is stage 0 of one."""
+    if job.split is None:
+        return {0: whole}
+    mine = job.split.stages_of(job.mesh.coordinates(job.world.rank)["pp"])
+    models = [build_model(job.spec, dtype=dtype) for _ in mine]
+    return {
+        stage: keep_stage(model, job.split, stage)  # type: ignore[arg-type]
+        for stage, model in zip(mine, models, strict=True)
+    }
+
+
+def _compute(job: Job, parts: Parts, modules: dict[int, nn.Module]) -> Compute:
+    loss = loss_of(job)
+    at = job.mesh.coordinates(job.world.rank)
+    counts = at["tp"] == 0
+    if job.split is None:
+        own = isinstance(parts.modules[0], Decoder)
+        return FullModel(parts, loss, counts, own)
+    assert job.spec.decoder is not None
+    pipeline = Pipeline(
+        modules,
+        job.split,
+        group=job.meshes.group("pp"),
+        schedule=pipeline_schedule(job.config),
+        micro_batches=job.config.parallel_config.micro_batch_num,
+        device=job.world.device,
+        dtype=job.compute_dtype,
+    )
+    return PipelinedModel(pipeline, loss, counts)
+
+
+def loss_of(job: Job) -> Loss:
+    """The loss of logits as the head gives them: all columns, or this rank's."""
+    group = job.meshes.group("tp")
+    if group is None:
+        return token_loss_sum
+    return partial(vocabulary.token_loss_sum, group=group)
+
+
+def context_parallel(job: Job) -> ContextParallel | None:
+    """How the tokens of a row are spread over ranks; None when they are not."""
+    if job.mesh.cp == 1:
+        return None
+    groups = {axis: job.meshes.context_group(axis) for axis in ("ulysses", "ring")}
+    return ContextParallel(**groups)
+
+
+def predict_mesh(job: Job) -> Mesh:
+    """The axes of prediction: matrices are cut as configured, all other ranks share the prompts."""
+    tp = job.mesh.tp if job.spec.decoder is not None else 1
+    return Mesh(dp_replicate=job.world.size // tp, tp=tp)
+
+
+def build_predicting(job: Job) -> tuple[nn.Module, Layout]:
+    """The model as this rank predicts with it, and its layout; values still undefined.
+
+    In the configured compute dtype, else the dtype config.json names, else the usual one. Gives the
+    logits of the whole vocabulary on every rank.
+    """
+    written = job.spec.hf_config.get("dtype") or job.spec.hf_config.get("torch_dtype")
+    if job.spec.precision.compute_dtype is None and written in DTYPES:
+        dtype = DTYPES[written]
+    else:
+        dtype = job.compute_dtype
+    model, mesh = build_model(job.spec, dtype=dtype), predict_mesh(job)
+    count = parameter_count(model)
+    layout = model_layout(
+        model, job.spec, mesh, split=None, vocab_emb_dp=job.config.parallel_config.vocab_emb_dp
+    )
+    if isinstance(model, Decoder) and mesh.tp > 1:
+        meshes = Meshes(mesh, job.world.device.type)
+        parallelize(model, layout.specs, meshes, sequence=False, context=None)
+        gather_logits(model, meshes.group("tp"))
+    materialize(model, job.world.device)
+    job.log(f"model: {job.spec.family}, {count:,} parameters ({_name(dtype)})")
+    if mesh.world_size > 1:
+        job.log(f"layout: {_axes_text(mesh)}")
+    return model, layout
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,75 @@
+"""Prediction of a job: which settings count, and continuing the prompts on every rank."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from launcher.builders.job import Job
+from launcher.builders.model import predict_mesh
+from launcher.config.checks.check import Check
+from launcher.config.checks.generation import read_generation_file
+from launcher.generation import GenerationSettings, generation_settings
+from launcher.parallel.consistency import check_same
+from launcher.predict import RESULT_FILE, Generation, generate
+
+PREDICT_BATCH = 8
+"""Prompts continued together when predict_batch_size is not written."""
+
+
+def continue_prompts(
+    job: Job, model: nn.Module, prompts: Sequence[str], batch_size: int
+) -> list[Generation]:
+    """Every prompt with its continuation, on the main rank; each rank takes its share of them.
+
+    Called by all ranks together. Raises `UserError`, also where machines have other settings in
+    generation_config.json, or another tokenizer.
+    """
+    seed, mesh = job.config.generation_config.seed, predict_mesh(job)
+    chosen = settings(job)
+    ids = [job.tokenizer(prompt)["input_ids"] for prompt in prompts]
+    check_same(
+        job.world, {**asdict(chosen), "tokens of the prompts": ids},
+        rule="all ranks generate alike, which each machine reads from its own files",
+        advice="Copy the same model folder and the same tokenizer to every machine",
+    )  # fmt: skip
+    model.eval()
+    return generate(
+        model,
+        job.tokenizer,
+        prompts,
+        chosen,
+        batch_size=batch_size,
+        device=job.world.device,
+        seed=job.config.seed if seed is None else seed,
+        rank=mesh.data_rank(job.world.rank),
+        data_parallel=mesh.data_parallel,
+        gather=lambda done: job.world.gather(done)[:: mesh.tp],
+    )
+
+
+def settings(job: Job) -> GenerationSettings:
+    """What the user wrote, else what generation_config.json says, else the defaults."""
+    section = job.config.generation_config
+    written: dict[str, Any] = {
+        field.name: getattr(section, field.name)
+        for field in fields(section)
+        if job.provenance.is_written(f"generation_config.{field.name}")
+    }
+    check = Check(config=job.config, provenance=job.provenance, world_size=None)
+    return generation_settings(
+        written,
+        job.spec.generation,
+        read_generation_file(check).values,
+        tokenizer=job.tokenizer,
+        hf_config=job.spec.hf_config,
+    )
+
+
+def result_path(job: Job) -> Path:
+    """Where the result goes."""
+    return Path(job.config.save_file or job.output_dir / RESULT_FILE)

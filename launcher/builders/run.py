@@ -1,0 +1,196 @@
+"""A training run, put together: data, model, optimizer, schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from launcher.builders.data import evaluation_source, open_dataset, steps_per_epoch
+from launcher.builders.gradients import gradients_of
+from launcher.builders.job import Job
+from launcher.builders.load_weights import load_or_init
+from launcher.builders.model import build_parallel
+from launcher.builders.run_metadata import run_metadata
+from launcher.config.derived import global_batch_size
+from launcher.config.schema import Config
+from launcher.data.loader import Loader
+from launcher.data.order import GlobalOrder
+from launcher.errors import UserError
+from launcher.train.health import limits_of
+from launcher.train.optimizer import build_optimizer
+from launcher.train.run import TrainRun
+from launcher.train.scaling import loss_scaling
+from launcher.train.schedule import build_schedule, warmup_steps
+from launcher.train.state import TrainState
+from launcher.weights.source import Source
+from models.build import hf_directory_files, mappings_of, no_weight_decay
+from models.spec import ModelSpec
+from models.transformers_model import complete_config
+
+
+def fresh_run(job: Job, weights: Source | None) -> TrainRun:
+    """A run at its first step, from `weights` or from random ones."""
+    run = build_run(job)
+    load_or_init(job, run.parts, run.layout, weights)
+    run.inputs |= {file.resolve() for file in weights.headers} if weights else set()
+    return run
+
+
+def build_run(job: Job) -> TrainRun:
+    """Everything a training run needs, at step 0, weights still undefined."""
+    config, section = job.config, job.config.train_dataset
+    assert section is not None
+    dataset = open_dataset(job, section)
+    seed = config.seed if section.seed is None else section.seed
+    order = GlobalOrder(len(dataset), seed, section.data_loader.shuffle)
+    loader = Loader(
+        dataset,
+        order,
+        batch_size=config.runner_config.batch_size * config.micro_batch_interleave_num,
+        micro_steps=_micro_batches(config),
+        data_parallel=job.mesh.data_parallel,
+        data_rank=job.mesh.data_rank(job.world.rank),
+        pin_memory=job.world.device.type == "cuda",
+    )
+    assert loader.global_batch == global_batch_size(config)
+    per_epoch = steps_per_epoch(
+        len(dataset), loader.global_batch, drop_remainder=section.drop_remainder
+    )
+    total = _total_steps(job, per_epoch)
+    stop = min(total, config.runner_config.stop_step or total)
+    if len(dataset) < loader.global_batch:
+        job.log(
+            f"warning: {len(dataset)} samples are fewer than the global batch of "
+            f"{loader.global_batch}: a step sees some of them more than once"
+        )
+    _warn_of_warmup(job, total, stop, per_epoch)
+    built = build_parallel(job, training=True)
+    wrapper = config.runner_wrapper
+    scaling = loss_scaling(wrapper.scale_sense, job.compute_dtype)
+    return TrainRun(
+        config=config,
+        world=job.world,
+        layout=built.layout,
+        parts=built.parts,
+        compute=built.compute,
+        batch_sharder=built.batch_sharder,
+        gradients=gradients_of(job, built),
+        optimizer=build_optimizer(built.parts.all_named(), config.optimizer, no_weight_decay),
+        loader=loader,
+        schedule=build_schedule(
+            config.lr_schedule,
+            fallback_rate=config.optimizer.learning_rate,
+            total_steps=total,
+            steps_per_epoch=per_epoch,
+            scale=_rate_scale(job),
+        ),
+        steps_per_epoch=per_epoch,
+        total_steps=stop,
+        sink_size=_sink_size(config, per_epoch),
+        metadata=run_metadata(job, dataset, order, loader.global_batch, scaling),
+        write_model_files=partial(_write_model_files, job, next(built.parts.parameters()).dtype),
+        evaluation=_evaluation(job),
+        max_gradient_norm=wrapper.max_grad_norm if wrapper.use_clip_grad else None,
+        balance=_balance(job, loader.global_batch),
+        scaling=scaling,
+        limits=limits_of(config),
+        has_dropout=_has_dropout(job.spec),
+        mappings_of=mappings_of(built.parts.modules[-1]),
+        inputs=_inputs(config),
+        state=TrainState(loss_scale=scaling.first if scaling is not None else 1.0),
+        log=job.log,
+    )
+
+
+def _inputs(config: Config) -> frozenset[Path]:
+    """Where the model and its tokenizer come from."""
+    folder = config.pretrained_model_dir
+    return frozenset({Path(folder).resolve()} if folder else ())
+
+
+def _micro_batches(config: Config) -> int:
+    if config.parallel_config.pipeline_stage > 1:
+        return config.parallel_config.micro_batch_num
+    return config.runner_config.gradient_accumulation_steps
+
+
+def _total_steps(job: Job, per_epoch: int) -> int:
+    """The length of the run, which the learning rate is planned for; stop_step ends it early."""
+    runner = job.config.runner_config
+    by_epochs = runner.epochs * per_epoch
+    if runner.max_steps is None:
+        return by_epochs
+    written = job.provenance.is_written("runner_config.epochs")
+    return min(by_epochs, runner.max_steps) if written else runner.max_steps
+
+
+def _warn_of_warmup(job: Job, total: int, stop: int, per_epoch: int) -> None:
+    """The rate of the first step is that of the beginning of the warm-up, so that a warm-up of n
+    steps has its peak at step n + 1. `stop`: the step the run ends at, of `total` planned ones."""
+    steps = warmup_steps(job.config.lr_schedule, total, per_epoch)
+    if steps >= stop and steps > 0:
+        length = f"run of {total}" if stop == total else f"run that stops at step {stop}"
+        job.log(
+            f"warning: {steps} steps of warm-up in a {length}: the learning rate never "
+            "reaches lr_schedule.learning_rate"
+        )
+
+
+def _sink_size(config: Config, per_epoch: int) -> int:
+    runner = config.runner_config
+    if not runner.sink_mode:
+        return 1
+    if runner.sink_size != -1:
+        return runner.sink_size
+    monitor = config.checkpoint_monitor
+    interval = (monitor and monitor.save_checkpoint_steps) or per_epoch
+    if interval % per_epoch:
+        below = interval // per_epoch * per_epoch
+        raise UserError(
+            f"CheckpointMonitor.save_checkpoint_steps = {interval}",
+            rule=f"with sink_size -1 a sink is an epoch, {per_epoch} steps, and nothing is saved "
+            "inside one",
+            nearest=f"Nearest: {f'{below} or ' if below else ''}{below + per_epoch}",
+        )
+    return per_epoch
+
+
+def _rate_scale(job: Job) -> float:
+    config = job.config
+    if not config.lr_scale:
+        return 1.0
+    return job.world.size * config.runner_config.batch_size / config.lr_scale_factor
+
+
+def _balance(job: Job, global_batch: int) -> torch.Tensor | None:
+    """The coefficient of the balance loss over the rows of a step and the layers of experts."""
+    experts = job.spec.decoder.experts if job.spec.decoder is not None else None
+    if experts is None or not experts.balance_on:
+        return None
+    weight = experts.balance_coefficient / (global_batch * sum(experts.layers))
+    return torch.tensor(weight, dtype=torch.float32, device=job.world.device)
+
+
+def _has_dropout(spec: ModelSpec) -> bool:
+    if spec.decoder is not None:
+        return spec.decoder.attention_dropout > 0 or spec.decoder.hidden_dropout > 0
+    return any("drop" in key and value for key, value in complete_config(spec).to_dict().items())
+
+
+def _write_model_files(job: Job, dtype: Any, directory: Path) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, content in hf_directory_files(
+        job.spec, job.tokenizer_dir or None, dtype=dtype
+    ).items():
+        (directory / name).parent.mkdir(exist_ok=True)
+        (directory / name).write_bytes(content)
+
+
+def _evaluation(job: Job) -> Callable[[], Any] | None:
+    if not job.config.do_eval:
+        return None
+    return evaluation_source(job)

@@ -1,0 +1,75 @@
+"""Facts: what a save says about its run, for a later start to compare with its own.
+
+Owns their keys in the state file. What a run has come to (steps, samples) is not here, but in
+`launcher.train.state`.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+from launcher.builders.job import Job
+from launcher.config.flat import flat
+from launcher.data.order import GlobalOrder
+from launcher.data.packing import RowDataset
+from launcher.train.scaling import LossScaling
+
+_NOT_OF_THE_MODEL = {"transformers_version", "_name_or_path"}
+
+
+def run_metadata(
+    job: Job, dataset: RowDataset, order: GlobalOrder, global_batch: int,
+    scaling: LossScaling | None,
+) -> dict[str, Any]:  # fmt: skip
+    """The facts of a training run, as JSON values."""
+    return {
+        "seed": job.config.seed,
+        "global_batch_size": global_batch,
+        "data": {
+            "fingerprint": dataset.fingerprint,
+            "rows": len(dataset),
+            "seq_length": dataset.seq_length,
+            "packing": dataset.packed,
+            "order_seed": order.seed,
+            "shuffle": order.shuffle,
+        },
+        "optimizer": job.config.optimizer.type,
+        "schedule": job.config.lr_schedule.type,
+        "loss_scaling": scaling.kind if scaling is not None else None,
+        "configuration": flat(job.config),
+        "model": _model(job),
+        "versions": versions(job.world.device),
+    }
+
+
+def _model(job: Job) -> dict[str, Any]:
+    """What describes the model, as JSON gives it back; of which code wrote it nothing."""
+    content: dict[str, Any] = json.loads(json.dumps(job.spec.hf_config))
+    return {key: value for key, value in content.items() if key not in _NOT_OF_THE_MODEL}
+
+
+def versions(device: torch.device) -> dict[str, str]:
+    """The software and the device on which the same run has the same bits."""
+    found = {name: _version(name) for name in ("slipway", "torch", "transformers")}
+    return {**found, "python": platform.python_version(), "device": _device_text(device)}
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _device_text(device: torch.device) -> str:
+    """The kind of device, and on a CPU what the order of its sums depends on."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    threads = torch.get_num_threads()
+    kind = torch.backends.cpu.get_cpu_capability()
+    return f"CPU ({kind}, {threads} {'thread' if threads == 1 else 'threads'})"

@@ -1,0 +1,225 @@
+"""Rank files of MindSpore, which do not say how they are cut: a source made with strategy files.
+
+Owns the agreement between the two. Invariants: what is in the source is whole, from replicas where
+the file of a rank is lost; what is not the model's (the step, the epoch) is among the extras, as
+the first rank has it; a strategy that does not fit the files is refused as far as the files show
+it. Torch-free.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from launcher.errors import UserError
+from launcher.layout.box import whole
+from launcher.mindspore.rank_files import ADVICE, Run, open_run
+from launcher.mindspore.strategy import Strategy
+from launcher.weights.formats.safetensors import Entry, read_header
+from launcher.weights.pieces import Piece, Pieces
+from launcher.weights.ranks.distributed import NAMED, REDUNDANCY, check_complete, without
+from launcher.weights.source import GRADIENTS, OPTIMIZER_PREFIXES, Source, is_scalar
+
+COUNTERS = ("epoch_num", "step_num", "global_step")
+"""What must be equal in all files of one save."""
+PASSING = (
+    GRADIENTS, "fi_parameter", "zeros_k_pe", "zeros_k_nope", "zeros_value_states", "_cache",
+    "_device_local_norm", "_device_local_loss", "expert_load", "max_logits_val",
+)  # fmt: skip
+"""Parts of names of what a run has in memory only; MindFormers itself does not save it."""
+COMPARED_TENSORS = 4
+"""How many of the tensors that ranks should hold alike are compared."""
+
+
+def open_mindspore_ranks(path: Path, files: Sequence[Path], strategy: Strategy) -> Source:
+    """The source made of the rank files of one save of MindSpore, cut as `strategy` says.
+
+    `path` is the folder of the rank folders, for messages. Raises `UserError` when files are of
+    different saves, when the strategy does not fit them, or when ranks are missing whose parts no
+    other rank holds.
+    """
+    run = open_run(path, files, strategy)
+    cut = _Sorted()
+    for rank, file in run.files.items():
+        for name, entry in run.headers[file].entries.items():
+            _sort_in(cut, run, rank, name, entry)
+    _check_counters(run, cut.counters)
+    _check_stages(run, cut)
+    _check_extras(run, cut.extras)
+    tensors = {name: _chosen(by_stage) for name, by_stage in cut.pieces.items()}
+    source = Source(
+        "distributed", path, tensors, run.headers, None, run.world_size,
+        is_deduplicated=any(h.metadata.get(REDUNDANCY) == "True" for h in run.headers.values()),
+        extras={name: Pieces([piece]) for name, piece in cut.extras.items()},
+    )  # fmt: skip
+    lost = run.lost
+    _check_named(run, tensors, lost)
+    _check_complete(run, source, lost)
+    _check_copies(run, tensors)
+    return without(source, lost) if lost else source
+
+
+def open_single_rank(path: Path, files: Sequence[Path]) -> Source:
+    """The source made of the file of a run of one rank, which needs no strategy: nothing is cut.
+
+    Whether it is all of a model is seen when it is loaded. Raises `UserError`.
+    """
+    (file,) = files
+    header = read_header(file)
+    tensors: dict[str, Pieces] = {}
+    extras: dict[str, Pieces] = {}
+    for name, entry in header.entries.items():
+        if not any(part in name for part in PASSING):
+            kept = extras if is_scalar(name, entry.shape) else tensors
+            kept[name] = Pieces([Piece(file, entry, entry.shape, whole(entry.shape), 0)])
+    remark = f"{path}: one rank folder and no strategy files: its tensors are taken as not cut"
+    return Source("distributed", path, tensors, {file: header}, extras=extras, remarks=(remark,))
+
+
+@dataclass(frozen=True)
+class _Sorted:
+    """What the files hold, sorted."""
+
+    pieces: dict[str, dict[int, list[Piece]]] = field(default_factory=dict)
+    """Tensor to the pieces of it that the ranks of a stage hold, for each stage that lists it."""
+    astray: dict[str, int] = field(default_factory=dict)
+    """Tensor to the first rank that holds it without its stage listing it."""
+    extras: dict[str, Piece] = field(default_factory=dict)
+    counters: dict[str, list[Piece]] = field(default_factory=dict)
+
+
+def _sort_in(cut: _Sorted, run: Run, rank: int, name: str, entry: Entry) -> None:
+    if name.startswith(GRADIENTS):
+        return
+    file, place = run.files[rank], run.place(name, rank, entry.shape)
+    if place is not None:
+        by_stage = cut.pieces.setdefault(name, {})
+        by_stage.setdefault(rank // run.stage_ranks, []).append(Piece(file, entry, *place, rank))
+    elif name in run.names:
+        cut.astray.setdefault(name, rank)
+    elif not any(part in name for part in PASSING):
+        piece = Piece(file, entry, entry.shape, whole(entry.shape), rank)
+        cut.extras.setdefault(name, piece)
+        if name in COUNTERS:
+            cut.counters.setdefault(name, []).append(piece)
+
+
+def _chosen(by_stage: Mapping[int, Sequence[Piece]]) -> Pieces:
+    """The pieces of a tensor: those of the first stage that has it whole."""
+    options = [Pieces(pieces) for _, pieces in sorted(by_stage.items())]
+    return next((pieces for pieces in options if _is_complete(pieces)), options[0])
+
+
+def _is_complete(pieces: Pieces) -> bool:
+    held = sum(box.numel for box in pieces.replica_ranks)
+    return held == whole(pieces[0].shape).numel and pieces.is_disjoint
+
+
+def _check_counters(run: Run, counters: Mapping[str, Sequence[Piece]]) -> None:
+    for name, (first, *others) in counters.items():
+        value = run.first_bytes(first)
+        for piece in others:
+            if run.first_bytes(piece) != value:
+                raise UserError(
+                    f"{first.file} has {name} {_number(value)}, {piece.file} has "
+                    f"{_number(run.first_bytes(piece))}",
+                    where=str(run.path),
+                    rule="the files of one save are of one step",
+                    advice="Move the files of the other run or step away",
+                )
+
+
+def _number(value: bytes) -> int:
+    return int.from_bytes(value, "little", signed=True)
+
+
+def _check_stages(run: Run, cut: _Sorted) -> None:
+    """A tensor that only ranks of other stages hold: the stages are not those of the run."""
+    for name, rank in cut.astray.items():
+        if name not in cut.pieces:
+            stage = next(index for index, known in enumerate(run.stages) if name in known)
+            first = stage * run.stage_ranks
+            raise UserError(
+                f"{run.files[rank]} holds `{name}`",
+                where=str(run.path),
+                rule=f"the strategy files have it in pipeline stage {stage}, which is ranks "
+                f"{first} to {first + run.stage_ranks - 1}",
+                advice=ADVICE,
+            )
+
+
+def _check_extras(run: Run, extras: Mapping[str, Piece]) -> None:
+    """What no strategy lists is whole on every rank; a matrix is none of that."""
+    unknown = [name for name, piece in extras.items() if len(piece.shape) > 1]
+    if unknown:
+        shown = ", ".join(f"`{name}`" for name in unknown[:NAMED])
+        more = f" and {len(unknown) - NAMED} more" * (len(unknown) > NAMED)
+        raise UserError(
+            f"the strategy files do not have {shown}{more}",
+            where=str(run.path),
+            rule="they say how every matrix of the run that wrote the rank files is cut, its "
+            "optimizer state too",
+            advice=ADVICE,
+        )
+
+
+def _check_named(run: Run, tensors: Mapping[str, Pieces], lost: Sequence[int]) -> None:
+    """Where ranks are lost, a name that is in no file may have been lost with them. Optimizer state
+    of a kind that is in no file at all was not saved."""
+    if not lost:
+        return
+    kinds = {_kind(run, name) for name in tensors}
+    absent = sorted(
+        name
+        for name in run.names.difference(tensors)
+        if not any(part in name for part in PASSING) and _kind(run, name) in kinds
+    )
+    if absent:
+        more = f" and {len(absent) - NAMED} more" * (len(absent) > NAMED)
+        raise UserError(
+            f"no file holds {', '.join(f'`{name}`' for name in absent[:NAMED])}{more}",
+            where=str(run.path),
+            rule=f"the strategy files list them; of {run.world_size} ranks there is no file of "
+            f"{', '.join(map(str, lost[:NAMED]))}{' ...' * (len(lost) > NAMED)}",
+            advice="Copy the missing rank folders. " + ADVICE,
+        )
+
+
+def _kind(run: Run, name: str) -> str:
+    """`adam_m` for the state `adam_m.x` of a parameter `x`; empty for a parameter."""
+    kind, _, parameter = name.partition(".")
+    return kind if parameter in run.names else ""
+
+
+def _check_complete(run: Run, source: Source, lost: Sequence[int]) -> None:
+    try:
+        check_complete(source, lost)
+    except UserError as error:
+        says = f"The strategy files describe {run.world_size} ranks, {len(run.files)} have a file"
+        raise UserError(replace(problem, nearest=says) for problem in error.problems) from error
+
+
+def _check_copies(run: Run, tensors: Mapping[str, Pieces]) -> None:
+    """Shapes do not tell whether ranks hold copies or parts: a few bytes of what should be copies
+    do."""
+    for name, (first, *others) in itertools.islice(_copies(tensors), COMPARED_TENSORS):
+        value = run.first_bytes(first)
+        for piece in others:
+            if run.first_bytes(piece) != value:
+                raise UserError(
+                    f"`{name}` differs in {first.file} and {piece.file}",
+                    where=str(run.path),
+                    rule="as the strategy files have it, these ranks hold copies of one part",
+                    advice=ADVICE,
+                )
+
+
+def _copies(tensors: Mapping[str, Pieces]) -> Iterator[tuple[str, list[Piece]]]:
+    """(tensor, the pieces that should be alike) of tensors that are cut; weights first, as state
+    may be all zeros."""
+    for name in sorted(tensors, key=lambda name: name.startswith(OPTIMIZER_PREFIXES)):
+        replica_ranks = tensors[name].replica_ranks
+        if len(tensors[name]) > len(replica_ranks) > 1:
+            yield name, max(replica_ranks.values(), key=len)
