@@ -113,8 +113,13 @@ class AttentionMask:
         if self.in_order and self.length == self.total:
             return self
         if self._whole is None:
-            self._whole = AttentionMask(length=self.total, total=self.total, device=self.token_indices.device,
-                                document_ids=self.document_ids, key_mask=self.key_mask)  # fmt: skip
+            self._whole = AttentionMask(
+                length=self.total,
+                total=self.total,
+                device=self.token_indices.device,
+                document_ids=self.document_ids,
+                key_mask=self.key_mask,
+            )
         return self._whole
 
     def _is_plain(self, window: int | None) -> bool:

@@ -169,8 +169,14 @@ class Decoder(nn.Module):
         past = cache.length if cache is not None else 0
         if total is None:
             total = past + length
-        mask = AttentionMask(length=length, total=total, device=inputs.device, token_indices=token_indices,
-                      document_ids=document_ids, key_mask=attention_mask)  # fmt: skip
+        mask = AttentionMask(
+            length=length,
+            total=total,
+            device=inputs.device,
+            token_indices=token_indices,
+            document_ids=document_ids,
+            key_mask=attention_mask,
+        )
         if position_ids is None:
             position_ids = _positions(mask)
         rotary_dtype = self.precision.rotary_dtype

@@ -79,10 +79,11 @@ def _check_same_content(job: Job, source: Source) -> None:
 
 def _check_same(job: Job, metadata: Mapping[str, Any]) -> None:
     check_same(
-        job.world, metadata, rule="all ranks start from one model, which each machine reads from its "
-        "own files",
+        job.world,
+        metadata,
+        rule="all ranks start from one model, which each machine reads from its own files",
         advice="Copy the same model folder to every machine",
-    )  # fmt: skip
+    )
 
 
 def _weights_path(job: Job) -> Path | None:

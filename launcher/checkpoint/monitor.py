@@ -200,7 +200,8 @@ class CheckpointMonitor:
     def _refuse_to_merge(self, filesystems: FilesystemGroups, folder: Path) -> None:
         if self.config.integrated_save and filesystems.are_several:
             raise UserError(
-                f"integrated_save: True: rank {filesystems.groups[1][0]} does not see what rank 0 writes "
+                f"integrated_save: True: rank {filesystems.groups[1][0]} and rank 0 do not share "
+                "a file system: rank 0 cannot read what it writes "
                 f"to {folder}",
                 rule="one rank puts the complete weights together, from the files of all",
                 nearest="Nearest: launcher.tools.unified_safetensors, once all rank folders lie "

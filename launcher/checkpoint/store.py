@@ -230,7 +230,8 @@ class Store:
         return ManifestInputs(newest, round(time.time(), 3), state if world.is_main else {})
 
     def _publish(
-        self, name: SaveName, files: list[dict[str, Any]], inputs_of_disks: Sequence[ManifestInputs | None],
+        self, name: SaveName, files: list[dict[str, Any]],
+        inputs_of_disks: Sequence[ManifestInputs | None],
         mesh: Mesh, world: World,
     ) -> None:  # fmt: skip
         if not self.filesystems.is_leader(world):

@@ -60,11 +60,16 @@ def cut(context: StepContext, rows: int, copies: int) -> list[StepContext]:
     )  # fmt: skip
     # A sight of its own for each copy, though they may be equal: masks are made on its stream.
     masks = [
-        AttentionMask(length=mask.length, total=mask.total, device=mask.token_indices.device,
-              token_indices=None if mask.in_order else mask.token_indices, document_ids=documents[i],
-              key_mask=shown[i])
+        AttentionMask(
+            length=mask.length,
+            total=mask.total,
+            device=mask.token_indices.device,
+            token_indices=None if mask.in_order else mask.token_indices,
+            document_ids=documents[i],
+            key_mask=shown[i],
+        )
         for i in range(copies)
-    ]  # fmt: skip
+    ]
     return [
         replace(context, cos=cos[i], sin=sin[i], mask=masks[i], dropout_seeds=seeds[i])
         for i in range(copies)

@@ -91,23 +91,22 @@ def run_sink(run: TrainRun, sink_size: int) -> tuple[list[StepRecord], int]:
     values = torch.stack(measured).tolist()  # the one point where the host waits for the device
     seconds = (time.perf_counter() - started) / steps
     records = [
-        _record(run, pending_record, row, seconds)
-        for pending_record, row in zip(pending, values, strict=True)
+        _record(run, record, row, seconds) for record, row in zip(pending, values, strict=True)
     ]
     return records, _signal(values[-1])
 
 
 def _record(
-    run: TrainRun, pending_record: PendingRecord, row: Sequence[float], seconds: float
+    run: TrainRun, record: PendingRecord, row: Sequence[float], seconds: float
 ) -> StepRecord:
-    epoch, step_in_epoch = epoch_and_step(pending_record.step, run.steps_per_epoch)
+    epoch, step_in_epoch = epoch_and_step(record.step, run.steps_per_epoch)
     norm, scaled = row[GRADIENT_NORM], run.scaling is not None
     limits, watches = run.limits, run.gradients.embedding is not None
     return StepRecord(
-        step=pending_record.step, epoch=epoch, step_in_epoch=step_in_epoch, loss=row[LOSS], lr=pending_record.rate,
-        grad_norm=norm, tokens=pending_record.tokens, tokens_per_second=pending_record.tokens / seconds,
-        consumed_samples=pending_record.consumed_samples, seconds=seconds,
-        loss_scale=pending_record.loss_scale if scaled else None,
+        step=record.step, epoch=epoch, step_in_epoch=step_in_epoch, loss=row[LOSS], lr=record.rate,
+        grad_norm=norm, tokens=record.tokens, tokens_per_second=record.tokens / seconds,
+        consumed_samples=record.consumed_samples, seconds=seconds,
+        loss_scale=record.loss_scale if scaled else None,
         overflow=not math.isfinite(norm) if scaled else None,
         skipped=limits.are_passed(norm, row[LOSS]) if limits and limits.skips else None,
         embedding_norm=row[-1] if watches else None,

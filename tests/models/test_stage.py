@@ -162,8 +162,9 @@ def test_ranks_of_tensors(v_shaped: bool, tied: bool, ranks: tuple[int, ...]) ->
     specs = with_stages({name: ShardSpec(tp_dim=0) for name in names}, split, tied=tied)
     assert {name: split.ranks_of(name, tied=tied) for name in names} == names
     for name, found in names.items():
-        assert specs[name] == ShardSpec(tp_dim=0, expert=specs[name].expert, sharded=specs[name].sharded,
-                                 stages=found)  # fmt: skip
+        assert specs[name] == ShardSpec(
+            tp_dim=0, expert=specs[name].expert, sharded=specs[name].sharded, stages=found
+        )
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -182,9 +182,13 @@ def _compare(
 
     own = cp.token_indices(TOTAL)
     found = (run or shared.__class__.__call__)(
-        shared, ids[:, own], position_ids=positions[:, own], document_ids=documents, token_indices=own,
+        shared,
+        ids[:, own],
+        position_ids=positions[:, own],
+        document_ids=documents,
+        token_indices=own,
         total=TOTAL,
-    )  # fmt: skip
+    )
     _loss(found, ids[:, own]).backward()
     for parameter in shared.parameters():
         dist.all_reduce(parameter.grad)
@@ -441,8 +445,13 @@ def _long_row() -> tuple[int, bool]:
     try:
         total = 512
         own = cp.token_indices(total)
-        mask = AttentionMask(length=len(own), total=total, device=torch.device("cpu"), token_indices=own,
-                      document_ids=(torch.arange(total) // 100).expand(ROWS, -1))  # fmt: skip
+        mask = AttentionMask(
+            length=len(own),
+            total=total,
+            device=torch.device("cpu"),
+            token_indices=own,
+            document_ids=(torch.arange(total) // 100).expand(ROWS, -1),
+        )
         assert cp.ring is not None
         results = []
         with _Largest() as largest:

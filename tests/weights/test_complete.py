@@ -48,7 +48,7 @@ def shards(stem: str = "model", end: str = "safetensors", rows: int = ROWS) -> t
 
 
 SHARDS = {"l_0_w": "model-00001-of-00002.safetensors", "l_1_w": "model-00002-of-00002.safetensors"}
-REPLICATED, INDEX = file("model.safetensors", value=1.0), index(INDEX_NAME, **SHARDS)
+WHOLE, INDEX = file("model.safetensors", value=1.0), index(INDEX_NAME, **SHARDS)
 OTHER_SHARDS = shards(rows=3)
 BINS = {k: v.replace("model", "pytorch_model").replace("safetensors", "bin")
         for k, v in SHARDS.items()}  # fmt: skip
@@ -59,30 +59,30 @@ PARTS = file("part0.safetensors", "l.0.w"), file("part1.safetensors", "l.1.w")
 TAKEN: dict[str, tuple[list[Build], str, str]] = {
     # what is in the folder: what is read, and what is passed over
     "new whole file, old shards": (
-        [REPLICATED, *shards(), INDEX], "model.safetensors", f"{INDEX_NAME} (2 files)"),
+        [WHOLE, *shards(), INDEX], "model.safetensors", f"{INDEX_NAME} (2 files)"),
     "shards without an index": (
-        [REPLICATED, *shards()], "model.safetensors", "model-*-of-00002.safetensors (2 files)"),
+        [WHOLE, *shards()], "model.safetensors", "model-*-of-00002.safetensors (2 files)"),
     "shards that are gone": (
-        [REPLICATED, INDEX], "model.safetensors", f"{INDEX_NAME} (2 of its 2 files are gone)"),
+        [WHOLE, INDEX], "model.safetensors", f"{INDEX_NAME} (2 of its 2 files are gone)"),
     "one shard is gone": (
-        [REPLICATED, shards()[0], INDEX], "model.safetensors",
+        [WHOLE, shards()[0], INDEX], "model.safetensors",
         f"{INDEX_NAME} (1 of its 2 files are gone)"),
     "an index that is cut short": (
-        [REPLICATED, lambda folder: (folder / INDEX_NAME).write_text('{"weight_map": {"l.0')],
+        [WHOLE, lambda folder: (folder / INDEX_NAME).write_text('{"weight_map": {"l.0')],
         "model.safetensors", f"{INDEX_NAME} (which is not an index of weights)"),
     "shards in a folder of their own": (
         [file("parts/a.safetensors", "l.0.w"), file("parts/b.safetensors", "l.1.w"),
          index(INDEX_NAME, l_0_w="parts/a.safetensors", l_1_w="parts/b.safetensors")],
         "a.safetensors", ""),
     "a map of MindSpore whose parts are gone": (
-        [REPLICATED, MAP], "model.safetensors", "param_name_map.json (2 of its 2 files are gone)"),
+        [WHOLE, MAP], "model.safetensors", "param_name_map.json (2 of its 2 files are gone)"),
     "shards that cannot be read": (
-        [REPLICATED, INDEX, *(lambda folder, n=name: (folder / n).write_bytes(b"") for name in
+        [WHOLE, INDEX, *(lambda folder, n=name: (folder / n).write_bytes(b"") for name in
                          SHARDS.values())], "model.safetensors", f"{INDEX_NAME} (2 files)"),
     "an index of the whole file": (
-        [REPLICATED, index(INDEX_NAME, l_0_w="model.safetensors", l_1_w="model.safetensors")],
+        [WHOLE, index(INDEX_NAME, l_0_w="model.safetensors", l_1_w="model.safetensors")],
         "model.safetensors", ""),
-    "both forms": ([REPLICATED, BIN], "model.safetensors", "pytorch_model.bin"),
+    "both forms": ([WHOLE, BIN], "model.safetensors", "pytorch_model.bin"),
     "both forms in shards": (
         [*shards(), INDEX, *shards("pytorch_model", "bin"), BIN_INDEX],
         "model-00001-of-00002.safetensors", "pytorch_model-*-of-00002.bin (2 files)"),
@@ -91,10 +91,10 @@ TAKEN: dict[str, tuple[list[Build], str, str]] = {
     "another extension is not looked for": (
         [BIN, file("adapter_model.safetensors"), file("vision.safetensors", "v")],
         "pytorch_model.bin", "adapter_model.safetensors, vision.safetensors"),
-    "a variant": ([REPLICATED, file("model.fp16.safetensors")], "model.safetensors",
+    "a variant": ([WHOLE, file("model.fp16.safetensors")], "model.safetensors",
                   "model.fp16.safetensors"),
     "a variant of shards, with its own index": (
-        [REPLICATED, *shards("model.fp16"), index("model.safetensors.index.fp16.json", **SHARDS)],
+        [WHOLE, *shards("model.fp16"), index("model.safetensors.index.fp16.json", **SHARDS)],
         "model.safetensors", "model.fp16-00001-of-00002.safetensors"),
     "variants of torch": ([BIN, file("pytorch_model.fp16.bin")], "pytorch_model.bin",
                           "pytorch_model.fp16.bin"),
@@ -104,7 +104,7 @@ TAKEN: dict[str, tuple[list[Build], str, str]] = {
          file("original/consolidated.00.pth", "tok")],
         "model-00001-of-00002.safetensors", "consolidated.safetensors, original/"),
     "what a trainer leaves": (
-        [REPLICATED, *(file(name, "s") for name in ("optimizer.pt", "scheduler.pt", "rng_state_0.pth",
+        [WHOLE, *(file(name, "s") for name in ("optimizer.pt", "scheduler.pt", "rng_state_0.pth",
                                                "training_args.bin"))], "model.safetensors", ""),
     "MindSpore's complete weights": (
         [MAP, *PARTS, file("hyper_param.safetensors", "step_num", rows=1)],
@@ -142,13 +142,13 @@ def test_one_set_is_read_and_the_others_are_named(tmp_path: Path, case: str) -> 
 
 
 REFUSED: dict[str, tuple[list[Build], tuple[str, ...]]] = {
-    "two models": ([REPLICATED, *OTHER_SHARDS, INDEX], (
+    "two models": ([WHOLE, *OTHER_SHARDS, INDEX], (
         "model.safetensors", f"{INDEX_NAME} (2 files)",
         "`l.0.w` is [2] in one, [3] in another")),
     "more layers": ([file("model.safetensors", "l.0.w", "l.1.w", "l.2.w"), *shards(), INDEX], (
         "`l.2.w` is in one of them alone",)),
-    "shards of another model": ([REPLICATED, *OTHER_SHARDS], ("model-*-of-00002.safetensors",)),
-    "a map of MindSpore": ([REPLICATED, MAP, *PARTS], ("model.safetensors", "param_name_map.json")),
+    "shards of another model": ([WHOLE, *OTHER_SHARDS], ("model-*-of-00002.safetensors",)),
+    "a map of MindSpore": ([WHOLE, MAP, *PARTS], ("model.safetensors", "param_name_map.json")),
     "two indexes": ([*shards(), INDEX, MAP, *PARTS], (INDEX_NAME, "param_name_map.json")),
     "two sets of torch": ([BIN, *shards("pytorch_model", "bin"), BIN_INDEX], (
         "pytorch_model.bin and pytorch_model.bin.index.json (2 files)",)),
@@ -191,7 +191,7 @@ def test_a_shard_that_no_index_misses_is_named(tmp_path: Path) -> None:
 
 
 def test_a_whole_file_that_is_cut_short_is_not_passed_over(tmp_path: Path) -> None:
-    for build in (REPLICATED, *shards(), INDEX):
+    for build in (WHOLE, *shards(), INDEX):
         build(tmp_path)
     os.truncate(tmp_path / "model.safetensors", 100)
     with pytest.raises(UserError, match=r"model\.safetensors is not a whole safetensors file"):
@@ -200,7 +200,7 @@ def test_a_whole_file_that_is_cut_short_is_not_passed_over(tmp_path: Path) -> No
 
 def test_rank_folders_beside_complete_weights(tmp_path: Path) -> None:
     """Those of logs do no harm."""
-    REPLICATED(tmp_path)
+    WHOLE(tmp_path)
     file("rank_0/worker.log.bin", "s")(tmp_path)
     (tmp_path / "rank_0/worker.log.bin").rename(tmp_path / "rank_0/worker.log")
     assert open_any_format(tmp_path).kind == "complete"
@@ -243,7 +243,7 @@ def test_a_link_to_a_file_that_is_gone_is_gone(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is a link to blobs/2 that cannot be followed"):
         open_complete(tmp_path)
     (tmp_path / "model.safetensors").unlink()
-    REPLICATED(tmp_path)
+    WHOLE(tmp_path)
     assert [path.name for path in open_complete(tmp_path).headers] == ["model.safetensors"]
 
 
@@ -269,5 +269,5 @@ def test_the_way_down_to_weights(tmp_path: Path, places: list[str], nearest: str
     for place in places:
         (tmp_path / place).mkdir(parents=True)
         if place not in ("runs", "blobs"):
-            REPLICATED(tmp_path / place)
+            WHOLE(tmp_path / place)
     assert weights_below(tmp_path) == f"did you mean `{tmp_path / nearest}`?"

@@ -216,7 +216,7 @@ def test_of_both_forms_of_a_model_safetensors_are_read(tmp_path) -> None:
 # --- what is refused --------------------------------------------------------------------------
 
 
-class StridedCopy:
+class Runs:
     """An object whose pickle calls `function(*arguments)`."""
 
     def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
@@ -275,14 +275,14 @@ def conjugate() -> torch.Tensor:
 
 NOTHING_RUN = "tensors, numbers, texts, lists and maps are read, and nothing in a file is run"
 REFUSED: dict[str, tuple[Callable[[], bytes], str]] = {
-    "a command": (lambda: saved({**WEIGHTS, "x": StridedCopy(os.system, "touch run")}),
+    "a command": (lambda: saved({**WEIGHTS, "x": Runs(os.system, "touch run")}),
                   "{path} wants to call posix.system: " + NOTHING_RUN),
-    "code": (lambda: saved({"x": StridedCopy(eval, "open('run', 'w')")}), "call __builtin__.eval: "),
+    "code": (lambda: saved({"x": Runs(eval, "open('run', 'w')")}), "call __builtin__.eval: "),
     "a command, protocol 0": (lambda: archive(data_pkl=b"cposix\nsystem\n(S'touch run'\ntR."),
                               "wants to call posix.system"),
     "an instance": (lambda: archive(data_pkl=b"(S'touch run'\niposix\nsystem\n."),
                     "wants to call posix.system"),
-    "an attribute that is asked for": (lambda: saved({"m": StridedCopy(getattr, "text", "upper")}),
+    "an attribute that is asked for": (lambda: saved({"m": Runs(getattr, "text", "upper")}),
                                "wants to call __builtin__.getattr"),
     "a module": (lambda: saved(torch.nn.Linear(1, 1)),
                  "wants to call torch.nn.modules.linear.Linear"),
@@ -372,9 +372,7 @@ def test_a_tensor_that_is_not_inside_its_storage(tmp_path, change: dict[str, Any
             return ("storage", torch.FloatStorage, "0", "cpu", 48) if obj is BASE else None
 
     view = {"offset": 0, "size": (6, 8), "stride": (8, 1), **change}
-    rebuild = StridedCopy(
-        torch._utils._rebuild_tensor, BASE, view["offset"], view["size"], view["stride"]
-    )
+    rebuild = Runs(torch._utils._rebuild_tensor, BASE, view["offset"], view["size"], view["stride"])
     buffer = io.BytesIO()
     Lying(buffer, 2).dump({"w": rebuild})
     path = tmp_path / "w.pt"

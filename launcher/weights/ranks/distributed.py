@@ -92,12 +92,18 @@ def open_rank_files(
     absent = (rank for rank in range(rank_metadata.world_size) if rank not in by_rank)
     lost = list(itertools.islice(absent, NAMED + 1))
     source = Source(
-        "distributed", path, {name: Pieces(pieces) for name, pieces in tensors.items()}, headers,
-        rank_metadata.mesh, rank_metadata.world_size,
-        checksums={file: rank_metadata.checksums for file, rank_metadata in notes.items() if rank_metadata.checksums.values},
+        "distributed",
+        path,
+        {name: Pieces(pieces) for name, pieces in tensors.items()},
+        headers,
+        rank_metadata.mesh,
+        rank_metadata.world_size,
+        checksums={
+            file: found.checksums for file, found in notes.items() if found.checksums.values
+        },
         is_deduplicated=any(h.metadata.get(REDUNDANCY) == "True" for h in headers.values()),
         extras=extras,
-    )  # fmt: skip
+    )
     check_complete(source, lost)
     if not lost:
         return source
