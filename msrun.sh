@@ -7,15 +7,15 @@
 #       CLUSTER_TIME_OUT
 #
 # What the arguments mean is in launcher/tools/launch.py, what is done with them in
-# launcher/tools/msrun.py. This script only finds the interpreter: $PYTHON, else that of the active
-# virtual environment, else the project's own .venv, else python3.
+# launcher/tools/msrun.py. This script only finds the interpreter: $PYTHON, else that of the
+# environment this script is installed in, of the active one, the project's own .venv, else python3.
 set -eu
 
 root="$(cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")" && pwd -P)"
 
 interpreter() {
     local candidate
-    for candidate in "${PYTHON:-}" "${VIRTUAL_ENV:+$VIRTUAL_ENV/bin/python}" \
+    for candidate in "${PYTHON:-}" "$root/python" "${VIRTUAL_ENV:+$VIRTUAL_ENV/bin/python}" \
         "$root/.venv/bin/python" python3 python; do
         if [[ -n "$candidate" ]] && command -v "$candidate" >/dev/null 2>&1; then
             printf '%s' "$candidate"
@@ -28,5 +28,5 @@ interpreter() {
 
 python="$(interpreter)"
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
-# -P: a folder named `launcher` in the current directory is none of ours.
+# -P: never import a folder named `launcher` from the current directory.
 exec "$python" -P -m launcher.tools.msrun "$@"

@@ -13,8 +13,9 @@ from typing import Any
 
 from launcher.config.nodes import Node, merge, read_text
 from launcher.errors import Problem, UserError, did_you_mean, path_problem
+from launcher.project_files import configs
 
-PROJECT_CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+PROJECT_CONFIGS = configs()
 
 ALIASES = {
     "generation": "generation_config",

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launcher.errors import Problem, UserError
+from launcher.project_files import ROOT, run_script
 
-ROOT = Path(__file__).resolve().parents[2]
 USAGE = """\
 usage: bash msrun.sh "run.py --config x.yaml --run_mode train"                          8 workers
        bash msrun.sh "..." WORKER_NUM
@@ -173,6 +173,8 @@ def _command(text: str, problems: list[Problem]) -> tuple[Path, list[str]]:
     for folder in (Path(), ROOT):
         if words[0] and (folder / words[0]).is_file():
             return (folder / words[0]).absolute(), words[1:]
+    if words[0] == "run.py":
+        return run_script(), words[1:]
     problems.append(
         Problem(
             what=f"there is no script {words[0]!r}",

@@ -30,8 +30,9 @@ from launcher.errors import (
     EXIT_USER,
     UserError,
 )
+from launcher.project_files import run_script
 from launcher.tools.follow import Follower, last_lines
-from launcher.tools.launch import ROOT, USAGE, Launch, read
+from launcher.tools.launch import USAGE, Launch, read
 
 if TYPE_CHECKING:
     from launcher.parallel.failure import Failure
@@ -61,7 +62,7 @@ def check(launch: Launch) -> int | None:
     """
     from launcher.config.command_line import parse
 
-    if launch.script.resolve() != ROOT / "run.py":
+    if launch.script.resolve() != run_script():
         return None
     line = parse(launch.arguments)
     if line.help or line.check_config or line.print_config:
