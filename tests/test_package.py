@@ -114,7 +114,7 @@ def hostile(tmp_path: Path) -> Path:
         "only_save_strategy: True\nrun_mode: train\n"
         "model: {model_config: {type: LlamaConfig, vocab_size: 64, hidden_size: 16,\n"
         "  intermediate_size: 32, num_hidden_layers: 2, num_attention_heads: 2}}\n"
-        "train_dataset: {seq_length: 16}\nparallel_config: {data_parallel: auto}\n"
+        "train_dataset: {seq_length: 16}\nparallel_config: {data_parallel: 2}\n"
     )
     return tmp_path
 
