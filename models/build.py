@@ -25,7 +25,7 @@ from models import names
 from models.decoder import Decoder
 from models.initial import initial_std, initialize_shard, no_weight_decay
 from models.json_floats import tagged_floats
-from models.plan import EMBEDDING
+from models.plan import EMBEDDING, rule_of
 from models.spec import ModelSpec
 from models.transformers_model import TransformersModel, build_transformers, complete_config
 
@@ -51,13 +51,15 @@ def build_model(
 
     On a real device the parameters are allocated and their values undefined: fill them with
     `initialise` or with weights. Either way the module's forward has the signature of
-    `Decoder.forward`.
+    `Decoder.forward`. Raises LookupError for a parameter that its family has no rule for.
     """
     if spec.decoder is None:
         model: nn.Module = build_transformers(spec, dtype)
     else:
         with torch.device("meta"):
             model = Decoder(spec.decoder, spec.precision)
+        for name in model.state_dict():
+            rule_of(name, spec.decoder.parameters)
         # Not .to(dtype): buffers keep the dtype they have.
         model._apply(lambda t: t.to(dtype) if isinstance(t, nn.Parameter) else t)
     if torch.device(device).type != "meta":
@@ -102,7 +104,7 @@ def mappings_of(model: nn.Module) -> MappingsOf:
     if isinstance(model, TransformersModel):
         mappings = model.mappings
         return lambda name, shape: mappings.get(name)
-    return names.mappings if isinstance(model, Decoder) else no_mapping
+    return names.mappings_of(model.config.parameters) if isinstance(model, Decoder) else no_mapping
 
 
 def tied_names(model: nn.Module) -> dict[str, str]:

@@ -101,30 +101,36 @@ class SizeCheck:
         types, layers = self.config["layer_types"], self.config["num_hidden_layers"]
         if not isinstance(types, list | tuple) or any(kind not in LAYER_TYPES for kind in types):
             self._add("layer_types", f"must be a list of {' and '.join(LAYER_TYPES)}")
-        elif LAYER_TYPES[1] in types and not self.config.get("use_sliding_window"):
+        elif LAYER_TYPES[1] in types and not self.config.get("use_sliding_window", True):
             self._add("layer_types", "sliding_attention needs use_sliding_window: True")
         elif is_integer(layers) and len(types) != layers:
             self._add("layer_types", f"has {len(types)} entries for {layers} layers")
 
 
 def rope_of(
-    config: Mapping[str, Any], base: Mapping[str, Any], yaml: Mapping[str, Any], theta: float
-) -> dict[str, Any]:
+    config: Mapping[str, Any], base: Mapping[str, Any], yaml: Mapping[str, Any],
+    default: dict[str, Any], *, partial: float | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """The rope settings in today's spelling: `rope_theta`, `rope_type` and numbers in one map.
 
     config.json (`base`) may have either spelling; the YAML's `rope_parameters` replace them, its
-    `rope_scaling` replaces the scaling, and its `rope_theta` the theta; `theta` is the family's.
+    `rope_scaling` replaces the scaling, and its `rope_theta` the theta. `default` is the family's,
+    and so is `partial`, the part of a head that is rotated; None: all of it.
     """
-    rope = dict(base.get("rope_scaling") or base.get("rope_parameters") or {})
-    rope.setdefault("rope_theta", base.get("rope_theta") or theta)
+    theta = base.get("rope_theta") or default["rope_theta"]
+    written = base.get("rope_scaling") or base.get("rope_parameters")
+    rope = {"rope_theta": theta} | dict(written) if written else default | {"rope_theta": theta}
     for key in ("rope_parameters", "rope_scaling"):
         if key in yaml:
             given = dict(yaml[key]) if isinstance(yaml[key], Mapping) else {}
             rope = {"rope_theta": rope["rope_theta"]} | given
     if yaml.get("rope_theta") is not None:
         rope["rope_theta"] = yaml["rope_theta"]
-    if base.get("partial_rotary_factor") not in (None, 1, 1.0):
-        rope.setdefault("partial_rotary_factor", base["partial_rotary_factor"])
+    rotated = config.get("partial_rotary_factor", base.get("partial_rotary_factor", partial))
+    if rotated != base.get("partial_rotary_factor", partial):
+        rope["partial_rotary_factor"] = rotated  # the YAML's
+    elif rotated is not None and (partial is not None or rotated != 1):
+        rope.setdefault("partial_rotary_factor", rotated)
     old_spelling = rope.pop("type", None)
     rope["rope_type"] = rope.get("rope_type") or old_spelling or "default"
     if rope["rope_type"] in ("llama3", "yarn"):
@@ -135,9 +141,11 @@ def rope_of(
 
 
 def check_rope(
-    rope: Mapping[str, Any], written: Mapping[str, str], *, head_dim: int, problems: Problems
-) -> None:
-    """Problems with rope settings as `rope_of` gives them."""
+    rope: Mapping[str, Any], written: Mapping[str, str], *, head_dim: int, partial: bool,
+    problems: Problems,
+) -> None:  # fmt: skip
+    """Problems with rope settings as `rope_of` gives them. `partial`: the family can rotate a part
+    of a head."""
     names = ("rope_scaling", "rope_parameters", "rope_theta")
     key = next((written[name] for name in names if name in written), "")
     place = f"model.model_config.{key}" if key else "config.json: rope settings"
@@ -171,34 +179,19 @@ def check_rope(
             f"high_freq_factor = {rope['high_freq_factor']}",
             f"must be above low_freq_factor ({low})",
         )
-    if rope.get("partial_rotary_factor") not in (None, 1, 1.0):
-        rotated = rope["partial_rotary_factor"]
-        log(
-            f"partial_rotary_factor = {rotated}",
-            "this family rotates the whole head",
-            "Nearest: 1.0",
-        )
+    rotated = rope.get("partial_rotary_factor")
+    if not partial and rotated not in (None, 1, 1.0):
+        log(f"partial_rotary_factor = {rotated}", "this family rotates the whole head",
+            "Nearest: 1.0")  # fmt: skip
+    elif partial and rotated is not None:
+        fits = is_number(rotated) and 0 < rotated <= 1 and int(head_dim * rotated) in range(
+            2, head_dim + 1, 2
+        )  # fmt: skip
+        if not fits:
+            log(f"partial_rotary_factor = {rotated}", f"heads of {head_dim} need an even part",
+                "Nearest: 1.0")  # fmt: skip
     if kind == "dynamic" and head_dim <= 2:
         log(f"rope_type dynamic with head_dim = {head_dim}", "it needs larger heads", "Nearest: 4")
-
-
-def sliding_windows(
-    config: dict[str, Any], *, by_layer: bool, switched: bool
-) -> tuple[int | None, ...]:
-    """The window of every layer. Fills in `sliding_window`, `layer_types` as transformers does.
-
-    `switched`: there is none unless `use_sliding_window` says so.
-    """
-    layers = config["num_hidden_layers"]
-    if switched and not config["use_sliding_window"]:
-        config["sliding_window"] = None
-    window = config.get("sliding_window")
-    if not by_layer:
-        return (window,) * layers
-    if config.get("layer_types") is None:
-        first = config["max_window_layers"] if window is not None else layers
-        config["layer_types"] = [LAYER_TYPES[layer >= first] for layer in range(layers)]
-    return tuple(window if kind == LAYER_TYPES[1] else None for kind in config["layer_types"])
 
 
 def is_number(value: Any) -> bool:

@@ -86,6 +86,10 @@ class DecoderLayer(nn.Module):
         transformed = block(normed, context) if isinstance(block, MoE) else block(normed)
         return states + self._dropped(transformed, context, MLP_OUTPUT)
 
+    def regions(self) -> tuple[nn.Module, nn.Module]:
+        """What tensor parallelism cuts; `models.spec.Rule` says what a region is."""
+        return self.self_attn, getattr(self, self.block_name)
+
     def _dropped(self, states: Tensor, context: StepContext, site: int) -> Tensor:
         if context.dropout_seeds is None or not self.dropout:
             return states

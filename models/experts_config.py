@@ -1,16 +1,18 @@
-"""What config.json says about experts and latent attention: the checks, and the numbers from it.
+"""Checks of what config.json says about experts, and about sizes that a family has alone.
 
-Pure functions over plain dictionaries; no torch.
+Owns the ranges of those keys, and how the choice of experts fits their number. No torch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from models.checks import Describe, is_integer, is_number, nearest
-from models.family_table import Family
-from models.spec import ExpertsConfig, LatentConfig, Problems
+from models.spec import Problems
+
+if TYPE_CHECKING:
+    from models.families.family import Family
 
 _LEAST = {
     "num_experts": 1, "num_local_experts": 1, "n_routed_experts": 1, "num_experts_per_tok": 1,
@@ -36,8 +38,8 @@ class ExpertsCheck:
         self._values()
         if len(self.problems) == before:
             self._choice()
-            if self.own.latent and is_integer(self.config["num_attention_heads"]):
-                self._heads()
+            if is_integer(self.config["num_attention_heads"]):
+                self.own.check(dict(self.config), self._add)
 
     def _add(self, key: str, rule: str, near: str = "", advice: str = "") -> None:
         what, written = self.describe(key)
@@ -88,59 +90,3 @@ class ExpertsCheck:
         elif chosen > kept * count // groups:
             rule = f"{kept} groups of {count // groups} experts have fewer"
             self._add("num_experts_per_tok", rule, nearest(kept * count // groups))
-
-    def _heads(self) -> None:
-        rotated, heads = self.config["qk_rope_head_dim"], self.config["num_attention_heads"]
-        if rotated % 2:
-            rule = "rotary embeddings need an even head size"
-            self._add("qk_rope_head_dim", rule, nearest(rotated - 1, rotated + 1))
-        if self.config["num_key_value_heads"] not in (None, heads):
-            rule = f"latent attention has as many as attention heads: {heads}"
-            self._add("num_key_value_heads", rule, nearest(heads), "Or leave it out")
-
-
-def experts_of(own: Family, config: dict[str, Any]) -> ExpertsConfig | None:
-    """The mixture of experts of a checked config.json. Fills in `mlp_only_layers` as transformers
-    does."""
-    if own.expert_count is None:
-        return None
-    asked = config["output_router_logits"]
-    return ExpertsConfig(
-        num_experts=config[own.expert_count],
-        experts_per_token=config["num_experts_per_tok"],
-        intermediate_size=config.get("moe_intermediate_size") or config["intermediate_size"],
-        layers=_expert_layers(own, config),
-        block_name=own.expert_block,
-        shared_experts=config.get("n_shared_experts", 0) if own.latent else 0,
-        scoring=own.scoring,
-        norm_topk_prob=config["norm_topk_prob"] if "norm_topk_prob" in own.defaults else True,
-        groups=config["n_group"] if "n_group" in own.defaults else 1,
-        groups_per_token=config["topk_group"] if "topk_group" in own.defaults else 1,
-        routed_scaling_factor=float(config.get("routed_scaling_factor", 1.0)),
-        balance_coefficient=float(config["router_aux_loss_coef"]) if asked else 0.0,
-    )
-
-
-def _expert_layers(own: Family, config: dict[str, Any]) -> tuple[bool, ...]:
-    layers = range(config["num_hidden_layers"])
-    if "first_k_dense_replace" in own.defaults:
-        return tuple(layer >= config["first_k_dense_replace"] for layer in layers)
-    if "decoder_sparse_step" in own.defaults:
-        dense = config["mlp_only_layers"] = list(config["mlp_only_layers"] or ())
-        step = config["decoder_sparse_step"]
-        return tuple(layer not in dense and (layer + 1) % step == 0 for layer in layers)
-    return (True,) * len(layers)
-
-
-def latent_of(own: Family, config: Mapping[str, Any]) -> LatentConfig | None:
-    """Latent attention of a checked config.json."""
-    if not own.latent:
-        return None
-    return LatentConfig(
-        q_lora_rank=config["q_lora_rank"],
-        kv_lora_rank=config["kv_lora_rank"],
-        qk_nope_head_dim=config["qk_nope_head_dim"],
-        qk_rope_head_dim=config["qk_rope_head_dim"],
-        v_head_dim=config["v_head_dim"],
-        rope_interleave=config["rope_interleave"],
-    )

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from models.config_class import config_class
 from models.names import unstacked
+from models.plan import kind_of
 from models.spec import ModelSpec
 
 BLOCK_ROWS = 256
@@ -39,18 +40,20 @@ def initialize_shard(
 ) -> Tensor:
     """Values [box_size] in float32 of one box of one parameter, on the CPU.
 
-    Biases are zeros, norm weights ones (zeros where the family counts from one), everything else
-    normal(0, initializer_range). A stacked expert parameter is the stack of its experts, each of
-    which may also be asked for by its name on disk.
+    Biases are zeros, norm weights ones (zeros where the family counts from one), everything else,
+    and what its family says is drawn, normal(0, initializer_range). A stacked expert parameter is
+    the stack of its experts, each of which may also be asked for by its name on disk.
     """
-    experts = unstacked(name, global_shape)
+    parameters = spec.decoder.parameters if spec.decoder is not None else {}
+    experts = unstacked(name, global_shape, parameters)
     if experts is not None:
         held = experts[box_offset[0] : box_offset[0] + box_size[0]]
         inner = (global_shape[1:], box_offset[1:], box_size[1:])
         matrices = [initialize_shard(expert, *inner, spec, seed) for expert in held]
         return torch.stack(matrices) if matrices else torch.empty(tuple(box_size))
+    rule = parameters.get(kind_of(name))
     constant = _constant(name, len(global_shape), spec.family)
-    if constant is not None:
+    if constant is not None and not (rule is not None and rule.drawn):
         return torch.full(tuple(box_size), constant)
     values = torch.empty(tuple(box_size))
     if values.numel() == 0:

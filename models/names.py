@@ -1,38 +1,41 @@
 """Names of tensors, in memory and on disk.
 
 Owns the one difference between a decoder of ours and its files: the experts of a layer are stacked
-in memory, one tensor a projection, and are a tensor each in a Hugging Face directory; and what else
-stands in files. Torch-free.
+in memory, one tensor a projection, and most families have a tensor each in a Hugging Face
+directory; and what else stands in files. Torch-free.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from launcher.layout.box import Shape
-from launcher.weights.tensor_mapping import TensorMapping, stacked
-from models.spec import ModelSpec
-
-_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
-_MIXTRAL = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
+from launcher.weights.tensor_mapping import MappingsOf, TensorMapping, stacked
+from models.plan import kind_of
+from models.spec import ModelSpec, Rule
 
 
-def unstacked(name: str, shape: Sequence[int]) -> list[str] | None:
+def unstacked(name: str, shape: Sequence[int], parameters: Mapping[str, Rule]) -> list[str] | None:
     """The names on disk of a stacked expert parameter [experts, ...]: entry e is `stacked[e]`.
 
-    None for every other tensor, whose name is the same on disk. `shape` is the global one.
+    None for every other tensor, whose name is the same on disk. `shape` is the global one,
+    `parameters` are the rules of the family.
     """
-    block, _, projection = name.rpartition(".")
-    if not block.endswith(".experts") or projection not in _PROJECTIONS:
+    rule = parameters.get(kind_of(name))
+    if rule is None or not rule.entry:
         return None
-    spelling = _MIXTRAL[projection] if ".block_sparse_moe." in name else projection
-    return [f"{block}.{expert}.{spelling}.weight" for expert in range(shape[0])]
+    block = name.rpartition(".")[0]
+    return [f"{block}.{expert}.{rule.entry}" for expert in range(shape[0])]
 
 
-def mappings(name: str, shape: Shape) -> list[TensorMapping] | None:
-    """What a stacked expert parameter is in files; None for every other tensor."""
-    names = unstacked(name, shape)
-    return None if names is None else stacked(names, shape)
+def mappings_of(parameters: Mapping[str, Rule]) -> MappingsOf:
+    """What a stacked expert parameter of a family with these rules is in files."""
+
+    def mappings(name: str, shape: Shape) -> list[TensorMapping] | None:
+        names = unstacked(name, shape, parameters)
+        return None if names is None else stacked(names, shape)
+
+    return mappings
 
 
 def is_multi_token_prediction(name: str, spec: ModelSpec) -> bool:

@@ -1,62 +1,62 @@
 """The parallel plan: which dim of which parameter tensor parallelism cuts, and what is an expert.
 
-Owns one table for all decoders of ours, by the name a parameter ends in; a family adds rows, not
-code. Torch-free. What the cuts mean for the computation: inside a *region* (attention, MLP, head)
-each rank works on its own heads or columns; the region is entered once and left once, and nothing
-in between talks to other ranks. A parameter that is whole inside a region sees only a part of the
-gradient on each rank: `is_partial`.
+Owns what the rules of a family (`models.spec.Rule`) mean for a layout. Torch-free. Inside a
+*region* (attention, MLP, head) each rank works on its own heads or columns; the region is entered
+once and left once, and nothing in between talks to other ranks. A parameter that is whole inside a
+region sees only a part of the gradient on each rank: `is_partial`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from launcher.layout.layout import REPLICATED, ShardSpec
-from models.spec import DecoderConfig
+from models.spec import DecoderConfig, Rule
 
-REGIONS = ("self_attn", "mlp", "block_sparse_moe")
-"""Children of a layer that are regions; the head is one too."""
-
-_DIMS = {
-    "q_proj": 0, "k_proj": 0, "v_proj": 0, "o_proj": 1,
-    "q_b_proj": 0, "kv_b_proj": 0,
-    "gate_proj": 0, "up_proj": 0, "down_proj": 1,
-    "lm_head": 0,
-}  # fmt: skip
-"""Module -> dim of its weight that is cut. Dim 0 is what comes out (heads, columns), dim 1 what
-goes in; a bias of the former is cut too, one of the latter is added once."""
-
-_EXPERT_DIMS = {"gate_proj": 1, "up_proj": 1, "down_proj": 2}
-"""Stacked expert parameter [experts, out, in] -> dim that is cut."""
-
-_BUFFERS = ("e_score_correction_bias",)
 EMBEDDING = "model.embed_tokens.weight"
+_LAYERS = "model.layers."
+
+
+def kind_of(name: str) -> str:
+    """The name of a tensor below its layer: that of its kind. Outside of layers, the name."""
+    return name.removeprefix(_LAYERS).partition(".")[2] if name.startswith(_LAYERS) else name
+
+
+def rule_of(name: str, parameters: Mapping[str, Rule]) -> Rule:
+    """The rule for the tensor `name`. Raises LookupError where there is none."""
+    rule = parameters.get(kind_of(name))
+    if rule is None:
+        raise LookupError(
+            f"no rule for {name}: list {kind_of(name)!r} in the `parameters` of its family, in "
+            "models/families"
+        )
+    return rule
 
 
 def shard_specs(
-    names: Iterable[str], config: DecoderConfig, *, tp: int, vocab_emb_dp: bool
-) -> dict[str, ShardSpec]:
+    names: Iterable[str], config: DecoderConfig, *, tp: int, vocab_emb_dp: bool,
+    otherwise: ShardSpec | None = None,
+) -> dict[str, ShardSpec]:  # fmt: skip
     """How each named tensor of the decoder is cut; pipeline stages are added elsewhere.
 
-    `vocab_emb_dp` keeps the embedding whole on every tensor-parallel rank.
+    `vocab_emb_dp` keeps the embedding whole on every tensor-parallel rank. `otherwise`: how tensors
+    of files that are not the model's are cut; None: there are none, and LookupError is raised.
     """
-    return {name: _cut(name, config, tp, vocab_emb_dp) for name in names}
+    return {
+        name: otherwise if otherwise and kind_of(name) not in config.parameters
+        else _cut(name, config, tp, vocab_emb_dp)
+        for name in names
+    }  # fmt: skip
 
 
 def _cut(name: str, config: DecoderConfig, tp: int, vocab_emb_dp: bool) -> ShardSpec:
-    if name.endswith(_BUFFERS):
+    rule = rule_of(name, config.parameters)
+    if rule.is_buffer:
         return REPLICATED
-    if name == EMBEDDING:
-        return ShardSpec(tp_dim=None if vocab_emb_dp else 0)
-    parts = name.split(".")
-    if parts[-2] == "experts":
-        return ShardSpec(tp_dim=_EXPERT_DIMS[parts[-1]], expert=True)
-    dim = _DIMS.get(parts[-2])
-    if dim is None or (parts[-1] == "bias" and dim == 1):
-        return ShardSpec()
-    if parts[-2] in ("k_proj", "v_proj") and repeats_kv_heads(config, tp):
-        return ShardSpec()
-    return ShardSpec(tp_dim=dim)
+    is_integer = (vocab_emb_dp and name == EMBEDDING) or (
+        rule.kv_heads and repeats_kv_heads(config, tp)
+    )
+    return ShardSpec(tp_dim=None if is_integer else rule.tp_dim, expert=rule.expert)
 
 
 def repeats_kv_heads(config: DecoderConfig, tp: int) -> bool:
@@ -65,15 +65,10 @@ def repeats_kv_heads(config: DecoderConfig, tp: int) -> bool:
     return config.latent is None and config.num_key_value_heads % tp != 0
 
 
-def in_region(name: str) -> bool:
-    """Whether a tensor is used inside a region."""
-    parts = name.split(".")
-    return name.startswith("lm_head.") or any(part in REGIONS for part in parts)
-
-
 def is_partial(
-    name: str, cut: ShardSpec, *, tp: int, sequence_parallel: bool, tied_whole_embedding: bool
-) -> bool:
+    name: str, cut: ShardSpec, config: DecoderConfig, *, tp: int, sequence_parallel: bool,
+    tied_whole_embedding: bool,
+) -> bool:  # fmt: skip
     """Whether each tensor-parallel rank has only a part of the gradient of `name`, to be added up.
 
     So it is with a tensor that is whole inside a region; with the norms between regions when the
@@ -84,4 +79,4 @@ def is_partial(
         return False
     if name == EMBEDDING:
         return tied_whole_embedding
-    return in_region(name) or sequence_parallel
+    return sequence_parallel or rule_of(name, config.parameters).in_region

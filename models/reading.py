@@ -9,15 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from launcher.errors import did_you_mean
 from launcher.weights.scales import block_of
 from models import keys
 from models.checks import is_integer
 from models.config_class import ConfigClass
-from models.family_table import Family
 from models.spec import Problems
+
+if TYPE_CHECKING:
+    from models.families.family import Family
 
 
 @dataclass(kw_only=True)
@@ -142,7 +144,7 @@ def _keys_of(own: Family | None) -> set[str] | None:
     """Keys of config.json that may be written for the family; None: all."""
     if own is None:
         return None
-    return (own.own_keys | keys.GENERAL) - ({"head_dim"} if own.latent else set())
+    return (own.own_keys | keys.GENERAL) - ({"head_dim"} if own.has_latent else set())
 
 
 def _is_feature(key: str, experts: bool) -> bool:

@@ -26,7 +26,7 @@ class RotaryTables:
         self._by_device = {frequencies.device: frequencies}
 
     def frequencies(self, device: torch.device) -> Tensor:
-        """Inverse frequencies [head_dim / 2] in float32, kept per device."""
+        """Inverse frequencies [rotary_dim / 2] in float32, kept per device."""
         cpu = torch.device("cpu")
         found = self._by_device.get(device)
         if found is None:
@@ -36,7 +36,7 @@ class RotaryTables:
         return found
 
     def tables(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """(cos, sin), each [rows, 1, positions, head_dim / 2] in `dtype`, computed in float32."""
+        """(cos, sin), each [rows, 1, positions, rotary_dim / 2] in `dtype`, computed in float32."""
         frequencies = self.frequencies(position_ids.device)
         if self.config.rope_scaling and self.config.rope_scaling["rope_type"] == "dynamic":
             frequencies = self._stretched(frequencies, position_ids)
@@ -48,14 +48,14 @@ class RotaryTables:
 
     def _stretched(self, frequencies: Tensor, position_ids: Tensor) -> Tensor:
         """Dynamic scaling: rows longer than the model's positions get a larger base. [rows, 1,
-        head_dim / 2]
+        rotary_dim / 2]
 
         A function of the row alone (transformers remembers the longest batch it saw), so that it
         does not matter which rows share a batch.
         """
         length = position_ids.amax(dim=-1)[:, None, None] + 1
         longest = self.config.max_position_embeddings
-        factor, dim = self.config.rope_scaling["factor"], self.config.head_dim  # type: ignore[index]
+        factor, dim = self.config.rope_scaling["factor"], self.config.rotary_dim  # type: ignore[index]
         growth = (factor * length / longest) - (factor - 1)
         base = self.config.rope_theta * growth ** (dim / (dim - 2))
         steps = torch.arange(0, dim, 2, dtype=torch.float, device=frequencies.device) / dim
@@ -67,8 +67,13 @@ def rotate(states: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = Fals
     own dtype.
 
     A number is rotated with its partner in the other half, or, `interleaved`, with its neighbour;
-    either way the first partners come out in the first half.
+    either way the first partners come out in the first half. Where the tables are for fewer
+    numbers, the last ones of a head stay as they are.
     """
+    width = 2 * cos.shape[-1]
+    if width < states.shape[-1]:
+        turned, kept = states.split((width, states.shape[-1] - width), dim=-1)
+        return torch.cat((rotate(turned, cos, sin, interleaved=interleaved), kept), dim=-1)
     wide = states.to(cos.dtype)
     first, second = (wide[..., ::2], wide[..., 1::2]) if interleaved else wide.chunk(2, dim=-1)
     rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
@@ -76,9 +81,9 @@ def rotate(states: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = Fals
 
 
 def inverse_frequencies(config: DecoderConfig) -> tuple[Tensor, float]:
-    """Inverse frequencies [head_dim / 2] (float32, CPU) and the factor on cosines and sines."""
+    """Inverse frequencies [rotary_dim / 2] (float32, CPU) and the factor on cosines and sines."""
     scaling = config.rope_scaling or {"rope_type": "default"}
-    theta, dim = config.rope_theta, config.head_dim
+    theta, dim = config.rope_theta, config.rotary_dim
     powers = theta ** (torch.arange(0, dim, 2, dtype=torch.float, device="cpu") / dim)
     plain = 1.0 / powers
     match scaling["rope_type"]:

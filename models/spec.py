@@ -15,6 +15,33 @@ from launcher.errors import Problem, UserError
 
 
 @dataclass(frozen=True, kw_only=True)
+class Rule:
+    """What is done with one kind of parameter, in whatever layer it is.
+
+    A *region* (attention, MLP, experts, head) is what tensor parallelism cuts: in between, every
+    rank has all of a state.
+    """
+
+    tp_dim: int | None = None
+    """The dim that tensor parallelism cuts; None: every rank has all of it."""
+    in_region: bool = True
+    """Used inside a region: where it is not cut, each rank has a part of its gradient."""
+    added_once: bool = False
+    """Added to what leaves a region: by the first of the ranks alone."""
+    kv_heads: bool = False
+    """Cut by key/value heads; all ranks have all of it where there are fewer heads than ranks."""
+    expert: bool = False
+    """A stack: dim 0 counts experts."""
+    entry: str = ""
+    """What the files call the tensor of one expert, `w1.weight`; empty: the stack is one tensor in
+    files too."""
+    is_buffer: bool = False
+    """Not trained, and in full on every rank that has its layer."""
+    drawn: bool = False
+    """Begins with random values although it is a bias or a vector."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ExpertsConfig:
     """The mixture of experts of a decoder."""
 
@@ -74,6 +101,8 @@ class DecoderConfig:
     num_attention_heads: int
     num_key_value_heads: int
     head_dim: int
+    rotary_dim: int
+    """Numbers of a head that are rotated, the first ones."""
     hidden_act: str
     rms_norm_eps: float
     rope_theta: float
@@ -85,8 +114,8 @@ class DecoderConfig:
     """Biases on the q, k and v projections."""
     output_bias: bool
     """A bias on the output projection of attention."""
-    mlp_bias: bool
-    qk_norm: bool
+    mlp_bias: bool = False
+    qk_norm: bool = False
     """An RMS norm over each head of the queries and keys, before the rotation."""
     sliding_window: tuple[int | None, ...]
     """One entry a layer: how many tokens back (itself included) it looks, None for all of them."""
@@ -94,9 +123,11 @@ class DecoderConfig:
     attention_dropout: float
     hidden_dropout: float
     """Dropout on what attention and MLP add to the residual stream; not in Hugging Face configs."""
+    parameters: Mapping[str, Rule]
+    """Every kind of parameter and buffer, by its name below its layer, to what is done with it."""
     experts: ExpertsConfig | None = None
     latent: LatentConfig | None = None
-    """Latent attention; `head_dim` is then the rotated part of a head."""
+    """Latent attention; `head_dim` is then `rotary_dim`."""
 
 
 @dataclass(frozen=True, kw_only=True)

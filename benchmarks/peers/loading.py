@@ -25,7 +25,8 @@ from launcher.weights.reading.transfer import Files, read_exactly
 from launcher.weights.source import Source, open_complete
 from launcher.weights.tensor_mapping import mapped, shapes_in_files
 from launcher.weights.threads import in_parallel
-from models.names import mappings
+from models.families import DECODERS
+from models.names import mappings_of
 
 Loader = Callable[[Path, int, int], Any]
 
@@ -51,6 +52,7 @@ def load_from(source: Source, config: dict[str, Any], mesh: Mesh, rank: int) -> 
     """What `rank` holds, filled from `source`."""
     layout = layout_of(config, mesh)
     held = empty_shards(layout, rank)
+    mappings = mappings_of(DECODERS[config["model_type"]].parameters)
     load(
         mapped(held, mappings), source, rank=rank, expected=shapes_in_files(layout.shapes, mappings)
     )
@@ -133,6 +135,7 @@ def dcp_resharded(folder: Path, rank: int, ranks: int) -> Any:
 
 def dcp_state(config: dict[str, Any], mesh: Mesh, rank: int) -> dict[str, torch.Tensor]:
     """Fresh memory for the tensors of the files, cut as ours are."""
+    mappings = mappings_of(DECODERS[config["model_type"]].parameters)
     return as_dtensors(mesh, mapped(empty_shards(layout_of(config, mesh), rank), mappings))
 
 

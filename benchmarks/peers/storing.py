@@ -27,7 +27,8 @@ from launcher.weights.reading.shard import Shard
 from launcher.weights.source import open_complete
 from launcher.weights.streaming.block_file import write_all
 from launcher.weights.tensor_mapping import mapped
-from models.names import mappings
+from models.families import DECODERS
+from models.names import mappings_of
 
 State = tuple[Mesh, dict[str, Shard]]
 Writer = Callable[[Path, State, int, int], Any]
@@ -37,6 +38,7 @@ COPY_BYTES = 16 << 20
 def state(config: dict[str, Any], rank: int, ranks: int, mesh: Mesh | None = None) -> State:
     """What a rank holds, in resident memory; tensor parallel unless told otherwise."""
     mesh = mesh or Mesh(tp=ranks)
+    mappings = mappings_of(DECODERS[config["model_type"]].parameters)
     held = mapped(empty_shards(layout_of(config, mesh), rank), mappings)
     generator = torch.Generator().manual_seed(rank)
     for shard in held.values():

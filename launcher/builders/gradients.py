@@ -29,8 +29,9 @@ def gradients_of(job: Job, built: BuiltModel) -> Gradients:
     sequence = job.config.parallel_config.use_seq_parallel
     partial_names = {
         name for name in trained
-        if is_partial(name, layout.spec_of(name), tp=job.mesh.tp, sequence_parallel=sequence,
-                      tied_whole_embedding=tied_whole)
+        if decoder is not None
+        and is_partial(name, layout.spec_of(name), decoder, tp=job.mesh.tp,
+                       sequence_parallel=sequence, tied_whole_embedding=tied_whole)
     }  # fmt: skip
     copies = [copy for first, copy in built.parts.copies()]
     owned = [p for name, p in trained.items() if layout.is_owner(name, rank)]

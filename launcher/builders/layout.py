@@ -54,15 +54,16 @@ def model_layout(
 
 def layout_of(
     shapes: Mapping[str, Shape], parameters: Collection[str], spec: ModelSpec, mesh: Mesh, *,
-    split: StageSplit | None, vocab_emb_dp: bool,
+    split: StageSplit | None, vocab_emb_dp: bool, otherwise: ShardSpec | None = None,
 ) -> Layout:  # fmt: skip
     """Where tensors of these names and shapes lie on `mesh`; those that are no `parameters` are
-    buffers."""
+    buffers. `otherwise`: how tensors are cut that the model does not have, where there may be some.
+    """
     if spec.decoder is None:
         specs = {name: SHARDED if name in parameters else REPLICATED for name in shapes}
         return Layout(shapes, mesh, specs)
     by_name: Mapping[str, ShardSpec] = shard_specs(
-        shapes, spec.decoder, tp=mesh.tp, vocab_emb_dp=vocab_emb_dp
+        shapes, spec.decoder, tp=mesh.tp, vocab_emb_dp=vocab_emb_dp, otherwise=otherwise
     )
     if split is not None:
         by_name = with_stages(dict(by_name), split, tied=spec.decoder.tie_word_embeddings)

@@ -17,15 +17,14 @@ from launcher.config.derived import mesh_of, read_config_json
 from launcher.config.resolve import resolve
 from launcher.errors import UserError
 from launcher.layout.box import Box, Shape
-from launcher.layout.layout import Layout
+from launcher.layout.layout import SHARDED, Layout
 from launcher.weights.source import OPTIMIZER_PREFIXES, Source
 from models.families import model_spec
-from models.names import mappings
-from models.spec import ModelSpec
+from models.names import mappings_of, unstacked
+from models.spec import ModelSpec, Rule
 
 _SECTIONS = ("parallel", "model")
 """Sections of a configuration that decide a layout; others may name what is on other machines."""
-_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True)
@@ -33,6 +32,8 @@ class ConfiguredLayout:
     """What each rank of a configured run holds of the tensors of a checkpoint."""
 
     layout: Layout
+    parameters: Mapping[str, Rule]
+    """Of the family."""
 
     @property
     def world_size(self) -> int:
@@ -49,21 +50,21 @@ class ConfiguredLayout:
         return {
             name: box
             for stacked, placement in self.layout.of(rank).items()
-            for name, box in _in_files(stacked, placement.shape, placement.boxes[0])
-        }
+            for name, box in self._in_files(
+                stacked, placement.shape, placement.boxes[0])
+        }  # fmt: skip
 
-
-def _in_files(name: str, shape: Shape, box: Box) -> Iterator[tuple[str, Box]]:
-    """(name in files, box of that tensor) of what a box of the model's tensor `name` is."""
-    found = mappings(name, shape)
-    if found is None:
-        yield name, box
-        return
-    for mapping in found:
-        common = box.intersect(mapping.box)
-        if common is not None:
-            place = common.inside(mapping.box)
-            yield mapping.name, Box(mapping.kept(place.offset), mapping.kept(place.size))
+    def _in_files(self, name: str, shape: Shape, box: Box) -> Iterator[tuple[str, Box]]:
+        """(name in files, box of that tensor) of what a box of the model's tensor `name` is."""
+        found = mappings_of(self.parameters)(name, shape)
+        if found is None:
+            yield name, box
+            return
+        for mapping in found:
+            common = box.intersect(mapping.box)
+            if common is not None:
+                place = common.inside(mapping.box)
+                yield mapping.name, Box(mapping.kept(place.offset), mapping.kept(place.size))
 
 
 def configured_layout(config_file: str, source: Source) -> ConfiguredLayout:
@@ -87,9 +88,9 @@ def configured_layout(config_file: str, source: Source) -> ConfiguredLayout:
     shapes = _shapes(source, spec)
     layout = layout_of(
         shapes, set(shapes), spec, mesh, split=split_of(config, spec),
-        vocab_emb_dp=config.parallel_config.vocab_emb_dp,
+        vocab_emb_dp=config.parallel_config.vocab_emb_dp, otherwise=SHARDED,
     )  # fmt: skip
-    return ConfiguredLayout(layout)
+    return ConfiguredLayout(layout, _parameters(spec))
 
 
 def _section(problem: Any) -> str:
@@ -102,8 +103,8 @@ def _shapes(source: Source, spec: ModelSpec) -> dict[str, Shape]:
     shapes: dict[str, Shape] = {}
     parts: set[str] = set()
     for stacked, experts in _stacks(spec):
-        found = [mapping.name for mapping in mappings(stacked, (experts,)) or ()]
-        if found and all(name in source.tensors for name in found):
+        found = unstacked(stacked, (experts,), _parameters(spec)) or []
+        if all(name in source.tensors for name in found):
             shapes[stacked] = (experts, *source.shape(found[0]))
             parts.update(found)
     return shapes | {
@@ -113,13 +114,17 @@ def _shapes(source: Source, spec: ModelSpec) -> dict[str, Shape]:
     }
 
 
+def _parameters(spec: ModelSpec) -> Mapping[str, Rule]:
+    return {} if spec.decoder is None else spec.decoder.parameters
+
+
 def _stacks(spec: ModelSpec) -> Iterator[tuple[str, int]]:
-    """(name of a stack of experts, number of experts) of every layer that has some."""
+    """(name of a stack of experts, number of experts) of every layer that has some, where the files
+    have a tensor for each expert."""
     experts = None if spec.decoder is None else spec.decoder.experts
     if experts is None:
         return
+    kinds = [kind for kind, rule in _parameters(spec).items() if rule.entry]
     for layer, has_experts in enumerate(experts.layers):
-        if has_experts:
-            for projection in _PROJECTIONS:
-                block = f"model.layers.{layer}.{experts.block_name}.experts"
-                yield f"{block}.{projection}", experts.num_experts
+        for kind in kinds if has_experts else ():
+            yield f"model.layers.{layer}.{kind}", experts.num_experts

@@ -23,6 +23,7 @@ from torch import nn
 
 from launcher.errors import UserError, did_you_mean
 from models.attention import BaseAttention
+from models.families.table import DECODERS
 from models.layers import MLP
 from models.moe import Experts
 from models.stage import StageSplit
@@ -42,13 +43,15 @@ _SPELLINGS = {
     "q_proj": ("wq", "linear_q"), "k_proj": ("wk", "linear_k"), "v_proj": ("wv", "linear_v"),
     "o_proj": ("wo", "linear_proj"),
     "q_norm": ("q_layernorm",), "k_norm": ("k_layernorm",),
-    "mlp": ("feed_forward",), "block_sparse_moe": ("feed_forward", "mlp"),
+    "mlp": ("feed_forward",),
     "gate_proj": ("w1",), "up_proj": ("w3",), "down_proj": ("w2", "linear_fc2"),
     "activation": ("mul", "w1.activation", "w1.activation.silu", "activation_func",
                    "activation_func.silu"),
     "experts": ("routed_experts", "routed_experts.ffn"), "gate": ("router",),
     "input_layernorm": ("attention_norm",),
     "post_attention_layernorm": ("ffn_norm", "pre_mlp_layernorm"),
+    **{part: names for family in DECODERS.values()
+       for part, names in family.mindformers_pieces.items()},
 }  # fmt: skip
 """A part of a name -> what MindFormers says for it."""
 

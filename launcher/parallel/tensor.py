@@ -29,7 +29,8 @@ from launcher.parallel.collectives import all_reduce, copy_to_tp, gather, reduce
 from launcher.parallel.vocabulary import look_up
 from models.decoder import Decoder
 from models.layers import Embedding
-from models.plan import REGIONS, repeats_kv_heads
+from models.plan import repeats_kv_heads
+from models.spec import Rule
 
 SEQUENCE = 1
 """The dim of states [rows, length, hidden] that is cut."""
@@ -73,14 +74,12 @@ def apply_tensor_parallel(
     """Put tensor parallelism beside `model`, whose parameters are cut already."""
     for layer in model.model.layers.values():
         _share_attention(layer.self_attn, model, tp)
-        for name in REGIONS:
-            region = getattr(layer, name, None)
-            if region is not None:
-                region.register_forward_pre_hook(partial(_enter, tp))
-                region.register_forward_hook(partial(_leave, tp))
-                _add_biases_once(region, tp)
-                if hasattr(region, "balance_share"):
-                    region.balance_share = 1.0 / tp.size
+        _add_biases_once(layer, model.config.parameters, tp)
+        for region in layer.regions():
+            region.register_forward_pre_hook(partial(_enter, tp))
+            region.register_forward_hook(partial(_leave, tp))
+            if hasattr(region, "balance_share"):
+                region.balance_share = 1.0 / tp.size
     if tp.sequence:
         model.stream_part = (tp.rank, tp.size)
     if model.embeds:
@@ -113,12 +112,12 @@ def _rows(rows: slice, parameter: Tensor) -> Tensor:
     return parameter[rows]
 
 
-def _add_biases_once(region: nn.Module, tp: TensorParallel) -> None:
+def _add_biases_once(layer: nn.Module, rules: Mapping[str, Rule], tp: TensorParallel) -> None:
     """The biases of what leaves a region are whole on every rank: only the first adds them."""
-    for name in ("o_proj", "down_proj"):
-        leaf = getattr(region, name, None)
-        if leaf is not None and getattr(leaf, "bias", None) is not None:
-            leaf.views["bias"] = partial(_on_first, tp.rank == 0)
+    for name, _ in layer.named_parameters():
+        if rules[name].added_once:
+            module, _, leaf = name.rpartition(".")
+            layer.get_submodule(module).views[leaf] = partial(_on_first, tp.rank == 0)
 
 
 def _on_first(first: bool, parameter: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """docs/models.md, written from the tables of model types: `python -m launcher.tools.model_docs`.
 
-Owns the form of that page. What it says of a model type comes from `models.family_table` and
+Owns the form of that page. What it says of a model type comes from `models.families` and
 `models.module_table`, which tests compare with transformers.
 """
 
@@ -10,7 +10,7 @@ import sys
 from itertools import groupby
 from pathlib import Path
 
-from models.family_table import DECODERS
+from models.families.table import DECODERS
 from models.module_table import (
     CAUSAL_WHEN,
     LEARNED_POSITIONS,
@@ -26,7 +26,7 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "models.md"
 _INTRODUCTION = """\
 # Models
 
-Written by `python -m launcher.tools.model_docs` from the tables in `models/family_table.py` and
+Written by `python -m launcher.tools.model_docs` from the tables in `models/families/` and
 `models/module_table.py`; do not edit it by hand.
 
 A model is named by `model_type` in the config.json of `pretrained_model_dir`, or by

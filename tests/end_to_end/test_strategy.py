@@ -26,6 +26,7 @@ from launcher.mindspore.tensor_layout import TensorLayout, boxes
 from launcher.report.console import Console
 from launcher.weights.formats.safetensors import read_header
 from models.build import build_model
+from models.families.family import expert_stacks
 from models.names import unstacked
 from tests.parallel.parity import FAMILIES
 from tests.ranks import JobResult, run_job
@@ -82,7 +83,7 @@ def held_by(layout: Layout, rank: int) -> dict[str, tuple[tuple[int, ...], Box]]
     held = {}
     for name, placement in layout.of(rank).items():
         (box,) = placement.boxes
-        names = unstacked(name, placement.shape)
+        names = unstacked(name, placement.shape, expert_stacks())
         if names is None:
             held[name] = placement.shape, box
             continue

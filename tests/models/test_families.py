@@ -49,7 +49,7 @@ def test_defaults_are_those_of_transformers(family: str) -> None:
         left_out -= {"head_dim"}
     if DECODERS[family].expert_count:
         left_out -= {"num_experts", "num_local_experts"}  # another spelling is there
-    if DECODERS[family].latent:
+    if DECODERS[family].has_latent:
         left_out -= {"head_dim", "qk_head_dim"}  # follow from the others
     # What is not in config.json is the same for every model, or of no effect on a decoder.
     assert left_out <= {

@@ -304,7 +304,7 @@ def test_names_and_count_are_those_of_a_saved_directory(family: str) -> None:
     files = saved(oracle(spec))
     names: dict[str, tuple[int, ...]] = {}
     for name, tensor in model.state_dict().items():
-        experts = unstacked(name, tensor.shape)
+        experts = unstacked(name, tensor.shape, model.config.parameters)
         shape = tuple(tensor.shape)
         names |= dict.fromkeys(experts, shape[1:]) if experts else {name: shape}
     assert names == {name: tuple(tensor.shape) for name, tensor in files.items()}
@@ -324,7 +324,9 @@ def test_initial_values_are_a_function_of_the_name_on_disk(family: str) -> None:
     assert all(not buffer.any() for buffer in model.buffers())
     seen = 0
     for name, parameter in model.named_parameters():
-        for expert, on_disk in enumerate(unstacked(name, parameter.shape) or ()):
+        for expert, on_disk in enumerate(
+            unstacked(name, parameter.shape, model.config.parameters) or ()
+        ):
             shape = tuple(parameter.shape)[1:]
             alone = initialize_shard(on_disk, shape, (0, 0), shape, spec, 3)
             assert torch.equal(parameter[expert], alone), on_disk
@@ -332,7 +334,9 @@ def test_initial_values_are_a_function_of_the_name_on_disk(family: str) -> None:
         if parameter.ndim > 1:
             assert parameter.std().item() == pytest.approx(0.02, rel=0.2), name
     assert seen
-    name = next(n for n, p in model.named_parameters() if unstacked(n, p.shape))
+    name = next(
+        n for n, p in model.named_parameters() if unstacked(n, p.shape, model.config.parameters)
+    )
     whole = model.get_parameter(name)
     box = initialize_shard(name, tuple(whole.shape), (1, 4, 3), (2, 5, 7), spec, 3)
     assert torch.equal(box, whole[1:3, 4:9, 3:10])
@@ -349,7 +353,7 @@ def test_an_exported_directory_opens_in_transformers(family: str, tmp_path: Path
     initialize(model, spec, seed=1)
     files: dict[str, Tensor] = {}
     for name, tensor in model.state_dict().items():
-        experts = unstacked(name, tensor.shape)
+        experts = unstacked(name, tensor.shape, model.config.parameters)
         files |= dict(zip(experts, tensor.clone(), strict=True)) if experts else {name: tensor}
     save_file(files, tmp_path / "model.safetensors", {"format": "pt"})
     for file_name, content in hf_directory_files(spec, None, dtype=torch.float32).items():

@@ -84,17 +84,17 @@ def saved(module: nn.Module) -> dict[str, Tensor]:
         return load_file(Path(directory, "model.safetensors"))
 
 
-def stacked(on_disk: Mapping[str, Tensor], own: nn.Module) -> dict[str, Tensor]:
+def stacked(on_disk: Mapping[str, Tensor], own: Decoder) -> dict[str, Tensor]:
     """Tensors by their names on disk to those of `own`: experts of a layer put together."""
     left, result = dict(on_disk), {}
     for name, tensor in own.state_dict().items():
-        experts = unstacked(name, tensor.shape)
+        experts = unstacked(name, tensor.shape, own.config.parameters)
         result[name] = torch.stack([left.pop(e) for e in experts]) if experts else left.pop(name)
     assert not left
     return result
 
 
-def gradients_of(module: nn.Module, own: nn.Module) -> dict[str, Tensor]:
+def gradients_of(module: nn.Module, own: Decoder) -> dict[str, Tensor]:
     """The gradients of a transformers module, under the names of `own`."""
     from transformers.core_model_loading import revert_weight_conversion
 

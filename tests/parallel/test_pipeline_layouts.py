@@ -185,7 +185,10 @@ def run_tensor_parallel_case(case: Case, meshes: Meshes, sequence: bool) -> dict
     trained = pipeline.train(ids, labels, loss, arguments)
     evaluated = pipeline.evaluate(ids, labels, loss, arguments)
     rule = {"tp": 2, "sequence_parallel": sequence, "tied_whole_embedding": False}
-    add_up_partial([p for n, p in named(stages) if is_partial(n, specs[n], **rule)], tp_group)
+    config = config_of(case)
+    add_up_partial(
+        [p for n, p in named(stages) if is_partial(n, specs[n], config, **rule)], tp_group
+    )
     if case.tied:
         held = [p for name, p in named(stages) if name == EMBEDDING]
         tied_copies(meshes.layout, split, held).add_up_gradients()

@@ -13,7 +13,7 @@ from typing import Any
 
 from launcher.errors import did_you_mean
 from models.causality import check_causal
-from models.checks import SizeCheck, check_rope, rope_of, sliding_windows
+from models.checks import SizeCheck, check_rope, rope_of
 from models.config_class import (
     COMMON_KEYS,
     ConfigClass,
@@ -21,8 +21,9 @@ from models.config_class import (
     config_class,
     is_causal_type,
 )
-from models.experts_config import ExpertsCheck, experts_of, latent_of
-from models.family_table import DECODERS, Family
+from models.experts_config import ExpertsCheck
+from models.families.family import Family
+from models.families.table import DECODERS
 from models.json_floats import plain_floats
 from models.keys import EXPERT_COUNTS, GENERAL, NOT_BUILT
 from models.module_config import module_config
@@ -37,16 +38,10 @@ from models.reading import MUST_BE_MAP, ROPE_MAPS, Reading, read, refuse_feature
 from models.spec import (
     DecoderConfig,
     ModelConfigError,
-    ModelProblem,
     ModelSpec,
     Precision,
     Problems,
 )
-
-__all__ = [
-    "DECODERS", "TRANSFORMERS_MODULES", "UNSUPPORTED", "DecoderConfig", "ModelConfigError",
-    "ModelProblem", "ModelSpec", "Precision", "model_spec", "needs_weights", "supports_packing",
-]  # fmt: skip
 
 
 def supports_packing(spec: ModelSpec) -> bool:
@@ -94,8 +89,10 @@ def model_spec(model_config: Mapping[str, Any], config_json: Mapping[str, Any] |
         _check(own, family, hf_config, base, reading, qkv_has_bias, problems)
         if not problems:
             decoder = _decoder(own, family, hf_config, base, reading)
-            check_rope(hf_config["rope_parameters"], reading.written, head_dim=decoder.head_dim,
-                       problems=problems)  # fmt: skip
+            check_rope(
+                hf_config["rope_parameters"], reading.written, head_dim=decoder.head_dim,
+                partial=own.partial_rotary_factor is not None, problems=problems,
+            )  # fmt: skip
         hf_config = ignored | hf_config
     else:
         assert known is not None
@@ -131,7 +128,9 @@ def _split(
     """
     understood = own.own_keys | GENERAL | COMMON_KEYS | _OLD_ROPE
     understood -= {"hidden_dropout"}  # a key of model_config alone
-    derived = {"head_dim", "qk_head_dim"} if own.latent else set()  # transformers writes them too
+    derived = (
+        {"head_dim", "qk_head_dim"} if own.has_latent else set()
+    )  # transformers writes them too
     ignored = {k: v for k, v in base.items() if k not in understood | derived}
     named = [
         key for key, value in ignored.items()
@@ -199,16 +198,16 @@ def _in_family_spelling(own: Family, base: Mapping[str, Any]) -> dict[str, Any]:
 
 def _complete(own: Family, base: Mapping[str, Any], reading: Reading) -> dict[str, Any]:
     """config.json with the family's defaults below and the user's keys above."""
-    config = own.defaults | dict(base) | reading.values
+    config = {**own.defaults, **base, **reading.values}
     given = base.keys() | reading.values.keys()
     stale = not reading.values.keys().isdisjoint(_LAYER_TYPES_FOLLOW)
-    if own.window_by_layer and stale:
+    if "layer_types" in own.defaults and stale:
         config["layer_types"] = reading.values.get("layer_types")
     if reading.seq_length and "max_position_embeddings" not in given:
         config["max_position_embeddings"] = max(
             reading.seq_length, config["max_position_embeddings"]
         )
-    if own.latent and "num_key_value_heads" not in given:
+    if own.has_latent and "num_key_value_heads" not in given:
         config["num_key_value_heads"] = None
     return config
 
@@ -230,11 +229,11 @@ def _check(
 
     before = len(problems)
     # transformers refuses a Llama whose heads do not divide its width, even with head_dim given.
-    SizeCheck(config, describe, problems).run(whole_heads=family == "llama", latent=own.latent)
+    SizeCheck(config, describe, problems).run(whole_heads=family == "llama", latent=own.has_latent)
     if own.expert_count is not None:
         ExpertsCheck(own, config, describe, problems).run()
     if len(problems) == before:
-        rope = {"rope_parameters": rope_of(config, base, reading.rope, own.rope_theta)}
+        rope = {"rope_parameters": _rope(own, config, base, reading)}
         limit = position_limit(family, config | {"rope_scaling": None} | rope)
         longest = limit.longest_row if limit is not None else None
         if longest is not None and (reading.seq_length or 0) > longest:
@@ -242,7 +241,7 @@ def _check(
             problems.add("seq_length", reading.seq_length,
                          f"the model has fewer positions ({what})", nearest=f"Nearest: {longest}",
                          advice="Or raise model.model_config.max_position_embeddings")  # fmt: skip
-    has = bool(config.get("attention_bias")) if own.qkv_bias is None else own.qkv_bias
+    has = own.has_qkv_bias(config)
     if qkv_has_bias is not None and bool(qkv_has_bias) != has:
         rule = (
             f"q, k and v of {own.architecture} {'have' if has else 'have no'} biases of their own"
@@ -257,43 +256,44 @@ def _decoder(
     """The decoder's numbers. Fills in `config` what transformers derives: head counts, windows,
     rope."""
     heads = config["num_attention_heads"]
-    latent = latent_of(own, config)
     head_dim = config.get("head_dim") or config["hidden_size"] // heads
-    if latent is not None:
-        head_dim = latent.qk_rope_head_dim
     if "head_dim" in config:
         config["head_dim"] = head_dim
     config["num_key_value_heads"] = config["num_key_value_heads"] or heads
-    windows = sliding_windows(
-        config, by_layer=own.window_by_layer, switched="use_sliding_window" in own.defaults
-    )
-    rope = rope_of(config, base, reading.rope, own.rope_theta)
+    windows = own.windows(config)
+    rope = _rope(own, config, base, reading)
     hidden_dropout = config.pop("hidden_dropout", None)
     stored_dtype = config.pop("torch_dtype", None)
-    for old in ("rope_theta", "rope_scaling", "original_max_position_embeddings"):
+    for old in _OLD_ROPE - {"rope_parameters", "quantization_config"}:
         config.pop(old, None)
     if stored_dtype is not None:
         config.setdefault("dtype", stored_dtype)
     config |= {"rope_parameters": rope, "model_type": family, "architectures": [own.architecture]}
-    bias = bool(config.get("attention_bias")) if own.qkv_bias is None else own.qkv_bias
-    return DecoderConfig(
+    bias = own.has_qkv_bias(config)
+    fields = {
         **{key: config[key] for key in _PLAIN},
-        head_dim=head_dim,
-        rms_norm_eps=float(config["rms_norm_eps"]),
-        rope_theta=rope["rope_theta"],
-        rope_scaling=None if rope["rope_type"] == "default" else rope,
-        tie_word_embeddings=bool(config["tie_word_embeddings"]),
-        attention_bias=bias,
-        output_bias=bias and own.qkv_bias is None,
-        mlp_bias=bool(config.get("mlp_bias")) and "mlp_bias" in own.defaults,
-        qk_norm=own.qk_norm,
-        sliding_window=windows,
-        initializer_range=float(config["initializer_range"]),
-        attention_dropout=float(config["attention_dropout"] or 0.0),
-        hidden_dropout=float(hidden_dropout or 0.0),
-        experts=experts_of(own, config),
-        latent=latent,
-    )
+        "head_dim": head_dim,
+        "rotary_dim": int(head_dim * (rope.get("partial_rotary_factor") or 1.0)),
+        "rms_norm_eps": float(config["rms_norm_eps"]),
+        "rope_theta": rope["rope_theta"],
+        "rope_scaling": None if rope["rope_type"] == "default" else rope,
+        "tie_word_embeddings": bool(config["tie_word_embeddings"]),
+        "attention_bias": bias,
+        "output_bias": bias and own.output_bias,
+        "sliding_window": windows,
+        "initializer_range": float(config["initializer_range"]),
+        "attention_dropout": float(config["attention_dropout"] or 0.0),
+        "hidden_dropout": float(hidden_dropout or 0.0),
+        "experts": own.experts(config),
+        "parameters": own.parameters,
+    }
+    return DecoderConfig(**fields | own.options(config))
+
+
+def _rope(
+    own: Family, config: Mapping[str, Any], base: Mapping[str, Any], reading: Reading
+) -> dict[str, Any]:
+    return rope_of(config, base, reading.rope, own.rope, partial=own.partial_rotary_factor)
 
 
 _OLD_ROPE = {

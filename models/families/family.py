@@ -1,0 +1,189 @@
+"""What a family says of itself, and the parts of it that several families share.
+
+Owns the form of a family: its defaults (those of the transformers configuration class; a test
+compares), how its config.json becomes the numbers of the decoder, and what is done with each kind
+of its parameters. Torch-free. A new family is a file beside this one and a line in `table`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from models.checks import LAYER_TYPES
+from models.keys import EXPERT_COUNTS
+from models.spec import ExpertsConfig, Rule
+
+Config = dict[str, Any]
+"""A complete config.json, checked."""
+
+Add = Callable[[str, str, str, str], None]
+"""Adds a problem: (key of config.json, rule, nearest, advice)."""
+
+
+def _no_windows(config: Config) -> tuple[int | None, ...]:
+    return (None,) * config["num_hidden_layers"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """A model type with a decoder of Slipway."""
+
+    config_class: str
+    architecture: str
+    defaults: Mapping[str, Any]
+    """Keys of config.json that transformers reads for the family, and their defaults."""
+    parameters: Mapping[str, Rule]
+    """Every kind of parameter, by its name below its layer, to what is done with it."""
+    qkv_bias: bool | None = None
+    """True or False where the family fixes it, None where `attention_bias` decides."""
+    output_bias: bool = False
+    """Whether the output projection of attention has a bias where q, k and v have one."""
+    windows: Callable[[Config], tuple[int | None, ...]] = _no_windows
+    """The sliding window of every layer. Fills in what transformers derives."""
+    rope: dict[str, Any] = field(default_factory=lambda: {"rope_theta": 10000.0})
+    """Rope settings where config.json has none; its `rope_theta` also counts beside those."""
+    partial_rotary_factor: float | None = None
+    """The rotated part of a head where config.json does not give one; None: heads are rotated in
+    full, and no other value is possible."""
+    expert_count: str | None = None
+    """The key for the number of experts; None: a dense family."""
+    experts: Callable[[Config], ExpertsConfig | None] = lambda config: None
+    options: Callable[[Config], dict[str, Any]] = lambda config: {}
+    """Fields of `DecoderConfig` that this family sets in its own way."""
+    check: Callable[[Config, Add], None] = lambda config, add: None
+    """Adds problems with sizes that this family alone has."""
+    has_latent: bool = False
+    """Latent attention: sizes of heads have keys of their own."""
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    """Keys of config.json that transformers does not read, and the only value they may have."""
+    mindformers_pieces: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """A part of a name of a piece of a layer, as recomputation and swapping choose them, to what
+    MindFormers calls it; beside those of `launcher.parallel.pieces`."""
+
+    @property
+    def spellings(self) -> dict[str, str]:
+        """Other spellings of a key of this family's config.json, to that key."""
+        if self.expert_count is None:
+            return {}
+        return {key: self.expert_count for key in EXPERT_COUNTS if key != self.expert_count}
+
+    @property
+    def own_keys(self) -> set[str]:
+        """Keys of config.json that are understood for this family alone."""
+        partial = {"partial_rotary_factor"} if self.partial_rotary_factor is not None else set()
+        return {*self.defaults, *self.fixed, *partial}
+
+    def has_qkv_bias(self, config: Mapping[str, Any]) -> bool:
+        """Whether q, k and v have biases."""
+        return bool(config.get("attention_bias")) if self.qkv_bias is None else self.qkv_bias
+
+
+# Defaults that most configuration classes share.
+
+COMMON: dict[str, Any] = {
+    "hidden_act": "silu", "initializer_range": 0.02, "rms_norm_eps": 1e-6, "use_cache": True,
+    "pad_token_id": None, "tie_word_embeddings": False, "attention_dropout": 0.0,
+    "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32,
+}  # fmt: skip
+BALANCE: dict[str, Any] = {"output_router_logits": False, "router_aux_loss_coef": 0.001}
+
+# What is done with the parameters that most families share.
+
+COLUMNS, ROWS, IN_FULL = Rule(tp_dim=0), Rule(tp_dim=1), Rule()
+HEADS = Rule(tp_dim=0, kv_heads=True)
+BETWEEN = Rule(in_region=False)
+ADDED_ONCE = Rule(added_once=True)
+
+ENDS = {
+    "model.embed_tokens.weight": Rule(tp_dim=0, in_region=False),
+    "model.norm.weight": BETWEEN,
+    "lm_head.weight": COLUMNS,
+}
+NORMS = {"input_layernorm.weight": BETWEEN, "post_attention_layernorm.weight": BETWEEN}
+ATTENTION = {
+    "self_attn.q_proj.weight": COLUMNS, "self_attn.q_proj.bias": COLUMNS,
+    "self_attn.k_proj.weight": HEADS, "self_attn.k_proj.bias": HEADS,
+    "self_attn.v_proj.weight": HEADS, "self_attn.v_proj.bias": HEADS,
+    "self_attn.o_proj.weight": ROWS, "self_attn.o_proj.bias": ADDED_ONCE,
+    "self_attn.q_norm.weight": IN_FULL, "self_attn.k_norm.weight": IN_FULL,
+}  # fmt: skip
+
+
+def mlp(module: str = "mlp") -> dict[str, Rule]:
+    """A gated MLP that is `module` of a layer."""
+    return {
+        f"{module}.gate_proj.weight": COLUMNS, f"{module}.gate_proj.bias": COLUMNS,
+        f"{module}.up_proj.weight": COLUMNS, f"{module}.up_proj.bias": COLUMNS,
+        f"{module}.down_proj.weight": ROWS, f"{module}.down_proj.bias": ADDED_ONCE,
+    }  # fmt: skip
+
+
+def expert_stacks(
+    block: str = "mlp", entries: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+) -> dict[str, Rule]:
+    """Router and stacks of gated experts [experts, out, in] in the module `block` of a layer.
+
+    `entries`: what the files call gate, up and down of one expert.
+    """
+    gate, up, down = (f"{entry}.weight" for entry in entries)
+    return {
+        f"{block}.gate.weight": IN_FULL,
+        f"{block}.experts.gate_proj": Rule(tp_dim=1, expert=True, entry=gate),
+        f"{block}.experts.up_proj": Rule(tp_dim=1, expert=True, entry=up),
+        f"{block}.experts.down_proj": Rule(tp_dim=2, expert=True, entry=down),
+    }
+
+
+DENSE = ENDS | NORMS | ATTENTION | mlp()
+CORRECTED = {"mlp.gate.e_score_correction_bias": Rule(is_buffer=True)}
+"""The correction of a router with sigmoid scores."""
+
+
+def experts_of(config: Config, count: int, **more: Any) -> ExpertsConfig:
+    """A mixture of `count` experts; `more`: fields that differ by family."""
+    asked = config["output_router_logits"] and "router_aux_loss_coef" in config
+    fields = {
+        "layers": (True,) * config["num_hidden_layers"],
+        "intermediate_size": config.get("moe_intermediate_size") or config["intermediate_size"],
+        "norm_topk_prob": config.get("norm_topk_prob", True),
+        "balance_coefficient": float(config["router_aux_loss_coef"]) if asked else 0.0,
+    }
+    return ExpertsConfig(
+        num_experts=count, experts_per_token=config["num_experts_per_tok"], **fields | more
+    )
+
+
+def grouped_experts_of(config: Config) -> ExpertsConfig:
+    """Experts in groups, with sigmoid scores and shared experts beside them, behind dense layers
+    (DeepSeek-V3)."""
+    first = config["first_k_dense_replace"]
+    return experts_of(
+        config, config["n_routed_experts"],
+        layers=tuple(layer >= first for layer in range(config["num_hidden_layers"])),
+        shared_experts=config["n_shared_experts"],
+        scoring="sigmoid",
+        groups=config["n_group"],
+        groups_per_token=config["topk_group"],
+        routed_scaling_factor=float(config["routed_scaling_factor"]),
+    )  # fmt: skip
+
+
+# Sliding windows.
+
+
+def same_window(config: Config) -> tuple[int | None, ...]:
+    """`sliding_window` in every layer; where the family has the switch, if it is on."""
+    if not config.get("use_sliding_window", True):
+        config["sliding_window"] = None
+    return (config["sliding_window"],) * config["num_hidden_layers"]
+
+
+def windows_by_type(config: Config, types: list[str]) -> tuple[int | None, ...]:
+    """`sliding_window` in the layers whose entry of `layer_types` says so; `types` where it has
+    none."""
+    if config.get("layer_types") is None:
+        config["layer_types"] = types
+    window = config["sliding_window"]
+    return tuple(window if kind == LAYER_TYPES[1] else None for kind in config["layer_types"])

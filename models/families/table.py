@@ -1,0 +1,20 @@
+"""The list of families with a decoder of Slipway."""
+
+from __future__ import annotations
+
+from models.families.deepseek import DEEPSEEK_V3
+from models.families.family import Family
+from models.families.llama import LLAMA, MISTRAL
+from models.families.mixtral import MIXTRAL
+from models.families.qwen import QWEN2, QWEN3, QWEN3_MOE
+
+DECODERS: dict[str, Family] = {
+    "llama": LLAMA,
+    "mistral": MISTRAL,
+    "qwen2": QWEN2,
+    "qwen3": QWEN3,
+    "qwen3_moe": QWEN3_MOE,
+    "mixtral": MIXTRAL,
+    "deepseek_v3": DEEPSEEK_V3,
+}
+"""model_type -> family. Qwen2.5 is qwen2."""
