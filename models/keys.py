@@ -161,7 +161,6 @@ FEATURE_ADVICE: dict[str, str] = {
     "weight_block_size [128, 128]), or convert the weights to bfloat16 and take "
     "quantization_config out of their config.json",
 }
-FAMILIES_WITH_EXPERTS = "Write type: Qwen3MoeConfig, MixtralConfig or DeepseekV3Config"
 
 
 def asks_for_nothing(key: str, value: Any) -> bool:

@@ -108,6 +108,7 @@ def refuse_features(
     problems: Problems,
     *,
     experts: bool,
+    advice_for_experts: str,
 ) -> list[str]:
     """Problems for features that are switched on and not built yet, or not of this family.
 
@@ -120,7 +121,7 @@ def refuse_features(
         feature, rule = keys.NOT_BUILT.get(key, "mixture of experts"), "not built yet"
         advice = keys.FEATURE_ADVICE.get(key, "")
         if own is not None and key in keys.EXPERT_COUNTS:
-            rule, advice = f"{own.architecture} has no experts", keys.FAMILIES_WITH_EXPERTS
+            rule, advice = f"{own.architecture} has no experts", advice_for_experts
         written = model_config.get(key)
         same = key in config_json and written == config_json[key]  # said twice, answered once
         if not keys.asks_for_nothing(key, written) and not same:

@@ -80,7 +80,9 @@ def model_spec(model_config: Mapping[str, Any], config_json: Mapping[str, Any] |
     sizes = {k: v for k, v in model_config.items() if k != "qkv_has_bias" or own is None}
     experts = _has_experts(family, own, known)
     reading = read(sizes, own, known, problems, experts=experts)
-    reading.notes += refuse_features(model_config, base, own, problems, experts=experts)
+    reading.notes += refuse_features(
+        model_config, base, own, problems, experts=experts, advice_for_experts=_mixtures()
+    )
     base.pop("quantization_config", None)  # the weights of the model are not quantised
     decoder = None
     if own is not None:
@@ -116,6 +118,11 @@ def _has_experts(family: str, own: Family | None, known: ConfigClass | None) -> 
         return own.expert_count is not None
     has = known is not None and any(known.has(key) for key in EXPERT_COUNTS)
     return has and family in TRANSFORMERS_MODULES
+
+
+def _mixtures() -> str:
+    """`Write type: MixtralConfig, Qwen3MoeConfig, ...`: the families that have experts."""
+    return f"Write type: {', '.join(f.config_class for f in DECODERS.values() if f.expert_count)}"
 
 
 def _split(

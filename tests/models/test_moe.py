@@ -56,6 +56,22 @@ MODELS: dict[str, dict[str, Any]] = {
     | {"rope_interleave": False, "rope_scaling": YARN, "max_position_embeddings": 64},
     "deepseek_v3 one group": EXPERTS["deepseek_v3"]
     | {"n_group": 1, "topk_group": 1, "norm_topk_prob": False, "rope_scaling": YARN},
+    "glm4_moe": EXPERTS["glm4_moe"],
+    "glm4_moe norms, a quarter rotated": EXPERTS["glm4_moe"]
+    | {
+        "use_qk_norm": True,
+        "partial_rotary_factor": 0.25,
+        "attention_bias": False,
+        "first_k_dense_replace": 2,
+    },
+    "glm4_moe yarn, tied": EXPERTS["glm4_moe"]
+    | {
+        "rope_scaling": YARN,
+        "max_position_embeddings": 64,
+        "tie_word_embeddings": True,
+        "n_shared_experts": 2,
+        "routed_scaling_factor": 1.5,
+    },
 }
 FAMILIES = list(EXPERTS)
 

@@ -14,7 +14,7 @@ from models.attention import AttentionMask, BaseAttention, KVCache, StepContext
 from models.decoder import Attention, Decoder, DecoderLayer
 from models.dropout import ATTENTION_OUTPUT
 from models.layers import Leaf, TiedHead
-from tests.models.tiny import dense_spec, experts_spec, pair, tokens
+from tests.models.tiny import EXPERTS, dense_spec, experts_spec, pair, tokens
 
 DROPOUT = {"attention_dropout": 0.2, "hidden_dropout": 0.1}
 SEEDS = torch.tensor([5, 2**40 + 7])
@@ -36,7 +36,7 @@ MODELS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("name", [*MODELS, "deepseek_v3"])
+@pytest.mark.parametrize("name", [*MODELS, "deepseek_v3", "glm4_moe"])
 def test_tokens_anywhere_give_what_the_whole_row_gives(name: str, packed: bool) -> None:
     """With dropout. What context parallelism gathers, the keys and values of all tokens, is taken
     from a run over whole rows."""
@@ -161,7 +161,7 @@ class Spy(torch.nn.Module):
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "deepseek_v3", "qwen3"])
+@pytest.mark.parametrize("family", [*EXPERTS, "qwen3"])
 def test_stages_one_after_the_other_are_the_model(family: str, tied: bool) -> None:
     given = {"tie_word_embeddings": tied, **DROPOUT}
     spec = dense_spec(**MODELS["qwen3"], **given) if family == "qwen3" else (

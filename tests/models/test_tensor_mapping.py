@@ -46,7 +46,7 @@ WITH_EXPERTS = [
     family for family in TRANSFORMERS_MODULES
     if (known := config_class(family)) and any(known.has(key) for key in EXPERT_COUNTS)
 ]  # fmt: skip
-A_FEW = ["qwen2_moe", "granitemoe", "glm4_moe"]
+A_FEW = ["qwen2_moe", "granitemoe", "glm4_moe_lite"]
 
 
 def loaded(spec: ModelSpec, folder: Path, *, strict: bool = True) -> nn.Module:
@@ -218,7 +218,7 @@ def test_names_without_the_base_model_are_told_only_where_nothing_else_fits() ->
 
 
 def test_modules_for_further_tokens_are_left_alone(tmp_path: Path) -> None:
-    spec = module_spec("glm4_moe", num_hidden_layers=2)
+    spec = module_spec("glm4_moe_lite", num_hidden_layers=2)
     spec.hf_config["num_nextn_predict_layers"] = 1
     model = build_model(spec, dtype=torch.float32)
     leave = ignorable(model, spec, ["model.layers.0.mlp.gate.weight"])

@@ -35,6 +35,10 @@ EXPERTS: dict[str, dict[str, Any]] = {
         "q_lora_rank": 40, "kv_lora_rank": 32, "qk_nope_head_dim": 24, "qk_rope_head_dim": 16,
         "v_head_dim": 20,
     },
+    "glm4_moe": {
+        "type": "Glm4MoeConfig", "expert_num": 12, "num_experts_chosen": 3, "n_group": 4,
+        "topk_group": 2, "moe_intermediate_size": 32, "head_dim": 24, "attention_bias": True,
+    },
 }  # fmt: skip
 """A small model with experts of each family."""
 

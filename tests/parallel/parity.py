@@ -44,7 +44,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8,
         "routed_scaling_factor": 1.5,
     },
+    "glm": {
+        "type": "Glm4MoeConfig", **_SIZES, "head_dim": 16, "use_qk_norm": True,
+        "moe_intermediate_size": 48, "n_routed_experts": 8, "num_experts_per_tok": 2,
+        "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1,
+    },
 }  # fmt: skip
+MIXTURES = ("qwen3 moe", "mixtral", "deepseek", "glm")
+"""Those with experts."""
 
 
 @dataclass(frozen=True)

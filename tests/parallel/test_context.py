@@ -34,6 +34,7 @@ MODELS = {
     "qwen3": {"type": "Qwen3Config", "head_dim": 24, "num_heads": 8, "n_kv_heads": 2},
     "qwen3 one key/value head": {"type": "Qwen3Config", "head_dim": 16, "n_kv_heads": 1},
     "deepseek": EXPERTS["deepseek_v3"],
+    "glm": EXPERTS["glm4_moe"],
 }
 PATTERNS = ("causal", "documents", "window", "documents and window")
 

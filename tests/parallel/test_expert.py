@@ -17,12 +17,12 @@ from launcher.parallel.context import ContextParallel, apply_context_parallel
 from launcher.parallel.expert import apply_expert_parallel, by_expert
 from models.decoder import Decoder
 from models.moe import Experts
-from tests.models.tiny import experts_spec, tokens
+from tests.models.tiny import EXPERTS, experts_spec, tokens
 from tests.ranks import run_ranks
 
 CLOSE = 1e-5
 HIDDEN, INNER = 16, 24
-FAMILIES = ("qwen3_moe", "mixtral", "deepseek_v3")
+FAMILIES = tuple(EXPERTS)
 
 
 @pytest.mark.parametrize(

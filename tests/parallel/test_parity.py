@@ -13,6 +13,7 @@ import pytest
 
 from tests.parallel.parity import (
     FAMILIES,
+    MIXTURES,
     TOLERANCE,
     Case,
     Outcome,
@@ -60,6 +61,9 @@ FAMILIES_ONCE = [
     Case("deepseek", cp=2),
     Case("deepseek", dp=2, pp=2, sharded=True, model={"first_k_dense_replace": 2}),
     Case("deepseek", tp=2),
+    Case("glm", dp=2, tp=2, ep=2, sharded=True, parallel=SEQUENCE),
+    Case("glm", tp=8, model={"use_qk_norm": False, "attention_bias": True}),
+    Case("glm", pp=2, cp=2, pipeline=SCHEDULES["interleaved 1f1b"]),
 ]
 
 
@@ -77,8 +81,7 @@ def whole_matrix() -> Iterable[Case]:
         {"dp": 2, "tp": 2, "pp": 2, "ep": 2},
     ]  # fmt: skip
     for family in FAMILIES:
-        moe = family in ("qwen3 moe", "mixtral", "deepseek")
-        for degrees in axes + (with_experts if moe else []):
+        for degrees in axes + (with_experts if family in MIXTURES else []):
             plain = Case(family, **degrees)
             yield plain
             if plain.dp > 1:
@@ -162,7 +165,7 @@ def compiled_matrix(family: str) -> list[Case]:
     """Every axis and mixture of axes, its layers compiled."""
     degrees = [{"dp": 2}, {"tp": 2}, {"pp": 2}, {"cp": 2}, {"dp": 2, "tp": 2}, {"dp": 2, "pp": 2},
                {"tp": 2, "pp": 2}, {"dp": 2, "tp": 2, "pp": 2}]  # fmt: skip
-    if family in ("qwen3 moe", "mixtral", "deepseek"):
+    if family in MIXTURES:
         degrees += [{"dp": 2, "ep": 2}, {"dp": 2, "tp": 2, "ep": 2}]
     return [
         Case(family, **sizes, sharded="dp" in sizes, more={"compile": "aot_eager"})

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from models.spec import ModelSpec
+from tests.models import tiny
 from tests.models.tiny import dense_spec, experts_spec, module_spec, oracle
 from tests.workshop import VOCABULARY
 
@@ -24,7 +25,7 @@ DENSE: dict[str, dict[str, Any]] = {
     "qwen2.5": {"type": "Qwen2Config", "rope_theta": 1e6, "rms_norm_eps": 1e-6},
     "qwen3": {"type": "Qwen3Config", "head_dim": 24},
 }
-EXPERTS = ("qwen3_moe", "mixtral", "deepseek_v3")
+EXPERTS = tuple(tiny.EXPERTS)
 MODULES = ("gpt_neox", "phi3", "qwen2_moe")
 """Without a decoder of ours; the first two have q, k and v in one tensor."""
 
