@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.dropout import SHARES, dropout, dropout_seeds
-from models.layers import dtype_of
+from models.layers import Leaf, dtype_of
 from models.spec import DecoderConfig, Precision
 
 
@@ -166,7 +166,7 @@ class StepContext:
     loss."""
 
 
-class BaseAttention(nn.Module):
+class BaseAttention(Leaf):
     """What attention layers share: from queries, keys and values to outputs."""
 
     def __init__(
@@ -179,19 +179,24 @@ class BaseAttention(nn.Module):
         self.softmax_dtype = dtype_of(precision.softmax_compute_dtype or "float32")
         self.first_head = 0
         """Index of the first head here among those of the layer."""
+        heads = config.num_attention_heads
+        sinks = nn.Parameter(torch.empty(heads)) if config.attention_sinks else None
+        self.register_parameter("sinks", sinks)
 
     def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, context: StepContext, window: int | None
-    ) -> Tensor:
+        self, query: Tensor, key: Tensor, value: Tensor, context: StepContext, window: int | None,
+        sinks: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """Outputs [rows, heads, queries, value size] of `query` [rows, heads, queries, size] over
-        `key` and `value` [rows, key/value heads, keys, ...] of the whole row.
+        `key` and `value` [rows, key/value heads, keys, ...] of the whole row. `sinks` [heads]: one
+        more score in every softmax, for nothing.
 
         Everything about who sees whom happens in here. A seam: the instance's attribute may be
         replaced by a function of the same arguments, which may call this one.
         """
         mask = context.mask
         if context.dropout_seeds is None or not self.dropout:
-            return attend(query, key, value, mask.mask(window), scale=self.scale)
+            return attend(query, key, value, mask.mask(window), scale=self.scale, sinks=sinks)
         heads = torch.arange(query.shape[1], device=query.device) + self.first_head
         return attend_with_dropout(
             query,
@@ -203,17 +208,21 @@ class BaseAttention(nn.Module):
             probability=self.dropout,
             seeds=dropout_seeds(context.dropout_seeds, self.layer, SHARES),
             lines=heads[:, None] * mask.total + mask.token_indices,
+            sinks=sinks,
         )
 
 
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, scale: float | None = None
-) -> Tensor:
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, scale: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Softmax attention [rows, heads, queries, value size] by the device's kernel.
 
     Without a mask: causal when there is more than one query. Key/value heads are shared inside the
     kernel without a mask, and repeated with one (kernels fall back to the slowest path otherwise).
     """
+    if sinks is not None:
+        return _attend_with_sinks(query, key, value, mask, sinks, scale)
     groups = query.shape[1] // key.shape[1]
     if mask is not None and groups > 1:
         key, value = (states.repeat_interleave(groups, dim=1) for states in (key, value))
@@ -229,6 +238,32 @@ def attend(
     )
 
 
+_SINK_SIZE = 8
+"""Numbers that a head grows by for its sink: kernels want multiples of 8."""
+
+
+def _attend_with_sinks(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sinks: Tensor,
+    scale: float | None,
+) -> Tensor:  # fmt: skip
+    """As `attend`, by the same kernel: a sink is a first key that everybody sees, whose value is
+    zero. Heads have more numbers for it, 0 but for one: 1 in that key, `sinks / scale` in every
+    query, whose product is the sink."""
+    size, width = query.shape[-1], value.shape[-1]
+    scale = size**-0.5 if scale is None else scale
+    causal = mask is None and query.shape[2] > 1
+    of_query = (sinks / scale).to(query.dtype)[:, None, None].expand(*query.shape[:3], 1)
+    query = F.pad(torch.cat((query, of_query), dim=-1), (0, _SINK_SIZE - 1))
+    sink = F.pad(key.new_ones(*key.shape[:2], 1, 1), (size, _SINK_SIZE - 1))
+    key = torch.cat((sink, F.pad(key, (0, _SINK_SIZE))), dim=2)
+    # Values grow to the size of keys, where they had it: the fastest kernels want them equal.
+    value = F.pad(value, (0, _SINK_SIZE if width == size else 0, 1, 0))
+    if causal:  # a first query, so that query i + 1 is at the place of key i + 1
+        query = F.pad(query, (0, 0, 1, 0))
+    mask = None if mask is None else F.pad(mask, (1, 0), value=True)
+    return attend(query, key, value, mask, scale=scale)[:, :, int(causal) :, :width]
+
+
 def attend_with_dropout(
     query: Tensor,
     key: Tensor,
@@ -240,6 +275,7 @@ def attend_with_dropout(
     probability: float,
     seeds: Tensor,
     lines: Tensor,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """As `attend`, with the scores in the open: softmax in `dtype`, then dropout on its result.
 
@@ -250,5 +286,8 @@ def attend_with_dropout(
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     scores = torch.matmul(query, key.transpose(2, 3)) * scale
     scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-    shares = torch.softmax(scores, dim=-1, dtype=dtype).to(query.dtype)
+    if sinks is not None:
+        column = sinks.to(scores.dtype)[:, None, None].expand(*scores.shape[:3], 1)
+        scores = torch.cat((scores, column), dim=-1)
+    shares = torch.softmax(scores, dim=-1, dtype=dtype).to(query.dtype)[..., : key.shape[2]]
     return torch.matmul(dropout(shares, probability, seeds, lines=lines), value)

@@ -183,15 +183,19 @@ def check_rope(
     if not partial and rotated not in (None, 1, 1.0):
         log(f"partial_rotary_factor = {rotated}", "this family rotates the whole head",
             "Nearest: 1.0")  # fmt: skip
-    elif partial and rotated is not None:
-        fits = is_number(rotated) and 0 < rotated <= 1 and int(head_dim * rotated) in range(
-            2, head_dim + 1, 2
-        )  # fmt: skip
-        if not fits:
-            log(f"partial_rotary_factor = {rotated}", f"heads of {head_dim} need an even part",
-                "Nearest: 1.0")  # fmt: skip
+    elif rotated is not None and rotary_dim(head_dim, rope) not in range(2, head_dim + 1, 2):
+        log(f"partial_rotary_factor = {rotated}", f"heads of {head_dim} need an even part",
+            "Nearest: 1.0")  # fmt: skip
     if kind == "dynamic" and head_dim <= 2:
         log(f"rope_type dynamic with head_dim = {head_dim}", "it needs larger heads", "Nearest: 4")
+
+
+def rotary_dim(head_dim: int, rope: Mapping[str, Any]) -> int:
+    """How many numbers of a head are rotated; 0 where the settings make no sense."""
+    part = rope.get("partial_rotary_factor")
+    if part is None:
+        return head_dim
+    return int(head_dim * part) if is_number(part) and 0 < part <= 1 else 0
 
 
 def is_number(value: Any) -> bool:

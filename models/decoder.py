@@ -1,5 +1,4 @@
-"""The decoder: Llama, Mistral, Mixtral, Qwen2, Qwen2.5, Qwen3, Qwen3-MoE and DeepSeek-V3 in one
-class.
+"""The decoder: every family of `models.families.DECODERS` in one class.
 
 Owns the forward computation. Invariants: parameters have the Hugging Face names; tied embeddings
 mean that there is no `lm_head` parameter, so a model may be built on the meta device, sharded and
@@ -50,7 +49,7 @@ class Attention(BaseAttention):
         query, key = (rotate(heads, context.cos, context.sin) for heads in (query, key))
         if context.cache is not None:
             key, value = context.cache.append(self.layer, key, value)
-        output = self.attend(query, key, value, context, self.window)
+        output = self.attend(query, key, value, context, self.window, self.held("sinks"))
         return self.o_proj(output.transpose(1, 2).flatten(2))
 
     def _heads(self, projected: Tensor, norm: RMSNorm | None) -> Tensor:

@@ -45,13 +45,16 @@ def initialize_shard(
     the stack of its experts, each of which may also be asked for by its name on disk.
     """
     parameters = spec.decoder.parameters if spec.decoder is not None else {}
+    rule = parameters.get(kind_of(name))
     experts = unstacked(name, global_shape, parameters)
+    if experts is None and rule is not None and rule.expert:
+        block, _, leaf = name.rpartition(".")
+        experts = [f"{block}.{expert}.{leaf}" for expert in range(global_shape[0])]
     if experts is not None:
         held = experts[box_offset[0] : box_offset[0] + box_size[0]]
         inner = (global_shape[1:], box_offset[1:], box_size[1:])
         matrices = [initialize_shard(expert, *inner, spec, seed) for expert in held]
         return torch.stack(matrices) if matrices else torch.empty(tuple(box_size))
-    rule = parameters.get(kind_of(name))
     constant = _constant(name, len(global_shape), spec.family)
     if constant is not None and not (rule is not None and rule.drawn):
         return torch.full(tuple(box_size), constant)

@@ -16,7 +16,7 @@ TRANSFORMERS_MODULES: tuple[str, ...] = (
     "ernie4_5", "ernie4_5_moe", "exaone", "exaone4", "exaone_moe", "falcon", "falcon_h1",
     "falcon_mamba", "flex_olmo", "flint", "gemma", "gemma2", "gemma3_text", "gemma3n_text",
     "gemma4_text", "gemma4_unified_text", "glm", "glm4", "glm4_moe_lite", "gpt2",
-    "gpt-sw3", "gpt_bigcode", "gpt_neo", "gpt_neox", "gpt_neox_japanese", "gpt_oss", "gptj",
+    "gpt-sw3", "gpt_bigcode", "gpt_neo", "gpt_neox", "gpt_neox_japanese", "gptj",
     "granite", "granite_swa", "granitemoe", "granitemoe_swa", "granitemoehybrid",
     "granitemoeshared", "helium", "hunyuan_v1_dense", "hunyuan_v1_moe", "hy_v3", "hyperclovax",
     "inkling_text", "internlm3", "iquestcoder", "jais2", "jamba", "jetmoe", "kimi_linear",
@@ -87,7 +87,7 @@ NOT_CAUSAL_WHEN: dict[str, tuple[Any, ...]] = {
 NO_PACKING = frozenset({
     "afmoe", "bailing_hybrid", "bamba", "bert", "bert-generation", "big_bird", "biogpt", "bloom",
     "camembert", "data2vec-text", "electra", "ernie", "falcon", "falcon_h1", "falcon_mamba",
-    "gpt_oss", "granitemoehybrid", "inkling_text", "jamba", "kimi_linear", "lfm2", "lfm2_moe",
+    "granitemoehybrid", "inkling_text", "jamba", "kimi_linear", "lfm2", "lfm2_moe",
     "lfm3", "mamba", "mamba2", "megatron-bert", "minimax", "mpt", "nemotron_h", "olmo_hybrid",
     "openai-gpt", "opt", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_next", "recurrent_gemma",
     "rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roformer", "xglm", "xlm",
@@ -98,7 +98,7 @@ over their borders. A test goes through all."""
 
 WEIGHTS_NEEDED = frozenset({
     "afmoe", "apertus", "apertus1p5_text", "bailing_hybrid", "bamba", "diffllama", "doge",
-    "falcon_h1", "falcon_mamba", "flint", "gemma3n_text", "gpt_oss", "granite_swa",
+    "falcon_h1", "falcon_mamba", "flint", "gemma3n_text", "granite_swa",
     "granitemoe_swa", "granitemoehybrid", "jamba", "kimi_linear", "mamba", "mamba2",
     "mimo_v2_flash", "minimax_m3_vl_text", "modernbert-decoder", "nemotron_h", "olmo_hybrid",
     "qwen3_5_moe_text", "qwen3_5_text", "qwen3_next", "recurrent_gemma", "roformer", "xlnet",

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from models.attention import StepContext
 from models.layers import ACTIVATIONS, MLP, Leaf
-from models.spec import DecoderConfig, ExpertsConfig
+from models.spec import ClampedGate, DecoderConfig, ExpertsConfig
 
 
 class Router(Leaf):
@@ -28,6 +28,8 @@ class Router(Leaf):
         super().__init__()
         self.experts = experts
         self.weight = nn.Parameter(torch.empty(experts.num_experts, hidden))
+        bias = nn.Parameter(torch.empty(experts.num_experts)) if experts.router_bias else None
+        self.register_parameter("bias", bias)
         if experts.scoring == "sigmoid":
             correction = torch.zeros(experts.num_experts, dtype=torch.float32)
             self.register_buffer("e_score_correction_bias", correction)
@@ -36,7 +38,9 @@ class Router(Leaf):
         """For `tokens` [n, hidden]: weights [n, k] float32, chosen experts [n, k] int64, and the
         probabilities of all experts [n, experts] float32."""
         experts = self.experts
-        logits = F.linear(tokens.float(), self.held("weight").float())
+        bias = self.held("bias")
+        bias = None if bias is None else bias.float()
+        logits = F.linear(tokens.float(), self.held("weight").float(), bias)
         if experts.scoring == "sigmoid":
             scores = logits.sigmoid()
             chosen = self._best(scores + self.e_score_correction_bias)
@@ -83,6 +87,37 @@ class Experts(Leaf):
         return grouped_linear(self.activation(gate) * up, self.held("down_proj"), counts)
 
 
+class ClampedExperts(Experts):
+    """The experts of gpt-oss, in the form of its files: gate_up_proj [experts, hidden, 2 * inner],
+    in whose last dim gate and up take turns, down_proj [experts, inner, hidden], and biases."""
+
+    def __init__(self, count: int, hidden: int, inner: int, gate: ClampedGate) -> None:
+        Leaf.__init__(self)
+        self.gate_up_proj = nn.Parameter(torch.empty(count, hidden, 2 * inner))
+        self.gate_up_proj_bias = nn.Parameter(torch.empty(count, 2 * inner))
+        self.down_proj = nn.Parameter(torch.empty(count, inner, hidden))
+        self.down_proj_bias = nn.Parameter(torch.empty(count, hidden))
+        self.gate = gate
+
+    def forward(self, tokens: Tensor, counts: Tensor) -> Tensor:
+        """As `Experts.forward`."""
+        gate_up = self._affine(tokens, "gate_up_proj", counts)
+        return self.activated(gate_up[..., ::2], gate_up[..., 1::2], counts)
+
+    def activated(self, gate: Tensor, up: Tensor, counts: Tensor) -> Tensor:
+        """From both projections [n, inner] on; a seam, as `MLP.activated`."""
+        alpha, limit = self.gate.alpha, self.gate.limit
+        gate, up = gate.clamp(max=limit), up.clamp(min=-limit, max=limit)
+        return self._affine((up + 1) * (gate * torch.sigmoid(gate * alpha)), "down_proj", counts)
+
+    def _affine(self, tokens: Tensor, name: str, counts: Tensor) -> Tensor:
+        product = grouped_linear(tokens, self.held(name).transpose(-2, -1), counts)
+        line = torch.arange(len(tokens), device=tokens.device)
+        expert = torch.searchsorted(counts.cumsum(0), line, right=True)
+        # As an embedding: its backward pass adds up in a fixed order.
+        return product + F.embedding(expert, self.held(f"{name}_bias"))
+
+
 class MoE(nn.Module):
     """Router and experts in the place of an MLP, with an MLP for every token beside them if the
     configuration says so."""
@@ -91,12 +126,18 @@ class MoE(nn.Module):
         super().__init__()
         experts, hidden, activation = config.experts, config.hidden_size, config.hidden_act
         assert experts is not None
-        self.gate = Router(hidden, experts)
-        self.experts = Experts(experts.num_experts, hidden, experts.intermediate_size, activation)
+        self.router_name = experts.router_name
+        """The attribute with the router: the files decide its name."""
+        self.add_module(self.router_name, Router(hidden, experts))
+        count, inner = experts.num_experts, experts.intermediate_size
+        if experts.clamped is not None:
+            self.experts: Experts = ClampedExperts(count, hidden, inner, experts.clamped)
+        else:
+            self.experts = Experts(count, hidden, inner, activation)
         self.shared_experts: MLP | None = None
         if experts.shared_experts:
-            inner = experts.intermediate_size * experts.shared_experts
-            self.shared_experts = MLP(hidden, inner, activation)
+            self.shared_experts = MLP(hidden, inner * experts.shared_experts, activation)
+        self.count = count
         self.balance_share = 1.0
         """What the gradient of the balance loss is multiplied by, where several ranks compute the
         same one and their gradients are added."""
@@ -107,7 +148,7 @@ class MoE(nn.Module):
     def forward(self, states: Tensor, context: StepContext) -> Tensor:
         """`states` [rows, length, hidden], and the result."""
         tokens = states.flatten(0, 1)
-        weights, chosen, probabilities = self.gate(tokens)
+        weights, chosen, probabilities = getattr(self, self.router_name)(tokens)
         if self.training and context.balance_scale is not None:
             by_row = (t.unflatten(0, states.shape[:2]) for t in (probabilities, chosen))
             loss = row_balance(*by_row, total=context.mask.total, row_sum=self.row_sum).sum()
@@ -122,7 +163,7 @@ class MoE(nn.Module):
         by_expert, order = flat.sort(stable=True)
         back = torch.empty_like(order)
         back[order] = torch.arange(len(flat), device=flat.device)
-        names = torch.arange(self.gate.experts.num_experts, device=flat.device)
+        names = torch.arange(self.count, device=flat.device)
         ends = torch.searchsorted(by_expert, names, right=True)
         counts = ends.diff(prepend=ends.new_zeros(1))
         outputs = self.experts(_Gather.apply(tokens, order, back, chosen.shape[1]), counts)

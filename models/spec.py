@@ -41,6 +41,14 @@ class Rule:
     """Begins with random values although it is a bias or a vector."""
 
 
+@dataclass(frozen=True)
+class ClampedGate:
+    """The gate of gpt-oss: (up + 1) * gate * sigmoid(alpha * gate), both held within a limit."""
+
+    alpha: float
+    limit: float
+
+
 @dataclass(frozen=True, kw_only=True)
 class ExpertsConfig:
     """The mixture of experts of a decoder."""
@@ -53,6 +61,11 @@ class ExpertsConfig:
     """One entry a layer: whether it has experts in the place of its MLP."""
     block_name: str = "mlp"
     """What the files call the block of router and experts: `mlp` or `block_sparse_moe`."""
+    router_name: str = "gate"
+    """What they call the router in it."""
+    router_bias: bool = False
+    clamped: ClampedGate | None = None
+    """Experts with biases and this gate, gate and up in one tensor; None: plain gated experts."""
     shared_experts: int = 0
     """Experts that see every token; together one MLP of that many times the width."""
     scoring: str = "softmax"
@@ -125,6 +138,9 @@ class DecoderConfig:
     """Dropout on what attention and MLP add to the residual stream; not in Hugging Face configs."""
     parameters: Mapping[str, Rule]
     """Every kind of parameter and buffer, by its name below its layer, to what is done with it."""
+    attention_sinks: bool = False
+    """A score a head, learned, that takes part in every softmax of attention and stands for no
+    token."""
     experts: ExpertsConfig | None = None
     latent: LatentConfig | None = None
     """Latent attention; `head_dim` is then `rotary_dim`."""

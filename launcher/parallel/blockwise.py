@@ -37,14 +37,20 @@ class Softmax:
     All is relative to the highest score of each query so far.
     """
 
-    def __init__(self, asking: Tensor, value_size: int, scale: float) -> None:
-        """`asking`: the queries. `scale` multiplies the scores."""
+    def __init__(
+        self, asking: Tensor, value_size: int, scale: float, sinks: Tensor | None = None
+    ) -> None:
+        """`asking`: the queries. `scale` multiplies the scores. `sinks` [query heads]: a score that
+        each query of a head has seen already, of a key whose value is zero."""
         self.asking, self.scale = asking, scale
         dtype = _wide(asking.dtype)
         lowest = torch.finfo(dtype).min  # not -inf: the difference of two would be no number
         self.peak = torch.full(asking.shape[:-1], lowest, dtype=dtype, device=asking.device)
         self.weight = torch.zeros_like(self.peak)
         self.sum = self.weight.new_zeros((*asking.shape[:-1], value_size))
+        if sinks is not None:
+            self.peak.copy_(_by_query(sinks, asking))
+            self.weight.fill_(1.0)
 
     def add(self, piece: Block, keys: Tensor, values: Tensor) -> None:
         """Let the queries of `piece` look at its keys."""
@@ -83,6 +89,12 @@ class Change:
         # their mean change.
         self.mean = (gradient.to(logarithm.dtype) * output.to(logarithm.dtype)).sum(-1)
 
+    def of_sinks(self, sinks: Tensor) -> Tensor:
+        """The gradient of the `sinks` given to `Softmax`. Their values are zero: what is left is
+        the mean change, by their share."""
+        shares = (_by_query(sinks, self.asking).to(self.mean.dtype) - self.logarithm).exp()
+        return (-shares * self.mean).sum((0, -1)).flatten().to(sinks.dtype)
+
     def add(
         self, piece: Block, keys: Tensor, values: Tensor, of_keys: Tensor, of_values: Tensor
     ) -> None:
@@ -97,6 +109,11 @@ class Change:
         slope = slope.sub_(mean[..., None]).mul_(shares).mul_(self.scale).to(key.dtype)
         self.of_query[:, :, :, piece.queries] += _by_head(slope, key)
         of_keys[:, :, piece.keys] += _over_queries(slope, asking)
+
+
+def _by_query(sinks: Tensor, asking: Tensor) -> Tensor:
+    """[query heads] -> [key/value heads, query heads of each, 1]"""
+    return sinks.unflatten(0, asking.shape[1:3])[..., None]
 
 
 def _scores(asking: Tensor, keys: Tensor, piece: Block, scale: float) -> Tensor:

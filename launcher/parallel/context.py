@@ -38,7 +38,7 @@ from models.decoder import Decoder
 HEADS, TOKENS = 1, 2
 """Dims of queries, keys and values."""
 
-Attend = Callable[[Tensor, Tensor, Tensor, StepContext, int | None], Tensor]
+Attend = Callable[[Tensor, Tensor, Tensor, StepContext, int | None, Tensor | None], Tensor]
 
 
 def token_indices(total: int, size: int, rank: int, *, balanced: bool) -> Tensor:
@@ -114,19 +114,22 @@ def _attend(
     value: Tensor,
     context: StepContext,
     window: int | None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """As `BaseAttention.attend`, over the tokens of all ranks."""
     mask = context.mask
     if mask.in_order:
-        return alone(query, key, value, context, window)
+        return alone(query, key, value, context, window, sinks)
     if cp.ulysses is not None:
+        if sinks is not None:
+            sinks = sinks.chunk(_size(cp.ulysses))[dist.get_rank(cp.ulysses)]
         key, value = (enough_heads(states, _size(cp.ulysses)) for states in (key, value))
         query, key, value = (exchange(t, HEADS, TOKENS, cp.ulysses) for t in (query, key, value))
     if cp.ring is not None:
         ring = Ring(cp.ring, mask, window)
-        output = ring_attention(query, key, value, ring, scale=attention.scale)
+        output = ring_attention(query, key, value, ring, scale=attention.scale, sinks=sinks)
     else:
-        output = alone(query, key, value, replace(context, mask=mask.whole()), window)
+        output = alone(query, key, value, replace(context, mask=mask.whole()), window, sinks)
     return output if cp.ulysses is None else exchange(output, TOKENS, HEADS, cp.ulysses)
 
 

@@ -112,43 +112,46 @@ def _placed(ranges: Sequence[range]) -> Iterator[tuple[int, range]]:
 
 @torch.compiler.disable
 def ring_attention(
-    query: Tensor, key: Tensor, value: Tensor, ring: Ring, *, scale: float | None = None
-) -> Tensor:
+    query: Tensor, key: Tensor, value: Tensor, ring: Ring, *, scale: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Attention outputs [rows, heads, tokens, value size] of the queries of this rank's tokens over
     the whole rows.
 
     `query` [rows, heads, tokens, size], `key` [rows, key/value heads, tokens, size] and `value`
     [rows, key/value heads, tokens, value size] are of the tokens at `chunks(...)` of this rank.
-    `scale` multiplies the scores; None is one over the root of the size. Every rank of the ring
+    `scale` multiplies the scores; None is one over the root of the size. `sinks` [heads]: one more
+    score in every softmax, for nothing. Every rank of the ring
     calls it, and its backward pass.
     """
     if scale is None:
         scale = query.shape[-1] ** -0.5
-    output: Tensor = _RingAttention.apply(query, key, value, ring, scale)
+    output: Tensor = _RingAttention.apply(query, key, value, sinks, ring, scale)
     return output
 
 
 class _RingAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, ring: Ring, scale: float
-    ) -> Tensor:
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, ring: Ring,
+        scale: float,
+    ) -> Tensor:  # fmt: skip
         ctx.ring, ctx.scale = ring, scale
         asking = grouped(query, key.shape[1])
-        softmax = Softmax(asking, value.shape[-1], scale)
+        softmax = Softmax(asking, value.shape[-1], scale, sinks)
         for source, arrived in _rounds(_packed(key, value), ring):
             keys, values = _unpacked(arrived, key, value)
             for piece in ring.pieces(source, lines=query.shape[0] * query.shape[1]):
                 softmax.add(piece, keys, values)
         output = softmax.output().to(query.dtype).flatten(1, 2)
-        ctx.save_for_backward(query, key, value, output, softmax.logarithm())
+        ctx.save_for_backward(query, key, value, output, softmax.logarithm(), sinks)
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         ring, scale = ctx.ring, ctx.scale
-        query, key, value, output, logarithm = ctx.saved_tensors
+        query, key, value, output, logarithm, sinks = ctx.saved_tensors
         asking = grouped(query, key.shape[1])
         done, gradient = (grouped(t, key.shape[1]) for t in (output, gradient))
         change = Change(asking, done, gradient, logarithm, scale)
@@ -163,7 +166,8 @@ class _RingAttention(torch.autograd.Function):
             passing = _Passing(sums, ring)
         assert passing is not None
         home = (t.to(key.dtype) for t in _unpacked(passing.arrived(), key, value))
-        return change.of_query.to(query.dtype).flatten(1, 2), *home, None, None
+        of_sinks = None if sinks is None else change.of_sinks(sinks)
+        return change.of_query.to(query.dtype).flatten(1, 2), *home, of_sinks, None, None
 
 
 class _Passing:

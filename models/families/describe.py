@@ -13,7 +13,7 @@ from typing import Any
 
 from launcher.errors import did_you_mean
 from models.causality import check_causal
-from models.checks import SizeCheck, check_rope, rope_of
+from models.checks import SizeCheck, check_rope, rope_of, rotary_dim
 from models.config_class import (
     COMMON_KEYS,
     ConfigClass,
@@ -280,7 +280,7 @@ def _decoder(
     fields = {
         **{key: config[key] for key in _PLAIN},
         "head_dim": head_dim,
-        "rotary_dim": int(head_dim * (rope.get("partial_rotary_factor") or 1.0)),
+        "rotary_dim": rotary_dim(head_dim, rope),
         "rms_norm_eps": float(config["rms_norm_eps"]),
         "rope_theta": rope["rope_theta"],
         "rope_scaling": None if rope["rope_type"] == "default" else rope,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from models.families.deepseek import DEEPSEEK_V3
 from models.families.family import Family
 from models.families.glm4_moe import GLM4_MOE
+from models.families.gpt_oss import GPT_OSS
 from models.families.llama import LLAMA, MISTRAL
 from models.families.mixtral import MIXTRAL
 from models.families.qwen import QWEN2, QWEN3, QWEN3_MOE
@@ -18,5 +19,6 @@ DECODERS: dict[str, Family] = {
     "mixtral": MIXTRAL,
     "deepseek_v3": DEEPSEEK_V3,
     "glm4_moe": GLM4_MOE,
+    "gpt_oss": GPT_OSS,
 }
 """model_type -> family. Qwen2.5 is qwen2."""

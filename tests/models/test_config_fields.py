@@ -144,6 +144,7 @@ IGNORED = {
     "mixtral": {"routed_scaling_factor": 2.0, "norm_topk_prob": False},
     "qwen3_moe": {"routed_scaling_factor": 2.0, "mlp_bias": True},
     "deepseek_v3": {"sliding_window": 8, "use_sliding_window": True},
+    "gpt_oss": {"norm_topk_prob": True, "use_sliding_window": True, "n_group": 2},
     "glm4_moe": {"sliding_window": 8, "mlp_bias": True, "kv_lora_rank": 8},
 }  # fmt: skip
 

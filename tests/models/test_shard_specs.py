@@ -36,7 +36,7 @@ MODELS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("name", [*MODELS, "deepseek_v3", "glm4_moe"])
+@pytest.mark.parametrize("name", [*MODELS, "deepseek_v3", "glm4_moe", "gpt_oss"])
 def test_tokens_anywhere_give_what_the_whole_row_gives(name: str, packed: bool) -> None:
     """With dropout. What context parallelism gathers, the keys and values of all tokens, is taken
     from a run over whole rows."""
@@ -49,9 +49,10 @@ def test_tokens_anywhere_give_what_the_whole_row_gives(name: str, packed: bool) 
         plain = module.attend
 
         def keep(query: Tensor, key: Tensor, value: Tensor, context: StepContext,
-                 window: int | None, plain=plain, layer=module.layer) -> Tensor:  # fmt: skip
+                 window: int | None, sinks: Tensor | None = None, *, plain=plain,
+                 layer=module.layer) -> Tensor:  # fmt: skip
             whole = kept.setdefault(layer, (key, value))
-            return plain(query, *whole, context, window)
+            return plain(query, *whole, context, window, sinks)
 
         module.attend = keep
     input_ids = tokens(2, 12)

@@ -7,12 +7,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 from models.config_class import class_names
 from models.decoder import Decoder
-from models.families import ModelSpec, model_spec
+from models.families import ModelConfigError, ModelSpec, model_spec
 from models.names import unstacked
 from tests.models.zoo import tiny_config
 
@@ -22,6 +23,10 @@ SIZES: dict[str, Any] = {
     "num_heads": 4, "n_kv_heads": 2,
 }  # fmt: skip
 
+
+LLAMA = {"type": "LlamaConfig"}
+QWEN_MOE = {"type": "Qwen3MoeConfig"}
+DEEPSEEK = {"type": "DeepseekV3Config"}
 
 EXPERTS: dict[str, dict[str, Any]] = {
     "qwen3_moe": {
@@ -39,6 +44,10 @@ EXPERTS: dict[str, dict[str, Any]] = {
         "type": "Glm4MoeConfig", "expert_num": 12, "num_experts_chosen": 3, "n_group": 4,
         "topk_group": 2, "moe_intermediate_size": 32, "head_dim": 24, "attention_bias": True,
     },
+    "gpt_oss": {
+        "type": "GptOssConfig", "expert_num": 8, "num_experts_chosen": 3, "head_dim": 24,
+        "sliding_window": 7, "swiglu_limit": 1.5,
+    },
 }  # fmt: skip
 """A small model with experts of each family."""
 
@@ -49,6 +58,12 @@ def dense_spec(**model_config: Any) -> ModelSpec:
 
 def experts_spec(family: str, **model_config: Any) -> ModelSpec:
     return dense_spec(**EXPERTS[family] | model_config)
+
+
+def problems_of(model_config: dict[str, Any], config_json: dict[str, Any] | None = None) -> str:
+    with pytest.raises(ModelConfigError) as raised:
+        model_spec(model_config, config_json)
+    return str(raised.value)
 
 
 def oracle(spec: ModelSpec, *, seed: int = 0) -> nn.Module:

@@ -49,9 +49,16 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "moe_intermediate_size": 48, "n_routed_experts": 8, "num_experts_per_tok": 2,
         "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1,
     },
+    "gpt-oss": {
+        "type": "GptOssConfig", **_SIZES, "head_dim": 16, "num_local_experts": 8,
+        "num_experts_per_tok": 2, "sliding_window": 9,
+    },
 }  # fmt: skip
-MIXTURES = ("qwen3 moe", "mixtral", "deepseek", "glm")
+MIXTURES = ("qwen3 moe", "mixtral", "deepseek", "glm", "gpt-oss")
 """Those with experts."""
+EPSILON = {"gpt-oss": 1e-3}
+"""Of Adam. Biases begin at zero and are nothing but its steps, in which the rounding of a small
+gradient counts by 1 / epsilon; this family has many."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +102,7 @@ class Case:
                 "batch_size": self.batch or 8 // (self.dp * micro), "max_steps": STEPS,
                 "epochs": 4, **accumulation,
             },
-            "optimizer": {"eps": 1e-4},
+            "optimizer": {"eps": EPSILON.get(self.family, 1e-4)},
             "lr_schedule": {"type": "ConstantWarmUpLR", "learning_rate": 5e-3, "warmup_steps": 0},
             "callbacks": [],
             "parallel_config": {

@@ -64,6 +64,22 @@ FAMILIES_ONCE = [
     Case("glm", dp=2, tp=2, ep=2, sharded=True, parallel=SEQUENCE),
     Case("glm", tp=8, model={"use_qk_norm": False, "attention_bias": True}),
     Case("glm", pp=2, cp=2, pipeline=SCHEDULES["interleaved 1f1b"]),
+    Case("gpt-oss", dp=2, tp=2, ep=2, sharded=True, parallel=SEQUENCE, model=BALANCE),
+    Case("gpt-oss", tp=8),
+    Case("gpt-oss", tp=2, cp=2),
+    Case(
+        "gpt-oss",
+        pp=2,
+        cp=2,
+        pipeline=SCHEDULES["interleaved 1f1b"],
+        parallel={"context_parallel_algo": "ulysses_cp"},
+    ),
+    Case(
+        "gpt-oss",
+        dp=2,
+        more={"recompute_config": {"select_recompute": True}},
+        model={"attention_dropout": 0.1},
+    ),
 ]
 
 

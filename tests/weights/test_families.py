@@ -85,6 +85,8 @@ QUICK = [
     Case("qwen3_moe", dp=2, tp=2, ep=2, sharded=True),
     Case("mixtral", dp=2, pp=2, ep=2),
     Case("glm4_moe", dp=2, tp=2, ep=2, sharded=True),
+    Case("gpt_oss", dp=2, tp=2, ep=2, sharded=True),
+    Case("gpt_oss", tp=2, pp=2),
     Case(FP8, dp=2, tp=2, ep=2, sharded=True),
     Case(FP8, tp=2, pp=2),
     *(Case(family, dp=4, sharded=True) for family in MODULES),
