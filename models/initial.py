@@ -48,8 +48,8 @@ def initialize_shard(
     rule = parameters.get(kind_of(name))
     experts = unstacked(name, global_shape, parameters)
     if experts is None and rule is not None and rule.expert:
-        block, _, leaf = name.rpartition(".")
-        experts = [f"{block}.{expert}.{leaf}" for expert in range(global_shape[0])]
+        module, _, leaf = name.rpartition(".")
+        experts = [f"{module}.{expert}.{leaf}" for expert in range(global_shape[0])]
     if experts is not None:
         held = experts[box_offset[0] : box_offset[0] + box_size[0]]
         inner = (global_shape[1:], box_offset[1:], box_size[1:])
