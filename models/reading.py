@@ -136,6 +136,10 @@ def refuse_features(
                 notes.append(
                     f"{what}: FP8 weights are multiplied by their factors as they are read"
                 )
+            elif key == "quantization_config" and own is not None and own.reads_mxfp4 and (
+                isinstance(value, Mapping) and value.get("quant_method") == "mxfp4"
+            ):  # fmt: skip
+                notes.append(f"{what}: MXFP4 weights are unpacked as they are read")
             else:
                 problems.log(f"{what} needs {feature}", rule, advice=advice)
     return notes

@@ -56,6 +56,9 @@ class Family:
     """Adds problems with sizes that this family alone has."""
     has_latent: bool = False
     """Latent attention: sizes of heads have keys of their own."""
+    reads_mxfp4: bool = False
+    """Whether its files may hold stacks of experts in 4 bits, as `launcher.weights.mxfp4` has it.
+    """
     fixed: Mapping[str, Any] = field(default_factory=dict)
     """Keys of config.json that transformers does not read, and the only value they may have."""
     mindformers_pieces: Mapping[str, tuple[str, ...]] = field(default_factory=dict)

@@ -69,4 +69,5 @@ GPT_OSS = Family(
     ),
     options=lambda config: {"attention_sinks": True},
     check=_check,
+    reads_mxfp4=True,
 )  # fmt: skip

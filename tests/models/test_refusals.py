@@ -223,6 +223,7 @@ def test_problems_of_files_name_the_file() -> None:
     assert "needs multimodal models" in problems_of({}, vision)
 
 
+MXFP4 = {"quant_method": "mxfp4"}
 FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
 
 
@@ -236,10 +237,18 @@ def test_weights_in_8_bits_are_those_of_a_model_that_is_not(family: str) -> None
     ) in spec.notes
 
 
+def test_weights_in_4_bits_are_those_of_a_family_that_has_them() -> None:
+    spec = model_spec({}, {"model_type": "gpt_oss", "quantization_config": MXFP4})
+    assert "quantization_config" not in spec.hf_config
+    assert "config.json: quantization_config: MXFP4 weights are unpacked as they are read" in (
+        spec.notes
+    )
+
+
 @pytest.mark.parametrize(
     "other",
     [{"quant_method": "gptq", "bits": 4}, FP8 | {"weight_block_size": None}, FP8 |
-     {"weight_block_size": [128, 0]}, {"quant_method": "mxfp4"}, "fp8"],
+     {"weight_block_size": [128, 0]}, MXFP4, "fp8"],
 )  # fmt: skip
 def test_other_ways_to_quantise_are_refused(other: Any) -> None:
     for family in ("deepseek_v3", "phi3"):

@@ -1,4 +1,5 @@
-"""Tiny Hugging Face directories of every family, and the same in 8 bits as DeepSeek publishes."""
+"""Tiny Hugging Face directories of every family, and the same in 8 bits as DeepSeek publishes, in 4
+bits as gpt-oss is published."""
 
 from __future__ import annotations
 
@@ -102,3 +103,37 @@ def spread(scale: torch.Tensor, block: tuple[int, int], shape: torch.Size) -> to
     rows = torch.arange(shape[0]) // block[0]
     columns = torch.arange(shape[1]) // block[1]
     return scale.float()[rows][:, columns]
+
+
+def make_in_4_bits(origin: Path, folder: Path) -> tuple[Path, Path]:
+    """Two directories beside each other in `folder`: `mxfp4`, the stacks of experts of `origin` in
+    4 bits, and `plain`, the same numbers in float32."""
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    low, plain = dict[str, torch.Tensor](), dict[str, torch.Tensor]()
+    for name, tensor in load_file(origin / "model.safetensors").items():
+        low[name] = plain[name] = tensor
+        if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            del low[name]
+            low[f"{name}_blocks"], low[f"{name}_scales"] = parts = in_4_bits(tensor)
+            plain[name] = convert_moe_packed_tensors(*parts, dtype=torch.float32).contiguous()
+    config = json.loads((origin / "config.json").read_text())
+    written = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn"]}
+    for name, tensors, more in (
+        ("mxfp4", low, {"quantization_config": written}), ("plain", plain, {}),
+    ):  # fmt: skip
+        (folder / name).mkdir(parents=True)
+        save_file(tensors, folder / name / "model.safetensors", {"format": "pt"})
+        (folder / name / "config.json").write_text(json.dumps(config | more))
+    return folder / "mxfp4", folder / "plain"
+
+
+def in_4_bits(stack: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(blocks [n, out, in / 32, 16], scales [n, out, in / 32]), uint8, of a stack [n, in, out]."""
+    numbers = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+    numbers = torch.cat((numbers, -numbers))
+    groups = stack.transpose(1, 2).unflatten(-1, (-1, 32))
+    exponent = torch.frexp(groups.abs().amax(-1)).exponent - 3
+    scaled = torch.ldexp(groups, -exponent[..., None])
+    nearest = (scaled[..., None] - numbers).abs().argmin(-1).to(torch.uint8)
+    return nearest[..., ::2] | nearest[..., 1::2] << 4, (exponent + 127).to(torch.uint8)

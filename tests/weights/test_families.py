@@ -25,10 +25,19 @@ from launcher.weights.ranks.distributed import open_rank_files
 from models.build import hf_directory_files
 from models.families import model_spec
 from tests.ranks import run_ranks
-from tests.weights.directories import DENSE, EXPERTS, MODULES, make, make_in_8_bits
+from tests.weights.directories import (
+    DENSE,
+    EXPERTS,
+    MODULES,
+    make,
+    make_in_4_bits,
+    make_in_8_bits,
+)
 from tests.workshop import BASE, VOCABULARY, Workshop, merged
 
 FP8 = "deepseek_v3 fp8"
+MXFP4 = "gpt_oss mxfp4"
+QUANTISED = (FP8, MXFP4)
 
 
 @dataclass(frozen=True)
@@ -49,12 +58,13 @@ class Case:
     @property
     def folder(self) -> str:
         """Of its weights, in the workshop."""
-        return f"{self.family.split()[0]} made/fp8" if self.family == FP8 else self.family
+        return self.family.replace(" ", " made/")
 
     @property
     def plain(self) -> str:
         """Of the same weights, not in 8 bits."""
-        return f"{self.family.split()[0]} made/plain" if self.family == FP8 else self.family
+        base, _, is_quantised = self.family.partition(" ")
+        return f"{base} made/plain" if is_quantised else self.family
 
     def yaml(self) -> dict[str, Any]:
         pipeline = {"micro_batch_num": self.pp} if self.pp > 1 else {}
@@ -89,6 +99,8 @@ QUICK = [
     Case("gpt_oss", tp=2, pp=2),
     Case(FP8, dp=2, tp=2, ep=2, sharded=True),
     Case(FP8, tp=2, pp=2),
+    Case(MXFP4, dp=2, tp=2, ep=2, sharded=True),
+    Case(MXFP4, tp=4),
     *(Case(family, dp=4, sharded=True) for family in MODULES),
 ]
 
@@ -100,8 +112,8 @@ _EXPERT_LAYOUTS: list[dict[str, Any]] = [
     {"dp": 4, "ep": 4}, {"dp": 4, "ep": 2, "sharded": True}, {"dp": 2, "tp": 2, "ep": 2},
     {"dp": 2, "tp": 2, "ep": 2, "sharded": True}, {"dp": 2, "pp": 2, "ep": 2, "sharded": True},
 ]  # fmt: skip
-LONG = [Case(f, **layout) for f in (*DENSE, *EXPERTS, FP8) for layout in _LAYOUTS]
-LONG += [Case(f, **layout) for f in (*EXPERTS, FP8) for layout in _EXPERT_LAYOUTS]
+LONG = [Case(f, **layout) for f in (*DENSE, *EXPERTS, *QUANTISED) for layout in _LAYOUTS]
+LONG += [Case(f, **layout) for f in (*EXPERTS, *QUANTISED) for layout in _EXPERT_LAYOUTS]
 LONG += [Case(f, dp=n, sharded=s) for f in MODULES for n in (2, 3) for s in (True, False)]
 
 
@@ -110,7 +122,7 @@ def test_a_family_a_layout(workshop: Workshop) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("family", [*DENSE, *EXPERTS, FP8, *MODULES])
+@pytest.mark.parametrize("family", [*DENSE, *EXPERTS, *QUANTISED, *MODULES])
 def test_families_on_all_layouts(workshop: Workshop, family: str) -> None:
     check(workshop, [case for case in LONG if case.family == family])
 
@@ -129,6 +141,10 @@ def check(workshop: Workshop, cases: list[Case]) -> None:
 
 def _make(folder: Path, family: str) -> None:
     base = family.split()[0]
+    if family == MXFP4:  # whose blocks are of 32 numbers
+        origin = make(base, folder / f"{base} wide", intermediate_size=96)
+        make_in_4_bits(origin, folder / f"{base} made")
+        return
     origin = make(base, folder / base)
     if family == FP8:
         make_in_8_bits(origin, folder / f"{base} made")

@@ -22,6 +22,7 @@ from launcher.mindspore.strategy import Strategy
 from launcher.mindspore.strategy_files import read_strategy
 from launcher.mindspore.tensor_layout import TensorLayout, boxes
 from launcher.weights.formats.rank_metadata import RankFileMetadata, inventory_of
+from launcher.weights.mxfp4 import packed_of
 from launcher.weights.ranks.saves import DEFAULT_SUFFIX, MODEL_FOLDER, Log, no_log, open_any_format
 from launcher.weights.source import (
     INDEX_NAMES,
@@ -169,9 +170,11 @@ def slice_weights(
     Raises `UserError` when the layout knows no tensor of the source, for weights in 8 bits, whose
     factors rank files have no place for, and when `target` may not be written.
     """
-    if source.scales:
+    packed = packed_of(source.tensors)
+    if source.scales or packed:
+        bits, name = (4, next(iter(packed))) if packed else (8, next(iter(source.scales)))
         raise UserError(
-            f"{source.path} holds weights in 8 bits, such as `{next(iter(source.scales))}`",
+            f"{source.path} holds weights in {bits} bits, such as `{name}`",
             rule="rank files have no place for the factors of their blocks",
             advice="Load the complete weights themselves: they are sliced while they are read",
         )

@@ -14,12 +14,13 @@ from dataclasses import dataclass, field
 import torch
 
 from launcher.errors import UserError
-from launcher.layout.box import Shape
+from launcher.layout.box import Box, Shape
 from launcher.weights.gc_pause import gc_paused
+from launcher.weights.mxfp4 import Packed, packed_of
 from launcher.weights.reading.local_files import check_local
 from launcher.weights.reading.mismatch import Differences, mismatch
 from launcher.weights.reading.plan import plan_box
-from launcher.weights.reading.read import Fill, fill
+from launcher.weights.reading.read import Exponents, Fill, fill
 from launcher.weights.reading.recheck import check_read
 from launcher.weights.reading.shard import TORCH_DTYPES, Shard
 from launcher.weights.scales import check_idle, scales_of
@@ -64,7 +65,10 @@ def load(
     if expected is None:
         expected = {name: target.shape for name, target in targets.items()}
     found = _names_in_files(source, expected, tied)
+    packed = {name: p for name, p in packed_of(source.tensors).items() if name in expected}
+    found |= {name: name for name in packed}
     factors, ignored = {*source.scales.values()}, tuple(ignore_prefixes)
+    factors |= {part for p in packed.values() for part in (p.blocks, p.scales)}
     unknown = [
         name
         for name in source.tensors
@@ -77,12 +81,12 @@ def load(
     extra = [name for name in unknown if not leave(name)]
     check_idle(source, unknown)
     check_promised(source.promised, frozenset(missing).__contains__)
-    unfit = _unfit(source, expected, targets, found)
+    unfit = _unfit(source, expected, targets, found, packed)
     differences = Differences(expected, found, missing, extra, unfit)
     if unfit or differences.fit_none or (strict and (missing or extra)):
         raise mismatch(source, differences)
     jobs = [
-        _fill_of(target, source, found[name], rank)
+        _fill_of(target, source, found[name], rank, packed.get(name))
         for name, target in targets.items()
         if name in found and reads(name)
     ]
@@ -110,15 +114,17 @@ def _unfit(
     expected: Mapping[str, Shape],
     targets: Mapping[str, Shard],
     found: Mapping[str, str],
+    packed: Mapping[str, Packed],
 ) -> dict[str, tuple[str, str]]:
     """Name to (what the files have, what the model needs) of tensors of another shape or kind."""
     unfit = {}
     # What other ranks hold has the dtype of what this one holds: all find the same differences.
     usual = next((t.tensor.dtype for t in targets.values()), torch.float32)
     for name, file_name in found.items():
-        if source.shape(file_name) != expected[name]:
-            unfit[name] = (str(list(source.shape(file_name))), str(list(expected[name])))
-        else:
+        shape = packed[name].shape if name in packed else source.shape(file_name)
+        if shape != expected[name]:
+            unfit[name] = (str(list(shape)), str(list(expected[name])))
+        elif name not in packed:
             disk = TORCH_DTYPES[source.dtype(file_name)]
             model = targets[name].tensor.dtype if name in targets else usual
             if disk != model and not (disk.is_floating_point and model.is_floating_point):
@@ -130,8 +136,16 @@ def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _fill_of(target: Shard, source: Source, name: str, rank: int) -> Fill:
+def _fill_of(
+    target: Shard, source: Source, name: str, rank: int, packed: Packed | None = None
+) -> Fill:
     """The reads of tensor `name` of the files that fill `target`."""
+    if packed is not None:
+        blocks = source.tensors[packed.blocks]
+        box = packed.blocks_for(target.box) if target.box.numel else Box((), (0,))
+        reads = plan_box(packed.blocks, box, blocks, prefer_rank=rank)
+        exponents = Exponents(packed.scales, source.tensors[packed.scales])
+        return Fill(target.tensor, target.box, reads, exponents=exponents)
     reads = plan_box(name, target.box, source.tensors[name], prefer_rank=rank)
     return Fill(target.tensor, target.box, reads, scales_of(source, name))
 

@@ -18,9 +18,12 @@ import numpy as np
 import torch
 
 from launcher.layout.box import Box
+from launcher.weights.mxfp4 import scales_for, tensor_of
+from launcher.weights.pieces import Pieces
 from launcher.weights.reading.plan import Read, plan_box, portions, strided_copy_of
 from launcher.weights.reading.shard import TORCH_DTYPES, Storages, address_of
 from launcher.weights.reading.transfer import Bytes, Files, Transfer, read_all, read_strided
+from launcher.weights.reading.unpack import unpack
 from launcher.weights.scales import Scales
 from launcher.weights.source import Source
 from launcher.weights.threads import in_parallel
@@ -37,6 +40,13 @@ SCALED_BYTES = 512 << 10
 what fits into a cache is multiplied faster."""
 
 
+class Exponents(NamedTuple):
+    """The exponents of weights in 4 bits."""
+
+    name: str
+    pieces: Pieces
+
+
 class Fill(NamedTuple):
     """A tensor, the box of the global tensor it is, and the reads that fill it.
 
@@ -47,6 +57,8 @@ class Fill(NamedTuple):
     box: Box
     reads: list[Read]
     scales: Scales | None = None
+    exponents: Exponents | None = None
+    """Of weights in 4 bits: the reads are of their blocks (`launcher.weights.mxfp4`)."""
 
 
 def fill(fills: Iterable[Fill], source: Source) -> int:
@@ -54,14 +66,16 @@ def fill(fills: Iterable[Fill], source: Source) -> int:
     tasks = [
         (job, read)
         for job in fills
-        for read in portions(job.reads, SCALED_BYTES if job.scales else PORTION_BYTES)
+        for read in portions(
+            job.reads, SCALED_BYTES if job.scales or job.exponents else PORTION_BYTES
+        )
     ]
     order = {path: number for number, path in enumerate(sorted(source.headers))}
     tasks.sort(key=lambda task: (order[task[1].piece.file], task[1].piece.entry.start,
                                  task[1].overlap.offset))  # fmt: skip
     with Files() as files:
-        scales = [job.scales for job, _ in tasks if job.scales is not None]
-        factors = {piece.file for scale in scales for piece in scale.pieces}
+        scales = [job.scales or job.exponents for job, _ in tasks]
+        factors = {piece.file for scale in scales if scale for piece in scale.pieces}
         for path in {read.piece.file for _, read in tasks} | factors:
             header = source.headers[path]
             files.descriptor(path, header.file_bytes, header.modified)
@@ -105,7 +119,7 @@ class _Reader:
 
     def _straight(self, job: Fill, read: Read) -> Transfer | None:
         """From file to tensor; None where bytes do not stay what they are."""
-        if job.tensor.device.type != "cpu":
+        if job.tensor.device.type != "cpu" or job.exponents is not None:
             return None
         memory = self._storages.under(job.tensor)
         if job.scales is not None or job.tensor.dtype != TORCH_DTYPES[read.piece.entry.dtype]:
@@ -121,7 +135,15 @@ class _Reader:
         if job.scales is not None:
             factors, more = self._factors(job.scales, read.overlap)
             values, done = values.float().mul_(factors), done + more
-        region = _region(job.tensor, read.overlap.inside(job.box))
+        box = read.overlap
+        if job.exponents is not None:
+            exponents, more = self._exponents(job.exponents, scales_for(read.overlap))
+            box, done = tensor_of(read.overlap), done + more
+            common = box.intersect(job.box)
+            assert common is not None
+            unpacked = unpack(values, exponents).transpose(1, 2)
+            box, values = common, _region(unpacked, common.inside(box))
+        region = _region(job.tensor, box.inside(job.box))
         if region.device.type != "cuda":
             region.copy_(values)
             return done
@@ -147,6 +169,16 @@ class _Reader:
             stream = self._own.stream = torch.cuda.Stream(device)
             stream.wait_stream(torch.cuda.default_stream(device))  # what fills the memory first
         return stream
+
+    def _exponents(self, exponents: Exponents, box: Box) -> tuple[torch.Tensor, int]:
+        """The exponents of `box`, as they are in the files, and the bytes read for them."""
+        values, done = torch.empty(box.size, dtype=torch.uint8), 0
+        for read in plan_box(exponents.name, box, exponents.pieces):
+            staging = np.empty(read.nbytes, np.uint8)
+            done += self._read(read, staging)
+            part = torch.from_numpy(staging).reshape(read.overlap.size)
+            _region(values, read.overlap.inside(box)).copy_(part)
+        return values, done
 
     def _factors(self, scales: Scales, box: Box) -> tuple[torch.Tensor, int]:
         """The factor of each element of `box`, float32, and the bytes read for them."""

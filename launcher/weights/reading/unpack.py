@@ -1,0 +1,18 @@
+"""Numbers in 4 bits, unpacked (`launcher.weights.mxfp4` has the form)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_HALF = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+_NUMBERS = (*_HALF, *(-number for number in _HALF))
+_BIAS = 127
+
+
+def unpack(blocks: Tensor, exponents: Tensor) -> Tensor:
+    """[..., n, 16] and [..., n], both uint8 -> [..., n * 32] float32, exact."""
+    table = torch.tensor(_NUMBERS)
+    partial_saves = torch.stack((blocks & 15, blocks >> 4), dim=-1).flatten(-2)
+    powers = (exponents.int() - _BIAS)[..., None]
+    return torch.ldexp(table[partial_saves.long()], powers).flatten(-2)
