@@ -26,7 +26,7 @@ from launcher.mindspore.tensor_layout import TensorLayout, boxes
 from launcher.report.console import Console
 from launcher.weights.formats.safetensors import read_header
 from models.build import build_model
-from models.families.family import expert_stacks
+from models.families import DECODERS
 from models.names import unstacked
 from tests.parallel.parity import FAMILIES
 from tests.ranks import JobResult, run_job
@@ -68,6 +68,10 @@ parallel_config:
 """The seed's 16 cards: data that is not there, no tokenizer, no weights."""
 
 
+RULES = DECODERS["deepseek_v3"].parameters | DECODERS["mixtral"].parameters
+"""With all stacks of experts whose entries have names of their own in files."""
+
+
 def layout_of(name: str) -> Layout:
     """Our layout for a configuration in the current directory."""
     resolved = resolve_command_line(parse_words(["--config", name, "--run_mode", "train"]))
@@ -80,10 +84,11 @@ def layout_of(name: str) -> Layout:
 
 def held_by(layout: Layout, rank: int) -> dict[str, tuple[tuple[int, ...], Box]]:
     """(shape, box) of every tensor of `rank`, by the names of its file."""
+    rules = {} if any("gate_up_proj" in name for name in layout.shapes) else RULES
     held = {}
     for name, placement in layout.of(rank).items():
         (box,) = placement.boxes
-        names = unstacked(name, placement.shape, expert_stacks())
+        names = unstacked(name, placement.shape, rules)
         if names is None:
             held[name] = placement.shape, box
             continue
@@ -178,6 +183,7 @@ PLANS = {
                    {**SHARDED, "pipeline_config": {"pipeline_interleave": True}}, 0),
     "whole experts": ("qwen3 moe", {"data_parallel": 2, "model_parallel": 2}, {}, 0),
     "experts of Mixtral": ("mixtral", {"model_parallel": 4}, {}, 0),
+    "stacks of gpt-oss": ("gpt-oss", {"model_parallel": 4}, {}, 0),
     "shared experts": ("deepseek", {"data_parallel": 4, "expert_parallel": 2}, SHARDED, 72),
     "sharded experts": ("qwen3 moe", {"data_parallel": 2}, SHARDED, 96),
     "uneven": ("llama", {"data_parallel": 3}, SHARDED, None),

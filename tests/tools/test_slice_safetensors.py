@@ -39,6 +39,11 @@ EXPERTS = {
     **DENSE, "type": "Qwen3MoeConfig", "num_experts": 4, "num_experts_per_tok": 2,
     "moe_intermediate_size": 8,
 }  # fmt: skip
+STACKS = {
+    **DENSE, "type": "GptOssConfig", "num_local_experts": 4, "num_experts_per_tok": 2,
+    "sliding_window": 8,
+}  # fmt: skip
+"""A family whose files hold the experts of a layer in one tensor."""
 SCALARS = ("epoch_num", "step_num", "global_step", "loss_scale", "learning_rate")
 LAYOUTS = {
     "dp2 tp2 pp3": {"parallel_config": {"data_parallel": 2, "model_parallel": 2,
@@ -94,7 +99,14 @@ def configuration(folder: Path, layout: str) -> str:
 
 @pytest.mark.parametrize(
     ("model_config", "layout"),
-    [(DENSE, "dp2 tp2 pp3"), (EXPERTS, "dp4 ep2"), (EXPERTS, "dp2 tp2 pp3"), (DENSE, "tp2")],
+    [
+        (DENSE, "dp2 tp2 pp3"),
+        (EXPERTS, "dp4 ep2"),
+        (EXPERTS, "dp2 tp2 pp3"),
+        (DENSE, "tp2"),
+        (STACKS, "dp4 ep2"),
+        (STACKS, "dp2 tp2 pp3"),
+    ],
 )
 def test_a_configuration_is_sliced_as_its_run_saves(
     tmp_path: Path, model_config: dict[str, object], layout: str, capsys
