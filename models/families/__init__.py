@@ -2,8 +2,8 @@
 
 `table.DECODERS` lists the model types that run in the decoder of Slipway, a file each (or a file
 for a group that differs in little); `models.module_table` has those that run through their
-transformers module. How to add one: docs/models.md names the tables, and any file here is an
-example.
+transformers module. To add one, write a file beside these, list it in `table`, and take its name
+out of `module_table`.
 """
 
 from models.families.describe import model_spec, needs_weights, supports_packing

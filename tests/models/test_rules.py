@@ -9,7 +9,7 @@ import torch
 
 from launcher.builders.layout import model_layout
 from launcher.layout.mesh import Mesh
-from models.build import build_model
+from models.build import build_model, initialize, initialize_shard
 from models.families import DECODERS
 from models.spec import ModelSpec
 from tests.models.tiny import EXPERTS, dense_spec, experts_spec
@@ -53,3 +53,17 @@ def test_the_rules_of_a_family_fit_its_parameters(family: str) -> None:
                 assert shapes[name][0] == spec.decoder.experts.num_experts
         assert not (rule.added_once and rule.tp_dim is not None)
         assert bool(rule.entry) <= rule.expert
+
+
+def test_what_a_family_draws_begins_at_random_and_other_vectors_do_not() -> None:
+    spec = experts_spec("gpt_oss")
+    model = build_model(spec, dtype=torch.float32, device="cpu")
+    initialize(model, spec, seed=3)
+    for name, parameter in model.named_parameters():
+        if name.endswith(("sinks", "router.bias")):
+            assert len(parameter.unique()) == len(parameter), name
+            shape, part = tuple(parameter.shape), (len(parameter) - 1,)
+            values = initialize_shard(name, shape, (1,), part, spec, 3)
+            assert torch.equal(values, parameter[1:]), name
+        elif name.endswith("bias"):
+            assert not parameter.any(), name
