@@ -19,6 +19,7 @@ from launcher.errors import UserError
 from launcher.layout.box import Box, Shape
 from launcher.layout.layout import SHARDED, Layout
 from launcher.weights.source import OPTIMIZER_PREFIXES, Source
+from launcher.weights.tensor_mapping import MappingsOf
 from models.families import model_spec
 from models.names import mappings_of, unstacked
 from models.spec import ModelSpec, Rule
@@ -32,8 +33,7 @@ class ConfiguredLayout:
     """What each rank of a configured run holds of the tensors of a checkpoint."""
 
     layout: Layout
-    parameters: Mapping[str, Rule]
-    """Of the family."""
+    mappings_of: MappingsOf
 
     @property
     def world_size(self) -> int:
@@ -56,7 +56,7 @@ class ConfiguredLayout:
 
     def _in_files(self, name: str, shape: Shape, box: Box) -> Iterator[tuple[str, Box]]:
         """(name in files, box of that tensor) of what a box of the model's tensor `name` is."""
-        found = mappings_of(self.parameters)(name, shape)
+        found = self.mappings_of(name, shape)
         if found is None:
             yield name, box
             return
@@ -90,7 +90,7 @@ def configured_layout(config_file: str, source: Source) -> ConfiguredLayout:
         shapes, set(shapes), spec, mesh, split=split_of(config, spec),
         vocab_emb_dp=config.parallel_config.vocab_emb_dp, otherwise=SHARDED,
     )  # fmt: skip
-    return ConfiguredLayout(layout, _parameters(spec))
+    return ConfiguredLayout(layout, mappings_of(_parameters(spec)))
 
 
 def _section(problem: Any) -> str:

@@ -5,6 +5,8 @@ The modules that predict further tokens, which its files hold behind the layers,
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 from models.checks import nearest
 from models.families.family import (
     ADDED_ONCE,
@@ -32,17 +34,6 @@ _ATTENTION = {
     "self_attn.kv_a_layernorm.weight": IN_FULL, "self_attn.kv_b_proj.weight": COLUMNS,
     "self_attn.o_proj.weight": ROWS, "self_attn.o_proj.bias": ADDED_ONCE,
 }  # fmt: skip
-
-
-def _latent(config: Config) -> LatentConfig:
-    return LatentConfig(
-        q_lora_rank=config["q_lora_rank"],
-        kv_lora_rank=config["kv_lora_rank"],
-        qk_nope_head_dim=config["qk_nope_head_dim"],
-        qk_rope_head_dim=config["qk_rope_head_dim"],
-        v_head_dim=config["v_head_dim"],
-        rope_interleave=config["rope_interleave"],
-    )
 
 
 def _check(config: Config, add: Add) -> None:
@@ -75,7 +66,7 @@ DEEPSEEK_V3 = Family(
     expert_count="n_routed_experts",
     experts=grouped_experts_of,
     options=lambda config: {
-        "latent": _latent(config),
+        "latent": LatentConfig(**{part.name: config[part.name] for part in fields(LatentConfig)}),
         "head_dim": config["qk_rope_head_dim"], "rotary_dim": config["qk_rope_head_dim"],
         "num_key_value_heads": config["num_key_value_heads"] or config["num_attention_heads"],
     },

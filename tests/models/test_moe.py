@@ -416,9 +416,10 @@ def test_backward_is_repeatable_under_strict_rules(family: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
-def test_compiles_without_breaks_in_bfloat16() -> None:
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_compiles_without_breaks_in_bfloat16(family: str) -> None:
     """Traced whole, as the dense decoder is; in float32 the grouped kernel cannot be traced."""
-    own, _ = pair(experts_spec("qwen3_moe"))
+    own, _ = pair(experts_spec(family))
     own = own.bfloat16()
     input_ids = tokens(2, 16)
     compiled = torch.compile(own, fullgraph=True, backend="eager")
