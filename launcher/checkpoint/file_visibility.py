@@ -11,7 +11,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher.errors import UserError
+from launcher.parallel.all_ranks import capture_error, raise_if_any_failed
 from launcher.parallel.filesystems import FilesystemGroups
 from launcher.parallel.world import World
 from launcher.weights.formats.safetensors import Header, read_header
@@ -57,18 +57,9 @@ def broadcast_headers(
 ) -> dict[Path, Header]:
     """The headers of the files this rank does not see, from the ranks that check them. Raises
     `UserError` on every rank when one cannot be read."""
-    mine, problems = dict[int, Header](), None
-    try:
-        mine = {
-            index: read_header(files[index])
-            for index in visibility.share
-            if index in visibility.hidden
-        }
-    except UserError as error:
-        problems = error.problems
-    reported = world.gather((mine, problems))
-    for _, found in reported:
-        if found:
-            raise UserError(found)
-    known = {index: header for part, _ in reported for index, header in part.items()}
+    checked_here = [index for index in visibility.share if index in visibility.hidden]
+    outcome = capture_error(lambda: {index: read_header(files[index]) for index in checked_here})
+    known: dict[int, Header] = {}
+    for headers in raise_if_any_failed(world, outcome):
+        known |= headers
     return {files[index]: known[index] for index in visibility.elsewhere}

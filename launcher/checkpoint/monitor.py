@@ -117,9 +117,8 @@ class CheckpointMonitor:
             filesystems = find_filesystem_groups(root / folder, run.world)
             self._refuse_to_merge(filesystems, root / folder)
             counter = self._open_folder(run, root / folder, filesystems)
-            raise_if_any_failed(
-                run.world, capture_error(_make_folder, root / folder / f"rank_{run.world.rank}")
-            )
+            made = capture_error(_make_folder, root / folder / f"rank_{run.world.rank}")
+            raise_if_any_failed(run.world, made, NOT_OPENED)
             stores[folder] = Store(
                 root / folder,
                 self.config.prefix,
@@ -383,9 +382,9 @@ class CheckpointMonitor:
         if not found["is_healthy"]:
             run.log(f"warning: {name}: {health.health_issue({health.KEY: found})}")
         if run.world.is_main:
-            _, trouble = capture_error(health.write_down, run.output_dir, name, found)
-            if trouble:
-                run.log(f"warning: {health.RECORD} was not written: {trouble}")
+            error = capture_error(health.write_down, run.output_dir, name, found).error
+            if error:
+                run.log(f"warning: {health.RECORD} was not written: {error}")
 
     def _retention(self) -> str:
         if self.config.keep_checkpoint_max:

@@ -30,6 +30,7 @@ from launcher.weights.reading.shard import Shard
 NETWORK, TRAINABLE = "checkpoint_network", "checkpoint_trainable"
 """Folders of saves beside `FULL`, which has what a resume needs: the weights alone, the trained
 weights alone."""
+NOT_INTEGRATED = "the complete weights could not be written"
 
 
 @dataclass(frozen=True)
@@ -114,10 +115,8 @@ class Saver:
     def integrate(self, name: SaveName, world: World) -> None:
         """Merge the weights of a published save. Raises `UserError`."""
         store = self.stores[FULL]
-        what = "the complete weights could not be written"
-        raise_if_any_failed(
-            world.with_long_timeout(), capture_error(_integrate, store, name, world), what
-        )
+        outcome = capture_error(_integrate, store, name) if world.is_main else None
+        raise_if_any_failed(world.with_long_timeout(), outcome, NOT_INTEGRATED)
 
     def finish_interrupted_save(self, newest: SaveName, world: World) -> None:
         """Do what an earlier run did not come to after it published `newest`, its last save.
@@ -140,7 +139,6 @@ def _name(store: Store, job: SaveRequest) -> SaveName:
     return SaveName(store.prefix, store.counter, job.epoch, job.step_in_epoch)
 
 
-def _integrate(store: Store, name: SaveName, world: World) -> None:
-    if world.is_main:
-        checkpoint = next(found for found in published(store.root) if found.name == name)
-        write_integrated(checkpoint, store.inputs)
+def _integrate(store: Store, name: SaveName) -> None:
+    checkpoint = next(found for found in published(store.root) if found.name == name)
+    write_integrated(checkpoint, store.inputs)

@@ -18,7 +18,7 @@ from __future__ import annotations
 import errno
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ from launcher.checkpoint.published import Published, in_progress_marker, publish
 from launcher.checkpoint.space import bytes_on_host, room_for
 from launcher.errors import UserError
 from launcher.layout.mesh import Mesh
-from launcher.parallel.all_ranks import capture_error, raise_if_any_failed
+from launcher.parallel.all_ranks import P, Result, capture_error, raise_if_any_failed
 from launcher.parallel.filesystems import ONE_FILESYSTEM, FilesystemGroups
 from launcher.parallel.world import World
 from launcher.weights.formats.rank_metadata import Inventory
@@ -52,6 +52,7 @@ from launcher.weights.ranks.rank_file import write_rank_file
 from launcher.weights.reading.checksums import file_faults
 from launcher.weights.reading.shard import Shard
 
+NOT_SAVED = "the checkpoint could not be saved"
 NO_META = "meta.json was not written"
 NOT_LET_GO = "older ones were not let go"
 
@@ -125,16 +126,11 @@ class Store:
         nbytes = bytes_on_host(world, sum(shard.tensor.nbytes for shard in shards.values()))
         begun = False
         try:
-            raise_if_any_failed(world, capture_error(self._prepare, name, world, nbytes))
+            _save_together(world, self._prepare, name, world, nbytes)
             begun = True
-            outcome = capture_error(self._write, name, shards, mesh, world, remove_redundancy)
-            files = raise_if_any_failed(world, outcome)
-            inputs_of_disks = raise_if_any_failed(
-                world, capture_error(self._manifest_inputs, state, world)
-            )
-            raise_if_any_failed(
-                world, capture_error(self._publish, name, files, inputs_of_disks, mesh, world)
-            )
+            files = _save_together(world, self._write, name, shards, mesh, world, remove_redundancy)
+            inputs_of_disks = _save_together(world, self._manifest_inputs, state, world)
+            _save_together(world, self._publish, name, files, inputs_of_disks, mesh, world)
         except UserError:
             self._abandon(name, world, begun)
             raise
@@ -326,6 +322,17 @@ class Store:
             else:
                 kept_at = checkpoint.saved_at
         return old
+
+
+def _save_together(
+    world: World, fn: Callable[P, Result], *args: P.args, **kwargs: P.kwargs
+) -> list[Result]:
+    """One phase of a save on all ranks. Raises `UserError` on every rank when one fails."""
+    return raise_if_any_failed(
+        world, capture_error(fn, *args, **kwargs), NOT_SAVED,
+        rule="every rank's file must be written",
+        advice="Earlier checkpoints are untouched. {}, then resume with resume_training: True",
+    )  # fmt: skip
 
 
 def _remove(paths: Sequence[Path]) -> None:

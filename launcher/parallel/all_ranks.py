@@ -1,120 +1,138 @@
-"""Agreement: a rank that fails still meets the others, and all go on alike.
+"""One error for all ranks: when one rank fails, every rank raises the same `UserError`.
 
-Owns the pair `agree(world, attempt(action, ...))` for what is written, and `found_by_all` for what
-is read. Whatever goes wrong in an action on one rank is an error on all of them; a rank that left
-the common path would let the others wait for it.
+A rank that raised on its own would leave the others waiting in the next collective. `on_all_ranks`
+is for work whose result stays on its rank, which is most reading. Where results travel or only some
+ranks work, `capture_error` runs the work and `raise_if_any_failed` exchanges the outcomes.
 """
 
 from __future__ import annotations
 
 import errno
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar, cast
+from typing import Generic, NamedTuple, ParamSpec, TypeVar, cast
 
 from launcher.errors import Problem, UserError
 from launcher.parallel.world import World
 
 RANKS_SHOWN = 4
-NOT_SAVED = "the checkpoint could not be saved"
-_UNTOUCHED = "Earlier checkpoints are untouched"
-_RESUME = "then resume with resume_training: True"
 
-_RULES = {NOT_SAVED: "every rank's file must be written"}
-
-Seen = TypeVar("Seen")
+P = ParamSpec("P")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
 class RankError:
-    """What went wrong in an action of one rank; `str` gives it in one line."""
+    """The error of one rank; `str` gives it in one line."""
 
     text: str = ""
-    """Of an error of the system, or of this program."""
+    """Of an `OSError`, or of a bug."""
     errno: int = 0
     problems: tuple[Problem, ...] = ()
-    """Of a `UserError`, which explains itself."""
+    """Of a `UserError`, with rule and advice of their own."""
 
     def __str__(self) -> str:
         return self.text or "; ".join(problem.what for problem in self.problems)
 
 
-def capture_error(action: Any, *arguments: Any) -> tuple[Any, RankError | None]:
-    """(result, trouble) of an action of this rank."""
+class Outcome(NamedTuple, Generic[Result]):
+    """The result or the error of one rank."""
+
+    result: Result | None = None
+    error: RankError | None = None
+
+
+def capture_error(fn: Callable[P, Result], *args: P.args, **kwargs: P.kwargs) -> Outcome[Result]:
+    """Run `fn` on this rank and return its result or its error; a bug is printed as it happens."""
     try:
-        return action(*arguments), None
+        return Outcome(fn(*args, **kwargs))
     except OSError as error:
-        place = f" ({error.filename})" if error.filename else ""
-        return None, RankError(f"{error.strerror or error}{place}", error.errno or 0)
+        path = f" ({error.filename})" if error.filename else ""
+        return Outcome(error=RankError(f"{error.strerror or error}{path}", error.errno or 0))
     except UserError as error:
-        return None, RankError(problems=error.problems)
-    except Exception as error:  # a bug: the other ranks must not wait, and it must be seen
+        return Outcome(error=RankError(problems=error.problems))
+    except Exception as error:
         traceback.print_exc()
-        return None, RankError(f"{type(error).__name__}: {error}")
+        return Outcome(error=RankError(f"{type(error).__name__}: {error}"))
 
 
 def raise_if_any_failed(
-    world: World, outcome: tuple[Any, RankError | None], what: str = NOT_SAVED
-) -> list[Any]:
-    """The results of all ranks, or a `UserError` on all, which says `what`, when one failed."""
-    outcomes = world.gather(outcome)
-    failed = {rank: error for rank, (_, error) in enumerate(outcomes) if error is not None}
+    world: World,
+    outcome: Outcome[Result] | None,
+    what: str = "",
+    *,
+    rule: str = "every rank must be able to do its part",
+    advice: str = "{}",
+) -> list[Result]:
+    """The results of all ranks that did the work, in rank order. Called by all ranks together.
+
+    `outcome` is None on a rank that had no part in it. Raises `UserError` on every rank when one
+    failed: `what` names the work, and `{}` in `advice` becomes the remedy for a system error.
+    """
+    outcomes = dict(enumerate(world.gather(outcome)))
+    done = {rank: outcome for rank, outcome in outcomes.items() if outcome is not None}
+    failed = {rank: outcome.error for rank, outcome in done.items() if outcome.error is not None}
     if failed:
-        raise UserError(_problems(failed, what))
-    return [result for result, _ in outcomes]
+        prefix = f"{what}: " if what else ""
+        raise UserError([
+            *_system_problems(failed, prefix, rule, advice),
+            *_user_problems(failed, prefix, len(done)),
+        ])  # fmt: skip
+    return [cast(Result, outcome.result) for outcome in done.values()]
 
 
-def _problems(failed: dict[int, RankError], what: str) -> list[Problem]:
-    """One problem for the errors of the system, and those that explain themselves."""
-    found = []
-    plain = {rank: error for rank, error in failed.items() if error.text}
-    if plain:
-        shown = [f"rank {rank}: {error}" for rank, error in plain.items()]
-        found.append(
-            Problem(
-                what=(f"{what}: " if what else "") + "; ".join(shown[:RANKS_SHOWN]),
-                rule=_RULES.get(what, "every rank must be able to do its part"),
-                advice=_advice({error.errno for error in plain.values()}, what),
-            )
-        )
-    explained = dict[Problem, list[int]]()
+def on_all_ranks(
+    world: World, fn: Callable[P, Result], *args: P.args, **kwargs: P.kwargs
+) -> Result:
+    """The result of `fn` on this rank; a `UserError` of any rank is raised on every rank.
+
+    Called by all ranks together. Other exceptions stay with their rank and end the job
+    (`launcher.parallel.peers`).
+    """
+    outcome: Outcome[Result] = Outcome()
+    try:
+        outcome = Outcome(fn(*args, **kwargs))
+    except UserError as error:
+        outcome = Outcome(error=RankError(problems=error.problems))
+    raise_if_any_failed(world, outcome._replace(result=None))  # results stay where they are
+    return cast(Result, outcome.result)
+
+
+def _system_problems(
+    failed: Mapping[int, RankError], prefix: str, rule: str, advice: str
+) -> list[Problem]:
+    """One problem for all system errors and bugs."""
+    errors = {rank: error for rank, error in failed.items() if error.text}
+    if not errors:
+        return []
+    shown = [f"rank {rank}: {error}" for rank, error in errors.items()]
+    numbers = {error.errno for error in errors.values()}
+    how = advice.format(_remedy(numbers)) if numbers != {0} else "See the log of that rank"
+    return [Problem(what=prefix + "; ".join(shown[:RANKS_SHOWN]), rule=rule, advice=how)]
+
+
+def _user_problems(failed: Mapping[int, RankError], prefix: str, ranks: int) -> Iterable[Problem]:
+    """The problems of the first ranks that failed, each once; ranks are named where not all of them
+    have a problem."""
+    first_ranks = list(failed)[:RANKS_SHOWN]
+    found = dict[Problem, list[int]]()
     for rank, error in failed.items():
         for problem in error.problems:
-            explained.setdefault(problem, []).append(rank)
-    for problem, ranks in explained.items():
-        who = f"{what}: rank {', '.join(map(str, ranks[:RANKS_SHOWN]))}: " if what else ""
-        found.append(replace(problem, what=who + problem.what))
-    return found
+            found.setdefault(problem, []).append(rank)
+    for problem, with_it in found.items():
+        if with_it[0] in first_ranks:
+            names = ", ".join(map(str, with_it[:RANKS_SHOWN]))
+            who = f"rank {names}: " if len(with_it) < ranks else ""
+            yield replace(problem, what=prefix + who + problem.what)
 
 
-def _advice(numbers: set[int], what: str) -> str:
-    """How to go on after errors of the system."""
+def _remedy(numbers: set[int]) -> str:
+    """What to do about system errors with these numbers. Only a full disk calls for space."""
     if numbers & {errno.ENOSPC, errno.EDQUOT}:
-        remedy = "Make room"
-    elif numbers & {errno.EACCES, errno.EPERM, errno.EROFS}:
-        remedy = "Give this user permission to write there, or choose another folder"
-    elif numbers == {0}:
-        return "See the log of that rank"
-    else:
-        remedy = "Check that folder and its file system"
-    return f"{_UNTOUCHED}. {remedy}, {_RESUME}" if what == NOT_SAVED else remedy
-
-
-def on_all_ranks(world: World, look: Callable[[], Seen]) -> Seen:
-    """What `look` finds on this rank. The `UserError` of the first rank that has one is raised on
-    all of them; it names the rank where not all ranks see the same. Called by all ranks together.
-    """
-    seen, problems = None, None
-    try:
-        seen = look()
-    except UserError as error:
-        problems = error.problems
-    reported = world.gather(problems)
-    first = next((found for found in reported if found), None)
-    if first is None:
-        return cast(Seen, seen)
-    if all(found == first for found in reported):
-        raise UserError(first)
-    rank = reported.index(first)
-    raise UserError([replace(problem, what=f"rank {rank}: {problem.what}") for problem in first])
+        return "Make room"
+    if numbers & {errno.EACCES, errno.EPERM, errno.EROFS}:
+        return "Give this user permission there, or choose another folder"
+    if numbers & {errno.ENOENT, errno.ENOTDIR}:
+        return "Check that this path exists"
+    return "Check that folder and its file system"

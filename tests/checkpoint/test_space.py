@@ -11,8 +11,6 @@ from types import SimpleNamespace
 import pytest
 
 from launcher.checkpoint.space import SMALL_FILES_BYTES, bytes_on_host, room_for
-from launcher.errors import UserError
-from launcher.parallel.all_ranks import capture_error, raise_if_any_failed
 from launcher.parallel.world import World
 from tests.checkpoint.crew import ALONE, together
 
@@ -52,17 +50,6 @@ def test_real_folders(tmp_path: Path) -> None:
         room_for(tmp_path, 1 << 60)
     with pytest.raises(FileNotFoundError):
         room_for(tmp_path / "absent", 0)
-
-
-def test_a_save_says_so_and_how_to_go_on(monkeypatch, tmp_path: Path) -> None:
-    disk(monkeypatch)
-    with pytest.raises(UserError) as caught:
-        raise_if_any_failed(ALONE, capture_error(room_for, tmp_path, 12_345_678_900))
-    assert str(caught.value).startswith(
-        "the checkpoint could not be saved: rank 0: no room: 12,345.7 MB are to be written, 4.1 MB "
-        f"are free ({tmp_path}): every rank's file must be written."
-    )
-    assert "Make room" in str(caught.value)
 
 
 def test_each_machine_needs_room_for_its_own_ranks(monkeypatch) -> None:

@@ -13,7 +13,6 @@ from safetensors.torch import save_file
 from launcher.config.schema import Config
 from launcher.config.shared import shared_settings
 from launcher.errors import UserError
-from launcher.parallel.all_ranks import on_all_ranks
 from launcher.parallel.consistency import check_same
 from launcher.parallel.world import World
 from launcher.weights.content import content_of
@@ -50,25 +49,6 @@ def test_every_difference_is_named_with_its_rank() -> None:
 def test_long_values_are_cut() -> None:
     (what,) = problems({"prompts": ["x" * 1000]}, {"prompts": []})
     assert len(what) < 120
-
-
-@pytest.mark.parametrize("own", [None, "lost", "other"])
-def test_what_one_rank_alone_sees_is_told_with_its_rank(own: str | None) -> None:
-    """As rank 1 of 2: both see the same, only rank 0 does, each sees another thing."""
-
-    def look() -> str:
-        if own:
-            raise UserError(own, rule="whole")
-        return "seen"
-
-    class Second(World):
-        def gather(self, value: Any) -> list[Any]:
-            return [UserError("lost", rule="whole").problems, value]
-
-    with pytest.raises(UserError) as caught:
-        on_all_ranks(Second(1, 2, torch.device("cpu")), look)
-    (problem,) = caught.value.problems
-    assert problem.what == ("lost" if own == "lost" else "rank 0: lost")
 
 
 def test_paths_may_differ_between_machines_but_not_whether_there_is_one() -> None:

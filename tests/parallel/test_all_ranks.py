@@ -1,0 +1,144 @@
+"""An error of one rank is an error of all: who is named, and what to do about it."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from launcher.checkpoint.names import SaveName
+from launcher.checkpoint.space import room_for
+from launcher.checkpoint.store import Store
+from launcher.errors import Problem, UserError
+from launcher.layout.mesh import Mesh
+from launcher.parallel.all_ranks import (
+    RANKS_SHOWN,
+    capture_error,
+    on_all_ranks,
+    raise_if_any_failed,
+)
+from launcher.parallel.world import World
+from tests.checkpoint.crew import ALONE, together
+
+LOST = Problem(what="lost", rule="it must exist", advice="Copy it")
+
+
+def problems_on_all(ranks: int, work: Callable[[World], object]) -> list[Problem]:
+    """The problems of `work`, which must be the same on every rank."""
+
+    def caught(world: World) -> tuple[Problem, ...]:
+        with pytest.raises(UserError) as error:
+            work(world)
+        return error.value.problems
+
+    (problems,) = set(together(ranks, caught))
+    return list(problems)
+
+
+def test_each_rank_gets_its_own_result() -> None:
+    assert together(3, lambda w: on_all_ranks(w, pow, w.rank, exp=2)) == [0, 1, 4]
+
+
+@pytest.mark.parametrize(
+    ("of_ranks", "expected"),
+    [
+        ({0: "lost", 1: "lost", 2: "lost"}, ["lost"]),
+        ({1: "lost"}, ["rank 1: lost"]),
+        ({1: "lost", 2: "lost"}, ["rank 1, 2: lost"]),
+        ({0: "lost", 2: "other"}, ["rank 0: lost", "rank 2: other"]),
+    ],
+)
+def test_ranks_are_named_where_not_all_have_a_problem(
+    of_ranks: dict[int, str], expected: list[str]
+) -> None:
+    def read(rank: int) -> None:
+        if rank in of_ranks:
+            raise UserError(of_ranks[rank], rule="it must exist", advice="Copy it")
+
+    found = problems_on_all(3, lambda world: on_all_ranks(world, read, world.rank))
+    assert [problem.what for problem in found] == expected
+    assert {(problem.rule, problem.advice) for problem in found} == {(LOST.rule, LOST.advice)}
+
+
+def test_many_ranks_with_problems_of_their_own_are_cut() -> None:
+    def read(rank: int) -> None:
+        raise UserError(f"lost {rank}")
+
+    found = problems_on_all(RANKS_SHOWN + 2, lambda world: on_all_ranks(world, read, world.rank))
+    assert [p.what for p in found] == [f"rank {r}: lost {r}" for r in range(RANKS_SHOWN)]
+
+
+def test_only_the_ranks_that_work_count() -> None:
+    """Rank 0 works alone: its results come to all, and nobody has to be told that it was rank 0."""
+
+    def on_main(world: World, fn: Callable[[str], int], text: str) -> list[int]:
+        outcome = capture_error(fn, text) if world.is_main else None
+        return raise_if_any_failed(world, outcome, "not read")
+
+    def lost(text: str) -> int:
+        raise UserError([LOST])
+
+    assert together(2, lambda world: on_main(world, int, "7")) == [[7], [7]]
+    (problem,) = problems_on_all(2, lambda world: on_main(world, lost, ""))
+    assert problem.what == "not read: lost"
+
+
+def test_a_bug_is_printed_where_it_happens_and_stops_all_ranks(capsys) -> None:
+    def work(world: World) -> None:
+        raise_if_any_failed(world, capture_error(int, "x" if world.rank else "1"), "not saved")
+
+    (problem,) = problems_on_all(3, work)
+    reason = "ValueError: invalid literal for int() with base 10: 'x'"
+    assert problem.what == f"not saved: rank 1: {reason}; rank 2: {reason}"
+    assert problem.advice == "See the log of that rank"
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_bug_in_reading_stays_with_its_rank() -> None:
+    with pytest.raises(ValueError, match="invalid literal"):
+        on_all_ranks(ALONE, int, "x")
+
+
+@pytest.mark.parametrize(
+    ("number", "remedy"),
+    [
+        (errno.ENOSPC, "Make room"),
+        (errno.EDQUOT, "Make room"),
+        (errno.EACCES, "Give this user permission"),
+        (errno.EROFS, "Give this user permission"),
+        (errno.ENOENT, "Check that this path exists"),
+        (errno.EIO, "Check that folder and its file system"),
+    ],
+)
+def test_the_remedy_belongs_to_the_error(number: int, remedy: str) -> None:
+    def fail() -> None:
+        raise OSError(number, os.strerror(number), "/some/file")
+
+    (problem,) = problems_on_all(2, lambda w: raise_if_any_failed(w, capture_error(fail), "x"))
+    assert problem.advice.startswith(remedy)
+    assert f"rank 1: {os.strerror(number)} (/some/file)" in problem.what
+
+
+def test_only_a_full_disk_calls_for_space_in_a_save(tmp_path: Path, monkeypatch) -> None:
+    """A save that cannot fit says how to go on; one that lacks a tokenizer's folder, or another
+    path, keeps the advice of that problem and adds nothing about space."""
+
+    def advice_of(fail: Callable[..., None]) -> str:
+        monkeypatch.setattr(Store, "_write", lambda self, *more: fail())
+        store, state = Store(tmp_path, "CKP", 0, 0), {"global_step": 1}
+        with pytest.raises(UserError) as caught:
+            store.save(SaveName("CKP", 0, 1, 1), {}, state, mesh=Mesh(), world=ALONE)
+        assert caught.value.problems[0].what.startswith("the checkpoint could not be saved: ")
+        return caught.value.problems[0].advice
+
+    def no_tokenizer() -> None:
+        raise UserError("no tokenizer", advice="Give pretrained_model_dir")
+
+    assert advice_of(lambda: room_for(tmp_path, 1 << 60)) == (
+        "Earlier checkpoints are untouched. Make room, then resume with resume_training: True"
+    )
+    assert advice_of(no_tokenizer) == "Give pretrained_model_dir"
+    assert "room" not in advice_of(lambda: (tmp_path / "tokenizer").rmdir())
