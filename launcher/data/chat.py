@@ -1,16 +1,16 @@
-"""Conversations to tokens, with the tokens that are learnt marked.
+"""Conversations to tokens, with a mask of the tokens that count for the loss (the targets).
 
-Owns which tokens are targets (where answers are in the text: `answers`). Invariants:
+Owns which tokens are targets (`answers` finds the answers in the text). Invariants:
 
-1. The tokens are those of the whole conversation, tokenised in one piece, as a model meets them.
-2. A token is a target only if it holds a character of an assistant's answer or of the end-of-turn
-   mark behind it; headers, questions and system prompts are context. A token across the beginning
-   of an answer (` Yes` behind `ASSISTANT: `) belongs to the answer.
-3. An answer that cannot be found for certain is an error, never a guess.
+1. The rendered conversation is tokenized in one piece, as in inference.
+2. A token is a target only if it has a character of an assistant's answer or of the end-of-turn
+   mark after it; headers, questions and system prompts are context. A token across the beginning of
+   an answer (` Yes` after `ASSISTANT: `) belongs to the answer.
+3. An answer whose place is not certain is an error, never a guess.
 
-A template with `{% generation %}` blocks says itself what an answer is. For any other, the answer
-that follows the turns `messages[:k]` is what the rendered conversation has after the rendered
-`messages[:k]` with the generation prompt:
+`{% generation %}` blocks mark the answers of a template that has them. For any other template, the
+answer to the turns `messages[:k]` is what follows the rendered `messages[:k]` with the generation
+prompt:
 
     render(messages[:k], with prompt)   <|user|>Why?<|assistant|>
     render(messages)                    <|user|>Why?<|assistant|>Because.<|end|> <|user|>...
@@ -27,10 +27,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from launcher.data.answers import found_span, hidden_answer, shared_items
+from launcher.data.answers import answer_not_found, answer_span, common_prefix
 from launcher.data.conversations import Conversation
 from launcher.data.records import MAX_PROBLEMS
-from launcher.data.shown import check_shown
+from launcher.data.rendering_check import check_rendering
 from launcher.data.strictness import Strictness
 from launcher.data.tally import Tally
 from launcher.data.templates import ChatTemplate, ChatTemplates, Span
@@ -42,7 +42,7 @@ _BATCH = 256
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """One tokenised conversation; `is_target` has a truth value a token."""
+    """One tokenized conversation; `is_target` has one value for each token."""
 
     tokens: list[int]
     is_target: npt.NDArray[np.bool_]
@@ -57,28 +57,28 @@ def tokenize_conversations(
 ) -> Iterator[list[Sample]]:
     """The samples of conversations, in batches, in order.
 
-    What of them is not learnt, in rows of `seq_length` tokens, is counted in the tally of
-    `strictness`. Raises UserError where the chat template refuses a conversation, leaves out a turn
-    or hides an answer.
+    Samples without a target in a row of `seq_length` tokens are counted in the tally of
+    `strictness`. Raises UserError where the chat template rejects a conversation or omits a turn,
+    and where an answer cannot be found.
     """
     strictness = strictness or Strictness(strict=True, tally=Tally())
     templates = ChatTemplates(tokenizer)
     if templates.is_default:
-        log("the tokenizer has no chat template: a ChatML-like one is used")
+        log("the tokenizer has no chat template: using a ChatML-like one")
     iterator = iter(conversations)
     while batch := list(islice(iterator, _BATCH)):
         rendered = _render(batch, templates, strictness)
-        samples = _tokenise_with_spans(rendered, batch, tokenizer)
+        samples = _tokenize_with_spans(rendered, batch, tokenizer)
         for conversation, sample in zip(batch, samples, strict=True):
             _count(sample, conversation.where, strictness.tally, seq_length)
         yield samples
 
 
 def _count(sample: Sample, where: str, tally: Tally, seq_length: int | None) -> None:
-    """Count a sample of which nothing is learnt: its first token is never predicted, and its row
-    predicts `seq_length` tokens."""
+    """Count a sample without targets: its first token is never predicted, and its row predicts
+    `seq_length` tokens."""
     if not sample.is_target[1:].any():
-        tally.nothing_to_learn.add(where)
+        tally.without_target.add(where)
     elif seq_length is not None and not sample.is_target[1 : seq_length + 1].any():
         tally.answer_beyond_row.add(where)
 
@@ -92,7 +92,7 @@ def _render(
         try:
             template = templates.of(conversation)
             text, spans = _with_spans(conversation, template)
-            check_shown(conversation, template, text, strictness)
+            check_rendering(conversation, template, text, strictness)
         except UserError as error:
             problems += (found for found in error.problems if found not in problems)
             if len(problems) >= MAX_PROBLEMS:
@@ -105,9 +105,9 @@ def _render(
 
 
 def _with_spans(conversation: Conversation, template: ChatTemplate) -> tuple[str, list[Span]]:
-    """The rendered conversation and the character spans of its learnt answers, with their marks."""
+    """The rendered conversation and the character spans of its target answers and their marks."""
     if not template.marks_answers:
-        return _with_found_spans(conversation, template)
+        return _with_answer_spans(conversation, template)
     text, spans = template.render_marked(conversation, conversation.messages)
     if conversation.context_turns:
         turns = _turns_of_blocks(conversation, template, len(spans))
@@ -120,28 +120,30 @@ def _with_spans(conversation: Conversation, template: ChatTemplate) -> tuple[str
 
 
 def _turns_of_blocks(conversation: Conversation, template: ChatTemplate, blocks: int) -> list[int]:
-    """The turn (index of `messages`) of each generation block: those that the turn adds."""
+    """The turn (index of `messages`) that adds each generation block."""
     turns: list[int] = []
     for index, message in enumerate(conversation.messages):
         if message["role"] == "assistant":
             _, spans = template.render_marked(conversation, conversation.messages[: index + 1])
             turns += [index] * (len(spans) - len(turns))
     if len(turns) != blocks:
-        raise hidden_answer(conversation.where, max(conversation.context_turns))
+        raise answer_not_found(conversation.where, max(conversation.context_turns))
     return turns
 
 
-def _with_found_spans(conversation: Conversation, template: ChatTemplate) -> tuple[str, list[Span]]:
+def _with_answer_spans(
+    conversation: Conversation, template: ChatTemplate
+) -> tuple[str, list[Span]]:
     messages = conversation.messages
-    whole = template.render(conversation, messages)
-    return whole, [
-        found_span(whole, conversation, template, index)
-        for index, message in enumerate(messages)  # an answer before any question is context
+    text = template.render(conversation, messages)
+    return text, [
+        answer_span(text, conversation, template, index)
+        for index, message in enumerate(messages)  # a first answer, without a question, is context
         if message["role"] == "assistant" and index and index not in conversation.context_turns
     ]
 
 
-def _tokenise_with_spans(
+def _tokenize_with_spans(
     rendered: list[tuple[str, list[Span]]], conversations: list[Conversation], tokenizer: Any
 ) -> list[Sample]:
     texts = [text for text, _ in rendered]
@@ -158,15 +160,15 @@ def _tokenise_with_spans(
         begins, ends = flat[0::2], flat[1::2]
         is_target = np.zeros(len(begins), dtype=bool)
         for start, end in spans:
-            # A token of no characters (a prefix that the tokenizer adds) counts where it stands.
+            # A token without characters (a prefix that the tokenizer adds) counts as nothing.
             is_target |= (begins < end) & ((ends > start) | (begins >= start))
         samples.append(Sample(tokens=encoding.ids, is_target=is_target))
     return samples
 
 
 def _by_prefixes(text: str, spans: list[Span], where: str, tokenizer: Any) -> Sample:
-    """For a tokenizer that does not say which characters a token stands for: the tokens of the text
-    before a position are those of the whole text, up to a token that goes across the position."""
+    """For a tokenizer without offsets: the tokens of the text before a position equal those of the
+    full text, except for a token across the position."""
 
     def tokens_of(part: str) -> list[int]:
         return list(tokenizer(part, add_special_tokens=False)["input_ids"])
@@ -175,9 +177,9 @@ def _by_prefixes(text: str, spans: list[Span], where: str, tokenizer: Any) -> Sa
         return len(tokenizer.decode(part, skip_special_tokens=False))
 
     def before(position: int) -> tuple[int, bool]:
-        """Tokens that lie before a character, and whether one more goes across it."""
+        """The number of tokens before a character, and whether the next one is across it."""
         alone = tokens_of(text[:position])
-        shared = shared_items(tokens, alone)
+        shared = common_prefix(tokens, alone)
         if shared == len(alone):
             return shared, False
         length, count = length_of(alone), shared

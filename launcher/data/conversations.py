@@ -1,9 +1,9 @@
 """Conversations for instruction tuning: the formats `alpaca`, `messages` and `sharegpt`.
 
-Owns what a record of each format means as turns with `role` and `content`, the form that chat
-templates take (which fields there are: `fields`). Invariant: a record that does not fit its format
-is an error that names file and record, never a guess; the format is what the user says, else what a
-file's first record looks like.
+Owns how a record of each format becomes turns with `role` and `content`, the input of chat
+templates (`fields` lists the fields). Invariant: a record that does not fit its format is an error
+with file and record, never a guess. The format is `data_loader.format`, else it is detected from
+the first record of a file.
 """
 
 from __future__ import annotations
@@ -43,31 +43,31 @@ Turn = dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Conversation:
-    """One conversation: `role` and `content` a turn, in the form that chat templates take."""
+    """One conversation: turns with `role` and `content`, the input of chat templates."""
 
     where: str
     messages: list[Turn]
     tools: list[Any] | None = None
     context_turns: frozenset[int] = frozenset()
-    """Answers (indices of `messages`) that are context and not learnt."""
+    """Answers (indices of `messages`) that do not count for the loss."""
 
 
 def conversations_of_file(
-    path: Path, wanted: str | None, cache_dir: Path, strictness: Strictness
+    path: Path, given_format: str | None, cache_dir: Path, strictness: Strictness
 ) -> Iterator[Conversation]:
-    """The conversations of one file, in the format `wanted` (of FORMATS) or the detected one."""
-    if wanted is not None and wanted not in FORMATS:
+    """The conversations of one file, in the given format (of FORMATS) or the detected one."""
+    if given_format is not None and given_format not in FORMATS:
         raise UserError(
-            f"data_loader.format = {wanted!r}",
+            f"data_loader.format = {given_format!r}",
             rule=f"it must be one of {', '.join(FORMATS)}",
-            nearest=did_you_mean(wanted, FORMATS),
-            advice="Leave it out to have it detected",
+            nearest=did_you_mean(given_format, FORMATS),
+            advice="Leave it out to detect it",
         )
-    form = wanted
+    form = given_format
 
     def conversation_of(record: Record) -> Conversation:
         nonlocal form
-        if wanted is None:
+        if given_format is None:
             _refuse_two_formats(record)
         form = form or _detect(record)
         return _READERS[form](record, strictness)
@@ -100,7 +100,7 @@ def _detect(record: Record) -> str:
 
 
 def _turns_found(record: Record) -> str:
-    """The fields of the first turn of what looks like turns; empty where nothing does."""
+    """The fields of the first turn of a value that looks like turns; empty without one."""
     for key, value in record.value.items():
         if isinstance(value, list) and value and isinstance(value[0], dict):
             return f"The turns of `{printable(key[:60])}` have {names_of(value[0])}"
@@ -111,10 +111,10 @@ def _refuse_two_formats(record: Record) -> None:
     found = _formats(record)
     if len(found) > 1:
         raise UserError(
-            f"is a record of the formats {' and '.join(found)} at once",
+            f"matches the formats {' and '.join(found)}",
             where=record.where,
-            rule="a record holds one conversation",
-            advice="Set data_loader.format to the one that counts",
+            rule="a record has one conversation",
+            advice="Set data_loader.format",
         )
 
 
@@ -140,7 +140,7 @@ def _alpaca(record: Record, strictness: Strictness) -> Conversation:
 
 
 def _history(record: Record, strictness: Strictness) -> list[Turn]:
-    """Earlier turns, `[[question, answer], ...]`; all are learnt, as in LLaMA-Factory."""
+    """Earlier turns, `[[question, answer], ...]`; all answers are targets, as in LLaMA-Factory."""
     history = record.value.get("history")
     if is_absent(history):
         return []
@@ -175,7 +175,7 @@ def _messages(record: Record, strictness: Strictness) -> Conversation:
 
 def _message(record: Record, index: int, turn: Turn, strictness: Strictness) -> Turn:
     inside = f"messages[{index}]."
-    # Other fields go to the template, which may know them; what it does not show is counted there.
+    # Other fields are passed to the template; `rendering_check` counts those it does not use.
     if not OTHER_DATA.keys().isdisjoint(turn):
         strictness.check_fields(record, turn, turn.keys() - OTHER_DATA.keys(), "messages[].")
     role = _string(record, turn, "role", "messages", inside)
@@ -202,7 +202,7 @@ def _nearest_role(role: str) -> str:
 def _content(
     record: Record, turn: Turn, role: str, inside: str, strictness: Strictness
 ) -> dict[str, Any]:
-    """The content of a message as one string, and its tool calls in the form of templates."""
+    """The content of a message as one string, and its tool calls as templates expect them."""
     content = turn.get("content")
     if isinstance(content, list):
         content = "".join(_part(record, part, inside) for part in content)
@@ -221,7 +221,7 @@ def _content(
 
 
 def _part(record: Record, part: Any, inside: str) -> str:
-    """The text of one part of a content, which is a list in the form of OpenAI."""
+    """The text of one part of a content that is a list, as in OpenAI's format."""
     if isinstance(part, str):
         return part
     if isinstance(part, dict) and part.get("type", "text") == "text":
@@ -231,14 +231,14 @@ def _part(record: Record, part: Any, inside: str) -> str:
     raise UserError(
         f"'{inside}content' has the part {shown(part)}",
         where=record.where,
-        rule='only text is read: a part of a content must be {"type": "text", "text": ...}',
-        advice="Repair the record or take it out",
+        rule='only text is supported: a content part must be {"type": "text", "text": ...}',
+        advice="Fix or remove the record",
     )
 
 
 def _calls(record: Record, calls: Any, inside: str) -> list[Any]:
-    """Tool calls with their arguments as objects: OpenAI writes JSON in a string, which templates
-    would write once more as JSON."""
+    """Tool calls with their arguments as objects: OpenAI has JSON in a string, which templates
+    would encode as JSON once more."""
     if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
         rule = "it must be a list of objects"
         raise wrong_field(record.where, f"{inside}tool_calls", calls, rule)
@@ -274,7 +274,7 @@ def _sharegpt(record: Record, strictness: Strictness) -> Conversation:
                 where=record.where,
                 rule=f"a sharegpt turn is from one of {', '.join(SHAREGPT_ROLES)}",
                 nearest=did_you_mean(speaker.lower(), SHAREGPT_ROLES),
-                advice="Repair the record or take it out",
+                advice="Fix or remove the record",
             )
         content = _string(record, turn, "value", "sharegpt", inside)
         messages.append({"role": role, "content": content})
@@ -293,45 +293,45 @@ _READERS: dict[str, Callable[[Record, Strictness], Conversation]] = {
 def _weights(
     record: Record, messages: list[Turn], turns: list[Turn], strictness: Strictness
 ) -> list[bool | None]:
-    """What each turn says of being learnt; only answers can be."""
+    """For each turn, whether its weight makes it a target; None without a weight."""
     found = []
     for index, (message, turn) in enumerate(zip(messages, turns, strict=True)):
         inside = f"turn {index + 1}: "
-        said = strictness.is_learnt(record, turn, inside)
-        if said and message["role"] != "assistant":
+        is_target = strictness.is_target(record, turn, inside)
+        if is_target and message["role"] != "assistant":
             error = UserError(
-                f"{inside}a turn of the role {shown(message['role'])} is marked to be learnt",
+                f"{inside}a turn with the role {shown(message['role'])} has a weight of 1",
                 where=record.where,
-                rule="only answers (of the assistant) are learnt",
+                rule="loss is computed on answers of the assistant only",
                 advice=LENIENT,
             )
             strictness.wrong(error, "weight", record.where)
-        found.append(said)
+        found.append(is_target)
     return found
 
 
 def _conversation(
-    record: Record, messages: list[Turn], learnt: list[bool | None], strictness: Strictness
+    record: Record, messages: list[Turn], targets: list[bool | None], strictness: Strictness
 ) -> Conversation:
-    """The conversation of turns, with what the record as a whole adds to them."""
-    default = strictness.is_learnt(record, record.value)
+    """The conversation of turns, with the system prompt, tools and weight of the record."""
+    default = strictness.is_target(record, record.value)
     system = _system(record, messages, strictness)
     if system:
-        messages, learnt = [{"role": "system", "content": system}, *messages], [None, *learnt]
+        messages, targets = [{"role": "system", "content": system}, *messages], [None, *targets]
     return Conversation(
         where=record.where,
         messages=messages,
         tools=_tools(record, strictness),
         context_turns=frozenset(
             index
-            for index, (message, said) in enumerate(zip(messages, learnt, strict=True))
-            if message["role"] == "assistant" and (default if said is None else said) is False
+            for index, (message, weight) in enumerate(zip(messages, targets, strict=True))
+            if message["role"] == "assistant" and (default if weight is None else weight) is False
         ),
     )
 
 
 def _system(record: Record, messages: list[Turn], strictness: Strictness) -> str:
-    """The system text of the record, where its turns do not hold it already."""
+    """The system prompt of the record, where it is not among its turns already."""
     system = record.value.get("system")
     if is_absent(system):
         return ""
@@ -347,10 +347,10 @@ def _system(record: Record, messages: list[Turn], strictness: Strictness) -> str
     if turns == [system]:
         return ""
     raise UserError(
-        f"has two system texts: 'system' = {shown(system)} and a turn {shown(turns[0])}",
+        f"has two system prompts: 'system' = {shown(system)} and a turn {shown(turns[0])}",
         where=record.where,
-        rule="a conversation has one system text",
-        advice="Put them into one, or take one out",
+        rule="a conversation has one system prompt",
+        advice="Merge them, or remove one",
     )
 
 
@@ -390,7 +390,7 @@ def _wrong_key(
         where=record.where,
         rule=f"in the {form} format it must be {rule}",
         nearest=f"Keys found: {names_of(owner)}",
-        advice=f"Repair the record, or set data_loader.format ({', '.join(FORMATS)})",
+        advice=f"Fix the record, or set data_loader.format ({', '.join(FORMATS)})",
     )
 
 

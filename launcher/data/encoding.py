@@ -1,7 +1,7 @@
-"""Bytes of data files to text: UTF-8, or UTF-16 and UTF-32 that say so by a byte order mark.
+"""Bytes of data files to text: UTF-8, or UTF-16 and UTF-32 with a byte order mark.
 
 Owns the encodings of data files. Invariant: a byte that cannot be decoded is never replaced here;
-the caller gets its place. A file whose name ends in `.gz` is decompressed.
+its position is reported. Files named `*.gz` are decompressed.
 """
 
 from __future__ import annotations
@@ -24,8 +24,7 @@ _MARKS = (
 
 
 class NotText(Exception):
-    """Bytes that are not of the encoding. Lines and columns (in bytes) count from 1, offsets from
-    0."""
+    """Bytes that cannot be decoded. Lines and columns (in bytes) count from 1, offsets from 0."""
 
     def __init__(self, *, encoding: str, line: int, column: int, offset: int, excerpt: str) -> None:
         super().__init__(f"not {encoding}")
@@ -34,7 +33,7 @@ class NotText(Exception):
 
 
 def open_file(path: Path) -> IO[bytes]:
-    """A data file for reading bytes, decompressed where its name ends in .gz."""
+    """Open a data file for reading bytes; decompress it if its name ends in .gz."""
     return cast(
         IO[bytes], gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb")
     )
@@ -50,7 +49,7 @@ def read_bytes(path: Path) -> bytes:
 
 
 def encoding_of(content: bytes) -> str:
-    """`utf-8`, or what the byte order mark at the beginning of a file says."""
+    """`utf-8`, or the encoding of the byte order mark at the beginning of a file."""
     return next((name for mark, name in _MARKS if content.startswith(mark)), "utf-8")
 
 
@@ -68,8 +67,8 @@ def decode(content: bytes) -> str:
 def read_lines(path: Path) -> Iterator[tuple[int, str | NotText]]:
     """The lines of a file that are not blank, with their numbers from 1.
 
-    A line of UTF-8 that cannot be decoded comes as the NotText that says why, the lines behind it
-    follow. Raises UserError when the file cannot be read or decompressed.
+    A line of UTF-8 that cannot be decoded is yielded as NotText, and reading continues after it.
+    Raises UserError when the file cannot be read or decompressed.
     """
     try:
         with open_file(path) as file:

@@ -1,8 +1,8 @@
 """What each field of a conversation record does: one table for each format.
 
-Owns the names. A field of a record is read (`RECORD_FIELDS`, `TURN_FIELDS`), known and without
-effect on what is learnt (`METADATA`), decides whether an answer is learnt (`WEIGHTS`), or belongs
-to another kind of data (`OTHER_DATA`). Any other field is not used, and counted under its name.
+Owns the names. A field of a record is read (`RECORD_FIELDS`, `TURN_FIELDS`), is known metadata
+(`METADATA`), decides whether an answer counts for the loss (`WEIGHTS`), or belongs to another kind
+of data (`OTHER_DATA`). Any other field is not used, and is counted under its name.
 
 Sources: LLaMA-Factory (alpaca and sharegpt with `system`, `history`, `tools`, `images`, `kto_tag`),
 the chat format of OpenAI (`tool_calls`, `weight`, parts of content), axolotl (`train`), ms-swift
@@ -19,14 +19,14 @@ RECORD_FIELDS = {
     "messages": frozenset({"messages", "system", "tools"}),
     "sharegpt": frozenset({"conversations", "system", "tools"}),
 }
-"""Fields of a record. `text` of alpaca is the finished prompt that data sets of the Hub repeat in
-each record; all others are read."""
+"""Fields of a record. All are read but `text` of alpaca, the formatted prompt that datasets of the
+Hub repeat in each record."""
 
 TURN_FIELDS = {
     "messages": frozenset({"role", "content"}),
     "sharegpt": frozenset({"from", "value"}),
 }
-"""Fields of a turn that are read; in the messages format the others go to the chat template."""
+"""Fields of a turn; in the messages format all others are passed to the chat template."""
 
 METADATA = frozenset(
     {
@@ -42,10 +42,10 @@ METADATA = frozenset(
 """Fields that describe a record or a turn; they are no part of the conversation."""
 
 WEIGHTS = ("weight", "loss_weight", "loss_scale", "loss_mask", "loss", "train", "training")
-"""0 or false: an answer is context and not learnt; 1 or true: it is learnt."""
+"""0 or false: an answer is context; 1 or true: it counts for the loss."""
 
 ASSISTANT_FIELDS = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
-"""What an answer may have in place of `content`."""
+"""Fields an answer may have instead of `content`."""
 
 ROLES = frozenset(
     {"system", "developer", "user", "assistant", "tool", "function", "ipython", "observation"}
@@ -67,8 +67,8 @@ SHAREGPT_ROLES = {
     "function": "tool",
 }
 
-_PREFERENCE = "preference data, which supervised fine-tuning does not read"
-_MEDIA = "data with images, video or sound, and only text is read"
+_PREFERENCE = "preference data, which supervised fine-tuning does not use"
+_MEDIA = "data with images, video or audio; only text is supported"
 
 
 def _any(_: Any) -> bool:
@@ -83,10 +83,10 @@ OTHER_DATA: dict[str, tuple[str, Callable[[Any], bool]]] = {
     **dict.fromkeys(("chosen", "rejected", "kto_tag"), (_PREFERENCE, _any)),
     "label": (_PREFERENCE, _is_verdict),
     **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), (_MEDIA, _any)),
-    "functions": ("the older spelling of tools: write them as `tools`", _any),
+    "functions": ("the older spelling of `tools`", _any),
     "chat_template_kwargs": ("not built yet: arguments for the chat template", _any),
     "train_detail": ("not built yet: weights for parts of an answer", _any),
     "training_detail": ("not built yet: weights for parts of an answer", _any),
 }
-"""Fields that change what would have to be learnt: what they belong to, and which values do (an
-empty list or text never does)."""
+"""Fields that would change the training target: what they belong to, and which of their values
+matter (an empty list or string never does)."""

@@ -1,9 +1,9 @@
 """Finding the files of a dataset: what `dataset_dir` and `dataset_files` mean on disk.
 
-Invariants: the list of files and its order depend on names only (code point order of the path below
-what the user typed, never the locale or the order of the disk); a folder is read once, however many
-symbolic links lead to it, so loops end; hidden files and folders found inside a folder are skipped,
-as are those without a wanted suffix; what the user names himself is never skipped.
+Invariants: the list of files and its order depend on names only (code point order of the relative
+path, not the locale or the file system); a folder is read once, however many symbolic links point
+to it, so loops end; hidden files and folders inside a folder are skipped, as are files with other
+suffixes; a path that the user names is never skipped.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from launcher.errors import UserError, did_you_mean
 
 @dataclass(frozen=True, kw_only=True)
 class DataFile:
-    """One file as it was when it was found; the cache is keyed by these three."""
+    """One file as it was found; path, size and time are part of the key of the cache."""
 
     path: Path
     size: int
     """Bytes."""
     mtime_ns: int
     below: str = ""
-    """The path below the folder it was found in; empty for a file that the user named."""
+    """The path relative to the folder it was found in; empty for a file that the user named."""
 
 
 def find_files(
@@ -38,11 +38,11 @@ def find_files(
     suffixes_apply_to_globs: bool = False,
     suffix_advice: str = "",
 ) -> list[DataFile]:
-    """The files that `places` (each a file, a folder or a glob) stand for, in a reproducible order.
+    """The files of `places` (each a file, a folder or a glob), in a reproducible order.
 
-    `suffixes` (such as ".txt", matched without regard to case) choose inside folders, and among the
-    matches of a glob where `suffixes_apply_to_globs`. Raises UserError for a place that is absent,
-    and when nothing is left.
+    `suffixes` (such as ".txt", case-insensitive) filter files inside folders, and the matches of a
+    glob with `suffixes_apply_to_globs`. Raises UserError for a place that does not exist, and when
+    no file is left.
     """
     wanted = tuple(suffix.lower() for suffix in suffixes)
     found: dict[Path, str] = {}
@@ -125,7 +125,7 @@ def unreadable(path: Path, error: OSError) -> UserError:
         f"cannot be read ({error.strerror or error})",
         where=str(path),
         rule="every file of a dataset must be readable",
-        advice=f"{remedy}, or take it out of the dataset",
+        advice=f"{remedy}, or remove it from the dataset",
     )
 
 
@@ -142,7 +142,7 @@ def _absent(path: Path) -> UserError:
         f"data_loader: {str(path)!r} does not exist",
         rule="dataset_dir and dataset_files must be a file, a folder or a glob",
         nearest=nearest,
-        advice="Relative paths count from the current folder",
+        advice="Relative paths are resolved against the current directory",
     )
 
 
@@ -165,7 +165,7 @@ def _nothing_found(
             advice=suffix_advice,
         )
     return UserError(
-        f"data_loader: {shown} holds no file",
+        f"data_loader: {shown} has no file",
         rule="a dataset needs at least one file",
-        advice="Put files there, or name another place",
+        advice="Put files there, or give another path",
     )

@@ -1,13 +1,13 @@
 """Batches: the samples of one optimizer step, for one data rank.
 
-Owns the way from a position in the run to tensors. Invariants:
+Owns the mapping from consumed samples to tensors. Invariants:
 
 1. `Loader.step` is a pure function of the number of samples consumed before it. There is no
-   iterator state: to resume is to call it with another number.
+   iterator state: a resume calls it with another number.
 2. The samples of a global batch, and their order, do not depend on how many ranks or micro steps
-   share it. Sample j of the batch goes to micro step m, data rank r and place b where
+   share it. Sample j of the batch goes to micro step m, data rank r and index b where
    j = m * (data_parallel * batch_size) + r * batch_size + b.
-3. Reading ahead (one step, in a thread) changes nothing but the time it takes.
+3. Prefetching (one step, in a thread) does not change the results.
 """
 
 from __future__ import annotations
@@ -30,25 +30,25 @@ class Batch:
     input_ids: torch.Tensor
     """[batch, seq_length]"""
     labels: torch.Tensor
-    """[batch, seq_length], already shifted: the token behind each input; -100 has no loss."""
+    """[batch, seq_length], already shifted: the next token of each input; -100 is ignored."""
     position_ids: torch.Tensor | None
     """[batch, seq_length], from 0 in each document; None where a row is one document."""
     document_ids: torch.Tensor | None
-    """[batch, seq_length], the number of the document in its row; None where a row is one."""
+    """[batch, seq_length], index of the document in its row; None where a row is one document."""
     sample_ids: torch.Tensor
-    """[batch], the number of each sample in the whole run, epochs counted on; -1: filling."""
+    """[batch], index of each sample over all epochs of the run; -1: filler."""
 
 
 @dataclass(frozen=True)
 class StepData:
-    """What one data rank computes in one optimizer step, and counts of the whole global batch."""
+    """The batches of one data rank in one optimizer step, and counts of the global batch."""
 
     batches: list[Batch]
-    """One a micro step."""
+    """One for each micro step."""
     target_tokens: int
-    """Labels other than -100 in the whole global batch, all ranks: the denominator of the loss."""
+    """Labels other than -100 in the global batch, all ranks: the denominator of the loss."""
     input_tokens: int
-    """Tokens of the whole global batch, padding left out."""
+    """Tokens of the global batch without padding."""
     first_sample: int
     samples: int
 
@@ -68,7 +68,7 @@ class Loader:
         prefetch: bool = True,
         pin_memory: bool | None = None,
     ) -> None:
-        """`batch_size`: rows a micro step and data rank; `pin_memory` None: where CUDA is there."""
+        """`batch_size`: rows per micro step and data rank; `pin_memory` None: if CUDA exists."""
         if order.size != len(dataset):
             raise ValueError(f"an order of {order.size} rows for {len(dataset)}")
         if not 0 <= data_rank < data_parallel:
@@ -89,13 +89,13 @@ class Loader:
 
     def step(self, consumed_samples: int) -> StepData:
         """The step that begins with global sample `consumed_samples`."""
-        data = self._take_ahead(consumed_samples) or self._read(consumed_samples)
+        data = self._take_prefetched(consumed_samples) or self._read(consumed_samples)
         if self._prefetch:
-            self._read_ahead(consumed_samples + self.global_batch)
+            self._start_prefetch(consumed_samples + self.global_batch)
         return data
 
     def close(self) -> None:
-        """End the thread that reads ahead; `step` may be called again and starts a new one."""
+        """End the prefetch thread; a later `step` starts a new one."""
         self._ahead = None
         if self._thread is not None:
             self._thread.shutdown(wait=True, cancel_futures=True)
@@ -117,13 +117,13 @@ class Loader:
             samples=self.global_batch,
         )
 
-    def _take_ahead(self, consumed_samples: int) -> StepData | None:
+    def _take_prefetched(self, consumed_samples: int) -> StepData | None:
         ahead, self._ahead = self._ahead, None
         if ahead is None or ahead[0] != consumed_samples:
             return None
         return ahead[1].result()
 
-    def _read_ahead(self, consumed_samples: int) -> None:
+    def _start_prefetch(self, consumed_samples: int) -> None:
         if self._thread is None:
             self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="data")
         self._ahead = consumed_samples, self._thread.submit(self._read, consumed_samples)
@@ -139,20 +139,20 @@ def evaluation_batches(
 ) -> Iterator[Batch]:
     """Every row of a dataset exactly once over all ranks, in order.
 
-    All ranks get the same number of batches of the same shape, so that collectives match: missing
-    rows are filled up with rows whose labels are all -100 (sample id -1). The number of targets
-    over all ranks is `dataset.target_counts.sum()`.
+    All ranks get the same number of batches of the same shape, so that collectives match: the last
+    ones are filled with rows whose labels are all -100 (sample id -1). The number of targets over
+    all ranks is `dataset.target_counts.sum()`.
     """
     pin = torch.cuda.is_available() if pin_memory is None else pin_memory
     stride = data_parallel * batch_size
     for begin in range(data_rank * batch_size, -(-len(dataset) // stride) * stride, stride):
         indices = np.arange(begin, begin + batch_size, dtype=np.int64)
         indices[indices >= len(dataset)] = -1
-        rows = [dataset.row(int(i)) if i >= 0 else _filling(dataset) for i in indices]
+        rows = [dataset.row(int(i)) if i >= 0 else _filler_row(dataset) for i in indices]
         yield _batch(rows, indices, pin)
 
 
-def _filling(dataset: RowDataset) -> Row:
+def _filler_row(dataset: RowDataset) -> Row:
     row = dataset.row(0)
     return row._replace(labels=np.full_like(row.labels, NO_TARGET))
 

@@ -1,13 +1,12 @@
-"""The global order: which row of the dataset the n-th sample of a run is.
+"""The global order: which row of the dataset is the n-th sample of a run.
 
 Owns one pure function, (size, seed, sample number) to row. Invariants:
 
-1. Within an epoch every row comes exactly once: the order of an epoch is a permutation.
-2. Nothing is stored and nothing is drawn: any position of any epoch is reached in O(1), anywhere.
-3. The formula below never changes, because a resumed run depends on it (golden values in the
-   tests).
+1. An epoch visits every row exactly once: its order is a permutation.
+2. There is no state and no random generator: any position of any epoch is computed in O(1).
+3. The formula below never changes, because a resumed run depends on it (tests have golden values).
 
-The formula, in unsigned 64-bit arithmetic that wraps around. `mix` is the finaliser of SplitMix64
+The formula, in unsigned 64-bit arithmetic with wrap-around. `mix` is the finaliser of SplitMix64
 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014):
 
     mix(x):  x ^= x >> 30;  x *= 0xBF58476D1CE4E5B9;
@@ -17,13 +16,13 @@ The formula, in unsigned 64-bit arithmetic that wraps around. `mix` is the final
 
 A position x of an epoch is written as x = right * a + left, with a = ceil(sqrt(size)) and
 b = ceil(size / a). Eight rounds of a generalised Feistel network (Black and Rogaway, "Ciphers with
-arbitrary finite domains", 2002) follow, each of which can be undone, whatever `mix` gives:
+arbitrary finite domains", 2002) follow, each of which is invertible for any `mix`:
 
     even rounds:  left  = (left  + mix(right ^ key(round)) mod a) mod a
     odd rounds:   right = (right + mix(left  ^ key(round)) mod b) mod b
 
-The result lies in [0, a * b), of which fewer than `a` values are not rows. Those are sent through
-the network again until they are (cycle walking), which keeps the map a permutation of [0, size).
+The result lies in [0, a * b), of which fewer than `a` values are not rows. The network is applied
+to those again until they are (cycle walking), so that the map is a permutation of [0, size).
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ class GlobalOrder:
     """The order of the samples of a run, epoch after epoch without a gap.
 
     Global sample g is in epoch g // size (from 0) and is row permutation(seed, epoch)[g % size].
-    Without `shuffle` every epoch runs through the rows as they lie.
+    Without `shuffle` every epoch visits the rows in order.
     """
 
     size: int

@@ -2,22 +2,22 @@
 
 Owns the cut of documents into rows, in two ways:
 
-`StreamRows` (text, packed). The documents lie one behind the other and are cut every `seq_length`
-tokens; rows are cut when they are asked for. Nothing is lost: every token is an input once and,
-unless it begins a document, a target once, also across the border of two rows.
+`StreamRows` (text, packed). The documents are concatenated and cut every `seq_length` tokens, at
+the time a row is read. No token is lost: each is an input once and, unless it begins a document, a
+target once, also across the border of two rows.
 
     tokens    a a a a E b b b E c c c c c E          E: the end token of a document
     row 0    [a a a a E b]         labels a a a E - b
     row 1    [b b E c c c]         labels b E - c c c      - : no target (-100)
     row 2    [c c E . . .]         labels c E - - - -      . : padding
 
-`SampleRows` (instruction data, and everything that is not packed). A row holds whole samples, one
+`SampleRows` (instruction data, and everything that is not packed). A row has complete samples: one
 or, packed, as many as first-fit finds room for. A sample of n tokens takes n - 1 inputs, since its
-last token is only predicted; what is longer than a row is cut at its end, and counted. A sample
-that has nothing to learn in its row is left out, and counted.
+last token is only predicted; a longer sample is cut at the end of the row, and counted. A sample
+without a target in its row is dropped, and counted.
 
-Invariants: labels are shifted (labels[t] is the token behind input_ids[t]); a target never crosses
-a document; packed rows number their documents from 0, and positions restart with each.
+Invariants: labels are shifted (labels[t] is the token after input_ids[t]); a target never crosses a
+document; packed rows number their documents from 0, and positions restart with each.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Row(NamedTuple):
 
 
 class Rows(Protocol):
-    """What the two ways have in common."""
+    """The interface of both."""
 
     @property
     def target_counts(self) -> Ints: ...
@@ -59,7 +59,7 @@ class Rows(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class RowDataset:
-    """The rows of a dataset, mapped from the cache; equal on every rank."""
+    """The rows of a dataset, memory-mapped from the cache; equal on every rank."""
 
     rows: Rows
     seq_length: int
@@ -67,7 +67,7 @@ class RowDataset:
     content: str
     """Hash of tokens, targets and document boundaries."""
     largest_token: int
-    """The largest token id, to be compared with the model's vocabulary."""
+    """The largest token id, which must be within the model's vocabulary."""
 
     def __len__(self) -> int:
         return len(self.rows.target_counts)
@@ -84,7 +84,7 @@ class RowDataset:
 
     @property
     def token_counts(self) -> Ints:
-        """Tokens of each row, padding left out."""
+        """Tokens of each row without padding."""
         return self.rows.token_counts
 
     def row(self, index: int) -> Row:
@@ -95,7 +95,7 @@ class RowDataset:
 
 
 class StreamRows:
-    """The stream of all documents, cut every `seq_length` tokens, on the fly."""
+    """The stream of all documents, cut every `seq_length` tokens on the fly."""
 
     def __init__(self, store: TokenStore, seq_length: int, pad_token: int) -> None:
         self._store, self._seq_length, self._pad_token = store, seq_length, pad_token
@@ -130,7 +130,7 @@ class StreamRows:
 
 
 class SampleRows:
-    """Whole samples in rows, as a plan (of `plan_rows`) says."""
+    """Complete samples in rows, by a plan of `plan_rows`."""
 
     def __init__(
         self,
@@ -160,8 +160,8 @@ class SampleRows:
             input_ids[used : used + count] = store.tokens[start : start + count]
             targets = store.tokens[start + 1 : start + 1 + count].astype(np.int64)
             if store.is_target is not None:
-                learnt = store.is_target[start + 1 : start + 1 + count]
-                targets = np.where(learnt, targets, NO_TARGET)
+                is_target = store.is_target[start + 1 : start + 1 + count]
+                targets = np.where(is_target, targets, NO_TARGET)
             labels[used : used + count] = targets
             used += count
             begins.append(used)
@@ -172,9 +172,9 @@ class SampleRows:
 
 
 def _positions_and_documents(begins: Ints, length: int) -> tuple[Ints, Ints]:
-    """Positions and document numbers of a row; all documents but the first begin at `begins`.
+    """Positions and document indices of a row; all documents but the first begin at `begins`.
 
-    Padding counts as one more document, so that no real token attends to it.
+    Padding counts as one more document, so that no token attends to it.
     """
     steps = np.zeros(length, dtype=np.int64)
     steps[begins] = 1
@@ -185,17 +185,17 @@ def _positions_and_documents(begins: Ints, length: int) -> tuple[Ints, Ints]:
 
 @dataclass(frozen=True)
 class RowPlan:
-    """Which samples each row of SampleRows holds, and what came of the others."""
+    """The samples of each row of SampleRows, and how many were cut or dropped."""
 
     row_starts: Ints
-    """[rows + 1]: where the samples of each row begin in `samples`."""
+    """[rows + 1]: offset of the first sample of each row in `samples`."""
     samples: Ints
     target_counts: Ints
     token_counts: Ints
     cut: int = 0
     """Samples that were longer than a row."""
-    nothing_learnt: int = 0
-    """Samples without a target in their row, left out."""
+    dropped: int = 0
+    """Samples without a target in their row."""
 
     @classmethod
     def of_arrays(cls, arrays: Iterable[Ints]) -> RowPlan:
@@ -205,7 +205,7 @@ class RowPlan:
 
 
 def plan_rows(store: TokenStore, seq_length: int, *, packed: bool) -> RowPlan:
-    """Put the samples of a store into rows: one a row, or first-fit in the order of the samples."""
+    """Assign the samples of a store to rows: one per row, or first-fit in the order of samples."""
     inputs = np.minimum(store.lengths - 1, seq_length)
     targets = _target_counts(store, inputs)
     kept = np.flatnonzero(targets > 0)
@@ -220,7 +220,7 @@ def plan_rows(store: TokenStore, seq_length: int, *, packed: bool) -> RowPlan:
         target_counts=_sums(row_of, targets[kept], rows),
         token_counts=_sums(row_of, inputs[kept], rows),
         cut=cut,
-        nothing_learnt=len(inputs) - len(kept),
+        dropped=len(inputs) - len(kept),
     )
 
 
@@ -247,10 +247,10 @@ def _target_counts(store: TokenStore, inputs: Ints) -> Ints:
 
 
 def _first_fit(lengths: Ints, capacity: int) -> Ints:
-    """The row of each sample: the first row with room for it, in the order of the samples.
+    """The row of each sample: the first one with room for it, in the order of the samples.
 
-    A binary tree over the rows keeps the largest room below each node, so that finding the first
-    row with room takes log2(rows) steps (Johnson, "Near-optimal bin packing algorithms", 1973).
+    A binary tree over the rows has the largest room below each node, so that finding the first row
+    with room takes log2(rows) steps (Johnson, "Near-optimal bin packing algorithms", 1973).
     """
     leaves = 1
     while leaves < max(1, len(lengths)):

@@ -1,9 +1,9 @@
-"""Reading records (JSON, JSON lines, Parquet) from files, each with the place it came from.
+"""Reading records (JSON, JSON lines, Parquet) from files, each with its file and line.
 
-Invariant: a record that cannot be read is an error that names the file and, for JSON, the line.
-Nothing is skipped or replaced in silence. JSON is read as it stands in the file (a text that looks
-like a date stays a text). Parquet goes through the `datasets` library, which is imported only when
-it is needed, never asks the network, and streams (it makes no second copy of the data on the disk).
+Invariant: a record that cannot be read is an error with the file and, for JSON, the line. Nothing
+is skipped or replaced silently. JSON values keep their type (a string that looks like a date stays
+a string). Parquet is read with the `datasets` library, which is imported only when needed, does not
+use the network, and streams (it makes no second copy of the data on disk).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ RECORD_SUFFIXES = (*JSON_LINES, *JSON, *PARQUET)
 MAX_PROBLEMS = 10
 """Wrong records that are reported together."""
 READ_ON = 1000
-"""Records that are looked at behind the first wrong one, for others to report with it."""
+"""Records that are checked after the first wrong one, to report others with it."""
 
 _INSTALL = "Install it: pip install 'slipway[data]'"
 _SPACE = re.compile(r"[ \t\r\n]*")
@@ -44,7 +44,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Record:
-    """One record and where it stands (`data.jsonl:12`, or `data.json, record 12`)."""
+    """One record and where it was read (`data.jsonl:12`, or `data.json, record 12`)."""
 
     where: str
     value: dict[str, Any]
@@ -53,10 +53,10 @@ class Record:
 def convert_records(
     records: Iterable[Record | UserError], convert: Callable[[Record], T]
 ) -> Iterator[T]:
-    """`convert` of every record.
+    """`convert` every record.
 
-    Raises UserError for the first that cannot be read or converted, together with others that
-    follow close behind it.
+    Raises UserError for the first that cannot be read or converted, together with others among the
+    next `READ_ON`.
     """
 
     def converted(record: Record | UserError) -> T:
@@ -69,20 +69,20 @@ def convert_records(
         try:
             value = converted(record)
         except UserError as error:
-            raise _with_those_behind(error, iterator, converted) from error
+            raise _with_following(error, iterator, converted) from error
         yield value
 
 
-def _with_those_behind(
+def _with_following(
     first: UserError,
     records: Iterator[Record | UserError],
     converted: Callable[[Record | UserError], Any],
 ) -> UserError:
     problems: list[Problem] = list(first.problems)
-    behind = islice(records, READ_ON)
+    following = islice(records, READ_ON)
     while len(problems) < MAX_PROBLEMS:
         try:
-            converted(next(behind))
+            converted(next(following))
         except StopIteration:
             break
         except UserError as error:
@@ -93,8 +93,8 @@ def _with_those_behind(
 def read_json_records(path: Path) -> Iterator[Record | UserError]:
     """The records of a JSON file (a list of objects, or lines) or a JSON-lines file.
 
-    A wrong record comes as the error that says so; those behind it follow where they can be found.
-    Raises UserError when the file cannot be read or has another form.
+    A wrong record is yielded as an error, and reading continues after it where it can. Raises
+    UserError when the file cannot be read or has another structure.
     """
     lines = read_lines(path)
     if str(path).lower().endswith(JSON):
@@ -111,7 +111,7 @@ def read_json_records(path: Path) -> Iterator[Record | UserError]:
 def read_records(path: Path, cache_dir: Path) -> Iterator[Record | UserError]:
     """The records of a JSON, JSON-lines or Parquet file, by its suffix.
 
-    Parquet gives every key that any record of the file has; those without a value are left out.
+    Null values of Parquet are dropped, since each of its records has every column of the file.
     """
     if is_parquet(path):
         for record in read_parquet_records(path, cache_dir):
@@ -121,12 +121,12 @@ def read_records(path: Path, cache_dir: Path) -> Iterator[Record | UserError]:
 
 
 def is_parquet(path: Path) -> bool:
-    """Whether the name of a file says that it is Parquet."""
+    """Whether the suffix of a file is that of Parquet."""
     return str(path).lower().endswith(PARQUET)
 
 
 def read_parquet_records(path: Path, cache_dir: Path) -> Iterator[Record]:
-    """The rows of a Parquet file, streaming; null where a row has no value.
+    """The rows of a Parquet file, streaming; None for null.
 
     Raises UserError when the `datasets` library is missing or cannot read the file.
     """
@@ -148,19 +148,19 @@ def read_parquet_records(path: Path, cache_dir: Path) -> Iterator[Record]:
                 yield Record(f"{path}, record {number}", row)
         except UnicodeDecodeError as error:
             raise UserError(
-                f"holds a text that is not UTF-8 (byte 0x{error.object[error.start]:02x} "
-                f"at offset {error.start} of it)",
+                f"has a string that is not UTF-8 (byte 0x{error.object[error.start]:02x} "
+                f"at its offset {error.start})",
                 where=f"{path}, record {number + 1}",
                 rule="a string of a Parquet file is UTF-8",
-                advice="Repair the record, or store bytes as text in UTF-8",
+                advice="Fix the record, or encode its strings as UTF-8",
             ) from error
         except Exception as error:
             reason = (str(error) or repr(error)).splitlines()[0]
             raise UserError(
                 f"cannot be read as Parquet ({reason})",
-                where=f"{path}, behind record {number}" if number else str(path),
-                rule="it is read through the `datasets` library, which must know its types",
-                advice="Look at it with pyarrow.parquet.read_table, and write it again",
+                where=f"{path}, after record {number}" if number else str(path),
+                rule="it is read with the `datasets` library, which must know its types",
+                advice="Inspect it with pyarrow.parquet.read_table, and write it again",
             ) from error
 
 
@@ -171,7 +171,7 @@ def _is_empty_parquet(path: Path) -> bool:
 
 
 def shown(value: Any) -> str:
-    """A value for a message: short whatever its size and depth, and printable everywhere."""
+    """A value for a message, shortened and with unprintable characters escaped."""
     return printable(_SHORT.repr(value))
 
 
@@ -193,7 +193,7 @@ _KINDS = {
 
 
 def kind_of(value: Any) -> str:
-    """What a value of a record is, in words."""
+    """The type of a value in a record, for a message."""
     return _KINDS.get(type(value), type(value).__name__)
 
 
@@ -205,7 +205,7 @@ def _text_of(path: Path) -> str:
 
 
 def _refuse_one_object(path: Path, text: str) -> None:
-    """Raise UserError for one object over several lines; what is none is left to the lines."""
+    """Raise UserError where the file is one JSON object over several lines."""
     if "\n" not in text.strip():
         return
     try:
@@ -213,15 +213,15 @@ def _refuse_one_object(path: Path, text: str) -> None:
     except NotJson:
         return
     raise UserError(
-        "holds one object",
+        "is one JSON object",
         where=str(path),
-        rule="a JSON dataset is a list of objects, or one object a line",
+        rule="a JSON dataset is a list of objects, or has one object per line",
         advice="Put the records into a list",
     )
 
 
 def _list_items(path: Path, text: str) -> Iterator[Record | UserError]:
-    position = _behind_space(text, text.index("[") + 1)
+    position = _skip_space(text, text.index("[") + 1)
     number = 0
     is_open = text[position : position + 1] != "]"
     while is_open:
@@ -229,7 +229,7 @@ def _list_items(path: Path, text: str) -> Iterator[Record | UserError]:
         where = f"{path}, record {number}"
         try:
             value, end = parse_at(text, position, STRICT)
-            end = _behind_space(text, end)
+            end = _skip_space(text, end)
             is_open = text[end : end + 1] == ","
             if not is_open and text[end : end + 1] != "]":
                 raise NotJson("Expecting ',' delimiter", end)
@@ -237,20 +237,20 @@ def _list_items(path: Path, text: str) -> Iterator[Record | UserError]:
             yield _not_json_item(path, number, text, position, error)
             return
         yield _record(where, value)
-        position = _behind_space(text, end + 1) if is_open else end
-    rest = _behind_space(text, position + 1)
+        position = _skip_space(text, end + 1) if is_open else end
+    rest = _skip_space(text, position + 1)
     if rest < len(text):
         yield _not_json_item(path, number, text, rest, NotJson("Extra data", rest))
 
 
-def _behind_space(text: str, position: int) -> int:
+def _skip_space(text: str, position: int) -> int:
     match = _SPACE.match(text, position)
     assert match is not None
     return match.end()
 
 
 def _not_json_item(path: Path, number: int, text: str, begin: int, error: NotJson) -> UserError:
-    """For a record of a list; where Python gives no position it is the record's beginning."""
+    """The error for a record of a list; without a position it is that of the record's beginning."""
     at = error.position
     line, column = line_and_column(text, begin if at is None else at)
     start = begin if at is None else text.rfind("\n", 0, at) + 1
@@ -280,7 +280,7 @@ def _not_json(
         where=where,
         rule="every record must be one JSON object",
         nearest=nearest,
-        advice="Repair the line or take it out",
+        advice="Fix or remove the line",
     )
 
 
@@ -290,7 +290,7 @@ def _not_text(path: Path, error: NotText) -> UserError:
         where=f"{path}:{error.line}",
         rule="data files are UTF-8, or UTF-16 or UTF-32 with a byte order mark",
         nearest=f"The byte is at offset {error.offset} of the file",
-        advice="Convert the file (iconv -f LATIN1 -t UTF-8), or repair the line",
+        advice="Convert the file (iconv -f LATIN1 -t UTF-8), or fix the line",
     )
 
 
@@ -305,7 +305,7 @@ def _record(where: str, value: Any) -> Record | UserError:
         f"is {kind_of(value)}: {_excerpt(text)}",
         where=where,
         rule="every record must be a JSON object",
-        advice='Write it as {"text": ...}, or the form that your data_loader.format has',
+        advice='Write it as {"text": ...}, or in the format of your data_loader.format',
     )
 
 
@@ -322,7 +322,8 @@ def _excerpt(text: str) -> str:
 
 @contextmanager
 def _quiet_datasets() -> Iterator[Any]:
-    """The `datasets` module, kept from the network and from logging what we report ourselves."""
+    """The `datasets` module without network requests and without log lines for errors that are
+    raised here."""
     try:
         import datasets
         from datasets import config
@@ -330,12 +331,12 @@ def _quiet_datasets() -> Iterator[Any]:
     except ImportError as error:
         raise UserError(
             "the `datasets` library is not installed",
-            rule="Parquet files are read through it",
+            rule="Parquet files are read with it",
             advice=_INSTALL,
         ) from error
     verbosity, counts = logging.get_verbosity(), config.HF_UPDATE_DOWNLOAD_COUNTS
     logging.set_verbosity(logging.CRITICAL)
-    config.HF_UPDATE_DOWNLOAD_COUNTS = False  # else a request to a server for every file
+    config.HF_UPDATE_DOWNLOAD_COUNTS = False  # else it sends a request for every file
     try:
         yield datasets
     finally:

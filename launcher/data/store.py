@@ -1,13 +1,13 @@
-"""Tokens on the disk: raw arrays that every rank maps into memory.
+"""Tokens on disk: raw arrays that every rank memory-maps.
 
 Owns the files of one folder of the data cache:
 
-    tokens.bin      uint32  [tokens]           all documents, one behind the other
-    starts.bin      int64   [documents + 1]    where each document begins; the last is the end
-    targets.bin     uint8   [tokens]           1 where a token is learnt; absent: every token is
+    tokens.bin      uint32  [tokens]           all documents, concatenated
+    starts.bin      int64   [documents + 1]    offset of each document; the last is the end
+    targets.bin     uint8   [tokens]           1 where a token is a target; absent: all are
 
-and arrays that are added beside them. Invariants: little-endian, without a header (the facts are in
-the folder's JSON); a file is complete on the disk before the folder gets its name.
+and arrays that are added beside them. Invariants: little-endian, without a header (the sizes are in
+the folder's JSON); every file is complete on disk before the folder is renamed to its final name.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ TARGET_DTYPE = np.dtype("<u1")
 
 @dataclass(frozen=True, kw_only=True)
 class TokenStore:
-    """The mapped tokens of a dataset."""
+    """The memory-mapped tokens of a dataset."""
 
     tokens: npt.NDArray[np.uint32]
     starts: npt.NDArray[np.int64]
@@ -46,7 +46,7 @@ class TokenStore:
 
 
 class TokenWriter:
-    """Writes the arrays of a TokenStore, document after document, hashing what it writes."""
+    """Writes the arrays of a TokenStore document by document, and hashes them."""
 
     def __init__(self, folder: Path, *, with_targets: bool) -> None:
         self.folder = folder
@@ -63,7 +63,7 @@ class TokenWriter:
     ) -> None:
         """Append documents (lists of token ids) and, where the store has them, their targets.
 
-        A document without a token is none: every start stands for a token of its own.
+        Documents without tokens are dropped: every offset belongs to a token.
         """
         for document in documents:
             if document:
@@ -76,7 +76,7 @@ class TokenWriter:
             self._write("targets", np.concatenate(targets).astype(TARGET_DTYPE))
 
     def finish(self) -> dict[str, Any]:
-        """Complete the files; the facts that `open_store` needs."""
+        """Complete the files. Returns the metadata for `open_store`."""
         for file in self._files.values():
             _complete(file)
         starts = np.array(self._starts, dtype=INDEX_DTYPE)
@@ -102,27 +102,27 @@ class TokenWriter:
         self._hashes[name].update(raw)
 
 
-def open_store(folder: Path, facts: dict[str, Any]) -> TokenStore:
-    """Map the store that `finish` described; OSError or ValueError when a file is not whole."""
+def open_store(folder: Path, metadata: dict[str, Any]) -> TokenStore:
+    """Map the store by the metadata of `finish`; OSError or ValueError for a damaged file."""
     return TokenStore(
-        tokens=map_array(folder / "tokens.bin", TOKEN_DTYPE, facts["tokens"]),
-        starts=map_array(folder / "starts.bin", INDEX_DTYPE, facts["documents"] + 1),
-        is_target=map_array(folder / "targets.bin", TARGET_DTYPE, facts["tokens"])
-        if facts["has_targets"]
+        tokens=map_array(folder / "tokens.bin", TOKEN_DTYPE, metadata["tokens"]),
+        starts=map_array(folder / "starts.bin", INDEX_DTYPE, metadata["documents"] + 1),
+        is_target=map_array(folder / "targets.bin", TARGET_DTYPE, metadata["tokens"])
+        if metadata["has_targets"]
         else None,
-        content=facts["content"],
+        content=metadata["content"],
     )
 
 
 def write_array(path: Path, values: npt.NDArray[Any]) -> None:
-    """Write one array, complete on the disk when this returns."""
+    """Write one array durably."""
     with path.open("wb") as file:
         file.write(values.tobytes())
         _complete(file)
 
 
 def map_array(path: Path, dtype: np.dtype[Any], count: int) -> npt.NDArray[Any]:
-    """Map one array read-only; raises OSError or ValueError when the file has another size."""
+    """Map one array read-only. Raises OSError or ValueError when the file has another size."""
     size = path.stat().st_size
     if size != count * dtype.itemsize:
         raise ValueError(f"{path} has {size} bytes, not {count * dtype.itemsize}")

@@ -1,7 +1,7 @@
-"""What happens to the fields of a record that are unknown or wrong.
+"""How unknown and wrong fields of a record are handled.
 
-Owns the rule: known fields work, unknown ones are counted under their name, wrong ones are errors
-with the place of their record, or counted where `strict_fields: False` waves them through.
+Owns the rule: known fields are used, unknown ones are counted under their name, wrong ones are
+errors with file and record, or are counted with `strict_fields: False`.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from launcher.data.tally import Tally
 from launcher.errors import UserError
 from launcher.json_text import lone_surrogate, printable, strings_in
 
-LENIENT = "Repair the record, or pass over such fields with data_loader.strict_fields: False"
+LENIENT = "Fix the record, or ignore such fields with data_loader.strict_fields: False"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Strictness:
-    """How the records of a data loader are checked, and where what is passed over is counted."""
+    """Whether wrong fields are errors, and where ignored ones are counted."""
 
     strict: bool
     tally: Tally
 
     def wrong(self, error: UserError, name: str, where: str) -> None:
-        """Raise `error`, or count the field `name` as waved through."""
+        """Raise `error`, or count the field `name` as ignored."""
         if self.strict:
             raise error
         self.tally.skipped_checks.add(name, where)
@@ -36,7 +36,7 @@ class Strictness:
     def check_fields(
         self, record: Record, owner: Mapping[str, Any], used: Collection[str], inside: str = ""
     ) -> None:
-        """Check the fields that nothing reads, of a record or of one of its turns (`inside`)."""
+        """Check the fields that are not used, of a record or of one of its turns (`inside`)."""
         for name, value in owner.items():
             if name in used or name in METADATA or name in WEIGHTS or is_absent(value):
                 continue
@@ -49,32 +49,32 @@ class Strictness:
                 self.tally.unused_fields.add(full, record.where)
                 self.tally.known_fields.update(f"{inside}{known}" for known in used)
 
-    def is_learnt(self, record: Record, owner: Mapping[str, Any], inside: str = "") -> bool | None:
-        """What the weights of a record or of a turn say; None where they say nothing."""
-        said: dict[str, bool] = {}
+    def is_target(self, record: Record, owner: Mapping[str, Any], inside: str = "") -> bool | None:
+        """Whether a record or a turn counts for the loss by its weight; None without one."""
+        weights: dict[str, bool] = {}
         for name in WEIGHTS:
             value = owner.get(name)
             if value is None:
                 continue
             full = f"{inside}{name}"
             if isinstance(value, (bool, int, float)) and value in (0, 1):
-                said[full] = bool(value)
+                weights[full] = bool(value)
             else:
-                rule = "it must be 0 or 1 (false or true): an answer is learnt or it is context"
+                rule = "it must be 0 or 1 (false or true): other loss weights are not supported"
                 self.wrong(wrong_field(record.where, full, value, rule), name, record.where)
-        if len(set(said.values())) > 1:
-            names = ", ".join(f"{name} = {int(value)}" for name, value in said.items())
+        if len(set(weights.values())) > 1:
+            names = ", ".join(f"{name} = {int(value)}" for name, value in weights.items())
             raise UserError(
                 f"{names}",
                 where=record.where,
-                rule="one answer is learnt or it is not",
-                advice="Repair the record",
+                rule="the weights of an answer must agree",
+                advice="Fix the record",
             )
-        return next(iter(said.values()), None)
+        return next(iter(weights.values()), None)
 
 
 def is_absent(value: Any) -> bool:
-    """Whether the value of an optional field says nothing; 0 and {} are wrong values instead."""
+    """Whether an optional field has no value; 0 and {} are wrong values instead."""
     return value is None or value == "" or value == []
 
 
@@ -99,10 +99,10 @@ def check_encodable(record: Record, value: Any, name: str) -> None:
 
 
 def surrogate_error(where: str, name: str, wrong: str) -> UserError:
-    """The error for a text that no encoding, and so no tokenizer, takes."""
+    """The error for a string that cannot be encoded, and so not be tokenized."""
     return UserError(
-        f"field {name!r} holds {wrong}, half of a surrogate pair",
+        f"field {name!r} has {wrong}, half of a surrogate pair",
         where=where,
-        rule="a text must be Unicode that UTF-8 can encode",
-        advice="Repair the record (text was cut in the middle of a character), or take it out",
+        rule="a string must be Unicode that UTF-8 can encode",
+        advice="Fix the record (it was cut inside a character), or remove it",
     )

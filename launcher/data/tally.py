@@ -1,7 +1,7 @@
-"""Counts of what a data set holds that is not learnt, not used, or repaired.
+"""Counts of what is ignored, dropped or replaced in a dataset.
 
-Owns the warnings about a data set. Invariant: whatever is left out on the way
-from a file to a row is counted here under its name, with the first place where it was met.
+Owns the warnings about a dataset. Invariant: whatever is left out between a file and a row is
+counted here, with the first place where it occurred.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from launcher.errors import did_you_mean
 from launcher.json_text import printable
 
 MAX_NAMES = 20
-"""Names in one line."""
+"""Names in one warning."""
 
 
 @dataclass
 class Places:
-    """How many records, files or samples something was met in, and the first of them."""
+    """In how many records, files or samples something occurred, and the first of them."""
 
     count: int = 0
     first: str = ""
@@ -37,7 +37,7 @@ class Places:
 
 @dataclass
 class NamedPlaces:
-    """Places for each of several names, and for all of them together."""
+    """Places by name, and for all names together."""
 
     all: Places = field(default_factory=Places)
     by_name: dict[str, Places] = field(default_factory=dict)
@@ -48,7 +48,7 @@ class NamedPlaces:
         self.by_name.setdefault(name, Places()).add(where)
 
     def line(self, what: str, known: Collection[str] = ()) -> list[str]:
-        """One warning with every name, or none; `known` are the names to suggest instead."""
+        """One warning with every name, or none; `known`: names to suggest instead."""
         if not self.all.count:
             return []
         parts = [_part(name, places, known) for name, places in self.by_name.items()]
@@ -68,45 +68,45 @@ def _part(name: str, places: Places, known: Collection[str]) -> str:
 
 @dataclass(kw_only=True)
 class Tally:
-    """What was read, and what was left out or repaired on the way."""
+    """What was read, and what was left out or replaced."""
 
     documents: int = 0
     empty_documents: int = 0
     records_without_text: Places = field(default_factory=Places)
     """Records whose text column is absent or null."""
     undecodable_files: Places = field(default_factory=Places)
-    """Files with bytes that are not text; the place has line and offset of the first byte."""
+    """Files with bytes that cannot be decoded; with line and offset of the first byte."""
     replaced_characters: int = 0
     files_with_null: Places = field(default_factory=Places)
     """Text files with the character U+0000."""
     unused_fields: NamedPlaces = field(default_factory=NamedPlaces)
-    """Fields of records that nothing reads."""
+    """Fields of records that are not used."""
     known_fields: set[str] = field(default_factory=set)
-    """Fields of the formats that were met, to suggest instead of the unused ones."""
+    """Fields of the formats that were read, to suggest instead of the unused ones."""
     hidden_fields: NamedPlaces = field(default_factory=NamedPlaces)
     """Fields that the chat template does not show."""
     skipped_checks: NamedPlaces = field(default_factory=NamedPlaces)
     """Fields with wrong values that `strict_fields: False` ignores."""
-    nothing_to_learn: Places = field(default_factory=Places)
-    """Conversations without an answer that is learnt."""
+    without_target: Places = field(default_factory=Places)
+    """Conversations without an answer to train on."""
     answer_beyond_row: Places = field(default_factory=Places)
-    """Conversations whose answers begin behind `seq_length`."""
+    """Conversations whose answers begin after `seq_length`."""
     too_short: Places = field(default_factory=Places)
     """Documents of fewer than two tokens."""
 
     def warnings(self, seq_length: int = 0) -> list[str]:
-        """One line for each thing a user should know of; `seq_length` is that of the rows."""
+        """One line for each kind of loss; `seq_length` is that of the rows."""
         return [
             *self._about_files(),
             *self.unused_fields.line("have fields that are not used", self.known_fields),
             *self.hidden_fields.line("have fields that the chat template does not show"),
-            *self.skipped_checks.line("have wrong fields, passed over by strict_fields: False"),
-            *_samples(self.nothing_to_learn, "without an answer to learn were left out"),
+            *self.skipped_checks.line("have wrong fields, ignored with strict_fields: False"),
+            *_samples(self.without_target, "without an answer to train on were left out"),
             *_samples(
                 self.answer_beyond_row,
                 f"with no answer within seq_length {seq_length} were left out",
             ),
-            *_samples(self.too_short, "with fewer than two tokens teach nothing"),
+            *_samples(self.too_short, "with fewer than two tokens have no target"),
         ]
 
     def _about_files(self) -> list[str]:
@@ -119,8 +119,8 @@ class Tally:
             )
         if self.files_with_null:
             lines.append(
-                f"warning: {self.files_with_null.count} file(s) hold the character U+0000, "
-                f"as files that are not text do; the first is {self.files_with_null.first}"
+                f"warning: {self.files_with_null.count} file(s) have the character U+0000, "
+                f"as binary files do; the first is {self.files_with_null.first}"
             )
         if self.records_without_text:
             lines.append(

@@ -1,6 +1,6 @@
-"""The chat template of a tokenizer: which one counts, and what it makes of a conversation.
+"""The chat template of a tokenizer: which one is used, and rendering with it.
 
-Owns the choice among named templates (as `transformers` chooses: `tool_use` for a conversation with
+Owns the choice among named templates (as in `transformers`: `tool_use` for a conversation with
 tools, else `default`), and whether a template marks its answers with `{% generation %}` blocks.
 """
 
@@ -23,8 +23,8 @@ DEFAULT_CHAT_TEMPLATE = (
     "{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"
 )
-"""For a tokenizer without a template: ChatML, each turn ended by the tokenizer's own end token,
-so that generation stops there."""
+"""For a tokenizer without a template: ChatML, with the tokenizer's EOS token after each turn, so
+that generation stops there."""
 
 Span = tuple[int, int]
 
@@ -36,11 +36,11 @@ class ChatTemplate:
     tokenizer: Any
     text: str
     shown: set[tuple[str, str]] = field(default_factory=set)
-    """Fields (of a role) that were seen to change the text of a conversation."""
+    """(role, field) pairs that are known to change the rendered text."""
 
     @cached_property
     def marks_answers(self) -> bool:
-        """Whether the template has a `{% generation %}` block; one in a comment is none."""
+        """Whether the template has a `{% generation %}` block outside of comments."""
         from jinja2 import TemplateSyntaxError
         from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -52,7 +52,7 @@ class ChatTemplate:
                 if kind in ("block_begin", "name")
             ]
         except TemplateSyntaxError:
-            return False  # the first rendering says what is wrong
+            return False  # the first rendering reports it
         return any(
             before[0] == "block_begin" and token == ("name", "generation")
             for before, token in pairwise(tokens)
@@ -60,7 +60,7 @@ class ChatTemplate:
 
     @cached_property
     def special_tokens(self) -> frozenset[str]:
-        """The texts of the special tokens of the tokenizer, its end-of-turn marks among them."""
+        """The special tokens of the tokenizer, which include its end-of-turn marks."""
         added = getattr(self.tokenizer, "added_tokens_decoder", {}).values()
         special = {token.content for token in added if token.special}
         return frozenset(special | set(self.tokenizer.all_special_tokens))
@@ -73,9 +73,9 @@ class ChatTemplate:
         prompt: bool = False,
         with_tools: bool = True,
     ) -> str:
-        """The text of some messages of a conversation, `prompt` with the generation prompt behind.
+        """Render messages of a conversation; `prompt` adds the generation prompt.
 
-        Raises UserError when the template refuses them.
+        Raises UserError when the template raises.
         """
         try:
             text: str = self.tokenizer.apply_chat_template(
@@ -86,13 +86,13 @@ class ChatTemplate:
                 tokenize=False,
             )
         except Exception as error:
-            raise _refused(conversation, error) from error
+            raise _rejected(conversation, error) from error
         return text
 
     def render_marked(
         self, conversation: Conversation, messages: list[Turn]
     ) -> tuple[str, list[Span]]:
-        """The text of some messages, and the character spans of its generation blocks."""
+        """Render messages, with the character spans of the generation blocks."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
         try:
@@ -104,7 +104,7 @@ class ChatTemplate:
                 **self.tokenizer.special_tokens_map,
             )
         except Exception as error:
-            raise _refused(conversation, error) from error
+            raise _rejected(conversation, error) from error
         return texts[0], [(begin, end) for begin, end in spans[0]]
 
 
@@ -117,7 +117,7 @@ class ChatTemplates:
         self._known: dict[bool, ChatTemplate] = {}
 
     def of(self, conversation: Conversation) -> ChatTemplate:
-        """The template for a conversation. Raises UserError when no name decides."""
+        """The template for a conversation. Raises UserError when there is no `default`."""
         has_tools = conversation.tools is not None
         if has_tools not in self._known:
             self._known[has_tools] = ChatTemplate(self.tokenizer, self._text(has_tools))
@@ -134,14 +134,14 @@ class ChatTemplates:
         if not isinstance(found, str):
             raise UserError(
                 f"the chat template of the tokenizer is {kind_of(found)}",
-                rule="a chat template is a Jinja template, or several with their names",
-                advice="Repair tokenizer_config.json",
+                rule="a chat template is a Jinja template, or several by name",
+                advice="Fix tokenizer_config.json",
             )
         if wrong := lone_surrogate(found):
             raise UserError(
-                f"the chat template of the tokenizer holds {wrong}, half of a surrogate pair",
-                rule="a text must be Unicode that UTF-8 can encode",
-                advice="Repair tokenizer_config.json or chat_template.jinja",
+                f"the chat template of the tokenizer has {wrong}, half of a surrogate pair",
+                rule="a string must be Unicode that UTF-8 can encode",
+                advice="Fix tokenizer_config.json or chat_template.jinja",
             )
         return found
 
@@ -149,28 +149,28 @@ class ChatTemplates:
 def _no_default(found: dict[str, str]) -> UserError:
     return UserError(
         "the tokenizer has several chat templates and none is named `default`",
-        rule="conversations are written with the template `default`, and `tool_use` where they "
-        "have tools",
+        rule="conversations are rendered with the template `default`, or `tool_use` if they have "
+        "tools",
         nearest=f"Templates found: {', '.join(sorted(found))}",
         advice="Name one of them `default` in tokenizer_config.json (or chat_template.jinja)",
     )
 
 
-def _refused(conversation: Conversation, error: Exception) -> UserError:
+def _rejected(conversation: Conversation, error: Exception) -> UserError:
     from jinja2 import TemplateSyntaxError
 
     if isinstance(error, TemplateSyntaxError):
         return UserError(
             f"the chat template of the tokenizer is not a Jinja template: line {error.lineno}: "
             f"{error.message}",
-            rule="conversations are written with it",
-            advice="Repair chat_template.jinja, or chat_template in tokenizer_config.json",
+            rule="conversations are rendered with it",
+            advice="Fix chat_template.jinja, or chat_template in tokenizer_config.json",
         )
     roles = ", ".join(str(message.get("role")) for message in conversation.messages)
     return UserError(
-        f"the chat template refuses the conversation ({error})",
+        f"the chat template rejects the conversation ({error})",
         where=conversation.where,
-        rule="a conversation must have the turns that the tokenizer's chat template knows",
+        rule="a conversation must have turns that the tokenizer's chat template supports",
         nearest=f"Its turns: {roles}",
-        advice="Repair the record, or use a tokenizer whose template takes it",
+        advice="Fix the record, or use a tokenizer whose template supports it",
     )

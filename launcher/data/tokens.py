@@ -1,8 +1,8 @@
-"""Documents to tokens, many at a time.
+"""Documents to tokens, in batches.
 
-Owns the call of the tokenizer for plain text. Invariants: the tokens of a document are those of its
-text and, where the tokenizer has one, its end token behind them; no other special token is added;
-the tokenizer's own truncation and padding settings have no say.
+Owns the calls of the tokenizer for plain text. Invariants: the tokens of a document are those of
+its text, followed by the end-of-sequence token where the tokenizer has one; no other special token
+is added; the tokenizer's own truncation and padding settings are ignored.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from typing import Any
 
 BATCH_CHARACTERS = 1 << 22
 LONGEST_PIECE = 1 << 22
-"""Characters. A longer document is tokenised in pieces cut behind a line, else a single file of
-some gigabytes would need a hundred times its size in memory; only tokens at a cut can differ."""
+"""Characters. A longer document is tokenized in pieces that end at a line break: a file of some
+gigabytes would need a hundred times its size in memory. Only the tokens at a cut can differ."""
 
 
 def backend_of(tokenizer: Any) -> Any:
-    """The Rust tokenizer inside a fast tokenizer, set to give all tokens and no padding."""
+    """The Rust tokenizer of a fast tokenizer, with truncation and padding turned off."""
     backend = tokenizer.backend_tokenizer
     if backend.truncation is not None:
         backend.no_truncation()
@@ -29,9 +29,9 @@ def backend_of(tokenizer: Any) -> Any:
 
 @contextmanager
 def exact_offsets(backend: Any) -> Iterator[Any]:
-    """The Rust tokenizer set to give the characters of each token, its leading space included.
+    """The Rust tokenizer with offsets that include the leading space of a token.
 
-    The post-processor of many byte-level tokenizers (`trim_offsets`) takes spaces out of them.
+    The post-processor of many byte-level tokenizers (`trim_offsets`) excludes it.
     """
     processor = backend.post_processor
     backend.post_processor = None
@@ -41,8 +41,8 @@ def exact_offsets(backend: Any) -> Iterator[Any]:
         backend.post_processor = processor
 
 
-def tokenise_documents(documents: Iterable[str], tokenizer: Any) -> Iterator[list[list[int]]]:
-    """The tokens of documents, in batches, in order; each ends with the end token, if any."""
+def tokenize_documents(documents: Iterable[str], tokenizer: Any) -> Iterator[list[list[int]]]:
+    """The tokens of documents, in batches, in order; each ends with the EOS token, if any."""
     end = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
     for batch in _batches(documents):
         pieces = [piece for text in batch for piece in _pieces(text)]

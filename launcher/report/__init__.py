@@ -1,1 +1,1 @@
-"""Report: what people look at. Console, logs, metrics, curves, trackers."""
+"""Report: console, logs, metrics, loss curves and trackers."""

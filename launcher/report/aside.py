@@ -1,4 +1,4 @@
-"""Files of an earlier run in the folder of this one: renamed, never written over."""
+"""Files of an earlier run in the same folder: renamed, never overwritten."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from pathlib import Path
 
 
 def move_aside(path: Path) -> Path:
-    """Rename a file of an earlier run, `metrics.jsonl` to `metrics-1.jsonl`: the first number that
-    is free. Returns the new path."""
+    """Rename a file of an earlier run, `metrics.jsonl` to `metrics-1.jsonl` with the first free
+    number. Returns the new path."""
     number = 1
     while (aside := path.with_name(f"{path.stem}-{number}{path.suffix}")).exists():
         number += 1
@@ -17,13 +17,13 @@ def move_aside(path: Path) -> Path:
 
 
 def make_way(path: Path, content: bytes) -> None:
-    """Move a file aside that lies at `path` with other content than `content`."""
+    """Move the file at `path` aside if its content differs from `content`."""
     if path.is_file() and path.read_bytes() != content:
         move_aside(path)
 
 
 def move_to_numbered_folder(path: Path) -> Path:
-    """Move a file of an earlier run, `strategy/x` to `strategy-1/x`: the first folder without it.
+    """Move a file of an earlier run, `strategy/x` to `strategy-1/x` or the first folder without it.
     Returns the new path."""
     number = 1
     while (aside := path.parent.with_name(f"{path.parent.name}-{number}") / path.name).exists():
@@ -34,6 +34,6 @@ def move_to_numbered_folder(path: Path) -> Path:
 
 
 def write_new(path: Path, text: str) -> None:
-    """Write a text file; one with other content that lies there is moved aside first."""
+    """Write a text file; an existing one with other content is moved aside first."""
     make_way(path, text.encode())
     path.write_text(text)

@@ -1,7 +1,7 @@
-"""The console and the logs: rank 0 speaks, every rank writes `log/rank_N/`.
+"""The console of rank 0, and the log files of every rank in `log/rank_N/`.
 
-On a terminal the newest progress is one line that is rewritten in place below the messages; where
-output is not a terminal it is a plain line now and then.
+On a terminal, progress is one line below the messages that is updated in place; elsewhere it is a
+plain line every `PLAIN_INTERVAL_SECONDS`.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ logger = logging.getLogger("slipway")
 
 
 class Console:
-    """What the main process shows. Messages scroll, progress stays on one line."""
+    """Output of the main process. Messages scroll, progress stays on one line."""
 
     def __init__(self, *, enabled: bool, stream: TextIO | None = None) -> None:
         self.enabled = enabled
         self.stream = stream or sys.stdout
         self.live = self.stream.isatty()
         if hasattr(self.stream, "reconfigure"):
-            self.stream.reconfigure(errors="replace")  # a terminal without these characters
+            self.stream.reconfigure(errors="replace")  # for terminals without Unicode
         self._line = ""
         self._shown = -1e9
 
     def log(self, text: str) -> None:
-        """A message: into the log of this rank, and on the console of the main one."""
+        """Write a message to the log of this rank, and on the main rank to the console."""
         logger.info(text)
         if self.enabled:
             erase = "\r\033[K" if self._line else ""
@@ -42,7 +42,7 @@ class Console:
             self._redraw()
 
     def progress(self, text: str, *, last: bool = False) -> None:
-        """The newest state of something long; `last` is always shown."""
+        """Show progress, at most once per interval; `last` is always shown."""
         interval = LIVE_INTERVAL_SECONDS if self.live else PLAIN_INTERVAL_SECONDS
         now = time.monotonic()
         if not self.enabled or (now - self._shown < interval and not last):
@@ -72,7 +72,7 @@ def open_logs(output_dir: Path, rank: int) -> None:
             maxBytes=LOG_BYTES,
             backupCount=LOG_BACKUPS,
             encoding="utf-8",
-            errors="backslashreplace",  # names of files may be any bytes
+            errors="backslashreplace",  # file names may have any bytes
         )
         handler.setLevel(level)
         handler.setFormatter(logging.Formatter(FILE_FORMAT))

@@ -1,4 +1,4 @@
-"""loss.png: the loss curve of a run, drawn from its metrics."""
+"""loss.png: the loss curve of a run, plotted from its metrics."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ SMOOTHING = 0.9
 
 
 def draw_loss(rows: Sequence[dict[str, Any]], path: Path) -> bool:
-    """Draw training loss (each step and smoothed) and evaluation loss over the steps to `path`.
+    """Plot training loss (per step and smoothed) and evaluation loss over the steps to `path`.
 
-    Returns whether there was anything to draw. Written whole or not at all.
+    Returns False without a training loss. The file is replaced atomically.
     """
     train = [(r["step"], r["loss"]) for r in rows if r.get("loss") is not None]
     evaluation = [(r["step"], r["eval_loss"]) for r in rows if r.get("eval_loss") is not None]
@@ -28,7 +28,7 @@ def draw_loss(rows: Sequence[dict[str, Any]], path: Path) -> bool:
     axes = figure.add_subplot()
     steps = [step for step, _ in train]
     losses = [loss for _, loss in train]
-    axes.plot(steps, losses, color="#9ecae1", linewidth=0.8, label="training, each step")
+    axes.plot(steps, losses, color="#9ecae1", linewidth=0.8, label="training, per step")
     axes.plot(steps, _smooth(losses), color="#08519c", linewidth=1.8, label="training, smoothed")
     if evaluation:
         axes.plot(*zip(*evaluation, strict=True), "o-", color="#e6550d", label="evaluation")
@@ -43,7 +43,7 @@ def draw_loss(rows: Sequence[dict[str, Any]], path: Path) -> bool:
 
 
 def _smooth(values: Sequence[float]) -> list[float]:
-    """Exponential moving average, corrected for its start."""
+    """Exponential moving average with bias correction."""
     mean, weight, result = 0.0, 0.0, []
     for value in values:
         mean = SMOOTHING * mean + (1 - SMOOTHING) * value

@@ -1,8 +1,8 @@
-"""metrics.jsonl: one JSON object a line, one line an optimizer step, one an evaluation.
+"""metrics.jsonl: one JSON object per line, for each optimizer step and each evaluation.
 
-Invariants: samples in the file never run backwards; no row of another run is lost. A run that goes
-on under its own name drops the rows after its newest save, which it is about to make again. Any
-other run first moves the file of the run before it aside, to `metrics-1.jsonl` and so on.
+Invariants: `consumed_samples` never decreases in the file; no row of another run is lost. A run
+that resumes under its own name drops the rows after its newest save, which it will write again. Any
+other run first moves the existing file aside, to `metrics-1.jsonl` and so on.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ FILE_NAME = "metrics.jsonl"
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """All rows of the file; a last line cut short by a crash is left out."""
+    """All rows of the file, without a last line that a crash truncated."""
     rows = []
     for line in path.read_text().splitlines():
         try:
@@ -34,24 +34,24 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 class Start(Enum):
-    """What a run is to the rows that an earlier run left in its folder."""
+    """How a run relates to the rows that an earlier run wrote into its folder."""
 
     FRESH = "fresh"
-    """Another run: none of them belongs to it."""
+    """A new run: it shares none of them."""
     SAME = "same"
-    """The run that wrote them, after an interruption."""
+    """The run that wrote them, resumed."""
     BRANCH = "branch"
-    """A run that goes on from an earlier save of the run that wrote them: it shares the first."""
+    """A run resumed from an earlier save of the run that wrote them: it shares the first ones."""
 
 
 class MetricsLog:
-    """Appends rows. `consumed_samples`: how far the run is that this one goes on from."""
+    """Appends rows. `consumed_samples`: those at the save that the run is resumed from."""
 
     def __init__(self, output_dir: Path, start: Start, consumed_samples: int = 0) -> None:
         output_dir.mkdir(parents=True, exist_ok=True)
         self.path = output_dir / FILE_NAME
         self.moved_to: Path | None = None
-        """Where the file of an earlier run is now."""
+        """The new path of the file of an earlier run."""
         if self.path.exists():
             if start is not Start.SAME:
                 self.moved_to = move_aside(self.path)
@@ -62,13 +62,13 @@ class MetricsLog:
         self._file: TextIO = self.path.open("a")
 
     def go_back(self, consumed_samples: int) -> None:
-        """Drop the rows after a place that the run goes back to."""
+        """Drop the rows after the save that the run is rolled back to."""
         self._file.close()
         _drop_after(self.path, consumed_samples)
         self._file = self.path.open("a")
 
     def add(self, row: dict[str, Any]) -> None:
-        """Write one row, at once. Numbers that JSON has no word for become null."""
+        """Write and flush one row. Values that JSON cannot represent (NaN, inf) become null."""
         clean = {
             key: None if isinstance(value, float) and not math.isfinite(value) else value
             for key, value in row.items()
@@ -77,7 +77,7 @@ class MetricsLog:
         self._file.flush()
 
     def close(self) -> None:
-        """Finish the file."""
+        """Close the file."""
         self._file.close()
 
     def __enter__(self) -> MetricsLog:
@@ -93,7 +93,7 @@ class MetricsLog:
 
 
 def _drop_after(path: Path, consumed_samples: int) -> None:
-    # By samples: steps are counted anew when the global batch changes.
+    # By samples, since the step count changes with the global batch size.
     rows = list(
         takewhile(lambda row: row.get("consumed_samples", 0) <= consumed_samples, read_rows(path))
     )

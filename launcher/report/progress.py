@@ -1,4 +1,4 @@
-"""The words of a progress line: how far, how fast, how well, how long still."""
+"""The text of a progress line: step, loss, throughput, time left."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ BAR_WIDTH = 20
 
 
 def duration(seconds: float) -> str:
-    """`1:02:03` or `4:05`, for people."""
+    """`1:02:03` or `4:05`."""
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
@@ -19,13 +19,13 @@ def bar(fraction: float) -> str:
 
 
 class Pace:
-    """How long a run will still take: from a running mean that forgets slow first steps."""
+    """Estimates the remaining time of a run by a moving average, which forgets slow first steps."""
 
     def __init__(self) -> None:
         self._seconds: float | None = None
 
     def remaining(self, step: int, total: int, seconds_per_step: float) -> float:
-        """Seconds left after `step` of `total` steps; the newest took `seconds_per_step`."""
+        """Seconds left after `step` of `total` steps; the last one took `seconds_per_step`."""
         before = self._seconds if self._seconds is not None else seconds_per_step
         self._seconds = 0.9 * before + 0.1 * seconds_per_step
         return (total - step) * self._seconds
@@ -41,7 +41,7 @@ def progress_line(
     tokens_per_second: float,
     remaining_seconds: float,
 ) -> str:
-    """One line for the newest step."""
+    """The progress line of one step."""
     return (
         f"{bar(step / total)} step {step}/{total}  loss {loss:.4f}  lr {lr:.3g}  "
         f"grad norm {grad_norm:.3f}  {tokens_per_second:,.0f} tokens/s  "

@@ -1,6 +1,7 @@
-"""Trackers: TensorBoard, Weights & Biases and the others, through accelerate's tracker interface.
+"""Trackers: TensorBoard, Weights & Biases and others, through accelerate's tracker interface.
 
-Owned by the main process alone. accelerate costs seconds to import: only when one is asked for.
+Only the main process has trackers. accelerate takes seconds to import, so it is imported only when
+a tracker is configured.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ _PACKAGES = {"tensorboard": "tensorboard", "comet_ml": "comet-ml"}
 def open_trackers(
     names: Sequence[str], folder: Path, configuration: Mapping[str, Any], *, cpu: bool
 ) -> list[Any]:
-    """A started tracker for each name, told the configuration. `folder` is for those that need one.
+    """Start a tracker for each name and give it the configuration; some write into `folder`.
 
     Raises `UserError` when a tracker's package is not installed.
     """
@@ -26,7 +27,7 @@ def open_trackers(
     from accelerate import PartialState
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
-    PartialState(cpu=cpu)  # accelerate's own log lines ask for it
+    PartialState(cpu=cpu)  # accelerate's logging needs it
     available = {str(getattr(name, "value", name)) for name in get_available_trackers()}
     trackers = []
     for name in names:
@@ -37,7 +38,7 @@ def open_trackers(
             )
         kind = LOGGER_TYPE_TO_CLASS[name]
         tracker = kind("rank_0", folder) if kind.requires_logging_directory else kind("slipway")
-        tracker.main_process_only = False  # only the main process has any
+        tracker.main_process_only = False  # other processes have none
         try:
             tracker.start()
             tracker.store_init_configuration(flatten(configuration))
@@ -50,7 +51,7 @@ def open_trackers(
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested maps as dotted keys; what is no bool, number or text becomes text."""
+    """Nested mappings as dotted keys; other values than bool, number and string become strings."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, Mapping):

@@ -163,7 +163,7 @@ def test_a_damaged_folder_is_made_anew(
     else:
         (tokens.parent / "facts.json").write_text("{")
     assert build(dataset_dir=str(corpus)).fingerprint == first.fingerprint
-    assert "are damaged, they are made anew" in said[1]
+    assert "are damaged and are made again" in said[1]
 
 
 def test_nothing_is_left_behind(build: Build, corpus: Path, tmp_path: Path) -> None:
@@ -183,7 +183,7 @@ def test_nothing_is_left_behind(build: Build, corpus: Path, tmp_path: Path) -> N
         (
             "",
             True,
-            "has nothing to learn from (1 file(s), 0 document(s), 0 token(s)): a dataset needs",
+            "has nothing to train on (1 file(s), 0 document(s), 0 token(s)): a dataset needs",
         ),
         (" \n", False, "note: 1 empty document(s) were left out."),
     ],
@@ -194,7 +194,7 @@ def test_an_empty_corpus(
     (tmp_path / "a.txt").write_text(content)
     with pytest.raises(UserError) as caught:
         build(dataset_dir=str(tmp_path), packing=packing, cache_dir=tmp_path / "c")
-    assert str(caught.value).startswith(f"data_loader: '{tmp_path}' has nothing to learn from")
+    assert str(caught.value).startswith(f"data_loader: '{tmp_path}' has nothing to train on")
     assert expected in str(caught.value)
 
 
@@ -206,12 +206,12 @@ def test_a_cache_that_cannot_be_written(build: Build, corpus: Path, tmp_path: Pa
     assert "or set another output_dir." in str(caught.value)
 
 
-def test_long_tokenising_shows_progress(
+def test_long_tokenizing_shows_progress(
     build: Build, corpus: Path, said: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("launcher.data.build.PROGRESS_SECONDS", 0.0)
     monkeypatch.setattr("launcher.data.tokens.BATCH_CHARACTERS", 10)
     build(dataset_dir=str(corpus))
-    assert said[0].startswith("tokenising: 1 read, ")
+    assert said[0].startswith("tokenizing: 1 read, ")
     assert said[0].endswith(" tokens/s")
-    assert [line.split(":")[0] for line in said] == ["tokenising"] * 6 + ["data"]
+    assert [line.split(":")[0] for line in said] == ["tokenizing"] * 6 + ["data"]

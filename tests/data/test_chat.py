@@ -1,4 +1,4 @@
-"""Only answers are learnt, under templates of every kind that is in use."""
+"""Only answers are targets, with templates of every common kind."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def samples_of(
     return [sample for batch in batches for sample in batch], said
 
 
-def learnt(tokenizer: Any, sample: Any) -> list[str]:
+def target(tokenizer: Any, sample: Any) -> list[str]:
     """The runs of targets, decoded."""
     runs: list[list[int]] = []
     previous = False
@@ -104,7 +104,7 @@ def own_tokenizer() -> PreTrainedTokenizerFast:
     ids=["chatml", "generation", "thought-last", "thought-prompt", "plain", "llama2", "default"],
 )
 @pytest.mark.parametrize("offsets", [True, False])
-def test_only_answers_and_their_end_are_learnt(
+def test_only_answers_and_their_end_are_targets(
     own_tokenizer: Any, template: str | None, expected: list[str], offsets: bool
 ) -> None:
     used = own_tokenizer if offsets else WithoutOffsets(own_tokenizer)
@@ -113,7 +113,7 @@ def test_only_answers_and_their_end_are_learnt(
     if not offsets and template is not WITH_GENERATION:
         talk = Conversation(where="x", messages=TURNS)
         ((sample,),) = list(tokenize_conversations([talk], used, lambda _: None))
-    assert learnt(own_tokenizer, sample) == expected
+    assert target(own_tokenizer, sample) == expected
 
 
 @pytest.mark.parametrize("template", [CHATML, LLAMA2, PLAIN, None])
@@ -128,20 +128,20 @@ def test_the_tokens_are_those_of_the_whole_conversation(own_tokenizer: Any, temp
 def test_the_default_template_is_said_once(own_tokenizer: Any) -> None:
     samples, said = samples_of(own_tokenizer, None, *[TURNS] * 600)
     assert len(samples) == 600
-    assert said == ["the tokenizer has no chat template: a ChatML-like one is used"]
+    assert said == ["the tokenizer has no chat template: using a ChatML-like one"]
     assert samples_of(own_tokenizer, CHATML, TURNS)[1] == []
 
 
 def test_an_answer_before_any_question_is_context(own_tokenizer: Any) -> None:
     (sample,), _ = samples_of(own_tokenizer, CHATML, [TURNS[2], *TURNS[3:]])
-    assert learnt(own_tokenizer, sample) == ["By the sea.<|im_end|>"]
+    assert target(own_tokenizer, sample) == ["By the sea.<|im_end|>"]
 
 
 def test_an_answer_that_repeats_the_question_is_found(own_tokenizer: Any) -> None:
     turns = [{"role": role, "content": "ship"} for role in ("user", "assistant") * 2]
     for template in (CHATML, THOUGHT_IN_LAST):
         (sample,), _ = samples_of(own_tokenizer, template, turns)
-        runs = learnt(own_tokenizer, sample)
+        runs = target(own_tokenizer, sample)
         assert [run.rpartition("\n")[2] for run in runs] == ["ship<|im_end|>"] * 2
 
 
@@ -156,9 +156,9 @@ def test_a_template_that_hides_answers_is_an_error(own_tokenizer: Any) -> None:
     with pytest.raises(UserError) as caught:
         samples_of(own_tokenizer, FIRST_ONLY_SHOUTS, TURNS)
     assert str(caught.value) == (
-        "data.jsonl:1: the answer in turn 3 cannot be found in what the chat template makes of it: "
-        "only answers are learnt, so each must be a part of the rendered conversation. "
-        "A template with {% generation %} blocks says itself where answers are. "
+        "data.jsonl:1: the answer in turn 3 cannot be found in the rendered conversation: "
+        "loss is computed on answers, so each must be a part of the rendered conversation. "
+        "{% generation %} blocks in a chat template mark answers. "
         "Use a tokenizer with such a template."
     )
 
@@ -172,7 +172,7 @@ def test_a_conversation_the_template_refuses_is_named(own_tokenizer: Any, genera
     with pytest.raises(UserError) as caught:
         samples_of(own_tokenizer, strict + template, TURNS, [{"role": "tool", "content": "x"}])
     assert str(caught.value) == (
-        "data.jsonl:2: the chat template refuses the conversation (No tools): a conversation must "
-        "have the turns that the tokenizer's chat template knows. Its turns: tool. "
-        "Repair the record, or use a tokenizer whose template takes it."
+        "data.jsonl:2: the chat template rejects the conversation (No tools): a conversation must "
+        "have turns that the tokenizer's chat template supports. Its turns: tool. "
+        "Fix the record, or use a tokenizer whose template supports it."
     )

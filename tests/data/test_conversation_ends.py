@@ -6,10 +6,9 @@ from typing import Any
 
 import pytest
 
-from launcher.data.chat import tokenize_conversations
-from launcher.data.conversations import Conversation
 from launcher.errors import UserError
 
+from .target_runs import target_runs
 from .tokenizers_of_kinds import byte_level
 
 MARKS = ["<|end|>", "<|return|>", "<|user|>", "<|assistant|>", "<|message|>"]
@@ -47,17 +46,9 @@ def tokenizer() -> Any:
 
 
 def runs_of(tokenizer: Any, template: str, turns: list[dict[str, Any]]) -> list[str]:
-    """The runs of learnt tokens of a conversation, as text."""
+    """The runs of target tokens of a conversation, as text."""
     tokenizer.chat_template = template
-    talk = Conversation(where="d.jsonl:1", messages=turns)
-    ((sample,),) = tokenize_conversations([talk], tokenizer, lambda _: None)
-    runs: list[list[int]] = [[]]
-    for token, is_target in zip(sample.tokens, sample.is_target, strict=True):
-        if is_target:
-            runs[-1].append(token)
-        elif runs[-1]:
-            runs.append([])
-    return [tokenizer.decode(run) for run in runs if run]
+    return [tokenizer.decode(run) for run in target_runs(tokenizer, turns)]
 
 
 def talk_of(*contents: str, system: str = "") -> list[dict[str, Any]]:
@@ -78,7 +69,7 @@ def talk_of(*contents: str, system: str = "") -> list[dict[str, Any]]:
 def test_each_answer_ends_at_its_own_mark(
     tokenizer: Any, template: str, last: str, answers: list[str]
 ) -> None:
-    """Questions that repeat an answer are not learnt, wherever they stand."""
+    """Questions that repeat an answer are not targets, wherever they are."""
     contents = [text for answer in answers for text in (answer, answer)]
     expected = [answer + "<|end|>" for answer in answers[:-1]] + [answers[-1] + last]
     assert runs_of(tokenizer, template, talk_of(*contents)) == expected

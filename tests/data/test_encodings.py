@@ -13,7 +13,7 @@ import pytest
 
 from launcher.config.derived import read_json_object
 from launcher.config.schema import DataLoaderSection
-from launcher.data.sources import conversations, documents, source_files
+from launcher.data.loaders import read_samples, source_files
 from launcher.data.tally import Tally
 from launcher.errors import UserError
 
@@ -24,9 +24,8 @@ def read(
     path: Path, loader: str = "InstructionDataLoader", tally: Tally | None = None
 ) -> list[Any]:
     section = DataLoaderSection(type=loader, dataset_files=[str(path)], text_column="instruction")
-    reader: Callable[..., Any] = conversations if loader.startswith("Inst") else documents
     tally = tally or Tally()
-    return list(reader(section, source_files(section), path.parent / "cache", tally))
+    return list(read_samples(section, source_files(section), path.parent / "cache", tally))
 
 
 def write(path: Path, content: bytes) -> Path:
@@ -170,7 +169,7 @@ def test_half_a_surrogate_pair_is_an_error_with_record_and_field(
     with pytest.raises(UserError) as caught:
         read(path)
     place = f"{path}, record 1" if name == "d.json" else f"{path}:1"
-    assert f"{place}: field '{field}' holds \\ud83d, half of a surrogate pair" in str(caught.value)
+    assert f"{place}: field '{field}' has \\ud83d, half of a surrogate pair" in str(caught.value)
 
 
 def test_a_whole_surrogate_pair_is_one_character(tmp_path: Path) -> None:
@@ -181,7 +180,7 @@ def test_a_whole_surrogate_pair_is_one_character(tmp_path: Path) -> None:
 
 def test_text_columns_are_checked_too(tmp_path: Path) -> None:
     path = write(tmp_path / "d.jsonl", f'{{"instruction":{HALF}}}'.encode())
-    with pytest.raises(UserError, match=r"d.jsonl:1: field 'instruction' holds .ud83d"):
+    with pytest.raises(UserError, match=r"d.jsonl:1: field 'instruction' has .ud83d"):
         read(path, "HFDataLoader")
 
 
@@ -248,7 +247,7 @@ def test_a_parquet_file_without_rows_is_an_empty_one(tmp_path: Path) -> None:
         table = pyarrow.table({"text": pyarrow.array(rows, pyarrow.string())})
         pyarrow.parquet.write_table(table, tmp_path / f"{name}.parquet")
     loader = DataLoaderSection(type="HFDataLoader", dataset_dir=str(tmp_path))
-    found = documents(loader, source_files(loader), tmp_path / "cache", Tally())
+    found = read_samples(loader, source_files(loader), tmp_path / "cache", Tally())
     assert [document.text for document in found] == ["the ship"]
 
 
@@ -280,7 +279,7 @@ def test_text_of_parquet_that_is_not_utf_8(tmp_path: Path) -> None:
     pyarrow.parquet.write_table(pyarrow.table({"instruction": texts}), tmp_path / "d.parquet")
     with pytest.raises(UserError) as caught:
         read(tmp_path / "d.parquet", "HFDataLoader")
-    said = "d.parquet, record 2: holds a text that is not UTF-8 (byte 0xe9 at offset 1 of it)"
+    said = "d.parquet, record 2: has a string that is not UTF-8 (byte 0xe9 at its offset 1)"
     assert said in str(caught.value)
 
 
@@ -309,7 +308,7 @@ def test_text_files_that_are_not_text_are_counted(tmp_path: Path) -> None:
     assert tally.warnings() == [
         "warning: 1 file(s) are not valid UTF-8: 1 character(s) were replaced by U+FFFD; "
         f"the first file is {tmp_path}/a.txt (line 2, offset 11)",
-        "warning: 1 file(s) hold the character U+0000, as files that are not text do; "
+        "warning: 1 file(s) have the character U+0000, as binary files do; "
         f"the first is {tmp_path}/b.txt",
     ]
 

@@ -10,7 +10,7 @@ import pytest
 
 from launcher.config.schema import DataLoaderSection
 from launcher.data.conversations import Conversation
-from launcher.data.sources import conversations, source_files
+from launcher.data.loaders import read_samples, source_files
 from launcher.data.tally import Tally
 from launcher.errors import UserError
 
@@ -37,7 +37,7 @@ def read(
         path.write_text("".join(json.dumps(record) + "\n" for record in records))
     loader = DataLoaderSection(type="InstructionDataLoader", dataset_files=[str(path)], **settings)
     tally = Tally()
-    found = list(conversations(loader, source_files(loader), tmp_path / "cache", tally))
+    found = list(read_samples(loader, source_files(loader), tmp_path / "cache", tally))
     assert tally.documents == len(found)
     return found, [line.replace(str(tmp_path) + "/", "") for line in tally.warnings()]
 
@@ -53,7 +53,7 @@ def sharegpt(*turns: dict[str, Any], **fields: Any) -> dict[str, Any]:
 WORKS: list[tuple[str, dict[str, Any], list[dict[str, Any]], set[int]]] = [
     # name, record, messages, answers that are context
     (
-        "history comes first and is learnt",
+        "history comes first and is a target",
         {**ALPACA, "history": [["One?", "1"], ["Two?", "2"]], "system": "Be brief."},
         [
             SYSTEM,
@@ -152,13 +152,13 @@ WRONG: list[tuple[str, dict[str, Any], str, bool]] = [
     (
         "two that disagree",
         messages({**ANSWER, "weight": 1, "train": False}),
-        "turn 2: weight = 1, turn 2: train = 0: one answer is learnt or it is not",
+        "turn 2: weight = 1, turn 2: train = 0: the weights of an answer must agree",
         False,
     ),
     (
-        "a question to be learnt",
+        "a question with a weight",
         {"messages": [{**USER, "train": True}, ANSWER]},
-        "a turn of the role 'user' is marked to be learnt: only answers",
+        "a turn with the role 'user' has a weight of 1: loss is computed on answers",
         True,
     ),
     ("flat history", {**ALPACA, "history": ["q", "a"]}, "'history' = ['q', 'a']: in the", True),
@@ -168,23 +168,28 @@ WRONG: list[tuple[str, dict[str, Any], str, bool]] = [
     ("history 0", {**ALPACA, "history": 0}, "'history' = 0", True),
     ("system of a number", messages(ANSWER, system=5), "'system' = 5: it must be a string", True),
     (
-        "two system texts",
+        "two system prompts",
         {"messages": [SYSTEM, USER, ANSWER], "system": "Be kind."},
-        "has two system texts: 'system' = 'Be kind.' and a turn 'Be brief.'",
+        "has two system prompts: 'system' = 'Be kind.' and a turn 'Be brief.'",
         False,
     ),
     (
-        "two system texts of sharegpt",
+        "two system prompts of sharegpt",
         {"conversations": [{"from": "system", "value": "x"}, HUMAN, GPT], "system": "y"},
-        "has two system texts",
+        "has two system prompts",
         False,
     ),
     ("preference", {**ALPACA, "rejected": "No."}, "'rejected' = 'No.': it is preference", True),
     ("chosen", messages(ANSWER, chosen=[ANSWER]), "it is preference data", True),
     ("label", messages(ANSWER, label=True), "'label' = True: it is preference data", True),
-    ("images", sharegpt(GPT, images=["a.png"]), "it is data with images, video or sound", True),
+    ("images", sharegpt(GPT, images=["a.png"]), "it is data with images, video or audio", True),
     ("image of a turn", messages({**ANSWER, "image": "a.png"}), "'messages[].image' = ", True),
-    ("functions", messages(ANSWER, functions=[{"name": "f"}]), "write them as `tools`", True),
+    (
+        "functions",
+        messages(ANSWER, functions=[{"name": "f"}]),
+        "the older spelling of `tools`",
+        True,
+    ),
     ("arguments for the template", messages(ANSWER, chat_template_kwargs={"a": 1}), "built", True),
     (
         "image in a content",
@@ -208,7 +213,7 @@ WRONG: list[tuple[str, dict[str, Any], str, bool]] = [
     (
         "two formats",
         {**messages(ANSWER), **sharegpt(GPT)},
-        "is a record of the formats messages and sharegpt at once",
+        "matches the formats messages and sharegpt",
         False,
     ),
 ]
@@ -232,7 +237,7 @@ def test_wrong_fields_are_errors_with_the_record_or_waved_through(
     found, warnings = read(tmp_path, good, record, strict_fields=False)
     assert len(found) == 2
     assert warnings[0].startswith(
-        "warning: 1 record(s) have wrong fields, passed over by strict_fields: False: `"
+        "warning: 1 record(s) have wrong fields, ignored with strict_fields: False: `"
     )
     assert "(1, first in d.jsonl:2" in warnings[0]
 

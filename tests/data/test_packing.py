@@ -94,7 +94,7 @@ def test_sample_rows_are_the_slow_reference(
     for document, mask in zip(documents, targets, strict=True):
         inputs = document[:-1][:seq_length]
         labels = [
-            token if learnt else -100 for token, learnt in zip(document[1:], mask[1:], strict=True)
+            token if target else -100 for token, target in zip(document[1:], mask[1:], strict=True)
         ][:seq_length]
         if any(label != -100 for label in labels):
             expected.append((inputs, labels))
@@ -110,7 +110,7 @@ def test_sample_rows_are_the_slow_reference(
     plan = plan_rows(store, seq_length, packed=packed)
     rows = SampleRows(store, plan, seq_length, PAD, packed=packed)
     assert len(rows.target_counts) == len(bins)
-    assert plan.nothing_learnt == len(documents) - len(expected)
+    assert plan.dropped == len(documents) - len(expected)
     for index, content in enumerate(bins):
         row = rows.row(index)
         inputs = [token for sample, _ in content for token in sample]
@@ -145,7 +145,7 @@ def test_the_picture_in_the_docstring() -> None:
 def test_cut_samples_are_counted() -> None:
     store = store_of([[1] * 9, [2] * 5, [3] * 4, [4]])
     plan = plan_rows(store, 4, packed=False)
-    assert (plan.cut, plan.nothing_learnt) == (1, 1)
+    assert (plan.cut, plan.dropped) == (1, 1)
     assert plan.target_counts.tolist() == [4, 4, 3]
 
 

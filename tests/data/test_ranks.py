@@ -82,7 +82,7 @@ def test_a_fault_of_the_program_reaches_all_too(
     def broken(*_: Any) -> None:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr("launcher.data.build.tokenise_documents", broken)
+    monkeypatch.setattr("launcher.data.loaders.text.tokenize_documents", broken)
     results = build_on(2, corpus, tokenizer, [tmp_path / "cache"] * 2)
     assert [str(r).split(": every")[0] for r in results] == ["rank 0: RuntimeError: a bug"] * 2
 

@@ -11,7 +11,7 @@ import pytest
 from launcher.config.schema import DataLoaderSection
 from launcher.data.chat import tokenize_conversations
 from launcher.data.fields import METADATA, WEIGHTS
-from launcher.data.sources import conversations, documents, source_files
+from launcher.data.loaders import read_samples, source_files
 from launcher.data.strictness import Strictness
 from launcher.data.tally import Tally
 from launcher.errors import UserError
@@ -81,14 +81,14 @@ def read_damaged(seed: int, folder: Path) -> str:
     tally = Tally()
     strictness = Strictness(strict=loader.strict_fields, tally=tally)
     try:
-        found = list(conversations(loader, source_files(loader), folder / "cache", tally))
+        found = list(read_samples(loader, source_files(loader), folder / "cache", tally))
         batches = list(tokenize_conversations(found, tokenizer, lambda _: None, strictness, 10**6))
         samples = [sample for batch in batches for sample in batch]
     except UserError as error:
         check_error(error, path)
         return "error"
     assert len(samples) == len(found) == tally.documents
-    assert sum(not s.is_target[1:].any() for s in samples) == tally.nothing_to_learn.count
+    assert sum(not s.is_target[1:].any() for s in samples) == tally.without_target.count
     for line in tally.warnings(64):
         line.encode()
     if written == "as it is":
@@ -108,7 +108,7 @@ def read_column(seed: int, folder: Path) -> str:
     loader = DataLoaderSection(type="HFDataLoader", dataset_files=[str(path)], text_column=column)
     tally = Tally()
     try:
-        found = list(documents(loader, source_files(loader), folder / "cache", tally))
+        found = list(read_samples(loader, source_files(loader), folder / "cache", tally))
     except UserError as error:
         check_error(error, path)
         return "error"

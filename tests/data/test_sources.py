@@ -12,7 +12,7 @@ import pytest
 
 from launcher.config.schema import DataLoaderSection
 from launcher.data.conversations import Conversation
-from launcher.data.sources import conversations, documents, source_files
+from launcher.data.loaders import read_samples, source_files
 from launcher.data.tally import Tally
 from launcher.errors import UserError
 
@@ -20,13 +20,13 @@ from launcher.errors import UserError
 def read(tmp_path: Path, tally: Tally | None = None, **settings: Any) -> list[str]:
     loader = DataLoaderSection(**settings)
     cache = tmp_path / "cache"
-    found = documents(loader, source_files(loader), cache, tally or Tally())
+    found = read_samples(loader, source_files(loader), cache, tally or Tally())
     return [document.text for document in found]
 
 
 def talk(tmp_path: Path, **settings: Any) -> list[Conversation]:
     loader = DataLoaderSection(type="InstructionDataLoader", **settings)
-    return list(conversations(loader, source_files(loader), tmp_path / "cache", Tally()))
+    return list(read_samples(loader, source_files(loader), tmp_path / "cache", Tally()))
 
 
 def write_lines(path: Path, *records: Any) -> Path:
@@ -257,9 +257,7 @@ CHAT = {"type": "InstructionDataLoader"}
             {"corpus/a.txt": "x"},
             {"dataset_dir": "{}/corpsu"},
             "data_loader: '{}/corpsu' does not exist: dataset_dir and dataset_files must be a "
-            "file, "
-            "a folder or a glob. did you mean `corpus`? Relative paths count from the current "
-            "folder.",
+            "file, a folder or a glob. did you mean `corpus`? Relative paths are resolved",
         ),
         (
             {"corpus/a.txt": "x"},
@@ -272,9 +270,7 @@ CHAT = {"type": "InstructionDataLoader"}
             {"a.bin": "x", "b.bin": "x", "c": "x"},
             {"dataset_dir": "{}", "suffixes": [".txt", ".md"]},
             "data_loader: '{}' has no file ending in .txt, .md: a dataset needs at least one file. "
-            "Found instead: 2 *.bin, 1 no suffix. Set data_loader.suffixes, or the "
-            "data_loader.type "
-            "that reads these.",
+            "Found instead: 2 *.bin, 1 no suffix. Set data_loader.suffixes, or a data_loader.type",
         ),
         (
             {"a.txt": "x"},
@@ -284,23 +280,20 @@ CHAT = {"type": "InstructionDataLoader"}
         (
             {".hidden": "x"},
             {"dataset_dir": "{}"},
-            "data_loader: '{}' holds no file: a dataset needs at least one file. Put files "
-            "there, or "
-            "name another place.",
+            "data_loader: '{}' has no file: a dataset needs at least one file.",
         ),
-        ({"a.txt": "x"}, {"dataset_dir": "{}/*.md"}, "data_loader: '{}/*.md' holds no file"),
+        ({"a.txt": "x"}, {"dataset_dir": "{}/*.md"}, "data_loader: '{}/*.md' has no file"),
         (
             {"a.txt": None},
             {"dataset_dir": "{}"},
             "{}/a.txt: cannot be read (No such file or directory): every file of a dataset must be "
-            "readable. Check the file, or take it out of the dataset.",
+            "readable. Check the file, or remove it from the dataset.",
         ),
         (
             {"a.jsonl": '{"text": "one"}\n\n{"text": "two", oops}\n'},
             {**HF, "dataset_dir": "{}"},
             "{}/a.jsonl:3: is not JSON (Expecting property name enclosed in double quotes, column "
-            '17): {"text": "two", oops}: every record must be one JSON object. Repair the line or '
-            "take it out.",
+            '17): {"text": "two", oops}: every record must be one JSON object.',
         ),
         (
             {"a.jsonl": '{"text": "one"}\n{"text": "tw'},
@@ -325,14 +318,13 @@ CHAT = {"type": "InstructionDataLoader"}
         (
             {"a.json": '{\n"text": "one"\n}'},
             {**CHAT, "dataset_dir": "{}"},
-            "{}/a.json: holds one object: a JSON dataset is a list of objects, or one object a "
-            "line.",
+            "{}/a.json: is one JSON object: a JSON dataset is a list of objects, or has one "
+            "object per line.",
         ),
         (
             {"a.jsonl": '{"body": "one", "id": 1}\n'},
             {**HF, "dataset_dir": "{}"},
-            "{}/a.jsonl:1: there is no column 'text': HFDataLoader reads its documents "
-            "from "
+            "{}/a.jsonl:1: there is no column 'text': HFDataLoader reads its documents from "
             "data_loader.text_column. Columns found: body, id.",
         ),
         (
@@ -344,18 +336,17 @@ CHAT = {"type": "InstructionDataLoader"}
             {"a.jsonl": '{"text": 5, "body": "one"}\n'},
             {**HF, "dataset_dir": "{}"},
             "{}/a.jsonl:1: column 'text' = 5: a document must be a string. Columns with "
-            "text: "
-            "body. Set data_loader.text_column.",
+            "text: body. Set data_loader.text_column.",
         ),
         (
             {"a.parquet": "no parquet at all"},
             {**HF, "dataset_dir": "{}"},
-            "it is read through the `datasets` library, which must know its types.",
+            "it is read with the `datasets` library, which must know its types.",
         ),
         (
             {"test.jsonl": "{}"},
             {**HF, "dataset_dir": "{}"},
-            "data_loader.split = 'train' is in the name of none of 1 file(s): a file in a folder "
+            "data_loader.split = 'train': none of 1 file(s) has it in its name: a file in a folder "
             "belongs to the split that is a word of its name. Splits found: test.",
         ),
         (
@@ -368,9 +359,7 @@ CHAT = {"type": "InstructionDataLoader"}
             {"a.jsonl": '{"messages": [{"role": "user", "content": "x"}]}\n{"messages": []}\n'},
             {**CHAT, "dataset_dir": "{}"},
             "{}/a.jsonl:2: 'messages' = []: in the messages format it must be a list of turns "
-            "that is "
-            "not empty. Keys found: messages. Repair the record, or set data_loader.format "
-            "(alpaca, messages, sharegpt).",
+            "that is not empty. Keys found: messages. Fix the record, or set data_loader.format",
         ),
         (
             {"a.jsonl": json.dumps(ALPACA)},
@@ -387,14 +376,13 @@ CHAT = {"type": "InstructionDataLoader"}
             {**CHAT, "dataset_dir": "{}"},
             "{}/a.jsonl:1: has a turn from 'humman': a sharegpt turn is from one of system, human, "
             "user, gpt, chatgpt, assistant, bot, model, function_call, observation, tool, "
-            "function. "
-            "did you mean `human`?",
+            "function. did you mean `human`?",
         ),
         (
             {"a.jsonl": json.dumps(ALPACA)},
             {**CHAT, "dataset_dir": "{}", "format": "alpacca"},
             "data_loader.format = 'alpacca': it must be one of alpaca, messages, sharegpt. did you "
-            "mean `alpaca`? Leave it out to have it detected.",
+            "mean `alpaca`? Leave it out to detect it.",
         ),
     ],
 )

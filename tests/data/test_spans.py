@@ -8,10 +8,8 @@ from typing import Any
 
 import pytest
 
-from launcher.data.chat import tokenize_conversations
-from launcher.data.conversations import Conversation
-
 from .conftest import CHATML
+from .target_runs import target_runs
 from .tokenizers_of_kinds import KINDS, WithoutOffsets
 
 SPACE = (  # the generation prompt ends in a space, and the end mark in nothing
@@ -35,7 +33,7 @@ LLAMA2 = (
     "{% for m in messages %}{% if m['role']=='user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}"
     "{% else %}{{ ' ' + m['content'] + ' ' + eos_token }}{% endif %}{% endfor %}"
 )
-TEMPLATES = {  # and what is learnt of an answer
+TEMPLATES = {  # and the targets of an answer
     "chatml": (CHATML, "{}<|im_end|>"),
     "space": (SPACE, "{}<|im_end|>"),
     "breaks": (BREAKS, "{}<|im_end|>"),
@@ -49,32 +47,23 @@ tokenizer_of = cache(lambda kind: KINDS[kind]())
 
 
 def runs_of(tokenizer: Any, template: str, answer: str, *, offsets: bool) -> list[list[int]]:
-    """The runs of learnt tokens of a conversation with the same answer twice."""
-    tokenizer.chat_template = template
+    """The runs of target tokens of a conversation with the same answer twice."""
     question = {"role": "user", "content": "is it ?"}
     turns = [question, {"role": "assistant", "content": answer}] * 2
-    used = tokenizer if offsets else WithoutOffsets(tokenizer)
-    talk = Conversation(where="d.jsonl:1", messages=turns)
-    ((sample,),) = tokenize_conversations([talk], used, lambda _: None)
-    runs: list[list[int]] = [[]]
-    for token, is_target in zip(sample.tokens, sample.is_target, strict=True):
-        if is_target:
-            runs[-1].append(token)
-        elif runs[-1]:
-            runs.append([])
-    return [run for run in runs if run]
+    tokenizer.chat_template = template
+    return target_runs(tokenizer if offsets else WithoutOffsets(tokenizer), turns)
 
 
 @pytest.mark.parametrize("offsets", [True, False], ids=["offsets", "prefixes"])
 @pytest.mark.parametrize("name", TEMPLATES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_learnt_tokens_are_those_that_hold_the_answer_and_its_mark(
+def test_the_targets_are_the_tokens_of_the_answer_and_its_mark(
     kind: str, name: str, offsets: bool
 ) -> None:
     """The last tokens spell answer and mark, and one token less does not: none is missing, none too
     many on either side."""
     tokenizer = tokenizer_of(kind)
-    template, learnt = TEMPLATES[name]
+    template, target = TEMPLATES[name]
 
     def text_of(run: list[int]) -> str:
         # Behind another token, since some decoders drop a space at the beginning.
@@ -83,7 +72,7 @@ def test_the_learnt_tokens_are_those_that_hold_the_answer_and_its_mark(
         return "".join(text.split()) if kind == "word pieces" else text
 
     for answer in ANSWERS:
-        expected = learnt.format(answer)
+        expected = target.format(answer)
         if kind == "word pieces":
             expected = "".join(expected.split())
         if not expected or (not answer.isascii() and kind in ("word pieces", "metaspace")):
@@ -111,7 +100,7 @@ def test_the_learnt_tokens_are_those_that_hold_the_answer_and_its_mark(
         ("byte-level, all merges", "plain", ".", [".\u010a\u010a"]),
     ],
 )
-def test_what_is_learnt_by_name(kind: str, name: str, answer: str, expected: list[str]) -> None:
+def test_targets_by_name(kind: str, name: str, answer: str, expected: list[str]) -> None:
     tokenizer = tokenizer_of(kind)
     last = runs_of(tokenizer, TEMPLATES[name][0], answer, offsets=True)[-1]
     assert tokenizer.convert_ids_to_tokens(last) == expected
@@ -149,8 +138,6 @@ def test_answers_that_the_past_renders_in_another_way(
     tokenizer = tokenizer_of("byte-level")
     tokenizer.chat_template = THOUGHT_IN_LAST
     turns = [{"role": "user", "content": "is it ?"}, {"role": "assistant", **answer}] * 2
-    talk = Conversation(where="d.jsonl:1", messages=turns)
-    ((sample,),) = tokenize_conversations([talk], tokenizer, lambda _: None)
-    tokens = [t for t, learnt in zip(sample.tokens, sample.is_target, strict=True) if learnt]
+    tokens = [token for run in target_runs(tokenizer, turns) for token in run]
     expected = f"{first}<|im_end|><think>\n\n</think>\n\n{last}<|im_end|>"
     assert tokenizer.decode(tokens) == expected

@@ -1,4 +1,4 @@
-"""Which chat template counts, what it leaves out, and samples of which nothing is learnt."""
+"""Which chat template counts, what it leaves out, and samples without targets."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ ONE_SYSTEM = (  # only the first turn may be a system text, others vanish (as in
 QUESTION = {"role": "user", "content": "What is a ship?"}
 ANSWER = {"role": "assistant", "content": "It slides."}
 TALK = [QUESTION, ANSWER]
-LEARNT = "It slides.<|im_end|>"
+TARGETS = "It slides.<|im_end|>"
 
 
 @pytest.fixture(scope="module")
@@ -46,14 +46,14 @@ def tokenizer() -> Any:
     return train_tokenizer()
 
 
-def learnt_of(
+def targets_of(
     tokenizer: Any,
     template: Any,
     *talks: list[dict[str, Any]],
     strict: bool = True,
     **fields: Any,
 ) -> tuple[list[str], list[str]]:
-    """What is learnt of each conversation, and the warnings."""
+    """The targets of each conversation, and the warnings."""
     tokenizer.chat_template = template
     tally = Tally()
     strictness = Strictness(strict=strict, tally=tally)
@@ -65,20 +65,20 @@ def learnt_of(
     texts = []
     for sample in (sample for batch in batches for sample in batch):
         pairs = zip(sample.tokens, sample.is_target, strict=True)
-        texts.append(tokenizer.decode([token for token, learnt in pairs if learnt]))
+        texts.append(tokenizer.decode([token for token, target in pairs if target]))
     return texts, tally.warnings(100)
 
 
 @pytest.mark.parametrize(
     ("template", "tools", "expected"),
     [
-        ({"default": CHATML, "rag": BLOCKS}, None, LEARNT),
-        ({"default": BLOCKS, "rag": CHATML}, None, LEARNT),
-        ({"default": SHOUTS, "tool_use": CHATML}, [{"name": "f"}], LEARNT),
-        ({"default": SHOUTS, "tool_use": BLOCKS}, [{"name": "f"}], LEARNT),
-        ({"default": BLOCKS, "tool_use": SHOUTS}, None, LEARNT),
+        ({"default": CHATML, "rag": BLOCKS}, None, TARGETS),
+        ({"default": BLOCKS, "rag": CHATML}, None, TARGETS),
+        ({"default": SHOUTS, "tool_use": CHATML}, [{"name": "f"}], TARGETS),
+        ({"default": SHOUTS, "tool_use": BLOCKS}, [{"name": "f"}], TARGETS),
+        ({"default": BLOCKS, "tool_use": SHOUTS}, None, TARGETS),
         ({"default": BLOCKS, "tool_use": SHOUTS}, [{"name": "f"}], "IT SLIDES.<|im_end|>"),
-        ({"default": BLOCKS, "rag": SHOUTS}, [{"name": "f"}], LEARNT),
+        ({"default": BLOCKS, "rag": SHOUTS}, [{"name": "f"}], TARGETS),
     ],
 )
 @pytest.mark.parametrize("saved", [False, True])
@@ -92,7 +92,7 @@ def test_the_template_that_transformers_takes_is_the_one_looked_at(
         assert (tmp_path / "additional_chat_templates").is_dir()
         used = AutoTokenizer.from_pretrained(tmp_path)
         template = used.chat_template
-    assert learnt_of(used, template, TALK, tools=tools)[0] == [expected]
+    assert targets_of(used, template, TALK, tools=tools)[0] == [expected]
 
 
 def test_a_list_of_named_templates_is_read(tokenizer: Any, tmp_path: Path) -> None:
@@ -102,26 +102,26 @@ def test_a_list_of_named_templates_is_read(tokenizer: Any, tmp_path: Path) -> No
     named = [{"name": "rag", "template": SHOUTS}, {"name": "default", "template": BLOCKS}]
     path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": named}))
     used = AutoTokenizer.from_pretrained(tmp_path)
-    assert learnt_of(used, used.chat_template, TALK)[0] == [LEARNT]
+    assert targets_of(used, used.chat_template, TALK)[0] == [TARGETS]
 
 
 def test_templates_without_a_default_are_named(tokenizer: Any) -> None:
     with pytest.raises(UserError, match="Templates found: rag, tool_use") as caught:
-        learnt_of(tokenizer, {"rag": BLOCKS, "tool_use": CHATML}, TALK, TALK)
+        targets_of(tokenizer, {"rag": BLOCKS, "tool_use": CHATML}, TALK, TALK)
     assert len(caught.value.problems) == 1
     names = {"rag": BLOCKS, "tool_use": CHATML}
-    assert learnt_of(tokenizer, names, TALK, tools=[{"name": "f"}])[0] == [LEARNT]
+    assert targets_of(tokenizer, names, TALK, tools=[{"name": "f"}])[0] == [TARGETS]
 
 
 @pytest.mark.parametrize("template", [{"default": 5}, {"default": ["x"]}, {"default": "\ud83d"}])
 def test_a_template_that_is_no_text_is_an_error(tokenizer: Any, template: Any) -> None:
     with pytest.raises(UserError, match="the chat template of the tokenizer "):
-        learnt_of(tokenizer, template, TALK)
+        targets_of(tokenizer, template, TALK)
 
 
 def test_a_template_that_is_no_jinja_is_said_once_and_not_of_the_records(tokenizer: Any) -> None:
     with pytest.raises(UserError) as caught:
-        learnt_of(tokenizer, CHATML + "\n{{ m.content }", TALK, TALK)
+        targets_of(tokenizer, CHATML + "\n{{ m.content }", TALK, TALK)
     (problem,) = caught.value.problems
     assert problem.what.startswith("the chat template of the tokenizer is not a Jinja template: ")
     assert "line 2: unexpected '}'" in problem.what
@@ -146,20 +146,22 @@ def test_marks_are_blocks_of_the_template(text: str, marks: bool) -> None:
 
 
 def test_a_mark_in_a_comment_does_not_count(tokenizer: Any) -> None:
-    assert learnt_of(tokenizer, "{# {% generation %} #}" + CHATML, TALK)[0] == [LEARNT]
+    assert targets_of(tokenizer, "{# {% generation %} #}" + CHATML, TALK)[0] == [TARGETS]
 
 
 @pytest.mark.parametrize("template", [CHATML, BLOCKS], ids=["found", "blocks"])
 @pytest.mark.parametrize("context", [{1}, {3}, {1, 3}])
-def test_answers_that_are_context_are_not_learnt(
+def test_answers_that_are_context_are_no_targets(
     tokenizer: Any, template: str, context: set[int]
 ) -> None:
     other = {"role": "assistant", "content": "Yes."}
     turns = [QUESTION, ANSWER, QUESTION, other]
-    (learnt,), warnings = learnt_of(tokenizer, template, turns, context_turns=frozenset(context))
-    parts = {1: LEARNT, 3: "Yes.<|im_end|>"}
-    assert learnt == "".join(text for turn, text in parts.items() if turn not in context)
-    said = "warning: 1 sample(s) without an answer to learn were left out; the first is d.jsonl:1"
+    (target,), warnings = targets_of(tokenizer, template, turns, context_turns=frozenset(context))
+    parts = {1: TARGETS, 3: "Yes.<|im_end|>"}
+    assert target == "".join(text for turn, text in parts.items() if turn not in context)
+    said = (
+        "warning: 1 sample(s) without an answer to train on were left out; the first is d.jsonl:1"
+    )
     assert warnings == ([said] if len(context) == 2 else [])
 
 
@@ -185,12 +187,12 @@ def test_a_turn_that_the_template_leaves_out_is_an_error(
     tokenizer: Any, turns: list[dict[str, Any]], said: str
 ) -> None:
     with pytest.raises(UserError) as caught:
-        learnt_of(tokenizer, ONE_SYSTEM, turns)
+        targets_of(tokenizer, ONE_SYSTEM, turns)
     assert said in str(caught.value)
-    texts, warnings = learnt_of(tokenizer, ONE_SYSTEM, turns, strict=False)
-    assert texts == [LEARNT]
+    texts, warnings = targets_of(tokenizer, ONE_SYSTEM, turns, strict=False)
+    assert texts == [TARGETS]
     assert "`content of system turns` (1, first in d.jsonl:1)" in warnings[0]
-    assert learnt_of(tokenizer, CHATML, turns) == ([LEARNT], [])
+    assert targets_of(tokenizer, CHATML, turns) == ([TARGETS], [])
 
 
 @pytest.mark.parametrize(
@@ -212,13 +214,13 @@ def test_a_turn_that_the_template_changes_is_not_left_out(tokenizer: Any, templa
         {"role": "user", "content": " What is a ship?  "},
         {"role": "assistant", "content": "It slides."},
     ]
-    texts, warnings = learnt_of(tokenizer, template, turns)
+    texts, warnings = targets_of(tokenizer, template, turns)
     assert texts[0].startswith("It slides.")
     assert warnings == []
 
 
 def test_answers_in_capitals_are_not_left_out(tokenizer: Any) -> None:
-    texts, warnings = learnt_of(tokenizer, SHOUTS, TALK)
+    texts, warnings = targets_of(tokenizer, SHOUTS, TALK)
     assert texts == ["IT SLIDES.<|im_end|>"]
     assert warnings == []
 
@@ -229,22 +231,22 @@ CALL = {"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
 def test_fields_that_the_template_does_not_show_are_counted(tokenizer: Any) -> None:
     called = [QUESTION, {"role": "assistant", "content": "", "tool_calls": [CALL]}]
     named = [{**QUESTION, "name": "Ann", "id": 3}, {**ANSWER, "reasoning_content": "Hm."}]
-    texts, warnings = learnt_of(tokenizer, CHATML, called, TALK, named, called)
-    assert texts == ["<|im_end|>", LEARNT, LEARNT, "<|im_end|>"]
+    texts, warnings = targets_of(tokenizer, CHATML, called, TALK, named, called)
+    assert texts == ["<|im_end|>", TARGETS, TARGETS, "<|im_end|>"]
     assert warnings == [
         "warning: 3 record(s) have fields that the chat template does not show: "
         "`messages[].tool_calls` (2, first in d.jsonl:1), "
         "`messages[].reasoning_content` (1, first in d.jsonl:3), "
         "`messages[].name` (1, first in d.jsonl:3)"
     ]
-    texts, warnings = learnt_of(tokenizer, TOOLS, called, called)
+    texts, warnings = targets_of(tokenizer, TOOLS, called, called)
     assert warnings == []
     assert texts[0].startswith('[{"type": "function"')
 
 
 def test_fields_of_false_and_zero_are_counted_too(tokenizer: Any) -> None:
     flagged = [QUESTION, {**ANSWER, "mask": 0, "prefix": False, "refusal": None, "audio": []}]
-    (line,) = learnt_of(tokenizer, CHATML, flagged)[1]
+    (line,) = targets_of(tokenizer, CHATML, flagged)[1]
     assert line.count("messages[].") == 2
     assert "`messages[].mask`" in line
     assert "`messages[].prefix`" in line
@@ -252,12 +254,12 @@ def test_fields_of_false_and_zero_are_counted_too(tokenizer: Any) -> None:
 
 def test_tools_that_the_template_does_not_show_are_counted(tokenizer: Any) -> None:
     tools = [{"name": "f"}]
-    assert learnt_of(tokenizer, TOOLS, TALK, tools=tools)[1] == []
-    (line,) = learnt_of(tokenizer, CHATML, TALK, TALK, tools=tools)[1]
+    assert targets_of(tokenizer, TOOLS, TALK, tools=tools)[1] == []
+    (line,) = targets_of(tokenizer, CHATML, TALK, TALK, tools=tools)[1]
     assert line.endswith("does not show: `tools` (2, first in d.jsonl:1)")
 
 
-# Samples of which nothing is learnt
+# Samples without targets
 
 
 def test_samples_without_a_lesson_are_counted_with_the_first(
@@ -283,7 +285,8 @@ def test_samples_without_a_lesson_are_counted_with_the_first(
         )  # fmt: skip
         assert len(dataset) == 1
         assert said[1:] == [
-            f"warning: 3 sample(s) without an answer to learn were left out; the first is {path}:2",
+            "warning: 3 sample(s) without an answer to train on were left out; "
+            f"the first is {path}:2",
             "warning: 2 sample(s) with no answer within seq_length 48 were left out; "
             f"the first is {path}:3",
         ]
@@ -300,17 +303,15 @@ def test_documents_of_one_token_are_counted(
         tokenizer=train_tokenizer(eos_token=None),
     )  # fmt: skip
     assert said[1:] == [
-        f"warning: 2 sample(s) with fewer than two tokens teach nothing; the first is {path}:2"
+        f"warning: 2 sample(s) with fewer than two tokens have no target; the first is {path}:2"
     ]
 
 
-def test_a_file_of_which_nothing_is_learnt_says_why(
-    build: Build, tmp_path: Path, tokenizer: Any
-) -> None:
+def test_a_file_without_targets_says_why(build: Build, tmp_path: Path, tokenizer: Any) -> None:
     tokenizer.chat_template = CHATML
     path = tmp_path / "d.jsonl"
     path.write_text(json.dumps({"messages": [QUESTION]}) + "\n")
     with pytest.raises(UserError) as caught:
         build(type="InstructionDataLoader", dataset_files=[str(path)], tokenizer=tokenizer)
-    assert "1 sample(s) without an answer to learn were left out" in str(caught.value)
+    assert "1 sample(s) without an answer to train on were left out" in str(caught.value)
     assert "seq_length" not in str(caught.value)

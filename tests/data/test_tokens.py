@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from launcher.data import tokens
-from launcher.data.tokens import tokenise_documents
+from launcher.data.tokens import tokenize_documents
 
 from .conftest import train_tokenizer
 from .tokenizers_of_kinds import WithoutOffsets
@@ -16,7 +16,7 @@ DOCUMENTS = ["The ship.", "x", "It slides\ndown the slipway.\n" * 30, "\u00e9\u4
 
 
 def flat(documents: list[str], tokenizer: Any) -> list[list[int]]:
-    return [one for batch in tokenise_documents(documents, tokenizer) for one in batch]
+    return [one for batch in tokenize_documents(documents, tokenizer) for one in batch]
 
 
 @pytest.mark.parametrize("batch_characters", [1, 50, 10**6])

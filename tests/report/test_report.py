@@ -1,4 +1,4 @@
-"""What people look at: the console, metrics, the curve, trackers."""
+"""Console, logs, metrics, loss curve and trackers."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_on_a_terminal_progress_is_one_line_below_the_messages() -> None:
     assert stream.getvalue() == "\r\033[Kstep 1\r\033[Ksaved\nstep 1\r\033[Kstep 2\n"
 
 
-def test_elsewhere_progress_is_a_plain_line_now_and_then() -> None:
+def test_elsewhere_progress_is_a_plain_line_per_interval() -> None:
     stream = io.StringIO()
     console = Console(enabled=True, stream=stream)
     for step in range(100):
@@ -39,7 +39,7 @@ def test_elsewhere_progress_is_a_plain_line_now_and_then() -> None:
     assert stream.getvalue() == "step 0\nstep 100\n"
 
 
-def test_only_the_main_process_speaks_but_every_rank_has_a_log(tmp_path) -> None:
+def test_only_the_main_process_prints_but_every_rank_has_a_log(tmp_path) -> None:
     stream = io.StringIO()
     open_logs(tmp_path, 3)
     Console(enabled=False, stream=stream).log("here")
@@ -61,7 +61,7 @@ def test_names_that_are_not_utf_8_reach_the_log(
     assert "Logging error" not in capsys.readouterr().err
 
 
-def test_the_progress_line_says_all_that_matters() -> None:
+def test_the_progress_line() -> None:
     line = progress_line(step=3, total=12, loss=2.5, lr=1e-4, grad_norm=0.5,
                          tokens_per_second=12345.6, remaining_seconds=75)  # fmt: skip
     assert line == ("█████··············· step 3/12  loss 2.5000  lr 0.0001  grad norm 0.500  "
@@ -91,7 +91,7 @@ def test_a_resumed_run_drops_the_rows_it_makes_again(tmp_path) -> None:
     assert rows[-1]["loss"] is None
 
 
-def test_a_fresh_run_puts_older_metrics_aside(tmp_path) -> None:
+def test_a_fresh_run_moves_older_metrics_aside(tmp_path) -> None:
     for run in range(3):
         with MetricsLog(tmp_path, Start.FRESH) as log:
             log.add({"step": run})
@@ -99,7 +99,7 @@ def test_a_fresh_run_puts_older_metrics_aside(tmp_path) -> None:
     assert found == {"metrics-1.jsonl": 0, "metrics-2.jsonl": 1, "metrics.jsonl": 2}
 
 
-def test_a_run_that_goes_on_from_an_earlier_save_keeps_what_came_after_it(tmp_path) -> None:
+def test_a_run_resumed_from_an_earlier_save_keeps_the_later_rows(tmp_path) -> None:
     with MetricsLog(tmp_path, Start.FRESH) as log:
         for step in range(1, 6):
             log.add({"step": step, "consumed_samples": 8 * step})

@@ -1,8 +1,8 @@
-"""What of a conversation its chat template leaves out of the text.
+"""Checks which parts of a conversation its chat template leaves out of the rendered text.
 
-Owns the rule: a turn that does not reach the text is an error, a field that does not is counted. A
-template is only asked by rendering again where its text alone does not answer, so that ordinary
-conversations cost a search for their turns.
+Owns the rule: a turn that is left out is an error, a field that is left out is counted. Ordinary
+conversations cost a text search for their turns; only where that is not enough is the template
+rendered again with a part removed.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from launcher.data.templates import ChatTemplate
 from launcher.errors import UserError
 
 _TAIL = 40
-"""Characters. Many templates leave out the thoughts at the beginning of earlier answers."""
+"""Characters. Many templates leave out the reasoning at the beginning of earlier answers."""
 _SYSTEM = ("system", "developer")
 
 
-def check_shown(
+def check_rendering(
     conversation: Conversation, template: ChatTemplate, text: str, strictness: Strictness
 ) -> None:
-    """Check what of a conversation `text` shows, which is its rendering by `template`.
+    """Check that `text`, the conversation rendered by `template`, has all turns and fields.
 
     Raises UserError for a turn that is left out, unless `strictness` only counts it.
     """
@@ -34,7 +34,7 @@ def check_shown(
 
 
 def _suspects(messages: list[Turn], text: str) -> list[int]:
-    """Turns whose content does not stand in the text, or not as often as it should."""
+    """Turns whose content is not found in the text, or not as often as it should be."""
     contents = [message["content"].strip() for message in messages]
     systems = sum(message["role"] in _SYSTEM for message in messages)
     found = []
@@ -51,7 +51,7 @@ def _suspects(messages: list[Turn], text: str) -> list[int]:
 
 
 def _is_left_out(conversation: Conversation, template: ChatTemplate, text: str, index: int) -> bool:
-    """Whether another content of the turn `index` gives the same text."""
+    """Whether the text stays the same when the content of turn `index` changes."""
     messages = list(conversation.messages)
     message = messages[index]
     if (message["role"], "content") in template.shown:
@@ -59,7 +59,7 @@ def _is_left_out(conversation: Conversation, template: ChatTemplate, text: str, 
     messages[index] = {**message, "content": message["content"] + " x"}
     if _renders_as(conversation, template, messages, text):
         return True
-    if message["role"] not in (*_SYSTEM, "user"):  # of these a template may show some turns alone
+    if message["role"] not in (*_SYSTEM, "user"):  # a template may show only some of these
         template.shown.add((message["role"], "content"))
     return False
 
@@ -75,7 +75,7 @@ def _renders_as(
     try:
         return template.render(conversation, messages, with_tools=with_tools) == text
     except UserError:
-        return False  # the template looks at what was changed
+        return False  # the template depends on what was changed
 
 
 def _left_out(conversation: Conversation, index: int, strictness: Strictness) -> None:
@@ -87,10 +87,10 @@ def _left_out(conversation: Conversation, index: int, strictness: Strictness) ->
     error = UserError(
         f"the chat template leaves out turn {index + 1} ({role}): {shown(message['content'])}",
         where=conversation.where,
-        rule="every turn of a conversation must reach its text",
-        nearest="The template has room for one system text" if role in _SYSTEM else "",
-        advice="Repair the record, use a tokenizer whose template takes it, or pass over such "
-        "turns with data_loader.strict_fields: False",
+        rule="every turn of a conversation must be in its rendered text",
+        nearest="The template has room for one system prompt" if role in _SYSTEM else "",
+        advice="Fix the record, use a tokenizer whose template supports it, or ignore such turns "
+        "with data_loader.strict_fields: False",
     )
     strictness.wrong(error, f"content of {role} turns", conversation.where)
 

@@ -1,0 +1,63 @@
+"""Data loaders: what each `data_loader.type` reads from files, and how it becomes tokens.
+
+Owns the table `LOADERS`. To add a data loader, write a file like `text.py` in this folder with a
+`DataLoader`, add a line to `LOADERS`, and its name to the choices of `DataLoaderSection.type`
+(launcher/config/schema/data.py). The cache, rows, order and batches need no change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from launcher.config.schema import DataLoaderSection
+from launcher.data.files import DataFile
+from launcher.data.loaders.base import DataLoader
+from launcher.data.loaders.instruction import INSTRUCTION_LOADER
+from launcher.data.loaders.text import TEXT_LOADER
+from launcher.data.loaders.text_column import TEXT_COLUMN_LOADER
+from launcher.data.tally import Tally
+from launcher.errors import UserError
+
+LOADERS: dict[str, DataLoader[Any]] = {
+    "TextDataLoader": TEXT_LOADER,
+    "HFDataLoader": TEXT_COLUMN_LOADER,
+    "InstructionDataLoader": INSTRUCTION_LOADER,
+}
+ALIASES = {"CommonDataLoader": "HFDataLoader"}
+"""Names that MindFormers uses for the same data."""
+
+
+def loader_type(section: DataLoaderSection) -> str:
+    """The type of a data loader, with aliases resolved."""
+    return ALIASES.get(section.type, section.type)
+
+
+def loader_of(section: DataLoaderSection) -> DataLoader[Any]:
+    """The data loader that `section` configures."""
+    return LOADERS[loader_type(section)]
+
+
+def source_files(section: DataLoaderSection) -> list[DataFile]:
+    """The files of a data loader. Raises UserError when a path does not exist or has no files."""
+    loader = loader_of(section)
+    if not section.paths:
+        raise UserError(
+            f"data_loader.{loader.paths_key} is not set",
+            rule=f"{loader_type(section)} needs to know which files to read",
+            advice="Give a file, a folder or a glob",
+        )
+    return loader.find_files(section)
+
+
+def read_samples(
+    section: DataLoaderSection, files: Iterable[DataFile], cache_dir: Path, tally: Tally
+) -> Iterator[Any]:
+    """The samples of `files`, at most `num_samples`; how many is counted in `tally`."""
+    read_file = loader_of(section).read_file
+    found = (sample for file in files for sample in read_file(file.path, section, cache_dir, tally))
+    for sample in islice(found, section.num_samples):
+        tally.documents += 1
+        yield sample

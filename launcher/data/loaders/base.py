@@ -1,0 +1,65 @@
+"""The interface of a data loader, and the samples it may yield."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from launcher.config.schema import DataLoaderSection, DatasetSection
+from launcher.data.files import DataFile
+from launcher.data.tally import Tally
+
+Log = Callable[[str], None]
+Sample = TypeVar("Sample")
+
+
+class Document(NamedTuple):
+    """One text and where it was read."""
+
+    where: str
+    """A path, or `path:line`."""
+    text: str
+
+
+class TokenBatch(NamedTuple):
+    """Some samples as token ids."""
+
+    tokens: list[list[int]]
+    is_target: Sequence[npt.NDArray[np.bool_]] = ()
+    """For each token whether it counts for the loss; empty: all of them do."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How a dataset is prepared, and where it is kept."""
+
+    section: DatasetSection
+    tokenizer: Any
+    seq_length: int
+    cache_dir: Path
+    log: Log
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataLoader(Generic[Sample]):
+    """How one `data_loader.type` reads its files."""
+
+    find_files: Callable[[DataLoaderSection], list[DataFile]]
+    """The files that the section names, in a reproducible order."""
+    read_file: Callable[[Path, DataLoaderSection, Path, Tally], Iterator[Sample]]
+    """The samples of one file, given the section, a folder for caches and the counts of what is
+    left out."""
+    tokenize: Callable[[Iterable[Sample], Recipe, Tally], Iterator[TokenBatch]]
+    """The tokens of samples, in batches, in order."""
+    has_targets: bool = False
+    """Whether only some tokens count for the loss, as in conversations. Such samples are never cut
+    from one stream of tokens."""
+    unit: str = "documents"
+    """What its samples are, for log lines."""
+    paths_key: str = "dataset_dir"
+    """The key that a user sets to name the files."""
