@@ -1,7 +1,7 @@
-"""Consistency: what all ranks must have alike, although each machine reads files of its own.
+"""Consistency: values that must be equal on all ranks, although each machine reads its own files.
 
-Owns the comparison. A rank with another configuration, other weights or other prompts would wait in
-another collective than its peers, or compute something else without a word.
+A rank with another configuration, other weights or other prompts would hang in a different
+collective than its peers, or compute something else silently.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ _CHARACTERS = 60
 _SHOWN = 5
 
 
-def check_same(world: World, facts: Mapping[str, Any], *, rule: str, advice: str) -> None:
-    """Check that `facts`, name to value, are equal on all ranks. Called by all ranks together.
+def check_same(world: World, values: Mapping[str, Any], *, rule: str, advice: str) -> None:
+    """Check that `values`, by name, are equal on all ranks. Called by all ranks together.
 
     Raises `UserError` on every rank, with one problem for each of the first facts that differ.
     """
-    reported = world.gather(dict(facts))
+    reported = world.gather(dict(values))
     names = dict.fromkeys(name for given in reported for name in given)
     problems = []
     for name in names:
-        values = [given.get(name) for given in reported]
-        other = next((rank for rank, value in enumerate(values) if value != values[0]), None)
+        found = [given.get(name) for given in reported]
+        other = next((rank for rank, value in enumerate(found) if value != found[0]), None)
         if other is not None:
             problems.append(
                 Problem(
-                    what=f"{name}: {_short(values[other])} on rank {other}, {_short(values[0])} "
+                    what=f"{name}: {_short(found[other])} on rank {other}, {_short(found[0])} "
                     "on rank 0",
                     rule=rule,
                     advice=advice,
@@ -46,4 +46,4 @@ def _short(value: Any) -> str:
 
 
 class Unquoted(str):
-    """A text that describes content, shown without quotes."""
+    """A description of a value, shown without quotes."""

@@ -1,7 +1,8 @@
 """The first failure of a job, kept in its key-value store, where every process can read it.
 
 Owns the record and its key. The first rank that fails writes it, or the launcher of its machine
-when the rank could not (a kill); later failures, most of them its consequences, do not replace it.
+when the rank could not (it was killed). Later failures, which are mostly consequences, do not
+replace it.
 """
 
 from __future__ import annotations
@@ -25,14 +26,14 @@ class Failure:
     """Which rank failed first, and why."""
 
     rank: int
-    """-1: no rank, but the launcher of a machine."""
+    """-1: the launcher of a machine."""
     host: str
     exit_code: int
     reason: str
 
     @classmethod
     def of_this_host(cls, rank: int, exit_code: int, reason: str) -> Failure:
-        """A failure on this machine; a long reason is cut."""
+        """A failure on this machine, with its reason cut to `REASON_CHARACTERS`."""
         return cls(rank=rank, host=socket.gethostname(), exit_code=exit_code,
                    reason=reason[:REASON_CHARACTERS])  # fmt: skip
 
@@ -41,7 +42,7 @@ class Failure:
         return f"{who} on {self.host} failed: {self.reason}"
 
     def to_json(self) -> str:
-        """As the store and the connections between ranks have it."""
+        """The form used in the store and between ranks."""
         return json.dumps(asdict(self))
 
     @classmethod
@@ -51,13 +52,13 @@ class Failure:
 
 
 def job_prefix(restart_count: int) -> str:
-    """Prefix of the keys of a job. A restarted job finds the keys of the attempt before it in the
-    launcher's store, so each attempt has its own."""
+    """Prefix of the keys of a job. The launcher's store still has the keys of earlier attempts, so
+    each attempt has a prefix."""
     return f"slipway/attempt{restart_count}"
 
 
 class FailureRecord:
-    """The record of one job, over a connection of its own to the job's store.
+    """The record of one job, with a separate connection to the job's store.
 
     Raises `RuntimeError` (`torch.distributed.DistError`) where the store cannot be reached.
     """
@@ -82,12 +83,11 @@ class FailureRecord:
         return Failure.from_json(self.store.get(_KEY)) if self.store.check([_KEY]) else None
 
     def write(self, failure: Failure) -> Failure:
-        """Record `failure` unless there is one already. Returns the one that is recorded."""
+        """Record `failure` unless there is one already. Returns the recorded one."""
         return Failure.from_json(self.store.compare_set(_KEY, "", failure.to_json()))
 
 
 def report_failure(environment: ProcessEnvironment, failure: Failure, timeout: timedelta) -> None:
-    """Record a failure of a process that has not joined the job; without a store nothing is done,
-    since nobody could read it."""
+    """Record a failure of a process that has not joined the job; does nothing without a store."""
     with suppress(RuntimeError):
         FailureRecord.connect(environment, timeout).write(failure)

@@ -1,9 +1,9 @@
-"""Device meshes: torch's view of the layout's axes, and the process groups that come with them.
+"""Device meshes of torch for the axes of the layout, and their process groups.
 
-Owns how ranks are laid out for torch. Two meshes of the same ranks: one for ordinary parameters,
-one for experts, whose data axes are cut differently (`launcher.layout.mesh`). In both, the first
-two named axes are what FSDP needs: `copies` of each shard, and `shards`. Context-parallel ranks
-hold copies: they see other tokens with the same parameters.
+There are two meshes of the same ranks: one for ordinary parameters, one for experts, whose data
+axes are divided differently (`launcher.layout.mesh`). Both have the axes of HSDP, `dp_replicate`
+and `dp_shard`. Context-parallel ranks belong to `dp_replicate`: they have other tokens and the same
+parameters.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ DATA_AXES = ("dp_replicate", "dp_shard")
 
 @dataclass(frozen=True)
 class Meshes:
-    """The meshes of one job; made when first asked for, which all ranks must do alike."""
+    """The meshes of one job, created at first use, which all ranks must do in the same order."""
 
     layout: Mesh
     device_type: str
     ulysses: int = 1
-    """Context-parallel neighbours that trade tokens for heads; the rest of `cp` is a ring."""
+    """Size of the all-to-all (Ulysses) groups within `cp`; the rest of `cp` is ring attention."""
 
     @cached_property
     def dense(self) -> DeviceMesh:
-        """Axes copies, shards, and `tp` and `pp` where they have more than one rank."""
+        """Axes `dp_replicate`, `dp_shard`, and `tp` and `pp` where their size is above 1."""
         m = self.layout
         ranks = _ranks(m.pp, m.dp_replicate, m.dp_shard, m.cp, m.tp).permute(0, 1, 3, 2, 4)
         sizes = {
@@ -44,17 +44,17 @@ class Meshes:
 
     @cached_property
     def experts(self) -> DeviceMesh:
-        """Axes copies, shards, and `ep`, `tp` and `pp` where they have more than one rank."""
+        """Axes `dp_replicate`, `dp_shard`, and `ep`, `tp`, `pp` where their size is above 1."""
         m = self.layout
-        copies = m.data_parallel // (m.expert_shard * m.ep)
-        ranks = _ranks(m.pp, copies, m.expert_shard, m.ep, m.cp, m.tp).permute(0, 1, 4, 2, 3, 5)
-        sizes = {"pp": m.pp, "dp_replicate": copies * m.cp, "dp_shard": m.expert_shard, "ep": m.ep,
-                 "tp": m.tp}  # fmt: skip
+        replicas = m.data_parallel // (m.expert_shard * m.ep)
+        ranks = _ranks(m.pp, replicas, m.expert_shard, m.ep, m.cp, m.tp).permute(0, 1, 4, 2, 3, 5)
+        sizes = {"pp": m.pp, "dp_replicate": replicas * m.cp, "dp_shard": m.expert_shard,
+                 "ep": m.ep, "tp": m.tp}  # fmt: skip
         return self._mesh(ranks, sizes)
 
     @cached_property
     def context(self) -> DeviceMesh:
-        """Axes `ring` and `trade`, which make up `cp`, beside the others."""
+        """The mesh with `cp` split into `ring` and `ulysses`."""
         m = self.layout
         ring = m.cp // self.ulysses
         sizes = {"pp": m.pp, "data": m.data_parallel, "ring": ring, "ulysses": self.ulysses,
@@ -62,20 +62,20 @@ class Meshes:
         return self._mesh(_ranks(m.pp, m.data_parallel, ring, self.ulysses, m.tp), sizes)
 
     def make(self, *, experts: bool) -> None:
-        """Make the meshes and their groups now. All ranks must do so together, whether or not what
-        they hold needs each of them: a stage of a pipeline may have no expert."""
+        """Create the meshes and their groups now. All ranks must do so together, also those that
+        do not need all of them: a pipeline stage may have no experts."""
         _ = self.dense
         if experts:
             _ = self.experts
 
     def group(self, axis: str) -> dist.ProcessGroup | None:
-        """The ranks that differ from this one on `axis` only; None when it is alone."""
+        """The group of this rank on `axis`; None for a size of 1."""
         if getattr(self.layout, axis) == 1:
             return None
         return (self.experts if axis == "ep" else self.dense).get_group(axis)
 
     def context_group(self, axis: str) -> dist.ProcessGroup | None:
-        """The ranks of this one's `ring` or `trade`; None when it is alone."""
+        """The group of this rank on `ring` or `ulysses`; None for a size of 1."""
         names = self.context.mesh_dim_names or ()
         return self.context.get_group(axis) if axis in names else None
 

@@ -1,11 +1,10 @@
-"""What layers keep for the backward pass, moved to host memory in between.
+"""Activation offload: tensors saved for the backward pass are moved to host memory in between.
 
-Owns the way there and back. A *parcel* is what one run of one piece keeps; it moves by storages,
-each once, however many views of it are kept. Parameters stay (they are needed anyway), and so do
-the tables of the rotation, masks and indices, which the layers share. On CUDA copies run on streams
-of their own, out of and into pinned memory; the first use of a parcel in the backward pass also
-sends for those of the layers before it, as many as `backward_prefetch` says. On the CPU everything
-is in host memory already, and takes the same way without being copied.
+A `LayerOffload` has the saved tensors of one call of one module. They move as storages, each once,
+however many views of it are saved. Parameters stay (they are needed anyway), and so do the rotary
+tables, masks and indices that all layers share. On CUDA, copies use two streams and pinned memory;
+the first use in the backward pass also prefetches the storages of the `backward_prefetch` layers
+before. On the CPU everything is in host memory, and follows the same path without copies.
 """
 
 from __future__ import annotations
@@ -35,15 +34,14 @@ from launcher.parallel.pieces import (
 )
 from models.attention import StepContext
 
-SMALLEST = 1024
-"""Bytes: what is smaller stays."""
+MINIMUM_BYTES = 1024
+"""Smaller tensors stay on the device."""
 
 
 def check_offload(section: SwapSection, names: Collection[str], where: Callable[[str], str]) -> str:
-    """What of the configuration has no effect on a model with these pieces, empty for nothing.
-    `where`: from a key to file and line.
+    """Patterns of the configuration without effect on a model with these modules; may be empty.
 
-    Raises UserError for a name that names no piece.
+    `where`: from a key to file and line. Raises UserError for a pattern that matches no module.
     """
     patterns = [pattern for entry in section.op_swap or () for pattern in _names(entry)]
     return ", ".join(check_patterns("swap_config.op_swap", patterns, names, where))
@@ -52,11 +50,10 @@ def check_offload(section: SwapSection, names: Collection[str], where: Callable[
 def offloaded_parts(
     layers: Mapping[int, nn.Module], section: SwapSection, recomputed: Mapping[int, Collection[str]]
 ) -> dict[int, dict[str, int]]:
-    """The pieces of each layer, by number, that move what they keep: name -> how many layers ahead
-    it comes back.
+    """The modules of each layer whose saved tensors are offloaded: name -> layers of prefetch.
 
-    `recomputed`: the pieces that run again. What they keep moves; what is inside of them keeps
-    nothing that could.
+    `recomputed`: the modules that are recomputed. Their inputs can be offloaded; modules inside of
+    them save nothing.
     """
     result = {}
     for number, layer in layers.items():
@@ -73,7 +70,7 @@ def offloaded_parts(
 def apply_offload(
     layers: Mapping[int, nn.Module], chosen: Mapping[int, Mapping[str, int]], device: torch.device
 ) -> Swap:
-    """Let the `chosen` pieces of `layers` move what they keep to the host."""
+    """Offload the saved tensors of the `chosen` modules of `layers`."""
     swap = Swap(copy_engine_for(device))
     for number, layer in layers.items():
         found = pieces(layer)
@@ -83,13 +80,13 @@ def apply_offload(
 
 
 def optimizer_policy(device: torch.device) -> OffloadPolicy | None:
-    """FSDP's policy for optimizer state in host memory: parameters live there and visit the device.
-    None where host memory is all there is."""
+    """FSDP's policy for optimizer state in host memory: parameters are there too, and are copied to
+    the device for use. None on the CPU."""
     return CPUOffloadPolicy() if device.type == "cuda" else None
 
 
 def _chosen(section: SwapSection, layer: int, names: Collection[str]) -> dict[str, int]:
-    """The pieces of a layer to be moved, and how many layers ahead they come back."""
+    """The modules of a layer to offload, and how many layers ahead they are prefetched."""
     if section.layer_swap is None and section.op_swap is None:
         return {"": 1}
     chosen: dict[str, int] = {}
@@ -119,16 +116,16 @@ def _prefetch(entry: Mapping[str, Any]) -> int:
 
 
 class Swap:
-    """The parcels of one model (or stage), and what carries them."""
+    """The offloaded tensors of one model (or stage), and its copy engine."""
 
     def __init__(self, copy_engine: CopyEngine) -> None:
         self.copy_engine = copy_engine
         self.moved_bytes = 0
-        """Of all parcels so far."""
+        """Total so far."""
         self._latest: weakref.ref[LayerOffload] | None = None
 
     def moving(self, function: Function, owner: nn.Module, number: int, prefetch: int) -> Function:
-        """`function`, in the layer `owner` with this number, with what it keeps moved."""
+        """`function`, of the layer `owner` with this number, with its saved tensors offloaded."""
 
         @wraps(function)
         def moved(*arguments: Any, **keywords: Any) -> Any:
@@ -145,7 +142,7 @@ class Swap:
         return moved
 
     def _before(self, number: int) -> weakref.ref[LayerOffload] | None:
-        """The parcel before one of the layer `number` in the same forward pass."""
+        """The previous offload in the same forward pass, for layer `number`."""
         latest = _alive(self._latest)
         return self._latest if latest is not None and latest.number <= number else None
 
@@ -159,7 +156,7 @@ def _tables(values: Iterable[Any]) -> list[Tensor]:
 
 
 class LayerOffload:
-    """What one run of one piece keeps."""
+    """The saved tensors of one call of one module."""
 
     def __init__(
         self, swap: Swap, owner: nn.Module, tables: Iterable[Tensor], number: int, prefetch: int,
@@ -171,17 +168,17 @@ class LayerOffload:
         self._storages: dict[StorageWeakRef, OffloadedStorage] = {}
 
     def pack(self, tensor: Tensor) -> OffloadedTensor | Tensor:
-        """What stands for `tensor` until it is needed."""
+        """The handle that is saved for the backward pass; `tensor` itself if it stays."""
         if not tensor.is_floating_point() or isinstance(tensor, DTensor):
             return tensor
         storage = tensor.untyped_storage()
         key = StorageWeakRef(storage)
         if key not in self._storages:
-            if storage.nbytes() < SMALLEST or key in self._tables or self._is_weight(key):
+            if storage.nbytes() < MINIMUM_BYTES or key in self._tables or self._is_weight(key):
                 return tensor
             self._storages[key] = OffloadedStorage(self._swap.copy_engine, storage)
             self._swap.moved_bytes += storage.nbytes()
-        self._storages[key].wanted += 1
+        self._storages[key].references += 1
         return OffloadedTensor(
             self, key, tensor.dtype, tensor.storage_offset(), tensor.shape, tensor.stride()
         )
@@ -194,24 +191,24 @@ class LayerOffload:
         return view.set_(storage, kept.offset, kept.shape, kept.stride)
 
     def _fetch(self) -> None:
-        """Send for all of it, and for the parcels before it."""
+        """Start copying all of it back, and the layers before it."""
         layer_offload: LayerOffload | None = self
         for _ in range(1 + self._prefetch):
             if layer_offload is None:
                 return
-            for trunk in layer_offload._storages.values():
-                trunk.send_for()
+            for storage in layer_offload._storages.values():
+                storage.prefetch()
             layer_offload = _alive(layer_offload._before)
 
     def _is_weight(self, key: StorageWeakRef) -> bool:
-        # Looked up each time: experts gather their weights after the layer has begun.
+        # Looked up each time: FSDP gathers the weights of experts after the layer has begun.
         held = (local(p) for p in self._owner.parameters())
         return any(key == StorageWeakRef(p.untyped_storage()) for p in held)
 
 
 @dataclass(frozen=True)
 class OffloadedTensor:
-    """One kept tensor: which part of which storage of the parcel."""
+    """One saved tensor: a view of an offloaded storage."""
 
     layer_offload: LayerOffload
     key: StorageWeakRef
@@ -226,45 +223,45 @@ def _unpack(kept: OffloadedTensor | Tensor) -> Tensor:
 
 
 class OffloadedStorage:
-    """One storage: on the host, on its way back, or there until the last tensor in it is taken."""
+    """One storage on the host, and on the device from its prefetch to its last use."""
 
     def __init__(self, copy_engine: CopyEngine, storage: torch.UntypedStorage) -> None:
-        self.wanted = 0
-        """Kept tensors in it that have not been taken."""
+        self.references = 0
+        """Saved tensors in it that have not been used."""
         self._copy_engine, self._host = copy_engine, copy_engine.out(storage)
         self._arriving: Any = None
 
-    def send_for(self) -> None:
-        """Let it come back, unless it is on its way, or nobody wants it any more."""
-        if self._arriving is None and self.wanted > 0:
+    def prefetch(self) -> None:
+        """Start the copy to the device, if it is needed and not already started."""
+        if self._arriving is None and self.references > 0:
             self._arriving = self._copy_engine.back(self._host)
 
     def take(self) -> torch.UntypedStorage:
         """The storage on the device."""
         arriving = self._arriving or self._copy_engine.back(self._host)
-        self.wanted -= 1
-        self._arriving = arriving if self.wanted > 0 else None
+        self.references -= 1
+        self._arriving = arriving if self.references > 0 else None
         return self._copy_engine.arrived(arriving)
 
 
 class CopyEngine:
-    """Carries storages to the host and back. On the CPU they are there: nothing is copied."""
+    """Copies storages to the host and back. On the CPU nothing is copied."""
 
     def out(self, storage: torch.UntypedStorage) -> Any:
-        """To the host: what `back` takes."""
+        """Start the copy to the host; returns the argument of `back`."""
         return storage
 
     def back(self, host: Any) -> Any:
-        """Begin to bring it back: what `arrived` takes."""
+        """Start the copy to the device; returns the argument of `arrived`."""
         return host
 
     def arrived(self, arriving: Any) -> torch.UntypedStorage:
-        """The storage, which the current stream may use."""
+        """The storage, ready for the current stream."""
         return arriving
 
 
 class CudaCopyEngine(CopyEngine):
-    """Copies beside the computation, one stream each way."""
+    """Copies that overlap with computation, on one stream each way."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -297,5 +294,5 @@ class CudaCopyEngine(CopyEngine):
 
 
 def copy_engine_for(device: torch.device) -> CopyEngine:
-    """What carries storages of this device."""
+    """The copy engine for this device."""
     return CudaCopyEngine(device) if device.type == "cuda" else CopyEngine()

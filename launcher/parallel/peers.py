@@ -1,14 +1,14 @@
-"""Peers: a rank that ends with an error, or is killed, ends all ranks within seconds.
+"""Peers: a rank that fails or is killed ends all ranks within seconds.
 
-    rank 0 ── a connection to each other rank; one that closes without `done` was a kill
-    store  ── the first failure of the job, written by whoever noticed it, read by all
+    rank 0 ── a connection to each other rank; closed without `done`, that rank was killed
+    store  ── the first failure of the job, written by the first to notice, polled by all
 
-Owns the thread that watches for both. A rank may wait for a peer that has ended anywhere: while
-the group forms, in a collective of NCCL, in a barrier while rank 0 prepares data. Errors of
-collectives come late or never there, and the launcher of one machine does not end the others.
+Owns the threads that watch both. A rank may wait for a dead peer anywhere: during the rendezvous,
+in an NCCL collective, in a barrier while rank 0 prepares data. Collectives time out late or never,
+and the launcher of one machine does not end those of others.
 
-Invariants: a rank that is about to fail on its own has `GRACE_SECONDS` to do so, since its own
-message is the better one; a rank that has said `done` is never taken for killed.
+Invariants: a rank that is about to fail itself has `GRACE_SECONDS` to do so, since its own error is
+more useful; a rank that has sent `done` is never considered killed.
 """
 
 from __future__ import annotations
@@ -31,25 +31,25 @@ from launcher.parallel.failure import Failure, FailureRecord
 
 POLL_SECONDS = 0.5
 GRACE_SECONDS = 2.0
-"""How long a rank that reads of a failure may still end with an error of its own."""
+"""How long a rank may still end with its own error after a failure elsewhere."""
 KILL_GRACE_SECONDS = 1.0
-"""How long a launcher has to say by which signal a rank was killed, before rank 0 says that it was
-killed."""
+"""How long a launcher has to report the signal that killed a rank, before rank 0 reports that it
+was killed."""
 CONNECT_SECONDS = 30.0
 STORE_SECONDS = 3.0
-"""How long a rank that ends waits for the store to take the reason."""
+"""How long a failing rank waits to write the reason to the store."""
 _KEEPALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4}
-"""Seconds of silence, seconds between probes, probes: a machine that is off is noticed in 30 s."""
+"""Idle seconds, seconds between probes, probes: a machine without power is detected in 30 s."""
 _ADDRESS = "address"
 _DONE = b'{"done": true}\n'
-_MOST_BYTES = 65536
-"""Of a message; a connection that sends more without a line end is not from a rank."""
+_MAX_BYTES = 65536
+"""Of a message; a connection that sends more without a newline is not from a rank."""
 
 End = Callable[[Failure], None]
 
 
 def end_process(failure: Failure) -> None:
-    """End this rank, wherever its main thread waits, with the exit code of the failure."""
+    """End this process with the exit code of the failure, wherever its main thread waits."""
     environment = process_environment()
     if environment.local_rank == 0 or has_own_log():  # else the ranks of a machine share a console
         print(f"[rank {environment.rank}] error: ended, because {failure}", file=sys.stderr)
@@ -59,10 +59,10 @@ def end_process(failure: Failure) -> None:
 
 
 class Peers:
-    """Watches the other ranks of the job from threads of its own, until `close` or `fail`.
+    """Watches the other ranks of the job in threads, until `close` or `fail`.
 
-    One thread reads the connections and one the store: where the network is cut, a question to the
-    store is answered after a quarter of an hour.
+    One thread reads the connections and one the store: after a network failure a request to the
+    store takes a quarter of an hour.
     """
 
     def __init__(self, environment: ProcessEnvironment, *, end: End = end_process) -> None:
@@ -73,7 +73,7 @@ class Peers:
         self._closed = threading.Event()
 
     def start(self, record: FailureRecord) -> None:
-        """Begin to watch. `record`: over a connection that nothing else uses."""
+        """Begin to watch. `record`: its connection must not be used elsewhere."""
         self._record = record
         is_main = self._environment.rank == 0
         self._link = _Hub(record) if is_main else _Spoke(record, self._environment)
@@ -81,14 +81,14 @@ class Peers:
             threading.Thread(target=self._watch, args=(look,), name="peers", daemon=True).start()
 
     def fail(self, exit_code: int, reason: str) -> None:
-        """Tell all ranks that this one fails, and stop watching. The first failure counts."""
+        """Report to all ranks that this one fails, and stop watching. The first failure counts."""
         if self._closed.is_set() or self._link is None:
             return
         self._closed.set()
         self._pass_on(Failure.of_this_host(self._environment.rank, exit_code, reason))
 
     def close(self) -> None:
-        """Stop watching: this rank has done its part."""
+        """Stop watching: this rank is done."""
         if self._closed.is_set() or self._link is None:
             return
         self._closed.set()
@@ -114,12 +114,12 @@ class Peers:
         self._closed.wait(POLL_SECONDS)
         try:
             return self._record.read()
-        except (RuntimeError, ValueError):  # the store is gone: the connections tell why
+        except (RuntimeError, ValueError):  # the store is gone: the connections report why
             self._closed.wait(CONNECT_SECONDS)
             return None
 
     def _pass_on(self, failure: Failure) -> None:
-        """Send a failure to the ranks at the other end of the connections, and record it."""
+        """Send a failure to the connected ranks, and record it."""
         assert self._link is not None
         assert self._record is not None
         self._link.send(_line(failure))
@@ -138,29 +138,29 @@ def _line(failure: Failure) -> bytes:
 
 
 class _Connection:
-    """A socket, and what came of a line that is not complete yet."""
+    """A socket, and the received part of an incomplete line."""
 
-    def __init__(self, mapping: socket.socket, rank: int | None = None) -> None:
-        self.mapping, self.rank = mapping, rank
+    def __init__(self, sock: socket.socket, rank: int | None = None) -> None:
+        self.sock, self.rank = sock, rank
         self.host = "an unknown machine"
         self.is_done = False
         self.ended_at: float | None = None
         self._pending = b""
-        mapping.setblocking(False)
-        mapping.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        sock.setblocking(False)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         for name, value in _KEEPALIVE.items():
             if hasattr(socket, name):
-                mapping.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+                sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
     def messages(self) -> Iterator[dict[str, Any]]:
-        """The messages that have come; notes when the other end has closed."""
+        """The received messages; sets `ended_at` when the other end has closed."""
         try:
-            data = self.mapping.recv(_MOST_BYTES)
+            data = self.sock.recv(_MAX_BYTES)
         except BlockingIOError:
             return
         except OSError:
             data = b""
-        if not data or len(self._pending) > _MOST_BYTES:
+        if not data or len(self._pending) > _MAX_BYTES:
             self.ended_at = time.monotonic()
             return
         *lines, self._pending = (self._pending + data).split(b"\n")
@@ -171,9 +171,9 @@ class _Connection:
                     yield message
 
     def send(self, data: bytes) -> None:
-        """Send a short message; what cannot be sent at once is lost with its connection."""
+        """Send a short message; without room in the buffer it is dropped."""
         with suppress(OSError):
-            self.mapping.send(data)
+            self.sock.send(data)
 
 
 class _Hub:
@@ -199,7 +199,7 @@ class _Hub:
                 connection.send(data)
 
     def poll(self, seconds: float) -> Failure | None:
-        """A failure that another rank has sent, or the first that ended without a word."""
+        """A failure that another rank has sent, or that of a rank that ended without a message."""
         for key, _ in self._selector.select(seconds):
             if key.data is None:
                 self._accept()
@@ -209,15 +209,15 @@ class _Hub:
                 if failure is not None:
                     return failure
             if key.data.ended_at is not None:
-                self._selector.unregister(key.data.mapping)
-                key.data.mapping.close()
+                self._selector.unregister(key.data.sock)
+                key.data.sock.close()
         return self._killed()
 
     def _accept(self) -> None:
         with suppress(OSError):
             connection = _Connection(self._listener.accept()[0])
             self._connections.append(connection)
-            self._selector.register(connection.mapping, selectors.EVENT_READ, connection)
+            self._selector.register(connection.sock, selectors.EVENT_READ, connection)
 
     def _take(self, connection: _Connection, message: dict[str, Any]) -> Failure | None:
         if connection.rank is None:
@@ -253,7 +253,7 @@ class _Spoke:
             self._connection.send(data)
 
     def poll(self, seconds: float) -> Failure | None:
-        """A failure that rank 0 has sent, or that of rank 0 when it ended without a word."""
+        """A failure that rank 0 has sent, or that of rank 0 if it ended without a message."""
         if self._connection is None:
             self._connection = self._connect()
             if self._connection is None:
@@ -264,7 +264,7 @@ class _Spoke:
             time.sleep(seconds)
         else:
             with selectors.DefaultSelector() as selector:
-                selector.register(connection.mapping, selectors.EVENT_READ)
+                selector.register(connection.sock, selectors.EVENT_READ)
                 if selector.select(seconds):
                     for message in connection.messages():
                         if "failed" in message:
@@ -277,15 +277,15 @@ class _Spoke:
         return _killed(0, self._environment.master_addr)
 
     def _connect(self) -> _Connection | None:
-        """A connection, once rank 0 has published where it listens."""
+        """A connection, once rank 0 has published its port."""
         with suppress(RuntimeError, OSError, ValueError):
             if not self._record.store.check([_ADDRESS]):
                 return None
             address = json.loads(self._record.store.get(_ADDRESS))
-            mapping = socket.create_connection(
+            sock = socket.create_connection(
                 (self._environment.master_addr, address["port"]), CONNECT_SECONDS
             )
-            connection = _Connection(mapping)
+            connection = _Connection(sock)
             hello = {"rank": self._environment.rank, "host": socket.gethostname(),
                      "token": address["token"]}  # fmt: skip
             connection.send(json.dumps(hello).encode() + b"\n")
@@ -296,7 +296,7 @@ class _Spoke:
 def _killed(rank: int, host: str) -> Failure:
     return Failure(
         rank=rank, host=host, exit_code=1,
-        reason="it ended without a message: it was killed, or its machine or network is gone",
+        reason="it ended without a message: it was killed, or its machine or network failed",
     )  # fmt: skip
 
 
@@ -304,8 +304,8 @@ _watching: Peers | None = None
 
 
 def watch(environment: ProcessEnvironment) -> None:
-    """Watch the peers of this process for the rest of its life. Raises `RuntimeError` when the
-    store of the job cannot be reached."""
+    """Watch the peers of this process until it ends. Raises `RuntimeError` when the store of the
+    job cannot be reached."""
     global _watching
     record = FailureRecord.connect(environment, timedelta(seconds=CONNECT_SECONDS))
     _watching = Peers(environment)
@@ -313,5 +313,5 @@ def watch(environment: ProcessEnvironment) -> None:
 
 
 def watching() -> Peers | None:
-    """The watch of this process, where there is one."""
+    """The `Peers` of this process, if any."""
     return cast("Peers | None", _watching)

@@ -1,7 +1,7 @@
-"""The world: which process this is, its device, and the few things processes say to each other.
+"""The world: rank, size and device of this process, and its host-side collectives.
 
-Owns `torch.distributed`'s life: one process group for the run, under a store prefix of its own per
-restart attempt, destroyed at the end. Works without any group when there is one process.
+Owns the process groups of `torch.distributed`: one for the run, with a store prefix for each
+restart attempt, destroyed at the end. Collectives need no group when there is one process.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from launcher.parallel.failure import job_prefix
 
 GROUP_TIMEOUT = timedelta(minutes=30)
 SERVED_TIMEOUT = timedelta(minutes=1)
-"""To connect to a store that was there before this process was started."""
+"""To connect to a store that was started before this process."""
 LONG_TIMEOUT = timedelta(days=1)
 
 
@@ -35,28 +35,28 @@ class World:
     size: int
     device: torch.device
     long_timeout_group: dist.ProcessGroup | None = None
-    """A group whose waits may take a day: while the main process prepares data."""
+    """A group with a timeout of a day, for waits while the main process prepares data."""
     group: dist.ProcessGroup | None = None
-    """What `barrier`, `gather` and `from_main` talk over; None: the group of the job."""
+    """The group of `barrier`, `gather` and `from_main`; None: the default group."""
 
     def with_new_group(self) -> World:
-        """The same world with a group of its own, so that another thread can talk beside training,
-        and with much patience. Called by all processes together."""
+        """The same world with a new group and a long timeout, for collectives in another thread
+        during training. Called by all processes together."""
         if self.size == 1:
             return self
         return replace(self, group=dist.new_group(backend="gloo", timeout=LONG_TIMEOUT))
 
     def with_long_timeout(self) -> World:
-        """The same world, whose processes may wait a day for each other: for work of hours."""
+        """The same world with a timeout of a day, for work that may take hours."""
         return replace(self, group=self.group or self.long_timeout_group)
 
     @property
     def is_main(self) -> bool:
-        """Whether this process speaks and writes for the job."""
+        """Whether this process logs and writes for the job."""
         return self.rank == 0
 
     def barrier(self) -> None:
-        """Wait until every process is here."""
+        """Wait for all processes."""
         if self.size > 1:
             dist.barrier(group=self.group)
 
@@ -69,7 +69,7 @@ class World:
         return values
 
     def from_main(self, value: Any) -> Any:
-        """The value of the main process, everywhere."""
+        """The value of the main process, on every process."""
         if self.size == 1:
             return value
         box = [value]
@@ -77,18 +77,18 @@ class World:
         return box[0]
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """`tensor` summed over all processes, in place, without waiting for the device."""
+        """`tensor` summed over all processes in place, asynchronously on CUDA."""
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
 
 
 def start(*, force_cpu: bool = False, ends_with_peers: bool = False) -> World:
-    """Join the job this process was started for (environment of `torchrun`), or be alone.
+    """Join the job given by the environment variables of `torchrun`, if any.
 
-    `ends_with_peers`: this process ends as soon as another rank has failed (see `peers`), and not
-    only when it next waits for it. A group is made even for one process, because FSDP2 needs one
-    for mixed precision. Raises `UserError` for environment variables that are wrong.
+    `ends_with_peers`: this process ends soon after another rank fails (see `peers`), and not only
+    at its next collective. A group is created even for one process, because FSDP2 needs one for
+    mixed precision. Raises `UserError` for wrong environment variables.
     """
     environment = process_environment()
     rank, size = environment.rank, environment.world_size
@@ -109,10 +109,10 @@ def start(*, force_cpu: bool = False, ends_with_peers: bool = False) -> World:
 
 @contextmanager
 def repeatable_backward(device: torch.device, *, strict: bool) -> Iterator[None]:
-    """A backward pass that gives the same bits each time, on CUDA with `strict`.
+    """With `strict`, a backward pass on CUDA that is deterministic.
 
-    Only the strict setting makes the attention kernels choose their repeatable backward; it raises
-    for operations that have none, so it is not on elsewhere.
+    Only the strict setting makes the attention kernels choose their deterministic backward; it
+    raises for operations that have none, so it is not set elsewhere.
     """
     if device.type != "cuda" or not strict:
         yield
@@ -125,15 +125,14 @@ def repeatable_backward(device: torch.device, *, strict: bool) -> Iterator[None]
 
 
 def _cuda_device(local_rank: int) -> torch.device:
-    """The GPU of this rank, with repeatable kernels. Raises `UserError`."""
+    """The GPU of this rank, with deterministic kernels. Raises `UserError`."""
     count = torch.cuda.device_count()
     if local_rank >= count:
         raise UserError(
             f"LOCAL_RANK = {local_rank}",
             where="environment variable",
-            rule=f"this machine shows {count} GPU{'' if count == 1 else 's'} to its ranks",
-            advice="Start as many processes on each machine as it has GPUs, or set "
-            "context.device_target: CPU",
+            rule=f"this machine has {count} visible GPU{'' if count == 1 else 's'}",
+            advice="Start at most one process per GPU, or set context.device_target: CPU",
         )
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
@@ -142,27 +141,27 @@ def _cuda_device(local_rank: int) -> torch.device:
 
 
 def _repeatable_on_cuda() -> None:
-    """Kernels that give the same bits each time, where there are such; torch warns where not."""
+    """Use deterministic kernels where they exist; torch warns where they do not."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # costs a pass, changes nothing
+    torch.utils.deterministic.fill_uninitialized_memory = False  # costs a pass, has no effect
 
 
 def _store(environment: ProcessEnvironment) -> dist.Store:
     if environment.world_size == 1:
         return dist.HashStore()
     serves = environment.rank == 0 and not environment.uses_agent_store
-    patience = SERVED_TIMEOUT if environment.uses_agent_store else GROUP_TIMEOUT
-    # Nobody waits here for all processes: one of them may have failed, which `peers` then tells.
+    timeout = SERVED_TIMEOUT if environment.uses_agent_store else GROUP_TIMEOUT
+    # Not waiting for all processes here: one may have failed, which `peers` then reports.
     try:
         store = dist.TCPStore(
             environment.master_addr, environment.master_port, environment.world_size,
-            is_master=serves, timeout=patience, wait_for_workers=False,
+            is_master=serves, timeout=timeout, wait_for_workers=False,
         )  # fmt: skip
     except dist.DistError as error:
         raise _no_store(environment, error, serves=serves) from error
     store.set_timeout(GROUP_TIMEOUT)
-    # The prefix keeps attempts apart (connection refused or a hang otherwise).
+    # The prefix separates restart attempts (else connections are refused, or hang).
     return dist.PrefixStore(job_prefix(environment.restart_count), store)
 
 
@@ -172,12 +171,12 @@ def _no_store(environment: ProcessEnvironment, error: Exception, *, serves: bool
         f"MASTER_ADDR:MASTER_PORT = {address}",
         where="environment variables",
         rule=f"rank 0 {'listens' if serves else 'is reached'} there; {str(error).splitlines()[0]}",
-        advice="Give the address of the machine of rank 0, and a port that is free there",
+        advice="Give the address of the machine of rank 0 and a free port",
     )
 
 
 def stop() -> None:
-    """Leave the job: the group is destroyed, so that no thread of it outlives the interpreter."""
+    """Leave the job. The group is destroyed, so that its threads end before the interpreter."""
     watching = peers.watching()
     if watching is not None:
         watching.close()
