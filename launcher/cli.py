@@ -1,7 +1,7 @@
 """From argv to a checked configuration to a run mode, and the exit code at the end.
 
 Owns the order (parse, resolve, rules, run) and how mistakes are shown. Nothing heavy is imported
-before the configuration is right: torch first comes in with launcher.modes.
+before the configuration is valid: torch first comes in with launcher.modes.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None, *, owns_process: bool = False) -> in
         return EXIT_USER
     except KeyboardInterrupt:
         report(EXIT_SIGINT, "stopped by SIGINT")
-        print("stopped", file=sys.stderr)
+        print("interrupted", file=sys.stderr)
         return EXIT_SIGINT
     except Exception as error:
         if _lost_a_peer(error):
@@ -111,7 +111,7 @@ def _wait_for_the_end() -> None:
     """Leave the word, and the exit code of the job, to the rank that failed: the launcher ends this
     one when it sees that. One line should nobody come."""
     time.sleep(PEER_DELAY_SECONDS)
-    print(f"[rank {rank_or_zero()}] another rank has ended, see its log", file=sys.stderr)
+    print(f"[rank {rank_or_zero()}] another rank failed, see its log", file=sys.stderr)
 
 
 def leave(code: int) -> NoReturn:
@@ -164,7 +164,7 @@ def _run(line: CommandLine, resolved: Resolved, *, ends_with_peers: bool) -> int
         return EXIT_OK
     if line.check_config:
         if rank_or_zero() == 0:
-            print(f"{line.config}: the configuration is right")
+            print(f"{line.config}: the configuration is valid")
         return EXIT_OK
     from launcher import modes
 

@@ -83,7 +83,7 @@ def check_rendezvous() -> None:
     if process_environment().is_launched:
         for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
             if not os.environ.get(name):
-                reader.wrong("WORLD_SIZE", f"a job of several processes needs {name} too")
+                reader.wrong("WORLD_SIZE", f"a job of several processes also requires {name}")
     if reader.problems:
         raise UserError(reader.problems)
 
@@ -117,8 +117,8 @@ class _Reader:
         number = int(digits) if digits.isascii() and digits.isdigit() and len(digits) < 10 else None
         if number is not None and number >= least and (most is None or number <= most):
             return number
-        limits = f"from {least}" + ("" if most is None else f" to {most}")
-        self.wrong(name, f"an integer {limits} is required")
+        limits = f"of at least {least}" if most is None else f"from {least} to {most}"
+        self.wrong(name, f"must be an integer {limits}")
         return default
 
     def check_together(self, rank: int, size: int, local_rank: int, local_size: int) -> None:
@@ -126,9 +126,9 @@ class _Reader:
         if rank >= size:
             given = "WORLD_SIZE is not set" if "WORLD_SIZE" not in self.variables else (
                 f"WORLD_SIZE is {size}")  # fmt: skip
-            self.wrong("RANK", f"{given}, and ranks are 0 to {size - 1}")
+            self.wrong("RANK", f"{given}, so it must be 0 to {size - 1}")
         if local_rank >= local_size:
-            self.wrong("LOCAL_RANK", f"this machine has {local_size} process(es) of the job")
+            self.wrong("LOCAL_RANK", f"this machine has {local_size} processes of the job")
 
     def wrong(self, name: str, rule: str) -> None:
         """Add a problem with a variable."""

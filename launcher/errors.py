@@ -87,16 +87,16 @@ def _short(path: str) -> str:
 
 
 _PATH_RULES = {
-    errno.EACCES: "this user has no rights on that path, or on a folder above it",
-    errno.EPERM: "this user has no rights on that path, or on a folder above it",
-    errno.ENAMETOOLONG: "the system has a limit for the length of names and paths",
-    errno.ELOOP: "its symbolic links lead back to themselves",
+    errno.EACCES: "this user has no permission for the path or a directory above it",
+    errno.EPERM: "this user has no permission for the path or a directory above it",
+    errno.ENAMETOOLONG: "the file system limits the length of names and paths",
+    errno.ELOOP: "its symbolic links form a loop",
 }
 _PATH_ADVICE = {
-    errno.EACCES: "Give read and search rights (chmod), or name another path",
-    errno.EPERM: "Give read and search rights (chmod), or name another path",
-    errno.ENAMETOOLONG: "Name a shorter path",
-    errno.ELOOP: "Repair the links",
+    errno.EACCES: "Grant read and execute permission (chmod), or use another path",
+    errno.EPERM: "Grant read and execute permission (chmod), or use another path",
+    errno.ENAMETOOLONG: "Use a shorter path",
+    errno.ELOOP: "Fix the links",
 }
 
 

@@ -40,7 +40,7 @@ def _unambiguous(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(content) != len(pairs):
         for name, value in pairs:
             if content[name] != value:
-                raise NotJson(f"{printable(name)!r} has two values")
+                raise NotJson(f"{printable(name)!r} is given twice with different values")
     return content
 
 

@@ -185,11 +185,10 @@ def test_torchrun_is_told_where_the_nodes_meet(folder: Path) -> None:
     ("words", "says"),
     [
         ([RUN.replace("run.yaml", "right.yaml"), "2"],
-         "this job has 2: the product of the degrees is the number of processes. Nearest: "
-         "data_parallel 2. Or give msrun.sh 1 as the number of workers."),
+         "Nearest: data_parallel 2. Or pass 1 to msrun.sh as the number of workers."),
         (["python run.py --config wrong.yaml --run_mode train"],
          "did you mean `optimizer.weight_decay`?"),
-        ([RUN, "2"], "there is no file run.yaml"),
+        ([RUN, "2"], "run.yaml does not exist"),
         ([RUN, "2", "3"], "usage: bash msrun.sh"),
     ],
 )  # fmt: skip
@@ -224,7 +223,7 @@ def test_questions_are_answered_without_a_launch(folder: Path) -> None:
     command = "run.py --config right.yaml --run_mode train"
     two = "--parallel_config.data_parallel 2"
     code, out, _ = run(folder, f"{command} {two} --check_config", "2")
-    assert (code, out) == (0, "right.yaml: the configuration is right\n")
+    assert (code, out) == (0, "right.yaml: the configuration is valid\n")
     assert run(folder, f"{command} --check_config", "2")[0] == 2
     assert "data_parallel: 2" in run(folder, f"{command} {two} --print_config", "2")[1]
     assert not (folder / "output").exists()

@@ -108,10 +108,10 @@ def _bad_grammar(text: str, where: str) -> Problem:
     key, _, value = text.partition("=")
     quoted = value.replace("'", "\\'")
     return Problem(
-        what=f"`{text}` cannot be read",
+        what=f"`{text}` is not a valid override",
         where=where,
-        rule="key.path=value, with the value in Hydra's grammar: one value, no sweep",
-        advice=f"Write `--{key.lstrip('+~')} {value!r}` for the literal text, "
+        rule="an override is key.path=value in Hydra's grammar, without sweeps",
+        advice=f"Write `--{key.lstrip('+~')} {value!r}` to set the literal text, "
         f"or quote it: \"{key}='{quoted}'\"",
     )
 
@@ -138,7 +138,7 @@ def _set(tree: Node, key: str, value: Node, where: str, *, appending: bool = Fal
             child.value, child.is_text = from_plain(parse_value(child.value), where).value, False
         if not isinstance(child.value, (dict, list)):
             reached = ".".join(sections[: depth + 1])
-            raise _unknown(key, where, f"`{reached}` = {child.value!r} has no keys")
+            raise _unknown(key, where, f"`{reached}` = {child.value!r} is not a section")
         node = child
     if isinstance(node.value, list):
         _child(node, last, key, where)
@@ -153,8 +153,8 @@ def _child(node: Node, name: str, key: str, where: str) -> Node | None:
         return child
     if not name.isdigit() or int(name) >= len(node.value):
         count = len(node.value)
-        held = f"its entries are 0 to {count - 1}" if count else "it has no entries"
-        raise _unknown(key, where, f"`{name}` is no entry of this list: {held}")
+        held = f"its indices are 0 to {count - 1}" if count else "it is empty"
+        raise _unknown(key, where, f"`{name}` is not an index of this list: {held}")
     entry: Node = node.value[int(name)]
     return entry
 
@@ -185,7 +185,7 @@ def _add(tree: Node, key: str, value: Node, where: str) -> None:
             present = Node(value=[], where=where)
             _set(tree, key, present, where)
         if present.is_text or not isinstance(present.value, list):
-            raise _unknown(key, where, f"{present.plain()!r} is not a list to append to")
+            raise _unknown(key, where, f"{present.plain()!r} is not a list")
         present.value += value.value if isinstance(value.value, list) else [value]
     elif place.is_open or _is_inside_entry(key) or (place.is_known and place.annotation is Any):
         _set(tree, key, value, where)
@@ -193,15 +193,15 @@ def _add(tree: Node, key: str, value: Node, where: str) -> None:
         raise UserError(
             f"`+{key}`: `{key}` is a key of the schema",
             where=where,
-            rule="`+` adds keys to open sections and entries to lists",
+            rule="`+` adds new keys to open sections and entries to lists",
             advice=f"Write `{key}=...`",
         )
     else:
         raise _unknown(
             key,
             where,
-            "there is no such key, and its section is not an open one",
-            "`+` adds keys only to model.model_config, context and callbacks of your own",
+            "there is no such key, and its section takes no other keys",
+            "`+` adds keys to model.model_config, context and your own callbacks only",
         )
 
 
@@ -213,12 +213,12 @@ def _delete(tree: Node, key: str, value: Any, where: str) -> None:
     """`~key`: forget what the files and flags say; `~key=value` only if they say that."""
     node = find(tree, key)
     if node is None:
-        raise _unknown(key, where, "nothing is written there, so nothing can be removed")
+        raise _unknown(key, where, "the key is not set, so it cannot be removed")
     if value is not None and node.plain() != value:
         raise UserError(
-            f"`~{key}={value}`: it is {node.plain()!r}",
+            f"`~{key}={value}`: the value is {node.plain()!r}",
             where=where,
-            rule="`~key=value` removes a key that has this value",
+            rule="`~key=value` removes the key only if it has this value",
             advice=f"Write `~{key}`",
         )
     *sections, last = key.split(".")

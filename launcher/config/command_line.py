@@ -39,25 +39,34 @@ FLAGS: dict[str, Flag] = {
         _flag("output_dir", "text", "", "root of everything the run writes"),
         _flag("load_checkpoint", "text", "", "weights to load: a file or a folder"),
         _flag("pretrained_model_dir", "text", "", "Hugging Face directory of the model"),
-        _flag("auto_trans_ckpt", "bool", "", "weights may be cut for this run's layout"),
+        _flag("auto_trans_ckpt", "bool", "", "weights may be resharded for this run's layout"),
         _flag("resume_training", "bool or text", "", "continue a run, or the name of a checkpoint"),
         _flag("src_strategy_path_or_dir", "text", "", "layout of the weights to load"),
         _flag("transform_process_num", "int", "", "ranks that convert ckpt files"),
-        _flag("only_save_strategy", "bool", "", "write the strategy files and end"),
+        _flag("only_save_strategy", "bool", "", "write the strategy files and exit"),
         _flag(
             *("strategy_load_checkpoint", "text", "parallel.strategy_ckpt_load_file"),
             "strategy file of the weights to load",
         ),
-        _flag("seed", "int", "", "everything random follows from it"),
-        _flag("use_parallel", "bool", "", "several processes"),
+        _flag("seed", "int", "", "seed of weights, data order, dropout and sampling"),
+        _flag("use_parallel", "bool", "", "the run has several processes"),
         _flag("epochs", "int", "runner_config.epochs", "passes over the training data"),
-        _flag("max_steps", "int", "runner_config.max_steps", "end after so many optimizer steps"),
-        _flag("batch_size", "int", "runner_config.batch_size", "samples of a micro step and rank"),
+        _flag(
+            "max_steps", "int", "runner_config.max_steps", "length of the run in optimizer steps"
+        ),
+        _flag(
+            "batch_size", "int", "runner_config.batch_size", "samples of a micro step on one rank"
+        ),
         _flag(
             *("gradient_accumulation_steps", "int", "runner_config.gradient_accumulation_steps"),
             "micro steps of an optimizer step",
         ),
-        _flag("sink_mode", "bool", "runner_config.sink_mode", "run sink_size steps at a stretch"),
+        _flag(
+            "sink_mode",
+            "bool",
+            "runner_config.sink_mode",
+            "run sink_size steps without callbacks in between",
+        ),
         _flag("do_eval", "bool", "", "evaluate during training"),
         _flag(
             *("train_dataset_dir", "text", "train_dataset.data_loader.dataset_dir"),
@@ -74,12 +83,14 @@ FLAGS: dict[str, Flag] = {
                 "train_dataset.data_loader.num_samples",
                 "eval_dataset.data_loader.num_samples",
             ),
-            help="take only so many documents",
+            help="read at most this many documents",
             only_present=True,
         ),
         _flag("predict_data", "texts", "input_data", "one or more prompts, or a file of them"),
-        _flag("predict_batch_size", "int", "", "prompts continued together"),
-        _flag("do_sample", "bool", "model.model_config.do_sample", "sample instead of greedy"),
+        _flag("predict_batch_size", "int", "", "prompts generated together"),
+        _flag(
+            "do_sample", "bool", "model.model_config.do_sample", "sample instead of greedy decoding"
+        ),
         _flag("modal_type", "texts", "", "kinds of the inputs of a multimodal model"),
         _flag("adapter_id", "texts", "", "adapter of each prompt"),
         _flag("trust_remote_code", "bool", "", "run code found in pretrained_model_dir"),
@@ -87,7 +98,7 @@ FLAGS: dict[str, Flag] = {
         _flag("profile", "bool", "", "profile some steps"),
         _flag("mode", "int", "context.mode", "0 graph, 1 eager (no effect on PyTorch)"),
         _flag("device_id", "int", "context.device_id", "device number (no effect on PyTorch)"),
-        _flag("device_target", "text", "context.device_target", "CPU keeps off the GPU"),
+        _flag("device_target", "text", "context.device_target", "CPU: do not use the GPU"),
         _flag("remote_save_url", "text", "", "only for ModelArts (no effect on PyTorch)"),
     )
 }
@@ -97,7 +108,7 @@ SHORT_NAMES = {"train_dataset": "train_dataset_dir", "train_data": "train_datase
 SWITCHES = {
     "check_config": "check the configuration and exit",
     "print_config": "print the resolved configuration as YAML and exit",
-    "help": "this text",
+    "help": "print this help and exit",
 }
 
 
@@ -150,15 +161,12 @@ def override_word(word: str) -> Assignment:
 
 
 def _stray(word: str) -> Problem:
-    advice = "Write `--flag value` or `key.path=value`"
-    if word.endswith((".yaml", ".yml")):
-        advice = f"Write `--config {word}`"
     return Problem(
-        what=f"`{word}` stands alone",
+        what=f"unexpected argument `{word}`",
         where="command line",
-        rule="a word belongs to a flag",
+        rule="arguments are `--flag value` or `key.path=value`",
         nearest=nearest_flag(word.lstrip("-")),
-        advice=advice,
+        advice=f"Write `--config {word}`" if word.endswith((".yaml", ".yml")) else "",
     )
 
 
@@ -180,7 +188,7 @@ def _option(line: CommandLine, word: str, words: list[str]) -> None:
             Problem(
                 what=f"`--{name}` has no value",
                 where=where,
-                rule=f"`--{name}` takes {_takes(flag)}",
+                rule=f"it takes {_takes(flag)}",
                 nearest="" if flag or name == "config" else nearest_flag(name),
                 advice=f"Write `--{name} value`",
             )
@@ -200,7 +208,7 @@ def nearest_flag(name: str) -> str:
 
 
 def _takes(flag: Flag | None) -> str:
-    words = {"int": "a whole number", "bool": "true or false", "texts": "one or more values"}
+    words = {"int": "an integer", "bool": "true or false", "texts": "one or more values"}
     return words.get(flag.type, "one value") if flag else "one value"
 
 
@@ -218,7 +226,7 @@ def _take_values(words: list[str]) -> list[str]:
 def _switch(line: CommandLine, name: str, text: str, where: str) -> None:
     if text.lower() not in ("true", "false"):
         line.problems.append(
-            Problem(what=f"`--{name}` = {text!r}", where=where, rule="true or false is needed")
+            Problem(what=f"`--{name}` = {text!r}", where=where, rule="must be true or false")
         )
         return
     setattr(line, name, text.lower() == "true")
@@ -233,7 +241,7 @@ def _named(line: CommandLine, flag: Flag, values: list[str], where: str) -> None
             Problem(
                 what=f"`--{flag.name}` = {text!r}",
                 where=where,
-                rule="true or false is needed",
+                rule="must be true or false",
                 advice=f"Write `--{flag.name} true` or `--{flag.name} false`",
             )
         )
@@ -261,7 +269,7 @@ def _options(line: CommandLine, pairs: list[str]) -> Iterator[Assignment]:
         if not equals:
             line.problems.append(
                 Problem(
-                    what=f"`{pair}` is no pair",
+                    what=f"`{pair}` is not key=value",
                     where=where,
                     rule="--options takes key=value pairs",
                 )
@@ -275,7 +283,7 @@ def help_text() -> str:
     lines = [
         "usage: python run.py --config x.yaml --run_mode train [--flag value ...] [key=value ...]",
         "",
-        "Train, fine-tune, evaluate or predict with a language model, as a YAML file says.",
+        "Train, fine-tune, evaluate or run a language model, as configured by a YAML file.",
         "",
         f"  {'--config FILE':<34} the YAML file (current directory, then configs/)",
     ]
@@ -287,11 +295,11 @@ def help_text() -> str:
     ]
     lines += [
         f"  {'--options k=v ...':<34} values at dotted keys",
-        f"  {'--a.b.c VALUE, --a.b.c=VALUE':<34} any key, value taken literally",
+        f"  {'--a.b.c VALUE, --a.b.c=VALUE':<34} any key; the value is taken literally",
         f"  {'a.b.c=VALUE  +a.b=1  ~a.b':<34} the same in Hydra's override grammar",
         "",
-        "Low to high: defaults, base_config, the YAML, named flags, dotted keys.",
+        "Precedence, low to high: defaults, base_config, the YAML, named flags, dotted keys.",
         "All keys: docs/configuration.md. Several processes: torchrun --nproc_per_node N run.py",
-        "Exit codes: 0 done; 2 a mistake of yours (nothing was started); 1 a mistake of ours.",
+        "Exit codes: 0 success; 2 wrong input (nothing was started); 1 internal error.",
     ]
     return "\n".join(lines)

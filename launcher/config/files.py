@@ -50,18 +50,18 @@ def _find(path: str) -> Path:
         raise UserError(
             f"{path} is a directory",
             where="command line: --config",
-            rule="--config names one YAML file",
-            advice=f"It holds: {_yaml_files(Path(path)) or 'no YAML file'}",
+            rule="--config must be one YAML file",
+            advice=f"YAML files in it: {_yaml_files(Path(path)) or 'none'}",
         )
     known = sorted(p.name for p in PROJECT_CONFIGS.glob("*.yaml"))
     beside = Path(path).parent
     near = sorted(p.name for p in beside.glob("*.y*ml")) if beside.is_dir() else []
     raise UserError(
-        f"there is no file {path}",
+        f"{path} does not exist",
         where="command line: --config",
-        rule="--config is looked up in the current directory, then in the project's configs/",
+        rule="--config is searched for in the current directory, then in configs/ of Slipway",
         nearest=did_you_mean(Path(path).name, [*near, *known]),
-        advice=f"configs/ holds: {', '.join(known) or 'nothing'}",
+        advice=f"Files in configs/: {', '.join(known) or 'none'}",
     )
 
 
@@ -86,9 +86,9 @@ def _load(path: Path, name: str, chain: tuple[Path, ...]) -> Node:
         own.value = {}
     if not isinstance(own.value, dict):
         raise UserError(
-            "the file holds no sections",
+            "the file is not a mapping",
             where=own.where,
-            rule="a configuration is a list of `key: value` lines",
+            rule="a configuration consists of `key: value` lines",
         )
     problems: list[Problem] = []
     for alias, key in ALIASES.items():
@@ -102,15 +102,15 @@ def _load(path: Path, name: str, chain: tuple[Path, ...]) -> Node:
         here = (*chain, path.resolve())
         if _resolved(parent, entry) in here:
             raise UserError(
-                f"base_config = {entry.value!r} leads back to this file",
+                f"base_config = {entry.value!r}",
                 where=entry.where,
-                rule="a chain of base_config ends somewhere",
+                rule="this is circular, a file cannot be its own base_config",
             )
         if not parent.is_file():
             raise UserError(
-                f"base_config = {entry.value!r}: there is no file {parent}",
+                f"base_config = {entry.value!r}: {parent} does not exist",
                 where=entry.where,
-                rule="base_config is relative to the file that names it",
+                rule="base_config is relative to the file it is written in",
                 nearest=did_you_mean(
                     parent.name, {p.name for p in parent.parent.glob("*.y*ml")} - {path.name}
                 ),
@@ -137,7 +137,7 @@ def _base_entries(base: Node | None) -> list[Node]:
             raise UserError(
                 f"base_config = {entry.plain()!r}",
                 where=entry.where,
-                rule="base_config is a file name or a list of file names",
+                rule="must be a file name or a list of file names",
             )
     return entries
 
@@ -149,7 +149,7 @@ def _read(path: Path, name: str) -> str:
         raise UserError(f"cannot read the file: {error.strerror}", where=name) from None
     except UnicodeDecodeError:
         raise UserError(
-            "the file is not UTF-8 text", where=name, rule="a configuration is a YAML text file"
+            "the file is not UTF-8 text", where=name, rule="a configuration is a YAML file in UTF-8"
         ) from None
 
 
@@ -202,7 +202,7 @@ def _put(
             Problem(
                 what=f"`{alias}` = {node.plain()!r}, but `{key}` = {present.plain()!r}",
                 where=node.where,
-                rule=f"both are the same key (the other is at {present.where})",
+                rule=f"these are two names of one key (the other is at {present.where})",
                 advice=f"Remove `{alias}`",
             )
         )

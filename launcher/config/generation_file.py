@@ -84,8 +84,8 @@ def check_generation(
     return found
 
 
-_NOT_BUILT = "not built yet, and it would change the text"
-_TYPE_RULES = {f"{describe(hints(GenerationSection)[name])} is needed" for name in _FIELDS}
+_NOT_BUILT = "not built yet, and it would change the output"
+_TYPE_RULES = {f"must be {describe(hints(GenerationSection)[name])}" for name in _FIELDS}
 
 
 def _problem(key: str, value: Any, info: FieldInfo) -> Problem | None:
@@ -106,7 +106,7 @@ def _problem(key: str, value: Any, info: FieldInfo) -> Problem | None:
             raise WrongType
         converted = convert(annotation, value)
     except WrongType:
-        return Problem(what=what, rule=f"{describe(annotation)} is needed", advice=_advice(key))
+        return Problem(what=what, rule=f"must be {describe(annotation)}", advice=_advice(key))
     rule = out_of_bounds(converted, info) or _LISTS.get(key, lambda value: "")(converted)
     return Problem(what=what, rule=rule, advice=_advice(key)) if rule else None
 
@@ -124,7 +124,7 @@ def _is_of_another_type(value: Any, annotation: Any) -> bool:
 
 def _advice(key: str) -> str:
     return (
-        f"Correct the file, or set generation_config.{key} in the YAML file, which counts instead"
+        f"Correct the file, or set generation_config.{key} in the YAML file, which takes precedence"
     )
 
 
@@ -134,17 +134,17 @@ def _token_lists(value: Any) -> str:
         isinstance(word, list) and word and all(type(t) is int and t >= 0 for t in word)
         for word in value
     )
-    return "" if right and value else "a list of lists of token ids is needed"
+    return "" if right and value else "must be a list of lists of token ids"
 
 
 def _tokens(value: Any) -> str:
     values = value if isinstance(value, list) else [value]
     right = all(type(token) is int for token in values)
-    return "" if right else "token ids are needed"
+    return "" if right else "must be token ids"
 
 
 def _suppressed(value: Any) -> str:
-    return "" if all(token >= 0 for token in value) else "token ids are needed"
+    return "" if all(token >= 0 for token in value) else "must be token ids"
 
 
 _LISTS = {

@@ -132,7 +132,7 @@ def read_text(text: str, name: str) -> Node:
         raise UserError(
             f"this is not valid YAML: {what}",
             where=f"{name}{line}",
-            rule="keys of one section are indented alike, and a colon is followed by a space",
+            rule="keys of one section have the same indentation, and a space follows the colon",
             advice=_yaml_advice(text, mark.line if mark else None),
         ) from None
     except (yaml.YAMLError, ValueError, OverflowError) as error:
@@ -149,8 +149,8 @@ def read_text(text: str, name: str) -> Node:
 def _yaml_advice(text: str, line: int | None) -> str:
     lines = text.splitlines()
     if line is not None and line < len(lines) and "\t" in lines[line]:
-        return "Replace the tab by spaces"
-    return "Mend this line or the one above it"
+        return "Replace the tab with spaces"
+    return "Fix this line or the one above it"
 
 
 def _refused_tag(node: yaml.Node, where: str) -> UserError:
@@ -158,8 +158,8 @@ def _refused_tag(node: yaml.Node, where: str) -> UserError:
     return UserError(
         f"the tag `{tag}` is not allowed",
         where=where,
-        rule="a configuration holds plain values and names no code",
-        advice="Remove the tag; code of your own comes in through register_path",
+        rule="a configuration file holds plain values only",
+        advice="Remove the tag; set register_path for code of your own",
     )
 
 
@@ -187,7 +187,7 @@ class _Reader:
         self.count += 1
         if self.count > MAX_NODES:
             raise UserError(
-                f"the aliases of this file multiply to more than {MAX_NODES} values", where=where
+                f"the aliases of this file expand to more than {MAX_NODES} values", where=where
             )
         if isinstance(node, yaml.ScalarNode):
             if node.tag not in _SCALAR_TAGS:
@@ -223,9 +223,9 @@ class _Reader:
             if key in own:
                 self.problems.append(
                     Problem(
-                        what=f"`{key}` is written twice in one section",
+                        what=f"duplicate key `{key}`",
                         where=where,
-                        rule="a key stands once in its section",
+                        rule="a section can have a key only once",
                         advice=f"Remove one; the other is at {own[key].where}",
                     )
                 )
@@ -234,7 +234,7 @@ class _Reader:
 
     def _key(self, node: yaml.Node, where: str) -> str:
         if not isinstance(node, yaml.ScalarNode):
-            raise UserError("this key is not a plain word", where=where)
+            raise UserError("this key is not a string", where=where)
         key: str = node.value
         return key
 
@@ -242,5 +242,5 @@ class _Reader:
         items = node.value if isinstance(node, yaml.SequenceNode) else [node]
         sources = [self._node(item, where).value for item in items]
         if not all(isinstance(source, dict) for source in sources):
-            raise UserError("`<<` needs an alias of a section", where=where)
+            raise UserError("`<<` must be followed by the alias of a section", where=where)
         return sources

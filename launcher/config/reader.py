@@ -117,7 +117,7 @@ class Reader:
         else:
             value = convert(annotation, _open_value(node))
         if isinstance(value, str) and "${" in value and key.name != "input_data":
-            raise WrongType("a plain value (`${...}` is not filled in; YAML anchors are)")
+            raise WrongType("a plain value (`${...}` is not interpolated, YAML anchors are)")
         return value
 
     def _is_allowed(self, path: str, node: Node, value: Any, info: FieldInfo) -> bool:
@@ -139,7 +139,7 @@ class Reader:
                     KeyProblem(
                         what=shown,
                         where=node.where,
-                        rule=f"allowed: {_listed(info.choices)}",
+                        rule=f"must be one of: {_listed(info.choices)}",
                         nearest=_nearest_word(word, (*info.choices, *info.planned)),
                         key=path,
                     )
@@ -167,7 +167,7 @@ class Reader:
     def _callback(self, node: Node, path: str) -> CallbackSection:
         """One entry; a wrong one stays as an empty callback, so that positions keep."""
         if not isinstance(node.value, dict):
-            self._wrong_type(path, node, "a callback, written as `- type: ...`")
+            self._wrong_type(path, node, "a section with the key `type`")
             return RegisteredCallbackSection()
         name = node.value["type"].value if "type" in node.value else None
         if not isinstance(name, str) or not name:
@@ -176,9 +176,9 @@ class Reader:
                 KeyProblem(
                     what=f"{path} has no `type`",
                     where=node.where,
-                    rule="every callback says which one it is",
+                    rule="every callback must have a type",
                     nearest=f"did you mean `{path}.type`, not `{path}.{near}`?" if near else "",
-                    advice=f"Known: {', '.join(CALLBACKS)}",
+                    advice=f"Known types: {', '.join(CALLBACKS)}",
                     key=path,
                 )
             )
@@ -198,9 +198,9 @@ class Reader:
                 KeyProblem(
                     what=f"{path}.type = {name!r}",
                     where=node.value["type"].where,
-                    rule="there is no such callback",
+                    rule="unknown callback",
                     nearest=did_you_mean(name, (*CALLBACKS, *PLANNED_CALLBACKS)),
-                    advice="Set register_path to the file of a callback of your own",
+                    advice="Set register_path to the file that defines your own callback",
                     key=f"{path}.type",
                 )
             )
@@ -218,14 +218,14 @@ class Reader:
         nearest = nearest_key(name, label)
         if path != label and nearest.startswith(f"{label}."):
             nearest = path + nearest[len(label) :]
-        section = f"in `{path}`" if path else "at the top level"
+        rule = f"`{path}` has no such key" if path else "there is no such key at the top level"
         self._add(
             KeyProblem(
                 what=f"unknown key `{shown}`",
                 where=node.where,
-                rule=f"there is no such key {section}",
+                rule=rule,
                 nearest=f"did you mean `{nearest}`?" if nearest else "",
-                advice="" if nearest else "docs/configuration.md lists all keys",
+                advice="" if nearest else "See docs/configuration.md for all keys",
                 key=shown,
             )
         )
@@ -238,9 +238,9 @@ class Reader:
             KeyProblem(
                 what=f"unknown flag `--{name}`",
                 where="command line",
-                rule="there is no such flag, and no such key at the top level",
+                rule="it is neither a flag nor a key at the top level",
                 nearest=nearest_flag(name) or as_key,
-                advice="python run.py --help lists the flags",
+                advice="See `python run.py --help`",
                 key=name,
             )
         )
@@ -250,7 +250,7 @@ class Reader:
         self, path: str, node: Node, needed: str, *, default: Any = None, advice: str = ""
     ) -> None:
         if not advice and node.value is None:
-            advice = f"Leave the key out for the default ({default!r})"
+            advice = f"Remove the key to use the default ({default!r})"
         value = "null" if node.value is None else repr(node.plain())
         if len(value) > 60:
             value = value[:57] + "..."
@@ -258,7 +258,7 @@ class Reader:
             KeyProblem(
                 what=f"{path} = {value}",
                 where=node.where,
-                rule=f"{needed} is needed",
+                rule=f"must be {needed}",
                 advice=advice,
                 key=path,
             )

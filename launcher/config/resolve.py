@@ -62,9 +62,9 @@ def resolve_command_line(line: CommandLine) -> Resolved:
     if line.config is None:
         problems.append(
             Problem(
-                what="`--config` is missing",
+                what="`--config` is required",
                 where="command line",
-                rule="a run needs a YAML file",
+                rule="it names the YAML file of the run",
                 advice="Write `python run.py --config x.yaml --run_mode train`",
             )
         )
@@ -140,8 +140,8 @@ def _fold_trust(tree: Node, problems: list[Problem]) -> None:
         KeyProblem(
             what=f"trust_remote_code = {node.plain()!r}",
             where=node.where,
-            rule="a configuration file cannot allow foreign code to run",
-            advice="Remove it, and write `--trust_remote_code true` on the command line",
+            rule="remote code can be allowed on the command line only",
+            advice="Remove it, and pass `--trust_remote_code true`",
             key="trust_remote_code",
         )
     )
@@ -164,8 +164,8 @@ def _fold_run_mode(tree: Node, problems: list[Problem]) -> None:
             KeyProblem(
                 what=f"run_mode = 'resume', but resume_training = {resume.value!r}",
                 where=resume.where,
-                rule="resume is train with resume_training: True",
-                advice="Remove resume_training, or use run_mode train",
+                rule="run_mode resume means train with resume_training: True",
+                advice="Remove resume_training, or set run_mode to train",
                 key="resume_training",
             )
         )

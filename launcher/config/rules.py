@@ -130,7 +130,7 @@ def _nul_characters(check: Check) -> Iterator[Problem]:
             continue
         texts = value if isinstance(value, list) else [value]
         if any(isinstance(text, str) and "\0" in text for text in texts):
-            yield check.wrong(key, "a text has no NUL character", advice="Remove it")
+            yield check.wrong(key, "must not contain a NUL character", advice="Remove it")
 
 
 def _refused_path(check: Check, error: OSError) -> Problem:
@@ -164,23 +164,23 @@ def warnings(config: Config, provenance: Provenance) -> list[str]:
     lines = []
     if isinstance(config.resume_training, str) and Path(config.load_checkpoint or ".").is_file():
         lines.append(
-            f"resume_training = {config.resume_training!r}: load_checkpoint names a file already"
+            f"resume_training = {config.resume_training!r}: not used, load_checkpoint is a file"
         )
     if config.context.device_target == "Ascend" and provenance.is_written("context.device_target"):
         where = provenance.where("context.device_target")
         lines.append(f"{where}: context.device_target = 'Ascend': runs on CUDA, else on the CPU")
     ours = [entry.type for entry in config.callbacks if type(entry) in CALLBACKS.values()]
     lines += [
-        f"callbacks: {kind} stands {ours.count(kind)} times: the last one counts"
+        f"callbacks: {kind} is listed {ours.count(kind)} times: the last one is used"
         for kind in dict.fromkeys(ours)
         if ours.count(kind) > 1
     ]
     given = [config.lr_schedule.learning_rate, config.optimizer.learning_rate]
     if None not in given and given[0] != given[1]:
         where = provenance.where("optimizer.learning_rate")
-        lines.append(f"{where}: optimizer.learning_rate: lr_schedule.learning_rate counts")
+        lines.append(f"{where}: optimizer.learning_rate: not used, lr_schedule has a learning_rate")
     if config.last_callback(EvalCallbackSection) is not None and not config.do_eval:
-        lines.append("callbacks: EvalCallBack does nothing without do_eval: True")
+        lines.append("callbacks: EvalCallBack has no effect without do_eval: True")
     subject = Check(config=config, provenance=provenance, world_size=world_size())
     for room in (parallel, pipeline, memory, weights, generation):
         lines += room.warnings(subject)

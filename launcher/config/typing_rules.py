@@ -1,7 +1,7 @@
 """From a written value to the type its field declares.
 
-Owns conversion and its words ("a whole number"). The scalars are converted by OmegaConf's typed
-nodes; this file says which one is meant where a field allows several.
+Owns conversion and the names of types in messages ("an integer"). OmegaConf's typed nodes convert
+the scalars; this file chooses between the types of a field that allows several.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from typing import Any, Union
 from launcher.config.schema import FieldInfo
 
 WORDS: dict[Any, str] = {
-    int: "a whole number",
+    int: "an integer",
     float: "a number",
     bool: "true or false",
-    str: "a text",
+    str: "a string",
     types.NoneType: "null",
     list: "a list",
     dict: "a section (key: value)",
@@ -63,7 +63,7 @@ def members(annotation: Any) -> tuple[Any, ...]:
 
 
 def describe(annotation: Any) -> str:
-    """The annotation in words: `a whole number or null`."""
+    """The annotation in words: `an integer or null`."""
     words = []
     for member in members(annotation):
         origin = typing.get_origin(member) or member
@@ -75,7 +75,7 @@ def describe(annotation: Any) -> str:
     return " or ".join(words)
 
 
-_PLURALS = {int: "whole numbers", float: "numbers", bool: "booleans", str: "texts"}
+_PLURALS = {int: "integers", float: "numbers", bool: "booleans", str: "strings"}
 
 
 def convert(annotation: Any, value: Any) -> Any:
@@ -162,13 +162,13 @@ def out_of_bounds(value: Any, info: FieldInfo) -> str:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return ""
     if isinstance(value, float) and not math.isfinite(value):
-        return "a finite number is needed"
+        return "must be a finite number"
     if info.minimum is not None and value < info.minimum:
-        return f"it must be at least {info.minimum}"
+        return f"must be at least {info.minimum}"
     if info.above is not None and value <= info.above:
-        return f"it must be above {info.above}"
+        return f"must be above {info.above}"
     if info.maximum is not None and value > info.maximum:
-        return f"it must be at most {info.maximum}"
+        return f"must be at most {info.maximum}"
     return ""
 
 

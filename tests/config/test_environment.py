@@ -13,6 +13,7 @@ import pytest
 from launcher import cli, environment
 from launcher.environment import ProcessEnvironment, check_rendezvous, process_environment
 from launcher.errors import UserError
+from tests import messages
 
 LAUNCHED = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2",
             "MASTER_ADDR": "node0", "MASTER_PORT": "29501"}  # fmt: skip
@@ -39,17 +40,17 @@ def test_what_torchrun_sets_and_what_a_process_alone_has(monkeypatch: pytest.Mon
 @pytest.mark.parametrize(
     ("variables", "named"),
     [
-        ({"RANK": "3"}, ["RANK = '3': WORLD_SIZE is not set"]),
-        ({"WORLD_SIZE": ""}, ["WORLD_SIZE = '': an integer from 1 is required"]),
+        ({"RANK": "3"}, ["RANK = '3'"]),
+        ({"WORLD_SIZE": ""}, ["WORLD_SIZE = ''"]),
         ({"WORLD_SIZE": "two"}, ["WORLD_SIZE = 'two'"]),
         ({"WORLD_SIZE": "0"}, ["WORLD_SIZE = '0'"]),
         ({"WORLD_SIZE": "\u0663"}, ["WORLD_SIZE = '\u0663'"]),
         ({"WORLD_SIZE": "9" * 5000}, ["WORLD_SIZE = '999"]),
-        ({"LOCAL_RANK": "1"}, ["LOCAL_RANK = '1': this machine has 1 process"]),
+        ({"LOCAL_RANK": "1"}, ["LOCAL_RANK = '1'"]),
         ({"RANK": "-1", "LOCAL_RANK": "1.5"}, ["RANK = '-1'", "LOCAL_RANK = '1.5'"]),
-        ({**LAUNCHED, "RANK": "4"}, ["RANK = '4': WORLD_SIZE is 4, and ranks are 0 to 3"]),
+        ({**LAUNCHED, "RANK": "4"}, ["RANK = '4'"]),
         ({**LAUNCHED, "MASTER_PORT": "tcp://10.0.0.1:80"}, ["MASTER_PORT = 'tcp://10.0.0.1:80'"]),
-        ({**LAUNCHED, "MASTER_PORT": "70000"}, ["an integer from 1 to 65535 is required"]),
+        ({**LAUNCHED, "MASTER_PORT": "70000"}, ["MASTER_PORT = '70000'"]),
         ({**LAUNCHED, "TORCHELASTIC_RESTART_COUNT": "x"}, ["TORCHELASTIC_RESTART_COUNT = 'x'"]),
     ],
 )
@@ -63,14 +64,21 @@ def test_what_does_not_fit_is_named(
     for text in named:
         assert text in str(caught.value)
     assert len(caught.value.problems) == len(named)
+    assert all(problem.where == "environment variable" for problem in caught.value.problems)
+    if len(str(caught.value)) < 1000:
+        case = ", ".join(f"{name}={value}" for name, value in variables.items())
+        messages.check("environment", case, str(caught.value))
 
 
 def test_a_process_alone_does_not_wait_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError) as caught:
         check_rendezvous()
-    needed = ["needs RANK too", "needs MASTER_ADDR too", "needs MASTER_PORT too"]
-    assert [p.rule.split("processes ")[1] for p in caught.value.problems] == needed
+    for problem, name in zip(
+        caught.value.problems, ("RANK", "MASTER_ADDR", "MASTER_PORT"), strict=True
+    ):
+        assert problem.what == "WORLD_SIZE = '2'"
+        assert problem.rule.endswith(f" {name}")
     for name, value in LAUNCHED.items():
         monkeypatch.setenv(name, value)
     check_rendezvous()
@@ -82,7 +90,7 @@ def test_a_number_of_processes_left_over_is_named(
     monkeypatch.setenv("WORLD_SIZE", "2")
     (tmp_path / "x.yaml").write_text("seed: 1\n")
     assert cli.main(["--config", str(tmp_path / "x.yaml"), "--run_mode", "train"]) == 2
-    assert "(unset WORLD_SIZE where it is left over)" in capsys.readouterr().err
+    assert "unset WORLD_SIZE" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("rank", [0, 1])

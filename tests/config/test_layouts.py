@@ -78,7 +78,7 @@ def test_evaluation_is_laid_out_too(workspace: Path) -> None:
     eval_dataset = "eval_dataset: {data_loader: {dataset_dir: corpus}, seq_length: 36}\n"
     written("context_parallel: 4", eval_dataset)
     (text,) = problems("x.yaml", "eval")
-    assert "eval_dataset.seq_length = 36: context_parallel 4 (ring)" in text
+    assert "eval_dataset.seq_length = 36: " in text
     assert problems("x.yaml", "train") == []
     (text,) = problems("x.yaml", "train", None, "do_eval=true")
     assert "eval_dataset.seq_length = 36" in text
@@ -112,7 +112,11 @@ def warned(add: str, degrees: str = "") -> list[str]:
             "parallel: {pipeline_config: {stage_layers: [6]}}\n",
             "stage_layers: no effect without a pipeline",
         ),
-        ("context_parallel: 4, ulysses_degree_in_cp: 2", "", "only context_parallel_algo hybrid"),
+        (
+            "context_parallel: 4, ulysses_degree_in_cp: 2",
+            "",
+            "parallel_config.ulysses_degree_in_cp: ",
+        ),
         ("", "swap_config: {layer_swap: [{layers: [0]}]}\n", "no effect without swap: True"),
     ],
 )
@@ -120,6 +124,7 @@ def test_layouts_probably_not_meant(workspace: Path, degrees: str, add: str, say
     (text,) = warned(add, degrees)
     assert text.startswith("x.yaml:45: ")
     assert says in text
+    messages.check("layouts", f"warning for {degrees}{add}".strip(), text)
 
 
 # --- what follows from a layout -------------------------------------------------------------------

@@ -8,6 +8,7 @@ import pytest
 
 from launcher.config.nodes import MAX_DEPTH, Node, from_plain, merge, parse_value, read_text
 from launcher.errors import UserError
+from tests import messages
 
 
 def places(text: str) -> dict[str, str]:
@@ -97,9 +98,9 @@ def test_values(text: str, value: Any) -> None:
         ("a: &a {b: *a}", "this alias contains itself"),
         ("a: *b", "found undefined alias"),
         ("a: [1,", "this is not valid YAML"),
-        ("a: 1\na: 2", "`a` is written twice"),
-        ("? [a]\n: 1", "this key is not a plain word"),
-        ("a:\n  <<: 3", "`<<` needs an alias of a section"),
+        ("a: 1\na: 2", "duplicate key `a`"),
+        ("? [a]\n: 1", "this key"),
+        ("a:\n  <<: 3", "`<<`"),
         ("a: 1\n--- \nb: 2", "this is not valid YAML"),
         ("a: \x00", "this is not valid YAML"),
         ("a: !!int x", "this is not valid YAML"),
@@ -112,9 +113,10 @@ def test_what_is_refused(text: str, message: str) -> None:
         read_text(text, "x.yaml")
     assert message in str(caught.value)
     assert str(caught.value).startswith("x.yaml")
+    messages.check("yaml", text if len(text) < 80 else text[:20], str(caught.value))
 
 
-def test_twice_is_told_for_every_key() -> None:
+def test_every_duplicate_key_is_reported() -> None:
     with pytest.raises(UserError) as caught:
         read_text("a: 1\na: 2\nb: {c: 1, c: 2}\n", "x.yaml")
     assert [problem.where for problem in caught.value.problems] == ["x.yaml:2", "x.yaml:3"]
@@ -130,7 +132,7 @@ def test_depth_has_a_limit() -> None:
 def test_aliases_cannot_multiply_without_end() -> None:
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
     lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 9)]
-    with pytest.raises(UserError, match="multiply"):
+    with pytest.raises(UserError, match="aliases"):
         read_text("\n".join(lines), "x")
 
 

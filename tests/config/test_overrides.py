@@ -10,6 +10,7 @@ import pytest
 from launcher.config.command_line import FLAGS, parse
 from launcher.config.resolve import resolve
 from launcher.config.rules import check
+from tests import messages
 from tests.config.test_resolve import resolved, value
 
 BASE = (
@@ -132,34 +133,35 @@ def test_every_value_of_a_flag_arrives_as_it_was_written(workspace: Path, name: 
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("words", "subject"),
     [
-        (["optimizer.eps.x=1"], "`optimizer.eps` = 1e-06 has no keys"),
-        (["callbacks.first.prefix=x"], "`first` is no entry of this list"),
-        (["~callbacks.4"], "nothing is written there"),
-        (["~optimizer.eps=3"], "`~optimizer.eps=3`: it is 1e-06"),
-        (["+seed=3"], "`seed` is a key of the schema"),
-        (["+nothing.x=3"], "there is no such key, and its section is not an open one"),
+        (["optimizer.eps.x=1"], "`optimizer.eps` = 1e-06"),
+        (["callbacks.first.prefix=x"], "`first`"),
+        (["~callbacks.4"], "`callbacks.4`"),
+        (["~optimizer.eps=3"], "1e-06"),
+        (["+seed=3"], "`seed`"),
+        (["+nothing.x=3"], "`nothing.x`"),
         (["+callbacks.1.prefx=3"], "did you mean `callbacks.1.prefix`?"),
-        (["seed=choice(1,2)"], "`seed=choice(1,2)` cannot be read"),
-        (["seed@x=1"], "cannot be read"),
-        (["--options", "seed"], "`seed` is no pair"),
-        (["--options"], "`--options` has no value"),
+        (["seed=choice(1,2)"], "`seed=choice(1,2)`"),
+        (["seed@x=1"], "`seed@x=1`"),
+        (["--options", "seed"], "`seed`"),
+        (["--options"], "`--options`"),
         (["--train_dataset_dri", "x"], "did you mean `--train_dataset_dir`?"),
-        (["--check_config=perhaps"], "true or false is needed"),
-        (["--optimizer", "fast"], "optimizer = 'fast': a section (key: value) is needed"),
-        (["--train_dataset", "--seed", "3"], "`--train_dataset` has no value"),
-        (["--optimizer.betas", "0.9"], "optimizer.betas = '0.9': a list of numbers is needed"),
+        (["--check_config=perhaps"], "`--check_config` = 'perhaps'"),
+        (["--optimizer", "fast"], "optimizer = 'fast'"),
+        (["--train_dataset", "--seed", "3"], "`--train_dataset`"),
+        (["--optimizer.betas", "0.9"], "optimizer.betas = '0.9'"),
     ],
 )
-def test_refused(workspace: Path, words: list[str], message: str) -> None:
+def test_refused(workspace: Path, words: list[str], subject: str) -> None:
     Path("x.yaml").write_text(BASE)
     found = [str(problem) for problem in resolve("x.yaml", "train", overrides=words).problems]
-    assert any(message in text for text in found), found
+    assert any(subject in text for text in found), found
     assert all(text.startswith("command line") for text in found)
+    messages.check("command line", " ".join(words), "\n".join(found))
 
 
-def test_hydra_never_speaks(workspace: Path) -> None:
+def test_no_message_of_hydra_is_shown(workspace: Path) -> None:
     Path("x.yaml").write_text(BASE)
     for word in ("a.b=[", "=3", "a b=3", "~", "+=1", "x=${y", "x=a=b", "a..b=1", "."):
         result = resolve("x.yaml", "train", overrides=[word] if word != "." else [".=1"])
@@ -182,7 +184,7 @@ def test_values_that_look_like_numbers_or_flags() -> None:
     assert not line.problems
 
 
-def test_rules_see_what_the_command_line_says(workspace: Path) -> None:
+def test_rules_name_the_place_on_the_command_line(workspace: Path) -> None:
     result = resolve("right.yaml", "train", {"train_dataset_dir": "nowhere"})
     (problem,) = check(result.config, result.provenance, world=1)
     assert str(problem).startswith("command line: --train_dataset_dir: train_dataset.data_loader")

@@ -17,6 +17,7 @@ from launcher.config.schema import (
     RegisteredCallbackSection,
 )
 from launcher.errors import UserError
+from tests import messages
 
 
 def resolved(text: str, *words: str, run_mode: str | None = "train", **flags: Any) -> Resolved:
@@ -118,7 +119,7 @@ def test_lists_of_a_base_are_replaced(workspace: Path) -> None:
     assert result.config.checkpoint_monitor is None
 
 
-def test_problems_in_a_base_are_told_with_its_name(workspace: Path) -> None:
+def test_problems_in_a_base_have_its_name(workspace: Path) -> None:
     Path("base.yaml").write_text("\nsede: 1\n")
     found = problems("base_config: base.yaml\nepocs: 2\n")
     assert any(text.startswith("base.yaml:2: unknown key `sede`") for text in found)
@@ -126,27 +127,29 @@ def test_problems_in_a_base_are_told_with_its_name(workspace: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("text", "subject"),
     [
-        ("base_config: nowhere.yaml\n", "there is no file nowhere.yaml"),
-        ("base_config: x.yaml\n", "leads back to this file"),
-        ("base_config: loop.yaml\n", "leads back to this file"),
-        ("base_config: [1]\n", "base_config is a file name or a list of file names"),
-        ("base_config: corpus\n", "there is no file corpus"),
-        ("just text\n", "the file holds no sections"),
-        ("- a\n- b\n", "the file holds no sections"),
+        ("base_config: nowhere.yaml\n", "x.yaml:1: base_config = 'nowhere.yaml'"),
+        ("base_config: x.yaml\n", "x.yaml:1: base_config = 'x.yaml'"),
+        ("base_config: loop.yaml\n", "loop.yaml:1: base_config = 'x.yaml'"),
+        ("base_config: [1]\n", "x.yaml:1: base_config = 1"),
+        ("base_config: corpus\n", "x.yaml:1: base_config = 'corpus'"),
+        ("just text\n", "x.yaml:1: "),
+        ("- a\n- b\n", "x.yaml:1: "),
     ],
 )
-def test_files_that_cannot_be_read(workspace: Path, text: str, message: str) -> None:
+def test_files_that_cannot_be_read(workspace: Path, text: str, subject: str) -> None:
     Path("loop.yaml").write_text("base_config: x.yaml\n")
     Path("x.yaml").write_text(text)
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError) as caught:
         resolve("x.yaml")
+    assert str(caught.value).startswith(subject)
+    messages.check("files", text.strip().replace("\n", " "), str(caught.value))
 
 
 def test_bytes_that_are_no_text(workspace: Path) -> None:
     Path("x.yaml").write_bytes(b"seed: \xff\xfe\n")
-    with pytest.raises(UserError, match="not UTF-8"):
+    with pytest.raises(UserError, match="UTF-8"):
         resolve("x.yaml")
 
 
@@ -203,12 +206,12 @@ def test_the_task_of_a_data_set_may_hold_the_data_set(workspace: Path) -> None:
     assert result.config.train_dataset_task.dataset_config is None
 
 
-def test_an_alias_is_told_once(workspace: Path) -> None:
+def test_a_problem_of_an_alias_is_reported_once(workspace: Path) -> None:
     text = "train_dataset: &t {foo: 1}\ntrain_dataset_task: {dataset_config: *t}\n"
     assert len(problems(text)) == 1
 
 
-def test_an_alias_changed_by_a_flag_is_told_once(workspace: Path) -> None:
+def test_a_problem_of_an_alias_changed_by_a_flag_is_reported_once(workspace: Path) -> None:
     text = "train_dataset: &t {foo: 1}\ntrain_dataset_task: {dataset_config: *t}\n"
     assert len(problems(text, train_dataset_dir="corpus")) == 1
 
@@ -231,7 +234,7 @@ def test_the_mode_resume(workspace: Path, text: str, flags: dict[str, str], resu
 
 def test_resume_in_a_file_contradicts_itself(workspace: Path) -> None:
     found = problems("run_mode: resume\nresume_training: False\n", run_mode=None)
-    assert any("resume is train with resume_training: True" in text for text in found)
+    assert any("resume_training = False" in text for text in found)
 
 
 # --- callbacks ------------------------------------------------------------------------------------
@@ -260,19 +263,20 @@ def test_callbacks_are_typed_and_the_last_one_counts(workspace: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("entry", "message"),
+    ("entry", "subject"),
     [
-        ("SummaryMonitor", "callbacks.0 = 'SummaryMonitor': a callback, written as"),
+        ("SummaryMonitor", "callbacks.0 = 'SummaryMonitor'"),
         ("{type: SummaryMonitor}", "callbacks.0.type = 'SummaryMonitor': not built yet"),
         ("{typ: MFLossMonitor}", "did you mean `callbacks.0.type`, not `callbacks.0.typ`?"),
-        ("{type: Mine}", "there is no such callback"),
+        ("{type: Mine}", "callbacks.0.type = 'Mine'"),
         ("{type: EvalCallBack, x: 1}", "unknown key `callbacks.0.x`"),
-        ("{type: MFLossMonitor, per_print_times: 0}", "it must be at least 1"),
+        ("{type: MFLossMonitor, per_print_times: 0}", "callbacks.0.per_print_times = 0"),
     ],
 )
-def test_wrong_callbacks(workspace: Path, entry: str, message: str) -> None:
+def test_wrong_callbacks(workspace: Path, entry: str, subject: str) -> None:
     (found,) = problems(f"callbacks:\n  - {entry}\n")
-    assert message in found
+    assert subject in found
+    messages.check("callbacks", entry, found)
 
 
 # --- flags ----------------------------------------------------------------------------------------
@@ -416,7 +420,7 @@ def test_keys_without_effect_are_listed_where_written(workspace: Path) -> None:
 def test_a_value_of_an_ignored_key_is_checked_all_the_same(workspace: Path) -> None:
     found = problems("parallel: {parallel_mode: SEMI_AUTO_PARALEL, full_batch: 3}\n")
     assert any("did you mean `SEMI_AUTO_PARALLEL`?" in text for text in found)
-    assert any("parallel.full_batch = 3: true or false is needed" in text for text in found)
+    assert any("parallel.full_batch = 3: " in text for text in found)
 
 
 # --- samples of the original's page ---------------------------------------------------------------

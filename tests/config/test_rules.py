@@ -13,6 +13,7 @@ from launcher.config import derived, rules
 from launcher.config.checks.paths import nearest_path
 from launcher.config.resolve import resolve
 from launcher.config.schema import SCHEDULE_ARGUMENTS, SCHEDULES_WITHOUT_WARMUP, WARMUP_ARGUMENTS
+from tests import messages
 from tests.config.workspace import RIGHT
 
 
@@ -94,28 +95,29 @@ def test_every_schedule_takes_its_arguments(workspace: Path, kind: str) -> None:
 @pytest.mark.parametrize("kind", SCHEDULES_WITHOUT_WARMUP)
 def test_annealing_has_no_warm_up(workspace: Path, kind: str) -> None:
     (text,) = found("", f"lr_schedule.type={kind}")
-    assert f"lr_schedule.warmup_ratio = 0.1: {kind} does not take it" in text
+    assert "lr_schedule.warmup_ratio = 0.1: " in text
     assert set(WARMUP_ARGUMENTS).isdisjoint(text.rpartition("takes")[2].split())
 
 
 @pytest.mark.parametrize(
-    ("add", "flags", "message"),
+    ("add", "flags", "subject"),
     [
         ("lr_schedule2: 0\n", {}, "did you mean `lr_schedule`?"),
-        ("trackers: [dvclive]\n", {}, "the package of the tracker dvclive is not installed"),
-        ("resume_training: True\nload_checkpoint: elsewhere\n", {}, "there is no such path"),
+        ("trackers: [dvclive]\n", {}, "trackers = ['dvclive']"),
+        ("resume_training: True\nload_checkpoint: elsewhere\n", {}, "'elsewhere'"),
         ("do_eval: True\neval_step_interval: -1\n"
-         "eval_dataset: {data_loader: {dataset_dir: corpus}}\n", {}, "both say never"),
+         "eval_dataset: {data_loader: {dataset_dir: corpus}}\n", {}, "do_eval = True"),
         ("do_eval: True\neval_dataset: {data_loader: {dataset_dir: nowhere}}\n", {},
          "eval_dataset.data_loader.dataset_dir = 'nowhere'"),
-        ("", {"output_dir": "right.yaml"}, "this is a file, a folder is needed"),
+        ("", {"output_dir": "right.yaml"}, "output_dir = 'right.yaml'"),
         ("parallel: {parallel_optimizer_config: {optimizer_weight_shard_size: 1}}\n", {},
-         "it acts only with parallel.enable_parallel_optimizer: True"),
+         "optimizer_weight_shard_size = 1"),
     ],
 )  # fmt: skip
-def test_what_is_refused(workspace: Path, add: str, flags: Any, message: str) -> None:
+def test_what_is_refused(workspace: Path, add: str, flags: Any, subject: str) -> None:
     (text,) = found(add, **flags)
-    assert message in text
+    assert subject in text
+    messages.check("rules", (add or str(flags)).strip().replace("\n", " "), text)
 
 
 @pytest.mark.parametrize("asserted", [True, False])
@@ -130,7 +132,7 @@ def test_redundancy_is_what_the_files_say(workspace: Path, asserted: bool, said:
     notes = [note for note in rules.warnings(result.config, result.provenance) if "redund" in note]
     if said in ("True", "False") and said != str(asserted):
         (note,) = notes
-        assert f"rank_0-1_10.safetensors says {said}, which counts" in note
+        assert f"rank_0-1_10.safetensors records {said}" in note
         assert note.startswith("x.yaml:46: ")
     else:
         assert notes == []
@@ -138,17 +140,17 @@ def test_redundancy_is_what_the_files_say(workspace: Path, asserted: bool, said:
 
 def test_a_family_that_cannot_pack(workspace: Path) -> None:
     (text,) = found("", "model.model_config={type: BloomConfig}")
-    assert "train_dataset.packing = True: a bloom model cannot keep packed documents apart" in text
+    assert "train_dataset.packing = True: " in text
     assert text.startswith("x.yaml:24: ")
 
 
-def test_problems_of_the_model_are_told_together_with_their_lines(workspace: Path) -> None:
+def test_problems_of_the_model_are_reported_together_with_their_lines(workspace: Path) -> None:
     texts = found("", "model.model_config.num_heads=5", "+model.model_config.hiden_size=3")
     assert any(t.startswith("x.yaml:16: model.model_config.n_kv_heads = 2: 5 att") for t in texts)
     assert any("did you mean `hidden_size`?" in t for t in texts)
 
 
-def test_what_follows_from_a_mistake_is_not_told(workspace: Path) -> None:
+def test_what_follows_from_a_mistake_is_not_reported(workspace: Path) -> None:
     """A wrong degree gives no second message about the number of processes."""
     assert len(found("parallel_config: {data_parallel: two}\n", world=2)) == 1
     assert len(found("parallel_config: {data_paralel: 2}\n", world=2)) == 1
@@ -201,7 +203,7 @@ def test_tokenizer_dir(workspace: Path, words: list[str], expected: str) -> None
         ("corpsu/a.txt", "did you mean `corpus/a.txt`?"),
         ("corpsu/zzz/a.txt", "did you mean `corpus`?"),
         ("/zzzzz/y", ""),
-        ("old/nothing like it", "`old` holds net.ckpt"),
+        ("old/nothing like it", "`old` contains net.ckpt"),
         ("ranks/rank_0/CKP_rank_0-1_10.safetensors/x", ""),
         ("unlike anything", ""),
     ],
@@ -234,15 +236,15 @@ def test_warnings(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(argv) == 0
     err = capsys.readouterr().err
     assert "warning: command line: optimizer.learning_rate=0.1: optimizer.learning_rate: " in err
-    assert "EvalCallBack does nothing without do_eval: True" in err
+    assert "callbacks: EvalCallBack has no effect without do_eval" in err
     assert "parallel_config.micro_batch_num: no effect without a pipeline" in err
 
 
-def test_our_own_mistakes_leave_a_traceback(
+def test_internal_errors_leave_a_traceback(
     workspace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*_: Any, **__: Any) -> None:
-        raise RuntimeError("a mistake of ours")
+        raise RuntimeError("an internal error")
 
     monkeypatch.setattr(rules, "check", broken)
     assert cli.main(["--config", "right.yaml", "--run_mode", "train"]) == 1

@@ -61,7 +61,7 @@ def test_the_right_configuration_is_right(tmp_path: Path) -> None:
     build(tmp_path)
     argv = ["--config", "right.yaml", *TRAIN, "--check_config"]
     (report,) = run_many([{"argv": argv, "cwd": str(tmp_path)}])
-    assert (report.code, report.out) == (0, "right.yaml: the configuration is right\n"), report.err
+    assert (report.code, report.out) == (0, "right.yaml: the configuration is valid\n"), report.err
     assert not report.torch_imported
 
 
@@ -70,7 +70,7 @@ def test_the_right_configuration_is_right(tmp_path: Path) -> None:
     [
         (["--help"], 0, "--run_mode"),
         (["--config", "wrong.yaml", *TRAIN], 2, "did you mean `optimizer.weight_decay`?"),
-        ([], 2, "`--config` is missing"),
+        ([], 2, "`--config`"),
     ],
 )
 def test_the_real_command(tmp_path: Path, argv: list[str], code: int, says: str) -> None:
@@ -88,8 +88,8 @@ def test_the_real_command(tmp_path: Path, argv: list[str], code: int, says: str)
     assert "Traceback" not in done.stderr
 
 
-def test_other_ranks_speak_under_their_name(tmp_path: Path) -> None:
-    """Later than rank 0, whose launcher ends them then; and not in vain where it does not."""
+def test_other_ranks_report_with_their_rank(tmp_path: Path) -> None:
+    """They wait for rank 0, whose launcher usually ends them first, and then report too."""
     build(tmp_path)
     (tmp_path / "wrong.yaml").write_text("qqq: 1\n")
     argv = ["--config", "wrong.yaml", *TRAIN]

@@ -166,7 +166,7 @@ def change_data(folder: Path) -> str:
 
 def drop_data(folder: Path) -> str:
     shutil.rmtree(folder / "corpus")
-    return "'corpus': there is no such path"
+    return "'corpus': no such file or directory"
 
 
 @pytest.mark.parametrize(

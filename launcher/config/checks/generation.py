@@ -23,7 +23,7 @@ def numbers(check: Check) -> Iterator[KeyProblem]:
     if generation.max_new_tokens is None and generation.min_length > generation.max_length:
         yield check.wrong(
             "generation_config.min_length",
-            f"it must be at most max_length ({generation.max_length})",
+            f"must be at most max_length ({generation.max_length})",
             nearest=f"Nearest: {generation.max_length}",
             also=("generation_config.max_length",),
         )
@@ -31,7 +31,7 @@ def numbers(check: Check) -> Iterator[KeyProblem]:
     if most is not None and fewest is not None and fewest > most:
         yield check.wrong(
             "generation_config.min_new_tokens",
-            f"it must be at most max_new_tokens ({most})",
+            f"must be at most max_new_tokens ({most})",
             nearest=f"Nearest: {most}",
             also=("generation_config.max_new_tokens",),
         )
@@ -63,8 +63,8 @@ def bad_words(check: Check) -> Iterator[KeyProblem]:
     if isinstance(size, int) and token >= size:
         yield check.wrong(
             f"generation_config.{key}",
-            f"the model has {size} tokens",
-            what=f"{key} holds token {token}",
+            f"vocab_size of the model is {size}",
+            what=f"{key} contains token {token}",
             advice="" if written else f"Correct {FILE_NAME}, or set generation_config.{key}",
         )
 

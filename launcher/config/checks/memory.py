@@ -15,7 +15,7 @@ from launcher.config.derived import stages_per_rank
 from launcher.config.provenance import KeyProblem
 from launcher.errors import did_you_mean
 
-_ENTRY = "an entry is True, False or a number of layers"
+_ENTRY = "every entry must be True, False or a number of layers"
 _SELECTIONS = ("select_recompute", "select_recompute_exclude")
 _STAGES = ("parallel_config.pipeline_stage",)
 _SWAPS = {
@@ -73,7 +73,7 @@ def _pattern(check: Check, key: str, pattern: Any) -> Iterator[KeyProblem]:
     except re.error as error:
         yield check.wrong(
             key,
-            f"a module is chosen by a regular expression: {error}",
+            f"not a valid regular expression: {error}",
             what=f"{key}: {str(pattern)!r}",
         )
 
@@ -85,18 +85,20 @@ def _entries(check: Check, key: str, value: Any, *, parent: str = "") -> Iterato
     if isinstance(value, bool):
         return
     if not isinstance(value, list):
-        rule = "true, false or a list of entries is needed"
+        rule = "must be true, false or a list of entries"
     elif any(isinstance(item, list) for item in value):
         rows = [item if isinstance(item, list) else [item] for item in value]
         if not all(map(_are_entries, rows)):
             rule = _ENTRY
         elif len(rows) > each or any(len(row) > ranks for row in rows):
-            rule = f"at most {each} of at most {ranks} entries each, for the stages there are"
+            rule = (
+                f"must be at most {each} lists (stages per rank) of at most {ranks} entries (ranks)"
+            )
             near = f"Nearest: {[row[:ranks] for row in rows[:each]]}"
     elif not _are_entries(value):
         rule = _ENTRY
     elif len(value) > ranks:
-        rule = f"one entry a pipeline rank, pipeline_stage is {ranks}"
+        rule = f"must have at most one entry per pipeline rank (pipeline_stage is {ranks})"
         near = f"Nearest: {value[:ranks]}"
     if rule:
         yield check.wrong(parent or key, rule, what=shown, nearest=near, also=_STAGES)
@@ -116,24 +118,24 @@ def swap(check: Check) -> Iterator[KeyProblem]:
 
 def _swap(check: Check, key: str, entry: Any, known: tuple[str, ...]) -> Iterator[KeyProblem]:
     if not isinstance(entry, dict):
-        yield check.wrong(key, f"a section is needed, with {', '.join(known)}")
+        yield check.wrong(key, f"must be a section with {', '.join(known)}")
         return
     for name in entry:
         if name not in known:
             yield check.wrong(
                 f"{key}.{name}",
-                f"there is no such key; known: {', '.join(known)}",
+                f"known keys are {', '.join(known)}",
                 what=f"unknown key `{key}.{name}`",
                 nearest=did_you_mean(str(name), known),
             )
     if "op_name" in known and not _are_names(entry.get("op_name")):
-        yield check.wrong(f"{key}.op_name", "the name of a module is needed, or a list of names")
+        yield check.wrong(f"{key}.op_name", "must be the name of a module, or a list of names")
     if "layers" in entry:
         yield from _swap_layers(check, f"{key}.layers", entry["layers"])
     prefetch = entry.get("backward_prefetch", 1)
     if not (type(prefetch) is int and prefetch >= 1) and prefetch != "Auto":
         yield check.wrong(
-            f"{key}.backward_prefetch", "a number of operations from 1 is needed, or Auto",
+            f"{key}.backward_prefetch", "must be an integer of at least 1, or Auto",
             nearest="Nearest: 1",
         )  # fmt: skip
 
@@ -147,13 +149,13 @@ def _swap_layers(check: Check, key: str, value: Any) -> Iterator[KeyProblem]:
     if isinstance(value, bool):
         return
     if not isinstance(value, list) or not all(type(layer) is int for layer in value):
-        yield check.wrong(key, "true, false or a list of layer numbers is needed")
+        yield check.wrong(key, "must be true, false or a list of layer indices")
         return
     count = check.decoder.num_hidden_layers if check.decoder else None
     if count is not None and any(not 0 <= layer < count for layer in value):
         yield check.wrong(
             key,
-            f"layers are numbered from 0 to {count - 1}",
+            f"layer indices are 0 to {count - 1}",
             nearest=f"Nearest: {[layer for layer in value if 0 <= layer < count]}",
             also=("model", "model.model_config"),
         )

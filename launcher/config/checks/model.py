@@ -46,14 +46,14 @@ def _undescribed(check: Check) -> KeyProblem:
     if check.config.model.model_config:
         key, what = "model.model_config", "model.model_config has no `type`"
     elif folder:
-        key, what = "pretrained_model_dir", f"{folder} holds no config.json"
+        key, what = "pretrained_model_dir", f"{folder} contains no config.json"
     else:
-        key, what = "model.model_config", "the model is not described"
+        key, what = "model.model_config", "no model is given"
     return check.wrong(
         key,
-        "a model is described by config.json in pretrained_model_dir or by model.model_config",
+        "a model needs config.json in pretrained_model_dir, or model.model_config.type",
         what=what,
-        advice="Set pretrained_model_dir, or model.model_config.type (such as Qwen3Config)",
+        advice="Set pretrained_model_dir, or model.model_config.type (for example Qwen3Config)",
         also=("pretrained_model_dir", "model", "model.model_config"),
     )
 
@@ -89,9 +89,9 @@ def _row_length(check: Check, spec: ModelSpec) -> Iterator[KeyProblem]:
         if written is not None and length != written:
             yield check.wrong(
                 key,
-                f"model.model_config.seq_length = {written} "
-                f"({check.provenance.nearest('model.model_config.seq_length')}) says otherwise",
-                advice="Keep one of the two",
+                f"differs from model.model_config.seq_length = {written} "
+                f"({check.provenance.nearest('model.model_config.seq_length')})",
+                advice="Remove one of the two",
                 also=("model.model_config.seq_length",),
             )
         elif limit is not None and longest is not None and length > longest:
@@ -103,7 +103,7 @@ def _row_length(check: Check, spec: ModelSpec) -> Iterator[KeyProblem]:
 def _too_long(check: Check, key: str, limit: PositionLimit) -> KeyProblem:
     return check.wrong(
         key,
-        f"the model has {limit.longest_row} positions ({limit})",
+        f"the model supports at most {limit.longest_row} positions ({limit})",
         nearest=f"Nearest: {limit.longest_row}",
         also=(f"model.model_config.{limit.key}",),
     )
@@ -115,7 +115,7 @@ def _packing(check: Check, spec: ModelSpec) -> Iterator[KeyProblem]:
         if section is not None and section.packing and not supports_packing(spec):
             yield check.wrong(
                 f"{name}.packing",
-                f"a {spec.family} model cannot keep packed documents apart: not built yet",
+                f"packing for {spec.family} models is not built yet",
                 advice="Set it to False",
             )
 
@@ -128,10 +128,10 @@ def _first_values(check: Check, spec: ModelSpec) -> Iterator[KeyProblem]:
     if has_weights and check.config.strict_load:
         return
     key = "strict_load" if has_weights else "pretrained_model_dir"
-    advice = "Leave it out" if has_weights else "Give weights there or in load_checkpoint"
+    advice = "Remove it" if has_weights else "Set it or load_checkpoint to weights"
     yield check.wrong(
         key,
-        f"a {spec.family} model cannot begin at random: not built yet",
+        f"random initialization of {spec.family} models is not built yet",
         what="" if has_weights else f"a {spec.family} model without weights",
         advice=advice,
         also=("load_checkpoint", "model", "model.model_config"),

@@ -48,7 +48,7 @@ def processes(check: Check) -> Iterator[KeyProblem]:
         yield check.wrong(
             "use_parallel",
             f"this job has {world} processes",
-            advice="Set it to True or leave it out, or start one process",
+            advice="Set it to True or remove it, or start one process",
         )
         return
     sizes = degrees(check.config)
@@ -60,16 +60,16 @@ def processes(check: Check) -> Iterator[KeyProblem]:
     others = needed // sizes["data_parallel"]
     start = f"start it with `torchrun --nproc_per_node {needed} run.py ...`"
     if planned_world_size() is not None:
-        start = f"give msrun.sh {needed} as the number of workers"
+        start = f"pass {needed} to msrun.sh as the number of workers"
     elif needed == 1:
-        start = "start it without torchrun (unset WORLD_SIZE where it is left over)"
+        start = "start it without torchrun (unset WORLD_SIZE if it is left over)"
     fits = world % others == 0
     yield check.wrong(
         "parallel_config.data_parallel",
-        "the product of the degrees is the number of processes",
-        what=f"the degrees ask for {product} = {_processes(needed)}, this job has {world}",
+        "the product of the parallel degrees must be the number of processes",
+        what=f"{product} = {_processes(needed)}, but this job has {world}",
         nearest=f"Nearest: data_parallel {world // others}" if fits else "",
-        advice=f"{'Or ' if fits else 'Set the degrees to fit, or '}{start}",
+        advice=f"{'Or ' if fits else 'Change the degrees, or '}{start}",
         also=_DEGREES,
     )
 
@@ -87,16 +87,16 @@ def sharded_optimizer(check: Check) -> Iterator[KeyProblem]:
     if size < 1 or ranks % size:
         yield check.wrong(
             key,
-            f"it must divide data_parallel ({ranks})",
+            f"must divide data_parallel ({ranks})",
             nearest=nearest(size, ranks, lambda n: ranks % n == 0),
-            advice="-1 means the whole data-parallel group",
+            advice="-1 means all data-parallel ranks",
             also=("parallel_config.data_parallel",),
         )
     elif not check.config.parallel.enable_parallel_optimizer and check.provenance.is_written(key):
         yield check.wrong(
             key,
-            "it acts only with parallel.enable_parallel_optimizer: True",
-            advice="Set that, or remove this key",
+            "requires parallel.enable_parallel_optimizer: True",
+            advice="Set both, or remove this key",
             also=("parallel.enable_parallel_optimizer",),
         )
 
@@ -110,10 +110,9 @@ def own_decoder(check: Check) -> Iterator[KeyProblem]:
         if getattr(check.config.parallel_config, axis) > 1:
             yield check.wrong(
                 f"parallel_config.{axis}",
-                f"a {spec.family} model is trained as transformers has it, which data parallel "
-                "alone can spread",
+                f"the transformers implementation of {spec.family} supports data parallelism only",
                 nearest="Nearest: 1",
-                advice=f"Raise data_parallel. All axes: {', '.join(DECODERS)}",
+                advice=f"Use data_parallel instead. All axes are supported by: {', '.join(DECODERS)}",
                 also=_MODEL,
             )
 
@@ -148,7 +147,9 @@ def ulysses(check: Check) -> Iterator[KeyProblem]:
         f"parallel_config.{axis}",
         "; ".join(reasons),
         nearest=nearest_degree(plan, axis, plan.decoder.num_attention_heads, context_reasons),
-        advice="context_parallel_algo: colossalai_cp needs no heads" if divides else "",
+        advice="Or use context_parallel_algo: colossalai_cp, which does not split heads"
+        if divides
+        else "",
         also=("parallel_config.model_parallel", "parallel_config.context_parallel_algo", *_MODEL),
     )
 
@@ -169,7 +170,7 @@ def rows(check: Check) -> Iterator[KeyProblem]:
         if length % unit:
             yield check.wrong(
                 key,
-                f"{' and '.join(causes)}: a row must be a multiple of {unit} tokens",
+                f"must be a multiple of {unit} with {' and '.join(causes)}",
                 what=f"{key} = {length}",
                 nearest=nearest_multiple(length, unit, plan.decoder.max_position_embeddings),
                 also=("parallel_config.context_parallel", "parallel_config.model_parallel"),
@@ -187,7 +188,7 @@ def attention_dropout(check: Check) -> Iterator[KeyProblem]:
     written = next((name for name in spellings if name in section), spellings[0])
     yield check.wrong(
         f"model.model_config.{written}",
-        f"context_parallel {ranks}: ranks that share a sequence cannot drop shares of attention",
+        "attention dropout is not supported with context_parallel",
         what=f"model.model_config.{written} = {decoder.attention_dropout:g}",
         nearest="Nearest: 0.0",
         advice="Or set context_parallel to 1",
@@ -202,7 +203,7 @@ def dynamic_rope(check: Check) -> Iterator[KeyProblem]:
     if ranks > 1 and scaling and scaling["rope_type"] == "dynamic":
         yield check.wrong(
             "parallel_config.context_parallel",
-            "rope_type dynamic follows the length of a row, and ranks that share it see parts",
+            "rope_type dynamic is not supported with context_parallel",
             nearest="Nearest: 1",
             advice="Or use another rope_type, such as yarn",
             also=_MODEL,
@@ -231,7 +232,7 @@ def warnings(check: Check) -> Iterator[str]:
         yield f"{where(key)}: {key}: no effect without model_parallel"
     key = "parallel_config.ulysses_degree_in_cp"
     if parallel.ulysses_degree_in_cp > 1 and context_algorithm(check.config) != "hybrid":
-        yield f"{where(key)}: {key}: only context_parallel_algo hybrid_cp has an inner degree"
+        yield f"{where(key)}: {key}: used by context_parallel_algo: hybrid_cp only"
     key = "parallel_config.context_parallel_algo"
     if check.provenance.is_written(key) and parallel.context_parallel == 1:
         yield f"{where(key)}: {key}: no effect without context_parallel"
@@ -239,8 +240,8 @@ def warnings(check: Check) -> Iterator[str]:
     cut = [axis for axis in whole if getattr(parallel, axis) > 1]
     if check.mode == "predict" and cut:
         yield (
-            f"{where(f'parallel_config.{cut[0]}')}: {', '.join(cut)}: predict cuts the model over "
-            "model_parallel at most; these processes each hold it and share the prompts"
+            f"{where(f'parallel_config.{cut[0]}')}: {', '.join(cut)}: predict supports "
+            "model_parallel only; these processes each hold the model and split the prompts"
         )
 
 

@@ -55,7 +55,7 @@ def _holds(folder: Path, names: Iterable[str]) -> str:
     all_names = sorted(name for name in names if name.isprintable())
     shown = [name for name in all_names if not name.startswith(".")] or all_names
     more = ", ..." if len(shown) > NAMES_SHOWN else ""
-    return f"`{folder}` holds {', '.join(shown[:NAMES_SHOWN]) or 'nothing'}{more}"
+    return f"`{folder}` contains {', '.join(shown[:NAMES_SHOWN]) or 'nothing'}{more}"
 
 
 def run_mode(check: Check) -> Iterator[KeyProblem]:
@@ -69,8 +69,8 @@ def run_mode(check: Check) -> Iterator[KeyProblem]:
     if not check.mode:
         yield check.wrong(
             "run_mode",
-            "a run has a mode",
-            what="run_mode is missing",
+            "",
+            what="run_mode is required",
             advice="Write `--run_mode train` (or finetune, eval, predict, resume)",
         )
         return
@@ -78,14 +78,14 @@ def run_mode(check: Check) -> Iterator[KeyProblem]:
         if check.mode == "predict":
             yield check.wrong(
                 "only_save_strategy",
-                "predict writes no strategy: its files would be of no use to a run",
+                "not supported with run_mode predict",
                 nearest="Nearest: run_mode train",
                 also=("run_mode",),
             )
         return
     key, advice = needs[check.mode]
     if check.value(key) in (None, "", []):
-        yield check.wrong(key, f"{check.mode} needs it", what=f"{key} is missing", advice=advice)
+        yield check.wrong(key, f"{check.mode} requires it", what=f"{key} is missing", advice=advice)
 
 
 def datasets(check: Check) -> Iterator[KeyProblem]:
@@ -107,16 +107,16 @@ def _dataset(check: Check, name: str, section: DatasetSection) -> Iterator[KeyPr
         if getattr(loader, key) != default and loader.type not in kinds:
             yield check.wrong(
                 f"{prefix}.{key}",
-                f"{loader.type} does not take it",
+                f"not an argument of {loader.type}",
                 nearest=f"It belongs to {kinds[0]}",
                 also=(f"{prefix}.type",),
             )
     if not loader.paths:
         yield check.wrong(
             keys[0],
-            "a source is needed",
-            what=f"{name} names no files",
-            advice=f"Set {keys[0]} to a file, a folder or a glob",
+            "a data set needs files",
+            what=f"{name} has no files",
+            advice=f"Set {keys[0]} to a file, a directory or a glob pattern",
             also=keys,
         )
     for key in keys:
@@ -126,7 +126,7 @@ def _dataset(check: Check, name: str, section: DatasetSection) -> Iterator[KeyPr
                 is_glob = glob.has_magic(path)
                 yield check.wrong(
                     key,
-                    "no file matches this pattern" if is_glob else "there is no such path",
+                    "no file matches this pattern" if is_glob else "no such file or directory",
                     what=f"{key} = {path!r}",
                     nearest="" if is_glob else nearest_path(path),
                     advice="Paths are relative to the current directory",
@@ -143,19 +143,19 @@ def tokenizer(check: Check) -> Iterator[KeyProblem]:
     if not folder:
         yield check.wrong(
             nested,
-            "text becomes tokens by a tokenizer",
-            what="there is no tokenizer",
+            "a tokenizer is required",
+            what="no tokenizer is given",
             advice=f"Set {nested} or pretrained_model_dir to a Hugging Face directory",
             also=("pretrained_model_dir", "processor", "processor.tokenizer"),
         )
     elif not Path(folder).is_dir():
         if key == nested:  # the other key has a rule of its own
-            yield check.wrong(key, "there is no such folder", nearest=nearest_path(folder))
+            yield check.wrong(key, "no such directory", nearest=nearest_path(folder))
     elif not has_tokenizer(folder):
         yield check.wrong(
             key,
-            "the folder holds no tokenizer (no tokenizer.json or the like)",
-            advice=f"Set {nested} to the folder that does",
+            "contains no tokenizer (tokenizer.json or similar)",
+            advice=f"Set {nested} to the directory of the tokenizer",
         )
 
 
@@ -165,34 +165,34 @@ def named_paths(check: Check) -> Iterator[KeyProblem]:
     if config.pretrained_model_dir and not Path(config.pretrained_model_dir).is_dir():
         yield check.wrong(
             "pretrained_model_dir",
-            "there is no such folder",
+            "no such directory",
             nearest=nearest_path(config.pretrained_model_dir),
-            advice="Models are not downloaded: name a folder on this machine",
+            advice="Models are not downloaded: give a local directory",
         )
     strategy = config.src_strategy_path_or_dir
     if strategy and not config.only_save_strategy and not Path(strategy).exists():
         yield check.wrong(
             "src_strategy_path_or_dir",
-            "there is no such path",
+            "no such file or directory",
             nearest=nearest_path(strategy),
-            advice="Name a strategy file, a merged one, or the folder strategy/ of the run that "
+            advice="Give a strategy file, a merged one, or the directory strategy/ of the run that "
             "wrote the weights",
         )
     if config.register_path and not Path(config.register_path).exists():
         yield check.wrong(
-            "register_path", "there is no such path", nearest=nearest_path(config.register_path)
+            "register_path", "no such file or directory", nearest=nearest_path(config.register_path)
         )
     if Path(config.output_dir).is_file():
-        yield check.wrong("output_dir", "this is a file, a folder is needed")
+        yield check.wrong("output_dir", "must be a directory, this is a file")
     prompt = config.input_data
     for text in [prompt] if isinstance(prompt, str) else prompt or ():
         if wrong := lone_surrogate(text):
             yield check.wrong(
                 "input_data",
-                f"it holds {wrong}, which is no character: a prompt is text that UTF-8 can encode",
+                f"contains {wrong}, which is not a valid character: a prompt must be valid UTF-8",
                 advice="Give the prompt in UTF-8, or as a file of prompts",
             )
     if isinstance(prompt, str) and "/" in prompt and Path(prompt[:255]).is_dir():
         yield check.wrong(
-            "input_data", "this is a folder", advice="Name a text file with one prompt a line"
+            "input_data", "this is a directory", advice="Give a text file with one prompt per line"
         )

@@ -73,9 +73,9 @@ def accumulation(check: Check) -> Iterator[KeyProblem]:
     if check.trains and _has_pipeline(check) and check.value(key) > 1:
         yield check.wrong(
             key,
-            "a pipeline accumulates gradients over its micro-batches",
+            "a pipeline accumulates gradients over its micro-batches only",
             nearest="Nearest: 1",
-            advice="Raise parallel_config.micro_batch_num instead",
+            advice="Use parallel_config.micro_batch_num instead",
             also=(_STAGES,),
         )
 
@@ -89,18 +89,20 @@ def interleaving(check: Check) -> Iterator[KeyProblem]:
     several = is_interleaved(check.config)
     if type(number) is not int or number < 1:
         usual = stages_per_rank(check.config)
-        yield check.wrong(_PER_RANK, "a number of stages is needed", nearest=f"Nearest: {usual}")
+        yield check.wrong(
+            _PER_RANK, "must be an integer of at least 1", nearest=f"Nearest: {usual}"
+        )
     elif schedule == "zero_bubble_v" and number != 2:
         yield check.wrong(
             _PER_RANK,
-            "zero_bubble_v has two stages on every rank",
+            "zero_bubble_v requires two stages per rank",
             nearest="Nearest: 2",
             also=also,
         )
     elif several and number == 1:
         yield check.wrong(
             _PER_RANK,
-            "an interleaved pipeline has several stages on every rank",
+            "an interleaved schedule requires several stages per rank",
             nearest="Nearest: 2",
             advice="Or set pipeline_interleave to False",
             also=also,
@@ -108,7 +110,7 @@ def interleaving(check: Check) -> Iterator[KeyProblem]:
     elif number > 1 and not several:
         yield check.wrong(
             _PER_RANK,
-            f"{schedule} has one stage on every rank",
+            f"{schedule} supports one stage per rank only",
             nearest="Nearest: 1",
             advice="Or set parallel.pipeline_config.pipeline_interleave to True",
             also=also,
@@ -129,10 +131,10 @@ def split(check: Check) -> Iterator[KeyProblem]:
     if written is not None:
         yield from _stage_layers(check, written, count, layers, offset_too=shape_is_right)
     elif not shape_is_right:
-        form = f"{each} lists of {ranks} numbers" if each > 1 else f"a list of {ranks} numbers"
+        form = f"{each} lists of {ranks} integers" if each > 1 else f"a list of {ranks} integers"
         yield check.wrong(
             _OFFSET,
-            f"{form}, one number for each stage",
+            f"must be {form}, one per stage",
             nearest=f"Nearest: {_as_offset(check, corrected([layers // count] * count, layers))}",
             also=(_STAGES, _PER_RANK),
         )
@@ -147,14 +149,14 @@ def _stage_layers(
     if offset_too and any(stage_offsets(check.config) or ()):
         where = check.provenance.nearest(_OFFSET)
         yield check.wrong(
-            _LAYERS, f"offset ({where}) divides the layers too", advice="Keep one of the two"
+            _LAYERS, f"offset ({where}) assigns the layers too", advice="Remove one of the two"
         )
     elif len(written) != count or sum(written) != layers:
         present = written if len(written) == count else [layers // count] * count
         yield check.wrong(
             _LAYERS,
-            f"{layers} layers are divided over {count} stages; these are {sum(written)} over "
-            f"{len(written)}",
+            f"must be {count} numbers (stages) with a sum of {layers} (layers), not "
+            f"{len(written)} with a sum of {sum(written)}",
             nearest=f"Nearest: {corrected(present, layers)}",
             also=also,
         )
@@ -168,8 +170,8 @@ def _offset(check: Check, count: int, layers: int) -> Iterator[KeyProblem]:
     if sum(counts) != layers or min(counts) < 1:
         yield check.wrong(
             _OFFSET,
-            f"{layers} layers are {share} for each of {count} stages, and {rest} over: the sum of "
-            f"offset is {rest}, and every stage keeps a layer",
+            f"{layers} layers are {share} for each of {count} stages with a remainder of {rest}: "
+            f"offset must sum to {rest}, and every stage must keep a layer",
             nearest=f"Nearest: {_as_offset(check, corrected(counts, layers))}",
             also=(_STAGES, _PER_RANK),
         )
@@ -217,7 +219,7 @@ def compiled(check: Check) -> Iterator[KeyProblem]:
     if check.trains and _has_pipeline(check) and asks and schedule in _SPLIT_BACKWARD:
         yield check.wrong(
             "compile",
-            f"{schedule} splits the backward pass, which compiled layers do not allow",
+            f"not supported with {schedule}, which splits the backward pass",
             nearest="Nearest: False",
             advice="Or use another pipeline_scheduler",
             also=(_SCHEDULER, _STAGES),
@@ -233,8 +235,7 @@ def recomputed(check: Check) -> Iterator[KeyProblem]:
         if check.value(key):
             yield check.wrong(
                 key,
-                f"{schedule} splits the backward pass, and every part of it would run the layers "
-                "again",
+                f"not supported with {schedule}, which splits the backward pass",
                 nearest="Nearest: False",
                 advice="Or use pipeline_scheduler: 1f1b",
                 also=(_SCHEDULER, _STAGES),

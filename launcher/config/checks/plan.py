@@ -69,11 +69,9 @@ def tensor_reasons(plan: Plan) -> list[str]:
     """What tensor parallel cannot cut into equal parts."""
     ranks, heads = plan.config.parallel_config.model_parallel, _kv_heads(plan.decoder)
     odd = [what for what, size in _matrices(plan) if size % ranks]
-    reasons = [f"{listed(odd)} cannot be divided by {ranks}"] if odd else []
+    reasons = [f"it does not divide {listed(odd)}"] if odd else []
     if heads % ranks and ranks % heads:
-        reasons.append(
-            f"{heads} key/value heads can neither be divided by {ranks} nor repeated evenly"
-        )
+        reasons.append(f"{heads} key/value heads are neither a multiple nor a divisor of {ranks}")
     return reasons
 
 
@@ -81,11 +79,13 @@ def _matrices(plan: Plan) -> Iterator[tuple[str, int]]:
     decoder, experts = plan.decoder, plan.decoder.experts
     yield f"{decoder.num_attention_heads} attention heads", decoder.num_attention_heads
     if experts is None or not all(experts.layers):
-        yield f"an MLP of width {decoder.intermediate_size}", decoder.intermediate_size
+        yield f"intermediate_size {decoder.intermediate_size}", decoder.intermediate_size
     if experts is not None:
-        yield f"experts of width {experts.intermediate_size}", experts.intermediate_size
-    whose = "the head" if plan.config.parallel_config.vocab_emb_dp else "the embedding and the head"
-    yield f"the {decoder.vocab_size} rows of {whose}", decoder.vocab_size
+        yield f"moe_intermediate_size {experts.intermediate_size}", experts.intermediate_size
+    whose = (
+        "output layer" if plan.config.parallel_config.vocab_emb_dp else "embedding and output layer"
+    )
+    yield f"vocab_size {decoder.vocab_size} ({whose})", decoder.vocab_size
 
 
 def _kv_heads(decoder: DecoderConfig) -> int:
@@ -100,23 +100,25 @@ def context_reasons(plan: Plan) -> list[str]:
     if ranks == 1 or degree == 1:
         return []
     if ranks % degree:
-        return [f"it must divide context_parallel ({ranks})"]
+        return [f"must divide context_parallel ({ranks})"]
     if tensor_reasons(plan):
         return []
     heads, kv_heads = plan.decoder.num_attention_heads // tensor, _kv_heads(plan.decoder)
-    each = f" a rank (model_parallel {tensor})" if tensor > 1 else ""
+    each = f" per rank (model_parallel {tensor})" if tensor > 1 else ""
     if heads % degree:
-        return [f"{heads} attention heads{each} cannot be shared by {degree}"]
+        return [f"{heads} attention heads{each} are not divisible by {degree}"]
     kv_heads = max(kv_heads // tensor, 1)
     if kv_heads % degree and degree % kv_heads:
-        return [f"{kv_heads} key/value heads{each} can neither be shared by {degree} nor repeated"]
+        return [
+            f"{kv_heads} key/value heads{each} are neither a multiple nor a divisor of {degree}"
+        ]
     return []
 
 
 def row_reasons(plan: Plan) -> list[str]:
     """Rows that cannot be cut into equal pieces."""
     unit = row_unit(plan.config)
-    return [f"{key}: no multiple of {unit}" for key, length in plan.rows if length % unit]
+    return [f"{key}: not a multiple of {unit}" for key, length in plan.rows if length % unit]
 
 
 def expert_reasons(plan: Plan) -> list[str]:
@@ -126,15 +128,17 @@ def expert_reasons(plan: Plan) -> list[str]:
     if ranks == 1:
         return []
     if experts is None:
-        return ["a dense model has no experts to share"]
+        return ["a dense model has no experts"]
     reasons = []
     if experts.num_experts % ranks:
-        reasons.append(f"{experts.num_experts} experts cannot be divided by {ranks}")
+        reasons.append(f"{experts.num_experts} experts are not divisible by {ranks}")
     if data % ranks:
-        reasons.append(f"data_parallel {data} cannot be divided by {ranks}")
+        reasons.append(f"data_parallel {data} is not divisible by {ranks}")
     shard = shard_size(plan.config)
     if not reasons and shard % ranks and ranks % shard:
-        reasons.append(f"weights are sharded over {shard} ranks, and one must divide the other")
+        reasons.append(
+            f"it is neither a multiple nor a divisor of the {shard} ranks that shard weights"
+        )
     return reasons
 
 
@@ -161,9 +165,9 @@ def micro_batch_reasons(plan: Plan) -> list[str]:
     parallel, schedule = plan.config.parallel_config, pipeline_schedule(plan.config)
     ranks, batches = parallel.pipeline_stage, parallel.micro_batch_num
     if ranks > 1 and batches < ranks:
-        return [f"a pipeline of {ranks} ranks needs as many micro-batches at least"]
+        return [f"a pipeline of {ranks} ranks needs at least {ranks} micro-batches"]
     if ranks > 1 and schedule in _ROUNDS and batches % ranks:
-        return [f"{schedule} takes them in rounds of pipeline_stage ({ranks})"]
+        return [f"{schedule} requires a multiple of pipeline_stage ({ranks})"]
     return []
 
 

@@ -31,14 +31,14 @@ def callbacks(check: Check) -> Iterator[KeyProblem]:
                 key="register_path",
                 where=f"{file}:{line}" if line else str(file),
                 what=f"register_path = {place!r}",
-                rule=f"this is not Python: {getattr(error, 'msg', error)}",
+                rule=f"this is not valid Python: {getattr(error, 'msg', error)}",
             )
             return
     for index, entry in enumerate(check.config.callbacks):
         if isinstance(entry, RegisteredCallbackSection) and entry.type not in names:
             yield check.wrong(
                 f"callbacks.{index}.type",
-                f"{place} defines {', '.join(sorted(names)) or 'no class'}",
+                f"{place} does not define it, but {', '.join(sorted(names)) or 'no class'}",
                 nearest=did_you_mean(entry.type, names),
             )
 

@@ -30,11 +30,11 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-_TOKEN = (_is_token, "a text, or an object with `content`")
+_TOKEN = (_is_token, "a string, or an object with `content`")
 _TYPES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "tokenizer_class": (lambda value: isinstance(value, str), "a text"),
+    "tokenizer_class": (lambda value: isinstance(value, str), "a string"),
     "model_max_length": (_is_number, "a number"),
-    "chat_template": (lambda value: isinstance(value, str | list | dict), "a template, or several"),
+    "chat_template": (lambda value: isinstance(value, str | list | dict), "a template or several"),
     "padding_side": (lambda value: value in _SIDES, "left or right"),
     "truncation_side": (lambda value: value in _SIDES, "left or right"),
     "added_tokens_decoder": (lambda value: isinstance(value, dict), "an object"),
@@ -79,18 +79,18 @@ def tokenizer_files(check: Check) -> Iterator[KeyProblem]:
 def _wrong_types(path: Path, content: dict[str, Any]) -> Iterator[KeyProblem]:
     if path.name == "tokenizer.json":
         if not isinstance(content.get("model"), dict):
-            yield _of(path, "`model` is missing", "it is an object with the vocabulary")
+            yield _of(path, "`model` is missing", "must be an object with the vocabulary")
         elif not isinstance(content.get("added_tokens"), list):
-            yield _of(path, "`added_tokens` is missing", "it is a list, which may be empty")
+            yield _of(path, "`added_tokens` is missing", "must be a list, which may be empty")
     elif path.name == "added_tokens.json":
         for token, index in content.items():
             if type(index) is not int:
-                yield _of(path, f"{token!r} = {index!r}", "a token has a whole number")
+                yield _of(path, f"{token!r} = {index!r}", "the id of a token must be an integer")
     else:
         for key, (is_right, words) in _TYPES.items():
             value = content.get(key)
             if value is not None and not is_right(value):
-                yield _of(path, f"{key} = {value!r}", f"{words} is needed")
+                yield _of(path, f"{key} = {value!r}", f"must be {words}")
 
 
 def _of(path: Path, what: str, rule: str, *, where: str = "") -> KeyProblem:

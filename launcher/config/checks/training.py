@@ -22,7 +22,7 @@ from launcher.errors import did_you_mean
 from models.keys import DTYPES, PRECISIONS
 
 _SCALE_SENSE = "runner_wrapper.scale_sense"
-_POSITIVE = "a loss scale is a number above 0, at most 2**64"
+_POSITIVE = "must be a number above 0 and at most 2**64"
 _ALWAYS_TAKEN = ("type", "learning_rate", "total_steps", *WARMUP_ARGUMENTS)
 _TRACKER_MODULES = {
     "tensorboard": ("tensorboard", "tensorboardX"),
@@ -44,7 +44,7 @@ def sinking(check: Check) -> Iterator[KeyProblem]:
     if size == 0 or size < -1:
         yield check.wrong(
             "runner_config.sink_size",
-            "it is a number of steps, or -1 for the whole epoch",
+            "must be a number of steps, or -1 for an epoch",
             nearest="Nearest: 1" if size == 0 else "Nearest: -1",
         )
         return
@@ -58,9 +58,9 @@ def sinking(check: Check) -> Iterator[KeyProblem]:
         near = f"{below} or {above}" if below else f"{above}"
         yield check.wrong(
             key,
-            f"with sink_size {size} it must be a multiple of {size}",
+            f"must be a multiple of sink_size ({size})",
             nearest=f"Nearest: {near}",
-            advice="sink_mode: False saves at any step",
+            advice="Or set sink_mode to False to save at any step",
             also=("runner_config.sink_size", "runner_config.sink_mode", "callbacks"),
         )
 
@@ -83,7 +83,7 @@ def checkpoint_names(check: Check) -> Iterator[KeyProblem]:
         cleaned = prefix.replace("\\", "/").rpartition("/")[2].replace("rank", "").strip("_-")
         yield check.wrong(
             key,
-            f'a prefix holds no "{bad}"' if bad else "a prefix is not empty",
+            f'must not contain "{bad}"' if bad else "must not be empty",
             nearest=f"Nearest: {cleaned or 'CKP'}",
             advice="Use `directory` to save elsewhere" if bad in ("/", "\\") else "",
         )
@@ -95,7 +95,7 @@ def norm_checks(check: Check) -> Iterator[KeyProblem]:
     if config.use_skip_data_by_global_norm and config.monitor_config.check_for_global_norm:
         yield check.wrong(
             key,
-            "use_skip_data_by_global_norm skips the steps that this would end the run at",
+            "not supported with use_skip_data_by_global_norm, which skips such steps",
             advice="Set one of them to False",
             also=("use_skip_data_by_global_norm",),
         )
@@ -107,7 +107,7 @@ def optimizer_numbers(check: Check) -> Iterator[KeyProblem]:
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
         yield check.wrong(
             "optimizer.betas",
-            "two numbers, each at least 0 and below 1",
+            "must be two numbers in [0, 1)",
             nearest="Nearest: [0.9, 0.999]",
         )
 
@@ -126,7 +126,7 @@ def schedule_arguments(check: Check) -> Iterator[KeyProblem]:
         owners = [other for other, names in SCHEDULE_ARGUMENTS.items() if name in names]
         yield check.wrong(
             key,
-            f"{kind} does not take it",
+            f"not an argument of {kind}",
             nearest=f"It belongs to {', '.join(owners)}" if owners else "",
             advice=f"{kind} takes {', '.join(taken[1:])}",
             also=("lr_schedule.type",),
@@ -142,7 +142,7 @@ def schedule_numbers(check: Check) -> Iterator[KeyProblem]:
     if schedule.type == "PolynomialWithWarmUpLR" and end >= base:
         yield check.wrong(
             "lr_schedule.lr_end",
-            f"a polynomial ends below its learning rate ({base:g})",
+            f"must be below the learning rate ({base:g}) for {schedule.type}",
             what=f"lr_schedule.lr_end = {end:g}",
             advice="Lower lr_end or raise learning_rate",
             also=rate,
@@ -152,13 +152,13 @@ def schedule_numbers(check: Check) -> Iterator[KeyProblem]:
     if total and total > 0 and warmup and warmup >= total and not by_ratio:
         yield check.wrong(
             "lr_schedule.warmup_steps",
-            f"the warm-up is shorter than total_steps ({total})",
+            f"must be below total_steps ({total})",
             nearest=f"Nearest: {total - 1}",
             also=("lr_schedule.total_steps",),
         )
     if schedule.total_steps == 0:
         yield check.wrong(
-            "lr_schedule.total_steps", "it is a number of steps, or -1 for the length of the run"
+            "lr_schedule.total_steps", "must be a number of steps, or -1 for the length of the run"
         )
 
 
@@ -177,7 +177,7 @@ def _scale_type(check: Check, written: Mapping[str, Any]) -> Iterator[KeyProblem
     if arguments is None:
         yield check.wrong(
             f"{_SCALE_SENSE}.type" if "type" in written else _SCALE_SENSE,
-            f"the type of a loss scale is {' or '.join(LOSS_SCALES)}",
+            f"its type must be {' or '.join(LOSS_SCALES)}",
             nearest=did_you_mean(str(kind), LOSS_SCALES) or f"Nearest: {DYNAMIC_LOSS_SCALE}",
             advice="A fixed loss scale can also be written as a number",
         )
@@ -187,7 +187,7 @@ def _scale_type(check: Check, written: Mapping[str, Any]) -> Iterator[KeyProblem
             continue
         yield check.wrong(
             f"{_SCALE_SENSE}.{name}",
-            f"{kind} does not take it",
+            f"not an argument of {kind}",
             what=f"{_SCALE_SENSE}.{name} = {value!r}",
             nearest=did_you_mean(str(name), arguments) or f"It takes {', '.join(arguments)}",
         )
@@ -201,14 +201,14 @@ def _scale_number(check: Check, kind: Any, name: str, value: Any) -> Iterator[Ke
     rules: dict[str, tuple[bool, str, int]] = {
         "loss_scale_value": (
             _is_number(value, above=0) and value >= least,
-            f"{_POSITIVE}; a dynamic one is at least 1", 65536,
+            f"{_POSITIVE}, a dynamic one at least 1", 65536,
         ),
         "scale_factor": (
-            _is_number(value, above=1), "a dynamic scale moves by a factor above 1", 2,
+            _is_number(value, above=1), "must be a number above 1", 2,
         ),
         "scale_window": (
             _is_number(value, above=0) and value % 1 == 0,
-            "it is a whole number of steps without overflow, at least 1", 1000,
+            "must be an integer of at least 1", 1000,
         ),
     }  # fmt: skip
     is_right, rule, nearest = rules[name]
@@ -232,10 +232,10 @@ def half_weights(check: Check) -> Iterator[KeyProblem]:
         if PRECISIONS.get(name) == "params_dtype" and dtype == "float16":
             yield check.wrong(
                 f"model.model_config.{name}",
-                "weights that are trained are kept in float32 or bfloat16: in float16 the squares "
-                "of small gradients are zero",
+                "trained weights must be float32 or bfloat16: Adam's second moment underflows in "
+                "float16",
                 nearest="Nearest: float32",
-                advice="compute_dtype: float16 computes in float16 all the same",
+                advice="Set compute_dtype to float16 to compute in float16",
                 also=("model.model_config",),
             )
 
@@ -248,14 +248,14 @@ def evaluation_in_training(check: Check) -> Iterator[KeyProblem]:
     if config.eval_dataset is None:
         yield check.wrong(
             "do_eval",
-            "evaluation needs eval_dataset",
+            "requires eval_dataset",
             advice="Add an eval_dataset section, or set do_eval to False",
             also=("eval_dataset",),
         )
     if config.eval_step_interval < 1 and config.eval_epoch_interval < 1:
         yield check.wrong(
             "do_eval",
-            "eval_step_interval and eval_epoch_interval both say never",
+            "eval_step_interval and eval_epoch_interval are both off",
             advice="Set eval_step_interval to a number of steps",
             also=("eval_step_interval", "eval_epoch_interval"),
         )
@@ -276,6 +276,6 @@ def trackers_installed(check: Check) -> Iterator[KeyProblem]:
             package = modules[0].replace("_", "-")
             yield check.wrong(
                 key,
-                f"the package of the tracker {name} is not installed",
+                f"the Python package of tracker {name} is not installed",
                 advice=f"Install it: pip install {package}",
             )

@@ -42,16 +42,16 @@ def weights(check: Check) -> Iterator[KeyProblem]:
         if not _is_own_output(check, path):
             yield check.wrong(
                 "load_checkpoint",
-                "there is no such path",
+                "no such file or directory",
                 nearest=nearest_path(config.load_checkpoint),
-                advice="Name a folder or a file of weights; paths begin in the current directory",
+                advice="Give a file or a directory of weights, relative to the current directory",
             )
     elif found is None and (error := _cannot_be_listed(path)):
         yield from _reported(check, "load_checkpoint", error)
     elif found is None and config.resume_training is not True:
         yield check.wrong(
             "load_checkpoint",
-            "it holds no weights (*.safetensors, files of torch, or rank_N folders)",
+            "contains no weights (*.safetensors, torch files or rank_N directories)",
             nearest=unfinished_download(path) or weights_below(path),
         )
     elif config.resume_training is False and (error := _error_of(check_one_kind, path)):
@@ -84,19 +84,19 @@ def _no_weights(check: Check) -> Iterator[KeyProblem]:
         return  # the first start of a run that always resumes
     if check.mode == "finetune":
         pretrained = config.pretrained_model_dir
-        inside = f": {pretrained} holds no *.safetensors" if pretrained else ""
+        inside = f" ({pretrained} contains no *.safetensors)" if pretrained else ""
         yield check.wrong(
             "load_checkpoint",
-            "finetune starts from weights",
-            what=f"there are no weights to start from{inside}",
-            advice="Set load_checkpoint, or pretrained_model_dir to a folder with *.safetensors",
+            "finetune requires weights",
+            what=f"no weights are given{inside}",
+            advice="Set load_checkpoint, or pretrained_model_dir to a directory with *.safetensors",
             also=also,
         )
     elif config.auto_trans_ckpt:
         yield check.wrong(
             "auto_trans_ckpt",
-            "there are no weights to cut",
-            advice="Set load_checkpoint, or leave auto_trans_ckpt out",
+            "there are no weights to reshard",
+            advice="Set load_checkpoint, or remove auto_trans_ckpt",
             also=also,
         )
 
@@ -116,9 +116,9 @@ def file_format(check: Check) -> Iterator[KeyProblem]:
     if check.config.load_ckpt_format not in (None, name) and found.key == "load_checkpoint":
         yield check.wrong(
             "load_ckpt_format",
-            f"{found.path} holds {'files of torch (ckpt)' if name == 'ckpt' else name}",
+            f"{found.path} contains {'torch files (ckpt)' if name == 'ckpt' else name}",
             nearest=f"Nearest: {name}",
-            advice="Or leave the key out",
+            advice="Or remove the key",
             also=("load_checkpoint",),
         )
 
@@ -169,16 +169,16 @@ def cutting(check: Check) -> Iterator[KeyProblem]:
         return
     several = mesh.world_size > 1 if config.use_parallel is None else config.use_parallel
     if found.kind != "distributed":
-        processes = f"{mesh.world_size} processes run" if mesh.world_size > 1 else (
+        processes = f"the run has {mesh.world_size} processes" if mesh.world_size > 1 else (
             "use_parallel is True")  # fmt: skip
-        wrong = f"{found.path} holds complete weights, {processes}" if several else ""
+        wrong = f"{found.path} contains complete weights, but {processes}" if several else ""
     else:
         wrong = _other_layout(check, found, mesh)
     if wrong:
         yield check.wrong(
             "auto_trans_ckpt",
             wrong,
-            advice="Set auto_trans_ckpt: True, or leave it out",
+            advice="Set auto_trans_ckpt to True, or remove it",
             also=_KEYS,
         )
 
@@ -211,9 +211,9 @@ def copies(check: Check) -> Iterator[KeyProblem]:
         if reason:
             yield check.wrong(
                 key,
-                "only a copy that a former run wrote is replaced",
+                "only a copy that an earlier run wrote is replaced",
                 what=reason,
-                advice="Move it away, or give another output_dir",
+                advice="Move it away, or set another output_dir",
                 also=("output_dir",),
             )
 
@@ -225,11 +225,11 @@ def warnings(check: Check) -> list[str]:
         return []
     reasons: dict[str, str] = {}
     if config.use_parallel and check.world_size == 1:
-        reasons["use_parallel"] = "not needed, one process was started (see torchrun)"
+        reasons["use_parallel"] = "not needed, only one process was started (see torchrun)"
     if found is None:
         return _lines(check, reasons)
     whole = found.kind != "distributed"
-    held = f"{found.path} holds complete weights"
+    held = f"{found.path} contains complete weights"
     if config.auto_trans_ckpt and whole and check.world_size == 1:
         reasons["auto_trans_ckpt"] = f"not needed, {held}, and one process loads them"
     if whole or found.rank_metadata is not None:
@@ -238,7 +238,7 @@ def warnings(check: Check) -> list[str]:
     if whole:
         reasons["save_unified_checkpoint"] = f"not needed, {held}"
     if not whole or found.is_mindspore:
-        reason = "are in MindSpore's form already" if whole else "are distributed"
+        reason = "are in MindSpore's format already" if whole else "are distributed"
         reasons["save_converted_checkpoint"] = f"no effect, the weights in {found.path} {reason}"
     given = {key: why for key, why in reasons.items() if check.value(key)}
     return _lines(check, _of_files(check, found) | given)
@@ -252,12 +252,14 @@ def _of_files(check: Check, found: Files) -> dict[str, str]:
     said = found.header.metadata.get(REDUNDANCY) if found.header else None
     if found.kind == "distributed" and said in ("True", "False") and asserted not in (
         None, said == "True"):  # fmt: skip
-        reasons["remove_redundancy"] = f"no effect, {found.one} says {said}, which counts"
+        reasons["remove_redundancy"] = (
+            f"no effect, {found.one} records {said}, which takes precedence"
+        )
     form = "safetensors" if found.one and is_safetensors(found.one) else "ckpt"
     if found.key != "load_checkpoint" and check.config.load_ckpt_format not in (None, form):
         reasons["load_ckpt_format"] = (
-            f"no effect, load_checkpoint is empty, and {found.path} holds "
-            f"{'files of torch' if form == 'ckpt' else form}"
+            f"no effect, load_checkpoint is empty, and {found.path} contains "
+            f"{'torch files' if form == 'ckpt' else form}"
         )
     return reasons
 
