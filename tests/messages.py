@@ -24,7 +24,7 @@ UPDATE = "SLIPWAY_UPDATE_MESSAGES"
 
 def check(group: str, case: str, text: str) -> None:
     """Compare `text` with the entry of this case; with SLIPWAY_UPDATE_MESSAGES=1, write it."""
-    name, text = f"{group}: {case}", text.strip("\n")
+    name, text = _name(group, case), text.strip("\n")
     if os.environ.get(UPDATE):
         _update({name: text})
         return
@@ -35,7 +35,7 @@ def check(group: str, case: str, text: str) -> None:
 
 def check_cases(group: str, cases: Iterable[str]) -> None:
     """The golden file has an entry for each of these cases of a group, and no other."""
-    expected = {f"{group}: {case}" for case in cases}
+    expected = {_name(group, case) for case in cases}
     known = {name for name in _golden() if name.startswith(f"{group}: ")}
     if os.environ.get(UPDATE):
         _update(dict.fromkeys(known - expected))
@@ -49,6 +49,10 @@ def nearest(line: str) -> tuple[str, ...]:
         return (found[1],)
     found = re.search(r"(?:Nearest:(?: [a-z_]+(?= ))?|It belongs to) (.*?)\.(?: |$)", line)
     return tuple(found[1].split(" or ")) if found else ()
+
+
+def _name(group: str, case: str) -> str:
+    return f"{group}: {case.encode('unicode_escape').decode()}"
 
 
 @functools.cache
