@@ -12,7 +12,7 @@ import torch
 from launcher.layout.layout import Layout
 from launcher.layout.mesh import Mesh
 from launcher.weights.formats.safetensors import in_file_order
-from launcher.weights.source import INDEX_NAME
+from launcher.weights.forms import INDEX_NAME
 from launcher.weights.streaming.write import Part, write_file
 from launcher.weights.tensor_mapping import shapes_in_files
 from models.build import build_model, mappings_of

@@ -8,6 +8,8 @@ from __future__ import annotations
 from contextlib import nullcontext
 from pathlib import Path
 
+import torch
+
 from launcher.builders.data import evaluation_source
 from launcher.builders.job import Job
 from launcher.builders.load_weights import find_weights, load_or_init
@@ -23,8 +25,9 @@ from launcher.checkpoint.published import published
 from launcher.config.provenance import Provenance
 from launcher.config.schema import Config, OnRequestExitSection, RegisteredCallbackSection
 from launcher.config.shared import shared_settings
+from launcher.environment import process_environment
 from launcher.errors import EXIT_OK, UserError
-from launcher.mindspore.strategy_export import world_without_group, write_all, write_own
+from launcher.extensions import STRATEGY_WRITERS, installed, required
 from launcher.parallel import world as worlds
 from launcher.parallel.consistency import check_same
 from launcher.parallel.parts import Parts
@@ -90,6 +93,12 @@ def run(
         if finished or world.size == 1:
             worlds.stop()
     return code
+
+
+def world_without_group() -> World:
+    """This process by its environment alone, on the CPU: nobody is waited for."""
+    environment = process_environment()
+    return World(environment.rank, environment.world_size, torch.device("cpu"))
 
 
 def open_output(config: Config, world: World) -> None:
@@ -190,7 +199,7 @@ def predict(job: Job) -> int:
 
 def save_strategy(job: Job) -> int:
     """The strategy files alone (only_save_strategy)."""
-    write_all(job)
+    required(STRATEGY_WRITERS, "all", "only_save_strategy: True")(job)
     return EXIT_OK
 
 
@@ -214,7 +223,8 @@ def train_to_the_end(job: Job, run: TrainRun, callbacks: list[Callback]) -> int:
             if isinstance(callback, CheckpointMonitor):
                 callback.finish_interrupted_save(run)
         return EXIT_OK
-    write_own(job, run.layout, run.mappings_of)
+    if write := installed(STRATEGY_WRITERS).get("own"):
+        write(job, run.layout, run.mappings_of)
     job.log(
         f"training: steps {run.state.global_step + 1} to {run.total_steps}, "
         f"{run.steps_per_epoch} an epoch, {run.loader.global_batch} samples a step, "

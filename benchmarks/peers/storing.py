@@ -128,10 +128,11 @@ TP, REDUNDANT = Mesh(tp=8), Mesh(dp_replicate=4, tp=2)
 
 @dataclass(frozen=True)
 class OurLayout:
-    """A layout of ours in the form the slicing tool asks for."""
+    """A layout of Slipway in the form that the slicing tool needs."""
 
     layout: Layout
     world_size: int
+    has_optimizer: bool = True
 
     @property
     def mesh(self) -> dict[str, int]:

@@ -17,16 +17,12 @@ from launcher.builders.job import Job
 from launcher.errors import UserError
 from launcher.parallel.all_ranks import capture_error, raise_if_any_failed
 from launcher.parallel.world import World
+from launcher.weights.forms import has_form
 from launcher.weights.offline.copy_record import FOLDERS, foreign, write_record
-from launcher.weights.offline.export import Format, write_complete
+from launcher.weights.offline.export import write_complete
 from launcher.weights.ranks.saves import copy_model_files
 from launcher.weights.reading.shard import TORCH_DTYPES
-from launcher.weights.source import (
-    MINDSPORE_INDEX_NAME,
-    OPTIMIZER_PREFIXES,
-    Source,
-    is_of_mindspore,
-)
+from launcher.weights.source import OPTIMIZER_PREFIXES, Source
 from launcher.weights.streaming.new_folder import folder_aside
 from models.build import hf_directory_files
 
@@ -45,16 +41,13 @@ def export_on_load(job: Job, source: Source) -> None:
         )
     if config.save_unified_checkpoint and distributed:
         _write(job, source, "save_unified_checkpoint", "huggingface")
-    if config.save_converted_checkpoint and not distributed and not _is_mindspore(source):
-        _write(job, source, "save_converted_checkpoint", "mindspore")
+    if config.save_converted_checkpoint and not distributed:
+        metadata = (header.metadata for header in source.headers.values())
+        if not has_form("mindspore", source.index, metadata):
+            _write(job, source, "save_converted_checkpoint", "mindspore")
 
 
-def _is_mindspore(source: Source) -> bool:
-    is_mapped = source.index is not None and source.index.name == MINDSPORE_INDEX_NAME
-    return is_mapped or any(map(is_of_mindspore, source.headers.values()))
-
-
-def _write(job: Job, source: Source, key: str, form: Format) -> None:
+def _write(job: Job, source: Source, key: str, form: str) -> None:
     target, world = job.output_dir / FOLDERS[key], job.world
     with ExitStack() as stack:
         begin = lambda: _begin(stack, target, source, key)  # noqa: E731

@@ -45,8 +45,13 @@ class ConfiguredLayout:
         """Axis to size."""
         return self.layout.mesh.sizes()
 
+    @property
+    def has_optimizer(self) -> bool:
+        """Whether ranks hold optimizer state: those of a training do."""
+        return True
+
     def boxes(self, rank: int) -> dict[str, Box]:
-        """Name in files to the box that `rank` holds of it."""
+        """Name in files to the box of it that `rank` holds."""
         return {
             name: box
             for stacked, placement in self.layout.of(rank).items()

@@ -10,7 +10,6 @@ from typing import Any
 from launcher.builders.balanced_load import load_job
 from launcher.builders.export_on_load import export_on_load
 from launcher.builders.gradients import watches_health
-from launcher.builders.inferred_state import InferredState, infer_state
 from launcher.builders.job import Job
 from launcher.builders.load_weights import (
     check_cuts,
@@ -18,12 +17,13 @@ from launcher.builders.load_weights import (
     check_same_model,
     sync_tied_weights,
 )
-from launcher.builders.resume_report import ResumeDetails, resume_report
+from launcher.builders.resume_report import InferredState, ResumeDetails, resume_report
 from launcher.builders.run import build_run
 from launcher.checkpoint.names import SaveName
 from launcher.checkpoint.resume import Chosen, choose
 from launcher.config.schema import Config
 from launcher.errors import UserError
+from launcher.extensions import INFERRED_STATES, required
 from launcher.train.optimizer import equalise_moments, set_step
 from launcher.train.run import TrainRun
 from launcher.train.state import TrainState, from_json
@@ -71,7 +71,7 @@ def resumed_run(job: Job, chosen: Chosen) -> TrainRun:
     """A run that goes on: weights, optimizer, schedule, data position, random numbers."""
     check_same_model(job)
     run = build_run(job)
-    derived = None if chosen.state else infer_state(run, chosen)
+    derived = None if chosen.state else _inferred(run, chosen)
     saved = derived.saved if derived is not None else chosen.state
     state = restore(job, run, chosen, saved, copies=True)
     run.state = _data_position(job, run, saved, state)
@@ -86,6 +86,13 @@ def resumed_run(job: Job, chosen: Chosen) -> TrainRun:
         if saved.get(key) != run.metadata[key]:
             job.log(f"warning: {key} was {saved.get(key)}, is {run.metadata[key]} from here on")
     return run
+
+
+def _inferred(run: TrainRun, chosen: Chosen) -> InferredState:
+    """The state of a run whose save has no state file."""
+    infer = required(INFERRED_STATES, "mindformers", f"{chosen.label} has no state file")
+    inferred: InferredState = infer(run, chosen)
+    return inferred
 
 
 def restore(

@@ -18,7 +18,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from launcher.builders.inferred_state import InferredState
 from launcher.layout.mesh import Mesh, layout_text
 from launcher.train.state import TrainState
 
@@ -26,6 +25,24 @@ KEYS_SHOWN = 10
 VALUE_WIDTH = 30
 MODEL_KEYS = "model.model_config."
 _LABEL_WIDTH = 15
+
+
+@dataclass(frozen=True)
+class InferredState:
+    """The state of a run whose save has no state file, and where it comes from."""
+
+    saved: dict[str, Any]
+    """In the form of a state file."""
+    saved_by: str
+    """Its ranks, or that it is complete weights."""
+    steps_from: str
+    """`step_num in the files`."""
+    has_batch: bool
+    """Whether the global batch size is in the files."""
+    has_scale: bool
+    """Whether the loss scale is from the files."""
+    unused: tuple[str, ...]
+    """Numbers in the files that are not used."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,8 +16,6 @@ from launcher.checkpoint.cleanup import is_unfinished
 from launcher.checkpoint.folder import Folder, scan
 from launcher.checkpoint.validation import (
     Found,
-    Log,
-    OpenFiles,
     RankFile,
     latest_valid,
     no_valid_save,
@@ -30,10 +28,11 @@ from launcher.parallel.all_ranks import on_all_ranks
 from launcher.parallel.consistency import Unquoted, check_same
 from launcher.parallel.filesystems import ONE_FILESYSTEM
 from launcher.parallel.world import World
-from launcher.weights.ranks.distributed import check_copies, open_rank_files
+from launcher.weights.log import Log
+from launcher.weights.ranks.distributed import check_copies
 from launcher.weights.ranks.manifests import MANIFEST_FOLDER
 from launcher.weights.ranks.rank_folders import newest, save_of
-from launcher.weights.ranks.saves import describes_itself, mindspore_opener
+from launcher.weights.ranks.saves import layout_mark, rank_file_opener
 from launcher.weights.source import (
     Kind,
     Source,
@@ -121,41 +120,35 @@ def _open_save(path: Path, folder: Folder, world: World, log: Log, strategy: str
         manifest = root / MANIFEST_FOLDER / f"{label}.json"
         if world.from_main(manifest.exists()):
             log(f"{manifest} is damaged: the files of {label} are taken by their names")
-    ours = _describe_themselves([file.path for file in files], world)
-    open_files: OpenFiles = open_rank_files
-    if not ours:
-        open_files = on_all_ranks(world, lambda: with_strategy(root, strategy, log))
+    mark = _layout_mark([file.path for file in files], world)
+    strategy_path = Path(strategy) if strategy else None
+    open_files = on_all_ranks(world, lambda: rank_file_opener(mark, root, strategy_path, log))
     filesystems = folder.filesystems if candidates and candidates[0].is_spread else ONE_FILESYSTEM
     found = open_valid_ranks(root, files, world, open_files, data=False, filesystems=filesystems)
     if found.source is None:
         raise _not_valid(label, found)
-    if ours and not candidates:
+    if mark and not candidates:
         check_unpublished(found.source, world)
     found.report(log)
     log(f"{path}: checkpoint {label}")
     return found.source
 
 
-def _describe_themselves(files: Sequence[Path], world: World) -> bool:
-    """Whether rank files say which part of the model they hold, by the first that can be read by
-    the first rank that can read one. Called by all ranks together."""
+def _layout_mark(files: Sequence[Path], world: World) -> str:
+    """The layout mark of the first file that the first rank which can read one can read. Called by
+    all ranks together."""
     reported, first_error = None, None
     for file in files:
         try:
-            reported = describes_itself(file)
+            reported = layout_mark(file)
             break
         except UserError as error:
             first_error = first_error or error
     answers = world.gather((reported, first_error.problems if first_error else ()))
     for reported, _ in answers:
         if reported is not None:
-            return bool(reported)
+            return str(reported)
     raise UserError(next(problems for _, problems in answers if problems))
-
-
-def with_strategy(root: Path, strategy: str, log: Log) -> OpenFiles:
-    """Opens rank files of MindSpore by its strategy files, as `root` or `strategy` have them."""
-    return mindspore_opener(root, Path(strategy) if strategy else None, log)
 
 
 def check_unpublished(source: Source, world: World) -> None:

@@ -21,18 +21,18 @@ from launcher.checkpoint.health import health_issue
 from launcher.checkpoint.names import SaveName, parse_rank_file
 from launcher.checkpoint.published import Published
 from launcher.checkpoint.validation import latest_valid, no_valid_save, warn_skipped
-from launcher.errors import UserError, did_you_mean
-from launcher.mindspore.mindformers_saves import (
+from launcher.checkpoint.without_manifest import (
     name_of,
     named,
     newest_complete,
-    not_after_meta,
-    unpublished,
+    within_limits,
+    without_manifest,
 )
+from launcher.errors import UserError, did_you_mean
 from launcher.parallel.world import World
+from launcher.weights.forms import step_names
 from launcher.weights.ranks.manifests import STATE_FOLDER, state_fault
 from launcher.weights.ranks.rank_folders import Save
-from launcher.weights.reading.scalars import STEPS
 from launcher.weights.source import Source, detect, is_rank_folder, open_complete
 
 
@@ -93,7 +93,7 @@ def choose(
         healthy = False
     else:
         chosen = folder
-        others = not_after_meta(root, others, world, log) if others and not held else others
+        others = within_limits(root, others, world, log) if others and not held else others
     if chosen.candidates:
         return _published(chosen, held[-1], damaged, world, log, healthy=healthy)
     return _unpublished(root, others, world, log, strategy) if others else _complete(folder, world)
@@ -102,7 +102,7 @@ def choose(
 def _unpublished_in(folder: Folder, world: World) -> list[Save]:
     """Saves without a manifest, but for those that were begun on some disk, or published there."""
     known = {*folder.begun, *(half.record for half in folder.partial_saves)}
-    found: list[Save] = world.from_main(unpublished(folder.root))
+    found: list[Save] = world.from_main(without_manifest(folder.root))
     return [save for save in found if f"{save.label}.json" not in known]
 
 
@@ -145,7 +145,7 @@ def _complete(folder: Folder, world: World) -> Chosen | None:
     if kinds == {"nothing"}:
         return None
     source = open_complete(root) if kinds == {"complete"} else None
-    if source is None or not source.extras.keys() & {*STEPS}:
+    if source is None or not source.extras.keys() & {*step_names()}:
         raise _no_checkpoint(root)
     return Chosen(root, root.name, None, list(source.headers), source, {}, False)
 

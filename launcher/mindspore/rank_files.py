@@ -27,7 +27,7 @@ from launcher.weights.formats.safetensors import Header
 from launcher.weights.pieces import Piece
 from launcher.weights.ranks.distributed import NAMED
 from launcher.weights.reading.transfer import Files, read_exactly
-from launcher.weights.source import HEADER_READERS, rank_of
+from launcher.weights.source import HEADER_THREADS, rank_of
 from launcher.weights.threads import in_parallel
 
 ADVICE = "Give the strategy files of the run that wrote the rank files, of all pipeline stages"
@@ -113,7 +113,7 @@ def open_run(path: Path, files: Sequence[Path], strategy: Strategy) -> Run:
             advice=ADVICE,
         )
     by_rank = _by_rank(path, files, ranks.pop() * len(stages))
-    headers = in_parallel(header_of, by_rank.values(), HEADER_READERS)
+    headers = in_parallel(header_of, by_rank.values(), HEADER_THREADS)
     return Run(
         path, list(stages.values()), next(iter(stages[0].values())).ranks, by_rank,
         dict(zip(by_rank.values(), headers, strict=True)),

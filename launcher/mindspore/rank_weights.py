@@ -11,26 +11,67 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 from launcher.errors import UserError
 from launcher.layout.box import whole
+from launcher.mindspore.names import COUNTERS, GRADIENTS, TRANSIENT
 from launcher.mindspore.rank_files import ADVICE, Run, open_run
 from launcher.mindspore.strategy import Strategy
+from launcher.mindspore.strategy_files import holds_strategies, read_strategy
 from launcher.weights.formats.safetensors import Entry, read_header
+from launcher.weights.forms import is_scalar
+from launcher.weights.log import Log
 from launcher.weights.pieces import Piece, Pieces
-from launcher.weights.ranks.distributed import NAMED, REDUNDANCY, check_complete, without
-from launcher.weights.source import GRADIENTS, OPTIMIZER_PREFIXES, Source, is_scalar
+from launcher.weights.ranks.distributed import (
+    NAMED,
+    REDUNDANCY,
+    OpenFiles,
+    check_complete,
+    without,
+)
+from launcher.weights.ranks.rank_folders import rank_folders, weight_files
+from launcher.weights.ranks.saves import STRATEGY_FOLDER, layout_mark
+from launcher.weights.source import OPTIMIZER_PREFIXES, Source
 
-COUNTERS = ("epoch_num", "step_num", "global_step")
-"""What must be equal in all files of one save."""
-PASSING = (
-    GRADIENTS, "fi_parameter", "zeros_k_pe", "zeros_k_nope", "zeros_value_states", "_cache",
-    "_device_local_norm", "_device_local_loss", "expert_load", "max_logits_val",
-)  # fmt: skip
-"""Parts of names of what a run has in memory only; MindFormers itself does not save it."""
 COMPARED_TENSORS = 4
 """How many of the tensors that ranks should hold alike are compared."""
+
+
+def mindspore_opener(directory: Path, strategy: Path | None, log: Log) -> OpenFiles:
+    """What opens the rank files of a save in `directory`: with the strategy files at `strategy`, or
+    in `strategy/` beside it. The file of a run of one rank is complete without any."""
+    beside = directory.resolve().parent / STRATEGY_FOLDER
+    if strategy is not None or holds_strategies(beside):
+        known = read_strategy(strategy or beside, log)
+        return partial(open_mindspore_ranks, strategy=known)
+    return open_single_rank if [*rank_folders(directory)] == [0] else _refuse
+
+
+def _refuse(path: Path, files: Sequence[Path]) -> Source:
+    read_header(files[0])  # other formats have errors of their own
+    raise UserError(
+        f"{files[0]} does not say which part of the model it holds",
+        rule="rank files of MindSpore need the strategy files of the run that wrote them",
+        advice="Set src_strategy_path_or_dir (--src_strategy_dirs) to the folder strategy/ of "
+        "that run",
+    )
+
+
+def holds_foreign(root: Path) -> bool:
+    """Whether rank files in `root` do not describe their layout, by those of the first rank folder;
+    what cannot be read does not count."""
+    folders = rank_folders(root) if root.is_dir() else {}
+    first = next(iter(folders.values()), None)
+    return first is not None and any(map(_needs_strategy, weight_files(first)))
+
+
+def _needs_strategy(file: Path) -> bool:
+    try:
+        return file.suffix == ".ckpt" or not layout_mark(file)
+    except UserError:
+        return False
 
 
 def open_mindspore_ranks(path: Path, files: Sequence[Path], strategy: Strategy) -> Source:
@@ -71,7 +112,7 @@ def open_single_rank(path: Path, files: Sequence[Path]) -> Source:
     tensors: dict[str, Pieces] = {}
     extras: dict[str, Pieces] = {}
     for name, entry in header.entries.items():
-        if not any(part in name for part in PASSING):
+        if not any(part in name for part in TRANSIENT):
             kept = extras if is_scalar(name, entry.shape) else tensors
             kept[name] = Pieces([Piece(file, entry, entry.shape, whole(entry.shape), 0)])
     remark = f"{path}: one rank folder and no strategy files: its tensors are taken as not cut"
@@ -99,7 +140,7 @@ def _sort_in(cut: _Sorted, run: Run, rank: int, name: str, entry: Entry) -> None
         by_stage.setdefault(rank // run.stage_ranks, []).append(Piece(file, entry, *place, rank))
     elif name in run.names:
         cut.astray.setdefault(name, rank)
-    elif not any(part in name for part in PASSING):
+    elif not any(part in name for part in TRANSIENT):
         piece = Piece(file, entry, entry.shape, whole(entry.shape), rank)
         cut.extras.setdefault(name, piece)
         if name in COUNTERS:
@@ -174,7 +215,7 @@ def _check_named(run: Run, tensors: Mapping[str, Pieces], lost: Sequence[int]) -
     absent = sorted(
         name
         for name in run.names.difference(tensors)
-        if not any(part in name for part in PASSING) and _kind(run, name) in kinds
+        if not any(part in name for part in TRANSIENT) and _kind(run, name) in kinds
     )
     if absent:
         more = f" and {len(absent) - NAMED} more" * (len(absent) > NAMED)

@@ -18,15 +18,13 @@ import torch
 from launcher.builders.job import Job
 from launcher.builders.layout import model_layout
 from launcher.checkpoint.files import temporary
-from launcher.environment import process_environment
 from launcher.errors import UserError
 from launcher.layout.box import whole
 from launcher.layout.layout import Layout, Placement
+from launcher.mindspore.rank_weights import holds_foreign
 from launcher.mindspore.strategy import parse, serialize, strategy_file
 from launcher.mindspore.tensor_layout import TensorLayout, entry
-from launcher.parallel.world import World
 from launcher.report.aside import move_to_numbered_folder
-from launcher.weights.ranks.saves import holds_foreign
 from launcher.weights.source import OPTIMIZER_PREFIXES
 from launcher.weights.tensor_mapping import MappingsOf, TensorMapping, shapes_in_files
 from models.build import build_model, mappings_of
@@ -47,12 +45,6 @@ class StageFiles:
     def of(self, rank: int, layout: Layout) -> bytes:
         """The file of `rank`."""
         return self.stages[layout.mesh.coordinates(rank)["pp"]]
-
-
-def world_without_group() -> World:
-    """This process by its environment alone, on the CPU: nobody is waited for."""
-    environment = process_environment()
-    return World(environment.rank, environment.world_size, torch.device("cpu"))
 
 
 def write_all(job: Job) -> None:

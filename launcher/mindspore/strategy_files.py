@@ -8,21 +8,17 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from launcher.errors import UserError
 from launcher.mindspore.strategy import MERGED, Strategy, parse, serialize
 from launcher.mindspore.strategy_json import parse_json, serialize_json
 from launcher.weights.formats.placeholders import is_pointer, placeholder
+from launcher.weights.log import Log, no_log
 
 LARGEST_FILE = 1 << 28
 SUFFIXES = (".ckpt", ".json")
-Log = Callable[[str], None]
-
-
-def no_log(text: str) -> None:
-    """Remarks that nobody asked for."""
 
 
 def merge_pipeline_strategys(

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launcher.errors import EXIT_OK
+from launcher.extensions import PYTHON_CALLS, required
 from launcher.report.console import Console
 from launcher.tools.command import Parser, answer
 
@@ -51,11 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _merge(options: argparse.Namespace, console: Console) -> int:
-    from launcher.mindspore.strategy_files import merge_pipeline_strategys
-
-    merged = merge_pipeline_strategys(
-        options.source, options.target, overwrite=options.overwrite, log=console.log
-    )
+    merge = required(PYTHON_CALLS, "merge_pipeline_strategys", "merge_strategy")
+    merged = merge(options.source, options.target, overwrite=options.overwrite, log=console.log)
     stages = len(merged.by_stage())
     console.log(
         f"{options.target}: {len(merged.layouts)} parameters of {stages} pipeline "

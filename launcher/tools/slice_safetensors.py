@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launcher.errors import EXIT_OK
+from launcher.extensions import STRATEGY_LAYOUTS, required
 from launcher.report.console import Console
 from launcher.tools.command import Parser, answer, progress
 
@@ -60,8 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _slice(options: argparse.Namespace, console: Console) -> int:
-    from launcher.mindspore.strategy_files import read_strategy
-    from launcher.weights.offline.slicing import RankLayout, StrategyLayout, slice_weights
+    from launcher.weights.offline.slicing import RankLayout, slice_weights
     from launcher.weights.ranks.saves import open_any_format
     from launcher.weights.source import check_all_ranks
 
@@ -75,7 +75,8 @@ def _slice(options: argparse.Namespace, console: Console) -> int:
 
         layout = configured_layout(options.config, source)
     else:
-        layout = StrategyLayout(read_strategy(options.predict_strategy, console.log), source)
+        read = required(STRATEGY_LAYOUTS, "predict_strategy", "--predict_strategy")
+        layout = read(options.predict_strategy, source, console.log)
     sliced = slice_weights(
         source,
         layout,

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launcher.errors import EXIT_OK
+from launcher.extensions import SAVE_FORMATS
 from launcher.report.console import Console
 from launcher.tools.command import Parser, answer, progress, truth
 
@@ -43,7 +44,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     add(
         "--format",
-        choices=("huggingface", "mindspore"),
+        choices=tuple(SAVE_FORMATS),
         default="huggingface",
         help="form of the complete weights (huggingface)",
     )

@@ -23,19 +23,13 @@ from typing import Literal
 from launcher.errors import UserError
 from launcher.weights.formats import header_of
 from launcher.weights.formats.placeholders import unfinished_download
-from launcher.weights.indexes import (
-    INDEX_NAME,
-    MINDSPORE_INDEX_NAME,
-    TORCH_INDEX_NAME,
-    read_index,
-)
+from launcher.weights.forms import EXTRAS_NAME, INDEX_NAME, INDEX_NAMES, TORCH_INDEX_NAME
+from launcher.weights.indexes import read_index
 from launcher.weights.obsolete import has_obsolete_name
 from launcher.weights.threads import in_parallel
 
 SINGLE_NAME = "model.safetensors"
 TORCH_SINGLE_NAME = "pytorch_model.bin"
-MINDSPORE_EXTRAS = "hyper_param.safetensors"
-"""Beside MindSpore's complete weights: step, epoch and whatever else was not cut."""
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 """Extensions of files of weights, the format to be read by preference first."""
 _NO_WEIGHTS = re.compile(
@@ -43,9 +37,9 @@ _NO_WEIGHTS = re.compile(
     r"rng_state(_\d+)?\.pth"
 )
 """Files of torch beside weights that have none in them."""
-_NO_SETS = re.compile(r"(adapter_model|consolidated|optimizer-\d|hyper_param\.safetensors$)")
-"""Begins the names of files that are not a set where there is another file: an adapter, weights
-under the names of Meta or Mistral, optimizer state, and the extras of MindSpore."""
+_NO_SETS = re.compile(rf"(adapter_model|consolidated|optimizer-\d|{re.escape(EXTRAS_NAME)}$)")
+"""Files that are not a set where there are others: an adapter, weights under the names of Meta or
+Mistral, optimizer state, and numbers of the run."""
 _MODEL = r"(?:pytorch_)?model"
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<total>\d{5})(?P<end>.*)")
 _VARIANT = re.compile(rf"{_MODEL}\.(\w+)(-\d{{5}}-of-\d{{5}})?\.\w+|"
@@ -60,11 +54,11 @@ _HEAD = re.compile(
 """What the models of transformers that may be tied call the matrix before the logits."""
 _META_FOLDER = "original"
 """Where repositories of Meta have the weights under its own names."""
-HEADER_READERS = 8
+HEADER_THREADS = 8
 MOST_SHARDS = 10_000
 SHOWN = 5
 """Names in a message."""
-Form = Literal["single", "index", "mindspore", "loose"]
+Form = Literal["single", "index", "foreign", "loose"]
 
 
 @dataclass(frozen=True)
@@ -145,7 +139,7 @@ def choose(folder: Path) -> Choice:
     others = [known for known in sets if known is not taken]
     for other in others:
         _check_decided(taken, other)
-    held = {file.name for known in sets for file in known.files} | {MINDSPORE_EXTRAS}
+    held = {file.name for known in sets for file in known.files} | {EXTRAS_NAME}
     rest = [name for name in weights if name not in held and not name.startswith("optimizer-")]
     if taken.form == "single" and _is_broken(folder / INDEX_NAME):
         rest.append(f"{INDEX_NAME} (which is not an index of weights)")
@@ -184,7 +178,8 @@ def _sets(folder: Path, names: Sequence[str]) -> list[WeightSet]:
     known = _distinct([
         *single,
         *_indexed(folder, INDEX_NAME, "index", is_needed=not single),
-        *_indexed(folder, MINDSPORE_INDEX_NAME, "mindspore"),
+        *(found for name in INDEX_NAMES if name not in (INDEX_NAME, TORCH_INDEX_NAME)
+          for found in _indexed(folder, name, "foreign")),
     ])  # fmt: skip
     if all(one.is_gone for one in known):
         torch = [*_single(folder, TORCH_SINGLE_NAME), *_indexed(folder, TORCH_INDEX_NAME, "index")]
@@ -304,7 +299,7 @@ def _check_decided(taken: WeightSet, other: WeightSet) -> None:
     difference = ""
     if other.form == "loose" and taken.index is not None:
         return  # the index says which files count
-    if taken.form == "single" and taken.is_safetensors and other.form != "mindspore":
+    if taken.form == "single" and taken.is_safetensors and other.form != "foreign":
         difference = _difference(taken, other)
         if not difference:
             return
@@ -334,7 +329,7 @@ def _difference(taken: WeightSet, other: WeightSet) -> str:
 
 
 def _shapes(known: WeightSet) -> dict[str, tuple[int, ...]]:
-    headers = in_parallel(header_of, list(known.files), HEADER_READERS)
+    headers = in_parallel(header_of, list(known.files), HEADER_THREADS)
     return {name: entry.shape for header in headers for name, entry in header.entries.items()}
 
 

@@ -1,7 +1,4 @@
-"""Indexes: the JSON file beside several files of weights that maps each tensor to its file.
-
-Owns the three forms there are (safetensors and torch of Hugging Face, MindSpore) and their names.
-"""
+"""Indexes: the JSON file beside several files of weights that maps each tensor to its file."""
 
 from __future__ import annotations
 
@@ -9,25 +6,23 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from launcher.errors import UserError
+from launcher.extensions import COMPLETE_FORMS, required
 from launcher.weights.formats.placeholders import placeholder
 from launcher.weights.formats.safetensors import parse_json
+from launcher.weights.forms import CompleteForm
 
-INDEX_NAME = "model.safetensors.index.json"
-TORCH_INDEX_NAME = "pytorch_model.bin.index.json"
-MINDSPORE_INDEX_NAME = "param_name_map.json"
-INDEX_NAMES = (INDEX_NAME, MINDSPORE_INDEX_NAME, TORCH_INDEX_NAME)
 LARGEST_INDEX = 1 << 28
 
 
 def read_index(index: Path) -> dict[str, str]:
-    """Tensor to file name, by an index of Hugging Face, torch or MindSpore. Raises
-    `UserError`."""
+    """Tensor name to file name. Raises `UserError`."""
+    form: CompleteForm = required(COMPLETE_FORMS, index.name, f"{index} is an index of weights")
     try:
         if index.stat().st_size > LARGEST_INDEX:
             raise ValueError(f"it has more than {LARGEST_INDEX >> 20} MiB")
         content: Any = parse_json(index.read_bytes().decode())
-        if index.name == MINDSPORE_INDEX_NAME and "weight_map" not in content:
-            content = {"weight_map": content}  # MindSpore also reads a flat map
+        if form.may_be_flat and "weight_map" not in content:
+            content = {"weight_map": content}
         weight_map = content["weight_map"]
         named = set[str]()
         for name, file in weight_map.items():

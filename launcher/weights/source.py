@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,9 +19,7 @@ from typing import Literal
 from launcher.errors import UserError
 from launcher.layout.box import Shape, whole
 from launcher.weights.complete import (
-    HEADER_READERS,
-    MINDSPORE_EXTRAS,
-    WEIGHT_SUFFIXES,
+    HEADER_THREADS,
     choose,
     is_weight_file,
     listed,
@@ -30,38 +28,17 @@ from launcher.weights.complete import (
 from launcher.weights.formats import header_of
 from launcher.weights.formats.rank_metadata import Checksums
 from launcher.weights.formats.safetensors import Entry, Header
+from launcher.weights.forms import EXTRAS_NAME, INDEX_NAMES, form_of, is_scalar
 from launcher.weights.gc_pause import gc_paused
-from launcher.weights.indexes import (
-    INDEX_NAME,
-    INDEX_NAMES,
-    MINDSPORE_INDEX_NAME,
-    TORCH_INDEX_NAME,
-    read_index,
-)
 from launcher.weights.pieces import Piece, Pieces
 from launcher.weights.scales import DEFAULT_BLOCK, block_in, factors_of
 from launcher.weights.threads import in_parallel
 
-__all__ = [
-    "GRADIENTS", "HEADER_READERS", "INDEX_NAME", "INDEX_NAMES", "MINDSPORE_EXTRAS",
-    "MINDSPORE_INDEX_NAME", "OPTIMIZER_PREFIXES", "SCALARS", "TORCH_INDEX_NAME", "WEIGHT_SUFFIXES",
-    "Kind", "Source", "check_all_ranks", "check_one_kind", "check_promised", "detect",
-    "holds_complete", "is_of_mindspore", "is_rank_folder", "is_scalar", "listed", "open_complete",
-    "rank_of", "read_index", "weights_below",
-]  # fmt: skip
-
 Kind = Literal["complete", "single", "distributed", "nothing"]
 
 OPTIMIZER_PREFIXES = ("adam_m.", "adam_v.")
-GRADIENTS = "accu_grads"
-"""Begins the names of gradients under way, which MindSpore saves and nothing reads again."""
 CHILDREN = 100
 """Folders that are looked into for weights, where there are none in their parent."""
-SCALARS = (
-    "epoch_num", "step_num", "global_step", "loss_scale", "learning_rate", "global_batch_size",
-    "current_iterator_step", "last_overflow_iterator_step",
-)  # fmt: skip
-"""Single numbers that MindSpore and MindFormers put into files of weights, beside the model."""
 
 
 @dataclass(frozen=True)
@@ -214,27 +191,31 @@ def open_complete(path: Path) -> Source:
 
 
 def _with_extras(source: Source) -> Source:
-    """`source` with what MindSpore, or a merge of its files, put beside complete weights."""
-    file = source.path / MINDSPORE_EXTRAS
+    """`source` with the numbers of the run that lie in a file of their own."""
+    file = source.path / EXTRAS_NAME
     if file in source.headers or not os.path.isfile(file):
         return source
     header = header_of(file)
-    extras = {name: _pieces(file, entry) for name, entry in header.entries.items()
-              if not name.startswith(GRADIENTS)}  # fmt: skip
+    extras = {name: _pieces(file, entry) for name, entry in _read_entries(header)}
     return replace(
         source, headers={**source.headers, file: header}, extras={**source.extras, **extras}
     )
 
 
+def _read_entries(header: Header) -> Iterator[tuple[str, Entry]]:
+    """The tensors of a file, without buffers that its program saves and nothing reads."""
+    transient = form_of(header.metadata).transient
+    for name, entry in header.entries.items():
+        if not transient or not name.startswith(transient):
+            yield name, entry
+
+
 def _complete(kind: Kind, path: Path, files: Mapping[Path, set[str] | None]) -> Source:
     tensors: dict[str, Pieces] = {}
     extras: dict[str, Pieces] = {}
-    headers = dict(zip(files, in_parallel(header_of, files, HEADER_READERS), strict=True))
+    headers = dict(zip(files, in_parallel(header_of, files, HEADER_THREADS), strict=True))
     for file, header in headers.items():
-        of_mindspore = is_of_mindspore(header)
-        for name, entry in header.entries.items():
-            if of_mindspore and name.startswith(GRADIENTS):
-                continue
+        for name, entry in _read_entries(header):
             kept = extras if is_scalar(name, entry.shape) else tensors
             if name in kept:
                 raise UserError(
@@ -257,16 +238,6 @@ def _complete(kind: Kind, path: Path, files: Mapping[Path, set[str] | None]) -> 
 
 def _pieces(file: Path, entry: Entry) -> Pieces:
     return Pieces([Piece(file, entry, entry.shape, whole(entry.shape), 0)])
-
-
-def is_of_mindspore(header: Header) -> bool:
-    """Whether MindSpore wrote a file."""
-    return header.metadata.get("format") == "ms"
-
-
-def is_scalar(name: str, shape: Shape) -> bool:
-    """Whether a tensor of a file is one of the single numbers of MindSpore, and none of a model."""
-    return name in SCALARS and all(size == 1 for size in shape)
 
 
 def check_promised(promised: Mapping[str, Path], needed: Callable[[str], bool]) -> None:

@@ -11,10 +11,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from launcher.builders.inferred_state import InferredState, infer_state
+from launcher.builders.resume_report import InferredState
 from launcher.checkpoint.names import SaveName
 from launcher.checkpoint.resume import Chosen, choose
 from launcher.errors import UserError
+from launcher.mindspore.inferred_state import infer_state
 from launcher.train.state import TrainState, from_json
 from launcher.weights.reading.scalars import scalars_of
 from launcher.weights.source import open_complete
@@ -89,7 +90,7 @@ def test_a_counter_that_is_none_is_refused(tmp_path: Path, counter: str, value: 
     with pytest.raises(UserError) as caught:
         derived(chosen(tmp_path, **{counter: value}))
     assert str(caught.value) == (
-        f"{tmp_path}/x.safetensors: {counter} = {value}: it must be a whole number from 0 on. "
+        f"{tmp_path}/x.safetensors: {counter} = {value}: it must be an integer, 0 or more. "
         "Resume from another checkpoint."
     )
 

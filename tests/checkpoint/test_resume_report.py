@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 
-from launcher.builders.inferred_state import InferredState
-from launcher.builders.resume_report import KEYS_SHOWN, ResumeDetails, resume_report
+from launcher.builders.resume_report import KEYS_SHOWN, InferredState, ResumeDetails, resume_report
 from launcher.layout.mesh import Mesh
 from launcher.train.state import TrainState
 

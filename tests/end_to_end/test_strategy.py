@@ -20,9 +20,9 @@ from launcher.config.resolve import resolve_command_line
 from launcher.layout.box import Box
 from launcher.layout.layout import Layout
 from launcher.mindspore.strategy import Strategy, parse
-from launcher.mindspore.strategy_export import world_without_group
 from launcher.mindspore.strategy_files import read_folder, read_strategy
 from launcher.mindspore.tensor_layout import TensorLayout, boxes
+from launcher.modes import world_without_group
 from launcher.report.console import Console
 from launcher.weights.formats.safetensors import read_header
 from models.build import build_model

@@ -110,7 +110,7 @@ def test_a_meta_json_that_cannot_be_used_is_passed_over(tmp_path: Path, case: st
     found, said = chosen(root)
     assert found.label == "mf-1_10"
     assert said[0].startswith(f"warning: {root}/rank_0/meta.json {fault}")
-    assert said[0].endswith(": passed over")
+    assert said[0].endswith(": skipped")
 
 
 def test_without_any_the_numbers_decide_and_not_the_time(tmp_path: Path) -> None:
@@ -120,9 +120,7 @@ def test_without_any_the_numbers_decide_and_not_the_time(tmp_path: Path) -> None
     meta(root, "{", None)
     found, said = chosen(root)
     assert found.label == "mf-1_10"
-    assert said == [
-        f"warning: no meta.json in {root} can be used: the numbers in names say what is newest"
-    ]
+    assert said == [f"warning: no meta.json in {root} is valid: using epoch_step of the file names"]
 
 
 def test_a_later_run_of_the_same_step_comes_first(tmp_path: Path) -> None:
@@ -167,7 +165,7 @@ def test_copies_do_not_stand_in_for_a_rank(tmp_path: Path) -> None:
     found, said = chosen(tmp_path)
     assert found.label == "CKP-1_5"
     assert said[1] == (
-        f"passed over CKP-1_10: {tmp_path}: rank 1 has no whole file of it: 2 ranks wrote it."
+        f"passed over CKP-1_10: {tmp_path}: rank 1 has no valid file of it: 2 ranks wrote it."
     )
 
 
@@ -178,8 +176,8 @@ def test_when_no_save_is_complete_the_user_hears_why(tmp_path: Path) -> None:
         chosen(root)
     first, second = map(str, caught.value.problems)
     assert first == (
-        f"no checkpoint in {root} is complete: every rank must have a whole file of it, and of the "
-        "newest of 2 not all have. Copy what is missing, or use run_mode finetune to start from "
+        f"no checkpoint in {root} is complete: every rank must have a valid file of it; 2 were "
+        "tried. Copy what is missing, or use run_mode finetune to start from "
         "weights alone."
     )
     assert "no other rank holds its parts" in second

@@ -24,9 +24,10 @@ from launcher.layout.box import Box
 from launcher.layout.mesh import Mesh
 from launcher.weights.formats.rank_metadata import BLOCK_BYTES, Checksums, RankFileMetadata
 from launcher.weights.formats.safetensors import Slot, header_bytes, read_header
+from launcher.weights.forms import INDEX_NAME
 from launcher.weights.ranks.distributed import check_copies, open_rank_files
 from launcher.weights.reading.load import load
-from launcher.weights.source import INDEX_NAME, Source, detect, open_complete
+from launcher.weights.source import Source, detect, open_complete
 from tests.weights.test_load import cut, empty_like, model, save
 
 AGAIN = "Copy the file again from its origin; nothing was loaded from it."
@@ -242,8 +243,8 @@ RANKS = (
         "{folder} holds no rank files: *.safetensors in rank_*/ is expected.", open_ranks),
     Bad("of another program", foreign,
         "{folder}/rank_0/model.safetensors does not say which part of the model it holds: rank "
-        "files of MindSpore need the strategy files of the run that wrote them. Set "
-        "src_strategy_path_or_dir (--src_strategy_dirs) to the folder strategy/ of that run.",
+        "files have the layout in their metadata, as Slipway writes it. Move the files of other "
+        "programs away.",
         open_ranks),
     Bad("two layouts", two_layouts,
         "{folder} mixes two saves: m_rank_0-1_1.safetensors is of 2 ranks (dp_shard 2), "

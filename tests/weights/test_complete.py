@@ -15,8 +15,9 @@ from safetensors.torch import save_file
 from launcher.errors import UserError
 from launcher.weights import verify
 from launcher.weights.complete import choose
+from launcher.weights.forms import INDEX_NAME
 from launcher.weights.ranks.saves import open_any_format
-from launcher.weights.source import INDEX_NAME, check_one_kind, open_complete, weights_below
+from launcher.weights.source import check_one_kind, open_complete, weights_below
 
 ROWS = 2
 Build = Callable[[Path], object]

@@ -34,10 +34,11 @@ from launcher.weights.formats.safetensors import (
     parse_header,
     read_header,
 )
+from launcher.weights.forms import INDEX_NAME
 from launcher.weights.ranks.distributed import check_copies, open_rank_files
 from launcher.weights.reading.plan import plan_box, strided_copy_of
 from launcher.weights.reading.transfer import Files, read_strided
-from launcher.weights.source import INDEX_NAME, Source, open_complete
+from launcher.weights.source import Source, open_complete
 from tests.weights.mutations import mutate_bytes, mutate_json, mutate_tree
 
 HEADERS, NOTES, INDEXES, FILES, FOLDERS = 11_000, 6_000, 1_500, 1_000, 500

@@ -18,16 +18,9 @@ from launcher.weights.complete import Choice, choose
 from launcher.weights.formats.placeholders import placeholder
 from launcher.weights.formats.rank_metadata import RankFileMetadata, read_rank_metadata
 from launcher.weights.formats.safetensors import Header, read_header
+from launcher.weights.forms import INDEX_NAMES, has_form
 from launcher.weights.ranks.rank_folders import first_file, rank_folders
-from launcher.weights.source import (
-    INDEX_NAMES,
-    MINDSPORE_INDEX_NAME,
-    Kind,
-    detect,
-    holds_complete,
-    is_of_mindspore,
-    open_complete,
-)
+from launcher.weights.source import Kind, detect, holds_complete, open_complete
 
 LOOKED_AT = 64
 """Files whose headers are read before anything heavy is loaded."""
@@ -93,10 +86,9 @@ class Files:
     @property
     def is_mindspore(self) -> bool:
         """Whether they are in MindSpore's form."""
-        if self.header is not None and is_of_mindspore(self.header):
-            return True
         index = self.choice.taken.index if self.choice is not None else None
-        return index is not None and index.name == MINDSPORE_INDEX_NAME
+        headers = [] if self.header is None else [self.header.metadata]
+        return has_form("mindspore", index, headers)
 
     def look(self) -> None:
         """Raise `UserError` for complete weights that are not whole, as far as their index and

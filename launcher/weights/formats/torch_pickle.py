@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import xxhash
 
@@ -96,6 +96,24 @@ def read_header(path: Path) -> Header:
             return Header(entries, {}, 0, archive.file_bytes, digest, modified)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def refuse_legacy(path: Path) -> NoReturn:
+    """Raise `UserError` for a file that torch wrote before version 1.6."""
+    raise UserError(
+        f"{path} was written by torch before version 1.6",
+        rule="files of torch are zip archives, from which tensors are read one by one",
+        advice="Convert it: python -m launcher.tools.ckpt_to_safetensors",
+    )
+
+
+def refuse_pickle(path: Path) -> NoReturn:
+    """Raise `UserError` for a pickle of another program."""
+    raise UserError(
+        f"{path} is a pickle that torch did not write",
+        rule="files of torch are zip archives, from which tensors are read one by one",
+        advice="Give weights as safetensors, or as torch.save writes them",
+    )
 
 
 def _content(path: Path, pickled: bytes) -> Any:

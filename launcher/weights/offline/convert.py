@@ -19,12 +19,14 @@ from pathlib import Path
 import torch
 
 from launcher.errors import UserError, did_you_mean
+from launcher.weights.complete import WEIGHT_SUFFIXES
 from launcher.weights.formats.safetensors import in_file_order
+from launcher.weights.forms import INDEX_NAME, TORCH_INDEX_NAME
+from launcher.weights.indexes import read_index
+from launcher.weights.log import Log, no_log
 from launcher.weights.offline.slicing import copy_side_files
 from launcher.weights.offline.torch_files import weights_in
-from launcher.weights.ranks.saves import Log, no_log
 from launcher.weights.reading.shard import DTYPE_NAMES, bytes_of
-from launcher.weights.source import INDEX_NAME, TORCH_INDEX_NAME, WEIGHT_SUFFIXES, read_index
 from launcher.weights.streaming.new_folder import folder_aside
 from launcher.weights.streaming.stream import Progress
 from launcher.weights.streaming.write import Part, write_file

@@ -1,6 +1,6 @@
-"""Complete weights from any source: a directory that transformers opens, or MindSpore's form.
+"""Complete weights from any source: a directory that transformers opens, or another form.
 
-Owns how tensors are shared out over files, and the index beside them.
+Owns how tensors are distributed over files, and the index beside them.
 """
 
 from __future__ import annotations
@@ -10,23 +10,17 @@ import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from launcher.errors import UserError
+from launcher.extensions import SAVE_FORMATS, required
 from launcher.layout.box import whole
 from launcher.weights.formats.safetensors import ITEM_BYTES
-from launcher.weights.source import (
-    INDEX_NAME,
-    MINDSPORE_EXTRAS,
-    MINDSPORE_INDEX_NAME,
-    OPTIMIZER_PREFIXES,
-    Source,
-)
+from launcher.weights.forms import EXTRAS_NAME, CompleteForm
+from launcher.weights.source import OPTIMIZER_PREFIXES, Source
 from launcher.weights.streaming.cast import CASTS
 from launcher.weights.streaming.stream import WORKERS, Output, Progress, stream
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
-Format = Literal["huggingface", "mindspore"]
 
 
 @dataclass(frozen=True)
@@ -44,7 +38,7 @@ def write_complete(
     *,
     keep: Callable[[str], bool] = lambda name: True,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
-    form: Format = "huggingface",
+    form: str = "huggingface",
     workers: int = WORKERS,
     dtype: str | None = None,
     progress: Progress | None = None,
@@ -59,6 +53,7 @@ def write_complete(
     that n processes write a directory together; the first also writes the index. `workers`:
     portions in flight. `dtype` (a name of safetensors) is what floating model weights are cast to.
     """
+    target: CompleteForm = required(SAVE_FORMATS, form, f"the format {form!r} of complete weights")
     everything = source.with_extras()
     names = sorted(name for name in everything.tensors if keep(name))
     groups = _groups(names, source.extras)
@@ -73,23 +68,23 @@ def write_complete(
         for name in names
     }
     outputs, weight_map = [], dict[str, str]()
-    metadata = {"format": "ms" if form == "mindspore" else "pt"}
+    metadata = {"format": target.metadata}
     for stem in ("model", "optimizer"):
         shards = _shards({name: sizes[name] for name in groups[stem]}, max_shard_bytes)
         for index, shard in enumerate(shards, 1):
             file = f"{stem}-{index:05d}-of-{len(shards):05d}.safetensors"
             boxes = {name: (name, whole(everything.shape(name))) for name in shard}
-            target = dtype if stem == "model" else None
-            outputs.append(Output(directory / file, boxes, metadata, dtype=target))
-            if stem == "model" or form == "mindspore":
+            cast_to = dtype if stem == "model" else None
+            outputs.append(Output(directory / file, boxes, metadata, dtype=cast_to))
+            if stem == "model" or target.lists_optimizer:
                 weight_map |= dict.fromkeys(shard, file)
     if groups["extra"]:
         boxes = {name: (name, whole(everything.shape(name))) for name in groups["extra"]}
-        outputs.append(Output(directory / MINDSPORE_EXTRAS, boxes, metadata))
+        outputs.append(Output(directory / EXTRAS_NAME, boxes, metadata))
     first, step = share
     stream(everything, outputs[first::step], progress, workers=workers)
     if weight_map and first == 0:
-        _write_index(directory, form, weight_map, sum(sizes[name] for name in weight_map))
+        _write_index(directory, target, weight_map, sum(sizes[name] for name in weight_map))
     return Exported(
         len(names),
         sum(sizes.values()),
@@ -106,10 +101,11 @@ def _groups(names: Sequence[str], extras: Collection[str]) -> dict[str, list[str
     return groups
 
 
-def _write_index(directory: Path, form: Format, weight_map: Mapping[str, str], total: int) -> None:
+def _write_index(
+    directory: Path, form: CompleteForm, weight_map: Mapping[str, str], total: int
+) -> None:
     content = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    name, indent = (MINDSPORE_INDEX_NAME, 4) if form == "mindspore" else (INDEX_NAME, 2)
-    (directory / name).write_text(json.dumps(content, indent=indent) + "\n")
+    (directory / form.index).write_text(json.dumps(content, indent=form.indent) + "\n")
 
 
 def _nbytes(source: Source, name: str, dtype: str | None) -> int:

@@ -16,6 +16,8 @@ from typing import Any
 from launcher.errors import UserError
 from launcher.weights.formats import header_of
 from launcher.weights.formats.rank_metadata import read_rank_metadata
+from launcher.weights.forms import INDEX_NAMES
+from launcher.weights.indexes import read_index
 from launcher.weights.ranks.manifests import (
     MANIFEST_FOLDER,
     STATE_FOLDER,
@@ -28,14 +30,12 @@ from launcher.weights.ranks.rank_folders import Save, save_of, saves, weight_fil
 from launcher.weights.ranks.saves import check_exists, manifest_of, open_save, optimizer_files
 from launcher.weights.reading.checksums import file_faults
 from launcher.weights.source import (
-    INDEX_NAMES,
     Source,
     check_one_kind,
     detect,
     is_rank_folder,
     open_complete,
     rank_of,
-    read_index,
     weights_below,
 )
 

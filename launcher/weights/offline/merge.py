@@ -9,14 +9,13 @@ from collections.abc import Collection
 from pathlib import Path
 
 from launcher.errors import UserError
-from launcher.weights.offline.export import DEFAULT_SHARD_BYTES, Exported, Format, write_complete
+from launcher.weights.log import Log, no_log
+from launcher.weights.offline.export import DEFAULT_SHARD_BYTES, Exported, write_complete
 from launcher.weights.ranks.distributed import REDUNDANCY
 from launcher.weights.ranks.saves import (
     DEFAULT_SUFFIX,
     MODEL_FOLDER,
-    Log,
     copy_model_files,
-    no_log,
     open_save,
     rank_files,
 )
@@ -41,7 +40,7 @@ def unified_safetensors(
     has_redundancy: bool | None = None,
     filter_out_param_prefix: str = "",
     max_process_num: int = WORKERS,
-    format: Format = "huggingface",
+    format: str = "huggingface",
     max_shard_size: int | str = DEFAULT_SHARD_BYTES,
     dtype: str | None = None,
     overwrite: bool = False,
@@ -78,7 +77,7 @@ def merge(
     strategy: Path | None = None,
     has_redundancy: bool | None = None,
     drop_prefixes: Collection[str] = (),
-    form: Format = "huggingface",
+    form: str = "huggingface",
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     workers: int = WORKERS,
     dtype: str | None = None,

@@ -8,29 +8,20 @@ rank 0. The step, the epoch and the like of MindSpore's files are in the file of
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Protocol
 
 from launcher.errors import UserError
 from launcher.layout.box import Box, whole
-from launcher.mindspore.strategy import Strategy
-from launcher.mindspore.strategy_files import read_strategy
-from launcher.mindspore.tensor_layout import TensorLayout, boxes
 from launcher.weights.formats.rank_metadata import RankFileMetadata, inventory_of
+from launcher.weights.forms import INDEX_NAMES, is_scalar
+from launcher.weights.log import Log, no_log
 from launcher.weights.mxfp4 import packed_of
-from launcher.weights.ranks.saves import DEFAULT_SUFFIX, MODEL_FOLDER, Log, no_log, open_any_format
-from launcher.weights.source import (
-    INDEX_NAMES,
-    OPTIMIZER_PREFIXES,
-    Source,
-    check_all_ranks,
-    is_scalar,
-)  # fmt: skip
+from launcher.weights.ranks.saves import DEFAULT_SUFFIX, MODEL_FOLDER
+from launcher.weights.source import OPTIMIZER_PREFIXES, Source
 from launcher.weights.streaming.new_folder import folder_aside
 from launcher.weights.streaming.stream import WORKERS, Output, Progress, stream
 
@@ -53,8 +44,12 @@ class RankLayout(Protocol):
     def mesh(self) -> Mapping[str, int]:
         """Axis to size; empty where the layout does not say."""
 
+    @property
+    def has_optimizer(self) -> bool:
+        """Whether ranks hold optimizer state; it lies as the parameters do."""
+
     def boxes(self, rank: int) -> Mapping[str, Box]:
-        """Name in files to the box that `rank` holds of it. No optimizer state."""
+        """Name in files to the box of it that `rank` holds."""
 
 
 @dataclass(frozen=True)
@@ -65,93 +60,6 @@ class Sliced:
     tensors: int
     total_bytes: int
     """Of all files, copies among them."""
-
-
-@dataclass(frozen=True)
-class StrategyLayout:
-    """The layout that strategy files of MindSpore describe, for the tensors of a source."""
-
-    strategy: Strategy
-    source: Source
-    mesh: Mapping[str, int] = field(default_factory=dict)
-
-    @cached_property
-    def _stages(self) -> list[dict[str, TensorLayout]]:
-        return list(self.strategy.by_stage().values())
-
-    @property
-    def world_size(self) -> int:
-        """Number of ranks."""
-        return sum(map(_ranks, self._stages))
-
-    @cached_property
-    def has_optimizer(self) -> bool:
-        """Whether the strategy lists optimizer state; that of a prediction does not."""
-        return any(name.startswith(OPTIMIZER_PREFIXES) for stage in self._stages for name in stage)
-
-    def boxes(self, rank: int) -> dict[str, Box]:
-        """Name to the box that `rank` holds. Raises `UserError` for one that cannot be cut so."""
-        for stage in self._stages:
-            if rank < _ranks(stage):
-                return {
-                    name: self._box(name, layout, rank)
-                    for name, layout in stage.items()
-                    if name in self.source.tensors
-                }
-            rank -= _ranks(stage)
-        return {}
-
-    def _box(self, name: str, layout: TensorLayout, rank: int) -> Box:
-        try:
-            return boxes(layout, self.source.shape(name), rank)[0]
-        except ValueError as error:
-            raise UserError(
-                f"`{name}` of shape {list(self.source.shape(name))} cannot be cut as the strategy "
-                f"says: {error}",
-                where=str(self.source.path),
-                rule="the strategy and the weights must be of one model",
-                advice="Give the strategy files of a run of this model",
-            ) from error
-
-
-def _ranks(stage: Mapping[str, TensorLayout]) -> int:
-    return next(iter(stage.values())).ranks
-
-
-def load_distributed_checkpoint(
-    network: Any = None,
-    predict_strategy: str | os.PathLike[str] | None = None,
-    unified_safetensors_dir: str | os.PathLike[str] | None = None,
-    dst_safetensors_dir: str | os.PathLike[str] | None = None,
-    format: Literal["safetensors"] = "safetensors",
-    max_process_num: int = 64,
-    *,
-    overwrite: bool = False,
-) -> Sliced:
-    """Slice the complete weights in `unified_safetensors_dir` as `predict_strategy` (a strategy
-    file, or a folder of them) says, into rank files in `dst_safetensors_dir`.
-
-    Name and arguments are MindSpore's; `max_process_num` counts threads. Raises `UserError`, also
-    for a `network`, which is not filled here.
-    """
-    if network is not None or format != "safetensors":
-        raise UserError(
-            "load_distributed_checkpoint fills no network" if network is not None else
-            f"format = {format!r}",
-            rule="it writes rank files of safetensors",
-            advice="To load weights into a model, set load_checkpoint in the YAML: they are sliced "
-            "while they are read",
-        )  # fmt: skip
-    given = {"predict_strategy": predict_strategy, "dst_safetensors_dir": dst_safetensors_dir,
-             "unified_safetensors_dir": unified_safetensors_dir}  # fmt: skip
-    for name, value in given.items():
-        if not isinstance(value, (str, os.PathLike)):
-            raise UserError(f"{name} = {value!r}", rule="a path is needed")
-    check_all_ranks(Path(str(unified_safetensors_dir)))
-    source = open_any_format(Path(str(unified_safetensors_dir)))
-    layout = StrategyLayout(read_strategy(Path(str(predict_strategy))), source)
-    target = Path(str(dst_safetensors_dir))
-    return slice_weights(source, layout, target, workers=max_process_num, overwrite=overwrite)
 
 
 def slice_weights(
@@ -178,7 +86,7 @@ def slice_weights(
             rule="rank files have no place for the factors of their blocks",
             advice="Load the complete weights themselves: they are sliced while they are read",
         )
-    if isinstance(layout, StrategyLayout) and not layout.has_optimizer:
+    if not layout.has_optimizer:
         source = _without_optimizer(source, log)
     held = [_with_optimizer(source, layout.boxes(rank)) for rank in range(layout.world_size)]
     known = {name for boxes_of in held for name in boxes_of}

@@ -17,8 +17,8 @@ import torch
 from launcher.errors import UserError
 from launcher.weights.formats import header_of
 from launcher.weights.formats.torch_pickle import WEIGHT_KEYS, weight_key
+from launcher.weights.forms import scalar_names
 from launcher.weights.reading.shard import DTYPE_NAMES
-from launcher.weights.source import SCALARS
 
 _ZIP, _OLD_TORCH = b"PK\x03\x04", b"\x80\x02\x8a\x0al\xfc\x9cF"
 
@@ -50,12 +50,12 @@ def weights_in(path: Path) -> tuple[dict[str, torch.Tensor], list[str]]:
 
 
 def _scalars(content: Mapping[Any, Any]) -> dict[str, torch.Tensor]:
-    """The step, the epoch and the like beside weights, as MindSpore stores them in such a file:
-    whole numbers as int64, others as float32, of no dim."""
+    """Step, epoch and other numbers of the run beside weights: integers as int64, others as
+    float32, without dims."""
     dtypes = {int: torch.int64, float: torch.float32}
     return {
         key: torch.tensor(content[key], dtype=dtypes[type(content[key])])
-        for key in SCALARS
+        for key in sorted(scalar_names())
         if type(content.get(key)) in dtypes
     }
 

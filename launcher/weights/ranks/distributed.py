@@ -9,7 +9,7 @@ is lost.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,9 +25,10 @@ from launcher.weights.formats.rank_metadata import (
     read_rank_metadata,
 )
 from launcher.weights.formats.safetensors import Header, read_header
+from launcher.weights.forms import is_scalar
 from launcher.weights.pieces import Piece, Pieces
 from launcher.weights.reading.transfer import Files, read_exactly
-from launcher.weights.source import HEADER_READERS, Source, is_scalar
+from launcher.weights.source import HEADER_THREADS, Source
 from launcher.weights.threads import in_parallel
 
 REDUNDANCY = "remove_redundancy"
@@ -51,7 +52,7 @@ def open_rank_files(
         raise UserError(f"{path} holds no rank files", rule="*.safetensors in rank_*/ is expected")
     read = dict(known or {})
     unread = [file for file in files if file not in read]
-    read |= zip(unread, in_parallel(read_header, unread, HEADER_READERS), strict=True)
+    read |= zip(unread, in_parallel(read_header, unread, HEADER_THREADS), strict=True)
     headers = {file: read[file] for file in files}
     notes = {file: _rank_metadata(file, header) for file, header in headers.items()}
     first = next(iter(notes))
@@ -111,6 +112,15 @@ def open_rank_files(
     return without(source, lost)
 
 
+OpenFiles = Callable[[Path, Sequence[Path]], Source]
+"""(folder of the rank folders, rank files of one save) -> their source."""
+
+
+def slipway_opener(directory: Path, strategy: Path | None, log: Callable[[str], None]) -> OpenFiles:
+    """`open_rank_files`, which needs no strategy files."""
+    return open_rank_files
+
+
 def _check_inventory(source: Source, rank_metadata: RankFileMetadata, lost: Sequence[int]) -> None:
     """Check that no tensor stood in the files of the `lost` ranks alone.
 
@@ -138,9 +148,8 @@ def _rank_metadata(file: Path, header: Header) -> RankFileMetadata:
     if rank_metadata is None:
         raise UserError(
             f"{file} does not say which part of the model it holds",
-            rule="rank files of MindSpore need the strategy files of the run that wrote them",
-            advice="Set src_strategy_path_or_dir (--src_strategy_dirs) to the folder strategy/ of "
-            "that run",
+            rule="rank files have the layout in their metadata, as Slipway writes it",
+            advice="Move the files of other programs away",
         )
     return rank_metadata
 
@@ -221,7 +230,7 @@ def check_copies(source: Source) -> None:
     for piece in itertools.chain(*compared.values()):
         by_file.setdefault(piece.file, []).append(piece)
     digests: dict[Piece, str] = {}
-    for found in in_parallel(lambda f: _digests(by_file[f], source), by_file, HEADER_READERS):
+    for found in in_parallel(lambda f: _digests(by_file[f], source), by_file, HEADER_THREADS):
         digests |= found
     for (name, _), (first, *others) in compared.items():
         for piece in others:

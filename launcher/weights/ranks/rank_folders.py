@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from launcher.errors import UserError
+from launcher.weights.complete import WEIGHT_SUFFIXES, listed
 from launcher.weights.ranks.manifests import MANIFEST_FOLDER, read_manifest
-from launcher.weights.source import WEIGHT_SUFFIXES, listed, rank_of
+from launcher.weights.source import rank_of
 
 _NUMBERS = re.compile(r"-(\d+)_(\d+)$")
 SHOWN = 4

@@ -10,19 +10,17 @@ from __future__ import annotations
 import glob
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from launcher.errors import UserError
-from launcher.mindspore.strategy import Strategy
-from launcher.mindspore.strategy_files import Log, holds_strategies, no_log, read_strategy
+from launcher.extensions import RANK_FILES, required
 from launcher.weights.formats import header_of
 from launcher.weights.formats.safetensors import read_header
-from launcher.weights.ranks.distributed import check_copies, open_rank_files
+from launcher.weights.log import Log, no_log
+from launcher.weights.ranks.distributed import OpenFiles, check_copies
 from launcher.weights.ranks.manifests import MANIFEST_FOLDER, read_manifest
 from launcher.weights.ranks.rank_folders import (
     label_of,
@@ -111,15 +109,14 @@ def open_save(
     beside `directory` are taken. Raises `UserError`, also when the files are of two saves.
     """
     check_exists(strategy)
-    if describes_itself(files[0]):
+    mark = layout_mark(files[0])
+    if mark:
         if strategy is not None:
-            log(f"{strategy}: not needed, the rank files say themselves how they are cut")
+            log(f"{strategy}: not needed, the rank files describe their layout")
         _check_one_save(directory, files)
-        source = open_rank_files(directory, files)
-        if not _check_manifest(source):
-            check_copies(source)
-    else:
-        source = mindspore_opener(directory, strategy, log)(directory, files)
+    source = rank_file_opener(mark, directory, strategy, log)(directory, files)
+    if mark and not _check_manifest(source):
+        check_copies(source)
     for remark in source.remarks:
         log(remark)
     return source
@@ -138,48 +135,21 @@ def check_exists(strategy: Path | None) -> None:
         )  # fmt: skip
 
 
-def describes_itself(file: Path) -> bool:
-    """Whether a rank file says which part of the model it holds, as ours do."""
-    return "slipway" in header_of(file).metadata
+def layout_mark(file: Path) -> str:
+    """The metadata key by which a rank file describes its layout, a key of `RANK_FILES`; empty
+    where it does not."""
+    metadata = header_of(file).metadata
+    return next((mark for mark in RANK_FILES if mark and mark in metadata), "")
 
 
-def holds_foreign(root: Path) -> bool:
-    """Whether rank files in `root` do not say themselves how they are cut, and need strategy files.
-    The first rank folder tells; what cannot be read does not count."""
-    folders = rank_folders(root) if root.is_dir() else {}
-    first = next(iter(folders.values()), None)
-    return first is not None and any(map(_needs_strategy, weight_files(first)))
-
-
-def _needs_strategy(file: Path) -> bool:
-    try:
-        return file.suffix == ".ckpt" or not describes_itself(file)
-    except UserError:
-        return False
-
-
-def mindspore_opener(
-    directory: Path, strategy: Path | None, log: Log = no_log
-) -> Callable[[Path, Sequence[Path]], Source]:
-    """Opens the rank files of a save of MindSpore in `directory`: with the strategy files at
-    `strategy`, or in `strategy/` beside it. Without any, the file of a run of one rank is complete
-    by itself; for others it raises `UserError`."""
-    known = strategy_of(directory, strategy, log)
-    # By name: few runs and tools read files of MindSpore.
-    reader = import_module("launcher.mindspore.rank_weights")
-    if known is not None:
-        return partial(reader.open_mindspore_ranks, strategy=known)
-    is_alone = [*rank_folders(directory)] == [0]
-    return reader.open_single_rank if is_alone else open_rank_files  # which says what is needed
-
-
-def strategy_of(directory: Path, strategy: Path | None, log: Log = no_log) -> Strategy | None:
-    """What the strategy files say that belong to the rank folders in `directory`: those at
-    `strategy`, or in `strategy/` beside it; None when there are none."""
-    beside = directory.resolve().parent / STRATEGY_FOLDER
-    if strategy is None and not holds_strategies(beside):
-        return None
-    return read_strategy(strategy or beside, log)
+def rank_file_opener(
+    mark: str, directory: Path, strategy: Path | None = None, log: Log = no_log
+) -> OpenFiles:
+    """What opens the rank files of a save in `directory` that have this `layout_mark`. `strategy`:
+    the strategy files that those without one need; left out, they are looked for beside it."""
+    make = required(RANK_FILES, mark, f"rank files in {directory} do not describe their layout")
+    opener: OpenFiles = make(directory, strategy, log)
+    return opener
 
 
 def _check_one_save(directory: Path, files: Sequence[Path]) -> None:

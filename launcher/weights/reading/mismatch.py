@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from launcher.errors import Problem, UserError
+from launcher.extensions import MODEL_NAMES, installed
 from launcher.layout.box import Shape
 from launcher.weights.complete import may_be_left_out
 from launcher.weights.source import Source
@@ -52,10 +53,6 @@ FOREIGN: tuple[Foreign, ...] = (
             "Give weights that are not quantised"),
     Foreign(re.compile(r"\.(absmax|quant_map|nested_absmax|quant_state\.\S+)$"),
             "weights quantised by bitsandbytes", "Give weights that are not quantised"),
-    Foreign(re.compile(r"embedding_weight$|\.w_qkv\.|\.w_gate_hidden\."),
-            "weights under the names of MindFormers' own models",
-            "Give the Hugging Face weights of the model, or convert the names back with "
-            "MindFormers' convert_weight.py --reversed"),
     Foreign(re.compile(r"^(tok_embeddings\.|layers\.\d+\.attention\.w[qkvo]\.)"),
             "weights under the names of Meta or Mistral (consolidated)",
             "Give the Hugging Face weights of the model"),
@@ -142,9 +139,10 @@ def _rooms(lengths: Sequence[int]) -> list[int]:
 
 def _explained(missing: Sequence[str], extra: Sequence[str]) -> tuple[str, str] | None:
     """(what the weights are, how to go on), where names show it; None where they do not."""
-    for foreign in FOREIGN:
-        if any(foreign.names.search(name) for name in extra):
-            return f"They are {foreign.what}", foreign.advice
+    for table in installed(MODEL_NAMES).values():
+        for foreign in table:
+            if any(foreign.names.search(name) for name in extra):
+                return f"They are {foreign.what}", foreign.advice
     if not missing or not extra:
         return None
     return _wrapped(missing, extra) or _prefixed(missing, extra) or _bare(missing, extra)

@@ -1,8 +1,4 @@
-"""Scalars: the single numbers that stand in files of MindSpore beside the model.
-
-Owns reading them: `step_num`, `epoch_num`, `global_step`, `loss_scale`, `global_batch_size`,
-`learning_rate`, and whatever else of one element is among the extras of a source.
-"""
+"""Scalars: numbers of a run (step, epoch, loss scale) that lie in files of weights."""
 
 from __future__ import annotations
 
@@ -14,10 +10,6 @@ from launcher.weights.reading.plan import plan_box
 from launcher.weights.reading.read import Fill, fill
 from launcher.weights.reading.shard import TORCH_DTYPES
 from launcher.weights.source import Source
-
-STEPS = ("step_num", "global_step")
-"""What MindFormers calls the steps done: of the run, and of the optimizer, which counts no step
-that overflowed."""
 
 
 def scalars_of(source: Source) -> dict[str, float]:

@@ -1,57 +1,38 @@
-"""The state of a run that saved none of ours: worked out from what MindFormers writes instead.
+"""The state of a run whose save has no state file, inferred from what MindFormers writes instead.
 
-Owns where each number comes from:
+Owns the source of each number:
 
     steps        `step_num` in the files, else `global_step`, else epoch and step in the name
-    updates      `global_step`, which counts no step that overflowed, else the steps
+    updates      `global_step`, which skips steps that overflowed, else the steps
     samples      the steps x `global_batch_size` in the files, else x the batch of this run
-    loss scale   `loss_scale`, where this run moves its own
+    loss scale   `loss_scale`, where the loss scale of this run is dynamic
 
-Tokens are counted from here on. What such a save does not say (data, configuration, versions) is
-taken to be as in this run, and the receipt says that it is not known.
+Tokens are counted from 0. Data, configuration and versions are not in such a save: they are assumed
+to be those of this run, and the resume report says so.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
 
+from launcher.builders.resume_report import InferredState
 from launcher.checkpoint.names import global_step_of_name
 from launcher.checkpoint.resume import Chosen
 from launcher.errors import UserError
 from launcher.layout.mesh import layout_text
+from launcher.mindspore.names import BATCH, EPOCH, SCALE, STEPS
 from launcher.train.run import TrainRun
 from launcher.train.state import TrainState, to_json
-from launcher.weights.reading.scalars import STEPS, scalars_of
+from launcher.weights.reading.scalars import scalars_of
 from launcher.weights.source import Source
 
-BATCH, SCALE = "global_batch_size", "loss_scale"
-USED = (*STEPS, BATCH, SCALE, "epoch_num")
-
-
-@dataclass(frozen=True)
-class InferredState:
-    """A state, and where it comes from; what the receipt says of it."""
-
-    saved: dict[str, Any]
-    """As a state file has it."""
-    saved_by: str
-    """Its ranks, or that it is complete weights."""
-    steps_from: str
-    """`step_num in the files`."""
-    has_batch: bool
-    """Whether the files say the global batch."""
-    has_scale: bool
-    """Whether the loss scale is theirs."""
-    unused: tuple[str, ...]
-    """Extras of the files that nothing is made of."""
+USED = (*STEPS, BATCH, SCALE, EPOCH)
 
 
 def infer_state(run: TrainRun, chosen: Chosen) -> InferredState:
-    """The state that `run` goes on from after the save `chosen`. Raises `UserError` when nothing
-    says how many steps were done, or a number cannot be one."""
+    """The state in which `run` resumes from the save `chosen`. Raises `UserError` when the number
+    of steps is not known, or a number is not valid."""
     numbers = scalars_of(chosen.source)
     counters = {name: _count(chosen, name, numbers[name]) for name in (*STEPS, BATCH)
                 if name in numbers}  # fmt: skip
@@ -80,7 +61,7 @@ def _ranks_text(source: Source) -> str:
 
 
 def _steps(run: TrainRun, chosen: Chosen, counters: Mapping[str, int]) -> tuple[int, str]:
-    """(steps done, where that stands)."""
+    """(steps done, where the number comes from)."""
     found = next((name for name in STEPS if name in counters), None)
     if found is not None:
         return counters[found], f"{found} in the files"
@@ -105,7 +86,7 @@ def _count(chosen: Chosen, name: str, value: float) -> int:
         raise UserError(
             f"{name} = {value}",
             where=str(chosen.source.extras[name][0].file),
-            rule="it must be a whole number from 0 on",
+            rule="it must be an integer, 0 or more",
             advice="Resume from another checkpoint",
         )
     return int(value)

@@ -1,0 +1,123 @@
+"""Extension points: one dict each, from a name or a mark in files to the code behind it.
+
+An entry is "module:attribute". It is imported at its first use, so this module imports nothing
+heavy and one that is never used costs nothing. Built-in entries come first.
+
+Support for MindSpore and MindFormers is `launcher/mindspore/` and the entries here that name it.
+Delete both and everything else still works; files that need them are then refused with an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from importlib import import_module
+from typing import Any, TypeVar
+
+from launcher.errors import UserError
+
+Key = TypeVar("Key")
+
+HEADER_READERS: dict[bytes, str] = {
+    b"PK\x03\x04": "launcher.weights.formats.torch_pickle:read_header",
+    b"\x80\x02\x8a\x0al\xfc\x9cF": "launcher.weights.formats.torch_pickle:refuse_legacy",
+    b"\x80": "launcher.weights.formats.torch_pickle:refuse_pickle",
+    b"\x0a": "launcher.mindspore.ckpt_files:refuse_ckpt",
+    b"\xd8\x5e\x3a\x7f": "launcher.mindspore.ckpt_files:refuse_encrypted",
+    b"\xd9\x5e\x3a\x7f": "launcher.mindspore.ckpt_files:refuse_encrypted",
+    b"\xda\x5e\x3a\x7f": "launcher.mindspore.ckpt_files:refuse_encrypted",
+}
+"""First bytes of a file that is not safetensors: path -> header, or an error that says what to do.
+The first entry that fits counts."""
+
+COMPLETE_FORMS: dict[str, str] = {
+    "model.safetensors.index.json": "launcher.weights.forms:HUGGING_FACE",
+    "pytorch_model.bin.index.json": "launcher.weights.forms:TORCH",
+    "param_name_map.json": "launcher.mindspore.complete_weights:FORM",
+}
+"""Name of the index beside complete weights: a `CompleteForm`."""
+
+SAVE_FORMATS: dict[str, str] = {
+    "huggingface": "launcher.weights.forms:HUGGING_FACE",
+    "mindspore": "launcher.mindspore.complete_weights:FORM",
+}
+"""Name of a format that complete weights can be exported to: a `CompleteForm`."""
+
+RANK_FILES: dict[str, str] = {
+    "slipway": "launcher.weights.ranks.distributed:slipway_opener",
+    "": "launcher.mindspore.rank_weights:mindspore_opener",
+}
+"""Metadata key that marks rank files ("": none): (directory, strategy path, log) -> function that
+opens the files of one save."""
+
+STRATEGY_LAYOUTS: dict[str, str] = {
+    "predict_strategy": "launcher.mindspore.slicing:strategy_layout",
+}
+"""Option that names a file with a target layout: (path, source, log) -> `RankLayout`."""
+
+STRATEGY_WRITERS: dict[str, str] = {
+    "all": "launcher.mindspore.strategy_export:write_all",
+    "own": "launcher.mindspore.strategy_export:write_own",
+}
+"""What is written of the layout of a run, beside its checkpoints."""
+
+SAVE_LIMITS: dict[str, str] = {
+    "mindformers": "launcher.mindspore.meta:not_after_meta",
+}
+"""Limits, beyond file names, on which saves without a manifest a resume may take."""
+
+INFERRED_STATES: dict[str, str] = {
+    "mindformers": "launcher.mindspore.inferred_state:infer_state",
+}
+"""(run, checkpoint) -> the state of a run whose save has no state file."""
+
+MODEL_NAMES: dict[str, str] = {
+    "other programs": "launcher.weights.reading.mismatch:FOREIGN",
+    "mindformers": "launcher.mindspore.foreign:FOREIGN",
+}
+"""Tables of tensor names by which weights of other programs are recognised."""
+
+PYTHON_CALLS: dict[str, str] = {
+    "unified_safetensors": "launcher.weights.offline.merge:unified_safetensors",
+    "ckpt_to_safetensors": "launcher.weights.offline.convert:ckpt_to_safetensors",
+    "verify": "launcher.weights.offline.inspection:verify",
+    "list_checkpoints": "launcher.weights.offline.listing:list_checkpoints",
+    "diff": "launcher.weights.offline.compare:diff",
+    "load_distributed_checkpoint": "launcher.mindspore.slicing:load_distributed_checkpoint",
+    "merge_pipeline_strategys": "launcher.mindspore.strategy_files:merge_pipeline_strategys",
+}
+"""Functions that `launcher.weights` offers to Python code."""
+
+
+@cache
+def _attribute(entry: str) -> Any:
+    """What an entry names; None where its package was removed."""
+    module, _, attribute = entry.partition(":")
+    try:
+        return getattr(import_module(module), attribute)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+            raise
+        return None
+
+
+def installed(table: Mapping[Key, str]) -> dict[Key, Any]:
+    """What the entries of `table` name, without those whose package was removed."""
+    found = {key: _attribute(entry) for key, entry in table.items()}
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def required(table: Mapping[Key, str], key: Key, what: str) -> Any:
+    """What the entry `key` of `table` names. Raises `UserError` where it is missing; `what` says
+    what needs it."""
+    value = _attribute(table[key]) if key in table else None
+    if value is None:
+        package = table[key].partition(":")[0].rpartition(".")[0] if key in table else ""
+        raise UserError(
+            what,
+            rule="this installation has no support for it"
+            + (f": the package {package} was removed" if package else ""),
+            nearest="Possible here: complete Hugging Face weights, and checkpoints of Slipway",
+            advice="Install Slipway with launcher/mindspore, or convert the files first",
+        )
+    return value
