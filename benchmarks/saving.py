@@ -58,7 +58,7 @@ class Run:
     def weights(self) -> dict[str, Shard]:
         return {n: Shard(tuple(t.shape), whole(t.shape), t) for n, t in self.state.items()}
 
-    def trainable_weights(self) -> dict[str, Shard]:
+    def state_names(self) -> dict[str, tuple[str, ...]]:
         return {}
 
     def optimizer_state(self) -> dict[str, Shard]:
@@ -68,9 +68,6 @@ class Run:
         return {}
 
     def shapes_in_files(self, *, optimizer: bool) -> dict[str, Shape]:
-        return self.trained_shapes()
-
-    def trained_shapes(self) -> dict[str, Shape]:
         return {name: tuple(tensor.shape) for name, tensor in self.state.items()}
 
     def state_record(self) -> dict[str, Any]:

@@ -224,7 +224,7 @@ def train_to_the_end(job: Job, run: TrainRun, callbacks: list[Callback]) -> int:
                 callback.finish_interrupted_save(run)
         return EXIT_OK
     if write := installed(STRATEGY_WRITERS).get("own"):
-        write(job, run.layout, run.mappings_of)
+        write(job, run.layout, run.mappings_of, run.optimizer.state_names)
     job.log(
         f"training: steps {run.state.global_step + 1} to {run.total_steps}, "
         f"{run.steps_per_epoch} an epoch, {run.loader.global_batch} samples a step, "

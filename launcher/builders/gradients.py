@@ -19,7 +19,7 @@ from models.plan import EMBEDDING, is_partial
 def gradients_of(job: Job, built: BuiltModel) -> Gradients:
     """What is to be done with gradients after the backward pass of this rank."""
     named, layout, rank = built.parts.named_parameters(), built.layout, job.world.rank
-    trained = {name: p for name, p in named.items() if p.requires_grad}
+    trained = {name: p for name, p in named.items() if name in built.trained}
     decoder = job.spec.decoder
     tied_whole = (
         decoder is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
 
@@ -32,6 +33,7 @@ from launcher.train.loss import token_loss_sum
 from models.build import blocks, build_model, materialize, parameter_count
 from models.decoder import Decoder
 from models.stage import keep_stage
+from models.trained import TrainedParameter, trained_parameters
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,8 @@ class BuiltModel:
 
     parts: Parts
     layout: Layout
+    trained: Mapping[str, TrainedParameter]
+    """The parameters that are trained, of the full model."""
     compute: Compute
     batch_sharder: BatchSharder
 
@@ -95,7 +99,9 @@ def build_parallel(job: Job, *, training: bool) -> BuiltModel:
         else lru_cache(partial(_token_indices, context, job.world.device)),
         counts=at["tp"] == 0 and at["pp"] == 0,
     )
-    return BuiltModel(parts, layout, _compute(job, parts, modules), batch_sharder)
+    return BuiltModel(
+        parts, layout, trained_parameters(whole), _compute(job, parts, modules), batch_sharder
+    )
 
 
 def _layout_text(job: Job) -> str:

@@ -24,7 +24,6 @@ from launcher.checkpoint.resume import Chosen, choose
 from launcher.config.schema import Config
 from launcher.errors import UserError
 from launcher.extensions import INFERRED_STATES, required
-from launcher.train.optimizer import equalise_moments, set_step
 from launcher.train.run import TrainRun
 from launcher.train.state import TrainState, from_json
 from launcher.weights.source import OPTIMIZER_PREFIXES
@@ -105,7 +104,7 @@ def restore(
     _restore_tensors(job, run, chosen, copies=copies)
     if not _has_same_steps(run, saved):
         state = state.with_global_batch(run.loader.global_batch)
-    set_step(run.optimizer, state.updates)
+    run.optimizer.set_updates(state.updates)
     return state
 
 
@@ -156,14 +155,8 @@ def _with_loss_scale(run: TrainRun, saved: Mapping[str, Any], state: TrainState)
 
 def _restore_tensors(job: Job, run: TrainRun, chosen: Chosen, *, copies: bool) -> None:
     check_layout(job, chosen.source)
-    if not any(name.startswith(OPTIMIZER_PREFIXES) for name in chosen.source.tensors):
-        raise UserError(
-            f"{chosen.files[0].name} holds weights without optimizer state",
-            where=str(chosen.root),
-            rule="a resumed run needs both"
-            + ("; it was saved with save_optimizer: False" if chosen.state else ""),
-            advice="Use run_mode finetune to start from its weights",
-        )
+    _check_optimizer_state(job, run, chosen)
+    run.optimizer.allocate_state(run.parts.named_parameters())
     targets = {**run.weights(), **run.optimizer_state()}
     check_cuts(job, chosen.source, targets)
     if copies:
@@ -171,11 +164,36 @@ def _restore_tensors(job: Job, run: TrainRun, chosen: Chosen, *, copies: bool) -
     load_job(
         job, targets, run.layout, run.mappings_of, chosen.source,
         tied=tied_names(run.parts.modules[-1]),
-        ignore_prefixes=(),
+        ignore_prefixes=OPTIMIZER_PREFIXES,  # what an optimizer does not use may be there
         expected=run.shapes_in_files(optimizer=True),
     )  # fmt: skip
     sync_tied_weights(run.parts)
-    equalise_moments(run.parts.copies(), run.optimizer)
+    run.optimizer.copy_state(run.parts.copies())
+
+
+def _check_optimizer_state(job: Job, run: TrainRun, chosen: Chosen) -> None:
+    """Check that the checkpoint holds what the optimizer of this run keeps. Raises `UserError`."""
+    needed = {prefix + name for name, prefixes in run.state_names().items() for prefix in prefixes}
+    missing = sorted(needed - chosen.source.tensors.keys())
+    if not missing:
+        return
+    now, before = job.config.optimizer.type, chosen.state.get("optimizer")
+    if not any(name.startswith(OPTIMIZER_PREFIXES) for name in chosen.source.tensors):
+        reason = "; it was saved with save_optimizer: False, or by an optimizer that keeps none"
+        raise UserError(
+            f"{chosen.files[0].name} holds weights without optimizer state",
+            where=str(chosen.root),
+            rule="a resumed run needs both" + (reason if chosen.state else ""),
+            advice="Use run_mode finetune to start from its weights",
+        )
+    if before not in (None, now):
+        raise UserError(
+            f"{chosen.label} was saved with optimizer.type {before}: it has no `{missing[0]}`",
+            where=job.provenance.nearest("optimizer.type"),
+            rule=f"a run resumed with {now} needs the state of {now}",
+            nearest=f"Nearest: optimizer.type: {before}",
+            advice="Use run_mode finetune to start from its weights with another optimizer",
+        )
 
 
 def _data_position(

@@ -20,6 +20,7 @@ from launcher.config.schema import Config
 from launcher.data.loader import Loader
 from launcher.data.order import GlobalOrder
 from launcher.errors import UserError
+from launcher.parallel.matrices import matrix_exchange
 from launcher.train.health import limits_of
 from launcher.train.optimizer import build_optimizer
 from launcher.train.run import TrainRun
@@ -27,7 +28,7 @@ from launcher.train.scaling import loss_scaling
 from launcher.train.schedule import build_schedule, warmup_steps
 from launcher.train.state import TrainState
 from launcher.weights.source import Source
-from models.build import hf_directory_files, mappings_of, no_weight_decay
+from models.build import hf_directory_files, mappings_of
 from models.spec import ModelSpec
 from models.transformers_model import complete_config
 
@@ -69,6 +70,7 @@ def build_run(job: Job) -> TrainRun:
         )
     _warn_of_warmup(job, total, stop, per_epoch)
     built = build_parallel(job, training=True)
+    mappings = mappings_of(built.parts.modules[-1])
     wrapper = config.runner_wrapper
     scaling = loss_scaling(wrapper.scale_sense, job.compute_dtype)
     return TrainRun(
@@ -79,7 +81,14 @@ def build_run(job: Job) -> TrainRun:
         compute=built.compute,
         batch_sharder=built.batch_sharder,
         gradients=gradients_of(job, built),
-        optimizer=build_optimizer(built.parts.all_named(), config.optimizer, no_weight_decay),
+        optimizer=build_optimizer(
+            built.parts.all_named(),
+            built.trained,
+            config.optimizer,
+            lambda names: matrix_exchange(
+                names, built.layout, mappings, job.world.rank, job.world.device
+            ),
+        ),
         loader=loader,
         schedule=build_schedule(
             config.lr_schedule,
@@ -99,7 +108,7 @@ def build_run(job: Job) -> TrainRun:
         scaling=scaling,
         limits=limits_of(config),
         has_dropout=_has_dropout(job.spec),
-        mappings_of=mappings_of(built.parts.modules[-1]),
+        mappings_of=mappings,
         inputs=_inputs(config),
         state=TrainState(loss_scale=scaling.first if scaling is not None else 1.0),
         log=job.log,

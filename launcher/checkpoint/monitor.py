@@ -44,7 +44,6 @@ from launcher.weights.formats.rank_metadata import inventory_of
 from launcher.weights.offline.merge import MODEL_FOLDER
 from launcher.weights.ranks.redundancy import writers_of
 from launcher.weights.reading.shard import Shard
-from launcher.weights.source import OPTIMIZER_PREFIXES
 
 LAST_STEP_ONLY = CheckpointMonitorSection(save_checkpoint_steps=0)
 """For a run without CheckpointMonitor: the last step is saved, and nothing before it."""
@@ -169,18 +168,18 @@ class CheckpointMonitor:
             run.log(f"warning: {warning}")
 
     def _bytes_of_a_save(self, run: Savable) -> int:
-        """Of this rank, in all folders. The moments of a weight are as large as the weight."""
+        """Of this rank, in all folders. Each state of a weight is as large as the weight."""
         total, optimizer = 0, self.config.save_optimizer
-        weights, trained = run.weights(), run.trainable_weights()
+        weights, states = run.weights(), run.state_names()
         for folder in self._folders():
             if self.config.remove_redundancy:
                 held = self._without_copies(run, folder, weights)
             else:
                 held = weights
-            moved = {name: shard for name, shard in trained.items() if name in held}
-            total += nbytes_of(moved if folder == TRAINABLE else held)
+            trained = {name: shard for name, shard in held.items() if name in states}
+            total += nbytes_of(trained if folder == TRAINABLE else held)
             if folder == FULL and optimizer:
-                total += len(OPTIMIZER_PREFIXES) * nbytes_of(moved)
+                total += sum(len(states[n]) * nbytes_of({n: s}) for n, s in trained.items())
         if self.config.integrated_save and run.world.is_main:
             numbers = sum(map(math.prod, run.shapes_in_files(optimizer=False).values()))
             total += numbers * next(iter(weights.values())).tensor.element_size()
@@ -192,9 +191,8 @@ class CheckpointMonitor:
         return [folder for folder, is_wanted in wanted.items() if is_wanted]
 
     def _shapes(self, run: Savable, folder: str) -> Mapping[str, Shape]:
-        if folder == TRAINABLE:
-            return run.trained_shapes()
-        return run.shapes_in_files(optimizer=folder == FULL and self.config.save_optimizer)
+        shapes = run.shapes_in_files(optimizer=folder == FULL and self.config.save_optimizer)
+        return {n: shapes[n] for n in run.state_names()} if folder == TRAINABLE else shapes
 
     def _refuse_to_merge(self, filesystems: FilesystemGroups, folder: Path) -> None:
         if self.config.integrated_save and filesystems.are_several:
@@ -324,7 +322,8 @@ class CheckpointMonitor:
         contents = {FULL: {**weights, **optimizer}, NETWORK: weights}
         folders = self._folders()
         if TRAINABLE in folders:
-            contents[TRAINABLE] = run.trainable_weights()
+            trained = run.state_names()
+            contents[TRAINABLE] = {n: shard for n, shard in weights.items() if n in trained}
         contents = {folder: contents[folder] for folder in folders}
         if self.config.remove_redundancy:
             contents = {f: self._without_copies(run, f, held) for f, held in contents.items()}

@@ -63,6 +63,7 @@ RULES: tuple[Rule, ...] = (
     training.sinking,
     training.checkpoint_names,
     training.norm_checks,
+    training.optimizer_arguments,
     training.optimizer_numbers,
     training.schedule_arguments,
     training.schedule_numbers,

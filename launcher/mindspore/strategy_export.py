@@ -25,9 +25,11 @@ from launcher.mindspore.rank_weights import holds_foreign
 from launcher.mindspore.strategy import parse, serialize, strategy_file
 from launcher.mindspore.tensor_layout import TensorLayout, entry
 from launcher.report.aside import move_to_numbered_folder
+from launcher.train.optimizer import state_names
 from launcher.weights.source import OPTIMIZER_PREFIXES
 from launcher.weights.tensor_mapping import MappingsOf, TensorMapping, shapes_in_files
 from models.build import build_model, mappings_of
+from models.trained import trained_parameters
 
 PREFIX, SUFFIX = "ckpt_strategy_rank_", ".ckpt"
 
@@ -56,7 +58,8 @@ def write_all(job: Job) -> None:
         vocab_emb_dp=job.config.parallel_config.vocab_emb_dp,
     )  # fmt: skip
     ranks = range(layout.mesh.world_size) if job.world.size == 1 else (job.world.rank,)
-    files = _write(job, layout, mappings_of(model), ranks)
+    states = state_names(job.config.optimizer, trained_parameters(model))
+    files = _write(job, layout, mappings_of(model), states, ranks)
     stages = len(files.stages)
     whose = "" if job.world.size == 1 else ", one by each process"
     job.log(
@@ -65,7 +68,9 @@ def write_all(job: Job) -> None:
     )
 
 
-def write_own(job: Job, layout: Layout, mappings_of: MappingsOf) -> None:
+def write_own(
+    job: Job, layout: Layout, mappings_of: MappingsOf, state_names: Mapping[str, tuple[str, ...]]
+) -> None:
     """Write this rank's file, but over none that rank files of MindSpore are read with: those in
     the folder of this run's checkpoints. Raises `UserError`."""
     if job.world.from_main(_folder(job).is_dir() and holds_foreign(job.output_dir / "checkpoint")):
@@ -74,19 +79,30 @@ def write_own(job: Job, layout: Layout, mappings_of: MappingsOf) -> None:
             "this launcher did not write"
         )
         return
-    _write(job, layout, mappings_of, (job.world.rank,))
+    _write(job, layout, mappings_of, state_names, (job.world.rank,))
 
 
-def stage_files(layout: Layout, mappings_of: MappingsOf) -> StageFiles:
-    """What the files of every stage say, with the state of the optimizer. `links_of`: what the
-    tensors of the layout are in rank files."""
+def stage_files(
+    layout: Layout, mappings_of: MappingsOf, state_names: Mapping[str, tuple[str, ...]]
+) -> StageFiles:
+    """The content of the files of every stage, with the state of the optimizer.
+
+    `mappings_of`: what the tensors of the layout are in rank files. `state_names`: those that are
+    trained, by name in the model, to the prefixes of their optimizer state.
+    """
+    states = {
+        prefix + in_files
+        for name, prefixes in state_names.items()
+        for in_files in shapes_in_files({name: layout.shapes[name]}, mappings_of)
+        for prefix in prefixes
+    }
     stages, left_out, tensors = [], dict[str, None](), dict[str, None]()
     for stage in range(layout.mesh.pp):
         found = dict(_entries(layout, mappings_of, stage))
         tensors |= dict.fromkeys(found)
         left_out |= {name: None for name, made in found.items() if made is None}
         kept = {name: made for name, made in found.items() if made}
-        stages.append(_file(kept, stage, _stateless(layout, mappings_of)))
+        stages.append(_file(kept, stage, states))
     return StageFiles(tuple(stages), tuple(left_out), len(tensors))
 
 
@@ -122,26 +138,25 @@ def _of(
     return entry(mapping.shape, [(axis, kept.index(dim)) for axis, dim in placement.specs], mesh)
 
 
-def _stateless(layout: Layout, mappings_of: MappingsOf) -> set[str]:
-    """Names in rank files of the tensors that the optimizer has nothing for."""
-    buffers = {n: shape for n, shape in layout.shapes.items() if not layout.spec_of(n).sharded}
-    return set(shapes_in_files(buffers, mappings_of))
-
-
-def _file(entries: Mapping[str, TensorLayout], stage: int, buffers: Collection[str]) -> bytes:
-    data = strategy_file(entries, stage, prefixes=OPTIMIZER_PREFIXES)
-    stateless = {prefix + name for name in buffers for prefix in OPTIMIZER_PREFIXES}
-    if not stateless:
+def _file(entries: Mapping[str, TensorLayout], stage: int, states: Collection[str]) -> bytes:
+    """`states`: names of the optimizer state that there is."""
+    prefixes = [p for p in OPTIMIZER_PREFIXES if any(name.startswith(p) for name in states)]
+    data = strategy_file(entries, stage, prefixes=prefixes)
+    if all(prefix + name in states for name in entries for prefix in prefixes):
         return data
     content = parse(data, f"stage {stage}")
-    kept = tuple(item for item in content.layouts if item[0] not in stateless)
+    kept = tuple(item for item in content.layouts if item[0] in states or item[0] in entries)
     return serialize(replace(content, layouts=kept))
 
 
 def _write(
-    job: Job, layout: Layout, mappings_of: MappingsOf, ranks: range | tuple[int, ...]
+    job: Job,
+    layout: Layout,
+    mappings_of: MappingsOf,
+    state_names: Mapping[str, tuple[str, ...]],
+    ranks: range | tuple[int, ...],
 ) -> StageFiles:
-    files, folder = stage_files(layout, mappings_of), _folder(job)
+    files, folder = stage_files(layout, mappings_of, state_names), _folder(job)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for rank in ranks:

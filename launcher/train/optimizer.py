@@ -1,95 +1,219 @@
-"""The optimizer: AdamW, its parameter groups, its state by parameter name, and clipping.
+"""Optimizers: how each type is built, the state it keeps for a parameter, and its names in files.
 
-Owns what is kept for each parameter besides its value. In files the moments are `adam_m.<name>` and
-`adam_v.<name>`, the names MindFormers users filter by.
+Owns what is trained, and what a save holds beside the weights: saving, resuming, redundancy and
+strategy files ask `Optimizer.state_names`. To add an optimizer:
+
+    launcher/config/schema/training.py   its type and its keys
+    OPTIMIZERS, below                    how it is built, and its state
+    launcher/weights/source.py           the prefix of its state, if it is a new one
+    tests/parallel/test_optimizers.py    a row
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from launcher.config.schema import OptimizerSection
 from launcher.parallel.local import local, local_gradients
+from launcher.parallel.matrices import MatrixExchange
+from launcher.train.muon import Muon
+from models.trained import TrainedParameter
 
-MOMENTS = {"adam_m": "exp_avg", "adam_v": "exp_avg_sq"}
-"""Prefix in files to the key in torch's optimizer state."""
+Groups = list[dict[str, Any]]
+"""Parameter groups as torch takes them, with the names of their parameters."""
+MakeExchange = Callable[[Sequence[str]], MatrixExchange]
+"""From names of matrices to the way in which ranks put them together."""
+
+STATE_KEYS = {
+    "adam_m.": "exp_avg", "adam_v.": "exp_avg_sq",
+    "muon_m.": "momentum_buffer", "moments.": "momentum_buffer",
+}  # fmt: skip
+"""Prefix in files to the key in the state of torch's optimizer. `adam_m` and `adam_v` are the names
+MindFormers users filter by, `moments` is that of MindSpore's Momentum."""
+
+
+class Algorithm(NamedTuple):
+    """An update rule for some of the parameters."""
+
+    build: Callable[[Groups, OptimizerSection, MakeExchange], torch.optim.Optimizer]
+    state_names: Callable[[OptimizerSection], tuple[str, ...]]
+    """Prefixes of the tensors it keeps for each parameter, all of the parameter's shape."""
+
+
+def _adamw(groups: Groups, config: OptimizerSection, _: MakeExchange) -> torch.optim.Optimizer:
+    betas = (config.betas[0], config.betas[1])
+    return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=config.eps, fused=True)
+
+
+def _adam(groups: Groups, config: OptimizerSection, _: MakeExchange) -> torch.optim.Optimizer:
+    """Weight decay is added to the gradient (L2)."""
+    betas = (config.betas[0], config.betas[1])
+    return torch.optim.Adam(groups, lr=0.0, betas=betas, eps=config.eps, fused=True)
+
+
+def _sgd(groups: Groups, config: OptimizerSection, _: MakeExchange) -> torch.optim.Optimizer:
+    # Not fused: that kernel cannot start the momentum of a parameter after the first step.
+    return torch.optim.SGD(
+        groups, lr=0.0, momentum=config.momentum or 0.0, dampening=config.dampening,
+        nesterov=bool(config.nesterov), foreach=True,
+    )  # fmt: skip
+
+
+def _muon(groups: Groups, config: OptimizerSection, make: MakeExchange) -> torch.optim.Optimizer:
+    return Muon(
+        groups,
+        make([name for group in groups for name, _ in group["params"]]),
+        momentum=0.95 if config.momentum is None else config.momentum,
+        nesterov=config.nesterov is not False,
+        steps=config.ns_steps,
+        coefficients=config.ns_coefficients,
+        rms=config.matched_adamw_rms,
+    )
+
+
+def _adamw_beside_muon(
+    groups: Groups, config: OptimizerSection, _: MakeExchange
+) -> torch.optim.Optimizer:
+    betas = (config.adamw_betas[0], config.adamw_betas[1])
+    return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=config.adamw_eps, fused=True)
+
+
+def _two_moments(config: OptimizerSection) -> tuple[str, ...]:
+    return ("adam_m.", "adam_v.")
+
+
+ADAMW = Algorithm(_adamw, _two_moments)
+ADAM = Algorithm(_adam, _two_moments)
+SGD = Algorithm(_sgd, lambda config: ("moments.",) if config.momentum else ())
+MUON = Algorithm(_muon, lambda config: ("muon_m.",))
+ADAMW_BESIDE_MUON = Algorithm(_adamw_beside_muon, _two_moments)
+
+OPTIMIZERS: dict[str, Callable[[TrainedParameter], Algorithm]] = {
+    "AdamW": lambda parameter: ADAMW,
+    "Adam": lambda parameter: ADAM,
+    "SGD": lambda parameter: SGD,
+    "Muon": lambda parameter: MUON if parameter.is_matrix else ADAMW_BESIDE_MUON,
+}
+"""`optimizer.type` to the algorithm of each parameter."""
+
+
+def state_names(
+    config: OptimizerSection, trained: Mapping[str, TrainedParameter]
+) -> dict[str, tuple[str, ...]]:
+    """Every trained tensor of the full model to the prefixes of its state in files."""
+    algorithm_of = OPTIMIZERS[config.type]
+    return {name: algorithm_of(p).state_names(config) for name, p in trained.items()}
+
+
+class Optimizer:
+    """The optimizer of a run, on one rank."""
+
+    def __init__(
+        self, parts: Sequence[torch.optim.Optimizer], state_names: Mapping[str, tuple[str, ...]]
+    ) -> None:
+        self.parts = parts
+        """One for each algorithm."""
+        self.state_names = state_names
+        """Every tensor that is trained, on this rank or another, to the prefixes of its state."""
+        self._part_of = {parameter: part for part in parts for parameter in _parameters(part)}
+
+    def step(self, rate: float) -> None:
+        """Update the parameters with the learning rate `rate`."""
+        for part in self.parts:
+            for group in part.param_groups:
+                group["lr"] = rate
+            part.step()
+
+    def zero_grad(self) -> None:
+        """Free the gradients."""
+        for part in self.parts:
+            part.zero_grad(set_to_none=True)
+
+    def allocate_state(self, named: Mapping[str, nn.Parameter]) -> None:
+        """Make room for the state that a checkpoint will fill."""
+        for name, parameter in named.items():
+            for prefix in self.state_names.get(name, ()):
+                state, key = self._part_of[parameter].state[parameter], STATE_KEYS[prefix]
+                if state.get(key) is None:
+                    state[key] = _zeros(parameter)
+
+    def state(self, named: Mapping[str, nn.Parameter]) -> dict[str, dict[str, Tensor]]:
+        """Prefix to the state of the parameters `named`; zeros where no step has made any."""
+        result: dict[str, dict[str, Tensor]] = {}
+        for name, parameter in named.items():
+            for prefix in self.state_names.get(name, ()):
+                found = self._part_of[parameter].state.get(parameter, {}).get(STATE_KEYS[prefix])
+                tensor = _zeros(parameter) if found is None else found
+                result.setdefault(prefix, {})[name] = tensor
+        return result
+
+    def copy_state(self, copies: Iterable[tuple[nn.Parameter, nn.Parameter]]) -> None:
+        """Give each second parameter the state of the first."""
+        for first, second in copies:
+            state = self._part_of[first].state[first]
+            self._part_of[second].state[second] = {k: v.clone() for k, v in state.items()}
+
+    def set_updates(self, updates: int) -> None:
+        """How many updates the state has seen: for bias correction, and none to begin afresh."""
+        for part in self.parts:
+            if updates == 0:
+                part.state.clear()
+            elif isinstance(part, torch.optim.Adam):
+                for parameter in _parameters(part):
+                    part.state[parameter]["step"] = _counter(parameter, updates)
 
 
 def build_optimizer(
     named: Iterable[tuple[str, nn.Parameter]],
+    trained: Mapping[str, TrainedParameter],
     config: OptimizerSection,
-    no_decay: Callable[[str, int], bool],
-) -> torch.optim.AdamW:
-    """AdamW over the trainable ones of `named`; `no_decay(name, ndim)` are not decayed.
+    make_exchange: MakeExchange,
+) -> Optimizer:
+    """The configured optimizer over those of `named` that are `trained`.
 
-    One group for each decay and device mesh: the kernel takes the tensors of a group together.
+    One group for each weight decay and device mesh: kernels take the tensors of a group together.
     """
-    groups: dict[tuple[bool, Any], list[nn.Parameter]] = {}
+    groups: dict[Algorithm, dict[tuple[bool, Any], list[tuple[str, nn.Parameter]]]] = {}
     for name, parameter in named:
-        if parameter.requires_grad:
+        if name in trained:
             mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
-            groups.setdefault((no_decay(name, parameter.ndim), mesh), []).append(parameter)
-    return torch.optim.AdamW(
-        [
-            {"params": parameters, "weight_decay": 0.0 if exempt else config.weight_decay}
-            for (exempt, _), parameters in sorted(groups.items(), key=lambda item: item[0][0])
-        ],
-        lr=0.0,
-        betas=(config.betas[0], config.betas[1]),
-        eps=config.eps,
-        fused=True,
-    )
+            mine = groups.setdefault(OPTIMIZERS[config.type](trained[name]), {})
+            mine.setdefault((trained[name].decays, mesh), []).append((name, parameter))
+    parts = [
+        algorithm.build(_decayed_first(mine, config.weight_decay), config, make_exchange)
+        for algorithm, mine in groups.items()
+    ]
+    return Optimizer(parts, state_names(config, trained))
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Use `rate` for the next step, in every group."""
-    for group in optimizer.param_groups:
-        group["lr"] = rate
+def _decayed_first(
+    groups: Mapping[tuple[bool, Any], list[tuple[str, nn.Parameter]]], weight_decay: float
+) -> Groups:
+    return [
+        {"params": parameters, "weight_decay": weight_decay if decays else 0.0}
+        for (decays, _), parameters in sorted(groups.items(), key=lambda item: not item[0][0])
+    ]
 
 
-def moments(
-    named: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
-) -> dict[str, torch.Tensor]:
-    """Both moments of every trainable parameter, by file name; zeros before the first step."""
-    result: dict[str, torch.Tensor] = {}
-    for name, parameter in named.items():
-        if parameter.requires_grad:
-            state = optimizer.state[parameter]
-            if not state:
-                state["step"] = _counter(parameter, 0)
-                for key in MOMENTS.values():
-                    state[key] = torch.zeros_like(parameter, requires_grad=False)
-            result |= {f"{prefix}.{name}": state[key] for prefix, key in MOMENTS.items()}
-    return result
+def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
-def equalise_moments(
-    copies: Iterable[tuple[nn.Parameter, nn.Parameter]], optimizer: torch.optim.Optimizer
-) -> None:
-    """Give each second parameter the state of the first."""
-    for first, second in copies:
-        state = optimizer.state[first]
-        optimizer.state[second] = {key: value.clone() for key, value in state.items()}
+def _zeros(parameter: nn.Parameter) -> Tensor:
+    return torch.zeros_like(parameter, requires_grad=False)
 
 
-def set_step(optimizer: torch.optim.Optimizer, step: int) -> None:
-    """Tell the optimizer how many steps its moments have seen (bias correction)."""
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            optimizer.state[parameter]["step"] = _counter(parameter, step)
-
-
-def _counter(parameter: nn.Parameter, step: int) -> torch.Tensor:
+def _counter(parameter: nn.Parameter, step: int) -> Tensor:
     """The fused kernel wants its step counter in float32, beside the weights."""
     return torch.tensor(float(step), device=local(parameter).device)
 
 
-def clip_gradients(parameters: Iterable[nn.Parameter], norm: torch.Tensor, max_norm: float) -> None:
+def clip_gradients(parameters: Iterable[nn.Parameter], norm: Tensor, max_norm: float) -> None:
     """Scale all gradients in place so that their global norm is at most `max_norm`."""
     gradients = local_gradients(parameters)
     if not gradients:

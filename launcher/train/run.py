@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -24,13 +24,12 @@ from launcher.parallel.parts import Parts
 from launcher.parallel.world import World
 from launcher.train.compute import BatchSharder, Compute
 from launcher.train.interrupts import Interrupts
-from launcher.train.optimizer import MOMENTS, moments
+from launcher.train.optimizer import Optimizer
 from launcher.train.scaling import LossScaling
 from launcher.train.state import TrainState, epoch_and_step, to_json
 from launcher.train.step import Limits
 from launcher.weights.ranks.redundancy import file_replicas
 from launcher.weights.reading.shard import Shard
-from launcher.weights.source import OPTIMIZER_PREFIXES
 from launcher.weights.tensor_mapping import MappingsOf, mapped, no_mapping, shapes_in_files
 
 
@@ -45,7 +44,7 @@ class TrainRun:
     compute: Compute
     batch_sharder: BatchSharder
     gradients: Gradients
-    optimizer: torch.optim.Optimizer
+    optimizer: Optimizer
     loader: Loader
     schedule: Callable[[int], float]
     """Learning rate of the optimizer step with this index (from 0)."""
@@ -100,8 +99,9 @@ class TrainRun:
 
     @cached_property
     def parameters(self) -> list[nn.Parameter]:
-        """Trainable parameters."""
-        return [parameter for parameter in self.parts.parameters() if parameter.requires_grad]
+        """Trained parameters on this rank."""
+        trained = self.optimizer.state_names
+        return [parameter for name, parameter in self.parts.all_named() if name in trained]
 
     @property
     def global_step(self) -> int:
@@ -118,49 +118,40 @@ class TrainRun:
 
     def weights(self) -> dict[str, Shard]:
         """This rank's shards of the weights, by Hugging Face name."""
-        held = shards(self.parts.named_tensors(), self.layout, self.world.rank)
-        return mapped(held, self.mappings_of)
+        return self._in_files(self.parts.named_tensors())
 
     def shapes_in_files(self, *, optimizer: bool) -> dict[str, Shape]:
-        """Every tensor of the whole model as files have it, to its shape; with the moments of those
-        that are trained if `optimizer`."""
+        """Every tensor of the full model in files, to its shape; with the state of the optimizer if
+        `optimizer`."""
         result = shapes_in_files(self.layout.shapes, self.mappings_of)
         if optimizer:
-            moved = self.trained_shapes()
-            for prefix in OPTIMIZER_PREFIXES:
-                result |= {prefix + name: shape for name, shape in moved.items()}
+            for name, prefixes in self.state_names().items():
+                result |= {prefix + name: result[name] for prefix in prefixes}
         return result
 
-    def trainable_weights(self) -> dict[str, Shard]:
-        """This rank's shards of the weights that are trained, by Hugging Face name."""
-        trained = {
-            name: parameter
-            for name, parameter in self.parts.named_parameters().items()
-            if parameter.requires_grad
-        }
-        return mapped(shards(trained, self.layout, self.world.rank), self.mappings_of)
-
-    def trained_shapes(self) -> dict[str, Shape]:
-        """Every tensor that is trained, of the whole model, as files have it, to its shape."""
+    def state_names(self) -> dict[str, tuple[str, ...]]:
+        """Every trained tensor of the full model in files, to the prefixes of its optimizer
+        state."""
         shapes = self.layout.shapes
-        trained = {
-            name: shape for name, shape in shapes.items() if self.layout.spec_of(name).sharded
+        return {
+            in_files: prefixes
+            for name, prefixes in self.optimizer.state_names.items()
+            for in_files in shapes_in_files({name: shapes[name]}, self.mappings_of)
         }
-        return shapes_in_files(trained, self.mappings_of)
 
     def replica_ranks(self) -> dict[str, Ranks]:
         """The ranks that hold the same as this one, of each tensor it saves, by file name."""
         return file_replicas(self.layout, self.world.rank, self.mappings_of)
 
     def optimizer_state(self) -> dict[str, Shard]:
-        """This rank's shards of the optimizer's moments, by file name."""
-        state = moments(self.parts.named_parameters(), self.optimizer)
-        result: dict[str, Shard] = {}
-        for prefix in MOMENTS:
-            mine = {
-                name.removeprefix(f"{prefix}."): tensor
-                for name, tensor in state.items() if name.startswith(f"{prefix}.")
-            }  # fmt: skip
-            held = mapped(shards(mine, self.layout, self.world.rank), self.mappings_of)
-            result |= {f"{prefix}.{name}": shard for name, shard in held.items()}
-        return result
+        """This rank's shards of the optimizer's state, by file name."""
+        state = self.optimizer.state(self.parts.named_parameters())
+        return {
+            prefix + name: shard
+            for prefix, tensors in state.items()
+            for name, shard in self._in_files(tensors).items()
+        }
+
+    def _in_files(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, Shard]:
+        """This rank's shards of tensors of the model, as those of tensors in files."""
+        return mapped(shards(tensors, self.layout, self.world.rank), self.mappings_of)

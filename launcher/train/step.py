@@ -14,7 +14,7 @@ import torch
 
 from launcher.data.loader import Batch, StepData
 from launcher.train.compute import MicroBatch
-from launcher.train.optimizer import clip_gradients, set_learning_rate
+from launcher.train.optimizer import clip_gradients
 from launcher.train.random import mix, sample_seeds
 from launcher.train.scaling import unscale_gradients
 
@@ -68,7 +68,7 @@ def train_step(run: TrainRun, data: StepData, learning_rate: float) -> torch.Ten
         grad_all_reduce[-1].sqrt_()
     if not (_overflowed(run, norm) or _is_skipped(run, grad_all_reduce)):
         _update(run, norm, learning_rate)
-    run.optimizer.zero_grad(set_to_none=True)
+    run.optimizer.zero_grad()
     return grad_all_reduce
 
 
@@ -93,9 +93,8 @@ def _update(run: TrainRun, norm: torch.Tensor, learning_rate: float) -> None:
     """Clip the gradients and let the optimizer use them."""
     if run.max_gradient_norm is not None:
         clip_gradients(run.parameters, norm, run.max_gradient_norm)
-    set_learning_rate(run.optimizer, learning_rate)
     run.is_consistent = False
-    run.optimizer.step()
+    run.optimizer.step(learning_rate)
     run.state.updates += 1
     run.is_consistent = True
 

@@ -151,21 +151,25 @@ class Outcome:
 
 
 def run_cases(
-    workshop: Workshop, cases: Sequence[Case], timeout: float = 240
+    workshop: Workshop, cases: Sequence[Case], timeout: float = 240, main: Any = None
 ) -> list[list[Outcome]]:
-    """The outcomes of every case, rank by rank; cases of one size share their processes."""
+    """The outcomes of every case, rank by rank; cases of one size share their processes.
+
+    `main`: what a rank runs instead of `run_on_rank`.
+    """
     found: dict[int, list[Outcome]] = {}
     for ranks in sorted({case.ranks for case in cases}):
         mine = [index for index, case in enumerate(cases) if case.ranks == ranks]
         results = run_ranks(
-            ranks, _ranks_main, str(workshop.folder), [cases[i] for i in mine], timeout=timeout
-        )
+            ranks, main or run_on_rank, str(workshop.folder), [cases[i] for i in mine],
+            timeout=timeout,
+        )  # fmt: skip
         for place, index in enumerate(mine):
             found[index] = [result[place] for result in results]
     return [found[index] for index in range(len(cases))]
 
 
-def _ranks_main(folder: str, cases: Sequence[Case]) -> list[Outcome]:
+def run_on_rank(folder: str, cases: Sequence[Case]) -> list[Outcome]:
     import traceback
 
     from launcher.parallel import world as worlds

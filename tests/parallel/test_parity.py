@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -116,11 +117,11 @@ def whole_matrix() -> Iterable[Case]:
 
 
 def outcomes_of(
-    workshop: Workshop, cases: list[Case], timeout: float
+    workshop: Workshop, cases: list[Case], timeout: float, main: Any = None
 ) -> dict[str, tuple[list[Outcome], Outcome]]:
     """Every case with its reference, by name; cases that are the same alone share it."""
     alone = {_key(case): case.alone() for case in cases}
-    found = run_cases(workshop, [*alone.values(), *cases], timeout)
+    found = run_cases(workshop, [*alone.values(), *cases], timeout, main)
     references = dict(zip(alone, (ranks[0] for ranks in found), strict=False))
     return {
         str(case): (ranks, references[_key(case)])

@@ -6,17 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from launcher.config.schema import OptimizerSection
 from launcher.errors import UserError
 from launcher.parallel.gradients import squared_norm
 from launcher.train.loss import token_loss_sum
-from launcher.train.optimizer import (
-    build_optimizer,
-    clip_gradients,
-    moments,
-    set_learning_rate,
-    set_step,
-)
+from launcher.train.optimizer import clip_gradients
 from launcher.train.random import mix, sample_seeds
 from launcher.train.state import TrainState, epoch_and_step, from_json, to_json
 
@@ -65,52 +58,6 @@ def test_small_gradients_are_not_scaled_up() -> None:
     before = [p.grad.clone() for p in model.parameters()]
     clip_gradients(model.parameters(), norm_of(model), 1e9)
     assert all(torch.equal(a, p.grad) for a, p in zip(before, model.parameters(), strict=True))
-
-
-def test_adamw_without_decay_on_biases_equals_torch() -> None:
-    model, reference = model_with_gradients(), model_with_gradients()
-    section = OptimizerSection(betas=[0.8, 0.9], eps=1e-6, weight_decay=0.5)
-    optimizer = build_optimizer(model.named_parameters(), section, lambda name, ndim: ndim <= 1)
-    decayed = [p for p in reference.parameters() if p.ndim > 1]
-    others = [p for p in reference.parameters() if p.ndim <= 1]
-    theirs = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": 0.5}, {"params": others, "weight_decay": 0.0}],
-        lr=0.1,
-        betas=(0.8, 0.9),
-        eps=1e-6,
-    )
-    for _ in range(3):
-        set_learning_rate(optimizer, 0.1)
-        optimizer.step()
-        theirs.step()
-    for a, b in zip(model.parameters(), reference.parameters(), strict=True):
-        assert torch.allclose(a, b, atol=1e-6)
-
-
-def test_moments_and_step_put_back_continue_the_optimizer_to_the_bit() -> None:
-    section = OptimizerSection()
-    first, second = model_with_gradients(), model_with_gradients()
-    one = build_optimizer(first.named_parameters(), section, lambda name, ndim: False)
-    set_learning_rate(one, 0.1)
-    one.step()
-    second.load_state_dict(first.state_dict())
-    two = build_optimizer(second.named_parameters(), section, lambda name, ndim: False)
-    saved = moments(dict(first.named_parameters()), one)
-    for name, tensor in moments(dict(second.named_parameters()), two).items():
-        tensor.copy_(saved[name])
-    set_step(two, 1)
-    set_learning_rate(two, 0.1)
-    one.step()
-    two.step()
-    for a, b in zip(first.parameters(), second.parameters(), strict=True):
-        assert torch.equal(a, b)
-
-
-def test_names_of_moments_are_those_users_filter_by() -> None:
-    model = nn.Linear(2, 2)
-    optimizer = build_optimizer(model.named_parameters(), OptimizerSection(), lambda *_: False)
-    names = moments(dict(model.named_parameters()), optimizer)
-    assert sorted(names) == ["adam_m.bias", "adam_m.weight", "adam_v.bias", "adam_v.weight"]
 
 
 def test_seeds_depend_on_every_number_and_on_their_order() -> None:

@@ -131,7 +131,7 @@ def _held(run: Any) -> dict[str, torch.Tensor]:
     """Copies of the weights, the moments and the optimizer's counters."""
     tensors = {f"weight {name}": shard.tensor for name, shard in run.weights().items()}
     tensors |= {f"moment {name}": shard.tensor for name, shard in run.optimizer_state().items()}
-    tensors |= {
-        f"counter {n}": run.optimizer.state[p]["step"] for n, p in enumerate(run.parameters)
-    }
+    (optimizer,) = run.optimizer.parts
+    counters = [optimizer.state.get(p, {}).get("step", torch.zeros(())) for p in run.parameters]
+    tensors |= {f"counter {n}": counter for n, counter in enumerate(counters)}
     return {name: tensor.detach().clone() for name, tensor in tensors.items()}

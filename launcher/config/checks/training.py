@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from launcher.config.checks.check import Check
@@ -12,11 +12,11 @@ from launcher.config.schema import (
     DYNAMIC_LOSS_SCALE,
     LARGEST_LOSS_SCALE,
     LOSS_SCALES,
+    OPTIMIZER_ARGUMENTS,
     SCHEDULE_ARGUMENTS,
     SCHEDULES_WITHOUT_WARMUP,
     WARMUP_ARGUMENTS,
     CheckpointMonitorSection,
-    LrScheduleSection,
 )
 from launcher.errors import did_you_mean
 from models.keys import DTYPES, PRECISIONS
@@ -102,14 +102,34 @@ def norm_checks(check: Check) -> Iterator[KeyProblem]:
 
 
 def optimizer_numbers(check: Check) -> Iterator[KeyProblem]:
-    """Two betas, each in [0, 1)."""
-    betas = check.config.optimizer.betas
-    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+    """Betas and momentum are in [0, 1), there are as many numbers as an algorithm takes, and
+    Nesterov momentum has what it needs."""
+    optimizer = check.config.optimizer
+    for name, usual in {"betas": [0.9, 0.999], "adamw_betas": [0.9, 0.95]}.items():
+        betas = getattr(optimizer, name)
+        if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+            rule = "must be two numbers in [0, 1)"
+            yield check.wrong(f"optimizer.{name}", rule, nearest=f"Nearest: {usual}")
+    if len(optimizer.ns_coefficients) != 3:
+        near = "Nearest: [3.4445, -4.775, 2.0315]"
+        yield check.wrong("optimizer.ns_coefficients", "must be three numbers", nearest=near)
+    if optimizer.momentum is not None and optimizer.momentum >= 1:
+        yield check.wrong("optimizer.momentum", "must be below 1", nearest="Nearest: 0.9")
+    damped = not optimizer.momentum or optimizer.dampening
+    if optimizer.type == "SGD" and optimizer.nesterov and damped:
         yield check.wrong(
-            "optimizer.betas",
-            "must be two numbers in [0, 1)",
-            nearest="Nearest: [0.9, 0.999]",
+            "optimizer.nesterov",
+            "Nesterov momentum needs a momentum above 0 and a dampening of 0",
+            nearest="Nearest: momentum: 0.9, dampening: 0",
+            also=("optimizer.momentum", "optimizer.dampening"),
         )
+
+
+def optimizer_arguments(check: Check) -> Iterator[KeyProblem]:
+    """Every argument written belongs to the optimizer's type."""
+    always = ("type", "weight_decay", "learning_rate")
+    taken = [*always, *OPTIMIZER_ARGUMENTS.get(check.config.optimizer.type, ())]
+    yield from _unsuited(check, "optimizer", taken, OPTIMIZER_ARGUMENTS)
 
 
 def schedule_arguments(check: Check) -> Iterator[KeyProblem]:
@@ -118,18 +138,26 @@ def schedule_arguments(check: Check) -> Iterator[KeyProblem]:
     taken = [*_ALWAYS_TAKEN, *SCHEDULE_ARGUMENTS.get(kind, ())]
     if kind in SCHEDULES_WITHOUT_WARMUP:
         taken = [name for name in taken if name not in WARMUP_ARGUMENTS]
-    for name in LrScheduleSection.__dataclass_fields__:
-        key = f"lr_schedule.{name}"
+    yield from _unsuited(check, "lr_schedule", taken, SCHEDULE_ARGUMENTS)
+
+
+def _unsuited(
+    check: Check, section: str, taken: Sequence[str], arguments: Mapping[str, Sequence[str]]
+) -> Iterator[KeyProblem]:
+    """The keys written in `section` that its type does not take. `arguments`: type to its own."""
+    kind = check.value(f"{section}.type")
+    for name in check.value(section).__dataclass_fields__:
+        key = f"{section}.{name}"
         value = check.value(key)
         if name in taken or not check.provenance.is_written(key) or value is None:
             continue
-        owners = [other for other, names in SCHEDULE_ARGUMENTS.items() if name in names]
+        owners = [other for other, names in arguments.items() if name in names]
         yield check.wrong(
             key,
             f"not an argument of {kind}",
             nearest=f"It belongs to {', '.join(owners)}" if owners else "",
             advice=f"{kind} takes {', '.join(taken[1:])}",
-            also=("lr_schedule.type",),
+            also=(f"{section}.type",),
         )
 
 

@@ -43,22 +43,54 @@ class OptimizerSection:
 
     type: str = effective(
         "AdamW",
-        choices=("AdamW",),
+        choices=("AdamW", "Adam", "SGD", "Muon"),
         planned=(
-            *("Adam", "FusedAdamW", "PmaAdamW", "FusedPmaAdamW", "Muon", "Came"),
+            *("FusedAdamW", "PmaAdamW", "FusedPmaAdamW", "Came"),
             *("FP32StateAdamWeightDecay", "FusedCastAdamWeightDecay", "AdamWeightDecay"),
-            *("SGD", "Momentum", "Lamb", "Adafactor", "AdaFactor"),
+            *("Momentum", "Lamb", "Adafactor", "AdaFactor"),
         ),
     )
-    """The algorithm."""
+    """The algorithm. Muon updates the weight matrices of the layers, with AdamW for embeddings, the
+    output head, norms and biases."""
     betas: list[float] = effective([0.9, 0.999])
-    """Decay of the two running averages, each in [0, 1)."""
+    """AdamW, Adam: decay of the two running averages, each in [0, 1)."""
     eps: float = effective(1e-8, above=0)
-    """Added to the denominator."""
+    """AdamW, Adam: added to the denominator."""
     weight_decay: float = effective(0.0, minimum=0)
-    """Decoupled weight decay; never applied to biases and norm weights."""
+    """Weight decay, never applied to biases and norm weights: decoupled in AdamW and Muon, added to
+    the gradient in Adam and SGD."""
+    momentum: float | None = effective(None, minimum=0)
+    """SGD, Muon: decay of the running average of gradients. Left out: 0 for SGD, 0.95 for Muon."""
+    dampening: float = effective(0.0, minimum=0, maximum=1)
+    """SGD: how much less than 1 a gradient weighs in the momentum."""
+    nesterov: bool | None = effective(None)
+    """SGD, Muon: Nesterov momentum. Left out: False for SGD, True for Muon."""
+    ns_steps: int = effective(5, minimum=1, maximum=99)
+    """Muon: Newton-Schulz iterations that orthogonalise a matrix."""
+    ns_coefficients: list[float] = effective([3.4445, -4.775, 2.0315])
+    """Muon: the three coefficients of an iteration."""
+    matched_adamw_rms: float = effective(0.2, above=0)
+    """Muon: root mean square of an update before the learning rate; 0.2 is about that of AdamW."""
+    adamw_betas: list[float] = effective([0.9, 0.95])
+    """Muon: `betas` of the AdamW beside it."""
+    adamw_eps: float = effective(1e-8, above=0)
+    """Muon: `eps` of the AdamW beside it."""
+    use_fused_adamw: bool = no_effect(False, "AdamW is always fused")
+    """Muon: a fused AdamW beside it."""
     learning_rate: float | None = effective(None, above=0)
     """Learning rate when lr_schedule gives none."""
+
+
+OPTIMIZER_ARGUMENTS: dict[str, tuple[str, ...]] = {
+    "AdamW": ("betas", "eps"),
+    "Adam": ("betas", "eps"),
+    "SGD": ("momentum", "dampening", "nesterov"),
+    "Muon": (
+        *("momentum", "nesterov", "ns_steps", "ns_coefficients", "matched_adamw_rms"),
+        *("adamw_betas", "adamw_eps", "use_fused_adamw"),
+    ),
+}
+"""The arguments each optimizer takes beside `type`, `weight_decay` and `learning_rate`."""
 
 
 SCHEDULE_ARGUMENTS: dict[str, tuple[str, ...]] = {

@@ -1,0 +1,244 @@
+r"""Matrices that are cut over ranks: each is put together on one rank, and handed back in parts.
+
+    rank 0  rows 0-1 --\                        /--> rank 0  rows 0-1
+                        owner: f(all the rows)
+    rank 1  rows 2-3 --/                        \--> rank 1  rows 2-3
+
+Owns which rank works on which matrix, and the exchange. All that follows from the layout, so that
+every rank comes to the same plan without asking. Work is spread over all ranks that hold a part of
+a matrix, those with equal parts too; from rank to rank there is one message a round.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from launcher.layout.box import Box, Shape, whole
+from launcher.layout.layout import Layout
+from launcher.layout.replicas import Ranks, writer_ranks
+from launcher.weights.tensor_mapping import MappingsOf
+
+ROUND_ELEMENTS = 64 << 20
+"""Elements of the matrices that one rank holds at a time, if one matrix is not larger."""
+
+
+class HeldPart(NamedTuple):
+    """What this rank holds of one matrix."""
+
+    name: str
+    """Of the tensor that the matrix is in."""
+    inside: tuple[slice, ...]
+    """Its place in the local part of that tensor."""
+    matrix_shape: Shape
+    """(rows, columns) of the full matrix."""
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """One matrix of a tensor, and who holds and computes what of it."""
+
+    name: str
+    box: Box
+    """In the global tensor; all dims but the last two have size 1."""
+    parts: tuple[tuple[Box, Ranks], ...]
+    """The parts it is cut into, each with the ranks that hold it, ascending."""
+    owner: int
+    """The rank that puts it together."""
+
+    @property
+    def shape(self) -> Shape:
+        """Rows and columns."""
+        return self.box.size[-2:]
+
+    def sender(self, ranks: Ranks) -> int:
+        """Which of `ranks`, who hold the same part, sends it to the owner: the owner itself, else
+        the one at the owner's place among those who hold its part."""
+        if self.owner in ranks:
+            return self.owner
+        place = next(held.index(self.owner) for _, held in self.parts if self.owner in held)
+        return ranks[place % len(ranks)]
+
+
+@dataclass(frozen=True)
+class MatrixExchange:
+    """The matrices of some tensors, as one rank sees them."""
+
+    rank: int
+    device: torch.device
+    """Where matrices are put together, and what messages are sent from."""
+    boxes: Mapping[str, Box]
+    """What this rank holds of each tensor."""
+    rounds: Sequence[Sequence[Matrix]]
+
+    def apply(
+        self, held: Mapping[str, Tensor], function: Callable[[Tensor], Tensor]
+    ) -> Iterator[tuple[HeldPart, Tensor]]:
+        """Each local part of `function(matrix)`, for every matrix of the tensors `held`.
+
+        `held`: the local part of each tensor, all of one dtype. `function` keeps dtype and shape.
+        Called by all ranks together.
+        """
+        for matrices in self.rounds:
+            full = self._gather(matrices, held)
+            results = {number: function(matrix) for number, matrix in full.items()}
+            yield from self._scatter(matrices, results, next(iter(held.values())).dtype)
+
+    def _gather(self, matrices: Sequence[Matrix], held: Mapping[str, Tensor]) -> dict[int, Tensor]:
+        """The full matrices that this rank owns, by their number in the round."""
+        sends, receives = defaultdict[int, list[Tensor]](list), defaultdict[int, list[Tensor]](list)
+        full: dict[int, Tensor] = {}
+        for number, matrix in enumerate(matrices):
+            dtype = held[matrix.name].dtype
+            if matrix.owner == self.rank:
+                full[number] = torch.empty(matrix.shape, dtype=dtype, device=self.device)
+            for box, ranks in matrix.parts:
+                sender = matrix.sender(ranks)
+                part = held[matrix.name][self._inside(matrix, box)] if sender == self.rank else None
+                if matrix.owner == self.rank:
+                    target = full[number][_slices(box.inside(matrix.box))[-2:]]
+                    if part is None:
+                        receives[sender].append(target)
+                    else:
+                        target.copy_(part.view(target.shape))
+                elif part is not None:
+                    sends[matrix.owner].append(part.to(self.device))
+        _exchange(sends, receives)
+        return full
+
+    def _scatter(
+        self, matrices: Sequence[Matrix], results: Mapping[int, Tensor], dtype: torch.dtype
+    ) -> Iterator[tuple[HeldPart, Tensor]]:
+        sends, receives = defaultdict[int, list[Tensor]](list), defaultdict[int, list[Tensor]](list)
+        mine: list[tuple[HeldPart, Tensor]] = []
+        for number, matrix in enumerate(matrices):
+            for box, ranks in matrix.parts:
+                if matrix.owner == self.rank:
+                    part = results[number][_slices(box.inside(matrix.box))[-2:]].reshape(box.size)
+                    for rank in ranks:
+                        if rank != self.rank:
+                            sends[rank].append(part)
+                elif self.rank in ranks:
+                    part = torch.empty(box.size, dtype=dtype, device=self.device)
+                    receives[matrix.owner].append(part)
+                if self.rank in ranks:
+                    place = HeldPart(matrix.name, self._inside(matrix, box), matrix.shape)
+                    mine.append((place, part))
+        _exchange(sends, receives)
+        yield from mine
+
+    def _inside(self, matrix: Matrix, box: Box) -> tuple[slice, ...]:
+        """Where `box` is in what this rank holds."""
+        return _slices(box.inside(self.boxes[matrix.name]))
+
+
+def matrix_exchange(
+    names: Sequence[str], layout: Layout, mappings_of: MappingsOf, rank: int, device: torch.device
+) -> MatrixExchange:
+    """The exchange of the matrices in the tensors `names`, which `rank` holds parts of.
+
+    A tensor of the files is one matrix, or a stack of them.
+    """
+    placements, holders = layout.of(rank), _Holders(layout)
+    found: dict[str, Matrix] = {}
+    for name in names:
+        mine = placements[name].boxes[0]
+        for number, box in enumerate(_matrices(name, layout.shapes[name], mappings_of)):
+            if mine.intersect(box) is not None:
+                found[f"{name}#{number}"] = Matrix(name, box, holders.parts(name, box), -1)
+    sets = {key: _ranks_of(matrix.parts) for key, matrix in found.items()}
+    costs = {key: math.prod(m.shape) * min(m.shape) for key, m in found.items()}
+    owners = writer_ranks(costs, sets)
+    by_set: dict[Ranks, list[Matrix]] = {}
+    for key in sorted(found):
+        owned = found[key]
+        matrix = Matrix(owned.name, owned.box, owned.parts, owners[key])
+        by_set.setdefault(sets[key], []).append(matrix)
+    rounds = [chunk for ranks in sorted(by_set) for chunk in _rounds(by_set[ranks])]
+    return MatrixExchange(rank, device, {name: placements[name].boxes[0] for name in names}, rounds)
+
+
+def _matrices(name: str, shape: Shape, mappings_of: MappingsOf) -> Iterator[Box]:
+    """The boxes of the matrices in a tensor of the model."""
+    mappings = mappings_of(name, shape)
+    for box in [whole(shape)] if mappings is None else [mapping.box for mapping in mappings]:
+        rows_and_columns = math.prod(box.size[-2:])
+        yield from box.portions(rows_and_columns)
+
+
+class _Holders:
+    """Which ranks hold which box of a tensor; tensors that are cut alike share the answer."""
+
+    def __init__(self, layout: Layout) -> None:
+        self._layout = layout
+        self._boxes: dict[object, dict[Box, Ranks]] = {}
+        self._parts: dict[object, tuple[tuple[Box, Ranks], ...]] = {}
+
+    def parts(self, name: str, matrix: Box) -> tuple[tuple[Box, Ranks], ...]:
+        """The parts of `matrix`, a box of tensor `name`."""
+        cut = (self._layout.shapes[name], self._layout.spec_of(name))
+        if cut not in self._boxes:
+            self._boxes[cut] = self._holders(name)
+        if (cut, matrix) not in self._parts:
+            self._parts[cut, matrix] = tuple(
+                (common, ranks) for box, ranks in self._boxes[cut].items()
+                if (common := box.intersect(matrix)) is not None
+            )  # fmt: skip
+        return self._parts[cut, matrix]
+
+    def _holders(self, name: str) -> dict[Box, Ranks]:
+        found: dict[Box, list[int]] = {}
+        for rank in range(self._layout.mesh.world_size):
+            placement = self._layout.of(rank).get(name)
+            if placement is not None and placement.boxes[0].numel:
+                found.setdefault(placement.boxes[0], []).append(rank)
+        return {box: tuple(ranks) for box, ranks in found.items()}
+
+
+def _ranks_of(parts: Sequence[tuple[Box, Ranks]]) -> Ranks:
+    return tuple(sorted({rank for _, ranks in parts for rank in ranks}))
+
+
+def _rounds(matrices: Sequence[Matrix]) -> Iterator[list[Matrix]]:
+    """Matrices with the same holders, so many at a time that no owner holds too much at once."""
+    taken: list[Matrix] = []
+    loads = defaultdict[int, int](int)
+    for matrix in matrices:
+        size = math.prod(matrix.shape)
+        if loads[matrix.owner] and loads[matrix.owner] + size > ROUND_ELEMENTS:
+            yield taken
+            taken, loads = [], defaultdict(int)
+        taken.append(matrix)
+        loads[matrix.owner] += size
+    if taken:
+        yield taken
+
+
+def _exchange(
+    sends: Mapping[int, Sequence[Tensor]], receives: Mapping[int, Sequence[Tensor]]
+) -> None:
+    """Send tensors to ranks, and fill those of `receives` with what these ranks send."""
+    outgoing = {rank: torch.cat([t.reshape(-1) for t in parts]) for rank, parts in sends.items()}
+    incoming = {
+        rank: parts[0].new_empty(sum(part.numel() for part in parts))
+        for rank, parts in receives.items()
+    }
+    operations = [dist.P2POp(dist.isend, buffer, rank) for rank, buffer in outgoing.items()]
+    operations += [dist.P2POp(dist.irecv, buffer, rank) for rank, buffer in incoming.items()]
+    for work in dist.batch_isend_irecv(operations) if operations else ():
+        work.wait()
+    for rank, parts in receives.items():
+        pieces = incoming[rank].split([part.numel() for part in parts])
+        for part, piece in zip(parts, pieces, strict=True):
+            part.copy_(piece.view(part.shape))
+
+
+def _slices(box: Box) -> tuple[slice, ...]:
+    return tuple(slice(o, o + n) for o, n in zip(box.offset, box.size, strict=True))
