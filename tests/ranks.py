@@ -21,20 +21,11 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-PRELOAD = [
-    "torch", "torch._dynamo", "torch.distributed.fsdp", "torch.distributed.tensor", "numpy",
-    "transformers", "transformers.models.auto", "transformers.generation.logits_process",
-    "matplotlib.figure", "matplotlib.backends.backend_agg",
-    "hydra.core.override_parser.overrides_parser",
-    "launcher.config.printing", "launcher.config.resolve", "launcher.config.rules",
-    "launcher.modes", "launcher.cli", "launcher.tools.unified_safetensors",
-]  # fmt: skip
-
 
 def _context() -> Any:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
+    context.set_forkserver_preload(["tests.warm"])
     return context
 
 
