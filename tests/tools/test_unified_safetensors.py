@@ -209,7 +209,9 @@ def test_strategy_files_are_not_needed_for_ours(ranks: Path, capsys) -> None:
     (ranks.parent / "strategy").mkdir()
     strategy = str(ranks.parent / "strategy")
     assert merge(ranks, "--src_strategy_dirs", strategy) == 0
-    assert f"{strategy}: not needed, the rank files describe their layout" in capsys.readouterr().out
+    assert (
+        f"{strategy}: not needed, the rank files describe their layout" in capsys.readouterr().out
+    )
     assert merge(ranks, "--overwrite", "--src_strategy_dirs", f"{strategy}s") == 2
     said = capsys.readouterr().err
     assert f"{strategy}s: there is no such path" in said
