@@ -75,3 +75,7 @@ def _ignore_current_directory() -> None:
     here = Path.cwd()
     if here != own:
         sys.path[:] = [entry for entry in sys.path if Path(entry or os.curdir).resolve() != here]
+
+
+if __name__ == "__main__":
+    entry()

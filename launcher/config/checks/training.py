@@ -144,12 +144,12 @@ def schedule_arguments(check: Check) -> Iterator[KeyProblem]:
 def _unsuited(
     check: Check, section: str, taken: Sequence[str], arguments: Mapping[str, Sequence[str]]
 ) -> Iterator[KeyProblem]:
-    """The keys written in `section` that its type does not take. `arguments`: type to its own."""
-    kind = check.value(f"{section}.type")
-    for name in check.value(section).__dataclass_fields__:
+    """The keys written in `section` that its type does not take, unless they have the default value,
+    as in a configuration that was printed. `arguments`: type to its own."""
+    kind, defaults = check.value(f"{section}.type"), type(check.value(section))()
+    for name in defaults.__dataclass_fields__:
         key = f"{section}.{name}"
-        value = check.value(key)
-        if name in taken or not check.provenance.is_written(key) or value is None:
+        if name in taken or check.value(key) in (None, getattr(defaults, name)):
             continue
         owners = [other for other, names in arguments.items() if name in names]
         yield check.wrong(
