@@ -186,7 +186,7 @@ def balanced_spec(family: str, **model_config: Any) -> Any:
     return experts_spec(family, output_router_logits=True, num_layers=1, **model_config)
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "gpt_oss"])
 def test_balance_loss_equals_transformers_for_one_row_and_one_layer(family: str) -> None:
     """Its gradient is added to that of the logits, with the scale that was given."""
     given = {"mlp_only_layers": []} if family == "qwen3_moe" else {}
