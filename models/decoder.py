@@ -86,7 +86,7 @@ class DecoderLayer(nn.Module):
         return states + self._dropped(transformed, context, MLP_OUTPUT)
 
     def regions(self) -> tuple[nn.Module, nn.Module]:
-        """What tensor parallelism cuts; `models.spec.Rule` says what a region is."""
+        """What tensor parallelism cuts; `models.spec.Rule` defines a region."""
         return self.self_attn, getattr(self, self.block_name)
 
     def _dropped(self, states: Tensor, context: StepContext, site: int) -> Tensor:

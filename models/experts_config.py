@@ -1,4 +1,4 @@
-"""Checks of what config.json says about experts, and about sizes that a family has alone.
+"""Checks of the keys of config.json about experts, and of sizes that one family alone has.
 
 Owns the ranges of those keys, and how the choice of experts fits their number. No torch.
 """

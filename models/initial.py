@@ -41,8 +41,8 @@ def initialize_shard(
     """Values [box_size] in float32 of one box of one parameter, on the CPU.
 
     Biases are zeros, norm weights ones (zeros where the family counts from one), everything else,
-    and what its family says is drawn, normal(0, initializer_range). A stacked expert parameter is
-    the stack of its experts, each of which may also be asked for by its name on disk.
+    and what the rules of its family draw, normal(0, initializer_range). A stacked expert parameter
+    is the stack of its experts, each of which may also be requested by its name on disk.
     """
     parameters = spec.decoder.parameters if spec.decoder is not None else {}
     rule = parameters.get(kind_of(name))

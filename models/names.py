@@ -1,8 +1,8 @@
 """Names of tensors, in memory and on disk.
 
-Owns the one difference between a decoder of ours and its files: the experts of a layer are stacked
-in memory, one tensor a projection, and most families have a tensor each in a Hugging Face
-directory; and what else stands in files. Torch-free.
+Owns the one difference between the decoder and its files: the experts of a layer are stacked in
+memory, one tensor a projection, and most families have a tensor each in a Hugging Face directory;
+and which other tensors the files may hold. Torch-free.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 Owns what the rules of a family (`models.spec.Rule`) mean for a layout. Torch-free. Inside a
 *region* (attention, MLP, head) each rank works on its own heads or columns; the region is entered
-once and left once, and nothing in between talks to other ranks. A parameter that is whole inside a
-region sees only a part of the gradient on each rank: `is_partial`.
+once and left once, and nothing in between talks to other ranks. A parameter that
+is not cut inside a region gets only a part of its gradient on each rank: `is_partial`.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ def shard_specs(
 ) -> dict[str, ShardSpec]:  # fmt: skip
     """How each named tensor of the decoder is cut; pipeline stages are added elsewhere.
 
-    `vocab_emb_dp` keeps the embedding whole on every tensor-parallel rank. `otherwise`: how tensors
-    of files that are not the model's are cut; None: there are none, and LookupError is raised.
+    `vocab_emb_dp` keeps all of the embedding on every tensor-parallel rank. `otherwise`: how
+    tensors of files are cut that the model does not have; None: LookupError is raised for them.
     """
     return {
         name: otherwise if otherwise and kind_of(name) not in config.parameters
@@ -53,10 +53,10 @@ def _cut(name: str, config: DecoderConfig, tp: int, vocab_emb_dp: bool) -> Shard
     rule = rule_of(name, config.parameters)
     if rule.is_buffer:
         return REPLICATED
-    is_integer = (vocab_emb_dp and name == EMBEDDING) or (
+    in_full = (vocab_emb_dp and name == EMBEDDING) or (
         rule.kv_heads and repeats_kv_heads(config, tp)
     )
-    return ShardSpec(tp_dim=None if is_integer else rule.tp_dim, expert=rule.expert)
+    return ShardSpec(tp_dim=None if in_full else rule.tp_dim, expert=rule.expert)
 
 
 def repeats_kv_heads(config: DecoderConfig, tp: int) -> bool:
@@ -71,9 +71,9 @@ def is_partial(
 ) -> bool:  # fmt: skip
     """Whether each tensor-parallel rank has only a part of the gradient of `name`, to be added up.
 
-    So it is with a tensor that is whole inside a region; with the norms between regions when the
-    sequence is cut there; and with an embedding that is whole and also the head, of which each rank
-    uses its own rows.
+    So it is with a tensor that is not cut inside a region; with the norms between regions when the
+    sequence is cut there; and with an embedding that is not cut and also the head, of which each
+    rank uses its own rows.
     """
     if tp == 1 or cut.tp_dim is not None:
         return False

@@ -139,8 +139,8 @@ class DecoderConfig:
     parameters: Mapping[str, Rule]
     """Every kind of parameter and buffer, by its name below its layer, to what is done with it."""
     attention_sinks: bool = False
-    """A score a head, learned, that takes part in every softmax of attention and stands for no
-    token."""
+    """A score a head, learned, that takes part in every softmax of attention and belongs to
+    no token."""
     experts: ExpertsConfig | None = None
     latent: LatentConfig | None = None
     """Latent attention; `head_dim` is then `rotary_dim`."""

@@ -1,4 +1,4 @@
-"""What a family says of itself, and the parts of it that several families share.
+"""What describes a family, and the parts of it that several families share.
 
 Owns the form of a family: its defaults (those of the transformers configuration class; a test
 compares), how its config.json becomes the numbers of the decoder, and what is done with each kind
@@ -57,8 +57,7 @@ class Family:
     has_latent: bool = False
     """Latent attention: sizes of heads have keys of their own."""
     reads_mxfp4: bool = False
-    """Whether its files may hold stacks of experts in 4 bits, as `launcher.weights.mxfp4` has it.
-    """
+    """Whether its files may hold stacks of experts in 4 bits (`launcher.weights.mxfp4`)."""
     fixed: Mapping[str, Any] = field(default_factory=dict)
     """Keys of config.json that transformers does not read, and the only value they may have."""
     mindformers_pieces: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -146,12 +145,12 @@ CORRECTED = {"mlp.gate.e_score_correction_bias": Rule(is_buffer=True)}
 
 def experts_of(config: Config, count: int, **more: Any) -> ExpertsConfig:
     """A mixture of `count` experts; `more`: fields that differ by family."""
-    asked = config["output_router_logits"] and "router_aux_loss_coef" in config
+    is_balanced = config["output_router_logits"] and "router_aux_loss_coef" in config
     fields = {
         "layers": (True,) * config["num_hidden_layers"],
         "intermediate_size": config.get("moe_intermediate_size") or config["intermediate_size"],
         "norm_topk_prob": config.get("norm_topk_prob", True),
-        "balance_coefficient": float(config["router_aux_loss_coef"]) if asked else 0.0,
+        "balance_coefficient": float(config["router_aux_loss_coef"]) if is_balanced else 0.0,
     }
     return ExpertsConfig(
         num_experts=count, experts_per_token=config["num_experts_per_tok"], **fields | more
@@ -184,8 +183,8 @@ def same_window(config: Config) -> tuple[int | None, ...]:
 
 
 def windows_by_type(config: Config, types: list[str]) -> tuple[int | None, ...]:
-    """`sliding_window` in the layers whose entry of `layer_types` says so; `types` where it has
-    none."""
+    """`sliding_window` in the layers that `layer_types` names sliding; `types` where it is
+    None."""
     if config.get("layer_types") is None:
         config["layer_types"] = types
     window = config["sliding_window"]

@@ -1,4 +1,4 @@
-"""What a family says of itself: defaults, spellings, and what they mean for the decoder."""
+"""Families: defaults, spellings, and what they mean for the decoder."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from models.names import is_multi_token_prediction
 from tests.models.tiny import DEEPSEEK, EXPERTS, LLAMA, QWEN_MOE, problems_of
 
 DO_NOT_DIVIDE = {"glm4_moe": {"head_dim": 128}}
-"""Families whose default width is no multiple of their default heads."""
+"""Families whose default width cannot be divided by their default heads."""
 
 
 @pytest.mark.parametrize("family", DECODERS)
