@@ -29,8 +29,8 @@ from launcher.checkpoint.names import SaveName
 from launcher.config.schema import CheckpointMonitorSection
 from launcher.layout.box import Shape, whole
 from launcher.layout.mesh import Mesh
+from launcher.layout.shard import Shard
 from launcher.parallel.world import World
-from launcher.weights.reading.shard import Shard
 
 MODULE = "benchmarks.saving"
 TENSORS = 96

@@ -17,8 +17,8 @@ from torch import nn
 
 from launcher.errors import UserError
 from launcher.layout.box import Shape, whole
+from launcher.layout.shard import Shard
 from launcher.weights.obsolete import is_obsolete
-from launcher.weights.reading.shard import Shard
 from launcher.weights.source import Source
 from launcher.weights.tensor_mapping import MappingsOf, mapped, no_mapping
 from models import names

@@ -17,10 +17,11 @@ import torch
 
 from benchmarks.checkpoints import layout_of
 from launcher.layout.mesh import Mesh
+from launcher.layout.shard import Shard
 from launcher.weights.ranks.distributed import open_rank_files
 from launcher.weights.reading.load import load
 from launcher.weights.reading.read import PORTION_BYTES, READERS
-from launcher.weights.reading.shard import Shard, Storages
+from launcher.weights.reading.tensor_bytes import Storages
 from launcher.weights.reading.transfer import Files, read_exactly
 from launcher.weights.source import Source, open_complete
 from launcher.weights.tensor_mapping import mapped, shapes_in_files

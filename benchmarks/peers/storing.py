@@ -19,11 +19,11 @@ from benchmarks.peers.loading import as_dtensors, config_of, empty_shards, load_
 from launcher.layout.box import Box
 from launcher.layout.layout import Layout
 from launcher.layout.mesh import Mesh
+from launcher.layout.shard import Shard
 from launcher.weights.offline.merge import merge
 from launcher.weights.offline.slicing import slice_weights
 from launcher.weights.ranks.distributed import open_rank_files
 from launcher.weights.ranks.rank_file import write_rank_file
-from launcher.weights.reading.shard import Shard
 from launcher.weights.source import open_complete
 from launcher.weights.streaming.block_file import write_all
 from launcher.weights.tensor_mapping import mapped

@@ -10,12 +10,12 @@ from typing import Any, TypeVar
 from launcher.builders.job import Job
 from launcher.layout.layout import Layout
 from launcher.layout.replicas import Ranks
+from launcher.layout.shard import Shard
 from launcher.parallel.all_ranks import on_all_ranks
 from launcher.parallel.broadcast_shards import broadcast_shards
 from launcher.parallel.world import World
-from launcher.weights.ranks.redundancy import file_replicas, writers_of
+from launcher.weights.ranks.redundancy import file_replicas, replicas_of, writers_of
 from launcher.weights.reading.load import LoadReport, load
-from launcher.weights.reading.shard import Shard
 from launcher.weights.source import Source
 from launcher.weights.tensor_mapping import MappingsOf
 
@@ -47,8 +47,8 @@ def balanced_load(
     world: World, layout: Layout, mappings_of: MappingsOf, held: Mapping[str, Shard]
 ) -> BalancedLoad:
     """Share out the reading of `held`, the shards of this rank by name in files."""
-    replica_ranks = file_replicas(layout, world.rank, mappings_of)
-    return BalancedLoad(world, held, replica_ranks, writers_of(held, replica_ranks))
+    replicas = file_replicas(layout, world.rank, mappings_of)
+    return BalancedLoad(world, held, replicas_of(held, replicas), writers_of(held, replicas))
 
 
 def load_job(

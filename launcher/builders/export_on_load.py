@@ -20,9 +20,10 @@ from launcher.parallel.world import World
 from launcher.weights.forms import has_form
 from launcher.weights.offline.copy_record import FOLDERS, foreign, write_record
 from launcher.weights.offline.export import write_complete
+from launcher.weights.optimizer_state import is_optimizer_state
 from launcher.weights.ranks.saves import copy_model_files
-from launcher.weights.reading.shard import TORCH_DTYPES
-from launcher.weights.source import OPTIMIZER_PREFIXES, Source
+from launcher.weights.reading.tensor_bytes import TORCH_DTYPES
+from launcher.weights.source import Source
 from launcher.weights.streaming.new_folder import folder_aside
 from models.build import hf_directory_files
 
@@ -56,7 +57,7 @@ def _write(job: Job, source: Source, key: str, form: str) -> None:
         share = lambda: write_complete(  # noqa: E731
             source,
             scratch,
-            keep=lambda name: not name.startswith(OPTIMIZER_PREFIXES),
+            keep=lambda name: not is_optimizer_state(name),
             form=form,
             share=(world.rank, world.size),
         )

@@ -17,6 +17,7 @@ from launcher.environment import process_environment
 from launcher.errors import UserError
 from launcher.layout.layout import Layout
 from launcher.layout.mesh import other_layout
+from launcher.layout.shard import Shard
 from launcher.parallel.all_ranks import on_all_ranks
 from launcher.parallel.apply import shards
 from launcher.parallel.consistency import Unquoted, check_same
@@ -24,7 +25,6 @@ from launcher.parallel.parts import Parts
 from launcher.parallel.tied import broadcast_tied
 from launcher.weights.content import content_of
 from launcher.weights.reading.load import LoadReport
-from launcher.weights.reading.shard import Shard
 from launcher.weights.source import Source, holds_complete
 from launcher.weights.tensor_mapping import mapped, shapes_in_files
 from models.build import (

@@ -18,7 +18,8 @@ from launcher.config.resolve import resolve
 from launcher.errors import UserError
 from launcher.layout.box import Box, Shape
 from launcher.layout.layout import SHARDED, Layout
-from launcher.weights.source import OPTIMIZER_PREFIXES, Source
+from launcher.weights.optimizer_state import is_optimizer_state
+from launcher.weights.source import Source
 from launcher.weights.tensor_mapping import MappingsOf
 from models.families import model_spec
 from models.names import mappings_of, unstacked
@@ -115,7 +116,7 @@ def _shapes(source: Source, spec: ModelSpec) -> dict[str, Shape]:
     return shapes | {
         name: source.shape(name)
         for name in source.tensors
-        if name not in parts and not name.startswith(OPTIMIZER_PREFIXES)
+        if name not in parts and not is_optimizer_state(name)
     }
 
 

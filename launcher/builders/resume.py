@@ -26,7 +26,7 @@ from launcher.errors import UserError
 from launcher.extensions import INFERRED_STATES, required
 from launcher.train.run import TrainRun
 from launcher.train.state import TrainState, from_json
-from launcher.weights.source import OPTIMIZER_PREFIXES
+from launcher.weights.optimizer_state import STATE_PREFIXES
 from models.build import tied_names
 
 
@@ -164,7 +164,7 @@ def _restore_tensors(job: Job, run: TrainRun, chosen: Chosen, *, copies: bool) -
     load_job(
         job, targets, run.layout, run.mappings_of, chosen.source,
         tied=tied_names(run.parts.modules[-1]),
-        ignore_prefixes=OPTIMIZER_PREFIXES,  # what an optimizer does not use may be there
+        ignore_prefixes=STATE_PREFIXES,  # what an optimizer does not use may be there
         expected=run.shapes_in_files(optimizer=True),
     )  # fmt: skip
     sync_tied_weights(run.parts)
@@ -178,7 +178,7 @@ def _check_optimizer_state(job: Job, run: TrainRun, chosen: Chosen) -> None:
     if not missing:
         return
     now, before = job.config.optimizer.type, chosen.state.get("optimizer")
-    if not any(name.startswith(OPTIMIZER_PREFIXES) for name in chosen.source.tensors):
+    if not any(name.startswith(STATE_PREFIXES) for name in chosen.source.tensors):
         reason = "; it was saved with save_optimizer: False, or by an optimizer that keeps none"
         raise UserError(
             f"{chosen.files[0].name} holds weights without optimizer state",

@@ -14,9 +14,9 @@ from pathlib import Path
 from launcher.checkpoint.published import published
 from launcher.checkpoint.space import free_bytes, size_text
 from launcher.checkpoint.store import Store
+from launcher.layout.shard import Shard
 from launcher.parallel.filesystems import NOT_OPENED
 from launcher.parallel.world import World
-from launcher.weights.reading.shard import Shard
 
 TIME_SHARE = 0.1
 """Of the time of a run that saves may take without a warning."""

@@ -16,8 +16,8 @@ from pathlib import Path
 from launcher.checkpoint.published import Published
 from launcher.errors import UserError
 from launcher.weights.offline.export import write_complete
+from launcher.weights.optimizer_state import STATE_PREFIXES
 from launcher.weights.ranks.saves import copy_model_files, open_save
-from launcher.weights.source import OPTIMIZER_PREFIXES
 from launcher.weights.streaming.new_folder import folder_aside
 
 INTEGRATED_FOLDER = "checkpoint_integrated"
@@ -41,7 +41,7 @@ def write_integrated(checkpoint: Published, inputs: Collection[Path] = ()) -> Pa
     folder.parent.mkdir(parents=True, exist_ok=True)
     with folder_aside(folder, root, overwrite=True) as aside:
         source = open_save(root, files)
-        write_complete(source, aside, keep=lambda n: not n.startswith(OPTIMIZER_PREFIXES))
+        write_complete(source, aside, keep=lambda n: not n.startswith(STATE_PREFIXES))
         copy_model_files(files[0], aside)
     return folder
 

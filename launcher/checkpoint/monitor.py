@@ -37,13 +37,13 @@ from launcher.config.schema import CheckpointMonitorSection
 from launcher.errors import UserError
 from launcher.layout.box import Shape
 from launcher.layout.replicas import Ranks
+from launcher.layout.shard import Shard
 from launcher.parallel.all_ranks import capture_error, raise_if_any_failed
 from launcher.parallel.filesystems import NOT_OPENED, FilesystemGroups, find_filesystem_groups
 from launcher.parallel.world import World
 from launcher.weights.formats.rank_metadata import inventory_of
 from launcher.weights.offline.merge import MODEL_FOLDER
 from launcher.weights.ranks.redundancy import writers_of
-from launcher.weights.reading.shard import Shard
 
 LAST_STEP_ONLY = CheckpointMonitorSection(save_checkpoint_steps=0)
 """For a run without CheckpointMonitor: the last step is saved, and nothing before it."""

@@ -9,8 +9,8 @@ from launcher.checkpoint.names import SaveName
 from launcher.layout.box import Shape
 from launcher.layout.mesh import Mesh
 from launcher.layout.replicas import Ranks
+from launcher.layout.shard import Shard
 from launcher.parallel.world import World
-from launcher.weights.reading.shard import Shard
 
 
 class Savable(Protocol):

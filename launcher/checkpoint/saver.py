@@ -23,9 +23,9 @@ from launcher.checkpoint.published import published
 from launcher.checkpoint.store import Store
 from launcher.errors import UserError
 from launcher.layout.mesh import Mesh
+from launcher.layout.shard import Shard
 from launcher.parallel.all_ranks import capture_error, raise_if_any_failed
 from launcher.parallel.world import World
-from launcher.weights.reading.shard import Shard
 
 NETWORK, TRAINABLE = "checkpoint_network", "checkpoint_trainable"
 """Folders of saves beside `FULL`, which has what a resume needs: the weights alone, the trained

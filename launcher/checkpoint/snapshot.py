@@ -14,9 +14,10 @@ from contextlib import suppress
 
 import torch
 
+from launcher.layout.shard import Shard
 from launcher.weights.formats.safetensors import Slot, in_file_order
 from launcher.weights.reading.pages import use_huge_pages
-from launcher.weights.reading.shard import DTYPE_NAMES, Shard
+from launcher.weights.reading.tensor_bytes import DTYPE_NAMES
 
 
 class Snapshot:

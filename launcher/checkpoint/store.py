@@ -37,6 +37,7 @@ from launcher.checkpoint.published import Published, in_progress_marker, publish
 from launcher.checkpoint.space import bytes_on_host, room_for
 from launcher.errors import UserError
 from launcher.layout.mesh import Mesh
+from launcher.layout.shard import Shard
 from launcher.parallel.all_ranks import P, Result, capture_error, raise_if_any_failed
 from launcher.parallel.filesystems import ONE_FILESYSTEM, FilesystemGroups
 from launcher.parallel.world import World
@@ -50,7 +51,6 @@ from launcher.weights.ranks.manifests import (
 )
 from launcher.weights.ranks.rank_file import write_rank_file
 from launcher.weights.reading.checksums import file_faults
-from launcher.weights.reading.shard import Shard
 
 NOT_SAVED = "the checkpoint could not be saved"
 NO_META = "meta.json was not written"

@@ -23,6 +23,7 @@ from launcher.mindspore.strategy_files import holds_strategies, read_strategy
 from launcher.weights.formats.safetensors import Entry, read_header
 from launcher.weights.forms import is_scalar
 from launcher.weights.log import Log
+from launcher.weights.optimizer_state import is_optimizer_state
 from launcher.weights.pieces import Piece, Pieces
 from launcher.weights.ranks.distributed import (
     NAMED,
@@ -33,7 +34,7 @@ from launcher.weights.ranks.distributed import (
 )
 from launcher.weights.ranks.rank_folders import rank_folders, weight_files
 from launcher.weights.ranks.saves import STRATEGY_FOLDER, layout_mark
-from launcher.weights.source import OPTIMIZER_PREFIXES, Source
+from launcher.weights.source import Source
 
 COMPARED_TENSORS = 4
 """How many of the tensors that ranks should hold alike are compared."""
@@ -260,7 +261,7 @@ def _check_copies(run: Run, tensors: Mapping[str, Pieces]) -> None:
 def _copies(tensors: Mapping[str, Pieces]) -> Iterator[tuple[str, list[Piece]]]:
     """(tensor, the pieces that should be alike) of tensors that are cut; weights first, as state
     may be all zeros."""
-    for name in sorted(tensors, key=lambda name: name.startswith(OPTIMIZER_PREFIXES)):
+    for name in sorted(tensors, key=is_optimizer_state):
         replica_ranks = tensors[name].replica_ranks
         if len(tensors[name]) > len(replica_ranks) > 1:
             yield name, max(replica_ranks.values(), key=len)

@@ -16,8 +16,9 @@ from launcher.mindspore.strategy_files import read_strategy
 from launcher.mindspore.tensor_layout import TensorLayout, boxes
 from launcher.weights.log import Log, no_log
 from launcher.weights.offline.slicing import Sliced, slice_weights
+from launcher.weights.optimizer_state import is_optimizer_state
 from launcher.weights.ranks.saves import open_any_format
-from launcher.weights.source import OPTIMIZER_PREFIXES, Source, check_all_ranks
+from launcher.weights.source import Source, check_all_ranks
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class StrategyLayout:
     @cached_property
     def has_optimizer(self) -> bool:
         """Whether the strategy lists optimizer state; that of a prediction does not."""
-        return any(name.startswith(OPTIMIZER_PREFIXES) for stage in self._stages for name in stage)
+        return any(is_optimizer_state(name) for stage in self._stages for name in stage)
 
     def boxes(self, rank: int) -> dict[str, Box]:
         """Name to the box that `rank` holds. Raises `UserError` for one that cannot be cut so."""

@@ -26,7 +26,7 @@ from launcher.mindspore.strategy import parse, serialize, strategy_file
 from launcher.mindspore.tensor_layout import TensorLayout, entry
 from launcher.report.aside import move_to_numbered_folder
 from launcher.train.optimizer import state_names
-from launcher.weights.source import OPTIMIZER_PREFIXES
+from launcher.weights.optimizer_state import STATE_PREFIXES
 from launcher.weights.tensor_mapping import MappingsOf, TensorMapping, shapes_in_files
 from models.build import build_model, mappings_of
 from models.trained import trained_parameters
@@ -140,7 +140,7 @@ def _of(
 
 def _file(entries: Mapping[str, TensorLayout], stage: int, states: Collection[str]) -> bytes:
     """`states`: names of the optimizer state that there is."""
-    prefixes = [p for p in OPTIMIZER_PREFIXES if any(name.startswith(p) for name in states)]
+    prefixes = [p for p in STATE_PREFIXES if any(name.startswith(p) for name in states)]
     data = strategy_file(entries, stage, prefixes=prefixes)
     if all(prefix + name in states for name in entries for prefix in prefixes):
         return data

@@ -16,12 +16,12 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from launcher.layout.layout import Layout, ShardSpec
+from launcher.layout.shard import Shard as HeldShard
 from launcher.parallel.context import ContextParallel, apply_context_parallel
 from launcher.parallel.expert import apply_expert_parallel
 from launcher.parallel.local import local
 from launcher.parallel.meshes import DATA_AXES, Meshes
 from launcher.parallel.tensor import TensorParallel, apply_tensor_parallel
-from launcher.weights.reading.shard import Shard as HeldShard
 from models.decoder import Decoder
 from models.moe import Experts, Router
 

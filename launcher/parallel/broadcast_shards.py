@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from launcher.layout.replicas import Ranks
-from launcher.weights.reading.shard import Shard
+from launcher.layout.shard import Shard
 
 LARGE_BYTES = 1 << 20
 """Tensors of at least so many bytes travel by themselves, straight from memory to memory."""

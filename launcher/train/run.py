@@ -18,6 +18,7 @@ from launcher.layout.box import Shape
 from launcher.layout.layout import Layout
 from launcher.layout.mesh import Mesh
 from launcher.layout.replicas import Ranks
+from launcher.layout.shard import Shard
 from launcher.parallel.apply import shards
 from launcher.parallel.gradients import Gradients
 from launcher.parallel.parts import Parts
@@ -29,7 +30,6 @@ from launcher.train.scaling import LossScaling
 from launcher.train.state import TrainState, epoch_and_step, to_json
 from launcher.train.step import Limits
 from launcher.weights.ranks.redundancy import file_replicas
-from launcher.weights.reading.shard import Shard
 from launcher.weights.tensor_mapping import MappingsOf, mapped, no_mapping, shapes_in_files
 
 

@@ -36,8 +36,6 @@ from launcher.weights.threads import in_parallel
 
 Kind = Literal["complete", "single", "distributed", "nothing"]
 
-OPTIMIZER_PREFIXES = ("adam_m.", "adam_v.", "muon_m.", "moments.")
-"""Begin the names of optimizer state, which has the shape of the weight named after them."""
 CHILDREN = 100
 """Folders that are looked into for weights, where there are none in their parent."""
 

@@ -10,13 +10,11 @@ needs no link. A stack of experts has one link an expert, a fused projection one
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from launcher.layout.box import Box, Shape, whole
+from launcher.layout.shard import Shard
 from launcher.weights.gc_pause import gc_paused
-
-if TYPE_CHECKING:  # shards hold tensors of torch, names do not
-    from launcher.weights.reading.shard import Shard
 
 
 class TensorMapping(NamedTuple):

@@ -23,6 +23,7 @@ from launcher.checkpoint.store import Saved, Store
 from launcher.errors import UserError
 from launcher.layout.box import Box
 from launcher.layout.mesh import Mesh
+from launcher.layout.shard import Shard
 from launcher.parallel import filesystems as module
 from launcher.parallel.filesystems import (
     ONE_FILESYSTEM,
@@ -33,7 +34,6 @@ from launcher.parallel.filesystems import (
 from launcher.parallel.world import World
 from launcher.weights import list_checkpoints, verify
 from launcher.weights.reading.load import load
-from launcher.weights.reading.shard import Shard
 from tests.checkpoint.crew import together
 from tests.config.weight_files import safetensors
 from tests.tools.checkpoints import held

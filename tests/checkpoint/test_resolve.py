@@ -15,9 +15,9 @@ from launcher.checkpoint.store import Store
 from launcher.errors import UserError
 from launcher.layout.box import Box, whole
 from launcher.layout.mesh import Mesh
+from launcher.layout.shard import Shard
 from launcher.parallel.world import World
 from launcher.weights.ranks.rank_file import write_rank_file
-from launcher.weights.reading.shard import Shard
 from tests.checkpoint import crew
 
 ALONE = World(0, 1, torch.device("cpu"))

@@ -25,8 +25,8 @@ from launcher.checkpoint.store import Store
 from launcher.errors import UserError
 from launcher.layout.box import whole
 from launcher.layout.mesh import Mesh
+from launcher.layout.shard import Shard
 from launcher.parallel.world import World
-from launcher.weights.reading.shard import Shard
 from tests.ranks import run_ranks
 
 ALONE = World(0, 1, torch.device("cpu"))

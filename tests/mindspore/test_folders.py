@@ -16,6 +16,7 @@ from launcher.checkpoint.resume import choose
 from launcher.errors import UserError
 from launcher.layout.box import whole
 from launcher.layout.mesh import Mesh
+from launcher.layout.shard import Shard
 from launcher.mindspore.strategy import strategy_file
 from launcher.mindspore.tensor_layout import TensorLayout
 from launcher.parallel.world import World
@@ -25,7 +26,6 @@ from launcher.weights.offline.convert import ckpt_to_safetensors
 from launcher.weights.ranks.saves import open_any_format
 from launcher.weights.reading.load import load
 from launcher.weights.reading.scalars import scalars_of
-from launcher.weights.reading.shard import Shard
 from launcher.weights.source import Source, open_complete
 from tests.mindspore.golden import ALL, needs_all
 from tests.tools.checkpoints import save, tensors

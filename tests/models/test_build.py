@@ -10,7 +10,7 @@ import torch
 
 from launcher.errors import UserError
 from launcher.layout.box import whole
-from launcher.weights.reading.shard import Shard
+from launcher.layout.shard import Shard
 from launcher.weights.tensor_mapping import mapped, shapes_in_files
 from models.build import (
     blocks,

@@ -24,13 +24,13 @@ from launcher.builders.layout import model_layout
 from launcher.errors import UserError
 from launcher.layout.box import Box, whole
 from launcher.layout.mesh import Mesh
+from launcher.layout.shard import Shard
 from launcher.parallel.apply import shards
 from launcher.parallel.parts import Parts
 from launcher.weights.offline.export import write_complete
 from launcher.weights.ranks.distributed import open_rank_files
 from launcher.weights.ranks.rank_file import write_rank_file
 from launcher.weights.reading.load import load
-from launcher.weights.reading.shard import Shard
 from launcher.weights.source import open_complete
 from launcher.weights.tensor_mapping import TensorMapping, mapped, shapes_in_files
 from models.build import build_model, ignorable, mappings_of, named_as_model, tied_names

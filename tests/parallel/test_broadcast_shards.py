@@ -6,9 +6,9 @@ import torch
 
 from launcher.layout.box import whole
 from launcher.layout.replicas import writer_ranks
+from launcher.layout.shard import Shard
 from launcher.parallel import broadcast_shards as sharing
 from launcher.parallel import world as worlds
-from launcher.weights.reading.shard import Shard
 from tests.ranks import run_ranks
 
 SETS = {

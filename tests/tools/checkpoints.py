@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 
 from launcher.layout.layout import Layout, ShardSpec
 from launcher.layout.mesh import Mesh
+from launcher.layout.shard import Shard
 from launcher.weights.formats.safetensors import read_header
 from launcher.weights.ranks.rank_file import write_rank_file
-from launcher.weights.reading.shard import Shard
 
 CUTS = {
     "proj": ShardSpec(tp_dim=1),

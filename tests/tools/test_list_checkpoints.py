@@ -15,9 +15,9 @@ from launcher.checkpoint.names import SaveName
 from launcher.checkpoint.store import Store
 from launcher.layout.box import whole
 from launcher.layout.mesh import Mesh
+from launcher.layout.shard import Shard
 from launcher.parallel.world import World
 from launcher.tools.list_checkpoints import main
-from launcher.weights.reading.shard import Shard
 from tests.checkpoint import crew
 from tests.tools.checkpoints import flip
 

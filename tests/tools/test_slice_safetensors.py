@@ -17,13 +17,14 @@ from launcher.config.resolve import resolve
 from launcher.errors import UserError
 from launcher.layout.box import Box
 from launcher.layout.mesh import Mesh
+from launcher.layout.shard import Shard
 from launcher.mindspore.strategy import strategy_file
 from launcher.mindspore.tensor_layout import TensorLayout
 from launcher.tools.slice_safetensors import main
 from launcher.tools.unified_safetensors import main as merge
 from launcher.weights.formats.safetensors import read_header
 from launcher.weights.ranks.saves import open_any_format
-from launcher.weights.reading.shard import TORCH_DTYPES, Shard
+from launcher.weights.reading.tensor_bytes import TORCH_DTYPES
 from launcher.weights.tensor_mapping import mapped
 from models.build import build_model, mappings_of
 from models.families import model_spec
@@ -169,7 +170,7 @@ def test_rank_files_are_sliced_anew_from_a_strategy(tmp_path: Path, capsys) -> N
                  str(target), "--predict_strategy", str(strategies)]  # fmt: skip
     assert main(arguments) == 0
     said = capsys.readouterr().out
-    assert "left out, the strategy has no optimizer state: 6 tensors adam_*" in said
+    assert "left out, the strategy has no optimizer state: 6 tensors" in said
     assert "warning: the layout does not know 3 of 5 tensors, such as" in said
     expected = tensors(optimizer=False)
     last = load_file(target / "rank_3" / "net_rank_3-1_1.safetensors")

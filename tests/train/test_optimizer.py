@@ -14,7 +14,7 @@ from launcher.layout.layout import Layout
 from launcher.layout.mesh import Mesh
 from launcher.parallel.matrices import MatrixExchange, matrix_exchange
 from launcher.train.optimizer import OPTIMIZERS, STATE_KEYS, Optimizer, build_optimizer, state_names
-from launcher.weights.source import OPTIMIZER_PREFIXES
+from launcher.weights.optimizer_state import STATE_PREFIXES
 from launcher.weights.tensor_mapping import no_mapping
 from models.trained import TrainedParameter
 
@@ -166,7 +166,7 @@ def test_state_has_the_names_users_filter_by(setting: str) -> None:
 
 def test_every_optimizer_of_the_schema_is_built_and_its_state_is_known_to_files() -> None:
     assert OPTIMIZERS.keys() == OPTIMIZER_ARGUMENTS.keys()
-    assert STATE_KEYS.keys() == set(OPTIMIZER_PREFIXES)
+    assert STATE_KEYS.keys() == set(STATE_PREFIXES)
 
 
 def test_what_is_not_trained_stays_as_it_is() -> None:

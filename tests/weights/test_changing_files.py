@@ -11,8 +11,8 @@ import torch
 
 from launcher.errors import UserError
 from launcher.layout.box import whole
+from launcher.layout.shard import Shard
 from launcher.weights.reading.load import load
-from launcher.weights.reading.shard import Shard
 from launcher.weights.reading.strided_copy import StridedCopy
 from launcher.weights.reading.transfer import Files, read_strided
 from launcher.weights.source import open_complete

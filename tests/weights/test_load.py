@@ -16,6 +16,7 @@ from launcher.errors import UserError
 from launcher.layout.box import Box, whole
 from launcher.layout.layout import Layout
 from launcher.layout.mesh import Mesh
+from launcher.layout.shard import Shard
 from launcher.weights.formats.safetensors import Entry
 from launcher.weights.offline.export import write_complete
 from launcher.weights.pieces import Piece, Pieces
@@ -23,7 +24,6 @@ from launcher.weights.ranks.distributed import open_rank_files
 from launcher.weights.ranks.rank_file import write_rank_file
 from launcher.weights.reading.load import load
 from launcher.weights.reading.plan import Read, plan_box, strided_copy_of
-from launcher.weights.reading.shard import Shard
 from launcher.weights.source import detect, open_complete
 
 

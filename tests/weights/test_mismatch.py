@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 
 from launcher.errors import UserError
 from launcher.layout.box import whole
+from launcher.layout.shard import Shard
 from launcher.weights.reading.load import load
-from launcher.weights.reading.shard import Shard
 from launcher.weights.source import open_complete
 
 NAMES = [

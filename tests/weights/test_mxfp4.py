@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from launcher.weights.reading.shard import Shard
 from safetensors.torch import load_file, save_file
 
 from launcher.errors import UserError
@@ -14,7 +15,6 @@ from launcher.layout.box import Box
 from launcher.weights.mxfp4 import packed_of
 from launcher.weights.reading import read
 from launcher.weights.reading.load import load
-from launcher.weights.reading.shard import Shard
 from launcher.weights.reading.unpack import unpack
 from launcher.weights.source import open_complete
 from tests.weights.directories import in_4_bits

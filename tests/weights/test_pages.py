@@ -10,7 +10,7 @@ import torch
 
 from launcher.weights.reading import pages
 from launcher.weights.reading.pages import HUGE_PAGE, make_huge, use_huge_pages
-from launcher.weights.reading.shard import Storages
+from launcher.weights.reading.tensor_bytes import Storages
 
 pytestmark = [
     pytest.mark.usefixtures("allowed"),

@@ -16,12 +16,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from launcher.layout.box import Box
+from launcher.layout.shard import Shard
 from launcher.weights.formats.safetensors import Entry
 from launcher.weights.pieces import Piece, Pieces
 from launcher.weights.ranks.distributed import check_complete
 from launcher.weights.reading.plan import plan_box, strided_copy_of
-from launcher.weights.reading.shard import Shard, memory_of
 from launcher.weights.reading.strided_copy import strided_copy
+from launcher.weights.reading.tensor_bytes import memory_of
 from launcher.weights.source import Source
 from launcher.weights.tensor_mapping import mapped
 from tests.weights.worlds import World, bits, random_tensor, shards, spoil, worlds

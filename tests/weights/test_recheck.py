@@ -10,12 +10,12 @@ import torch
 from launcher.errors import UserError
 from launcher.layout.layout import Layout, ShardSpec
 from launcher.layout.mesh import Mesh
+from launcher.layout.shard import Shard
 from launcher.weights.formats.rank_metadata import BLOCK_BYTES
 from launcher.weights.formats.safetensors import read_header
 from launcher.weights.ranks.distributed import open_rank_files
 from launcher.weights.ranks.rank_file import write_rank_file
 from launcher.weights.reading.load import load
-from launcher.weights.reading.shard import Shard
 
 SHAPES = {"a": (1024, 1024), "b": (1536, 2048), "c": (64,), "adam_m.a": (1024, 1024)}
 

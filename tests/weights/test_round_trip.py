@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from launcher.layout.box import Box, whole
+from launcher.layout.shard import Shard
 from launcher.weights.formats import rank_metadata
 from launcher.weights.formats.rank_metadata import RankFileMetadata
 from launcher.weights.offline.export import write_complete
@@ -25,7 +26,6 @@ from launcher.weights.ranks.rank_file import write_rank_file
 from launcher.weights.reading import read, transfer
 from launcher.weights.reading.checksums import file_faults
 from launcher.weights.reading.load import load
-from launcher.weights.reading.shard import Shard
 from launcher.weights.source import Source, open_complete
 from launcher.weights.streaming import stream, write
 from launcher.weights.streaming.stream import Output

@@ -13,11 +13,11 @@ from safetensors.torch import load_file, save_file
 from launcher.errors import UserError
 from launcher.layout.box import whole
 from launcher.layout.mesh import Mesh
+from launcher.layout.shard import Shard
 from launcher.weights.formats.rank_metadata import BLOCK_BYTES, read_rank_metadata
 from launcher.weights.formats.safetensors import read_header
 from launcher.weights.ranks.rank_file import write_rank_file
 from launcher.weights.reading.checksums import file_faults
-from launcher.weights.reading.shard import Shard
 
 
 def shard_of(tensor: torch.Tensor) -> Shard:

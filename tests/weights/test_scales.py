@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 import launcher.weights.reading.read
 from launcher.errors import UserError
 from launcher.layout.box import Box, whole
+from launcher.layout.shard import Shard
 from launcher.weights.pieces import Pieces
 from launcher.weights.reading.load import load
-from launcher.weights.reading.shard import Shard
 from launcher.weights.scales import Scales
 from launcher.weights.source import open_complete
 from tests.weights.directories import multiplied, quantised

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from launcher.layout.box import Box, whole
-from launcher.weights.reading.shard import Shard
+from launcher.layout.shard import Shard
 from launcher.weights.tensor_mapping import TensorMapping, mapped, shapes_in_files, stacked
 
 SHAPE = (6, 8, 5)

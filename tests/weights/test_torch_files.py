@@ -27,7 +27,7 @@ from launcher.weights.formats import header_of
 from launcher.weights.formats.pickles import BrokenPickleError, RefusedCallError, read_pickle
 from launcher.weights.formats.safetensors import ITEM_BYTES
 from launcher.weights.reading.load import load
-from launcher.weights.reading.shard import DTYPE_NAMES
+from launcher.weights.reading.tensor_bytes import DTYPE_NAMES
 from launcher.weights.source import open_complete
 from tests.weights.content import content
 from tests.weights.test_fuzz import reported

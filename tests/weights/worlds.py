@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from launcher.layout.box import Box, Shape
 from launcher.layout.layout import Layout, ShardSpec
 from launcher.layout.mesh import RANK_AXES, Mesh
+from launcher.layout.shard import Shard
 from launcher.weights.ranks.redundancy import file_replicas, writers_of
-from launcher.weights.reading.shard import Shard
 from launcher.weights.tensor_mapping import TensorMapping, mapped, stacked
 
 MOMENTS = ("adam_m.", "adam_v.")

@@ -26,7 +26,7 @@ from launcher.weights.indexes import read_index
 from launcher.weights.log import Log, no_log
 from launcher.weights.offline.slicing import copy_side_files
 from launcher.weights.offline.torch_files import weights_in
-from launcher.weights.reading.shard import DTYPE_NAMES, bytes_of
+from launcher.weights.reading.tensor_bytes import DTYPE_NAMES, bytes_of
 from launcher.weights.streaming.new_folder import folder_aside
 from launcher.weights.streaming.stream import Progress
 from launcher.weights.streaming.write import Part, write_file

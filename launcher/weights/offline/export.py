@@ -16,7 +16,8 @@ from launcher.extensions import SAVE_FORMATS, required
 from launcher.layout.box import whole
 from launcher.weights.formats.safetensors import ITEM_BYTES
 from launcher.weights.forms import EXTRAS_NAME, CompleteForm
-from launcher.weights.source import OPTIMIZER_PREFIXES, Source
+from launcher.weights.optimizer_state import is_optimizer_state
+from launcher.weights.source import Source
 from launcher.weights.streaming.cast import CASTS
 from launcher.weights.streaming.stream import WORKERS, Output, Progress, stream
 
@@ -96,7 +97,7 @@ def _groups(names: Sequence[str], extras: Collection[str]) -> dict[str, list[str
     """What goes into which kind of file: `model`, `optimizer` and `extra`."""
     groups: dict[str, list[str]] = {"model": [], "optimizer": [], "extra": []}
     for name in names:
-        kind = "optimizer" if name.startswith(OPTIMIZER_PREFIXES) else "model"
+        kind = "optimizer" if is_optimizer_state(name) else "model"
         groups["extra" if name in extras else kind].append(name)
     return groups
 

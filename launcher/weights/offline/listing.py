@@ -18,6 +18,7 @@ from typing import Any
 from launcher.errors import UserError
 from launcher.layout.mesh import layout_text
 from launcher.weights.formats.safetensors import read_header
+from launcher.weights.optimizer_state import is_optimizer_state
 from launcher.weights.ranks.distributed import open_rank_files
 from launcher.weights.ranks.manifests import (
     MANIFEST_FOLDER,
@@ -29,7 +30,7 @@ from launcher.weights.ranks.manifests import (
 )
 from launcher.weights.ranks.rank_folders import Save, saves
 from launcher.weights.reading.checksums import file_faults
-from launcher.weights.source import OPTIMIZER_PREFIXES, Source, detect
+from launcher.weights.source import Source, detect
 
 _INTENT = ".json.tmp"
 UNFINISHED = "unfinished: being written, or left by a crash (the next start clears it away)"
@@ -155,7 +156,7 @@ def _has_optimizer(files: Sequence[Path]) -> bool:
     """Whether the first of `files` that can be read holds optimizer state."""
     for file in files:
         with suppress(UserError):
-            return any(name.startswith(OPTIMIZER_PREFIXES) for name in read_header(file).entries)
+            return any(is_optimizer_state(name) for name in read_header(file).entries)
     return False
 
 

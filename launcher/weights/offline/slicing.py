@@ -20,8 +20,9 @@ from launcher.weights.formats.rank_metadata import RankFileMetadata, inventory_o
 from launcher.weights.forms import INDEX_NAMES, is_scalar
 from launcher.weights.log import Log, no_log
 from launcher.weights.mxfp4 import packed_of
+from launcher.weights.optimizer_state import STATE_PREFIXES, is_optimizer_state
 from launcher.weights.ranks.saves import DEFAULT_SUFFIX, MODEL_FOLDER
-from launcher.weights.source import OPTIMIZER_PREFIXES, Source
+from launcher.weights.source import Source
 from launcher.weights.streaming.new_folder import folder_aside
 from launcher.weights.streaming.stream import WORKERS, Output, Progress, stream
 
@@ -115,10 +116,10 @@ def slice_weights(
 
 def _without_optimizer(source: Source, log: Log) -> Source:
     """The source for a layout that has no optimizer state, as MindSpore slices it too."""
-    kept = {n: p for n, p in source.tensors.items() if not n.startswith(OPTIMIZER_PREFIXES)}
+    kept = {n: p for n, p in source.tensors.items() if not is_optimizer_state(n)}
     left_out = len(source.tensors) - len(kept)
     if left_out:
-        log(f"left out, the strategy has no optimizer state: {left_out} tensors adam_*")
+        log(f"left out, the strategy has no optimizer state: {left_out} tensors")
     return replace(source, tensors=kept)
 
 
@@ -139,7 +140,7 @@ def _with_optimizer(source: Source, weights: Mapping[str, Box]) -> dict[str, Box
     return {
         prefix + name: box
         for name, box in weights.items()
-        for prefix in ("", *OPTIMIZER_PREFIXES)
+        for prefix in ("", *STATE_PREFIXES)
         if prefix + name in source.tensors and source.shape(prefix + name) == source.shape(name)
     }
 

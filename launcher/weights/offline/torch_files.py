@@ -18,7 +18,7 @@ from launcher.errors import UserError
 from launcher.weights.formats import header_of
 from launcher.weights.formats.torch_pickle import WEIGHT_KEYS, weight_key
 from launcher.weights.forms import scalar_names
-from launcher.weights.reading.shard import DTYPE_NAMES
+from launcher.weights.reading.tensor_bytes import DTYPE_NAMES
 
 _ZIP, _OLD_TORCH = b"PK\x03\x04", b"\x80\x02\x8a\x0al\xfc\x9cF"
 

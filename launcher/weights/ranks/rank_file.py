@@ -9,9 +9,10 @@ from pathlib import Path
 import torch
 
 from launcher.layout.mesh import Mesh
+from launcher.layout.shard import Shard
 from launcher.weights.formats.rank_metadata import Inventory, RankFileMetadata
 from launcher.weights.formats.safetensors import Header, in_file_order
-from launcher.weights.reading.shard import DTYPE_NAMES, Shard, bytes_of
+from launcher.weights.reading.tensor_bytes import DTYPE_NAMES, bytes_of
 from launcher.weights.streaming.write import Part, write_file
 
 

@@ -15,16 +15,18 @@ import torch
 
 from launcher.errors import UserError
 from launcher.layout.box import Box, Shape
+from launcher.layout.shard import Shard
 from launcher.weights.gc_pause import gc_paused
 from launcher.weights.mxfp4 import Packed, packed_of
+from launcher.weights.optimizer_state import STATE_PREFIXES
 from launcher.weights.reading.local_files import check_local
 from launcher.weights.reading.mismatch import Differences, mismatch
 from launcher.weights.reading.plan import plan_box
 from launcher.weights.reading.read import Exponents, Fill, fill
 from launcher.weights.reading.recheck import check_read
-from launcher.weights.reading.shard import TORCH_DTYPES, Shard
+from launcher.weights.reading.tensor_bytes import TORCH_DTYPES
 from launcher.weights.scales import check_idle, scales_of
-from launcher.weights.source import OPTIMIZER_PREFIXES, Source, check_promised
+from launcher.weights.source import Source, check_promised
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ def load(
     source: Source,
     *,
     tied: Mapping[str, str] | None = None,
-    ignore_prefixes: Collection[str] = OPTIMIZER_PREFIXES,
+    ignore_prefixes: Collection[str] = STATE_PREFIXES,
     strict: bool = True,
     rank: int = 0,
     expected: Mapping[str, Shape] | None = None,

@@ -21,7 +21,7 @@ from launcher.layout.box import Box
 from launcher.weights.mxfp4 import scales_for, tensor_of
 from launcher.weights.pieces import Pieces
 from launcher.weights.reading.plan import Read, plan_box, portions, strided_copy_of
-from launcher.weights.reading.shard import TORCH_DTYPES, Storages, address_of
+from launcher.weights.reading.tensor_bytes import TORCH_DTYPES, Storages, address_of
 from launcher.weights.reading.transfer import Bytes, Files, Transfer, read_all, read_strided
 from launcher.weights.reading.unpack import unpack
 from launcher.weights.scales import Scales

@@ -23,7 +23,7 @@ from launcher.weights.formats.safetensors import ITEM_BYTES
 from launcher.weights.reading.checksums import changed
 from launcher.weights.reading.plan import Read, strided_copy_of
 from launcher.weights.reading.read import READERS, Fill
-from launcher.weights.reading.shard import TORCH_DTYPES, memory_of
+from launcher.weights.reading.tensor_bytes import TORCH_DTYPES, memory_of
 from launcher.weights.reading.transfer import Files, read_exactly
 from launcher.weights.source import Source
 from launcher.weights.threads import in_parallel

@@ -8,7 +8,7 @@ from launcher.layout.box import whole
 from launcher.weights.pieces import Pieces
 from launcher.weights.reading.plan import plan_box
 from launcher.weights.reading.read import Fill, fill
-from launcher.weights.reading.shard import TORCH_DTYPES
+from launcher.weights.reading.tensor_bytes import TORCH_DTYPES
 from launcher.weights.source import Source
 
 

@@ -1,14 +1,12 @@
-"""The edge between tensors and bytes: shards, dtype names, views that share memory."""
+"""Tensors as bytes: dtype names, and arrays that share the memory of tensors."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from launcher.layout.box import Box, Shape
 from launcher.weights.reading.pages import make_huge, use_huge_pages
 from launcher.weights.reading.transfer import Bytes
 
@@ -75,14 +73,3 @@ class Storages:
             make_huge(self._blocks, *place)
             self._known[place] = _storage_bytes(tensor)
         return self._known[place]
-
-
-class Shard(NamedTuple):
-    """A box of a global tensor and the local memory that holds it.
-
-    `tensor` has the size of `box`; `shape` is the global shape.
-    """
-
-    shape: Shape
-    box: Box
-    tensor: torch.Tensor
