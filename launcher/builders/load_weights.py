@@ -1,4 +1,4 @@
-"""Weights of a job: which ones, into the memory of this rank's part, and the lines that say so."""
+"""The weights of a job: which ones, loading this rank's part of them, and the lines of the log."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ from models.build import (
 
 
 def find_weights(job: Job) -> Source | None:
-    """The weights the user names: load_checkpoint, else pretrained_model_dir's, else None.
+    """The weights of load_checkpoint, else those in pretrained_model_dir, else None.
 
-    Copies of them are written where save_unified_checkpoint or save_converted_checkpoint ask for
-    one. Called by all ranks together. Raises `UserError`, also where a machine has other weights
-    than that of rank 0.
+    Copies of them are written where save_unified_checkpoint or save_converted_checkpoint is set.
+    Called by all ranks together. Raises `UserError`, also where the weights of a machine differ
+    from those of rank 0.
     """
     path = _weights_path(job)
     check_same_model(job)
@@ -53,11 +53,12 @@ def find_weights(job: Job) -> Source | None:
         strategy = job.config.src_strategy_path_or_dir
         source = open_weights(path, job.world, job.log, strategy=strategy)
     else:
-        source = open_complete_weights(path, job.log)
-    if source.kind != "distributed" and process_environment().has_several_machines:
+        source = open_complete_weights(path, job.world, job.log)
+    if source.kind != "distributed" and job.world.size > 1:
         _check_same_content(job, source)
     check_layout(job, source)
-    export_on_load(job, source)
+    if job.config.save_unified_checkpoint or job.config.save_converted_checkpoint:
+        export_on_load(job, source)
     return source
 
 
@@ -69,9 +70,12 @@ def check_same_model(job: Job) -> None:
 
 
 def _check_same_content(job: Job, source: Source) -> None:
-    """Check that complete weights are the same on every machine, of which one rank reads a sample:
+    """Check that complete weights are the same on every machine. One rank of each reads a sample:
     ranks of one machine have the same files."""
-    reads = process_environment().local_rank == 0
+    environment = process_environment()
+    if not environment.has_several_machines:
+        return
+    reads = environment.local_rank == 0
     content = on_all_ranks(job.world, lambda: content_of(source) if reads else "")
     of_main = job.world.from_main(content)
     _check_same(job, {f"weights in {source.path.name}": Unquoted(content or of_main)})
@@ -88,7 +92,7 @@ def _check_same(job: Job, metadata: Mapping[str, Any]) -> None:
 
 def _weights_path(job: Job) -> Path | None:
     config = job.config
-    # A run that resumes takes load_checkpoint for the folder of checkpoints to go on from.
+    # A run that resumes takes load_checkpoint as the folder of checkpoints.
     trains = config.run_mode in ("train", "finetune")
     if config.load_checkpoint and not (trains and config.resume_training is not False):
         return Path(config.load_checkpoint)
@@ -97,7 +101,7 @@ def _weights_path(job: Job) -> Path | None:
 
 
 def check_layout(job: Job, source: Source) -> None:
-    """auto_trans_ckpt: False asserts that no weights need to be cut or put together."""
+    """Check that weights need no resharding where auto_trans_ckpt is False."""
     if job.config.auto_trans_ckpt is not False or source.kind != "distributed":
         return
     predicts = job.config.run_mode in ("predict", "predict_with_train_model")
@@ -108,8 +112,8 @@ def check_layout(job: Job, source: Source) -> None:
 
 
 def check_cuts(job: Job, source: Source, held: Mapping[str, Shard]) -> None:
-    """As `check_layout`, box by box: with auto_trans_ckpt: False every box this rank holds is one
-    that a rank has written. Equal axes may cut a model in two ways."""
+    """As `check_layout`, box by box: with auto_trans_ckpt: False every box that this rank holds was
+    written by a rank. Equal axes may shard a model in two ways."""
     if job.config.auto_trans_ckpt is not False or source.kind != "distributed":
         return
     for name, shard in held.items():
@@ -132,14 +136,14 @@ def _other_layout(job: Job, what: str) -> UserError:
 
 
 def load_or_init(job: Job, parts: Parts, layout: Layout, source: Source | None) -> None:
-    """Load the weights of `source`, or begin at random; says which, in three lines at most.
+    """Load the weights of `source`, or initialize them at random, and log which.
 
-    `layout` is how the model is cut: the job's, or that of one rank.
+    `layout` is how the model is sharded: the layout of the job, or that of one rank.
     """
     rank = job.world.rank if layout.mesh.world_size > 1 else 0
     if source is None:
         initialize(job, parts, layout, rank)
-        job.log(f"weights: none given, initialised at random from seed {job.config.seed}")
+        job.log(f"weights: none given, initialized at random from seed {job.config.seed}")
     else:
         if not job.config.strict_load:
             initialize(job, parts, layout, rank)
@@ -148,7 +152,7 @@ def load_or_init(job: Job, parts: Parts, layout: Layout, source: Source | None) 
 
 
 def sync_tied_weights(parts: Parts) -> None:
-    """Where a rank has both ends of a pipeline, its second copy of the tied embedding follows."""
+    """Where a rank has both ends of a pipeline, copy the tied embedding to its second place."""
     copies = parts.copies()
     broadcast_tied([first for first, _ in copies], [second for _, second in copies])
 
@@ -174,7 +178,7 @@ def _load(job: Job, parts: Parts, layout: Layout, source: Source, rank: int) -> 
 
 def initialize(job: Job, parts: Parts, layout: Layout, rank: int) -> None:
     """Random weights: a function of (seed, name in files), the same on any layout."""
-    # The buffers of a transformers module have their values already.
+    # The buffers of a transformers module already have their values.
     own = job.spec.decoder is not None
     tensors = parts.named_tensors() if own else dict(parts.named_parameters())
     held = mapped(shards(tensors, layout, rank), mappings_of(parts.modules[-1]))
@@ -194,17 +198,16 @@ def _report(job: Job, source: Source, report: LoadReport) -> None:
         f"({source.kind})"
     )
     job.log(f"tied: {', '.join(report.tied) or 'nothing'}")
-    job.log(f"initialised by request: {_listed(report.not_loaded)}")
+    if report.not_loaded:
+        job.log(f"initialized, not in the files: {_listed(report.not_loaded)}")
     if report.left_in_files:
-        job.log(f"left in the files: {_listed(report.left_in_files)}")
+        job.log(f"in the files, not loaded: {_listed(report.left_in_files)}")
     if source.promised:
-        job.log(f"listed in the index alone, not needed: {_listed([*source.promised])}")
+        job.log(f"in the index but in no file, not needed: {_listed([*source.promised])}")
 
 
 def _listed(names: Sequence[str]) -> str:
     """How many there are, and the first of them."""
-    if not names:
-        return "nothing"
     count = "1 tensor" if len(names) == 1 else f"{len(names)} tensors"
     more = f" and {len(names) - 4} more" if len(names) > 4 else ""
     return f"{count} ({', '.join(names[:4])}{more})"

@@ -1,9 +1,9 @@
-"""Opening: the weights a path means, whatever form they have.
+"""Which weights a path means, as all ranks agree on it.
 
-Owns which files are read: complete weights, a single file, or the rank files of one save. Of rank
-files the newest save counts: by its manifest, and where there is none by the numbers in names. A
-rank file stands for its save. Files of MindSpore do not say how they are cut: its strategy files
-do.
+Owns the policy around `launcher.weights`, which looks at one path in one process: all ranks must
+find the same kind of weights, and an error of one rank is an error of all. Of rank files the newest
+save is read, by its manifest, and where there is none by the numbers in file names. One rank file
+stands for its save.
 """
 
 from __future__ import annotations
@@ -40,77 +40,82 @@ from launcher.weights.source import (
     check_one_kind,
     detect,
     is_rank_folder,
+    no_weights,
     open_complete,
-    weights_below,
 )
 
 
 def open_weights(path: Path, world: World, log: Log, *, strategy: str = "") -> Source:
     """The weights at `path`: complete, one file, or rank files. Called by all ranks together.
 
-    `strategy` is where the strategy files lie, for rank files that need them; left out, the folder
-    `strategy/` beside the rank files' own. Raises `UserError`.
+    `strategy`: path of the strategy files that some rank files need; left out, they are looked for
+    in `strategy/` beside the folder of the rank folders. Raises `UserError`.
     """
-    kind = _kind(path, world)
-    check_same(
-        world, {f"weights in {path.name}": Unquoted(kind)},
-        rule="all ranks load one form of weights",
-        advice="Copy the same folder to every machine",
-    )  # fmt: skip
-    if kind == "nothing":
-        raise UserError(
-            f"{path} holds no weights",
-            rule="weights are *.safetensors, files of torch, or folders rank_0/, rank_1/, ...",
-            nearest=weights_below(path),
-            advice="Give a folder or a file of weights",
-        )
-    check_all_ranks(path)
-    if kind != "distributed":
-        return open_complete_weights(path, log)
-    on_all_ranks(world, lambda: check_one_kind(path))
-    is_file = is_rank_folder(path.parent) and not path.is_dir()
-    root = path.parent.parent if is_file else path
-    folder = scan(root, world)
-    candidates = folder.candidates
-    if is_file:
-        candidates = [found for found in candidates if path in found.files]
-    elif candidates or folder.partial_saves:
-        warn_skipped(folder, world, log)
-        if not candidates:
-            raise no_valid_save(root, len(folder.partial_saves))
-        candidate, source = latest_valid(
-            candidates, world, log, data=False, filesystems=folder.filesystems
-        )
-        log(f"{path}: checkpoint {candidate.name}")
-        return source
-    elif any(root.glob("rank*/*.safetensors")) and is_unfinished(root, folder.begun):
-        raise UserError(
-            f"{path} holds rank folders, but no checkpoint that was finished",
-            rule="a save counts when the files of all ranks are written",
-            advice="Give another folder",
-        )
-    return _open_save(path, replace(folder, candidates=candidates), world, log, strategy)
+    if _kind(path, world) == "distributed":
+        return _open_rank_files(path, world, log, strategy)
+    return open_complete_weights(path, world, log)
 
 
-def open_complete_weights(path: Path, log: Log) -> Source:
-    """The complete weights at `path`; says which others were passed over. Raises `UserError`."""
-    source = open_complete(path)
+def open_complete_weights(path: Path, world: World, log: Log) -> Source:
+    """The complete weights at `path`; the log names others that are skipped. Called by all ranks
+    together. Raises `UserError`."""
+    source = on_all_ranks(world, lambda: open_complete(path))
     for remark in source.remarks:
         log(remark)
     return source
 
 
 def _kind(path: Path, world: World) -> Kind:
-    """What `path` holds; a rank file that rank 0 sees is one of distributed weights for all."""
+    """What `path` holds, the same on all ranks. A rank file is seen by the ranks of one disk; where
+    rank 0 sees it, the weights are distributed for all. Raises `UserError` where there are none."""
     kind = detect(path)
-    if not is_rank_folder(path.parent):
-        return kind
-    is_rank_file: bool = world.from_main(path.is_file())
-    return "distributed" if is_rank_file else kind
+    if is_rank_folder(path.parent) and world.from_main(path.is_file()):
+        kind = "distributed"
+    check_same(
+        world, {f"weights in {path.name}": Unquoted(kind)},
+        rule="all ranks load one form of weights",
+        advice="Copy the same folder to every machine",
+    )  # fmt: skip
+    if kind == "nothing":
+        raise no_weights(path)
+    check_all_ranks(path)
+    return kind
+
+
+def _open_rank_files(path: Path, world: World, log: Log, strategy: str) -> Source:
+    """The source of the save that `path`, a folder of rank folders or a rank file, means."""
+    on_all_ranks(world, lambda: check_one_kind(path))
+    is_file = is_rank_folder(path.parent) and not path.is_dir()
+    root = path.parent.parent if is_file else path
+    folder = scan(root, world)
+    if is_file:
+        candidates = [found for found in folder.candidates if path in found.files]
+        return _open_save(path, replace(folder, candidates=candidates), world, log, strategy)
+    if folder.candidates or folder.partial_saves:
+        return _open_newest(folder, world, log)
+    if any(root.glob("rank*/*.safetensors")) and is_unfinished(root, folder.begun):
+        raise UserError(
+            f"{path} holds rank folders, but no finished checkpoint",
+            rule="a save counts when the files of all ranks are written",
+            advice="Give another folder",
+        )
+    return _open_save(path, folder, world, log, strategy)
+
+
+def _open_newest(folder: Folder, world: World, log: Log) -> Source:
+    """The source of the newest valid save that was published in `folder`."""
+    warn_skipped(folder, world, log)
+    if not folder.candidates:
+        raise no_valid_save(folder.root, len(folder.partial_saves))
+    candidate, source = latest_valid(
+        folder.candidates, world, log, data=False, filesystems=folder.filesystems
+    )
+    log(f"{folder.root}: checkpoint {candidate.name}")
+    return source
 
 
 def _open_save(path: Path, folder: Folder, world: World, log: Log, strategy: str) -> Source:
-    """The source of one save: a published one, or what the names of files say."""
+    """The source of one save: the published candidate of `folder`, or by the names of files."""
     root, candidates = folder.root, folder.candidates
     if candidates:
         label, files = str(candidates[0].name), rank_files_of(candidates[0])
@@ -119,7 +124,7 @@ def _open_save(path: Path, folder: Folder, world: World, log: Log, strategy: str
         label, files = save.label, [RankFile(file) for file in save.in_rank_order]
         manifest = root / MANIFEST_FOLDER / f"{label}.json"
         if world.from_main(manifest.exists()):
-            log(f"{manifest} is damaged: the files of {label} are taken by their names")
+            log(f"{manifest} is damaged: the files of {label} are found by their names")
     mark = _layout_mark([file.path for file in files], world)
     strategy_path = Path(strategy) if strategy else None
     open_files = on_all_ranks(world, lambda: rank_file_opener(mark, root, strategy_path, log))
@@ -152,7 +157,7 @@ def _layout_mark(files: Sequence[Path], world: World) -> str:
 
 
 def check_unpublished(source: Source, world: World) -> None:
-    """Check files that no manifest vouches for; one rank reads, all hear what it found."""
+    """Check rank files without a manifest. One rank reads them; its error is raised on all."""
     problems = None
     if world.is_main:
         try:
@@ -165,6 +170,6 @@ def check_unpublished(source: Source, world: World) -> None:
 
 
 def _not_valid(label: str, found: Found) -> UserError:
-    """What is wrong with a save that the user chose."""
+    """The error for a save that the user chose and that is not valid."""
     damage = [Problem(what=text, advice="Choose another checkpoint") for text in found.faults]
     return UserError([*damage, *(found.error.problems if found.error else ())])

@@ -23,8 +23,13 @@ from typing import Literal
 from launcher.errors import UserError
 from launcher.weights.formats import header_of
 from launcher.weights.formats.placeholders import unfinished_download
-from launcher.weights.forms import EXTRAS_NAME, INDEX_NAME, INDEX_NAMES, TORCH_INDEX_NAME
-from launcher.weights.indexes import read_index
+from launcher.weights.forms import (
+    EXTRAS_NAME,
+    INDEX_NAME,
+    INDEX_NAMES,
+    TORCH_INDEX_NAME,
+    read_index,
+)
 from launcher.weights.obsolete import has_obsolete_name
 from launcher.weights.threads import in_parallel
 

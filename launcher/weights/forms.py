@@ -1,7 +1,7 @@
 """Forms of complete weights: how a program stores all tensors of a model in one directory.
 
-Owns the form of Hugging Face, and the questions about all known forms. Others are entries of
-`launcher.extensions.COMPLETE_FORMS`.
+Owns the form of Hugging Face, the index that maps each tensor to its file, and the questions about
+all known forms. Others are entries of `launcher.extensions.COMPLETE_FORMS`.
 """
 
 from __future__ import annotations
@@ -9,14 +9,19 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import Any
 
-from launcher.extensions import COMPLETE_FORMS, installed
+from launcher.errors import UserError
+from launcher.extensions import COMPLETE_FORMS, installed, required
 from launcher.layout.box import Shape
+from launcher.weights.formats.placeholders import placeholder
+from launcher.weights.formats.safetensors import parse_json
 
 INDEX_NAME = "model.safetensors.index.json"
 TORCH_INDEX_NAME = "pytorch_model.bin.index.json"
 INDEX_NAMES = COMPLETE_FORMS.keys()
+LARGEST_INDEX = 1 << 28
 EXTRAS_NAME = "hyper_param.safetensors"
 """File beside complete weights with numbers of the run (step, epoch); the name is MindSpore's."""
 
@@ -87,3 +92,39 @@ def has_form(name: str, index: Path | None, metadata: Iterable[Mapping[str, str]
 def form_of(metadata: Mapping[str, str]) -> CompleteForm:
     """The form of a file with this metadata; that of Hugging Face where it does not say."""
     return _by_metadata().get(metadata.get("format", ""), HUGGING_FACE)
+
+
+def read_index(index: Path) -> dict[str, str]:
+    """Tensor name to file name. Raises `UserError`."""
+    form: CompleteForm = required(COMPLETE_FORMS, index.name, f"{index} is an index of weights")
+    try:
+        if index.stat().st_size > LARGEST_INDEX:
+            raise ValueError(f"it has more than {LARGEST_INDEX >> 20} MiB")
+        content: Any = parse_json(index.read_bytes().decode())
+        if form.may_be_flat and "weight_map" not in content:
+            content = {"weight_map": content}
+        weight_map = content["weight_map"]
+        named = set[str]()
+        for name, file in weight_map.items():
+            if not isinstance(file, str) or not (file in named or _is_beside(file)):
+                raise ValueError(f"`{name}` is in {file!r}, which is not a file beside or below it")
+            named.add(file)
+    except OSError as error:
+        raise UserError(f"{index} cannot be read: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        if found := placeholder(index, is_text=True):
+            raise UserError(found) from error
+        why = str(error)[:300] if isinstance(error, ValueError) else type(error).__name__
+        raise UserError(
+            f"{index} is not an index of weights",
+            rule=f"it needs a map named `weight_map` from tensor to file ({why})",
+            advice="Copy it again from its origin",
+        ) from error
+    return dict(weight_map)
+
+
+def _is_beside(name: str) -> bool:
+    """Whether a name is that of a file beside an index, or in a folder beside it."""
+    path = PurePosixPath(name)
+    is_plain = not path.is_absolute() and ".." not in path.parts and str(path) == name != "."
+    return is_plain and all(len(part.encode()) < 256 for part in path.parts) and len(name) < 1024

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 SUFFIX = "_scale_inv"
 DEFAULT_BLOCK = (128, 128)
 POSSIBLE = "quant_method fp8, weight_block_size [128, 128]"
-_EIGHT_BITS = ("F8_E4M3", "F8_E5M2")
+EIGHT_BITS = ("F8_E4M3", "F8_E5M2")
 _FACTORS = ("F32", "BF16", "F16", "F8_E8M0")
 
 
@@ -51,7 +51,7 @@ def factors_of(tensors: Mapping[str, Pieces]) -> dict[str, str]:
     return {
         name: name + SUFFIX
         for name, pieces in tensors.items()
-        if name + SUFFIX in tensors and pieces[0].entry.dtype in _EIGHT_BITS
+        if name + SUFFIX in tensors and pieces[0].entry.dtype in EIGHT_BITS
     }
 
 
@@ -110,7 +110,7 @@ def _shown(written: Any) -> str:
 def scales_of(source: Source, name: str) -> Scales | None:
     """The factors of tensor `name`; None where it is not in 8 bits. Raises `UserError` where they
     are missing or do not fit."""
-    if source.dtype(name) not in _EIGHT_BITS:
+    if source.dtype(name) not in EIGHT_BITS:
         return None
     factors = source.scales.get(name)
     if factors is None:

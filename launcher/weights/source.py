@@ -31,7 +31,7 @@ from launcher.weights.formats.safetensors import Entry, Header
 from launcher.weights.forms import EXTRAS_NAME, INDEX_NAMES, form_of, is_scalar
 from launcher.weights.gc_pause import gc_paused
 from launcher.weights.pieces import Piece, Pieces
-from launcher.weights.scales import DEFAULT_BLOCK, block_in, factors_of
+from launcher.weights.scales import DEFAULT_BLOCK, SUFFIX, block_in, factors_of
 from launcher.weights.threads import in_parallel
 
 Kind = Literal["complete", "single", "distributed", "nothing"]
@@ -148,6 +148,16 @@ def weights_below(path: Path) -> str:
     return ""
 
 
+def no_weights(path: Path) -> UserError:
+    """The error for a path where `detect` finds nothing."""
+    return UserError(
+        f"{path} holds no weights" if os.path.exists(path) else f"{path}: there is no such path",
+        rule="weights are a file, a folder of complete weights, or folders rank_0/, rank_1/, ...",
+        nearest=weights_below(path),
+        advice="Give the folder of the weights, such as {output_dir}/checkpoint",
+    )
+
+
 def _newest_first(folder: Path) -> tuple[bool, bool, int]:
     """Sort key: `checkpoint`, then `checkpoint-20` before `checkpoint-10`, then all others."""
     match = re.fullmatch(r".*checkpoint-(\d+)", folder.name)
@@ -224,7 +234,7 @@ def _complete(kind: Kind, path: Path, files: Mapping[Path, set[str] | None]) -> 
                     advice="Move away the files that do not belong to this model",
                 )
             kept[name] = _pieces(file, entry)
-    factors = factors_of(tensors)
+    factors = factors_of(tensors) if any(name.endswith(SUFFIX) for name in tensors) else {}
     block = block_in(path if path.is_dir() else path.parent) if factors else DEFAULT_BLOCK
     promised = {
         name: file for file, names in files.items() for name in names or ()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from launcher.weights.reading.shard import Shard
+from launcher.layout.shard import Shard
 from safetensors.torch import load_file, save_file
 
 from launcher.errors import UserError

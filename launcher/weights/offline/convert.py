@@ -21,8 +21,7 @@ import torch
 from launcher.errors import UserError, did_you_mean
 from launcher.weights.complete import WEIGHT_SUFFIXES
 from launcher.weights.formats.safetensors import in_file_order
-from launcher.weights.forms import INDEX_NAME, TORCH_INDEX_NAME
-from launcher.weights.indexes import read_index
+from launcher.weights.forms import INDEX_NAME, TORCH_INDEX_NAME, read_index
 from launcher.weights.log import Log, no_log
 from launcher.weights.offline.slicing import copy_side_files
 from launcher.weights.offline.torch_files import weights_in

@@ -16,8 +16,7 @@ from typing import Any
 from launcher.errors import UserError
 from launcher.weights.formats import header_of
 from launcher.weights.formats.rank_metadata import read_rank_metadata
-from launcher.weights.forms import INDEX_NAMES
-from launcher.weights.indexes import read_index
+from launcher.weights.forms import INDEX_NAMES, read_index
 from launcher.weights.ranks.manifests import (
     MANIFEST_FOLDER,
     STATE_FOLDER,
@@ -34,9 +33,9 @@ from launcher.weights.source import (
     check_one_kind,
     detect,
     is_rank_folder,
+    no_weights,
     open_complete,
     rank_of,
-    weights_below,
 )
 
 _UNFINISHED = (".", ".json.tmp")
@@ -111,12 +110,7 @@ def verify(
     kind = detect(root)
     findings = _Findings([], {}, 0, [])
     if kind == "nothing":
-        raise UserError(
-            f"{root} holds no weights" if os.path.exists(root) else f"{root}: no such path",
-            rule="a file of weights, a folder of them or a folder of rank folders is needed",
-            nearest=weights_below(root),
-            advice="Give the folder of the weights, such as {output_dir}/checkpoint",
-        )
+        raise no_weights(root)
     check_exists(strategy)
     check_one_kind(root)
     if root.is_file():

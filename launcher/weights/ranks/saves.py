@@ -33,8 +33,8 @@ from launcher.weights.source import (
     Source,
     check_one_kind,
     detect,
+    no_weights,
     open_complete,
-    weights_below,
 )
 
 MODEL_FOLDER = "model"
@@ -202,12 +202,7 @@ def open_any_format(
     """
     kind = detect(path)
     if kind == "nothing":
-        raise UserError(
-            f"{path} holds no weights" if path.exists() else f"{path}: there is no such path",
-            rule="a file of weights, a folder of them or a folder of rank folders is needed",
-            nearest=weights_below(path),
-            advice="Give the folder of the weights, such as {output_dir}/checkpoint",
-        )
+        raise no_weights(path)
     check_exists(strategy)
     if kind != "distributed":
         source = open_complete(path)

@@ -25,7 +25,7 @@ from launcher.weights.reading.plan import plan_box
 from launcher.weights.reading.read import Exponents, Fill, fill
 from launcher.weights.reading.recheck import check_read
 from launcher.weights.reading.tensor_bytes import TORCH_DTYPES
-from launcher.weights.scales import check_idle, scales_of
+from launcher.weights.scales import EIGHT_BITS, check_idle, scales_of
 from launcher.weights.source import Source, check_promised
 
 
@@ -81,20 +81,24 @@ def load(
     ]
     missing = [name for name in expected if name not in found]
     extra = [name for name in unknown if not leave(name)]
-    check_idle(source, unknown)
+    if unknown:
+        check_idle(source, unknown)
     check_promised(source.promised, frozenset(missing).__contains__)
     unfit = _unfit(source, expected, targets, found, packed)
     differences = Differences(expected, found, missing, extra, unfit)
-    if unfit or differences.fit_none or (strict and (missing or extra)):
+    fits_nothing = bool(expected) and not found
+    if unfit or fits_nothing or (strict and (missing or extra)):
         raise mismatch(source, differences)
     jobs = [
         _fill_of(target, source, found[name], rank, packed.get(name))
         for name, target in targets.items()
         if name in found and reads(name)
     ]
-    check_local((read for job in jobs for read in job.reads), source, rank)
+    if source.elsewhere:
+        check_local((read for job in jobs for read in job.reads), source, rank)
     bytes_read = fill(jobs, source)
-    check_read(jobs, source)
+    if source.checksums:
+        check_read(jobs, source)
     if strict:
         _check_tied({n: t for n, t in targets.items() if reads(n)}, source, tied, rank)
     return LoadReport(len(found), bytes_read, tuple(sorted(tied)), tuple(missing), tuple(unknown))
@@ -149,7 +153,8 @@ def _fill_of(
         exponents = Exponents(packed.scales, source.tensors[packed.scales])
         return Fill(target.tensor, target.box, reads, exponents=exponents)
     reads = plan_box(name, target.box, source.tensors[name], prefer_rank=rank)
-    return Fill(target.tensor, target.box, reads, scales_of(source, name))
+    is_scaled = source.dtype(name) in EIGHT_BITS
+    return Fill(target.tensor, target.box, reads, scales_of(source, name) if is_scaled else None)
 
 
 def _check_tied(
