@@ -27,7 +27,7 @@ from benchmarks.measure import Spread, parser, ratios, report, table
 from launcher.checkpoint.monitor import CheckpointMonitor
 from launcher.checkpoint.names import SaveName
 from launcher.config.schema import CheckpointMonitorSection
-from launcher.layout.box import Shape, whole
+from launcher.layout.box import Shape, full_box
 from launcher.layout.mesh import Mesh
 from launcher.layout.shard import Shard
 from launcher.parallel.world import World
@@ -56,7 +56,7 @@ class Run:
     is_consistent: bool = True
 
     def weights(self) -> dict[str, Shard]:
-        return {n: Shard(tuple(t.shape), whole(t.shape), t) for n, t in self.state.items()}
+        return {n: Shard(tuple(t.shape), full_box(t.shape), t) for n, t in self.state.items()}
 
     def state_names(self) -> dict[str, tuple[str, ...]]:
         return {}

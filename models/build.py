@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from launcher.errors import UserError
-from launcher.layout.box import Shape, whole
+from launcher.layout.box import Shape, full_box
 from launcher.layout.shard import Shard
 from launcher.weights.obsolete import is_obsolete
 from launcher.weights.source import Source
@@ -90,7 +90,7 @@ def initialize(model: nn.Module, spec: ModelSpec, seed: int) -> None:
         for buffer in model.buffers():
             buffer.zero_()
     whole_shards = {
-        name: Shard(tuple(p.shape), whole(tuple(p.shape)), p.detach())
+        name: Shard(tuple(p.shape), full_box(tuple(p.shape)), p.detach())
         for name, p in model.named_parameters()
     }
     for name, shard in mapped(whole_shards, mappings_of(model)).items():

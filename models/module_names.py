@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from launcher.errors import UserError
-from launcher.layout.box import Box, Shape, whole
+from launcher.layout.box import Box, Shape, full_box
 from launcher.weights.reading.strided_copy import c_strides
 from launcher.weights.tensor_mapping import TensorMapping
 
@@ -47,7 +47,7 @@ def mappings_of_module(module: Any) -> Mappings:
             raise _other_tensors(module, name)
     return {
         name: tuple(mappings) for name, mappings in found.items()
-        if mappings != [TensorMapping(name, whole(tuple(originals[name].shape)))]
+        if mappings != [TensorMapping(name, full_box(tuple(originals[name].shape)))]
     }  # fmt: skip
 
 
@@ -107,7 +107,7 @@ def _kept_dims(view: Tensor, shape: Shape) -> list[int] | None:
 def _tiled(mappings: Sequence[TensorMapping], shape: Shape) -> bool:
     """Whether the boxes of `links` cover every element of a tensor of `shape` once."""
     boxes = {mapping.box for mapping in mappings}
-    is_once = len(boxes) == len(mappings) and sum(box.numel for box in boxes) == whole(shape).numel
+    is_once = len(boxes) == len(mappings) and sum(box.numel for box in boxes) == full_box(shape).numel
     if not is_once or any(a.intersect(b) is not None for a, b in combinations(boxes, 2)):
         return False
     return all(

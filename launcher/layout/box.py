@@ -64,6 +64,6 @@ class Box(NamedTuple):
         return [list(self.offset), list(self.size)]
 
 
-def whole(shape: Sequence[int]) -> Box:
+def full_box(shape: Sequence[int]) -> Box:
     """The box that is the entire tensor."""
     return Box((0,) * len(shape), tuple(shape))

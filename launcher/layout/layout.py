@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from launcher.layout.box import Box, Shape, whole
+from launcher.layout.box import Box, Shape, full_box
 from launcher.layout.mesh import Mesh
 
 
@@ -136,7 +136,7 @@ class Layout:
 
 def place(shape: Shape, spec: ShardSpec, mesh: Mesh, at: Mapping[str, int]) -> Placement:
     """The placement of a tensor of `shape` at the coordinates `at`."""
-    box, specs = whole(shape), []
+    box, specs = full_box(shape), []
     shards = ("expert_shard", mesh.expert_shard) if spec.expert else ("dp_shard", mesh.dp_shard)
     steps = [
         ("ep", mesh.ep, 0 if spec.expert else None),

@@ -67,7 +67,7 @@ def _steps(run: TrainRun, chosen: Chosen, counters: Mapping[str, int]) -> tuple[
         return counters[found], f"{found} in the files"
     if chosen.name is None:
         raise UserError(
-            f"{chosen.label} does not say after how many steps it was saved",
+            f"{chosen.label} does not give the number of steps done",
             where=str(chosen.root),
             rule=f"its files have neither {' nor '.join(STEPS)} nor a name such as "
             "CKP_rank_0-1_10.safetensors",

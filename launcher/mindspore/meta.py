@@ -83,7 +83,7 @@ def _save_in(path: Path, rank: int) -> SaveName | str:
     parsed = parse_rank_file(str(content.get("last_ckpt_file")))
     if parsed is None or parsed[1] != rank or (parsed[0].epoch, parsed[0].step) != numbers:
         return (
-            f"names {content.get('last_ckpt_file')!r}, which is no file of rank {rank}, epoch "
+            f"names {content.get('last_ckpt_file')!r}, which is not a file of rank {rank}, epoch "
             f"{numbers[0]} and step {numbers[1]}"
         )
     return parsed[0]

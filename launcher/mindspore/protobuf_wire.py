@@ -112,7 +112,7 @@ def _field(data: bytes, at: int, stop: int) -> tuple[int, Field]:
     tag, begin = _varint(data, at, stop)
     number, protobuf_wire = tag >> 3, tag & 7
     if not 1 <= number <= _LARGEST_FIELD:
-        raise WireError(at, f"{number} is no field number")
+        raise WireError(at, f"{number} is not a field number")
     if protobuf_wire == VARINT:
         value, after = _varint(data, begin, stop)
         return number, Field(at, protobuf_wire, value, after)
@@ -121,7 +121,7 @@ def _field(data: bytes, at: int, stop: int) -> tuple[int, Field]:
     elif protobuf_wire in _FIXED:
         length = _FIXED[protobuf_wire]
     else:
-        raise WireError(at, f"{protobuf_wire} is no wire type that is in use")
+        raise WireError(at, f"{protobuf_wire} is not a wire type in use")
     if length > stop - begin:
         raise WireError(at, f"field {number} says {length} bytes, {stop - begin} are left")
     return number, Field(at, protobuf_wire, begin, begin + length)

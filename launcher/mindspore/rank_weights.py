@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 
 from launcher.errors import UserError
-from launcher.layout.box import whole
+from launcher.layout.box import full_box
 from launcher.mindspore.names import COUNTERS, GRADIENTS, TRANSIENT
 from launcher.mindspore.rank_files import ADVICE, Run, open_run
 from launcher.mindspore.strategy import Strategy
@@ -53,7 +53,7 @@ def mindspore_opener(directory: Path, strategy: Path | None, log: Log) -> OpenFi
 def _refuse(path: Path, files: Sequence[Path]) -> Source:
     read_header(files[0])  # other formats have errors of their own
     raise UserError(
-        f"{files[0]} does not say which part of the model it holds",
+        f"{files[0]} does not describe its layout",
         rule="rank files of MindSpore need the strategy files of the run that wrote them",
         advice="Set src_strategy_path_or_dir (--src_strategy_dirs) to the folder strategy/ of "
         "that run",
@@ -115,7 +115,7 @@ def open_single_rank(path: Path, files: Sequence[Path]) -> Source:
     for name, entry in header.entries.items():
         if not any(part in name for part in TRANSIENT):
             kept = extras if is_scalar(name, entry.shape) else tensors
-            kept[name] = Pieces([Piece(file, entry, entry.shape, whole(entry.shape), 0)])
+            kept[name] = Pieces([Piece(file, entry, entry.shape, full_box(entry.shape), 0)])
     remark = f"{path}: one rank folder and no strategy files: its tensors are taken as not cut"
     return Source("distributed", path, tensors, {file: header}, extras=extras, remarks=(remark,))
 
@@ -142,7 +142,7 @@ def _sort_in(cut: _Sorted, run: Run, rank: int, name: str, entry: Entry) -> None
     elif name in run.names:
         cut.astray.setdefault(name, rank)
     elif not any(part in name for part in TRANSIENT):
-        piece = Piece(file, entry, entry.shape, whole(entry.shape), rank)
+        piece = Piece(file, entry, entry.shape, full_box(entry.shape), rank)
         cut.extras.setdefault(name, piece)
         if name in COUNTERS:
             cut.counters.setdefault(name, []).append(piece)
@@ -156,7 +156,7 @@ def _chosen(by_stage: Mapping[int, Sequence[Piece]]) -> Pieces:
 
 def _is_complete(pieces: Pieces) -> bool:
     held = sum(box.numel for box in pieces.replica_ranks)
-    return held == whole(pieces[0].shape).numel and pieces.is_disjoint
+    return held == full_box(pieces[0].shape).numel and pieces.is_disjoint
 
 
 def _check_counters(run: Run, counters: Mapping[str, Sequence[Piece]]) -> None:

@@ -113,7 +113,7 @@ def parse(data: bytes, where: str) -> Strategy:
             where=where,
             rule="a strategy file is a protobuf message ParallelStrategyMap",
             nearest="Files of weights also end in .ckpt",
-            advice="Copy the file again, or have the run that wrote it write it anew",
+            advice="Copy the file again, or have the run that wrote it write it again",
         ) from None
 
 

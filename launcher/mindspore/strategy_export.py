@@ -19,7 +19,7 @@ from launcher.builders.job import Job
 from launcher.builders.layout import model_layout
 from launcher.checkpoint.files import temporary
 from launcher.errors import UserError
-from launcher.layout.box import whole
+from launcher.layout.box import full_box
 from launcher.layout.layout import Layout, Placement
 from launcher.mindspore.rank_weights import holds_foreign
 from launcher.mindspore.strategy import parse, serialize, strategy_file
@@ -117,7 +117,7 @@ def _entries(
     for name, placement in layout.of(stage * mesh.world_size // mesh.pp).items():
         mappings = mappings_of(name, placement.shape)
         if mappings is None:
-            mappings = [TensorMapping(name, whole(placement.shape))]
+            mappings = [TensorMapping(name, full_box(placement.shape))]
         for mapping in mappings:
             # In the format a hyphen ends the number of the stage.
             yield (

@@ -58,7 +58,7 @@ def read_folder(directory: Path, log: Log = no_log) -> Strategy:
 
     A merged file that is there already, as MindFormers leaves `merged_ckpt_strategy.ckpt`, is used
     when it is all there is, or says more than the others and nothing else; it is left out, and that
-    is said, when it contradicts them. Raises `UserError` when it is no folder, holds no strategy
+    is said, when it contradicts them. Raises `UserError` when it is not a folder, holds no strategy
     files, both kinds of them, a damaged one, two that contradict each other, or not every stage.
     """
     found = list(_strategies(directory))
@@ -208,8 +208,8 @@ def _check_of_one_stage(path: Path, strategy: Strategy) -> None:
         raise UserError(
             "describes no operator" if strategy.layouts else "describes no parameter",
             where=str(path),
-            rule="the first operator says which pipeline stage the file is of, and layouts follow",
-            advice="Have the run that wrote it write it anew",
+            rule="the first operator gives the pipeline stage of the file, and layouts follow",
+            advice="Have the run that wrote it write it again",
         )
     if hyphen := next((name for name, _ in strategy.layouts if "-" in name), None):
         raise UserError(
@@ -245,7 +245,7 @@ def _check_agree(first: Path, known: Strategy, path: Path, strategy: Strategy) -
         f"contradicts {first.name}: both are of pipeline stage {strategy.stage}, and {name} lies "
         "differently",
         where=str(path),
-        rule="all files of a stage say the same",
+        rule="all files of a stage have the same content",
         nearest=f"{first.name}: {_in_words(ours.get(name))}; "
         f"{path.name}: {_in_words(theirs.get(name))}",
         advice="Move the files of the other run away",
@@ -302,7 +302,7 @@ def _check_target(source: Path, target: Path, overwrite: bool) -> None:
         raise UserError(
             "exists",
             where=str(target),
-            rule="nothing is replaced unasked",
+            rule="existing files are not replaced by default",
             advice="Give another file, or --overwrite (`overwrite=True`)",
         )
 

@@ -36,7 +36,7 @@ def parse_json(data: bytes, where: str) -> Strategy:
             where=where,
             rule="a strategy file in JSON maps current_stage, parallel_strategy_item and "
             "parallel_layout_item",
-            advice="Copy the file again, or have the run that wrote it write it anew",
+            advice="Copy the file again, or have the run that wrote it write it again",
         ) from None
 
 
@@ -61,7 +61,7 @@ def _json_layout(name: str, item: Mapping[str, Any]) -> TensorLayout:
 
 def _whole(value: Any) -> int:
     if type(value) is not int or not -(1 << 31) <= value < 1 << 31:
-        raise ValueError(f"{value!r} is not a whole number of 32 bits")
+        raise ValueError(f"{value!r} is not a 32-bit integer")
     return value
 
 

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from launcher.layout.box import Box, Shape, whole
+from launcher.layout.box import Box, Shape, full_box
 from launcher.layout.layout import Layout
 from launcher.layout.replicas import Ranks, writer_ranks
 from launcher.weights.tensor_mapping import MappingsOf
@@ -168,7 +168,7 @@ def matrix_exchange(
 def _matrices(name: str, shape: Shape, mappings_of: MappingsOf) -> Iterator[Box]:
     """The boxes of the matrices in a tensor of the model."""
     mappings = mappings_of(name, shape)
-    for box in [whole(shape)] if mappings is None else [mapping.box for mapping in mappings]:
+    for box in [full_box(shape)] if mappings is None else [mapping.box for mapping in mappings]:
         rows_and_columns = math.prod(box.size[-2:])
         yield from box.portions(rows_and_columns)
 

@@ -1,13 +1,13 @@
-"""Complete weights in a folder: which files they are, where a folder may hold more than one set.
+"""Complete weights in a folder: which files to read where there are several sets.
 
-Owns that choice, for every reader: the check of a configuration, the ranks of a run and the tools
-take the same files. It is that of `from_pretrained` of transformers:
+Owns that choice for the checks of a configuration, the ranks of a run and the tools. It is the
+choice of `from_pretrained` of transformers:
 
     model.safetensors  >  model.safetensors.index.json  >  pytorch_model.bin  >  its index
 
-What was passed over is reported. Where two sets are left and neither transformers nor an index
-decides, or where they are of two models, nothing is taken. A set whose files are gone does not
-count. Invariant: the files of a choice are one set, and each of them is there.
+Sets that are skipped are reported. Where two are left and neither transformers nor an index
+decides, or where they are of two models, it is an error. A set whose files are all missing does not
+count. Invariant: the files of a choice are one set, and each of them exists.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ from launcher.weights.threads import in_parallel
 SINGLE_NAME = "model.safetensors"
 TORCH_SINGLE_NAME = "pytorch_model.bin"
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
-"""Extensions of files of weights, the format to be read by preference first."""
+"""Extensions of weight files, the preferred format first."""
 _NO_WEIGHTS = re.compile(
     r"training_args\.bin|(optimizer|scheduler|sampler|scaler)(_\d+)?\.(pt|bin)|"
     r"rng_state(_\d+)?\.pth"
 )
-"""Files of torch beside weights that have none in them."""
+"""Files of torch beside weights that hold none."""
 _NO_SETS = re.compile(rf"(adapter_model|consolidated|optimizer-\d|{re.escape(EXTRAS_NAME)}$)")
 """Files that are not a set where there are others: an adapter, weights under the names of Meta or
 Mistral, optimizer state, and numbers of the run."""
@@ -56,9 +56,9 @@ _HEAD = re.compile(
     r"generator_lm_head|lm_loss|proj_out|pred_layer\.proj)\.(weight|bias)|"
     r"(output|head|decoder)\.weight"
 )
-"""What the models of transformers that may be tied call the matrix before the logits."""
+"""Names of the output projection in the transformers models that may tie it."""
 _META_FOLDER = "original"
-"""Where repositories of Meta have the weights under its own names."""
+"""Subfolder of repositories of Meta with the weights under its own names."""
 HEADER_THREADS = 8
 MOST_SHARDS = 10_000
 SHOWN = 5
@@ -71,24 +71,24 @@ class WeightSet:
     """Files that together are complete weights, or were."""
 
     label: str
-    """What messages call it."""
+    """Its name in messages."""
     form: Form
     folder: Path
     files: Mapping[Path, set[str] | None]
-    """Each with the tensors it should hold; None: unknown."""
+    """File to the tensors it should hold; None: unknown."""
     index: Path | None = None
 
     @cached_property
     def missing(self) -> list[str]:
-        """Names of its files that are not there, or links to what is not; of files that are not
-        there only an index and the names of shards tell."""
+        """Names of its files that do not exist, or are broken links. Only an index, or the numbers
+        in the names of shards, show that a file is missing."""
         all_count = self.index is not None or self.is_shards
         gone = (file for file in self.files if not os.path.exists(file))
         return sorted(file.name for file in gone if all_count or os.path.islink(file))
 
     @property
     def is_gone(self) -> bool:
-        """Whether none of its files is there."""
+        """Whether none of its files exists."""
         return bool(self.files) and len(self.missing) == len(self.files)
 
     @property
@@ -116,7 +116,7 @@ class Choice:
 
     @property
     def remarks(self) -> tuple[str, ...]:
-        """One line about what is read and what is not; none where there was no choice."""
+        """One line about what is read and what is skipped; none where there was no choice."""
         if not self.passed_over:
             return ()
         others = ", ".join(self.passed_over[:SHOWN])
@@ -128,10 +128,10 @@ class Choice:
 
 
 def choose(folder: Path) -> Choice:
-    """The complete weights in `folder`. Raises `UserError` where there are none, where files of
-    them are missing, and where nothing decides between two sets.
+    """The complete weights in `folder`. Raises `UserError` where there are none, where some of
+    their files are missing, and where two sets are ambiguous.
 
-    Indexes are read; headers of files only where two sets are compared.
+    Indexes are read; headers only where two sets are compared.
     """
     names = [child.name for child in listed(folder)]
     weights = [name for name in names if is_weight_file(name)]
@@ -154,7 +154,7 @@ def choose(folder: Path) -> Choice:
 
 
 def listed(folder: Path) -> list[Path]:
-    """What is in `folder`, by name. Raises `UserError` when it cannot be listed."""
+    """The entries of `folder`, sorted by name. Raises `UserError` when it cannot be listed."""
     try:
         return sorted(folder.iterdir())
     except OSError as error:
@@ -164,21 +164,20 @@ def listed(folder: Path) -> list[Path]:
 
 
 def is_weight_file(name: str) -> bool:
-    """Whether a file holds weights, by its name. Hidden ones are other programs' or unfinished."""
+    """Whether a file holds weights, by its name. Hidden files are unfinished, or not weights."""
     is_other = name.startswith(".") or _NO_WEIGHTS.fullmatch(name) is not None
     return name.endswith(WEIGHT_SUFFIXES) and not is_other
 
 
 def may_be_left_out(name: str) -> bool:
-    """Whether the files of a model may do without a tensor, by its name: a buffer of older
-    versions, or a head, which may be tied to the embedding. The class of the model has the last
-    word, when it is built."""
+    """Whether a tensor may be missing in files, by its name: an obsolete buffer, or a head that may
+    be tied to the embedding. The class of the model decides, once it is built."""
     return has_obsolete_name(name) or _HEAD.fullmatch(name) is not None
 
 
 def _sets(folder: Path, names: Sequence[str]) -> list[WeightSet]:
-    """All sets, in the order they are looked for: those that have a name or an index, as
-    transformers does, then those that only the names of files make."""
+    """All sets, in order of preference: those with a well-known name or an index, as transformers
+    finds them, then groups of other files."""
     single = list(_single(folder, SINGLE_NAME))
     known = _distinct([
         *single,
@@ -205,8 +204,8 @@ def _single(folder: Path, name: str) -> Iterator[WeightSet]:
 
 
 def _indexed(folder: Path, name: str, form: Form, *, is_needed: bool = True) -> Iterator[WeightSet]:
-    """The set that an index describes. Raises `UserError` for one that cannot be read, unless
-    there is a file that counts before it."""
+    """The set that an index lists. Raises `UserError` for an index that cannot be read, unless
+    another set comes before it."""
     index = folder / name
     if os.path.isfile(index) and (is_needed or not _is_broken(index)):
         names: dict[str, set[str]] = {}
@@ -216,7 +215,7 @@ def _indexed(folder: Path, name: str, form: Form, *, is_needed: bool = True) -> 
 
 
 def _is_broken(index: Path) -> bool:
-    """Whether an index is there and cannot be read."""
+    """Whether an index exists and cannot be read."""
     try:
         return os.path.isfile(index) and not read_index(index)
     except UserError:
@@ -224,8 +223,8 @@ def _is_broken(index: Path) -> bool:
 
 
 def _loose(folder: Path, names: Sequence[str]) -> list[WeightSet]:
-    """Sets by the names of files alone: shards that count up to one total are a set, and so are all
-    other files. A variant is one where there is nothing but variants."""
+    """Sets by file names alone: shards with one total are a set, and so are all other files
+    together. Variants count only where there is nothing else."""
     found = [name for name in names if not _NO_SETS.match(name)] or list(names)
     found = [name for name in found if re.match(_MODEL, name)] or found
     found = [name for name in found if not _VARIANT.fullmatch(name)] or found
@@ -243,7 +242,7 @@ def _loose(folder: Path, names: Sequence[str]) -> list[WeightSet]:
 
 
 def _with_missing(group: Sequence[str]) -> list[str]:
-    """The names of shards, also of those that are not there."""
+    """The names of all shards, including those that are missing."""
     match = _SHARD.fullmatch(group[0])
     total = int(match["total"]) if match else 0
     if match is None or total > MOST_SHARDS:
@@ -254,7 +253,7 @@ def _with_missing(group: Sequence[str]) -> list[str]:
 
 
 def _distinct(sets: Sequence[WeightSet]) -> list[WeightSet]:
-    """`sets` without those that are part of another one: a single file that an index names, and an
+    """`sets` without those contained in another: a single file that an index lists, or a second
     index of the same files."""
     kept: list[WeightSet] = []
     for one in sorted(sets, key=lambda one: one.index is None):
@@ -264,7 +263,7 @@ def _distinct(sets: Sequence[WeightSet]) -> list[WeightSet]:
 
 
 def _check_there(taken: WeightSet) -> None:
-    """Check that all files of a set are there. Raises `UserError`."""
+    """Check that all files of a set exist. Raises `UserError`."""
     missing = taken.missing
     if not missing:
         return
@@ -275,7 +274,7 @@ def _check_there(taken: WeightSet) -> None:
         f"{taken.index} names {what} that cannot be found: {shown}" if taken.index else
         f"{taken.folder} lacks {what} of {taken.label}: {shown}",
         rule="all files of an index lie beside it" if taken.index else
-        f"the names of the others say that there are {len(taken.files)}",
+        f"by the names of the others there are {len(taken.files)}",
         nearest=unfinished_download(taken.folder, missing),
         advice="Copy the missing files beside the index" if taken.index else
         "Copy the missing files beside the others",
@@ -283,7 +282,7 @@ def _check_there(taken: WeightSet) -> None:
 
 
 def _check_link(file: Path, taken: WeightSet) -> None:
-    """Check that a missing file of a set is no link to what is missing. Raises `UserError`."""
+    """Check that a missing file of a set is not a broken link. Raises `UserError`."""
     if not os.path.islink(file):
         return
     try:
@@ -298,7 +297,7 @@ def _check_link(file: Path, taken: WeightSet) -> None:
 
 
 def _check_decided(taken: WeightSet, other: WeightSet) -> None:
-    """Check that something decides for `taken` and against `other`. Raises `UserError`."""
+    """Check that `taken` is preferred to `other` for a reason. Raises `UserError`."""
     if other.missing or taken.is_safetensors != other.is_safetensors:
         return
     difference = ""
@@ -310,15 +309,15 @@ def _check_decided(taken: WeightSet, other: WeightSet) -> None:
             return
     raise UserError(
         f"{taken.folder} holds two sets of weights: {taken} and {other}",
-        rule="a folder holds the weights of one model once, and nothing decides which is meant"
+        rule="a folder holds the weights of one model once, and it is ambiguous which to load"
         + (f": {difference}" if difference else ""),
         advice="Move the files of one of them into another folder",
     )
 
 
 def _difference(taken: WeightSet, other: WeightSet) -> str:
-    """A tensor that shows that two sets are of two models; empty where they may be of one, and
-    where `other` cannot be read. Raises `UserError` when `taken` cannot."""
+    """The first tensor that differs between two sets; empty where they may be of one model, and
+    where `other` cannot be read. Raises `UserError` when `taken` cannot be read."""
     try:
         passed_over = _shapes(other)
     except UserError:

@@ -1,4 +1,4 @@
-"""Content: a short text that differs where two machines have different complete weights."""
+"""A fingerprint of complete weights, by which machines compare what they have."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from launcher.weights.reading.transfer import Files, read_exactly
 from launcher.weights.source import Source
 
 SAMPLED_BYTES = 512
-"""Of each tensor: training changes all of a tensor, and reading all of it would cost a load."""
+"""Of each tensor: training changes all of a tensor, and reading all of it would cost a full load."""
 
 
 def content_of(source: Source) -> str:

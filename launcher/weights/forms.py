@@ -124,7 +124,7 @@ def read_index(index: Path) -> dict[str, str]:
 
 
 def _is_beside(name: str) -> bool:
-    """Whether a name is that of a file beside an index, or in a folder beside it."""
+    """Whether a name is a path of a file beside the index or below it."""
     path = PurePosixPath(name)
     is_plain = not path.is_absolute() and ".." not in path.parts and str(path) == name != "."
     return is_plain and all(len(part.encode()) < 256 for part in path.parts) and len(name) < 1024

@@ -1,7 +1,7 @@
-"""Garbage: none is looked for while thousands of boxes are made that all stay.
+"""Python's garbage collector, paused while thousands of boxes are made that all stay alive.
 
-Owns when Python's collector rests. Plans are tuples without cycles, so that a collection finds
-nothing, and takes longer the more a process has imported.
+Plans are tuples without cycles: a collection frees nothing, and takes longer the more modules a
+process has imported.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from contextlib import contextmanager
 
 _lock = threading.Lock()
 _resting: list[bool] = []
-"""For each that is inside, in any thread: whether the collector worked before them all."""
+"""One entry for each active pause, in any thread: whether the collector was enabled before all."""
 
 
 @contextmanager
 def gc_paused() -> Iterator[None]:
-    """The collector rests until the last one has left, and does again what it did before the first.
-    Also a decorator of functions."""
+    """Disable the collector until the last active pause ends; then restore its state from before
+    the first. Also a decorator of functions."""
     with _lock:
         _resting.append(_resting[0] if _resting else gc.isenabled())
         gc.disable()

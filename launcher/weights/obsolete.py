@@ -1,10 +1,9 @@
-"""Obsolete buffers: tensors of old checkpoints that are not weights, and that no class has now.
+"""Obsolete buffers: tensors of old checkpoints that are not weights and that models now derive.
 
-Owns the one table of them, by name and by what they must look like. Older versions of transformers
-(and fairseq before it) saved masks, tables of angles and version numbers, which models now derive.
-What a current class declares (its buffers that are not persistent, the names it declares to
-be ignored) is asked of the class: `models.build.ignorable`. A bias is never one of them: it has one
-dim, a mask has two or more.
+Owns the table of them, by name, shape and dtype. Older versions of transformers, and fairseq before
+it, saved masks, rotary tables and version numbers. Buffers that a current class declares
+non-persistent, or ignores, are handled by `models.build.ignorable`. A bias is never obsolete: it
+has one dim, a mask has two or more.
 """
 
 from __future__ import annotations
@@ -17,16 +16,16 @@ from launcher.layout.box import Shape
 
 
 class Obsolete(NamedTuple):
-    """A kind of such tensors."""
+    """One kind of obsolete buffer."""
 
     names: re.Pattern[str]
     fits: Callable[[Shape, str], bool]
-    """Whether (shape, dtype of safetensors) are those of one."""
+    """Whether (shape, dtype of safetensors) fit."""
     reason: str
 
 
 def _is_mask(shape: Shape, dtype: str) -> bool:
-    """[1, 1, n, n], or [n, n] of truth values."""
+    """[1, 1, n, n], or a boolean [n, n]."""
     square = len(shape) >= 2 and shape[-1] == shape[-2]
     return square and (shape[:-2] == (1, 1) or (len(shape) == 2 and dtype in ("BOOL", "U8")))
 
@@ -55,7 +54,7 @@ OBSOLETE: tuple[Obsolete, ...] = (
     Obsolete(re.compile(_ATTENTION + r"(?:bias|causal_mask)$"), _is_mask,
              "the causal mask: gpt2, gpt_neo, gptj, gpt_neox, gpt_bigcode, codegen"),
     Obsolete(re.compile(_ATTENTION + r"masked_bias$"), _is_number,
-             "what masked scores were set to, -1e4 or -1e9: the same families"),
+             "the value of masked scores, -1e4 or -1e9: the same families"),
     Obsolete(re.compile(_ATTENTION + r"embed_positions$"), _is_table,
              "the sines and cosines of positions: gptj, codegen"),
     Obsolete(re.compile(r"(?:^|\.)(?:original_)?inv_freq$"), _is_frequencies,
@@ -74,10 +73,11 @@ OBSOLETE: tuple[Obsolete, ...] = (
 
 
 def has_obsolete_name(name: str) -> bool:
-    """Whether a tensor is named as one of them; its shape may still show that it is a weight."""
+    """Whether a tensor has the name of an obsolete buffer; its shape may still show that it is a
+    weight."""
     return any(kind.names.search(name) for kind in OBSOLETE)
 
 
 def is_obsolete(name: str, shape: Shape, dtype: str) -> bool:
-    """Whether a tensor of a checkpoint is one of them. `dtype`: its name in safetensors."""
+    """Whether a tensor of a checkpoint is an obsolete buffer. `dtype`: its safetensors name."""
     return any(kind.names.search(name) and kind.fits(shape, dtype) for kind in OBSOLETE)

@@ -1,4 +1,4 @@
-"""Pieces: the boxes of a global tensor that lie in files, and which of them another box meets."""
+"""Pieces: the boxes of a global tensor that are in files, and their overlaps with other boxes."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ class Piece(NamedTuple):
 
 
 class Pieces(tuple[Piece, ...]):
-    """All pieces of one tensor, replicas among them, indexed by box.
+    """All pieces of one tensor, including replicas, indexed by box.
 
-    The pieces of a layout form a grid, whose lines are where they begin in each dim; a box meets
-    the cells between two lines of each, found by bisection. Other arrangements are searched.
+    The pieces of a layout form a grid; the cells that a box overlaps are found by bisection in each
+    dim. Pieces that form no grid are searched one by one.
     """
 
     @cached_property
     def replica_ranks(self) -> dict[Box, list[Piece]]:
-        """Every box that is not empty, to the pieces that hold just that box."""
+        """Every non-empty box to the pieces that hold exactly that box."""
         found: dict[Box, list[Piece]] = {}
         for piece in self:
             if piece.box.numel:
@@ -44,7 +44,7 @@ class Pieces(tuple[Piece, ...]):
 
     @cached_property
     def _grid(self) -> tuple[dict[Shape, Box], list[list[int]]] | None:
-        """(box by offset, lines of each dim); None when the boxes form no grid."""
+        """(box by offset, offsets in each dim); None when the boxes form no grid."""
         boxes = {box.offset: box for box in self.replica_ranks}
         lines = [sorted(set(starts)) for starts in zip(*boxes, strict=True)]
         if len(boxes) < len(self.replica_ranks) or math.prod(map(len, lines)) != len(boxes):
@@ -57,8 +57,8 @@ class Pieces(tuple[Piece, ...]):
         return boxes, lines
 
     def meeting(self, box: Box) -> Iterator[tuple[list[Piece], Box]]:
-        """(holders of a piece, its overlap with `box`) of every piece that `box` meets."""
-        if len(self) == 1:  # complete weights: nothing to look up
+        """(replicas of a piece, its overlap with `box`) of every piece that overlaps `box`."""
+        if len(self) == 1:  # complete weights
             overlap = box.intersect(self[0].box)
             if overlap is not None:
                 yield [self[0]], overlap

@@ -1,10 +1,9 @@
-"""Factors of weights in 8 bits: which tensor has them, which of them a box needs. Torch-free.
+"""Block scales of FP8 weights: which tensor holds them, which of them a box needs. Torch-free.
 
-Owns the form DeepSeek-V3 is published in: beside `x.weight`, in 8 bits, stands
-`x.weight_scale_inv`, and each block of the weight (128 x 128 by default) is multiplied by one entry
-of it. Other ways to quantise are refused.
+Owns the format in which DeepSeek-V3 is published: each block of `x.weight` (128 x 128 by default)
+is multiplied by one entry of `x.weight_scale_inv`. Other quantization methods are refused.
 
-    weight [300, 200]    rows 100..250, columns 130..200  need  factors [0:2, 1:2] of [3, 2]
+    weight [300, 200]    rows 100..250, columns 130..200  need  scales [0:2, 1:2] of [3, 2]
 """
 
 from __future__ import annotations
@@ -31,15 +30,15 @@ _FACTORS = ("F32", "BF16", "F16", "F8_E8M0")
 
 @dataclass(frozen=True)
 class Scales:
-    """What the elements of a tensor are multiplied by: one factor a block."""
+    """The scales of a tensor: one for each block."""
 
     name: str
     pieces: Pieces
     block: tuple[int, int]
-    """(rows, columns) of the tensor that share a factor."""
+    """(rows, columns) of the tensor that share a scale."""
 
     def needed(self, box: Box) -> Box:
-        """The factors of the blocks that `box` of the tensor meets."""
+        """The box of scales whose blocks overlap `box` of the tensor."""
         stops = [start + size for start, size in zip(box.offset, box.size, strict=True)]
         first = [start // n for start, n in zip(box.offset, self.block, strict=True)]
         last = [-(-stop // n) for stop, n in zip(stops, self.block, strict=True)]
@@ -47,7 +46,7 @@ class Scales:
 
 
 def factors_of(tensors: Mapping[str, Pieces]) -> dict[str, str]:
-    """Each weight in 8 bits to the tensor of its factors, of those that have one."""
+    """FP8 weight to the tensor of its scales, for those that have one."""
     return {
         name: name + SUFFIX
         for name, pieces in tensors.items()
@@ -56,8 +55,8 @@ def factors_of(tensors: Mapping[str, Pieces]) -> dict[str, str]:
 
 
 def block_of(quantization_config: Any) -> tuple[int, int] | None:
-    """Rows and columns that share a factor, as `quantization_config` of a config.json says; None
-    for another way to quantise."""
+    """Rows and columns that share a scale, by `quantization_config` of a config.json; None for
+    another quantization method."""
     if not isinstance(quantization_config, Mapping):
         return None
     block = quantization_config.get("weight_block_size", DEFAULT_BLOCK)
@@ -71,9 +70,9 @@ def block_of(quantization_config: Any) -> tuple[int, int] | None:
 
 
 def block_in(folder: Path) -> tuple[int, int]:
-    """The block of the weights in `folder`, by its config.json; 128 x 128 where there is none.
+    """The block of the weights in `folder`, by its config.json; 128 x 128 without one.
 
-    Raises `UserError` for another way to quantise.
+    Raises `UserError` for another quantization method.
     """
     config = folder / "config.json"
     if not config.is_file():
@@ -84,7 +83,7 @@ def block_in(folder: Path) -> tuple[int, int]:
     except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise UserError(
             f"{config} cannot be read ({type(error).__name__})",
-            rule="weights in 8 bits need its quantization_config",
+            rule="FP8 weights need its quantization_config",
             advice="Copy config.json from the origin of the weights",
         ) from error
     if not written:
@@ -93,9 +92,9 @@ def block_in(folder: Path) -> tuple[int, int]:
     if block is None:
         raise UserError(
             f"{config}: quantization_config = {_shown(written)}",
-            rule="weights in 8 bits are read where blocks of them share a factor",
+            rule="FP8 weights are read where blocks of them share a scale",
             nearest=f"Possible: {POSSIBLE}",
-            advice="Give weights that are not quantised",
+            advice="Give weights that are not quantized",
         )
     return block
 
@@ -108,17 +107,17 @@ def _shown(written: Any) -> str:
 
 
 def scales_of(source: Source, name: str) -> Scales | None:
-    """The factors of tensor `name`; None where it is not in 8 bits. Raises `UserError` where they
-    are missing or do not fit."""
+    """The scales of tensor `name`; None where it is not FP8. Raises `UserError` where they are
+    missing or do not fit."""
     if source.dtype(name) not in EIGHT_BITS:
         return None
     factors = source.scales.get(name)
     if factors is None:
         raise UserError(
-            f"`{name}` is in 8 bits ({source.dtype(name)}) and there is no `{name}{SUFFIX}`",
+            f"`{name}` is {source.dtype(name)} and there is no `{name}{SUFFIX}`",
             where=str(source.path),
-            rule="every block of such a weight is multiplied by a factor of that tensor",
-            advice="Copy all files of the weights, or give weights that are not quantised",
+            rule="every block of an FP8 weight is multiplied by a scale of that tensor",
+            advice="Copy all files of the weights, or give weights that are not quantized",
         )
     rows, columns = block = source.scale_block
     shape, held = source.shape(name), source.shape(factors)
@@ -126,29 +125,29 @@ def scales_of(source: Source, name: str) -> Scales | None:
         raise UserError(
             f"`{factors}` has the shape {list(held)}",
             where=str(source.path),
-            rule=f"`{name}` has {list(shape)}, and blocks of {rows} x {columns} share a factor",
-            advice="Mend quantization_config.weight_block_size in the config.json of the weights",
+            rule=f"`{name}` has {list(shape)}, and blocks of {rows} x {columns} share a scale",
+            advice="Correct quantization_config.weight_block_size in config.json",
         )
     if source.dtype(factors) not in _FACTORS:
         raise UserError(
             f"`{factors}` is {source.dtype(factors)}",
             where=str(source.path),
-            rule=f"factors are floating point: {', '.join(_FACTORS)}",
+            rule=f"scales are floating point: {', '.join(_FACTORS)}",
             advice="Copy the weights again from their origin",
         )
     return Scales(factors, source.tensors[factors], block)
 
 
 def check_idle(source: Source, names: Iterable[str]) -> None:
-    """Check that none of `names`, which nobody asks for, has factors of a weight that is not in 8
-    bits. Raises `UserError`."""
+    """Check that none of `names`, tensors that are not loaded, holds scales of a weight that is not
+    FP8. Raises `UserError`."""
     for name in names:
         weight = name.removesuffix(SUFFIX)
         if weight != name and weight in source.tensors:
             raise UserError(
-                f"`{weight}` is {source.dtype(weight)} and has factors: `{name}`",
+                f"`{weight}` is {source.dtype(weight)} and has scales: `{name}`",
                 where=str(source.path),
-                rule="factors belong to weights in 8 bits; others are what they are",
+                rule="only FP8 weights have scales",
                 advice=f"Remove `{name}` if the weights were multiplied by it, or give the "
-                "weights in 8 bits",
+                "FP8 weights",
             )

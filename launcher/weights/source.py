@@ -1,9 +1,9 @@
 """What is on disk: the tensors of a checkpoint as boxes inside files.
 
-Owns detection and complete weights (`distributed` has rank files). A path holds complete weights
-(of Hugging Face or MindSpore: one file, or several with an index), a single file, or the rank files
-of a distributed save; which of them is read off the files, never asked. Reads headers only.
-Invariant: every `Piece` lies inside its file, as its header was checked.
+Owns detection and complete weights (`ranks.distributed` owns rank files). A path holds complete
+weights (one file, or several with an index), a single file, or the rank files of a distributed
+save. Which of them is detected from names. A question of one process: no collectives, and only
+headers are read. Invariant: every `Piece` lies inside its file, because its header was checked.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 from launcher.errors import UserError
-from launcher.layout.box import Shape, whole
+from launcher.layout.box import Shape, full_box
 from launcher.weights.complete import (
     HEADER_THREADS,
     choose,
@@ -37,42 +37,42 @@ from launcher.weights.threads import in_parallel
 Kind = Literal["complete", "single", "distributed", "nothing"]
 
 CHILDREN = 100
-"""Folders that are looked into for weights, where there are none in their parent."""
+"""Subfolders that are searched for weights when a folder has none."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """All tensors of one checkpoint: name in the files to the pieces that make it up."""
+    """All tensors of one checkpoint, by their names in the files."""
 
     kind: Kind
     path: Path
     tensors: Mapping[str, Pieces]
     headers: Mapping[Path, Header]
     mesh: Mapping[str, int] | None = None
-    """Axis sizes of the layout the files were written in; None for complete weights, and where the
-    files do not say."""
+    """Axis sizes of the layout that wrote the files; None for complete weights, and for rank files
+    that do not describe it."""
     world_size: int = 1
     scales: Mapping[str, str] = field(default_factory=dict)
-    """A weight in 8 bits to the tensor of the factors that its blocks are multiplied by."""
+    """FP8 weight to the tensor of its block scales."""
     scale_block: tuple[int, int] = DEFAULT_BLOCK
-    """Rows and columns of a weight that share a factor."""
+    """Rows and columns of a weight that share a scale."""
     checksums: Mapping[Path, Checksums] = field(default_factory=dict)
-    """Of the files that have some."""
+    """Of the files that have checksums."""
     is_deduplicated: bool = False
-    """Whether copies were left out when the rank files were written."""
+    """Whether replicas were left out when the rank files were written."""
     is_spread: bool = False
-    """Whether its files lie on several disks, so that some ranks do not see some of them."""
+    """Whether its files are on several disks, so that some ranks cannot access some of them."""
     elsewhere: frozenset[Path] = frozenset()
-    """Those that this rank does not see."""
+    """Files that this rank cannot access."""
     remarks: tuple[str, ...] = ()
-    """What a user should hear about the files: ranks that are lost and not needed."""
+    """Lines for the log: files that were skipped, ranks without a file that are not needed."""
     extras: Mapping[str, Pieces] = field(default_factory=dict)
-    """What stands in files of MindSpore beside the model: step, epoch, loss scale. Whole."""
+    """Numbers of the run beside the model: step, epoch, loss scale."""
     index: Path | None = None
-    """By which the files of complete weights were found; None: by their names."""
+    """Index by which the files of complete weights were found; None: found by their names."""
     promised: Mapping[str, Path] = field(default_factory=dict)
-    """Heads and old buffers that an index lists and no file holds, to the file where it says they
-    are: a model that ties or derives them does without."""
+    """Heads and obsolete buffers that the index lists and no file holds, to the file it names. A
+    model that ties or derives them does not need them."""
 
     def shape(self, name: str) -> Shape:
         """Global shape of tensor `name`."""
@@ -83,7 +83,7 @@ class Source:
         return self.tensors[name][0].entry.dtype
 
     def renamed(self, names: Mapping[str, str]) -> Source:
-        """The same tensors, those in `names` under the other name given there."""
+        """The same tensors, renamed as `names` maps them."""
         tensors = {names.get(name, name): pieces for name, pieces in self.tensors.items()}
         scales = {names.get(name, name): names.get(f, f) for name, f in self.scales.items()}
         promised = {names.get(name, name): file for name, file in self.promised.items()}
@@ -95,21 +95,20 @@ class Source:
 
 
 def rank_of(folder: Path) -> int | None:
-    """The rank whose folder it is, by its name: `rank_0`, or `rank0` as older tools of MindSpore
-    name it; None for others."""
+    """The rank in the name of a rank folder (`rank_0` or `rank0`); None for other folders."""
     match = re.fullmatch(r"rank_?(\d+)", folder.name)
     return None if match is None else int(match[1])
 
 
 def is_rank_folder(folder: Path) -> bool:
-    """Whether a folder is that of one rank, by its name."""
+    """Whether a folder is a rank folder, by its name."""
     return rank_of(folder) is not None
 
 
 def detect(path: Path) -> Kind:
-    """What `path` holds, from names alone: no file is opened. Raises `UserError` for a folder that
+    """What `path` holds, by names alone: no file is opened. Raises `UserError` for a folder that
     cannot be listed."""
-    if os.path.isfile(path):  # where the question itself is refused, the answer is no
+    if os.path.isfile(path):  # False, not an error, where access is denied
         return "distributed" if is_rank_folder(path.parent) else "single"
     if not os.path.isdir(path):
         return "nothing"
@@ -127,8 +126,8 @@ def _holds_weights(folder: Path) -> bool:
 
 
 def holds_complete(folder: Path) -> bool:
-    """Whether complete weights lie in `folder`, whatever else does: what the key
-    pretrained_model_dir means."""
+    """Whether `folder` holds complete weights, whatever else it holds: what pretrained_model_dir
+    means."""
     if not os.path.isdir(folder):
         return False
     names = {child.name for child in listed(folder)}
@@ -136,11 +135,11 @@ def holds_complete(folder: Path) -> bool:
 
 
 def weights_below(path: Path) -> str:
-    """`did you mean `output/checkpoint`?` for a folder in `path` that holds weights; empty where
-    there is none."""
+    """`did you mean `output/checkpoint`?` for a subfolder of `path` that holds weights; empty
+    without one."""
     with suppress(UserError, OSError):
         children = [child for child in listed(path) if child.is_dir() and not is_rank_folder(child)]
-        children += path.glob("snapshots/*/")  # as the cache of the Hub has them
+        children += path.glob("snapshots/*/")  # the cache of the Hub
         for child in sorted(children, key=_newest_first)[:CHILDREN]:
             ranks = filter(is_rank_folder, listed(child))
             if holds_complete(child) or any(map(_holds_weights, ranks)):
@@ -165,25 +164,24 @@ def _newest_first(folder: Path) -> tuple[bool, bool, int]:
 
 
 def check_all_ranks(path: Path) -> None:
-    """Check that `path` is not the folder of one rank of several. Raises `UserError`."""
+    """Check that `path` is not a rank folder. Raises `UserError`."""
     if is_rank_folder(path) and os.path.isdir(path):
         raise UserError(
             f"{path} is the folder of one rank",
-            rule="a checkpoint is all of them",
+            rule="pass the parent directory",
             nearest=f"did you mean `{path.parent}`?",
         )
 
 
 def check_one_kind(path: Path) -> None:
-    """Check that not both complete weights and rank folders lie at `path`. Raises `UserError`."""
+    """Check that `path` does not hold both complete weights and rank folders."""
     if os.path.isdir(path) and detect(path) == "distributed" and holds_complete(path):
         names = [child.name for child in listed(path)]
         ranks = [name for name in names if is_rank_folder(path / name)]
         complete = [name for name in names if is_weight_file(name) or name in INDEX_NAMES]
         raise UserError(
             f"{path} holds two sets of weights: {complete[0]} and {ranks[0]}/",
-            rule="a folder holds complete weights or rank folders, and nothing says which of them "
-            "is meant",
+            rule="a folder holds either complete weights or rank folders",
             nearest=f"One of them is `{path / complete[0]}`" * (complete[0] not in INDEX_NAMES),
             advice="Name a file, or move one of them into another folder",
         )
@@ -228,7 +226,7 @@ def _complete(kind: Kind, path: Path, files: Mapping[Path, set[str] | None]) -> 
             kept = extras if is_scalar(name, entry.shape) else tensors
             if name in kept:
                 raise UserError(
-                    f"`{name}` stands in two files: {kept[name][0].file.name} and {file.name}",
+                    f"`{name}` is in two files: {kept[name][0].file.name} and {file.name}",
                     where=str(path),
                     rule="complete weights hold each tensor once",
                     advice="Move away the files that do not belong to this model",
@@ -246,16 +244,16 @@ def _complete(kind: Kind, path: Path, files: Mapping[Path, set[str] | None]) -> 
 
 
 def _pieces(file: Path, entry: Entry) -> Pieces:
-    return Pieces([Piece(file, entry, entry.shape, whole(entry.shape), 0)])
+    return Pieces([Piece(file, entry, entry.shape, full_box(entry.shape), 0)])
 
 
 def check_promised(promised: Mapping[str, Path], needed: Callable[[str], bool]) -> None:
-    """Check that files hold what their index promised, as far as it is `needed`. Raises `UserError`
-    that names a file and a tensor."""
+    """Check that files hold the tensors that their index lists, as far as they are `needed`. Raises
+    `UserError` that names a file and a tensor."""
     for name, file in sorted(promised.items(), key=lambda item: (item[1], item[0])):
         if needed(name):
             raise UserError(
                 f"{file} lacks `{name}`",
-                rule="the index beside it says that it is there",
+                rule="the index beside it lists it there",
                 advice="Copy both again from their origin",
             )

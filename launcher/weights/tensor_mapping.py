@@ -1,7 +1,7 @@
-"""Links: which box of a tensor of the model is which tensor of the files.
+"""Mappings between tensors of the model and tensors of files.
 
-Owns the form of a name map. A tensor of the model that is one tensor in files under the same name
-needs no link. A stack of experts has one link an expert, a fused projection one for each part:
+A tensor of the model that is one tensor in files under the same name needs none. A stack of experts
+has one mapping for each expert, a fused projection one for each part:
 
     model: experts.gate_up_proj [4, 6, 8]          files: experts.2.gate_proj.weight [3, 8]
         box [2:3, 0:3, 0:8]  <----------------------  is this box, without the dim of size 1
@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-from launcher.layout.box import Box, Shape, whole
+from launcher.layout.box import Box, Shape, full_box
 from launcher.layout.shard import Shard
 from launcher.weights.gc_pause import gc_paused
 
@@ -27,26 +27,26 @@ class TensorMapping(NamedTuple):
 
     @property
     def shape(self) -> Shape:
-        """Of the tensor in files."""
+        """Shape of the tensor in files."""
         return self.kept(self.box.size)
 
     def is_entry_of(self, shape: Shape) -> bool:
-        """Whether it is all of one index of the first dim of a tensor of `shape`, as in a stack."""
+        """Whether it is one index of the first dim of a tensor of `shape`, as in a stack."""
         return self.dropped == (0,) and self.box.size[1:] == shape[1:]
 
     def kept(self, values: Sequence[int]) -> Shape:
-        """`values`, one a dim of the model's tensor, without those of the dropped dims."""
+        """`values`, one for each dim of the model's tensor, without the dropped dims."""
         if self.dropped == (0,):
             return tuple(values[1:])
         return tuple(v for dim, v in enumerate(values) if dim not in self.dropped)
 
 
 MappingsOf = Callable[[str, Shape], Sequence[TensorMapping] | None]
-"""(name in the model, its global shape) to its links; None: one tensor under the same name."""
+"""(name in the model, global shape) to its mappings; None: one tensor under the same name."""
 
 
 def no_mapping(name: str, shape: Shape) -> None:
-    """Every tensor of the model is one tensor of the files, under the same name."""
+    """Every tensor of the model is one tensor of the files under the same name."""
 
 
 @gc_paused()
@@ -85,7 +85,7 @@ def mapped(held: Mapping[str, Shard], mappings_of: MappingsOf) -> dict[str, Shar
 
 
 def _entries(shard: Shard) -> dict[int, Shard]:
-    """What a shard holds of each index of its first dim, as `_part` of a link with it would be."""
+    """The part of a shard at each index of its first dim, as `_part` gives it."""
     rest = Box(shard.box.offset[1:], shard.box.size[1:])
     if not rest.numel:
         return {}
@@ -97,7 +97,7 @@ def _entries(shard: Shard) -> dict[int, Shard]:
 
 
 def _part(shard: Shard, mapping: TensorMapping) -> Shard | None:
-    """What a shard holds of a link, as a shard of the file's tensor; None: nothing."""
+    """The part of a shard that a mapping covers, as a shard of the file's tensor; None: nothing."""
     common = shard.box.intersect(mapping.box)
     if common is None:
         return None
@@ -113,8 +113,8 @@ def _part(shard: Shard, mapping: TensorMapping) -> Shard | None:
 
 
 def stacked(names: Sequence[str], shape: Shape) -> list[TensorMapping]:
-    """Links of a tensor [n, ...] whose entry i is the tensor `names[i]`."""
-    rest = whole(shape[1:])
+    """Mappings of a tensor [n, ...] whose entry i is the tensor `names[i]`."""
+    rest = full_box(shape[1:])
     return [
         TensorMapping(name, Box((index, *rest.offset), (1, *rest.size)), (0,))
         for index, name in enumerate(names)

@@ -1,4 +1,4 @@
-"""Threads that read and write: several at a time, and none goes on after one has failed."""
+"""Threads that read and write; after a failure no further work is started."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ Result = TypeVar("Result")
 def in_parallel(
     function: Callable[[Item], Result], items: Iterable[Item], threads: int
 ) -> list[Result]:
-    """`function` of every item, in order of the items. After a failure no further one is begun, and
-    the first failure is raised."""
+    """`function` of every item, in order of the items. After a failure no further item is started,
+    and the first error is raised."""
     with ThreadPoolExecutor(threads) as pool:
         futures = [pool.submit(function, item) for item in items]
         try:

@@ -269,11 +269,11 @@ def test_ranks_read_what_they_see_and_are_told_of_what_they_do_not(nodes: Nodes)
     found = together(WORLD, work)
     assert torch.equal(torch.cat([own for own, _ in found]), NAMED["w"])
     assert found[1][1] == (
-        f"{nodes.folders[0]}: rank 1 needs rank_3/CKP_rank_3-1_1.safetensors, which it does not "
-        "see: without a shared disk a rank reads what lies on its own: after a save the layout "
-        "stays, and the machine of each rank. Nearest: 4 ranks (dp_shard 4), each rank where it "
-        "was. Put the folders of checkpoints together on a disk that all machines share, or copy "
-        "the rank folders so that each machine has them all."
+        f"{nodes.folders[0]}: rank 1 needs rank_3/CKP_rank_3-1_1.safetensors, which are not "
+        "visible to it: without a shared file system a rank reads the files of its own machine, so "
+        "layout and machine of each rank must be those of the save. Nearest: 4 ranks (dp_shard 4), "
+        "each rank where it was. Put the folders of checkpoints together on a disk that all "
+        "machines share, or copy the rank folders so that each machine has them all."
     )
 
 

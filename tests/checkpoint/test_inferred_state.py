@@ -96,7 +96,7 @@ def test_a_counter_that_is_none_is_refused(tmp_path: Path, counter: str, value: 
 
 
 def test_without_counter_or_name_nobody_knows_the_step(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="does not say after how many steps it was saved"):
+    with pytest.raises(UserError, match="does not give the number of steps done"):
         derived(chosen(tmp_path, None))
     assert derived(chosen(tmp_path, None, global_step=4))[1].global_step == 4
 

@@ -13,7 +13,7 @@ from launcher.checkpoint.resolve import open_weights
 from launcher.checkpoint.resume import choose
 from launcher.checkpoint.store import Store
 from launcher.errors import UserError
-from launcher.layout.box import Box, whole
+from launcher.layout.box import Box, full_box
 from launcher.layout.mesh import Mesh
 from launcher.layout.shard import Shard
 from launcher.parallel.world import World
@@ -61,8 +61,8 @@ def test_a_lost_and_a_damaged_file_are_made_up_for_and_said(tmp_path: Path) -> N
     files[2].write_bytes(files[2].read_bytes()[:-1])
     names, said = opened(tmp_path)
     assert names == {files[0].name}
-    assert said[0].startswith(f"{files[2]} is not a whole safetensors file")
-    assert "ranks 1, 2 have no whole file; their parts are read from the ranks" in said[1]
+    assert said[0].startswith(f"{files[2]} is not a valid safetensors file")
+    assert "ranks 1, 2 have no valid file; their parts are read from the ranks" in said[1]
 
 
 def test_what_nobody_else_holds_cannot_be_made_up_for(tmp_path: Path) -> None:
@@ -71,7 +71,7 @@ def test_what_nobody_else_holds_cannot_be_made_up_for(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         open_weights(tmp_path, ALONE, print)
     first, second = map(str, caught.value.problems)
-    assert f"{files[1]} is not a whole safetensors file" in first
+    assert f"{files[1]} is not a valid safetensors file" in first
     assert "and no other rank holds its parts" in second
 
 
@@ -85,7 +85,7 @@ def test_two_runs_in_one_folder_are_not_mixed(tmp_path: Path) -> None:
 def test_weights_need_no_state_a_resume_does(tmp_path: Path) -> None:
     for step in (1, 2):
         store, name = Store(tmp_path, "CKP", 0, 5), SaveName("CKP", 0, 1, step)
-        shards = {"w": Shard((4,), whole((4,)), torch.ones(4))}
+        shards = {"w": Shard((4,), full_box((4,)), torch.ones(4))}
         store.save(name, shards, {"global_step": step}, mesh=Mesh(), world=ALONE)
     (tmp_path / "state/CKP-1_2.json").unlink()
     assert opened(tmp_path)[0] == {"CKP_rank_0-1_2.safetensors"}
@@ -118,7 +118,7 @@ def test_a_damaged_manifest_is_passed_over_or_done_without(tmp_path: Path) -> No
     ("path", "says"),
     [
         ("nothing", "holds no weights"),
-        ("saved/rank_0", "is the folder of one rank: a checkpoint is all of them. did you mean"),
+        ("saved/rank_0", "is the folder of one rank: pass the parent directory. did you mean"),
         ("old", "is a .ckpt file of MindSpore"),
         ("empty", "has rank folders without weights"),
     ],

@@ -23,7 +23,7 @@ from launcher.checkpoint.resolve import open_weights
 from launcher.checkpoint.resume import choose
 from launcher.checkpoint.store import Store
 from launcher.errors import UserError
-from launcher.layout.box import whole
+from launcher.layout.box import full_box
 from launcher.layout.mesh import Mesh
 from launcher.layout.shard import Shard
 from launcher.parallel.world import World
@@ -34,7 +34,7 @@ ALONE = World(0, 1, torch.device("cpu"))
 
 def shards(value: float = 1.0) -> dict[str, Shard]:
     tensor = torch.full((4, 3), float(value))
-    return {"w": Shard((4, 3), whole((4, 3)), tensor)}
+    return {"w": Shard((4, 3), full_box((4, 3)), tensor)}
 
 
 def save(
@@ -271,7 +271,7 @@ def test_an_empty_folder_is_nothing_and_a_damaged_file_is_no_checkpoint(tmp_path
     (tmp_path / "rank_0" / "x.safetensors").write_bytes(b"?")
     with pytest.raises(UserError, match=r"(?s)is complete.*x.safetensors is not a whole"):
         choose(tmp_path, True, ALONE, print)
-    with pytest.raises(UserError, match=r"x.safetensors is not a whole safetensors file"):
+    with pytest.raises(UserError, match=r"x.safetensors is not a valid safetensors file"):
         open_weights(tmp_path, ALONE, print)
 
 

@@ -304,14 +304,14 @@ def test_resuming_on_the_same_layout_and_on_another_without_a_rank(shop: Shop) -
     assert "step 2 of 4" in changed.stdout
     assert f"crippled/rank_0/{damaged.name}: bytes " in changed.stdout
     assert f"crippled/rank_3/{damaged.name.replace('_0-', '_3-')} is missing" in changed.stdout
-    assert "ranks 0, 3 have no whole file; their parts are read from the ranks" in changed.stdout
+    assert "ranks 0, 3 have no valid file; their parts are read from the ranks" in changed.stdout
     losses = [shop.workshop.losses(output) for output in ("resumed", "moved")]
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
     shutil.rmtree(crippled / "rank_1")
     refused = shop.capture_error(RESUME_CHANGED, "train", 2, "refused", "--batch_size", "4")
     assert refused.code == 2
     assert "no checkpoint in crippled can be used" in refused.stderr
-    assert "ranks 0, 1, 3 have no whole file in crippled, and no other rank holds" in refused.stdout
+    assert "ranks 0, 1, 3 have no valid file in crippled, and no other rank holds" in refused.stdout
 
 
 CLUSTER = """
@@ -451,7 +451,7 @@ def test_rank_files_that_do_not_describe_themselves(
         strategy = tmp_path / "foreign/strategy"
         refused = shop.capture_error(sample, "eval", 1, "foreign")
         assert refused.code == 2
-        assert "does not say which part of the model it holds" in refused.stderr
+        assert "does not describe its layout" in refused.stderr
         assert "Set src_strategy_path_or_dir" in refused.stderr
     shutil.copytree(shop.folder / "tuned/strategy", strategy)
     if place == "one merged file":

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from launcher.layout.box import Box, Shape, whole
+from launcher.layout.box import Box, Shape, full_box
 from launcher.layout.layout import REPLICATED, Layout, ShardSpec, chunk
 from launcher.layout.mesh import Mesh, training_mesh
 
@@ -86,7 +86,7 @@ def test_scalars_and_buffers_are_whole_on_every_rank() -> None:
     for rank in range(4):
         held = layout.of(rank)
         assert held["scalar"].boxes == (Box((), ()),)
-        assert held["buffer"].boxes == (whole((8,)),)
+        assert held["buffer"].boxes == (full_box((8,)),)
     assert [layout.is_owner("buffer", rank) for rank in range(4)] == [True, False, False, False]
 
 

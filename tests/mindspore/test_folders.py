@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from launcher.checkpoint.resolve import open_weights
 from launcher.checkpoint.resume import choose
 from launcher.errors import UserError
-from launcher.layout.box import whole
+from launcher.layout.box import full_box
 from launcher.layout.mesh import Mesh
 from launcher.layout.shard import Shard
 from launcher.mindspore.strategy import strategy_file
@@ -54,7 +54,7 @@ def rank_file(root: Path, place: str = "rank_0/net_rank_0-2_2", marker: str = "F
 def loaded(source: Source, names: tuple[str, ...] = ("w", "b")) -> dict[str, torch.Tensor]:
     """The tensors that a strict load of a model that has `names` gives."""
     made = {name: torch.zeros(source.shape(name)) for name in names}
-    load({n: Shard(tuple(t.shape), whole(tuple(t.shape)), t) for n, t in made.items()}, source)
+    load({n: Shard(tuple(t.shape), full_box(tuple(t.shape)), t) for n, t in made.items()}, source)
     return made
 
 
@@ -110,7 +110,7 @@ def test_files_of_several_ranks_need_their_strategy(tmp_path: Path, places) -> N
     for place in places:
         rank_file(tmp_path, place)
     for opener in ("a run", "a tool"):
-        with pytest.raises(UserError, match="does not say which part of the model it holds"):
+        with pytest.raises(UserError, match="does not describe its layout"):
             OPENERS[opener](tmp_path)
 
 

@@ -78,15 +78,15 @@ GARBAGE: dict[str, tuple[Any, str]] = {
     ),
     "no name": (
         {"last_epoch": 1, "last_step": 10},
-        "names None, which is no file of rank 0, epoch 1 and step 10",
+        "names None, which is not a file of rank 0, epoch 1 and step 10",
     ),
     "another rank": (
         {"last_epoch": 1, "last_step": 10, "last_ckpt_file": FILE.replace("_0-", "_1-")},
-        "names 'mf_rank_1-1_10.safetensors', which is no file of rank 0",
+        "names 'mf_rank_1-1_10.safetensors', which is not a file of rank 0",
     ),
     "other numbers": (
         {"last_epoch": 1, "last_step": 5, "last_ckpt_file": FILE},
-        f"names '{FILE}', which is no file of rank 0, epoch 1 and step 5",
+        f"names '{FILE}', which is not a file of rank 0, epoch 1 and step 5",
     ),
 }
 
@@ -150,7 +150,7 @@ def test_a_save_that_is_not_complete_is_passed_over(tmp_path: Path, damage: str)
         assert said[0].startswith("passed over mf-1_10: ")
     expected = {
         "gone": "and no other rank holds its parts",
-        "cut": f"{file} is not a whole safetensors file",
+        "cut": f"{file} is not a valid safetensors file",
         "of another save": f"{file} has 8: the files of one save are of one step",
     }
     assert expected[damage] in said[0]

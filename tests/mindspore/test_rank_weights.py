@@ -252,7 +252,7 @@ def test_copies_stand_in_for_lost_ranks(tmp_path) -> None:
     source = run.open(run.save()[2:])
     assert_equal(source, run.tensors)
     assert source.remarks == (
-        f"{tmp_path}: ranks 0, 1 have no whole file; their parts are read from the ranks that hold "
+        f"{tmp_path}: ranks 0, 1 have no valid file; their parts are read from the ranks that hold "
         "the same",
     )
 
@@ -390,7 +390,7 @@ MISFITS: tuple[tuple[Opened, str], ...] = (
      "{f}/rank_2/toy_rank_2-1_2.safetensors: as the strategy files have it, these ranks hold "
      "copies of one part. " + GIVE),
     (more_ranks_than_files, "{f} does not hold all of `w` (64 of 128 elements): ranks 4, 5, 6, 7 "
-     "have no whole file in {f}, and no other rank holds their parts. The strategy files "
+     "have no valid file in {f}, and no other rank holds their parts. The strategy files "
      "describe 8 ranks, 4 have a file. Copy the missing rank folders, or choose another "
      "checkpoint."),
     (unknown_matrix, "{f}: the strategy files do not have `adam_m.w`: they say how every matrix "

@@ -248,8 +248,8 @@ def item(number: int, name: str = "w", **changes: bytes) -> bytes:
         ),
         (b"\x0a\x02ab", "byte 0: field 1 is a length and bytes, not a number"),
         (b"\x08\x02\x10\x05", "byte 2: field 2 is a number, not a length and bytes"),
-        (b"\x08\x02\x0b", "byte 2: 3 is no wire type that is in use"),
-        (b"\x08\x02\x00\x00", "byte 2: 0 is no field number"),
+        (b"\x08\x02\x0b", "byte 2: 3 is not a wire type in use"),
+        (b"\x08\x02\x00\x00", "byte 2: 0 is not a field number"),
         (item(3)[:2] + item(3)[2:].replace(b"w", b"\xff"), "byte 6: param_name is not UTF-8"),
         (item(3) + item(3)[2:], "a second layout of w"),
         (item(3, grid=b""), "byte 4: w has 0 device matrices, not 1"),
@@ -272,7 +272,7 @@ def test_the_error_has_four_parts() -> None:
     assert refused(b"\x0a\x02ab", "w.ckpt") == (
         "w.ckpt: byte 0: field 1 is a length and bytes, not a number: a strategy file is a "
         "protobuf message ParallelStrategyMap. Files of weights also end in .ckpt. Copy the file "
-        "again, or have the run that wrote it write it anew."
+        "again, or have the run that wrote it write it again."
     )
 
 

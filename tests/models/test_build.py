@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from launcher.errors import UserError
-from launcher.layout.box import whole
+from launcher.layout.box import full_box
 from launcher.layout.shard import Shard
 from launcher.weights.tensor_mapping import mapped, shapes_in_files
 from models.build import (
@@ -64,7 +64,7 @@ def test_names_and_values_of_a_saved_directory(family: str, tied: bool, tmp_path
 
     materialize(model, "cpu")
     held = {
-        name: Shard(shapes[name], whole(shapes[name]), p.detach())
+        name: Shard(shapes[name], full_box(shapes[name]), p.detach())
         for name, p in model.named_parameters()
     }
     for name, shard in mapped(held, mappings_of(model)).items():

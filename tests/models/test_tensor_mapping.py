@@ -22,7 +22,7 @@ from transformers.core_model_loading import (
 
 from launcher.builders.layout import model_layout
 from launcher.errors import UserError
-from launcher.layout.box import Box, whole
+from launcher.layout.box import Box, full_box
 from launcher.layout.mesh import Mesh
 from launcher.layout.shard import Shard
 from launcher.parallel.apply import shards
@@ -254,4 +254,4 @@ def test_a_shard_that_holds_no_part_of_an_expert_has_no_link_of_it() -> None:
         "model.layers.0.mlp.experts.1.gate_proj.weight",
         "model.layers.0.mlp.experts.1.up_proj.weight",
     ]
-    assert all(part.box == whole((24, 32)) == whole(part.shape) for part in parts.values())
+    assert all(part.box == full_box((24, 32)) == full_box(part.shape) for part in parts.values())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from launcher.layout.box import whole
+from launcher.layout.box import full_box
 from launcher.layout.replicas import writer_ranks
 from launcher.layout.shard import Shard
 from launcher.parallel import broadcast_shards as sharing
@@ -41,7 +41,7 @@ def exchange() -> int:
         keeper = writer_ranks(sizes, replica_ranks)
         for name, tensor in expected.items():
             read = tensor.clone() if keeper[name] == rank else torch.zeros_like(tensor)
-            held[name] = Shard(tuple(tensor.shape), whole(tensor.shape), read)
+            held[name] = Shard(tuple(tensor.shape), full_box(tensor.shape), read)
         sharing.broadcast_shards(held, keeper, replica_ranks)
         for name, tensor in expected.items():
             found = held[name].tensor

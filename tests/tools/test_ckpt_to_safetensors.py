@@ -48,7 +48,10 @@ def test_beside_the_file_and_under_other_names(tmp_path: Path, capsys) -> None:
     assert main(arguments) == 0
     assert load_file(tmp_path / "w.safetensors").keys() == {"first", "b"}
     assert main(arguments) == 2
-    assert "w.safetensors exists: nothing is replaced unasked" in capsys.readouterr().err
+    assert (
+        "w.safetensors exists: existing files are not replaced by default"
+        in capsys.readouterr().err
+    )
     assert main([*arguments, "--overwrite"]) == 0
     (tmp_path / "names.json").write_text('{"bb": "c"}')
     assert main([*arguments, "--overwrite"]) == 2
@@ -141,7 +144,7 @@ def test_mistakes_about_folders(tmp_path: Path, capsys) -> None:
         "holds no file to convert: files of torch end in": ["--save_path", out],
         "There are: notes.txt": ["--save_path", out],
         "is a folder: its files are converted into another folder": [],
-        "it is no regular expression": ["--save_path", out, "--file_name_regex", "("],
+        "it is not a regular expression": ["--save_path", out, "--file_name_regex", "("],
     }
     for said, more in cases.items():
         assert main(["--file_path", at, *more]) == 2

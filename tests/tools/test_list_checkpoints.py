@@ -13,7 +13,7 @@ import torch
 import launcher.weights
 from launcher.checkpoint.names import SaveName
 from launcher.checkpoint.store import Store
-from launcher.layout.box import whole
+from launcher.layout.box import full_box
 from launcher.layout.mesh import Mesh
 from launcher.layout.shard import Shard
 from launcher.parallel.world import World
@@ -36,7 +36,7 @@ def root(tmp_path: Path) -> Path:
 def save(root: Path, step: int, tensors: Sequence[str]) -> None:
     shape = (32, 12)
     tensor = torch.full(shape, float(step))
-    shards = {name: Shard(shape, whole(shape), tensor) for name in tensors}
+    shards = {name: Shard(shape, full_box(shape), tensor) for name in tensors}
     state = {"global_step": step}
     name = SaveName("CKP", 0, 1, step)
     Store(root, "CKP", 0, 0).save(name, shards, state, mesh=Mesh(), world=ALONE)

@@ -45,7 +45,7 @@ def test_a_tensor_that_only_the_lost_rank_held_is_missed(
     assert set(open_rank_files(ranks, files).tensors) == set(tensors())
     shutil.rmtree(files[1].parent)
     with pytest.raises(
-        UserError, match=r"rank 1 has no whole file in .*, and no other rank holds its parts"
+        UserError, match=r"rank 1 has no valid file in .*, and no other rank holds its parts"
     ):
         open_rank_files(ranks, files[:1])
     out = ["--output_dir", str(tmp_path / "out")]
@@ -62,7 +62,7 @@ def test_copies_make_up_for_a_lost_rank(tmp_path: Path) -> None:
     files = save(tmp_path, {}, known=True, once=False)
     source = open_rank_files(tmp_path, files[1:])
     assert set(source.tensors) == set(tensors())
-    assert "rank 0 has no whole file" in source.remarks[0]
+    assert "rank 0 has no valid file" in source.remarks[0]
 
 
 def test_a_checker_never_calls_nothing_whole(

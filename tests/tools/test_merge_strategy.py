@@ -257,7 +257,8 @@ def test_two_runs_are_mixed(source: Path, target: Path, capsys) -> None:
     (source / NAME.format(2)).write_bytes(strategy_file({"w0": REPLICATED}, 0))
     assert said(source, target, capsys) == (
         f"error: {source}/ckpt_strategy_rank_2.ckpt: contradicts ckpt_strategy_rank_0.ckpt: both "
-        "are of pipeline stage 0, and w0 lies differently: all files of a stage say the same. "
+        "are of pipeline stage 0, and w0 lies differently: all files of a stage have the same "
+        "content. "
         "ckpt_strategy_rank_0.ckpt: dev_matrix (2, 2), tensor_map ((0, -1),), shard_step 0, "
         "shard_size 0; ckpt_strategy_rank_2.ckpt: dev_matrix (2, 2), tensor_map ((-1, -1),), "
         "shard_step 0, shard_size 0. Move the files of the other run away."
@@ -296,8 +297,8 @@ def test_an_existing_file_is_kept_unless_asked(source: Path, target: Path, capsy
     target.parent.mkdir()
     target.write_bytes(b"precious")
     assert said(source, target, capsys) == (
-        f"error: {target}: exists: nothing is replaced unasked. Give another file, or --overwrite "
-        "(`overwrite=True`)."
+        f"error: {target}: exists: existing files are not replaced by default. Give "
+        "another file, or --overwrite (`overwrite=True`)."
     )
     assert main(["--src", str(source), "--dst", str(target), "--overwrite"]) == 0
     assert parse(target.read_bytes(), "").current_stage == MERGED

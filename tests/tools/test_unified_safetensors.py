@@ -106,7 +106,7 @@ def test_a_folder_is_replaced_on_request_only(ranks: Path, capsys) -> None:
     out.mkdir()
     (out / "mine.txt").write_text("kept")
     assert merge(ranks) == 2
-    assert "out is not empty: nothing is replaced unasked" in capsys.readouterr().err
+    assert "out is not empty: existing files are not replaced by default" in capsys.readouterr().err
     assert [path.name for path in out.iterdir()] == ["mine.txt"]
     assert merge(ranks, "--overwrite") == 0
     assert not (out / "mine.txt").exists()
@@ -143,11 +143,11 @@ def test_the_files_say_whether_copies_were_left_out(tmp_path: Path, ranks: Path,
 def test_a_lost_rank_is_said_and_its_copies_are_read(ranks: Path, capsys) -> None:
     shutil.rmtree(ranks / "rank_1")
     assert merge(ranks) == 0
-    assert "rank 1 has no whole file; its parts are read from the ranks" in capsys.readouterr().out
+    assert "rank 1 has no valid file; its parts are read from the ranks" in capsys.readouterr().out
     assert same(content(ranks.parent / "out"), tensors())
     shutil.rmtree(ranks.parent / "out")
     shutil.rmtree(ranks / "rank_5")
-    reason = f"ranks 1, 5 have no whole file in {ranks}, and no other rank holds their parts"
+    reason = f"ranks 1, 5 have no valid file in {ranks}, and no other rank holds their parts"
     assert reason in refused(ranks, capsys)
 
 
@@ -182,7 +182,7 @@ WRONG = {
     ("--file_suffix", "9_9"): "no file of the save 9_9. There are: 1_1. Choose with --file_suffix",
     ("--file_suffix", "*"): "no file of the save *.",
     ("--has_redundancy", "maybe"): "'maybe' is neither True nor False",
-    ("--max_process_num", "0"): "'0' is not a whole number of at least 1",
+    ("--max_process_num", "0"): "'0' is not an integer of at least 1",
     ("--max_shard_size", "5 apples"): "a size is a number and a unit",
     ("--format", "onnx"): "invalid choice: 'onnx'",
     ("--filter_out_param_prefix", ""): "",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from launcher.layout.box import whole
+from launcher.layout.box import full_box
 from launcher.weights.formats.safetensors import ITEM_BYTES
 from launcher.weights.reading.plan import plan_box, strided_copy_of
 from launcher.weights.reading.transfer import Files, read_strided
@@ -27,7 +27,7 @@ def extras(source: Source) -> Content:
 
 
 def _bytes(source: Source, name: str) -> bytes:
-    box = whole(source.shape(name))
+    box = full_box(source.shape(name))
     memory = np.zeros(box.numel * ITEM_BYTES[source.dtype(name)], np.uint8)
     with Files() as files:
         for read in plan_box(name, box, source.tensors[name]):

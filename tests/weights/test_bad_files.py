@@ -99,7 +99,7 @@ def two_of_one_tensor(folder: Path) -> None:
 
 FILE = "{folder}/model.safetensors"
 INDEX = f"{{folder}}/{INDEX_NAME}"
-NOT_WHOLE = f"{FILE} is not a whole safetensors file: "
+NOT_WHOLE = f"{FILE} is not a valid safetensors file: "
 NO_INDEX = f"{INDEX} is not an index of weights: it needs a map named `weight_map` from tensor to "
 COMPLETE = (
     Bad("cut short", cut_short,
@@ -110,7 +110,7 @@ COMPLETE = (
         f"{NOT_WHOLE}its header is not JSON (Expecting property name enclosed in double quotes: "
         f"line 1 column 2 (char 1)). {AGAIN}", open_complete),
     Bad("a key twice", claims(b'{"w": 1, "w": 2}'),
-        f"{NOT_WHOLE}a key stands twice in its header. {AGAIN}", open_complete),
+        f"{NOT_WHOLE}duplicate key in its header. {AGAIN}", open_complete),
     Bad("half a character", claims(b'{"\\ud800": {}}'),
         f"{NOT_WHOLE}its header is not JSON ('utf-8' codec can't encode character '\\ud800' in "
         f"position 2: surrogates not allowed). {AGAIN}", open_complete),
@@ -136,7 +136,7 @@ COMPLETE = (
     Bad("index names a file too long to be", index("n" * 300),
         f"{NO_INDEX}file (`w0` is in '{'n' * 288}). {ORIGIN}", open_complete),
     Bad("index of another tensor", index("a.safetensors"),
-        "{folder}/a.safetensors lacks `w0`: the index beside it says that it is there. Copy "
+        "{folder}/a.safetensors lacks `w0`: the index beside it lists it there. Copy "
         "both again from their origin.", open_complete),
     Bad("index is a list", index_says("[1]"), f"{NO_INDEX}file (TypeError). {ORIGIN}",
         open_complete),
@@ -144,7 +144,7 @@ COMPLETE = (
         f"{NO_INDEX}file (Expecting property name enclosed in double quotes: line 1 column 2 "
         f"(char 1)). {ORIGIN}", open_complete),
     Bad("a tensor in two files", two_of_one_tensor,
-        "{folder}: `w` stands in two files: model-a.safetensors and model-b.safetensors: complete "
+        "{folder}: `w` is in two files: model-a.safetensors and model-b.safetensors: complete "
         "weights hold each tensor once. Move away the files that do not belong to this model.",
         open_complete),
     Bad("a pipe as a file", lambda folder: os.mkfifo(folder / "model.safetensors"),
@@ -242,7 +242,7 @@ RANKS = (
     Bad("no rank files", lambda folder: (folder / "rank_0").mkdir(),
         "{folder} holds no rank files: *.safetensors in rank_*/ is expected.", open_ranks),
     Bad("of another program", foreign,
-        "{folder}/rank_0/model.safetensors does not say which part of the model it holds: rank "
+        "{folder}/rank_0/model.safetensors does not describe its layout: rank "
         "files have the layout in their metadata, as Slipway writes it. Move the files of other "
         "programs away.",
         open_ranks),
@@ -267,11 +267,11 @@ RANKS = (
         f"on it. {OTHER_RUN}", open_ranks),
     Bad("a rank lost that nobody replaces", lambda folder: sharded(folder)[1].unlink(),
         "{folder} does not hold all of `embed` (28 of 52 elements), `norm` (3 of 5 elements), "
-        "`proj` (16 of 24 elements): rank 1 has no whole file in {folder}, and no other rank "
+        "`proj` (16 of 24 elements): rank 1 has no valid file in {folder}, and no other rank "
         "holds its parts. Copy the missing rank folders, or choose another checkpoint.",
         open_ranks),
     Bad("a hole", placed([[[0], [2]]], [3]),
-        "{folder} does not hold all of `w` (2 of 3 elements): rank 1 has no whole file in "
+        "{folder} does not hold all of `w` (2 of 3 elements): rank 1 has no valid file in "
         "{folder}, and no other rank holds its parts. Copy the missing rank folders, or choose "
         "another checkpoint.", open_ranks),
     Bad("more ranks than there can be", noted(world_size=2**62, tensors={
@@ -284,7 +284,7 @@ RANKS = (
     Bad("box of another size", placed([[[0], [1]]]),
         f"{DAMAGED}`w` has shape [2], its box says [1]. {CHOOSE}", open_ranks),
     Bad("two boxes", placed([[[0], [1]], [[1], [1]]]),
-        f"{DAMAGED}it does not say which part of `w` it holds. {CHOOSE}", open_ranks),
+        f"{DAMAGED}its metadata has no box for `w`. {CHOOSE}", open_ranks),
     Bad("box that is half an element off", placed([[[0.5], [2]]], [3]), NO_NOTE, open_ranks),
     Bad("size that is no whole number", placed([[[0], [2.0]]]), NO_NOTE, open_ranks),
     Bad("size that is a truth", placed([[[False], [2]]]), NO_NOTE, open_ranks),
@@ -383,7 +383,7 @@ def test_a_lost_rank_whose_copy_another_has_is_replaced_and_told(tmp_path) -> No
     save(tmp_path, tensors, Mesh(dp_replicate=2, dp_shard=2))[1].unlink()
     source = open_ranks(tmp_path)
     assert source.remarks == (
-        f"{tmp_path}: rank 1 has no whole file; its parts are read from the ranks that hold the "
+        f"{tmp_path}: rank 1 has no valid file; its parts are read from the ranks that hold the "
         "same",
     )
     targets = empty_like(cut(tensors, Mesh(), 0))

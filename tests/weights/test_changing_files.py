@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from launcher.errors import UserError
-from launcher.layout.box import whole
+from launcher.layout.box import full_box
 from launcher.layout.shard import Shard
 from launcher.weights.reading.load import load
 from launcher.weights.reading.strided_copy import StridedCopy
@@ -49,7 +49,7 @@ def test_a_file_that_changes_after_its_header_was_read(tmp_path, change, says: s
     path = right(tmp_path)
     source = open_complete(path)
     change(path)
-    target = Shard((2,), whole((2,)), torch.full((2,), 3.0))
+    target = Shard((2,), full_box((2,)), torch.full((2,), 3.0))
     with pytest.raises(UserError) as caught:
         load({"w": target}, source)
     assert str(caught.value) == says.format(file=path)

@@ -185,7 +185,7 @@ def test_a_shard_that_no_index_misses_is_named(tmp_path: Path) -> None:
         open_complete(tmp_path)
     assert str(caught.value) == (
         f"{tmp_path} lacks 1 file of model-*-of-00002.safetensors: "
-        "model-00001-of-00002.safetensors: the names of the others say that there are 2. The "
+        "model-00001-of-00002.safetensors: by the names of the others there are 2. The "
         "download of model-00001-of-00002.safetensors.incomplete was not finished. Copy the "
         "missing files beside the others."
     )
@@ -195,7 +195,7 @@ def test_a_whole_file_that_is_cut_short_is_not_passed_over(tmp_path: Path) -> No
     for build in (WHOLE, *shards(), INDEX):
         build(tmp_path)
     os.truncate(tmp_path / "model.safetensors", 100)
-    with pytest.raises(UserError, match=r"model\.safetensors is not a whole safetensors file"):
+    with pytest.raises(UserError, match=r"model\.safetensors is not a valid safetensors file"):
         open_complete(tmp_path)
 
 

@@ -18,7 +18,7 @@ import pytest
 from safetensors import SafetensorError, safe_open
 
 from launcher.errors import UserError
-from launcher.layout.box import Box, whole
+from launcher.layout.box import Box, full_box
 from launcher.weights.formats import header_of
 from launcher.weights.formats.rank_metadata import (
     BLOCK_BYTES,
@@ -98,7 +98,7 @@ def test_headers() -> None:
 
 def note_of(rank: int, digests: int = 1) -> str:
     """The note of one of two ranks: `w` is cut in two, the others are on both."""
-    places = {slot.name: (slot.shape, whole(slot.shape)) for slot in TENSORS}
+    places = {slot.name: (slot.shape, full_box(slot.shape)) for slot in TENSORS}
     places["w"] = ((6, 2), Box((3 * rank, 0), (3, 2)))
     note = RankFileMetadata(2, rank, {"dp_shard": 2, "tp": 1}, places, Checksums(BLOCK_BYTES, ()))
     return note.text(("0" * 16,) * digests)
@@ -230,7 +230,7 @@ def read_all(source: Source) -> int:
     done = 0
     with Files() as files:
         for name in source.tensors:
-            box = whole(source.shape(name))
+            box = full_box(source.shape(name))
             for read in plan_box(name, box, source.tensors[name]):
                 assert read.nbytes <= DATA_BYTES
                 memory = np.empty(2 * DATA_BYTES, np.uint8)

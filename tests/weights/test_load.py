@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from launcher.errors import UserError
-from launcher.layout.box import Box, whole
+from launcher.layout.box import Box, full_box
 from launcher.layout.layout import Layout
 from launcher.layout.mesh import Mesh
 from launcher.layout.shard import Shard
@@ -112,7 +112,7 @@ def test_byte_runs_copy_exactly_the_overlap(data) -> None:
     overlap = held.intersect(wanted)
     if overlap is None:
         return
-    values = torch.arange(whole(shape).numel, dtype=torch.uint8).reshape(shape)
+    values = torch.arange(full_box(shape).numel, dtype=torch.uint8).reshape(shape)
     region = lambda t, b: t[tuple(slice(o, o + n) for o, n in zip(b.offset, b.size, strict=True))]  # noqa: E731
     file = region(values, held).contiguous().numpy().tobytes()
     entry = Entry("U8", held.size, 0, len(file))
@@ -129,7 +129,7 @@ def test_a_missing_part_is_refused_before_anything_is_read(tmp_path) -> None:
     files = save(tmp_path, {"w": torch.ones(4, 2)}, Mesh(dp_shard=2))
     source = open_rank_files(tmp_path, files)
     with pytest.raises(UserError, match="hold 4 of the 8 elements of `w`"):
-        plan_box("w", whole((4, 2)), Pieces(source.tensors["w"][:1]))
+        plan_box("w", full_box((4, 2)), Pieces(source.tensors["w"][:1]))
 
 
 def test_the_table_names_every_difference_and_nothing_is_written(tmp_path) -> None:
@@ -221,7 +221,7 @@ def detect_in_rank_folder(folder) -> str:
 def test_rank_files_of_other_programs_and_mixed_runs_are_refused(tmp_path) -> None:
     files = save(tmp_path / "a", model(), Mesh(dp_shard=2))
     with pytest.raises(
-        UserError, match=r"rank 1 has no whole file in .*, and no other rank holds its parts"
+        UserError, match=r"rank 1 has no valid file in .*, and no other rank holds its parts"
     ):
         open_rank_files(tmp_path, files[:1])
     others = save(tmp_path / "b", model(), Mesh(dp_replicate=2))
@@ -229,7 +229,7 @@ def test_rank_files_of_other_programs_and_mixed_runs_are_refused(tmp_path) -> No
         open_rank_files(tmp_path, [files[0], others[1]])
     foreign = tmp_path / "foreign.safetensors"
     save_file({"w": torch.ones(2)}, foreign)
-    with pytest.raises(UserError, match="does not say which part of the model it holds"):
+    with pytest.raises(UserError, match="does not describe its layout"):
         open_rank_files(tmp_path, [foreign])
 
 
@@ -274,7 +274,7 @@ def test_a_tied_tensor_that_files_hold_twice_must_be_one(tmp_path) -> None:
     for name, second in (("same", embedding), ("other", head)):
         file = tmp_path / f"{name}.safetensors"
         save_file({"embed.weight": embedding, "lm_head.weight": second.clone()}, file)
-        target = Shard((3, 2), whole((3, 2)), torch.zeros(3, 2))
+        target = Shard((3, 2), full_box((3, 2)), torch.zeros(3, 2))
         if name == "same":
             load({"embed.weight": target}, open_complete(file), tied=tied)
             assert torch.equal(target.tensor, embedding)

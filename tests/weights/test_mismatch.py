@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from launcher.errors import UserError
-from launcher.layout.box import whole
+from launcher.layout.box import full_box
 from launcher.layout.shard import Shard
 from launcher.weights.reading.load import load
 from launcher.weights.source import open_complete
@@ -26,7 +26,7 @@ NAMES = [
 def said(tmp_path: Path, files: list[str], model: list[str] = NAMES, *, strict: bool = True) -> str:
     """What a load answers."""
     save_file({name: torch.ones(2) for name in files}, tmp_path / "model.safetensors")
-    targets = {name: Shard((2,), whole((2,)), torch.zeros(2)) for name in model}
+    targets = {name: Shard((2,), full_box((2,)), torch.zeros(2)) for name in model}
     with pytest.raises(UserError) as caught:
         load(targets, open_complete(tmp_path), strict=strict)
     assert not any(shard.tensor.any() for shard in targets.values())

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from launcher.layout.shard import Shard
 from safetensors.torch import load_file, save_file
 
 from launcher.errors import UserError
 from launcher.layout.box import Box
+from launcher.layout.shard import Shard
 from launcher.weights.mxfp4 import packed_of
 from launcher.weights.reading import read
 from launcher.weights.reading.load import load

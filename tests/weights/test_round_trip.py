@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from launcher.layout.box import Box, whole
+from launcher.layout.box import Box, full_box
 from launcher.layout.shard import Shard
 from launcher.weights.formats import rank_metadata
 from launcher.weights.formats.rank_metadata import RankFileMetadata
@@ -102,7 +102,8 @@ def check_exported(
     for file in exported.files:
         found |= load_file(folder / file)
     wanted = mapped(
-        {n: Shard(tuple(t.shape), whole(t.shape), t) for n, t in values.items()}, world.mappings_of
+        {n: Shard(tuple(t.shape), full_box(t.shape), t) for n, t in values.items()},
+        world.mappings_of,
     )
     assert found.keys() == {alias if name == "t0" else name for name in wanted}
     for name, shard in wanted.items():

@@ -11,7 +11,7 @@ import xxhash
 from safetensors.torch import load_file, save_file
 
 from launcher.errors import UserError
-from launcher.layout.box import whole
+from launcher.layout.box import full_box
 from launcher.layout.mesh import Mesh
 from launcher.layout.shard import Shard
 from launcher.weights.formats.rank_metadata import BLOCK_BYTES, read_rank_metadata
@@ -21,7 +21,7 @@ from launcher.weights.reading.checksums import file_faults
 
 
 def shard_of(tensor: torch.Tensor) -> Shard:
-    return Shard(tuple(tensor.shape), whole(tensor.shape), tensor)
+    return Shard(tuple(tensor.shape), full_box(tensor.shape), tensor)
 
 
 def tensors() -> dict[str, torch.Tensor]:
@@ -63,7 +63,7 @@ def test_equal_state_gives_equal_bytes(tmp_path) -> None:
 
 
 def test_the_header_describes_layout_and_checksums(tmp_path) -> None:
-    shard = Shard((10, 3), whole((4, 3)), torch.zeros(4, 3))
+    shard = Shard((10, 3), full_box((4, 3)), torch.zeros(4, 3))
     header = write_rank_file(tmp_path / "a", {"w": shard}, mesh=Mesh(dp_shard=2), rank=1)
     assert header.metadata["format"] == "pt"
     assert header.metadata["remove_redundancy"] == "False"

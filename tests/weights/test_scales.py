@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import launcher.weights.reading.read
 from launcher.errors import UserError
-from launcher.layout.box import Box, whole
+from launcher.layout.box import Box, full_box
 from launcher.layout.shard import Shard
 from launcher.weights.pieces import Pieces
 from launcher.weights.reading.load import load
@@ -82,7 +82,7 @@ def test_only_the_factors_of_the_blocks_that_a_box_meets_are_read(
 ) -> None:
     scales = Scales(FACTORS, Pieces(), BLOCK)
     assert scales.needed(Box((24, 19), (24, 2))) == Box((1, 0), (1, 2))
-    assert scales.needed(whole(SHAPE)) == Box((0, 0), (3, 3))
+    assert scales.needed(full_box(SHAPE)) == Box((0, 0), (3, 3))
     report = load(target(Box((24, 19), (24, 2)), torch.float32), open_complete(folders["float32"]))
     assert report.bytes_read == 24 * 2 * 1 + 2 * 4
 
@@ -93,7 +93,7 @@ def test_a_directory_without_a_block_size_has_blocks_of_128(tmp_path: Path) -> N
     for name, config in (("none", None), ("plain", {"quantization_config": {
         "quant_method": "fp8", "activation_scheme": "dynamic"}})):  # fmt: skip
         folder = write(tmp_path / name, {"w": low, "w_scale_inv": scale}, config)
-        held = {"w": Shard((130, 260), whole((130, 260)), torch.empty(130, 260))}
+        held = {"w": Shard((130, 260), full_box((130, 260)), torch.empty(130, 260))}
         load(held, open_complete(folder))
         assert torch.equal(held["w"].tensor, multiplied(low, scale, (128, 128)))
 
@@ -122,7 +122,7 @@ BAD: dict[str, tuple[Change, Any, str]] = {
     "another block": (
         lambda t: t,
         {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}},
-        "blocks of 128 x 128 share a factor. Mend quantization_config.weight_block_size",
+        "blocks of 128 x 128 share a factor. Correct quantization_config.weight_block_size",
     ),
     "factors of one dim": (
         lambda t: {NAME: t[NAME], FACTORS: t[FACTORS].flatten()},
@@ -153,7 +153,7 @@ BAD: dict[str, tuple[Change, Any, str]] = {
 def test_what_does_not_fit_is_told_and_nothing_is_written(name: str, tmp_path: Path) -> None:
     change, config, text = BAD[name]
     folder = write(tmp_path, change(tensors()), config)
-    held = target(whole(SHAPE), torch.float32)
+    held = target(full_box(SHAPE), torch.float32)
     with pytest.raises(UserError) as caught:
         load(held, open_complete(folder))
     assert text in str(caught.value)
@@ -165,6 +165,6 @@ def test_factors_in_8_bits_are_powers_of_two(tmp_path: Path) -> None:
     factors = torch.tensor([[0.5, 4.0, 1.0]] * 3).to(torch.float8_e8m0fnu)
     low = tensors()[NAME]
     folder = write(tmp_path, {NAME: low, FACTORS: factors})
-    held = target(whole(SHAPE), torch.float32)
+    held = target(full_box(SHAPE), torch.float32)
     load(held, open_complete(folder))
     assert torch.equal(held[NAME].tensor, multiplied(low, factors, BLOCK))

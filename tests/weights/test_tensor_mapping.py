@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from launcher.layout.box import Box, whole
+from launcher.layout.box import Box, full_box
 from launcher.layout.shard import Shard
 from launcher.weights.tensor_mapping import TensorMapping, mapped, shapes_in_files, stacked
 
@@ -52,7 +52,7 @@ def part_of(tensor: torch.Tensor, box: Box) -> torch.Tensor:
 def test_a_shard_of_the_model_is_shards_of_the_files(mappings_of, seed: int) -> None:
     chance = random.Random(seed)
     model = torch.randn(SHAPE)
-    box = whole(SHAPE) if seed == 0 else any_box(chance)
+    box = full_box(SHAPE) if seed == 0 else any_box(chance)
     memory = part_of(model, box).clone()
     found = mapped({"w": Shard(SHAPE, box, memory)}, mappings_of)
     shapes = shapes_in_files({"w": SHAPE}, mappings_of)
@@ -71,5 +71,5 @@ def test_a_shard_of_the_model_is_shards_of_the_files(mappings_of, seed: int) -> 
 
 
 def test_a_tensor_without_links_is_what_it_was() -> None:
-    shard = Shard((4,), whole((4,)), torch.zeros(4))
+    shard = Shard((4,), full_box((4,)), torch.zeros(4))
     assert mapped({"w": shard}, lambda name, shape: None)["w"] is shard

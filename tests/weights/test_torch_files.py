@@ -276,20 +276,20 @@ def conjugate() -> torch.Tensor:
 NOTHING_RUN = "tensors, numbers, texts, lists and maps are read, and nothing in a file is run"
 REFUSED: dict[str, tuple[Callable[[], bytes], str]] = {
     "a command": (lambda: saved({**WEIGHTS, "x": Runs(os.system, "touch run")}),
-                  "{path} wants to call posix.system: " + NOTHING_RUN),
+                  "{path} refers to posix.system, which is not allowed: " + NOTHING_RUN),
     "code": (lambda: saved({"x": Runs(eval, "open('run', 'w')")}), "call __builtin__.eval: "),
     "a command, protocol 0": (lambda: archive(data_pkl=b"cposix\nsystem\n(S'touch run'\ntR."),
-                              "wants to call posix.system"),
+                              "refers to posix.system, which is not allowed"),
     "an instance": (lambda: archive(data_pkl=b"(S'touch run'\niposix\nsystem\n."),
-                    "wants to call posix.system"),
+                    "refers to posix.system, which is not allowed"),
     "an attribute that is asked for": (lambda: saved({"m": Runs(getattr, "text", "upper")}),
-                               "wants to call __builtin__.getattr"),
+                               "refers to __builtin__.getattr, which is not allowed"),
     "a module": (lambda: saved(torch.nn.Linear(1, 1)),
-                 "wants to call torch.nn.modules.linear.Linear"),
+                 "refers to torch.nn.modules.linear.Linear, which is not allowed"),
     "a tensor of another kind": (lambda: saved({"w": torch.ones(2).as_subclass(Weights)}),
                                  "_rebuild_tensor_v2 for a tests.weights.test_torch_files.Weights"),
     "a sparse tensor": (lambda: saved({"w": torch.eye(2).to_sparse()}),
-                        "wants to call torch._utils._rebuild_sparse_tensor"),
+                        "refers to torch._utils._rebuild_sparse_tensor, which is not allowed"),
     "a dtype safetensors has not": (lambda: saved({"w": torch.ones(2, dtype=torch.complex128)}),
                                     "{path}: `w` has the dtype ComplexDouble: these are read: "),
     "not yet conjugated": (lambda: saved({"w": conjugate()}), "`w` has the dtype C64 conj"),
@@ -311,7 +311,7 @@ REFUSED: dict[str, tuple[Callable[[], bytes], str]] = {
     "one name twice": (twice_one_name, "two of its members have one name"),
     "no end of a pickle": (lambda: archive(data_pkl=b"\x80\x02}"), "its data.pkl cannot be read"),
     "an empty pickle": (lambda: archive(data_pkl=b""), "its data.pkl cannot be read"),
-    "a list that is no list": (lambda: pickled(b"}K\x01a"), "it appends to what is no list"),
+    "a list that is no list": (lambda: pickled(b"}K\x01a"), "it appends to a value that is not a"),
     "a name that cannot be printed": (lambda: pickled(b"X\x03\x00\x00\x00\xed\xa0\x80"),
                                       "its data.pkl cannot be read"),
     "an unknown instruction": (lambda: pickled(b"\x82\x01"), "do not have the instruction EXT1"),
@@ -341,7 +341,7 @@ def test_a_file_cut_short_anywhere_is_refused(tmp_path) -> None:
     path, whole = tmp_path / "w.pt", saved(WEIGHTS)
     for length in range(4, len(whole), 37):
         path.write_bytes(whole[:length])
-        with pytest.raises(UserError, match="is not a whole file of torch: its list of members"):
+        with pytest.raises(UserError, match="is not a valid torch file: its list of members"):
             header_of(path)
 
 
@@ -377,7 +377,7 @@ def test_a_tensor_that_is_not_inside_its_storage(tmp_path, change: dict[str, Any
     Lying(buffer, 2).dump({"w": rebuild})
     path = tmp_path / "w.pt"
     path.write_bytes(archive(saved({"w": BASE}), data_pkl=buffer.getvalue()))
-    with pytest.raises(UserError, match="is not a whole file of torch"):
+    with pytest.raises(UserError, match="is not a valid torch file"):
         header_of(path)
 
 

@@ -1,9 +1,9 @@
-"""Pickles as data: what a pickle would build, without building it.
+"""Pickles as data: what a pickle would build, without running it.
 
-Owns the reading of a pickle that nobody vouches for. Torch-free. A pickle is a program for a small
-machine with a stack; here that machine knows constants, lists, maps, tuples and a few calls that
-the caller gives it, as functions of its own. Invariants: nothing that a pickle names is imported,
-called or given an attribute; memory is in proportion to the length of the pickle.
+Owns the reading of an untrusted pickle. Torch-free. A pickle is a program for a stack machine; this
+machine knows constants, lists, dicts, tuples, and the calls for which the caller gives functions.
+Invariants: nothing that a pickle names is imported, called or given an attribute; memory is in
+proportion to the length of the pickle.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ Call = Callable[..., Any]
 
 
 class BrokenPickleError(ValueError):
-    """The pickle is no whole program."""
+    """The pickle is not a valid program."""
 
 
 class RefusedCallError(ValueError):
-    """The pickle wants to call something; the message is its name."""
+    """The pickle calls something that is not allowed; the message is its name."""
 
 
 @dataclass(frozen=True, slots=True)
 class Named:
-    """Something a pickle names, `module.name`; not looked up."""
+    """A global that a pickle names, `module.name`; not imported."""
 
     name: str
 
@@ -34,10 +34,10 @@ class Named:
 def read_pickle(data: bytes, calls: Mapping[str, Call], persistent: Call) -> Any:
     """The value that the pickle `data` describes.
 
-    `calls`: the name of each thing a pickle may call to the function that is called in its place.
-    `persistent`: gives the value of a persistent id. Sets come as lists, maps with those of their
-    keys that are texts, and what a pickle merely names as `Named`; attributes are left out. Raises
-    BrokenPickleError, and RefusedCallError for a call that is not in `calls`.
+    `calls`: name of each allowed callable to the function that is called in its place.
+    `persistent`: gives the value of a persistent id. Sets become lists, dicts keep only string
+    keys, globals become `Named`, and attributes are left out. Raises BrokenPickleError, and
+    RefusedCallError for a call that is not in `calls`.
     """
     machine = _Machine(calls, persistent)
     try:
@@ -54,28 +54,28 @@ def read_pickle(data: bytes, calls: Mapping[str, Call], persistent: Call) -> Any
         raise
     except (ValueError, IndexError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise BrokenPickleError(str(error) or type(error).__name__) from error
-    raise BrokenPickleError("it has no end")
+    raise BrokenPickleError("it does not end")
 
 
 class _Machine:
-    """The stack of a pickle, the stacks below its marks, and what it has put aside."""
+    """The stack of a pickle, the stacks below its marks, and its memo."""
 
     def __init__(self, calls: Mapping[str, Call], persistent: Call) -> None:
         self.stack: list[Any] = []
         self._below: list[list[Any]] = []
-        self._aside: dict[int, Any] = {}
+        self._memo: dict[int, Any] = {}
         self._calls, self._persistent = calls, persistent
 
     def _push(self, constant: Any) -> None:
         if isinstance(constant, str):
-            constant.encode()  # a text that cannot be printed is no name
+            constant.encode()  # raises for surrogates, which no name has
         self.stack.append(constant)
 
     def _put(self, key: Any) -> None:
-        self._aside[key] = self.stack[-1]
+        self._memo[key] = self.stack[-1]
 
     def _get(self, key: Any) -> None:
-        self.stack.append(self._aside[key])
+        self.stack.append(self._memo[key])
 
     def _last_as_tuple(self, count: int) -> None:
         if len(self.stack) < count:
@@ -100,7 +100,7 @@ class _Machine:
         self._since_mark()
 
     def _memoize(self, _: Any) -> None:
-        self._aside[len(self._aside)] = self.stack[-1]
+        self._memo[len(self._memo)] = self.stack[-1]
 
     def _tuple(self, _: Any) -> None:
         items = self._since_mark()
@@ -119,7 +119,7 @@ class _Machine:
 
     def _add(self, items: list[Any]) -> None:
         if not isinstance(self.stack[-1], list):
-            raise BrokenPickleError("it appends to what is no list")
+            raise BrokenPickleError("it appends to a value that is not a list")
         self.stack[-1].extend(items)
 
     def _dict(self, _: Any) -> None:
@@ -136,7 +136,7 @@ class _Machine:
 
     def _set(self, items: list[Any]) -> None:
         if not isinstance(self.stack[-1], dict):
-            raise BrokenPickleError("it sets an item of what is no map")
+            raise BrokenPickleError("it sets an item of a value that is not a dict")
         pairs = zip(items[::2], items[1::2], strict=True)
         self.stack[-1].update((key, value) for key, value in pairs if isinstance(key, str))
 
@@ -165,7 +165,7 @@ class _Machine:
 
 
 def _nothing(_: _Machine, __: Any) -> None:
-    """An instruction that says how the pickle was written."""
+    """An instruction about the encoding of the pickle."""
 
 
 _INSTRUCTIONS: dict[str, Callable[[_Machine, Any], None]] = {
@@ -197,4 +197,4 @@ _INSTRUCTIONS: dict[str, Callable[[_Machine, Any], None]] = {
     "BUILD": _Machine._build, "BINPERSID": _Machine._persistent_id,
     "INST": _Machine._refuse_instance,
 }  # fmt: skip
-"""What is done for each instruction. Those that are missing are refused."""
+"""Instruction to its handler. Others are refused."""

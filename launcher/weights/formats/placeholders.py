@@ -1,8 +1,8 @@
-"""Files that are not what their name says: a git-lfs pointer, a web page, a text, nothing at all.
+"""Files that hold something else than their name promises: a git-lfs pointer, a web page, a text.
 
-Owns how such a file is recognised, by its first bytes, and what its reader is advised to do. Only
-readers that have found a file unreadable, and rules that look before anything heavy is loaded, ask
-here: a good file costs nothing. The format of a pointer is that of
+Owns how such a file is recognized, by its first bytes, and the advice for each. Called only for
+files that could not be read, and by checks that run before heavy imports: a valid file costs
+nothing. The format of a pointer is that of
 https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md.
 """
 
@@ -18,9 +18,9 @@ from launcher.errors import Problem, UserError
 LOOKED_AT = 512
 """Bytes of a file that are looked at."""
 SHORTEST_TEXT = 8
-"""Bytes; less may be anything that was cut short."""
+"""Bytes; anything shorter may be a truncated file."""
 UNFINISHED_SUFFIXES = (".incomplete", ".part", ".partial", ".crdownload", ".aria2", ".download")
-"""What browsers, aria2 and the Hugging Face client append to a file that is still coming."""
+"""What browsers, aria2 and the Hugging Face client append to a file while it is downloaded."""
 HUB_DOWNLOADS = Path(".cache", "huggingface", "download")
 """Where the Hugging Face client keeps what it downloads into a folder until it is complete."""
 _POINTER, _POINTER_ID = b"version https://git-lfs", b"\noid sha256:"
@@ -29,9 +29,8 @@ _TEXT_SHOWN = 60
 
 
 def placeholder(path: Path, *, is_text: bool = False) -> Problem | None:
-    """What the file at `path` is in place of its content; None where it may be the content itself,
-    or cannot be read. `is_text`: a text is what is expected there, such as JSON or a vocabulary.
-    """
+    """The problem with the file at `path` if it is a placeholder; None where it may be the content
+    itself, or cannot be read. `is_text`: the content is text, such as JSON or a vocabulary."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
         with open(descriptor, "rb") as file:
@@ -52,7 +51,7 @@ def refuse_placeholder(path: Path) -> None:
 
 
 def is_pointer(path: Path) -> bool:
-    """Whether a file is a git-lfs pointer: the question where any content is possible."""
+    """Whether a file is a git-lfs pointer, where any content is possible."""
     try:
         with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
             start = file.read(LOOKED_AT)
@@ -65,9 +64,7 @@ def _recognised(path: Path, start: bytes, size: int, is_text: bool) -> Problem |
     if not size:
         return Problem(
             what=f"{path} is empty: it has 0 bytes",
-            rule="a download or a save that was cut off leaves such a file, and so does MindSpore "
-            "for a network without parameters" if not is_text else
-            "a download that was cut off leaves such a file",
+            rule=f"a download{'' if is_text else ' or a save'} that was cut off leaves such a file",
             advice="Copy the file again from its origin",
         )  # fmt: skip
     if start.startswith(_POINTER):
@@ -96,8 +93,8 @@ def _recognised(path: Path, start: bytes, size: int, is_text: bool) -> Problem |
 
 
 def _is_text(start: bytes) -> bool:
-    """Whether it is a text, as far as it goes. A file of MindSpore begins with a line feed, and may
-    have the name of a tensor behind it."""
+    """Whether it is text, as far as it goes. A protobuf message may begin with a line feed and the
+    name of a tensor."""
     if start.startswith((b"\n", b"PK")) or len(start) < SHORTEST_TEXT:
         return False
     try:

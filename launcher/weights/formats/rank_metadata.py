@@ -1,9 +1,9 @@
-"""The note: what a rank file of ours says of itself, in `__metadata__["slipway"]`.
+"""Metadata of a rank file of Slipway, in `__metadata__["slipway"]`.
 
-Owns that JSON text: which rank of how many wrote the file, the axes, shape and box of each tensor,
-an inventory of the whole save, and a checksum (xxh3_64) for each block of the data section. Equal
-state gives an equal note: no time, no path and no run is in it. Read as any header is: checked
-before it is believed.
+Owns that JSON text: the rank and world size that wrote the file, the mesh, global shape and box of
+each tensor, an inventory of the save, and a checksum (xxh3_64) for each block of the data section.
+Equal state gives equal metadata: it has no time, path or run. It is checked before it is used, as
+any header.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ ALGORITHM = "xxh3_64"
 BLOCK_BYTES = 4 << 20
 """Bytes of the data section that share one checksum."""
 LARGEST_BLOCK_BYTES = 64 << 20
-"""A block is held in memory while it is checked."""
+"""Limit: a block is in memory while it is checked."""
 
 
 @dataclass(frozen=True)
 class Checksums:
-    """One digest (hex) for each block of the data section; none when the writer made none."""
+    """One digest (hex) for each block of the data section; empty when the writer made none."""
 
     block_bytes: int
     values: tuple[str, ...]
@@ -43,7 +43,7 @@ class Checksums:
 
 @dataclass(frozen=True)
 class Inventory:
-    """All tensors of a save, of all ranks together: by it a lost rank is known to be missed."""
+    """All tensors of a save, of all ranks: it shows whether tensors of a lost rank are missing."""
 
     tensors: int
     digest: str
@@ -51,7 +51,7 @@ class Inventory:
 
 
 def inventory_of(shapes: Mapping[str, Shape]) -> Inventory:
-    """The inventory of a save that has these tensors: name to global shape."""
+    """The inventory of a save with these tensors: name to global shape."""
     hasher = xxhash.xxh3_64()
     for name in sorted(shapes):
         hasher.update(f"{name} {list(shapes[name])}\n".encode())
@@ -67,27 +67,28 @@ class RankFileMetadata:
     mesh: Mapping[str, int]
     """Axis to size."""
     places: Mapping[str, tuple[Shape, Box]]
-    """Tensor to the shape of the whole and the box of it that is in the file."""
+    """Tensor to its global shape and the box of it in the file."""
     checksums: Checksums = Checksums(BLOCK_BYTES, ())
     inventory: Inventory | None = None
-    """Of the whole save; None where the writer did not know it."""
+    """Of the save; None where the writer did not know it."""
 
     def text(self, digests: tuple[str, ...]) -> str:
-        """The JSON text; of equal length for equally many digests."""
+        """The JSON text; its length depends only on the number of digests."""
         tensors = {
             name: {"shape": list(shape), "boxes": [box.as_lists()]}
             for name, (shape, box) in self.places.items()
         }
         checksum = {"algorithm": ALGORITHM, "block_bytes": BLOCK_BYTES, "values": list(digests)}
-        whole = {} if self.inventory is None else {"inventory": vars(self.inventory)}
+        inventory = {} if self.inventory is None else {"inventory": vars(self.inventory)}
         return json.dumps({
             "version": VERSION, "world_size": self.world_size, "rank": self.rank,
-            "mesh": dict(self.mesh), **whole, "tensors": tensors, "checksum": checksum,
+            "mesh": dict(self.mesh), **inventory, "tensors": tensors, "checksum": checksum,
         })  # fmt: skip
 
 
 def read_rank_metadata(path: Path, header: Header) -> RankFileMetadata | None:
-    """The note of a file; None in a file of another program. Raises `UserError` for a bad one."""
+    """The metadata of a file; None for files of other programs. Raises `UserError` where it is not
+    valid."""
     text = header.metadata.get("slipway")
     if text is None:
         return None
@@ -106,7 +107,7 @@ def read_rank_metadata(path: Path, header: Header) -> RankFileMetadata | None:
 
 def _rank_metadata(path: Path, header: Header, content: Any) -> RankFileMetadata:
     if not are_non_negative([content["world_size"], content["rank"], *content["mesh"].values()]):
-        raise ValueError("no natural number")
+        raise ValueError("not integers of 0 or more")
     places = {
         name: _place(path, name, entry, content["tensors"].get(name))
         for name, entry in header.entries.items()
@@ -121,16 +122,16 @@ def _inventory(content: Any) -> Inventory | None:
     if content is None:
         return None
     if not are_non_negative([content["tensors"]]) or not isinstance(content["digest"], str):
-        raise ValueError("no inventory")
+        raise ValueError("not an inventory")
     return Inventory(content["tensors"], content["digest"])
 
 
 def _place(path: Path, name: str, entry: Entry, place: Any) -> tuple[Shape, Box]:
     if place is None or len(place["boxes"]) != 1:
-        raise _damaged(path, f"it does not say which part of `{name}` it holds")
+        raise _damaged(path, f"its metadata has no box for `{name}`")
     (offset, size), shape = place["boxes"][0], place["shape"]
     if not all(map(are_non_negative, (offset, size, shape))):
-        raise ValueError("no natural number")
+        raise ValueError("not integers of 0 or more")
     if tuple(size) != entry.shape:
         raise _damaged(path, f"`{name}` has shape {list(entry.shape)}, its box says {size}")
     ends = [start + length for start, length in zip(offset, size, strict=True)]

@@ -1,9 +1,9 @@
-"""The safetensors format: headers that may lie, read and laid out.
+"""The safetensors format: reading and writing headers.
 
 Owns the header of a safetensors file (https://github.com/huggingface/safetensors#format): 8 bytes
 of little-endian length, a JSON map, and behind it the data section. Torch-free. Invariant: a header
-is believed only after every offset, shape and dtype in it has been checked against the size of the
-file; nothing is allocated on its word.
+is used only after every offset, shape and dtype in it was checked against the size of the file;
+nothing is allocated by unchecked sizes.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ MAX_HEADER_BYTES = 100_000_000
 MAX_DIMS = 64
 
 ZIP = b"PK\x03\x04"
-"""What a file of torch begins with; as a length, more than a header may have."""
+"""First bytes of a file of torch; read as a length, more than a header may have."""
 
 PAGE_BYTES = 4096
-"""Blocks that share no page of the cache are written without waiting for each other."""
+"""Blocks that share no page of the page cache can be written at the same time."""
 _FIELDS = {"dtype", "shape", "data_offsets"}
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
-"""The escape of half a character, as JSON has it."""
+"""The JSON escape of a surrogate, half a character."""
 
 
 class Entry(NamedTuple):
@@ -65,7 +65,7 @@ class Entry(NamedTuple):
 
 @dataclass(frozen=True)
 class Header:
-    """What the header of a file says, checked. `data_start` is the first byte of the data."""
+    """The checked header of a file. `data_start` is the first byte of the data."""
 
     entries: dict[str, Entry]
     metadata: dict[str, str]
@@ -74,13 +74,13 @@ class Header:
     digest: str
     """xxh3_64 of the header bytes, in hex."""
     modified: int | None = None
-    """When the file was written last, in nanoseconds; None where nobody asked."""
+    """Modification time of the file, in nanoseconds; None where it was not read."""
 
 
 def read_header(path: Path) -> Header:
-    """The header of the safetensors file at `path`. Raises `UserError` when it cannot be true."""
+    """The header of the safetensors file at `path`. Raises `UserError` when it is not valid."""
     try:
-        # Without waiting: opening a pipe would wait for its other end.
+        # Non-blocking: opening a pipe would wait for its other end.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
         with open(descriptor, "rb") as file:
             found = os.fstat(descriptor)
@@ -120,7 +120,7 @@ def _parse(path: Path, raw: bytes) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(pairs)
         if len(result) != len(pairs):
-            raise _broken(path, "a key stands twice in its header")
+            raise _broken(path, "duplicate key in its header")
         return result
 
     try:
@@ -133,8 +133,8 @@ def _parse(path: Path, raw: bytes) -> dict[str, Any]:
 
 
 def parse_json(text: str, pairs_hook: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
-    """What the JSON `text` says. Raises ValueError, also for texts in it that cannot be printed,
-    and RecursionError."""
+    """The value of the JSON `text`. Raises ValueError, also for strings that cannot be encoded, and
+    RecursionError."""
     content = json.loads(text, object_pairs_hook=pairs_hook)
     if _SURROGATE.search(text):
         json.dumps(content, ensure_ascii=False).encode()
@@ -156,7 +156,7 @@ def _entry(path: Path, name: str, value: Any, data_start: int) -> Entry:
 
 
 def are_non_negative(value: Any) -> bool:
-    """Whether `value` is a list of sizes a file can have: not negative, below 2^63, few."""
+    """Whether `value` is a list of at most `MAX_DIMS` integers from 0 to 2^63 - 1."""
     if not isinstance(value, list) or len(value) > MAX_DIMS:
         return False
     if not value:
@@ -176,7 +176,7 @@ def _check_coverage(path: Path, entries: dict[str, Entry], start: int, file_byte
 
 def _broken(path: Path, why: str) -> UserError:
     return UserError(
-        f"{path} is not a whole safetensors file",
+        f"{path} is not a valid safetensors file",
         rule=why if len(why) < 300 else f"{why[:300]}...",
         advice="Copy the file again from its origin; nothing was loaded from it",
     )
@@ -184,7 +184,7 @@ def _broken(path: Path, why: str) -> UserError:
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """One tensor of a file to be: its name, dtype and shape."""
+    """One tensor of a file to write: name, dtype and shape."""
 
     name: str
     dtype: str
@@ -205,8 +205,8 @@ def in_file_order(slots: Iterable[AnySlot]) -> list[AnySlot]:
 
 
 def header_bytes(slots: Sequence[Slot], metadata: Mapping[str, str]) -> bytes:
-    """What stands before the data section: length and JSON, padded so that the data begins at a
-    multiple of `PAGE_BYTES`. Tensors lie in the order given."""
+    """Everything before the data section: length and JSON, padded so that the data begins at a
+    multiple of `PAGE_BYTES`. Tensors are in the given order."""
     entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     position = 0
     for slot in slots:

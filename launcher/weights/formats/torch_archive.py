@@ -1,7 +1,7 @@
-"""The zip archive that `torch.save` writes: where its members lie in the file.
+"""The zip archive that `torch.save` writes: where its members are in the file.
 
-Owns the archive: one pickle, and the bytes of each storage as a member `data/<key>`, not
-compressed, so that they can be read in place. Torch-free. Invariant: a member lies inside the file.
+Owns the archive: one pickle, and the bytes of each storage as an uncompressed member `data/<key>`,
+so that they can be read in place. Torch-free. Invariant: a member is inside the file.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from launcher.errors import UserError
 from launcher.weights.formats.safetensors import MAX_HEADER_BYTES
 
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
-"""Of a member: magic, and the lengths of its name and of the extra field behind it."""
+"""Of a member: magic, and the lengths of its name and of the extra field after it."""
 _ENCRYPTED = 0x1
 _MISTAKES = (ValueError, OverflowError, NotImplementedError, struct.error)
-"""What zipfile raises, beside its own, for archives that cannot be true."""
+"""What zipfile raises, besides its own error, for broken archives."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +32,8 @@ class Span:
 
 
 class Archive:
-    """An archive open for reading, until the file is closed. Raises `UserError` for a file that is
-    none of torch's."""
+    """An archive open for reading, until the file is closed. Raises `UserError` for a file that
+    torch did not write."""
 
     def __init__(self, path: Path, file: BinaryIO) -> None:
         self._path, self._file = path, file
@@ -72,7 +72,7 @@ class Archive:
         return folder
 
     def check_byte_order(self) -> None:
-        """Check that numbers are stored as this program reads them."""
+        """Check that numbers are stored in little-endian order."""
         if f"{self._folder}byteorder" not in self._members:
             return  # older versions wrote on little-endian machines only
         order = self.read("byteorder")
@@ -80,13 +80,13 @@ class Archive:
             raise broken(self._path, "its member byteorder is neither little nor big")
         if order == b"big":
             raise UserError(
-                f"{self._path} has its numbers stored big end first",
-                rule="weights are read little end first",
+                f"{self._path} is big-endian",
+                rule="only little-endian files are read",
                 advice="Load it with torch on this machine and save it again",
             )
 
     def span(self, name: str) -> Span:
-        """Where the bytes of a member lie in the file."""
+        """Where the bytes of a member are in the file."""
         member = self._members.get(self._folder + name)
         if member is None:
             raise broken(self._path, f"the member {name} is missing")
@@ -95,7 +95,7 @@ class Archive:
             raise UserError(
                 f"{self._path} is {how}: its member {name}",
                 rule="tensors are read in place, from members that are stored as they are",
-                advice="Write it anew: torch.save(torch.load(old, weights_only=True), new)",
+                advice="Save it again: torch.save(torch.load(old, weights_only=True), new)",
             )
         start = self._data_start(name, member.header_offset)
         if start + member.file_size > self.file_bytes:
@@ -122,9 +122,9 @@ class Archive:
 
 
 def broken(path: Path, why: str) -> UserError:
-    """The error for a file of torch that cannot be true."""
+    """The error for a file of torch that is not valid."""
     return UserError(
-        f"{path} is not a whole file of torch",
+        f"{path} is not a valid torch file",
         rule=why if len(why) < 300 else f"{why[:300]}...",
         advice="Copy the file again from its origin; nothing was loaded from it",
     )

@@ -1,8 +1,8 @@
 """Files of torch (`.pt`, `.pth`, `.bin`, `.ckpt`): which tensors they hold, and where.
 
 Owns the way from the pickle of `torch.save` to entries with offsets and strides. Torch-free.
-Invariants: nothing in a file is run and no tensor is loaded; a header is believed only after the
-span of every tensor has been checked against its storage, and the storage against the file.
+Invariants: nothing in a file is run and no tensor is loaded; a header is used only after the span
+of every tensor was checked against its storage, and the storage against the file.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from launcher.weights.formats.safetensors import ITEM_BYTES, MAX_DIMS, Entry, He
 from launcher.weights.formats.torch_archive import Archive, Span, broken
 
 WEIGHT_KEYS = ("state_dict", "model", "module", "model_state_dict")
-"""Where the weights are in a file that holds more than weights."""
+"""Keys of the weights in a file that holds more than weights."""
 _DEPTH = 4
-"""Maps inside maps that are looked into for weights."""
+"""Nested dicts that are searched for weights."""
 
 _STORAGES = {
     "Float": "F32", "Double": "F64", "Half": "F16", "BFloat16": "BF16", "ComplexFloat": "C64",
@@ -49,17 +49,17 @@ _NO_TENSORS = (
     "builtins.set", "builtins.frozenset", "builtins.bytearray", "builtins.complex",
     "__builtin__.set", "__builtin__.frozenset", "__builtin__.bytearray", "__builtin__.complex",
 )  # fmt: skip
-"""Makers of plain values, by their names in Python 3 and 2."""
+"""Constructors of plain values, by their names in Python 3 and 2."""
 _PLAIN_TYPES = ("torch.Tensor", "torch.nn.parameter.Parameter", "torch.nn.parameter.Buffer")
 
 
 @dataclass(frozen=True, slots=True)
 class _Storage:
-    """The memory that tensors are views of: its member, and the dtype torch has for it."""
+    """The memory that tensors are views of: its archive member and its dtype."""
 
     key: str
     dtype: str
-    """A name of the safetensors format, or of torch when that has none; empty: bytes."""
+    """Its safetensors name, or that of torch where there is none; empty: bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,8 +76,8 @@ class _Tensor:
 def read_header(path: Path) -> Header:
     """The tensors of the file of torch at `path`, as entries with strides.
 
-    A file that holds more than weights (`{"state_dict": ..., "epoch": 3}`) gives its weights; what
-    is no tensor is left out. Raises `UserError`.
+    Of a file that holds more than weights (`{"state_dict": ..., "epoch": 3}`) the weights are read;
+    other values are left out. Raises `UserError`.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
@@ -121,7 +121,7 @@ def _content(path: Path, pickled: bytes) -> Any:
         return read_pickle(pickled, _CALLS, _storage)
     except RefusedCallError as error:
         raise UserError(
-            f"{path} wants to call {error}",
+            f"{path} refers to {error}, which is not allowed",
             rule="tensors, numbers, texts, lists and maps are read, and nothing in a file is run",
             advice="If you trust its origin, load it there and save its tensors alone: "
             "torch.save(module.state_dict(), path)",
@@ -131,7 +131,7 @@ def _content(path: Path, pickled: bytes) -> Any:
 
 
 def _weights(path: Path, content: Any) -> dict[str, _Tensor]:
-    """Name to tensor: of the map itself, or of the one map inside it that weights are put in."""
+    """Name to tensor: of the dict itself, or of the dict inside it that holds the weights."""
     for _ in range(_DEPTH):
         if not isinstance(content, dict):
             break
@@ -153,9 +153,9 @@ def _weights(path: Path, content: Any) -> dict[str, _Tensor]:
 
 
 def weight_key(path: Path, content: Mapping[str, Any], holds: Callable[[Any], bool]) -> str | None:
-    """The key of the one map in `content` that weights are put in; None: they are in `content`.
+    """The key of the dict in `content` that holds the weights; None: `content` itself.
 
-    `holds` says of a value whether there are tensors in it. Raises `UserError` for two such maps.
+    `holds(value)`: whether a value contains tensors. Raises `UserError` for two such dicts.
     """
     inner = [key for key in WEIGHT_KEYS if holds(content.get(key))]
     if len(inner) > 1:
@@ -199,7 +199,7 @@ def _entry(path: Path, name: str, tensor: _Tensor, span: Span) -> Entry:
 
 
 def _storage(identity: Any) -> _Storage:
-    """The storage that a persistent id is of: ("storage", class, key, device, length)."""
+    """The storage with a persistent id ("storage", class, key, device, length)."""
     kind, storage_class, key, *_ = identity
     if kind != "storage" or not isinstance(storage_class, Named) or not isinstance(key, str):
         raise ValueError("a persistent id is not that of a storage")
@@ -214,7 +214,7 @@ def _tensor(
     if not isinstance(storage, _Storage) or len(shape) != len(strides) or len(shape) > MAX_DIMS:
         raise ValueError("a tensor has no storage, or not one stride for each dim")
     if not all(type(n) is int and 0 <= n < 1 << 63 for n in numbers):
-        raise ValueError("the shape, offset or strides of a tensor are no natural numbers")
+        raise ValueError("the shape, offset or strides of a tensor are not integers of 0 or more")
     if isinstance(bits, dict) and any(bits.values()):
         # Values are stored as they were before they were conjugated or negated.
         dtype = " ".join([dtype, *sorted(bits)])
@@ -241,14 +241,14 @@ def _rebuild_parameter(tensor: Any, *_: Any) -> Any:
 
 
 def _rebuild_from_type(function: Any, kind: Any, arguments: Any, *_: Any) -> Any:
-    """A tensor with attributes, which are left out."""
+    """A tensor with attributes; these are left out."""
     if kind.name not in _PLAIN_TYPES or function.name not in _TENSOR_CALLS:
         raise RefusedCallError(f"{function.name} for a {kind.name}")
     return _TENSOR_CALLS[function.name](*arguments)
 
 
 def _no_tensor(*_: Any) -> None:
-    """What is no tensor is left out."""
+    """Values other than tensors are left out."""
 
 
 def _map(items: Any = (), *_: Any) -> dict[str, Any]:
@@ -270,4 +270,4 @@ _CALLS: dict[str, Call] = {
     "collections.defaultdict": lambda *_: {},
     **dict.fromkeys(_NO_TENSORS, _no_tensor),
 }
-"""What a pickle of torch may call, and what is done in its place."""
+"""The callables that a pickle of torch may name, and what is called in their place."""

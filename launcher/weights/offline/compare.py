@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from launcher.layout.box import Box, whole
+from launcher.layout.box import Box, full_box
 from launcher.weights.formats.safetensors import ITEM_BYTES
 from launcher.weights.ranks.saves import open_any_format
 from launcher.weights.reading.transfer import Files
@@ -113,7 +113,7 @@ def _compared(
         first, second = (reader.read(name, box).values for reader in readers)
         return _difference(first, dtype, second, other)
 
-    found = in_parallel(difference, whole(shape).portions(limit), READERS)
+    found = in_parallel(difference, full_box(shape).portions(limit), READERS)
     elements = sum(count for count, _ in found)
     if dtype == other and not elements:
         return None
@@ -177,7 +177,7 @@ def _digests(source: Source, names: Sequence[str], reader: PortionReader) -> dic
     def digest(name: str) -> str:
         hasher = xxhash.xxh3_128(f"{source.dtype(name)} {source.shape(name)}".encode())
         limit = PORTION_BYTES // ITEM_BYTES[source.dtype(name)]
-        for box in whole(source.shape(name)).portions(limit):
+        for box in full_box(source.shape(name)).portions(limit):
             hasher.update(reader.read(name, box).values.data)
         return hasher.hexdigest()
 

@@ -105,7 +105,7 @@ def _file_aside(folder: Path, name: Path, overwrite: bool) -> Iterator[Path]:
     if target.exists() and not overwrite:
         raise UserError(
             f"{target} exists",
-            rule="nothing is replaced unasked",
+            rule="existing files are not replaced by default",
             advice="Give another --save_path, or --overwrite",
         )
     scratch, is_new = folder / f".{name}.tmp", not folder.exists()
@@ -134,7 +134,7 @@ def _jobs(folder: Path, regex: str | None) -> list[_Job]:
         wanted = re.compile(regex or "").search
     except re.error as error:
         raise UserError(
-            f"file_name_regex = {regex!r}", rule=f"it is no regular expression: {error}"
+            f"file_name_regex = {regex!r}", rule=f"it is not a regular expression: {error}"
         ) from None
     index = folder / TORCH_INDEX_NAME
     listed = {*read_index(index).values()} if index.is_file() else None
@@ -228,7 +228,7 @@ def _renamed(
         new = [name_map.get(name, name) for name in weights]
         twice = next(name for name in new if new.count(name) > 1)
         raise UserError(f"{path}: two tensors would be named `{twice}`", rule="names differ",
-                        advice="Mend the name_map")  # fmt: skip
+                        advice="Correct the name_map")  # fmt: skip
     return named
 
 
@@ -246,5 +246,5 @@ def read_name_map(path: Path) -> dict[str, str]:
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON", rule=str(error)) from error
     if not isinstance(content, dict) or not all(isinstance(v, str) for v in content.values()):
-        raise UserError(f"{path} is no map of names", rule='{"old name": "new name"} is needed')
+        raise UserError(f"{path} is not a map of names", rule='{"old name": "new name"} is needed')
     return content

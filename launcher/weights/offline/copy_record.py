@@ -26,7 +26,7 @@ def foreign(folder: Path, key: str) -> str:
     if not os.path.lexists(folder):
         return ""
     if folder.is_symlink() or not folder.is_dir():
-        return f"{folder} is no folder"
+        return f"{folder} is not a folder"
     try:
         names = {child.name for child in folder.iterdir()}
         record = json.loads((folder / RECORD).read_bytes()) if RECORD in names else {}

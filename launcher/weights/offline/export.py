@@ -13,7 +13,7 @@ from pathlib import Path
 
 from launcher.errors import UserError
 from launcher.extensions import SAVE_FORMATS, required
-from launcher.layout.box import whole
+from launcher.layout.box import full_box
 from launcher.weights.formats.safetensors import ITEM_BYTES
 from launcher.weights.forms import EXTRAS_NAME, CompleteForm
 from launcher.weights.optimizer_state import is_optimizer_state
@@ -74,13 +74,13 @@ def write_complete(
         shards = _shards({name: sizes[name] for name in groups[stem]}, max_shard_bytes)
         for index, shard in enumerate(shards, 1):
             file = f"{stem}-{index:05d}-of-{len(shards):05d}.safetensors"
-            boxes = {name: (name, whole(everything.shape(name))) for name in shard}
+            boxes = {name: (name, full_box(everything.shape(name))) for name in shard}
             cast_to = dtype if stem == "model" else None
             outputs.append(Output(directory / file, boxes, metadata, dtype=cast_to))
             if stem == "model" or target.lists_optimizer:
                 weight_map |= dict.fromkeys(shard, file)
     if groups["extra"]:
-        boxes = {name: (name, whole(everything.shape(name))) for name in groups["extra"]}
+        boxes = {name: (name, full_box(everything.shape(name))) for name in groups["extra"]}
         outputs.append(Output(directory / EXTRAS_NAME, boxes, metadata))
     first, step = share
     stream(everything, outputs[first::step], progress, workers=workers)

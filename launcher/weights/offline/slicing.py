@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Protocol
 
 from launcher.errors import UserError
-from launcher.layout.box import Box, whole
+from launcher.layout.box import Box, full_box
 from launcher.weights.formats.rank_metadata import RankFileMetadata, inventory_of
 from launcher.weights.forms import INDEX_NAMES, is_scalar
 from launcher.weights.log import Log, no_log
@@ -128,7 +128,7 @@ def _with_scalars(source: Source, held: Sequence[dict[str, Box]], log: Log) -> S
     scalars = {n: p for n, p in source.extras.items() if is_scalar(n, p[0].shape)}
     others = sorted(source.extras.keys() - scalars.keys())
     for own in held:
-        own.update({name: whole(pieces[0].shape) for name, pieces in scalars.items()})
+        own.update({name: full_box(pieces[0].shape) for name, pieces in scalars.items()})
     if others:
         more = " ..." * (len(others) > NAMED)
         log(f"left out, nothing of the model: {', '.join(others[:NAMED])}{more}")
@@ -149,11 +149,11 @@ def _place_the_rest(
     source: Source, held: Sequence[dict[str, Box]], known: set[str], log: Log
 ) -> None:
     others = [name for name in source.tensors if name not in known]
-    held[0].update({name: whole(source.shape(name)) for name in others})
+    held[0].update({name: full_box(source.shape(name)) for name in others})
     if others:
         log(
             f"warning: the layout does not know {len(others)} of {len(source.tensors)} tensors, "
-            f"such as {others[0]}: they are whole in the file of rank 0"
+            f"such as {others[0]}: the file of rank 0 holds all of them"
         )
 
 

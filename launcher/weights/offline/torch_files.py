@@ -90,7 +90,8 @@ def _loaded(path: Path) -> Any:
     except Exception as error:
         named = re.search(r"GLOBAL ([\w.]+)", str(error))
         raise UserError(
-            f"{path} wants to call {named[1]}" if named else f"{path} cannot be read",
+            f"{path} refers to {named[1]}, which is not allowed" if named else
+            f"{path} cannot be read",
             rule="tensors, numbers, texts, lists and maps are read, and nothing in a file is run"
             if named else str(error).splitlines()[0][:200],
             advice="If you trust its origin, load it there and save its tensors alone: "

@@ -147,7 +147,7 @@ def _rank_metadata(file: Path, header: Header) -> RankFileMetadata:
     rank_metadata = read_rank_metadata(file, header)
     if rank_metadata is None:
         raise UserError(
-            f"{file} does not say which part of the model it holds",
+            f"{file} does not describe its layout",
             rule="rank files have the layout in their metadata, as Slipway writes it",
             advice="Move the files of other programs away",
         )
@@ -193,7 +193,7 @@ def _without_files(source: Source, ranks: Sequence[int]) -> str:
     """Why a save cannot be used. Another machine may have the files, so the folder is named."""
     has, their = ("has", "its") if len(ranks) == 1 else ("have", "their")
     return (
-        f"{_ranks_text(ranks)} {has} no whole file in {source.path}, and no other rank holds "
+        f"{_ranks_text(ranks)} {has} no valid file in {source.path}, and no other rank holds "
         f"{their} parts"
     )
 
@@ -203,10 +203,10 @@ def _numel(piece: Piece) -> int:
 
 
 def without(source: Source, lost: Sequence[int]) -> Source:
-    """`source` with the remark that the ranks `lost` have no whole file."""
+    """`source` with the remark that the ranks `lost` have no valid file."""
     is_one = len(lost) == 1
     remark = (
-        f"{source.path}: {_ranks_text(lost)} {'has' if is_one else 'have'} no whole file; "
+        f"{source.path}: {_ranks_text(lost)} {'has' if is_one else 'have'} no valid file; "
         f"{'its' if is_one else 'their'} parts are read from the ranks that hold the same"
     )
     return replace(source, remarks=(remark,))

@@ -107,7 +107,7 @@ def newest(root: Path) -> Save:
     if len(last) > 1:
         raise UserError(
             f"{root} holds {len(last)} saves: {', '.join(save.label for save in last[:SHOWN])}",
-            rule="their names do not say which is the newest",
+            rule="their names do not show which is the newest",
             nearest=f"One of them is {last[0].in_rank_order[0]}",
             advice="Name a file of the one you want",
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from launcher.layout.box import whole
+from launcher.layout.box import full_box
 from launcher.weights.pieces import Pieces
 from launcher.weights.reading.plan import plan_box
 from launcher.weights.reading.read import Fill, fill
@@ -17,12 +17,12 @@ def scalars_of(source: Source) -> dict[str, float]:
     return {
         name: _number(source, name, pieces)
         for name, pieces in sorted(source.extras.items())
-        if whole(pieces[0].shape).numel == 1
+        if full_box(pieces[0].shape).numel == 1
     }
 
 
 def _number(source: Source, name: str, pieces: Pieces) -> float:
-    box = whole(pieces[0].shape)
+    box = full_box(pieces[0].shape)
     tensor = torch.empty(box.size, dtype=TORCH_DTYPES[pieces[0].entry.dtype])
     fill([Fill(tensor, box, plan_box(name, box, pieces))], source)
     value: float = tensor.item()

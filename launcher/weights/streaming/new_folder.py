@@ -67,7 +67,7 @@ def _check_free(target: Path, overwrite: bool, option: str) -> None:
     if target.exists() and any(target.iterdir()) and not overwrite:
         raise UserError(
             f"{target} is not empty",
-            rule="nothing is replaced unasked",
+            rule="existing files are not replaced by default",
             advice=f"Give another {option}, or --overwrite",
         )
 

@@ -19,7 +19,7 @@ import numpy as np
 import xxhash
 
 from launcher.errors import UserError
-from launcher.layout.box import Box, Shape, whole
+from launcher.layout.box import Box, Shape, full_box
 from launcher.weights.formats.rank_metadata import BLOCK_BYTES, RankFileMetadata
 from launcher.weights.formats.safetensors import ITEM_BYTES, Slot, header_bytes, in_file_order
 from launcher.weights.reading.plan import plan_box
@@ -78,7 +78,7 @@ def stream(
         for slot in writer.slots:
             wanted.setdefault(writer.output.boxes[slot.name][0], []).append((writer, slot))
     for origin in wanted:
-        plan_box(origin, whole(source.shape(origin)), source.tensors[origin])
+        plan_box(origin, full_box(source.shape(origin)), source.tensors[origin])
     workers = min(workers, MOST_WORKERS)
     try:
         with Files() as files, NewFiles() as new_files:
@@ -186,7 +186,7 @@ class _Stream:
     def _portions(self, order: Sequence[str]) -> Iterator[tuple[str, Box]]:
         for name in order:
             limit = max(PORTION_BYTES // ITEM_BYTES[self._source.dtype(name)], 1)
-            for box in whole(self._source.shape(name)).portions(limit):
+            for box in full_box(self._source.shape(name)).portions(limit):
                 yield name, box
 
     def _move(self, task: tuple[int, tuple[str, Box]]) -> None:
