@@ -9,7 +9,7 @@ from launcher.weights.reading.transfer import Files, read_exactly
 from launcher.weights.source import Source
 
 SAMPLED_BYTES = 512
-"""Of each tensor: training changes all of a tensor, and reading all of it would cost a full load."""
+"""Of each tensor: training changes all of it, and reading all of it would be a full load."""
 
 
 def content_of(source: Source) -> str:

@@ -1,1 +1,1 @@
-"""What the offline tools do: merging, slicing, converting, comparing, inspecting."""
+"""The work of the offline tools: merging, slicing, converting, comparing, inspecting."""

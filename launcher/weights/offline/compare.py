@@ -1,8 +1,8 @@
 """Comparing two checkpoints of any layout or format, tensor by tensor. Torch-free.
 
-Owns what counts as a difference. Equal are tensors of one name, shape and dtype with the same bits.
-A tensor that only one side has may have another name on the other: the same bits say so. Memory: a
-few portions.
+Owns what counts as a difference. Tensors are equal if name, shape, dtype and bits are. A tensor
+that only one side has may have another name on the other side, which equal bits show. Memory: a few
+portions.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ class Row:
     kind: Kind
     detail: str = ""
     largest: float | None = None
-    """Greatest difference of two elements; NaN where one of them is no number; None: not known."""
+    """Largest difference of two elements; NaN where one of them is NaN; None: not known."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """What two checkpoints differ in, the worst first."""
+    """The differences of two checkpoints, the worst first."""
 
     equal: int
     """Tensors that are the same."""
@@ -101,7 +101,7 @@ def _order(row: Row) -> tuple[int, float, str]:
 def _compared(
     name: str, sources: tuple[Source, Source], readers: tuple[PortionReader, PortionReader]
 ) -> Row | None:
-    """The row of a tensor that both have; None when it is the same."""
+    """The row of a tensor that both sides have; None when it is equal."""
     (shape, other_shape), (dtype, other) = zip(
         *((source.shape(name), source.dtype(name)) for source in sources), strict=True
     )
@@ -126,7 +126,7 @@ def _compared(
 
 
 def _difference(a: Words, dtype_a: str, b: Words, dtype_b: str) -> tuple[int, float | None]:
-    """(elements with other bits, greatest difference of two elements); None: not numbers here."""
+    """(elements with other bits, largest difference); None for dtypes without arithmetic."""
     if dtype_a == dtype_b:
         other = a != b
         count = int(np.count_nonzero(other))
@@ -141,13 +141,13 @@ def _difference(a: Words, dtype_a: str, b: Words, dtype_b: str) -> tuple[int, fl
     with np.errstate(invalid="ignore", over="ignore"):
         distance = np.abs(numbers_a - numbers_b)
     same = (numbers_a == numbers_b) | (np.isnan(numbers_a) & np.isnan(numbers_b))
-    distance[same] = 0.0  # infinities, and two that are no numbers
+    distance[same] = 0.0  # equal infinities, and two NaN
     return count, float(np.max(distance, initial=0.0))
 
 
 def _numbers(words: Words, dtype: str) -> npt.NDArray[Any] | None:
-    """The elements as float64 (complex128), flat; None for the formats of 8 bits, whose bits alone
-    are compared."""
+    """The elements as float64 (complex128), flat; None for FP8 formats, of which only bits are
+    compared."""
     flat = np.ascontiguousarray(words).reshape(-1)
     if dtype == "BF16":
         return cast(flat, "BF16", "F32").view(np.float32).astype(np.float64)
@@ -158,7 +158,7 @@ def _numbers(words: Words, dtype: str) -> npt.NDArray[Any] | None:
 
 
 def _candidates(a: Source, b: Source, names_a: set[str], names_b: set[str]) -> list[set[str]]:
-    """Tensors of each side that may be one of the other's under another name."""
+    """Tensors of each side that may be on the other side under another name."""
 
     def looks(source: Source, names: set[str]) -> dict[str, tuple[object, str]]:
         return {name: (source.shape(name), source.dtype(name)) for name in names}
@@ -213,8 +213,8 @@ def diff(
     """The differences between the weights at two paths, of any layout or format.
 
     A path is a file, complete weights, a folder of rank folders with one save, or a file of one of
-    several saves, of which `file_suffix` chooses one. `src_strategy_dirs`: strategy files that rank
-    files of MindSpore need. Raises `UserError`.
+    several saves, of which `file_suffix` chooses one. `src_strategy_dirs`: strategy files that some
+    rank files need. Raises `UserError`.
     """
     prefix, strategy = filter_out_param_prefix, src_strategy_dirs
     opened = [

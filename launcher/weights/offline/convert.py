@@ -1,7 +1,7 @@
-"""Conversion: files of torch (`.ckpt`, `.pt`, `.pth`, `.bin`) become safetensors.
+"""Conversion of files of torch (`.ckpt`, `.pt`, `.pth`, `.bin`) to safetensors.
 
-Owns which file becomes which, and under which names. Outputs appear whole. Memory: files are
-mapped; see `torch_files`, which has what of a file is weights.
+Owns which file becomes which, and the names. Outputs appear complete. Memory: files are mapped.
+`torch_files` owns which part of a file is weights.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ class Converted:
 
 
 @dataclass(frozen=True)
-class _Job:
-    """One file to convert, and the place of the new one below the output folder."""
+class _Conversion:
+    """One file to convert, and the path of the new one below the output folder."""
 
     origin: Path
     target: Path
@@ -67,16 +67,16 @@ def ckpt_to_safetensors(
 ) -> Converted:
     """Convert a file of torch, or all in a folder, to safetensors in the folder `save_path`.
 
-    Of a folder with rank folders each of these is converted, into a folder of its own; of any other
-    the files in it, an index and what lies beside weights. `save_path` may be left out for a file:
-    the new one is put beside it. `name_map`: name of a tensor to its new name. `file_name_regex`:
-    converts the files in whose name it is found. `processes_num`: files converted at a time. Name
+    Rank folders in a folder are each converted into a folder of their own. Of any other folder the
+    files in it, the index, configuration and tokenizer are converted or copied. Without `save_path`
+    a single file is converted beside the old one. `name_map`: name of a tensor to its new name.
+    `file_name_regex`: converts the files whose name matches. `processes_num`: files at a time. Name
     and arguments are MindSpore's. Raises `UserError`.
     """
     origin = Path(file_path)
     names = dict(name_map or {})
     if not origin.is_dir():
-        jobs = [_Job(origin, Path(f"{origin.stem}.safetensors"))]
+        jobs = [_Conversion(origin, Path(f"{origin.stem}.safetensors"))]
         folder = origin.parent if save_path is None else Path(save_path)
         with _file_aside(folder, jobs[0].target, overwrite) as scratch:
             return _convert(jobs, scratch, folder, names, 1, progress, log)[0]
@@ -100,7 +100,7 @@ def ckpt_to_safetensors(
 
 @contextmanager
 def _file_aside(folder: Path, name: Path, overwrite: bool) -> Iterator[Path]:
-    """A folder for one new file, which is moved into `folder` when it is whole."""
+    """A folder for one new file, which is moved into `folder` when it is complete."""
     target = folder / name
     if target.exists() and not overwrite:
         raise UserError(
@@ -127,8 +127,8 @@ def _file_aside(folder: Path, name: Path, overwrite: bool) -> Iterator[Path]:
                 folder.rmdir()
 
 
-def _jobs(folder: Path, regex: str | None) -> list[_Job]:
-    """The files of a folder to convert. Raises `UserError` when there are none, or two are one."""
+def _jobs(folder: Path, regex: str | None) -> list[_Conversion]:
+    """The files of a folder to convert. Raises `UserError` without any, or for equal targets."""
     ranks = sorted(path for path in folder.glob("rank*") if path.is_dir())
     try:
         wanted = re.compile(regex or "").search
@@ -139,7 +139,7 @@ def _jobs(folder: Path, regex: str | None) -> list[_Job]:
     index = folder / TORCH_INDEX_NAME
     listed = {*read_index(index).values()} if index.is_file() else None
     found = [
-        _Job(file, file.relative_to(folder).with_name(_new_name(file)))
+        _Conversion(file, file.relative_to(folder).with_name(_new_name(file)))
         for place in ranks or [folder]
         for file in sorted(place.iterdir())
         if file.suffix in SUFFIXES and not file.name.startswith(".") and file.is_file()
@@ -154,13 +154,13 @@ def _jobs(folder: Path, regex: str | None) -> list[_Job]:
             nearest=f"There are: {', '.join(names[:NAMED])}" if names else "",
             advice="Give a file, a folder of files, or a folder of rank folders",
         )
-    by_target: dict[Path, _Job] = {}
+    by_target: dict[Path, _Conversion] = {}
     for job in found:
         other = by_target.setdefault(job.target, job)
         if other is not job:
             raise UserError(
                 f"{other.origin} and {job.origin} would both become {job.target}",
-                rule="every file becomes one of its own",
+                rule="every file needs a target of its own",
                 advice="Choose with --file_name_regex",
             )
     return found
@@ -173,15 +173,15 @@ def _new_name(file: Path) -> str:
 
 
 def _convert(
-    jobs: list[_Job], scratch: Path, folder: Path, name_map: Mapping[str, str], workers: int,
+    jobs: list[_Conversion], scratch: Path, folder: Path, name_map: Mapping[str, str], workers: int,
     progress: Progress | None, log: Log,
 ) -> tuple[Converted, dict[str, str]]:  # fmt: skip
-    """Convert into `scratch`. Returns what was done, with the names the files will have in
-    `folder`, and tensor to file name."""
+    """Convert into `scratch`. Returns the result, with paths in `folder`, and the map from tensor
+    to file name."""
     used, total, tensors, weight_map = set[str](), 0, 0, dict[str, str]()
     sizes = [job.origin.stat().st_size if job.origin.is_file() else 0 for job in jobs]
 
-    def one(job: _Job) -> dict[str, int]:
+    def one(job: _Conversion) -> dict[str, int]:
         weights, left_out = weights_in(job.origin)
         if left_out:
             more = " ..." * (len(left_out) > NAMED)
@@ -227,13 +227,13 @@ def _renamed(
     if len(named) < len(weights):
         new = [name_map.get(name, name) for name in weights]
         twice = next(name for name in new if new.count(name) > 1)
-        raise UserError(f"{path}: two tensors would be named `{twice}`", rule="names differ",
+        raise UserError(f"{path}: two tensors would be named `{twice}`", rule="names are unique",
                         advice="Correct the name_map")  # fmt: skip
     return named
 
 
 def _bytes(tensor: torch.Tensor, start: int, stop: int) -> memoryview:
-    """Bytes of a contiguous tensor; its own memory, which may be a mapped file."""
+    """Bytes of a contiguous tensor, shared with it: its memory may be a mapped file."""
     return bytes_of(tensor.resolve_conj().resolve_neg().reshape(-1).view(torch.uint8)[start:stop])
 
 

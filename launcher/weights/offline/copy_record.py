@@ -1,8 +1,8 @@
-"""Copies: folders of weights that a run writes beside its output, and may replace.
+"""Copies of weights: folders that a run writes into its output_dir, and may replace.
 
-Owns the record that stands in such a folder: under which key it was written, and which files are
-its own. Torch-free. Invariant: a folder is replaced only when it holds just what its record names,
-and was written under the same key; anything else in it is somebody's work.
+Owns the record in such a folder: the key that it was written for, and the list of its files.
+Torch-free. Invariant: a folder is replaced only if it was written for the same key and holds
+exactly the files in its record; other files are the user's.
 """
 
 from __future__ import annotations
@@ -21,8 +21,7 @@ FOLDERS = {
 
 
 def foreign(folder: Path, key: str) -> str:
-    """Why `folder` may not be replaced by a copy written under `key`; empty when it may, or when
-    there is nothing to replace."""
+    """Why `folder` may not be replaced by a copy for `key`; empty where it may be."""
     if not os.path.lexists(folder):
         return ""
     if folder.is_symlink() or not folder.is_dir():
@@ -34,10 +33,10 @@ def foreign(folder: Path, key: str) -> str:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return f"{folder} cannot be read"
     others = sorted(names - own)
-    return f"{folder} holds {others[0]}, which no run wrote there as a copy" if others else ""
+    return f"{folder} holds {others[0]}, which is not part of a copy of a run" if others else ""
 
 
 def write_record(folder: Path, key: str) -> None:
-    """Say in `folder` that all it holds was written under `key`."""
+    """Record in `folder` that all its files were written for `key`."""
     files = sorted(child.name for child in folder.iterdir())
     (folder / RECORD).write_text(json.dumps({"key": key, "files": files}, indent=1) + "\n")

@@ -26,7 +26,7 @@ DEFAULT_SHARD_BYTES = 5_000_000_000
 
 @dataclass(frozen=True)
 class Exported:
-    """What a complete export wrote."""
+    """What an export wrote."""
 
     tensors: int
     total_bytes: int
@@ -47,12 +47,12 @@ def write_complete(
 ) -> Exported:
     """Write the tensors of `source` whose name passes `keep` as complete weights.
 
-    Model weights become `model-0000x-of-0000y.safetensors` with an index; optimizer state becomes
-    `optimizer-0000x-of-0000y.safetensors`, outside the index of Hugging Face; the
-    extras of the source (the step, the epoch) become `hyper_param.safetensors`, in no index.
-    `directory` exists and is ours. `share` = (k, n) writes every n-th file, from the k-th on, so
+    Model weights become `model-0000x-of-0000y.safetensors` with an index. Optimizer state becomes
+    `optimizer-0000x-of-0000y.safetensors`, which only some forms index. The extras of the source
+    (step, epoch) become `hyper_param.safetensors`, in no index. `directory` exists and is empty.
+    `form`: a key of `SAVE_FORMATS`. `share` = (k, n): write every n-th file from the k-th on, so
     that n processes write a directory together; the first also writes the index. `workers`:
-    portions in flight. `dtype` (a name of safetensors) is what floating model weights are cast to.
+    portions in flight. `dtype`: safetensors dtype that floating model weights are cast to.
     """
     target: CompleteForm = required(SAVE_FORMATS, form, f"the format {form!r} of complete weights")
     everything = source.with_extras()
@@ -94,7 +94,7 @@ def write_complete(
 
 
 def _groups(names: Sequence[str], extras: Collection[str]) -> dict[str, list[str]]:
-    """What goes into which kind of file: `model`, `optimizer` and `extra`."""
+    """The names in each kind of file: `model`, `optimizer` and `extra`."""
     groups: dict[str, list[str]] = {"model": [], "optimizer": [], "extra": []}
     for name in names:
         kind = "optimizer" if is_optimizer_state(name) else "model"
@@ -116,7 +116,7 @@ def _nbytes(source: Source, name: str, dtype: str | None) -> int:
 
 
 def _shards(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
-    """Names in order, cut into groups of at most `limit` bytes (one tensor at least)."""
+    """Names in order, in groups of at most `limit` bytes (at least one tensor)."""
     groups: list[list[str]] = []
     room = 0
     for name, size in sizes.items():

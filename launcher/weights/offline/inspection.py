@@ -1,8 +1,8 @@
-"""Inspection: is everything at a path whole, and does it belong together?
+"""Inspection: is everything at a path valid, and does it belong together?
 
-Owns the list of faults of checkpoints: checksums, what manifests and indexes promise, coverage,
-shapes. `checksums` has the faults of one file. Torch-free. Every fault names its
-file, its tensor where there is one, and its rank.
+Owns the list of faults of checkpoints: checksums, entries of manifests and indexes, coverage,
+shapes. `checksums` has the faults of one file. Torch-free. Every fault names its file, its rank,
+and its tensor where there is one.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from launcher.weights.source import (
 )
 
 _UNFINISHED = (".", ".json.tmp")
-"""Prefix and suffix of the file that stands in place of a manifest while a save is written."""
+"""Prefix and suffix of the in-progress marker, beside the manifests."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Verdict:
     files: int
     total_bytes: int
     unchecked: int
-    """Files without checksums, of which the header alone was checked."""
+    """Files without checksums, of which only the header was checked."""
     remarks: tuple[str, ...] = ()
 
     @property
@@ -61,7 +61,7 @@ class Verdict:
 
 @dataclass
 class _Findings:
-    """A verdict that grows."""
+    """A verdict under construction."""
 
     faults: list[str]
     files: dict[Path, int]
@@ -74,7 +74,7 @@ class _Findings:
         return Verdict(faults, len(self.files), total, self.unchecked, tuple(self.remarks))
 
     def file(self, path: Path, record: Mapping[str, Any] | None = None, of: str = "") -> bool:
-        """Check one file, against its record in a manifest if there is one. Whether it is whole."""
+        """Check one file, also against its record in a manifest. Returns whether it is valid."""
         record = record or {}
         found = _size_faults(path, record) or file_faults(
             path, header_digest=record.get("header_xxh3_64")
@@ -103,7 +103,7 @@ def verify(
 ) -> Verdict:
     """All that is wrong with the weights at `path`: a file, complete weights, a folder of rank
     folders with all its saves, or the folder of one rank. `src_strategy_dirs`: the strategy files
-    that rank files of MindSpore need. Raises `UserError` for no weights at all.
+    that some rank files need. Raises `UserError` where there are no weights.
     """
     root = Path(path)
     strategy = None if src_strategy_dirs is None else Path(src_strategy_dirs)
@@ -128,7 +128,7 @@ def verify(
 
 
 def _lone_file(file: Path, kind: str, findings: _Findings) -> None:
-    """A file by itself; of a rank file also what its manifest says."""
+    """A single file; a rank file also against its manifest."""
     record, of = None, ""
     if kind == "distributed":
         label, rank = save_of(file).label, rank_of(file.parent)
@@ -161,7 +161,7 @@ def _rank_folders(root: Path, findings: _Findings, strategy: Path | None) -> Non
 
 
 def _state_faults(root: Path, label: str) -> list[str]:
-    """Of the state a resume needs. Saves published before it had a digest may come without one."""
+    """Faults of the state file. Saves of older versions have no digest of it, or no state file."""
     manifest = read_manifest(root / MANIFEST_FOLDER / f"{label}.json") or {}
     path = root / STATE_FOLDER / f"{label}.json"
     has_digest = "state_xxh3_64" in manifest
@@ -178,29 +178,29 @@ def _save(
     root: Path, save: Save, records: Mapping[str, Mapping[str, Any]], findings: _Findings,
     strategy: Path | None, *, is_all: bool,
 ) -> None:  # fmt: skip
-    """One save: every file by itself, then, where it is all of them, all together."""
+    """One save: every file by itself, then, if all are here, all together."""
     expected = {record["rank"]: (root / file, record) for file, record in records.items()}
-    whole: list[Path] = []
+    valid: list[Path] = []
     for rank in sorted({*expected, *save.files}):
         file, record = expected.get(rank, (save.files.get(rank), None))
         assert file is not None
         if rank in save.files and save.files[rank] != file:
             findings.faults.append(f"rank {rank}: {save.files[rank]} is in no manifest")
         if findings.file(file, record, f"rank {rank}: "):
-            whole.append(file)
-    if not whole or not is_all:
+            valid.append(file)
+    if not valid or not is_all:
         return
     before = len(findings.faults)
     try:
-        open_save(root, whole, strategy, log=findings.remarks.append)
+        open_save(root, valid, strategy, log=findings.remarks.append)
     except UserError as error:
-        # What damaged files held is missing too: that was told of the files.
-        if before == 0 or len(whole) == len({*expected, *save.files}):
+        # Damaged files also cause missing tensors: those faults are reported already.
+        if before == 0 or len(valid) == len({*expected, *save.files}):
             findings.faults += [f"save {save.label}: {problem}" for problem in error.problems]
 
 
 def _complete(root: Path, findings: _Findings) -> None:
-    """Complete weights: every file, and what the index says of them."""
+    """Complete weights: every file, and the index."""
     index = next((root / name for name in INDEX_NAMES if (root / name).is_file()), None)
     try:
         source = open_complete(root)
@@ -212,13 +212,13 @@ def _complete(root: Path, findings: _Findings) -> None:
         index = source.index
         _remark(source, findings)
     files += [file for file in optimizer_files(root) if file not in files]
-    whole = [file for file in files if findings.file(file)]
+    valid = [file for file in files if findings.file(file)]
     if index is not None:
-        findings.faults += _strays(index, whole)
+        findings.faults += _strays(index, valid)
 
 
 def _remark(source: Source, findings: _Findings) -> None:
-    """What was passed over, and what may be missing: only the model says whether it is."""
+    """Files that were skipped, and tensors that only the model can show to be missing."""
     findings.remarks += source.remarks
     findings.remarks += [
         f"{file} lacks `{name}`, which the index lists: a model that ties or derives it does "
@@ -227,7 +227,7 @@ def _remark(source: Source, findings: _Findings) -> None:
 
 
 def _files_of(root: Path, index: Path | None) -> list[Path]:
-    """The files to look at where they make no whole."""
+    """The files to check where they are not valid together."""
     if index is None:
         return sorted(root.glob("[!.]*.safetensors"))
     try:
@@ -238,7 +238,7 @@ def _files_of(root: Path, index: Path | None) -> list[Path]:
 
 
 def _strays(index: Path, files: Collection[Path]) -> list[str]:
-    """Tensors of the files that the index does not know."""
+    """Tensors of the files that the index does not list."""
     try:
         known = read_index(index)
     except UserError:

@@ -1,8 +1,7 @@
-"""Listing: the saves of a folder of checkpoints, one line each, by what is known without reading
-the data.
+"""Listing: the saves in a folder of checkpoints, one row each, without reading the data.
 
-Owns that line. A save is whole when its manifest is sealed, its state is as it was written and each
-rank file has the size and the header that the manifest says. Torch-free.
+Owns that row. A save is complete when the seal of its manifest is valid, its state is unchanged and
+each rank file has the size and header digest of the manifest. Torch-free.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ from launcher.weights.reading.checksums import file_faults
 from launcher.weights.source import Source, detect
 
 _INTENT = ".json.tmp"
-UNFINISHED = "unfinished: being written, or left by a crash (the next start clears it away)"
+UNFINISHED = "unfinished: being written, or left by a crash (the next start removes it)"
 
 
 @dataclass(frozen=True)
@@ -43,15 +42,15 @@ class Listed:
     folder: Path
     name: str
     step: int | None
-    """Optimizer steps done; None where no manifest says it."""
+    """Optimizer steps done; None without a manifest."""
     nbytes: int
     """Of the rank files and the state."""
     layout: str
     saved_at: float
     """Seconds since 1970."""
     state: str
-    """`whole`, `whole, but ...` where other disks have the rest, `unfinished: ...`,
-    `no manifest: ...`, or `damaged: ` and what is wrong."""
+    """`complete`, `complete, but ...` where other disks have the rest, `unfinished: ...`,
+    `no manifest: ...`, or `damaged: ` and the faults."""
     sequence: int = 0
     """Order of publication in its folder, from 1; 0: not published."""
     can_be_opened: bool = False
@@ -62,13 +61,13 @@ class Listed:
 
     @property
     def is_damaged(self) -> bool:
-        """Whether something is wrong with it."""
+        """Whether it has faults."""
         return self.state.startswith("damaged")
 
 
 def list_checkpoints(path: str | os.PathLike[str], *, data: bool = False) -> list[Listed]:
-    """The saves at `path`, a folder of rank folders or one that has such folders in it, in order
-    of publication. `data` also reads everything and checks its checksums. Raises `UserError`.
+    """The saves at `path`, a folder of rank folders or a folder of such folders, in order of
+    publication. `data`: also read everything and check its checksums. Raises `UserError`.
     """
     root = Path(path)
     folders = [root] if _has_saves(root) else _folders_below(root)
@@ -107,14 +106,14 @@ def _of(folder: Path, data: bool) -> list[Listed]:
         elif label in begun:
             rows.append(_unpublished(folder, save, UNFINISHED))
         else:
-            rows.append(_unpublished(folder, save, "no manifest: its files are all that is known"))
+            rows.append(_unpublished(folder, save, "no manifest: only its files are known"))
     rows.sort(key=lambda row: (row.sequence, row.saved_at, row.name))
     return _with_next(rows)
 
 
 def _with_next(rows: Sequence[Listed]) -> list[Listed]:
-    """Marks what a resume takes: the last that can be opened. When that holds weights alone, it
-    refuses."""
+    """Mark the save that a resume takes: the last that can be opened. If it has no optimizer state,
+    a resume refuses it."""
     newest = next((row for row in reversed(rows) if row.can_be_opened), None)
     is_taken = newest is not None and newest.has_optimizer
     return [replace(row, is_next=is_taken and row is newest) for row in rows]
@@ -134,7 +133,7 @@ def _published(folder: Path, save: Save, data: bool) -> Listed:
     }  # fmt: skip
     faults = [*([lack] if lack else []), *itertools.chain.from_iterable(by_file.values())]
     source = None if lack else _source(folder, [f for f, found in by_file.items() if not found])
-    aid = "" if source is None else " (a resume does with what the other ranks hold)"
+    aid = "" if source is None else " (a resume reads the replicas of other ranks)"
     return Listed(
         folder,
         save.label,
@@ -144,9 +143,9 @@ def _published(folder: Path, save: Save, data: bool) -> Listed:
         manifest.get("saved_at") or _modified(path),
         f"damaged{aid}: {'; '.join(faults[:3])}"
         if faults
-        else f"whole{', but ' * bool(away)}{text_of_elsewhere(away)}",
+        else f"complete{', but ' * bool(away)}{text_of_elsewhere(away)}",
         manifest["sequence"],
-        # What lies elsewhere is supposed to be there.
+        # Files on other disks are assumed to be valid.
         can_be_opened=source is not None or (bool(away) and not faults),
         has_optimizer=_has_optimizer([*by_file]),
     )
@@ -161,7 +160,7 @@ def _has_optimizer(files: Sequence[Path]) -> bool:
 
 
 def _source(folder: Path, files: Sequence[Path]) -> Source | None:
-    """What files of a save hold together; None when that is not all of it."""
+    """The source made of files of a save; None where they do not hold all of it."""
     try:
         return open_rank_files(folder, files)
     except UserError:
@@ -188,7 +187,7 @@ def _unpublished(folder: Path, save: Save, state: str) -> Listed:
 def _size(file: Path) -> int:
     try:
         return file.stat().st_size
-    except OSError:  # a run that goes on may have let it go
+    except OSError:  # an active run may have removed it
         return 0
 
 

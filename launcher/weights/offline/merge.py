@@ -1,4 +1,4 @@
-"""Merging: the rank files of one save become complete weights, in one folder that appears whole."""
+"""Merging the rank files of one save into complete weights, in a folder that appears complete."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from launcher.weights.streaming.stream import WORKERS, Progress
 __all__ = ["MODEL_FOLDER", "merge", "size_in_bytes", "unified_safetensors"]
 
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-"""What weights can be cast to, to the names of safetensors."""
+"""Dtypes that weights can be cast to, by their safetensors names."""
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
           "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}  # fmt: skip
 
@@ -48,11 +48,9 @@ def unified_safetensors(
     """Merge the save `*-{file_suffix}.safetensors` of the rank folders in `mindspore_ckpt_dir` into
     complete weights in `output_dir`. Names are those of the command of the same name.
 
-    `src_strategy_dirs` is needed for rank files of MindSpore alone. `has_redundancy` says that the
-    ranks hold every copy (True) or that copies were left out (False); where the files say it, that
-    counts. `max_process_num` counts
-    threads. `dtype` (float32, bfloat16, float16) is what the weights are cast to; left out, they
-    stay as they are. Raises `UserError`.
+    `src_strategy_dirs`: only for rank files that do not describe their layout. `has_redundancy`:
+    whether the ranks hold all replicas; what the files say takes precedence. `max_process_num`:
+    number of threads. `dtype` (float32, bfloat16, float16): cast the weights. Raises `UserError`.
     """
     return merge(
         Path(mindspore_ckpt_dir),
@@ -87,11 +85,11 @@ def merge(
 ) -> Exported:
     """Merge the save `suffix` of `directory` into complete weights in `output_dir`.
 
-    Written aside and renamed when whole. An existing `output_dir` is an error unless `overwrite`,
-    which replaces it only after the new one is whole. Tensors whose name starts with one of
-    `drop_prefixes` are left out. What is read is checked against its checksums. `strategy`: where
-    the strategy files of MindSpore's rank files are; `dtype`: a key of `DTYPES`. Raises
-    `UserError`.
+    Written under a temporary name and renamed when complete. An existing `output_dir` is an error
+    without `overwrite`, which replaces it only after the new one is complete. Tensors whose name
+    starts with one of `drop_prefixes` are left out. What is read is checked against its checksums.
+    `strategy`: path of strategy files, for rank files that need them. `dtype`: a key of `DTYPES`.
+    Raises `UserError`.
     """
     files = rank_files(directory, suffix)
     source = open_save(directory, files, strategy, log)
@@ -114,7 +112,7 @@ def merge(
 
 
 def _note_dtype(config: Path, dtype: str) -> None:
-    """Let config.json, where there is one, say what the weights are now."""
+    """Set the dtype in config.json, if there is one."""
     if config.is_file():
         content = json.loads(config.read_bytes())
         content.pop("torch_dtype", None)
@@ -122,15 +120,14 @@ def _note_dtype(config: Path, dtype: str) -> None:
 
 
 def _note_redundancy(source: Source, asserted: bool | None, log: Log) -> None:
-    """Say that the files decide whether copies were left out, as they do for MindSpore, where they
-    contradict the user."""
+    """Log where `has_redundancy` contradicts the files, which take precedence."""
     marked = {header.metadata.get(REDUNDANCY) for header in source.headers.values()} != {None}
     found = not source.is_deduplicated
     if asserted is not None and marked and found != asserted:
-        meaning = "every rank holds all its copies" if found else "copies were left out"
+        meaning = "every rank holds all its replicas" if found else "replicas were left out"
         log(
-            f"has_redundancy = {asserted}: no effect, the files say {REDUNDANCY} = {not found}, "
-            f"which counts: {meaning}"
+            f"has_redundancy = {asserted}: no effect, the files have {REDUNDANCY} = {not found}: "
+            f"{meaning}"
         )
 
 

@@ -1,9 +1,9 @@
-"""Slicing: complete weights, or those of another layout, become the rank files of a new layout.
+"""Slicing complete weights, or those of another layout, into the rank files of a new layout.
 
-Owns what each rank's file gets, and what a strategy of MindSpore says about it. Torch-free.
-Invariants: every tensor of the source is in the new files, but for optimizer state where the layout
-has none; such state is cut as its parameter; what the layout does not know is whole in the file of
-rank 0. The step, the epoch and the like of MindSpore's files are in the file of every rank.
+Owns what the file of each rank gets. Torch-free. Invariants: every tensor of the source is in the
+new files, except optimizer state where the layout has none; optimizer state is sharded as its
+parameter; the file of rank 0 has tensors that the layout does not know; numbers of the run (step,
+epoch) are in the file of every rank.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ NAMED = 8
 PREFIX = "net"
 """Rank files are `net_rank_{rank}-{suffix}.safetensors`."""
 SIDE_FILES = (".json", ".txt", ".model", ".jinja")
-"""Extensions of what belongs to a model beside its weights: configuration and tokenizer."""
+"""Extensions of configuration and tokenizer files beside weights."""
 
 
 class RankLayout(Protocol):
-    """What a target layout must say."""
+    """The interface of a target layout."""
 
     @property
     def world_size(self) -> int:
@@ -43,7 +43,7 @@ class RankLayout(Protocol):
 
     @property
     def mesh(self) -> Mapping[str, int]:
-        """Axis to size; empty where the layout does not say."""
+        """Axis to size; empty where the layout has no named axes."""
 
     @property
     def has_optimizer(self) -> bool:
@@ -60,7 +60,7 @@ class Sliced:
     ranks: int
     tensors: int
     total_bytes: int
-    """Of all files, copies among them."""
+    """Of all files, including replicas."""
 
 
 def slice_weights(
@@ -74,17 +74,17 @@ def slice_weights(
     progress: Progress | None = None,
     log: Log = no_log,
 ) -> Sliced:
-    """Write the rank files of `layout` from `source` to `target`, a folder that appears whole.
+    """Write the rank files of `layout` from `source` to `target`, a folder that appears complete.
 
-    Raises `UserError` when the layout knows no tensor of the source, for weights in 8 bits, whose
-    factors rank files have no place for, and when `target` may not be written.
+    Raises `UserError` when the layout knows no tensor of the source, for FP8 weights, as rank files
+    have no place for scales, and when `target` may not be written.
     """
     packed = packed_of(source.tensors)
     if source.scales or packed:
-        bits, name = (4, next(iter(packed))) if packed else (8, next(iter(source.scales)))
+        kind, name = ("MXFP4", next(iter(packed))) if packed else ("FP8", next(iter(source.scales)))
         raise UserError(
-            f"{source.path} holds weights in {bits} bits, such as `{name}`",
-            rule="rank files have no place for the factors of their blocks",
+            f"{source.path} holds {kind} weights, such as `{name}`",
+            rule="rank files have no place for their block scales",
             advice="Load the complete weights themselves: they are sliced while they are read",
         )
     if not layout.has_optimizer:
@@ -115,7 +115,7 @@ def slice_weights(
 
 
 def _without_optimizer(source: Source, log: Log) -> Source:
-    """The source for a layout that has no optimizer state, as MindSpore slices it too."""
+    """The source without optimizer state, for a layout that has none."""
     kept = {n: p for n, p in source.tensors.items() if not is_optimizer_state(n)}
     left_out = len(source.tensors) - len(kept)
     if left_out:
@@ -124,19 +124,19 @@ def _without_optimizer(source: Source, log: Log) -> Source:
 
 
 def _with_scalars(source: Source, held: Sequence[dict[str, Box]], log: Log) -> Source:
-    """The source with the scalars of MindSpore among its tensors, which every rank holds."""
+    """The source with the numbers of the run among its tensors; every rank holds them."""
     scalars = {n: p for n, p in source.extras.items() if is_scalar(n, p[0].shape)}
     others = sorted(source.extras.keys() - scalars.keys())
     for own in held:
         own.update({name: full_box(pieces[0].shape) for name, pieces in scalars.items()})
     if others:
         more = " ..." * (len(others) > NAMED)
-        log(f"left out, nothing of the model: {', '.join(others[:NAMED])}{more}")
+        log(f"left out, not part of the model: {', '.join(others[:NAMED])}{more}")
     return replace(source, tensors={**source.tensors, **scalars}, extras={})
 
 
 def _with_optimizer(source: Source, weights: Mapping[str, Box]) -> dict[str, Box]:
-    """The boxes of what the source has: the weights, and the state that lies as they do."""
+    """The boxes of what the source has: weights, and optimizer state, which is sharded alike."""
     return {
         prefix + name: box
         for name, box in weights.items()
@@ -162,20 +162,19 @@ def _output(
 ) -> Output:
     path = folder / f"rank_{rank}" / f"{PREFIX}_rank_{rank}-{suffix}.safetensors"
     places = {name: (source.shape(name), box) for name, box in own.items()}
-    whole = inventory_of({
+    inventory = inventory_of({
         name: source.shape(name) for name in source.tensors
         if not is_scalar(name, source.shape(name))
     })  # fmt: skip
     rank_metadata = RankFileMetadata(
-        layout.world_size, rank, dict(layout.mesh), places, inventory=whole
+        layout.world_size, rank, dict(layout.mesh), places, inventory=inventory
     )
     metadata = {"format": "pt", "remove_redundancy": "False"}
     return Output(path, {name: (name, box) for name, box in own.items()}, metadata, rank_metadata)
 
 
 def copy_side_files(origin: Path, target: Path) -> None:
-    """Copy configuration and tokenizer beside weights into the folder `target`, with the folder of
-    named chat templates."""
+    """Copy configuration, tokenizer and named chat templates beside weights into `target`."""
     beside = [
         path for path in origin.iterdir()
         if path.suffix in SIDE_FILES and path.name not in INDEX_NAMES and path.is_file()

@@ -1,7 +1,7 @@
-"""What of a file of torch is weights: read by torch itself, `weights_only`, and mapped.
+"""The weights in a file of torch, read by torch itself with `weights_only`, and mapped.
 
 Owns the way from `torch.save` to named tensors that safetensors can hold. Nothing in a file is
-executed. Files are mapped, not loaded, but for those of torch before version 1.6, which have to fit
+executed. Files are mapped, not loaded, except those of torch before version 1.6, which must fit
 into memory.
 """
 

@@ -1,1 +1,1 @@
-"""Rank files: what each rank of a save holds, ours and MindSpore's, and which belong together."""
+"""Rank files: what each rank of a save holds, and which files belong together."""

@@ -1,9 +1,8 @@
-"""Rank files: the source made of one file a rank.
+"""Rank files: the source made of one file for each rank.
 
-Owns what a folder of rank files must be. The layout comes from the notes of the files; those of
-MindSpore, which have none, need its strategy files (`launcher.mindspore.rank_weights`).
-Invariants: the files are of one save; every tensor is whole, from replicas where the file of a rank
-is lost.
+Owns what a folder of rank files must be. The layout is in the metadata of the files. Invariants:
+the files are of one save; every tensor is complete, from replicas where the file of a rank is
+missing.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from launcher.weights.source import HEADER_THREADS, Source
 from launcher.weights.threads import in_parallel
 
 REDUNDANCY = "remove_redundancy"
-"""Key of the metadata that says whether copies were left to other ranks."""
+"""Key of the metadata: whether replicas were left to other ranks."""
 NAMED = 5
 """Ranks or tensors named in a message."""
 COMPARED_BYTES = 1 << 20
@@ -42,11 +41,11 @@ COMPARED_BYTES = 1 << 20
 def open_rank_files(
     path: Path, files: Sequence[Path], known: Mapping[Path, Header] | None = None
 ) -> Source:
-    """The source made of one file a rank, of those that describe themselves.
+    """The source made of rank files that describe their layout.
 
     `known`: headers of files that cannot be read here. Raises `UserError` when a file does not
-    describe itself, when two are of one rank, when the files are of different saves, or when ranks
-    are missing whose parts no other rank holds.
+    describe its layout, when two are of one rank, when the files are of different saves, or when
+    ranks are missing whose parts no other rank holds.
     """
     if not files:
         raise UserError(f"{path} holds no rank files", rule="*.safetensors in rank_*/ is expected")
@@ -54,27 +53,27 @@ def open_rank_files(
     unread = [file for file in files if file not in read]
     read |= zip(unread, in_parallel(read_header, unread, HEADER_THREADS), strict=True)
     headers = {file: read[file] for file in files}
-    notes = {file: _rank_metadata(file, header) for file, header in headers.items()}
-    first = next(iter(notes))
-    for file, rank_metadata in notes.items():
+    metadata = {file: _rank_metadata(file, header) for file, header in headers.items()}
+    first = next(iter(metadata))
+    for file, rank_metadata in metadata.items():
         if (rank_metadata.world_size, rank_metadata.mesh) != (
-            notes[first].world_size,
-            notes[first].mesh,
+            metadata[first].world_size,
+            metadata[first].mesh,
         ):
             raise UserError(
-                f"{path} mixes two saves: {first.name} is of {_layout_of(notes[first])}, "
+                f"{path} mixes two saves: {first.name} is of {_layout_of(metadata[first])}, "
                 f"{file.name} of {_layout_of(rank_metadata)}",
                 rule="all ranks of a save have one layout",
                 advice="Move the files of the other run away",
             )
     by_rank: dict[int, Path] = {}
-    for file, rank_metadata in notes.items():
+    for file, rank_metadata in metadata.items():
         twin = by_rank.get(rank_metadata.rank)
         if twin is not None or rank_metadata.rank >= rank_metadata.world_size:
             raise UserError(
                 f"{file} was written by rank {rank_metadata.rank} of {rank_metadata.world_size}",
                 where=str(path),
-                rule="one file a rank belongs to a save"
+                rule="a save has one file for each rank"
                 + (f"; {twin} is of that rank too" if twin is not None else ""),
                 advice="Move the files of the other run away",
             )
@@ -83,13 +82,13 @@ def open_rank_files(
     extras: dict[str, Pieces] = {}
     for file, header in headers.items():
         for name, entry in header.entries.items():
-            shape, box = notes[file].places[name]
-            piece = Piece(file, entry, shape, box, notes[file].rank)
+            shape, box = metadata[file].places[name]
+            piece = Piece(file, entry, shape, box, metadata[file].rank)
             if is_scalar(name, shape):
                 extras.setdefault(name, Pieces([piece]))
             else:
                 tensors.setdefault(name, []).append(piece)
-    rank_metadata = notes[first]
+    rank_metadata = metadata[first]
     absent = (rank for rank in range(rank_metadata.world_size) if rank not in by_rank)
     lost = list(itertools.islice(absent, NAMED + 1))
     source = Source(
@@ -100,7 +99,7 @@ def open_rank_files(
         rank_metadata.mesh,
         rank_metadata.world_size,
         checksums={
-            file: found.checksums for file, found in notes.items() if found.checksums.values
+            file: found.checksums for file, found in metadata.items() if found.checksums.values
         },
         is_deduplicated=any(h.metadata.get(REDUNDANCY) == "True" for h in headers.values()),
         extras=extras,
@@ -122,9 +121,9 @@ def slipway_opener(directory: Path, strategy: Path | None, log: Callable[[str], 
 
 
 def _check_inventory(source: Source, rank_metadata: RankFileMetadata, lost: Sequence[int]) -> None:
-    """Check that no tensor stood in the files of the `lost` ranks alone.
+    """Check that no tensor was only in the files of the `lost` ranks.
 
-    Files without an inventory do not tell; then all ranks must have held a part of every tensor.
+    Without an inventory this is not known; then every rank must have held a part of every tensor.
     """
     if rank_metadata.inventory is None:
         gone = source.is_deduplicated or rank_metadata.mesh.get("pp", 1) > 1
@@ -159,7 +158,7 @@ def _layout_of(rank_metadata: RankFileMetadata) -> str:
 
 
 def check_complete(source: Source, lost: Sequence[int] = ()) -> None:
-    """Check that the pieces of every tensor agree and cover it. `lost`: ranks without a file.
+    """Check that the pieces of every tensor match and cover it. `lost`: ranks without a file.
 
     Raises `UserError` that names the tensors and, when ranks are lost, these.
     """
@@ -172,7 +171,7 @@ def check_complete(source: Source, lost: Sequence[int] = ()) -> None:
                     f"`{name}` is {first.entry.dtype} {list(first.shape)} in {first.file}, "
                     f"{piece.entry.dtype} {list(piece.shape)} in {piece.file}",
                     where=str(source.path),
-                    rule="all ranks of one save agree on it",
+                    rule="shape and dtype of a tensor are the same on all ranks of a save",
                     advice="Move the files of the other run away",
                 )
         held = sum(box.numel for box in pieces.replica_ranks)
@@ -190,7 +189,7 @@ def check_complete(source: Source, lost: Sequence[int] = ()) -> None:
 
 
 def _without_files(source: Source, ranks: Sequence[int]) -> str:
-    """Why a save cannot be used. Another machine may have the files, so the folder is named."""
+    """Why a save cannot be used; it names the folder, as another machine may have the files."""
     has, their = ("has", "its") if len(ranks) == 1 else ("have", "their")
     return (
         f"{_ranks_text(ranks)} {has} no valid file in {source.path}, and no other rank holds "
@@ -203,7 +202,7 @@ def _numel(piece: Piece) -> int:
 
 
 def without(source: Source, lost: Sequence[int]) -> Source:
-    """`source` with the remark that the ranks `lost` have no valid file."""
+    """`source` with the remark that the `lost` ranks have no valid file."""
     is_one = len(lost) == 1
     remark = (
         f"{source.path}: {_ranks_text(lost)} {'has' if is_one else 'have'} no valid file; "
@@ -218,12 +217,11 @@ def _ranks_text(ranks: Sequence[int]) -> str:
 
 
 def check_copies(source: Source) -> None:
-    """Check that rank files are of one step of one run, as far as that shows: what two ranks hold
-    of the same box is equal. For folders without a manifest, where nothing else tells.
+    """Check that rank files without a manifest are of one step of one run: replicas must be equal.
 
-    The smallest such tensors are compared, at most `COMPARED_BYTES` of each file. Where no rank
-    holds a copy of anything, as after a de-duplicated save, nothing is found. Raises `UserError`
-    that names two files and the tensor in which they differ.
+    The smallest replicas are compared, at most `COMPARED_BYTES` of each file. A save without
+    replicas, such as a de-duplicated one, passes. Raises `UserError` that names two files and the
+    tensor in which they differ.
     """
     compared = _small_copies(source)
     by_file: dict[Path, list[Piece]] = {}
@@ -237,14 +235,14 @@ def check_copies(source: Source) -> None:
             if digests[piece] != digests[first]:
                 raise UserError(
                     f"`{name}` differs in {first.file} and {piece.file}",
-                    rule="ranks of one save hold the same there: these are of two runs or steps",
+                    rule="replicas of one save are equal: these files are of two runs or steps",
                     advice="Move the files of the other run away",
                 )
 
 
 def _small_copies(source: Source) -> dict[tuple[str, Box], list[Piece]]:
-    """(tensor, box) to the pieces that hold it, of those that several files hold; smallest first,
-    until `COMPARED_BYTES` of a file are reached."""
+    """(tensor, box) to its replicas, where there are several; smallest first, up to
+    `COMPARED_BYTES` of each file."""
     copies = {
         (name, box): replica_ranks
         for name, pieces in source.tensors.items()
@@ -263,7 +261,7 @@ def _small_copies(source: Source) -> dict[tuple[str, Box], list[Piece]]:
 
 
 def _digests(pieces: Sequence[Piece], source: Source) -> dict[Piece, str]:
-    """The checksum of each of the pieces, which lie in one file."""
+    """The checksum of each of the pieces, which are in one file."""
     file = pieces[0].file
     header = source.headers[file]
     result = {}

@@ -1,13 +1,13 @@
-"""Manifests: the record that publishes a save, and whether it is as it was written.
+"""Manifests: the record that publishes a save, and whether it is unchanged.
 
-Owns the text of `manifest/{save}.json`. Its last field seals it: the xxh3_64 of all that stands
-before that digest, so that no changed bit passes, not even one that leaves valid JSON:
+Owns the text of `manifest/{save}.json`. Its last field is a seal: the xxh3_64 of everything before
+it, so that any changed bit is detected, even one that leaves valid JSON:
 
     {"version": 2, "sequence": 3, ..., "state_xxh3_64": "...", "xxh3_64": "58d3ae0c1f5a7e02"}
 
-It holds the digest of the state file too, and those of the headers of the rank files, which hold
-the checksums of their data: one seal vouches for the whole save. Version 1 had no seal and no
-digest of the state; it is still read. Torch-free.
+It also holds the digests of the state file and of the headers of the rank files, which hold the
+checksums of their data: one seal covers the entire save. Version 1 had no seal and no digest of the
+state; it is still read. Torch-free.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ import xxhash
 MANIFEST_FOLDER = "manifest"
 """Beside the rank folders: one JSON file for each published save."""
 STATE_FOLDER = "state"
-"""Beside the rank folders: for each save the state of the run that a resume needs."""
+"""Beside the rank folders: the state of the run for each save, which a resume needs."""
 DISKS = "disks"
-"""Of a save whose files lie on several disks, the ranks whose files lie together, disk by disk; all
-disks have the same manifest."""
+"""For a save on several disks, the ranks whose files are on one disk, disk by disk. All disks have
+the same manifest."""
 VERSION = 2
 UNSEALED_VERSION = 1
-"""Not one bit from `VERSION`: no flipped bit makes a sealed manifest pass for one without."""
+"""More than one bit from `VERSION`: no single flipped bit makes a sealed manifest unsealed."""
 SEAL = "xxh3_64"
 RANKS_SHOWN = 4
 _END = b'"\n}\n'
@@ -41,14 +41,14 @@ def digest_of(content: bytes) -> str:
 
 
 def sealed(content: Mapping[str, Any]) -> bytes:
-    """The manifest with this `content`: JSON, with the seal as its last field."""
+    """The manifest with this `content`: JSON with the seal as its last field."""
     text = json.dumps({"version": VERSION, **content, SEAL: ""}, indent=1) + "\n"
     head = text.encode().removesuffix(_END)
     return head + digest_of(head).encode() + _END
 
 
 def read_manifest(path: Path) -> dict[str, Any] | None:
-    """What the manifest at `path` says; None when it cannot be read or is not as it was written."""
+    """The content of the manifest at `path`; None when it cannot be read or was changed."""
     try:
         raw = path.read_bytes()
         content = json.loads(raw)
@@ -67,8 +67,8 @@ def _seal_holds(raw: bytes) -> bool:
 
 
 def state_fault(path: Path, manifest: Mapping[str, Any]) -> str:
-    """What is wrong with the state file at `path` of a save with this `manifest`; empty when it is
-    as it was written."""
+    """The fault of the state file at `path` of a save with this `manifest`; empty when it is
+    unchanged."""
     try:
         raw = path.read_bytes()
         is_map = isinstance(json.loads(raw), dict)
@@ -82,14 +82,14 @@ def state_fault(path: Path, manifest: Mapping[str, Any]) -> str:
 
 
 def ranks_elsewhere(folder: Path, manifest: Mapping[str, Any]) -> list[int]:
-    """The ranks whose files of a save on several disks are not to be expected in `folder`: those of
-    the disks of which no file is here, while files of another one are."""
+    """The ranks whose files are on other disks than `folder`, for a save on several disks: those of
+    each disk of which no file is here, while files of another disk are."""
     here = {record["rank"] for record in manifest["files"] if (folder / record["file"]).is_file()}
     away = [ranks for ranks in manifest.get(DISKS, ()) if here.isdisjoint(ranks)]
     return sorted(rank for ranks in away for rank in ranks) if here else []
 
 
 def text_of_elsewhere(ranks: Sequence[int]) -> str:
-    """What to say of files that lie on other disks; empty when none do."""
+    """The remark on files that are on other disks; empty without any."""
     shown = ", ".join(map(str, ranks[:RANKS_SHOWN])) + " ..." * (len(ranks) > RANKS_SHOWN)
     return f"{len(ranks)} of its files lie on other disks (ranks {shown})" if ranks else ""

@@ -1,4 +1,4 @@
-"""Rank files: what one rank holds, written so that the file describes itself."""
+"""Writing rank files: what one rank holds, with its layout in the metadata."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ def write_rank_file(
     path: Path, shards: Mapping[str, Shard], *, mesh: Mesh, rank: int,
     remove_redundancy: bool = False, inventory: Inventory | None = None,
 ) -> Header:  # fmt: skip
-    """Write what `rank` holds to `path`, durable, with its layout and checksums in the header.
+    """Write what `rank` holds to `path`, durable, with layout and checksums in the header.
 
-    `shards`: global tensor name to the box held and its memory, on any device. `remove_redundancy`
-    says that copies were left to other ranks. `inventory`: of the whole save, where it is known;
-    without it a lost rank may not be missed. No time, path or run is in the file.
+    `shards`: global tensor name to the local shard, on any device. `remove_redundancy`: replicas
+    were left to other ranks. `inventory`: of the save, where it is known; without it the loss of a
+    rank may not be detected. No time, path or run is in the file.
     """
     parts = in_file_order(
         Part(name, DTYPE_NAMES[shard.tensor.dtype], shard.box.size,

@@ -1,13 +1,12 @@
-"""Rank folders: the saves that `rank_0/`, `rank_1/`, ... hold, told by names alone.
+"""Rank folders: the saves in `rank_0/`, `rank_1/`, ..., by file names alone.
 
-Owns which files belong together, and which save is the newest, where a manifest says so and where
-none does. Files of one save have one name but for the rank in it; a file without a rank in its name
-will do as well:
+Owns which files belong together, and which save is the newest, with manifests and without. Files of
+one save have the same name except for the rank; names without a rank are accepted too:
 
     rank_0/CKP_rank_0-1_10.safetensors    rank_1/CKP_rank_1-1_10.safetensors    the save CKP-1_10
 
-Torch-free; no file of weights is opened. Invariant: newest is by numbers in names or in manifests,
-never by time.
+Torch-free; no file of weights is opened. Invariant: the newest save is determined by numbers in
+names or manifests, never by time.
 """
 
 from __future__ import annotations
@@ -33,9 +32,9 @@ class Save:
     """One save: the file of each rank that has one."""
 
     label: str
-    """The name of its files without the rank: `CKP-1_10`, for the second run `CKP_1-1_10`."""
+    """The name of its files without the rank: `CKP-1_10`, for a second run `CKP_1-1_10`."""
     run: int
-    """Counts the runs that wrote into the folder under one name, from 0."""
+    """Number of the run among those that wrote into the folder under one name, from 0."""
     files: Mapping[int, Path]
 
     @property
@@ -68,8 +67,8 @@ def rank_folders(root: Path) -> dict[int, Path]:
 
 
 def saves(root: Path) -> list[Save]:
-    """The saves of `root`, oldest first. Of each rank folder the files of one format count, those
-    of safetensors where there are any."""
+    """The saves of `root`, oldest first. Of each rank folder the files of one format count:
+    safetensors where there are any."""
     files = {rank: weight_files(folder) for rank, folder in rank_folders(root).items()}
     by_label: dict[tuple[int, str], dict[int, Path]] = {}
     for rank, own in files.items():
@@ -82,8 +81,8 @@ def saves(root: Path) -> list[Save]:
 
 
 def _numbered(files: Mapping[int, Sequence[Path]]) -> Save | None:
-    """The save of files that have nothing but the rank behind their name, one in each folder:
-    `rank_1/toy1`, as MindSpore's transform_checkpoints names them; None for others."""
+    """The save of files whose names end in just the rank, one in each folder: `rank_1/toy1`, as
+    transform_checkpoints of MindSpore names them; None for others."""
     if any(len(own) != 1 for own in files.values()):
         return None
     names = {rank: re.fullmatch(rf"(.*\D)?{rank}", own[0].stem) for rank, own in files.items()}
@@ -94,8 +93,8 @@ def _numbered(files: Mapping[int, Sequence[Path]]) -> Save | None:
 
 
 def newest(root: Path) -> Save:
-    """The newest save of `root`. Raises `UserError` when there is none, or when names do not say
-    which of several it is."""
+    """The newest save of `root`. Raises `UserError` when there is none, or when names are
+    ambiguous."""
     found = saves(root)
     if not found:
         raise UserError(
@@ -137,7 +136,7 @@ def label_of(file: Path) -> str:
 
 
 def newest_manifest(root: Path) -> dict[str, Any] | None:
-    """The manifest of ours with the highest sequence number in `root`; None without one."""
+    """The manifest with the highest sequence number in `root`; None without one."""
     best: dict[str, Any] | None = None
     for path in sorted((root / MANIFEST_FOLDER).glob("*.json")):
         try:
@@ -153,8 +152,8 @@ def newest_manifest(root: Path) -> dict[str, Any] | None:
 
 
 def first_file(path: Path) -> Path | None:
-    """A file of the newest save at `path`, a folder or one of its rank files; None: there is none,
-    or names do not say which."""
+    """A file of the newest save at `path`, a folder or a rank file; None where there is none, or
+    names are ambiguous."""
     if path.is_file():
         return path
     manifest = newest_manifest(path)
@@ -169,8 +168,7 @@ def first_file(path: Path) -> Path | None:
 
 
 def _places(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """(rank folder, file in it) of the files a manifest names; those that lie elsewhere do not
-    count."""
+    """(rank folder, file name) of the files in a manifest that are in rank folders."""
     found = (re.fullmatch(r"(rank_\d+)/([^/]+)", str(r)) for r in _names(manifest))
     return [(match[1], match[2]) for match in found if match]
 
@@ -180,7 +178,7 @@ def _names(manifest: Mapping[str, Any]) -> list[Any]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files of weights of a rank folder, of one format: safetensors where there are any."""
+    """The weight files of a rank folder, of one format: safetensors where there are any."""
     files = [child for child in listed(folder) if not child.name.startswith(".")]
     for suffix in WEIGHT_SUFFIXES:
         found = [file for file in files if file.name.endswith(suffix) and file.is_file()]

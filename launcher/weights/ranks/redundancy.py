@@ -12,8 +12,8 @@ from launcher.weights.tensor_mapping import MappingsOf
 
 
 def file_replicas(layout: Layout, rank: int, mappings_of: MappingsOf) -> dict[str, Ranks]:
-    """The ranks that hold the same as `rank`, for every tensor of files that it has a part of. The
-    optimizer state of a parameter lies where the parameter does."""
+    """The ranks that hold the same as `rank`, for every tensor of files that it has a part of.
+    Optimizer state is sharded as its parameter."""
     replica_ranks, result = Replicas(layout), dict[str, Ranks]()
     for name, placement in layout.of(rank).items():
         mappings, box = mappings_of(name, placement.shape), placement.boxes[0]

@@ -1,7 +1,7 @@
 """Saves: which rank files of a folder belong together, and the source they make.
 
 Owns the names of rank files, `{prefix}_rank_{rank}[_{run}]-{epoch}_{step}.safetensors`, as far as
-tools need them, and the agreement with the manifest that was published with a save. Torch-free.
+tools need them, and the comparison with the manifest of a save. Torch-free.
 Invariant: what is opened is one save of one run.
 """
 
@@ -40,7 +40,7 @@ from launcher.weights.source import (
 MODEL_FOLDER = "model"
 """Beside the rank folders: for each run, config.json and the tokenizer."""
 STRATEGY_FOLDER = "strategy"
-"""Beside the folder of rank folders, where MindSpore's runs leave it."""
+"""Beside the folder of rank folders: strategy files."""
 DEFAULT_SUFFIX = "1_1"
 SHOWN = 8
 """Saves named in a message."""
@@ -76,8 +76,8 @@ def rank_files(directory: Path, suffix: str) -> list[Path]:
     if not files:
         others = [file for folder in folders.values() for file in weight_files(folder)]
         if others and others[0].suffix != ".safetensors":
-            header_of(others[0])  # says what it is,
-            read_header(others[0])  # also of a file of torch, which no rank file is
+            header_of(others[0])  # raises the error of its format,
+            read_header(others[0])  # and one for torch files, which are not rank files
         found = sorted({file.stem.rpartition("-")[2] for file in others})
         raise UserError(
             f"{directory}: no file of the save {suffix}",
@@ -88,8 +88,8 @@ def rank_files(directory: Path, suffix: str) -> list[Path]:
 
 
 def copy_model_files(rank_file: Path, target: Path) -> bool:
-    """Copy config.json and the tokenizer of the run that wrote `rank_file` into the folder
-    `target`, folders among them too. Whether there were any."""
+    """Copy config.json and the tokenizer of the run that wrote `rank_file`, with subfolders, into
+    `target`. Returns whether there were any."""
     run = label_of(rank_file).rpartition("-")[0]
     folder = rank_file.parent.parent / MODEL_FOLDER / run
     files = sorted(path for path in folder.rglob("*") if path.is_file())
@@ -105,8 +105,8 @@ def open_save(
 ) -> Source:
     """The source of one save, whose files are `files`.
 
-    `strategy`: the strategy files that rank files of MindSpore need; left out, those in `strategy/`
-    beside `directory` are taken. Raises `UserError`, also when the files are of two saves.
+    `strategy`: the strategy files that some rank files need; left out, those in `strategy/` beside
+    `directory` are used. Raises `UserError`, also when the files are of two saves.
     """
     check_exists(strategy)
     mark = layout_mark(files[0])
@@ -123,7 +123,7 @@ def open_save(
 
 
 def check_exists(strategy: Path | None) -> None:
-    """Check that strategy files are where they are said to be, also where none are needed."""
+    """Check that the path of strategy files exists, also where none are needed."""
     if strategy is not None and not os.path.exists(strategy):
         raise UserError(
             f"{strategy}: there is no such path",
@@ -158,14 +158,14 @@ def _check_one_save(directory: Path, files: Sequence[Path]) -> None:
         *_, other, first = (file.name for file in names.values())
         raise UserError(
             f"{directory} mixes two saves: {first} and {other}",
-            rule="the files of a save have one name but for the rank",
+            rule="the files of a save have the same name except for the rank",
             advice="Move the files of the other run away",
         )
 
 
 def manifest_of(directory: Path, name: str) -> dict[str, Mapping[str, Any]] | None:
-    """What was published of the save `name`: file, below `directory`, to its record with `rank`,
-    `bytes` and `header_xxh3_64`. None when nothing was, or it cannot be read."""
+    """The manifest of the save `name`: file, below `directory`, to its record with `rank`, `bytes`
+    and `header_xxh3_64`. None without one, or where it cannot be read."""
     try:
         content = read_manifest(directory / MANIFEST_FOLDER / f"{name}.json") or {}
         records = {record["file"]: record for record in content["files"]}
@@ -176,8 +176,7 @@ def manifest_of(directory: Path, name: str) -> dict[str, Mapping[str, Any]] | No
 
 
 def _check_manifest(source: Source) -> bool:
-    """A file that took the place of the one that was published belongs to another run. Whether
-    something was published."""
+    """Check that the files are those of the manifest. Returns whether there is one."""
     files = list(source.headers)
     records = manifest_of(source.path, label_of(files[0]))
     for file in files:
@@ -187,7 +186,7 @@ def _check_manifest(source: Source) -> bool:
             raise UserError(
                 f"{file} is not the file that was published with the save {label_of(file)}",
                 where=str(source.path / MANIFEST_FOLDER / f"{label_of(file)}.json"),
-                rule="the checksum of its header is another one",
+                rule="its header has another checksum",
                 advice="Copy the file of that run again, or choose another save",
             )
     return records is not None
@@ -227,8 +226,7 @@ def open_any_format(
 
 
 def _with_optimizer(source: Source) -> Source:
-    """Complete weights with the optimizer state beside them, which no index of Hugging Face
-    lists."""
+    """Complete weights with the optimizer state beside them, which the index does not list."""
     files = [] if source.kind == "single" else optimizer_files(source.path)
     for file in files:
         if file not in source.headers:

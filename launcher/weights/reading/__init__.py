@@ -1,1 +1,1 @@
-"""Reading: from boxes to bytes in the memory of tensors, strict and checked."""
+"""Reading: from boxes in files to the memory of tensors, strict and checked."""

@@ -1,4 +1,4 @@
-"""Checksums: do the bytes of a file still have those its header gives?"""
+"""Checksums: comparing the bytes of a file with the checksums in its header."""
 
 from __future__ import annotations
 
@@ -18,11 +18,10 @@ READERS = 4
 
 
 def file_faults(path: Path, *, header_digest: str | None = None, data: bool = True) -> list[str]:
-    """Every fault of one file, in words that name the file and the tensors; empty when whole.
+    """Every fault of one file, with the file and the tensors; empty when it is valid.
 
-    `header_digest`: what the header must hash to (xxh3_64, hex), where that is known. `data` False
-    checks no more than the header.
-    Files of other programs carry no checksums: for them only the header is checked.
+    `header_digest`: the expected xxh3_64 (hex) of the header, where it is known. `data` False
+    checks only the header, as is done for files of other programs, which have no checksums.
     """
     try:
         header = header_of(path)
@@ -54,7 +53,7 @@ def _changed_blocks(path: Path, header: Header, checksums: Checksums) -> list[st
 
 
 def changed(path: Path, header: Header, start: int, stop: int) -> str:
-    """What to say of bytes that do not have their checksum: it names the file and the tensors."""
+    """The message for bytes that do not match their checksum: it names the file and the tensors."""
     tensors = [
         name for name, entry in header.entries.items() if entry.start < stop and entry.stop > start
     ]

@@ -1,9 +1,9 @@
 """Loading: strict, box by box, with a table of everything that does not fit.
 
-Owns the agreement between what a model needs and what the files hold. Invariant: either every
-element of every target is written exactly once, or nothing is written and the user is told all
-differences (`strict_load: False` is the explicit way out, and says what it left alone; files that
-have nothing of the model are refused all the same).
+Owns the comparison between what a model needs and what the files hold. Invariant: either every
+element of every target is written exactly once, or nothing is written and the error lists all
+differences. With `strict_load: False` what fits is loaded and the rest is reported; files without
+any tensor of the model are refused in either case.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from launcher.weights.source import Source, check_promised
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What a load did, for the three lines the user sees."""
+    """What a load did, for the log."""
 
     loaded: int
-    """Tensors of the whole model that the files had."""
+    """Tensors of the model, on all ranks, that the files had."""
     bytes_read: int
     tied: tuple[str, ...] = ()
     not_loaded: tuple[str, ...] = ()
@@ -56,12 +56,12 @@ def load(
 ) -> LoadReport:
     """Fill every target from `source`; floating dtypes are cast on the way.
 
-    `expected` is the whole model, name to global shape, where `targets` are only what this rank
-    holds of it: every rank then finds the same differences. `leave(name)` is True for tensors of
-    the files that are known and not wanted. `reads(name)` is False for targets that another rank
-    reads and passes on. `tied` maps a name that shares the memory of another parameter to that
-    parameter: files may hold both, one or the other. Names that start with one of `ignore_prefixes`
-    are not looked for. Raises `UserError` with the table of missing, extra and unfit tensors.
+    `expected`: all tensors of the model, name to global shape, where `targets` are only those of
+    this rank, so that every rank finds the same differences. `leave(name)`: whether a tensor of the
+    files is known and not needed. `reads(name)`: False for targets that another rank reads and
+    broadcasts. `tied`: name of a tied parameter to the parameter whose memory it shares; files may
+    hold both, or either. Tensors with one of `ignore_prefixes` are ignored. Raises `UserError` with
+    the table of missing, extra and mismatched tensors.
     """
     tied = dict(tied or {})
     if expected is None:
@@ -107,7 +107,7 @@ def load(
 def _names_in_files(
     source: Source, expected: Mapping[str, Shape], tied: Mapping[str, str]
 ) -> dict[str, str]:
-    """Model name to name in the files: a tied parameter may be filed under its other name."""
+    """Model name to name in the files, where a tied parameter may have its other name."""
     found = {name: name for name in expected if name in source.tensors}
     for alias, name in tied.items():
         if name in expected and name not in found and alias in source.tensors:
@@ -122,9 +122,9 @@ def _unfit(
     found: Mapping[str, str],
     packed: Mapping[str, Packed],
 ) -> dict[str, tuple[str, str]]:
-    """Name to (what the files have, what the model needs) of tensors of another shape or kind."""
+    """Name to (what the files have, what the model needs) for tensors of another shape or dtype."""
     unfit = {}
-    # What other ranks hold has the dtype of what this one holds: all find the same differences.
+    # Tensors of other ranks have the dtype of those of this rank: all find the same differences.
     usual = next((t.tensor.dtype for t in targets.values()), torch.float32)
     for name, file_name in found.items():
         shape = packed[name].shape if name in packed else source.shape(file_name)
@@ -160,8 +160,7 @@ def _fill_of(
 def _check_tied(
     targets: Mapping[str, Shard], source: Source, tied: Mapping[str, str], rank: int
 ) -> None:
-    """Where files hold a tied tensor under both names, it must be one tensor: the model has room
-    for one."""
+    """Check that a tied tensor that files hold under both names is the same under both."""
     for alias, name in tied.items():
         if alias not in source.tensors or name not in source.tensors or name not in targets:
             continue

@@ -1,9 +1,9 @@
 """Weights that do not fit a model: the table of all differences, and what the weights are.
 
-Owns that error. Names show much: a wrapper around the model that was saved (data parallel, compile,
-PEFT) or a model around it (the language model of a multimodal one) leaves its name before those of
-all tensors, and other programs have names of their own. `strict_load: False` is not advised there,
-nor where no name fits: it would train random weights.
+Owns that error. Names often show the cause: a wrapper around the saved model (data parallel,
+compile, PEFT), or a model around it (the language model of a multimodal one), adds a prefix to the
+names of all tensors, and other programs have names of their own. `strict_load: False` is not
+advised in these cases, nor where no name fits: it would train random weights.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from launcher.weights.source import Source
 
 ROWS_SHOWN = 20
 SAMPLED = 50
-"""Names by which a prefix is looked for."""
+"""Names that are searched for a prefix."""
 
 WRAPPERS: Mapping[str, str] = {
     "module": "DistributedDataParallel or DeepSpeed (`model.module` is the model itself)",
@@ -34,11 +34,11 @@ WRAPPERS: Mapping[str, str] = {
     "language_model": "a multimodal model, whose language model this is",
     "text_model": "a multimodal model, whose language model this is",
 }
-"""Part of a name to what puts it there."""
+"""Part of a name to what adds it."""
 
 
 class Foreign(NamedTuple):
-    """Names by which another program or form is known."""
+    """Names by which weights of another program are recognized."""
 
     names: re.Pattern[str]
     what: str
@@ -49,10 +49,10 @@ FOREIGN: tuple[Foreign, ...] = (
     Foreign(re.compile(r"\blora_(A|B|embedding)"), "an adapter of PEFT (LoRA)",
             "Merge it into its base model first: `PeftModel.from_pretrained(base, folder)"
             ".merge_and_unload().save_pretrained(new_folder)`"),
-    Foreign(re.compile(r"\.(qweight|qzeros|g_idx)$"), "weights quantised by GPTQ or AWQ",
-            "Give weights that are not quantised"),
+    Foreign(re.compile(r"\.(qweight|qzeros|g_idx)$"), "weights quantized by GPTQ or AWQ",
+            "Give weights that are not quantized"),
     Foreign(re.compile(r"\.(absmax|quant_map|nested_absmax|quant_state\.\S+)$"),
-            "weights quantised by bitsandbytes", "Give weights that are not quantised"),
+            "weights quantized by bitsandbytes", "Give weights that are not quantized"),
     Foreign(re.compile(r"^(tok_embeddings\.|layers\.\d+\.attention\.w[qkvo]\.)"),
             "weights under the names of Meta or Mistral (consolidated)",
             "Give the Hugging Face weights of the model"),
@@ -64,7 +64,7 @@ FOREIGN: tuple[Foreign, ...] = (
 
 @dataclass(frozen=True)
 class Differences:
-    """What keeps weights from being loaded."""
+    """Why weights cannot be loaded."""
 
     expected: Mapping[str, Shape]
     found: Collection[str]
@@ -108,7 +108,7 @@ def mismatch(source: Source, differences: Differences) -> UserError:
 
 
 def _table(source: Source, differences: Differences) -> list[str]:
-    """The differences line by line, some of each kind."""
+    """The differences, one line each, some of each kind."""
     expected = differences.expected
     kinds = {
         "missing": [(name, "missing", str(list(expected[name]))) for name in differences.missing],
@@ -127,8 +127,7 @@ def _table(source: Source, differences: Differences) -> list[str]:
 
 
 def _rooms(lengths: Sequence[int]) -> list[int]:
-    """How many rows of each kind are shown: `ROWS_SHOWN` in all, shared out evenly, what one does
-    not need going to the others."""
+    """How many rows of each kind are shown: `ROWS_SHOWN` in all, as evenly as possible."""
     rooms, left = [0] * len(lengths), ROWS_SHOWN
     while left and any(room < length for room, length in zip(rooms, lengths, strict=True)):
         for index, length in enumerate(lengths):
@@ -138,7 +137,7 @@ def _rooms(lengths: Sequence[int]) -> list[int]:
 
 
 def _explained(missing: Sequence[str], extra: Sequence[str]) -> tuple[str, str] | None:
-    """(what the weights are, how to go on), where names show it; None where they do not."""
+    """(what the weights are, advice), where names show it; None where they do not."""
     for table in installed(MODEL_NAMES).values():
         for foreign in table:
             if any(foreign.names.search(name) for name in extra):
@@ -149,7 +148,7 @@ def _explained(missing: Sequence[str], extra: Sequence[str]) -> tuple[str, str] 
 
 
 def _wrapped(missing: Sequence[str], extra: Sequence[str]) -> tuple[str, str] | None:
-    """Where the parts that wrappers put into names are all that differs."""
+    """For names that differ only in the parts that wrappers add."""
     parts = sorted({part for name in extra for part in name.split(".") if part in WRAPPERS})
     for form in (_as_it_is, _in_peft, _of_base_model) if parts else ():
         named = {_without(name, parts): name for name in extra}
@@ -171,12 +170,12 @@ def _as_it_is(name: str) -> str:
 
 
 def _in_peft(name: str) -> str:
-    """`base_model.model.` has a part more than the wrapper."""
+    """`base_model.model.` has one part more than the wrapper."""
     return f"model.{name}"
 
 
 def _of_base_model(name: str) -> str:
-    """Files of the model without its head have names without what it is in."""
+    """Files of a base model, without head, have names without the first part."""
     return name.partition(".")[2]
 
 
@@ -191,7 +190,7 @@ def _without(name: str, parts: Collection[str]) -> str:
 
 
 def _prefixed(missing: Sequence[str], extra: Sequence[str]) -> tuple[str, str] | None:
-    """Where the files have one more prefix than the model."""
+    """For files with one more prefix than the model."""
     prefix = _common_prefix(missing, extra)
     if prefix is None or not {f"{prefix}{name}" for name in missing} <= {*extra}:
         return None
@@ -203,7 +202,7 @@ def _prefixed(missing: Sequence[str], extra: Sequence[str]) -> tuple[str, str] |
 
 
 def _bare(missing: Sequence[str], extra: Sequence[str]) -> tuple[str, str] | None:
-    """Where the files lack a prefix that the model has."""
+    """For files that lack a prefix of the model."""
     prefix = _common_prefix(extra, missing)
     if prefix is None or not {f"{prefix}{name}" for name in extra} <= {*missing}:
         return None
@@ -219,7 +218,7 @@ def _others(number: int, verb: str = "belong to other parts") -> str:
 
 
 def _common_prefix(short: Sequence[str], long: Sequence[str]) -> str | None:
-    """What most often precedes the names `short` in the names `long`."""
+    """The most frequent prefix of the names `long` before a name of `short`."""
     prefixes = Counter(
         other.removesuffix(name)
         for name in short[:SAMPLED]

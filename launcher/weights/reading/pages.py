@@ -1,14 +1,14 @@
-"""Pages: large ones under memory that is still to be written, whose first touch is then fast.
+"""Huge pages for memory that is about to be written, which makes its first touch fast.
 
-Owns what the system is asked for memory (Linux; elsewhere nothing is asked). A large page lies
-under 2 MiB that all may have large ones. The allocator writes a few bytes of its own before each
-tensor, and so touches a small page of a block that the tensor and its neighbour share:
+Owns the calls of madvise for memory (Linux; a no-op elsewhere). A block of 2 MiB gets a huge page
+at its first touch if all of it is advised. The allocator writes a few bytes before each tensor, and
+so touches a small page in a block that the tensor shares with its neighbour:
 
-    memory   |h tensor one      |h tensor two      |h three  |        h: of the allocator
+    memory   |h tensor one      |h tensor two      |h three  |        h: bytes of the allocator
     blocks   |. . . . |. . . . |. . . . |. . . . |. . . . |
 
-Blocks without such a page get a large one when they are touched. The others have to be asked for by
-address, once all around them may have large ones.
+Blocks without such a page get a huge page at their first touch. The others are collapsed
+explicitly, by address.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ MADV_COLLAPSE = 25
 """Of Linux 6.1 and later: https://man7.org/linux/man-pages/man2/madvise.2.html"""
 
 ENABLED = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-"""What an administrator allows: https://docs.kernel.org/admin-guide/mm/transhuge.html"""
+"""The setting of the administrator: https://docs.kernel.org/admin-guide/mm/transhuge.html"""
 
 _LIBC = ctypes.CDLL(None) if hasattr(mmap, "MADV_HUGEPAGE") else None
 
 
 def are_allowed() -> bool:
-    """Whether there are large pages, and an administrator lets processes ask for them (not all that
-    asks is told no: MADV_COLLAPSE does as it is told)."""
+    """Whether the system has huge pages and lets processes advise them (MADV_COLLAPSE ignores the
+    setting of the administrator)."""
     try:
         return hasattr(mmap, "MADV_HUGEPAGE") and "[never]" not in ENABLED.read_text()
     except OSError:
@@ -38,9 +38,9 @@ def are_allowed() -> bool:
 
 
 def use_huge_pages(memory: Iterable[tuple[int, int]]) -> set[int]:
-    """Allow large pages under `memory`: (address, bytes) of what is going to be written.
+    """Advise huge pages for `memory`: (address, bytes) of what is going to be written.
 
-    Returns the blocks to be asked for (`make_huge`) before anything is written to them.
+    Returns the blocks that `make_huge` must collapse before anything is written to them.
     """
     wanted = set[int]()
     if not are_allowed():
@@ -55,8 +55,8 @@ def use_huge_pages(memory: Iterable[tuple[int, int]]) -> set[int]:
 
 
 def make_huge(wanted: set[int], address: int, nbytes: int) -> None:
-    """Put large pages, with what is in them now, under those `wanted` blocks that `nbytes` at
-    `address` begin or end in; they are wanted no longer."""
+    """Collapse those `wanted` blocks in which `nbytes` at `address` begin or end into huge pages,
+    and remove them from `wanted`."""
     last = address + max(nbytes, 1) - 1
     for block in {address - address % HUGE_PAGE, last - last % HUGE_PAGE} & wanted:
         wanted.discard(block)
@@ -64,7 +64,7 @@ def make_huge(wanted: set[int], address: int, nbytes: int) -> None:
 
 
 def _end_to_end(memory: Iterable[tuple[int, int]]) -> list[tuple[int, int, list[int]]]:
-    """(first byte, byte after the last, addresses in it) of what shares pages or touches."""
+    """(first byte, byte after the last, addresses in it) of regions that share pages or touch."""
     found = list[tuple[int, int, list[int]]]()
     for address, nbytes in sorted(memory):
         start = address - address % mmap.PAGESIZE
@@ -78,6 +78,6 @@ def _end_to_end(memory: Iterable[tuple[int, int]]) -> list[tuple[int, int, list[
 
 
 def _advise(start: int, nbytes: int, advice: int) -> None:
-    """What the system does not know, or has no room for, it does not do."""
+    """Call madvise; errors are ignored, as it is advice."""
     if _LIBC is not None:
         _LIBC.madvise(ctypes.c_void_p(start), ctypes.c_size_t(nbytes), advice)

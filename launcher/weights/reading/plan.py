@@ -1,8 +1,8 @@
 """From boxes to reads: which bytes of which file fill a box of the model.
 
-Pure. Invariant, asserted before the first byte is read: every element of a target box is covered
-exactly once by the reads planned for it. A rank plans its own boxes, without asking others, in time
-linear in what they overlap.
+Pure. Invariant, checked before the first byte is read: every element of a target box is covered
+exactly once by the reads planned for it. Each rank plans its own boxes, without communication, in
+time linear in the number of overlaps.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ class Read(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """Bytes to be read."""
+        """Bytes to read."""
         return self.overlap.numel * ITEM_BYTES[self.piece.entry.dtype]
 
 
 def plan_box(name: str, box: Box, pieces: Pieces, *, prefer_rank: int = 0) -> list[Read]:
     """The reads that fill `box` of tensor `name`.
 
-    Where several ranks hold the same box the file of `prefer_rank` is read, else the holders are
-    taken in turn, so that replicas spread over files. Raises `UserError` when parts are missing or
+    Where several ranks hold the same box, the file of `prefer_rank` is read, or else one of the
+    replicas by turns, which spreads reads over files. Raises `UserError` when parts are missing or
     pieces overlap.
     """
     if box.numel == 0:
@@ -58,7 +58,7 @@ def plan_box(name: str, box: Box, pieces: Pieces, *, prefer_rank: int = 0) -> li
 def strided_copy_of(
     read: Read, target: Box, memory: tuple[int, Sequence[int]] | None = None
 ) -> StridedCopy:
-    """The runs of `read`, from its file to the memory of `target`.
+    """The strided copy of `read` from its file to the memory of `target`.
 
     `memory`: (offset, stride of each dim), in bytes, of the first element of `target`; C-ordered
     from 0 on when left out. Both sides have the dtype of the file.
@@ -86,7 +86,7 @@ def _dot(index: Sequence[int], strides: Sequence[int]) -> int:
 
 
 def portions(reads: Sequence[Read], limit_bytes: int) -> Iterator[Read]:
-    """The same reads, in portions of at most `limit_bytes` (one element at least)."""
+    """The same reads in portions of at most `limit_bytes` (at least one element)."""
     for read in reads:
         if read.nbytes <= limit_bytes:
             yield read

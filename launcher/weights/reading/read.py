@@ -1,10 +1,9 @@
 """Reads into the memory of tensors.
 
-Owns what happens between file and tensor. Invariants: a byte that is needed is read once; it goes
-straight into its final place when dtypes agree and the tensor is on the CPU, and otherwise through
-a portion of memory that each reader keeps: `READERS` times `PORTION_BYTES` (pinned where it goes to
-a GPU, whose copies overlap with the other readers), and as much again while weights in 8 bits are
-multiplied by their factors.
+Owns what happens between file and tensor. Invariants: a byte is read once; it is read directly into
+its final place when dtypes agree and the tensor is on the CPU, and otherwise through a staging
+buffer of each reader: `READERS` times `PORTION_BYTES` (pinned for a GPU, where copies overlap with
+the other readers), and as much again while FP8 weights are multiplied by their scales.
 """
 
 from __future__ import annotations
@@ -29,15 +28,15 @@ from launcher.weights.source import Source
 from launcher.weights.threads import in_parallel
 
 READERS = max(2, min(4, os.cpu_count() or 2))
-"""Reads in flight: one a core, for most of the time goes into copying; more than a few gain nothing
-on one disk."""
+"""Reads in flight: one for each core, as copying takes most of the time; more than a few gain
+nothing on one disk."""
 
 PORTION_BYTES = 16 << 20
-"""Bytes of a file that are read at a time."""
+"""Bytes of one read."""
 
 SCALED_BYTES = 512 << 10
-"""The same of weights in 8 bits: in float32, with their factors, they are eight times as large, and
-what fits into a cache is multiplied faster."""
+"""Bytes of one read of FP8 weights: in float32, with their scales, they are eight times as large,
+and multiplying is faster inside the cache."""
 
 
 class Exponents(NamedTuple):
@@ -48,9 +47,9 @@ class Exponents(NamedTuple):
 
 
 class Fill(NamedTuple):
-    """A tensor, the box of the global tensor it is, and the reads that fill it.
+    """A tensor, its box of the global tensor, and the reads that fill it.
 
-    The tensor has the size of the box, on any device, of any dtype the files' can be cast to.
+    The tensor has the size of the box, on any device, in any dtype that the files can be cast to.
     """
 
     tensor: torch.Tensor
@@ -87,7 +86,7 @@ Task = tuple[Fill, Read]
 
 
 def _batches(tasks: Sequence[Task]) -> list[list[Task]]:
-    """Tasks in order, small ones together: a reader takes about a portion at a time."""
+    """Tasks in order, in batches of about `PORTION_BYTES`."""
     batches, room = list[list[Task]](), 0
     for task in tasks:
         if not batches or task[1].nbytes > room:
@@ -99,7 +98,7 @@ def _batches(tasks: Sequence[Task]) -> list[list[Task]]:
 
 
 class _Reader:
-    """Reads portions; each thread that does so has a staging area of its own."""
+    """Reads portions; each thread has a staging buffer of its own."""
 
     def __init__(self, files: Files, storages: Storages) -> None:
         self._files = files
@@ -107,7 +106,7 @@ class _Reader:
         self._own = threading.local()
 
     def read(self, tasks: Sequence[Task]) -> int:
-        """Read portions into their places. Returns the bytes read."""
+        """Read a batch of portions. Returns the bytes read."""
         straight, done = list[Transfer](), 0
         for job, read in tasks:
             transfer = self._straight(job, read)
@@ -118,7 +117,7 @@ class _Reader:
         return done + read_all(self._files, straight)
 
     def _straight(self, job: Fill, read: Read) -> Transfer | None:
-        """From file to tensor; None where bytes do not stay what they are."""
+        """The transfer from file to tensor memory; None where bytes change on the way."""
         if job.tensor.device.type != "cpu" or job.exponents is not None:
             return None
         memory = self._storages.under(job.tensor)
@@ -167,7 +166,7 @@ class _Reader:
         stream: torch.cuda.Stream | None = getattr(self._own, "stream", None)
         if stream is None:
             stream = self._own.stream = torch.cuda.Stream(device)
-            stream.wait_stream(torch.cuda.default_stream(device))  # what fills the memory first
+            stream.wait_stream(torch.cuda.default_stream(device))  # pending writes to the memory
         return stream
 
     def _exponents(self, exponents: Exponents, box: Box) -> tuple[torch.Tensor, int]:
@@ -181,7 +180,7 @@ class _Reader:
         return values, done
 
     def _factors(self, scales: Scales, box: Box) -> tuple[torch.Tensor, int]:
-        """The factor of each element of `box`, float32, and the bytes read for them."""
+        """(scale of each element of `box`, float32; bytes read for them)."""
         needed = scales.needed(box)
         factors, done = torch.empty(needed.size), 0
         for read in plan_box(scales.name, needed, scales.pieces):

@@ -1,11 +1,11 @@
-"""Rechecks: what was read, while it is in memory, against the checksums of its file.
+"""Checking what was read, while it is in memory, against the checksums of its file.
 
-Owns the checksums that cost next to no reading. A block is checked where this rank has read all of
-it as it is: into the CPU, in the dtype of the file, each of its tensors in one piece. Blocks of
-which little is missing are completed from the file, as far as `EXTRA` of the bytes read goes, and a
-file of at most `SMALL_FILE` is read whole. So every byte is checked when a rank reads its own file,
-or whole rows. What is cut by columns, cast on the way or sent to a GPU is not:
-`launcher.tools.verify` reads all of it.
+Owns the checks that need almost no further reading. A block is checked where this rank has read all
+of it unchanged: into CPU memory, in the dtype of the file, each of its tensors contiguous. Blocks
+of which little is missing are completed from the file, up to `EXTRA` of the bytes read; a file of
+at most `SMALL_FILE` is read entirely. So every byte is checked when a rank reads its own file, or
+full rows. Tensors cut by columns, cast, or read to a GPU are not checked: `launcher.tools.verify`
+reads everything.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from launcher.weights.source import Source
 from launcher.weights.threads import in_parallel
 
 EXTRA = 0.01
-"""Bytes that may be read to complete blocks, as a share of those that were read anyway."""
+"""Bytes that may be read to complete blocks, as a fraction of the bytes read anyway."""
 SMALL_FILE = 1 << 20
-"""Bytes of a file that cost nothing to speak of."""
+"""Bytes of a file that is read entirely."""
 
 
 @dataclass(frozen=True)
 class Segment:
-    """Bytes `start` to `stop` of a file; where they are in memory, None when they are not."""
+    """Bytes `start` to `stop` of a file, and their memory; None when they were not read."""
 
     start: int
     stop: int
@@ -59,7 +59,7 @@ class Block:
 
 
 def check_read(fills: Sequence[Fill], source: Source) -> None:
-    """Check what has been read. Raises `UserError` that names file and tensors of every fault."""
+    """Check what was read. Raises `UserError` that names file and tensors of every fault."""
     found: dict[Path, list[Segment]] = {}
     read_bytes: dict[Path, int] = {}
     for job in fills:
@@ -88,11 +88,11 @@ def check_read(fills: Sequence[Fill], source: Source) -> None:
 
 
 def _as_read(job: Fill, read: Read) -> memoryview | None:
-    """The memory of a piece that was read whole and as it is; None for others."""
+    """The memory of a piece that was read entirely and unchanged; None for others."""
     entry = read.piece.entry
-    whole = read.overlap == read.piece.box and entry.strides is None
-    as_it_is = job.tensor.dtype == TORCH_DTYPES[entry.dtype] and job.scales is None
-    if not whole or not as_it_is or job.tensor.device.type != "cpu":
+    is_entire = read.overlap == read.piece.box and entry.strides is None
+    is_unchanged = job.tensor.dtype == TORCH_DTYPES[entry.dtype] and job.scales is None
+    if not is_entire or not is_unchanged or job.tensor.device.type != "cpu":
         return None
     memory, strides = memory_of(job.tensor)
     strided_copy = strided_copy_of(read, job.box, (0, strides))
@@ -103,7 +103,7 @@ def _as_read(job: Fill, read: Read) -> memoryview | None:
 
 
 def _blocks(path: Path, found: Iterable[Segment], source: Source) -> Iterator[Block]:
-    """All blocks of a file, their bytes in memory where they are in `found`."""
+    """All blocks of a file, with the memory of those bytes that are in `found`."""
     header, checksums = source.headers[path], source.checksums[path]
     ordered = sorted(found, key=lambda segment: segment.start)
     starts = [segment.start for segment in ordered]
@@ -116,7 +116,7 @@ def _blocks(path: Path, found: Iterable[Segment], source: Source) -> Iterator[Bl
 
 
 def _end_to_end(found: Iterable[Segment], start: int, stop: int) -> list[Segment]:
-    """`start` to `stop` in segments, those of `found` where there are some."""
+    """`start` to `stop` in segments: those of `found`, and the gaps between them."""
     segments, position = [], start
     for segment in found:
         first, last = max(segment.start, position), min(segment.stop, stop)
@@ -133,7 +133,7 @@ def _end_to_end(found: Iterable[Segment], start: int, stop: int) -> list[Segment
 
 
 def _affordable(blocks: Iterable[Block], room: float) -> Iterator[Block]:
-    """Those that can be checked by reading at most `room` bytes more."""
+    """Those blocks that can be checked by reading at most `room` further bytes."""
     for block in sorted(blocks, key=lambda block: block.missing):
         room -= block.missing
         if room < 0:

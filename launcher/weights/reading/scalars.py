@@ -13,7 +13,7 @@ from launcher.weights.source import Source
 
 
 def scalars_of(source: Source) -> dict[str, float]:
-    """The extras of `source` that are one number, by name; integers as exact ones."""
+    """The extras of `source` that are a single number, by name."""
     return {
         name: _number(source, name, pieces)
         for name, pieces in sorted(source.extras.items())

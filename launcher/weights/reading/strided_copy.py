@@ -1,6 +1,6 @@
-"""Runs: which bytes of a file are which bytes of memory, when a box is copied between the two.
+"""Strided copies: which bytes of a file go to which bytes of memory when a box is copied.
 
-Pure. Both sides are strided views of the same box; what is contiguous on both is one run:
+Pure. Both sides are strided views of the same box; bytes that are contiguous on both are one run:
 
     in the file   | . x x . |        in memory   | x x |       3 runs of 2 elements,
                   | . x x . |                    | x x |       4 elements apart in the file,
@@ -19,7 +19,7 @@ from launcher.layout.box import Shape
 
 @dataclass(frozen=True, slots=True)
 class StridedCopy:
-    """All runs of one box. Offsets, strides and lengths are in bytes."""
+    """The copy of one box. Offsets, strides and lengths are in bytes."""
 
     file_offset: int
     memory_offset: int
@@ -54,7 +54,7 @@ def strided_copy(
     file: tuple[int, Sequence[int]],
     memory: tuple[int, Sequence[int]],
 ) -> StridedCopy:
-    """The runs of a box of `size` elements; `file` and `memory` are (offset, stride of each dim),
+    """The copy of a box of `size` elements; `file` and `memory` are (offset, stride of each dim),
     in bytes, of its first element."""
     length, loops = item_bytes, list[tuple[int, int, int]]()
     dims = zip(reversed(size), reversed(file[1]), reversed(memory[1]), strict=True)

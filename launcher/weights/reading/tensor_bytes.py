@@ -23,21 +23,21 @@ DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:
-    """The memory of a contiguous CPU tensor as writable bytes; shares it, copies nothing."""
+    """The memory of a contiguous CPU tensor as writable bytes, shared, not copied."""
     if not tensor.is_contiguous():
         raise ValueError("only a contiguous CPU tensor has bytes that can be shared")
     return memory_of(tensor)[0].data
 
 
 def memory_of(tensor: torch.Tensor) -> tuple[Bytes, list[int]]:
-    """The memory of a CPU tensor from its first element to its last, and the stride of each dim in
-    bytes; shares it, copies nothing."""
-    whole, (start, strides) = _storage_bytes(tensor), address_of(tensor)
+    """The memory of a CPU tensor from its first element to its last, shared, and the stride of each
+    dim in bytes."""
+    storage, (start, strides) = _storage_bytes(tensor), address_of(tensor)
     if tensor.numel() == 0:
         return np.empty(0, np.uint8), strides
     item = tensor.element_size()
     span = item + sum((n - 1) * s for n, s in zip(tensor.shape, strides, strict=True))
-    return whole[start : start + span], strides
+    return storage[start : start + span], strides
 
 
 def address_of(tensor: torch.Tensor) -> tuple[int, list[int]]:
@@ -51,13 +51,13 @@ def _storage_bytes(tensor: torch.Tensor) -> Bytes:
         raise ValueError("only a CPU tensor has bytes that can be shared")
     storage = tensor.detach().untyped_storage()
     flat = torch.empty(0, dtype=torch.uint8).set_(storage, 0, (storage.nbytes(),), (1,))
-    whole: Bytes = flat.numpy()
-    return whole
+    array: Bytes = flat.numpy()
+    return array
 
 
 class Storages:
-    """The storages of CPU tensors that are about to be written, as bytes, each made once: the
-    tensors of a stack of experts share one."""
+    """The storages of CPU tensors that are about to be written, as byte arrays, one for each: the
+    tensors of a stack of experts share a storage."""
 
     def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
         storages = [t.untyped_storage() for t in tensors if t.device.type == "cpu"]
@@ -65,10 +65,10 @@ class Storages:
         self._known: dict[tuple[int, int], Bytes] = {}
 
     def under(self, tensor: torch.Tensor) -> Bytes:
-        """The storage of `tensor`, with large pages where the system has them; `address_of` says
-        where in it the tensor lies."""
+        """The storage of `tensor`, on huge pages where possible; `address_of` gives the offset in
+        it."""
         storage = tensor.untyped_storage()
-        place = (storage.data_ptr(), storage.nbytes())  # several may begin at one address
+        place = (storage.data_ptr(), storage.nbytes())  # several storages may have one address
         if place not in self._known:
             make_huge(self._blocks, *place)
             self._known[place] = _storage_bytes(tensor)

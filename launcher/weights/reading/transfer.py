@@ -1,10 +1,9 @@
-"""Bytes from files into memory: positioned reads of runs. Torch-free.
+"""Bytes from files into memory: positioned reads of strided copies. Torch-free.
 
-Owns how a run is read. Long runs are read straight into their place. Short ones would cost a system
-call each: where the file has them back to back they come in one read and are spread in memory;
-where it has not, they are copied out of a mapped window of the file (`window.py`).
-Invariant: a file is believed to be as long as it was when its header was checked, or the read fails
-and says so.
+Owns how a run is read. Long runs are read directly into their place. Short runs would cost a system
+call each: where they are contiguous in the file, one read gets them all and they are spread in
+memory; otherwise they are copied from a mapped window of the file (`window.py`).
+Invariant: a file has the size it had when its header was checked, or the read fails with an error.
 """
 
 from __future__ import annotations
@@ -26,15 +25,15 @@ from launcher.weights.reading.strided_copy import StridedCopy
 from launcher.weights.reading.window import Bytes, Window, changed, ended
 
 SHORT_RUN = 16 << 10
-"""Bytes below which a run is not worth a system call of its own."""
+"""Runs shorter than this do not get a system call of their own."""
 
 VIEWS = 256
-"""Tensors that a system call reads at most; systems take 1,024 or more."""
+"""Buffers of one preadv call; systems allow 1,024 or more."""
 
 
 class Files:
-    """Files opened for reading, each once, until `close`; from several threads, each of which has a
-    window of its own."""
+    """Files open for reading, each opened once, until `close`. Used from several threads, each with
+    a window of its own."""
 
     def __init__(self) -> None:
         self._open: dict[Path, int] = {}
@@ -44,22 +43,23 @@ class Files:
     def descriptor(
         self, path: Path, expected_bytes: int | None = None, modified: int | None = None
     ) -> int:
-        """The descriptor of `path`. Raises `UserError` when it cannot be opened, has not
-        `expected_bytes`, or was not written last when `modified` says (nanoseconds)."""
+        """The descriptor of `path`. Raises `UserError` when it cannot be opened, or when size or
+        modification time (nanoseconds) are not as expected."""
         with self._lock:
             if path not in self._open:
                 self._open[path] = _open(path, expected_bytes, modified)
             return self._open[path]
 
     def window(self) -> Window:
-        """What the calling thread has mapped."""
+        """The window of the calling thread."""
         thread = threading.get_ident()
         if thread not in self._windows:
             self._windows[thread] = Window()
         return self._windows[thread]
 
     def read(self, path: Path, views: Sequence[memoryview], position: int) -> int:
-        """Fill `views` in turn with the bytes of `path` from `position` on. Returns their number.
+        """Fill `views` one after another with the bytes of `path` from `position` on. Returns their
+        number.
 
         Raises `UserError` when the file cannot be read or ends too early.
         """
@@ -69,7 +69,7 @@ class Files:
         return nbytes
 
     def close(self) -> None:
-        """Close them all; no thread reads them any more."""
+        """Close all files; no thread may still read them."""
         while self._windows:
             self._windows.popitem()[1].close()
         while self._open:
@@ -107,7 +107,7 @@ def _open(path: Path, expected_bytes: int | None, modified: int | None) -> int:
 
 
 def _descriptor(path: Path) -> int:
-    """The file opened; a save of many ranks may be more files than a process opens unasked."""
+    """Open a file; raises the limit of open files if needed, as a save has a file for each rank."""
     flags = os.O_RDONLY | os.O_NONBLOCK
     try:
         return os.open(path, flags)
@@ -120,7 +120,7 @@ def _descriptor(path: Path) -> int:
 
 
 def read_strided(files: Files, path: Path, strided_copy: StridedCopy, memory: Bytes) -> int:
-    """Read `runs` of the file `path` into `memory` (its first byte is memory offset 0).
+    """Read the runs of `strided_copy` from `path` into `memory` (its first byte is offset 0).
 
     Returns the bytes read.
     """
@@ -143,7 +143,7 @@ def read_strided(files: Files, path: Path, strided_copy: StridedCopy, memory: By
 
 
 class Transfer(NamedTuple):
-    """Runs of a file, and the memory that they go to."""
+    """A strided copy from a file, and the memory it goes to."""
 
     path: Path
     strided_copy: StridedCopy
@@ -151,8 +151,8 @@ class Transfer(NamedTuple):
 
 
 def read_all(files: Files, transfers: Iterable[Transfer]) -> int:
-    """Read transfers. Neighbours that are one run each and lie end to end in their file
-    come in one system call: the small tensors of many experts, say. Returns the bytes read."""
+    """Read transfers. Adjacent single runs, such as the small tensors of many experts, are read in
+    one system call. Returns the bytes read."""
     done, row = 0, list[Transfer]()
     for transfer in transfers:
         if row and (len(row) == VIEWS or not _is_next(row[-1], transfer)):
@@ -166,13 +166,13 @@ def read_all(files: Files, transfers: Iterable[Transfer]) -> int:
 
 
 def _is_next(last: Transfer, transfer: Transfer) -> bool:
-    """Whether a run begins in the file where `last` ends."""
+    """Whether a run begins where `last` ends."""
     stop = last.strided_copy.file_offset + last.strided_copy.length
     return transfer.path == last.path and transfer.strided_copy.file_offset == stop
 
 
 def _read_row(files: Files, row: Sequence[Transfer]) -> int:
-    """Read single runs that lie end to end. Returns the bytes read."""
+    """Read adjacent single runs in one call. Returns the bytes read."""
     if not row:
         return 0
     views = []
@@ -199,7 +199,7 @@ def _spread(strided_copy: StridedCopy, source: Bytes, memory: Bytes) -> None:
 def read_exactly(
     descriptor: int, path: Path, view: memoryview | Sequence[memoryview], position: int
 ) -> None:
-    """Fill `view`, or several of them in turn, with the bytes of the file from `position` on."""
+    """Fill one or more views with the bytes of the file from `position` on."""
     views = [part for part in ([view] if isinstance(view, memoryview) else view) if part]
     while views:
         try:

@@ -1,1 +1,1 @@
-"""Streaming: from disk to disk a portion at a time, and files that appear whole. Torch-free."""
+"""Streaming: from disk to disk a portion at a time, and folders that appear complete."""

@@ -1,8 +1,8 @@
-"""Audit: the checksums of files, checked while their bytes pass by on the way to somewhere else.
+"""Audit: the checksums of files, checked while their bytes are streamed.
 
-Owns the check of what a stream reads, so that no byte is read a second time for it. A block is
-hashed when any of it is used; the rest of it, which nobody wanted, is read for that. Blocks of
-which nothing is used are not read. Cheap where files are read front to back, right in any order.
+Owns the check of what a stream reads, without reading any byte twice. A block is hashed when any
+of it is used; the rest of it is read for that. Unused blocks are not read. Cheapest when files are
+read front to back, correct in any order.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from launcher.weights.streaming.portion import Taken
 
 
 class Audit:
-    """The files of a source that carry checksums. For one thread at a time."""
+    """The files of a source that have checksums. For one thread at a time."""
 
     def __init__(self, source: Source, descriptor: Callable[[Path], int]) -> None:
         self._files = {}
@@ -35,19 +35,19 @@ class Audit:
                 self._files[path] = _Blocks(path, header, rank_metadata.checksums, descriptor)
 
     def take(self, taken: Taken) -> None:
-        """The next bytes that were read. Raises `UserError` when a block of them changed."""
+        """Hash the next bytes that were read. Raises `UserError` when a block was changed."""
         blocks = self._files.get(taken.path)
         if blocks is not None:
             blocks.take(taken.position, taken.view)
 
     def finish(self) -> None:
-        """Check the blocks that were begun. Raises `UserError`."""
+        """Check the blocks that are not complete yet. Raises `UserError`."""
         for blocks in self._files.values():
             blocks.end()
 
 
 class _Blocks:
-    """One file: the block that is being hashed, and how far."""
+    """One file: the block that is being hashed, and the position in it."""
 
     def __init__(
         self, path: Path, header: Header, checksums: Checksums, descriptor: Callable[[Path], int]
@@ -73,7 +73,7 @@ class _Blocks:
                 self.end()
 
     def end(self) -> None:
-        """Finish the block that was begun, if any."""
+        """Finish the current block, if any."""
         if self._index is None:
             return
         self._fill(self._stop)
@@ -94,7 +94,7 @@ class _Blocks:
         return self._header.data_start + index * self._checksums.block_bytes
 
     def _fill(self, position: int) -> None:
-        """Hash what lies between the last bytes taken and `position`: nobody else reads it."""
+        """Hash the bytes up to `position`, which the stream does not use."""
         if self._position < position:
             gap: Bytes = np.empty(position - self._position, np.uint8)
             read_exactly(self._descriptor(self._path), self._path, gap.data, self._position)

@@ -1,10 +1,10 @@
 """Block files: a new file written in blocks from several threads, durable in the end.
 
-Owns which way bytes go to the disk. On a disk of this machine they go past the page cache
-(O_DIRECT): what has to be durable is not worth a place in the cache, and nothing has to write it
-back while a training step wants the processor. That asks for memory and places at multiples of
-`ALIGNMENT`, so a block is gathered in a buffer, which costs the copy into the cache that is saved.
-Elsewhere (in memory, over a network) each piece is written from where it is.
+Owns how bytes get to the disk. On a local disk they bypass the page cache (O_DIRECT): a checkpoint
+is not worth a place in the cache, and no writeback competes with the training step for the CPU.
+O_DIRECT needs memory and offsets at multiples of `ALIGNMENT`, so a block is gathered in a buffer,
+which costs the same copy as the cache would. Elsewhere (in memory, over a network) each piece is
+written from where it is.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from types import TracebackType
 import numpy as np
 
 ALIGNMENT = 4096
-"""Of places, lengths and memory, in bytes: no disk asks for more."""
+"""Of offsets, lengths and memory, in bytes: no disk needs more."""
 
 _DIRECT = getattr(os, "O_DIRECT", 0)
 _SYNC_FILE_RANGE = getattr(ctypes.CDLL(None), "sync_file_range", None)
@@ -31,7 +31,7 @@ _BEGIN_WRITING = 2
 
 
 class BlockFile:
-    """A file at `path`, made anew. Blocks have `block_bytes` (the last may have fewer) and lie at
+    """A new file at `path`. Blocks have `block_bytes` (the last may have fewer) and begin at
     multiples of `ALIGNMENT`; `writers` threads write at a time. Raises `OSError`."""
 
     def __init__(self, path: Path, block_bytes: int, writers: int) -> None:
@@ -44,8 +44,8 @@ class BlockFile:
             self._buffers.put(mmap.mmap(-1, block_bytes))
 
     def write(self, pieces: Sequence[memoryview], position: int) -> None:
-        """Write `pieces`, one behind the other, from `position` on. When they do not end at a
-        multiple of `ALIGNMENT`, the file may be longer than they are until it is closed."""
+        """Write `pieces`, one after another, from `position` on. If they do not end at a multiple
+        of `ALIGNMENT`, the file may be longer until it is finished."""
         if self._is_direct:
             self._write_direct(pieces, position)
             return
@@ -56,9 +56,9 @@ class BlockFile:
         begin_writing(self._descriptor, start, position - start)
 
     def _write_direct(self, pieces: Sequence[memoryview], position: int) -> None:
-        as_they_lie = _one_aligned(pieces)
-        if as_they_lie is not None:
-            write_all(self._descriptor, as_they_lie, position)
+        aligned = _one_aligned(pieces)
+        if aligned is not None:
+            write_all(self._descriptor, aligned, position)
             return
         buffer = self._buffers.get()
         try:
@@ -67,10 +67,10 @@ class BlockFile:
             for piece in pieces:
                 memory[filled : filled + len(piece)] = np.frombuffer(piece, np.uint8)
                 filled += len(piece)
-            whole = -(-filled // ALIGNMENT) * ALIGNMENT
-            memory[filled:whole] = 0
+            padded = -(-filled // ALIGNMENT) * ALIGNMENT
+            memory[filled:padded] = 0
             with memoryview(buffer) as view:
-                write_all(self._descriptor, view[:whole], position)
+                write_all(self._descriptor, view[:padded], position)
         finally:
             self._buffers.put(buffer)
 
@@ -92,7 +92,7 @@ class BlockFile:
 
 
 def _one_aligned(pieces: Sequence[memoryview]) -> memoryview | None:
-    """`pieces` as one, when they lie behind each other in memory and are aligned."""
+    """`pieces` as one view, where they are contiguous in memory and aligned."""
     first = end = _address(pieces[0])
     for piece in pieces:
         if _address(piece) != end:
@@ -108,13 +108,13 @@ def _address(piece: memoryview) -> int:
 
 
 def _is_on_disk(descriptor: int) -> bool:
-    """Whether the file lies on a block device of this machine; file systems without one have the
-    major number 0."""
+    """Whether the file is on a block device of this machine; other file systems have the major
+    number 0."""
     return os.major(os.fstat(descriptor).st_dev) != 0
 
 
 def _go_direct(descriptor: int) -> bool:
-    """Write past the page cache from now on, where the file system can."""
+    """Bypass the page cache from now on, where the file system can."""
     try:
         flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
         fcntl.fcntl(descriptor, fcntl.F_SETFL, flags | _DIRECT)
@@ -124,7 +124,7 @@ def _go_direct(descriptor: int) -> bool:
 
 
 def begin_writing(descriptor: int, position: int, nbytes: int) -> None:
-    """Send bytes of a file on their way to the disk, so that fsync waits for little."""
+    """Start writeback of a range of a file, so that fsync waits for little."""
     if _SYNC_FILE_RANGE is not None:
         place = (ctypes.c_int64(position), ctypes.c_int64(nbytes))
         _SYNC_FILE_RANGE(descriptor, *place, _BEGIN_WRITING)
@@ -140,13 +140,13 @@ def write_all(descriptor: int, view: memoryview, position: int) -> None:
             if error.errno != errno.EINVAL or was_refused:
                 raise
             was_refused = True
-            _leave_direct(descriptor)  # once more, also when another thread did it meanwhile
+            _leave_direct(descriptor)  # retry, also where another thread has left it already
             continue
         view, position = view[count:], position + count
 
 
 def _leave_direct(descriptor: int) -> None:
-    """Write through the page cache from now on, after a write that went in part or was not aligned
-    as this disk asks for."""
+    """Write through the page cache from now on, after a partial write or one that is not aligned as
+    this disk needs."""
     flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
     fcntl.fcntl(descriptor, fcntl.F_SETFL, flags & ~_DIRECT)

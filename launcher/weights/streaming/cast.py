@@ -1,6 +1,6 @@
 """Casts between the floating dtypes, on bits, without torch: numpy has no bfloat16.
 
-Rounds to the nearest, ties to even, as torch does; a NaN stays one.
+Rounds to nearest, ties to even, as torch does; NaN stays NaN.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from launcher.weights.streaming.portion import Words
 
 FLOATS = {"F64": np.float64, "F32": np.float32, "F16": np.float16}
 CASTS = (*FLOATS, "BF16")
-"""Dtypes that are cast, from and to."""
+"""Dtypes that can be cast, from and to."""
 
 
 def cast(words: Words, source: str, target: str) -> Words:
-    """The numbers `words` are in dtype `source`, as the bits they have in `target`."""
+    """The bits in dtype `target` of the numbers that `words` are in dtype `source`."""
     if source == target:
         return words
     if source == "BF16":
@@ -25,7 +25,7 @@ def cast(words: Words, source: str, target: str) -> Words:
         numbers = np.ascontiguousarray(words).view(FLOATS[source])
     if target == "BF16":
         return _to_bfloat16(numbers)
-    with np.errstate(over="ignore"):  # what is too large becomes infinite, as in torch
+    with np.errstate(over="ignore"):  # overflow becomes infinity, as in torch
         values = numbers.astype(FLOATS[target])
     return values.view(f"u{values.itemsize}")
 

@@ -1,8 +1,8 @@
-"""Folders that appear whole: written aside, renamed when complete.
+"""Folders that appear complete: written under a temporary name, then renamed.
 
-Owns how a tool makes its output. Invariants: an input is never written to; a folder that has
-something in it is replaced only when that is asked for, and only after the new one is whole; what
-an interrupted writer left behind is cleared by the next one.
+Owns how a tool makes its output. Invariants: an input is never written to; a non-empty folder is
+replaced only with `overwrite`, and only after the new one is complete; what an interrupted writer
+left is removed by the next one.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from launcher.errors import UserError
 def folder_aside(
     target: Path, source: Path, *, overwrite: bool, option: str = "--output_dir"
 ) -> Iterator[Path]:
-    """An empty folder that becomes `target` when the block ends well, and is gone when it does not.
+    """An empty folder that becomes `target` when the block succeeds, and is removed when it fails.
 
-    `source`: what is read, which `target` must lie apart from. `option`: what the user calls
-    `target`. Raises `UserError` when `target` may not be written, or cannot.
+    `source`: the input, which must not overlap `target`. `option`: the option that sets `target`.
+    Raises `UserError` when `target` may not be written, or cannot.
     """
     _check_apart(target, source, option)
     _check_free(target, overwrite, option)
@@ -53,7 +53,7 @@ def _check_apart(target: Path, source: Path, option: str) -> None:
     inside, outside = (Path(os.path.realpath(path)) for path in (source, target))
     if inside.is_relative_to(outside) or outside.is_relative_to(inside):
         raise UserError(
-            f"{target} holds, or lies in, {source}",
+            f"{target} contains, or is in, {source}",
             rule="an input is never written to",
             advice=f"Give another {option}",
         )
@@ -73,7 +73,7 @@ def _check_free(target: Path, overwrite: bool, option: str) -> None:
 
 
 def _lock(descriptor: int, target: Path) -> None:
-    """Hold the folder until it is closed; the system lets go of it when a process is killed."""
+    """Lock the folder until its descriptor is closed, at the latest when the process ends."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -95,7 +95,7 @@ def _clear(folder: Path) -> None:
 
 
 def _rename(scratch: Path, target: Path, option: str) -> None:
-    """The old folder steps aside, the new one takes its name, and only then the old one goes."""
+    """Rename the old folder, rename the new one, and only then remove the old one."""
     old = _old(target)
     try:
         if target.is_dir():
@@ -115,13 +115,13 @@ def _rename(scratch: Path, target: Path, option: str) -> None:
 
 
 def _old(target: Path) -> Path:
-    """Where a folder waits while it is replaced."""
+    """The name of a folder while it is being replaced."""
     return target.with_name(f".{target.name}.old.tmp")
 
 
 def _recover(target: Path) -> None:
-    """What an interrupt left of a replacement: the old folder gets its name back if no new one has
-    it, else it goes."""
+    """Finish an interrupted replacement: restore the old folder if there is no new one, or else
+    remove it."""
     old = _old(target)
     if old.is_dir() and not target.exists():
         os.replace(old, target)

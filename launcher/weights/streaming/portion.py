@@ -1,7 +1,7 @@
 """Portions: a box of a tensor out of the files of a source, as an array of bytes. Torch-free.
 
-Owns how a tool that reads weights front to back gets at them. A portion is C-ordered, so what it
-takes of a file is one run of bytes; the runs are given back too, for checksums.
+Owns how tools read weights front to back. A portion is C-ordered, so it is one run of bytes of a
+file; the runs are returned too, for checksums.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from launcher.weights.reading.transfer import Bytes, Files, read_strided
 from launcher.weights.source import Source
 
 Words = npt.NDArray[np.unsignedinteger[Any]]
-"""Elements as unsigned numbers of their size: their bits, whatever they mean."""
+"""Elements as unsigned integers of their size: raw bits."""
 
 
 @dataclass(frozen=True, slots=True)
 class Taken:
-    """Bytes that were read: where they stand in which file, in its order."""
+    """Bytes that were read, and their place in a file."""
 
     path: Path
     position: int
@@ -59,7 +59,7 @@ class PortionReader:
         return Portion(values, tuple(taken))
 
     def descriptor(self, path: Path) -> int:
-        """The open file at `path`, as long as its header said."""
+        """The open file at `path`, checked against its header."""
         header = self._source.headers[path]
         return self._files.descriptor(path, header.file_bytes, header.modified)
 
@@ -68,7 +68,7 @@ class PortionReader:
         read_strided(self._files, path, runs, memory)
 
     def _straight(self, read: Read, box: Box, memory: Bytes) -> Taken | None:
-        """Read what is one run on both sides into its place; None when it is not."""
+        """Read a single run directly into its place; None where it is not one."""
         runs = strided_copy_of(read, box)
         if runs.loops:
             return None
@@ -78,14 +78,14 @@ class PortionReader:
         return Taken(path, runs.file_offset, view)
 
     def _through(self, read: Read, box: Box, values: Words) -> Taken:
-        """Read what lies scattered in memory in one run, and spread it."""
+        """Read into a buffer in one run, and scatter it in memory."""
         path = read.piece.file
         staging: Bytes = np.empty(read.nbytes, np.uint8)
         runs = strided_copy_of(read, read.overlap)
         self._read(path, runs, staging)
         cut = staging.view(values.dtype).reshape(read.overlap.size)
         values[slices(read.overlap.inside(box))] = cut
-        # What has strides of its own (a file of torch) lies otherwise in the file.
+        # A tensor with strides (in a file of torch) has another order in the file.
         view = staging.data if read.piece.entry.strides is None else staging.data[:0]
         return Taken(path, runs.file_offset, view)
 

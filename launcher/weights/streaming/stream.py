@@ -1,11 +1,10 @@
 """Streams: from the files of a source to new files, a portion of a tensor at a time.
 
 Owns how weights move from disk to disk. Torch-free. The source is read once, in long reads, and
-checked against its checksums on the way; each portion is cut for every new file that gets a part of
-it, hashed in the order of the file where it is to have checksums, and written to its place. Memory:
-three times `PORTION_BYTES` for each portion in flight, whatever the model. Invariant: a file has
-its final size and content, and is durable, when `stream` returns; names and renaming are the
-caller's.
+checked against its checksums on the way. Each portion is sliced for every new file that gets a part
+of it, hashed in file order where the file gets checksums, and written to its place. Memory: three
+times `PORTION_BYTES` for each portion in flight, whatever the model. Invariant: a file has its
+final size and content, and is durable, when `stream` returns. Naming is up to the caller.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from launcher.weights.streaming.portion import Portion, PortionReader, slices
 from launcher.weights.threads import in_parallel
 
 WORKERS = 4
-"""Portions in flight unless the caller says otherwise."""
+"""Portions in flight by default."""
 
 MOST_WORKERS = 8
 """More gain nothing on one disk, and cost memory."""
@@ -40,21 +39,21 @@ MOST_WORKERS = 8
 PORTION_BYTES = 16 << 20
 
 Progress = Callable[[int, int], None]
-"""Told (bytes written, bytes in all)."""
+"""Called with (bytes written, total bytes)."""
 
 
 @dataclass(frozen=True)
 class Output:
-    """A file to be: which box of which tensor of the source it gets, under which name."""
+    """A file to write: which box of which tensor of the source it gets, under which name."""
 
     path: Path
     boxes: Mapping[str, tuple[str, Box]]
     """Name in the new file to (name in the source, box of it)."""
     metadata: Mapping[str, str] = field(default_factory=lambda: {"format": "pt"})
     rank_metadata: RankFileMetadata | None = None
-    """What a rank file says of itself; the checksums are added."""
+    """Metadata of a rank file, without checksums, which are added."""
     dtype: str | None = None
-    """What floating tensors are cast to; None: they stay as they are."""
+    """Dtype that floating tensors are cast to; None: unchanged."""
 
     def dtype_of(self, name: str, source: Source) -> str:
         """The dtype that `name` of the new file gets."""

@@ -1,8 +1,8 @@
 """Writing one safetensors file: from the memory of its tensors, several blocks at a time.
 
-Owns how bytes reach a file. Torch-free. A block is taken from where it is, hashed and written to
-its place by one thread while others do the same; the header, which holds the checksums, comes last
-and has its final length from the start. No tensor is copied as a whole on the way.
+Owns how bytes get into a file. Torch-free. Each thread takes a block from memory, hashes it and
+writes it to its place. The header, which holds the checksums, is written last; its length is known
+from the start. No tensor is copied entirely.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from launcher.weights.streaming.block_file import BlockFile
 from launcher.weights.threads import in_parallel
 
 WRITERS = 2
-"""Blocks in flight: one is hashed while another is written; a file lets one in at a time."""
+"""Blocks in flight: one is hashed while another is written."""
 
 
 @dataclass(frozen=True, slots=True)
 class Part(Slot):
-    """One tensor to write. `read(start, stop)` gives bytes of it in C order, when their turn comes;
-    it may be called from several threads."""
+    """One tensor to write. `read(start, stop)` gives bytes of it in C order; it may be called from
+    several threads."""
 
     read: Callable[[int, int], memoryview]
 
@@ -36,10 +36,10 @@ def write_file(
     metadata: dict[str, str],
     rank_metadata: RankFileMetadata | None = None,
 ) -> Header:
-    """Write `parts`, in the order given, and make the file durable (fsync). Returns its header.
+    """Write `parts` in the given order and make the file durable (fsync). Returns its header.
 
-    With `note` the header gets it, and the checksums of the data. The caller chooses `path` so that
-    a half-written file is never mistaken for a whole one.
+    With `rank_metadata` the header holds it and the checksums of the data. The caller chooses
+    `path` so that a partial file is never taken for a complete one.
     """
     total = sum(part.nbytes for part in parts)
     blocks = list(_blocks(parts))
@@ -67,7 +67,7 @@ def write_file(
 
 
 Block = list[tuple[Part, int, int]]
-"""(part, first byte, last byte) of what lies in one block of the data section."""
+"""(part, first byte, last byte) of the content of one block of the data section."""
 
 
 def _blocks(parts: Sequence[Part]) -> Iterator[Block]:
