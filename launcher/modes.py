@@ -18,10 +18,10 @@ from launcher.builders.prediction import PREDICT_BATCH, continue_prompts, result
 from launcher.builders.resume import find_resume, own_root, resumed_run
 from launcher.builders.roll_back import RollBack, no_effect_reason
 from launcher.builders.run import fresh_run
+from launcher.checkpoint.catalog import published
 from launcher.checkpoint.files import json_bytes, write_json
 from launcher.checkpoint.in_use import in_use
 from launcher.checkpoint.monitor import LAST_STEP_ONLY, CheckpointMonitor
-from launcher.checkpoint.published import published
 from launcher.config.provenance import Provenance
 from launcher.config.schema import Config, OnRequestExitSection, RegisteredCallbackSection
 from launcher.config.shared import shared_settings

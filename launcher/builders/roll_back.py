@@ -13,7 +13,7 @@ from dataclasses import replace
 from launcher.builders.gradients import watches_health
 from launcher.builders.job import Job
 from launcher.builders.resume import name_to_keep, own_root, restore
-from launcher.checkpoint.published import published
+from launcher.checkpoint.catalog import published
 from launcher.checkpoint.resume import choose
 from launcher.config.schema import Config
 from launcher.errors import UserError

@@ -1,8 +1,8 @@
-"""Background: one piece of work beside training, in a thread that yields to it.
+"""Background: the thread of asynchronous saves.
 
-Owns the thread of asynchronous saves. It has the lowest priority a thread can ask for (those it
-starts inherit it), so that it takes the time a step leaves. It does not keep the process from
-ending: a save that is cut off there was never published.
+It has the lowest scheduling priority (threads that it starts inherit it), so that training goes
+first. It is a daemon thread: a save that is interrupted at the end of the process was never
+published.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from contextlib import suppress
 from typing import Generic, TypeVar
 
 Result = TypeVar("Result")
-NICEST = 19
+LOWEST_PRIORITY = 19
 
 
 class Background(Generic[Result]):
-    """Does one piece of work at a time."""
+    """Runs one function at a time in a thread."""
 
     def __init__(self) -> None:
         self._thread: threading.Thread | None = None
@@ -27,31 +27,31 @@ class Background(Generic[Result]):
 
     @property
     def is_busy(self) -> bool:
-        """Whether there is work whose outcome was not asked for yet."""
+        """Whether a function was started whose result was not taken."""
         return self._thread is not None
 
     @property
     def is_done(self) -> bool:
-        """Whether its outcome is there, without waiting."""
+        """Whether its result is available without waiting."""
         return self._thread is not None and not self._thread.is_alive()
 
     def start(self, work: Callable[[], Result]) -> None:
-        """Begin `work`. The outcome of the work before it must have been asked for."""
+        """Start `work`. The result of the last one must have been taken."""
         if self._thread is not None:
-            raise RuntimeError("there is work whose outcome was not asked for")
+            raise RuntimeError("the result of the last function was not taken")
         self._thread = threading.Thread(target=self._run, args=(work,), name="save", daemon=True)
         self._thread.start()
 
     def finish(self, timeout_seconds: float | None = None) -> Result:
-        """Wait for the work and give what it gave, or raise what it raised.
+        """Wait for the function, and return its result or raise its exception.
 
-        Raises `TimeoutError` when it is still going on after `timeout_seconds`.
+        Raises `TimeoutError` when it is still running after `timeout_seconds`.
         """
         if self._thread is None:
-            raise RuntimeError("there is no work")
+            raise RuntimeError("nothing was started")
         self._thread.join(timeout_seconds)
         if self._thread.is_alive():
-            raise TimeoutError(f"still going on after {timeout_seconds:.0f} s")
+            raise TimeoutError(f"still running after {timeout_seconds:.0f} s")
         self._thread = None
         (result, error), self._outcome = self._outcome, (None, None)
         if error is not None:
@@ -59,9 +59,9 @@ class Background(Generic[Result]):
         return result  # type: ignore[return-value]
 
     def _run(self, work: Callable[[], Result]) -> None:
-        if sys.platform == "linux":  # where a priority belongs to a thread
+        if sys.platform == "linux":  # where each thread has a priority
             with suppress(OSError):
-                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICEST)
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOWEST_PRIORITY)
         try:
             self._outcome = (work(), None)
         except BaseException as error:

@@ -1,8 +1,7 @@
-"""Sight: which rank files of one save a rank sees, which of them it checks, and what it is told of
-the others.
+"""File visibility: which rank files of one save a rank can read, and which of them it checks.
 
-Owns who answers for a file whose save lies on several disks: a rank that sees it. Called by all
-ranks together.
+Every file is checked by one rank that can read it, also where the save is on several file systems.
+Called by all ranks together.
 """
 
 from __future__ import annotations
@@ -19,44 +18,44 @@ from launcher.weights.formats.safetensors import Header, read_header
 
 @dataclass(frozen=True)
 class FileVisibility:
-    """Numbers of files, as one rank has them."""
+    """Indices of files, for one rank."""
 
     share: Sequence[int]
-    """Those it checks; every file is checked by one rank."""
+    """Files that this rank checks; every file is checked by one rank."""
     elsewhere: Collection[int] = ()
-    """Those it does not see, and others do."""
+    """Files that this rank cannot read, and others can."""
     hidden: Collection[int] = ()
-    """Those that some ranks see and others do not: the same on all ranks."""
+    """Files that some rank cannot read: the same on all ranks."""
 
 
 def visibility_of(
     files: Sequence[Path], filesystems: FilesystemGroups, world: World
 ) -> FileVisibility:
-    """What this rank sees of `files`; `disks`: the ranks that see the same."""
+    """Which of `files` this rank can read and checks, given the groups that share them."""
     everything = range(len(files))
     if not filesystems.are_several:
         return FileVisibility(everything[filesystems.share(world)])
-    there = [index for index in everything if files[index].is_file()]
-    seen = world.gather(there if filesystems.is_leader(world) else None)
-    able: dict[int, list[tuple[int, ...]]] = {}
+    here = [index for index in everything if files[index].is_file()]
+    readable = world.gather(here if filesystems.is_leader(world) else None)
+    readers: dict[int, list[tuple[int, ...]]] = {}
     for group in filesystems.groups:
-        for index in seen[group[0]]:
-            able.setdefault(index, []).append(group)
+        for index in readable[group[0]]:
+            readers.setdefault(index, []).append(group)
     share = []
     for index in everything:
-        groups = able.get(index, filesystems.groups)  # what nobody sees, anyone finds missing
+        groups = readers.get(index, filesystems.groups)  # any rank can find it missing
         peers = groups[index % len(groups)]
         share += [index] if peers[index % len(peers)] == world.rank else []
-    mine = set(seen[filesystems.peers(world)[0]])
-    hidden = {index for index, groups in able.items() if len(groups) < len(filesystems.groups)}
+    mine = set(readable[filesystems.peers(world)[0]])
+    hidden = {index for index, groups in readers.items() if len(groups) < len(filesystems.groups)}
     return FileVisibility(share, hidden - mine, hidden)
 
 
 def broadcast_headers(
     files: Sequence[Path], visibility: FileVisibility, world: World
 ) -> dict[Path, Header]:
-    """The headers of the files this rank does not see, from the ranks that check them. Raises
-    `UserError` on every rank when one cannot be read."""
+    """The headers of the files that this rank cannot read, from the ranks that check them. Raises
+    `UserError` on every rank when one is damaged."""
     checked_here = [index for index in visibility.share if index in visibility.hidden]
     outcome = capture_error(lambda: {index: read_header(files[index]) for index in checked_here})
     known: dict[int, Header] = {}

@@ -1,4 +1,4 @@
-"""File operations of a save that must survive a crash: durable, and whole or not there."""
+"""Durable and atomic file operations, which survive a crash."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ def sync_directory(directory: Path) -> None:
 
 
 def temporary(path: Path) -> Path:
-    """Where the content of `path` is written before it is renamed to `path`."""
+    """The temporary path that is renamed to `path`."""
     return path.with_name(f".{path.name}{TEMPORARY_SUFFIX}")
 
 
 def publish(written: Path, path: Path) -> None:
-    """Give a durable temporary file its final name, atomically and durably."""
+    """Rename a durable temporary file to its final name, atomically and durably."""
     os.replace(written, path)
     sync_directory(path.parent)
 
@@ -36,14 +36,14 @@ def json_bytes(content: dict[str, Any]) -> bytes:
 
 
 def write_json(path: Path, content: dict[str, Any], *, durable: bool = True) -> None:
-    """As `write_bytes`, of a JSON map."""
+    """As `write_bytes`, for a JSON object."""
     write_bytes(path, json_bytes(content), durable=durable)
 
 
 def write_bytes(path: Path, content: bytes, *, durable: bool = True) -> None:
-    """Write `content` to `path`: a reader sees the old file or the new one, never a part.
+    """Write `content` to `path` atomically: a reader sees the old file or the new one.
 
-    Not `durable`: a loss of power may undo it, and no time is spent on that.
+    Not `durable`: a power failure may undo it, and no time is spent on `fsync`.
     """
     scratch = temporary(path)
     with scratch.open("wb") as file:
@@ -58,7 +58,7 @@ def write_bytes(path: Path, content: bytes, *, durable: bool = True) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """The JSON map at `path`, or None when there is none that can be read."""
+    """The JSON object at `path`, or None when it cannot be read."""
     try:
         content = json.loads(path.read_text())
     except (OSError, ValueError):

@@ -1,8 +1,8 @@
-"""Health of saves, judged by the norm of the embedding's gradient in the step that was saved.
+"""Health of saves, by the gradient norm of the embedding in the step that was saved.
 
-Owns the judgement in the state file, and the record of the original: `health_ckpts.json`, a list of
+Owns the verdict in the state file, and MindFormers' `health_ckpts.json`, a list of
 `{"is_health": 0, "ckpt_name": "CKP_rank_0-1_10.safetensors"}`, in which 0 means healthy. A norm far
-above the usual one comes before a loss that does not recover
+above normal precedes a loss that does not recover
 (https://www.mindspore.cn/mindformers/docs/en/master/feature/skip_data_and_ckpt_health_monitor.html).
 """
 
@@ -18,19 +18,19 @@ from launcher.checkpoint.names import SaveName
 
 RECORD = "health_ckpts.json"
 KEY = "health"
-"""Of the judgement in the state file."""
+"""Of the verdict in the state file."""
 
 
 def health_verdict(norm: float, threshold: float) -> dict[str, Any]:
-    """What the state file says of a save after a step with this norm."""
+    """The verdict on a save after a step with this norm, for the state file."""
     finite = norm if math.isfinite(norm) else None
     return {"embedding_norm": finite, "threshold": threshold, "is_healthy": norm <= threshold}
 
 
-def write_down(output_dir: Path, name: SaveName, found: dict[str, Any]) -> None:
-    """Add a save to the record. Raises `OSError`."""
+def record_verdict(output_dir: Path, name: SaveName, verdict: dict[str, Any]) -> None:
+    """Add a save to `health_ckpts.json`. Raises `OSError`."""
     path = output_dir / RECORD
-    entry = {"is_health": int(not found["is_healthy"]), "ckpt_name": name.rank_file(0)}
+    entry = {"is_health": int(not verdict["is_healthy"]), "ckpt_name": name.rank_file(0)}
     known = [old for old in _entries(path) if old.get("ckpt_name") != entry["ckpt_name"]]
     write_bytes(path, (json.dumps([*known, entry], indent=1) + "\n").encode(), durable=False)
 
@@ -44,12 +44,12 @@ def _entries(path: Path) -> list[dict[str, Any]]:
 
 
 def health_issue(state: dict[str, Any]) -> str:
-    """What keeps a run that wants a healthy save from going on from this one; empty: nothing."""
-    found = state.get(KEY)
-    if not isinstance(found, dict) or found.get("is_healthy", True):
+    """Why a run that needs a healthy save cannot resume from this one; empty when it can."""
+    verdict = state.get(KEY)
+    if not isinstance(verdict, dict) or verdict.get("is_healthy", True):
         return ""
-    norm = found.get("embedding_norm")
+    norm = verdict.get("embedding_norm")
     return (
-        f"it is not healthy: the embedding's gradient had the norm {norm or 'NaN'}, "
-        f"embedding_local_norm_threshold was {found.get('threshold')}"
+        f"it is not healthy: the gradient norm of the embedding was {norm or 'NaN'}, "
+        f"embedding_local_norm_threshold was {verdict.get('threshold')}"
     )

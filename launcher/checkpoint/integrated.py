@@ -2,18 +2,17 @@
 
     checkpoint_integrated/CKP-1_10/model.safetensors, config.json, ...
 
-Owns that folder. The weights stream from the rank files that were just written, a few tensors at a
-time, so that no process ever holds a whole model. They appear whole or not at all, and go when
-their save goes; what a run was started from stays.
+Owns that folder. The weights are streamed from the rank files that were just written, a few tensors
+at a time, so that no process has the full model in memory. The folder appears when it is complete,
+and is removed with its save, unless it is an input of the run.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from launcher.checkpoint.published import Published
 from launcher.errors import UserError
 from launcher.weights.offline.export import write_complete
 from launcher.weights.optimizer_state import STATE_PREFIXES
@@ -22,19 +21,20 @@ from launcher.weights.streaming.new_folder import folder_aside
 
 INTEGRATED_FOLDER = "checkpoint_integrated"
 FULL = "checkpoint"
-"""The folder whose saves are merged. Saves of other folders may bear the same names."""
+"""The folder whose saves are merged. Other folders may have saves with the same names."""
 
 
-def write_integrated(checkpoint: Published, inputs: Collection[Path] = ()) -> Path:
-    """Merge the weights of a checkpoint. Returns the folder.
+def write_integrated(
+    root: Path, name: str, files: Sequence[Path], inputs: Collection[Path] = ()
+) -> Path:
+    """Merge the weights in the rank `files` of save `name` in `root`. Returns the folder.
 
     `inputs`: resolved paths that are never replaced. Raises `UserError` and `OSError`.
     """
-    root, files = checkpoint.root, checkpoint.files
-    folder = folder_of(root, str(checkpoint.name))
-    if _holds(folder, inputs):
+    folder = folder_of(root, name)
+    if _contains_input(folder, inputs):
         raise UserError(
-            f"{folder} is what this run was started from",
+            f"{folder} is an input of this run",
             rule="an input is never written to",
             advice="Give another output_dir",
         )
@@ -47,28 +47,28 @@ def write_integrated(checkpoint: Published, inputs: Collection[Path] = ()) -> Pa
 
 
 def remove_integrated(root: Path, name: str, inputs: Collection[Path] = ()) -> None:
-    """Let go of that of save `name` in `root`, and of what a crash left of writing it."""
+    """Remove the complete weights of save `name` in `root`, and temporary files of a crash."""
     if root.name != FULL:
         return
     folder = folder_of(root, name)
-    if not _holds(folder, inputs):
+    if not _contains_input(folder, inputs):
         shutil.rmtree(folder, ignore_errors=True)
     shutil.rmtree(folder.with_name(f".{folder.name}.tmp"), ignore_errors=True)
 
 
 def integrated_names(root: Path) -> list[str]:
-    """The saves of `root` whose complete weights lie beside it."""
+    """Names of the saves of `root` with complete weights."""
     folder = folder_of(root, "")
     is_there = root.name == FULL and folder.is_dir()
     return [path.name for path in folder.iterdir()] if is_there else []
 
 
 def folder_of(root: Path, name: str) -> Path:
-    """Where the complete weights of save `name` lie."""
+    """The folder of the complete weights of save `name`."""
     return root.parent / INTEGRATED_FOLDER / name
 
 
-def _holds(folder: Path, inputs: Collection[Path]) -> bool:
-    """Whether an input is `folder`, or lies in it."""
+def _contains_input(folder: Path, inputs: Collection[Path]) -> bool:
+    """Whether an input is `folder`, or is inside of it."""
     place = folder.resolve()
     return any(path.is_relative_to(place) for path in inputs)

@@ -1,7 +1,7 @@
 """Names of checkpoint files: `{prefix}_rank_{rank}[_{counter}]-{epoch}_{step}.safetensors`.
 
-The counter tells runs apart that wrote into the same folder under the same prefix; the first run
-has none. Manifest and state drop the rank: `{prefix}[_{counter}]-{epoch}_{step}.json`.
+The counter distinguishes runs in the same folder with the same prefix; the first run has none.
+Manifest and state have no rank: `{prefix}[_{counter}]-{epoch}_{step}.json`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ RANK_FILE = re.compile(
 
 @dataclass(frozen=True)
 class SaveName:
-    """What names one save of one run, all ranks together."""
+    """The name of one save of one run, for all ranks."""
 
     prefix: str
     counter: int
@@ -34,7 +34,7 @@ class SaveName:
 
     @property
     def label(self) -> str:
-        """Names the run among those of the folder: prefix and counter."""
+        """Prefix and counter, which identify the run in its folder."""
         return f"{self.prefix}_{self.counter}" if self.counter else self.prefix
 
     @property
@@ -58,8 +58,8 @@ def epoch_and_step_in_name(
 ) -> tuple[int, int]:
     """The two numbers of a file name after `global_step` steps.
 
-    The epoch (from 1) and the step inside it; when k > 1 steps sink at a time, ceil(steps / k) and
-    k, as MindFormers has it.
+    The epoch (from 1) and the step inside it; with a sink size k > 1, ceil(steps / k) and k, as in
+    MindFormers.
     """
     if sink_size > 1:
         return -(-global_step // sink_size), sink_size
@@ -68,8 +68,8 @@ def epoch_and_step_in_name(
 
 
 def global_step_of_name(epoch: int, step: int, steps_per_epoch: int, sink_size: int) -> int:
-    """The optimizer steps done at the save with these two numbers in its name: what
-    `epoch_and_step_in_name` made them of, as far as they tell."""
+    """The optimizer steps done at the save with these two numbers in its name: the inverse of
+    `epoch_and_step_in_name`, rounded up to the sink size."""
     if sink_size > 1 and step == sink_size:
         return epoch * sink_size
     return (epoch - 1) * steps_per_epoch + step

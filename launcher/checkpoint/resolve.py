@@ -12,15 +12,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from launcher.checkpoint.cleanup import is_unfinished
+from launcher.checkpoint.catalog import RankFile, is_unfinished
 from launcher.checkpoint.folder import Folder, scan
 from launcher.checkpoint.validation import (
     Found,
-    RankFile,
     latest_valid,
     no_valid_save,
     open_valid_ranks,
-    rank_files_of,
     warn_skipped,
 )
 from launcher.errors import Problem, UserError
@@ -118,7 +116,7 @@ def _open_save(path: Path, folder: Folder, world: World, log: Log, strategy: str
     """The source of one save: the published candidate of `folder`, or by the names of files."""
     root, candidates = folder.root, folder.candidates
     if candidates:
-        label, files = str(candidates[0].name), rank_files_of(candidates[0])
+        label, files = str(candidates[0].name), candidates[0].rank_files
     else:
         save = on_all_ranks(world, lambda: newest(path) if path.is_dir() else save_of(path))
         label, files = save.label, [RankFile(file) for file in save.in_rank_order]

@@ -1,4 +1,4 @@
-"""What CheckpointMonitor asks of a run, and of its steps: no more of either is known to saves."""
+"""The interface of a run, and of its steps, that CheckpointMonitor uses."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from launcher.parallel.world import World
 
 
 class Savable(Protocol):
-    """What a run shows of itself to be saved (`launcher.train.run.TrainRun` is one)."""
+    """A run that can be saved, as `launcher.train.run.TrainRun`."""
 
     world: World
     mesh: Mesh
@@ -42,7 +42,7 @@ class Savable(Protocol):
 
 
 class Step(Protocol):
-    """What is looked at of a step that was done."""
+    """The result of a training step."""
 
     @property
     def embedding_norm(self) -> float | None: ...

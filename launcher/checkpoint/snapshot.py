@@ -1,9 +1,9 @@
-"""Snapshots: a copy of a state in host memory, so that training goes on while it is written.
+"""Snapshots: a copy of the state in host memory, so that training continues while it is written.
 
-Owns that memory: one piece, made at the first snapshot and used again for every other. Tensors lie
-in it as they will in the file of the rank, so that whole blocks of it can go to the disk as they
-are. Where tensors come from a GPU it is locked in place, and copies run at the speed of the bus.
-Invariant: what `take` gave before is no longer valid once it is called again.
+Owns that memory: one buffer, allocated at the first snapshot and reused. Its tensors have the order
+of the rank file, so that large blocks are written without another copy. For tensors on a GPU it is
+page-locked, so that copies run at full speed. Invariant: the tensors of a snapshot are valid until
+`take` is called again.
 """
 
 from __future__ import annotations
@@ -28,23 +28,23 @@ class Snapshot:
         self._is_locked = False
 
     def __del__(self) -> None:
-        with suppress(Exception):  # at the end of the process CUDA may be gone
+        with suppress(Exception):  # CUDA may be shut down at the end of the process
             self._unlock()
 
     @property
     def nbytes(self) -> int:
-        """Of the memory that is held for tensors."""
+        """Size of the buffer."""
         return self._memory.numel()
 
     def take(self, held: Mapping[str, Shard]) -> dict[str, Shard]:
-        """The same shards with their values of now, in host memory."""
+        """The same shards with their current values, in host memory."""
         tensors = {name: shard.tensor.detach() for name, shard in held.items()}
         order = in_file_order(
             Slot(name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape))
             for name, tensor in tensors.items()
         )
         on_gpu = any(tensor.device.type == "cuda" for tensor in tensors.values())
-        self._make_room(sum(slot.nbytes for slot in order), locked=on_gpu)
+        self._allocate(sum(slot.nbytes for slot in order), locked=on_gpu)
         taken, start = dict[str, Shard](), 0
         for slot in order:
             tensor = tensors[slot.name]
@@ -57,11 +57,11 @@ class Snapshot:
             torch.cuda.synchronize()
         return taken
 
-    def _make_room(self, nbytes: int, *, locked: bool) -> None:
+    def _allocate(self, nbytes: int, *, locked: bool) -> None:
         if self._memory.numel() >= nbytes:
             return
         self._unlock()
-        self._memory = torch.empty(0, dtype=torch.uint8)  # let go of the smaller one first
+        self._memory = torch.empty(0, dtype=torch.uint8)  # free the smaller one first
         memory = torch.empty(nbytes + mmap.PAGESIZE, dtype=torch.uint8)
         use_huge_pages([(memory.data_ptr(), memory.numel())])
         start = -memory.data_ptr() % mmap.PAGESIZE
@@ -70,7 +70,7 @@ class Snapshot:
             # Not `pin_memory=True`: that rounds up to a power of two, twice the memory at worst.
             # https://docs.nvidia.com/cuda/cuda-runtime-api/group__CUDART__MEMORY.html
             error = torch.cuda.cudart().cudaHostRegister(self._memory.data_ptr(), nbytes, 0)
-            self._is_locked = int(error) == 0  # else copies are slower, and as right
+            self._is_locked = int(error) == 0  # else copies are only slower
 
     def _unlock(self) -> None:
         if self._is_locked:

@@ -1,9 +1,8 @@
-"""Space: is there room for one before its first byte is written?
+"""Disk space: checked before the first byte of a save is written.
 
-Owns the question to the file system. A disk that fills up in the middle of a save has cost minutes
-of writing, and leaves no room for the logs that would tell. What this does not see: quotas, and
-what other programs or other machines write meanwhile; then the save fails as it writes, and the
-checkpoints there are stay whole all the same.
+A disk that fills up during a save costs minutes of writing, and leaves no space for logs. This
+check does not see quotas, or what other programs and machines write meanwhile. Then the save fails
+during writing, and earlier checkpoints stay valid all the same.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from pathlib import Path
 from launcher.parallel.world import World
 
 SMALL_FILES_BYTES = 1 << 20
-"""Left for the state, the manifest and the records of the ranks."""
+"""Reserved for the state, the manifest and the records of the ranks."""
 
 
 def bytes_on_host(world: World, nbytes: int) -> int:
@@ -31,22 +30,22 @@ def size_text(nbytes: float) -> str:
 
 
 def free_bytes(root: Path) -> int | None:
-    """Free bytes where `root` lies; None where the file system does not say how large it is, as
-    some over a network. Raises `OSError`."""
+    """Free bytes at `root`; None where the file system has no size, as some network file systems.
+    Raises `OSError`."""
     found = os.statvfs(root)
     return found.f_bavail * found.f_frsize if found.f_blocks else None
 
 
 def room_for(root: Path, nbytes: int) -> None:
-    """Check that `nbytes` of rank files, and the small files of a save, fit where `root` lies.
+    """Check that `nbytes` of rank files, and the small files of a save, fit at `root`.
 
-    Raises `OSError` (ENOSPC) that gives both sizes, and that of the system when `root` cannot be
-    asked about. A file system that does not say how large it is, as some over a network, has room.
+    Raises `OSError` (ENOSPC) with both sizes, or that of `statvfs`. A file system without a size is
+    assumed to have room.
     """
     free = free_bytes(root)
     if free is not None and free < nbytes + SMALL_FILES_BYTES:
         raise OSError(
             errno.ENOSPC,
-            f"no room: {nbytes / 1e6:,.1f} MB are to be written, {free / 1e6:,.1f} MB are free",
+            f"no room: the save takes {nbytes / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are free",
             str(root),
         )

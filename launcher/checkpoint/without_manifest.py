@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from launcher.checkpoint.cleanup import unfinished
+from launcher.checkpoint.catalog import RankFile, unfinished
 from launcher.checkpoint.names import SaveName, parse_rank_file
 from launcher.checkpoint.resolve import check_unpublished
-from launcher.checkpoint.validation import FAULTS_SHOWN, Found, RankFile, open_valid_ranks
+from launcher.checkpoint.validation import FAULTS_SHOWN, Found, open_valid_ranks
 from launcher.errors import Problem, UserError
 from launcher.extensions import SAVE_LIMITS, installed
 from launcher.parallel.world import World
@@ -77,7 +77,7 @@ def newest_complete(
             return save, found.source
         problems = found.error.problems if found.error else ()
         reasons = [*found.faults[:FAULTS_SHOWN], *map(str, problems)]
-        log(f"passed over {save.label}: {'; '.join(reasons)}")
+        log(f"skipped {save.label}: {'; '.join(reasons)}")
         newest = newest or (*(Problem(what=text) for text in found.faults), *problems)
     raise UserError([
         Problem(

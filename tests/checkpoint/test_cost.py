@@ -1,4 +1,4 @@
-"""What saves take of the disk and of the time: figures, and when they are a warning."""
+"""Disk space and time of saves: numbers, and when they are a warning."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from launcher.checkpoint import cost
-from launcher.checkpoint.cost import Forecast, Pace, forecast, kept_saves
+from launcher.checkpoint.cost import Forecast, SaveOverhead, forecast
+from launcher.checkpoint.retention import kept_saves
 from launcher.checkpoint.store import Store
 from launcher.parallel.filesystems import FilesystemGroups
 from launcher.parallel.world import World
@@ -22,10 +23,10 @@ def of(**changes: object) -> Forecast:
 
 
 def test_the_line_has_every_figure() -> None:
-    line = "out: each save takes 2.0 GB, 5 kept: 10.0 GB together, 100.0 GB are free"
+    line = "out: each save takes 2.0 GB, 5 kept: 10.0 GB together, 100.0 GB free"
     assert str(of()) == line
     assert str(of(free_bytes=None)) == "out: each save takes 2.0 GB, 5 kept: 10.0 GB"
-    every = "out: each save takes 500.0 MB, all are kept, 100.0 GB are free"
+    every = "out: each save takes 500.0 MB, all are kept, 100.0 GB free"
     assert str(of(save_bytes=GB // 2, kept=None)) == every
 
 
@@ -75,10 +76,10 @@ def test_each_disk_has_figures_of_its_own(tmp_path: Path, monkeypatch: pytest.Mo
 def test_more_than_a_tenth_of_the_time_is_a_warning(
     save_seconds: float, step_seconds: float, suggested: int | None
 ) -> None:
-    pace, now, said = Pace(), 0.0, []
+    overhead, now, said = SaveOverhead(), 0.0, []
     for step in range(1, 8):
         now += step_seconds
-        said.append(pace.add(step, now, now + save_seconds))
+        said.append(overhead.add(step, now, now + save_seconds))
         now += save_seconds
     warnings = [line for line in said if line]
     assert len(warnings) == (suggested is not None)

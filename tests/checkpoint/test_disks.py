@@ -13,12 +13,13 @@ from typing import Any
 import pytest
 import torch
 
-from launcher.checkpoint.cleanup import clean_filesystems
+from launcher.checkpoint.catalog import in_progress_marker, published
+from launcher.checkpoint.commit import Commit
 from launcher.checkpoint.folder import scan
 from launcher.checkpoint.names import SaveName
-from launcher.checkpoint.published import in_progress_marker, published
 from launcher.checkpoint.resolve import open_weights
 from launcher.checkpoint.resume import Chosen, choose
+from launcher.checkpoint.run_folders import clean_filesystems
 from launcher.checkpoint.store import Saved, Store
 from launcher.errors import UserError
 from launcher.layout.box import Box
@@ -208,8 +209,7 @@ def flip(folder: Path) -> None:
 
 
 DAMAGES = [
-    (remove("manifest/CKP-1_2.json"), "passed over CKP-1_2: the disk of rank {leader} has no whole "
-                                      "manifest of it"),
+    (remove("manifest/CKP-1_2.json"), "the file system of rank {leader} has no valid manifest"),
     (remove("rank_*/*-1_2.safetensors"), "is missing"),
     (remove("state/CKP-1_2.json"), "cannot be read"),
     (flip, "changed"),
@@ -227,10 +227,10 @@ def test_damage_on_one_disk_makes_all_ranks_take_the_one_before(
     chosen, said = nodes.choose()
     assert [found and (found.name.step, found.is_newest) for found in chosen] == [(1, False)] * 4
     assert any(
-        line.startswith("passed over CKP-1_2: ") and reason.format(leader=2 * node) in line
+        line.startswith("skipped CKP-1_2: ") and reason.format(leader=2 * node) in line
         for line in said
     ), said
-    assert nodes.save(1, counter=1)[0].trouble == ""
+    assert nodes.save(1, counter=1)[0].warning == ""
     chosen, _ = nodes.choose()
     assert [found and str(found.name) for found in chosen] == ["CKP_1-1_1"] * 4
     assert {found.sequence for found in published(nodes.folders[1 - node])} == {1, 2, 3}
@@ -344,15 +344,15 @@ def test_a_save_that_fails_on_one_disk_is_nowhere(
 ) -> None:
     nodes.save(1, keep=1)
     before = nodes.left()
-    plain = getattr(Store, moment)
+    plain = getattr(Commit, moment)
 
-    def full(store: Store, *arguments: Any) -> Any:
-        if store.root == nodes.folders[node]:
+    def full(commit: Commit, *arguments: Any) -> Any:
+        if commit.root == nodes.folders[node]:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "disk")
-        return plain(store, *arguments)
+        return plain(commit, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Store, moment, full)
+        patch.setattr(Commit, moment, full)
         (text,) = {str(outcome) for outcome in nodes.save(2, keep=1)}
     assert f"rank {2 * node}: No space left on device" in text
     assert nodes.left() == before
@@ -383,7 +383,7 @@ def test_a_crash_between_two_manifests_is_cleared_away_on_both_disks(
     chosen, said = nodes.choose()
     assert [found and (found.name.step, found.is_newest) for found in chosen] == [(1, True)] * 4
     leader = 2 * node
-    assert said == [f"passed over CKP-1_2: the disk of rank {leader} has no whole manifest of it"]
+    assert said == [f"skipped CKP-1_2: the file system of rank {leader} has no valid manifest"]
     assert nodes.clean() == [8] * WORLD  # on each disk two files of ranks, a state, an intent
     assert nodes.left() == before
     assert nodes.clean() == [0] * WORLD

@@ -1,4 +1,4 @@
-"""One run at a time trains into a folder."""
+"""Only one run at a time uses a folder."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.workshop import Workshop
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: Any) -> None:
-    monkeypatch.setattr(module, "PATIENCE_SECONDS", 0.0)
+    monkeypatch.setattr(module, "WAIT_SECONDS", 0.0)
 
 
 def test_a_second_run_is_refused_and_the_folder_is_free_again(tmp_path: Path) -> None:
@@ -26,7 +26,7 @@ def test_a_second_run_is_refused_and_the_folder_is_free_again(tmp_path: Path) ->
     with in_use(folders, ALONE):
         for again in (folders, folders[1:]):
             with (
-                pytest.raises(UserError, match="another run is training into"),
+                pytest.raises(UserError, match="another run is using"),
                 in_use(again, ALONE),
             ):
                 pass
@@ -53,6 +53,6 @@ def test_a_refused_run_leaves_the_files_of_the_other_alone(
     with in_use([Path("output")], ALONE):
         Path("output/resolved.yaml").write_text("of the other run")
         assert cli.main(["--config", name, "--run_mode", "train"]) == 2
-        assert "another run is training into output" in capsys.readouterr().err
+        assert "another run is using output" in capsys.readouterr().err
         assert Path("output/resolved.yaml").read_text() == "of the other run"
         assert "metrics.jsonl" not in os.listdir("output")

@@ -13,7 +13,7 @@ import shutil
 
 import pytest
 
-from launcher.checkpoint.published import published
+from launcher.checkpoint.catalog import published
 from tests.checkpoint.killing import Fault, Operation, operations, run_killed, run_killed_after
 from tests.ranks import run_job
 from tests.workshop import Workshop

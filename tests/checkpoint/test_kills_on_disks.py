@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.checkpoint.published import published
+from launcher.checkpoint.catalog import published
 from launcher.parallel.filesystems import TOKEN
 from tests.checkpoint.killing import Fault, Operation, operations, place, run_killed
 from tests.checkpoint.test_kills import faults_of

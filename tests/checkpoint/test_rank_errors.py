@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from launcher.checkpoint.catalog import published
 from launcher.checkpoint.names import SaveName
-from launcher.checkpoint.published import published
 from launcher.checkpoint.resume import choose
 from launcher.checkpoint.store import Store
 from launcher.errors import UserError

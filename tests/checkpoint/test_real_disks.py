@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from launcher.checkpoint import store
-from launcher.checkpoint.published import published
+from launcher.checkpoint import commit
+from launcher.checkpoint.catalog import published
 from launcher.checkpoint.resume import choose
 from launcher.checkpoint.space import SMALL_FILES_BYTES
 from launcher.layout.mesh import Mesh
@@ -51,11 +51,11 @@ def full_disk(
     """A run on a disk of `nbytes`, what it left there, and the run that goes on with more room."""
     small = folder / "small"
     mounts.small_disk(small, nbytes)
-    plain = store.room_for
+    plain = commit.room_for
     if not asked:
-        store.room_for = lambda root, nbytes: None
+        commit.room_for = lambda root, nbytes: None
     first = _job(ARGUMENTS, str(folder))
-    store.room_for = plain
+    commit.room_for = plain
     left = steps(small / "checkpoint"), [p.name for p in small.rglob("*") if p.is_file()]
     mounts.resize(small, 100_000_000)
     return first, *left, _job([*ARGUMENTS, "--resume_training", "True"], str(folder))
@@ -160,5 +160,5 @@ def test_a_file_that_may_not_be_read_is_named_and_passed_over(open_folder: Path,
     (open_folder / paths[role]).chmod(0)
     name, said = run_ranks(1, as_nobody, open_folder)[0]
     assert name == "CKP-1_1"
-    assert "passed over CKP-1_2" in said[0]
+    assert "skipped CKP-1_2" in said[0]
     assert str(open_folder / paths[role]) in said[0]

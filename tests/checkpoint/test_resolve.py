@@ -93,7 +93,7 @@ def test_weights_need_no_state_a_resume_does(tmp_path: Path) -> None:
     chosen = choose(tmp_path, True, ALONE, said.append)
     assert chosen is not None
     assert str(chosen.name) == "CKP-1_1"
-    assert said == [f"passed over CKP-1_2: {tmp_path}/state/CKP-1_2.json cannot be read"]
+    assert said == [f"skipped CKP-1_2: {tmp_path}/state/CKP-1_2.json cannot be read"]
 
 
 def test_a_damaged_manifest_is_passed_over_or_done_without(tmp_path: Path) -> None:
@@ -103,7 +103,7 @@ def test_a_damaged_manifest_is_passed_over_or_done_without(tmp_path: Path) -> No
     manifests[1].write_text("{")
     found, said = opened(tmp_path)
     assert found == {"CKP_rank_0-1_1.safetensors", "CKP_rank_1-1_1.safetensors"}
-    assert said[0] == f"passed over CKP-1_2: {manifests[1]} is damaged"
+    assert said[0] == f"skipped CKP-1_2: {manifests[1]} is damaged"
     file = tmp_path / "rank_0/CKP_rank_0-1_2.safetensors"
     assert opened(file)[1] == [
         f"{manifests[1]} is damaged: the files of CKP-1_2 are taken by their names",

@@ -1,7 +1,8 @@
-"""One save in all its folders: what fails in one, what is tried again, what is let go."""
+"""One save in all its folders: what fails in one, what is tried again, what is removed."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -9,16 +10,19 @@ import torch
 from safetensors.torch import load_file
 
 from launcher.checkpoint import saver as module
-from launcher.checkpoint.cleanup import next_counter, remove_unfinished
+from launcher.checkpoint.catalog import in_progress_marker, next_counter, published
+from launcher.checkpoint.cleanup import remove_unfinished
+from launcher.checkpoint.commit import Commit
+from launcher.checkpoint.contents import NETWORK
 from launcher.checkpoint.integrated import FULL, INTEGRATED_FOLDER, folder_of
 from launcher.checkpoint.names import SaveName
-from launcher.checkpoint.published import in_progress_marker, published
-from launcher.checkpoint.saver import NETWORK, Saver, SaveRequest, SaveResult
+from launcher.checkpoint.saver import Saver, SaveRequest, SaveResult
 from launcher.checkpoint.store import Store
 from launcher.errors import UserError
 from launcher.layout.mesh import Mesh
 from launcher.parallel.world import World
 from launcher.weights.formats.rank_metadata import inventory_of
+from launcher.layout.shard import Shard
 from tests.checkpoint.crew import ALONE, together
 from tests.tools.checkpoints import held
 
@@ -154,15 +158,15 @@ def test_merged_weights_go_with_a_save_that_was_being_let_go(tmp_path: Path) -> 
 
 def test_a_save_that_another_run_cleared_away_is_not_published(tmp_path: Path, monkeypatch) -> None:
     store = Store(tmp_path, "CKP", 0, 5)
-    plain = Store._write
+    plain = Commit._write
 
-    def write_and_lose(self: Store, name: SaveName, *more: object) -> object:
-        written = plain(self, name, *more)  # type: ignore[arg-type]
+    def write_and_lose(self: Commit, shards: Mapping[str, Shard]) -> object:
+        written = plain(self, shards)
         remove_unfinished(tmp_path)
         return written
 
-    monkeypatch.setattr(Store, "_write", write_and_lose)
+    monkeypatch.setattr(Commit, "_write", write_and_lose)
     name, shards = SaveName("CKP", 0, 1, 1), held({"w": torch.ones(4)}, Mesh(), 0)
-    with pytest.raises(UserError, match="another run that writes here cleared this save away"):
+    with pytest.raises(UserError, match="another run in this folder removed this save"):
         store.save(name, shards, {"global_step": 1}, mesh=Mesh(), world=ALONE)
     assert published(tmp_path) == []

@@ -11,16 +11,18 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from launcher.checkpoint.cleanup import next_counter, remove_unfinished
+from launcher.checkpoint.catalog import Published, in_progress_marker, next_counter, published
+from launcher.checkpoint.cleanup import remove_unfinished
+from launcher.checkpoint.commit import Commit
 from launcher.checkpoint.names import (
     SaveName,
     epoch_and_step_in_name,
     global_step_of_name,
     parse_rank_file,
 )
-from launcher.checkpoint.published import Published, in_progress_marker, published
 from launcher.checkpoint.resolve import open_weights
 from launcher.checkpoint.resume import choose
+from launcher.checkpoint.retention import superseded
 from launcher.checkpoint.store import Store
 from launcher.errors import UserError
 from launcher.layout.box import full_box
@@ -254,7 +256,7 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, damage: str) -> None:
     assert chosen is not None
     assert chosen.name.step == 10
     if not damage.startswith("manifest"):
-        assert "passed over CKP-1_20" in said[0]
+        assert "skipped CKP-1_20" in said[0]
 
 
 def test_when_none_is_whole_the_user_is_told(tmp_path) -> None:
@@ -281,7 +283,7 @@ def test_complete_weights_are_no_checkpoint_to_go_on_from(tmp_path, place: str) 
     with pytest.raises(UserError) as caught:
         choose(tmp_path / place, True, ALONE, print)
     said = str(caught.value)
-    assert f"{tmp_path / place} holds weights, but no checkpoint of this launcher" in said
+    assert f"{tmp_path / place} has weights, but no checkpoint to resume from" in said
     assert "Use run_mode finetune to start from weights alone" in said
 
 
@@ -303,7 +305,7 @@ def test_the_only_checkpoint_outlives_a_save_that_fails(tmp_path, monkeypatch, m
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "disk")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Store, moment, full)
+        patch.setattr(Commit, moment, full)
         with pytest.raises(UserError, match="No space left on device"):
             save(tmp_path, 20, keep=1)
     chosen = choose(tmp_path, True, ALONE, print)
@@ -357,12 +359,12 @@ def test_one_checkpoint_of_so_many_minutes_stays(tmp_path, monkeypatch) -> None:
     assert [c.name.step for c in published(tmp_path)] == [1, 4, 7, 8]
 
 
-def test_saves_of_unknown_times_stay_and_a_clock_set_back_lets_none_go(tmp_path) -> None:
+def test_saves_of_unknown_times_stay_and_a_clock_set_back_removes_none(tmp_path) -> None:
     def found(step: int, saved_at: float) -> Published:
         manifest = {"sequence": step, "saved_at": saved_at}
         return Published(tmp_path, SaveName("CKP", 0, 1, step), manifest)
 
     times = (0, 0, 9000, 9060, 100, 160, 700, 760)
     saves = [found(step, at) for step, at in enumerate(times, 1)]
-    store = Store(tmp_path, "CKP", 0, 0, keep_minutes=10)
-    assert [old.name.step for old in store._superseded(saves)] == [4, 6]
+    old = superseded(saves, 0, keep_minutes=10)
+    assert [save.name.step for save in old] == [4, 6]

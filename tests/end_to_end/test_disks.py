@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from launcher.checkpoint.published import in_progress_marker, published
+from launcher.checkpoint.catalog import in_progress_marker, published
 from tests.ranks import JobResult, _job, run_ranks
 from tests.workshop import Workshop
 
@@ -82,7 +82,7 @@ def test_a_run_goes_on_from_what_both_disks_have(machines: Machines) -> None:
             newest.manifest_path.rename(in_progress_marker(root, newest.name))
     result = machines.train("parts", steps=6, monitor={"keep_checkpoint_max": 1})
     assert result.codes == [0] * 4, result.stderr
-    assert "passed over CKP-1_4: the disk of rank 2 has no whole manifest of it" in result.stdout
+    assert "skipped CKP-1_4: the file system of rank 2 has no valid manifest" in result.stdout
     assert "removed 8 files of a save that was never finished" in result.stdout
     assert "training: steps 3 to 6" in result.stdout
     assert machines.losses("parts") == machines.losses("whole")
@@ -100,7 +100,7 @@ def test_what_lies_on_another_disk_is_an_error_of_all_ranks(machines: Machines) 
     published(machines.root("a", "run"))[-1].files[1].unlink()
     result = machines.train("run", steps=6)
     assert result.codes == [2] * 4, result.stderr
-    assert "passed over CKP-1_4: " in result.stdout
+    assert "skipped CKP-1_4: " in result.stdout
     assert "rank_1/CKP_rank_1-1_4.safetensors is missing" in result.stdout
     reported = {line.removeprefix(f"[rank {rank}] ") for rank, line in zip(
         range(4), result.stderr.splitlines(), strict=True)}  # fmt: skip

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from launcher.checkpoint.published import published
+from launcher.checkpoint.catalog import published
 from tests.ranks import JobResult, run_job
 from tests.workshop import Workshop
 
@@ -207,7 +207,7 @@ def test_without_a_healthy_save_there_is_no_resume(workshop: Workshop) -> None:
     assert train(workshop, "output", callbacks=[monitor]).code == 0
     refused = train(workshop, "output", callbacks=[monitor], resume_training=True)
     assert refused.code == 2
-    assert "passed over CKP-1_20: it is not healthy" in refused.stdout
+    assert "skipped CKP-1_20: it is not healthy" in refused.stdout
     assert "no checkpoint in output/checkpoint can be used" in refused.stderr
 
 

@@ -205,7 +205,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_passed_over(workshop: Workshop
     content[-100] ^= 1
     newest.write_bytes(content)
     result = run(workshop, name, 1, "--resume_training", "True")
-    assert "passed over CKP-1_20" in result.stdout
+    assert "skipped CKP-1_20" in result.stdout
     assert "step 10 of 20" in result.stdout
     assert workshop.losses()[10:] == workshop.losses()[-10:]
     assert len(workshop.losses()) == 20, "the rows of steps 11 to 20 are made again, not doubled"

@@ -110,8 +110,8 @@ def test_in_its_own_folder_under_another_name(saved: Workshop, tmp_path: Path) -
     before = {n: s for n, s in stamps(workshop.folder / "mf").items() if "meta.json" not in n}
     name = workshop.yaml(**merged(CUT, monitor(keep_checkpoint_max=1)))
     result = resume(workshop, name, "mf", world=2)
-    assert "passed over CKP-1_20: " in result.stdout
-    assert "passed over CKP-1_15: mf/checkpoint/rank_0/CKP_rank_0-1_15.safeten" in result.stdout
+    assert "skipped CKP-1_20: " in result.stdout
+    assert "skipped CKP-1_15: mf/checkpoint/rank_0/CKP_rank_0-1_15.safeten" in result.stdout
     assert "resumed: CKP-1_10 of mf/checkpoint, step 10 of 20" in result.stdout
     assert "strategy: not written, mf/strategy says how rank files beside it" in result.stdout
     assert workshop.losses("mf") == workshop.losses("whole")[10:]

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM
 
-from launcher.checkpoint.published import published
+from launcher.checkpoint.catalog import published
 from launcher.weights.ranks.saves import open_any_format
 from tests.ranks import JobResult, run_job
 from tests.weights.content import content

@@ -147,7 +147,7 @@ def test_a_save_that_is_not_complete_is_passed_over(tmp_path: Path, damage: str)
     for size in (1, 2):
         found, said = chosen(root, size=size)
         assert found.label == "mf-1_5"
-        assert said[0].startswith("passed over mf-1_10: ")
+        assert said[0].startswith("skipped mf-1_10: ")
     expected = {
         "gone": "and no other rank holds its parts",
         "cut": f"{file} is not a valid safetensors file",
@@ -165,7 +165,7 @@ def test_copies_do_not_stand_in_for_a_rank(tmp_path: Path) -> None:
     found, said = chosen(tmp_path)
     assert found.label == "CKP-1_5"
     assert said[1] == (
-        f"passed over CKP-1_10: {tmp_path}: rank 1 has no valid file of it: 2 ranks wrote it."
+        f"skipped CKP-1_10: {tmp_path}: rank 1 has no valid file of it: 2 ranks wrote it."
     )
 
 

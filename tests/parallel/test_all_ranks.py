@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from launcher.checkpoint.commit import Commit
 from launcher.checkpoint.names import SaveName
 from launcher.checkpoint.space import room_for
 from launcher.checkpoint.store import Store
@@ -127,7 +128,7 @@ def test_only_a_full_disk_calls_for_space_in_a_save(tmp_path: Path, monkeypatch)
     path, keeps the advice of that problem and adds nothing about space."""
 
     def advice_of(fail: Callable[..., None]) -> str:
-        monkeypatch.setattr(Store, "_write", lambda self, *more: fail())
+        monkeypatch.setattr(Commit, "_write", lambda self, *more: fail())
         store, state = Store(tmp_path, "CKP", 0, 0), {"global_step": 1}
         with pytest.raises(UserError) as caught:
             store.save(SaveName("CKP", 0, 1, 1), {}, state, mesh=Mesh(), world=ALONE)

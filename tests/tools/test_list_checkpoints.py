@@ -109,7 +109,7 @@ def test_a_resume_takes_no_weights_alone(root: Path, capsys) -> None:
 
 
 def test_clocks_do_not_decide(root: Path, capsys, monkeypatch) -> None:
-    monkeypatch.setattr("launcher.checkpoint.store.time.time", lambda: 1.0)
+    monkeypatch.setattr("launcher.checkpoint.commit.time.time", lambda: 1.0)
     save(root, 20, ("w", "adam_m.w"))
     assert lines(root, capsys)[-1].split()[:2] == [">", "CKP-1_20"]
 
