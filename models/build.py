@@ -18,6 +18,7 @@ from torch import nn
 from launcher.errors import UserError
 from launcher.layout.box import Shape, full_box
 from launcher.layout.shard import Shard
+from launcher.weights.formats.tokenizer_files import TOKENIZER_EXTRA_FILES, TOKENIZER_FILES
 from launcher.weights.obsolete import is_obsolete
 from launcher.weights.source import Source
 from launcher.weights.tensor_mapping import MappingsOf, mapped, no_mapping
@@ -35,11 +36,7 @@ __all__ = [
     "no_weight_decay", "parameter_count", "retie", "tied_names",
 ]  # fmt: skip
 
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.json", "vocab.txt",
-    "merges.txt", "chat_template.jinja", "generation_config.json",
-)  # fmt: skip
+MODEL_FILES = (*TOKENIZER_FILES, *TOKENIZER_EXTRA_FILES, "generation_config.json")
 NAMED_TEMPLATES = "additional_chat_templates"
 """Folder of the chat templates beside the default one, as transformers saves them."""
 
@@ -217,7 +214,7 @@ def hf_directory_files(
                 advice="Name the directory with the tokenizer files",
             )
         templates = sorted(Path(source_dir, NAMED_TEMPLATES).glob("*.jinja"))
-        for name in (*TOKENIZER_FILES, *(f"{NAMED_TEMPLATES}/{path.name}" for path in templates)):
+        for name in (*MODEL_FILES, *(f"{NAMED_TEMPLATES}/{path.name}" for path in templates)):
             path = Path(source_dir, name)
             if path.is_file():
                 files[name] = path.read_bytes()

@@ -16,12 +16,7 @@ from launcher.errors import UserError
 from launcher.json_text import UNAMBIGUOUS, NotJson, line_and_column, parse
 from launcher.layout.mesh import Mesh, training_mesh
 from launcher.weights.formats.placeholders import placeholder
-
-TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt"),
-    "spiece.model",
-    "sentencepiece.bpe.model",
-)
+from launcher.weights.formats.tokenizer_files import TOKENIZER_FILES
 
 _CONTEXT_ALGORITHMS = {
     "colossalai_cp": "ring",

@@ -13,16 +13,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from launcher.config.checks.check import Check
-from launcher.config.derived import TOKENIZER_FILES, tokenizer_dir
+from launcher.config.derived import tokenizer_dir
 from launcher.config.provenance import KeyProblem
 from launcher.config.schema import DatasetSection
 from launcher.errors import Problem
 from launcher.weights.formats.placeholders import is_pointer, placeholder
+from launcher.weights.formats.tokenizer_files import TOKENIZER_EXTRA_FILES, TOKENIZER_FILES
 
-HUB_FILES = (
-    *TOKENIZER_FILES, "special_tokens_map.json", "added_tokens.json", "merges.txt",
-    "chat_template.jinja",
-)  # fmt: skip
+HUB_FILES = (*TOKENIZER_FILES, *TOKENIZER_EXTRA_FILES)
 _BINARY_OR_JSON = (".json", ".model")
 """Extensions of files that are never empty, and no page; of others a pointer alone is none."""
 LOOKED_AT = 64
