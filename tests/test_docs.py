@@ -119,7 +119,7 @@ def test_checkpoints_page(folder: Path) -> None:
     names = {path.stem for path in (folder / "output/saving/checkpoint/manifest").glob("*.json")}
     assert len(names) == 3
     log = (folder / "output/saving/log/rank_0/info.log").read_text()
-    assert "beside training, which waited" in log
+    assert "in the background, training waited" in log
 
 
 def test_weights_page(folder: Path) -> None:

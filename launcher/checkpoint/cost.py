@@ -36,7 +36,7 @@ class Forecast:
 
     def __str__(self) -> str:
         each = f"{self.root}: each save takes {size_text(self.save_bytes)}"
-        free = "" if self.free_bytes is None else f"{size_text(self.free_bytes)} free"
+        free = "" if self.free_bytes is None else f"{size_text(self.free_bytes)} are free"
         if self.kept is None:
             return f"{each}, all are kept{f', {free}' if free else ''}"
         together = f"{self.kept} kept: {size_text(self.kept * self.save_bytes)}"

@@ -113,18 +113,16 @@ def _system_problems(
 
 
 def _user_problems(failed: Mapping[int, RankError], prefix: str, ranks: int) -> Iterable[Problem]:
-    """The problems of the first ranks that failed, each once; ranks are named where not all of them
-    have a problem."""
-    first_ranks = list(failed)[:RANKS_SHOWN]
-    found = dict[Problem, list[int]]()
-    for rank, error in failed.items():
-        for problem in error.problems:
-            found.setdefault(problem, []).append(rank)
-    for problem, with_it in found.items():
-        if with_it[0] in first_ranks:
-            names = ", ".join(map(str, with_it[:RANKS_SHOWN]))
-            who = f"rank {names}: " if len(with_it) < ranks else ""
-            yield replace(problem, what=prefix + who + problem.what)
+    """The problems of the first rank that has any, with the ranks that share them where not all do.
+
+    Other ranks mostly have the same cause under other names, which would bury the first.
+    """
+    first = next((error.problems for error in failed.values() if error.problems), ())
+    for problem in first:
+        found_by = [rank for rank, error in failed.items() if problem in error.problems]
+        names = ", ".join(map(str, found_by[:RANKS_SHOWN]))
+        who = f"rank {names}: " if len(found_by) < ranks else ""
+        yield replace(problem, what=prefix + who + problem.what)
 
 
 def _remedy(numbers: set[int]) -> str:

@@ -1,4 +1,4 @@
-"""Ranks as threads of one process, for saves of several ranks without starting any."""
+"""Ranks as threads of one process, for saves of several ranks without starting processes."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ STATE = {"global_step": 20, "consumed_samples": 160, "loss_scale": 65536.0, "see
 
 
 class Crewmate(World):
-    """A rank of a crew: what a `World` says through torch.distributed goes through `table`."""
+    """A rank whose collectives exchange values through `table` instead of torch.distributed."""
 
     table: list[Any]
     meeting: threading.Barrier
 
     def with_long_timeout(self) -> World:
-        """These ranks wait as long as ever."""
+        """These ranks have one timeout."""
         return self
 
     def barrier(self) -> None:
-        """Wait until every thread is here."""
+        """Wait for all threads."""
         self.meeting.wait(60)
 
     def gather(self, value: Any) -> list[Any]:
@@ -40,7 +40,7 @@ class Crewmate(World):
         self.table[self.rank] = value
         self.barrier()
         values = list(self.table)
-        self.barrier()  # no one puts the next value before all have these
+        self.barrier()  # nobody overwrites the table before all have read it
         return values
 
     def from_main(self, value: Any) -> Any:
@@ -49,7 +49,7 @@ class Crewmate(World):
 
 
 def together(size: int, work: Callable[[World], Any]) -> list[Any]:
-    """`work` on `size` ranks at once; what each gave, in rank order."""
+    """The results of `work` on `size` ranks at once, in rank order."""
     table, meeting = [None] * size, threading.Barrier(size)
     crew = []
     for rank in range(size):

@@ -1,8 +1,8 @@
 """Killing: runs that end by SIGKILL at a chosen file operation of their saves.
 
-Owns the fault points. They are injected where files are touched (`os.pwrite`, `os.fsync`,
-`os.replace` and so on), for what lies below the folder of checkpoints; the product knows nothing of
-it. The ranks are forked from the server of `tests.ranks`, so that a run starts in no time.
+Owns the fault points. They are injected into file operations (`os.pwrite`, `os.fsync`, `os.replace`
+and so on) below the folder of checkpoints, without changes to the code under test. The ranks are
+forked from the server of `tests.ranks`, so that a run starts quickly.
 """
 
 from __future__ import annotations
@@ -28,30 +28,30 @@ NUMBERS = re.compile(r"rank_\d+|-\d+_\d+|_\d+\.")
 
 @dataclass(frozen=True)
 class Fault:
-    """The `index`-th operation of rank `rank` (from 0): the process dies there."""
+    """Kill rank `rank` at its `index`-th operation (from 0)."""
 
     rank: int
     index: int
     moment: str = "before"
-    """`before` it, `after` it, or `half`: when half of the bytes of a write are in the file."""
+    """`before` it, `after` it, or `half`: after half of the bytes of a write."""
 
 
 @dataclass(frozen=True)
 class Operation:
-    """An operation that a run did on a file of its checkpoints."""
+    """A file operation of a run on its checkpoints."""
 
     name: str
     path: str
-    """Below the folder of checkpoints."""
+    """Relative to the folder of checkpoints."""
 
     @property
     def kind(self) -> str:
-        """The operation and the role of the file, whatever its rank and step."""
+        """The operation and the role of the file, without rank and step."""
         return f"{self.name} {NUMBERS.sub('*', self.path)}"
 
 
 class Watch:
-    """Counts the operations below `root` and carries out a fault."""
+    """Counts the operations below `root` and injects a fault."""
 
     def __init__(self, root: Path, fault: Fault | None) -> None:
         self.root = str(root)
@@ -60,7 +60,7 @@ class Watch:
         self._lock = threading.Lock()
 
     def install(self) -> None:
-        """Stand between Python and the operating system."""
+        """Wrap the functions of the `os` module."""
         for name in OPERATIONS:
             setattr(os, name, self._watched(name, getattr(os, name)))
         plain_open = io.open
@@ -99,20 +99,20 @@ class Watch:
                 original(descriptor, content[: len(content) // 2], position)
             elif self.fault.moment == "after":
                 original(*arguments, **options)
-        finally:  # also when it failed, as mkdir does where it has to make the parents first
+        finally:  # also after an error, as mkdir raises where it has to create parents first
             os.kill(os.getpid(), signal.SIGKILL)
         return None
 
 
 def place(folder: Path, rank: int, world_size: int, filesystems: int) -> Path:
-    """The current directory of a rank: one for all, or one for the ranks of each disk."""
+    """The current directory of a rank: one for all, or one for each file system."""
     return folder if filesystems == 1 else folder / f"disk_{rank * filesystems // world_size}"
 
 
 def operations(
     folder: Path, arguments: Sequence[str], world_size: int, filesystems: int = 1
 ) -> list[list[Operation]]:
-    """What each rank of an undisturbed run does on the files of its checkpoints."""
+    """The file operations of each rank in a run without faults."""
     codes = _run(folder, arguments, world_size, None, filesystems=filesystems)
     places = [place(folder, rank, world_size, filesystems) for rank in range(world_size)]
     assert codes == [0] * world_size, (places[0] / "rank_0.log").read_text()
@@ -123,7 +123,7 @@ def operations(
 def run_killed(
     folder: Path, arguments: Sequence[str], world_size: int, fault: Fault, filesystems: int = 1
 ) -> None:
-    """A run in which `fault` happens; the other ranks are killed when they are alone."""
+    """A run with `fault`; the other ranks are killed afterwards."""
     codes = _run(folder, arguments, world_size, fault, filesystems=filesystems)
     log = place(folder, fault.rank, world_size, filesystems) / f"rank_{fault.rank}.log"
     assert codes[fault.rank] == -signal.SIGKILL, log.read_text()
@@ -132,8 +132,8 @@ def run_killed(
 def run_killed_after(
     folder: Path, arguments: Sequence[str], world_size: int, seconds: float
 ) -> bool:
-    """A run all of whose ranks are killed `seconds` after the first save began; whether it still
-    ran then."""
+    """A run whose ranks are all killed `seconds` after the first save began. Returns whether it
+    was still running."""
     return -signal.SIGKILL in _run(folder, arguments, world_size, None, after=seconds)
 
 

@@ -22,11 +22,11 @@ def of(**changes: object) -> Forecast:
     return Forecast(**{**known, "root": Path("out"), **changes})  # type: ignore[arg-type]
 
 
-def test_the_line_has_every_figure() -> None:
-    line = "out: each save takes 2.0 GB, 5 kept: 10.0 GB together, 100.0 GB free"
+def test_the_line_has_all_numbers() -> None:
+    line = "out: each save takes 2.0 GB, 5 kept: 10.0 GB together, 100.0 GB are free"
     assert str(of()) == line
     assert str(of(free_bytes=None)) == "out: each save takes 2.0 GB, 5 kept: 10.0 GB"
-    every = "out: each save takes 500.0 MB, all are kept, 100.0 GB free"
+    every = "out: each save takes 500.0 MB, all are kept, 100.0 GB are free"
     assert str(of(save_bytes=GB // 2, kept=None)) == every
 
 
@@ -58,7 +58,7 @@ def test_how_many_saves_stay(arguments: dict[str, int], expected: int | None) ->
     assert kept_saves(**arguments) == expected
 
 
-def test_each_disk_has_figures_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_file_system_is_counted_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cost, "free_bytes", lambda root: 30 if root.name == "a" else 1000)
     filesystems = FilesystemGroups(((0, 1), (2,)))
 

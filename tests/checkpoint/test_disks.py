@@ -1,4 +1,4 @@
-"""Checkpoints without a shared disk: four ranks on two nodes, each of which sees its own folder."""
+"""Checkpoints without a shared file system: four ranks on two nodes, each with its own folder."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class Nodes:
         return together(WORLD, work)
 
     def choose(self) -> tuple[list[Chosen | None], list[str]]:
-        """What each rank chose, and what rank 0 said."""
+        """The choice of each rank, and the log of rank 0."""
         said: list[str] = []
 
         def work(world: World) -> Chosen | None:
@@ -109,7 +109,7 @@ def test_ranks_of_one_machine_and_folder_see_one_disk_and_nothing_is_written(tmp
     assert not folder.parent.exists()
 
 
-def test_a_token_tells_disks_apart_and_is_gone_again(nodes: Nodes) -> None:
+def test_a_token_distinguishes_disks_and_is_removed(nodes: Nodes) -> None:
     for folder in nodes.folders:
         folder.mkdir(parents=True)
         (folder / f"{module.TOKEN}left").touch()  # by a crash
@@ -131,7 +131,7 @@ def test_machines_that_share_a_disk_see_one(tmp_path, monkeypatch) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_who_leads_and_what_falls_to_whom() -> None:
+def test_leaders_and_shares() -> None:
     worlds = [World(rank, WORLD, torch.device("cpu")) for rank in range(WORLD)]
     assert [TWO.is_leader(world) for world in worlds] == [True, False, True, False]
     assert [range(5)[TWO.share(world)] for world in worlds] == [range(0, 5, 2), range(1, 5, 2)] * 2
@@ -175,7 +175,7 @@ def test_each_disk_has_its_files_and_the_same_manifest(nodes: Nodes) -> None:
         assert len(found.source.elsewhere) == 2
 
 
-def test_the_oldest_go_from_both_disks(nodes: Nodes) -> None:
+def test_the_oldest_are_removed_from_both_disks(nodes: Nodes) -> None:
     for step in (1, 2, 3):
         nodes.save(step, keep=1)
     assert nodes.steps() == [[3], [3]]
@@ -236,7 +236,7 @@ def test_damage_on_one_disk_makes_all_ranks_take_the_one_before(
     assert {found.sequence for found in published(nodes.folders[1 - node])} == {1, 2, 3}
 
 
-def test_files_that_were_put_together_are_one_disk_again(nodes: Nodes, tmp_path) -> None:
+def test_files_merged_into_one_folder_are_one_disk_again(nodes: Nodes, tmp_path) -> None:
     nodes.save(1)
     for folder in nodes.folders:
         shutil.copytree(folder, tmp_path / "shared", dirs_exist_ok=True)
@@ -254,7 +254,7 @@ def loaded(world: World, source: Any, rank: int) -> torch.Tensor:
     return tensor
 
 
-def test_ranks_read_what_they_see_and_are_told_of_what_they_do_not(nodes: Nodes) -> None:
+def test_ranks_read_local_files_and_report_others(nodes: Nodes) -> None:
     nodes.save(1)
 
     def work(world: World) -> tuple[torch.Tensor, str]:
@@ -277,7 +277,7 @@ def test_ranks_read_what_they_see_and_are_told_of_what_they_do_not(nodes: Nodes)
     )
 
 
-def test_tools_look_at_what_lies_on_one_disk(nodes: Nodes) -> None:
+def test_tools_check_the_files_of_one_disk(nodes: Nodes) -> None:
     nodes.save(1)
     (row,) = list_checkpoints(nodes.folders[1])
     assert row.state == "whole, but 2 of its files lie on other disks (ranks 0, 1)"
@@ -290,7 +290,7 @@ def test_tools_look_at_what_lies_on_one_disk(nodes: Nodes) -> None:
     assert not verify(nodes.folders[1]).is_complete
 
 
-def test_a_file_that_one_disk_has_stands_for_its_save(nodes: Nodes) -> None:
+def test_a_rank_file_on_one_disk_selects_its_save(nodes: Nodes) -> None:
     for step in (1, 2):
         nodes.save(step)
 
@@ -305,7 +305,7 @@ def test_a_file_that_one_disk_has_stands_for_its_save(nodes: Nodes) -> None:
 
 
 @pytest.mark.parametrize("node", [0, 1])
-def test_all_ranks_hear_that_one_disk_has_nothing_that_can_be_read(nodes: Nodes, node: int) -> None:
+def test_unreadable_files_on_one_disk_are_the_error_of_all(nodes: Nodes, node: int) -> None:
     nodes.save(1)
     for file in nodes.folders[node].glob("rank_*/*.safetensors"):
         file.write_bytes(bytes(file.stat().st_size))
@@ -321,7 +321,7 @@ def test_all_ranks_hear_that_one_disk_has_nothing_that_can_be_read(nodes: Nodes,
     assert f"rank_{2 * node}/CKP_rank_{2 * node}-1_1.safetensors" in said[0]
 
 
-def test_all_ranks_hear_that_one_disk_has_a_folder_and_nothing_in_it(tmp_path) -> None:
+def test_an_empty_folder_on_one_disk_is_the_error_of_all(tmp_path) -> None:
     nodes = Nodes(tmp_path)
     for rank in range(WORLD):
         (nodes.folders[rank // 2] / f"rank_{rank}").mkdir(parents=True)
@@ -339,7 +339,7 @@ def test_all_ranks_hear_that_one_disk_has_a_folder_and_nothing_in_it(tmp_path) -
 
 @pytest.mark.parametrize("node", [0, 1])
 @pytest.mark.parametrize("moment", ["_prepare", "_write", "_manifest_inputs", "_publish"])
-def test_a_save_that_fails_on_one_disk_is_nowhere(
+def test_a_save_that_fails_on_one_disk_is_removed_from_all(
     nodes: Nodes, monkeypatch, moment: str, node: int
 ) -> None:
     nodes.save(1, keep=1)
@@ -360,7 +360,7 @@ def test_a_save_that_fails_on_one_disk_is_nowhere(
     assert nodes.steps() == [[2], [2]]
 
 
-def test_what_one_disk_had_published_is_not_written_again_nor_lost(nodes: Nodes) -> None:
+def test_a_save_published_on_one_disk_is_not_overwritten_nor_lost(nodes: Nodes) -> None:
     nodes.save(1)
     before = nodes.left() - {"b: manifest/CKP-1_1.json"}
     (nodes.folders[1] / "manifest/CKP-1_1.json").unlink()
@@ -370,9 +370,7 @@ def test_what_one_disk_had_published_is_not_written_again_nor_lost(nodes: Nodes)
 
 
 @pytest.mark.parametrize("node", [0, 1])
-def test_a_crash_between_two_manifests_is_cleared_away_on_both_disks(
-    nodes: Nodes, node: int
-) -> None:
+def test_a_crash_between_two_manifests_is_cleaned_up_on_both_disks(nodes: Nodes, node: int) -> None:
     name = SaveName("CKP", 0, 1, 2)
     nodes.save(1)
     before = nodes.left()
@@ -384,7 +382,7 @@ def test_a_crash_between_two_manifests_is_cleared_away_on_both_disks(
     assert [found and (found.name.step, found.is_newest) for found in chosen] == [(1, True)] * 4
     leader = 2 * node
     assert said == [f"skipped CKP-1_2: the file system of rank {leader} has no valid manifest"]
-    assert nodes.clean() == [8] * WORLD  # on each disk two files of ranks, a state, an intent
+    assert nodes.clean() == [8] * WORLD  # on each disk two files of ranks, a state, a marker
     assert nodes.left() == before
     assert nodes.clean() == [0] * WORLD
 
@@ -413,8 +411,8 @@ def test_leftovers_on_one_disk_are_cleaned_by_its_leader(nodes: Nodes) -> None:
     assert nodes.left() == before
 
 
-def test_saves_of_a_shared_disk_count_without_asking_all(tmp_path) -> None:
-    """As ever: manifests that name no disks are those that rank 0 finds."""
+def test_saves_of_a_shared_disk_are_found_by_rank_0(tmp_path) -> None:
+    """Manifests without several disks are those that rank 0 finds."""
     nodes = Nodes(tmp_path)
     for folder in nodes.folders:
         Store(folder, "CKP", 0, 5).save(

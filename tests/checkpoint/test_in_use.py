@@ -36,7 +36,7 @@ def test_a_second_run_is_refused_and_the_folder_is_free_again(tmp_path: Path) ->
         assert not [path for folder in folders for path in folder.iterdir()]
 
 
-def test_the_ranks_of_one_run_hold_it_together(tmp_path: Path) -> None:
+def test_the_ranks_of_one_run_share_the_lock(tmp_path: Path) -> None:
     def work(world: Any) -> str:
         with in_use([tmp_path], world):
             world.barrier()

@@ -1,4 +1,4 @@
-"""The state worked out from what MindFormers writes: where each number comes from."""
+"""The state inferred from files of MindFormers: where each number comes from."""
 
 from __future__ import annotations
 

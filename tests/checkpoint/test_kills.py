@@ -26,7 +26,7 @@ SEED = 20
 
 
 class Killed:
-    """A run of `world` ranks, undisturbed once, and then killed again and again."""
+    """A run of `world` ranks, once without faults, and then killed many times."""
 
     def __init__(self, workshop: Workshop, world: int, beside: bool) -> None:
         self.workshop, self.world = workshop, world
@@ -46,7 +46,7 @@ class Killed:
         self.losses = workshop.losses()
 
     def left(self) -> dict[str, bytes]:
-        """What lies in the folder of checkpoints; of manifests, which have a time, the name."""
+        """The content of the folder of checkpoints; of manifests, which have a time, the name."""
         root = self.output / "checkpoint"
         files = (path for path in root.rglob("*") if path.is_file())
         return {
@@ -56,7 +56,7 @@ class Killed:
         }  # fmt: skip
 
     def die(self, fault: Fault) -> None:
-        """Kill a fresh run there, and see that it goes on as if nothing had been."""
+        """Kill a new run there, and check that it resumes to the same result."""
         shutil.rmtree(self.output)
         run_killed(self.workshop.folder, ARGUMENTS, self.world, fault)
         self.go_on()
@@ -77,7 +77,7 @@ class Killed:
 
 @pytest.fixture(scope="module")
 def killed(materials: Workshop, tmp_path_factory) -> dict[tuple[int, bool], Killed]:
-    """The runs, by ranks and whether they save beside training; made when they are asked for."""
+    """The runs, by ranks and whether they save asynchronously; created on demand."""
     return _Runs(materials, tmp_path_factory)
 
 
@@ -102,7 +102,7 @@ def faults_of(ranks: list[list[Operation]]) -> list[tuple[str, Fault]]:
 
 
 def test_killed_at_every_kind_of_fault_point(killed) -> None:
-    """One of each kind, spread over runs of 1, 2 and 4 ranks, beside training and not."""
+    """One of each kind, spread over runs of 1, 2 and 4 ranks, asynchronous and not."""
     chance = random.Random(SEED)
     alone = faults_of(killed[1, False].operations)
     by_kind: dict[str, list[Fault]] = {}
@@ -124,8 +124,8 @@ def test_killed_at_every_kind_of_fault_point(killed) -> None:
 @pytest.mark.parametrize("beside", [False, True], ids=["waits", "beside"])
 @pytest.mark.parametrize("world", WORLDS)
 def test_killed_at_every_fault_point(killed, world: int, beside: bool) -> None:
-    """Before each operation of a rank alone that waits; a seeded sample of the others, where a rank
-    dies before, after or in the middle of one; and at random times."""
+    """Before each operation of a single rank that saves synchronously; a seeded sample of the
+    others, before, after or in the middle of one; and at random times."""
     run = killed[world, beside]
     chance = random.Random(world)
     faults = [fault for _, fault in faults_of(run.operations)]
@@ -145,7 +145,7 @@ def test_killed_at_every_fault_point(killed, world: int, beside: bool) -> None:
 
 
 def test_a_save_is_made_of_these_operations(killed) -> None:
-    """A kind that the harness does not see is not tested above."""
+    """A kind that the harness misses is not tested above."""
     kinds = {operation.kind for operation in killed[1, False].operations[0]}
     for kind in (
         "pwrite */.CKP_*.safetensors.tmp",
@@ -164,5 +164,5 @@ def test_a_save_is_made_of_these_operations(killed) -> None:
 
 
 def same(pattern: str, kind: str) -> bool:
-    """Whether a kind is of the form `pattern`, in which * stands for anything."""
+    """Whether a kind matches `pattern`, with * for anything."""
     return re.fullmatch(".*".join(map(re.escape, pattern.split("*"))), kind) is not None

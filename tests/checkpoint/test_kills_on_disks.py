@@ -1,4 +1,4 @@
-"""The crash matrix without a shared disk: two machines with two ranks each, killed anywhere.
+"""The crash matrix without a shared file system: two machines with two ranks each, killed anywhere.
 
 As `test_kills`: the run is started again, with nothing done by hand, goes on from the newest save
 that both disks have, and leaves on each what the run that was never killed left there.
@@ -30,7 +30,7 @@ def _go_on(arguments: list[str], folder: str) -> tuple[int, str, str]:
 
 
 class Killed:
-    """A run on two disks, undisturbed once, and then killed again and again."""
+    """A run on two file systems, once without faults, and then killed many times."""
 
     def __init__(self, workshop: Workshop) -> None:
         self.workshop, self.folder = workshop, workshop.folder
@@ -58,7 +58,7 @@ class Killed:
         return [disk / "output" / "checkpoint" for disk in self.filesystems]
 
     def left(self) -> dict[str, bytes]:
-        """What lies on the disks; of manifests, which have a time, the name."""
+        """The content of the file systems; of manifests, which have a time, the name."""
         return {
             str(path.relative_to(self.folder)): b"" if path.parent.name == "manifest"
             else path.read_bytes()
@@ -70,7 +70,7 @@ class Killed:
         return JobResult([code for code, _, _ in found], found[0][1], found[0][2])
 
     def die(self, fault: Fault) -> None:
-        """Kill a fresh run there, and see that it goes on as if nothing had been."""
+        """Kill a new run there, and check that it resumes to the same result."""
         for folder in (self.folder, *self.filesystems):
             shutil.rmtree(folder / "output", ignore_errors=True)
         run_killed(self.folder, self.arguments, WORLD, fault, DISKS)

@@ -1,5 +1,5 @@
-"""Damage: whatever happened to the files of the newest save, a resume finds it and goes back to the
-one before it, or makes up for it from replicas, and says what is wrong."""
+"""Damage: whatever happened to the files of the newest save, a resume detects it, logs it, and uses
+replicas or the save before."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ OLD, NEW = 5, 10
 
 
 def write(root: str, mesh: Mesh, value: float = 0.0) -> None:
-    """A rank's part of two saves; the copies of `c` are the same on all ranks."""
+    """A rank's part of two saves; `c` is replicated on all ranks."""
     world = worlds.start(force_cpu=True)
     layout = Layout(
         SHAPES, mesh, {"a": ShardSpec(0), "b": ShardSpec(1), "c": ShardSpec(sharded=False)}
@@ -54,7 +54,7 @@ def saved(tmp_path_factory) -> dict[int, Path]:
 
 
 def chosen(root: Path) -> tuple[int, str]:
-    """The step a resume goes on from, and what it says."""
+    """The step that is resumed, and the log."""
     said: list[str] = []
     found = choose(root, True, ALONE, said.append)
     assert found is not None
@@ -69,7 +69,7 @@ def files_of(root: Path) -> list[Path]:
 
 @pytest.mark.parametrize("ranks", [1, 4])
 def test_a_flipped_bit_anywhere(saved, tmp_path: Path, ranks: int) -> None:
-    """Any bit of any file is as likely as any other of its file."""
+    """Every bit of a file is equally likely."""
     root = shutil.copytree(saved[ranks], tmp_path / "root")
     assert chosen(root)[0] == NEW
     chance = random.Random(ranks)
@@ -125,7 +125,7 @@ def test_damaged_files(saved, tmp_path: Path, role: str, damage: str) -> None:
 
 
 def test_a_rank_folder_that_is_gone(saved, tmp_path: Path) -> None:
-    """With it the rank's file of the older save, so that nothing is whole; each is named."""
+    """It had the file of the older save too, so that no save is valid; both are logged."""
     root = shutil.copytree(saved[4], tmp_path / "root")
     shutil.rmtree(root / "rank_2")
     said: list[str] = []
@@ -135,7 +135,7 @@ def test_a_rank_folder_that_is_gone(saved, tmp_path: Path) -> None:
         assert f"CKP_rank_2-1_{step}.safetensors is missing" in "\n".join(said)
 
 
-def test_what_copies_hold_makes_up_for_a_lost_rank(tmp_path: Path) -> None:
+def test_replicas_replace_a_lost_rank(tmp_path: Path) -> None:
     root = tmp_path / "copies"
     run_ranks(4, write, str(root), Mesh(dp_replicate=2, tp=2))
     shutil.rmtree(root / "rank_2")
@@ -145,7 +145,7 @@ def test_what_copies_hold_makes_up_for_a_lost_rank(tmp_path: Path) -> None:
 
 
 def test_files_of_two_runs_mixed(saved, tmp_path: Path) -> None:
-    """The same names, sizes and layout, other values: the checksum of the header tells them."""
+    """Same names, sizes and layout, other values: the checksum of the header differs."""
     root = shutil.copytree(saved[4], tmp_path / "root")
     other = tmp_path / "other"
     run_ranks(4, write, str(other), Mesh(tp=4), 1.0)

@@ -1,4 +1,4 @@
-"""Saves on disks that are full, read-only or not readable: real ones, in a process of its own."""
+"""Saves on real file systems that are full, read-only or not readable."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Outcome = tuple[int, str, str]
 
 
 def in_own_mounts(function: Callable[..., Any], *arguments: object) -> Any:
-    """`function` in a process with mounts of its own."""
+    """`function` in a process with private mounts."""
     found = run_ranks(1, _apart, function, arguments)[0]
     if isinstance(found, mounts.NotAllowed):
         pytest.skip(f"this system gives a process no file systems of its own: {found}")
@@ -48,7 +48,7 @@ def steps(root: Path) -> list[int]:
 def full_disk(
     folder: Path, nbytes: int, asked: bool
 ) -> tuple[Outcome, list[int], list[str], Outcome]:
-    """A run on a disk of `nbytes`, what it left there, and the run that goes on with more room."""
+    """A run on a disk of `nbytes`, what it left there, and the resumed run with more room."""
     small = folder / "small"
     mounts.small_disk(small, nbytes)
     plain = commit.room_for
@@ -63,7 +63,7 @@ def full_disk(
 
 @pytest.mark.parametrize("asked", [True, False], ids=["asked", "found out"])
 def test_a_full_disk_costs_the_saves_that_do_not_fit(workshop: Workshop, asked: bool) -> None:
-    """It is asked before a save; where it says there is room and there is none, the save fails."""
+    """Free space is checked before a save; where the check is wrong, the save fails."""
     monitor = {"type": "CheckpointMonitor", "save_checkpoint_steps": 4, "directory": "small",
                "keep_checkpoint_max": 0}  # fmt: skip
     workshop.yaml(callbacks=[{**monitor, "directory": "plenty"}])
@@ -103,7 +103,7 @@ def turning_disk(folder: Path) -> tuple[Outcome, list[int]]:
     return _job(ARGUMENTS, str(folder)), steps(folder / "small/checkpoint")
 
 
-def test_a_disk_that_turns_read_only_and_back(workshop: Workshop) -> None:
+def test_a_disk_that_becomes_read_only_for_a_while(workshop: Workshop) -> None:
     (workshop.folder / "mine.py").write_text(TURNING)
     monitor = {"type": "CheckpointMonitor", "save_checkpoint_steps": 5, "directory": "small"}
     workshop.yaml(callbacks=[monitor, {"type": "Turning"}], register_path="mine.py")
@@ -121,8 +121,8 @@ def read_only_store(folder: Path) -> tuple[Outcome, Outcome]:
     return inside, _job([*ARGUMENTS, *source, "--output_dir", "elsewhere"], str(folder))
 
 
-def test_a_run_reads_from_a_store_that_nobody_may_write_to(workshop: Workshop) -> None:
-    """The reference's X08; into such a folder no run begins."""
+def test_a_run_reads_from_a_folder_that_nobody_may_write_to(workshop: Workshop) -> None:
+    """Case X08 of the reference; no run starts in such a folder."""
     workshop.yaml(runner_config={"stop_step": 10, "batch_size": 8, "max_steps": 20})
     assert run_job(ARGUMENTS, workshop.folder).code == 0
     workshop.yaml()
@@ -137,7 +137,7 @@ def test_a_run_reads_from_a_store_that_nobody_may_write_to(workshop: Workshop) -
 
 @pytest.fixture
 def open_folder() -> Iterator[Path]:
-    """A folder that every user may enter."""
+    """A folder that every user may read."""
     with tempfile.TemporaryDirectory() as name:
         Path(name).chmod(0o755)
         yield Path(name)
@@ -152,7 +152,7 @@ def as_nobody(root: Path) -> tuple[str, list[str]]:
 
 
 @pytest.mark.parametrize("role", ["rank", "state", "manifest"])
-def test_a_file_that_may_not_be_read_is_named_and_passed_over(open_folder: Path, role: str) -> None:
+def test_a_file_that_may_not_be_read_is_logged_and_skipped(open_folder: Path, role: str) -> None:
     for step in (1, 2):
         crew.save(open_folder, step, {"w": torch.ones(64)}, Mesh())
     paths = {"rank": "rank_0/CKP_rank_0-1_2.safetensors", "state": "state/CKP-1_2.json",

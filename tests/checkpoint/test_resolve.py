@@ -1,4 +1,4 @@
-"""The weights a path means: which save, with or without a manifest, and what is said of it."""
+"""The weights at a path: which save, with or without a manifest, and what is logged."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ COPIES = Mesh(dp_replicate=2)
 
 
 def save(root: Path, step: int, mesh: Mesh = COPIES, run: str = "") -> list[Path]:
-    """What ranks would save of a tensor: copies, or pieces where `mesh` cuts."""
+    """What ranks save of a tensor: replicas, or shards where `mesh` splits it."""
     files = []
     for rank in range(mesh.world_size):
         rows = 4 // mesh.dp_shard
@@ -39,7 +39,7 @@ def save(root: Path, step: int, mesh: Mesh = COPIES, run: str = "") -> list[Path
 
 
 def opened(path: Path) -> tuple[set[str], list[str]]:
-    """(files of the source, what was said)."""
+    """(files of the source, log lines)."""
     said: list[str] = []
     source = open_weights(path, ALONE, said.append)
     return {file.name for file in source.headers}, said

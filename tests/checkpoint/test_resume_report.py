@@ -1,4 +1,4 @@
-"""The receipt of a resume: what it says of every kind of change, and when it promises the bits."""
+"""The resume report: its line for every kind of change, and when it promises bitwise equality."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def without(*keys: str) -> dict[str, Any]:
 
 
 def changes(resumption: ResumeDetails) -> list[str]:
-    """The lines below `changed since:`, each with one blank between label and text."""
+    """The lines below `changed since:`, each with one space between label and text."""
     lines = resume_report(resumption)
     assert lines[3] == "changed since:"
     return [" ".join(line.split()) for line in lines[4:]]
@@ -56,7 +56,7 @@ def restored(resumption: ResumeDetails) -> set[str]:
     return set(line.removeprefix("  restored").strip().split(", "))
 
 
-def test_a_run_that_goes_on_as_it_was() -> None:
+def test_an_unchanged_run() -> None:
     assert resume_report(UNCHANGED) == [
         "resumed: CKP-1_10 of output/checkpoint, step 10 of 20",
         "  saved by       8 ranks (pp 2 x dp_shard 2 x tp 2) after 80 samples, 2560 tokens",
@@ -155,7 +155,7 @@ def test_it_fits_on_a_screen(more: int) -> None:
         (replace(UNCHANGED, data_begins_elsewhere=True), "data position"),
     ],
 )
-def test_what_begins_anew_is_not_called_restored(resumption: ResumeDetails, missing: str) -> None:
+def test_what_starts_again_is_not_called_restored(resumption: ResumeDetails, missing: str) -> None:
     assert missing in restored(UNCHANGED)
     assert restored(resumption) == restored(UNCHANGED) - {missing}
 
@@ -173,7 +173,7 @@ def test_a_loss_scale_is_restored_where_it_moves(before: str, now: str, is_resto
     assert ("loss scale 65536" in restored(resumption)) == is_restored
 
 
-def test_a_model_that_is_described_otherwise_is_told() -> None:
+def test_another_model_is_reported() -> None:
     before = {"rope_theta": 10000.0, "num_hidden_layers": 2, "rms_norm_eps": 1e-6}
     saved = {**UNCHANGED.saved, "model": before}
     same = replace(with_facts(model=dict(before)), saved=saved)
@@ -200,7 +200,7 @@ FOREIGN = InferredState(
 )  # fmt: skip
 
 
-def test_a_save_without_a_state_promises_no_bits() -> None:
+def test_a_save_without_a_state_is_not_promised_bitwise() -> None:
     resumption = replace(UNCHANGED, saved=FOREIGN.saved, saved_mesh={}, derived=FOREIGN)
     assert resume_report(resumption) == [
         "resumed: CKP-1_10 of output/checkpoint, step 10 of 20",
@@ -212,7 +212,7 @@ def test_a_save_without_a_state_promises_no_bits() -> None:
     ]
 
 
-def test_a_save_without_a_state_says_what_it_has_and_what_is_left() -> None:
+def test_a_save_without_a_state_lists_what_is_restored() -> None:
     derived = replace(
         FOREIGN, saved={**FOREIGN.saved, "global_batch_size": 4}, has_batch=True, has_scale=True,
         unused=("beta1_power", "learning_rate"),

@@ -40,7 +40,7 @@ def saver(root: Path, *, keep: int = 2, inputs: frozenset[Path] = frozenset()) -
     return Saver(stores, MESH, remove_redundancy=False, integrate=True)
 
 
-def job(world: World, step: int) -> SaveRequest:
+def request(world: World, step: int) -> SaveRequest:
     contents = {
         folder: held({name: NAMED[name] for name in names}, MESH, world.rank)
         for folder, names in FOLDERS.items()
@@ -55,7 +55,7 @@ class Pair:
         self.savers = [saver(root, **options) for _ in range(2)]
 
     def write(self, step: int) -> list[SaveResult]:
-        return together(2, lambda w: self.savers[w.rank].write(job(w, step), w))
+        return together(2, lambda w: self.savers[w.rank].write(request(w, step), w))
 
 
 def steps(root: Path, folder: str) -> list[int]:
@@ -66,7 +66,7 @@ def merged(root: Path) -> list[str]:
     return sorted(path.name for path in (root / INTEGRATED_FOLDER).iterdir())
 
 
-def test_all_folders_get_the_save_and_lose_it_together(tmp_path: Path) -> None:
+def test_saves_are_written_to_and_removed_from_all_folders(tmp_path: Path) -> None:
     pair = Pair(tmp_path)
     for step in (1, 2, 3):
         assert [done.error for done in pair.write(step)] == [None, None]
@@ -99,11 +99,11 @@ def test_weights_that_cannot_be_merged_are_the_error_of_all_ranks(
     assert steps(tmp_path, FULL) == [1]
     assert ("Traceback" in capsys.readouterr().err) == isinstance(error, ValueError)
     monkeypatch.setattr(module, "write_integrated", plain)
-    assert [done.error for done in pair.write(1)] == [None, None], "only what is not there"
+    assert [done.error for done in pair.write(1)] == [None, None], "only what is missing"
     assert merged(tmp_path) == ["CKP-1_1"]
 
 
-def test_a_folder_that_failed_is_tried_again_alone(tmp_path: Path) -> None:
+def test_only_the_folder_that_failed_is_written_again(tmp_path: Path) -> None:
     pair = Pair(tmp_path)
     (tmp_path / NETWORK).write_text("not a folder")
     assert {(done.failed_in, done.saved_in) for done in pair.write(1)} == {(NETWORK, (FULL,))}
@@ -112,7 +112,7 @@ def test_a_folder_that_failed_is_tried_again_alone(tmp_path: Path) -> None:
     assert steps(tmp_path, FULL) == steps(tmp_path, NETWORK) == [1]
 
 
-def test_merged_weights_that_a_run_came_from_stay(tmp_path: Path) -> None:
+def test_merged_weights_that_a_run_was_started_from_stay(tmp_path: Path) -> None:
     Pair(tmp_path).write(1)
     source = (tmp_path / INTEGRATED_FOLDER / "CKP-1_1").resolve()
     pair = Pair(tmp_path, keep=1, inputs=frozenset({source / "model.safetensors"}))
@@ -122,11 +122,11 @@ def test_merged_weights_that_a_run_came_from_stay(tmp_path: Path) -> None:
     assert next_counter(tmp_path / FULL, "CKP") == 1
     for path in (tmp_path / FULL).glob("*/*"):
         path.unlink()
-    assert next_counter(tmp_path / FULL, "CKP") == 1, "no name of merged weights comes twice"
+    assert next_counter(tmp_path / FULL, "CKP") == 1, "no name of merged weights is used twice"
 
 
-def test_saves_of_weights_alone_take_no_merged_weights_with_them(tmp_path: Path) -> None:
-    """Their names may be those of other saves: the folders count their runs apart."""
+def test_removed_saves_of_other_folders_leave_merged_weights(tmp_path: Path) -> None:
+    """Their names may be equal to those of other saves: each folder has its own counter."""
     Pair(tmp_path).write(1)
     for step in (2, 3):
         store = Store(tmp_path / NETWORK, "CKP", 0, 1)
@@ -136,7 +136,7 @@ def test_saves_of_weights_alone_take_no_merged_weights_with_them(tmp_path: Path)
     assert merged(tmp_path) == ["CKP-1_1"]
 
 
-def test_a_killed_merge_is_made_up_for(tmp_path: Path) -> None:
+def test_an_interrupted_merge_is_repeated(tmp_path: Path) -> None:
     Pair(tmp_path).write(1)
     folder = folder_of(tmp_path / FULL, "CKP-1_1")
     folder.rename(folder.with_name(f".{folder.name}.tmp"))
@@ -146,7 +146,7 @@ def test_a_killed_merge_is_made_up_for(tmp_path: Path) -> None:
     assert [path.name for path in folder.parent.iterdir()] == ["CKP-1_1"]
 
 
-def test_merged_weights_go_with_a_save_that_was_being_let_go(tmp_path: Path) -> None:
+def test_merged_weights_are_removed_with_an_unpublished_save(tmp_path: Path) -> None:
     pair = Pair(tmp_path)
     pair.write(1)
     pair.write(2)
@@ -156,7 +156,7 @@ def test_merged_weights_go_with_a_save_that_was_being_let_go(tmp_path: Path) -> 
     assert merged(tmp_path) == ["CKP-1_2"]
 
 
-def test_a_save_that_another_run_cleared_away_is_not_published(tmp_path: Path, monkeypatch) -> None:
+def test_a_save_that_another_run_removed_is_not_published(tmp_path: Path, monkeypatch) -> None:
     store = Store(tmp_path, "CKP", 0, 5)
     plain = Commit._write
 

@@ -1,4 +1,4 @@
-"""A save that cannot fit is refused before it writes; one that fits, or cannot be told, is not."""
+"""A save that cannot fit fails before it writes; one that fits, or may fit, does not."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.checkpoint.crew import ALONE, together
 
 
 def disk(monkeypatch: pytest.MonkeyPatch, **of_disk: int) -> None:
-    """Let every path lie on a disk with these blocks of 4096 bytes."""
+    """Make `statvfs` report these numbers of blocks of 4096 bytes."""
     found = {"f_blocks": 10_000, "f_bavail": 1000, "f_bfree": 9000, "f_frsize": 4096, **of_disk}
     monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(**found))
 
@@ -39,7 +39,7 @@ def test_what_only_root_may_fill_is_not_counted(monkeypatch, tmp_path: Path) -> 
         room_for(tmp_path, 0)
 
 
-def test_a_file_system_that_does_not_say_has_room(monkeypatch, tmp_path: Path) -> None:
+def test_a_file_system_without_a_size_has_room(monkeypatch, tmp_path: Path) -> None:
     disk(monkeypatch, f_blocks=0, f_bavail=0)
     room_for(tmp_path, 1 << 60)
 

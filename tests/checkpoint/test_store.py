@@ -1,4 +1,4 @@
-"""The folder of checkpoints: names, publication, retention, what a crash leaves, who may resume."""
+"""The folder of checkpoints: names, publication, retention, crashes, resume."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_names_are_read_as_they_are_written(text: str, expected) -> None:
 )
 def test_epoch_and_step_of_a_name(global_step: int, sink_size: int, expected) -> None:
     assert epoch_and_step_in_name(global_step, 10, sink_size) == expected
-    rounded = -(-global_step // sink_size) * sink_size  # a last sink that is not full has the name
+    rounded = -(-global_step // sink_size) * sink_size  # a partial last sink is named alike
     assert global_step_of_name(*expected, 10, sink_size) == rounded
 
 
@@ -107,7 +107,7 @@ def test_newest_is_the_highest_sequence_number_whatever_the_times(tmp_path) -> N
 
 
 @pytest.mark.parametrize("meta", ["absent", "older", "no json"])
-def test_meta_is_for_others_and_chooses_nothing(tmp_path, meta: str) -> None:
+def test_meta_json_does_not_choose_the_save(tmp_path, meta: str) -> None:
     save(tmp_path, 10)
     path = tmp_path / "rank_0/meta.json"
     older = path.read_text()
@@ -122,8 +122,8 @@ def test_meta_is_for_others_and_chooses_nothing(tmp_path, meta: str) -> None:
 
 
 @pytest.mark.parametrize("minutes", [0, 10])
-def test_the_oldest_of_a_run_go_and_those_of_other_runs_stay(tmp_path, minutes: int) -> None:
-    """By number and by time; the second run goes on from nothing, the third one from the second."""
+def test_retention_leaves_the_saves_of_other_runs(tmp_path, minutes: int) -> None:
+    """By number and by time; the third run resumes the second one."""
     for step in (1, 2):
         save(tmp_path, step, keep=3)
     later = [Store(tmp_path, "CKP", 1, 0 if minutes else 1, keep_minutes=minutes),
@@ -159,13 +159,13 @@ def test_a_new_run_takes_the_next_counter(tmp_path) -> None:
 
 
 def crash_while_saving(root: Path, step: int, *, prefix: str = "CKP") -> SaveName:
-    """What is there when a process is killed after its rank file, before the manifest."""
+    """The files after a process is killed between rank file and manifest."""
     name = save(root, step, prefix=prefix)
     (root / "manifest" / name.record).rename(in_progress_marker(root, name))
     return name
 
 
-def test_a_crash_leaves_nothing_behind_and_strangers_stay(tmp_path) -> None:
+def test_files_of_a_crash_are_removed_and_other_files_stay(tmp_path) -> None:
     save(tmp_path, 10)
     crash_while_saving(tmp_path, 20)
     folder = tmp_path / "rank_0"
@@ -226,7 +226,7 @@ def test_prefixes_that_look_like_counters_do_not_share_manifests(tmp_path) -> No
         *("manifest cut", "manifest of another", "manifest lies"),
     ],
 )
-def test_a_damaged_checkpoint_is_passed_over(tmp_path, damage: str) -> None:
+def test_a_damaged_checkpoint_is_skipped(tmp_path, damage: str) -> None:
     save(tmp_path, 10)
     name = save(tmp_path, 20)
     file = tmp_path / "rank_0" / name.rank_file(0)
@@ -259,14 +259,14 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, damage: str) -> None:
         assert "skipped CKP-1_20" in said[0]
 
 
-def test_when_none_is_whole_the_user_is_told(tmp_path) -> None:
+def test_without_a_valid_save_there_is_an_error(tmp_path) -> None:
     name = save(tmp_path, 10)
     (tmp_path / "rank_0" / name.rank_file(0)).unlink()
     with pytest.raises(UserError, match=r"no checkpoint in .* can be used"):
         choose(tmp_path, True, ALONE, print)
 
 
-def test_an_empty_folder_is_nothing_and_a_damaged_file_is_no_checkpoint(tmp_path) -> None:
+def test_empty_folders_and_damaged_files(tmp_path) -> None:
     assert choose(tmp_path / "absent", True, ALONE, print) is None
     assert choose(tmp_path, True, ALONE, print) is None
     (tmp_path / "rank_0").mkdir()
@@ -278,7 +278,7 @@ def test_an_empty_folder_is_nothing_and_a_damaged_file_is_no_checkpoint(tmp_path
 
 
 @pytest.mark.parametrize("place", ["", "model.safetensors"])
-def test_complete_weights_are_no_checkpoint_to_go_on_from(tmp_path, place: str) -> None:
+def test_complete_weights_cannot_be_resumed(tmp_path, place: str) -> None:
     save_file({"w": torch.ones(4, 3)}, tmp_path / "model.safetensors")
     with pytest.raises(UserError) as caught:
         choose(tmp_path / place, True, ALONE, print)
@@ -287,7 +287,7 @@ def test_complete_weights_are_no_checkpoint_to_go_on_from(tmp_path, place: str) 
     assert "Use run_mode finetune to start from weights alone" in said
 
 
-def test_a_file_of_a_rank_stands_for_its_save(tmp_path) -> None:
+def test_a_rank_file_selects_its_save(tmp_path) -> None:
     name = save(tmp_path, 10)
     source = open_weights(tmp_path / "rank_0" / name.rank_file(0), ALONE, print)
     assert (source.kind, set(source.tensors)) == ("distributed", {"w"})
@@ -297,8 +297,8 @@ def test_a_file_of_a_rank_stands_for_its_save(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("moment", ["_prepare", "_write", "_publish"])
-def test_the_only_checkpoint_outlives_a_save_that_fails(tmp_path, monkeypatch, moment: str) -> None:
-    """A full disk, at each part of a save before it counts; one checkpoint is kept."""
+def test_the_only_checkpoint_survives_a_save_that_fails(tmp_path, monkeypatch, moment: str) -> None:
+    """A full disk in each phase of a save; one checkpoint is kept."""
     save(tmp_path, 10, keep=1)
 
     def full(*_: object) -> None:

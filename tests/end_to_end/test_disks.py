@@ -112,4 +112,4 @@ def test_what_lies_on_another_disk_is_an_error_of_all_ranks(machines: Machines) 
 def test_complete_weights_need_a_disk_that_all_see(machines: Machines) -> None:
     result = machines.train("run", monitor={"integrated_save": True})
     assert result.codes == [2] * 4
-    assert result.stderr.count("integrated_save: True: rank 2 does not see what rank 0 writes") == 4
+    assert result.stderr.count("True: rank 2 and rank 0 do not share a file system") == 4

@@ -40,7 +40,7 @@ def test_a_save_beside_training_is_the_save_of_its_step(workshop: Workshop, worl
     for output, how in (("waits", False), ("beside", True)):
         result = train(workshop, output, {"async_save": how}, world, **changes)
         assert result.code == 0, result.stderr
-    assert "beside training, which waited" in result.stdout
+    assert "in the background, training waited" in result.stdout
     assert "saved step 20 as CKP-1_20" in result.stdout
     assert len(published(workshop.folder / "beside/checkpoint")) == 4
     waited, beside = files(workshop, "waits"), files(workshop, "beside")
