@@ -57,13 +57,13 @@ Build = Callable[..., RowDataset]
 
 
 @pytest.fixture
-def said() -> list[str]:
-    """The lines that the `build` fixture's datasets said."""
+def logged() -> list[str]:
+    """The lines that the `build` fixture's datasets logged."""
     return []
 
 
 @pytest.fixture
-def build(tmp_path: Path, tokenizer: PreTrainedTokenizerFast, said: list[str]) -> Build:
+def build(tmp_path: Path, tokenizer: PreTrainedTokenizerFast, logged: list[str]) -> Build:
     """build(seq_length=8, packing=True, tokenizer=..., **data_loader settings)."""
 
     def make(*, seq_length: int = 8, packing: bool = True, **settings: Any) -> RowDataset:
@@ -76,7 +76,7 @@ def build(tmp_path: Path, tokenizer: PreTrainedTokenizerFast, said: list[str]) -
             seq_length=seq_length,
             cache_dir=cache_dir,
             once=lambda prepare: prepare(),
-            log=said.append,
+            log=logged.append,
         )
 
     return make

@@ -44,7 +44,7 @@ RECORDS: dict[str, dict[str, Any]] = {
 }
 
 RAW = "\x00raw:"
-"""Begins a text that is written into the JSON as it stands."""
+"""Prefix of a string that is written into the JSON verbatim."""
 VALUES: list[Any] = [
     *(None, True, False, 0, 1, -1, 0.5, 2.5e300, "", " ", "text", "0", "true", "\ud83d", "a\udc00"),
     *([], {}, [None], [1, "a"], {"a": {"b": [1]}}, [["q", "a"]], [["q"]], [{"role": "user"}]),
@@ -153,7 +153,7 @@ ENCODINGS: tuple[Callable[[bytes, random.Random], bytes], ...] = (
 
 
 def to_json(value: Any) -> str:
-    """JSON of a value, with its RAW texts as they stand."""
+    """JSON of a value, with its RAW strings verbatim."""
     text = json.dumps(value)
     mark = json.dumps(RAW)[1:-1]
     while mark in text:
@@ -164,8 +164,8 @@ def to_json(value: Any) -> str:
 
 
 def write(path: Path, records: list[Any], choose: random.Random) -> str:
-    """Write records as the suffix of `path` says, `as it is` or with other bytes (`changed`). Empty
-    where the format cannot hold them."""
+    """Write records in the format of the suffix of `path`, `as it is` or with other bytes
+    (`changed`). Returns an empty string where the format cannot represent them."""
     if path.suffix == ".parquet":
         import pyarrow
         import pyarrow.parquet

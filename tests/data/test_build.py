@@ -1,4 +1,4 @@
-"""From files to rows: what is said, what the cache keeps, what other ranks get."""
+"""From files to rows: what is logged, what the cache keeps, what other ranks get."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def all_inputs(dataset: RowDataset) -> list[int]:
 
 
 def test_packed_text_is_the_stream_of_all_documents(
-    build: Build, corpus: Path, tokenizer: Any, said: list[str]
+    build: Build, corpus: Path, tokenizer: Any, logged: list[str]
 ) -> None:
     dataset = build(dataset_dir=str(corpus), seq_length=16)
     names = ["1.txt", "3.txt", "5.txt", *(f"deep/er/{n}.txt" for n in (0, 2, 4, 6))]
@@ -33,15 +33,15 @@ def test_packed_text_is_the_stream_of_all_documents(
     assert all_inputs(dataset) == stream
     assert int(dataset.target_counts.sum()) == len(stream) - len(names)
     assert dataset.largest_token == max(stream)
-    assert len(said) == 1
-    assert said[0].startswith(
+    assert len(logged) == 1
+    assert logged[0].startswith(
         f"data: 7 documents of 7 file(s), {len(stream):,} tokens, {len(dataset)} rows of 16 ("
     )
-    assert said[0].endswith(" s)")
+    assert logged[0].endswith(" s)")
 
 
-def test_padded_text_is_a_document_a_row_and_says_what_was_cut(
-    build: Build, corpus: Path, tokenizer: Any, said: list[str]
+def test_padded_text_is_a_document_per_row_and_cuts_are_logged(
+    build: Build, corpus: Path, tokenizer: Any, logged: list[str]
 ) -> None:
     dataset = build(dataset_dir=str(corpus), seq_length=16, packing=False)
     assert len(dataset) == 7
@@ -54,11 +54,11 @@ def test_padded_text_is_a_document_a_row_and_says_what_was_cut(
     lengths = [len(tokenizer(path.read_text())["input_ids"]) for path in corpus.rglob("*.txt")]
     cut = sum(length > 16 for length in lengths)
     assert cut == 4
-    assert said[1:] == ["warning: 4 sample(s) longer than seq_length 16 were cut"]
+    assert logged[1:] == ["warning: 4 sample(s) longer than seq_length 16 were cut"]
 
 
 def test_instruction_rows_learn_answers_only(
-    build: Build, tmp_path: Path, chat_tokenizer: Any, said: list[str]
+    build: Build, tmp_path: Path, chat_tokenizer: Any, logged: list[str]
 ) -> None:
     records = [
         {"instruction": "What is a ship?", "output": "It slides."},
@@ -81,41 +81,41 @@ def test_instruction_rows_learn_answers_only(
     assert len(dataset) == 1
     labels = [label for label in dataset.row(0).labels.tolist() if label != -100]
     assert chat_tokenizer.decode(labels) == "It slides.<|im_end|>So.<|im_end|>"
-    assert said[0].startswith("data: 3 conversations of 3 file(s), ")
-    assert said[1:] == [
+    assert logged[0].startswith("data: 3 conversations of 3 file(s), ")
+    assert logged[1:] == [
         "warning: 1 sample(s) with no answer within seq_length 64 were left out; "
         f"the first is {tmp_path}/1.jsonl:1"
     ]
 
 
-def test_the_cache_is_used_again_and_made_anew_when_a_file_changes(
-    build: Build, corpus: Path, said: list[str]
+def test_the_cache_is_reused_until_a_file_changes(
+    build: Build, corpus: Path, logged: list[str]
 ) -> None:
     first = build(dataset_dir=str(corpus))
     again = build(dataset_dir=str(corpus))
-    assert "(from the cache " in said[1]
+    assert "(from the cache " in logged[1]
     assert again.fingerprint == first.fingerprint
 
     path = corpus / "1.txt"
     os.utime(path, ns=(1, 1))  # the same content at another time: read again, equal
     assert build(dataset_dir=str(corpus)).fingerprint == first.fingerprint
-    assert "(from the cache " not in said[2]
+    assert "(from the cache " not in logged[2]
 
     path.write_text(path.read_text() + "!")
     changed = build(dataset_dir=str(corpus))
-    assert "(from the cache " not in said[3]
+    assert "(from the cache " not in logged[3]
     assert changed.fingerprint != first.fingerprint
     assert first.row(0).input_ids.tolist() == again.row(0).input_ids.tolist()
 
 
 def test_a_stream_serves_every_length_from_one_folder(
-    build: Build, corpus: Path, said: list[str]
+    build: Build, corpus: Path, logged: list[str]
 ) -> None:
     short = build(dataset_dir=str(corpus), seq_length=8)
     long = build(dataset_dir=str(corpus), seq_length=32)
-    assert "(from the cache " in said[1]
+    assert "(from the cache " in logged[1]
     assert short.target_counts.sum() == long.target_counts.sum()
-    # The last end token is no target: no row is made for it alone.
+    # The last EOS token is not a target: it does not get a row of its own.
     assert all_inputs(short) == all_inputs(long)[: 8 * len(short)]
     assert len(all_inputs(long)) - len(all_inputs(short)) <= 1
     assert short.fingerprint != long.fingerprint
@@ -132,27 +132,27 @@ def test_a_stream_serves_every_length_from_one_folder(
     ids=["packing", "num_samples", "suffixes", "tokenizer"],
 )
 def test_every_setting_has_its_own_folder(
-    build: Build, corpus: Path, said: list[str], change: dict[str, Any]
+    build: Build, corpus: Path, logged: list[str], change: dict[str, Any]
 ) -> None:
     build(dataset_dir=str(corpus))
     build(dataset_dir=str(corpus), **change)
-    assert "(from the cache " not in said[1]
+    assert "(from the cache " not in logged[1]
 
 
 def test_warnings_are_said_again_with_the_cache(
-    build: Build, corpus: Path, said: list[str]
+    build: Build, corpus: Path, logged: list[str]
 ) -> None:
     (corpus / "bad.txt").write_bytes(b"caf\xe9 au lait")
     build(dataset_dir=str(corpus))
     build(dataset_dir=str(corpus))
-    assert len(said) == 4
-    assert said[1] == said[3]
-    assert "1 file(s) are not valid UTF-8" in said[1]
+    assert len(logged) == 4
+    assert logged[1] == logged[3]
+    assert "1 file(s) are not valid UTF-8" in logged[1]
 
 
 @pytest.mark.parametrize("damage", ["cut", "absent", "facts"])
-def test_a_damaged_folder_is_made_anew(
-    build: Build, corpus: Path, tmp_path: Path, said: list[str], damage: str
+def test_a_damaged_folder_is_made_again(
+    build: Build, corpus: Path, tmp_path: Path, logged: list[str], damage: str
 ) -> None:
     first = build(dataset_dir=str(corpus))
     (tokens,) = (tmp_path / "cache").glob("*/tokens.bin")
@@ -163,7 +163,7 @@ def test_a_damaged_folder_is_made_anew(
     else:
         (tokens.parent / "facts.json").write_text("{")
     assert build(dataset_dir=str(corpus)).fingerprint == first.fingerprint
-    assert "are damaged and are made again" in said[1]
+    assert "are damaged and are made again" in logged[1]
 
 
 def test_nothing_is_left_behind(build: Build, corpus: Path, tmp_path: Path) -> None:
@@ -207,11 +207,11 @@ def test_a_cache_that_cannot_be_written(build: Build, corpus: Path, tmp_path: Pa
 
 
 def test_long_tokenizing_shows_progress(
-    build: Build, corpus: Path, said: list[str], monkeypatch: pytest.MonkeyPatch
+    build: Build, corpus: Path, logged: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("launcher.data.build.PROGRESS_SECONDS", 0.0)
     monkeypatch.setattr("launcher.data.tokens.BATCH_CHARACTERS", 10)
     build(dataset_dir=str(corpus))
-    assert said[0].startswith("tokenizing: 1 read, ")
-    assert said[0].endswith(" tokens/s")
-    assert [line.split(":")[0] for line in said] == ["tokenizing"] * 6 + ["data"]
+    assert logged[0].startswith("tokenizing: 1 read, ")
+    assert logged[0].endswith(" tokens/s")
+    assert [line.split(":")[0] for line in logged] == ["tokenizing"] * 6 + ["data"]

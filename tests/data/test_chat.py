@@ -60,13 +60,13 @@ def samples_of(
     tokenizer: Any, template: str | None, *conversations: list[dict[str, Any]]
 ) -> tuple[list[Any], list[str]]:
     tokenizer.chat_template = template
-    said: list[str] = []
+    logged: list[str] = []
     talks = [
         Conversation(where=f"data.jsonl:{number}", messages=turns)
         for number, turns in enumerate(conversations, 1)
     ]
-    batches = list(tokenize_conversations(talks, tokenizer, said.append))
-    return [sample for batch in batches for sample in batch], said
+    batches = list(tokenize_conversations(talks, tokenizer, logged.append))
+    return [sample for batch in batches for sample in batch], logged
 
 
 def target(tokenizer: Any, sample: Any) -> list[str]:
@@ -117,7 +117,7 @@ def test_only_answers_and_their_end_are_targets(
 
 
 @pytest.mark.parametrize("template", [CHATML, LLAMA2, PLAIN, None])
-def test_the_tokens_are_those_of_the_whole_conversation(own_tokenizer: Any, template: Any) -> None:
+def test_the_tokens_are_those_of_the_full_conversation(own_tokenizer: Any, template: Any) -> None:
     (sample,), _ = samples_of(own_tokenizer, template, TURNS)
     whole = own_tokenizer.apply_chat_template(
         TURNS, chat_template=template or DEFAULT_CHAT_TEMPLATE, tokenize=True, return_dict=True
@@ -126,9 +126,9 @@ def test_the_tokens_are_those_of_the_whole_conversation(own_tokenizer: Any, temp
 
 
 def test_the_default_template_is_said_once(own_tokenizer: Any) -> None:
-    samples, said = samples_of(own_tokenizer, None, *[TURNS] * 600)
+    samples, logged = samples_of(own_tokenizer, None, *[TURNS] * 600)
     assert len(samples) == 600
-    assert said == ["the tokenizer has no chat template: using a ChatML-like one"]
+    assert logged == ["the tokenizer has no chat template: using a ChatML-like one"]
     assert samples_of(own_tokenizer, CHATML, TURNS)[1] == []
 
 
@@ -145,7 +145,7 @@ def test_an_answer_that_repeats_the_question_is_found(own_tokenizer: Any) -> Non
         assert [run.rpartition("\n")[2] for run in runs] == ["ship<|im_end|>"] * 2
 
 
-def test_truncation_settings_of_the_tokenizer_have_no_say(own_tokenizer: Any) -> None:
+def test_truncation_settings_of_the_tokenizer_are_ignored(own_tokenizer: Any) -> None:
     own_tokenizer.backend_tokenizer.enable_truncation(4)
     own_tokenizer.backend_tokenizer.enable_padding(length=500)
     (sample,), _ = samples_of(own_tokenizer, CHATML, TURNS)

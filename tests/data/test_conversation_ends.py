@@ -12,11 +12,11 @@ from .target_runs import target_runs
 from .tokenizers_of_kinds import byte_level
 
 MARKS = ["<|end|>", "<|return|>", "<|user|>", "<|assistant|>", "<|message|>"]
-PHI3 = (  # an end token behind the conversation
+PHI3 = (  # an end token after the conversation
     "{% for m in messages %}{{ '<|' + m.role + '|>\\n' + m.content + '<|end|>\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% else %}{{ eos_token }}{% endif %}"
 )
-ASKS = (  # the first Llama 3: a generation prompt whether asked for or not
+PROMPTS = (  # the first Llama 3: a generation prompt whether requested or not
     "{% for m in messages %}{{ '<|' + m.role + '|>\\n\\n' + m.content + '<|end|>' }}{% endfor %}"
     "{{ '<|assistant|>\\n\\n' }}"
 )
@@ -59,8 +59,8 @@ def talk_of(*contents: str, system: str = "") -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize(
     ("template", "last"),
-    [(PHI3, "<|end|>\n<|im_end|>"), (ASKS, "<|end|>"), (HARMONY, "<|return|>")],
-    ids=["end of the conversation", "asks always", "another mark"],
+    [(PHI3, "<|end|>\n<|im_end|>"), (PROMPTS, "<|end|>"), (HARMONY, "<|return|>")],
+    ids=["end of the conversation", "always prompts", "another mark"],
 )
 @pytest.mark.parametrize(
     "answers",

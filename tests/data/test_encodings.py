@@ -172,7 +172,7 @@ def test_half_a_surrogate_pair_is_an_error_with_record_and_field(
     assert f"{place}: field '{field}' has \\ud83d, half of a surrogate pair" in str(caught.value)
 
 
-def test_a_whole_surrogate_pair_is_one_character(tmp_path: Path) -> None:
+def test_a_complete_surrogate_pair_is_one_character(tmp_path: Path) -> None:
     path = write(tmp_path / "d.jsonl", b'{"instruction":"\\ud83d\\udea2","output":"a"}')
     assert read(path)[0].messages[0]["content"] == "\U0001f6a2"
     assert read(path, "HFDataLoader")[0].text == "\U0001f6a2"
@@ -204,7 +204,7 @@ def test_text_that_looks_like_dates_or_numbers_is_the_text_in_the_file(
 
 
 @pytest.mark.parametrize(
-    ("values", "said"),
+    ("values", "message"),
     [
         ([datetime(2024, 1, 2)], "datetime.datetime(2024, 1, 2, 0, 0), which is a date and time"),
         ([date(2024, 1, 2)], "which is a date"),
@@ -216,7 +216,9 @@ def test_text_that_looks_like_dates_or_numbers_is_the_text_in_the_file(
         ([{"a": "b"}], "= {'a': 'b'}"),
     ],
 )
-def test_columns_of_parquet_that_are_not_text(tmp_path: Path, values: list[Any], said: str) -> None:
+def test_columns_of_parquet_that_are_not_text(
+    tmp_path: Path, values: list[Any], message: str
+) -> None:
     import pyarrow
     import pyarrow.parquet
 
@@ -226,7 +228,7 @@ def test_columns_of_parquet_that_are_not_text(tmp_path: Path, values: list[Any],
     with pytest.raises(UserError) as caught:
         read(path, "HFDataLoader")
     assert f"{path}, record 2: column 'instruction' = " in str(caught.value)
-    assert said in str(caught.value)
+    assert message in str(caught.value)
     assert "Columns with text: body." in str(caught.value)
 
 
@@ -279,8 +281,8 @@ def test_text_of_parquet_that_is_not_utf_8(tmp_path: Path) -> None:
     pyarrow.parquet.write_table(pyarrow.table({"instruction": texts}), tmp_path / "d.parquet")
     with pytest.raises(UserError) as caught:
         read(tmp_path / "d.parquet", "HFDataLoader")
-    said = "d.parquet, record 2: has a string that is not UTF-8 (byte 0xe9 at its offset 1)"
-    assert said in str(caught.value)
+    message = "d.parquet, record 2: has a string that is not UTF-8 (byte 0xe9 at its offset 1)"
+    assert message in str(caught.value)
 
 
 def test_files_whose_names_are_not_utf_8_are_read(tmp_path: Path) -> None:

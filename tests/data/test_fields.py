@@ -202,10 +202,10 @@ WRONG: list[tuple[str, dict[str, Any], str, bool]] = [
     ("a role in capitals", messages({**ANSWER, "role": "ASSISTANT"}), "`assistant`?", True),
     ("a role of sharegpt", messages({**ANSWER, "role": "gpt"}), "mean `assistant`?", True),
     ("tools of another kind", messages(ANSWER, tools={"a": 1}), "'tools' = {'a': 1}", True),
-    ("tools that are no JSON", messages(ANSWER, tools="[{"), "'tools' = '[{'", True),
+    ("tools that are not JSON", messages(ANSWER, tools="[{"), "'tools' = '[{'", True),
     ("calls of another kind", messages({**ANSWER, "tool_calls": "f()"}), "list of objects", False),
     (
-        "arguments that are no JSON",
+        "arguments that are not JSON",
         messages({**ANSWER, "tool_calls": [{"function": {"name": "f", "arguments": "{a"}}]}),
         "'messages[1].tool_calls[0].function.arguments' = '{a': it must be JSON (",
         False,
@@ -219,17 +219,17 @@ WRONG: list[tuple[str, dict[str, Any], str, bool]] = [
 ]
 
 
-@pytest.mark.parametrize(("record", "said", "lenient"), [case[1:] for case in WRONG],
+@pytest.mark.parametrize(("record", "message", "lenient"), [case[1:] for case in WRONG],
                          ids=[case[0] for case in WRONG])  # fmt: skip
 def test_wrong_fields_are_errors_with_the_record_or_waved_through(
-    tmp_path: Path, record: dict[str, Any], said: str, lenient: bool
+    tmp_path: Path, record: dict[str, Any], message: str, lenient: bool
 ) -> None:
     first = {key: value for key, value in record.items() if key in ("messages", "conversations")}
     good = ALPACA if not first else messages(ANSWER) if "messages" in first else sharegpt(GPT)
     with pytest.raises(UserError) as caught:
         read(tmp_path, good, record)
     assert f"{tmp_path}/d.jsonl:2: " in str(caught.value)
-    assert said in str(caught.value)
+    assert message in str(caught.value)
     if not lenient:
         with pytest.raises(UserError):
             read(tmp_path, good, record, strict_fields=False)

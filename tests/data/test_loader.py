@@ -136,7 +136,7 @@ def test_shapes_and_types(dataset: RowDataset) -> None:
     assert step.batches[1].sample_ids.tolist() == [9, 10, 11]
 
 
-def test_an_error_while_reading_ahead_is_raised_when_it_is_asked_for(
+def test_an_error_of_prefetching_is_raised_by_the_next_step(
     dataset: RowDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loader = loader_of(dataset)

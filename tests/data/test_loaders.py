@@ -38,7 +38,7 @@ def read_table(
 
 
 def test_a_new_loader_is_three_functions_and_a_line(
-    tmp_path: Path, build: Any, said: list[str], monkeypatch: pytest.MonkeyPatch, tokenizer: Any
+    tmp_path: Path, build: Any, logged: list[str], monkeypatch: pytest.MonkeyPatch, tokenizer: Any
 ) -> None:
     """Cache, rows and `num_samples` come with it."""
     loader = DataLoader(find_files=find_tables, read_file=read_table, tokenize=tokenize_texts)
@@ -46,8 +46,8 @@ def test_a_new_loader_is_three_functions_and_a_line(
     (tmp_path / "a.csv").write_text("id,text\n1,the ship\n2,a slipway\n3,not read\n")
     for _ in range(2):
         dataset = build(type="CsvDataLoader", dataset_dir=str(tmp_path), num_samples=2)
-    assert [line.partition(":")[0] for line in said] == ["data"] * 2
-    assert "2 documents of 1 file(s)" in said[0]
-    assert "from the cache" in said[1]
+    assert [line.partition(":")[0] for line in logged] == ["data"] * 2
+    assert "2 documents of 1 file(s)" in logged[0]
+    assert "from the cache" in logged[1]
     text = tokenizer.decode(dataset.row(0).input_ids)
     assert text.startswith("the ship<|endoftext|>a ")

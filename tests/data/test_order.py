@@ -1,4 +1,4 @@
-"""The order is a permutation in every epoch, is the same for ever, and seeks in O(1)."""
+"""The order is a permutation in every epoch, never changes, and seeks in O(1)."""
 
 from __future__ import annotations
 

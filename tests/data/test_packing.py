@@ -31,7 +31,7 @@ def store_of(documents: list[list[int]], targets: list[list[bool]] | None = None
 
 @st.composite
 def documents_with_numbers(draw: st.DrawFn, least: int = 1) -> list[list[int]]:
-    """Documents whose tokens are all different, so that a token says where it stood."""
+    """Documents whose tokens are all different, so that a token identifies its place."""
     lengths = draw(st.lists(st.integers(least, 20), min_size=1, max_size=15))
     numbers = iter(range(100_000, 200_000))
     return [[next(numbers) for _ in range(length)] for length in lengths]

@@ -1,4 +1,4 @@
-"""Data of several ranks: one rank of each disk prepares it, all end with the same rows or error."""
+"""Data of several ranks: one rank per file system prepares it; all get the same rows or error."""
 
 from __future__ import annotations
 
@@ -87,10 +87,10 @@ def test_a_fault_of_the_program_reaches_all_too(
     assert [str(r).split(": every")[0] for r in results] == ["rank 0: RuntimeError: a bug"] * 2
 
 
-def test_other_files_on_another_machine_are_told(
+def test_other_files_on_another_machine_are_an_error(
     tmp_path: Path, corpus: Path, tokenizer: Any
 ) -> None:
-    """The same path may hold other files on each machine."""
+    """The same path may have other files on each machine."""
     same = build_on(2, corpus, tokenizer, [tmp_path / "cache"] * 2)
     _check_same([dataset.content for dataset in same])
     shutil.copytree(corpus, tmp_path / "more")

@@ -65,7 +65,7 @@ def check_nothing_is_lost(record: dict[str, Any], shown: str, tally: Tally) -> N
 
 
 def read_damaged(seed: int, folder: Path) -> str:
-    """Read one damaged file as instruction data, check what came of it, and say what that was."""
+    """Read one damaged file as instruction data and check the result, which is returned."""
     form, suffix, records, choose = mutated(seed)
     path = folder / f"{seed}{suffix}"
     written = write(path, records, choose)

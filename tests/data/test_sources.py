@@ -1,4 +1,4 @@
-"""What the data loaders read: real files in real folders, and what is said when they are wrong."""
+"""What the data loaders read from real files, and their errors."""
 
 from __future__ import annotations
 
@@ -172,7 +172,7 @@ def test_columns_that_change_their_type_do_not_matter(tmp_path: Path) -> None:
 
 
 def test_the_split_chooses_files_of_a_folder_only(tmp_path: Path) -> None:
-    folder = tmp_path / "test"  # the folder's own name says nothing
+    folder = tmp_path / "test"  # the folder's own name does not count
     train = write_lines(folder / "train-00000-of-00001.jsonl", {"text": "train"})
     test = write_lines(folder / "my_test.jsonl", {"text": "test"})
     assert read(tmp_path, type="HFDataLoader", dataset_dir=str(folder)) == ["train"]
@@ -386,7 +386,7 @@ CHAT = {"type": "InstructionDataLoader"}
         ),
     ],
 )
-def test_errors_say_what_where_and_how_to_go_on(
+def test_errors_have_place_rule_and_advice(
     tmp_path: Path,
     files: dict[str, str | bytes | None],
     settings: dict[str, Any],
@@ -423,7 +423,7 @@ def test_a_file_without_permission(tmp_path: Path) -> None:
         read(tmp_path, dataset_dir=str(path))
 
 
-def test_without_the_library_the_error_says_what_to_install(
+def test_without_the_library_the_error_has_the_install_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import sys

@@ -91,7 +91,7 @@ def test_the_targets_are_the_tokens_of_the_answer_and_its_mark(
         ("byte-level, trimmed", "space", "Yes", ["\u0120Yes", "<|im_end|>"]),
         ("metaspace", "space", "Yes", ["\u2581Yes", "<|im_end|>"]),
         ("word pieces", "space", "Yes", ["Yes", "<|im_end|>"]),
-        # A space of the prompt alone is no part of an answer, also where offsets leave spaces out.
+        # A space of the prompt is not part of an answer, also where offsets exclude spaces.
         ("byte-level", "space", "", ["<|im_end|>"]),
         ("byte-level, trimmed", "space", "", ["<|im_end|>"]),
         ("byte-level, trimmed", "space", "\u00e9", ["\u00c3", "\u00a9", "<|im_end|>"]),

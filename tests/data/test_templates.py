@@ -1,4 +1,4 @@
-"""Which chat template counts, what it leaves out, and samples without targets."""
+"""Which chat template is used, what it leaves out, and samples without targets."""
 
 from __future__ import annotations
 
@@ -159,24 +159,24 @@ def test_answers_that_are_context_are_no_targets(
     (target,), warnings = targets_of(tokenizer, template, turns, context_turns=frozenset(context))
     parts = {1: TARGETS, 3: "Yes.<|im_end|>"}
     assert target == "".join(text for turn, text in parts.items() if turn not in context)
-    said = (
+    logged = (
         "warning: 1 sample(s) without an answer to train on were left out; the first is d.jsonl:1"
     )
-    assert warnings == ([said] if len(context) == 2 else [])
+    assert warnings == ([logged] if len(context) == 2 else [])
 
 
 # What a template leaves out
 
 
 @pytest.mark.parametrize(
-    ("turns", "said"),
+    ("turns", "logged"),
     [
         (
             [{"role": "system", "content": "A"}, {"role": "system", "content": "B"}, *TALK],
             "d.jsonl:1: the chat template leaves out turn 2 (system): 'B': every turn",
         ),
         (
-            # The text of the turn stands elsewhere, and still the turn is left out.
+            # The text of the turn occurs elsewhere, and the turn is left out all the same.
             [{"role": "system", "content": "A"}, {"role": "system", "content": "ship"}, *TALK],
             "leaves out turn 2 (system): 'ship'",
         ),
@@ -184,11 +184,11 @@ def test_answers_that_are_context_are_no_targets(
     ],
 )
 def test_a_turn_that_the_template_leaves_out_is_an_error(
-    tokenizer: Any, turns: list[dict[str, Any]], said: str
+    tokenizer: Any, turns: list[dict[str, Any]], logged: str
 ) -> None:
     with pytest.raises(UserError) as caught:
         targets_of(tokenizer, ONE_SYSTEM, turns)
-    assert said in str(caught.value)
+    assert logged in str(caught.value)
     texts, warnings = targets_of(tokenizer, ONE_SYSTEM, turns, strict=False)
     assert texts == [TARGETS]
     assert "`content of system turns` (1, first in d.jsonl:1)" in warnings[0]
@@ -263,7 +263,7 @@ def test_tools_that_the_template_does_not_show_are_counted(tokenizer: Any) -> No
 
 
 def test_samples_without_a_lesson_are_counted_with_the_first(
-    build: Build, tmp_path: Path, tokenizer: Any, said: list[str]
+    build: Build, tmp_path: Path, tokenizer: Any, logged: list[str]
 ) -> None:
     tokenizer.chat_template = CHATML
     long = {"messages": [{**QUESTION, "content": "x " * 50}, ANSWER]}
@@ -278,13 +278,13 @@ def test_samples_without_a_lesson_are_counted_with_the_first(
     path = tmp_path / "d.jsonl"
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     for packing in (True, False):
-        said.clear()
+        logged.clear()
         dataset = build(
             type="InstructionDataLoader", dataset_files=[str(path)], tokenizer=tokenizer,
             seq_length=48, packing=packing,
         )  # fmt: skip
         assert len(dataset) == 1
-        assert said[1:] == [
+        assert logged[1:] == [
             "warning: 3 sample(s) without an answer to train on were left out; "
             f"the first is {path}:2",
             "warning: 2 sample(s) with no answer within seq_length 48 were left out; "
@@ -294,7 +294,7 @@ def test_samples_without_a_lesson_are_counted_with_the_first(
 
 @pytest.mark.parametrize("packing", [True, False])
 def test_documents_of_one_token_are_counted(
-    build: Build, tmp_path: Path, said: list[str], packing: bool
+    build: Build, tmp_path: Path, logged: list[str], packing: bool
 ) -> None:
     path = tmp_path / "d.jsonl"
     path.write_text('{"text": "the ship"}\n{"text": "x"}\n{"text": "y"}\n')
@@ -302,12 +302,12 @@ def test_documents_of_one_token_are_counted(
         type="HFDataLoader", dataset_files=[str(path)], packing=packing,
         tokenizer=train_tokenizer(eos_token=None),
     )  # fmt: skip
-    assert said[1:] == [
+    assert logged[1:] == [
         f"warning: 2 sample(s) with fewer than two tokens have no target; the first is {path}:2"
     ]
 
 
-def test_a_file_without_targets_says_why(build: Build, tmp_path: Path, tokenizer: Any) -> None:
+def test_a_file_without_targets_is_explained(build: Build, tmp_path: Path, tokenizer: Any) -> None:
     tokenizer.chat_template = CHATML
     path = tmp_path / "d.jsonl"
     path.write_text(json.dumps({"messages": [QUESTION]}) + "\n")

@@ -34,8 +34,8 @@ def _trainer(kind: Any, **settings: Any) -> Any:
 
 
 def byte_level(*, trim_offsets: bool, use_regex: bool = True) -> PreTrainedTokenizerFast:
-    """Joins a space to the word behind it and line breaks to each other; without the regular
-    expression also a stop to the line break behind it."""
+    """Joins a space to the next word and line breaks to each other; without the regular expression
+    also a full stop to the next line break."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
     tokenizer.decoder = decoders.ByteLevel()
@@ -45,7 +45,7 @@ def byte_level(*, trim_offsets: bool, use_regex: bool = True) -> PreTrainedToken
 
 
 def metaspace() -> PreTrainedTokenizerFast:
-    """As SentencePiece: a space is a part of the word behind it, and one is put before the text."""
+    """As SentencePiece: a space is a part of the next word, and one is put before the text."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()
@@ -53,7 +53,7 @@ def metaspace() -> PreTrainedTokenizerFast:
 
 
 def legacy_llama() -> PreTrainedTokenizerFast:
-    """As the first Llama: the space is put by the normalizer, behind every special token too."""
+    """As the first Llama: the normalizer adds the space, after every special token too."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
@@ -90,7 +90,7 @@ KINDS = {
 
 
 class WithoutOffsets:
-    """The same tokenizer, as one that cannot say which characters a token stands for."""
+    """The same tokenizer without offsets."""
 
     is_fast = False
 

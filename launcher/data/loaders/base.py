@@ -15,7 +15,7 @@ from launcher.data.files import DataFile
 from launcher.data.tally import Tally
 
 Log = Callable[[str], None]
-Sample = TypeVar("Sample")
+SampleT = TypeVar("SampleT")
 
 
 class Document(NamedTuple):
@@ -46,15 +46,15 @@ class Recipe:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataLoader(Generic[Sample]):
+class DataLoader(Generic[SampleT]):
     """How one `data_loader.type` reads its files."""
 
     find_files: Callable[[DataLoaderSection], list[DataFile]]
     """The files that the section names, in a reproducible order."""
-    read_file: Callable[[Path, DataLoaderSection, Path, Tally], Iterator[Sample]]
+    read_file: Callable[[Path, DataLoaderSection, Path, Tally], Iterator[SampleT]]
     """The samples of one file, given the section, a folder for caches and the counts of what is
     left out."""
-    tokenize: Callable[[Iterable[Sample], Recipe, Tally], Iterator[TokenBatch]]
+    tokenize: Callable[[Iterable[SampleT], Recipe, Tally], Iterator[TokenBatch]]
     """The tokens of samples, in batches, in order."""
     has_targets: bool = False
     """Whether only some tokens count for the loss, as in conversations. Such samples are never cut
