@@ -1,7 +1,7 @@
 """Finding and reading configuration files, with their `base_config` chain.
 
-Owns the search for `--config` (the current directory, then the project's configs/), the folding of
-keys that have two names, and how several files become one tree.
+Owns the search for `--config` (the current directory, then configs/ of Slipway), and how several
+files become one tree.
 """
 
 from __future__ import annotations
@@ -9,24 +9,14 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from launcher.config.nodes import Node, merge, read_text
-from launcher.errors import Problem, UserError, did_you_mean, path_problem
+from launcher.config.aliases import without_aliases
+from launcher.config.nodes import Node, find, merge, without
+from launcher.config.yaml_reader import read_text
+from launcher.errors import UserError, did_you_mean, path_problem
 from launcher.project_files import configs
 
 PROJECT_CONFIGS = configs()
-
-ALIASES = {
-    "generation": "generation_config",
-    "load_balanced": "balanced_load",
-    "top_k": "generation_config.top_k",
-    "parallel_config.micro_batch_interleave_num": "micro_batch_interleave_num",
-    "generation_config.max_decode_length": "generation_config.max_length",
-    "lr_schedule.base_lr": "lr_schedule.learning_rate",
-    "checkpoint.reshard_worker_number": "checkpoint.reshard_worker_num",
-}
-"""Second names of keys, folded into the first ones while reading; a section before its keys."""
 
 
 def find_config(path: str) -> Path:
@@ -70,12 +60,12 @@ def _yaml_files(folder: Path) -> str:
 
 
 def load_tree(path: Path, *, name: str = "") -> Node:
-    """One tree of the file and its whole `base_config` chain, aliases folded."""
+    """The tree of a file merged over its `base_config` chain, without second names."""
     return _load(path, name or _shown(path), ())
 
 
 def _shown(path: Path) -> str:
-    """The path as short as it can be said from the current directory."""
+    """The path relative to the current directory where it is below it."""
     relative = os.path.relpath(path)
     return str(path) if relative.startswith(os.pardir) else relative
 
@@ -83,40 +73,39 @@ def _shown(path: Path) -> str:
 def _load(path: Path, name: str, chain: tuple[Path, ...]) -> Node:
     own = read_text(_read(path, name), name)
     if own.value is None:
-        own.value = {}
+        own = Node(value={}, where=own.where)
     if not isinstance(own.value, dict):
         raise UserError(
             "the file is not a mapping",
             where=own.where,
             rule="a configuration consists of `key: value` lines",
         )
-    problems: list[Problem] = []
-    for alias, key in ALIASES.items():
-        fold(own, alias, key, problems)
-    if problems:
-        raise UserError(problems)
-    tree = Node(value={}, where=own.where)
-    base = own.value.pop("base_config", None)
-    for entry in _base_entries(base):
-        parent = path.parent / str(entry.value)
-        here = (*chain, path.resolve())
-        if _resolved(parent, entry) in here:
-            raise UserError(
-                f"base_config = {entry.value!r}",
-                where=entry.where,
-                rule="this is circular, a file cannot be its own base_config",
-            )
-        if not parent.is_file():
-            raise UserError(
-                f"base_config = {entry.value!r}: {parent} does not exist",
-                where=entry.where,
-                rule="base_config is relative to the file it is written in",
-                nearest=did_you_mean(
-                    parent.name, {p.name for p in parent.parent.glob("*.y*ml")} - {path.name}
-                ),
-            )
-        tree = merge(tree, _load(parent, _shown(parent), here))
-    return merge(tree, own)
+    own = without_aliases(own)
+    tree, here = Node(value={}, where=own.where), (*chain, path.resolve())
+    for entry in _base_entries(find(own, "base_config")):
+        base = _base_path(path, entry, here)
+        tree = merge(tree, _load(base, _shown(base), here))
+    return merge(tree, without(own, "base_config"))
+
+
+def _base_path(path: Path, entry: Node, chain: tuple[Path, ...]) -> Path:
+    base = path.parent / str(entry.value)
+    if _resolved(base, entry) in chain:
+        raise UserError(
+            f"base_config = {entry.value!r}",
+            where=entry.where,
+            rule="this is circular, a file cannot be its own base_config",
+        )
+    if not base.is_file():
+        raise UserError(
+            f"base_config = {entry.value!r}: {base} does not exist",
+            where=entry.where,
+            rule="base_config is relative to the file it is written in",
+            nearest=did_you_mean(
+                base.name, {p.name for p in base.parent.glob("*.y*ml")} - {path.name}
+            ),
+        )
+    return base
 
 
 def _resolved(path: Path, entry: Node) -> Path:
@@ -151,58 +140,3 @@ def _read(path: Path, name: str) -> str:
         raise UserError(
             "the file is not UTF-8 text", where=name, rule="a configuration is a YAML file in UTF-8"
         ) from None
-
-
-def canonical(path: str) -> str:
-    """The first name of a key that may be written under its second one."""
-    for alias, key in ALIASES.items():
-        if path == alias or path.startswith(f"{alias}."):
-            path = key + path[len(alias) :]
-    return path
-
-
-def fold(tree: Node, alias: str, key: str, problems: list[Problem]) -> None:
-    """Move what is written at `alias` to `key`; two different values there are a problem."""
-    node = take(tree, alias)
-    if node is None:
-        return
-    _put(tree, key.split("."), node, alias, key, problems)
-
-
-def take(tree: Node, path: str) -> Node | None:
-    """Remove and return the node at a dotted path, None when there is none."""
-    *sections, last = path.split(".")
-    for name in sections:
-        child = tree.value.get(name) if isinstance(tree.value, dict) else None
-        if child is None:
-            return None
-        tree = child
-    popped: Any = tree.value.pop(last, None) if isinstance(tree.value, dict) else None
-    return popped if isinstance(popped, Node) else None
-
-
-def _put(
-    tree: Node, names: list[str], node: Node, alias: str, key: str, problems: list[Problem]
-) -> None:
-    for name in names[:-1]:
-        section = tree.value.setdefault(name, Node(value={}, where=node.where))
-        if section.value is None:
-            section.value = {}
-        if not isinstance(section.value, dict):
-            return  # a wrong type, told when the section is read
-        tree = section
-    present = tree.value.get(names[-1])
-    if present is None:
-        tree.value[names[-1]] = node
-    elif isinstance(present.value, dict) and isinstance(node.value, dict):
-        for name, child in node.value.items():
-            _put(present, [name], child, f"{alias}.{name}", f"{key}.{name}", problems)
-    elif present.plain() != node.plain():
-        problems.append(
-            Problem(
-                what=f"`{alias}` = {node.plain()!r}, but `{key}` = {present.plain()!r}",
-                where=node.where,
-                rule=f"these are two names of one key (the other is at {present.where})",
-                advice=f"Remove `{alias}`",
-            )
-        )

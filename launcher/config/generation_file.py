@@ -23,8 +23,6 @@ SAMPLING = frozenset(
     {"temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "top_h"}
 )
 """Keys that change nothing without `do_sample`."""
-_OURS = frozenset({"seed", "use_past", "parallel_decoding", "window_size", "level"})
-"""Keys of the section that transformers does not know."""
 _HOW_IT_COMPUTES = frozenset({
     "_commit_hash", "_from_model_config", "assistant_confidence_threshold", "assistant_early_exit",
     "assistant_ensemble_weight", "assistant_lookbehind", "cache_config", "cache_implementation",
@@ -36,7 +34,8 @@ _HOW_IT_COMPUTES = frozenset({
     "target_lookbehind", "transformers_version", "use_cache", "use_mtp",
 })  # fmt: skip
 """Keys that change no token where there is one beam and no draft model."""
-_FIELDS = {f.name: f for f in dataclasses.fields(GenerationSection) if f.name not in _OURS}
+_FIELDS = {f.name: f for f in dataclasses.fields(GenerationSection) if f.name != "seed"}
+"""The keys of the section that are keys of transformers too."""
 
 
 @dataclass

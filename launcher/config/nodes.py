@@ -1,40 +1,24 @@
-"""A tree of values that know where they were written.
+"""Trees of values that know where they were written, and the operations on them.
 
-Owns `Node`, reading one YAML file into it (with file:line of every key, through anchors, aliases
-and merge keys), and merging trees. Invariants: reading never runs code and builds nothing but maps,
-lists, strings, numbers, booleans and null; a key written twice in one map is an error.
+Invariant: a tree never changes. Every operation returns another tree and shares what is equal.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-import yaml
 
-from launcher.errors import Problem, UserError
-
-MAX_DEPTH = 20
-MAX_NODES = 100_000
-"""Aliases can multiply: a file of a few lines must not grow without bounds."""
-
-_SCALAR_TAGS = tuple(
-    f"tag:yaml.org,2002:{kind}" for kind in ("null", "bool", "int", "float", "str")
-)
-_STANDARD_TAGS = ("tag:yaml.org,2002:map", "tag:yaml.org,2002:seq")
-
-
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Node:
     """A value and the place it was written: `x.yaml:14` or `command line: --epochs`."""
 
     value: Any
-    """A scalar, a `list[Node]` or a `dict[str, Node]`."""
+    """A scalar, a `list[Node]` or a `dict[str, Node]`; never changed."""
     where: str
     is_text: bool = False
-    """A value typed on the command line: the schema's type says how to read the text."""
+    """Text of the command line, which the type of its key decides how to read."""
 
     def plain(self) -> Any:
         """The value without the places."""
@@ -57,6 +41,10 @@ class Node:
             yield from child.walk(child_path)
 
 
+class NoPlace(Exception):
+    """A path leads into something that has no such key; the text says why."""
+
+
 def from_plain(value: Any, where: str) -> Node:
     """A tree of nodes that were all written at `where`."""
     if isinstance(value, dict):
@@ -76,171 +64,61 @@ def merge(below: Node, above: Node) -> Node:
     return Node(value=merged, where=above.where)
 
 
-class _Loader(yaml.SafeLoader):
-    """Safe, with `1e-4` a float (YAML 1.1 wants `1.0e-4`) and dates plain strings."""
+def find(tree: Node, key: str) -> Node | None:
+    """The node at a dotted key, None when nothing is written there."""
+    node = tree
+    for name in key.split("."):
+        if isinstance(node.value, dict) and name in node.value:
+            node = node.value[name]
+        elif isinstance(node.value, list) and name.isdigit() and int(name) < len(node.value):
+            node = node.value[int(name)]
+        else:
+            return None
+    return node
 
 
-_Loader.yaml_implicit_resolvers = {
-    first: [
-        (tag, pattern)
-        for tag, pattern in resolvers
-        if not tag.endswith((":timestamp", ":float", ":int"))
-    ]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(
-        r"""^(?:[-+]?[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?
-             |[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+
-             |[-+]?\.[0-9][0-9_]*(?:[eE][-+]?[0-9]+)?
-             |[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$""",
-        re.VERBOSE,
-    ),
-    list("-+0123456789."),
-)
-_Loader.add_implicit_resolver(  # without YAML 1.1's base sixty: 12:30 is a text
-    "tag:yaml.org,2002:int",
-    re.compile(r"^(?:[-+]?0b[0-1_]+|[-+]?0x[0-9a-fA-F_]+|[-+]?(?:0|[1-9][0-9_]*))$"),
-    list("-+0123456789"),
-)
+def put(tree: Node, key: str, node: Node) -> Node:
+    """The tree with `node` at a dotted key, in new sections where there are none.
+
+    Raises NoPlace inside a scalar, and beyond the end of a list.
+    """
+    return _put(tree, key.split("."), node, "")
 
 
-def parse_value(text: str) -> Any:
-    """The plain value of one YAML scalar, list or map written on a command line."""
-    try:
-        return read_text(text, "command line").plain()
-    except UserError:
-        return text
+def _put(tree: Node, names: Sequence[str], node: Node, reached: str) -> Node:
+    if not names:
+        return node
+    name, path = names[0], f"{reached}.{names[0]}".lstrip(".")
+    if isinstance(tree.value, list):
+        items = list(tree.value)
+        index = _index(name, len(items))
+        items[index] = _put(items[index], names[1:], node, path)
+        return replace(tree, value=items)
+    if tree.value is None:
+        tree = Node(value={}, where=node.where)
+    if not isinstance(tree.value, dict):
+        raise NoPlace(f"`{reached}` = {tree.value!r} is not a section")
+    child = tree.value.get(name, Node(value=None, where=node.where))
+    return replace(tree, value={**tree.value, name: _put(child, names[1:], node, path)})
 
 
-def read_text(text: str, name: str) -> Node:
-    """The tree of a YAML text; `name` is shown as the file. Raises UserError for bad YAML."""
-    try:
-        loader = _Loader(text)
-        try:
-            root = loader.get_single_node()
-            if root is None:
-                return Node(value={}, where=f"{name}:1")
-            return _Reader(loader, name).node(root)
-        finally:
-            loader.dispose()
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        line = f":{mark.line + 1}" if mark else ""
-        what = (error.problem or error.context or "not YAML").replace("\n", " ")
-        raise UserError(
-            f"this is not valid YAML: {what}",
-            where=f"{name}{line}",
-            rule="keys of one section have the same indentation, and a space follows the colon",
-            advice=_yaml_advice(text, mark.line if mark else None),
-        ) from None
-    except (yaml.YAMLError, ValueError, OverflowError) as error:
-        first_line = str(error).splitlines()[0]
-        raise UserError(
-            f"this is not valid YAML: {first_line}", where=name, advice="Save it as UTF-8 text"
-        ) from None
-    except RecursionError:
-        raise UserError(
-            "the file is nested too deeply", where=name, rule=f"at most {MAX_DEPTH} levels"
-        ) from None
+def _index(name: str, length: int) -> int:
+    if name.isdigit() and int(name) < length:
+        return int(name)
+    held = f"its indices are 0 to {length - 1}" if length else "it is empty"
+    raise NoPlace(f"`{name}` is not an index of this list: {held}")
 
 
-def _yaml_advice(text: str, line: int | None) -> str:
-    lines = text.splitlines()
-    if line is not None and line < len(lines) and "\t" in lines[line]:
-        return "Replace the tab with spaces"
-    return "Fix this line or the one above it"
+def without(tree: Node, key: str) -> Node:
+    """The tree without a dotted key; the same tree when nothing is written there."""
+    return _without(tree, key.split(".")) if find(tree, key) is not None else tree
 
 
-def _refused_tag(node: yaml.Node, where: str) -> UserError:
-    tag = node.tag.replace("tag:yaml.org,2002:", "!!")
-    return UserError(
-        f"the tag `{tag}` is not allowed",
-        where=where,
-        rule="a configuration file holds plain values only",
-        advice="Remove the tag; set register_path for code of your own",
-    )
-
-
-class _Reader:
-    """Turns PyYAML's nodes into ours; keeps what one file needs while doing so."""
-
-    def __init__(self, loader: _Loader, name: str) -> None:
-        self.loader = loader
-        self.name = name
-        self.problems: list[Problem] = []
-        self.open: set[int] = set()
-        self.count = 0
-
-    def node(self, root: yaml.Node) -> Node:
-        """The tree below `root`; raises every problem of the file at once."""
-        tree = self._node(root, self._where(root))
-        if self.problems:
-            raise UserError(self.problems)
-        return tree
-
-    def _where(self, node: yaml.Node) -> str:
-        return f"{self.name}:{node.start_mark.line + 1}"
-
-    def _node(self, node: yaml.Node, where: str) -> Node:
-        self.count += 1
-        if self.count > MAX_NODES:
-            raise UserError(
-                f"the aliases of this file expand to more than {MAX_NODES} values", where=where
-            )
-        if isinstance(node, yaml.ScalarNode):
-            if node.tag not in _SCALAR_TAGS:
-                raise _refused_tag(node, where)
-            return Node(value=self.loader.construct_object(node), where=where)
-        if node.tag not in _STANDARD_TAGS:
-            raise _refused_tag(node, where)
-        if id(node) in self.open:
-            raise UserError("this alias contains itself", where=where)
-        if len(self.open) >= MAX_DEPTH:
-            raise UserError(
-                "this is nested too deeply", where=where, rule=f"at most {MAX_DEPTH} levels"
-            )
-        self.open.add(id(node))
-        try:
-            if isinstance(node, yaml.MappingNode):
-                return Node(value=self._map(node), where=where)
-            items = [self._node(item, self._where(item)) for item in node.value]
-            return Node(value=items, where=where)
-        finally:
-            self.open.discard(id(node))
-
-    def _map(self, node: yaml.MappingNode) -> dict[str, Node]:
-        merged: dict[str, Node] = {}
-        own: dict[str, Node] = {}
-        for key_node, value_node in node.value:
-            where = self._where(key_node)
-            if key_node.tag == "tag:yaml.org,2002:merge":
-                for source in self._merge_sources(value_node, where):
-                    merged = {**source, **merged}  # earlier sources win, as YAML says
-                continue
-            key = self._key(key_node, where)
-            if key in own:
-                self.problems.append(
-                    Problem(
-                        what=f"duplicate key `{key}`",
-                        where=where,
-                        rule="a section can have a key only once",
-                        advice=f"Remove one; the other is at {own[key].where}",
-                    )
-                )
-            own[key] = self._node(value_node, where)
-        return {**merged, **own}
-
-    def _key(self, node: yaml.Node, where: str) -> str:
-        if not isinstance(node, yaml.ScalarNode):
-            raise UserError("this key is not a string", where=where)
-        key: str = node.value
-        return key
-
-    def _merge_sources(self, node: yaml.Node, where: str) -> list[dict[str, Node]]:
-        items = node.value if isinstance(node, yaml.SequenceNode) else [node]
-        sources = [self._node(item, where).value for item in items]
-        if not all(isinstance(source, dict) for source in sources):
-            raise UserError("`<<` must be followed by the alias of a section", where=where)
-        return sources
+def _without(tree: Node, names: Sequence[str]) -> Node:
+    name: Any = int(names[0]) if isinstance(tree.value, list) else names[0]
+    content = tree.value.copy()
+    if len(names) == 1:
+        del content[name]
+    else:
+        content[name] = _without(content[name], names[1:])
+    return replace(tree, value=content)

@@ -1,8 +1,8 @@
 """A resolved configuration as YAML that says where every value came from.
 
 Invariant: read again, the text gives an equal configuration. Keys without effect or not built yet
-stand in it only where the user wrote them. `trust_remote_code` stays a comment: a file cannot give
-that permission.
+are in it only where the user set them. `trust_remote_code` stays a comment: a file cannot give that
+permission.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from launcher.config.nodes import parse_value
 from launcher.config.provenance import DEFAULT, Provenance
 from launcher.config.schema import (
     Config,
@@ -20,6 +19,7 @@ from launcher.config.schema import (
     RegisteredCallbackSection,
     info_of,
 )
+from launcher.config.yaml_reader import parse_value
 
 _HEADER = "# A resolved configuration: every value with the place it came from.\n"
 _COMMAND_LINE_ONLY = "trust_remote_code"
@@ -52,6 +52,10 @@ class _Printer:
                 info.status == "effective" and not info.none_means_absent
             ):
                 yield from self._entry(key.name, value, key_path, depth)
+        for extra_path, value in self.provenance.extra.items():
+            parent, _, name = extra_path.rpartition(".")
+            if parent == path:
+                yield from self._entry(name, value, extra_path, depth)
 
     def _inner(self, name: str, lines: list[str], path: str, depth: int) -> Iterator[str]:
         if lines:

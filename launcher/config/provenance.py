@@ -1,12 +1,13 @@
 """Where each value of a configuration came from.
 
-Owns the map from dotted key to the place that set it. A leaf among the configuration's files.
+Owns the map from dotted key to the place that set it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from launcher.errors import Problem
 
@@ -26,6 +27,8 @@ class Provenance:
     """Dotted key to `x.yaml:14` or `command line: --epochs`; a key not in it is a default."""
 
     places: Mapping[str, str] = field(default_factory=dict)
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    """Dotted key to value of the keys that are set and have no field in the configuration."""
 
     def where(self, key: str) -> str:
         """The place that set `key`, else `default`."""

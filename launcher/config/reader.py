@@ -1,8 +1,8 @@
 """From a tree of written values to the typed configuration.
 
-Owns the checks of single keys: known name, type, null, choices, bounds, classification. All
-problems are gathered; a key with a problem keeps its default, and is listed in `bad` so that no
-rule complains about what only follows from it.
+Owns known and unknown keys, sections and callbacks; launcher/config/key_checks.py checks the value
+of one key. All problems are collected. A key with a problem keeps its default and is listed in
+`bad_keys`, so that no rule reports what only follows from it.
 """
 
 from __future__ import annotations
@@ -11,70 +11,74 @@ import dataclasses
 from typing import Any
 
 from launcher.config.command_line import nearest_flag
-from launcher.config.nodes import Node, from_plain, parse_value
+from launcher.config.extra_keys import ExtraKey, extra_key, is_extra_section
+from launcher.config.key_checks import (
+    not_built,
+    plain_value,
+    typed_value,
+    wrong_type,
+    wrong_value,
+)
+from launcher.config.nodes import Node, find, from_plain
 from launcher.config.provenance import KeyProblem
 from launcher.config.schema import (
     CALLBACKS,
     PLANNED_CALLBACKS,
     CallbackSection,
     Config,
-    FieldInfo,
     RegisteredCallbackSection,
     info_of,
 )
 from launcher.config.suggest import nearest_key, section_of
-from launcher.config.typing_rules import (
-    WrongType,
-    convert,
-    convert_text,
-    describe,
-    hints,
-    out_of_bounds,
-)
+from launcher.config.typing_rules import WrongType, describe, hints
+from launcher.config.yaml_reader import parse_value
 from launcher.errors import did_you_mean
 
 
 class Reader:
-    """Reads one tree. The results beside the Config: problems, places, bad, no_effect."""
+    """Reads one tree; the other fields are filled while doing so."""
 
     def __init__(self, tree: Node) -> None:
-        self.tree = tree
+        register_path = find(tree, "register_path")
+        self.has_register_path = register_path is not None and bool(register_path.value)
         self.problems: list[KeyProblem] = []
         self.places: dict[str, str] = {}
-        self.bad: set[str] = set()
+        self.bad_keys: set[str] = set()
         self.no_effect: list[str] = []
+        self.extra: dict[str, Any] = {}
+        """Dotted key to value of the keys without a field."""
+        self.config: Config = self._section(Config, tree, "", "")
 
-    def config(self) -> Config:
-        """The typed configuration; `problems` says what was wrong on the way."""
-        result = self.section(Config, self.tree, "", "")
-        assert isinstance(result, Config)
-        return result
-
-    def section(self, kind: type, node: Node, path: str, label: str) -> Any:
-        """One section; `label` is its name in suggestions (it differs from `path` in lists)."""
-        if node.is_text:
-            node = from_plain(parse_value(node.value), node.where)
-        if node.value is None:
-            return kind()
-        if not isinstance(node.value, dict):
-            self._wrong_type(path, node, describe(dict))
-            return kind()
+    def _section(self, kind: type, node: Node, path: str, label: str) -> Any:
+        """One section; `label` is its name in the schema, which differs from `path` in lists."""
+        children = self._children(node, path)
         fields = {key.name: key for key in dataclasses.fields(kind)}
         open_field = next((key for key in fields.values() if info_of(key).open_keys), None)
         values: dict[str, Any] = {}
-        for name, child in node.value.items():
-            child_path = f"{path}.{name}" if path else name
-            if name in fields and not info_of(fields[name]).open_keys:
+        for name, child in children.items():
+            child_path, child_label = _joined(path, name), _joined(label, name)
+            key = fields.get(name)
+            if key is not None and key is not open_field:
                 self._record(child_path, child)
-                self._field(kind, fields[name], child, child_path, label, values)
+                self._field(hints(kind)[name], key, child, child_path, child_label, values)
             elif open_field is not None:
                 self._record(child_path, child)
-                values.setdefault(open_field.name, {})[name] = _open_value(child)
+                values.setdefault(open_field.name, {})[name] = plain_value(child)
                 if info_of(open_field).status == "no effect":
                     self.no_effect.append(child_path)
-            else:
+            elif not self._is_extra(name, child, path, label):
                 self._unknown(name, child, path, label)
         return kind(**values)
+
+    def _children(self, node: Node, path: str) -> dict[str, Node]:
+        if node.is_text:
+            node = from_plain(parse_value(node.value), node.where)
+        if node.value is None:
+            return {}
+        if not isinstance(node.value, dict):
+            self._add(wrong_type(path, node, describe(dict)))
+            return {}
+        return node.value
 
     def _record(self, path: str, node: Node) -> None:
         self.places[path] = node.where
@@ -82,76 +86,59 @@ class Reader:
             self.places[inner] = child.where
 
     def _field(
-        self,
-        kind: type,
-        key: dataclasses.Field[Any],
-        node: Node,
-        path: str,
-        label: str,
+        self, annotation: Any, key: dataclasses.Field[Any], node: Node, path: str, label: str,
         values: dict[str, Any],
-    ) -> None:
-        annotation, info = hints(kind)[key.name], info_of(key)
-        inner_label = f"{label}.{key.name}" if label else key.name
-        if key.name == "callbacks" and kind is Config:
+    ) -> None:  # fmt: skip
+        info, inner = info_of(key), section_of(annotation)
+        if path == "callbacks":
             values[key.name] = self._callbacks(node, path)
-            return
-        inner = section_of(annotation)
-        if inner is not None:
+        elif inner is not None:
             if not (node.value is None and info.none_means_absent):
-                values[key.name] = self.section(inner, node, path, inner_label)
-            return
-        try:
-            value = self._value(annotation, node, key)
-        except WrongType as error:
-            self._wrong_type(path, node, str(error), default=_default(key))
-            return
-        if self._is_allowed(path, node, value, info):
-            values[key.name] = value
-            self._classify(path, node, value, info)
-
-    def _value(self, annotation: Any, node: Node, key: dataclasses.Field[Any]) -> Any:
-        if node.is_text:
-            value = convert_text(annotation, node.value)
-        elif node.value is None and _default(key) == "":
-            value = ""  # null is how many YAML files write an empty path
+                values[key.name] = self._section(inner, node, path, label)
+        elif node.value is None and key.default == "":
+            values[key.name] = ""  # null is how many YAML files write an empty path
         else:
-            value = convert(annotation, _open_value(node))
-        if isinstance(value, str) and "${" in value and key.name != "input_data":
-            raise WrongType("a plain value (`${...}` is not interpolated, YAML anchors are)")
-        return value
+            default = f"Remove the key to use the default ({_default(key)!r})"
+            advice = default if node.value is None else ""
+            known = ExtraKey(annotation=annotation, info=info)
+            is_right, value = self._value(known, node, path, advice)
+            if is_right:
+                values[key.name] = value
 
-    def _is_allowed(self, path: str, node: Node, value: Any, info: FieldInfo) -> bool:
-        shown = f"{path} = {value!r}"
-        for number in value if isinstance(value, list) else [value]:
-            problem = out_of_bounds(number, info)
-            if problem:
-                self._add(KeyProblem(what=shown, where=node.where, rule=problem, key=path))
-                return False
-        if not info.choices or value is None:
-            return True
-        for word in value if isinstance(value, list) else [value]:
-            if any(word == choice and type(word) is type(choice) for choice in info.choices):
-                continue
-            if word in info.planned:
-                self._not_built(path, node, shown, f"Use {_listed(info.choices)}")
-            else:
-                self._add(
-                    KeyProblem(
-                        what=shown,
-                        where=node.where,
-                        rule=f"must be one of: {_listed(info.choices)}",
-                        nearest=_nearest_word(word, (*info.choices, *info.planned)),
-                        key=path,
-                    )
-                )
-            return False
-        return True
-
-    def _classify(self, path: str, node: Node, value: Any, info: FieldInfo) -> None:
-        if info.status == "no effect":
+    def _value(self, key: ExtraKey, node: Node, path: str, advice: str = "") -> tuple[bool, Any]:
+        """Whether the value of a key is right, and the value."""
+        try:
+            value = typed_value(key.annotation, node, interpolates=path.startswith("input_data"))
+        except WrongType as error:
+            self._add(wrong_type(path, node, str(error), advice))
+            return False, None
+        if problem := wrong_value(path, node, value, key.info):
+            self._add(problem)
+            return False, None
+        if key.info.status == "no effect":
             self.no_effect.append(path)
-        elif info.status == "not built yet" and not _asks_for_nothing(value, info):
-            self._not_built(path, node, f"{path} = {value!r}", info.why)
+        return True, value
+
+    def _is_extra(self, name: str, node: Node, path: str, label: str) -> bool:
+        """Read a key or a section without a field; False where there is none of this name."""
+        path, label, section = _joined(path, name), _joined(label, name), label
+        key = extra_key(section, name)
+        if key is None and not is_extra_section(label):
+            return False
+        self._record(path, node)
+        if key is None:
+            self.extra[path] = plain_value(node)
+            for inner, child in self._children(node, path).items():
+                if not self._is_extra(inner, child, path, label):
+                    self._unknown(inner, child, path, label)
+            return True
+        is_empty = node.value is None and key.annotation is str
+        is_right, value = (True, "") if is_empty else self._value(key, node, path)
+        if is_empty and key.info.status == "no effect":
+            self.no_effect.append(path)
+        if is_right:
+            self.extra[path] = value
+        return True
 
     def _callbacks(self, node: Node, path: str) -> list[CallbackSection]:
         if node.is_text:
@@ -160,139 +147,60 @@ class Reader:
             return []
         if not isinstance(node.value, list):
             advice = "Write each callback as `- type: ...`"
-            self._wrong_type(path, node, "a list of callbacks", advice=advice)
+            self._add(wrong_type(path, node, "a list of callbacks", advice))
             return []
         return [self._callback(entry, f"{path}.{i}") for i, entry in enumerate(node.value)]
 
     def _callback(self, node: Node, path: str) -> CallbackSection:
         """One entry; a wrong one stays as an empty callback, so that positions keep."""
         if not isinstance(node.value, dict):
-            self._wrong_type(path, node, "a section with the key `type`")
+            self._add(wrong_type(path, node, "a section with the key `type`"))
             return RegisteredCallbackSection()
-        name = node.value["type"].value if "type" in node.value else None
-        if not isinstance(name, str) or not name:
-            near = next((key for key in node.value if did_you_mean(key, ["type"])), "")
-            self._add(
-                KeyProblem(
-                    what=f"{path} has no `type`",
-                    where=node.where,
-                    rule="every callback must have a type",
-                    nearest=f"did you mean `{path}.type`, not `{path}.{near}`?" if near else "",
-                    advice=f"Known types: {', '.join(CALLBACKS)}",
-                    key=path,
-                )
-            )
+        kind = node.value.get("type")
+        name = kind.value if kind is not None else None
+        if kind is None or not isinstance(name, str) or not name:
+            self._add(_without_type(path, node))
         elif name in CALLBACKS:
-            callback: CallbackSection = self.section(
+            found: CallbackSection = self._section(
                 CALLBACKS[name], node, path, f"callbacks[{name}]"
             )
-            return callback
+            return found
         elif name in PLANNED_CALLBACKS:
-            where = node.value["type"]
-            self._not_built(f"{path}.type", where, f"{path}.type = {name!r}", "Leave it out")
-        elif self._has_register_path():
-            plain = {key: _open_value(child) for key, child in node.value.items() if key != "type"}
-            return RegisteredCallbackSection(type=name, arguments=plain)
+            what = f"{path}.type = {name!r}"
+            self._add(not_built(f"{path}.type", kind.where, what, "Remove it"))
+        elif self.has_register_path:
+            arguments = {key: value for key, value in plain_value(node).items() if key != "type"}
+            return RegisteredCallbackSection(type=name, arguments=arguments)
         else:
-            self._add(
-                KeyProblem(
-                    what=f"{path}.type = {name!r}",
-                    where=node.value["type"].where,
-                    rule="unknown callback",
-                    nearest=did_you_mean(name, (*CALLBACKS, *PLANNED_CALLBACKS)),
-                    advice="Set register_path to the file that defines your own callback",
-                    key=f"{path}.type",
-                )
-            )
+            self._add(_unknown_callback(path, name, kind.where))
         return RegisteredCallbackSection()
-
-    def _has_register_path(self) -> bool:
-        node = self.tree.value.get("register_path")
-        return node is not None and bool(node.value)
 
     def _unknown(self, name: str, node: Node, path: str, label: str) -> None:
         if not path and node.where == f"command line: --{name}":
-            self._unknown_flag(name, node)
+            nearest = nearest_key(name, "")
+            self._add(_unknown_flag(name, nearest))
+            self.bad_keys.add(nearest)
             return
-        shown = f"{path}.{name}" if path else name
         nearest = nearest_key(name, label)
         if path != label and nearest.startswith(f"{label}."):
             nearest = path + nearest[len(label) :]
-        rule = f"`{path}` has no such key" if path else "there is no such key at the top level"
+        shown = _joined(path, name)
         self._add(
             KeyProblem(
                 what=f"unknown key `{shown}`",
                 where=node.where,
-                rule=rule,
+                rule=f"there is no such key {f'in `{path}`' if path else 'at the top level'}",
                 nearest=f"did you mean `{nearest}`?" if nearest else "",
                 advice="" if nearest else "See docs/configuration.md for all keys",
                 key=shown,
             )
         )
-        self.bad.add(nearest)
-
-    def _unknown_flag(self, name: str, node: Node) -> None:
-        key = nearest_key(name, "")
-        as_key = f"did you mean `--{key}`?" if key and not key.startswith("callbacks[") else ""
-        self._add(
-            KeyProblem(
-                what=f"unknown flag `--{name}`",
-                where="command line",
-                rule="it is neither a flag nor a key at the top level",
-                nearest=nearest_flag(name) or as_key,
-                advice="See `python run.py --help`",
-                key=name,
-            )
-        )
-        self.bad.add(key)
-
-    def _wrong_type(
-        self, path: str, node: Node, needed: str, *, default: Any = None, advice: str = ""
-    ) -> None:
-        if not advice and node.value is None:
-            advice = f"Remove the key to use the default ({default!r})"
-        value = "null" if node.value is None else repr(node.plain())
-        if len(value) > 60:
-            value = value[:57] + "..."
-        self._add(
-            KeyProblem(
-                what=f"{path} = {value}",
-                where=node.where,
-                rule=f"must be {needed}",
-                advice=advice,
-                key=path,
-            )
-        )
-
-    def _not_built(self, path: str, node: Node, what: str, advice: str) -> None:
-        self._add(
-            KeyProblem(what=what, where=node.where, rule="not built yet", advice=advice, key=path)
-        )
+        self.bad_keys.add(nearest)
 
     def _add(self, problem: KeyProblem) -> None:
-        self.bad.add(problem.key)
-        if any(_is_reported_elsewhere(known, problem) for known in self.problems):
-            return
-        self.problems.append(problem)
-
-
-def _is_reported_elsewhere(known: KeyProblem, problem: KeyProblem) -> bool:
-    """Whether `problem` is the same line, read a second time through the alias of a data set."""
-    if "_dataset_task." not in f"{known.key} {problem.key}" or known.where != problem.where:
-        return False
-    return known.key.rpartition(".")[2] == problem.key.rpartition(".")[2]
-
-
-def _open_value(node: Node) -> Any:
-    return parse_value(node.value) if node.is_text else _read_texts(node)
-
-
-def _read_texts(node: Node) -> Any:
-    if isinstance(node.value, dict):
-        return {key: _open_value(child) for key, child in node.value.items()}
-    if isinstance(node.value, list):
-        return [_open_value(child) for child in node.value]
-    return node.value
+        self.bad_keys.add(problem.key)
+        if not any(_is_reported(known, problem) for known in self.problems):
+            self.problems.append(problem)
 
 
 def _default(key: dataclasses.Field[Any]) -> Any:
@@ -301,19 +209,47 @@ def _default(key: dataclasses.Field[Any]) -> Any:
     return key.default_factory() if key.default_factory is not dataclasses.MISSING else None
 
 
-def _asks_for_nothing(value: Any, info: FieldInfo) -> bool:
-    return any(value == harmless and type(value) is type(harmless) for harmless in info.harmless)
+def _joined(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
 
 
-def _listed(choices: tuple[Any, ...]) -> str:
-    return ", ".join(str(choice) for choice in choices)
+def _is_reported(known: KeyProblem, problem: KeyProblem) -> bool:
+    """Whether `problem` is the same line, read a second time through the alias of a data set."""
+    if "_dataset_task." not in f"{known.key} {problem.key}" or known.where != problem.where:
+        return False
+    return known.key.rpartition(".")[2] == problem.key.rpartition(".")[2]
 
 
-def _nearest_word(word: Any, known: tuple[Any, ...]) -> str:
-    texts = [choice for choice in known if isinstance(choice, str)]
-    by_lower = {text.lower(): text for text in reversed(texts)}
-    found = did_you_mean(str(word).lower(), by_lower, cutoff=0.5)
-    for lower, text in by_lower.items():
-        if found == f"did you mean `{lower}`?":
-            return f"did you mean `{text}`?"
-    return found
+def _without_type(path: str, node: Node) -> KeyProblem:
+    near = next((key for key in node.value if did_you_mean(key, ["type"])), "")
+    return KeyProblem(
+        what=f"{path} has no `type`",
+        where=node.where,
+        rule="every callback must have a type",
+        nearest=f"did you mean `{path}.type`, not `{path}.{near}`?" if near else "",
+        advice=f"Known types: {', '.join(CALLBACKS)}",
+        key=path,
+    )
+
+
+def _unknown_callback(path: str, name: str, where: str) -> KeyProblem:
+    return KeyProblem(
+        what=f"{path}.type = {name!r}",
+        where=where,
+        rule="unknown callback",
+        nearest=did_you_mean(name, (*CALLBACKS, *PLANNED_CALLBACKS)),
+        advice="Set register_path to the file that defines your own callback",
+        key=f"{path}.type",
+    )
+
+
+def _unknown_flag(name: str, key: str) -> KeyProblem:
+    as_key = f"did you mean `--{key}`?" if key and not key.startswith("callbacks[") else ""
+    return KeyProblem(
+        what=f"unknown flag `--{name}`",
+        where="command line",
+        rule="it is neither a flag nor a key at the top level",
+        nearest=nearest_flag(name) or as_key,
+        advice="See `python run.py --help`",
+        key=name,
+    )

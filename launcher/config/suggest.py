@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from difflib import SequenceMatcher
 from typing import Any
 
+from launcher.config.extra_keys import ANY_OTHER, EXTRA_SECTIONS, extra_names
 from launcher.config.schema import CALLBACKS, Config, info_of
 from launcher.config.typing_rules import hints, members
 
@@ -52,7 +53,7 @@ _SYNONYMS = {
     "data_dir": "dataset_dir",
     "warmup": "warmup_steps",
 }
-"""Words of other launchers for our keys."""
+"""Words of other launchers for keys of Slipway."""
 
 _PATHS = {
     **dict.fromkeys(("dataset", "datasets", "data", "train_data", "train_datasets"),
@@ -95,24 +96,37 @@ def section_of(annotation: Any) -> type | None:
     return None
 
 
-def _keys(kind: type, prefix: str) -> Iterator[SchemaKey]:
+def _keys(kind: type, section: str) -> Iterator[SchemaKey]:
     for key in dataclasses.fields(kind):
         info = info_of(key)
         if info.open_keys:
             continue
-        path = f"{prefix}{key.name}"
-        yield SchemaKey(path, prefix.rstrip("."), key.name, info.status == "effective")
+        path = f"{section}.{key.name}".lstrip(".")
+        yield SchemaKey(path, section, key.name, info.status == "effective")
         inner = section_of(hints(kind)[key.name])
         if inner is not None and key.name != "dataset_config":
-            yield from _keys(inner, f"{path}.")
+            yield from _keys(inner, path)
+    yield from _extra(section)
+
+
+def _extra(section: str) -> Iterator[SchemaKey]:
+    for name in extra_names(section):
+        if name != ANY_OTHER:
+            yield SchemaKey(f"{section}.{name}".lstrip("."), section, name, acts=False)
 
 
 @functools.cache
 def schema_keys() -> tuple[SchemaKey, ...]:
-    """Every key of the schema; those of callbacks as `callbacks[CheckpointMonitor].prefix`."""
+    """Every key that is known; those of callbacks as `callbacks[CheckpointMonitor].prefix`."""
     found = list(_keys(Config, ""))
     for name, kind in CALLBACKS.items():
-        found += _keys(kind, f"callbacks[{name}].")
+        found += _keys(kind, f"callbacks[{name}]")
+    known = {key.path for key in found}
+    for section in EXTRA_SECTIONS:
+        if section not in known and not section.startswith("callbacks["):
+            parent, _, name = section.rpartition(".")
+            found.append(SchemaKey(section, parent, name, acts=False))
+            found += _extra(section)
     return tuple(found)
 
 

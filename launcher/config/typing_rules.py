@@ -101,7 +101,7 @@ def convert(annotation: Any, value: Any) -> Any:
 
 def convert_text(annotation: Any, text: str) -> Any:
     """The value of a text from the command line: literal where the type allows a text."""
-    from launcher.config.nodes import parse_value
+    from launcher.config.yaml_reader import parse_value
 
     alternatives = members(annotation)
     if types.NoneType in alternatives and text in ("null", "None"):

@@ -1,7 +1,7 @@
-"""docs/configuration.md, written from the schema: `python -m launcher.tools.config_docs`.
+"""The pages about the configuration, written by `python -m launcher.tools.config_docs`.
 
-Owns the form of that page. Everything it says about a key comes from the schema: type, default,
-status and the docstring under the field.
+Owns their form. docs/configuration.md has the keys that act, with type, default and the docstring
+under the field; docs/configuration-no-effect.md has all other keys, each with its reason.
 """
 
 from __future__ import annotations
@@ -18,19 +18,22 @@ from pathlib import Path
 from typing import Any
 
 from launcher.config.command_line import FLAGS, SHORT_NAMES
-from launcher.config.files import ALIASES
+from launcher.config.extra_keys import ALIASES, ANY_OTHER, EXTRA_KEYS
 from launcher.config.schema import (
     CALLBACKS,
     PLANNED_CALLBACKS,
     SCHEDULE_ARGUMENTS,
     Config,
+    FieldInfo,
     info_of,
 )
 from launcher.config.suggest import section_of
 from launcher.config.typing_rules import hints, members
 from launcher.tools import model_docs
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "configuration.md"
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+PAGE = DOCS / "configuration.md"
+OTHER_PAGE = DOCS / "configuration-no-effect.md"
 
 _INTRODUCTION = """\
 # Configuration
@@ -47,14 +50,27 @@ python run.py --config x.yaml --run_mode train [--flag value ...] [key.path=valu
 Low to high, these give a key its value: the default, the chain of `base_config`, the YAML file,
 named flags (and `--options k=v ...`), dotted keys. `--print_config` shows the result with the
 origin of every value, `--check_config` only checks. An unknown key, a wrong type or an impossible
-combination ends the run with exit code 2 before anything heavy is loaded; all mistakes are told at
-once.
+combination ends the run with exit code 2 before the model or torch is loaded; all errors are
+reported at once.
 
 `base_config` names one YAML file or a list of them, relative to the file that names it. Sections
 are merged key by key, lists and single values are replaced.
 
-**Status.** *effective*: does what it says. *not built yet*: refused, unless the value asks for
-nothing. *no effect*: accepted because MindFormers files have it, and reported once.
+Keys that have no effect on PyTorch, or are not built yet, are in
+[configuration-no-effect.md](configuration-no-effect.md).
+"""
+
+_OTHER_INTRODUCTION = """\
+# Keys without effect
+
+Written by `python -m launcher.tools.config_docs` from the tables in `launcher/mindspore/` and the
+schema in `launcher/config/schema/`; do not edit it by hand.
+
+These keys are accepted so that the YAML files of MindFormers can be used unchanged. The keys that
+act are in [configuration.md](configuration.md).
+
+**Status.** *no effect*: the type is checked, and the key is listed once at the start of a run.
+*not built yet*: an error, unless the value is the one that asks for nothing.
 """
 
 _OVERRIDES = """\
@@ -67,7 +83,7 @@ _OVERRIDES = """\
 | `a.b.c=value` | Hydra's grammar: `[1,2]`, `{a: 1}`, `'quoted text'`, `null`. |
 | `callbacks.0.prefix=x` | An entry of a list, counted from 0. |
 | `+a.b=1` | A new key of an open section, or a new entry of a list (`+trackers=wandb`). |
-| `~a.b` | Forget what the file and the flags say. |
+| `~a.b` | Remove what the file and the flags set. |
 """
 
 
@@ -98,17 +114,47 @@ def sections(kind: type = Config, path: str = "") -> Iterator[tuple[str, type]]:
 
 
 def render() -> str:
-    """The whole page."""
+    """The page of the keys that act."""
     parts = [_INTRODUCTION, _flags(), _OVERRIDES, _aliases()]
     seen: dict[type, str] = {}
     for path, kind in sections():
+        acting = [key for key in dataclasses.fields(kind) if info_of(key).status == "effective"]
         if kind in seen:
             parts.append(f"## `{path}`\n\nThe same keys as `{seen[kind]}`.\n")
-            continue
-        seen[kind] = path
-        parts.append(_section(path, kind))
+        elif acting:
+            seen[kind] = path
+            parts.append(_section(path, kind, acting))
     parts.append(_types())
     return "\n".join(parts)
+
+
+def render_others() -> str:
+    """The page of all other keys."""
+    rows: dict[str, list[str]] = {}
+    for kind, path in {kind: path for path, kind in reversed(list(sections()))}.items():
+        for key in dataclasses.fields(kind):
+            if info_of(key).status != "effective":
+                name = ANY_OTHER if info_of(key).open_keys else key.name
+                row = _other_row(name, hints(kind)[key.name], info_of(key))
+                rows.setdefault(path.replace(": ", "[") + "]" * (": " in path), []).append(row)
+    for path, extra in EXTRA_KEYS.items():
+        section, _, name = path.rpartition(".")
+        rows.setdefault(section, []).append(_other_row(name, extra.annotation, extra.info))
+    parts = [_OTHER_INTRODUCTION]
+    for section in sorted(rows):
+        title = f"`{section}`" if section else "Top level"
+        head = ["| Key | Type | Status | Reason, or what to do |", "|---|---|---|---|"]
+        parts.append("\n".join([f"## {title}\n", *head, *rows[section]]) + "\n")
+    return "\n".join(parts)
+
+
+def _other_row(name: str, annotation: Any, info: FieldInfo) -> str:
+    shown = "any other key" if name == ANY_OTHER else f"`{name}`"
+    return _cells(shown, _type(annotation), info.status, f"{info.why[:1].upper()}{info.why[1:]}.")
+
+
+def _cells(*cells: str) -> str:
+    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
 
 
 def _flags() -> str:
@@ -127,24 +173,18 @@ def _aliases() -> str:
     lines += [f"| `{alias}` | `{key}` |" for alias, key in ALIASES.items()]
     lines.append(
         "| generation keys in `model.model_config` | the same in `generation_config`, "
-        "where that says nothing |"
+        "where that does not set them |"
     )
     return "\n".join(lines) + "\n"
 
 
-def _section(path: str, kind: type) -> str:
+def _section(path: str, kind: type, keys: list[dataclasses.Field[Any]]) -> str:
     title = f"`{path}`" if path else "General keys"
     summary = " ".join((inspect.getdoc(kind) or "").split("\n\n")[0].split())
-    lines = [f"## {title}\n", summary + "\n"]
-    lines += ["| Key | Type | Default | Status | Meaning |", "|---|---|---|---|---|"]
-    rows = [(_rank(key), index, key) for index, key in enumerate(dataclasses.fields(kind))]
-    for _, _, key in sorted(rows, key=lambda row: row[:2]):
-        lines.append(_row(kind, key))
-    return "\n".join(lines) + "\n"
-
-
-def _rank(key: dataclasses.Field[Any]) -> int:
-    return ("effective", "not built yet", "no effect").index(info_of(key).status)
+    head = ["| Key | Type | Default | Meaning |", "|---|---|---|---|"]
+    return (
+        "\n".join([f"## {title}\n", f"{summary}\n", *head, *(_row(kind, k) for k in keys)]) + "\n"
+    )
 
 
 def _row(kind: type, key: dataclasses.Field[Any]) -> str:
@@ -155,16 +195,11 @@ def _row(kind: type, key: dataclasses.Field[Any]) -> str:
     shown = "list of callbacks" if is_list else "section" if inner else _type(annotation)
     default = "" if inner and not info.none_means_absent else _default(key)
     meaning = field_docs(kind).get(key.name, "")
-    if info.status != "effective" and info.why:
-        meaning += f" {info.why[0].upper()}{info.why[1:]}."
-    if info.choices and info.status == "effective":
+    if info.choices:
         meaning += f" One of: {', '.join(f'`{choice}`' for choice in info.choices)}."
     if info.planned:
         meaning += f" Not built yet: {', '.join(info.planned)}."
-    bounds = _bounds(info)
-    status = "" if inner else info.status
-    cells = (name, shown, default, status, f"{meaning}{bounds}")
-    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+    return _cells(name, shown, default, f"{meaning}{_bounds(info)}")
 
 
 def _bounds(info: Any) -> str:
@@ -211,10 +246,10 @@ def _types() -> str:
 
 
 def main() -> int:
-    """Write the page, and that of the models."""
-    PAGE.parent.mkdir(exist_ok=True)
-    PAGE.write_text(render(), encoding="utf-8")
-    print(f"wrote {PAGE.name}: {len(PAGE.read_text(encoding='utf-8').splitlines())} lines")
+    """Write the pages, and that of the models."""
+    for page, text in ((PAGE, render()), (OTHER_PAGE, render_others())):
+        page.write_text(text, encoding="utf-8")
+        print(f"wrote {page.name}: {len(text.splitlines())} lines")
     return model_docs.main()
 
 

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from launcher.config.nodes import MAX_DEPTH, Node, from_plain, merge, parse_value, read_text
+from launcher.config.nodes import Node, from_plain, merge, put, without
+from launcher.config.yaml_reader import MAX_DEPTH, parse_value, read_text
 from launcher.errors import UserError
 from tests import messages
 
@@ -43,10 +44,13 @@ def test_of_several_merged_sections_the_first_wins() -> None:
     assert read_text(text, "x").plain()["c"] == {"x": 1, "y": 2}
 
 
-def test_copies_are_independent() -> None:
-    tree = read_text("a: &a {b: 1}\nc: *a\n", "x")
-    tree.value["c"].value["b"].value = 2
-    assert tree.plain() == {"a": {"b": 1}, "c": {"b": 2}}
+def test_a_tree_never_changes() -> None:
+    tree = read_text("a: &a {b: [1, 2]}\nc: *a\n", "x")
+    changed = put(put(tree, "c.b.1", from_plain(3, "y")), "d.e", from_plain(4, "y"))
+    assert changed.plain() == {"a": {"b": [1, 2]}, "c": {"b": [1, 3]}, "d": {"e": 4}}
+    assert without(changed, "c.b.0").plain()["c"] == {"b": [3]}
+    assert without(changed, "nowhere.x") is changed
+    assert tree.plain() == {"a": {"b": [1, 2]}, "c": {"b": [1, 2]}}
 
 
 @pytest.mark.parametrize(

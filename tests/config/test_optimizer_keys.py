@@ -8,7 +8,7 @@ from launcher.config.schema import OPTIMIZER_ARGUMENTS
 from tests.config.test_rules import found
 
 VALUES = {"betas": "[0.9,0.96]", "adamw_betas": "[0.9,0.96]", "ns_coefficients": "[3,-4,2]",
-          "nesterov": "True", "use_fused_adamw": "True", "dampening": 0, "ns_steps": 3}  # fmt: skip
+          "nesterov": "True", "dampening": 0, "ns_steps": 3}  # fmt: skip
 NAMES = sorted({name for names in OPTIMIZER_ARGUMENTS.values() for name in names})
 
 

@@ -74,7 +74,7 @@ BASE = (
         (["+callbacks=[{type: EvalCallBack}]"], "callbacks.2.type", "EvalCallBack"),
         (["+trackers=wandb", "+trackers=aim"], "trackers", ["wandb", "aim"]),
         (["+model.model_config.attention_bias=true"], "model.model_config.attention_bias", True),
-        (["+context.anything=1"], "context.extra", {"anything": 1}),
+        (["+context.anything=1"], "context.anything", 1),
         (["~optimizer.eps"], "optimizer.eps", 1e-8),
         (["~optimizer.eps=1e-6"], "optimizer.eps", 1e-8),
         (["~callbacks.0"], "callbacks.0.prefix", "a"),

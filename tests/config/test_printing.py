@@ -12,9 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from launcher import cli
-from launcher.config.nodes import read_text
 from launcher.config.printing import _flow, _text, to_yaml
 from launcher.config.resolve import Resolved, resolve
+from launcher.config.yaml_reader import read_text
 from models.keys import GENERATION
 from tests.config.test_resolve import resolved
 

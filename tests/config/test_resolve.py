@@ -29,6 +29,8 @@ def resolved(text: str, *words: str, run_mode: str | None = "train", **flags: An
 
 
 def value(result: Resolved, key: str) -> Any:
+    if key in result.provenance.extra:
+        return result.provenance.extra[key]
     found: Any = result.config
     for name in key.split("."):
         if isinstance(found, list):

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from launcher.config.schema import SCHEDULE_ARGUMENTS, Config, LrScheduleSection, info_of
+from launcher.config.extra_keys import EXTRA_KEYS
+from launcher.config.schema import SCHEDULE_ARGUMENTS, LrScheduleSection, info_of
 from launcher.config.suggest import nearest_key, schema_keys
 from launcher.config.typing_rules import convert, hints
 from launcher.tools import config_docs
 from tests.config.interpreter import REPOSITORY
+from tests.config.workspace import build
 
 SECTIONS = {kind: path for path, kind in config_docs.sections()}
 
@@ -56,14 +60,15 @@ def test_schedule_arguments_are_fields() -> None:
         assert set(arguments) <= fields
 
 
-def test_the_sections_of_the_original_are_there() -> None:
+def test_the_sections_of_mindformers_are_known() -> None:
+    known = {key.path for key in schema_keys()}
     for name in (
         *("trainer", "runner_config", "parallel_config", "parallel", "context", "model"),
         *("processor", "optimizer", "lr_schedule", "runner_wrapper", "train_dataset"),
         *("train_dataset_task", "eval_dataset", "callbacks", "recompute_config", "swap_config"),
         *("moe_config", "monitor_config", "tensorboard", "generation_config"),
     ):
-        assert name in Config.__dataclass_fields__
+        assert name in known
 
 
 @pytest.mark.parametrize(
@@ -92,18 +97,55 @@ def test_every_key_suggests_itself_when_one_letter_is_lost() -> None:
         assert found == key.path or found.rpartition(".")[2] == broken, (broken, found)
 
 
-def test_the_page_is_up_to_date() -> None:
-    written = config_docs.PAGE.read_text(encoding="utf-8")
-    assert written == config_docs.render(), "run: python -m launcher.tools.config_docs"
+PAGES = {config_docs.PAGE: config_docs.render, config_docs.OTHER_PAGE: config_docs.render_others}
 
 
-def test_the_page_lists_every_key() -> None:
-    page = config_docs.render()
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_pages_are_up_to_date(page: Path) -> None:
+    written = page.read_text(encoding="utf-8")
+    assert written == PAGES[page](), "run: python -m launcher.tools.config_docs"
+
+
+def test_the_pages_list_every_key() -> None:
+    acting, other = config_docs.render(), config_docs.render_others()
     for key in schema_keys():
-        assert f"| `{key.name}` |" in page
-    for line in page.splitlines():
+        is_section = any(inner.section == key.path for inner in schema_keys())
+        page = acting if key.acts else other
+        assert f"| `{key.name}` |" in page or (is_section and f"## `{key.path}`" in other), key
+    for line in (acting + other).splitlines():
         if line.startswith("|"):
-            assert len(re.findall(r"(?<!\\)\|", line)) in (3, 4, 6), line
+            assert len(re.findall(r"(?<!\\)\|", line)) in (3, 4, 5), line
+
+
+def test_extra_keys_are_checked_as_declared() -> None:
+    for path, key in EXTRA_KEYS.items():
+        assert key.info.why, path
+        assert path not in {known.path for known in schema_keys() if known.acts}
+        for harmless in key.info.harmless:
+            assert convert(key.annotation, harmless) == harmless, path
+
+
+def test_without_the_room_of_mindspore_its_keys_are_unknown(tmp_path: Path) -> None:
+    """Ordinary keys work, and other spellings and keys without effect are unknown keys."""
+    build(tmp_path)
+    words = ["context.max_device_memory=1GB", "generation.top_k=3", "optimizer.eps=1e-6"]
+    code = (
+        "import sys; sys.modules['launcher.mindspore'] = None; "
+        "from launcher.config.resolve import resolve; "
+        f"found = resolve('right.yaml', 'train', {{}}, {words}); "
+        "print(found.config.optimizer.eps); "
+        "print(*[problem.what for problem in found.problems], sep='\\n')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+    )  # fmt: skip
+    assert done.stdout.splitlines() == [
+        "1e-06",
+        "unknown key `train_dataset_task.type`",
+        "unknown key `context.max_device_memory`",
+        "unknown key `generation`",
+    ]
 
 
 def test_the_schema_is_a_leaf() -> None:

@@ -112,7 +112,7 @@ def own_decoder(check: Check) -> Iterator[KeyProblem]:
                 f"parallel_config.{axis}",
                 f"the transformers implementation of {spec.family} supports data parallelism only",
                 nearest="Nearest: 1",
-                advice=f"Use data_parallel instead. All axes are supported by: {', '.join(DECODERS)}",
+                advice=f"Use data_parallel instead. All axes work with {', '.join(DECODERS)}",
                 also=_MODEL,
             )
 

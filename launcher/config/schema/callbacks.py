@@ -7,9 +7,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from launcher.config.schema.field import effective, no_effect, not_built, open_keys
-
-_NO_CRYPTO = "Leave it out: files are not encrypted"
+from launcher.config.schema.field import effective, no_effect, open_keys
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,28 +18,6 @@ class LossMonitorSection:
     """Always `MFLossMonitor`."""
     per_print_times: int = effective(1, minimum=1)
     """Optimizer steps between two lines."""
-    learning_rate: float | None = no_effect(None, "the rate in use is printed")
-    """The original: a fixed rate to print."""
-    micro_batch_num: int | None = no_effect(None, "known from parallel_config")
-    """Micro-batches of a step."""
-    micro_batch_interleave_num: int | None = no_effect(None, "known from the top level")
-    """Copies of a step."""
-    origin_epochs: int | None = no_effect(None, "known from runner_config")
-    """Epochs before rescaling."""
-    dataset_size: int | None = no_effect(None, "known from the data")
-    """Steps of an epoch."""
-    initial_epoch: int | None = no_effect(None, "known from the checkpoint")
-    """Epoch of a resumed run."""
-    initial_step: int | None = no_effect(None, "known from the checkpoint")
-    """Step of a resumed run."""
-    global_batch_size: int | None = no_effect(None, "known from runner_config")
-    """Samples of a step."""
-    gradient_accumulation_steps: int | None = no_effect(None, "known from runner_config")
-    """Micro steps of a step."""
-    check_for_nan_in_loss_and_grad: bool | None = no_effect(None, "the top-level key decides")
-    """Stop at a loss that is no number."""
-    calculate_per_token_loss: bool | None = no_effect(None, "the loss is always per token")
-    """Weigh by tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,29 +57,11 @@ class CheckpointMonitorSection:
     """Keep one checkpoint of every so many minutes, with keep_checkpoint_max: 0; 0: off."""
     exception_save: bool = False
     """Save the last whole step when training fails on one process."""
-    saved_network: Any = no_effect(None, "the model of the run is saved")
-    """The original: another network to save."""
-    append_info: list[Any] | None = not_built(None, "Leave it out", harmless=([],))
-    """More entries for the files."""
-    enc_key: str | None = not_built(None, _NO_CRYPTO)
-    """Key of encryption."""
-    enc_mode: str = no_effect("AES-GCM", "files are not encrypted")
-    """Cipher."""
-    config: Any = no_effect(None, "only for the original's Python interface")
-    """The original's CheckpointConfig object."""
-    global_batch_size: int | None = no_effect(None, "known from runner_config")
-    """Samples of a step."""
-    embedding_size: int = no_effect(4096, "the norm is that of the whole embedding")
-    """Elements of the embedding."""
     embedding_local_norm_threshold: float = effective(1.0, above=0)
     """The norm of the embedding's gradient above which a save is unhealthy, where health is
     watched."""
     use_checkpoint_health_monitor: bool = False
     """As the key of that name outside of callbacks: either turns it on."""
-    health_ckpts_record_dir: str = no_effect("./output", "the record lies in output_dir")
-    """Where the judgement is written."""
-    use_legacy_format: bool = no_effect(True, "there is one format")
-    """The original's older or newer format."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,16 +72,6 @@ class OnRequestExitSection:
     """Always `OnRequestExit`."""
     config_file: str = ""
     """A JSON file that is looked at after every step: `{"GracefulExit": 1}` ends the run."""
-    save_ckpt: bool = no_effect(True, "CheckpointMonitor saves whenever a run is ended cleanly")
-    """Save before the end."""
-    save_mindir: bool = no_effect(True, "there is no such format")
-    """Export the model."""
-    file_name: str = no_effect("Net", "CheckpointMonitor names the files")
-    """Name of the files."""
-    directory: str = no_effect("./", "CheckpointMonitor has the folder")
-    """Where they go."""
-    sig: int = no_effect(15, "SIGTERM and SIGINT always end a run cleanly")
-    """Signal that ends the run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,34 +133,6 @@ PLANNED_CALLBACKS = (
 class MonitorSection:
     """`monitor_config`: the original's deep look into a run."""
 
-    monitor_on: bool = not_built(False, "Set it to False; metrics.jsonl has the main numbers")
-    """Turn the section on."""
-    dump_path: str = no_effect("", "the monitor is off")
-    """Where numbers are dumped."""
-    target: list[str] | None = no_effect(None, "the monitor is off")
-    """Patterns of parameters."""
-    invert: bool = no_effect(False, "the monitor is off")
-    """Take the other parameters."""
-    step_interval: int = no_effect(1, "the monitor is off")
-    """Steps between two looks."""
-    local_loss_format: str | list[str] | None = no_effect(None, "the monitor is off")
-    """Where the loss of a rank goes."""
-    local_norm_format: str | list[str] | None = no_effect(None, "the monitor is off")
-    """Where the norm of each parameter goes."""
-    device_local_norm_format: str | list[str] | None = no_effect(None, "the monitor is off")
-    """Where the norm of a rank goes."""
-    device_local_loss_format: str | list[str] | None = no_effect(None, "the monitor is off")
-    """Where the loss of a device goes."""
-    optimizer_state_format: str | list[str] | None = no_effect(None, "the monitor is off")
-    """Where optimizer state goes."""
-    weight_state_format: str | list[str] | None = no_effect(None, "the monitor is off")
-    """Where weights go."""
-    max_attention_logit_format: str | list[str] | None = no_effect(None, "the monitor is off")
-    """Where the largest attention logit goes."""
-    throughput_baseline: float | None = no_effect(None, "the monitor is off")
-    """Throughput to compare with."""
-    print_struct: bool = not_built(False, "Set it to False")
-    """Print the model."""
     check_for_global_norm: bool = False
     """End the run at a gradient norm far too large, before it is saved."""
     global_norm_spike_threshold: float = effective(3.0, above=0)
@@ -224,10 +144,6 @@ class MonitorSection:
     roll_back: bool = False
     """Where a check would end the run: go back to the newest save, and leave out the samples
     between it and the step that was not sound."""
-    stable_rank_config: dict[str, Any] | None = no_effect(None, "the monitor is off")
-    """Stable rank of weights."""
-    health_checkpoint: dict[str, Any] | None = no_effect(None, "the monitor is off")
-    """Thresholds of healthy checkpoints."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,13 +152,3 @@ class TensorboardSection:
 
     tensorboard_dir: str | None = None
     """Folder of the event files (a `rank_0` folder is added); giving it turns the tracker on."""
-    tensorboard_queue_size: int = no_effect(10, "the writer decides")
-    """Events kept before writing."""
-    log_loss_scale_to_tensorboard: bool = no_effect(
-        False, "a loss scale is in the metrics, which go to TensorBoard as they are"
-    )
-    """Write the loss scale."""
-    log_timers_to_tensorboard: bool = no_effect(False, "the time of a step is always written")
-    """Write times."""
-    log_expert_load_to_tensorboard: bool = no_effect(False, "the load of experts is not recorded")
-    """Write the load of experts."""

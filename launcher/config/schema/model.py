@@ -16,36 +16,6 @@ class TokenizerSection:
 
     pretrained_model_dir: str = ""
     """Hugging Face tokenizer directory. Left out: the top-level pretrained_model_dir."""
-    type: str = no_effect("", "the tokenizer directory says which class it is")
-    """The original's class of a tokenizer."""
-    vocab_file: str | None = no_effect(None, "the tokenizer directory holds it")
-    """Vocabulary file."""
-    merges_file: str | None = no_effect(None, "the tokenizer directory holds it")
-    """Merges of a byte-pair encoding."""
-    tokenizer_file: str | None = no_effect(None, "the tokenizer directory holds it")
-    """The whole tokenizer in one file."""
-    unk_token: str | None = no_effect(None, "the tokenizer directory says it")
-    """Unknown token."""
-    bos_token: str | None = no_effect(None, "the tokenizer directory says it")
-    """First token."""
-    eos_token: str | None = no_effect(None, "the tokenizer directory says it")
-    """Last token."""
-    pad_token: str | None = no_effect(None, "the tokenizer directory says it")
-    """Padding token."""
-    model_max_length: int | None = no_effect(None, "the sequence length decides")
-    """Longest text."""
-    add_bos_token: bool | None = no_effect(None, "the tokenizer directory says it")
-    """Put a first token."""
-    add_eos_token: bool | None = no_effect(None, "the tokenizer directory says it")
-    """Put a last token."""
-    padding_side: str | None = no_effect(None, "training pads right, predict pads left")
-    """Where padding goes."""
-    chat_template: str | None = no_effect(None, "the tokenizer directory holds it")
-    """Template of a conversation."""
-    auto_register: str | None = no_effect(None, "use register_path")
-    """The original: code of a tokenizer outside the tree."""
-    trust_remote_code: bool = no_effect(False, "it counts only as --trust_remote_code")
-    """Run code of a tokenizer directory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,10 +24,6 @@ class ProcessorSection:
 
     tokenizer: TokenizerSection = section(TokenizerSection)
     """The tokenizer."""
-    type: str = no_effect("", "there is one processor")
-    """The original's class of a processor."""
-    return_tensors: str = no_effect("ms", "tensors are PyTorch's")
-    """Kind of tensors."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,33 +85,33 @@ class GenerationSection:
     """Above 1: makes tokens of the prompt likelier."""
     encoder_no_repeat_ngram_size: int = not_built(0, "Set it to 0")
     """No sequence of so many tokens of the prompt comes again."""
-    top_h: float | None = not_built(None, "Leave it out")
+    top_h: float | None = not_built(None, "Remove it")
     """Sample among tokens that have this share of the entropy."""
-    penalty_alpha: float | None = not_built(None, "Leave it out", harmless=(0, 0.0))
+    penalty_alpha: float | None = not_built(None, "Remove it", harmless=(0, 0.0))
     """Contrastive search."""
-    guidance_scale: float | None = not_built(None, "Leave it out", harmless=(1, 1.0))
+    guidance_scale: float | None = not_built(None, "Remove it", harmless=(1, 1.0))
     """Classifier-free guidance."""
-    sequence_bias: Any = not_built(None, "Leave it out")
+    sequence_bias: Any = not_built(None, "Remove it")
     """Added to the scores of token sequences."""
-    forced_bos_token_id: int | None = not_built(None, "Leave it out")
+    forced_bos_token_id: int | None = not_built(None, "Remove it")
     """The first token, whatever the scores."""
-    forced_eos_token_id: Any = not_built(None, "Leave it out")
+    forced_eos_token_id: Any = not_built(None, "Remove it")
     """The last token of a text of greatest length."""
-    exponential_decay_length_penalty: Any = not_built(None, "Leave it out")
+    exponential_decay_length_penalty: Any = not_built(None, "Remove it")
     """Makes the end likelier with the length."""
-    constraints: Any = not_built(None, "Leave it out")
+    constraints: Any = not_built(None, "Remove it")
     """Constrained beam search."""
-    force_words_ids: Any = not_built(None, "Leave it out")
+    force_words_ids: Any = not_built(None, "Remove it")
     """Words that must come."""
-    stop_strings: Any = not_built(None, "Leave it out: eos_token_id ends a text")
+    stop_strings: Any = not_built(None, "Remove it: eos_token_id ends a text")
     """Texts that end a text."""
-    max_time: float | None = not_built(None, "Leave it out")
+    max_time: float | None = not_built(None, "Remove it")
     """Seconds after which a text ends."""
-    watermarking_config: Any = not_built(None, "Leave it out")
+    watermarking_config: Any = not_built(None, "Remove it")
     """Marks texts as generated."""
     token_healing: bool = not_built(False, "Set it to False")
     """Replaces the last token of the prompt."""
-    dola_layers: Any = not_built(None, "Leave it out")
+    dola_layers: Any = not_built(None, "Remove it")
     """Contrasts the scores of layers."""
     renormalize_logits: bool = no_effect(False, "probabilities are always normalised")
     """Normalise after all changes."""
@@ -155,16 +121,6 @@ class GenerationSection:
     """Return logits."""
     return_dict_in_generate: bool = no_effect(False, "predict writes text and token ids")
     """Form of the result."""
-    use_past: bool = no_effect(True, "keys and values are always kept")
-    """Keep keys and values of earlier tokens."""
-    parallel_decoding: str | None = not_built(None, "Leave it out")
-    """Speculative decoding."""
-    window_size: int = no_effect(5, "speculative decoding is off")
-    """Window of speculative decoding."""
-    level: int = no_effect(5, "speculative decoding is off")
-    """Depth of speculative decoding."""
-    guess_set_size: int = no_effect(3, "speculative decoding is off")
-    """Guesses of speculative decoding."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,8 +138,6 @@ class TrainerSection:
         ),
     )
     """The task."""
-    model_name: str = no_effect("", "the model is described by model.model_config")
-    """Name of the model."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,5 +147,3 @@ class ModelSection:
     model_config: dict[str, Any] = field(default_factory=dict)
     """Open: the keys of config.json or MindFormers' spellings of them, checked against the model
     family. They win over config.json in pretrained_model_dir. Generation keys are taken too."""
-    arch: dict[str, Any] = no_effect({}, "the architecture follows from model_config")
-    """Open: the original's class of a model (`type`)."""

@@ -7,9 +7,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from launcher.config.schema.field import effective, no_effect, not_built
-
-_DENSE = "experts are described in model.model_config"
+from launcher.config.schema.field import effective
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,8 +31,6 @@ class RunnerSection:
     stop_step: int = effective(0, minimum=0)
     """Stop after this many optimizer steps of a longer run, whose learning rate is planned to its
     end: it can be resumed. 0: off."""
-    num_classes: int = no_effect(1, "a language model has none")
-    """Classes of a classifier."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,8 +71,6 @@ class OptimizerSection:
     """Muon: `betas` of the AdamW beside it."""
     adamw_eps: float = effective(1e-8, above=0)
     """Muon: `eps` of the AdamW beside it."""
-    use_fused_adamw: bool = no_effect(False, "AdamW is always fused")
-    """Muon: a fused AdamW beside it."""
     learning_rate: float | None = effective(None, above=0)
     """Learning rate when lr_schedule gives none."""
 
@@ -87,7 +81,7 @@ OPTIMIZER_ARGUMENTS: dict[str, tuple[str, ...]] = {
     "SGD": ("momentum", "dampening", "nesterov"),
     "Muon": (
         *("momentum", "nesterov", "ns_steps", "ns_coefficients", "matched_adamw_rms"),
-        *("adamw_betas", "adamw_eps", "use_fused_adamw"),
+        *("adamw_betas", "adamw_eps"),
     ),
 }
 """The arguments each optimizer takes beside `type`, `weight_decay` and `learning_rate`."""
@@ -171,16 +165,6 @@ class LrScheduleSection:
     """Last learning rate of ConstantWithCoolDownLR. Left out: lr_end1."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class GroupedLrScheduleSection:
-    """`grouped_lr_schedule`: a curve for each group of parameters."""
-
-    default: dict[str, Any] = not_built({}, "Use lr_schedule: one curve for all parameters")
-    """The curve of parameters in no group."""
-    grouped: list[Any] = not_built([], "Use lr_schedule: one curve for all parameters")
-    """Groups, each with `params` patterns and a curve."""
-
-
 DYNAMIC_LOSS_SCALE, FIXED_LOSS_SCALE = "DynamicLossScaleUpdateCell", "FixedLossScaleUpdateCell"
 LOSS_SCALES: dict[str, dict[str, float | None]] = {
     DYNAMIC_LOSS_SCALE: {"loss_scale_value": 65536.0, "scale_factor": 2.0, "scale_window": 1000},
@@ -195,12 +179,6 @@ LARGEST_LOSS_SCALE = 2.0**64
 class RunnerWrapperSection:
     """`runner_wrapper`: what happens between gradients and the optimizer."""
 
-    type: str = no_effect(
-        "MFTrainOneStepCell",
-        "there is one training step, whatever its name",
-        choices=("MFTrainOneStepCell", "MFPipelineWithLossScaleCell"),
-    )
-    """The original's class of a training step."""
     use_clip_grad: bool = True
     """Clip the gradients by their global norm."""
     max_grad_norm: float = effective(1.0, above=0)
@@ -210,118 +188,3 @@ class RunnerWrapperSection:
     `loss_scale_value`, or DynamicLossScaleUpdateCell and, as far as not 65536, 2 and 1000,
     `loss_scale_value`, `scale_factor` and `scale_window`. A step whose gradients are not finite is
     skipped. Left out: dynamic with compute_dtype float16, else no scale and no skipping."""
-    local_norm: bool = not_built(False, "Set it to False; the global norm is always reported")
-    """Report the norm of every parameter's gradient."""
-    calculate_per_token_loss: bool | None = not_built(
-        None, "The loss is always the mean over the tokens: leave it out", harmless=(True,)
-    )
-    """Weigh by tokens, not by micro-batches; always so here."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class MoeSection:
-    """`moe_config`: mixture of experts of the original's older models.
-
-    Here experts are described in model.model_config, by the keys of config.json.
-    """
-
-    expert_num: int = not_built(
-        1,
-        "Describe the experts in model.model_config, by the keys of config.json: leave it out",
-        minimum=1,
-    )
-    """Experts of a layer; 1: a dense model."""
-    capacity_factor: float = no_effect(1.1, _DENSE)
-    """Room of an expert, relative to an even share."""
-    aux_loss_factor: float = no_effect(0.05, _DENSE)
-    """Weight of the balancing loss."""
-    num_experts_chosen: int = no_effect(1, _DENSE)
-    """Experts a token visits."""
-    expert_group_size: int | None = no_effect(None, _DENSE)
-    """Tokens of one routing group."""
-    group_wise_a2a: bool = no_effect(False, _DENSE)
-    """All-to-all inside a group."""
-    comp_comm_parallel: bool = no_effect(False, _DENSE)
-    """Overlap experts and communication."""
-    comp_comm_parallel_degree: int = no_effect(2, _DENSE)
-    """Pieces of that overlap."""
-    save_token_distribution: bool = no_effect(False, _DENSE)
-    """Write how tokens spread over experts."""
-    cur_layer: int = no_effect(0, _DENSE)
-    """The layer that is written."""
-    enable_cold_hot_expert: bool = no_effect(False, _DENSE)
-    """Move popular experts."""
-    update_step: int = no_effect(10000, _DENSE)
-    """Steps between such moves."""
-    hot_expert_num: int = no_effect(0, _DENSE)
-    """Popular experts held everywhere."""
-    cold_token_percent: float = no_effect(1.0, _DENSE)
-    """Share of tokens for unpopular experts."""
-    moe_module_name: str = no_effect("", _DENSE)
-    """Where the layers are found."""
-    routing_policy: str = no_effect("TopkRouterV1", _DENSE)
-    """The router."""
-    norm_topk_prob: bool = no_effect(True, _DENSE)
-    """Normalise the chosen weights."""
-    enable_sdrop: bool = no_effect(False, _DENSE)
-    """Drop tokens by position."""
-    use_fused_ops_topkrouter: bool = no_effect(False, _DENSE)
-    """Fused routing kernels."""
-    router_dense_type: str = no_effect("float32", _DENSE)
-    """Dtype of the router."""
-    shared_expert_num: int = no_effect(0, _DENSE)
-    """Experts every token visits."""
-    use_shared_expert_gating: bool = no_effect(False, _DENSE)
-    """Gate the shared expert."""
-    max_router_load: int = no_effect(128 * 1024, _DENSE)
-    """Tokens a router takes at most."""
-    topk_method: str = no_effect("greedy", _DENSE)
-    """How experts are chosen."""
-    topk_group: int | None = no_effect(None, _DENSE)
-    """Groups chosen."""
-    n_group: int | None = no_effect(None, _DENSE)
-    """Groups of experts."""
-    first_k_dense_replace: bool | int = no_effect(True, _DENSE)
-    """First layers that stay dense."""
-    moe_intermediate_size: int = no_effect(1407, _DENSE)
-    """Width of an expert."""
-    routed_scaling_factor: float = no_effect(1.0, _DENSE)
-    """Weight of the routed experts."""
-    aux_loss_types: list[Any] | None = no_effect(None, _DENSE)
-    """Kinds of balancing loss."""
-    aux_loss_factors: list[Any] | None = no_effect(None, _DENSE)
-    """Their weights."""
-    z_loss_factor: float = no_effect(0.0, _DENSE)
-    """Weight of the z loss."""
-    balance_via_topk_bias: bool = no_effect(False, _DENSE)
-    """Balance by a bias instead of a loss."""
-    topk_bias_update_rate: float = no_effect(0.0, _DENSE)
-    """Speed of that bias."""
-    use_allgather_dispatcher: bool = no_effect(False, _DENSE)
-    """Dispatch tokens by all-gather."""
-    expert_model_parallel: int | None = no_effect(None, _DENSE)
-    """Tensor parallel inside an expert."""
-    use_gating_sigmoid: bool = no_effect(False, _DENSE)
-    """Sigmoid instead of softmax."""
-    use_gmm: bool = no_effect(False, _DENSE)
-    """Grouped matrix products."""
-    enable_gmm_safe_tokens: bool = no_effect(False, _DENSE)
-    """Pad empty groups."""
-    use_fused_ops_permute: bool = no_effect(False, _DENSE)
-    """Fused permutation kernels."""
-    callback_moe_droprate: bool = no_effect(False, _DENSE)
-    """Report dropped tokens."""
-    moe_init_method_std: float = no_effect(0.01, _DENSE)
-    """Initial spread of expert weights."""
-    enable_deredundency: bool = no_effect(False, _DENSE)
-    """The original's spelling of de-duplicated dispatch."""
-    npu_nums_per_device: int = no_effect(8, _DENSE)
-    """Devices of a node."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class MetricSection:
-    """`metric`: what evaluation measures."""
-
-    type: str | list[str] = no_effect("PerplexityMetric", "eval reports loss and perplexity")
-    """The original's class of a metric."""

@@ -1,0 +1,108 @@
+"""Keys that set other keys.
+
+Owns the list of these steps. Each takes the merged tree and returns another one; a problem is added
+to the list that it is given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from launcher.config.aliases import moved
+from launcher.config.nodes import Node, find, put, without
+from launcher.config.provenance import KeyProblem
+from launcher.errors import Problem
+
+_MOVED_GENERATION_KEYS = (
+    *("max_length", "max_decode_length", "max_new_tokens", "min_length", "min_new_tokens"),
+    *("do_sample", "temperature", "top_k", "top_p", "repetition_penalty", "num_beams", "use_past"),
+)
+_SHARED_GENERATION_KEYS = ("eos_token_id", "bos_token_id", "pad_token_id")
+"""Keys of config.json too, so they stay in model_config."""
+
+
+def trust(tree: Node, problems: list[Problem]) -> Node:
+    """`trust_remote_code` is used from the command line only."""
+    node = find(tree, "trust_remote_code")
+    if node is None or _is_from_command_line(node) or node.value in (False, None):
+        return tree
+    problems.append(
+        KeyProblem(
+            what=f"trust_remote_code = {node.plain()!r}",
+            where=node.where,
+            rule="remote code can be allowed on the command line only",
+            advice="Remove it, and pass `--trust_remote_code true`",
+            key="trust_remote_code",
+        )
+    )
+    return without(tree, "trust_remote_code")
+
+
+def _is_from_command_line(node: Node) -> bool:
+    return node.where.startswith("command line")
+
+
+def run_mode(tree: Node, problems: list[Problem]) -> Node:
+    """`resume` is train with resume_training; `predict_with_train_model` is predict."""
+    mode = find(tree, "run_mode")
+    if mode is None or mode.value not in ("resume", "predict_with_train_model"):
+        return tree
+    if mode.value == "predict_with_train_model":
+        return put(tree, "run_mode", Node(value="predict", where=mode.where))
+    where = f"{mode.where} resume" if _is_from_command_line(mode) else mode.where
+    tree = put(tree, "run_mode", Node(value="train", where=where))
+    resume = find(tree, "resume_training")
+    is_off = resume is not None and str(resume.value).lower() == "false"
+    same_place = resume and _is_from_command_line(mode) == _is_from_command_line(resume)
+    if resume is not None and is_off and same_place:
+        problems.append(
+            KeyProblem(
+                what=f"run_mode = 'resume', but resume_training = {resume.value!r}",
+                where=resume.where,
+                rule="run_mode resume means train with resume_training: True",
+                advice="Remove resume_training, or set run_mode to train",
+                key="resume_training",
+            )
+        )
+    elif resume is None or resume.value is None or is_off:
+        tree = put(tree, "resume_training", Node(value=True, where=where))
+    return tree
+
+
+def generation(tree: Node, problems: list[Problem]) -> Node:
+    """Generation keys of model_config are used where generation_config does not set them."""
+    sections = [find(tree, key) for key in ("model", "model.model_config", "generation_config")]
+    written = [node for node in sections if node is not None and node.value is not None]
+    if any(not isinstance(node.value, dict) for node in written):
+        return tree  # reported when it is read
+    for key in (*_MOVED_GENERATION_KEYS, *_SHARED_GENERATION_KEYS):
+        path = f"model.model_config.{key}"
+        target = "max_length" if key == "max_decode_length" else key
+        node, given = find(tree, path), find(tree, f"generation_config.{target}")
+        if key in _MOVED_GENERATION_KEYS:
+            tree = without(tree, path)
+        if node is not None and node.value is not None and given is None:
+            tree = put(tree, f"generation_config.{target}", node)
+    return tree
+
+
+def dataset_tasks(tree: Node, problems: list[Problem]) -> Node:
+    """`train_dataset_task.dataset_config` is usually the alias of train_dataset, which is used."""
+    for name in ("train_dataset", "eval_dataset"):
+        path = f"{name}_task.dataset_config"
+        inner, outer = find(tree, path), find(tree, name)
+        if inner is None:
+            continue
+        if outer is None or outer.value is None:
+            tree = moved(without(tree, name), path, name, problems)
+        elif outer.plain() == inner.plain():
+            tree = without(tree, path)
+    return tree
+
+
+IMPLIED: tuple[Callable[[Node, list[Problem]], Node], ...] = (
+    trust,
+    run_mode,
+    generation,
+    dataset_tasks,
+)

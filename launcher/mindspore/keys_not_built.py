@@ -1,0 +1,98 @@
+"""Keys of MindFormers that are known and not built yet, with what to do instead.
+
+A table of section, advice, key, and its type with the values that ask for nothing; any other value
+is an error. The first section is the top level; `train_dataset` is for `eval_dataset` too.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+KEYS_NOT_BUILT: dict[str, dict[str, dict[str, tuple[Any, ...]]]] = {
+    "": {
+        "The newest complete checkpoint is chosen by its sequence number: remove it": {
+            "resume_by_last_timestamp_ckpt": (bool, False)
+        },
+        "Only text is predicted: remove it": {"modal_type": (str | list[str] | None, None)},
+        "Remove it: adapters are not built": {"adapter_id": (str | list[str] | None, None)},
+        "The loss is always the mean over the tokens: remove it": {
+            "calculate_per_token_loss": (bool | None, None, True)
+        },
+        "Set it to False": {
+            "layer_scale": (bool, False),
+            "profile": (bool, False),
+            "print_struct": (bool, False),
+        },
+    },
+    "generation_config": {
+        "Remove it": {"parallel_decoding": (str | None, None)},
+    },
+    "parallel_config": {
+        "Set it to 1": {"seq_split_num": (int, 1)},
+    },
+    "parallel": {
+        "Checkpoints describe their own layout: remove it": {"strategy_ckpt_load_file": (str, "")},
+    },
+    "parallel.strategy_ckpt_config": {
+        "Checkpoints describe their own layout: remove it": {"load_file": (str, "")},
+    },
+    "grouped_lr_schedule": {
+        "Use lr_schedule: one curve for all parameters": {
+            "default": (dict[str, Any], {}),
+            "grouped": (list[Any], []),
+        },
+    },
+    "runner_wrapper": {
+        "Set it to False; the global norm is always reported": {"local_norm": (bool, False)},
+        "The loss is always the mean over the tokens: remove it": {
+            "calculate_per_token_loss": (bool | None, None, True)
+        },
+    },
+    "train_dataset": {
+        "Set it to False: rows have one length": {"dynamic_batch": (bool, False)},
+        "Set processor.tokenizer.pretrained_model_dir": {
+            "tokenizer": (dict[str, Any] | None, None)
+        },
+    },
+    "train_dataset.data_loader": {
+        "Give the data as JSONL with a text column, or use InstructionDataLoader": {
+            "handler": (list[Any] | None, None)
+        },
+        "Set it to False: rows are memory-mapped": {"streaming": (bool, False)},
+        "Set processor.tokenizer.pretrained_model_dir": {
+            "tokenizer": (dict[str, Any] | None, None)
+        },
+        "It belongs to BlendedMegatronDatasetDataLoader": {
+            "sizes": (list[int] | None, None),
+            "config": (dict[str, Any] | None, None),
+        },
+        "It belongs to TokenFileDataLoader": {"token_dtype": (str | None, None)},
+    },
+    "moe_config": {
+        "Describe the experts in model.model_config, by the keys of config.json: remove it": {
+            "expert_num": (int, 1)
+        },
+    },
+    "monitor_config": {
+        "Set it to False; metrics.jsonl has the main numbers": {"monitor_on": (bool, False)},
+        "Set it to False": {"print_struct": (bool, False)},
+    },
+    "checkpoint": {
+        "Use load_checkpoint, resume_training and the CheckpointMonitor callback": {
+            "save_path": (str | None, None),
+            "save_max": (int, 5),
+            "save_interleaved_steps": (int, 1),
+            "no_save_optim": (bool, False),
+            "async_save": (bool | str, False),
+            "prefix": (str, "CKP"),
+            "save_remove_redundancy": (bool, False),
+            "load_path": (str, ""),
+            "load_balanced": (bool, False),
+            "no_load_optim": (bool | None, None),
+        },
+    },
+    "callbacks[CheckpointMonitor]": {
+        "Remove it": {"append_info": (list[Any] | None, None, [])},
+        "Remove it: files are not encrypted": {"enc_key": (str | None, None)},
+    },
+}
