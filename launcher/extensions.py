@@ -77,6 +77,27 @@ MODEL_NAMES: dict[str, str] = {
 }
 """Tables of tensor names by which weights of other programs are recognised."""
 
+KEYS_WITHOUT_EFFECT: dict[str, str] = {
+    "mindformers": "launcher.mindspore.keys_without_effect:KEYS_WITHOUT_EFFECT",
+}
+"""Tables of keys of other programs that are accepted and do nothing: section ->
+reason -> key -> type."""
+
+KEY_CHOICES: dict[str, str] = {
+    "mindformers": "launcher.mindspore.keys_without_effect:CHOICES",
+}
+"""Dotted key of such a table to the values it may have."""
+
+KEYS_NOT_BUILT: dict[str, str] = {
+    "mindformers": "launcher.mindspore.keys_not_built:KEYS_NOT_BUILT",
+}
+"""Tables of keys that are known and refused: section -> advice -> key -> type and harmless values."""
+
+KEY_ALIASES: dict[str, str] = {
+    "mindformers": "launcher.mindspore.key_aliases:ALIASES",
+}
+"""Tables from a second name of a key to the key."""
+
 PYTHON_CALLS: dict[str, str] = {
     "unified_safetensors": "launcher.weights.offline.merge:unified_safetensors",
     "ckpt_to_safetensors": "launcher.weights.offline.convert:ckpt_to_safetensors",

@@ -1,8 +1,8 @@
 """From prompt tokens to new tokens.
 
-Owns the generation settings and the loop. Invariants: what comes out for a prompt does not depend
-on which prompts share its batch (lengths, penalties and random draws are each prompt's own; a draw
-is a function of (seed, prompt index, step)); greedy continuations are those of `transformers`.
+Owns the generation settings and the loop. Invariants: the continuation of a prompt does not depend
+on the other prompts of its batch (lengths, penalties and random draws are per prompt; a draw is a
+function of (seed, prompt index, step)); greedy continuations are those of `transformers`.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ _DEFAULTS: dict[str, Any] = {
 
 
 _SMALLEST_DIVISOR = 1e-30
-"""Of logits: a smaller one makes them infinite in float32, and draws impossible. A temperature that
-is so small draws the likeliest token either way."""
+"""Of logits: a smaller one makes them infinite in float32. Such a temperature draws the most likely
+token either way."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +39,7 @@ class GenerationSettings:
     """How to continue prompts; the names are those of transformers."""
 
     max_length: int = 20
-    """Longest text in tokens, the prompt included; of no effect when `max_new_tokens` is given."""
+    """Longest text in tokens, with the prompt; no effect when `max_new_tokens` is given."""
     max_new_tokens: int | None = None
     min_length: int = 0
     min_new_tokens: int | None = None
@@ -64,15 +64,15 @@ class GenerationSettings:
 def generation_settings(
     *sources: Mapping[str, Any], tokenizer: Any = None, hf_config: Mapping[str, Any] | None = None
 ) -> GenerationSettings:
-    """Settings from `sources`, the most binding first: keys the user wrote in `generation_config`,
-    those in `model_config`, the directory's generation_config.json.
+    """Settings from `sources`, highest priority first: keys written in `generation_config`, those
+    in `model_config`, the directory's generation_config.json.
 
     Keys that none of them has take the defaults; special tokens then come from `hf_config` (the
-    model's config.json) and from the tokenizer. Other keys of the sources are not looked at.
+    model's config.json) and from the tokenizer. Other keys of the sources are ignored.
     """
     merged: dict[str, Any] = {}
     for source in sources:
-        # max_length in one source is not undone by max_new_tokens in one that binds less.
+        # max_length in one source is not undone by max_new_tokens in one of lower priority.
         limited = {"min_new_tokens"} if "min_length" in merged else set()
         limited |= {"max_new_tokens"} if "max_length" in merged else set()
         given = {key for key in source if key in _DEFAULTS and source[key] is not None}
@@ -97,16 +97,16 @@ def generation_settings(
 def token_limits(
     lengths: Sequence[int], settings: GenerationSettings, positions: int | None
 ) -> list[int]:
-    """How long each text may grow, in tokens. Raises UserError for prompts without room.
+    """The longest length of each text, in tokens. Raises UserError for prompts that are too long.
 
-    `positions`: how many the model has, None where there is no such limit.
+    `positions`: how many the model has; None: no limit.
     """
     limits = []
     for index, length in enumerate(lengths):
         what = f"prompt {index + 1} has {length} tokens"
         if length == 0:
             raise UserError(
-                f"prompt {index + 1} is empty", rule="there is no token to begin with",
+                f"prompt {index + 1} is empty", rule="generation needs a first token",
                 advice="Write a prompt, or set generation_config.bos_token_id",
             )  # fmt: skip
         if positions is not None and length >= positions:
@@ -140,9 +140,9 @@ def continue_tokens(
     seed: int,
     device: torch.device | str,
 ) -> list[list[int]]:
-    """The new tokens of each prompt of one batch, the end token included where there was one.
+    """The new tokens of each prompt of one batch, with the end token where there is one.
 
-    `indices`: the prompts' places among all, for the random draws. A module of transformers
+    `indices`: the indices of the prompts among all, for random draws. A module of transformers
     continues its prompts one by one, with its own `generate`; it must not be sharded.
     """
     training = model.training
@@ -195,7 +195,7 @@ def _continue_batch(
 
 
 class _Chooser:
-    """The text of one prompt so far, and how its next token is chosen."""
+    """The tokens of one prompt so far, and how the next one is chosen."""
 
     def __init__(
         self, settings: GenerationSettings, prompt: Sequence[int], index: int, seed: int,
@@ -207,7 +207,7 @@ class _Chooser:
         self.processors = _processors(settings, len(prompt), device)
 
     def choose(self, scores: Tensor, likeliest: int) -> int:
-        """The next token from `scores` [1, vocabulary], of which `likeliest` is the greatest."""
+        """The next token from `scores` [1, vocabulary], of which `likeliest` is the argmax."""
         token = likeliest
         if self.processors:
             scores = self.processors(torch.tensor([self.tokens], device=self.device), scores)
@@ -229,7 +229,7 @@ def draw_seed(seed: int, index: int, step: int) -> int:
 
 
 def _processors(settings: GenerationSettings, prompt_length: int, device: Any) -> Any:
-    """What changes the scores of a text, in the order of transformers."""
+    """The logits processors, in the order of transformers."""
     from transformers.generation import logits_process as process
 
     ends, found = list(settings.eos_token_ids), process.LogitsProcessorList()

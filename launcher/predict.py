@@ -1,8 +1,8 @@
-"""Prompts to text: what the user gives, what comes out, and where it is written.
+"""Prediction: from prompts to text and result files.
 
-Owns the reading of prompts, the sharing out over data-parallel ranks and the result files. The
-model is whole on every data rank, or on the ranks that share its matrices together: data rank r
-continues prompts r, r + n, r + 2n, ...; rank 0 gathers.
+Owns reading prompts, distributing them over data-parallel ranks, and the result files. Each
+data-parallel rank (of one or more tensor-parallel ranks) has the full model: rank r of n continues
+prompts r, r + n, r + 2n, ...; rank 0 gathers them.
 """
 
 from __future__ import annotations
@@ -36,29 +36,29 @@ Gather = Callable[[list[tuple[int, "Generation"]]], list[list[tuple[int, "Genera
 
 @dataclass(frozen=True, kw_only=True)
 class Generation:
-    """One prompt continued."""
+    """One prompt with its continuation."""
 
     prompt: str
     text: str
     """The prompt and its continuation."""
     tokens: tuple[int, ...]
-    """The new tokens, the end token included where there was one."""
+    """The new tokens, with the end token where there is one."""
 
 
 def read_prompts(input_data: str | Sequence[str] | None) -> list[str]:
-    """The prompts of `--predict_data`: a text, several, or a file with one prompt a line.
+    """The prompts of `--predict_data`: one text, several, or a file with one prompt a line.
 
     In a single text the two characters backslash and n mean a new line; empty lines of a file are
-    passed over.
+    skipped.
     """
     advice = "Give --predict_data a text, several, or a file with one prompt a line"
     given = [input_data] if isinstance(input_data, str) else list(input_data or [])
     if not given or given == [""]:
-        raise UserError("there is nothing to predict", advice=advice)
+        raise UserError("predict needs prompts", advice=advice)
     for prompt in given:
         if wrong := lone_surrogate(prompt):
             raise UserError(
-                f"--predict_data {printable(prompt)[:60]!r} holds {wrong}",
+                f"--predict_data {printable(prompt)[:60]!r} has {wrong}",
                 rule="a prompt is text that UTF-8 can encode",
                 advice=advice,
             )
@@ -69,7 +69,7 @@ def read_prompts(input_data: str | Sequence[str] | None) -> list[str]:
     if _is(path, Path.is_file):
         return _read_file(path)
     if path != Path() and _is(path, Path.is_dir) and (os.sep in text or text in (".", "..")):
-        raise UserError(f"--predict_data {text} is a directory", rule="only text is predicted",
+        raise UserError(f"--predict_data {text} is a directory", rule="prompts are text, or a file",
                         advice=advice)  # fmt: skip
     if path.suffix in _FILE_ENDINGS and len(text.split()) == 1:
         raise UserError(f"--predict_data {text}: there is no such file", advice=advice)
@@ -91,9 +91,9 @@ def generate(
 ) -> list[Generation]:
     """Continue every prompt; in the order of the prompts on rank 0, empty on the others.
 
-    With `data_parallel` > 1 each rank takes its share and `gather` brings them together: the model
-    must not ask ranks of other shares for anything, as they take other numbers of steps. Raises
-    UserError for a prompt that has no room to grow, before anything is computed.
+    With `data_parallel` > 1 each rank continues its share, and `gather` collects them: the model
+    must not communicate with ranks of other shares, which take other numbers of steps. Raises
+    UserError for a prompt that is too long, before anything is computed.
     """
     encoded = [_encode(tokenizer, prompt, settings) for prompt in prompts]
     limits = token_limits([len(ids) for ids in encoded], settings, positions_of(model))
@@ -117,7 +117,7 @@ def generate(
 def continued_text(
     tokenizer: Any, prompt: str, prompt_ids: Sequence[int], new: Sequence[int]
 ) -> str:
-    """The prompt as it was typed, and its continuation as the tokenizer writes it after that."""
+    """The prompt as given, followed by the decoded continuation."""
     before = tokenizer.decode(list(prompt_ids), skip_special_tokens=True)
     whole = tokenizer.decode([*prompt_ids, *new], skip_special_tokens=True)
     if whole.startswith(before):
@@ -126,7 +126,7 @@ def continued_text(
 
 
 def positions_of(model: nn.Module) -> int | None:
-    """Tokens of the longest text; None where nothing limits it."""
+    """Tokens of the longest possible text; None: no limit."""
     if isinstance(model, Decoder):
         config = model.config
         return stretched(config.max_position_embeddings, config.rope_scaling or {})
@@ -137,15 +137,16 @@ def positions_of(model: nn.Module) -> int | None:
 
 
 def result_text(generations: Sequence[Generation], batch_size: int) -> str:
-    """The original's form: the text of a Python list with one item a batch."""
+    """The format of MindFormers: the text of a Python list with one item a batch."""
     batches = [generations[i : i + batch_size] for i in range(0, len(generations), batch_size)]
     return str([{"text_generation_text": [g.text for g in batch]} for batch in batches])
 
 
 def write_results(generations: Sequence[Generation], path: Path | str, batch_size: int) -> Path:
-    """Write the original's form to `path`, and JSON lines beside it under `.jsonl`, which it gives.
+    """Write the format of MindFormers to `path`, and JSON lines next to it. Returns the path of the
+    latter, which ends in `.jsonl`.
 
-    Whoever reads either file finds it complete. Results of an earlier run are moved aside, to
+    Each file appears complete. Results of an earlier run are renamed to
     `text_generation_result-1.txt` and so on.
     """
     path = Path(path)
@@ -162,7 +163,7 @@ def write_results(generations: Sequence[Generation], path: Path | str, batch_siz
 
 
 def check_writable(path: Path) -> None:
-    """Raise UserError, before anything is computed, when the result could not be written there."""
+    """Check that the result can be written to `path`. Raises UserError."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir():
@@ -215,7 +216,7 @@ def _read_file(path: Path) -> list[str]:
 
 
 def _is(path: Path, kind: Callable[[Path], bool]) -> bool:
-    """`kind(path)`, False for a text that cannot be a path at all."""
+    """`kind(path)`; False for a text that cannot be a path."""
     try:
         return path != Path() and kind(path)
     except OSError:

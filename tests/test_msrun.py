@@ -143,21 +143,21 @@ def test_the_script_of_the_current_directory_comes_first(folder: Path) -> None:
     [
         ([], ["msrun.sh: 0 arguments: it takes 1, 2, 6 or 9.", "usage: bash msrun.sh"]),
         ([RUN, "2", "3"], ["msrun.sh: 3 arguments"]),
-        ([RUN, "two"], ["WORKER_NUM = 'two': a whole number from 1 is needed."]),
-        ([RUN, "0"], ["WORKER_NUM = '0': a whole number from 1 is needed. Nearest: 1."]),
+        ([RUN, "two"], ["WORKER_NUM = 'two': it must be an integer of at least 1."]),
+        ([RUN, "0"], ["WORKER_NUM = '0': it must be an integer of at least 1. Nearest: 1."]),
         ([RUN, "6", "4", "h", "8118", "0", "logs", "False", "9"],
          ["WORKER_NUM = '6': every node has LOCAL_WORKER (4) workers. Nearest: 4 or 8."]),
         ([RUN, "2", "4", "h", "8118", "0", "logs", "False", "9"], ["Nearest: 4."]),
         ([RUN, "4", "2", "h", "8118", "2", "logs", "False", "9"],
-         ["NODE_RANK = '2': a whole number from 0 to 1 is needed. Nearest: 1."]),
+         ["NODE_RANK = '2': it must be an integer from 0 to 1. Nearest: 1."]),
         ([RUN, "4", "70000", "logs", "no", "0"],
-         ["MASTER_PORT = '70000': a whole number from 1 to 65535 is needed. Nearest: 65535.",
-          "JOIN = 'no': True or False is needed.", "CLUSTER_TIME_OUT = '0'"]),
+         ["MASTER_PORT = '70000': it must be an integer from 1 to 65535. Nearest: 65535.",
+          "JOIN = 'no': it must be True or False.", "CLUSTER_TIME_OUT = '0'"]),
         (["run.py --predict_data 'a"], ["No closing quotation. Close every quote: "]),
         (["run_mindformer.py --config x"],
-         ["there is no script 'run_mindformer.py'", "Nearest: run.py."]),
-        (["python"], ["there is no script ''"]),
-        ([""], ["there is no script ''"]),
+         ["script 'run_mindformer.py' not found", "Nearest: run.py."]),
+        (["python"], ["script '' not found"]),
+        ([""], ["script '' not found"]),
     ],
 )  # fmt: skip
 def test_wrong_arguments_are_told_together(folder: Path, words: list[str], says: list[str]) -> None:
@@ -284,7 +284,8 @@ def test_a_job_that_fails_is_a_failed_exit_code(folder: Path) -> None:
     code, out, err = run(folder, "job.py fail 'a b'", "2")
     assert code == 3
     assert out == "rank 0 of 2 ['fail', 'a b']\nstopped by 15\n"
-    assert "msrun: rank 1 ended first, with exit code 3: see output/msrun_log/worker_1.log\n" in err
+    log = "output/msrun_log/worker_1.log"
+    assert f"msrun: rank 1 failed first, with exit code 3: see {log}\n" in err
     assert "[rank 1] the reason\n" in err
     assert "Traceback" not in err
 
@@ -292,7 +293,7 @@ def test_a_job_that_fails_is_a_failed_exit_code(folder: Path) -> None:
 def test_a_worker_that_is_killed(folder: Path) -> None:
     code, _, err = run(folder, "python job.py die", "2", str(free_port()), "logs", "False", "60")
     assert code == 128 + signal.SIGKILL
-    assert "msrun: rank 1 ended first, by SIGKILL: see logs/worker_1.log" in err
+    assert "msrun: rank 1 failed first, by SIGKILL: see logs/worker_1.log" in err
 
 
 def test_a_mistake_of_one_rank_is_told_by_that_rank(workshop: Workshop) -> None:
@@ -304,7 +305,7 @@ def test_a_mistake_of_one_rank_is_told_by_that_rank(workshop: Workshop) -> None:
     (workshop.folder / "output/log/rank_1").touch()
     code, out, err = run(workshop.folder, RUN, "2")
     assert code == 2
-    assert "msrun: rank 1 ended first, with exit code 2" in err
+    assert "msrun: rank 1 failed first, with exit code 2" in err
     assert "[rank 1] error: output_dir = 'output': output/log/rank_1 cannot be written" in err
     assert "Traceback" not in out + err
     assert "gloo" not in out + err
@@ -362,7 +363,7 @@ def test_a_node_that_stays_alone(folder: Path) -> None:
     words = ("4", "2", "127.0.0.1", str(free_port()), "0", "logs", "False", "1")
     code, out, err = run(folder, "job.py done", *words)
     assert (code, out) == (1, "")
-    assert "msrun: the job did not form: " in err
+    assert "msrun: rendezvous failed: " in err
     assert "start all 2 nodes within 1 s, with the same MASTER_ADDR and MASTER_PORT" in err
     assert "Traceback" in (folder / "logs/scheduler.log").read_text()
 

@@ -1,4 +1,2 @@
-"""Assembly: a checked configuration becomes a model, data and a run, out of what the rooms offer.
-
-Every function here is called on all ranks; `launcher.modes` tells the stories.
-"""
+"""Build a model, data and a run from a checked configuration. Every function is called on all
+ranks."""

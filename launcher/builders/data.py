@@ -1,4 +1,4 @@
-"""Data of a job: rows of a section, their length, and what an epoch is."""
+"""Data of a job: the rows of a data section, their length, and the steps of an epoch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from models.positions import row_length
 
 
 def open_dataset(job: Job, section: DatasetSection) -> RowDataset:
-    """The rows of a data section; one rank of each disk prepares them, into `dataset_cache`."""
+    """The rows of a data section; one rank of each file system prepares them in `dataset_cache`."""
     cache_dir, world = job.output_dir / "dataset_cache", job.world.with_long_timeout()
     filesystems = find_filesystem_groups(cache_dir, world, "the data cache could not be opened")
     dataset = build_dataset(
@@ -31,9 +31,9 @@ def open_dataset(job: Job, section: DatasetSection) -> RowDataset:
     vocabulary = job.spec.hf_config.get("vocab_size")
     if vocabulary is not None and dataset.largest_token >= vocabulary:
         raise UserError(
-            f"the data holds token {dataset.largest_token}",
-            rule=f"the model has room for {vocabulary} tokens",
-            advice="Give the tokenizer the model was made with",
+            f"the data has token {dataset.largest_token}",
+            rule=f"the vocabulary of the model has {vocabulary} tokens",
+            advice="Use the tokenizer of the model",
         )
     return dataset
 
@@ -43,7 +43,7 @@ def _check_same(contents: Sequence[str]) -> None:
     other = next((rank for rank, found in enumerate(contents) if found != contents[0]), None)
     if other is not None:
         raise UserError(
-            f"the machine of rank {other} has other data than that of rank 0",
+            f"the data on the machine of rank {other} differs from that of rank 0",
             rule="all ranks train on the same rows, which each machine prepares from its own files",
             advice="Copy the same data files and the same tokenizer to every machine",
         )
@@ -56,13 +56,13 @@ def seq_length(job: Job, section: DatasetSection) -> int:
 
 
 def steps_per_epoch(rows: int, global_batch: int, *, drop_remainder: bool) -> int:
-    """Optimizer steps of one epoch. Samples run on from one epoch into the next, without a gap."""
+    """Optimizer steps of one epoch. A step may hold samples of two epochs; none is left out."""
     full, rest = divmod(rows, global_batch)
     return max(full + (rest > 0 and not drop_remainder), 1)
 
 
 def evaluation_source(job: Job) -> Callable[[], Iterable[Batch]]:
-    """A function that gives this rank's share of the evaluation data, anew at each call."""
+    """A function whose every call returns this rank's share of the evaluation data."""
     assert job.config.eval_dataset is not None
     dataset = open_dataset(job, job.config.eval_dataset)
     return lambda: evaluation_batches(

@@ -1,4 +1,4 @@
-"""A job: the configuration, this process, a voice, and what follows from these alone."""
+"""A job: the configuration, this process, and what follows from these alone."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True)
 class Job:
-    """What every mode starts from: the configuration, this process, and a voice."""
+    """What every mode starts from."""
 
     config: Config
     provenance: Provenance
@@ -35,7 +35,7 @@ class Job:
     console: Console
 
     def log(self, text: str) -> None:
-        """Tell the user."""
+        """Print a line, on the main process."""
         self.console.log(text)
 
     @property
@@ -66,7 +66,7 @@ class Job:
 
     @cached_property
     def split(self) -> StageSplit | None:
-        """Which layers each stage of the pipeline has; None without a pipeline."""
+        """The layers of each pipeline stage; None without a pipeline."""
         return split_of(self.config, self.spec)
 
     @cached_property
@@ -85,11 +85,11 @@ class Job:
                 trust_remote_code=self.config.trust_remote_code,
                 local_files_only=True,
             )
-        except Exception as error:  # the library assumes that its files are right
+        except Exception as error:  # the library assumes that its files are valid
             reason = (str(error) or repr(error)).splitlines()[0]
             expected = isinstance(error, OSError | ValueError)
             raise UserError(
-                f"no tokenizer can be opened in {self.tokenizer_dir!r}",
+                f"cannot open a tokenizer in {self.tokenizer_dir!r}",
                 rule=reason if expected else f"{type(error).__name__}: {reason}",
                 advice="Set processor.tokenizer.pretrained_model_dir to a Hugging Face tokenizer",
             ) from error
@@ -97,7 +97,7 @@ class Job:
         if len(tokenizer) > vocabulary:
             raise UserError(
                 f"the tokenizer in {self.tokenizer_dir} has {len(tokenizer)} tokens",
-                rule=f"the model has room for {vocabulary}",
+                rule=f"the vocabulary of the model has {vocabulary}",
                 nearest=f"Set model.model_config.vocab_size to {len(tokenizer)} or more",
             )
         return tokenizer

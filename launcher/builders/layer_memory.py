@@ -1,8 +1,7 @@
-"""What the layers of a job do beside computing: run again, move to the host, be compiled, take
-turns.
+"""What is wrapped around the layers of a job: compilation, recomputation, offload, interleaving.
 
-Owns the order in which these are put round a layer, innermost first: compilation, recomputation,
-swapping, interleaved copies. FSDP's hooks come outside of all.
+Owns the order, innermost first: compilation, recomputation, offload of activations, interleaved
+micro-batches. FSDP's hooks are outside of all.
 """
 
 from __future__ import annotations
@@ -39,9 +38,9 @@ _RECOMPUTE, _SWAP = "recompute_config", "swap_config"
 
 
 def check_layers(job: Job, whole: nn.Module) -> None:
-    """Compare what the configuration names with the layers of the whole model.
+    """Check the patterns of the configuration against the layers of the full model.
 
-    Raises UserError for what is not there, or cannot be done with this model.
+    Raises UserError for those that match nothing, or that this model does not support.
     """
     names = names_in(blocks(whole))
     idle = {
@@ -51,16 +50,15 @@ def check_layers(job: Job, whole: nn.Module) -> None:
     }  # fmt: skip
     for section, patterns in idle.items():
         if patterns:
-            job.log(f"accepted, no effect: {section}: nothing is kept of {patterns}")
+            job.log(f"accepted, no effect: {section}: {patterns} keep no activations")
     if not isinstance(whole, Decoder):
         _check_foreign(job)
     if job.config.swap_config.optimizer and job.world.device.type != "cuda":
-        job.log("accepted, no effect: swap_config.optimizer: it is in host memory already")
+        job.log("accepted, no effect: swap_config.optimizer: it is on the host already")
 
 
 def prepare_layers(job: Job, module: nn.Module, whole: nn.Module) -> None:
-    """Put round the layers of `module`, a stage of `whole` or all of it, what the configuration
-    asks for in training."""
+    """Wrap the layers of `module`, a stage of `whole` or all of it, as configured for training."""
     config, layers = job.config, _numbered(module)
     plan = recompute_plan(config.recompute_config, _split(job, whole))
     again = recomputed_pieces(layers, plan)
@@ -82,13 +80,13 @@ def prepare_layers(job: Job, module: nn.Module, whole: nn.Module) -> None:
 
 
 def offload_policy(job: Job) -> OffloadPolicy | None:
-    """Parameters and optimizer state in host memory, where the configuration asks for it and there
-    is other memory; else None."""
+    """The policy that keeps parameters and optimizer state in host memory, where it is configured
+    and the device has memory of its own; else None."""
     return optimizer_policy(job.world.device) if job.config.swap_config.optimizer else None
 
 
 def materialize_all(module: nn.Module, device: torch.device, offload: OffloadPolicy | None) -> None:
-    """Put `module` into real memory: on the device, or its parameters on the host."""
+    """Allocate `module`: on the device, or its parameters on the host."""
     if offload is None:
         materialize(module, device)
         return
@@ -98,7 +96,7 @@ def materialize_all(module: nn.Module, device: torch.device, offload: OffloadPol
 
 
 def _check_foreign(job: Job) -> None:
-    """Raise UserError for what only decoders of ours can do."""
+    """Raise UserError for what only Slipway's decoder supports."""
     select = job.config.recompute_config.select_recompute
     names_modules = isinstance(select, dict) or (
         isinstance(select, list) and any(isinstance(item, str) for item in select)
@@ -126,5 +124,5 @@ def _numbered(module: nn.Module) -> Mapping[int, nn.Module]:
 
 
 def _split(job: Job, whole: nn.Module) -> StageSplit:
-    """Which rank has which layers; all of them on one without a pipeline."""
+    """The layers of each rank of the pipeline; without one, all layers."""
     return job.split or StageSplit((range(len(blocks(whole))),), (0,))

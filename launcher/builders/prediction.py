@@ -1,4 +1,4 @@
-"""Prediction of a job: which settings count, and continuing the prompts on every rank."""
+"""Prediction: the generation settings, and generating from the prompts on every rank."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from launcher.parallel.consistency import check_same
 from launcher.predict import RESULT_FILE, Generation, generate
 
 PREDICT_BATCH = 8
-"""Prompts continued together when predict_batch_size is not written."""
+"""Prompts in a batch when predict_batch_size is not set."""
 
 
 def continue_prompts(
     job: Job, model: nn.Module, prompts: Sequence[str], batch_size: int
 ) -> list[Generation]:
-    """Every prompt with its continuation, on the main rank; each rank takes its share of them.
+    """Every prompt with its continuation, on the main rank; each rank continues its share.
 
-    Called by all ranks together. Raises `UserError`, also where machines have other settings in
-    generation_config.json, or another tokenizer.
+    Called by all ranks together. Raises `UserError`, also where machines differ in
+    generation_config.json or in the tokenizer.
     """
     seed, mesh = job.config.generation_config.seed, predict_mesh(job)
     chosen = settings(job)
     ids = [job.tokenizer(prompt)["input_ids"] for prompt in prompts]
     check_same(
         job.world, {**asdict(chosen), "tokens of the prompts": ids},
-        rule="all ranks generate alike, which each machine reads from its own files",
+        rule="all ranks need the same settings, which each machine reads from its own files",
         advice="Copy the same model folder and the same tokenizer to every machine",
     )  # fmt: skip
     model.eval()
@@ -53,7 +53,7 @@ def continue_prompts(
 
 
 def settings(job: Job) -> GenerationSettings:
-    """What the user wrote, else what generation_config.json says, else the defaults."""
+    """The settings in YAML, else those in generation_config.json, else the defaults."""
     section = job.config.generation_config
     written: dict[str, Any] = {
         field.name: getattr(section, field.name)
@@ -71,5 +71,5 @@ def settings(job: Job) -> GenerationSettings:
 
 
 def result_path(job: Job) -> Path:
-    """Where the result goes."""
+    """The file of the result."""
     return Path(job.config.save_file or job.output_dir / RESULT_FILE)

@@ -136,7 +136,7 @@ def _resume_details(
         metadata=run.metadata,
         mesh=job.mesh,
         total_steps=run.total_steps,
-        data_begins_elsewhere=_names_place_in_data(job.config),
+        data_position_is_set=_names_place_in_data(job.config),
         derived=derived,
     )
 

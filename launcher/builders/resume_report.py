@@ -1,4 +1,4 @@
-"""The receipt of a resume: what was restored from where, and what has changed since.
+"""The resume report: what was restored from where, and what has changed since.
 
     resumed: CKP-1_10 of output/checkpoint, step 10 of 20
       saved by       8 ranks (pp 2 x dp_shard 2 x tp 2) after 80 samples, 2560 tokens
@@ -8,8 +8,8 @@
       configuration  parallel_config.data_parallel: 2 -> 1
       versions       torch: 2.11.0 -> 2.12.0
 
-Owns the text and what it compares; changes nothing. At most twenty lines. It promises the same bits
-only where the layout, every key that counts, the versions and the place in the data are the same.
+Owns the text and what it compares. At most twenty lines. It promises a bitwise identical run only
+where the layout, every effective key, the versions and the data position are the same.
 """
 
 from __future__ import annotations
@@ -47,29 +47,29 @@ class InferredState:
 
 @dataclass(frozen=True, kw_only=True)
 class ResumeDetails:
-    """What was found, and what goes on from it."""
+    """What was restored, and the run that resumes."""
 
     name: str
     folder: str
     saved: Mapping[str, Any]
-    """The state file: numbers and facts of the run that saved."""
+    """The state file: state and metadata of the run that saved."""
     saved_ranks: int
     saved_mesh: Mapping[str, int]
-    """Axis to size; empty where the save does not say."""
+    """Axis to size; empty where it is not known."""
     state: TrainState
-    """Where this run goes on."""
+    """Where this run resumes."""
     metadata: Mapping[str, Any]
-    """Facts of this run, by the keys of the state file."""
+    """Metadata of this run, by the keys of the state file."""
     mesh: Mesh
     total_steps: int
-    data_begins_elsewhere: bool
-    """Whether the user named the place in the data."""
+    data_position_is_set: bool
+    """Whether the configuration sets the data position."""
     derived: InferredState | None = None
-    """Where the state was taken from, of a save that has none of ours."""
+    """The inferred state, of a save without a state file."""
 
 
 def resume_report(details: ResumeDetails) -> list[str]:
-    """The lines of the receipt."""
+    """The lines of the report."""
     state, saved = details.state, details.saved
     head = (
         f"resumed: {details.name} of {details.folder}, "
@@ -85,30 +85,30 @@ def resume_report(details: ResumeDetails) -> list[str]:
     ]  # fmt: skip
     changes = [*_changes(details)]
     if not changes:
-        return [*lines, "nothing changed: the run goes on bit for bit"]
+        return [*lines, "nothing changed: the run continues bit for bit"]
     return [*lines, "changed since:", *changes]
 
 
 def _without_state(details: ResumeDetails, derived: InferredState) -> Iterator[str]:
-    """What is said of a save that has no state of ours: what was found, supposed, and not known."""
+    """For a save without a state file: what was found, assumed, and is not known."""
     saved, state = derived.saved, details.state
     batch = saved["global_batch_size"]
     steps = f"{saved['global_step']} steps ({derived.steps_from})"
-    yield _line("saved by", f"{derived.saved_by} after {steps}, without a state of ours")
+    yield _line("saved by", f"{derived.saved_by} after {steps}, without a state file")
     restored = ["weights", "optimizer state", "step"]
     if state.updates != saved["global_step"]:
         restored.append(f"{state.updates} updates of the optimizer (global_step in the files)")
     if derived.has_scale:
         restored.append(f"loss scale {state.loss_scale:g}")
     yield _line("restored", ", ".join(restored))
-    whose = "as the files say" if derived.has_batch else "that of this run: the saved is not known"
-    yield _line("supposed", f"{saved['consumed_samples']} samples seen, a global batch of {batch} ("
-                f"{whose}), in the order of this run")  # fmt: skip
+    whose = "from the files" if derived.has_batch else "that of this run"
+    yield _line("assumed", f"{saved['consumed_samples']} samples trained on, a global batch of "
+                f"{batch} ({whose}), in the order of this run")  # fmt: skip
     yield _line("not known", "data, configuration and versions of the run that saved")
     if derived.unused:
         shown = ", ".join(derived.unused[:KEYS_SHOWN]) + " ..." * (len(derived.unused) > KEYS_SHOWN)
         yield _line("not used", shown)
-    changes = [*_layout(details), *_samples(details), *_elsewhere(details)]
+    changes = [*_layout(details), *_samples(details), *_data(details)]
     yield from ["changed since:", *changes] if changes else []
 
 
@@ -117,14 +117,14 @@ def _line(label: str, text: str) -> str:
 
 
 def _restored(details: ResumeDetails) -> Iterator[str]:
-    """What goes on where it was; what the configuration now says otherwise is left out."""
+    """What was restored; what the configuration now sets otherwise is left out."""
     saved, present = details.saved, details.metadata
     yield from ("weights", "optimizer state")
     if saved.get("schedule") == present["schedule"]:
         yield "schedule"
     if saved.get("loss_scaling") == present["loss_scaling"] == "dynamic":
         yield f"loss scale {details.state.loss_scale:g}"
-    if not details.data_begins_elsewhere:
+    if not details.data_position_is_set:
         yield "data position"
     if saved.get("seed") == present["seed"]:
         yield "random numbers"
@@ -136,7 +136,7 @@ def _changes(details: ResumeDetails) -> Iterator[str]:
     yield from _samples(details)
     if "configuration" in saved:
         yield from _configuration(saved["configuration"], present["configuration"])
-        model = _beside_configuration(saved, present)
+        model = _model_changes(saved, present)
         if model:
             yield _line("model", ", ".join(model))
         software = differences(saved.get("versions", {}), present["versions"])
@@ -144,7 +144,7 @@ def _changes(details: ResumeDetails) -> Iterator[str]:
             yield _line("versions", ", ".join(software))
     else:
         yield _line("configuration", "not compared: the save was written by an older version")
-    yield from _elsewhere(details)
+    yield from _data(details)
 
 
 def _layout(details: ResumeDetails) -> Iterator[str]:
@@ -158,18 +158,20 @@ def _samples(details: ResumeDetails) -> Iterator[str]:
     present, state = details.metadata["global_batch_size"], details.state
     batch = details.saved.get("global_batch_size")
     if batch != present:
-        yield _line("samples", f"global batch was {batch}, is {present}: going on after "
+        yield _line("samples", f"global batch was {batch}, is {present}: resuming after "
                     f"{state.consumed_samples} samples, as step {state.global_step}")  # fmt: skip
 
 
-def _elsewhere(details: ResumeDetails) -> Iterator[str]:
-    if details.data_begins_elsewhere:
+def _data(details: ResumeDetails) -> Iterator[str]:
+    if details.data_position_is_set:
         other = "other data, " if details.saved.get("data") != details.metadata["data"] else ""
-        yield _line("data", f"{other}beginning at sample {details.state.data_position}, as asked")
+        yield _line(
+            "data", f"{other}beginning at sample {details.state.data_position}, as configured"
+        )
 
 
-def _beside_configuration(saved: Mapping[str, Any], present: Mapping[str, Any]) -> list[str]:
-    """What config.json says otherwise, apart from keys that the configuration sets."""
+def _model_changes(saved: Mapping[str, Any], present: Mapping[str, Any]) -> list[str]:
+    """What has changed in config.json, apart from keys that the configuration sets."""
     if "model" not in saved:
         return []
     before, now = saved["configuration"], present["configuration"]
@@ -195,7 +197,7 @@ def _configuration(saved: Mapping[str, Any], present: Mapping[str, Any]) -> Iter
 
 
 def differences(saved: Mapping[str, Any], present: Mapping[str, Any]) -> list[str]:
-    """`key: old -> new` of every key whose value is another, in the order of the present ones."""
+    """`key: old -> new` of every key whose value has changed, in the order of the present ones."""
     keys = [*present, *(key for key in saved if key not in present)]
     return [
         f"{key}: {_value(saved.get(key))} -> {_value(present.get(key))}"
@@ -205,7 +207,7 @@ def differences(saved: Mapping[str, Any], present: Mapping[str, Any]) -> list[st
 
 
 def _value(value: Any) -> str:
-    """A value in a few words: of a long one both ends, for paths differ at their last."""
+    """A value, shortened in the middle: paths differ at their ends."""
     if value is None:
         return "left out"
     text = " ".join(str(value).split()) or "''"

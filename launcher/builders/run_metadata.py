@@ -1,7 +1,6 @@
-"""Facts: what a save says about its run, for a later start to compare with its own.
+"""Metadata of a run, saved for a resume to compare with its own.
 
-Owns their keys in the state file. What a run has come to (steps, samples) is not here, but in
-`launcher.train.state`.
+Owns its keys in the state file. Progress (steps, samples) is in `launcher.train.state`.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ def run_metadata(
     job: Job, dataset: RowDataset, order: GlobalOrder, global_batch: int,
     scaling: LossScaling | None,
 ) -> dict[str, Any]:  # fmt: skip
-    """The facts of a training run, as JSON values."""
+    """The metadata of a training run, as JSON values."""
     return {
         "seed": job.config.seed,
         "global_batch_size": global_batch,
@@ -48,13 +47,13 @@ def run_metadata(
 
 
 def _model(job: Job) -> dict[str, Any]:
-    """What describes the model, as JSON gives it back; of which code wrote it nothing."""
+    """The configuration of the model after a round trip through JSON, without versions of code."""
     content: dict[str, Any] = json.loads(json.dumps(job.spec.hf_config))
     return {key: value for key, value in content.items() if key not in _NOT_OF_THE_MODEL}
 
 
 def versions(device: torch.device) -> dict[str, str]:
-    """The software and the device on which the same run has the same bits."""
+    """The software and the device: with the same ones a run is bitwise reproducible."""
     found = {name: _version(name) for name in ("slipway", "torch", "transformers")}
     return {**found, "python": platform.python_version(), "device": _device_text(device)}
 
@@ -67,7 +66,7 @@ def _version(package: str) -> str:
 
 
 def _device_text(device: torch.device) -> str:
-    """The kind of device, and on a CPU what the order of its sums depends on."""
+    """The kind of device, and on a CPU what the order of floating-point sums depends on."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()

@@ -1,8 +1,8 @@
 """Keys that are known and have no field in the configuration, and second names of keys.
 
-Owns the two dicts through which other rooms add keys: `EXTRA_KEYS` and `ALIASES`. Both are filled
-from launcher.mindspore; without that room these keys are unknown. An extra key is checked like any
-other, then reported as without effect, or refused as not built yet.
+Owns the two dicts `EXTRA_KEYS` and `ALIASES`, filled from the tables that `launcher.extensions` names;
+keys of a package that is not installed are unknown. An extra key is checked like any other, then
+reported as without effect, or refused as not built yet.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from launcher import extensions
 from launcher.config.schema import FieldInfo
+from launcher.extensions import installed
 
 ANY_OTHER = "*"
 """The name that stands for every other key of an open section."""
@@ -25,36 +27,35 @@ class ExtraKey:
     info: FieldInfo
 
 
-def _mindspore_keys() -> Iterator[tuple[str, ExtraKey]]:
-    try:
-        from launcher.mindspore.keys_not_built import KEYS_NOT_BUILT
-        from launcher.mindspore.keys_without_effect import CHOICES, KEYS_WITHOUT_EFFECT
-    except ImportError:
-        return
-    for section, reasons in KEYS_WITHOUT_EFFECT.items():
-        for why, keys in reasons.items():
-            for name, annotation in keys.items():
-                path = f"{section}.{name}".lstrip(".")
-                info = FieldInfo(status="no effect", why=why, choices=CHOICES.get(path, ()))
-                yield path, ExtraKey(annotation=annotation, info=info)
-    for section, advices in KEYS_NOT_BUILT.items():
-        for advice, rows in advices.items():
-            for name, (annotation, *harmless) in rows.items():
-                info = FieldInfo(status="not built yet", why=advice, harmless=tuple(harmless))
-                yield f"{section}.{name}".lstrip("."), ExtraKey(annotation=annotation, info=info)
+def _without_effect() -> Iterator[tuple[str, ExtraKey]]:
+    choices = {path: values for table in installed(extensions.KEY_CHOICES).values()
+               for path, values in table.items()}  # fmt: skip
+    for table in installed(extensions.KEYS_WITHOUT_EFFECT).values():
+        for section, reasons in table.items():
+            for why, keys in reasons.items():
+                for name, annotation in keys.items():
+                    path = f"{section}.{name}".lstrip(".")
+                    info = FieldInfo(status="no effect", why=why, choices=choices.get(path, ()))
+                    yield path, ExtraKey(annotation=annotation, info=info)
 
 
-def _mindspore_aliases() -> dict[str, str]:
-    try:
-        from launcher.mindspore.key_aliases import ALIASES as mindspore_aliases
-    except ImportError:
-        return {}
-    return mindspore_aliases
+def _not_built() -> Iterator[tuple[str, ExtraKey]]:
+    for table in installed(extensions.KEYS_NOT_BUILT).values():
+        for section, advices in table.items():
+            for advice, rows in advices.items():
+                for name, (annotation, *harmless) in rows.items():
+                    info = FieldInfo(status="not built yet", why=advice, harmless=tuple(harmless))
+                    path = f"{section}.{name}".lstrip(".")
+                    yield path, ExtraKey(annotation=annotation, info=info)
 
 
-EXTRA_KEYS: dict[str, ExtraKey] = dict(_mindspore_keys())
+EXTRA_KEYS: dict[str, ExtraKey] = dict([*_without_effect(), *_not_built()])
 """Dotted key to what is known about it; keys of callbacks as `callbacks[MFLossMonitor].name`."""
-ALIASES: dict[str, str] = _mindspore_aliases()
+ALIASES: dict[str, str] = {
+    alias: key
+    for table in installed(extensions.KEY_ALIASES).values()
+    for alias, key in table.items()
+}
 """Second name of a key to the key; a section before its keys."""
 
 _SAME_KEYS = {

@@ -71,12 +71,12 @@ def _steps(run: TrainRun, chosen: Chosen, counters: Mapping[str, int]) -> tuple[
             where=str(chosen.root),
             rule=f"its files have neither {' nor '.join(STEPS)} nor a name such as "
             "CKP_rank_0-1_10.safetensors",
-            advice="Name the files so, or use run_mode finetune to start from weights alone",
+            advice="Rename the files, or use run_mode finetune to start from weights alone",
         )
     epoch, step = chosen.name.epoch, chosen.name.step
     steps = global_step_of_name(epoch, step, run.steps_per_epoch, run.sink_size)
     if run.sink_size > 1 and step == run.sink_size:
-        return steps, f"{epoch} sinks of {step} by the name"
+        return steps, f"{epoch} sinks of {step}, from the name"
     how = f"an epoch has {run.steps_per_epoch} in this run"
     return max(steps, 0), f"step {step} of epoch {epoch} in the name; {how}"
 

@@ -1,6 +1,6 @@
-"""A file that grows, shown on the console while it does.
+"""Show a growing file on the console.
 
-Workers write to files only, so a console that goes away or is slow never holds one up.
+Workers write to files only, so that a slow or closed console never blocks them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _CHUNK_BYTES = 1 << 16
 
 
 class Follower:
-    """Copies a file to standard output until the block ends, and all that is left of it then.
+    """Copies a file to standard output, up to its content at the end of the `with` block.
 
     `path` need not exist yet; None follows nothing.
     """
@@ -57,7 +57,7 @@ class Follower:
                         return
                     self._ended.wait(_PERIOD_SECONDS)
         except OSError:
-            return  # the console is gone, or no worker ever came up: the log has it all
+            return  # the console is closed, or no worker has started: the log is complete
 
 
 def last_lines(path: Path, count: int) -> list[str]:

@@ -1,6 +1,6 @@
-"""The positional arguments of msrun.sh, which are those of MindFormers' msrun_launcher.sh.
+"""The positional arguments of msrun.sh: those of MindFormers' msrun_launcher.sh.
 
-Owns their meaning. The first one is cut into words as a shell would, and nothing in it is executed.
+The first one is split into words as in a shell, and nothing in it is executed.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Launch:
     script: Path
     arguments: tuple[str, ...]
     workers: int
-    """Processes of the whole job."""
+    """Processes of the job."""
     local_workers: int
     """Processes of each node."""
     master_addr: str
@@ -70,23 +70,23 @@ class Launch:
 
     @property
     def scheduler_log(self) -> Path:
-        """Where torchrun's own words go."""
+        """The file with the output of torchrun."""
         name = f"scheduler_{self.node_rank}.log" if self.node_rank else "scheduler.log"
         return self.log_dir / name
 
     def worker_log(self, rank: int) -> Path:
-        """Where the words of one worker go."""
+        """The file with the output of one worker."""
         return self.log_dir / f"worker_{rank}.log"
 
 
 class _Words:
-    """The positional arguments by name, read with all problems gathered."""
+    """The positional arguments by name. All problems are collected."""
 
     def __init__(self, written: dict[str, str]) -> None:
         self.written = written
         self.problems: list[Problem] = []
 
-    def log(self, name: str, rule: str, nearest: str = "") -> None:
+    def reject(self, name: str, rule: str, nearest: str = "") -> None:
         self.problems.append(
             Problem(
                 what=f"{name.upper()} = {self.written[name]!r}",
@@ -97,7 +97,7 @@ class _Words:
         )
 
     def number(self, name: str, least: int, most: int | None, default: int) -> int:
-        """A whole number from `least` to `most`; `default` where it is not written or is wrong."""
+        """An integer from `least` to `most`; `default` where it is not given or not valid."""
         text = self.written.get(name)
         if text is None:
             return default
@@ -105,13 +105,13 @@ class _Words:
         if number is not None and number >= least and (most is None or number <= most):
             return number
         nearest = "" if number is None else f"Nearest: {least if number < least else most}"
-        until = "" if most is None else f" to {most}"
-        self.log(name, f"a whole number from {least}{until} is needed", nearest)
+        bounds = f"of at least {least}" if most is None else f"from {least} to {most}"
+        self.reject(name, f"it must be an integer {bounds}", nearest)
         return default
 
 
 def read(argv: Sequence[str]) -> Launch:
-    """The job that the positional arguments ask for. Raises UserError with all that is wrong."""
+    """The job of the positional arguments. Raises UserError with all problems."""
     if len(argv) not in _FORMS:
         raise UserError(
             f"{len(argv)} arguments",
@@ -126,14 +126,14 @@ def read(argv: Sequence[str]) -> Launch:
     if workers % local:
         near = [n for n in (workers // local * local, (workers // local + 1) * local) if n]
         rule = f"every node has LOCAL_WORKER ({local}) workers"
-        words.log("worker_num", rule, f"Nearest: {' or '.join(map(str, near))}")
+        words.reject("worker_num", rule, f"Nearest: {' or '.join(map(str, near))}")
         local = workers
     last_node = None if words.problems else workers // local - 1
     node_rank = words.number("node_rank", 0, last_node, 0)
     port = words.number("master_port", 1, 65535, 0)
     timeout = words.number("cluster_time_out", 1, None, 1)
     if words.written.get("join", "False").lower() not in ("true", "false"):
-        words.log("join", "True or False is needed")
+        words.reject("join", "it must be True or False")
     script, arguments = _command(command, words.problems)
     if words.problems:
         raise UserError(words.problems)
@@ -159,7 +159,7 @@ def _command(text: str, problems: list[Problem]) -> tuple[Path, list[str]]:
     except ValueError as error:
         problems.append(
             Problem(
-                what=f"the command {text!r} cannot be cut into words",
+                what=f"the command {text!r} cannot be split into words",
                 where="msrun.sh",
                 rule=str(error),
                 advice="Close every quote: --predict_data 'I love Beijing, because'",
@@ -177,9 +177,9 @@ def _command(text: str, problems: list[Problem]) -> tuple[Path, list[str]]:
         return run_script(), words[1:]
     problems.append(
         Problem(
-            what=f"there is no script {words[0]!r}",
+            what=f"script {words[0]!r} not found",
             where="msrun.sh",
-            rule="the command begins with a script, in the current directory or beside msrun.sh",
+            rule="the command begins with a script, in the current directory or next to msrun.sh",
             nearest="Nearest: run.py",
             advice='Write "run.py --config x.yaml --run_mode train"',
         )

@@ -1,11 +1,11 @@
-"""`bash msrun.sh ...`: the configuration is checked once, then the workers are started by torchrun.
+"""`bash msrun.sh ...`: check the configuration once, then start the workers with torchrun.
 
-Owns the order of things and the logs. Differences from MindFormers' msrun_launcher.sh: a job that
-fails is a failed exit code, so this always waits for the end (JOIN is accepted); one worker runs;
-the console shows rank 0; logs of earlier runs are kept, as *.log.1, *.log.2 and so on.
+Owns the order of these steps and the logs. Unlike MindFormers' msrun_launcher.sh it always waits
+for the job and returns its exit code (JOIN is accepted); one worker is possible; the console shows
+rank 0; logs of earlier runs are kept, as *.log.1, *.log.2 and so on.
 
-    LOG_DIR/worker_{rank}.log   what a worker prints
-    LOG_DIR/scheduler.log       what torchrun says (scheduler_{node}.log on further nodes)
+    LOG_DIR/worker_{rank}.log   the output of a worker
+    LOG_DIR/scheduler.log       the output of torchrun (scheduler_{node}.log on other nodes)
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _SHOWN_LINES = 20
 
 
 def run_once(launch: Launch, arguments: Sequence[str]) -> int:
-    """`run.py` in this process, told how many workers there would be. Returns the exit code."""
+    """Run `run.py` in this process, with the planned world size. Returns the exit code."""
     from launcher import cli
 
     for name in OF_A_PROCESS:
@@ -56,9 +56,9 @@ def run_once(launch: Launch, arguments: Sequence[str]) -> int:
 
 
 def check(launch: Launch) -> int | None:
-    """Check the configuration. None: all is right; else the exit code, after it has been shown.
+    """Check the configuration. None: it is valid; else the exit code, errors having been printed.
 
-    A command line that only asks for something (--help, --print_config) is answered here.
+    --help, --check_config and --print_config are handled here, without workers.
     """
     from launcher.config.command_line import parse
 
@@ -67,17 +67,17 @@ def check(launch: Launch) -> int | None:
     line = parse(launch.arguments)
     if line.help or line.check_config or line.print_config:
         return run_once(launch, launch.arguments)
-    said = io.StringIO()  # warnings and the like are told by rank 0
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said):
+    errors = io.StringIO()  # rank 0 prints the warnings
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(errors):
         code = run_once(launch, ["--check_config", *launch.arguments])
     if code == EXIT_OK:
         return None
-    print(said.getvalue(), end="", file=sys.stderr)
+    print(errors.getvalue(), end="", file=sys.stderr)
     return code
 
 
 def prepare(launch: Launch) -> None:
-    """The folder of the logs, without those of this node's earlier run. Raises UserError."""
+    """Make the folder of the logs and rename those of an earlier run. Raises UserError."""
     if launch.master_port and launch.node_rank == 0:
         _check_port(launch.master_port)
     try:
@@ -120,7 +120,7 @@ def _free_port() -> int:
 
 
 def torchrun_arguments(launch: Launch) -> list[str]:
-    """The command line of torchrun for this node, whose port is chosen."""
+    """The command line of torchrun for this node; `launch.master_port` is set."""
     return [
         *("--nnodes", str(launch.nodes), "--nproc-per-node", str(launch.local_workers)),
         *("--node-rank", str(launch.node_rank), "--max-restarts", "0"),
@@ -142,8 +142,8 @@ def start(launch: Launch) -> int:
     print(f"msrun: {_plural(launch.workers, 'worker')}, logs in {launch.log_dir}", file=sys.stderr)
     if launch.nodes > 1:
         print(
-            f"msrun: node {launch.node_rank} of {launch.nodes}, which meet at {launch.master_addr}:"
-            f"{launch.master_port} within {launch.timeout_seconds} s",
+            f"msrun: node {launch.node_rank} of {launch.nodes}, rendezvous at "
+            f"{launch.master_addr}:{launch.master_port} within {launch.timeout_seconds} s",
             file=sys.stderr,
         )
     with (
@@ -171,7 +171,7 @@ def _torchrun(launch: Launch, watch: NodeWatch, report: Callable[[str], None]) -
         return 128 + error.sigval
     except Exception as error:
         traceback.print_exc()
-        reason = f"the job did not form: {str(error).splitlines()[0]}"
+        reason = f"rendezvous failed: {str(error).splitlines()[0]}"
         watch.record(Failure.of_this_host(-1, EXIT_INTERNAL, reason))
         report(f"msrun: {reason}")
         if launch.nodes > 1:
@@ -181,7 +181,7 @@ def _torchrun(launch: Launch, watch: NodeWatch, report: Callable[[str], None]) -
             )
         report(f"msrun: see {launch.scheduler_log}")
         return EXIT_INTERNAL
-    if watch.failure is not None:  # elsewhere, while the ranks of this node ended well
+    if watch.failure is not None:  # on another node, while the ranks of this one succeeded
         report(f"msrun: {watch.failure}")
         return watch.failure.exit_code
     return EXIT_OK
@@ -205,17 +205,17 @@ def _exit_code(code: int) -> int:
 def _failed(
     launch: Launch, rank: int, code: int, first: Failure, report: Callable[[str], None]
 ) -> int:
-    """Print which rank failed first, and the end of its log where the console has not shown it.
+    """Print which rank failed first, and the end of its log unless the console has shown it.
 
     `rank`: the first of this node that ended, with `code`; `first`: the first failure of the job.
     """
     if first.rank not in launch.ranks:
         report(f"msrun: {first}")
         return first.exit_code
-    if first.rank != rank:  # it ended the others, before it ended itself
+    if first.rank != rank:  # it ended the others before itself
         rank, code = first.rank, first.exit_code
     log = launch.worker_log(rank)
-    report(f"msrun: rank {rank} ended first, {_how(code)}: see {log}")
+    report(f"msrun: rank {rank} failed first, {_how(code)}: see {log}")
     if rank:
         mark = f"[rank {rank}] "
         on_console = (
@@ -233,24 +233,24 @@ def _plural(count: int, word: str) -> str:
 
 
 class _Console:
-    """Standard error as it was before it went to a file."""
+    """Standard error as it was before it was redirected to a file."""
 
     def __init__(self, descriptor: int) -> None:
         self.descriptor = descriptor
         self.lines: list[str] = []
 
     def report(self, line: str) -> None:
-        """Print a line when all is over, behind what rank 0 has printed."""
+        """Print a line at the end, after the output of rank 0."""
         self.lines.append(line)
 
     def write(self, line: str) -> None:
-        """Print a line at once: nothing comes behind it."""
+        """Print a line now."""
         os.write(self.descriptor, f"{line}\n".encode())
 
 
 @contextlib.contextmanager
 def _standard_error_to(path: Path) -> Iterator[_Console]:
-    """Standard error of this process and of what it starts goes to a file."""
+    """Redirect the standard error of this process and its children to a file."""
     sys.stderr.flush()
     console = _Console(os.dup(2))
     log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -290,7 +290,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code
     try:
         return start(launch)
-    except KeyboardInterrupt:  # before there were workers: afterwards torchrun passes it on
+    except KeyboardInterrupt:  # before workers have started: later torchrun forwards it
         return EXIT_SIGINT
 
 
@@ -301,7 +301,7 @@ def _refused(error: UserError) -> int:
 
 
 def report_refusal(launch: Launch, code: int) -> None:
-    """Tell the other nodes, which may wait for this one, that it does not start."""
+    """Report to the other nodes, which may be waiting for this one, that it does not start."""
     if launch.nodes == 1 or not launch.master_port:
         return
     from launcher.parallel.failure import Failure

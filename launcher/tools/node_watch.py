@@ -1,9 +1,8 @@
-"""The launchers of a job's machines, which tell each other of failures through the job's store.
+"""The launchers on the nodes of a job report failures to each other through the job's store.
 
-Owns what one node's msrun.sh knows of the others. Ranks watch each other once they have started
-(`launcher.parallel.peers`); what they cannot see is a node whose configuration is refused, or a
-rank that was killed before it joined. The store is served by node 0, which keeps it open after a
-failure until the other nodes have read it.
+Ranks watch each other once they have started (`launcher.parallel.peers`); they cannot see a node
+whose configuration is invalid, or a rank that was killed before it joined. Node 0 serves the store,
+and keeps it open after a failure until the other nodes have read it.
 """
 
 from __future__ import annotations
@@ -28,9 +27,9 @@ CONNECT_SECONDS = 3.0
 LINGER_SECONDS = 5.0
 """How long node 0 serves the record of a failure for nodes that have not read it."""
 REPORT_SECONDS = 10.0
-"""How long a node that starts nothing tries to reach node 0."""
+"""How long a node that does not start tries to reach node 0."""
 WORKER_SECONDS = 8.0
-"""How long the ranks of this node have to end by themselves."""
+"""How long the ranks of this node may take to end by themselves."""
 _SEEN = "seen"
 
 
@@ -38,7 +37,7 @@ class NodeWatch:
     """Ends this node when another one has failed: `with NodeWatch(launch) as watch: ...`."""
 
     def __init__(self, launch: Launch, write: Callable[[str], None]) -> None:
-        """`write`: puts a line on the console of this node."""
+        """`write`: prints a line on the console of this node."""
         self._launch, self._write = launch, write
         self._server = _serve(launch) if launch.node_rank == 0 else None
         self._record: FailureRecord | None = None
@@ -74,18 +73,18 @@ class NodeWatch:
 
     @property
     def failure(self) -> Failure | None:
-        """The first failure of the job, as far as this node has seen."""
+        """The first failure of the job that this node knows of."""
         return self._failure
 
     def _stop(self) -> bool:
-        """End the watch. Returns whether the store answers; where the network is cut it may take a
-        quarter of an hour."""
+        """End the watch. Returns whether the store answers: without a network that may take 15
+        minutes."""
         self._closed.set()
         self._thread.join(CONNECT_SECONDS + POLL_SECONDS)
         return not self._thread.is_alive()
 
     def _acknowledge(self, record: FailureRecord) -> None:
-        """Let node 0 know that this node has read the failure."""
+        """Report to node 0 that this node has read the failure."""
         if self._server is None:
             with suppress(RuntimeError):
                 record.store.add(_SEEN, 1)
@@ -101,7 +100,7 @@ class NodeWatch:
                 self._record = self._record or self._connect()
                 self._failure = self._record.read()
             except (RuntimeError, ValueError):
-                self._record = None  # not served yet, or not any more
+                self._record = None  # not served yet, or no longer
             if self._failure is not None:
                 break
         if self._failure is None:
@@ -116,8 +115,8 @@ class NodeWatch:
         return any(self._launch.worker_log(rank).exists() for rank in self._launch.ranks)
 
     def _end(self, failure: Failure) -> None:
-        """End this process, whose main thread waits for other nodes or for ranks that hang. Ranks
-        get SIGTERM with it."""
+        """End this process, whose main thread waits for other nodes or for ranks that hang. Its
+        ranks get SIGTERM."""
         sys.stdout.flush()
         self._write(f"msrun: {failure}")
         if self._server is not None:
@@ -126,7 +125,7 @@ class NodeWatch:
 
 
 def report(launch: Launch, failure: Failure) -> None:
-    """Record the failure of a node that starts nothing, for those that wait for it."""
+    """Record the failure of a node that does not start, for those that wait for it."""
     with suppress(RuntimeError, ValueError, OSError):
         if launch.node_rank == 0:
             record = FailureRecord(_serve(launch))

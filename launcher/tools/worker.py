@@ -1,9 +1,9 @@
-"""What torchrun starts in the place of a script: it sends the output of one worker to its log.
+"""What torchrun starts instead of a script: it redirects the output of a worker to its log.
 
     worker.py LOG_DIR SCRIPT [ARGUMENT ...]
 
-Becomes the script after standard output and standard error lead to LOG_DIR/worker_{rank}.log. The
-standard library only.
+Redirects standard output and standard error to LOG_DIR/worker_{rank}.log, then becomes the script.
+Imports the standard library only.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ PR_SET_PDEATHSIG = 1
 
 
 def _end_with_parent() -> None:
-    """Ask Linux for SIGTERM when the launcher dies, however it dies: no worker trains on alone."""
+    """Have Linux send SIGTERM when the launcher dies, even if it is killed."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 

@@ -69,7 +69,7 @@ def test_steps_by_the_name_and_samples_by_the_batch_of_this_run(
     assert (state.global_step, state.updates, state.consumed_samples) == (steps, steps, 8 * steps)
     assert state.loss_scale == 65536.0
     by_epoch = f"step {name[1]} of epoch {name[0]} in the name; an epoch has 100 in this run"
-    assert result.steps_from == ("2 sinks of 3 by the name" if sink_size == 3 else by_epoch)
+    assert result.steps_from == ("2 sinks of 3, from the name" if sink_size == 3 else by_epoch)
     assert not result.has_batch
 
 

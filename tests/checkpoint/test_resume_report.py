@@ -28,7 +28,7 @@ UNCHANGED = ResumeDetails(
     name="CKP-1_10", folder="output/checkpoint",
     saved={"consumed_samples": 80, "consumed_tokens": 2560, **FACTS},
     saved_ranks=8, saved_mesh=MESH.sizes(),
-    state=STATE, metadata=FACTS, mesh=MESH, total_steps=20, data_begins_elsewhere=False,
+    state=STATE, metadata=FACTS, mesh=MESH, total_steps=20, data_position_is_set=False,
 )  # fmt: skip
 
 
@@ -61,7 +61,7 @@ def test_an_unchanged_run() -> None:
         "resumed: CKP-1_10 of output/checkpoint, step 10 of 20",
         "  saved by       8 ranks (pp 2 x dp_shard 2 x tp 2) after 80 samples, 2560 tokens",
         "  restored       weights, optimizer state, schedule, data position, random numbers",
-        "nothing changed: the run goes on bit for bit",
+        "nothing changed: the run continues bit for bit",
     ]
 
 
@@ -104,18 +104,18 @@ ONE_CHANGE: dict[str, tuple[ResumeDetails, list[str]]] = {
     ),
     "the global batch": (
         replace(with_facts(global_batch_size=4), state=replace(STATE, global_step=20)),
-        ["samples global batch was 8, is 4: going on after 80 samples, as step 20"],
+        ["samples global batch was 8, is 4: resuming after 80 samples, as step 20"],
     ),
     "a place in the data that was asked for": (
-        replace(UNCHANGED, state=replace(STATE, data_position=16), data_begins_elsewhere=True),
-        ["data beginning at sample 16, as asked"],
+        replace(UNCHANGED, state=replace(STATE, data_position=16), data_position_is_set=True),
+        ["data beginning at sample 16, as configured"],
     ),
     "other data": (
         replace(
             with_facts(data={"fingerprint": "cd34"}),
-            state=replace(STATE, data_position=0), data_begins_elsewhere=True,
+            state=replace(STATE, data_position=0), data_position_is_set=True,
         ),
-        ["data other data, beginning at sample 0, as asked"],
+        ["data other data, beginning at sample 0, as configured"],
     ),
     "a save from before configurations were kept": (
         replace(UNCHANGED, saved=without("configuration", "versions")),
@@ -139,7 +139,7 @@ def test_it_fits_on_a_screen(more: int) -> None:
             **with_configuration(**keys).metadata,
             "versions": dict.fromkeys(FACTS["versions"], "9"), "global_batch_size": 4,
         },
-        mesh=Mesh(), data_begins_elsewhere=True,
+        mesh=Mesh(), data_position_is_set=True,
     )  # fmt: skip
     lines = resume_report(resumption)
     assert len(lines) <= 20
@@ -152,7 +152,7 @@ def test_it_fits_on_a_screen(more: int) -> None:
     [
         (with_facts(seed=8), "random numbers"),
         (with_facts(schedule="LinearWithWarmUpLR"), "schedule"),
-        (replace(UNCHANGED, data_begins_elsewhere=True), "data position"),
+        (replace(UNCHANGED, data_position_is_set=True), "data position"),
     ],
 )
 def test_what_starts_again_is_not_called_restored(resumption: ResumeDetails, missing: str) -> None:
@@ -177,7 +177,7 @@ def test_another_model_is_reported() -> None:
     before = {"rope_theta": 10000.0, "num_hidden_layers": 2, "rms_norm_eps": 1e-6}
     saved = {**UNCHANGED.saved, "model": before}
     same = replace(with_facts(model=dict(before)), saved=saved)
-    assert resume_report(same)[-1] == "nothing changed: the run goes on bit for bit"
+    assert resume_report(same)[-1] == "nothing changed: the run continues bit for bit"
     edited = replace(with_facts(model={**before, "rope_theta": 500000.0}), saved=saved)
     assert resume_report(edited)[-1] == "  model          rope_theta: 10000.0 -> 500000.0"
     key = "model.model_config.rms_norm_eps"
@@ -204,10 +204,10 @@ def test_a_save_without_a_state_is_not_promised_bitwise() -> None:
     resumption = replace(UNCHANGED, saved=FOREIGN.saved, saved_mesh={}, derived=FOREIGN)
     assert resume_report(resumption) == [
         "resumed: CKP-1_10 of output/checkpoint, step 10 of 20",
-        "  saved by       8 ranks after 10 steps (step_num in the files), without a state of ours",
+        "  saved by       8 ranks after 10 steps (step_num in the files), without a state file",
         "  restored       weights, optimizer state, step",
-        "  supposed       80 samples seen, a global batch of 8 (that of this run: the saved is not "
-        "known), in the order of this run",
+        "  assumed        80 samples trained on, a global batch of 8 (that of this run), in the "
+        "order of this run",
         "  not known      data, configuration and versions of the run that saved",
     ]
 
@@ -223,11 +223,11 @@ def test_a_save_without_a_state_lists_what_is_restored() -> None:
     assert resume_report(resumption)[2:] == [
         "  restored       weights, optimizer state, step, 9 updates of the optimizer (global_step "
         "in the files), loss scale 512",
-        "  supposed       80 samples seen, a global batch of 4 (as the files say), in the order of "
-        "this run",
+        "  assumed        80 samples trained on, a global batch of 4 (from the files), in the "
+        "order of this run",
         "  not known      data, configuration and versions of the run that saved",
         "  not used       beta1_power, learning_rate",
         "changed since:",
         "  layout         4 ranks -> 8 ranks (pp 2 x dp_shard 2 x tp 2)",
-        "  samples        global batch was 4, is 8: going on after 80 samples, as step 5",
+        "  samples        global batch was 4, is 8: resuming after 80 samples, as step 5",
     ]

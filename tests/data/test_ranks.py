@@ -96,7 +96,7 @@ def test_other_files_on_another_machine_are_an_error(
     shutil.copytree(corpus, tmp_path / "more")
     (tmp_path / "more" / "added.txt").write_text("one more document")
     other = build_on(1, tmp_path / "more", tokenizer, [tmp_path / "cache"])
-    with pytest.raises(UserError, match="the machine of rank 2 has other data than that of rank 0"):
+    with pytest.raises(UserError, match="machine of rank 2 differs from that of rank 0"):
         _check_same([dataset.content for dataset in [*same, *other]])
 
 

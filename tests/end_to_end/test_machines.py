@@ -162,7 +162,7 @@ def spoil_tokenizer(folder: Path) -> str:
 
 def change_data(folder: Path) -> str:
     (folder / "corpus/more.py").write_text("print('only here')\n")
-    return "the machine of rank 2 has other data than that of rank 0"
+    return "the data on the machine of rank 2 differs from that of rank 0"
 
 
 def drop_data(folder: Path) -> str:

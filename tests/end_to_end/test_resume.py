@@ -122,7 +122,7 @@ def test_a_changed_global_batch_goes_on_by_samples(workshop: Workshop) -> None:
     result = run(
         workshop, name, 1, "--resume_training", "True", "--batch_size", "4", "--max_steps", "22"
     )
-    assert "global batch was 8, is 4: going on after 80 samples, as step 20" in result.stdout
+    assert "global batch was 8, is 4: resuming after 80 samples, as step 20" in result.stdout
     consumed = [row["consumed_samples"] for row in workshop.rows()]
     assert consumed == [*range(8, 81, 8), 84, 88], "no row is lost though steps are counted anew"
     names = {path.name for path in (workshop.folder / "output/checkpoint/manifest").iterdir()}
@@ -138,7 +138,7 @@ def resume_report(result: JobResult) -> list[str]:
     return [" ".join(line.split()) for line in rest[:end]]
 
 
-def test_the_receipt_of_a_run_without_its_newest_checkpoint(workshop: Workshop) -> None:
+def test_the_resume_report_of_a_run_without_its_newest_checkpoint(workshop: Workshop) -> None:
     """E06 of the reference: it is deleted, and its steps come out as they were."""
     name = workshop.yaml(parallel_config={"data_parallel": 2}, runner_config={"batch_size": 4})
     run(workshop, name, 2)
@@ -150,12 +150,12 @@ def test_the_receipt_of_a_run_without_its_newest_checkpoint(workshop: Workshop) 
         "resumed: CKP-1_10 of output/checkpoint, step 10 of 20",
         "saved by 2 ranks (dp_replicate 2) after 80 samples, 2560 tokens",
         "restored weights, optimizer state, schedule, data position, random numbers",
-        "nothing changed: the run goes on bit for bit",
+        "nothing changed: the run continues bit for bit",
     ]
     assert workshop.losses() == losses
 
 
-def test_the_receipt_names_what_changed_since(workshop: Workshop) -> None:
+def test_the_resume_report_names_what_changed_since(workshop: Workshop) -> None:
     name, stop = workshop.yaml(), ("--runner_config.stop_step", "10")
     run(workshop, name, 1, *stop)
     moved = run(workshop, name, 2, *stop, "--resume_training", "True", "--seed", "8",
@@ -176,7 +176,7 @@ def test_the_receipt_names_what_changed_since(workshop: Workshop) -> None:
 
 def test_nothing_to_resume_is_a_fresh_start_with_a_warning(workshop: Workshop) -> None:
     result = run(workshop, workshop.yaml(), 1, "--resume_training", "True", "--max_steps", "2")
-    assert "holds no checkpoint: a fresh start" in result.stdout + result.stderr
+    assert "has no checkpoint: starting at step 1" in result.stdout + result.stderr
     assert len(workshop.losses()) == 2
 
 
@@ -194,7 +194,7 @@ def test_changed_data_is_refused_until_the_user_says_where_to_begin(workshop: Wo
     assert "ignore_data_skip" in refused.stderr
     anew = run_job([*arguments, "--ignore_data_skip", "True", "--max_steps", "12"], workshop.folder)
     assert anew.code == 0, anew.stderr
-    assert "beginning at sample 0, as asked" in anew.stdout
+    assert "beginning at sample 0, as configured" in anew.stdout
 
 
 def test_a_damaged_newest_checkpoint_is_named_and_passed_over(workshop: Workshop) -> None:
@@ -238,7 +238,7 @@ def test_a_first_save_cut_short_does_not_stop_always_resume(workshop: Workshop) 
     (workshop.folder / "output/checkpoint/rank_0").mkdir(parents=True)
     (workshop.folder / "output/checkpoint/rank_0/.CKP_rank_0-1_10.safetensors.tmp").touch()
     result = run(workshop, workshop.yaml(), 1, "--resume_training", "True", "--max_steps", "2")
-    assert "a fresh start" in result.stdout + result.stderr
+    assert "has no checkpoint: starting at step 1" in result.stdout + result.stderr
 
 
 def test_dropout_that_a_family_has_by_default_is_exact_too(workshop: Workshop) -> None:

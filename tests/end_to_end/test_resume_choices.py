@@ -49,7 +49,7 @@ def test_skipping_exactly_what_was_seen_is_going_on(workshop: Workshop) -> None:
     losses = {}
     for skipped in ("10", "3"):
         result = resume(workshop, name, skipped, *source, "--data_skip_steps", skipped)
-        assert f"beginning at sample {8 * int(skipped)}, as asked" in result.stdout
+        assert f"beginning at sample {8 * int(skipped)}, as configured" in result.stdout
         losses[skipped] = workshop.losses(skipped)
     assert losses["10"] == workshop.losses("whole")[10:]
     assert losses["3"] != losses["10"]
@@ -83,19 +83,19 @@ def test_other_data_then_a_skip_then_a_larger_batch(
     other = ("--train_dataset.data_loader.dataset_dir", other_text(workshop))
     anew = resume(workshop, name, "output", *other, "--ignore_data_skip", "True", world=world)
     assert "step 10 of 20" in anew.stdout
-    assert "other data, beginning at sample 0, as asked" in anew.stdout
+    assert "other data, beginning at sample 0, as configured" in anew.stdout
     assert [row["step"] for row in workshop.rows()] == [*range(1, 21)]
     named = ("--resume_training", "CKP_rank_0-1_15", "--load_checkpoint", "output/checkpoint")
     skipped = resume(workshop, name, "named", *other, *named, "--data_skip_steps", "2", world=world)
     assert "step 15 of 20" in skipped.stdout
-    assert "data beginning at sample 16, as asked" in " ".join(skipped.stdout.split())
+    assert "data beginning at sample 16, as configured" in " ".join(skipped.stdout.split())
     batch = str(2 * changes.get("runner_config", {"batch_size": 8})["batch_size"])
     larger = resume(
         workshop, name, "output", *other, "--data_skip_steps", "1", "--batch_size", batch,
         "--max_steps", "13", world=world,
     )  # fmt: skip
-    assert "global batch was 8, is 16: going on after 160 samples, as step 10" in larger.stdout
-    assert "beginning at sample 16, as asked" in larger.stdout
+    assert "global batch was 8, is 16: resuming after 160 samples, as step 10" in larger.stdout
+    assert "beginning at sample 16, as configured" in larger.stdout
     rows = workshop.rows()[20:]
     assert [row["step"] for row in rows] == [11, 12, 13]
     assert [row["consumed_samples"] for row in rows] == [176, 192, 208]

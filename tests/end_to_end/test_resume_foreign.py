@@ -89,10 +89,10 @@ def test_the_smallest_meta_json_to_the_bit_and_only_read(saved: Workshop, tmp_pa
     begin = result.stdout.index("resumed:")
     assert result.stdout[begin:].splitlines()[:6] == [
         "resumed: CKP-1_10 of mf/checkpoint, step 10 of 20",
-        "  saved by       2 ranks after 10 steps (step_num in the files), without a state of ours",
+        "  saved by       2 ranks after 10 steps (step_num in the files), without a state file",
         "  restored       weights, optimizer state, step",
-        "  supposed       80 samples seen, a global batch of 8 (that of this run: the saved is not "
-        "known), in the order of this run",
+        "  assumed        80 samples trained on, a global batch of 8 (that of this run), in the "
+        "order of this run",
         "  not known      data, configuration and versions of the run that saved",
         "  not used       beta1_power, learning_rate",
     ]
@@ -138,10 +138,10 @@ def test_a_name_on_one_rank_with_twice_the_batch(saved: Workshop, tmp_path: Path
     )  # fmt: skip
     assert "resumed: CKP-1_10 of mf/checkpoint, step 5 of 6" in result.stdout
     said = text(result)
-    assert "supposed 80 samples seen, a global batch of 8 (as the files say)" in said
+    assert "assumed 80 samples trained on, a global batch of 8 (from the files)" in said
     assert "layout 2 ranks -> 1 rank" in said
-    assert "global batch was 8, is 16: going on after 80 samples, as step 5" in said
-    assert "data beginning at sample 32, as asked" in said
+    assert "global batch was 8, is 16: resuming after 80 samples, as step 5" in said
+    assert "data beginning at sample 32, as configured" in said
     assert [row["step"] for row in workshop.rows("output")] == [6]
 
 

@@ -205,7 +205,7 @@ NO_ROOM: dict[str, tuple[list[int], dict[str, Any], int | None, str]] = {
         "generation_config.max_new_tokens = 100: the model has 64 positions. Nearest: 54.",
     ),
     "long max_length": ([10], {"max_length": 100}, 64, "max_length = 100: the model has 64 "),
-    "empty": ([0], {}, None, "prompt 1 is empty: there is no token to begin with."),
+    "empty": ([0], {}, None, "prompt 1 is empty: generation needs a first token."),
 }  # fmt: skip
 
 

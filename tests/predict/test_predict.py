@@ -54,12 +54,12 @@ def refused(tmp_path: Path) -> dict[str, tuple[Any, str]]:
     (tmp_path / "empty.txt").write_text("\n")
     (tmp_path / "binary.bin").write_bytes(b"\xff\xfe\x00")
     return {
-        "nothing": (None, "there is nothing to predict. Give --predict_data"),
-        "empty text": ("", "there is nothing to predict"),
+        "nothing": (None, "predict needs prompts. Give --predict_data"),
+        "empty text": ("", "predict needs prompts"),
         "absent file": (str(tmp_path / "absent.txt"), "there is no such file"),
         "empty file": (str(tmp_path / "empty.txt"), "is empty. Write one prompt a line."),
         "binary file": (str(tmp_path / "binary.bin"), "is not UTF-8 text"),
-        "directory": (str(tmp_path), "is a directory: only text is predicted"),
+        "directory": (str(tmp_path), "is a directory: prompts are text, or a file"),
     }
 
 
