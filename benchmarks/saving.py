@@ -25,7 +25,7 @@ import torch.distributed.checkpoint as dcp
 
 from benchmarks.measure import Spread, parser, ratios, report, table
 from launcher.checkpoint.monitor import CheckpointMonitor
-from launcher.checkpoint.names import SaveName
+from launcher.checkpoint.savable import Origin
 from launcher.config.schema import CheckpointMonitorSection
 from launcher.layout.box import Shape, full_box
 from launcher.layout.mesh import Mesh
@@ -48,10 +48,8 @@ class Run:
     mesh: Mesh = field(default_factory=Mesh)
     steps_per_epoch: int = 10**6
     total_steps: int = 10**6
-    came_from: str = ""
     sink_size: int = 1
-    resumed_from: SaveName | None = None
-    inputs: frozenset[Path] = frozenset()
+    origin: Origin = field(default_factory=Origin)
     global_step: int = 0
     is_consistent: bool = True
 

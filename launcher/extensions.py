@@ -91,7 +91,8 @@ KEY_CHOICES: dict[str, str] = {
 KEYS_NOT_BUILT: dict[str, str] = {
     "mindformers": "launcher.mindspore.keys_not_built:KEYS_NOT_BUILT",
 }
-"""Tables of keys that are known and refused: section -> advice -> key -> type and harmless values."""
+"""Tables of keys that are known and refused: section -> advice -> key -> type and
+harmless values."""
 
 KEY_ALIASES: dict[str, str] = {
     "mindformers": "launcher.mindspore.key_aliases:ALIASES",

@@ -1,29 +1,31 @@
-"""The dispatcher: one short function a run mode, each the story of that mode.
+"""The run modes: one short function for each.
 
-Called on every rank, after the configuration has been checked; the first place that imports torch.
+Called on every rank, after the configuration has been checked; the first module that imports torch.
 """
 
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from launcher.builders.callbacks import build_callbacks
 from launcher.builders.data import evaluation_source
 from launcher.builders.job import Job
 from launcher.builders.load_weights import find_weights, load_or_init
 from launcher.builders.model import build_parallel, build_predicting
 from launcher.builders.prediction import PREDICT_BATCH, continue_prompts, result_path
+from launcher.builders.reporting import open_reporting
 from launcher.builders.resume import find_resume, own_root, resumed_run
-from launcher.builders.roll_back import RollBack, no_effect_reason
+from launcher.builders.roll_back import fit_with_roll_back
 from launcher.builders.run import fresh_run
-from launcher.checkpoint.catalog import published
 from launcher.checkpoint.files import json_bytes, write_json
 from launcher.checkpoint.in_use import in_use
-from launcher.checkpoint.monitor import LAST_STEP_ONLY, CheckpointMonitor
+from launcher.checkpoint.monitor import CheckpointMonitor
 from launcher.config.provenance import Provenance
-from launcher.config.schema import Config, OnRequestExitSection, RegisteredCallbackSection
+from launcher.config.schema import Config
 from launcher.config.shared import shared_settings
 from launcher.environment import process_environment
 from launcher.errors import EXIT_OK, UserError
@@ -33,28 +35,15 @@ from launcher.parallel.consistency import check_same
 from launcher.parallel.parts import Parts
 from launcher.parallel.world import World
 from launcher.predict import check_writable, read_prompts, result_text, write_results
-from launcher.report.aside import make_way, move_aside, write_new
+from launcher.report.aside import make_way, write_new
 from launcher.report.console import Console, close_logs, open_logs
-from launcher.report.curves import FILE_NAME as CURVE_NAME
-from launcher.report.metrics import MetricsLog, Start
-from launcher.report.trackers import open_trackers
-from launcher.train.callbacks import (
-    Callback,
-    Evaluation,
-    LossMonitor,
-    RequestFile,
-    build_registered,
-    load_registered,
-)
+from launcher.train.callbacks import Callbacks
 from launcher.train.evaluate import evaluate
-from launcher.train.health import FiniteCheck, LimitCheck, UnsoundStep, limits_of
 from launcher.train.interrupts import Interrupted
-from launcher.train.loop import fit
-from launcher.train.reporting import Reporting
 from launcher.train.run import TrainRun
 
 TRAINING = ("train", "finetune")
-"""Modes that write into the folder of a run as one run at a time must."""
+"""Modes that need `output_dir` for themselves."""
 
 
 def run(
@@ -62,8 +51,8 @@ def run(
 ) -> int:
     """Run the mode of `config` in this process. Returns the exit code.
 
-    `resolved`: the configuration as YAML, for `resolved.yaml`. `ends_with_peers`: this process may
-    be ended as soon as another rank has failed. Raises `UserError`.
+    `resolved`: the configuration as YAML, for `resolved.yaml`. `ends_with_peers`: whether this
+    process ends as soon as another rank has failed. Raises `UserError`.
     """
     if config.only_save_strategy:
         mode, world = "strategy", world_without_group()
@@ -72,7 +61,7 @@ def run(
         on_cpu = config.context.device_target == "CPU"
         world = worlds.start(force_cpu=on_cpu, ends_with_peers=ends_with_peers)
         check_same(
-            world, shared_settings(config), rule="all processes of a job have one configuration",
+            world, shared_settings(config), rule="all processes need the same configuration",
             advice="Start every machine with the same YAML file and the same overrides",
         )  # fmt: skip
     open_output(config, world)
@@ -89,7 +78,7 @@ def run(
         finished = True
     finally:
         close_logs()
-        # A rank that fails alone must not wait for the others to leave the group with it.
+        # A rank that fails alone must not wait for the others to leave the process group.
         if finished or world.size == 1:
             worlds.stop()
     return code
@@ -102,7 +91,7 @@ def world_without_group() -> World:
 
 
 def open_output(config: Config, world: World) -> None:
-    """The folder of the run and its logs."""
+    """Open the logs in the folder of the run."""
     try:
         open_logs(Path(config.output_dir), world.rank)
     except OSError as error:
@@ -110,7 +99,7 @@ def open_output(config: Config, world: World) -> None:
 
 
 def write_resolved(job: Job, name: str, text: str) -> None:
-    """The configuration that runs, as YAML."""
+    """Write the resolved configuration, as YAML."""
     if not job.world.is_main:
         return
     try:
@@ -123,22 +112,22 @@ def _not_written(config: Config, error: OSError) -> UserError:
     return UserError(
         f"output_dir = {config.output_dir!r}: {error.filename} cannot be written",
         rule=str(error.strerror),
-        advice="Set output_dir to a folder this run may write to",
+        advice="Set output_dir to a writable folder",
     )
 
 
 def written_folders(job: Job) -> list[Path]:
-    """Where a training run writes: its output, and its saves where they go elsewhere."""
+    """The folders a training run writes to: output_dir, and that of its checkpoints."""
     return list(dict.fromkeys([job.output_dir, own_root(job.config).parent]))
 
 
 def resolved_name(mode: str) -> str:
-    """`resolved.yaml` is the configuration that trained; other modes do not write over it."""
+    """`resolved.yaml` is that of training; other modes do not overwrite it."""
     return "resolved.yaml" if mode in TRAINING else f"resolved_{mode}.yaml"
 
 
 def train(job: Job) -> int:
-    """Go on from a checkpoint, or start from weights, or from nothing."""
+    """Train: resumed from a checkpoint, or from weights, or from random ones."""
     callbacks = build_callbacks(job)
     resume = find_resume(job)
     run = resumed_run(job, resume) if resume else fresh_run(job, find_weights(job))
@@ -146,9 +135,9 @@ def train(job: Job) -> int:
 
 
 def finetune(job: Job) -> int:
-    """Start from weights alone: fresh optimizer, fresh schedule, data from its beginning.
+    """Train from weights, with a new optimizer and schedule, from the start of the data.
 
-    With resume_training the run goes on from a checkpoint of its own once there is one.
+    With resume_training the run resumes from its own checkpoint once there is one.
     """
     callbacks = build_callbacks(job)
     resume = find_resume(job)
@@ -164,12 +153,12 @@ def finetune(job: Job) -> int:
 
 
 def evaluate_only(job: Job) -> int:
-    """The loss and perplexity of weights on the evaluation data."""
+    """Compute loss and perplexity on the evaluation data."""
     weights = find_weights(job)
     batches = evaluation_source(job)
     built = build_parallel(job, training=False)
     load_or_init(job, built.parts, built.layout, weights)
-    result = evaluate(built.parts, built.compute, built.batch_sharder, batches(), job.world)
+    result = evaluate(built, batches(), job.world)
     job.log(str(result))
     if job.world.is_main:
         path, row = job.output_dir / "eval_result.json", result.as_row()
@@ -179,10 +168,10 @@ def evaluate_only(job: Job) -> int:
 
 
 def predict(job: Job) -> int:
-    """Continue prompts, print them, and write them down."""
+    """Generate text from prompts, print it and write it to files."""
     prompts = read_prompts(job.config.input_data)
     check_same(
-        job.world, {"--predict_data": prompts}, rule="all ranks continue the same prompts",
+        job.world, {"--predict_data": prompts}, rule="all ranks need the same prompts",
         advice="Copy the file of prompts to every machine",
     )  # fmt: skip
     check_writable(result_path(job))
@@ -213,108 +202,27 @@ MODES = {
 }
 
 
-def train_to_the_end(job: Job, run: TrainRun, callbacks: list[Callback]) -> int:
-    """The loop with its callbacks; metrics and the loss curve are finished whatever happens."""
+def train_to_the_end(job: Job, run: TrainRun, callbacks: Callbacks) -> int:
+    """Train to the last step; metrics and the loss curve are finished even after an error."""
     if run.state.global_step >= run.total_steps:
-        job.log(
-            f"nothing to do: step {run.state.global_step} is done, the run has {run.total_steps}"
-        )
-        for callback in callbacks:
-            if isinstance(callback, CheckpointMonitor):
-                callback.finish_interrupted_save(run)
+        job.log(f"nothing to do: step {run.state.global_step} of {run.total_steps} is done")
+        if isinstance(callbacks.saving, CheckpointMonitor):
+            callbacks.saving.finish_interrupted_save(run)
         return EXIT_OK
     if write := installed(STRATEGY_WRITERS).get("own"):
-        write(job, run.layout, run.mappings_of, run.optimizer.state_names)
+        write(job, run.model.layout, run.model.mappings_of, run.optimizer.state_names)
     job.log(
         f"training: steps {run.state.global_step + 1} to {run.total_steps}, "
         f"{run.steps_per_epoch} an epoch, {run.loader.global_batch} samples a step, "
         f"{job.world.size} {'rank' if job.world.size == 1 else 'ranks'} on {job.world.device.type}"
     )
-    reporting = open_reporting(job, run)
+    reporting = open_reporting(job, run) if job.world.is_main else None
+    if reporting:
+        callbacks = replace(callbacks, reports=[reporting, *callbacks.reports])
     try:
-        fit_with_roll_back(job, run, [*([reporting] if reporting else []), *callbacks])
+        fit_with_roll_back(job, run, callbacks)
     finally:
         run.loader.close()
         if reporting:
             reporting.close(run)
     return EXIT_OK
-
-
-def fit_with_roll_back(job: Job, run: TrainRun, callbacks: list[Callback]) -> None:
-    """Train; with `monitor_config.roll_back` steps that are not sound are gone back on."""
-    monitor = job.config.monitor_config
-    if not monitor.roll_back:
-        fit(run, callbacks, run.sink_size)
-        return
-    if reason := no_effect_reason(job.config):
-        job.log(f"monitor_config.roll_back: True has no effect: {reason}")
-    way_back = RollBack(job, run, monitor.global_norm_spike_count_threshold)
-    while True:
-        try:
-            fit(run, callbacks, run.sink_size)
-        except UnsoundStep as error:
-            way_back.take(run, error)
-        else:
-            return
-
-
-def open_reporting(job: Job, run: TrainRun) -> Reporting | None:
-    """Metrics, progress and trackers: on the main process only."""
-    if not job.world.is_main:
-        return None
-    config = job.config
-    board = config.tensorboard.tensorboard_dir
-    names = list(dict.fromkeys([*config.trackers, *(["tensorboard"] if board else [])]))
-    metadata = {"seed": config.seed, "global_batch_size": run.loader.global_batch,
-             "total_steps": run.total_steps, "model": job.spec.hf_config}  # fmt: skip
-    trackers = open_trackers(
-        names, Path(board or job.output_dir / "trackers"), metadata,
-        cpu=job.world.device.type == "cpu",
-    )  # fmt: skip
-    metrics = MetricsLog(job.output_dir, start_of(job, run), run.state.consumed_samples)
-    if metrics.moved_to:
-        curve = job.output_dir / CURVE_NAME
-        moved = [metrics.moved_to, *([move_aside(curve)] if curve.exists() else [])]
-        job.log(f"of an earlier run, moved aside: {', '.join(map(str, moved))}")
-    reporting = Reporting(job.console, metrics, trackers)
-    run.report_row = reporting.row
-    return reporting
-
-
-def start_of(job: Job, run: TrainRun) -> Start:
-    """What the run is to the metrics in its folder, which are those of the run that saved last."""
-    if run.resumed_from is not None:
-        return Start.SAME
-    saved = published(own_root(job.config)) if run.came_from else []
-    is_of_last = bool(saved) and run.came_from.startswith(f"{saved[-1].name.label}-")
-    return Start.BRANCH if is_of_last else Start.FRESH
-
-
-def build_callbacks(job: Job) -> list[Callback]:
-    """In the original's order: loss, checkpoints, the user's own, evaluation last."""
-    config = job.config
-    callbacks: list[Callback] = [LossMonitor(config.loss_monitor.per_print_times)]
-    callbacks.append(FiniteCheck(stop=config.check_for_nan_in_loss_and_grad))
-    limits = limits_of(config)
-    if limits is not None:
-        most = config.monitor_config.global_norm_spike_count_threshold
-        callbacks.append(LimitCheck(limits, most))
-    if config.checkpoint_monitor is not None:
-        callbacks.append(CheckpointMonitor(config.checkpoint_monitor))  # type: ignore[arg-type]
-    elif config.final_checkpoint:
-        callbacks.append(CheckpointMonitor(LAST_STEP_ONLY))  # type: ignore[arg-type]
-    else:
-        job.log("warning: nothing will be saved: there is no CheckpointMonitor, and "
-                "final_checkpoint is False")  # fmt: skip
-    request = config.last_callback(OnRequestExitSection)
-    if request is not None and request.config_file:
-        callbacks.append(RequestFile(request.config_file))
-    registered = load_registered(config.register_path) if config.register_path else {}
-    for index, entry in enumerate(config.callbacks):
-        if isinstance(entry, RegisteredCallbackSection):
-            where = job.provenance.nearest(f"callbacks.{index}.type")
-            callbacks.append(build_registered(entry, registered, where))
-    if config.do_eval:
-        interval, epochs = config.eval_step_interval, config.eval_epoch_interval
-        callbacks.append(Evaluation(interval, epochs))
-    return callbacks

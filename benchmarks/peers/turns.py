@@ -53,7 +53,9 @@ class Turns(Callback):
     def on_train_begin(self, run: TrainRun) -> None:
         self.peer: Trained = AXES[self.job["axis"]](self.job)
         self.batches = Batches(self.job)
-        weights = {name: local(p).detach() for name, p in run.parts.named_parameters().items()}
+        weights = {
+            name: local(p).detach() for name, p in run.model.parts.named_parameters().items()
+        }
         missing, unknown = self.peer.model.load_state_dict(weights, strict=False)
         assert not missing, missing
         assert not unknown, unknown

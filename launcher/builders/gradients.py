@@ -1,4 +1,4 @@
-"""Gradients of a job: which of them are still to be added up after a backward pass, and counted."""
+"""Gradients of a job: which are reduced after the backward pass, and which rank counts them."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from collections.abc import Sequence
 from torch import nn
 
 from launcher.builders.job import Job
-from launcher.builders.model import BuiltModel
 from launcher.config.schema import Config
 from launcher.parallel.gradients import Gradients
 from launcher.parallel.parts import Parts
 from launcher.parallel.tied import TiedCopies, tied_copies
+from launcher.train.run import BuiltModel
 from models.build import input_embedding
 from models.plan import EMBEDDING, is_partial
 
 
 def gradients_of(job: Job, built: BuiltModel) -> Gradients:
-    """What is to be done with gradients after the backward pass of this rank."""
+    """What this rank does with gradients after its backward pass."""
     named, layout, rank = built.parts.named_parameters(), built.layout, job.world.rank
     trained = {name: p for name, p in named.items() if name in built.trained}
     decoder = job.spec.decoder
-    tied_whole = (
+    tied_replicated = (
         decoder is not None
         and decoder.tie_word_embeddings
         and job.config.parallel_config.vocab_emb_dp
@@ -31,7 +31,7 @@ def gradients_of(job: Job, built: BuiltModel) -> Gradients:
         name for name in trained
         if decoder is not None
         and is_partial(name, layout.spec_of(name), decoder, tp=job.mesh.tp,
-                       sequence_parallel=sequence, tied_whole_embedding=tied_whole)
+                       sequence_parallel=sequence, tied_whole_embedding=tied_replicated)
     }  # fmt: skip
     copies = [copy for first, copy in built.parts.copies()]
     owned = [p for name, p in trained.items() if layout.is_owner(name, rank)]
@@ -40,7 +40,7 @@ def gradients_of(job: Job, built: BuiltModel) -> Gradients:
         owned=owned,
         embedding=_among(owned, built.parts) if watches_health(job.config) else None,
         partial=[p for name, p in trained.items() if name in partial_names]
-        + (copies if tied_whole else []),
+        + (copies if tied_replicated else []),
         partial_group=job.meshes.group("tp"),
         grad_all_reduce=built.parts.grad_all_reduce,
         tied=_tied_copies(job, built.parts),
@@ -50,12 +50,12 @@ def gradients_of(job: Job, built: BuiltModel) -> Gradients:
 def watches_health(config: Config) -> bool:
     """Whether saves are judged by the norm of the embedding's gradient."""
     monitor = config.checkpoint_monitor
-    asked = monitor is not None and monitor.use_checkpoint_health_monitor
-    return config.use_checkpoint_health_monitor or asked
+    by_monitor = monitor is not None and monitor.use_checkpoint_health_monitor
+    return config.use_checkpoint_health_monitor or by_monitor
 
 
 def _among(owned: Sequence[nn.Parameter], parts: Parts) -> list[nn.Parameter]:
-    """The table of input tokens, if it is among `owned`."""
+    """The input embedding, if it is among `owned`."""
     tables = {id(input_embedding(module)) for module in parts.modules}
     return [parameter for parameter in owned if id(parameter) in tables]
 

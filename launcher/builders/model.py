@@ -1,9 +1,7 @@
-"""The model of a job in real memory: this rank's part of it, values still undefined."""
+"""The model of a job: this rank's part of it, allocated, with undefined values."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import lru_cache, partial
 
 import torch
@@ -30,28 +28,17 @@ from launcher.parallel.pipeline import Pipeline
 from launcher.parallel.tensor import gather_logits
 from launcher.train.compute import BatchSharder, Compute, FullModel, Loss, PipelinedModel
 from launcher.train.loss import token_loss_sum
-from models.build import blocks, build_model, materialize, parameter_count
+from launcher.train.run import BuiltModel
+from models.build import blocks, build_model, mappings_of, materialize, parameter_count
 from models.decoder import Decoder
 from models.stage import keep_stage
-from models.trained import TrainedParameter, trained_parameters
-
-
-@dataclass(frozen=True)
-class BuiltModel:
-    """What a rank holds of the model, and how the whole of it lies over the ranks."""
-
-    parts: Parts
-    layout: Layout
-    trained: Mapping[str, TrainedParameter]
-    """The parameters that are trained, of the full model."""
-    compute: Compute
-    batch_sharder: BatchSharder
+from models.trained import trained_parameters
 
 
 def build_parallel(job: Job, *, training: bool) -> BuiltModel:
-    """The model of the job, cut as the configuration says, in real memory.
+    """The model of the job, sharded as configured, with real memory.
 
-    Raises `UserError` for what the model cannot do.
+    Raises `UserError` for what the model does not support.
     """
     usual = torch.float32 if training else job.compute_dtype
     dtype = job.dtype(job.spec.precision.params_dtype, otherwise=usual)
@@ -100,12 +87,14 @@ def build_parallel(job: Job, *, training: bool) -> BuiltModel:
         counts=at["tp"] == 0 and at["pp"] == 0,
     )
     return BuiltModel(
-        parts, layout, trained_parameters(whole), _compute(job, parts, modules), batch_sharder
-    )
+        parts=parts, layout=layout, trained=trained_parameters(whole),
+        mappings_of=mappings_of(parts.modules[-1]), compute=_compute(job, parts, modules),
+        batch_sharder=batch_sharder,
+    )  # fmt: skip
 
 
 def _layout_text(job: Job) -> str:
-    """The axes of more than one rank, and what the stages of a pipeline hold."""
+    """The axes of more than one rank, and how many layers each pipeline stage has."""
     axes = _axes_text(job.mesh)
     if job.split is None:
         return axes
@@ -123,8 +112,7 @@ def _token_indices(context: ContextParallel, device: torch.device, total: int) -
 
 
 def _grad_all_reduce(job: Job, modules: dict[int, nn.Module]) -> GradAllReduce | None:
-    """Gradients are added up over whole copies of the parameters: without FSDP, which would copy
-    them."""
+    """The all-reduce of gradients where parameters are replicated: FSDP would copy them."""
     if job.mesh.data_parallel * job.mesh.cp == 1:
         return None
     layers = [layer for module in modules.values() for layer in blocks(module)]
@@ -133,7 +121,7 @@ def _grad_all_reduce(job: Job, modules: dict[int, nn.Module]) -> GradAllReduce |
 
 
 def _stages(job: Job, whole: nn.Module, dtype: torch.dtype) -> dict[int, nn.Module]:
-    """This rank's stages, by number; the whole model is stage 0 of one."""
+    """This rank's stages, by number; without a pipeline the full model is stage 0."""
     if job.split is None:
         return {0: whole}
     mine = job.split.stages_of(job.mesh.coordinates(job.world.rank)["pp"])
@@ -165,7 +153,7 @@ def _compute(job: Job, parts: Parts, modules: dict[int, nn.Module]) -> Compute:
 
 
 def loss_of(job: Job) -> Loss:
-    """The loss of logits as the head gives them: all columns, or this rank's."""
+    """The loss of the logits that the head computes: all columns, or those of this rank."""
     group = job.meshes.group("tp")
     if group is None:
         return token_loss_sum
@@ -173,7 +161,7 @@ def loss_of(job: Job) -> Loss:
 
 
 def context_parallel(job: Job) -> ContextParallel | None:
-    """How the tokens of a row are spread over ranks; None when they are not."""
+    """How the tokens of a row are spread over ranks; None: they are not."""
     if job.mesh.cp == 1:
         return None
     groups = {axis: job.meshes.context_group(axis) for axis in ("ulysses", "ring")}
@@ -181,16 +169,16 @@ def context_parallel(job: Job) -> ContextParallel | None:
 
 
 def predict_mesh(job: Job) -> Mesh:
-    """The axes of prediction: matrices are cut as configured, all other ranks share the prompts."""
+    """The axes of prediction: tensor parallelism as configured, prompts over all other ranks."""
     tp = job.mesh.tp if job.spec.decoder is not None else 1
     return Mesh(dp_replicate=job.world.size // tp, tp=tp)
 
 
 def build_predicting(job: Job) -> tuple[nn.Module, Layout]:
-    """The model as this rank predicts with it, and its layout; values still undefined.
+    """This rank's model for prediction, and its layout; values are undefined.
 
-    In the configured compute dtype, else the dtype config.json names, else the usual one. Gives the
-    logits of the whole vocabulary on every rank.
+    In the configured compute dtype, else the dtype in config.json, else the default one. Every rank
+    gets the logits of the full vocabulary.
     """
     written = job.spec.hf_config.get("dtype") or job.spec.hf_config.get("torch_dtype")
     if job.spec.precision.compute_dtype is None and written in DTYPES:

@@ -1,4 +1,4 @@
-"""Resuming a run: which checkpoint, everything it brings back, and the receipt of it."""
+"""Resuming a run: which checkpoint, what is restored from it, and the resume report."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from launcher.builders.resume_report import InferredState, ResumeDetails, resume
 from launcher.builders.run import build_run
 from launcher.checkpoint.names import SaveName
 from launcher.checkpoint.resume import Chosen, choose
+from launcher.checkpoint.savable import Origin
 from launcher.config.schema import Config
 from launcher.errors import UserError
 from launcher.extensions import INFERRED_STATES, required
@@ -31,7 +32,7 @@ from models.build import tied_names
 
 
 def find_resume(job: Job) -> Chosen | None:
-    """The checkpoint to go on from; None, with a warning, when there is none yet."""
+    """The checkpoint to resume from; None, with a warning, when there is none yet."""
     choice = job.config.resume_training
     if choice is False:
         return None
@@ -40,7 +41,7 @@ def find_resume(job: Job) -> Chosen | None:
     healthy = watches_health(job.config)
     chosen = choose(root, choice, job.world, job.log, strategy, healthy=healthy)
     if chosen is None:
-        job.log(f"warning: resume_training is on, but {root} holds no checkpoint: a fresh start")
+        job.log(f"warning: resume_training is on, but {root} has no checkpoint: starting at step 1")
     return chosen
 
 
@@ -50,7 +51,7 @@ DATA_KEYS = {
     "order_seed": "seed",
     "shuffle": "train_dataset.data_loader.shuffle",
 }
-"""Facts about the data to the keys that set them; what is not here follows from the files."""
+"""Metadata of the data to the keys that set it; the rest follows from the files."""
 
 
 def resume_root(config: Config) -> Path:
@@ -67,18 +68,14 @@ def own_root(config: Config) -> Path:
 
 
 def resumed_run(job: Job, chosen: Chosen) -> TrainRun:
-    """A run that goes on: weights, optimizer, schedule, data position, random numbers."""
+    """A run with the weights, optimizer state, step and data position of a checkpoint."""
     check_same_model(job)
     run = build_run(job)
     derived = None if chosen.state else _inferred(run, chosen)
     saved = derived.saved if derived is not None else chosen.state
-    state = restore(job, run, chosen, saved, copies=True)
+    state = restore(job, run, chosen, saved, export=True)
     run.state = _data_position(job, run, saved, state)
-    run.resumed_from = name_to_keep(job, run, chosen)
-    if own_root(job.config).resolve() == chosen.root.resolve():
-        run.came_from = chosen.label
-    if run.resumed_from is None:
-        run.inputs |= {file.resolve() for file in chosen.files}
+    run.origin = _origin(job, run, chosen)
     for line in resume_report(_resume_details(job, run, chosen, saved, derived)):
         job.log(line)
     for key in ("seed", "optimizer", "schedule", "loss_scaling"):
@@ -94,14 +91,25 @@ def _inferred(run: TrainRun, chosen: Chosen) -> InferredState:
     return inferred
 
 
+def _origin(job: Job, run: TrainRun, chosen: Chosen) -> Origin:
+    is_own = own_root(job.config).resolve() == chosen.root.resolve()
+    name = name_to_keep(job, run, chosen)
+    files = set() if name is not None else {file.resolve() for file in chosen.files}
+    return Origin(
+        inputs=run.origin.inputs | files,
+        came_from=chosen.label if is_own else "",
+        resumed_from=name,
+    )
+
+
 def restore(
-    job: Job, run: TrainRun, chosen: Chosen, saved: Mapping[str, Any], *, copies: bool = False
+    job: Job, run: TrainRun, chosen: Chosen, saved: Mapping[str, Any], *, export: bool = False
 ) -> TrainState:
-    """Give `run` the weights and the optimizer of a checkpoint; with `copies` also write those that
-    the configuration asks for. Returns the state `saved` with them, in steps of this run's global
-    batch."""
+    """Load the weights and the optimizer state of a checkpoint into `run`; with `export` also write
+    the copies that the configuration requests. Returns the state `saved` with them, in steps of
+    this run's global batch."""
     state = _with_loss_scale(run, saved, from_json(dict(saved), str(chosen.state_path)))
-    _restore_tensors(job, run, chosen, copies=copies)
+    _restore_tensors(job, run, chosen, export=export)
     if not _has_same_steps(run, saved):
         state = state.with_global_batch(run.loader.global_batch)
     run.optimizer.set_updates(state.updates)
@@ -113,11 +121,11 @@ def _has_same_steps(run: TrainRun, saved: Mapping[str, Any]) -> bool:
 
 
 def name_to_keep(job: Job, run: TrainRun, chosen: Chosen) -> SaveName | None:
-    """The name under which `run` goes on saving; None: a new one. That of the checkpoint only where
-    no name can come twice: steps counted anew would repeat some."""
-    whole_sinks = run.sink_size == 1 or run.state.global_step % run.sink_size == 0
+    """The name whose counter `run` keeps in its saves; None: a new counter. That of the checkpoint
+    is kept only where no name can repeat: steps of another batch size would repeat some."""
+    full_sinks = run.sink_size == 1 or run.state.global_step % run.sink_size == 0
     own = own_root(job.config).resolve() == chosen.root.resolve()
-    same = own and chosen.is_newest and _has_same_steps(run, chosen.state) and whole_sinks
+    same = own and chosen.is_newest and _has_same_steps(run, chosen.state) and full_sinks
     return chosen.name if same else None
 
 
@@ -129,46 +137,47 @@ def _resume_details(
         name=chosen.label,
         folder=str(chosen.root),
         saved=saved,
-        # Complete weights have no layout that could be another one.
+        # Complete weights have no layout to differ.
         saved_ranks=source.world_size if source.kind == "distributed" else job.world.size,
         saved_mesh=source.mesh or {},
         state=run.state,
         metadata=run.metadata,
         mesh=job.mesh,
         total_steps=run.total_steps,
-        data_position_is_set=_names_place_in_data(job.config),
+        data_position_is_set=_sets_data_position(job.config),
         derived=derived,
     )
 
 
-def _names_place_in_data(config: Config) -> bool:
+def _sets_data_position(config: Config) -> bool:
     return config.ignore_data_skip or config.data_skip_steps is not None
 
 
 def _with_loss_scale(run: TrainRun, saved: Mapping[str, Any], state: TrainState) -> TrainState:
-    """A dynamic loss scale goes on where it was; any other is what the configuration says."""
+    """A dynamic loss scale is restored; any other follows from the configuration."""
     kind = run.metadata["loss_scaling"]
     if kind == "dynamic" == saved.get("loss_scaling"):
         return state
     return replace(state, loss_scale=run.state.loss_scale, good_steps=0)
 
 
-def _restore_tensors(job: Job, run: TrainRun, chosen: Chosen, *, copies: bool) -> None:
+def _restore_tensors(job: Job, run: TrainRun, chosen: Chosen, *, export: bool) -> None:
     check_layout(job, chosen.source)
     _check_optimizer_state(job, run, chosen)
-    run.optimizer.allocate_state(run.parts.named_parameters())
+    model = run.model
+    run.optimizer.allocate_state(model.parts.named_parameters())
     targets = {**run.weights(), **run.optimizer_state()}
     check_cuts(job, chosen.source, targets)
-    if copies:
+    if export:
         export_on_load(job, chosen.source)
     load_job(
-        job, targets, run.layout, run.mappings_of, chosen.source,
-        tied=tied_names(run.parts.modules[-1]),
+        job, targets, model.layout, model.mappings_of, chosen.source,
+        tied=tied_names(model.parts.modules[-1]),
         ignore_prefixes=STATE_PREFIXES,  # what an optimizer does not use may be there
         expected=run.shapes_in_files(optimizer=True),
     )  # fmt: skip
-    sync_tied_weights(run.parts)
-    run.optimizer.copy_state(run.parts.copies())
+    sync_tied_weights(model.parts)
+    run.optimizer.copy_state(model.parts.copies())
 
 
 def _check_optimizer_state(job: Job, run: TrainRun, chosen: Chosen) -> None:
@@ -199,8 +208,9 @@ def _check_optimizer_state(job: Job, run: TrainRun, chosen: Chosen) -> None:
 def _data_position(
     job: Job, run: TrainRun, saved: Mapping[str, Any], state: TrainState
 ) -> TrainState:
-    """Where the data goes on; refuses to go on in other data, or in another order, unasked."""
-    if _names_place_in_data(job.config):
+    """The state with its data position. Raises `UserError` where data or order have changed and the
+    configuration does not set a position."""
+    if _sets_data_position(job.config):
         skipped = (job.config.data_skip_steps or 0) * run.loader.global_batch
         return replace(state, data_position=skipped)
     before, present = saved.get("data", {}), run.metadata["data"]
@@ -213,8 +223,8 @@ def _data_position(
             "the training data is not that of the checkpoint "
             f"({listing or 'the content of the files differs'})",
             where=job.provenance.nearest(key),
-            rule="a resumed run goes on in the same samples in the same order",
-            advice="Give the same data, or say where to begin in the new one: "
-            "ignore_data_skip: True (at its start) or data_skip_steps: n",
+            rule="a resumed run continues with the same samples in the same order",
+            advice="Use the same data, or set the position in the new data: "
+            "ignore_data_skip: True (its start) or data_skip_steps: n",
         )
     return state

@@ -1,8 +1,9 @@
-"""A training run, put together: data, model, optimizer, schedule."""
+"""Building a training run: data, model, optimizer, schedule."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,34 +16,36 @@ from launcher.builders.job import Job
 from launcher.builders.load_weights import load_or_init
 from launcher.builders.model import build_parallel
 from launcher.builders.run_metadata import run_metadata
+from launcher.checkpoint.savable import Origin
 from launcher.config.derived import global_batch_size
 from launcher.config.schema import Config
 from launcher.data.loader import Loader
 from launcher.data.order import GlobalOrder
 from launcher.errors import UserError
-from launcher.parallel.matrices import matrix_exchange
+from launcher.parallel.matrices import MatrixExchange, matrix_exchange
 from launcher.train.health import limits_of
-from launcher.train.optimizer import build_optimizer
-from launcher.train.run import TrainRun
-from launcher.train.scaling import loss_scaling
+from launcher.train.optimizer import Optimizer, build_optimizer
+from launcher.train.run import BuiltModel, StepSettings, TrainRun
+from launcher.train.scaling import LossScaling, loss_scaling
 from launcher.train.schedule import build_schedule, warmup_steps
 from launcher.train.state import TrainState
 from launcher.weights.source import Source
-from models.build import hf_directory_files, mappings_of
+from models.build import hf_directory_files
 from models.spec import ModelSpec
 from models.transformers_model import complete_config
 
 
 def fresh_run(job: Job, weights: Source | None) -> TrainRun:
-    """A run at its first step, from `weights` or from random ones."""
+    """A run before its first step, from `weights` or from random ones."""
     run = build_run(job)
-    load_or_init(job, run.parts, run.layout, weights)
-    run.inputs |= {file.resolve() for file in weights.headers} if weights else set()
+    load_or_init(job, run.model.parts, run.model.layout, weights)
+    files = {file.resolve() for file in weights.headers} if weights else set()
+    run.origin = replace(run.origin, inputs=run.origin.inputs | files)
     return run
 
 
 def build_run(job: Job) -> TrainRun:
-    """Everything a training run needs, at step 0, weights still undefined."""
+    """A run at step 0, its weights undefined."""
     config, section = job.config, job.config.train_dataset
     assert section is not None
     dataset = open_dataset(job, section)
@@ -65,30 +68,18 @@ def build_run(job: Job) -> TrainRun:
     stop = min(total, config.runner_config.stop_step or total)
     if len(dataset) < loader.global_batch:
         job.log(
-            f"warning: {len(dataset)} samples are fewer than the global batch of "
-            f"{loader.global_batch}: a step sees some of them more than once"
+            f"warning: the data has {len(dataset)} samples, fewer than the global batch of "
+            f"{loader.global_batch}: a step trains on some of them more than once"
         )
     _warn_of_warmup(job, total, stop, per_epoch)
     built = build_parallel(job, training=True)
-    mappings = mappings_of(built.parts.modules[-1])
-    wrapper = config.runner_wrapper
-    scaling = loss_scaling(wrapper.scale_sense, job.compute_dtype)
+    scaling = loss_scaling(config.runner_wrapper.scale_sense, job.compute_dtype)
     return TrainRun(
         config=config,
         world=job.world,
-        layout=built.layout,
-        parts=built.parts,
-        compute=built.compute,
-        batch_sharder=built.batch_sharder,
+        model=built,
         gradients=gradients_of(job, built),
-        optimizer=build_optimizer(
-            built.parts.all_named(),
-            built.trained,
-            config.optimizer,
-            lambda names: matrix_exchange(
-                names, built.layout, mappings, job.world.rank, job.world.device
-            ),
-        ),
+        optimizer=_optimizer(job, built),
         loader=loader,
         schedule=build_schedule(
             config.lr_schedule,
@@ -97,26 +88,41 @@ def build_run(job: Job) -> TrainRun:
             steps_per_epoch=per_epoch,
             scale=_rate_scale(job),
         ),
+        settings=_settings(job, loader.global_batch, scaling),
         steps_per_epoch=per_epoch,
         total_steps=stop,
         sink_size=_sink_size(config, per_epoch),
         metadata=run_metadata(job, dataset, order, loader.global_batch, scaling),
         write_model_files=partial(_write_model_files, job, next(built.parts.parameters()).dtype),
-        evaluation=_evaluation(job),
-        max_gradient_norm=wrapper.max_grad_norm if wrapper.use_clip_grad else None,
-        balance=_balance(job, loader.global_batch),
-        scaling=scaling,
-        limits=limits_of(config),
-        has_dropout=_has_dropout(job.spec),
-        mappings_of=mappings,
-        inputs=_inputs(config),
+        evaluation=evaluation_source(job) if config.do_eval else None,
+        origin=Origin(inputs=_inputs(config)),
         state=TrainState(loss_scale=scaling.first if scaling is not None else 1.0),
         log=job.log,
     )
 
 
+def _optimizer(job: Job, built: BuiltModel) -> Optimizer:
+    def make_exchange(names: Sequence[str]) -> MatrixExchange:
+        world = job.world
+        return matrix_exchange(names, built.layout, built.mappings_of, world.rank, world.device)
+
+    named = built.parts.all_named()
+    return build_optimizer(named, built.trained, job.config.optimizer, make_exchange)
+
+
+def _settings(job: Job, global_batch: int, scaling: LossScaling | None) -> StepSettings:
+    wrapper = job.config.runner_wrapper
+    return StepSettings(
+        max_gradient_norm=wrapper.max_grad_norm if wrapper.use_clip_grad else None,
+        scaling=scaling,
+        limits=limits_of(job.config),
+        balance=_balance(job, global_batch),
+        has_dropout=_has_dropout(job.spec),
+    )
+
+
 def _inputs(config: Config) -> frozenset[Path]:
-    """Where the model and its tokenizer come from."""
+    """The folder of the model and its tokenizer."""
     folder = config.pretrained_model_dir
     return frozenset({Path(folder).resolve()} if folder else ())
 
@@ -128,7 +134,7 @@ def _micro_batches(config: Config) -> int:
 
 
 def _total_steps(job: Job, per_epoch: int) -> int:
-    """The length of the run, which the learning rate is planned for; stop_step ends it early."""
+    """The length of the learning-rate schedule; stop_step ends the run earlier."""
     runner = job.config.runner_config
     by_epochs = runner.epochs * per_epoch
     if runner.max_steps is None:
@@ -138,14 +144,15 @@ def _total_steps(job: Job, per_epoch: int) -> int:
 
 
 def _warn_of_warmup(job: Job, total: int, stop: int, per_epoch: int) -> None:
-    """The rate of the first step is that of the beginning of the warm-up, so that a warm-up of n
-    steps has its peak at step n + 1. `stop`: the step the run ends at, of `total` planned ones."""
+    """Warn of a run that ends during its warm-up. The first step has the rate at the beginning of
+    the warm-up, so that a warm-up of n steps peaks at step n + 1. `stop`: the last step of the run,
+    of `total` in the schedule."""
     steps = warmup_steps(job.config.lr_schedule, total, per_epoch)
     if steps >= stop and steps > 0:
         length = f"run of {total}" if stop == total else f"run that stops at step {stop}"
         job.log(
-            f"warning: {steps} steps of warm-up in a {length}: the learning rate never "
-            "reaches lr_schedule.learning_rate"
+            f"warning: {steps} warm-up steps in a {length}: the learning rate never reaches "
+            "lr_schedule.learning_rate"
         )
 
 
@@ -161,8 +168,8 @@ def _sink_size(config: Config, per_epoch: int) -> int:
         below = interval // per_epoch * per_epoch
         raise UserError(
             f"CheckpointMonitor.save_checkpoint_steps = {interval}",
-            rule=f"with sink_size -1 a sink is an epoch, {per_epoch} steps, and nothing is saved "
-            "inside one",
+            rule=f"with sink_size -1 a sink is an epoch of {per_epoch} steps, and checkpoints are "
+            "saved at its end",
             nearest=f"Nearest: {f'{below} or ' if below else ''}{below + per_epoch}",
         )
     return per_epoch
@@ -176,7 +183,7 @@ def _rate_scale(job: Job) -> float:
 
 
 def _balance(job: Job, global_batch: int) -> torch.Tensor | None:
-    """The coefficient of the balance loss over the rows of a step and the layers of experts."""
+    """The weight of the balance loss of one sequence and layer in the loss of a step."""
     experts = job.spec.decoder.experts if job.spec.decoder is not None else None
     if experts is None or not experts.balance_on:
         return None
@@ -197,9 +204,3 @@ def _write_model_files(job: Job, dtype: Any, directory: Path) -> None:
     ).items():
         (directory / name).parent.mkdir(exist_ok=True)
         (directory / name).write_bytes(content)
-
-
-def _evaluation(job: Job) -> Callable[[], Any] | None:
-    if not job.config.do_eval:
-        return None
-    return evaluation_source(job)

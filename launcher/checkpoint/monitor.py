@@ -70,7 +70,7 @@ class CheckpointMonitor:
         self._saved_at = time.monotonic()
         self._embedding_norm = None
         self._saver = open_saver(self.config, run, self._contents)
-        if run.resumed_from is not None:
+        if run.origin.resumed_from is not None:
             self._catch_up(run, self._saver.complete)
         if self.config.async_save:
             self._save_world = run.world.with_new_group()
@@ -80,14 +80,14 @@ class CheckpointMonitor:
 
     def finish_interrupted_save(self, run: Savable) -> None:
         """Finish the last save of a resumed run that has no steps left."""
-        if run.resumed_from is not None:  # else its checkpoints are in another folder
+        if run.origin.resumed_from is not None:  # else its checkpoints are in another folder
             saver = open_saver(self.config, run, self._contents)
             self._catch_up(run, saver.finish_interrupted_save)
 
     def _catch_up(self, run: Savable, finish: Callable[[SaveName, World], None]) -> None:
-        assert run.resumed_from is not None
+        assert run.origin.resumed_from is not None
         try:
-            finish(run.resumed_from, run.world)
+            finish(run.origin.resumed_from, run.world)
         except UserError as error:
             run.log(f"warning: {error}")
 

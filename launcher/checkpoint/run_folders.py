@@ -52,7 +52,7 @@ def _open_store(
     filesystems = find_filesystem_groups(root, run.world)
     if config.integrated_save and filesystems.are_several:
         raise _cannot_integrate(root, filesystems.groups[1][0])
-    removed = clean_filesystems(root, filesystems, run.world, run.inputs)
+    removed = clean_filesystems(root, filesystems, run.world, run.origin.inputs)
     if removed:
         run.log(f"{root}: removed {removed} files of a save that was never finished")
     counter = _counter(config.prefix, run, root, filesystems)
@@ -66,18 +66,18 @@ def _open_store(
         prefix=config.prefix,
         counter=counter,
         keep_max=config.keep_checkpoint_max or 0,
-        inputs=run.inputs,
+        inputs=run.origin.inputs,
         inventory=inventory_of(contents.shapes(run, root.name)),
         keep_minutes=config.keep_checkpoint_per_n_minutes,
         filesystems=filesystems,
-        resumed_label=run.came_from.rpartition("-")[0] if root.name == FULL else "",
+        resumed_label=run.origin.came_from.rpartition("-")[0] if root.name == FULL else "",
     )
 
 
 def _counter(prefix: str, run: Savable, root: Path, filesystems: FilesystemGroups) -> int:
     """That of the resumed run, or one that no run in the folder has."""
-    if run.resumed_from is not None and run.resumed_from.prefix == prefix:
-        return run.resumed_from.counter
+    if run.origin.resumed_from is not None and run.origin.resumed_from.prefix == prefix:
+        return run.origin.resumed_from.counter
     return max(filesystems.on_each(run.world, NOT_OPENED, next_counter, root, prefix))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,6 +14,18 @@ from launcher.layout.shard import Shard
 from launcher.parallel.world import World
 
 
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """Which files a run was started from."""
+
+    inputs: frozenset[Path] = frozenset()
+    """Files and folders, resolved; retention does not delete them."""
+    came_from: str = ""
+    """The save it was resumed from, where that is in the folder the run writes to."""
+    resumed_from: SaveName | None = None
+    """That save, when it is the newest of the folder and its counter goes on."""
+
+
 class Savable(Protocol):
     """A run that can be saved, as `launcher.train.run.TrainRun`."""
 
@@ -21,9 +34,7 @@ class Savable(Protocol):
     steps_per_epoch: int
     total_steps: int
     sink_size: int
-    resumed_from: SaveName | None
-    came_from: str
-    inputs: frozenset[Path]
+    origin: Origin
 
     @property
     def output_dir(self) -> Path: ...

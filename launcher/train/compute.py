@@ -1,8 +1,8 @@
 """From batches to losses and gradients, on any layout.
 
-Owns the forward and the backward pass of a step. Two ways, chosen once: the whole model on every
-rank (whatever tensor, context and expert parallelism stand beside it), micro-batch after
-micro-batch; or the stages of a pipeline, all micro-batches in one schedule.
+Owns the forward and the backward pass of a step, in two forms: all layers on every rank (with
+tensor, context and expert parallelism), micro-batch after micro-batch; or the stages of a pipeline,
+all micro-batches in one schedule.
 """
 
 from __future__ import annotations
@@ -25,32 +25,32 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """One batch on the device: what a model takes, and what it is compared with."""
+    """One batch on the device: the input of a model, and its labels."""
 
     input_ids: Tensor
     labels: Tensor
     arguments: dict[str, Any]
     """Further arguments of `Decoder.forward`."""
     seed: int | None = None
-    """For modules of transformers, whose dropout draws from torch's own generator."""
+    """For modules of transformers, whose dropout uses torch's global generator."""
 
 
 @dataclass(frozen=True)
 class BatchSharder:
-    """Which tokens of every row this rank has."""
+    """Selects the tokens of this rank from every row."""
 
     device: torch.device
     token_indices: Callable[[int], Tensor] | None = None
-    """From the length of a row to the places of the tokens here, on the device; None: all of them.
-    """
+    """From the length of a row to the indices of this rank's tokens, on the device; None: all of
+    them."""
     counts: bool = True
-    """Whether the tokens here are counted by this rank: ranks that share matrices or layers all
-    have them."""
+    """Whether this rank counts its tokens: tensor- and pipeline-parallel ranks hold the same ones,
+    and one of them counts."""
 
     def __call__(
         self, batch: Batch, *, seeds: Tensor | None = None, seed: int | None = None, **more: Any
     ) -> MicroBatch:
-        """The rows of `batch` on the device, cut to the tokens of this rank."""
+        """The rows of `batch` on the device, with the tokens of this rank alone."""
         tensors = {"position_ids": batch.position_ids, "document_ids": batch.document_ids,
                    "sample_seeds": seeds}  # fmt: skip
         ids, labels = self._moved(batch.input_ids), self._moved(batch.labels)
@@ -69,14 +69,14 @@ class BatchSharder:
 
 
 class Compute(Protocol):
-    """How losses and gradients come about."""
+    """Computes losses and gradients."""
 
     def train(self, rows: Sequence[MicroBatch], scale: float | Tensor) -> Tensor:
         """Forward and backward of all micro-batches; gradients are those of `scale` times the sum
-        of losses. Returns that sum, without the scale, as far as this rank has it."""
+        of losses. Returns this rank's part of the sum, without the scale."""
 
     def evaluate(self, rows: MicroBatch) -> Tensor:
-        """The summed loss of one batch, as far as this rank has it; no gradients."""
+        """This rank's part of the summed loss of one batch; no gradients."""
 
 
 @dataclass(frozen=True)
@@ -86,9 +86,9 @@ class FullModel:
     parts: Parts
     loss: Loss
     counts: bool
-    """Whether the loss of this rank is counted: ranks that share a matrix all have it."""
+    """Whether this rank counts the loss: all tensor-parallel ranks have it, and one counts."""
     own_kernels: bool
-    """The model is ours, whose backward pass has a repeatable kernel for everything."""
+    """The model is Slipway's decoder, whose backward pass has deterministic kernels only."""
 
     def train(self, rows: Sequence[MicroBatch], scale: float | Tensor) -> Tensor:
         total = torch.zeros((), device=rows[0].input_ids.device)

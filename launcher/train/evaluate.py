@@ -1,19 +1,21 @@
-"""Evaluation: the loss per target token and the perplexity over a whole data set."""
+"""Evaluation: the loss per target token and the perplexity over a data set, and when it is due."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from launcher.data.loader import Batch
-from launcher.parallel.parts import Parts
 from launcher.parallel.world import World
-from launcher.train.compute import BatchSharder, Compute
 from launcher.train.loss import IGNORED_LABEL
+
+if TYPE_CHECKING:
+    from launcher.train.run import BuiltModel, TrainRun
+    from launcher.train.step import StepRecord
 
 
 @dataclass(frozen=True)
@@ -38,21 +40,29 @@ class EvaluationResult:
 
 
 @torch.no_grad()
-def evaluate(
-    parts: Parts,
-    compute: Compute,
-    batch_sharder: BatchSharder,
-    batches: Iterable[Batch],
-    world: World,
-) -> EvaluationResult:
-    """Token-weighted loss over the batches of all ranks; each rank brings equally many."""
-    was_training = parts.training
-    parts.train(False)
+def evaluate(model: BuiltModel, batches: Iterable[Batch], world: World) -> EvaluationResult:
+    """Token-weighted loss over the batches of all ranks, equally many on each."""
+    was_training = model.parts.training
+    model.parts.train(False)
     total = torch.zeros(2, dtype=torch.float64, device=world.device)
     for batch in batches:
-        rows = batch_sharder(batch)
-        total[0] += compute.evaluate(rows)
-        total[1] += (rows.labels != IGNORED_LABEL).sum() * int(batch_sharder.counts)
-    parts.train(was_training)
+        rows = model.batch_sharder(batch)
+        total[0] += model.compute.evaluate(rows)
+        total[1] += (rows.labels != IGNORED_LABEL).sum() * int(model.batch_sharder.counts)
+    model.parts.train(was_training)
     loss_sum, tokens = world.sum(total).tolist()
     return EvaluationResult(loss_sum / max(tokens, 1), int(tokens))
+
+
+def is_evaluation_due(run: TrainRun, records: Sequence[StepRecord]) -> bool:
+    """EvalCallBack: whether one of the steps just done is followed by an evaluation."""
+    by_step, by_epoch = run.config.eval_step_interval, run.config.eval_epoch_interval
+    return any(
+        (by_step > 0 and record.step % by_step == 0)
+        or (
+            by_epoch > 0
+            and record.step_in_epoch == run.steps_per_epoch
+            and record.epoch % by_epoch == 0
+        )
+        for record in records
+    )

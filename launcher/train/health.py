@@ -1,9 +1,9 @@
-"""Health: steps whose loss or gradient norm is far too large, or no number; and saves after them.
+"""Health: unsound steps, whose loss or gradient norm is far too large or not finite.
 
-Owns what counts as such a step and what is done about it: it changes nothing (and several in a row
-end the training), or it ends the training before anything of it is saved, or training goes back to
-the newest save and leaves its samples out (`launcher.builders.roll_back` does that). Invariant: all
-ranks decide alike without talking, from the numbers they share.
+Owns which steps are unsound and what happens then: the step is skipped (and several in a row end
+the run), or the run ends before the step is saved, or it goes back to the newest save and leaves
+the samples of the step out (`launcher.builders.roll_back`). Invariant: all ranks decide alike
+without a collective, from numbers that are the same on all of them.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from typing import Any
 from launcher.config.schema import Config
 from launcher.errors import UserError
 from launcher.train.callbacks import Callback
-from launcher.train.run import TrainRun
-from launcher.train.step import Limits, StepRecord
+from launcher.train.run import Limits, TrainRun
+from launcher.train.step import StepRecord
 
 ABNORMAL_FILE = "abnormal_global_norm.json"
-"""Below output_dir, as in the original: step to its norm and its samples."""
+"""In output_dir, as in MindFormers: step to its norm and its samples."""
 
 
 class UnsoundStep(UserError):
-    """A step that ends the run, on all ranks; nothing of it is saved."""
+    """A step that ends the run, on all ranks, before it is saved."""
 
     def __init__(self, run: TrainRun, record: StepRecord, *, rule: str, advice: str) -> None:
         self.step = record.step
         first, self.behind = samples_of(run, record)
-        """Place in the data behind the step."""
+        """Position in the data after the step."""
         self.what = f"step {record.step}: loss {record.loss}, gradient norm {record.grad_norm:.4g}"
         where = f"samples {first} to {self.behind - 1}"
         if not run.config.monitor_config.roll_back:
@@ -40,50 +40,47 @@ class UnsoundStep(UserError):
 
 
 def samples_of(run: TrainRun, record: StepRecord) -> tuple[int, int]:
-    """The place in the data where a step of the newest sink began, and that behind it."""
+    """The positions in the data where a step of the newest sink began and ended."""
     later = (run.state.global_step - record.step) * run.loader.global_batch
     behind = run.state.data_position - later
     return behind - run.loader.global_batch, behind
 
 
 class FiniteCheck(Callback):
-    """Looks for the first loss or gradient norm that is not finite: says so once, or, with
-    `check_for_nan_in_loss_and_grad`, ends the run. Steps in which a dynamic loss scale looks for
-    the scale that fits are left alone.
-
-    It stands before CheckpointMonitor, so that a run that ends has not saved such a step.
-    """
+    """Warns once of a loss or gradient norm that is not finite, or, with
+    `check_for_nan_in_loss_and_grad`, ends the run. Steps in which a dynamic loss scale searches for
+    the right scale do not count."""
 
     def __init__(self, stop: bool) -> None:
         self.stop = stop
-        self._said = False
+        self._has_warned = False
 
     def on_steps_end(self, run: TrainRun, records: Sequence[StepRecord]) -> None:
         for record in records:
-            if self._said or _is_finite(run, record):
+            if self._has_warned or _is_finite(run, record):
                 continue
             if self.stop:
                 raise UnsoundStep(
                     run, record,
-                    rule="check_for_nan_in_loss_and_grad asks for finite values",
+                    rule="check_for_nan_in_loss_and_grad: True requires finite values",
                     advice="Resume from the last checkpoint with a lower learning rate",
                 )  # fmt: skip
-            self._said = True
+            self._has_warned = True
             first, behind = samples_of(run, record)
             what = f"step {record.step}: loss {record.loss}, gradient norm {record.grad_norm}"
-            run.log(f"warning: samples {first} to {behind - 1}: {what}. "
-                    "check_for_nan_in_loss_and_grad: True would stop")  # fmt: skip
+            run.log(f"warning: samples {first} to {behind - 1}: {what}. Set "
+                    "check_for_nan_in_loss_and_grad: True to stop such a run")  # fmt: skip
 
 
 def _is_finite(run: TrainRun, record: StepRecord) -> bool:
     if math.isfinite(record.loss) and math.isfinite(record.grad_norm):
         return True
-    scale, overflow = record.loss_scale or 1.0, bool(record.overflow)
-    return run.scaling is not None and run.scaling.is_expected(scale, overflow)
+    scaling, overflow = run.settings.scaling, bool(record.overflow)
+    return scaling is not None and scaling.is_expected(record.loss_scale or 1.0, overflow)
 
 
 def limits_of(config: Config) -> Limits | None:
-    """The limits the configuration asks for; None: any loss and norm is taken as it comes."""
+    """The configured limits of a sound step; None: every step is sound."""
     monitor = config.monitor_config
     if config.use_skip_data_by_global_norm or monitor.check_for_global_norm:
         return Limits(
@@ -96,14 +93,12 @@ def limits_of(config: Config) -> Limits | None:
 
 @dataclass
 class LimitCheck(Callback):
-    """Tells of steps beyond the limits, writes them down, and ends the run when that is asked for.
-
-    It stands before CheckpointMonitor, so that no save holds what came of such a step. `most`: how
-    many in a row may be skipped.
-    """
+    """Logs steps that pass the limits, records them in `ABNORMAL_FILE`, and ends the run where it
+    is configured to."""
 
     limits: Limits
     most: int
+    """How many steps in a row may be skipped."""
 
     def on_steps_end(self, run: TrainRun, records: Sequence[StepRecord]) -> None:
         for record in records:
@@ -117,26 +112,27 @@ class LimitCheck(Callback):
     def _judge(self, run: TrainRun, record: StepRecord, in_a_row: int) -> None:
         if not self.limits.skips:
             raise UnsoundStep(
-                run, record, rule="monitor_config.check_for_global_norm ends such a run",
-                advice="Resume with use_skip_data_by_global_norm: True (and without "
-                "check_for_global_norm) to leave these samples out",
+                run, record,
+                rule="with monitor_config.check_for_global_norm: True such a step ends the run",
+                advice="To skip such steps, resume with use_skip_data_by_global_norm: True and "
+                "check_for_global_norm: False",
             )  # fmt: skip
         first, behind = samples_of(run, record)
         run.log(
             f"is_skip: [True], step {record.step}: {self._what(record)}, {in_a_row} in a row of at "
-            f"most {self.most}: samples {first} to {behind - 1} changed nothing"
+            f"most {self.most}: samples {first} to {behind - 1} are skipped"
         )
         if in_a_row > self.most:
             raise UnsoundStep(
-                run, record, rule=f"it was skipped, and {self.most} before it in a row: "
+                run, record, rule=f"it is skipped, and so were the {self.most} before it: "
                 "monitor_config.global_norm_spike_count_threshold allows no more",
                 advice="Lower the learning rate, or raise the threshold",
             )  # fmt: skip
 
     def _what(self, record: StepRecord) -> str:
         if not record.grad_norm < self.limits.norm:
-            return f"gradient norm {record.grad_norm:.4g} is beyond {self.limits.norm:g}"
-        return f"loss {record.loss:.4g} is beyond {self.limits.loss:g}"
+            return f"gradient norm {record.grad_norm:.4g} is above {self.limits.norm:g}"
+        return f"loss {record.loss:.4g} is above {self.limits.loss:g}"
 
     def _write(self, run: TrainRun, record: StepRecord) -> None:
         if not run.world.is_main:
@@ -155,7 +151,7 @@ class LimitCheck(Callback):
 
 
 def _read(path: Path, kind: type) -> Any:
-    """The JSON at `path` if it is of `kind`, else an empty one."""
+    """The JSON value in `path` if it is of `kind`, else an empty one."""
     try:
         content = json.loads(path.read_text())
     except (OSError, ValueError):

@@ -1,10 +1,10 @@
 """The loss: summed over tokens here, divided by the tokens of the whole global batch elsewhere.
 
-A sum, not a mean: micro-batches and ranks with different numbers of target tokens then weigh as
-many tokens as they have, whatever the padding, accumulation or number of ranks.
+A sum, not a mean: every target token then has the same weight, whatever the padding, gradient
+accumulation or number of ranks.
 
-Logits are the largest tensor of a step. They are gone through once, in pieces, and the gradient is
-made on the way: no copy of them in float32, no second tensor of log-probabilities.
+Logits are the largest tensor of a step. They are read once, in pieces, and the gradient is computed
+on the way, without a float32 copy or a second tensor of log-probabilities.
 """
 
 from __future__ import annotations

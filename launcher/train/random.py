@@ -1,7 +1,7 @@
-"""Random numbers of a step: functions of (seed, step, sample), never a state that is carried.
+"""Random numbers of a step: functions of (seed, step, sample), without a generator state.
 
-So nothing is lost, doubled or out of step when a run is resumed or the number of ranks changes. The
-layer is mixed in by the model (`models.decoder`).
+So they are the same after a resume and on any number of ranks. The model (`models.decoder`) mixes
+in the layer.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ _MASK = (1 << 64) - 1
 
 
 def mix(*values: int) -> int:
-    """A 63-bit number that depends on all `values` (the finaliser of SplitMix64, chained).
+    """A 63-bit number that depends on all `values` (the finalizer of SplitMix64, chained).
 
     Steele, Lea, Flood: Fast splittable pseudorandom number generators, OOPSLA 2014.
     """

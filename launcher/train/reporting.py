@@ -11,12 +11,13 @@ from launcher.report.curves import draw_loss
 from launcher.report.metrics import MetricsLog, read_rows
 from launcher.report.progress import Pace, progress_line
 from launcher.train.callbacks import Callback
+from launcher.train.evaluate import EvaluationResult
 from launcher.train.run import TrainRun
 from launcher.train.step import StepRecord
 
 
 class Reporting(Callback):
-    """Always there on the main process, absent elsewhere."""
+    """On the main process only."""
 
     def __init__(self, console: Console, metrics: MetricsLog, trackers: Sequence[Any]) -> None:
         self.console = console
@@ -24,19 +25,19 @@ class Reporting(Callback):
         self.trackers = trackers
         self._pace = Pace()
 
-    def row(self, row: dict[str, Any]) -> None:
-        """One row for `metrics.jsonl`, its numbers for the trackers."""
+    def _add(self, row: dict[str, Any]) -> None:
+        """A row for `metrics.jsonl`, and its numbers for the trackers."""
         self.metrics.add(row)
         for tracker in self.trackers:
             tracker.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
 
     def on_train_begin(self, run: TrainRun) -> None:
-        """Rows after the place where the run begins are about to be made again."""
+        """Remove the rows of steps that are about to be trained again."""
         self.metrics.go_back(run.state.consumed_samples)
 
     def on_steps_end(self, run: TrainRun, records: Sequence[StepRecord]) -> None:
         for record in records:
-            self.row(record.as_row())
+            self._add(record.as_row())
         newest = records[-1]
         left = self._pace.remaining(newest.step, run.total_steps, newest.seconds)
         self.console.progress(
@@ -47,6 +48,10 @@ class Reporting(Callback):
             ),
             last=newest.step == run.total_steps,
         )  # fmt: skip
+
+    def on_evaluation(self, run: TrainRun, result: EvaluationResult) -> None:
+        epoch, _ = run.epoch_and_step()
+        self._add({"step": run.state.global_step, "epoch": epoch, **result.as_row()})
 
     def close(self, run: TrainRun) -> None:
         """Finish the files and draw the curve; also after an interrupt."""

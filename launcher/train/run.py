@@ -1,8 +1,8 @@
-"""A run: everything the loop and its callbacks share, with a few small views of it."""
+"""A training run: what the loop, the step, saves and callbacks share."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from launcher.checkpoint.names import SaveName
+from launcher.checkpoint.savable import Origin
 from launcher.config.schema import Config
 from launcher.data.loader import Batch, Loader
 from launcher.layout.box import Shape
@@ -28,9 +28,53 @@ from launcher.train.interrupts import Interrupts
 from launcher.train.optimizer import Optimizer
 from launcher.train.scaling import LossScaling
 from launcher.train.state import TrainState, epoch_and_step, to_json
-from launcher.train.step import Limits
 from launcher.weights.ranks.redundancy import file_replicas
-from launcher.weights.tensor_mapping import MappingsOf, mapped, no_mapping, shapes_in_files
+from launcher.weights.tensor_mapping import MappingsOf, mapped, shapes_in_files
+from models.trained import TrainedParameter
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuiltModel:
+    """This rank's part of the model, and how the full model is laid out over the ranks."""
+
+    parts: Parts
+    layout: Layout
+    trained: Mapping[str, TrainedParameter]
+    """The parameters that are trained, of the full model."""
+    mappings_of: MappingsOf
+    """What tensors of the model are in files."""
+    compute: Compute
+    batch_sharder: BatchSharder
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Upper bounds of the gradient norm and the loss of a sound step."""
+
+    norm: float
+    loss: float
+    skips: bool
+    """Whether an unsound step changes nothing."""
+
+    def are_passed(self, norm: float, loss: float) -> bool:
+        """Whether one of them is too large, or not a number."""
+        return not (norm < self.norm and loss < self.loss)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepSettings:
+    """What a step does beside forward, backward and update."""
+
+    max_gradient_norm: float | None
+    """Gradients are clipped to this global norm; None: not at all."""
+    scaling: LossScaling | None
+    """How the loss is scaled; None: not at all."""
+    limits: Limits | None
+    """Of a sound step; None: every step is sound."""
+    balance: torch.Tensor | None
+    """Weight of the balance loss of one sequence and layer of experts in the loss of the step, a
+    float32 scalar on the device; None: there is no balance loss."""
+    has_dropout: bool
 
 
 @dataclass(kw_only=True)
@@ -39,53 +83,29 @@ class TrainRun:
 
     config: Config
     world: World
-    layout: Layout
-    parts: Parts
-    compute: Compute
-    batch_sharder: BatchSharder
+    model: BuiltModel
     gradients: Gradients
     optimizer: Optimizer
     loader: Loader
     schedule: Callable[[int], float]
     """Learning rate of the optimizer step with this index (from 0)."""
+    settings: StepSettings
     steps_per_epoch: int
     total_steps: int
-    sink_size: int = 1
+    sink_size: int
+    """Steps between two points where the host waits for the device and callbacks run."""
     metadata: dict[str, Any]
-    """About data, order and model; written into every state file, compared by a resume."""
-    write_model_files: Callable[[Path], None] = lambda directory: None
-    """Puts config.json and the tokenizer into a folder, so that checkpoints explain themselves."""
-    resumed_from: SaveName | None = None
-    """The save this run goes on from, when it is the newest of the folder it writes to."""
-    evaluation: Callable[[], Sequence[Batch]] | None = None
-    """This rank's share of the evaluation data, the same number of batches on every rank."""
-    max_gradient_norm: float | None = None
-    balance: torch.Tensor | None = None
-    """What the balance loss of one row and layer of experts weighs in the loss of the step, a
-    float32 scalar on the device; None: there is none."""
-    scaling: LossScaling | None = None
-    """How the loss is scaled; None: not at all."""
-    limits: Limits | None = None
-    """From which on a step is not sound; None: there are none."""
-    has_dropout: bool = False
-    mappings_of: MappingsOf = no_mapping
-    """What the tensors of the model are in files."""
-    came_from: str = ""
-    """The checkpoint it was resumed from, where that lies in the folder it writes to."""
-    inputs: frozenset[Path] = frozenset()
-    """Files and folders the run was started from, resolved; retention leaves them alone."""
-    state: TrainState = field(default_factory=TrainState)
+    """About data, order and model: in every state file, compared by a resume."""
+    write_model_files: Callable[[Path], None]
+    """Write config.json and the tokenizer into a folder."""
+    evaluation: Callable[[], Iterable[Batch]] | None
+    """This rank's share of the evaluation data, equally many batches on every rank."""
+    origin: Origin
+    state: TrainState
     is_consistent: bool = True
-    """Whether weights and moments belong to one step: not in the middle of an update."""
+    """Whether weights and optimizer state belong to one step: not during an update."""
     interrupts: Interrupts = field(default_factory=Interrupts)
     log: Callable[[str], None] = print
-    report_row: Callable[[dict[str, Any]], None] = lambda row: None
-    """Adds a row to `metrics.jsonl` (main process; does nothing elsewhere)."""
-
-    @property
-    def seed(self) -> int:
-        """Seed of the run."""
-        return self.config.seed
 
     @property
     def output_dir(self) -> Path:
@@ -95,13 +115,12 @@ class TrainRun:
     @property
     def mesh(self) -> Mesh:
         """The axes of the layout."""
-        return self.layout.mesh
+        return self.model.layout.mesh
 
     @cached_property
     def parameters(self) -> list[nn.Parameter]:
         """Trained parameters on this rank."""
-        trained = self.optimizer.state_names
-        return [parameter for name, parameter in self.parts.all_named() if name in trained]
+        return [p for name, p in self.model.parts.all_named() if name in self.model.trained]
 
     @property
     def global_step(self) -> int:
@@ -113,45 +132,46 @@ class TrainRun:
         return to_json(self.state, self.metadata)
 
     def epoch_and_step(self) -> tuple[int, int]:
-        """(epoch, step inside it) of the newest optimizer step done, both from 1."""
+        """(epoch, step inside it) of the newest optimizer step, both from 1."""
         return epoch_and_step(max(self.state.global_step, 1), self.steps_per_epoch)
 
     def weights(self) -> dict[str, Shard]:
         """This rank's shards of the weights, by Hugging Face name."""
-        return self._in_files(self.parts.named_tensors())
-
-    def shapes_in_files(self, *, optimizer: bool) -> dict[str, Shape]:
-        """Every tensor of the full model in files, to its shape; with the state of the optimizer if
-        `optimizer`."""
-        result = shapes_in_files(self.layout.shapes, self.mappings_of)
-        if optimizer:
-            for name, prefixes in self.state_names().items():
-                result |= {prefix + name: result[name] for prefix in prefixes}
-        return result
-
-    def state_names(self) -> dict[str, tuple[str, ...]]:
-        """Every trained tensor of the full model in files, to the prefixes of its optimizer
-        state."""
-        shapes = self.layout.shapes
-        return {
-            in_files: prefixes
-            for name, prefixes in self.optimizer.state_names.items()
-            for in_files in shapes_in_files({name: shapes[name]}, self.mappings_of)
-        }
-
-    def replica_ranks(self) -> dict[str, Ranks]:
-        """The ranks that hold the same as this one, of each tensor it saves, by file name."""
-        return file_replicas(self.layout, self.world.rank, self.mappings_of)
+        return self._in_files(self.model.parts.named_tensors())
 
     def optimizer_state(self) -> dict[str, Shard]:
         """This rank's shards of the optimizer's state, by file name."""
-        state = self.optimizer.state(self.parts.named_parameters())
+        state = self.optimizer.state(self.model.parts.named_parameters())
         return {
             prefix + name: shard
             for prefix, tensors in state.items()
             for name, shard in self._in_files(tensors).items()
         }
 
+    def state_names(self) -> dict[str, tuple[str, ...]]:
+        """Every trained tensor of the full model in files, to the prefixes of its optimizer
+        state."""
+        shapes = self.model.layout.shapes
+        return {
+            in_files: prefixes
+            for name, prefixes in self.optimizer.state_names.items()
+            for in_files in shapes_in_files({name: shapes[name]}, self.model.mappings_of)
+        }
+
+    def shapes_in_files(self, *, optimizer: bool) -> dict[str, Shape]:
+        """Every tensor of the full model in files, to its shape; with the state of the optimizer if
+        `optimizer`."""
+        result = shapes_in_files(self.model.layout.shapes, self.model.mappings_of)
+        if optimizer:
+            for name, prefixes in self.state_names().items():
+                result |= {prefix + name: result[name] for prefix in prefixes}
+        return result
+
+    def replica_ranks(self) -> dict[str, Ranks]:
+        """The ranks that hold the same as this one, of each tensor it saves, by file name."""
+        return file_replicas(self.model.layout, self.world.rank, self.model.mappings_of)
+
     def _in_files(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, Shard]:
         """This rank's shards of tensors of the model, as those of tensors in files."""
-        return mapped(shards(tensors, self.layout, self.world.rank), self.mappings_of)
+        held = shards(tensors, self.model.layout, self.world.rank)
+        return mapped(held, self.model.mappings_of)

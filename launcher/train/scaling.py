@@ -1,8 +1,7 @@
-"""The loss scale, which keeps small float16 gradients from being rounded to nothing.
+"""The loss scale, which keeps small float16 gradients from underflowing.
 
-Owns when a step counts as overflowed and what the scale is after it. Invariant: both follow from
-the gradient norm, which is the same number on every rank, so all ranks decide alike without a
-collective of their own.
+Owns when a step has overflowed and how the scale moves. Invariant: both follow from the gradient
+norm, which is the same on every rank, so that all ranks decide alike without a collective.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from launcher.parallel.local import local_gradients
 from launcher.train.state import TrainState
 
 SMALLEST_SCALE = 1.0
-"""A dynamic scale goes no lower: a gradient that is not finite without a scale is no overflow."""
+"""A dynamic scale goes no lower: a gradient that is not finite at 1 has not overflowed by it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,21 +29,21 @@ class LossScaling:
     first: float
     """The scale of the first step; of every step when it is fixed."""
     factor: float | None = None
-    """What a dynamic scale is divided by after an overflow and multiplied by after `window` good
-    steps; None: the scale is fixed."""
+    """A dynamic scale is divided by this after an overflow, and multiplied by it after `window`
+    steps without; None: the scale is fixed."""
     window: int = 0
 
     @property
     def kind(self) -> str:
-        """`dynamic` or `fixed`, as state files say it."""
+        """`dynamic` or `fixed`, for state files."""
         return "fixed" if self.factor is None else "dynamic"
 
     def overflowed(self, norm: torch.Tensor) -> bool:
-        """Whether a step with this gradient norm is to be skipped. The host waits for `norm`."""
+        """Whether a step with this gradient norm is skipped. The host waits for `norm`."""
         return not math.isfinite(norm.item())
 
     def move(self, state: TrainState, overflow: bool) -> None:
-        """Set the scale for the step after one that did, or did not, overflow."""
+        """Set the scale of the next step."""
         if self.factor is None:
             return
         state.good_steps = 0 if overflow else state.good_steps + 1
@@ -55,16 +54,16 @@ class LossScaling:
             state.good_steps = 0
 
     def is_expected(self, scale: float, overflow: bool) -> bool:
-        """Whether a step at `scale` only looks for the scale that fits: a lower one is next."""
+        """Whether such a step only searches for the right scale: the next one has a lower scale."""
         return overflow and self.factor is not None and scale > SMALLEST_SCALE
 
 
 def loss_scaling(
     written: float | Mapping[str, Any] | None, compute_dtype: torch.dtype
 ) -> LossScaling | None:
-    """What a checked `runner_wrapper.scale_sense` asks for; None: the loss is not scaled.
+    """The scaling of a checked `runner_wrapper.scale_sense`; None: the loss is not scaled.
 
-    Nothing written is a dynamic scale for float16 and none for dtypes with the range of float32.
+    By default float16 has a dynamic scale, and dtypes with the range of float32 have none.
     """
     if written is None:
         if compute_dtype != torch.float16:

@@ -23,7 +23,7 @@ DEFAULT_RATE = 5e-5
 
 @dataclass(frozen=True)
 class Shape:
-    """What a curve knows after defaults: rates, and lengths in steps."""
+    """The numbers of a curve, defaults filled in: rates, and lengths in steps."""
 
     base: float
     """The highest rate."""
@@ -32,12 +32,12 @@ class Shape:
     warmup: int
     warmup_start: float
     total: int
-    """Length of the whole curve."""
+    """Length of the curve."""
     decay: int
     """Length of the decay after the warm-up."""
 
     def progress(self, step: int) -> float:
-        """How much of the decay is over, 0 to 1."""
+        """The fraction of the decay that is done, 0 to 1."""
         return min(max((step - self.warmup) / max(self.decay, 1), 0.0), 1.0)
 
     def between(self, weight: float) -> float:
@@ -55,8 +55,8 @@ def build_schedule(
 ) -> Curve:
     """The learning rate of optimizer step i (from 0).
 
-    `fallback_rate` (optimizer.learning_rate) counts when the section gives none; `total_steps` is
-    the length of the run, for curves that give none; `scale` multiplies the base rate.
+    `fallback_rate` (optimizer.learning_rate) is used when the section has none; `total_steps` is
+    the length of the run, for curves without one; `scale` multiplies the base rate.
     """
     base = section.learning_rate or fallback_rate or DEFAULT_RATE
     total = section.total_steps if (section.total_steps or -1) > 0 else total_steps
@@ -87,7 +87,7 @@ def warmup_steps(section: LrScheduleSection, total: int, steps_per_epoch: int) -
 
 
 def _warmed(after: Callable[[Shape, LrScheduleSection, int], float]) -> Callable[..., float]:
-    """`after`, behind a linear warm-up."""
+    """A linear warm-up, then the curve `after`."""
 
     def curve(shape: Shape, section: LrScheduleSection, step: int) -> float:
         if step < shape.warmup:

@@ -1,8 +1,8 @@
 """The state of a run: global facts, never facts of a rank.
 
-Owns what is written to `checkpoint/state/*.json` beside the tensors. From these numbers, the seed
-and its own rank number each rank derives its share, so a run may go on with any number of ranks.
-Random numbers need no entry: they are functions of (seed, step, sample, layer).
+Owns the content of `checkpoint/state/*.json`, beside the tensors. Each rank derives its share from
+these numbers, the seed and its rank, so a run may resume on any number of ranks. Random numbers
+need no entry: they are functions of (seed, step, sample, layer).
 """
 
 from __future__ import annotations
@@ -21,42 +21,43 @@ class TrainState:
     """How far a run has come."""
 
     global_step: int = 0
-    """Optimizer steps done, counted in the present global batch; the place on the schedule."""
+    """Optimizer steps done, in units of the present global batch; the position on the schedule."""
     updates: int = 0
-    """Updates the optimizer's moments have seen; equals `global_step` unless the batch changed or
-    steps overflowed."""
+    """Updates the optimizer has made; equals `global_step` unless the batch size changed or steps
+    overflowed."""
     consumed_samples: int = 0
     """Samples trained on."""
     data_position: int = 0
-    """Next sample of the global order; equals `consumed_samples` unless a resume skipped data."""
+    """Next sample of the global order; equals `consumed_samples` unless data was skipped."""
     consumed_tokens: int = 0
-    """Tokens trained on, padding apart."""
+    """Tokens trained on, without padding."""
     loss_scale: float = 1.0
     """Factor on the loss of the next step; 1.0 where the loss is not scaled."""
     good_steps: int = 0
     """Steps without overflow since a dynamic loss scale last moved."""
     skipped_in_a_row: int = 0
-    """Newest steps that changed nothing because of their gradient norm."""
+    """How many of the newest steps were skipped because limits were passed."""
 
     def advance(self, samples: int, tokens: int) -> None:
-        """Count one optimizer step. Its update, if it made one, is counted where it was made."""
+        """Count one optimizer step; `updates` is counted by the step itself."""
         self.global_step += 1
         self.consumed_samples += samples
         self.data_position += samples
         self.consumed_tokens += tokens
 
     def with_global_batch(self, global_batch: int) -> TrainState:
-        """The same place in a run whose steps have `global_batch` samples."""
+        """The same position in a run whose steps have `global_batch` samples."""
         return replace(self, global_step=self.consumed_samples // global_batch)
 
 
 def to_json(state: TrainState, metadata: dict[str, Any]) -> dict[str, Any]:
-    """The content of a state file: the state, and facts about the run that a resume checks."""
+    """The content of a state file: the state, and metadata of the run that a resume compares."""
     return {"version": STATE_VERSION, **asdict(state), **metadata}
 
 
 def from_json(content: dict[str, Any], where: str) -> TrainState:
-    """The state of a state file. Raises `UserError` when a number is absent or no number."""
+    """The state in a state file. Raises `UserError` for a missing value, or one that is not a
+    number."""
     values: dict[str, Any] = {}
     for field in fields(TrainState):
         value = content.get(field.name, _ABSENT_IN_OLDER_FILES.get(field.name))

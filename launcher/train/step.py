@@ -1,8 +1,7 @@
 """One optimizer step: forward and backward over the micro-batches, clip, update.
 
-Invariant: nothing here waits for the device, except where the loss is scaled: whether a step
-overflowed is read before anything is updated. What the step measured comes back as one small tensor
-that the loop reads when it wants to know.
+Invariant: nothing here waits for the device, except where a step may be skipped: with a loss scale,
+or with limits. What the step measured is returned as one small tensor on the device.
 """
 
 from __future__ import annotations
@@ -22,77 +21,71 @@ if TYPE_CHECKING:
     from launcher.train.run import TrainRun
 
 LOSS, SQUARED_NORM, SIGNALS_FROM = range(3)
-"""Places in the tensor the ranks add up in a step; from `SIGNALS_FROM` on, the ranks that have each
-of `WISHES`. In what a step returns, the norm stands where its square stood."""
+"""Indices in the tensor that ranks sum in a step; from `SIGNALS_FROM` on, the number of ranks with
+each of `STOP_REASONS`. A step returns it with the norm in place of its square."""
 GRADIENT_NORM = SQUARED_NORM
 
 
-@dataclass(frozen=True)
-class Limits:
-    """The gradient norm and the loss from which on a step is not sound."""
-
-    norm: float
-    loss: float
-    skips: bool
-    """Whether such a step changes nothing."""
-
-    def are_passed(self, norm: float, loss: float) -> bool:
-        """Whether one is too large, or no number."""
-        return not (norm < self.norm and loss < self.loss)
-
-
 def train_step(run: TrainRun, data: StepData, learning_rate: float) -> torch.Tensor:
-    """Train on one global batch. Returns float32 [loss, gradient norm, ranks per wish to stop...],
-    and last, where it is watched, the norm of the embedding's gradient.
+    """Train on one global batch. Returns float32 [loss, gradient norm, ranks per reason to stop
+    ...], and last, where it is watched, the norm of the embedding's gradient.
 
     The loss is the mean over the target tokens of the global batch, the same on every rank. Loss
-    and norm are those without a loss scale. A step that overflowed changes no parameter, moment or
-    update count, only the scale. Its data is used up, as in the original, and the learning rate
-    goes on (there it waits): a step is a place in the data and on the curve, updated or not.
+    and norm are those without a loss scale. A step that overflows changes no parameter, optimizer
+    state or update count, only the scale. It uses up its data, as in MindFormers, and a step of the
+    learning-rate schedule, unlike there: a step is a position in the data and on the schedule,
+    with or without an update.
     """
     targets = max(data.target_tokens, 1)
-    run.parts.train()
-    rows = [micro_batch_of(run, batch) for batch in data.batches]
-    loss_sum = run.compute.train(rows, run.state.loss_scale / targets)
+    run.model.parts.train()
+    micro_batches = [micro_batch_of(run, batch) for batch in data.batches]
+    loss_sum = run.model.compute.train(micro_batches, run.state.loss_scale / targets)
     run.gradients.finish()
-    if run.scaling is not None:
+    if run.settings.scaling is not None:
         unscale_gradients(run.parameters, run.state.loss_scale)
-    requests = torch.tensor(run.interrupts.as_values()).to(run.world.device, non_blocking=True)
-    own = torch.stack([loss_sum / targets, run.gradients.squared_norm()])
-    watched = run.gradients.squared_norm_of_embedding()
-    grad_all_reduce = run.world.sum(
-        torch.cat([own, requests, *([] if watched is None else [watched])])
-    )
-    norm = grad_all_reduce[SQUARED_NORM].sqrt_()
-    if watched is not None:
-        grad_all_reduce[-1].sqrt_()
-    if not (_overflowed(run, norm) or _is_skipped(run, grad_all_reduce)):
+    measured = _measure(run, loss_sum / targets)
+    norm = measured[GRADIENT_NORM]
+    if not (_overflowed(run, norm) or _is_skipped(run, measured)):
         _update(run, norm, learning_rate)
     run.optimizer.zero_grad()
-    return grad_all_reduce
+    return measured
+
+
+def _measure(run: TrainRun, loss: torch.Tensor) -> torch.Tensor:
+    """What `train_step` returns: summed over the ranks in one collective."""
+    reasons = torch.tensor(run.interrupts.as_values()).to(run.world.device, non_blocking=True)
+    own = [torch.stack([loss, run.gradients.squared_norm()]), reasons]
+    watched = run.gradients.squared_norm_of_embedding()
+    measured = run.world.sum(torch.cat(own if watched is None else [*own, watched]))
+    measured[SQUARED_NORM].sqrt_()
+    if watched is not None:
+        measured[-1].sqrt_()
+    return measured
 
 
 def _overflowed(run: TrainRun, norm: torch.Tensor) -> bool:
-    """Whether the step is to be skipped; moves the loss scale. Never without a loss scale."""
-    if run.scaling is None:
+    """Whether the step is skipped; moves the loss scale. Never without a loss scale."""
+    scaling = run.settings.scaling
+    if scaling is None:
         return False
-    overflow = run.scaling.overflowed(norm)
-    run.scaling.move(run.state, overflow)
+    overflow = scaling.overflowed(norm)
+    scaling.move(run.state, overflow)
     return overflow
 
 
-def _is_skipped(run: TrainRun, grad_all_reduce: torch.Tensor) -> bool:
-    """Whether limits are passed, where there are any. The host waits for the sums then."""
-    if run.limits is None or not run.limits.skips:
+def _is_skipped(run: TrainRun, measured: torch.Tensor) -> bool:
+    """Whether limits are passed, where steps are skipped for that. The host waits then."""
+    limits = run.settings.limits
+    if limits is None or not limits.skips:
         return False
-    loss, norm = grad_all_reduce[: SQUARED_NORM + 1].tolist()
-    return run.limits.are_passed(norm, loss)
+    loss, norm = measured[: GRADIENT_NORM + 1].tolist()
+    return limits.are_passed(norm, loss)
 
 
 def _update(run: TrainRun, norm: torch.Tensor, learning_rate: float) -> None:
-    """Clip the gradients and let the optimizer use them."""
-    if run.max_gradient_norm is not None:
-        clip_gradients(run.parameters, norm, run.max_gradient_norm)
+    """Clip the gradients and update the parameters."""
+    if run.settings.max_gradient_norm is not None:
+        clip_gradients(run.parameters, norm, run.settings.max_gradient_norm)
     run.is_consistent = False
     run.optimizer.step(learning_rate)
     run.state.updates += 1
@@ -100,20 +93,20 @@ def _update(run: TrainRun, norm: torch.Tensor, learning_rate: float) -> None:
 
 
 def micro_batch_of(run: TrainRun, batch: Batch) -> MicroBatch:
-    """One micro-batch on the device, with what training has beside: seeds, the balance loss."""
+    """One micro-batch on the device, with what training adds: seeds and the balance loss."""
     more: dict[str, Any] = {}
-    if run.balance is not None:
-        more["balance_scale"] = run.balance * run.state.loss_scale
-    if run.has_dropout:
-        step = run.state.global_step
-        more["seeds"] = sample_seeds(run.seed, step, batch.sample_ids)
-        more["seed"] = mix(run.seed, step, int(batch.sample_ids[0]))
-    return run.batch_sharder(batch, **more)
+    if run.settings.balance is not None:
+        more["balance_scale"] = run.settings.balance * run.state.loss_scale
+    if run.settings.has_dropout:
+        seed, step = run.config.seed, run.state.global_step
+        more["seeds"] = sample_seeds(seed, step, batch.sample_ids)
+        more["seed"] = mix(seed, step, int(batch.sample_ids[0]))
+    return run.model.batch_sharder(batch, **more)
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepRecord:
-    """What is known of one optimizer step after it; one row of `metrics.jsonl`."""
+    """The measurements of one optimizer step; one row of `metrics.jsonl`."""
 
     step: int
     """Optimizer step over the whole run, from 1."""
@@ -124,23 +117,23 @@ class StepRecord:
     lr: float
     grad_norm: float
     tokens: int
-    """Tokens of the global batch, padding apart."""
+    """Tokens of the global batch, without padding."""
     tokens_per_second: float
     """Over all ranks."""
     consumed_samples: int
     seconds: float
     loss_scale: float | None = None
-    """What the loss of the step was multiplied by; None: the loss is not scaled."""
+    """The loss was multiplied by this; None: the loss is not scaled."""
     overflow: bool | None = None
     """Whether the step was skipped; None: the loss is not scaled."""
     skipped: bool | None = None
-    """Whether it changed nothing because limits were passed; None: there are none."""
+    """Whether it was skipped because limits were passed; None: there are none."""
     embedding_norm: float | None = None
-    """Of the embedding's gradient; None: it is not watched."""
+    """Norm of the embedding's gradient; None: it is not watched."""
 
     @property
     def changed_nothing(self) -> bool:
-        """Whether the step was left out."""
+        """Whether the step was skipped, for either reason."""
         return bool(self.overflow or self.skipped)
 
     def as_row(self) -> dict[str, Any]:

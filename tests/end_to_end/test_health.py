@@ -45,7 +45,7 @@ def test_steps_that_are_skipped(workshop: Workshop, ranks: str) -> None:
     rows = workshop.rows()
     assert [row["skipped"] for row in rows] == [True] * 4
     assert "is_skip: [True], step 1: gradient norm" in result.stdout
-    assert "3 in a row of at most 3: samples 16 to 23 changed nothing" in result.stdout
+    assert "3 in a row of at most 3: samples 16 to 23 are skipped" in result.stdout
     assert "samples 24 to 31: step 4: loss" in result.stderr
     assert "global_norm_spike_count_threshold allows no more" in result.stderr
     abnormal = json.loads((workshop.folder / "output/abnormal_global_norm.json").read_text())
@@ -95,7 +95,7 @@ class Poison(Callback):
         if self.left and records[-1].step == 9:
             self.left = False
             with torch.no_grad():
-                next(run.parts.parameters()).fill_(float("nan"))
+                next(run.model.parts.parameters()).fill_(float("nan"))
 """
 
 
@@ -139,7 +139,7 @@ def test_a_run_that_keeps_going_back_ends(workshop: Workshop) -> None:
     )
     assert result.code == 2
     assert result.stdout.count("rolled back to CKP-1_2") == 2
-    assert "roll_back: went back to CKP-1_2 2 times, the run ends" in result.stdout
+    assert "roll_back: returned to CKP-1_2 2 times, the run ends" in result.stdout
     assert "samples 32 to 39: step 3: loss" in result.stderr, "further on in the data each time"
     assert "roll_back: True" not in result.stderr, "it is on"
     listed = json.loads((workshop.folder / "output/abnormal_global_norm.json").read_text())

@@ -225,8 +225,8 @@ def test_a_file_asks_for_the_end(workshop: Workshop, world: int) -> None:
     more = [{"type": "Asking"}, {"type": "OnRequestExit", "config_file": "exit.json"}]
     result = train(workshop, "output", {}, world, more=more, register_path="mine.py", **changes)
     assert set(result.codes) == {0}
-    assert "stopped by a request to end" in result.stdout
-    assert "exit.json asks for the end: one more step" in result.stdout
+    assert "stopped by a request to stop" in result.stdout
+    assert "exit.json requests a stop: stopping after one more step" in result.stdout
     last = published(workshop.folder / "output/checkpoint")[-1].manifest["global_step"]
     assert last == len(workshop.losses()) in (8, 9)
     (workshop.folder / "exit.json").unlink()

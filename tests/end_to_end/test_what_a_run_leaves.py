@@ -238,7 +238,7 @@ def test_what_a_finished_run_left_outlives_a_forgotten_resume(workshop: Workshop
     assert result.code == 0, result.stderr
     assert "removed" not in result.stdout
     assert "1 save(s) of earlier runs (CKP) are kept" in result.stdout
-    assert "moved aside: output/metrics-1.jsonl, output/loss-1.png" in result.stdout
+    assert "renamed: output/metrics-1.jsonl, output/loss-1.png" in result.stdout
     assert {path: (output / path).read_bytes() for path in before} == before
     aside = (output / "metrics-1.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in aside] == rows

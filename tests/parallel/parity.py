@@ -237,16 +237,18 @@ def _evaluate(run: Any) -> float:
     from launcher.train.evaluate import evaluate
 
     data = run.loader.step(0)
-    return evaluate(run.parts, run.compute, run.batch_sharder, data.batches, run.world).loss
+    return evaluate(run.model, data.batches, run.world).loss
 
 
 def _gradients(run: Any) -> Pieces:
     from launcher.parallel.apply import shards
     from launcher.weights.tensor_mapping import mapped
 
-    tensors = {n: p.grad for n, p in run.parts.named_parameters().items() if p.grad is not None}
-    held = shards(tensors, run.layout, run.world.rank)
-    return _pieces(mapped(held, run.mappings_of))
+    tensors = {
+        n: p.grad for n, p in run.model.parts.named_parameters().items() if p.grad is not None
+    }
+    held = shards(tensors, run.model.layout, run.world.rank)
+    return _pieces(mapped(held, run.model.mappings_of))
 
 
 def _pieces(held: Mapping[str, Any]) -> Pieces:

@@ -29,7 +29,7 @@ def test_a_request_is_no_signal(monkeypatch) -> None:
         os.kill(os.getpid(), signal.SIGTERM)  # the first one: it must not end the process
         assert interrupts.as_values() == [0.0, 1.0, 1.0]
     assert Interrupted(REQUEST).exit_code == 0
-    assert str(Interrupted(REQUEST)) == "a request to end"
+    assert str(Interrupted(REQUEST)) == "a request to stop"
 
 
 def test_a_second_signal_ends_the_process() -> None:

@@ -266,7 +266,8 @@ def test_only_what_a_lower_scale_may_mend_is_left_alone(
     loader = SimpleNamespace(global_batch=8)
     state = TrainState(global_step=3, data_position=24)
     run = cast("TrainRun", SimpleNamespace(
-        scaling=scaling, log=said.append, loader=loader, state=state))  # fmt: skip
+        settings=SimpleNamespace(scaling=scaling), log=said.append, loader=loader,
+        state=state))  # fmt: skip
     FiniteCheck(stop=False).on_steps_end(run, [row])
     assert bool(said) is speaks
 

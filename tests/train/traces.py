@@ -84,7 +84,7 @@ def _run(plan: Plan, world: Any, tag: str) -> Any:
 
 
 def _trace(plan: Plan, world: Any, tag: str) -> Trace:
-    from launcher.train.loop import run_sink
+    from launcher.train.loop import train_steps
 
     run, trace = _run(plan, world, tag), Trace()
     counted = [p for p in run.gradients.owned if _local(p).numel()]
@@ -93,7 +93,7 @@ def _trace(plan: Plan, world: Any, tag: str) -> Trace:
         _poison(run, counted[-1], plan.poisoned)
     for _ in range(plan.steps):
         before = _held(run) if plan.looks else {}
-        ((record,), _) = run_sink(run, 1)
+        ((record,), _) = train_steps(run)
         trace.losses.append(record.loss)
         trace.norms.append(record.grad_norm)
         trace.scales.append(record.loss_scale)

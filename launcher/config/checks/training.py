@@ -144,8 +144,8 @@ def schedule_arguments(check: Check) -> Iterator[KeyProblem]:
 def _unsuited(
     check: Check, section: str, taken: Sequence[str], arguments: Mapping[str, Sequence[str]]
 ) -> Iterator[KeyProblem]:
-    """The keys written in `section` that its type does not take, unless they have the default value,
-    as in a configuration that was printed. `arguments`: type to its own."""
+    """The keys written in `section` that its type does not take, unless they have the default
+    value, as in a configuration that was printed. `arguments`: type to its own."""
     kind, defaults = check.value(f"{section}.type"), type(check.value(section))()
     for name in defaults.__dataclass_fields__:
         key = f"{section}.{name}"
