@@ -13,7 +13,7 @@ from launcher.mindspore.strategy_files import read_strategy
 from launcher.tools.slice_safetensors import main as slice_
 from launcher.tools.unified_safetensors import main as merge
 from tests.ranks import JobResult, run_job
-from tests.workshop import Workshop
+from tests.workshop import BASE, VOCABULARY, Workshop, merged
 
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "Adam": {"eps": 1e-4, "weight_decay": 0.1},
@@ -98,7 +98,7 @@ def rank_files(folder: Path) -> list[dict[str, torch.Tensor]]:
     return [load_file(file) for file in sorted(folder.glob("rank_*/*.safetensors"))]
 
 
-def merged(workshop: Workshop, output: str) -> Path:
+def merged_by_tool(workshop: Workshop, output: str) -> Path:
     target = workshop.folder / f"{output}_merged"
     assert merge(["--mindspore_ckpt_dir", str(workshop.folder / output / "checkpoint"),
                   "--output_dir", str(target), "--file_suffix", "1_2"]) == 0  # fmt: skip
@@ -110,7 +110,7 @@ def test_what_muon_saved_is_merged_and_sliced_back_as_it_was(workshop: Workshop,
         monitor = {"type": "CheckpointMonitor", "save_checkpoint_steps": 2,
                    "remove_redundancy": once}  # fmt: skip
         ok(train(workshop, "Muon", "dp2 tp2", output, "--max_steps", "2", callbacks=[monitor]))
-    complete = {output: merged(workshop, output) for output in ("twice", "once")}
+    complete = {output: merged_by_tool(workshop, output) for output in ("twice", "once")}
     files = sorted(file.name for file in complete["once"].glob("*.safetensors"))
     assert [name.partition("-")[0] for name in files] == ["model", "optimizer"]
     for name in files:
@@ -156,3 +156,22 @@ def test_sgd_without_momentum_goes_on_from_any_optimizer_and_saves_weights_alone
     (weights,) = (workshop.folder / "output/checkpoint/rank_0").glob("*-1_4.safetensors")
     assert all(name.startswith(("model.", "lm_head.")) for name in load_file(weights))
     ok(train(workshop, "SGD", "alone", "output", *plain, "--max_steps", "6"))
+
+
+@pytest.mark.long
+def test_muon_trains_a_module_of_transformers_sharded_as_in_one_process(workshop) -> None:
+    base = merged(BASE, {"model": {"model_config": None}, "optimizer": {"eps": None}})
+    base["model"]["model_config"] = {"type": "GPT2Config", "vocab_size": VOCABULARY, "n_embd": 32,
+                                     "n_layer": 2, "n_head": 4, "n_positions": 64}  # fmt: skip
+    sharded = {
+        "parallel_config": {"data_parallel": 2}, "runner_config": {"batch_size": 4},
+        "parallel": {"enable_parallel_optimizer": True},
+    }  # fmt: skip
+    for output, ranks, changes in (("one", 1, {}), ("two", 2, sharded)):
+        keys = {"type": "Muon", **OPTIMIZERS["Muon"]}
+        name = workshop.yaml(f"{output}.yaml", base, output_dir=output, optimizer=keys, **changes)
+        ok(run_job(["--config", name, "--run_mode", "train"], workshop.folder, ranks))
+    expected = pytest.approx(workshop.losses("one"), rel=TOLERANCES["Muon"])
+    assert workshop.losses("two") == expected
+    (state,) = (workshop.folder / "one/checkpoint/rank_0").glob("*-1_20.safetensors")
+    assert "muon_m.transformer.h.0.attn.c_attn.weight" in load_file(state)
