@@ -131,16 +131,48 @@ def run_job(arguments: Sequence[str], folder: Path, world_size: int = 1) -> JobR
     return JobResult([code for code, _, _ in outputs], outputs[0][1], outputs[0][2])
 
 
+@dataclass(frozen=True)
+class StartedJob:
+    """`run.py` as a process of its own that takes signals, but is forked: Python is warm."""
+
+    process: Any
+    log: Path
+
+    def end(self) -> tuple[int, str]:
+        """Wait for the end: exit code, and what it printed."""
+        self.process.join()
+        return self.process.exitcode, self.log.read_text()
+
+
+def start_job(arguments: Sequence[str], folder: Path) -> StartedJob:
+    """`run.py` with `arguments` alone in `folder`, while the test goes on."""
+    log = folder / "job.log"
+    process = _context().Process(target=_started, args=(list(arguments), str(folder), str(log)))
+    process.start()
+    return StartedJob(process, log)
+
+
+def _started(arguments: list[str], folder: str, log: str) -> None:
+    from launcher.cli import leave, main
+
+    os.chdir(folder)
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    leave(main(arguments, owns_process=True))
+
+
 def _job(arguments: list[str], folder: str) -> tuple[int, str, str]:
     import io
 
-    from launcher.cli import main
+    from launcher import cli
 
+    cli.ECHO_DELAY_SECONDS = 0.0  # nobody ends the other ranks when rank 0 has reported
     os.chdir(folder)
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            code = main(arguments)
+            code = cli.main(arguments)
         except SystemExit as stop:
             code = int(stop.code or 0)
     return code, out.getvalue(), err.getvalue()

@@ -41,6 +41,9 @@ MODELS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+STEPS = 8
+
+
 def ranks(layout: str) -> int:
     degrees = LAYOUTS[layout].get("parallel_config", {})
     count = 1
@@ -54,7 +57,7 @@ def train(workshop: Workshop, model: str, layout: str, output: str, *more: str) 
         f"{output}.yaml",
         **{**LAYOUTS[layout], "output_dir": output, "model": {"model_config": MODELS[model]}},
     )
-    arguments = ["--config", name, "--run_mode", "train", *more]
+    arguments = ["--config", name, "--run_mode", "train", "--max_steps", str(STEPS), *more]
     result = run_job(arguments, workshop.folder, ranks(layout))
     assert result.code == 0, result.stderr + result.stdout
     return result
@@ -63,9 +66,9 @@ def train(workshop: Workshop, model: str, layout: str, output: str, *more: str) 
 def test_the_same_layout_resumes_to_the_bit(workshop: Workshop) -> None:
     layout, model = "dp2 tp2 pp2", "qwen3 tied"
     train(workshop, model, layout, "whole")
-    train(workshop, model, layout, "parts", "--runner_config.stop_step", "10")
+    train(workshop, model, layout, "parts", "--runner_config.stop_step", str(STEPS // 2))
     train(workshop, model, layout, "parts", "--resume_training", "True")
-    whole, parts = (workshop.saved(output, "1_20", 8) for output in ("whole", "parts"))
+    whole, parts = (workshop.saved(output, f"1_{STEPS}", 8) for output in ("whole", "parts"))
     assert [key for key in whole if whole[key] != parts[key]] == []
     assert workshop.losses("whole") == workshop.losses("parts")
 
@@ -80,7 +83,7 @@ def test_the_same_layout_resumes_to_the_bit(workshop: Workshop) -> None:
 def test_a_run_goes_on_from_layout_to_layout(workshop: Workshop, model: str, route) -> None:
     train(workshop, model, "alone", "whole")
     for index, layout in enumerate(route):
-        stop = str(20 * (index + 1) // len(route))
+        stop = str(STEPS * (index + 1) // len(route))
         train(workshop, model, layout, "moved", "--resume_training", "True",
               "--runner_config.stop_step", stop)  # fmt: skip
     assert workshop.losses("moved") == pytest.approx(workshop.losses("whole"), rel=1e-5)
@@ -103,7 +106,7 @@ def test_what_a_layout_saved_merges_into_a_directory_transformers_opens(
     _, report = AutoModelForCausalLM.from_pretrained(merged, output_loading_info=True)
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
-    text = {"type": "TextDataLoader", "dataset_dir": "corpus"}
+    text = {"type": "TextDataLoader", "dataset_dir": "corpus", "num_samples": 1}
     losses = {}
     for where, ways in (("alone", "alone"), ("cut", layout)):
         name = workshop.yaml(

@@ -11,7 +11,7 @@ import pytest
 from tests.end_to_end.routes import GLOBAL_BATCH, Leg, Samples, Walked, walk
 from tests.workshop import Workshop
 
-SAVES = 10
+SAVES = 4
 TOLERANCE = 1e-5
 
 
@@ -43,36 +43,37 @@ def assert_route(workshop: Workshop, legs: list[Leg], total_steps: int) -> None:
     """The first leg never stops; all others go on from its saves or from each other's."""
     walked = walk(workshop, legs, total_steps, SAVES)
     whole = walked[legs[0].output]
-    assert whole.losses[total_steps] < whole.losses[1] - 0.5, "the run must learn something"
+    assert whole.losses[total_steps] < whole.losses[1] - 0.1, "the run must learn something"
     for leg in legs[1:]:
         assert_goes_on(walked[leg.output], whole, leg, legs[0])
 
 
 CUT = {"dp": 2, "tp": 2, "pp": 2}
-FROM_10, FROM_30 = ("whole", 10), ("tp4", 30)
-ON_TP4 = Leg("tp4", 30, tp=4, begins_with=FROM_10)
-ALONE = Leg("alone", 30, begins_with=FROM_10)
+FIRST, THIRD, LAST = SAVES, 3 * SAVES, 5 * SAVES
+FROM_FIRST, FROM_THIRD = ("whole", FIRST), ("tp4", THIRD)
+ON_TP4 = Leg("tp4", THIRD, tp=4, begins_with=FROM_FIRST)
+ALONE = Leg("alone", THIRD, begins_with=FROM_FIRST)
 
 
 def test_three_axes_go_on_with_one_and_alone(workshop: Workshop) -> None:
-    assert_route(workshop, [Leg("whole", 30, **CUT), ON_TP4, ALONE], 30)
+    assert_route(workshop, [Leg("whole", THIRD, **CUT), ON_TP4, ALONE], THIRD)
 
 
 @pytest.mark.long
 def test_three_axes_go_on_anywhere_and_back(workshop: Workshop) -> None:
     legs = [
-        Leg("whole", 50, **CUT),
-        Leg("dp4", 30, dp=4, begins_with=FROM_10),
+        Leg("whole", LAST, **CUT),
+        Leg("dp4", THIRD, dp=4, begins_with=FROM_FIRST),
         ON_TP4,
-        Leg("pp2_tp2", 30, pp=2, tp=2, begins_with=FROM_10),
+        Leg("pp2_tp2", THIRD, pp=2, tp=2, begins_with=FROM_FIRST),
         ALONE,
-        Leg("back", 50, **CUT, begins_with=FROM_30),
+        Leg("back", LAST, **CUT, begins_with=FROM_THIRD),
     ]
-    assert_route(workshop, legs, 50)
+    assert_route(workshop, legs, LAST)
 
 
 def world_sizes(*sizes: int) -> list[Leg]:
-    """A run that never stops, and one that goes on every ten steps with another world size."""
+    """A run that never stops, and one that goes on every few steps with another world size."""
     total = SAVES * len(sizes)
     legs = [Leg("whole", total, dp=sizes[0])]
     before = "whole"
