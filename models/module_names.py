@@ -107,7 +107,9 @@ def _kept_dims(view: Tensor, shape: Shape) -> list[int] | None:
 def _tiled(mappings: Sequence[TensorMapping], shape: Shape) -> bool:
     """Whether the boxes of `links` cover every element of a tensor of `shape` once."""
     boxes = {mapping.box for mapping in mappings}
-    is_once = len(boxes) == len(mappings) and sum(box.numel for box in boxes) == full_box(shape).numel
+    is_once = (
+        len(boxes) == len(mappings) and sum(box.numel for box in boxes) == full_box(shape).numel
+    )
     if not is_once or any(a.intersect(b) is not None for a, b in combinations(boxes, 2)):
         return False
     return all(

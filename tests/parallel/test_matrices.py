@@ -13,8 +13,10 @@ from launcher.layout.layout import Layout, ShardSpec
 from launcher.layout.mesh import Mesh
 from launcher.parallel import matrices
 from launcher.parallel.matrices import Matrix, MatrixExchange, matrix_exchange
-from models.names import mappings
+from models.families import DECODERS
+from models.names import mappings_of
 
+MAPPINGS = mappings_of(DECODERS["qwen3_moe"].parameters)
 SHAPES = {
     "model.layers.0.mlp.down_proj.weight": (5, 8),
     "model.layers.0.self_attn.q_proj.weight": (8, 6),
@@ -37,7 +39,7 @@ MESHES = {
 def plans(mesh: Mesh) -> list[MatrixExchange]:
     layout = Layout(SHAPES, mesh, SPECS if mesh.tp > 1 else {})
     return [
-        matrix_exchange(list(layout.of(rank)), layout, mappings, rank, torch.device("cpu"))
+        matrix_exchange(list(layout.of(rank)), layout, MAPPINGS, rank, torch.device("cpu"))
         for rank in range(mesh.world_size)
     ]
 
