@@ -6,7 +6,7 @@ from pathlib import Path
 
 from launcher.builders.job import Job
 from launcher.builders.resume import own_root
-from launcher.checkpoint.published import published
+from launcher.checkpoint.catalog import published
 from launcher.report.aside import move_aside
 from launcher.report.curves import FILE_NAME as CURVE_NAME
 from launcher.report.metrics import MetricsLog, Start
