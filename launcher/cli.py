@@ -1,7 +1,7 @@
 """From argv to a checked configuration to a run mode, and the exit code at the end.
 
-Owns the order (parse, resolve, rules, run) and how mistakes are shown. Nothing heavy is imported
-before the configuration is valid: torch first comes in with launcher.modes.
+Owns the order (parse, resolve, rules, run) and how errors are printed. The configuration is checked
+before torch is imported, which launcher.modes does.
 """
 
 from __future__ import annotations
@@ -23,26 +23,26 @@ if TYPE_CHECKING:
     from launcher.config.resolve import Resolved
 
 ECHO_DELAY_SECONDS = 5.0
-"""How long a rank other than 0 waits before it tells its error."""
+"""How long a rank other than 0 waits before it prints its error."""
 
 REPORT_SECONDS = 5.0
-"""How long a rank that fails before it has joined the job tries to reach the store of the job."""
+"""How long a rank that fails before it joined the job tries to reach the store of the job."""
 
 PEER_DELAY_SECONDS = 10.0
-"""How long a rank whose peer is gone waits for the launcher: longer than a peer that tells why."""
+"""How long a rank whose peer is gone waits for the launcher: longer than a peer takes to report."""
 
 _PEER_IS_GONE = (
     *("Connection closed by peer", "Connection reset by peer", "Broken pipe"),
     *("Connection refused", "remote process exited"),
 )
-"""What gloo and NCCL say when a process at the other end has ended."""
+"""Messages of gloo and NCCL when the process at the other end has ended."""
 
 
 def main(argv: Sequence[str] | None = None, *, owns_process: bool = False) -> int:
-    """Run one command line. Returns the exit code; mistakes of the user leave no traceback.
+    """Run one command line. Returns the exit code; errors of the user have no traceback.
 
-    `owns_process`: the process ends with this command. As one rank of several it then tells the
-    others when it fails, and is ended when another one fails.
+    `owns_process`: the process ends with this command. As one rank of several it then reports a
+    failure to the others, and is ended when another one fails.
     """
     line = parse(sys.argv[1:] if argv is None else argv)
     if line.help:
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None, *, owns_process: bool = False) -> in
         resolved = _checked(line)
     except UserError as error:
         report(EXIT_USER, str(error))
-        _show(error.problems, tail=". Nothing was started.")
+        _print_problems(error.problems, tail=". Nothing was started.")
         return EXIT_USER
     except Exception as error:
         report(EXIT_INTERNAL, repr(error))
@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None, *, owns_process: bool = False) -> in
         return _run(line, resolved, ends_with_peers=owns_process)
     except UserError as error:
         report(EXIT_USER, str(error))
-        _show(error.problems)
+        _print_problems(error.problems)
         return EXIT_USER
     except KeyboardInterrupt:
         report(EXIT_SIGINT, "stopped by SIGINT")
@@ -83,7 +83,7 @@ def _report_nothing(code: int, reason: str) -> None:
 
 
 def _report_failure(code: int, reason: str) -> None:
-    """Tell the other ranks that this one fails, so that none waits for it."""
+    """Report to the other ranks that this one fails, so that none waits for it."""
     try:
         environment = process_environment()
     except UserError:
@@ -102,14 +102,14 @@ def _report_failure(code: int, reason: str) -> None:
 
 
 def _lost_a_peer(error: Exception) -> bool:
-    """Whether this rank fails only because another one is gone, whose own words say why."""
+    """Whether this rank fails only because another one is gone, which reports the reason."""
     launched = process_environment().is_launched
     return launched and any(words in str(error) for words in _PEER_IS_GONE)
 
 
 def _wait_for_the_end() -> None:
-    """Leave the word, and the exit code of the job, to the rank that failed: the launcher ends this
-    one when it sees that. One line should nobody come."""
+    """Leave the report and the exit code of the job to the rank that failed: the launcher then ends
+    this one. Print one line in case it does not."""
     time.sleep(PEER_DELAY_SECONDS)
     print(f"[rank {rank_or_zero()}] another rank failed, see its log", file=sys.stderr)
 
@@ -117,8 +117,8 @@ def _wait_for_the_end() -> None:
 def leave(code: int) -> NoReturn:
     """End this process with `code`.
 
-    One rank of several leaves at once: threads of gloo that outlive the interpreter abort it now
-    and then, and a job that has succeeded would be reported as failed.
+    One rank of several exits at once: threads of gloo that outlive the interpreter sometimes abort
+    it, and a job that succeeded would be reported as failed.
     """
     sys.stdout.flush()
     sys.stderr.flush()
@@ -134,8 +134,8 @@ def _checked(line: CommandLine) -> Resolved:
 
     resolved = resolve_command_line(line)
     config, provenance = resolved.config, resolved.provenance
-    only_looks = line.check_config or line.print_config
-    started = "WORLD_SIZE" in os.environ or not only_looks
+    only_checks = line.check_config or line.print_config
+    started = "WORLD_SIZE" in os.environ or not only_checks
     found = rules.check(
         config,
         provenance,
@@ -145,7 +145,7 @@ def _checked(line: CommandLine) -> Resolved:
     problems = (*resolved.problems, *found)
     if problems:
         raise UserError(problems)
-    if not only_looks and not config.only_save_strategy:
+    if not only_checks and not config.only_save_strategy:
         check_rendezvous()
     if rank_or_zero() == 0:
         _log_ignored(resolved.no_effect)
@@ -171,11 +171,11 @@ def _run(line: CommandLine, resolved: Resolved, *, ends_with_peers: bool) -> int
     return modes.run(resolved.config, resolved.provenance, text, ends_with_peers=ends_with_peers)
 
 
-def _show(problems: Iterable[Problem], *, tail: str = ".") -> None:
+def _print_problems(problems: Iterable[Problem], *, tail: str = ".") -> None:
     """One `error:` line a problem, and how many there are.
 
-    What goes wrong on all ranks goes wrong on rank 0 too: where ranks share a console the others
-    wait a little, and are usually ended by the launcher before they would repeat it.
+    An error of all ranks is an error of rank 0 too: where ranks share a console the others wait
+    first, and the launcher usually ends them before they would repeat it.
     """
     rank, found = rank_or_zero(), list(problems)
     if rank and not has_own_log():

@@ -1,8 +1,8 @@
 """The environment variables that describe this process in a job (those of `torchrun`).
 
-Owns their names and their types; nothing else in the project reads them. The standard library only,
-since the configuration is checked with it. Variables left over from another job are a common cause
-of a run that hangs, so values that do not fit together are errors that name the variable.
+Owns their names and types; nothing else in the project reads them. Variables left over from another
+job are a common cause of a run that hangs, so values that do not fit together are errors that name
+the variable. Imports the standard library only.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ PLANNED_WORLD_SIZE = "SLIPWAY_WORLD_SIZE"
 OWN_LOG = "SLIPWAY_WORKER_LOG"
 """Set by msrun.sh for its workers: the file their output goes to."""
 OF_A_PROCESS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-"""What a launcher sets for each process, and what the launcher itself should not have."""
+"""Variables that a launcher sets for each process, and that it should not have itself."""
 _LARGEST_PORT = 65535
-_HOW_TO_GO_ON = "Unset it, or start the job with msrun.sh or torchrun"
+_ADVICE = "Unset it, or start the job with msrun.sh or torchrun"
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProcessEnvironment:
-    """This process among those of its job; as it is made, a process that runs alone."""
+    """This process among those of its job; the defaults are those of a single process."""
 
     rank: int = 0
     world_size: int = 1
@@ -59,7 +59,7 @@ def process_environment() -> ProcessEnvironment:
     local_size = reader.integer("LOCAL_WORLD_SIZE", size, least=1)
     local_rank = reader.integer("LOCAL_RANK", 0)
     port, restarts = 29500, 0
-    if size > 1:  # else whatever is left in these harms nobody
+    if size > 1:  # a single process does not use these
         port = reader.integer("MASTER_PORT", port, least=1, most=_LARGEST_PORT)
         restarts = reader.integer("TORCHELASTIC_RESTART_COUNT", restarts)
     planned = reader.integer(PLANNED_WORLD_SIZE, 0)
@@ -77,8 +77,8 @@ def process_environment() -> ProcessEnvironment:
 
 
 def check_rendezvous() -> None:
-    """Several processes know where to meet: else one that was started alone, with WORLD_SIZE left
-    over, would wait for the others. Raises `UserError`."""
+    """Several processes have an address to meet: otherwise one that was started alone, with
+    WORLD_SIZE left over, would wait for the others. Raises `UserError`."""
     reader = _Reader(os.environ)
     if process_environment().is_launched:
         for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
@@ -102,7 +102,7 @@ def rank_or_zero() -> int:
 
 
 class _Reader:
-    """Reads variables, gathering what is wrong with them."""
+    """Reads variables and collects their problems."""
 
     def __init__(self, variables: Mapping[str, str]) -> None:
         self.variables = variables
@@ -137,6 +137,6 @@ class _Reader:
                 what=f"{name} = {self.variables.get(name, '')!r}",
                 where="environment variable",
                 rule=rule,
-                advice=_HOW_TO_GO_ON,
+                advice=_ADVICE,
             )
         )

@@ -1,8 +1,8 @@
-"""What a user is told when something is wrong, and the exit code that goes with it.
+"""Errors that are shown to the user, and their exit codes.
 
-Owns the shape of an error. Every error a user can cause has four parts: what is wrong (with the
-value and file:line), the rule it breaks, the nearest right thing, and how to go on. A leaf: it
-imports nothing of the project.
+Owns the form of an error. Every error that a user can cause has four parts: what is wrong (with the
+value and file:line), the rule, the nearest right value, and how to continue. Imports nothing of the
+project.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ EXIT_SIGTERM = 143
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """One mistake, in the four parts. Only `what` is required; empty parts are left out."""
+    """One error with its four parts. Only `what` is required; empty parts are left out."""
 
     what: str
     """What is wrong, with the offending value: `runner_config.batch_size = -1`."""
     where: str = ""
     """`x.yaml:14`, `command line: --epochs`, or a path."""
     rule: str = ""
-    """The rule that is broken, as a sentence without a final stop."""
+    """The rule that is violated, without a final stop."""
     nearest: str = ""
-    """The nearest right thing: `did you mean `optimizer.lr`?` or `Nearest: 2 or 4`."""
+    """The nearest right value: `did you mean `optimizer.lr`?` or `Nearest: 2 or 4`."""
     advice: str = ""
-    """How to go on, as a sentence."""
+    """How to continue, as a sentence."""
 
     def __str__(self) -> str:
         head = f"{self.where}: {self.what}" if self.where else self.what
@@ -47,7 +47,7 @@ class Problem:
 
 
 class UserError(Exception):
-    """A mistake of the user: the run ends with exit code 2, all problems printed, no traceback."""
+    """An error of the user: the run ends with exit code 2 and prints all problems, no traceback."""
 
     def __init__(
         self,
@@ -69,8 +69,8 @@ class UserError(Exception):
 
 
 def path_problem(error: OSError | ValueError | RuntimeError, *, where: str = "") -> Problem:
-    """The problem for a path that the system refuses to look at: one without rights, too long, in a
-    loop of links, or with a NUL character."""
+    """The problem of a path that the system cannot access: without permission, too long, in a loop
+    of links, or with a NUL character."""
     name = str(getattr(error, "filename", None) or "")
     number = getattr(error, "errno", None) or 0
     reason = getattr(error, "strerror", None) or str(error)
@@ -101,11 +101,11 @@ _PATH_ADVICE = {
 
 
 def not_built_yet(what: str, *, where: str = "", advice: str = "") -> Problem:
-    """The problem for something the schema knows and this version cannot do."""
+    """The problem of something that is known and not built yet."""
     return Problem(what=what, where=where, rule="not built yet", advice=advice)
 
 
 def did_you_mean(word: str, known: Iterable[str], *, cutoff: float = 0.6) -> str:
-    """`did you mean `x`?` for the nearest of `known`, or an empty string when none is near."""
+    """`did you mean `x`?` for the nearest of `known`, or an empty string when none is similar."""
     matches = get_close_matches(word, list(known), n=1, cutoff=cutoff)
     return f"did you mean `{matches[0]}`?" if matches else ""

@@ -1,11 +1,11 @@
 """JSON text to values, with one kind of error for everything that Python's own parser raises.
 
-Owns the reasons why a text cannot be read as JSON. A leaf: it imports nothing of the project.
+Owns the reasons why a text cannot be read as JSON. Imports nothing of the project.
 Beside syntax errors Python raises RecursionError (about a thousand levels) and ValueError (integers
 of more than `sys.get_int_max_str_digits()` digits), both without a position.
 
 `STRICT` follows RFC 8259 where Python's default does not: `NaN` and `Infinity` are refused, and so
-is a key that an object has twice, of which Python keeps the last without a word.
+is a duplicate key, of which Python silently keeps the last.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _unambiguous(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object that may repeat a key with the same value, as some written by hand do."""
+    """An object may repeat a key with the same value, as some files written by hand do."""
     content = dict(pairs)
     if len(content) != len(pairs):
         for name, value in pairs:
@@ -56,7 +56,7 @@ STRICT = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant)
 
 
 def parse(text: str, decoder: json.JSONDecoder = PLAIN) -> Any:
-    """The value of a whole text. Raises NotJson."""
+    """The value of a complete text. Raises NotJson."""
     return _guarded(lambda: decoder.decode(text), text, 0)
 
 
@@ -110,7 +110,7 @@ def line_and_column(text: str, position: int) -> tuple[int, int]:
 
 
 def lone_surrogate(text: str) -> str:
-    """The first character of `text` that no encoding has (`\\ud83d`), empty where all is well."""
+    """The first character of `text` that cannot be encoded (`\\ud83d`), else empty."""
     if text.isascii():
         return ""
     try:
@@ -126,9 +126,9 @@ def printable(text: str) -> str:
 
 
 def strings_in(value: Any, name: str) -> Iterator[tuple[str, str]]:
-    """Every text inside a value, keys of objects included, with its place (`tools[0].name`).
+    """Every string inside a value, keys of objects included, with its place (`tools[0].name`).
 
-    Goes without recursion, so that no depth of `value` is too much.
+    Without recursion, so that `value` may have any depth.
     """
     waiting = [(name, value)]
     while waiting:

@@ -23,7 +23,7 @@ from launcher.errors import Problem, UserError
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """What the schema says about a dotted key."""
+    """What the schema knows about a dotted key."""
 
     annotation: Any
     """Its type; Any inside open sections and lists."""
@@ -173,7 +173,7 @@ def _added(tree: Node, key: str, value: Node) -> Node:
 
 
 def _deleted(tree: Node, key: str, value: Any, where: str) -> Node:
-    """`~key`: ignore what the files and flags say; `~key=value` only if they say that."""
+    """`~key`: ignore the value of files and flags; `~key=value` only if it is this value."""
     node = find(tree, key)
     if node is None:
         raise _unknown(key, where, "the key is not set, so it cannot be removed")

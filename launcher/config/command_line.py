@@ -1,8 +1,7 @@
-"""The words of a command line: flags, dotted keys, Hydra overrides.
+"""The arguments of a command line: flags, dotted keys, Hydra overrides.
 
-Owns the table of flags and how argv is cut up. It knows no schema: what comes out is a list of
-assignments to dotted keys, in the order they count. The standard library only, so that --help
-answers at once.
+Owns the table of flags and the parsing of argv into assignments to dotted keys, in order of
+precedence. It knows no schema and imports the standard library only, so that --help is fast.
 """
 
 from __future__ import annotations
@@ -103,7 +102,7 @@ FLAGS: dict[str, Flag] = {
     )
 }
 SHORT_NAMES = {"train_dataset": "train_dataset_dir", "train_data": "train_dataset_dir"}
-"""Abbreviations the original's own pages use."""
+"""Abbreviations that MindFormers uses."""
 
 SWITCHES = {
     "check_config": "check the configuration and exit",
@@ -114,10 +113,10 @@ SWITCHES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Assignment:
-    """One thing the command line says about one key."""
+    """One assignment of the command line."""
 
     kind: Literal["literal", "option", "override"]
-    """literal: the text as it is. option: `--options`. override: Hydra's grammar, in `text`."""
+    """literal: the text itself. option: `--options`. override: Hydra's grammar, in `text`."""
     key: str
     text: str | list[str]
     where: str
@@ -126,7 +125,7 @@ class Assignment:
 
 @dataclass(kw_only=True)
 class CommandLine:
-    """A command line, cut up."""
+    """A parsed command line."""
 
     config: str | None = None
     check_config: bool = False
@@ -138,7 +137,7 @@ class CommandLine:
 
 
 def parse(argv: Sequence[str]) -> CommandLine:
-    """Cut `argv` (without the program's name) into assignments; mistakes land in `problems`."""
+    """Parse `argv` (without the program's name) into assignments; errors go to `problems`."""
     line = CommandLine()
     words = list(argv)
     while words:
@@ -155,7 +154,7 @@ def parse(argv: Sequence[str]) -> CommandLine:
 
 
 def override_word(word: str) -> Assignment:
-    """A word of Hydra's grammar as an assignment."""
+    """An argument in Hydra's grammar as an assignment."""
     key = word.lstrip("+~").partition("=")[0]
     return Assignment(kind="override", key=key, text=word, where=f"command line: {word}")
 
@@ -279,7 +278,7 @@ def _options(line: CommandLine, pairs: list[str]) -> Iterator[Assignment]:
 
 
 def help_text() -> str:
-    """What `--help` prints."""
+    """The text of `--help`."""
     lines = [
         "usage: python run.py --config x.yaml --run_mode train [--flag value ...] [key=value ...]",
         "",

@@ -1,6 +1,6 @@
-"""Facts that follow from a configuration: sizes, directories, where config.json is.
+"""What follows from a configuration: sizes, directories, the place of config.json.
 
-Owns the few formulas that the rules and the program must agree on. Pure but for reading the
+Owns the formulas that the rules and the run share. Pure but for reading the
 environment and one JSON file.
 """
 
@@ -32,7 +32,7 @@ def world_size() -> int:
 
 
 def planned_world_size() -> int | None:
-    """Processes that msrun.sh is about to start: it has the configuration checked once before."""
+    """Processes that msrun.sh is about to start; it checks the configuration before."""
     return process_environment().planned_world_size
 
 
@@ -48,7 +48,7 @@ def degrees(config: Config) -> dict[str, int]:
 
 
 def mesh_of(config: Config) -> Mesh:
-    """The axes the configuration asks for. Raises ValueError when the degrees do not fit."""
+    """The mesh of the configuration. Raises ValueError when the degrees do not fit together."""
     sizes, parallel = config.parallel_config, config.parallel
     return training_mesh(
         data_parallel=sizes.data_parallel,
@@ -80,18 +80,17 @@ def context_algorithm(config: Config) -> str:
 
 
 def ulysses_degree(config: Config) -> int:
-    """Ranks that trade sequence for heads: all of context_parallel, one, or the hybrid's inner
-    degree."""
+    """Ranks that exchange sequence for heads: context_parallel, 1, or those of the hybrid."""
     parallel = config.parallel_config
     by_algorithm = {"ulysses": parallel.context_parallel, "ring": 1}
     return by_algorithm.get(context_algorithm(config), parallel.ulysses_degree_in_cp)
 
 
 def row_unit(config: Config) -> int:
-    """What the tokens of a row must be a multiple of, so that ranks can share rows.
+    """The number that the length of a row must be a multiple of, so that ranks can split it.
 
-    The ring gives each rank two pieces, one from each end of the row; sequence parallel cuts what a
-    rank has once more.
+    The ring gives each rank two pieces, one from each end of the row; sequence parallel splits the
+    part of a rank again.
     """
     parallel = config.parallel_config
     ranks = parallel.context_parallel
@@ -133,8 +132,7 @@ def stage_offsets(config: Config) -> list[int] | None:
     """What model.model_config.offset adds to the even share of each stage, first stage to last.
 
     As in MindFormers the list counts pipeline ranks, or is a list of such lists, one for each stage
-    of a rank. None where there is no pipeline, nothing is written, or only 0. The rules have
-    checked its shape.
+    of a rank. None without a pipeline, and where it is not set or 0. The rules check its shape.
     """
     written = config.model.model_config.get("offset")
     ranks, laps = config.parallel_config.pipeline_stage, stages_per_rank(config)
@@ -150,8 +148,8 @@ def stage_offsets(config: Config) -> list[int] | None:
 
 
 def stage_counts(config: Config, layers: int) -> list[int] | None:
-    """Layers of each stage, first to last, where the configuration says it: stage_layers, or even
-    shares of `layers` and offset. None: it is left to the model."""
+    """Layers of each stage, first to last, from stage_layers, or from even shares of `layers` and
+    offset. None where neither is set: the model decides."""
     written = config.parallel.pipeline_config.stage_layers
     if written is not None:
         return list(written)
@@ -162,17 +160,17 @@ def stage_counts(config: Config, layers: int) -> list[int] | None:
 
 
 def tokenizer_dir(config: Config) -> str:
-    """The tokenizer's directory; empty when none is named."""
+    """The directory of the tokenizer; empty when none is set."""
     return config.processor.tokenizer.pretrained_model_dir or config.pretrained_model_dir
 
 
 def has_tokenizer(folder: str | Path) -> bool:
-    """Whether a directory holds a tokenizer, from its file names."""
+    """Whether a directory contains a tokenizer, judged by file names."""
     return any((Path(folder) / name).is_file() for name in TOKENIZER_FILES)
 
 
 def read_config_json(config: Config) -> dict[str, Any] | None:
-    """The content of pretrained_model_dir/config.json, None when there is none.
+    """The content of pretrained_model_dir/config.json, None without such a file.
 
     Raises UserError when it is not a JSON object.
     """

@@ -1,8 +1,7 @@
 """A configuration as a flat map, dotted key to JSON value: what a save keeps of it.
 
-Owns which keys a later run compares: those that do something, apart from `OF_ONE_START`. Lists of
-sections and of maps are counted (`callbacks.0.prefix`, as on the command line). A value of None
-means left out, and is.
+Owns which keys a later run compares: those that act, apart from `OF_ONE_START`. Lists of sections
+and of maps are indexed (`callbacks.0.prefix`, as on the command line). Values of None are left out.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ OF_ONE_START = (
     *("save_unified_checkpoint", "save_converted_checkpoint", "save_file", "output_dir"),
     *("tensorboard.tensorboard_dir", "callbacks.*.directory"),
 )
-"""How one start of a run reads and where it writes: a run that goes on is the same run without."""
+"""Keys that may differ between two starts of one run."""
 
 
 def flat(config: Config) -> dict[str, Any]:
@@ -44,7 +43,7 @@ def _section(section: Any, path: str) -> Iterator[tuple[str, Any]]:
         if info.status != "effective":
             continue
         value = getattr(section, field.name)
-        # An open section's own keys stand beside the typed ones.
+        # Keys of an open section are at the same level as the typed ones.
         yield from _value(value, path if info.open_keys else _joined(path, field.name))
 
 

@@ -2,7 +2,7 @@
 
 Owns what its keys may be. The keys are those of `GenerationConfig` of transformers; what they mean
 here is in `GenerationSection`. A key that would change the tokens and is not supported is an error;
-keys that only say how transformers computes are accepted. Pure: no torch, one small file.
+keys that only configure how transformers computes are accepted. Without torch; one small file.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SAMPLING = frozenset(
     {"temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "top_h"}
 )
 """Keys that change nothing without `do_sample`."""
-_HOW_IT_COMPUTES = frozenset({
+_NO_EFFECT = frozenset({
     "_commit_hash", "_from_model_config", "assistant_confidence_threshold", "assistant_early_exit",
     "assistant_ensemble_weight", "assistant_lookbehind", "cache_config", "cache_implementation",
     "compile_config", "continuous_batching_config", "decoder_start_token_id", "disable_compile",
@@ -40,29 +40,29 @@ _FIELDS = {f.name: f for f in dataclasses.fields(GenerationSection) if f.name !=
 
 @dataclass
 class GenerationFile:
-    """What a file of generation settings says."""
+    """The content of a file of generation settings."""
 
     values: dict[str, Any] = field(default_factory=dict)
     """Key to value of the right type, of those that act here."""
     problems: list[Problem] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    """What is accepted and has no effect, one line each."""
+    """Keys that are accepted and have no effect, one line each."""
 
 
 def check_generation(
     content: Mapping[str, Any], where: str, *, overridden: Collection[str] = (),
     do_sample: bool | None = None, prefix: str = "",
 ) -> GenerationFile:  # fmt: skip
-    """Check the settings in `content`, which lies at `where`.
+    """Check the settings in `content`, which is from `where`.
 
-    `overridden`: keys that the user wrote elsewhere, which count instead. `do_sample`: the value
-    that the user wrote, None where the file decides. `prefix`: of keys in messages.
+    `overridden`: keys that the user set elsewhere, which take precedence. `do_sample`: the value
+    that the user set, None where the file decides. `prefix`: of keys in messages.
     """
     found = GenerationFile()
     samples = content.get("do_sample") is True if do_sample is None else do_sample
     unknown, idle = [], []
     for key, value in content.items():
-        if key in overridden or value is None or key in _HOW_IT_COMPUTES:
+        if key in overridden or value is None or key in _NO_EFFECT:
             continue
         if key not in _FIELDS:
             unknown.append(str(key))
@@ -111,7 +111,7 @@ def _problem(key: str, value: Any, info: FieldInfo) -> Problem | None:
 
 
 def _is_of_another_type(value: Any, annotation: Any) -> bool:
-    """JSON has types: a text is no number and a boolean no integer, as YAML's reader allows."""
+    """Stricter than YAML: in JSON a string is never a number, and a boolean never an integer."""
     if isinstance(value, list):
         return any(isinstance(item, str | bool) for item in value)
     if isinstance(value, str):
@@ -128,7 +128,7 @@ def _advice(key: str) -> str:
 
 
 def _token_lists(value: Any) -> str:
-    """What is wrong with lists of tokens; empty: nothing."""
+    """The problem of lists of tokens; empty where there is none."""
     right = all(
         isinstance(word, list) and word and all(type(t) is int and t >= 0 for t in word)
         for word in value
@@ -163,8 +163,7 @@ def _resolved_values(key: str, value: Any) -> Any:
 
 
 def generation_path(pretrained_model_dir: str, tokenizer_dir: str) -> Path | None:
-    """The file that counts: beside the model, else beside the tokenizer; None where there is
-    none."""
+    """The file that is used: that of the model, else that of the tokenizer, else None."""
     for folder in (pretrained_model_dir, tokenizer_dir):
         path = Path(folder) / FILE_NAME
         if folder and path.is_file():

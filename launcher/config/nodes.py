@@ -42,7 +42,7 @@ class Node:
 
 
 class NoPlace(Exception):
-    """A path leads into something that has no such key; the text says why."""
+    """A path leads into something without such a key; the text is the reason."""
 
 
 def from_plain(value: Any, where: str) -> Node:

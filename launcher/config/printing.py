@@ -1,4 +1,4 @@
-"""A resolved configuration as YAML that says where every value came from.
+"""A resolved configuration as YAML, with the origin of every value.
 
 Invariant: read again, the text gives an equal configuration. Keys without effect or not built yet
 are in it only where the user set them. `trust_remote_code` stays a comment: a file cannot give that
@@ -66,7 +66,7 @@ class _Printer:
         return f"  # {self.provenance.where(path)}".replace("\n", " ")
 
     def _open_origin(self, path: str) -> str:
-        """Inside open maps and lists everything was written, if only with its section."""
+        """Inside open maps and lists every value was written, at least with its section."""
         where = self.provenance.nearest(path) or DEFAULT
         return f"  # {where}".replace("\n", " ")
 
@@ -136,7 +136,7 @@ def _number(value: float) -> str:
         return ".inf" if value > 0 else "-.inf"
     mantissa, e, exponent = repr(value).partition("e")
     if e and "." not in mantissa:
-        mantissa += ".0"  # every YAML reader takes 1.0e-05 for a number
+        mantissa += ".0"  # every YAML reader reads 1.0e-05 as a number
     return mantissa + e + exponent
 
 

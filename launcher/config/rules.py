@@ -1,8 +1,7 @@
 """The rules between the sections of a configuration.
 
-Owns the list of them. Every rule is a small function that yields what it finds wrong; all are run
-and all is told at once. A rule stays silent about a key that has a problem already, and about what
-only follows from one.
+Owns the list of them. Every rule is a small function that yields problems; all are run, and all
+problems are reported together, apart from those that only follow from the problem of another key.
 """
 
 from __future__ import annotations
@@ -108,11 +107,11 @@ def check(
     world: int | None,
     bad_keys: frozenset[str] = frozenset(),
 ) -> list[Problem]:
-    """Everything the rules find wrong. `world`: number of processes, None when not yet started."""
+    """Every problem that the rules find. `world`: number of processes, None before the start."""
     subject = Check(config=config, provenance=provenance, world_size=world)
     known = _Known(bad_keys)
     if with_nul := list(_nul_characters(subject)):
-        return with_nul  # the system refuses to look at such a path: other rules would end there
+        return with_nul  # the system raises ValueError for such a path
     found: list[Problem] = []
     for rule in RULES:
         try:
@@ -123,7 +122,7 @@ def check(
 
 
 def _nul_characters(check: Check) -> Iterator[Problem]:
-    """Texts that no path, name or prompt can be."""
+    """Strings with a NUL character, which no path, name or prompt can have."""
     for key in check.provenance.places:
         try:
             value = check.value(key)
@@ -135,14 +134,14 @@ def _nul_characters(check: Check) -> Iterator[Problem]:
 
 
 def _refused_path(check: Check, error: OSError) -> Problem:
-    """The problem for a path that cannot be looked at, with the place of the key that names it."""
+    """The problem of a path that cannot be accessed, with the place of its key."""
     key = key_of_path(check, str(error.filename or ""))
     problem = path_problem(error, where=check.provenance.nearest(key))
     return replace(problem, what=f"{key}: {problem.what}") if key else problem
 
 
 def key_of_path(check: Check, path: str) -> str:
-    """The written key whose value is `path` or a folder above it; empty: there is none."""
+    """The key whose value is `path` or a directory above it; empty where there is none."""
     best = ""
     for key in check.provenance.places:
         try:
@@ -161,7 +160,7 @@ def _follows(problem: KeyProblem, known: _Known) -> bool:
 
 
 def warnings(config: Config, provenance: Provenance) -> list[str]:
-    """What is allowed and probably not meant, one line each."""
+    """Settings that are allowed and probably a mistake, one line each."""
     lines = []
     if isinstance(config.resume_training, str) and Path(config.load_checkpoint or ".").is_file():
         lines.append(
@@ -170,11 +169,11 @@ def warnings(config: Config, provenance: Provenance) -> list[str]:
     if config.context.device_target == "Ascend" and provenance.is_written("context.device_target"):
         where = provenance.where("context.device_target")
         lines.append(f"{where}: context.device_target = 'Ascend': runs on CUDA, else on the CPU")
-    ours = [entry.type for entry in config.callbacks if type(entry) in CALLBACKS.values()]
+    built_in = [entry.type for entry in config.callbacks if type(entry) in CALLBACKS.values()]
     lines += [
-        f"callbacks: {kind} is listed {ours.count(kind)} times: the last one is used"
-        for kind in dict.fromkeys(ours)
-        if ours.count(kind) > 1
+        f"callbacks: {kind} is listed {built_in.count(kind)} times: the last one is used"
+        for kind in dict.fromkeys(built_in)
+        if built_in.count(kind) > 1
     ]
     given = [config.lr_schedule.learning_rate, config.optimizer.learning_rate]
     if None not in given and given[0] != given[1]:

@@ -1,4 +1,4 @@
-"""Which settings all processes of a job must have alike, although each machine reads its own YAML.
+"""Settings that must be equal on all processes of a job, although each machine reads its own YAML.
 
 Paths may differ from machine to machine; whether a path is given may not. What only rank 0 does
 (trackers, where predictions go) and the arguments of registered callbacks are left out.

@@ -1,4 +1,4 @@
-"""The nearest right key, searched in the whole schema.
+"""The nearest key, searched in the complete schema.
 
 Owns the list of all dotted keys and the measure of nearness: a key of the same section wins over
 an equally near one elsewhere, and the same word elsewhere wins over a merely similar one here.

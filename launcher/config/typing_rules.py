@@ -1,4 +1,4 @@
-"""From a written value to the type its field declares.
+"""From a written value to the type of its field.
 
 Owns conversion and the names of types in messages ("an integer"). OmegaConf's typed nodes convert
 the scalars; this file chooses between the types of a field that allows several.
@@ -27,7 +27,7 @@ WORDS: dict[Any, str] = {
 
 
 class WrongType(Exception):
-    """The value is not of the declared type; the text says what is needed."""
+    """The value is not of the declared type; the text names the expected type."""
 
 
 @dataclass
@@ -79,9 +79,9 @@ _PLURALS = {int: "integers", float: "numbers", bool: "booleans", str: "strings"}
 
 
 def convert(annotation: Any, value: Any) -> Any:
-    """`value` as the first alternative of `annotation` it fits exactly, else as one it can become.
+    """`value` as the first type of `annotation` that it has, else as the first it converts to.
 
-    Raises WrongType. A text that reads as a number becomes one where only a number is allowed.
+    Raises WrongType. A string that is a number becomes one where only a number is allowed.
     """
     alternatives = members(annotation)
     if Any in alternatives:
@@ -100,7 +100,7 @@ def convert(annotation: Any, value: Any) -> Any:
 
 
 def convert_text(annotation: Any, text: str) -> Any:
-    """The value of a text from the command line: literal where the type allows a text."""
+    """The value of a text of the command line: the text itself where the type allows strings."""
     from launcher.config.yaml_reader import parse_value
 
     alternatives = members(annotation)
@@ -148,7 +148,7 @@ def _scalar(kind: type, value: Any) -> Any:
     if isinstance(value, str) and "$" in value:  # never an interpolation
         raise WrongType(describe(kind))
     if kind is int and isinstance(value, float) and value.is_integer():
-        value = int(value)  # 1e6 is a whole number to its writer
+        value = int(value)  # 1e6 is meant as an integer
     cells, cell = _cells(), _CELL[kind]
     try:
         cells[cell] = value
@@ -158,7 +158,7 @@ def _scalar(kind: type, value: Any) -> Any:
 
 
 def out_of_bounds(value: Any, info: FieldInfo) -> str:
-    """The bound that a number breaks, in words; empty when it breaks none."""
+    """The message for the bound that a number violates; empty when it violates none."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return ""
     if isinstance(value, float) and not math.isfinite(value):

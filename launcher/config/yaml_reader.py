@@ -165,7 +165,10 @@ class _Reader:
             where = self._where(key_node)
             if key_node.tag == "tag:yaml.org,2002:merge":
                 for source in self._merge_sources(value_node, where):
-                    merged = {**source, **merged}  # earlier sources win, as YAML says
+                    merged = {
+                        **source,
+                        **merged,
+                    }  # earlier sources win, as in the YAML specification
                 continue
             key = self._key(key_node, where)
             if key in own:

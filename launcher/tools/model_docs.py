@@ -1,6 +1,6 @@
 """docs/models.md, written from the tables of model types: `python -m launcher.tools.model_docs`.
 
-Owns the form of that page. What it says of a model type comes from `models.families` and
+Owns the form of that page. Its content comes from `models.families` and
 `models.module_table`, which tests compare with transformers.
 """
 
@@ -34,16 +34,16 @@ A model is named by `model_type` in the config.json of `pretrained_model_dir`, o
 Every causal model type of `transformers` is in one of the tables below. A test makes a tiny model
 of each, and compares logits, loss, gradients and generated tokens with those of `transformers`.
 
-Keys of `model.model_config` are those of the family's configuration class, by any name it has for
+Keys of `model.model_config` are those of the family's configuration class, by any of its names for
 them, and the spellings of MindFormers. A key that the class does not have is refused there; in
-config.json it is ignored, as `transformers` ignores it, and for a family with a decoder of Slipway
-named once.
+config.json it is ignored, as by `transformers`, and listed once for a family with a decoder of
+Slipway.
 """
 
 _DECODERS = """\
 ## With a decoder of Slipway
 
-These run in one decoder, which every axis of [layouts.md](layouts.md) can cut.
+These run in one decoder, which supports every axis of [layouts.md](layouts.md).
 
 | Model type | Configuration class |
 |---|---|
@@ -52,14 +52,14 @@ These run in one decoder, which every axis of [layouts.md](layouts.md) can cut.
 _MODULES = """\
 ## Through their transformers module
 
-These take `data_parallel`, copied or cut.
+These support `data_parallel`, replicated or sharded.
 
 - **Packing**: whether documents packed into one row are kept apart; otherwise `packing: False`.
-- **Random start**: whether training may begin without weights. Elsewhere some parameters begin in
-  transformers in a way that is not built yet, so weights are needed.
+- **Random start**: whether training may begin without weights. Elsewhere the initialization of
+  some parameters in transformers is not built yet, so weights are needed.
 - **Rows**: *learned* means a table of positions, which a row cannot be longer than. Other rows end
   at the number of positions in config.json, times the factor of its rope scaling.
-- **Needs**: what config.json or `model.model_config` must say for the model to be causal.
+- **Needs**: what config.json or `model.model_config` must set for the model to be causal.
 
 | Model type | Packing | Random start | Rows | Needs |
 |---|---|---|---|---|
@@ -73,7 +73,7 @@ _REFUSED = """\
 """
 
 _NOT_CAUSAL = """\
-Refused for any model type, as a token would see those that it is trained to predict:
+Refused for any model type, as a token would attend to those that it is trained to predict:
 
 """
 
@@ -82,12 +82,12 @@ _OTHERS = """\
 
 A causal model type that a newer `transformers` adds runs through its module too, from weights and
 without packing. Mixtures of experts and multimodal models among them are refused. The first forward
-pass finds out by computing whether the model is causal, and ends the run where it is not.
+pass checks whether the model is causal, and ends the run where it is not.
 """
 
 
 def render() -> str:
-    """The whole page."""
+    """The text of the page."""
     decoders = [f"| `{name}` | {own.config_class} |" for name, own in DECODERS.items()]
     modules = [_module_row(name) for name in sorted(TRANSFORMERS_MODULES)]
     not_causal = [

@@ -217,7 +217,7 @@ def test_any_content_is_right_or_an_error_with_file_and_place(name: str, count: 
 
 
 def test_the_table_has_no_key_twice() -> None:
-    assert not generation_file._HOW_IT_COMPUTES & set(generation_file._FIELDS)
+    assert not generation_file._NO_EFFECT & set(generation_file._FIELDS)
 
 
 @pytest.mark.usefixtures("_folder")

@@ -1,4 +1,4 @@
-"""What every rule gets, and how it says what is wrong."""
+"""The argument of every rule, and how a rule reports a problem."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from models.families import DecoderConfig, ModelSpec, model_spec
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """One configuration under examination."""
+    """One configuration that is checked."""
 
     config: Config
     provenance: Provenance
@@ -35,13 +35,13 @@ class Check:
 
     @property
     def lays_out(self) -> bool:
-        """Whether the model is laid out over the processes along all axes; predict cuts matrices
-        only."""
+        """Whether the model is spread over the processes along all axes; predict supports tensor
+        parallel only."""
         return self.trains or self.mode == "eval"
 
     @cached_property
     def spec(self) -> ModelSpec | None:
-        """The model; None when it is not described rightly, which is told by a rule of its own."""
+        """The model; None when its description is wrong, which another rule reports."""
         try:
             return model_spec(self.config.model.model_config, read_config_json(self.config))
         except UserError:
@@ -49,7 +49,7 @@ class Check:
 
     @property
     def decoder(self) -> DecoderConfig | None:
-        """The numbers of a decoder of ours that is laid out over the processes, else None."""
+        """The sizes of a native decoder that is spread over the processes, else None."""
         return self.spec.decoder if self.spec is not None and self.lays_out else None
 
     def value(self, key: str) -> Any:
@@ -74,7 +74,7 @@ class Check:
         also: tuple[str, ...] = (),
         what: str = "",
     ) -> KeyProblem:
-        """The problem of one key's value; `also` names keys whose own problems come first."""
+        """The problem of the value of one key; `also` names keys whose problems take precedence."""
         return KeyProblem(
             what=what or f"{key} = {self.value(key)!r}",
             where=self.provenance.nearest(key),

@@ -1,7 +1,7 @@
-"""The weights a run begins with, as far as names and headers tell.
+"""The weights that a run starts from, judged by names and headers.
 
-Owns which path counts, load_checkpoint or another, what kind of files lie there, and whether they
-are whole (`look`; what is damaged is silence otherwise). Torch-free; nothing of a tensor is read.
+Owns which path is used, load_checkpoint or another, which kind of files it has, and whether they
+are complete (`look`; elsewhere damaged files are ignored). Without torch; no tensor is read.
 """
 
 from __future__ import annotations
@@ -26,22 +26,21 @@ LOOKED_AT = 64
 """Files whose headers are read before anything heavy is loaded."""
 
 HEADER_BYTES = 1 << 20
-"""The same, of all these headers, and of an index: some ten thousand tensors, a tenth of a
-second."""
+"""Limit for the sum of these headers, and for an index: about ten thousand tensors, 0.1 seconds."""
 
 
 @dataclass(frozen=True)
 class Files:
-    """What lies at a path."""
+    """The files at a path."""
 
     path: Path
     kind: Kind
     key: str
-    """Of the configuration, that names it."""
+    """The key of the configuration that names it."""
 
     @cached_property
     def one(self) -> Path | None:
-        """One of the files; None where there is none to be seen."""
+        """One of the files; None where none is found."""
         if self.kind == "distributed":
             return first_file(self.path)
         if self.choice is not None:
@@ -50,8 +49,8 @@ class Files:
 
     @cached_property
     def choice(self) -> Choice | None:
-        """Of complete weights in a folder, those that are read; None of others, and where nothing
-        says which of two sets is meant."""
+        """The set of complete weights that is read from a directory; None for other weights, and
+        where it is not clear which of two sets is meant."""
         try:
             return choose(self.path) if self.kind == "complete" else None
         except UserError:
@@ -67,7 +66,7 @@ class Files:
 
     @cached_property
     def rank_metadata(self) -> RankFileMetadata | None:
-        """What a rank file of ours says of itself; None where there is none."""
+        """The metadata in a rank file of Slipway; None where there is none."""
         try:
             return read_rank_metadata(self.one, self.header) if self.one and self.header else None
         except UserError:
@@ -75,7 +74,8 @@ class Files:
 
     @property
     def ranks(self) -> int | None:
-        """Ranks that wrote distributed weights; of files that do not say, the folders there are."""
+        """Ranks that wrote distributed weights; the number of rank directories where that is not
+        recorded."""
         if self.rank_metadata is not None:
             return self.rank_metadata.world_size
         try:
@@ -85,15 +85,15 @@ class Files:
 
     @property
     def is_mindspore(self) -> bool:
-        """Whether they are in MindSpore's form."""
+        """Whether they are in MindSpore's format."""
         index = self.choice.taken.index if self.choice is not None else None
         headers = [] if self.header is None else [self.header.metadata]
         return has_form("mindspore", index, headers)
 
     def look(self) -> None:
-        """Raise `UserError` for complete weights that are not whole, as far as their index and
-        headers tell, or where nothing says which of two sets is meant. Nothing is said of files of
-        torch, and where there is too much to look at."""
+        """Raise `UserError` for complete weights with missing or damaged files, judged by index and
+        headers, or where it is not clear which of two sets is meant. Torch files, and more headers
+        than the limits allow, are not checked."""
         if any(_bytes_of(self.path / name) > HEADER_BYTES for name in INDEX_NAMES):
             return
         choice = self.choice or (choose(self.path) if self.path.is_dir() else None)
@@ -108,14 +108,14 @@ class Files:
 
 
 def is_safetensors(file: Path) -> bool:
-    """By content: JSON stands behind the length of the header. An empty file is what it is named,
-    and what is no file is told by whoever reads its tensors."""
+    """Whether JSON follows the length of the header. For an empty file the suffix decides; what is
+    not a file is reported when its tensors are read."""
     start = _start_of(file)
     return start[8:] == b"{" if len(start) == 9 else file.suffix == ".safetensors"
 
 
 def _start_of(file: Path) -> bytes:
-    """The nine bytes that tell a header, or as many as there are. Opening waits for nobody."""
+    """The nine bytes that identify a header, or as many as there are. Opening never blocks."""
     try:
         descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK)
         with open(descriptor, "rb") as opened:
@@ -125,7 +125,7 @@ def _start_of(file: Path) -> bytes:
 
 
 def _header_bytes(file: Path) -> int:
-    """What its header claims to be long; 0 where the file is not as long, which is refused."""
+    """The length in its header; 0 where the file is shorter, which is refused elsewhere."""
     claim = int.from_bytes(_start_of(file)[:8], "little")
     return claim if claim < _bytes_of(file) else 0
 
@@ -138,7 +138,7 @@ def _bytes_of(file: Path) -> int:
 
 
 def files_of(check: Check) -> Files | None:
-    """What the run loads its first weights from; None: nothing, or nothing yet."""
+    """The weights that the run starts from; None where there are none, or not yet."""
     config = check.config
     places = {
         "load_checkpoint": config.load_checkpoint,
@@ -151,7 +151,7 @@ def files_of(check: Check) -> Files | None:
         try:
             kind = detect(Path(place))
         except UserError:
-            kind = "nothing"  # a folder that cannot be listed: told by a rule of its own
+            kind = "nothing"  # a directory that cannot be listed: reported by another rule
         if key == "pretrained_model_dir":
             kind = "complete" if kind != "nothing" and holds_complete(Path(place)) else "nothing"
         if kind != "nothing":
@@ -162,7 +162,7 @@ def files_of(check: Check) -> Files | None:
 
 
 def _own_checkpoints(check: Check) -> str:
-    """Where a run that resumes looks when no load_checkpoint is given."""
+    """Where a run that resumes looks without load_checkpoint."""
     if check.config.resume_training is False or not check.trains:
         return ""
     monitor = check.config.checkpoint_monitor

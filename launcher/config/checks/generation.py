@@ -18,7 +18,7 @@ from launcher.errors import Problem, UserError
 
 
 def numbers(check: Check) -> Iterator[KeyProblem]:
-    """The shortest text is not longer than the longest."""
+    """Minimum lengths are at most the maximum lengths."""
     generation = check.config.generation_config
     if generation.max_new_tokens is None and generation.min_length > generation.max_length:
         yield check.wrong(
@@ -38,7 +38,7 @@ def numbers(check: Check) -> Iterator[KeyProblem]:
 
 
 def generation_file(check: Check) -> Iterator[KeyProblem]:
-    """generation_config.json says nothing that is wrong, or that would be ignored."""
+    """Every key of generation_config.json is right and used."""
     if check.mode not in ("predict", "predict_with_train_model"):
         return
     try:
@@ -58,7 +58,7 @@ def bad_words(check: Check) -> Iterator[KeyProblem]:
     try:
         words = written or read_generation_file(check).values.get(key) or []
     except UserError:
-        return  # told by `generation_file`
+        return  # reported by `generation_file`
     token = max((token for word in words for token in word), default=0)
     if isinstance(size, int) and token >= size:
         yield check.wrong(
@@ -77,7 +77,7 @@ def warnings(check: Check) -> list[str]:
 
 
 def read_generation_file(check: Check) -> GenerationFile:
-    """The file beside the model or the tokenizer, without the keys that the user wrote. Raises
+    """The file beside the model or the tokenizer, without the keys that the user set. Raises
     `UserError` when it cannot be read."""
     config = check.config
     path = generation_path(config.pretrained_model_dir, tokenizer_dir(config))

@@ -25,7 +25,7 @@ _SWAPS = {
 
 
 def recompute(check: Check) -> Iterator[KeyProblem]:
-    """recompute is a truth, or entries for the ranks there are."""
+    """recompute is a boolean, or has entries for the pipeline ranks."""
     if not check.lays_out:
         return
     key = "recompute_config.recompute"
@@ -37,7 +37,7 @@ def recompute(check: Check) -> Iterator[KeyProblem]:
 
 
 def _too_many(check: Check, key: str, value: list[Any]) -> Iterator[KeyProblem]:
-    """No entry asks for more layers than the model has."""
+    """No entry is larger than the number of layers."""
     most = check.decoder.num_hidden_layers if check.decoder else None
     rows = [item if isinstance(item, list) else [item] for item in value]
     if most is not None and any(int(item) > most for row in rows for item in row):
@@ -52,7 +52,7 @@ def _too_many(check: Check, key: str, value: list[Any]) -> Iterator[KeyProblem]:
 
 
 def select_recompute(check: Check) -> Iterator[KeyProblem]:
-    """Selections are a truth, patterns, entries, or patterns with entries."""
+    """Selections are a boolean, patterns, entries, or patterns with entries."""
     for name in _SELECTIONS if check.lays_out else ():
         key = f"recompute_config.{name}"
         value = check.value(key)
@@ -79,7 +79,7 @@ def _pattern(check: Check, key: str, pattern: Any) -> Iterator[KeyProblem]:
 
 
 def _entries(check: Check, key: str, value: Any, *, parent: str = "") -> Iterator[KeyProblem]:
-    """What is wrong with a truth or a list of entries."""
+    """The problem of a boolean or a list of entries."""
     ranks, each = check.config.parallel_config.pipeline_stage, stages_per_rank(check.config)
     shown, rule, near = f"{key} = {value!r}", "", ""
     if isinstance(value, bool):
@@ -109,7 +109,7 @@ def _are_entries(row: list[Any]) -> bool:
 
 
 def swap(check: Check) -> Iterator[KeyProblem]:
-    """What is moved to the host is named by keys and layers that exist."""
+    """What is moved to the host has known keys and existing layers."""
     for name, known in _SWAPS.items() if check.lays_out else ():
         key = f"swap_config.{name}"
         for index, entry in enumerate(check.value(key) or ()):
@@ -162,7 +162,7 @@ def _swap_layers(check: Check, key: str, value: Any) -> Iterator[KeyProblem]:
 
 
 def warnings(check: Check) -> Iterator[str]:
-    """Swapping that is described and not switched on."""
+    """Swapping that is configured and not switched on."""
     for name in _SWAPS:
         key = f"swap_config.{name}"
         if check.value(key) and not check.config.swap_config.swap and check.lays_out:

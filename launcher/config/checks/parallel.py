@@ -1,7 +1,7 @@
 """Rules about how a run is spread over processes: the number of them, and every axis but the
 pipeline.
 
-Each names the nearest layout that is possible.
+Each suggests the nearest possible layout.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _DEGREES = (
     *("parallel_config.pipeline_stage", "parallel_config.context_parallel"),
     "use_parallel",
 )
-_CUT_AXES = ("model_parallel", "pipeline_stage", "context_parallel", "expert_parallel")
+_MODEL_AXES = ("model_parallel", "pipeline_stage", "context_parallel", "expert_parallel")
 _MODEL = ("model", "model.model_config")
 
 
@@ -102,11 +102,11 @@ def sharded_optimizer(check: Check) -> Iterator[KeyProblem]:
 
 
 def own_decoder(check: Check) -> Iterator[KeyProblem]:
-    """Every axis but data parallel needs a decoder of ours."""
+    """Every axis but data parallel needs a native decoder."""
     spec = check.spec
     if spec is None or spec.decoder is not None or not check.lays_out:
         return
-    for axis in _CUT_AXES:
+    for axis in _MODEL_AXES:
         if getattr(check.config.parallel_config, axis) > 1:
             yield check.wrong(
                 f"parallel_config.{axis}",
@@ -118,7 +118,7 @@ def own_decoder(check: Check) -> Iterator[KeyProblem]:
 
 
 def tensor(check: Check) -> Iterator[KeyProblem]:
-    """Heads, widths and vocabulary can be cut into model_parallel equal parts."""
+    """Heads, widths and vocabulary can be split into model_parallel equal parts."""
     plan = plan_of(check, predicts=True)
     reasons = tensor_reasons(plan) if plan else []
     if plan and reasons:
@@ -133,8 +133,7 @@ def tensor(check: Check) -> Iterator[KeyProblem]:
 
 
 def ulysses(check: Check) -> Iterator[KeyProblem]:
-    """Ranks that trade sequence for heads have heads to trade; the hybrid's inner degree divides
-    context_parallel."""
+    """Heads can be split over the Ulysses ranks, whose number divides context_parallel."""
     plan = plan_of(check)
     reasons = context_reasons(plan) if plan else []
     if not plan or not reasons:
@@ -155,7 +154,7 @@ def ulysses(check: Check) -> Iterator[KeyProblem]:
 
 
 def rows(check: Check) -> Iterator[KeyProblem]:
-    """Rows can be cut into equal pieces by context and sequence parallel."""
+    """Rows can be split into equal pieces by context and sequence parallel."""
     plan = plan_of(check)
     if plan is None:
         return
@@ -178,7 +177,7 @@ def rows(check: Check) -> Iterator[KeyProblem]:
 
 
 def attention_dropout(check: Check) -> Iterator[KeyProblem]:
-    """Ranks that share a sequence never see all shares of attention: none can be dropped."""
+    """Attention dropout is not implemented for ranks that split a sequence."""
     decoder, ranks = check.decoder, check.config.parallel_config.context_parallel
     if decoder is None or ranks == 1 or not check.trains or not decoder.attention_dropout:
         return
@@ -197,7 +196,7 @@ def attention_dropout(check: Check) -> Iterator[KeyProblem]:
 
 
 def dynamic_rope(check: Check) -> Iterator[KeyProblem]:
-    """Dynamic rope stretches with the length of a row, of which each rank sees a part."""
+    """Dynamic RoPE depends on the length of a row, of which each rank has a part."""
     decoder, ranks = check.decoder, check.config.parallel_config.context_parallel
     scaling = decoder.rope_scaling if decoder is not None else None
     if ranks > 1 and scaling and scaling["rope_type"] == "dynamic":
@@ -225,7 +224,7 @@ def experts(check: Check) -> Iterator[KeyProblem]:
 
 
 def warnings(check: Check) -> Iterator[str]:
-    """Layouts that are allowed and probably not meant."""
+    """Layouts that are allowed and probably a mistake."""
     parallel, where = check.config.parallel_config, check.provenance.where
     if parallel.use_seq_parallel and parallel.model_parallel == 1:
         key = "parallel_config.use_seq_parallel"
@@ -236,8 +235,8 @@ def warnings(check: Check) -> Iterator[str]:
     key = "parallel_config.context_parallel_algo"
     if check.provenance.is_written(key) and parallel.context_parallel == 1:
         yield f"{where(key)}: {key}: no effect without context_parallel"
-    whole = [axis for axis in _CUT_AXES if axis != "model_parallel" or _is_foreign(check)]
-    cut = [axis for axis in whole if getattr(parallel, axis) > 1]
+    copied = [axis for axis in _MODEL_AXES if axis != "model_parallel" or _is_foreign(check)]
+    cut = [axis for axis in copied if getattr(parallel, axis) > 1]
     if check.mode == "predict" and cut:
         yield (
             f"{where(f'parallel_config.{cut[0]}')}: {', '.join(cut)}: predict supports "
@@ -246,5 +245,5 @@ def warnings(check: Check) -> Iterator[str]:
 
 
 def _is_foreign(check: Check) -> bool:
-    """Whether the model is one that transformers builds, which is never cut."""
+    """Whether the model is one that transformers builds, which is never split."""
     return check.spec is not None and check.spec.decoder is None

@@ -1,7 +1,7 @@
-"""Rules about files and folders: what a mode needs is there, and is what it is said to be.
+"""Rules about files and directories: what a run mode needs exists.
 
-Names are looked at, no file is opened (`weights` has the rules about weights). A run that only
-saves its strategy (`only_save_strategy`) reads no data: it needs none.
+Only names are checked, no file is opened (`weights` has the rules about weights). A run that only
+saves its strategy (`only_save_strategy`) needs no data.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from launcher.errors import did_you_mean
 from launcher.json_text import lone_surrogate
 
 NAMES_SHOWN = 5
-"""Names of a folder that are listed where none of them is near."""
+"""How many names of a directory are listed where none of them is similar."""
 
 _BY_TYPE = {
     "suffixes": ("TextDataLoader",),
@@ -30,8 +30,8 @@ _BY_TYPE = {
 
 
 def nearest_path(path: str) -> str:
-    """`did you mean `data/corpus`?` for the nearest existing name beside a missing path; what there
-    is beside it where none is near."""
+    """`did you mean `data/corpus`?` for the most similar existing path, else what the directory of
+    the missing path contains."""
     missing = Path(path)
     while not missing.parent.exists():
         missing = missing.parent
@@ -49,9 +49,9 @@ def nearest_path(path: str) -> str:
 
 
 def _holds(folder: Path, names: Iterable[str]) -> str:
-    """What there is to choose from, a few names of it."""
+    """A few of the names in a directory."""
     if Path.cwd().is_relative_to(folder.resolve()):
-        return ""  # nobody meant what lies here, or above
+        return ""  # not a directory that was meant
     all_names = sorted(name for name in names if name.isprintable())
     shown = [name for name in all_names if not name.startswith(".")] or all_names
     more = ", ..." if len(shown) > NAMES_SHOWN else ""
@@ -59,7 +59,7 @@ def _holds(folder: Path, names: Iterable[str]) -> str:
 
 
 def run_mode(check: Check) -> Iterator[KeyProblem]:
-    """There is a run mode, and what it works on is given."""
+    """A run mode is set, and so is its input."""
     needs = {
         "train": ("train_dataset", "Add a train_dataset section"),
         "finetune": ("train_dataset", "Add a train_dataset section"),
@@ -89,7 +89,7 @@ def run_mode(check: Check) -> Iterator[KeyProblem]:
 
 
 def datasets(check: Check) -> Iterator[KeyProblem]:
-    """The data of this mode is named and exists."""
+    """The data of this mode is set and exists."""
     if check.config.only_save_strategy:
         return
     if check.trains and check.config.train_dataset is not None:
@@ -134,7 +134,7 @@ def _dataset(check: Check, name: str, section: DatasetSection) -> Iterator[KeyPr
 
 
 def tokenizer(check: Check) -> Iterator[KeyProblem]:
-    """A tokenizer is found."""
+    """A tokenizer exists."""
     if not check.mode or check.config.only_save_strategy:
         return
     nested = "processor.tokenizer.pretrained_model_dir"
@@ -149,7 +149,7 @@ def tokenizer(check: Check) -> Iterator[KeyProblem]:
             also=("pretrained_model_dir", "processor", "processor.tokenizer"),
         )
     elif not Path(folder).is_dir():
-        if key == nested:  # the other key has a rule of its own
+        if key == nested:  # another rule reports the other key
             yield check.wrong(key, "no such directory", nearest=nearest_path(folder))
     elif not has_tokenizer(folder):
         yield check.wrong(
@@ -160,7 +160,7 @@ def tokenizer(check: Check) -> Iterator[KeyProblem]:
 
 
 def named_paths(check: Check) -> Iterator[KeyProblem]:
-    """Folders and files named at the top level exist."""
+    """Directories and files at the top level exist."""
     config = check.config
     if config.pretrained_model_dir and not Path(config.pretrained_model_dir).is_dir():
         yield check.wrong(

@@ -1,7 +1,7 @@
 """Rules about a pipeline: stages, the layers of each, micro-batches and schedules.
 
-The schedules are those of torch.distributed.pipelining; their own demands are stated here, so that
-they are told before a process starts.
+The schedules are those of torch.distributed.pipelining; their requirements are checked here,
+before a process starts.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def stages(check: Check) -> Iterator[KeyProblem]:
 
 
 def micro_batches(check: Check) -> Iterator[KeyProblem]:
-    """The schedule has enough micro-batches, and whole rounds of them where it needs those."""
+    """The number of micro-batches fits the schedule."""
     plan = plan_of(check)
     reasons = micro_batch_reasons(plan) if plan else []
     if plan and reasons:
@@ -68,7 +68,7 @@ def micro_batches(check: Check) -> Iterator[KeyProblem]:
 
 
 def accumulation(check: Check) -> Iterator[KeyProblem]:
-    """A pipeline accumulates over its micro-batches, and over nothing else."""
+    """A pipeline accumulates gradients over its micro-batches only."""
     key = "runner_config.gradient_accumulation_steps"
     if check.trains and _has_pipeline(check) and check.value(key) > 1:
         yield check.wrong(
@@ -81,7 +81,7 @@ def accumulation(check: Check) -> Iterator[KeyProblem]:
 
 
 def interleaving(check: Check) -> Iterator[KeyProblem]:
-    """pp_interleave_num is what the schedule has."""
+    """pp_interleave_num fits the schedule."""
     number = check.config.model.model_config.get("pp_interleave_num")
     if number is None or not _has_pipeline(check):
         return
@@ -118,14 +118,14 @@ def interleaving(check: Check) -> Iterator[KeyProblem]:
 
 
 def split(check: Check) -> Iterator[KeyProblem]:
-    """stage_layers or offset gives every stage a layer, and every layer a stage."""
+    """stage_layers or offset assigns every layer, and at least one to each stage."""
     decoder = check.decoder
     if decoder is None or not _has_pipeline(check):
         return
     ranks, each = check.config.parallel_config.pipeline_stage, stages_per_rank(check.config)
     count, layers = ranks * each, decoder.num_hidden_layers
     if count > layers:
-        return  # told by `stages`
+        return  # reported by `stages`
     written = check.config.parallel.pipeline_config.stage_layers
     shape_is_right = _is_offset(check.config.model.model_config.get("offset"), ranks, each)
     if written is not None:
@@ -191,7 +191,7 @@ def _is_offset(written: Any, ranks: int, each: int) -> bool:
 
 
 def _as_offset(check: Check, counts: list[int]) -> list[Any]:
-    """Layers of each stage as `offset` says them."""
+    """Layers of each stage in the form of `offset`."""
     ranks, each = check.config.parallel_config.pipeline_stage, stages_per_rank(check.config)
     share = sum(counts) // len(counts)
     offsets = [number - share for number in counts]
@@ -215,8 +215,8 @@ def corrected(counts: list[int], layers: int) -> list[int]:
 def compiled(check: Check) -> Iterator[KeyProblem]:
     """Schedules that split the backward pass cannot run compiled layers."""
     schedule = pipeline_schedule(check.config)
-    asks = check.config.compile is not False and check.config.compile != "eager"
-    if check.trains and _has_pipeline(check) and asks and schedule in _SPLIT_BACKWARD:
+    compiles = check.config.compile not in (False, "eager")
+    if check.trains and _has_pipeline(check) and compiles and schedule in _SPLIT_BACKWARD:
         yield check.wrong(
             "compile",
             f"not supported with {schedule}, which splits the backward pass",
@@ -227,7 +227,7 @@ def compiled(check: Check) -> Iterator[KeyProblem]:
 
 
 def recomputed(check: Check) -> Iterator[KeyProblem]:
-    """Schedules that split the backward pass would run a layer again for each of its parameters."""
+    """Schedules that split the backward pass would recompute a layer for each of its parameters."""
     schedule = pipeline_schedule(check.config)
     if not (check.trains and _has_pipeline(check) and schedule in _SPLIT_BACKWARD):
         return
@@ -243,7 +243,7 @@ def recomputed(check: Check) -> Iterator[KeyProblem]:
 
 
 def warnings(check: Check) -> Iterator[str]:
-    """Keys of a pipeline where there is none."""
+    """Keys of a pipeline that is not there."""
     if check.config.parallel_config.pipeline_stage > 1 or not check.lays_out:
         return
     written = {
@@ -254,6 +254,6 @@ def warnings(check: Check) -> Iterator[str]:
         _PER_RANK: check.value(_PER_RANK) not in (None, 1),
         _OFFSET: bool(check.value(_OFFSET)),
     }
-    for key, says_something in written.items():
-        if says_something:
+    for key, is_set in written.items():
+        if is_set:
             yield f"{check.provenance.where(key)}: {key}: no effect without a pipeline"

@@ -1,8 +1,8 @@
-"""Rules about files that are not what their name says, before a reader of each fails in its way.
+"""Rules about files that are placeholders: git-lfs pointers and web pages.
 
-Owns where a git-lfs pointer or a web page is looked for: in the files of a tokenizer and in data.
-Weights have a rule of their own (`weights.damage`); config.json and generation_config.json are read
-by `derived`, which asks as well. The first bytes of some files are read.
+Owns where they are searched for: in the files of a tokenizer and in data. `weights.damage` checks
+weights; `derived` checks config.json and generation_config.json. The first bytes of some files are
+read.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from launcher.weights.formats.tokenizer_files import TOKENIZER_EXTRA_FILES, TOKE
 
 HUB_FILES = (*TOKENIZER_FILES, *TOKENIZER_EXTRA_FILES)
 _BINARY_OR_JSON = (".json", ".model")
-"""Extensions of files that are never empty, and no page; of others a pointer alone is none."""
+"""Suffixes of files that are never empty or a web page; others can only be pointers."""
 LOOKED_AT = 64
-"""Files of a data set whose first bytes are read."""
+"""How many files of a data set are checked."""
 _DATA_KEYS = ("dataset_dir", "dataset_files", "data_files")
 
 

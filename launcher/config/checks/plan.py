@@ -1,7 +1,7 @@
-"""A layout on trial: the configuration and the model's numbers, of which a degree can be changed.
+"""A layout that is checked: the configuration and the sizes of the model.
 
-Owns the words of what does not fit, and the search for the nearest degree that does: the same
-predicates refuse a layout and choose the one that is named instead.
+Owns the reasons why a layout is impossible, and the search for the nearest degree that is possible:
+the same functions refuse a layout and choose the one to suggest.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from launcher.config.schema import Config
 from models.families import DecoderConfig
 
 _USUAL_LENGTH = 2048
-"""Longest row where neither data nor model say one; see launcher/builders/data.py."""
+"""Row length where neither data nor model set one; see launcher/builders/data.py."""
 
 _LARGEST_DEGREE = 1 << 16
-"""No larger one is looked for: a slip of the keyboard costs no time."""
+"""Larger degrees are not searched, so that a typing error costs no time."""
 
 
 @dataclass(frozen=True)
@@ -36,20 +36,21 @@ class Plan:
     rows: tuple[tuple[str, int], ...]
 
     def with_degree(self, axis: str, value: int) -> Plan:
-        """The same with another value of `parallel_config.<axis>`."""
+        """The layout with another value of `parallel_config.<axis>`."""
         changed: dict[str, Any] = {axis: value}
         degrees = replace(self.config.parallel_config, **changed)
         return replace(self, config=replace(self.config, parallel_config=degrees))
 
 
 Reasons = Callable[[Plan], list[str]]
-"""What does not fit, in words; empty when all does."""
+"""Why a layout is impossible; empty when it is possible."""
 
 
 def plan_of(check: Check, *, predicts: bool = False) -> Plan | None:
-    """The layout a run asks for; None where the model is not laid out, or is none of ours.
+    """The layout of a run; None where the model is not spread over processes, or has no native
+    decoder.
 
-    `predicts`: also for predict, which lays out the matrices alone.
+    `predicts`: also for predict, which supports tensor parallel only.
     """
     decoder = check.spec.decoder if check.spec and predicts else check.decoder
     return None if decoder is None else Plan(check.config, decoder, tuple(_rows(check, decoder)))
@@ -66,7 +67,7 @@ def _rows(check: Check, decoder: DecoderConfig) -> Iterator[tuple[str, int]]:
 
 
 def tensor_reasons(plan: Plan) -> list[str]:
-    """What tensor parallel cannot cut into equal parts."""
+    """What tensor parallel cannot split into equal parts."""
     ranks, heads = plan.config.parallel_config.model_parallel, _kv_heads(plan.decoder)
     odd = [what for what, size in _matrices(plan) if size % ranks]
     reasons = [f"it does not divide {listed(odd)}"] if odd else []
@@ -89,12 +90,12 @@ def _matrices(plan: Plan) -> Iterator[tuple[str, int]]:
 
 
 def _kv_heads(decoder: DecoderConfig) -> int:
-    """Key/value heads that are cut; latent attention has one pair for each head."""
+    """Key/value heads that are split; latent attention has one pair for each head."""
     return decoder.num_key_value_heads if decoder.latent is None else decoder.num_attention_heads
 
 
 def context_reasons(plan: Plan) -> list[str]:
-    """Why ranks cannot trade sequence for heads."""
+    """Why ranks cannot exchange sequence for heads."""
     parallel, degree = plan.config.parallel_config, ulysses_degree(plan.config)
     ranks, tensor = parallel.context_parallel, parallel.model_parallel
     if ranks == 1 or degree == 1:
@@ -116,13 +117,13 @@ def context_reasons(plan: Plan) -> list[str]:
 
 
 def row_reasons(plan: Plan) -> list[str]:
-    """Rows that cannot be cut into equal pieces."""
+    """Rows that cannot be split into equal pieces."""
     unit = row_unit(plan.config)
     return [f"{key}: not a multiple of {unit}" for key, length in plan.rows if length % unit]
 
 
 def expert_reasons(plan: Plan) -> list[str]:
-    """Why so many ranks cannot share the experts."""
+    """Why this many ranks cannot split the experts."""
     parallel, experts = plan.config.parallel_config, plan.decoder.experts
     ranks, data = parallel.expert_parallel, parallel.data_parallel
     if ranks == 1:
@@ -143,7 +144,7 @@ def expert_reasons(plan: Plan) -> list[str]:
 
 
 def shard_size(config: Config) -> int:
-    """Ranks that share one copy of the weights; 1 without a sharded optimizer."""
+    """Ranks that shard one copy of the weights; 1 without a sharded optimizer."""
     size = config.parallel.parallel_optimizer_config.optimizer_weight_shard_size
     if not config.parallel.enable_parallel_optimizer:
         return 1
@@ -161,7 +162,7 @@ def stage_reasons(plan: Plan) -> list[str]:
 
 
 def micro_batch_reasons(plan: Plan) -> list[str]:
-    """Why the schedule cannot run with so many micro-batches."""
+    """Why the schedule cannot run with this many micro-batches."""
     parallel, schedule = plan.config.parallel_config, pipeline_schedule(plan.config)
     ranks, batches = parallel.pipeline_stage, parallel.micro_batch_num
     if ranks > 1 and batches < ranks:
@@ -185,7 +186,7 @@ ALL_REASONS: tuple[Reasons, ...] = (
 
 def nearest_degree(plan: Plan, axis: str, most: int, reasons: Reasons) -> str:
     """`Nearest: 2 or 4`: the values of an axis around the present one, `most` at most, with which
-    everything fits; where there is none, those with which `reasons` alone has nothing to say."""
+    everything fits; where there is none, those with which `reasons` alone is empty."""
     present = getattr(plan.config.parallel_config, axis)
 
     def fits_all(value: int) -> bool:

@@ -1,6 +1,6 @@
-"""Rules about callbacks of the user: their files are Python, and define what is listed.
+"""Rules about your own callbacks: their files are valid Python and define what is listed.
 
-The files are parsed, never run, so that a mistake is told before anything is started.
+The files are parsed, never run.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from launcher.errors import did_you_mean
 
 
 def callbacks(check: Check) -> Iterator[KeyProblem]:
-    """Every entry of `callbacks` that is not ours names a class of `register_path`."""
+    """Every entry of `callbacks` that is not built in names a class of `register_path`."""
     place = check.config.register_path
     if not place or not Path(place).exists():
         return

@@ -1,4 +1,4 @@
-"""Rules about the JSON files of a tokenizer: they are read by libraries that assume they are right.
+"""Rules about the JSON files of a tokenizer, which its library reads without checks.
 
 Owns which keys have which JSON type. Keys that only one class of tokenizer knows are left to it.
 """
@@ -16,7 +16,7 @@ from launcher.errors import UserError
 from launcher.weights.formats.placeholders import placeholder
 
 _LARGEST_BYTES = 4 * 2**20
-"""A larger file is not read here: the configuration is checked in a blink."""
+"""A larger file is not read here, so that checks stay fast."""
 _SIDES = ("left", "right")
 
 
@@ -49,13 +49,13 @@ _TYPES: dict[str, tuple[Callable[[Any], bool], str]] = {
                      "clean_up_tokenization_spaces")
     },
 }  # fmt: skip
-"""Key of tokenizer_config.json or special_tokens_map.json to its test, and that in words. A value
-of null is like a key that is left out."""
+"""Key of tokenizer_config.json or special_tokens_map.json to its test, and the expected type. Null
+means that a key is not set."""
 _FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
 
 def tokenizer_files(check: Check) -> Iterator[KeyProblem]:
-    """The JSON files of the tokenizer have the types that its library takes for granted."""
+    """The values in the JSON files of the tokenizer have the types that its library expects."""
     folder = tokenizer_dir(check.config)
     if not check.mode or check.config.only_save_strategy or not folder:
         return
@@ -64,12 +64,12 @@ def tokenizer_files(check: Check) -> Iterator[KeyProblem]:
         if not path.is_file() or path.stat().st_size > _LARGEST_BYTES:
             continue
         if placeholder(path, is_text=True):
-            continue  # a rule of its own reports it
+            continue  # reported by another rule
         try:
             content = read_json_object(path)
         except UserError as error:
             if name == "tokenizer.json":
-                continue  # told by the rule that compares it with the vocabulary of the model
+                continue  # reported by the rule that compares it with the vocabulary of the model
             for problem in error.problems:
                 yield _of(path, problem.what, problem.rule, where=problem.where)
             continue

@@ -73,7 +73,7 @@ def _monitor(check: Check) -> tuple[str, CheckpointMonitorSection] | None:
 
 
 def checkpoint_names(check: Check) -> Iterator[KeyProblem]:
-    """The prefix leaves file names that can be read back."""
+    """The prefix gives file names that can be parsed."""
     found = _monitor(check)
     if found is None:
         return
@@ -90,7 +90,7 @@ def checkpoint_names(check: Check) -> Iterator[KeyProblem]:
 
 
 def norm_checks(check: Check) -> Iterator[KeyProblem]:
-    """A step with a norm far too large is skipped or ends the run, not both."""
+    """A step with too large a norm is skipped or ends the run, not both."""
     config, key = check.config, "monitor_config.check_for_global_norm"
     if config.use_skip_data_by_global_norm and config.monitor_config.check_for_global_norm:
         yield check.wrong(
@@ -162,7 +162,7 @@ def _unsuited(
 
 
 def schedule_numbers(check: Check) -> Iterator[KeyProblem]:
-    """The curve can be drawn."""
+    """The numbers of the schedule fit together."""
     schedule = check.config.lr_schedule
     base = schedule.learning_rate or check.config.optimizer.learning_rate or 5e-5
     end = 1e-7 if schedule.lr_end is None else schedule.lr_end
@@ -252,7 +252,7 @@ def _is_number(value: Any, *, above: float) -> bool:
 
 
 def half_weights(check: Check) -> Iterator[KeyProblem]:
-    """Training keeps its weights in a dtype that the optimizer's small steps do not vanish in."""
+    """Trained weights have a dtype in which small updates of the optimizer do not underflow."""
     if not check.trains:
         return
     for name, value in check.config.model.model_config.items():
@@ -269,7 +269,7 @@ def half_weights(check: Check) -> Iterator[KeyProblem]:
 
 
 def evaluation_in_training(check: Check) -> Iterator[KeyProblem]:
-    """do_eval has data and a time."""
+    """do_eval has data and an interval."""
     config = check.config
     if not (check.trains and config.do_eval):
         return
@@ -290,7 +290,7 @@ def evaluation_in_training(check: Check) -> Iterator[KeyProblem]:
 
 
 def trackers_installed(check: Check) -> Iterator[KeyProblem]:
-    """A tracker asked for can be imported."""
+    """A requested tracker can be imported."""
     names = list(check.config.trackers)
     key = "trackers"
     if check.config.tensorboard.tensorboard_dir and "tensorboard" not in names:

@@ -1,8 +1,8 @@
-"""Rules about weights: what is said of them agrees with what the files are.
+"""Rules about weights: the assertions of the configuration agree with the files.
 
-Owns the table of `docs/weights.md`: which files may be loaded by one process or by several, with
-and without being cut anew. Headers are read as plain JSON, tensors never. A run that only saves its
-strategy (`only_save_strategy`) reads no weights: it needs none.
+Owns the table of `docs/weights.md`: which files one process or several may load, with and without
+resharding. Headers are read as plain JSON, tensors never. A run that only saves its strategy
+(`only_save_strategy`) needs no weights.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _KEYS = ("load_checkpoint", "pretrained_model_dir", "use_parallel")
 
 
 def weights(check: Check) -> Iterator[KeyProblem]:
-    """There are weights where they are named, or needed."""
+    """Weights exist where they are set or required."""
     config = check.config
     if config.only_save_strategy:
         return
@@ -71,7 +71,7 @@ def _error_of(function: Callable[[Path], object], path: Path) -> UserError | Non
 
 
 def _is_own_output(check: Check, path: Path) -> bool:
-    """A run that always resumes names the checkpoints it is going to write."""
+    """Whether the path is one that this run writes, as for a run that always resumes."""
     if check.config.resume_training is not True:
         return False
     return path.resolve().is_relative_to(Path(check.config.output_dir).resolve())
@@ -102,7 +102,7 @@ def _no_weights(check: Check) -> Iterator[KeyProblem]:
 
 
 def file_format(check: Check) -> Iterator[KeyProblem]:
-    """The files have a format that is read, and load_ckpt_format says which."""
+    """The files have a supported format, and load_ckpt_format agrees with it."""
     found = None if check.config.only_save_strategy else files_of(check)
     if found is None or found.one is None:
         return
@@ -124,13 +124,13 @@ def file_format(check: Check) -> Iterator[KeyProblem]:
 
 
 def damage(check: Check) -> Iterator[KeyProblem]:
-    """Files of complete weights are whole, as far as their headers tell, and agree with their
-    index. One rank of each machine looks, so that none waits for one that has ended."""
+    """Files of complete weights are not damaged, judged by headers and index. One rank of each
+    machine checks them, so that no rank waits for one that has ended."""
     found = None if check.config.only_save_strategy else files_of(check)
     if found is None or found.kind == "distributed" or process_environment().local_rank:
         return
     if is_rank_folder(found.path):
-        return  # it is no complete weights, whatever it looks like
+        return  # part of distributed weights
     try:
         found.look()
     except UserError as error:
@@ -138,7 +138,7 @@ def damage(check: Check) -> Iterator[KeyProblem]:
 
 
 def _reported(check: Check, key: str, error: UserError) -> Iterator[KeyProblem]:
-    """Problems of files, as those of the key that names them."""
+    """The problems of files as problems of the key that names them."""
     for problem in error.problems:
         what = f"{problem.where}: {problem.what}" if problem.where else problem.what
         yield check.wrong(
@@ -148,18 +148,18 @@ def _reported(check: Check, key: str, error: UserError) -> Iterator[KeyProblem]:
 
 
 def _refuse_unread(found: Files) -> None:
-    """Raise `UserError` for a format that is known and not read; torch need not be loaded here."""
+    """Raise `UserError` for a format that is known and not supported, without torch."""
     assert found.one is not None
     with found.one.open("rb") as opened:
         is_torch = opened.read(4) == ZIP
     if not is_torch:
         header_of(found.one)
     elif found.kind == "distributed":
-        read_header(found.one)  # rank files are of safetensors alone
+        read_header(found.one)  # rank files must be safetensors
 
 
 def cutting(check: Check) -> Iterator[KeyProblem]:
-    """auto_trans_ckpt: False asserts that no weights need to be cut or put together."""
+    """auto_trans_ckpt: False asserts that no weights need to be resharded."""
     config = check.config
     found = None if config.only_save_strategy else files_of(check)
     if config.auto_trans_ckpt is not False or found is None:
@@ -187,14 +187,14 @@ def _mesh(check: Check) -> Mesh | None:
     try:
         return mesh_of(check.config)
     except ValueError:
-        return None  # told by a rule of its own
+        return None  # reported by another rule
 
 
 def _other_layout(check: Check, found: Files, mesh: Mesh) -> str:
-    """How the layout of the files differs from that of the run; empty when it does not, or when
-    the files do not say."""
+    """How the layout of the files differs from that of the run; empty when it does not, or is not
+    recorded."""
     if isinstance(check.config.resume_training, str) and check.trains:
-        return ""  # which save it is, is seen when it is opened
+        return ""  # the save is chosen when it is opened
     if found.ranks is None:
         return ""
     sizes = found.rank_metadata.mesh if found.rank_metadata else None
@@ -204,10 +204,10 @@ def _other_layout(check: Check, found: Files, mesh: Mesh) -> str:
 
 
 def copies(check: Check) -> Iterator[KeyProblem]:
-    """Copies of weights replace only what a former run wrote as one."""
+    """Copies of weights replace only copies that an earlier run wrote."""
     for key, folder in FOLDERS.items():
-        asked = bool(check.value(key)) and not check.config.only_save_strategy
-        reason = foreign(Path(check.config.output_dir) / folder, key) if asked else ""
+        is_on = bool(check.value(key)) and not check.config.only_save_strategy
+        reason = foreign(Path(check.config.output_dir) / folder, key) if is_on else ""
         if reason:
             yield check.wrong(
                 key,
@@ -219,7 +219,7 @@ def copies(check: Check) -> Iterator[KeyProblem]:
 
 
 def warnings(check: Check) -> list[str]:
-    """What is said of weights and not needed, one line each."""
+    """Keys about weights that are set and not needed, one line each."""
     config, found = check.config, files_of(check)
     if config.only_save_strategy:
         return []
@@ -228,32 +228,32 @@ def warnings(check: Check) -> list[str]:
         reasons["use_parallel"] = "not needed, only one process was started (see torchrun)"
     if found is None:
         return _lines(check, reasons)
-    whole = found.kind != "distributed"
+    is_complete = found.kind != "distributed"
     held = f"{found.path} contains complete weights"
-    if config.auto_trans_ckpt and whole and check.world_size == 1:
+    if config.auto_trans_ckpt and is_complete and check.world_size == 1:
         reasons["auto_trans_ckpt"] = f"not needed, {held}, and one process loads them"
-    if whole or found.rank_metadata is not None:
-        reason = held if whole else f"the files of {found.path} describe their layout"
+    if is_complete or found.rank_metadata is not None:
+        reason = held if is_complete else f"the files of {found.path} describe their layout"
         reasons["src_strategy_path_or_dir"] = f"not needed, {reason}"
-    if whole:
+    if is_complete:
         reasons["save_unified_checkpoint"] = f"not needed, {held}"
-    if not whole or found.is_mindspore:
-        reason = "are in MindSpore's format already" if whole else "are distributed"
+    if not is_complete or found.is_mindspore:
+        reason = "are in MindSpore's format already" if is_complete else "are distributed"
         reasons["save_converted_checkpoint"] = f"no effect, the weights in {found.path} {reason}"
     given = {key: why for key, why in reasons.items() if check.value(key)}
     return _lines(check, _of_files(check, found) | given)
 
 
 def _of_files(check: Check, found: Files) -> dict[str, str]:
-    """Keys that say of the files what they are not, and that need not be right: the files decide.
-    MindFormers does the same with remove_redundancy since 1.5.0."""
+    """Assertions about the files that are wrong and harmless: the files decide. MindFormers does so
+    with remove_redundancy since 1.5.0."""
     reasons: dict[str, str] = {}
     asserted = check.config.remove_redundancy
-    said = found.header.metadata.get(REDUNDANCY) if found.header else None
-    if found.kind == "distributed" and said in ("True", "False") and asserted not in (
-        None, said == "True"):  # fmt: skip
+    recorded = found.header.metadata.get(REDUNDANCY) if found.header else None
+    if found.kind == "distributed" and recorded in ("True", "False") and asserted not in (
+        None, recorded == "True"):  # fmt: skip
         reasons["remove_redundancy"] = (
-            f"no effect, {found.one} records {said}, which takes precedence"
+            f"no effect, {found.one} records {recorded}, which takes precedence"
         )
     form = "safetensors" if found.one and is_safetensors(found.one) else "ckpt"
     if found.key != "load_checkpoint" and check.config.load_ckpt_format not in (None, form):

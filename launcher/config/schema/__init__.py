@@ -1,7 +1,7 @@
 """The schema of the configuration: one frozen dataclass a section, a docstring under each field.
 
-Owns names, types, defaults, bounds and the classification of every key (effective, accepted
-without effect, not built yet). A leaf: the standard library only. Rules between sections live in
+Owns names, types, defaults and bounds of every key with a field; launcher/config/extra_keys.py has
+the others. Imports the standard library only. Rules between sections live in
 launcher/config/rules.py, reading of YAML in launcher/config/resolve.py.
 """
 

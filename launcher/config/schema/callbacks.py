@@ -1,4 +1,4 @@
-"""Sections about what is watched and saved: callbacks, monitors, trackers."""
+"""Sections about callbacks, monitors and trackers."""
 
 # ruff: noqa: RUF009 - the helpers of field.py return dataclasses.field(...)
 
@@ -27,14 +27,14 @@ class CheckpointMonitorSection:
     type: str = "CheckpointMonitor"
     """Always `CheckpointMonitor`."""
     prefix: str = "CKP"
-    """First part of the file names; without "/" and without the word "rank"."""
+    """Prefix of the file names, without "/" and "rank"."""
     directory: str | None = None
     """Root of the checkpoints. Left out: output_dir."""
     save_checkpoint_steps: int | None = effective(1, minimum=0)
     """Optimizer steps between two checkpoints; 0: save_checkpoint_seconds decides."""
     keep_checkpoint_max: int | None = effective(5, minimum=0)
-    """Checkpoints kept, the newest ones; 0 or null: all, or what keep_checkpoint_per_n_minutes
-    says."""
+    """Checkpoints kept, the newest ones; 0 or null: all, or those of
+    keep_checkpoint_per_n_minutes."""
     save_network_params: bool = False
     """Also write the weights alone, without optimizer state."""
     save_optimizer: bool = True
@@ -44,11 +44,11 @@ class CheckpointMonitorSection:
     integrated_save: bool = False
     """Also write complete weights, as transformers opens them, into `checkpoint_integrated/`."""
     async_save: bool | str = effective(False, choices=(False, True, "thread", "process"))
-    """Write beside training: it waits for a copy in memory. `process` is done by a thread too."""
+    """Write in the background; training waits for a copy in memory. `process` uses a thread too."""
     on_save_error: str = effective("continue", choices=("continue", "stop"))
-    """What a run does when it cannot save: go on and say so, or stop."""
+    """What a run does when a save fails: continue with a warning, or stop."""
     remove_redundancy: bool = False
-    """Write each shard once: of the ranks that hold a copy, one writes it."""
+    """Write each shard once, on one of the ranks that hold a copy."""
     save_trainable_params: bool = False
     """Also write the trained weights alone, into `checkpoint_trainable/`."""
     save_checkpoint_seconds: int = effective(0, minimum=0)
@@ -56,27 +56,27 @@ class CheckpointMonitorSection:
     keep_checkpoint_per_n_minutes: int = effective(0, minimum=0)
     """Keep one checkpoint of every so many minutes, with keep_checkpoint_max: 0; 0: off."""
     exception_save: bool = False
-    """Save the last whole step when training fails on one process."""
+    """Save the last complete step when training fails on one process."""
     embedding_local_norm_threshold: float = effective(1.0, above=0)
     """The norm of the embedding's gradient above which a save is unhealthy, where health is
     watched."""
     use_checkpoint_health_monitor: bool = False
-    """As the key of that name outside of callbacks: either turns it on."""
+    """The same as the key at the top level: either one turns it on."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class OnRequestExitSection:
-    """`OnRequestExit`: saves and ends a run, with exit code 0, when a file asks for it."""
+    """`OnRequestExit`: saves and ends a run, with exit code 0, on a request in a file."""
 
     type: str = "OnRequestExit"
     """Always `OnRequestExit`."""
     config_file: str = ""
-    """A JSON file that is looked at after every step: `{"GracefulExit": 1}` ends the run."""
+    """A JSON file that is read after every step: `{"GracefulExit": 1}` ends the run."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalCallbackSection:
-    """`EvalCallBack`: evaluation during training; do_eval and the intervals say when."""
+    """`EvalCallBack`: evaluation during training; do_eval and the intervals determine when."""
 
     type: str = "EvalCallBack"
     """Always `EvalCallBack`."""
@@ -94,7 +94,7 @@ class RegisteredCallbackSection:
 
 @dataclass(frozen=True, kw_only=True)
 class IgnoredCallbackSection:
-    """A callback of the original that has no meaning here: `ObsMonitor` serves ModelArts."""
+    """A callback of MindFormers without effect: `ObsMonitor` is for ModelArts."""
 
     type: str = no_effect("", "only for ModelArts")
     """Name of the class."""
@@ -118,7 +118,7 @@ CALLBACKS: dict[str, type] = {
     "OnRequestExit": OnRequestExitSection,
     "ObsMonitor": IgnoredCallbackSection,
 }
-"""What `type` in callbacks may say; anything else comes in through register_path."""
+"""The values of `type` in callbacks; any other callback comes from register_path."""
 
 PLANNED_CALLBACKS = (
     *("ProfileMonitor", "TrainCallBack", "StressDetectCallBack", "StressTestModelMonitor"),
@@ -126,24 +126,24 @@ PLANNED_CALLBACKS = (
     *("TrainingStateMonitor", "SummaryMonitor", "MaxLogitsMonitor"),
     *("ExpertMigrateCallback", "LossMonitor", "TimeMonitor", "ModelCheckpoint"),
 )
-"""Callbacks of the original that this version does not have."""
+"""Callbacks of MindFormers that are not built yet."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MonitorSection:
-    """`monitor_config`: the original's deep look into a run."""
+    """`monitor_config`: checks of loss and gradient norm."""
 
     check_for_global_norm: bool = False
-    """End the run at a gradient norm far too large, before it is saved."""
+    """End the run at a gradient norm that is too large, before it is saved."""
     global_norm_spike_threshold: float = effective(3.0, above=0)
-    """The norm from which on it is far too large, where one of the checks is on."""
+    """A norm from this value on is too large, where one of the checks is on."""
     global_norm_spike_count_threshold: int = effective(10, minimum=0)
     """Steps in a row that use_skip_data_by_global_norm may skip; roll-backs to one save."""
     loss_spike_threshold: float | None = effective(None, above=0)
-    """The loss from which on it is far too large, where one of the checks is on; null: none is."""
+    """A loss from this value on is too large, where one of the checks is on; null: none is."""
     roll_back: bool = False
-    """Where a check would end the run: go back to the newest save, and leave out the samples
-    between it and the step that was not sound."""
+    """Where a check would end the run: go back to the latest save, and skip the samples between
+    it and the failed step."""
 
 
 @dataclass(frozen=True, kw_only=True)

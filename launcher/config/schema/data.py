@@ -25,14 +25,14 @@ class DataLoaderSection:
             *("MultiSourceDataLoader", "TFRecordDataset", "ADGenDataLoader", "CLUEDataset"),
         ),
     )
-    """`TextDataLoader`: text files. `HFDataLoader` (the original also: `CommonDataLoader`): JSONL
+    """`TextDataLoader`: text files. `HFDataLoader` (or `CommonDataLoader`): JSONL
     or Parquet with a text column. `InstructionDataLoader`: questions with answers."""
     dataset_dir: str = ""
     """A file, a folder or a glob. Equal to dataset_files with one entry."""
     dataset_files: str | list[str] | None = None
     """Files, folders or globs; used together with dataset_dir when both are given."""
     data_files: str | list[str] | None = None
-    """The original's HFDataLoader spelling of dataset_files."""
+    """Another name of dataset_files, for HFDataLoader."""
     suffixes: list[str] | None = None
     """TextDataLoader: endings of the files taken from a folder. Left out: all usual ones."""
     text_column: str = "text"
@@ -41,13 +41,13 @@ class DataLoaderSection:
     """InstructionDataLoader: form of a record. Left out: seen from the first record."""
     strict_fields: bool = True
     """InstructionDataLoader: a field of a record with a wrong value, or one of another kind of data
-    (`rejected`, `images`), is an error. False: it is passed over and counted."""
+    (`rejected`, `images`), is an error. False: the record is skipped and counted."""
     split: str = "train"
     """HFDataLoader: the split to read where the source has several."""
     num_samples: int | None = effective(None, minimum=1)
-    """Take only the first so many documents of the source. Left out: all."""
+    """Read only this many documents of the source. Left out: all."""
     shuffle: bool = True
-    """Visit the rows in a random order, another one each epoch, decided by the seed."""
+    """Read the rows in a random order that depends on the seed and the epoch."""
 
     @property
     def paths(self) -> list[str]:
@@ -78,7 +78,7 @@ class DatasetSection:
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetTaskSection:
-    """`train_dataset_task` and `eval_dataset_task`: the original's wrapper around the data set."""
+    """`train_dataset_task` and `eval_dataset_task`: wrappers of MindFormers around a data set."""
 
     dataset_config: DatasetSection | None = optional_section()
     """Usually the alias `*train_dataset`; train_dataset itself counts."""

@@ -1,8 +1,8 @@
-"""How a key of the schema says what this version does with it.
+"""Metadata of a field of the schema: what this version does with a key.
 
 Owns the metadata of a field: its status (effective, accepted without effect, not built yet), its
 bounds and its choices. The checks, the messages and docs/configuration.md all read it from here,
-so that a key is classified in exactly one place.
+so that a key is classified in one place.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ class FieldInfo:
     why: str = ""
     """`no effect`: why the key means nothing here. `not built yet`: how to go on without it."""
     harmless: tuple[Any, ...] = ()
-    """Values of a key not built yet that ask for nothing (its default always belongs to them)."""
+    """Values of a key not built yet that change nothing; the default is one of them."""
     choices: tuple[Any, ...] = ()
     """The values allowed; empty: any value of the type."""
     planned: tuple[str, ...] = ()
-    """Values the original knows and this version does not: refused as not built yet."""
+    """Values that MindFormers has and this version does not: refused as not built yet."""
     minimum: float | None = None
     above: float | None = None
     maximum: float | None = None
     open_keys: bool = False
     """The field collects the keys of an open section that have no field of their own."""
     none_means_absent: bool = False
-    """An empty section in YAML means that there is no such section."""
+    """An empty section in YAML means that the section is absent."""
 
 
 def _with(default: Any, info: FieldInfo) -> Any:
@@ -54,7 +54,7 @@ def effective(
     above: float | None = None,
     maximum: float | None = None,
 ) -> Any:
-    """A key that does what it says, with bounds or choices (a plain default means no bounds)."""
+    """A key that acts, with bounds or choices (a plain default means no bounds)."""
     return _with(
         default,
         FieldInfo(
@@ -68,7 +68,7 @@ def effective(
 
 
 def no_effect(default: Any, why: str = "", *, choices: Sequence[Any] = ()) -> Any:
-    """A key of the original that has no meaning on PyTorch: accepted, and reported once."""
+    """A key that is accepted, has no effect, and is reported once."""
     return _with(default, FieldInfo(status="no effect", why=why, choices=tuple(choices)))
 
 
@@ -80,7 +80,7 @@ def not_built(
     choices: Sequence[Any] = (),
     minimum: float | None = None,
 ) -> Any:
-    """A key that is refused as not built yet, unless its value asks for nothing."""
+    """A key that is refused as not built yet, unless its value is a harmless one."""
     info = FieldInfo(
         status="not built yet",
         why=advice,

@@ -34,21 +34,21 @@ class GenerationSection:
     """
 
     max_length: int = effective(20, minimum=1)
-    """Longest text in tokens, prompt included."""
+    """Maximum length in tokens, prompt included."""
     max_new_tokens: int | None = effective(None, minimum=1)
-    """Most new tokens; wins over max_length."""
+    """Maximum of new tokens; takes precedence over max_length."""
     min_length: int = effective(0, minimum=0)
-    """Shortest text in tokens, prompt included."""
+    """Minimum length in tokens, prompt included."""
     min_new_tokens: int | None = effective(None, minimum=0)
-    """Fewest new tokens; wins over min_length."""
+    """Minimum of new tokens; takes precedence over min_length."""
     do_sample: bool = False
-    """True: draw tokens at random. False: always the likeliest."""
+    """True: sample. False: greedy decoding."""
     temperature: float = effective(1.0, above=0)
     """Divides the logits before sampling."""
     top_k: int = effective(50, minimum=0)
-    """Sample among so many likeliest tokens; 0: all."""
+    """Sample among this many most likely tokens; 0: all."""
     top_p: float = effective(1.0, above=0, maximum=1)
-    """Sample among the likeliest tokens that have this much probability together."""
+    """Sample among the most likely tokens whose probabilities sum to this."""
     repetition_penalty: float = effective(1.0, above=0)
     """Above 1: makes tokens already seen less likely."""
     seed: int | None = effective(None, minimum=0)
@@ -60,7 +60,7 @@ class GenerationSection:
     pad_token_id: int | None = None
     """Padding of shorter prompts. Left out: the tokenizer's, else the end token."""
     no_repeat_ngram_size: int = effective(0, minimum=0)
-    """No sequence of so many tokens comes twice; 0: off."""
+    """No sequence of this many tokens occurs twice; 0: off."""
     bad_words_ids: list[Any] | None = None
     """Lists of token ids that are never generated."""
     suppress_tokens: list[int] | None = None
@@ -84,7 +84,7 @@ class GenerationSection:
     encoder_repetition_penalty: float = not_built(1.0, "Set it to 1.0")
     """Above 1: makes tokens of the prompt likelier."""
     encoder_no_repeat_ngram_size: int = not_built(0, "Set it to 0")
-    """No sequence of so many tokens of the prompt comes again."""
+    """No sequence of this many tokens of the prompt occurs again."""
     top_h: float | None = not_built(None, "Remove it")
     """Sample among tokens that have this share of the entropy."""
     penalty_alpha: float | None = not_built(None, "Remove it", harmless=(0, 0.0))
@@ -102,7 +102,7 @@ class GenerationSection:
     constraints: Any = not_built(None, "Remove it")
     """Constrained beam search."""
     force_words_ids: Any = not_built(None, "Remove it")
-    """Words that must come."""
+    """Words that must occur."""
     stop_strings: Any = not_built(None, "Remove it: eos_token_id ends a text")
     """Texts that end a text."""
     max_time: float | None = not_built(None, "Remove it")
@@ -146,4 +146,5 @@ class ModelSection:
 
     model_config: dict[str, Any] = field(default_factory=dict)
     """Open: the keys of config.json or MindFormers' spellings of them, checked against the model
-    family. They win over config.json in pretrained_model_dir. Generation keys are taken too."""
+    family. They take precedence over config.json in pretrained_model_dir. Generation keys are
+    allowed too."""

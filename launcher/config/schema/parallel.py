@@ -19,30 +19,30 @@ class ParallelConfigSection:
     model_parallel: int = effective(1, minimum=1)
     """Tensor-parallel degree: ranks that share every matrix."""
     pipeline_stage: int = effective(1, minimum=1)
-    """Pipeline degree: ranks that each own a run of layers, or several runs."""
+    """Pipeline degree: ranks that each have one or several stages."""
     context_parallel: int = effective(1, minimum=1)
     """Ranks that share one sequence."""
     context_parallel_algo: str = effective(
         "colossalai_cp",
         choices=("colossalai_cp", "ulysses_cp", "hybrid_cp", "hybird_cp", "ring", "ulysses"),
     )
-    """How a sequence is shared: `colossalai_cp` and `ring` pass keys and values round,
-    `ulysses_cp` and `ulysses` trade sequence for heads, `hybrid_cp` is one inside the other
-    (`hybird_cp` is the original's misspelling)."""
+    """How a sequence is shared: `colossalai_cp` and `ring` are ring attention,
+    `ulysses_cp` and `ulysses` exchange sequence for heads, `hybrid_cp` combines both
+    (`hybird_cp` is MindFormers' spelling)."""
     ulysses_degree_in_cp: int = effective(1, minimum=1)
-    """Inner degree of the hybrid: ranks that trade heads; it divides context_parallel."""
+    """Ulysses degree of the hybrid: it divides context_parallel."""
     expert_parallel: int = effective(1, minimum=1)
     """Ranks that share the experts of a layer. They are data-parallel ranks: it divides
-    data_parallel, and is no factor of the number of processes."""
+    data_parallel, and is not a factor of the number of processes."""
     micro_batch_num: int = effective(1, minimum=1)
-    """Micro-batches of a pipeline; without a pipeline it does nothing, as in the original."""
+    """Micro-batches of a pipeline; without a pipeline it has no effect, as in MindFormers."""
     use_seq_parallel: bool = False
-    """Sequence parallel beside tensor parallel: between the matrices each rank keeps its part of
-    the sequence."""
+    """Sequence parallel with tensor parallel: outside of the matrix products each rank has its part
+    of the sequence."""
     vocab_emb_dp: bool = True
-    """True: the embedding is whole on every tensor-parallel rank. False: its rows are cut."""
+    """True: every tensor-parallel rank has the full embedding. False: its rows are sharded."""
     gradient_aggregation_group: int = effective(4, minimum=1)
-    """Layers whose gradients are communicated together."""
+    """Layers whose gradients are reduced together."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +51,7 @@ class ParallelOptimizerConfigSection:
 
     optimizer_weight_shard_size: int = effective(-1, minimum=-1)
     """Ranks that share one copy of weights and optimizer state; must divide data_parallel.
-    -1: the whole data-parallel group."""
+    -1: all data-parallel ranks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +74,7 @@ class PipelineConfigSection:
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelSection:
-    """`parallel`: MindSpore's automatic parallel context; the optimizer switches act here too."""
+    """`parallel`: the sharded optimizer and the schedule of the pipeline."""
 
     enable_parallel_optimizer: bool = False
     """Shard weights, gradients and optimizer state over the data-parallel ranks (FSDP2).
@@ -89,11 +89,11 @@ class ParallelSection:
 
 @dataclass(frozen=True, kw_only=True)
 class ContextSection:
-    """`context` (open): MindSpore's run-time context."""
+    """`context`: the device."""
 
     device_target: str = effective("Ascend", choices=("Ascend", "GPU", "CPU"))
-    """`CPU` keeps the run on the CPU even where there is a GPU; the other values choose nothing:
-    a GPU is used where there is one."""
+    """`CPU`: run on the CPU even where there is a GPU. With the other values a GPU is used where
+    there is one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +101,7 @@ class RecomputeSection:
     """`recompute_config`: activation checkpointing."""
 
     recompute: bool | list[Any] = False
-    """Recompute whole layers in the backward pass: all, or an entry a pipeline rank (True, False or
+    """Recompute full layers in the backward pass: all, or an entry a pipeline rank (True, False or
     the number of its first layers), or with several stages a rank a list of such lists."""
     select_recompute: bool | list[Any] | dict[str, Any] = False
     """Recompute chosen modules of the other layers: True for norms and activations, a list of

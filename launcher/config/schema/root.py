@@ -54,11 +54,11 @@ Kind = TypeVar("Kind")
 class Config:
     """One run, checked and complete: what a YAML file and a command line become.
 
-    Paths are as typed, relative to the current directory. Nothing in it changes after resolving.
+    Paths are as written, relative to the current directory. It never changes.
     """
 
     seed: int = effective(1, minimum=0, maximum=2**63 - 1)
-    """Everything random follows from it: initial weights, order of the data, dropout, sampling."""
+    """Seed of initial weights, data order, dropout and sampling."""
     run_mode: str | None = effective(None, choices=RUN_MODES)
     """What to do. `resume` is train with resume_training, and arrives as `train`."""
     output_dir: str = "./output"
@@ -66,36 +66,36 @@ class Config:
     use_parallel: bool | None = None
     """Assertion: several processes. Left out: as many as were started."""
     load_checkpoint: str = ""
-    """Weights to load: a file or a folder. Wins over the weights in pretrained_model_dir."""
+    """Weights to load: a file or a directory. Used instead of those in pretrained_model_dir."""
     load_ckpt_format: str | None = effective(None, choices=("safetensors", "ckpt"))
-    """Assertion about load_checkpoint. Left out: seen from the files."""
+    """Assertion about load_checkpoint. Left out: detected from the files."""
     auto_trans_ckpt: bool | None = None
-    """Assertion: weights may be cut for this run's layout. Left out: done where needed."""
+    """Assertion: weights may be resharded for this run's layout. Left out: done where needed."""
     src_strategy_path_or_dir: str = ""
     """Layout of distributed weights that do not describe it themselves, as MindSpore's do not: a
     strategy file, a merged one, or a folder of them. Left out: the folder strategy/ beside them."""
     only_save_strategy: bool = False
-    """Write the strategy files of all ranks and end; one process is enough for any layout."""
+    """Write the strategy files of all ranks and exit; one process is enough for any layout."""
     resume_training: bool | str = False
     """Continue a run: True for the newest checkpoint of load_checkpoint (left out:
     {output_dir}/checkpoint), or the name of one. Nothing there: a fresh start with a warning."""
     final_checkpoint: bool = True
     """Save the last step of a run without CheckpointMonitor. False: such a run saves nothing."""
     ignore_data_skip: bool = False
-    """A resumed run begins the data anew instead of going on where it was."""
+    """A resumed run reads the data from the start instead of continuing where it was."""
     data_skip_steps: int | None = effective(None, minimum=0)
     """A resumed run skips exactly this many steps of data. Left out: as many as it has seen."""
     remove_redundancy: bool | None = None
-    """Whether copies were left out of load_checkpoint. The files decide; a difference is noted."""
+    """Whether copies were left out of load_checkpoint. The files decide, with a warning."""
     strict_load: bool = True
-    """Every parameter is loaded exactly once or the run stops. False: the rest keeps its initial
-    values, and a table says which."""
+    """Every parameter is loaded exactly once, or the run stops. False: others keep their initial
+    values, and a table lists them."""
     pretrained_model_dir: str = ""
     """Hugging Face directory: config.json, tokenizer and, below load_checkpoint, weights."""
     trust_remote_code: bool = False
-    """Run code found in pretrained_model_dir. Counts only on the command line."""
+    """Run code found in pretrained_model_dir. Can be set on the command line only."""
     register_path: str | None = None
-    """Folder or file with callbacks of the user, relative to the current directory."""
+    """Directory or file with your own callbacks, relative to the current directory."""
     generation_config: GenerationSection = section(GenerationSection)
     """How predict continues a prompt; `generation` is the same section."""
     do_eval: bool = False
@@ -107,7 +107,7 @@ class Config:
     input_data: str | list[str] | None = None
     """Prompts of predict: a text, several, or a file with one a line."""
     predict_batch_size: int | None = effective(None, minimum=1)
-    """Prompts continued together. Left out: all of them, eight at most."""
+    """Prompts generated together. Left out: all of them, at most eight."""
     save_file: str | None = None
     """Where predict writes. Left out: {output_dir}/text_generation_result.txt."""
     trackers: list[str] = effective([], choices=TRACKERS)
@@ -115,25 +115,25 @@ class Config:
     compile: bool | str = effective(False, choices=(True, False, "inductor", "aot_eager", "eager"))
     """Compile every layer with torch.compile: True for its usual backend, or the name of one."""
     micro_batch_interleave_num: int = effective(1, minimum=1)
-    """Multiplies the samples of a micro step, which is computed in so many parts. Also accepted
+    """Multiplies the samples of a micro step, which is computed in this many parts. Also accepted
     under parallel_config."""
     balanced_load: bool = False
     """Spread the reading of replicated weights over the ranks; `load_balanced` is the same key."""
     save_unified_checkpoint: bool = False
-    """Distributed weights that are loaded are also written whole, to
-    {output_dir}/unified_checkpoint. A former copy there is replaced, nothing else."""
+    """Distributed weights that are loaded are also written as complete weights, to
+    {output_dir}/unified_checkpoint. An earlier copy there is replaced, nothing else."""
     save_converted_checkpoint: bool = False
-    """Complete Hugging Face weights that are loaded are also written in MindSpore's form, to
-    {output_dir}/ms_safetensors. A former copy there is replaced, nothing else."""
+    """Complete Hugging Face weights that are loaded are also written in MindSpore's format, to
+    {output_dir}/ms_safetensors. An earlier copy there is replaced, nothing else."""
     check_for_nan_in_loss_and_grad: bool = False
-    """Stop with an error at a loss or gradient norm that is no number."""
+    """Stop with an error at a loss or gradient norm that is not finite."""
     lr_scale: bool = False
     """Multiply the learning rate by processes x batch_size / lr_scale_factor."""
     lr_scale_factor: float = effective(256.0, above=0)
     """See lr_scale."""
     use_checkpoint_health_monitor: bool = False
-    """Judge saves by the norm of the embedding's gradient; a resume passes over unhealthy ones
-    that are not named."""
+    """Check the health of saves by the gradient norm of the embedding; a resume skips unhealthy
+    ones that are not named."""
     use_skip_data_by_global_norm: bool = False
     """Steps with a gradient norm far too large change nothing; monitor_config has the limits."""
 
@@ -148,9 +148,9 @@ class Config:
     parallel_config: ParallelConfigSection = section(ParallelConfigSection)
     """The degree of every axis."""
     parallel: ParallelSection = section(ParallelSection)
-    """The original's automatic parallel context; the sharded optimizer."""
+    """The sharded optimizer and the schedule of the pipeline."""
     context: ContextSection = section(ContextSection)
-    """The original's run-time context."""
+    """The device."""
     lr_schedule: LrScheduleSection = section(LrScheduleSection)
     """The learning rate as a function of the step."""
     optimizer: OptimizerSection = section(OptimizerSection)
@@ -160,20 +160,20 @@ class Config:
     train_dataset: DatasetSection | None = optional_section()
     """Training data."""
     train_dataset_task: DatasetTaskSection = section(DatasetTaskSection)
-    """The original's wrapper around the training data."""
+    """Another place of the training data."""
     eval_dataset: DatasetSection | None = optional_section()
     """Evaluation data."""
     eval_dataset_task: DatasetTaskSection = section(DatasetTaskSection)
-    """The original's wrapper around the evaluation data."""
+    """Another place of the evaluation data."""
     callbacks: list[CallbackSection] = field(default_factory=list)
     """What is watched and saved, a list of entries with `type`. MFLossMonitor is always there;
-    of several entries of one of our types the last one counts."""
+    of several entries of one built-in type the last one is used."""
     recompute_config: RecomputeSection = section(RecomputeSection)
     """Activation checkpointing."""
     swap_config: SwapSection = section(SwapSection)
     """Moving activations to host memory."""
     monitor_config: MonitorSection = section(MonitorSection)
-    """The original's deep look into a run."""
+    """Checks of loss and gradient norm."""
     tensorboard: TensorboardSection = section(TensorboardSection)
     """Scalars for TensorBoard."""
 

@@ -20,9 +20,9 @@ class RunnerSection:
     """Samples of one micro step and one data-parallel rank."""
     sink_mode: bool = True
     """Run sink_size steps without a callback or a host synchronisation between them.
-    On by default, as in the original; with sink_size 1 it changes nothing."""
+    On by default, as in MindFormers; with sink_size 1 it changes nothing."""
     sink_size: int = 1
-    """Optimizer steps of one sink; 1: no sinking; -1: the whole epoch."""
+    """Optimizer steps of one sink; 1: no sinking; -1: an epoch."""
     gradient_accumulation_steps: int = effective(1, minimum=1)
     """Micro steps of one optimizer step."""
     max_steps: int | None = effective(None, minimum=1)
