@@ -1,4 +1,4 @@
-"""Balanced loading: each byte of storage is read by one rank, which passes it on."""
+"""Balanced loading: each byte of storage is read by one rank, which broadcasts it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class BalancedLoad:
-    """Who reads what, for the tensors of files that this rank holds."""
+    """Which rank reads what, for the tensors of files that this rank holds."""
 
     world: World
     held: Mapping[str, Shard]
@@ -36,8 +36,8 @@ class BalancedLoad:
         return self.writer_ranks[name] == self.world.rank
 
     def load(self, read: Callable[[], Result]) -> Result:
-        """What `read` gives, after its bytes have gone to all holders; its `UserError` of any rank
-        is raised on every rank."""
+        """The result of `read`, after its tensors were broadcast to their replicas. A `UserError`
+        of any rank is raised on every rank."""
         result = on_all_ranks(self.world, read)
         broadcast_shards(self.held, self.writer_ranks, self.replica_ranks)
         return result
@@ -46,7 +46,7 @@ class BalancedLoad:
 def balanced_load(
     world: World, layout: Layout, mappings_of: MappingsOf, held: Mapping[str, Shard]
 ) -> BalancedLoad:
-    """Share out the reading of `held`, the shards of this rank by name in files."""
+    """Distribute the reading of `held`, the shards of this rank by name in files."""
     replicas = file_replicas(layout, world.rank, mappings_of)
     return BalancedLoad(world, held, replicas_of(held, replicas), writers_of(held, replicas))
 
@@ -55,13 +55,13 @@ def load_job(
     job: Job, held: Mapping[str, Shard], layout: Layout, mappings_of: MappingsOf, source: Source,
     **options: Any,
 ) -> LoadReport:  # fmt: skip
-    """`load` of `held` on every rank of the job: each by itself, or with balanced_load together.
+    """`load` of `held` on every rank of the job: independently, or together with balanced_load.
 
     `options` are those of `launcher.weights.reading.load.load`.
     """
-    whole = layout.mesh.world_size == 1
-    rank = 0 if whole else job.world.rank
-    if whole or not job.config.balanced_load:
+    is_single = layout.mesh.world_size == 1
+    rank = 0 if is_single else job.world.rank
+    if is_single or not job.config.balanced_load:
         alone = partial(load, held, source, rank=rank, **options)
         return on_all_ranks(job.world, alone) if source.is_spread else alone()
     shared = balanced_load(job.world, layout, mappings_of, held)

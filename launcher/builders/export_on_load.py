@@ -1,9 +1,8 @@
-"""Copies of the weights a job loads: distributed ones whole, Hugging Face's in MindSpore's form.
+"""Copies of the weights that a job loads: merged, or in MindSpore's form.
 
-Owns {output_dir}/unified_checkpoint and {output_dir}/ms_safetensors. All ranks write a part each,
-aside; rank 0 renames the folder when it is whole. Invariants: only a former copy is replaced, and
-what is loaded is never written to. Optimizer state stays where it is: a copy is for loading
-weights.
+Owns {output_dir}/unified_checkpoint and {output_dir}/ms_safetensors. Each rank writes a part of a
+folder with a temporary name; rank 0 renames it when it is complete. Invariants: only an earlier
+copy is replaced, and what is loaded is never written to. Optimizer state is not copied.
 """
 
 from __future__ import annotations
@@ -31,13 +30,13 @@ Result = TypeVar("Result")
 
 
 def export_on_load(job: Job, source: Source) -> None:
-    """Write the copies of `source` that the configuration asks for. Called on every rank; raises
-    `UserError` on every rank when one could not write."""
+    """Write the configured copies of `source`. Called on every rank; raises `UserError` on every
+    rank when one could not write."""
     config, distributed = job.config, source.kind == "distributed"
     if config.save_unified_checkpoint and source.is_spread:
         raise UserError(
-            f"save_unified_checkpoint: True: no rank sees all files of {source.path}",
-            rule="complete weights are put together from the files of all ranks",
+            f"save_unified_checkpoint: True: no rank can access all files of {source.path}",
+            rule="complete weights are merged from the files of all ranks",
             advice="Put the folders of checkpoints together on a disk that all machines share",
         )
     if config.save_unified_checkpoint and distributed:
@@ -79,7 +78,7 @@ def _begin(stack: ExitStack, target: Path, source: Source, key: str) -> Path:
     if reason:
         raise UserError(
             reason,
-            rule=f"{key}: only a copy that a former run wrote is replaced",
+            rule=f"{key}: only a copy of an earlier run is replaced",
             advice="Move it away, or give another output_dir",
         )
     return stack.enter_context(
@@ -88,7 +87,7 @@ def _begin(stack: ExitStack, target: Path, source: Source, key: str) -> Path:
 
 
 def _together(world: World, action: Callable[[], Result]) -> list[Result]:
-    """What `action` gives on every rank; what goes wrong on one is raised on all."""
+    """The results of `action` on all ranks; an error of one is raised on all."""
 
     return raise_if_any_failed(
         world, capture_error(action), "the copy of the weights could not be written"
@@ -96,7 +95,7 @@ def _together(world: World, action: Callable[[], Result]) -> list[Result]:
 
 
 def _write_model_files(job: Job, source: Source, folder: Path) -> None:
-    """config.json and the tokenizer: those saved beside the rank files, else those of this run."""
+    """config.json and tokenizer: those saved beside the rank files, or else those of this run."""
     if copy_model_files(min(source.headers), folder):
         return
     dtypes = {name: source.dtype(name) for name in source.tensors}

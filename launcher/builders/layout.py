@@ -1,7 +1,7 @@
-"""The layout of a job: from degrees and a model to where every tensor lies.
+"""The layout of a job: from parallel degrees and a model to the shards of every tensor.
 
-Owns the few steps between the configuration and `launcher.layout`. No process group and no device:
-the same layout comes out of one process for any number of ranks. Torch-free, but for a model that
+Owns the steps between the configuration and `launcher.layout`. Needs no process group and no
+device: one process computes the layout of any number of ranks. Torch-free, except for a model that
 is in memory.
 """
 
@@ -40,7 +40,7 @@ def split_of(config: Config, spec: ModelSpec) -> StageSplit | None:
 def model_layout(
     model: nn.Module, spec: ModelSpec, mesh: Mesh, *, split: StageSplit | None, vocab_emb_dp: bool
 ) -> Layout:
-    """Where every tensor of `model`, whole and on the meta device, lies on `mesh`."""
+    """The layout on `mesh` of every tensor of `model`, complete and on the meta device."""
     from torch import nn
 
     parameters = dict(model.named_parameters())

@@ -1,8 +1,8 @@
-"""The layout that a configuration asks for, for weights that lie on disk. Torch-free.
+"""The layout of a configuration, for weights on disk. Torch-free.
 
 Owns the way from a YAML file and the names in a checkpoint to the box of each rank, without a model
-in memory: shapes come from the files, experts are stacked as the model stacks them, and what a rank
-holds of a stack is told for the tensors of the files again.
+in memory: shapes come from the files, experts are stacked as the model stacks them, and the shards
+of a stack are mapped back to the tensors of the files.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from models.names import mappings_of, unstacked
 from models.spec import ModelSpec, Rule
 
 _SECTIONS = ("parallel", "model")
-"""Sections of a configuration that decide a layout; others may name what is on other machines."""
+"""Sections that determine a layout; others may name paths on other machines."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class ConfiguredLayout:
         }  # fmt: skip
 
     def _in_files(self, name: str, shape: Shape, box: Box) -> Iterator[tuple[str, Box]]:
-        """(name in files, box of that tensor) of what a box of the model's tensor `name` is."""
+        """(name in files, box of that tensor) of each part of a box of the model's tensor `name`."""
         found = self.mappings_of(name, shape)
         if found is None:
             yield name, box
@@ -74,10 +74,10 @@ class ConfiguredLayout:
 
 
 def configured_layout(config_file: str, source: Source) -> ConfiguredLayout:
-    """The layout that the YAML file asks for, of the model whose weights are `source`.
+    """The layout of the YAML file, for the model whose weights are `source`.
 
-    config.json beside the weights describes the model, else the one in pretrained_model_dir. Raises
-    `UserError` with all that is wrong about it.
+    config.json beside the weights describes the model, or else the one in pretrained_model_dir.
+    Raises `UserError` with all problems.
     """
     folder = source.path if source.path.is_dir() else source.path.parent
     beside = {"pretrained_model_dir": str(folder)} if (folder / "config.json").is_file() else {}
@@ -105,7 +105,7 @@ def _section(problem: Any) -> str:
 
 
 def _shapes(source: Source, spec: ModelSpec) -> dict[str, Shape]:
-    """Name and shape of the tensors of the model that the files hold, experts stacked."""
+    """Name and shape of the model's tensors in the files, experts stacked."""
     shapes: dict[str, Shape] = {}
     parts: set[str] = set()
     for stacked, experts in _stacks(spec):

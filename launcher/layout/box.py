@@ -1,8 +1,8 @@
-"""A box: an axis-aligned piece (offset and size, in elements) of a global tensor.
+"""A box: an axis-aligned part (offset and size, in elements) of a global tensor.
 
-Owns the one shape everything else is expressed in: a tensor in a file, a shard of a rank, one
-expert inside a stacked tensor. Invariant: `offset` and `size` have the same length and no negative
-entry. The box of a scalar has empty tuples and holds one element.
+Owns the form in which all else is expressed: a tensor in a file, the shard of a rank, one expert in
+a stacked tensor. Invariant: `offset` and `size` have the same length and no negative entry. The box
+of a scalar has empty tuples and one element.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Box(NamedTuple):
         return math.prod(self.size)
 
     def intersect(self, other: Box) -> Box | None:
-        """The elements both boxes hold, or None when there are none."""
+        """The elements in both boxes, or None without any."""
         if self == other:
             return self if self.numel else None
         if len(self.offset) != len(other.offset):
@@ -60,7 +60,7 @@ class Box(NamedTuple):
             yield from Box(tuple(offset), tuple(size)).portions(limit)
 
     def as_lists(self) -> list[list[int]]:
-        """`[offset, size]`, the form a file header carries."""
+        """`[offset, size]`, the form in file headers."""
         return [list(self.offset), list(self.size)]
 
 

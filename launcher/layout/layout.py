@@ -21,14 +21,14 @@ from launcher.layout.mesh import Mesh
 
 @dataclass(frozen=True)
 class ShardSpec:
-    """How one tensor is cut, whatever the mesh."""
+    """How one tensor is sharded, independent of the mesh."""
 
     tp_dim: int | None = None
-    """The dim cut over the tensor-parallel ranks; None: each of them holds all of it."""
+    """The dim sharded over tensor-parallel ranks; None: each of them holds all of it."""
     expert: bool = False
-    """Dim 0 counts experts, cut over `ep`."""
+    """Dim 0 is experts, sharded over `ep`."""
     sharded: bool = True
-    """Cut over the data-parallel ranks that share one copy; buffers are not."""
+    """Sharded over `dp_shard`; buffers are not."""
     stages: tuple[int, ...] | None = None
     """Pipeline ranks that hold it, the owner first; None: all."""
 
@@ -44,13 +44,13 @@ class Placement:
     shape: Shape
     """Of the global tensor."""
     boxes: tuple[Box, ...]
-    """In file order; one that is empty where there are more ranks than rows."""
+    """In file order; empty boxes where there are more ranks than rows."""
     specs: tuple[tuple[str, int], ...] = ()
-    """(axis, dim) of every cut, in the order in which they were made."""
+    """(axis, dim) of every cut, in order."""
 
 
 def chunk(length: int, pieces: int, index: int) -> tuple[int, int]:
-    """(offset, size) of piece `index` when `length` rows are cut into `pieces`.
+    """(offset, size) of piece `index` when `length` rows are split into `pieces`.
 
     The rule of `torch.chunk`, hence of DTensor's `Shard`: every piece but the last ones has
     ceil(length / pieces) rows; the last ones may be short or empty.
@@ -62,13 +62,13 @@ def chunk(length: int, pieces: int, index: int) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where every tensor of a model lies on a mesh."""
+    """Where every tensor of a model is on a mesh."""
 
     shapes: Mapping[str, Shape]
     """Global shape of every tensor, experts stacked."""
     mesh: Mesh
     specs: Mapping[str, ShardSpec] = field(default_factory=dict)
-    """How each tensor is cut; one without entry is cut over `dp_shard` only."""
+    """How each tensor is sharded; without an entry over `dp_shard` only."""
     _known: dict[tuple[int, ...], dict[str, Placement]] = field(
         default_factory=dict, repr=False, compare=False
     )
@@ -78,7 +78,7 @@ class Layout:
     )
 
     def of(self, rank: int) -> dict[str, Placement]:
-        """What `rank` holds, by tensor name. Ranks that hold the same share the answer."""
+        """What `rank` holds, by tensor name. Cached for ranks that hold the same."""
         at = self.mesh.coordinates(rank)
         key = (at["pp"], at["ep"], at["tp"], at["dp_shard"], at["expert_shard"])
         if key not in self._known:
@@ -89,7 +89,7 @@ class Layout:
         return self._known[key]
 
     def _place(self, shape: Shape, spec: ShardSpec, at: Mapping[str, int]) -> Placement:
-        """Layers repeat, on all stages: tensors that are cut alike share the answer."""
+        """Cached for tensors that are sharded alike: layers repeat."""
         tp = None if spec.tp_dim is None else at["tp"]
         data = (at["ep"], at["expert_shard"]) if spec.expert else at["dp_shard"]
         key = (shape, spec.tp_dim, tp, spec.expert, spec.sharded, data)
@@ -107,12 +107,12 @@ class Layout:
         return self._by_stage[stage]
 
     def spec_of(self, name: str) -> ShardSpec:
-        """How `name` is cut."""
+        """How `name` is sharded."""
         return self.specs.get(name, SHARDED)
 
     def is_owner(self, name: str, rank: int) -> bool:
-        """Whether `rank` is the first of those that hold its piece of `name`: what is added up over
-        the owners counts every element once."""
+        """Whether `rank` is the first of those that hold its box of `name`: a sum over owners
+        counts every element once."""
         at, spec = self.mesh.coordinates(rank), self.spec_of(name)
         copies = ["expert_copy"] if spec.expert else ["dp_replicate", "cp"]
         if not spec.sharded:
@@ -123,7 +123,7 @@ class Layout:
         return first_stage and not any(at[axis] for axis in copies)
 
     def alike(self, prefix: str) -> Layout:
-        """The layout of tensors that lie as these do, under `prefix` + name (optimizer state)."""
+        """The same layout with `prefix` before each name, for optimizer state."""
         return replace(
             self,
             shapes={prefix + name: shape for name, shape in self.shapes.items()},

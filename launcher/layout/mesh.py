@@ -1,7 +1,7 @@
 """The mesh: which coordinates a rank has on each parallel axis.
 
 Owns the order of the axes. Pipeline is outermost, then data, then context; tensor is innermost, so
-that the ranks that talk most sit next to each other (the order of MindFormers and Megatron):
+that the ranks that communicate most are neighbours (the order of Megatron):
 
     pp 2 x dp 2 x tp 2          tp0  tp1
       pp0  dp0                   0    1
@@ -9,9 +9,9 @@ that the ranks that talk most sit next to each other (the order of MindFormers a
       pp1  dp0                   4    5
            dp1                   6    7
 
-Data parallel is two axes: `dp_replicate` copies, each cut into `dp_shard` pieces. Experts are not a
-further axis but another view of the data ranks: `ep` neighbours on the data axes share the experts
-of a layer, and what is left of the data axes holds copies or pieces of each expert:
+Data parallel has two axes: `dp_replicate` replicas, each sharded over `dp_shard` ranks. Expert
+parallel is not a further axis but another view of the data ranks: `ep` neighbours on the data axes
+share the experts of a layer, and the rest of the data axes holds replicas or shards of each expert:
 
     dp_shard 4, ep 2            ep0  ep1
       piece 0 of each expert     0    1
@@ -49,7 +49,7 @@ class Mesh:
                              "must divide the other")  # fmt: skip
 
     def sizes(self) -> dict[str, int]:
-        """Axis name to size, outermost first; `ep` last. What files say about their layout."""
+        """Axis name to size, outermost first, `ep` last: the form in files."""
         return {axis: getattr(self, axis) for axis in (*RANK_AXES, "ep")}
 
     @property
@@ -64,12 +64,12 @@ class Mesh:
 
     @property
     def expert_shard(self) -> int:
-        """Pieces that the experts of one `ep` rank are cut into."""
+        """Number of shards of the experts of one `ep` rank."""
         return max(self.dp_shard // self.ep, 1)
 
     def coordinates(self, rank: int) -> dict[str, int]:
-        """Axis name to the coordinate of `rank`; also on the expert view: `ep`, `expert_shard`,
-        and `expert_copy`, which counts the ranks that hold the same pieces of experts."""
+        """Axis name to the coordinate of `rank`; also in the expert view: `ep`, `expert_shard`, and
+        `expert_copy`, the index among ranks that hold the same shards of experts."""
         if not 0 <= rank < self.world_size:
             raise ValueError(f"rank {rank} is outside a mesh of {self.world_size} ranks")
         at = {}
@@ -82,7 +82,7 @@ class Mesh:
         return at
 
     def data_rank(self, rank: int) -> int:
-        """Which share of the samples `rank` takes, 0 to `data_parallel` - 1."""
+        """Index of `rank` among the data-parallel ranks, 0 to `data_parallel` - 1."""
         return self._data_index(self.coordinates(rank))
 
     def _data_index(self, at: dict[str, int]) -> int:
@@ -101,9 +101,9 @@ def training_mesh(
 ) -> Mesh:
     """The mesh of the configured degrees.
 
-    `shard_optimizer` False keeps a whole copy on every data rank. True cuts parameters, gradients
-    and optimizer state over groups of `shard_size` data ranks (-1: all of them), copied between
-    groups. Raises ValueError when the degrees do not fit.
+    `shard_optimizer` False keeps a full replica on every data rank. True shards parameters,
+    gradients and optimizer state over groups of `shard_size` data ranks (-1: all of them), and
+    replicates between groups. Raises ValueError when the degrees do not fit.
     """
     shard = 1
     if shard_optimizer:
@@ -123,7 +123,7 @@ def training_mesh(
 
 
 def layout_text(ranks: int, mesh: Mapping[str, int] | None) -> str:
-    """A layout in words: `4 ranks (dp_shard 2 x tp 2)`; the number alone where axes are unknown."""
+    """A layout as text: `4 ranks (dp_shard 2 x tp 2)`; without axes where they are unknown."""
     axes = " x ".join(f"{axis} {size}" for axis, size in (mesh or {}).items() if size > 1)
     if ranks == 1:
         return "1 rank (not cut)"
@@ -133,9 +133,9 @@ def layout_text(ranks: int, mesh: Mapping[str, int] | None) -> str:
 def other_layout(
     ranks: int, sizes: Mapping[str, int] | None, mesh: Mesh, *, axes: bool = True
 ) -> str:
-    """How weights that `ranks` ranks wrote on axes of `sizes` lie otherwise than `mesh` has them;
-    empty when they do not, as far as is known. Axes of one rank say nothing; `axes` False compares
-    the number of ranks alone."""
+    """How a layout of `ranks` ranks and axes of `sizes` differs from `mesh`; empty where it does
+    not, as far as is known. Axes of size 1 are ignored; `axes` False compares only the number of
+    ranks."""
     written, here = (
         {axis: size for axis, size in found.items() if size > 1}
         for found in (sizes or {}, mesh.sizes())

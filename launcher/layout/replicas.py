@@ -1,7 +1,7 @@
-"""Holders: which ranks have the same box of a tensor, and which of them answers for it.
+"""Replicas: which ranks hold the same box of a tensor, and which of them reads or writes it.
 
-Owns the arithmetic behind saving and reading each box once. Pure: every rank comes to the same
-answer about its own tensors, without asking the others.
+Owns the arithmetic behind saving and reading each box once. Pure: every rank computes the same
+result for its own tensors, without communication.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ Ranks = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Replicas:
-    """Who holds what in a layout."""
+    """The replicas of a layout."""
 
     layout: Layout
     _known: dict[tuple[object, ...], Ranks] = field(default_factory=dict, repr=False)
 
     def of(self, name: str, rank: int) -> Ranks:
-        """The ranks, ascending, that hold the very box of `name` that `rank` holds."""
+        """The ranks, ascending, that hold the same box of `name` as `rank`."""
         mesh, spec = self.layout.mesh, self.layout.spec_of(name)
         at = mesh.coordinates(rank)
         shared = spec.sharded and bool(self.layout.shapes[name])
@@ -42,7 +42,7 @@ class Replicas:
 def _ranks(
     mesh: Mesh, stages: Ranks, tp: int | None, expert: bool, ep: int | None, shard: int | None
 ) -> Ranks:
-    """Ranks with these coordinates; None leaves an axis free."""
+    """Ranks with these coordinates; None: any."""
     data = [
         index for index in range(mesh.data_parallel)
         if shard is None or _shard_of(mesh, index, expert) == shard
@@ -60,11 +60,11 @@ def _shard_of(mesh: Mesh, data_index: int, expert: bool) -> int:
 
 
 def writer_ranks(sizes: Mapping[str, int], replica_ranks: Mapping[str, Ranks]) -> dict[str, int]:
-    """Tensor to the one of its holders that answers for it, bytes shared out evenly.
+    """Tensor to the one of its replica ranks that reads or writes it; bytes are balanced.
 
-    `sizes`: bytes of the box of each tensor this rank holds; `holders`: the ranks that hold the
-    same. Every rank of a set of holders finds the same keepers for what the set holds: the largest
-    goes to the rank that has least so far.
+    `sizes`: bytes of the box of each tensor on this rank. `replica_ranks`: the ranks that hold the
+    same box. All ranks of a set of replicas find the same result: tensors are assigned largest
+    first, each to the rank with the fewest bytes so far.
     """
     sets: dict[Ranks, list[str]] = {}
     for name in sizes:

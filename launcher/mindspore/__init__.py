@@ -1,1 +1,1 @@
-"""What exists only because MindSpore and MindFormers exist."""
+"""Everything that exists only for MindSpore and MindFormers; `launcher.extensions` names it."""

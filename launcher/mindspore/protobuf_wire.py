@@ -1,8 +1,8 @@
 """The protobuf wire format: bytes to numbered fields, and back.
 
-Owns the encoding, not what the fields mean. Only what `proto2` messages of numbers, text and nested
-messages need; fields nobody asks for are skipped. Reading never trusts a length: it is compared
-with the bytes that are there before anything is cut out. Every error names the byte.
+Owns the encoding, not the meaning of fields. Supports `proto2` messages of numbers, text and nested
+messages; other fields are skipped. Lengths are checked against the bytes that are left before they
+are used. Every error names the byte.
 
 Format: https://protobuf.dev/programming-guides/encoding/
 """
@@ -25,14 +25,14 @@ _WIRE_NAMES = {
 
 
 class WireError(ValueError):
-    """Bytes that are no such message."""
+    """Bytes that are not a valid message."""
 
     def __init__(self, at: int, what: str) -> None:
         super().__init__(f"byte {at}: {what}")
 
 
 class Field(NamedTuple):
-    """One field as it lies in the message."""
+    """One field of a message."""
 
     at: int
     """Byte of its tag."""
@@ -44,7 +44,7 @@ class Field(NamedTuple):
 
 
 class Message:
-    """A message between two bytes of `data`, cut into fields; the getters check type and number."""
+    """A message between two bytes of `data`; the getters check type and number of its fields."""
 
     __slots__ = ("data", "fields", "start")
 
@@ -157,7 +157,7 @@ def _expect(field: Field, number: int, protobuf_wire: int) -> None:
 
 
 def varint(value: int) -> bytes:
-    """`value` as the format writes it; a negative one as the 10 bytes of its 64-bit complement."""
+    """`value` as a varint; a negative one as the 10 bytes of its 64-bit complement."""
     value &= 0xFFFF_FFFF_FFFF_FFFF
     out = bytearray()
     while value > 0x7F:

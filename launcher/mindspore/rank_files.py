@@ -1,11 +1,11 @@
-"""A run of MindSpore: the rank files of one save, and what strategy files say of their ranks.
+"""A run of MindSpore: the rank files of one save, and the layouts in its strategy files.
 
-Owns which file is of which rank, which ranks are of which pipeline stage, and the way from a slice
-and its layout to a box:
+Owns the rank of each file, the pipeline stage of each rank, and the way from a slice and its layout
+to a box:
 
     rank n, in rank_<n>/  =  stage * ranks in a stage + local rank
 
-A strategy knows no shapes: a slice and its layout give the shape of the whole. Torch-free.
+A strategy has no shapes: a slice and its layout give the global shape. Torch-free.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from launcher.weights.threads import in_parallel
 
 ADVICE = "Give the strategy files of the run that wrote the rank files, of all pipeline stages"
 COMPARED_BYTES = 4096
-"""How much of a tensor is compared with that of another rank."""
+"""Bytes of a tensor that are compared between ranks."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """The files of one save, and what the strategy says of the run that wrote them."""
+    """The files of one save, and the strategy of the run that wrote them."""
 
     path: Path
     stages: Sequence[Mapping[str, TensorLayout]]
@@ -52,19 +52,19 @@ class Run:
 
     @property
     def lost(self) -> list[int]:
-        """Ranks without a file; of many the first few."""
+        """Ranks without a file, at most `NAMED` + 1 of them."""
         absent = (rank for rank in range(self.world_size) if rank not in self.files)
         return list(itertools.islice(absent, NAMED + 1))
 
     @cached_property
     def names(self) -> frozenset[str]:
-        """Everything that some stage has a layout of."""
+        """All tensors that some stage has a layout of."""
         return frozenset(itertools.chain(*self.stages))
 
     def place(self, name: str, rank: int, shape: Shape) -> tuple[Shape, Box] | None:
-        """(shape of the whole, box) of the slice of `shape` that `rank` holds of tensor `name`;
-        None when its stage does not list it. Raises `UserError` for a slice that its layout cannot
-        have made."""
+        """(global shape, box) of the slice of `shape` that `rank` holds of tensor `name`; None
+        where its stage does not list it. Raises `UserError` for a slice that does not fit its
+        layout."""
         stage, local_rank = divmod(rank, self.stage_ranks)
         layout = self.stages[stage].get(name)
         if layout is None:
@@ -80,7 +80,7 @@ class Run:
             ) from error
 
     def first_bytes(self, piece: Piece) -> bytes:
-        """What a piece begins with: at most `COMPARED_BYTES`."""
+        """The first bytes of a piece, at most `COMPARED_BYTES`."""
         header = self.headers[piece.file]
         start = np.empty(min(piece.entry.stop - piece.entry.start, COMPARED_BYTES), np.uint8)
         with Files() as files:
@@ -90,7 +90,7 @@ class Run:
 
 
 def open_run(path: Path, files: Sequence[Path], strategy: Strategy) -> Run:
-    """The run that wrote `files`, one a rank, in rank folders below `path`.
+    """The run that wrote `files`, one for each rank, in rank folders below `path`.
 
     Raises `UserError` when a file cannot be read, two are of one rank or one of a rank that the
     strategy does not have, and when stages are missing or of different size.
@@ -109,7 +109,7 @@ def open_run(path: Path, files: Sequence[Path], strategy: Strategy) -> Run:
             f"the strategy files describe stages of {' and of '.join(map(str, sorted(ranks)))} "
             "ranks",
             where=str(path),
-            rule="all stages of a run have equally many ranks",
+            rule="all stages of a run have the same number of ranks",
             advice=ADVICE,
         )
     by_rank = _by_rank(path, files, ranks.pop() * len(stages))
@@ -130,9 +130,9 @@ def _by_rank(path: Path, files: Sequence[Path], world_size: int) -> dict[int, Pa
         rank = rank_of(file.parent)
         if rank is None or rank in found:
             raise UserError(
-                f"{file} lies in no rank folder" if rank is None else
+                f"{file} is not in a rank folder" if rank is None else
                 f"{file} and {found[rank].name} are of one rank",
-                rule="one file a rank belongs to a save, in rank_<number>/",
+                rule="a save has one file for each rank, in rank_<number>/",
                 advice="Move the files of the other run away",
             )  # fmt: skip
         found[rank] = file
@@ -150,7 +150,7 @@ def _by_rank(path: Path, files: Sequence[Path], world_size: int) -> dict[int, Pa
 
 @lru_cache(maxsize=1 << 16)
 def _box(layout: TensorLayout, shape: Shape, local_rank: int) -> tuple[Shape, Box]:
-    """(shape of the whole, box) of the slice of `shape` that a rank holds. Cached: the tensors of a
-    rank have a handful of layouts and shapes."""
+    """(global shape, box) of the slice of `shape` that a rank holds. Cached: the tensors of a rank
+    have few layouts and shapes."""
     full = full_shape(layout, shape)
     return full, boxes(layout, full, local_rank)[0]

@@ -1,9 +1,8 @@
-"""Rank files of MindSpore, which do not say how they are cut: a source made with strategy files.
+"""Rank files of MindSpore, which do not describe their layout: a source made with strategy files.
 
-Owns the agreement between the two. Invariants: what is in the source is whole, from replicas where
-the file of a rank is lost; what is not the model's (the step, the epoch) is among the extras, as
-the first rank has it; a strategy that does not fit the files is refused as far as the files show
-it. Torch-free.
+Owns the checks between the two. Invariants: every tensor of the source is complete, from replicas
+where the file of a rank is missing; numbers of the run (step, epoch) are among the extras, as the
+first rank has them; a strategy that visibly does not fit the files is refused. Torch-free.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ from launcher.weights.ranks.saves import STRATEGY_FOLDER, layout_mark
 from launcher.weights.source import Source
 
 COMPARED_TENSORS = 4
-"""How many of the tensors that ranks should hold alike are compared."""
+"""Number of replicated tensors that are compared between ranks."""
 
 
 def mindspore_opener(directory: Path, strategy: Path | None, log: Log) -> OpenFiles:
@@ -76,7 +75,7 @@ def _needs_strategy(file: Path) -> bool:
 
 
 def open_mindspore_ranks(path: Path, files: Sequence[Path], strategy: Strategy) -> Source:
-    """The source made of the rank files of one save of MindSpore, cut as `strategy` says.
+    """The source made of the rank files of one save of MindSpore, with the layouts of `strategy`.
 
     `path` is the folder of the rank folders, for messages. Raises `UserError` when files are of
     different saves, when the strategy does not fit them, or when ranks are missing whose parts no
@@ -104,9 +103,9 @@ def open_mindspore_ranks(path: Path, files: Sequence[Path], strategy: Strategy) 
 
 
 def open_single_rank(path: Path, files: Sequence[Path]) -> Source:
-    """The source made of the file of a run of one rank, which needs no strategy: nothing is cut.
+    """The source made of the file of a run of one rank, which needs no strategy.
 
-    Whether it is all of a model is seen when it is loaded. Raises `UserError`.
+    Whether it holds all of a model is checked when it is loaded. Raises `UserError`.
     """
     (file,) = files
     header = read_header(file)
@@ -116,18 +115,18 @@ def open_single_rank(path: Path, files: Sequence[Path]) -> Source:
         if not any(part in name for part in TRANSIENT):
             kept = extras if is_scalar(name, entry.shape) else tensors
             kept[name] = Pieces([Piece(file, entry, entry.shape, full_box(entry.shape), 0)])
-    remark = f"{path}: one rank folder and no strategy files: its tensors are taken as not cut"
+    remark = f"{path}: one rank folder and no strategy files: its tensors are taken as not sharded"
     return Source("distributed", path, tensors, {file: header}, extras=extras, remarks=(remark,))
 
 
 @dataclass(frozen=True)
 class _Sorted:
-    """What the files hold, sorted."""
+    """The tensors of the files, sorted by kind."""
 
     pieces: dict[str, dict[int, list[Piece]]] = field(default_factory=dict)
-    """Tensor to the pieces of it that the ranks of a stage hold, for each stage that lists it."""
+    """Tensor to its pieces, for each stage that lists it."""
     astray: dict[str, int] = field(default_factory=dict)
-    """Tensor to the first rank that holds it without its stage listing it."""
+    """Tensor to the first rank that holds it although its stage does not list it."""
     extras: dict[str, Piece] = field(default_factory=dict)
     counters: dict[str, list[Piece]] = field(default_factory=dict)
 
@@ -149,7 +148,7 @@ def _sort_in(cut: _Sorted, run: Run, rank: int, name: str, entry: Entry) -> None
 
 
 def _chosen(by_stage: Mapping[int, Sequence[Piece]]) -> Pieces:
-    """The pieces of a tensor: those of the first stage that has it whole."""
+    """The pieces of a tensor: those of the first stage that has all of it."""
     options = [Pieces(pieces) for _, pieces in sorted(by_stage.items())]
     return next((pieces for pieces in options if _is_complete(pieces)), options[0])
 
@@ -178,7 +177,7 @@ def _number(value: bytes) -> int:
 
 
 def _check_stages(run: Run, cut: _Sorted) -> None:
-    """A tensor that only ranks of other stages hold: the stages are not those of the run."""
+    """Check that every tensor is held by a stage that lists it."""
     for name, rank in cut.astray.items():
         if name not in cut.pieces:
             stage = next(index for index, known in enumerate(run.stages) if name in known)
@@ -193,7 +192,7 @@ def _check_stages(run: Run, cut: _Sorted) -> None:
 
 
 def _check_extras(run: Run, extras: Mapping[str, Piece]) -> None:
-    """What no strategy lists is whole on every rank; a matrix is none of that."""
+    """Check that no matrix is missing in the strategy: only scalars and vectors may be."""
     unknown = [name for name, piece in extras.items() if len(piece.shape) > 1]
     if unknown:
         shown = ", ".join(f"`{name}`" for name in unknown[:NAMED])
@@ -201,15 +200,15 @@ def _check_extras(run: Run, extras: Mapping[str, Piece]) -> None:
         raise UserError(
             f"the strategy files do not have {shown}{more}",
             where=str(run.path),
-            rule="they say how every matrix of the run that wrote the rank files is cut, its "
-            "optimizer state too",
+            rule="they list every matrix of the run that wrote the rank files, and its optimizer "
+            "state",
             advice=ADVICE,
         )
 
 
 def _check_named(run: Run, tensors: Mapping[str, Pieces], lost: Sequence[int]) -> None:
-    """Where ranks are lost, a name that is in no file may have been lost with them. Optimizer state
-    of a kind that is in no file at all was not saved."""
+    """Check that no tensor was only in the files of the `lost` ranks. Optimizer state of a kind
+    that is in no file was not saved."""
     if not lost:
         return
     kinds = {_kind(run, name) for name in tensors}
@@ -223,7 +222,7 @@ def _check_named(run: Run, tensors: Mapping[str, Pieces], lost: Sequence[int]) -
         raise UserError(
             f"no file holds {', '.join(f'`{name}`' for name in absent[:NAMED])}{more}",
             where=str(run.path),
-            rule=f"the strategy files list them; of {run.world_size} ranks there is no file of "
+            rule=f"the strategy files list them; of {run.world_size} ranks the file is missing of "
             f"{', '.join(map(str, lost[:NAMED]))}{' ...' * (len(lost) > NAMED)}",
             advice="Copy the missing rank folders. " + ADVICE,
         )
@@ -244,8 +243,7 @@ def _check_complete(run: Run, source: Source, lost: Sequence[int]) -> None:
 
 
 def _check_copies(run: Run, tensors: Mapping[str, Pieces]) -> None:
-    """Shapes do not tell whether ranks hold copies or parts: a few bytes of what should be copies
-    do."""
+    """Check a few bytes of replicas: shapes do not show whether ranks hold replicas or shards."""
     for name, (first, *others) in itertools.islice(_copies(tensors), COMPARED_TENSORS):
         value = run.first_bytes(first)
         for piece in others:
@@ -253,14 +251,14 @@ def _check_copies(run: Run, tensors: Mapping[str, Pieces]) -> None:
                 raise UserError(
                     f"`{name}` differs in {first.file} and {piece.file}",
                     where=str(run.path),
-                    rule="as the strategy files have it, these ranks hold copies of one part",
+                    rule="by the strategy files these ranks hold replicas of one shard",
                     advice=ADVICE,
                 )
 
 
 def _copies(tensors: Mapping[str, Pieces]) -> Iterator[tuple[str, list[Piece]]]:
-    """(tensor, the pieces that should be alike) of tensors that are cut; weights first, as state
-    may be all zeros."""
+    """(tensor, pieces that should be equal) of sharded tensors; weights first, as state may be all
+    zeros."""
     for name in sorted(tensors, key=is_optimizer_state):
         replica_ranks = tensors[name].replica_ranks
         if len(tensors[name]) > len(replica_ranks) > 1:

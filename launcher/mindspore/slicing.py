@@ -23,7 +23,7 @@ from launcher.weights.source import Source, check_all_ranks
 
 @dataclass(frozen=True)
 class StrategyLayout:
-    """The layout that strategy files of MindSpore describe, for the tensors of a source."""
+    """The layout in strategy files, for the tensors of a source."""
 
     strategy: Strategy
     source: Source
@@ -40,11 +40,11 @@ class StrategyLayout:
 
     @cached_property
     def has_optimizer(self) -> bool:
-        """Whether the strategy lists optimizer state; that of a prediction does not."""
+        """Whether the strategy lists optimizer state; a strategy for inference does not."""
         return any(is_optimizer_state(name) for stage in self._stages for name in stage)
 
     def boxes(self, rank: int) -> dict[str, Box]:
-        """Name to the box that `rank` holds. Raises `UserError` for one that cannot be cut so."""
+        """Name to the box that `rank` holds. Raises `UserError` where a layout does not fit."""
         for stage in self._stages:
             if rank < _ranks(stage):
                 return {
@@ -60,8 +60,8 @@ class StrategyLayout:
             return boxes(layout, self.source.shape(name), rank)[0]
         except ValueError as error:
             raise UserError(
-                f"`{name}` of shape {list(self.source.shape(name))} cannot be cut as the strategy "
-                f"says: {error}",
+                f"`{name}` of shape {list(self.source.shape(name))} does not fit the "
+                f"strategy: {error}",
                 where=str(self.source.path),
                 rule="the strategy and the weights must be of one model",
                 advice="Give the strategy files of a run of this model",
@@ -90,12 +90,12 @@ def load_distributed_checkpoint(
     """Slice the complete weights in `unified_safetensors_dir` as `predict_strategy` (a strategy
     file, or a folder of them) says, into rank files in `dst_safetensors_dir`.
 
-    Name and arguments are MindSpore's; `max_process_num` counts threads. Raises `UserError`, also
-    for a `network`, which is not filled here.
+    Name and arguments are MindSpore's; `max_process_num`: number of threads. Raises `UserError`,
+    also for a `network`, which cannot be loaded here.
     """
     if network is not None or format != "safetensors":
         raise UserError(
-            "load_distributed_checkpoint fills no network" if network is not None else
+            "load_distributed_checkpoint cannot load a network" if network is not None else
             f"format = {format!r}",
             rule="it writes rank files of safetensors",
             advice="To load weights into a model, set load_checkpoint in the YAML: they are sliced "

@@ -1,10 +1,10 @@
-"""Strategies: MindSpore's record of how the parameters of a pipeline stage are cut.
+"""Strategies: MindSpore's record of how the parameters of a pipeline stage are sharded.
 
 Owns the content of a strategy file and its protobuf form, the message `ParallelStrategyMap`
-(`strategy_json` has the JSON twin). Invariants: what is read is checked before it is believed, an
-error names file and byte; reading what was written gives the same; equal content gives equal bytes,
-so all ranks of a stage write the same file. There are no shapes in it, and the stage of a parameter
-only in the operators; in a merged file parameters are named "<stage>-<parameter>".
+(`strategy_json` has the JSON form). Invariants: content is checked before it is used, and an error
+names file and byte; reading what was written gives the same; equal content gives equal bytes, so
+all ranks of a stage write the same file. It has no shapes, and the stage of a parameter only in the
+operators; in a merged file parameters are named "<stage>-<parameter>".
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Operator:
     stage: int
     """Pipeline stage."""
     cuts: tuple[Shape, ...] = ()
-    """For each input, in how many pieces each dim is cut; nothing where layouts say it."""
+    """For each input, the number of pieces of each dim; empty where layouts have it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ class Strategy:
 
     @property
     def stage(self) -> int:
-        """The pipeline stage: that of the first operator, as MindSpore's tools have it."""
+        """The pipeline stage: that of the first operator, as in MindSpore's tools."""
         return self.operators[0].stage if self.operators else 0
 
     def by_stage(self) -> dict[int, dict[str, TensorLayout]]:
@@ -65,9 +65,9 @@ def strategy_file(
 ) -> bytes:
     """The bytes of the strategy file of one pipeline stage; all its ranks write the same.
 
-    `entries`: parameter name to layout. `prefixes`: also lists each under these, for optimizer
-    state that lies as the parameter does (`adam_m.`, `adam_v.`). Scalars are left out, as the
-    original does. Raises `UserError` for a name with a hyphen.
+    `entries`: parameter name to layout. `prefixes`: also list each parameter under these, for
+    optimizer state, which is sharded alike. Scalars are left out, as MindSpore does. Raises
+    `UserError` for a name with a hyphen.
     """
     _no_hyphens(entries)
     kept = {name: layout for name, layout in entries.items() if layout.positions}
@@ -176,7 +176,7 @@ def _item(name: str, content: bytes) -> bytes:
 
 @cache
 def _layouts(layout: TensorLayout) -> bytes:
-    """Cached: a model has hundreds of parameters and a handful of layouts."""
+    """Cached: a model has hundreds of parameters and few layouts."""
     repeated = ((1, (layout.dev_matrix,)), (2, layout.tensor_map),
                 (3, layout.param_split_shape), (4, layout.indices_offset))  # fmt: skip
     return b"".join(

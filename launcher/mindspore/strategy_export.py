@@ -1,9 +1,9 @@
-"""Strategy files of a job: MindSpore's record of how its tensors are cut, a file a rank.
+"""Strategy files of a job: MindSpore's record of how its tensors are sharded, one for each rank.
 
-Owns what is in them and where they are written: `{output_dir}/strategy`, each aside and renamed.
-Invariants: names are those of rank files; all ranks of a pipeline stage write the same bytes; what
-the format cannot say is left out, and told in one line. Neither device nor process group is needed:
-one process can write the files of any number of ranks.
+Owns their content and place: `{output_dir}/strategy`, each written under a temporary name and
+renamed. Invariants: names are those of rank files; all ranks of a pipeline stage write the same
+bytes; tensors that the format cannot express are left out, and reported in one line. Neither device
+nor process group is needed: one process can write the files of any number of ranks.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ class StageFiles:
 
     stages: tuple[bytes, ...]
     left_out: tuple[str, ...]
-    """Tensors the format cannot say, of any stage."""
+    """Tensors that the format cannot express, of any stage."""
     tensors: int
-    """All there are."""
+    """Number of all tensors."""
 
     def of(self, rank: int, layout: Layout) -> bytes:
         """The file of `rank`."""
@@ -71,12 +71,12 @@ def write_all(job: Job) -> None:
 def write_own(
     job: Job, layout: Layout, mappings_of: MappingsOf, state_names: Mapping[str, tuple[str, ...]]
 ) -> None:
-    """Write this rank's file, but over none that rank files of MindSpore are read with: those in
-    the folder of this run's checkpoints. Raises `UserError`."""
+    """Write this rank's file, unless strategy files are there that rank files of MindSpore in the
+    folder of checkpoints need. Raises `UserError`."""
     if job.world.from_main(_folder(job).is_dir() and holds_foreign(job.output_dir / "checkpoint")):
         job.log(
-            f"strategy: not written, {_folder(job)} says how rank files beside it are cut that "
-            "this launcher did not write"
+            f"strategy: not written, {_folder(job)} is needed by rank files beside it that Slipway "
+            "did not write"
         )
         return
     _write(job, layout, mappings_of, state_names, (job.world.rank,))
@@ -111,7 +111,7 @@ def _entries(
 ) -> Iterator[tuple[str, TensorLayout | None]]:
     """(name in rank files, layout) of each tensor of a stage; None where the format has none.
 
-    The cuts are the same on all ranks of a stage, so its first rank tells.
+    All ranks of a stage are sharded alike, so the layout of its first rank is enough.
     """
     mesh = layout.mesh
     for name, placement in layout.of(stage * mesh.world_size // mesh.pp).items():
@@ -129,8 +129,8 @@ def _entries(
 def _of(
     mapping: TensorMapping, placement: Placement, mesh: Mapping[str, int]
 ) -> TensorLayout | None:
-    """The layout of a tensor of rank files; None where a rank holds all of it and another nothing,
-    as of an expert or a part of a projection that is cut where the parts meet."""
+    """The layout of a tensor of rank files; None where one rank holds all of it and another none,
+    such as an expert, or a part of a fused projection that is split between parts."""
     parts = {d for d, n in enumerate(placement.shape) if mapping.box.size[d] != n}
     if any(dim in parts or dim in mapping.dropped for _, dim in placement.specs):
         return None

@@ -1,6 +1,7 @@
 """Strategy files on disk: read one, read a folder of them, merge a folder into one file.
 
-Owns what files there are and that what is written is whole or not there. An input is never written.
+Owns which files are read, and that output appears complete or not at all. An input is never written
+to.
 """
 
 from __future__ import annotations
@@ -30,9 +31,9 @@ def merge_pipeline_strategys(
 ) -> Strategy:
     """Merge the strategy files of all pipeline stages in a folder into one file; returns it.
 
-    One file of each stage is enough. Written aside and renamed; in JSON when the name ends in
-    `.json`. Raises `UserError`: see `read_folder`, and for an existing `dst_strategy_file` without
-    `overwrite`. Name and arguments are MindSpore's.
+    One file of each stage is enough. Written under a temporary name and renamed; in JSON when the
+    name ends in `.json`. Raises `UserError`: see `read_folder`, and for an existing
+    `dst_strategy_file` without `overwrite`. Name and arguments are MindSpore's.
     """
     source, target = Path(src_strategy_dirs), Path(dst_strategy_file)
     merged = read_folder(source, log)
@@ -47,7 +48,7 @@ def read_strategy(path: Path, log: Log = no_log) -> Strategy:
 
 
 def holds_strategies(directory: Path) -> bool:
-    """Whether a strategy file lies in `directory`, by the names of what is there."""
+    """Whether there is a strategy file in `directory`, by file names."""
     return os.path.isdir(directory) and any(
         child.suffix in SUFFIXES and not child.name.startswith(".") for child in directory.iterdir()
     )
@@ -56,9 +57,9 @@ def holds_strategies(directory: Path) -> bool:
 def read_folder(directory: Path, log: Log = no_log) -> Strategy:
     """The strategies of all pipeline stages in `directory`, merged, stage by stage.
 
-    A merged file that is there already, as MindFormers leaves `merged_ckpt_strategy.ckpt`, is used
-    when it is all there is, or says more than the others and nothing else; it is left out, and that
-    is said, when it contradicts them. Raises `UserError` when it is not a folder, holds no strategy
+    A merged file, as MindFormers leaves `merged_ckpt_strategy.ckpt`, is used when it is the only
+    file, or when it contains the others and further stages; if it contradicts them it is left out,
+    with a line in the log. Raises `UserError` when `directory` is not a folder, has no strategy
     files, both kinds of them, a damaged one, two that contradict each other, or not every stage.
     """
     found = list(_strategies(directory))
@@ -71,7 +72,7 @@ def read_folder(directory: Path, log: Log = no_log) -> Strategy:
             log(f"{path}: used, it has the stages of the other strategy files and more")
             return strategy
         log(f"{path}: left out, {len(others)} strategy files beside it are merged instead")
-    return _merge_again(directory, others)
+    return _merged_stages(directory, others)
 
 
 def _is_merged(strategy: Strategy) -> bool:
@@ -94,21 +95,21 @@ def _only_merged(directory: Path, merged: Sequence[tuple[Path, Strategy]]) -> St
 
 
 def _contains(merged: Strategy, others: Sequence[tuple[Path, Strategy]]) -> bool:
-    """Whether a merged file says of every stage what the others say, and has further stages."""
+    """Whether a merged file has the content of the others, and further stages."""
     stages = merged.by_stage()
     single = {strategy.stage: dict(strategy.layouts) for _, strategy in others}
-    raise_if_any_failed = all(stages.get(stage) == layouts for stage, layouts in single.items())
-    return raise_if_any_failed and len(stages) > len(single)
+    is_equal = all(stages.get(stage) == layouts for stage, layouts in single.items())
+    return is_equal and len(stages) > len(single)
 
 
-def _merge_again(directory: Path, found: Sequence[tuple[Path, Strategy]]) -> Strategy:
+def _merged_stages(directory: Path, found: Sequence[tuple[Path, Strategy]]) -> Strategy:
     stages: dict[int, tuple[Path, Strategy]] = {}
     for path, strategy in found:
         _check_of_one_stage(path, strategy)
         first, known = stages.setdefault(strategy.stage, (path, strategy))
         _check_agree(first, known, path, strategy)
     _check_complete(directory, stages)
-    _check_shared_out(directory, stages)
+    _check_own_parameters(directory, stages)
     ordered = [strategy for _, (_, strategy) in sorted(stages.items())]
     return Strategy(
         tuple(operator for strategy in ordered for operator in strategy.operators),
@@ -220,15 +221,15 @@ def _check_of_one_stage(path: Path, strategy: Strategy) -> None:
         )
 
 
-def _check_shared_out(directory: Path, stages: dict[int, tuple[Path, Strategy]]) -> None:
-    """Stages share the parameters out: one that has nothing of its own is of another run."""
+def _check_own_parameters(directory: Path, stages: dict[int, tuple[Path, Strategy]]) -> None:
+    """Check that every stage has parameters that the others do not have."""
     names = {stage: {name for name, _ in known.layouts} for stage, (_, known) in stages.items()}
     for stage, own in names.items():
         for other, more in names.items():
             if stage != other and own <= more:
                 raise UserError(
-                    f"all {len(own)} parameters of {stages[stage][0].name} (stage {stage}) stand "
-                    f"in {stages[other][0].name} (stage {other}) too",
+                    f"all {len(own)} parameters of {stages[stage][0].name} (stage {stage}) are "
+                    f"also in {stages[other][0].name} (stage {other})",
                     where=str(directory),
                     rule="the stages of a pipeline have parameters of their own",
                     advice="The files are of two runs: move those of one away",
@@ -236,23 +237,22 @@ def _check_shared_out(directory: Path, stages: dict[int, tuple[Path, Strategy]])
 
 
 def _check_agree(first: Path, known: Strategy, path: Path, strategy: Strategy) -> None:
-    """Files of one stage may differ in order only: else two runs are mixed."""
-    ours, theirs = dict(known.layouts), dict(strategy.layouts)
-    if ours == theirs:
+    """Check that two files of one stage differ at most in order."""
+    before, after = dict(known.layouts), dict(strategy.layouts)
+    if before == after:
         return
-    name = next(n for n in sorted({*ours, *theirs}) if ours.get(n) != theirs.get(n))
+    name = next(n for n in sorted({*before, *after}) if before.get(n) != after.get(n))
     raise UserError(
-        f"contradicts {first.name}: both are of pipeline stage {strategy.stage}, and {name} lies "
-        "differently",
+        f"contradicts {first.name}: both are of pipeline stage {strategy.stage}, and {name} has "
+        "another layout",
         where=str(path),
         rule="all files of a stage have the same content",
-        nearest=f"{first.name}: {_in_words(ours.get(name))}; "
-        f"{path.name}: {_in_words(theirs.get(name))}",
+        nearest=f"{first.name}: {_text(before.get(name))}; {path.name}: {_text(after.get(name))}",
         advice="Move the files of the other run away",
     )
 
 
-def _in_words(layout: object) -> str:
+def _text(layout: object) -> str:
     if layout is None:
         return "not there"
     names = ("dev_matrix", "tensor_map", "shard_step", "shard_size")
@@ -275,7 +275,7 @@ def _check_complete(directory: Path, stages: dict[int, tuple[Path, Strategy]]) -
         raise UserError(
             f"stage 0 has {ranks[0]} ranks, stage {other} has {ranks[other]}",
             where=str(directory),
-            rule="all stages have equally many ranks",
+            rule="all stages have the same number of ranks",
             nearest=f"{stages[0][0].name} and {stages[other][0].name} are of different runs",
             advice="Move the files of the other run away",
         )
@@ -284,7 +284,7 @@ def _check_complete(directory: Path, stages: dict[int, tuple[Path, Strategy]]) -
 def _check_target(source: Path, target: Path, overwrite: bool) -> None:
     if target.resolve().is_relative_to(source.resolve()):
         raise UserError(
-            f"lies in {source}",
+            f"is in {source}",
             where=str(target),
             rule="an input is never written to",
             nearest=f"Possible: {source.parent / 'merged_strategy' / target.name}",

@@ -1,6 +1,6 @@
-"""The JSON twin of a strategy file, which MindSpore writes and reads by the file's name.
+"""The JSON form of a strategy file, which MindSpore uses for names that end in `.json`.
 
-Owns the JSON form only: what it says is a `Strategy`. Keys that the protobuf form does not have
+Owns the JSON form only; the content is a `Strategy`. Keys that the protobuf form does not have
 (`tensor_shape`, ...) are not kept.
 """
 
@@ -17,17 +17,17 @@ from launcher.mindspore.tensor_layout import TensorLayout
 
 
 def parse_json(data: bytes, where: str) -> Strategy:
-    """The strategy in the JSON twin `data`. Raises `UserError` naming `where` and the entry."""
+    """The strategy in the JSON `data`. Raises `UserError` naming `where` and the entry."""
     try:
         root = json.loads(data)
         operators, layouts = root["parallel_strategy_item"], root["parallel_layout_item"]
         return Strategy(
             tuple(
-                Operator(name, _whole(item["stage"]), _rows(item.get("parallel_strategy", [])))
+                Operator(name, _int32(item["stage"]), _rows(item.get("parallel_strategy", [])))
                 for name, item in operators.items()
             ),
             tuple((name, _json_layout(name, item)) for name, item in layouts.items()),
-            _whole(root["current_stage"]),
+            _int32(root["current_stage"]),
         )
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         what = f"no entry {error}" if isinstance(error, KeyError) else str(error)
@@ -47,9 +47,9 @@ def _json_layout(name: str, item: Mapping[str, Any]) -> TensorLayout:
         return TensorLayout(
             dev_matrix=_row(item["dev_matrix"]),
             tensor_map=_rows(tensor_map) if nested else (_row(tensor_map),),
-            shard_step=_whole(item["opt_weight_shard_step"]),
-            shard_size=_whole(item["opt_weight_shard_size"]),
-            field=_whole(item["field"]),
+            shard_step=_int32(item["opt_weight_shard_step"]),
+            shard_size=_int32(item["opt_weight_shard_size"]),
+            field=_int32(item["field"]),
             param_split_shape=(_row(item.get("param_split_shape", [])),),
             indices_offset=(_row(item.get("indices_offset", [])),),
         )
@@ -59,14 +59,14 @@ def _json_layout(name: str, item: Mapping[str, Any]) -> TensorLayout:
         raise ValueError(f"{name}: {error}") from None
 
 
-def _whole(value: Any) -> int:
+def _int32(value: Any) -> int:
     if type(value) is not int or not -(1 << 31) <= value < 1 << 31:
         raise ValueError(f"{value!r} is not a 32-bit integer")
     return value
 
 
 def _row(values: list[Any]) -> Shape:
-    return tuple(map(_whole, values))
+    return tuple(map(_int32, values))
 
 
 def _rows(values: list[Any]) -> tuple[Shape, ...]:
@@ -74,7 +74,7 @@ def _rows(values: list[Any]) -> tuple[Shape, ...]:
 
 
 def serialize_json(strategy: Strategy) -> bytes:
-    """The JSON twin."""
+    """The JSON form of a strategy."""
     layouts = {}
     for name, layout in strategy.layouts:
         nested = len(layout.tensor_map) > 1

@@ -1,9 +1,9 @@
-"""MindSpore's way to say how a tensor is cut: a grid of devices, and the grid axis of each dim.
+"""MindSpore's tensor layouts: a grid of devices, and the grid axis that shards each dim.
 
-Owns the rule from such a layout to the box a rank holds, and back from our cuts to a layout. The
-ranks of one pipeline stage, counted from 0, fill a grid row by row. A dim is cut by one grid axis
-or by several (the first is the slowest), into equal pieces; what is left is cut once more along
-dim 0 when the optimizer is sharded. Grid axes are counted from the right:
+Owns the way from such a layout to the box of a rank, and from our cuts to a layout. The ranks of
+one pipeline stage, counted from 0, fill a grid row by row. A dim is sharded by one grid axis or by
+several (the first is the slowest) into equal pieces; with a sharded optimizer dim 0 is split once
+more over the other ranks. Grid axes are counted from the right:
 
     grid [4, 2], map [0, -1]        column 0   column 1        dim 0 in two, by axis 0
                           row 0     rank 0     rank 1
@@ -11,7 +11,7 @@ dim 0 when the optimizer is sharded. Grid axes are counted from the right:
                           row 2     rank 4     rank 5          two again, over rows 0-1 and, with
                           row 3     rank 6     rank 7          the same pieces, rows 2-3
 
-A shape is not part of a layout; the layout of a slice and the slice give the full shape.
+A layout has no shape; the layout of a slice and the slice give the full shape.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from itertools import pairwise
 from launcher.layout.box import Box, Shape
 
 DATA_AXES = ("dp_replicate", "dp_shard", "expert_shard", "cp")
-"""Axes whose cuts count as optimizer shards where the format allows it, as in the original."""
+"""Axes whose cuts become optimizer shards where the format allows it, as in MindSpore."""
 
 
 @dataclass(frozen=True, slots=True)
 class TensorLayout:
-    """The layout of one parameter, as a strategy file holds it. Raises ValueError if senseless."""
+    """The layout of one parameter in a strategy file. Raises ValueError if it is not valid."""
 
     dev_matrix: Shape
     """Size of each grid axis; the product is the number of ranks in a stage."""
@@ -43,7 +43,7 @@ class TensorLayout:
     field: int = 0
     param_split_shape: tuple[Shape, ...] = ((),)
     indices_offset: tuple[Shape, ...] = ((),)
-    """With `field` and `param_split_shape`: unequal pieces of embeddings. Kept, not understood."""
+    """With `field` and `param_split_shape`: unequal pieces of embeddings. Kept, not interpreted."""
 
     def __post_init__(self) -> None:
         axes = [axis for entry in self.tensor_map for axis in entry if axis != -1]
@@ -63,7 +63,7 @@ class TensorLayout:
 
     @property
     def positions(self) -> tuple[Shape, ...]:
-        """For each dim the grid axes that cut it, slowest first, counted from the left."""
+        """For each dim the grid axes that shard it, slowest first, counted from the left."""
         last = len(self.dev_matrix) - 1
         if len(self.tensor_map) > 1:
             entries = [entry for entry in self.tensor_map if entry]
@@ -73,7 +73,7 @@ class TensorLayout:
 
     @property
     def free(self) -> Shape:
-        """Grid axes from the left that cut nothing, outermost first."""
+        """Grid axes, from the left, that shard no dim, outermost first."""
         used = {position for dim in self.positions for position in dim}
         return tuple(axis for axis in range(len(self.dev_matrix)) if axis not in used)
 
@@ -88,7 +88,7 @@ class TensorLayout:
 
     @property
     def pieces(self) -> Shape:
-        """For each dim, in how many pieces it is cut."""
+        """For each dim the number of pieces."""
         cut = [math.prod(self.dev_matrix[axis] for axis in dim) for dim in self.positions]
         if cut:
             cut[0] *= self.shards
@@ -122,7 +122,7 @@ def boxes(layout: TensorLayout, shape: Sequence[int], local_rank: int) -> tuple[
 
 
 def full_shape(layout: TensorLayout, slice_shape: Sequence[int]) -> Shape:
-    """The shape of the tensor of which a rank holds a piece of `slice_shape`."""
+    """The global shape of a tensor of which a rank holds a slice of `slice_shape`."""
     _same_dims(layout, slice_shape)
     return tuple(n * pieces for n, pieces in zip(slice_shape, layout.pieces, strict=True))
 
@@ -152,16 +152,16 @@ def _index(dev_matrix: Shape, at: Sequence[int], axes: Sequence[int]) -> int:
 def entry(
     shape: Sequence[int], cuts: Sequence[tuple[str, int]], mesh: Mapping[str, int]
 ) -> TensorLayout | None:
-    """The layout of a tensor of `shape` cut by `cuts`, or None when the format cannot say it.
+    """The layout of a tensor of `shape` with these `cuts`, or None where the format has none.
 
     `cuts`: (axis, dim), outermost first, each in equal pieces. `mesh`: the size of each axis; one
     that is missing has size 1, `pp` does not matter. Axes: dp_replicate, dp_shard, cp, tp, and on
     the expert view of the data ranks ep and expert_shard. None means unequal pieces, or cuts over
     axes that overlap (ep and dp_shard).
 
-    Of the ways to say the same the one is taken that MindSpore's own tools read most reliably: an
+    Of equivalent layouts the one is chosen that MindSpore's own tools read most reliably: an
     optimizer shard where the ranks of the group are the outermost grid axis and the other cuts are
-    in the order of the dims; else one grid axis for each dim; else several for a dim.
+    in the order of the dims; or else one grid axis for each dim; or else several for a dim.
     """
     ranges = _ranges(mesh)
     cuts = [(axis, dim) for axis, dim in cuts if ranges[axis][1] > 1]

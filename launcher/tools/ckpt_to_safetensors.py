@@ -28,18 +28,18 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         type=Path,
         required=True,
         metavar="PATH",
-        help="a file (.ckpt, .pt, .pth, .bin), or a folder of them or of rank folders",
+        help="a file (.ckpt, .pt, .pth, .bin), a folder of them, or a folder of rank folders",
     )
     add(
         "--save_path",
         type=Path,
         metavar="DIR",
-        help="where the new files go; left out for a file: beside it",
+        help="folder of the new files; optional for a single file (default: beside it)",
     )
     add("--name_map", type=Path, metavar="JSON", help='a file such as {"old name": "new name"}')
-    add("--file_name_regex", metavar="REGEX", help="convert files in whose name it is found")
+    add("--file_name_regex", metavar="REGEX", help="convert only files whose name matches")
     add("--processes_num", type=count, default=1, metavar="N", help="files at a time (1)")
-    add("--overwrite", action="store_true", help="replace what is there")
+    add("--overwrite", action="store_true", help="replace existing files")
     return parser.parse(arguments)
 
 

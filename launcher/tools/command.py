@@ -1,7 +1,6 @@
-"""What the offline commands share: their parser, their progress and their exit codes.
+"""What the offline commands share: parser, progress and exit codes.
 
-Owns how a command answers. Mistakes on the command line are told like all others, with the nearest
-option there is.
+Mistakes on the command line are reported like all others, with the nearest valid option.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ Progress = Callable[[int, int], None]
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose mistakes are `UserError`s; options are never abbreviated."""
+    """A parser that raises `UserError`; options cannot be abbreviated."""
 
     def __init__(self, tool: str, description: str) -> None:
         super().__init__(
@@ -31,7 +30,7 @@ class Parser(argparse.ArgumentParser):
         """The command line. Raises `UserError`."""
         given = sys.argv[1:] if arguments is None else arguments
         options = [option for option in self._option_string_actions if option.startswith("--")]
-        # Before argparse looks: it would first ask for what the misspelt option was to be.
+        # Before argparse, which would first report a missing required option.
         words = [word.partition("=")[0] for word in given if word.startswith("--")]
         misspelt = [word for word in words if word not in options and word != "--"]
         known, unknown = (None, misspelt) if misspelt else self.parse_known_args(arguments)
@@ -46,16 +45,16 @@ class Parser(argparse.ArgumentParser):
         return known
 
     def add_strategies(self) -> None:
-        """`--src_strategy_dirs`: how the rank files that are read are cut."""
+        """`--src_strategy_dirs`: the layout of rank files that do not describe it."""
         self.add_argument(
             "--src_strategy_dirs",
             type=Path,
             metavar="PATH",
-            help="strategy file, or folder of them, of rank files of MindSpore; ours need none",
+            help="strategy file, or folder of them, for rank files of MindSpore",
         )
 
     def add_threads(self) -> None:
-        """`--max_process_num`, the original's name; they are threads."""
+        """`--max_process_num`, the name of MindSpore's tools: a number of threads."""
         self.add_argument(
             "--max_process_num",
             type=count,
@@ -65,7 +64,7 @@ class Parser(argparse.ArgumentParser):
         )
 
     def error(self, message: str) -> NoReturn:
-        """What argparse finds wrong."""
+        """Report an error of argparse."""
         raise UserError(message, where="command line", advice=f"See {self.prog} --help")
 
 
@@ -78,14 +77,14 @@ def truth(text: str) -> bool:
 
 
 def count(text: str) -> int:
-    """A whole number of at least 1."""
+    """An integer of at least 1."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not an integer of at least 1")
     return int(text)
 
 
 def answer(work: Callable[[Console], int]) -> int:
-    """The exit code of a command: that of `work`, or 2 after telling a mistake of the user."""
+    """The exit code of a command: that of `work`, or 2 after an error of the user."""
     _allow_many_files()
     try:
         return work(Console(enabled=True))
@@ -104,14 +103,14 @@ def answer(work: Callable[[Console], int]) -> int:
 
 
 def progress(console: Console, verb: str) -> Progress:
-    """A line with the megabytes done."""
+    """A progress line in megabytes."""
     return lambda done, total: console.progress(
         f"{verb} {done / 1e6:,.0f} of {total / 1e6:,.0f} MB", last=done == total
     )
 
 
 def _allow_many_files() -> None:
-    """A save has as many files as ranks: as many may be open as the system lets this process."""
+    """Raise the limit of open files to its maximum: a save has as many files as ranks."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -2,8 +2,8 @@
 
     python -m launcher.tools.diff output/checkpoint merged
 
-Exits with 0 when every tensor has the same bits under the same name, and with 1 after a table of
-what differs. The same in Python: `launcher.weights.diff(a, b)`.
+Exits with 0 when every tensor has the same name and bits, and with 1 after a table of the
+differences. The same in Python: `launcher.weights.diff(a, b)`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
             name.lower(),
             type=Path,
             metavar=name,
-            help="complete weights, a folder of rank folders, or a file (of a rank: its save)",
+            help="complete weights, rank folders, or a file (a rank file stands for its save)",
         )
     add("--file_suffix", metavar="E_S", help="the save, where rank folders hold several")
     parser.add_strategies()
@@ -42,7 +42,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--filter_out_param_prefix",
         default="",
         metavar="PREFIX",
-        help="leave out tensors whose name starts so; adam_ leaves optimizer state alone",
+        help="leave out tensors with this prefix; adam_ leaves out the state of AdamW",
     )
     return parser.parse(arguments)
 
@@ -70,7 +70,7 @@ def _diff(options: argparse.Namespace, console: Console) -> int:
     for line in table(found.rows):
         console.log(line)
     outcome = "equal" if found.is_equal else f"{len(found.rows)} differ"
-    console.log(f"{outcome}: {found.equal} tensors are the same")
+    console.log(f"{outcome}: {found.equal} tensors are equal")
     return EXIT_OK if found.is_equal else EXIT_DIFFERENT
 
 

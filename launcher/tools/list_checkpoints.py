@@ -2,9 +2,9 @@
 
     python -m launcher.tools.list_checkpoints output
 
-Takes the output_dir of a run or a folder of checkpoints. `>` marks the one a resume takes. Without
-`--verify` no data is read: sizes, headers, manifests and states are checked. Exits with 1 when a
-save is damaged. The same in Python: `launcher.weights.list_checkpoints(path)`.
+Takes the output_dir of a run or a folder of checkpoints. `>` marks the save that a resume takes.
+Without `--verify` sizes, headers, manifests and states are checked, but no data. Exits with 1 when
+a save is damaged. The same in Python: `launcher.weights.list_checkpoints(path)`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line. Raises `UserError`."""
     parser = Parser("list_checkpoints", "Name, step, size, layout and state of every save.")
     parser.add_argument("path", type=Path, metavar="PATH", help="output_dir, or its checkpoint/")
-    parser.add_argument("--verify", action="store_true", help="also read all and check it")
+    parser.add_argument("--verify", action="store_true", help="also read all data and check it")
     return parser.parse(arguments)
 
 
@@ -49,7 +49,7 @@ def _list(options: argparse.Namespace, console: Console) -> int:
 
 
 def table(rows: Sequence[Listed]) -> list[str]:
-    """Lines of aligned columns; what is wrong with a save comes last."""
+    """Lines of aligned columns; the state of a save comes last."""
     cells = [["", "name", "step", "size", "layout", "saved", "state"]]
     cells += [
         [

@@ -1,10 +1,10 @@
-"""Merge the strategy files of all pipeline stages into one.
+"""Merge the strategy files of all pipeline stages of MindSpore into one.
 
     python -m launcher.tools.merge_strategy --src output/strategy \\
         --dst output/merged_strategy/dst_strategy.ckpt
 
-For slicing with MindSpore's tools; our own checkpoints need no strategy files. The same in Python:
-`launcher.weights.merge_pipeline_strategys(src_strategy_dirs, dst_strategy_file)`.
+For slicing with MindSpore's tools; checkpoints of Slipway need no strategy files. The same in
+Python: `launcher.weights.merge_pipeline_strategys(src_strategy_dirs, dst_strategy_file)`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         type=Path,
         required=True,
         metavar="DIR",
-        help="holds ckpt_strategy_rank_0.ckpt, ...: of every stage one file or more",
+        help="folder with ckpt_strategy_rank_0.ckpt, ...: at least one file of every stage",
     )
     add(
         "--dst",

@@ -1,4 +1,4 @@
-"""The data of the quickstart: real text that every machine with Python has, and a tokenizer for it.
+"""The data of the quickstart: text that every Python installation has, and a tokenizer for it.
 
     python -m launcher.tools.prepare_quickstart --output_dir data/quickstart
 
@@ -7,10 +7,10 @@ Owns the folder it makes:
     train/, heldout/    the Python standard library's own source, without its tests and tables;
                         about one file in twenty is held out, chosen by a hash of its name
     tokenizer/          a byte-level BPE tokenizer trained on train/, as a Hugging Face directory
-    prepared.json       what is in there; written last
+    prepared.json       a description of the content; written last
 
 Invariants: the folder appears complete or not at all; a folder that this tool did not make is never
-touched, and one that it made is replaced only with --overwrite.
+changed, and one that it made is replaced only with --overwrite.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from typing import Any
 from launcher.errors import EXIT_OK, EXIT_USER, UserError
 
 LARGEST_CORPUS = 9_000_000
-"""Bytes: enough for a model of a few million parameters, small enough to tokenise in seconds."""
+"""Bytes: enough for a model of a few million parameters, small enough to tokenize in seconds."""
 LARGEST_FILE = 400_000
-"""Bytes: what is larger in the standard library is a table."""
+"""Bytes: larger files of the standard library are tables."""
 HELDOUT_IN = 20
 END = "<|endoftext|>"
 PAD = "<|pad|>"
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m launcher.tools.prepare_quickstart")
     parser.add_argument("--output_dir", type=Path, default=Path("data/quickstart"))
     parser.add_argument("--vocab_size", type=int, default=4096, help="tokens of the tokenizer")
-    parser.add_argument("--overwrite", action="store_true", help="make it anew")
+    parser.add_argument("--overwrite", action="store_true", help="replace the folder")
     arguments = parser.parse_args(argv)
     try:
         prepare(arguments.output_dir, arguments.vocab_size, overwrite=arguments.overwrite)
@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def prepare(output_dir: Path, vocab_size: int = 4096, *, overwrite: bool = False) -> dict[str, Any]:
-    """Make the folder, or keep the one that is there; what is in it, as `prepared.json` says."""
+    """Make the folder, or keep an existing one. Returns the content of `prepared.json`."""
     if vocab_size < 300:
         raise UserError(
             f"--vocab_size {vocab_size}",
@@ -95,7 +95,8 @@ def prepare(output_dir: Path, vocab_size: int = 4096, *, overwrite: bool = False
 
 
 def _facts_of_existing(folder: Path, vocab_size: int | None) -> dict[str, Any]:
-    """What an existing folder holds; UserError when it is not ours or not what is asked for."""
+    """The content of an existing folder. Raises `UserError` where another tool made it, or where
+    its settings differ."""
     try:
         facts: dict[str, Any] = json.loads((folder / MARKER).read_text())
     except (OSError, json.JSONDecodeError):
@@ -110,7 +111,7 @@ def _facts_of_existing(folder: Path, vocab_size: int | None) -> dict[str, Any]:
             f"{facts['requested_vocab_size']}, not {vocab_size}",
             rule="an existing folder is kept",
             nearest=f"--vocab_size {facts['requested_vocab_size']}",
-            advice="Add --overwrite to make it anew",
+            advice="Add --overwrite to replace it",
         )
     return facts
 

@@ -3,10 +3,10 @@
     python -m launcher.tools.slice_safetensors --unified_safetensors_dir merged \\
         --dst_safetensors_dir sliced --config configs/finetune.yaml
 
-The layout is the one a configuration asks for, or that of MindSpore's strategy files
-(`--predict_strategy`). Needed before no run of this launcher, which slices weights while it reads
-them. The same in Python: `launcher.weights.load_distributed_checkpoint(predict_strategy=...,
-unified_safetensors_dir=..., dst_safetensors_dir=...)`.
+The layout is that of a configuration, or of strategy files of MindSpore (`--predict_strategy`). A
+run does not need this: it slices weights while it reads them. The same in Python:
+`launcher.weights.load_distributed_checkpoint(predict_strategy=..., unified_safetensors_dir=...,
+dst_safetensors_dir=...)`.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         type=Path,
         required=True,
         metavar="DIR",
-        help="where rank_0/, ... go",
+        help="folder of the new rank_0/, ...",
     )
     layout = parser.add_mutually_exclusive_group(required=True)
     layout.add_argument(

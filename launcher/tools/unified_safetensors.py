@@ -3,7 +3,7 @@
     python -m launcher.tools.unified_safetensors --mindspore_ckpt_dir output/checkpoint \\
         --output_dir merged --file_suffix 1_100 --filter_out_param_prefix adam_
 
-The result is a Hugging Face directory that `transformers` opens. Argument names are the original's.
+The result is a Hugging Face directory that `transformers` opens. Argument names are MindSpore's.
 The same in Python: `launcher.weights.unified_safetensors(mindspore_ckpt_dir, output_dir, ...)`.
 """
 
@@ -26,21 +26,33 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "unified_safetensors", "Merge distributed weights into a complete Hugging Face directory."
     )
     add = parser.add_argument
-    add("--mindspore_ckpt_dir", type=Path, required=True, metavar="DIR", help="holds rank_0/, ...")
-    add("--output_dir", type=Path, required=True, metavar="DIR", help="where complete weights go")
+    add(
+        "--mindspore_ckpt_dir",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="folder with rank_0/, ...",
+    )
+    add(
+        "--output_dir",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="folder of the complete weights",
+    )
     add("--file_suffix", default="1_1", metavar="E_S", help="the save: *-E_S.safetensors (1_1)")
     parser.add_strategies()
     add(
         "--has_redundancy",
         type=truth,
         metavar="True|False",
-        help="assert that ranks hold all copies (True) or left them out (False)",
+        help="whether ranks hold all replicas; the files take precedence",
     )
     add(
         "--filter_out_param_prefix",
         default="",
         metavar="PREFIX",
-        help="leave out tensors whose name starts so; adam_ drops optimizer state",
+        help="leave out tensors with this prefix; adam_ drops the state of AdamW",
     )
     add(
         "--format",
@@ -51,9 +63,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
-        help="cast the weights; left out, they stay as they are",
+        help="cast the weights (default: unchanged)",
     )
-    add("--max_shard_size", default="5GB", metavar="SIZE", help="most bytes of a file (5GB)")
+    add("--max_shard_size", default="5GB", metavar="SIZE", help="maximum bytes of a file (5GB)")
     parser.add_threads()
     add("--overwrite", action="store_true", help="replace an existing output_dir")
     return parser.parse(arguments)

@@ -3,7 +3,7 @@
     python -m launcher.tools.verify output/checkpoint
 
 Takes a folder of rank folders with all its saves, complete weights, or one file. Exits with 0 when
-everything is whole, and with 1 after naming file, tensor and rank of every fault. The same in
+everything is valid, and with 1 after listing file, tensor and rank of every fault. The same in
 Python: `launcher.weights.verify(path)`.
 """
 
@@ -46,12 +46,12 @@ def _verify(options: argparse.Namespace, console: Console) -> int:
         return EXIT_FAULTS
     checked = verdict.files - verdict.unchecked
     sums = (
-        "checksums agree" if not verdict.unchecked else
-        f"checksums agree in {checked}, the others have none" if checked else
-        "headers agree, there are no checksums"
+        "checksums match" if not verdict.unchecked else
+        f"checksums match in {checked}, the others have none" if checked else
+        "headers are valid, there are no checksums"
     )  # fmt: skip
     files = f"{verdict.files} file{'s' * (verdict.files != 1)}"
-    console.log(f"{options.path}: whole: {files}, {verdict.total_bytes / 1e6:,.1f} MB, {sums}")
+    console.log(f"{options.path}: complete: {files}, {verdict.total_bytes / 1e6:,.1f} MB, {sums}")
     return EXIT_OK
 
 
