@@ -27,7 +27,7 @@ HEADER_READERS: dict[bytes, str] = {
     b"\xd9\x5e\x3a\x7f": "launcher.mindspore.ckpt_files:refuse_encrypted",
     b"\xda\x5e\x3a\x7f": "launcher.mindspore.ckpt_files:refuse_encrypted",
 }
-"""First bytes of a file that is not safetensors: path -> header, or an error that says what to do.
+"""First bytes of a file that is not safetensors: path -> header, or an error with advice.
 The first entry that fits counts."""
 
 COMPLETE_FORMS: dict[str, str] = {
@@ -130,7 +130,7 @@ def installed(table: Mapping[Key, str]) -> dict[Key, Any]:
 
 
 def required(table: Mapping[Key, str], key: Key, what: str) -> Any:
-    """What the entry `key` of `table` names. Raises `UserError` where it is missing; `what` says
+    """What the entry `key` of `table` names. Raises `UserError` where it is missing; `what` names
     what needs it."""
     value = _attribute(table[key]) if key in table else None
     if value is None:

@@ -1,10 +1,10 @@
 """The layout: for each parameter, the boxes of the global tensor a rank holds.
 
-Owns the function every other room asks (loader, saver, strategy files, tools, tests): it needs no
-process group, no file and no model in memory. What torch really made is asserted equal to it when a
-model is built. A parameter is cut in this order, each cut inside the piece the one before left:
+Owns the function that loader, saver, strategy files, tools and tests all use. It needs no process
+group, no file and no model in memory. When a model is built, what torch made is asserted equal to
+it. A parameter is sharded in this order, each step inside the result of the one before:
 
-    pp          the whole parameter lives on the ranks of its stage
+    pp          a parameter is on the ranks of its stage only
     ep          experts, dim 0 in equal pieces
     tp          the dim of the family's plan in equal pieces
     dp_shard    dim 0 in pieces of ceil(rows / ranks) (experts: `expert_shard` of them)

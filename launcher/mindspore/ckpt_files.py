@@ -1,4 +1,4 @@
-"""`.ckpt` files of MindSpore, which are not read: the errors that say how to convert them."""
+"""`.ckpt` files of MindSpore, which are not read: errors with the way to convert them."""
 
 from __future__ import annotations
 

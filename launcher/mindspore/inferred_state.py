@@ -8,7 +8,7 @@ Owns the source of each number:
     loss scale   `loss_scale`, where the loss scale of this run is dynamic
 
 Tokens are counted from 0. Data, configuration and versions are not in such a save: they are assumed
-to be those of this run, and the resume report says so.
+to be those of this run, which the resume report states.
 """
 
 from __future__ import annotations

@@ -59,7 +59,7 @@ def not_after_meta(root: Path, found: Sequence[Save], world: World, log: Log) ->
         raise UserError(
             f"{root} holds no save of {bound.prefix!r} up to epoch {bound.epoch}, step "
             f"{bound.step}",
-            rule="the smallest meta.json of all ranks says up to where every rank has saved",
+            rule="the smallest meta.json of all ranks is the last save that every rank has",
             nearest=f"It holds {', '.join(save.label for save in found[-FAULTS_SHOWN:])}",
             advice="Name one of them as resume_training",
         )

@@ -123,7 +123,7 @@ def _field(data: bytes, at: int, stop: int) -> tuple[int, Field]:
     else:
         raise WireError(at, f"{protobuf_wire} is not a wire type in use")
     if length > stop - begin:
-        raise WireError(at, f"field {number} says {length} bytes, {stop - begin} are left")
+        raise WireError(at, f"field {number} claims {length} bytes, {stop - begin} are left")
     return number, Field(at, protobuf_wire, begin, begin + length)
 
 

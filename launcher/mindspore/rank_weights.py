@@ -238,8 +238,8 @@ def _check_complete(run: Run, source: Source, lost: Sequence[int]) -> None:
     try:
         check_complete(source, lost)
     except UserError as error:
-        says = f"The strategy files describe {run.world_size} ranks, {len(run.files)} have a file"
-        raise UserError(replace(problem, nearest=says) for problem in error.problems) from error
+        counts = f"The strategy files describe {run.world_size} ranks, {len(run.files)} have a file"
+        raise UserError(replace(problem, nearest=counts) for problem in error.problems) from error
 
 
 def _check_copies(run: Run, tensors: Mapping[str, Pieces]) -> None:

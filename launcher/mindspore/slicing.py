@@ -87,8 +87,8 @@ def load_distributed_checkpoint(
     *,
     overwrite: bool = False,
 ) -> Sliced:
-    """Slice the complete weights in `unified_safetensors_dir` as `predict_strategy` (a strategy
-    file, or a folder of them) says, into rank files in `dst_safetensors_dir`.
+    """Slice the complete weights in `unified_safetensors_dir` by `predict_strategy`, a strategy
+    file or a folder of them, into rank files in `dst_safetensors_dir`.
 
     Name and arguments are MindSpore's; `max_process_num`: number of threads. Raises `UserError`,
     also for a `network`, which cannot be loaded here.

@@ -302,7 +302,7 @@ def _check_decided(taken: WeightSet, other: WeightSet) -> None:
         return
     difference = ""
     if other.form == "loose" and taken.index is not None:
-        return  # the index says which files count
+        return  # the index lists the files of the model
     if taken.form == "single" and taken.is_safetensors and other.form != "foreign":
         difference = _difference(taken, other)
         if not difference:

@@ -90,7 +90,7 @@ def has_form(name: str, index: Path | None, metadata: Iterable[Mapping[str, str]
 
 
 def form_of(metadata: Mapping[str, str]) -> CompleteForm:
-    """The form of a file with this metadata; that of Hugging Face where it does not say."""
+    """The form of a file with this metadata; that of Hugging Face by default."""
     return _by_metadata().get(metadata.get("format", ""), HUGGING_FACE)
 
 

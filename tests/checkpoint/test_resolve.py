@@ -78,7 +78,7 @@ def test_what_nobody_else_holds_cannot_be_made_up_for(tmp_path: Path) -> None:
 def test_two_runs_in_one_folder_are_not_mixed(tmp_path: Path) -> None:
     ours, theirs = save(tmp_path / "ours", 1), save(tmp_path / "theirs", 2)
     shutil.copy(theirs[1], ours[1])
-    with pytest.raises(UserError, match=r"`w` differs in .*: these are of two runs or steps"):
+    with pytest.raises(UserError, match=r"`w` differs in .*: these files are of two runs or steps"):
         open_weights(tmp_path / "ours", ALONE, print)
 
 
@@ -106,12 +106,12 @@ def test_a_damaged_manifest_is_passed_over_or_done_without(tmp_path: Path) -> No
     assert said[0] == f"skipped CKP-1_2: {manifests[1]} is damaged"
     file = tmp_path / "rank_0/CKP_rank_0-1_2.safetensors"
     assert opened(file)[1] == [
-        f"{manifests[1]} is damaged: the files of CKP-1_2 are taken by their names",
+        f"{manifests[1]} is damaged: the files of CKP-1_2 are found by their names",
         f"{file}: checkpoint CKP-1_2",
     ]
     assert len(opened(tmp_path / "rank_0/CKP_rank_0-1_1.safetensors")[1]) == 1
     manifests[0].unlink()
-    assert opened(tmp_path)[1][0].endswith("the files of CKP-1_2 are taken by their names")
+    assert opened(tmp_path)[1][0].endswith("the files of CKP-1_2 are found by their names")
 
 
 @pytest.mark.parametrize(

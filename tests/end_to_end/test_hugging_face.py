@@ -280,9 +280,9 @@ def test_merging_never_harms_its_input(workshop: Workshop, capsys) -> None:
     before = sorted(str(path) for path in (workshop.folder / "output").rglob("*"))
     (workshop.folder / "file").write_text("")
     wrong = {
-        str(workshop.folder / "output"): "holds, or lies in,",
-        str(root): "holds, or lies in,",
-        str(root / "merged"): "holds, or lies in,",
+        str(workshop.folder / "output"): "contains, or is in,",
+        str(root): "contains, or is in,",
+        str(root / "merged"): "contains, or is in,",
         str(workshop.folder / "file"): "is a file",
         str(workshop.folder / "1_20"): "is not empty",
     }

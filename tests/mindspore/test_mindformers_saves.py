@@ -191,7 +191,7 @@ def test_nothing_is_up_to_the_smallest_meta_json(tmp_path: Path) -> None:
         chosen(root)
     assert str(caught.value) == (
         f"{root} holds no save of 'mf' up to epoch 1, step 5: the smallest meta.json of all ranks "
-        "says up to where every rank has saved. It holds mf-1_10, mf-1_15. Name one of them as "
+        "is the last save that every rank has. It holds mf-1_10, mf-1_15. Name one of them as "
         "resume_training."
     )
 

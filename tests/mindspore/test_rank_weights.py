@@ -370,41 +370,42 @@ def no_layouts(folder: Path) -> object:
 
 GIVE = "Give the strategy files of the run that wrote the rank files, of all pipeline stages."
 MISFITS: tuple[tuple[Opened, str], ...] = (
-    (lost_part, "{f} does not hold all of `w` (16 of 32 elements): ranks 1, 3 have no "
-     "whole file in {f}, and no other rank holds their parts. The strategy files describe "
+    (lost_part, "{f} does not hold all of `w` (16 of 32 elements): ranks 1, 3 have no valid file "
+                "in {f}, and no other rank holds their parts. The strategy files describe "
      "4 ranks, 2 have a file. Copy the missing rank folders, or choose another checkpoint."),
-    (lost_stage, "{f}: no file holds `v`: the strategy files list them; of 8 ranks there is no "
-     "file of 4, 5, 6, 7. Copy the missing rank folders. " + GIVE),
+    (lost_stage, "{f}: no file holds `v`: the strategy files list them; of 8 ranks the file is "
+                 "missing of 4, 5, 6, 7. Copy the missing rank folders. " + GIVE),
     (too_many_ranks, "{f}: {f}/rank_7/toy_rank_7-1_2.safetensors is of rank 7: the strategy files "
      "describe 4 ranks, from 0 on. " + GIVE),
     (only_stage_1, "{f}: the strategy files describe pipeline stage 1: the stages of a run are 0 "
      "to n - 1 without gaps. " + GIVE),
     (uneven_stages, "{f}: the strategy files describe stages of 2 and of 4 ranks: all stages of a "
-     "run have equally many ranks. " + GIVE),
+                    "run have the same number of ranks. " + GIVE),
     (stages_swapped, "{f}: {f}/rank_0/toy_rank_0-1_2.safetensors holds `w`: the strategy files "
      "have it in pipeline stage 1, which is ranks 4 to 7. " + GIVE),
     (other_dims, "{f}: `w` has shape [4, 4] in {f}/rank_0/toy_rank_0-1_2.safetensors: the layout "
      "is of a tensor of 1 dims, the shape is [4, 4]: the strategy files must be of the run that "
      "wrote the rank files. " + GIVE),
     (other_grid, "{f}: `w` differs in {f}/rank_0/toy_rank_0-1_2.safetensors and "
-     "{f}/rank_2/toy_rank_2-1_2.safetensors: as the strategy files have it, these ranks hold "
-     "copies of one part. " + GIVE),
+     "{f}/rank_2/toy_rank_2-1_2.safetensors: by the strategy files these ranks hold replicas of "
+     "one shard. " + GIVE),
     (more_ranks_than_files, "{f} does not hold all of `w` (64 of 128 elements): ranks 4, 5, 6, 7 "
      "have no valid file in {f}, and no other rank holds their parts. The strategy files "
      "describe 8 ranks, 4 have a file. Copy the missing rank folders, or choose another "
      "checkpoint."),
-    (unknown_matrix, "{f}: the strategy files do not have `adam_m.w`: they say how every matrix "
-     "of the run that wrote the rank files is cut, its optimizer state too. " + GIVE),
+    (unknown_matrix, "{f}: the strategy files do not have `adam_m.w`: they list every matrix of "
+                     "the run that wrote the rank files, and its optimizer state. " + GIVE),
     (two_steps, "{f}: {f}/rank_0/toy_rank_0-1_2.safetensors has step_num 6, "
      "{f}/rank_3/toy_rank_3-1_2.safetensors has 12: the files of one save are of one step. Move "
      "the files of the other run or step away."),
     (two_shapes, "{f}: `w` is F32 [8, 4] in {f}/rank_0/toy_rank_0-1_2.safetensors, F32 [6, 4] in "
-     "{f}/rank_3/toy_rank_3-1_2.safetensors: all ranks of one save agree on it."),
+     "{f}/rank_3/toy_rank_3-1_2.safetensors: shape and dtype of a tensor are the same on all "
+     "ranks of a save."),
     (one_rank_twice, "{f}/rank_0/toy_rank_0_1-1_2.safetensors and toy_rank_0-1_2.safetensors are "
-     "of one rank: one file a rank belongs to a save, in rank_<number>/. Move the files of the "
+     "of one rank: a save has one file for each rank, in rank_<number>/. Move the files of the "
      "other run away."),
-    (no_rank_folder, "{f}/toy.safetensors lies in no rank folder: one file a rank belongs to a "
-     "save, in rank_<number>/. Move the files of the other run away."),
+    (no_rank_folder, "{f}/toy.safetensors is not in a rank folder: a save has one file for each "
+                     "rank, in rank_<number>/. Move the files of the other run away."),
     (no_layouts, "{f}: the strategy files describe no pipeline stage: the stages of a run are 0 "
      "to n - 1 without gaps. " + GIVE),
 )  # fmt: skip

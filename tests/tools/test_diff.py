@@ -30,7 +30,7 @@ def test_layouts_and_formats_are_no_difference(tmp_path: Path, capsys) -> None:
              str(tmp_path / "two" / "rank_1" / "CKP_rank_1-1_1.safetensors")]  # fmt: skip
     for side in sides:
         assert main([side, full]) == 0
-        assert capsys.readouterr().out.endswith("equal: 11 tensors are the same\n")
+        assert capsys.readouterr().out.endswith("equal: 11 tensors are equal\n")
 
 
 def test_the_table_says_what_differs(tmp_path: Path, capsys) -> None:
@@ -56,7 +56,7 @@ def test_the_table_says_what_differs(tmp_path: Path, capsys) -> None:
         ["proj", "differs", "nan", "1 of 48 elements"],
         ["embed", "differs", "0.5", "1 of 52 elements"],
         ["norm", "renamed", "is final_norm in B"],
-        ["7 differ: 0 tensors are the same"],
+        ["7 differ: 0 tensors are equal"],
     ]  # fmt: skip
 
 

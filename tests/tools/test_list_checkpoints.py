@@ -58,7 +58,7 @@ def test_whole_saves_and_the_one_a_resume_takes(root: Path, capsys) -> None:
     assert [row.split()[:3] for row in rows] == [
         ["CKP-1_5", "5", "0.0"], ["CKP-1_10", "10", "0.0"], [">", "CKP-1_15", "15"],
     ]  # fmt: skip
-    assert all("1 rank (not cut)" in row and row.endswith("whole") for row in rows)
+    assert all("1 rank (not cut)" in row and row.endswith("complete") for row in rows)
     assert [row.step for row in launcher.weights.list_checkpoints(root)] == [5, 10, 15]
 
 
@@ -67,7 +67,7 @@ def test_what_is_wrong_is_named(root: Path, capsys) -> None:
     flip(root / "state" / "CKP-1_10.json", 5)
     rows = lines(root, capsys, code=1)[2:]
     assert rows[0].startswith(">")
-    assert rows[0].endswith("whole")
+    assert rows[0].endswith("complete")
     assert "damaged: " in rows[1]
     assert "changed since it was saved" in rows[1]
     assert f"damaged: rank 0: {file(root, 15)} has" in rows[2]
@@ -100,7 +100,7 @@ def test_a_save_that_other_ranks_make_whole_is_what_a_resume_takes(tmp_path: Pat
     (tmp_path / "rank_1" / "CKP_rank_1-1_2.safetensors").unlink()
     row = lines(tmp_path, capsys, code=1)[3]
     assert row.startswith(">")
-    assert "damaged (a resume does with what the other ranks hold): rank 1: " in row
+    assert "damaged (a resume reads the replicas of other ranks): rank 1: " in row
 
 
 def test_a_resume_takes_no_weights_alone(root: Path, capsys) -> None:

@@ -191,7 +191,7 @@ def test_a_file_without_content(source: Path, target: Path, capsys) -> None:
     ):
         (source / "z.ckpt").write_bytes(serialize(strategy))
         error = said(source, target, capsys)
-        assert f"{source}/z.ckpt: {what}: the first operator says which pipeline stage" in error
+        assert f"{source}/z.ckpt: {what}: the first operator gives the pipeline stage" in error
 
 
 MERGED_NAME = "merged_ckpt_strategy.ckpt"
@@ -257,14 +257,14 @@ def test_two_runs_are_mixed(source: Path, target: Path, capsys) -> None:
     (source / NAME.format(2)).write_bytes(strategy_file({"w0": REPLICATED}, 0))
     assert said(source, target, capsys) == (
         f"error: {source}/ckpt_strategy_rank_2.ckpt: contradicts ckpt_strategy_rank_0.ckpt: both "
-        "are of pipeline stage 0, and w0 lies differently: all files of a stage have the same "
+        "are of pipeline stage 0, and w0 has another layout: all files of a stage have the same "
         "content. "
         "ckpt_strategy_rank_0.ckpt: dev_matrix (2, 2), tensor_map ((0, -1),), shard_step 0, "
         "shard_size 0; ckpt_strategy_rank_2.ckpt: dev_matrix (2, 2), tensor_map ((-1, -1),), "
         "shard_step 0, shard_size 0. Move the files of the other run away."
     )
     (source / NAME.format(2)).write_bytes(strategy_file({"w0": CUT, "more": CUT}, 0))
-    assert "more lies differently" in (error := said(source, target, capsys))
+    assert "more has another layout" in (error := said(source, target, capsys))
     assert "ckpt_strategy_rank_0.ckpt: not there; " in error
 
 
@@ -290,7 +290,7 @@ def test_stages_of_different_size(source: Path, target: Path, capsys) -> None:
         layout = TensorLayout((8,), ((0, -1),))
         (source / NAME.format(rank)).write_bytes(strategy_file({"w": layout}, 1))
     error = said(source, target, capsys)
-    assert "stage 0 has 4 ranks, stage 1 has 8: all stages have equally many ranks" in error
+    assert "stage 0 has 4 ranks, stage 1 has 8: all stages have the same number of ranks" in error
 
 
 def test_an_existing_file_is_kept_unless_asked(source: Path, target: Path, capsys) -> None:

@@ -238,7 +238,7 @@ def wrong_cases(folder: Path) -> dict[str, list[str]]:
             [f"{at}/w.safetensors", "--predict_strategy", f"{at}/w.ckpt"],
         "the layout knows no tensor of": [f"{at}/w.safetensors", "--predict_strategy",
                                           f"{at}/other.ckpt"],
-        "holds weights in 8 bits, such as `w.weight`":
+        "holds FP8 weights, such as `w.weight`":
             [f"{at}/f8.safetensors", "--predict_strategy", f"{at}/w.weight.ckpt"],
         "parallel_config.model_parallel": [f"{at}/w.safetensors", "--config", f"{at}/bad.yaml"],
         "there is no such path": [f"{at}/nowhere", "--config", f"{at}/bad.yaml"],
@@ -258,7 +258,7 @@ def test_mistakes_have_a_way_out_and_leave_nothing(tmp_path: Path, capsys) -> No
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ({"network": object()}, "fills no network"),
+        ({"network": object()}, "cannot load a network"),
         ({"format": "ckpt"}, "format = 'ckpt': it writes rank files of safetensors"),
         ({"predict_strategy": {"w": []}}, r"predict_strategy = \{'w': \[\]\}: a path is needed"),
         ({}, "predict_strategy = None"),

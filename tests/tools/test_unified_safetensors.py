@@ -129,12 +129,12 @@ def test_what_another_process_writes_is_left_to_it(ranks: Path, capsys) -> None:
 def test_the_files_say_whether_copies_were_left_out(tmp_path: Path, ranks: Path, capsys) -> None:
     assert merge(ranks, "--has_redundancy", "False") == 0
     said = capsys.readouterr().out
-    assert "has_redundancy = False: no effect, the files say remove_redundancy = False" in said
+    assert "has_redundancy = False: no effect, the files have remove_redundancy = False" in said
     bare = tmp_path / "bare"
     replica_ranks = {name: index % 2 for index, name in enumerate(tensors())}
     save(bare, tensors(), Mesh(dp_replicate=2), replica_ranks=replica_ranks)
     assert merge(bare, "--has_redundancy", "true", "--overwrite") == 0
-    assert "the files say remove_redundancy = True, which counts" in capsys.readouterr().out
+    assert "the files have remove_redundancy = True" in capsys.readouterr().out
     assert same(content(tmp_path / "out"), tensors())
     assert merge(bare, "--has_redundancy", "False", "--overwrite") == 0
     assert "no effect" not in capsys.readouterr().out
@@ -172,7 +172,7 @@ def test_a_file_of_another_run_is_refused(tmp_path: Path, capsys) -> None:
     error = refused(ranks, capsys)
     assert f"{files[1]} is not the file that was published with the save CKP-1_1" in error
     shutil.rmtree(ranks / "manifest")
-    assert "these are of two runs or steps" in refused(ranks, capsys)
+    assert "these files are of two runs or steps" in refused(ranks, capsys)
     files[1].rename(files[1].with_name("CKP_rank_1_1-1_1.safetensors"))
     assert "mixes two saves: CKP_rank_0-1_1.safetensors and CKP_rank_1_1" in refused(ranks, capsys)
 

@@ -32,8 +32,8 @@ def ranks(tmp_path: Path) -> Path:
 def test_whole_saves_in_one_line(ranks: Path, capsys) -> None:
     assert main([str(ranks)]) == 0
     out = capsys.readouterr().out
-    assert out.startswith(f"{ranks}: whole: 4 files, ")
-    assert out.endswith(" MB, checksums agree\n")
+    assert out.startswith(f"{ranks}: complete: 4 files, ")
+    assert out.endswith(" MB, checksums match\n")
     verdict = launcher.weights.verify(ranks / "rank_1" / "CKP_rank_1-1_2.safetensors")
     assert (verdict.is_complete, verdict.files, verdict.unchecked) == (True, 1, 0)
     assert launcher.weights.verify(str(ranks / "rank_0")).files == 2
@@ -117,7 +117,7 @@ def complete(folder: Path) -> Path:
 def test_complete_weights_and_their_index(tmp_path: Path, capsys) -> None:
     folder = complete(tmp_path / "full")
     assert main([str(folder)]) == 0
-    assert "headers agree, there are no checksums" in capsys.readouterr().out
+    assert "headers are valid, there are no checksums" in capsys.readouterr().out
     save_file({"a": torch.ones(2), "stray": torch.ones(2)}, folder / "m-1.safetensors")
     assert main([str(folder)]) == 1
     assert "m-1.safetensors: `stray` is not in model.safet" in capsys.readouterr().err

@@ -251,20 +251,20 @@ RANKS = (
         "m_rank_1-1_1.safetensors of 2 ranks (dp_replicate 2): all ranks of a save have one "
         f"layout. {OTHER_RUN}", open_ranks),
     Bad("two runs, of replicas", two_runs(Mesh(dp_replicate=2)),
-        f"`scalar` differs in {RANK_0} and {RANK_1}: ranks of one save hold the same there: these "
+        f"`scalar` differs in {RANK_0} and {RANK_1}: replicas of one save are equal: these files "
         f"are of two runs or steps. {OTHER_RUN}", open_ranks),
     Bad("two runs, of shards with one copied scalar", two_runs(Mesh(dp_shard=2)),
-        f"`scalar` differs in {RANK_0} and {RANK_1}: ranks of one save hold the same there: these "
+        f"`scalar` differs in {RANK_0} and {RANK_1}: replicas of one save are equal: these files "
         f"are of two runs or steps. {OTHER_RUN}", open_ranks),
     Bad("two files of one rank", two_of_one_rank,
-        "{folder}: {folder}/rank_0/other_rank_0-1_1.safetensors was written by rank 0 of 2: one "
-        f"file a rank belongs to a save; {RANK_0} is of that rank too. {OTHER_RUN}", open_ranks),
+        "{folder}: {folder}/rank_0/other_rank_0-1_1.safetensors was written by rank 0 of 2: a "
+        f"save has one file for each rank; {RANK_0} is of that rank too. {OTHER_RUN}", open_ranks),
     Bad("rank out of range", noted(rank=5),
-        f"{{folder}}: {RANK_0} was written by rank 5 of 2: one file a rank belongs to a save. "
+        f"{{folder}}: {RANK_0} was written by rank 5 of 2: a save has one file for each rank. "
         f"{OTHER_RUN}", open_ranks),
     Bad("two shapes of one tensor", two_shapes,
-        f"{{folder}}: `w` is F32 [2] in {RANK_0}, F32 [3] in {RANK_1}: all ranks of one save agree "
-        f"on it. {OTHER_RUN}", open_ranks),
+        f"{{folder}}: `w` is F32 [2] in {RANK_0}, F32 [3] in {RANK_1}: shape and dtype of a "
+        f"tensor are the same on all ranks of a save. {OTHER_RUN}", open_ranks),
     Bad("a rank lost that nobody replaces", lambda folder: sharded(folder)[1].unlink(),
         "{folder} does not hold all of `embed` (28 of 52 elements), `norm` (3 of 5 elements), "
         "`proj` (16 of 24 elements): rank 1 has no valid file in {folder}, and no other rank "
@@ -277,12 +277,12 @@ RANKS = (
     Bad("more ranks than there can be", noted(world_size=2**62, tensors={
             "w": {"shape": [3], "boxes": [[[0], [2]]]}}),
         "{folder} does not hold all of `w` (2 of 3 elements): ranks 1, 2, 3, 4, 5 ... have no "
-        "whole file in {folder}, and no other rank holds their parts. Copy the missing rank "
+        "valid file in {folder}, and no other rank holds their parts. Copy the missing rank "
         "folders, or choose another checkpoint.", open_ranks),
     Bad("box outside", placed([[[1], [2]]]),
         f"{DAMAGED}the box of `w` is not inside its shape [2]. {CHOOSE}", open_ranks),
     Bad("box of another size", placed([[[0], [1]]]),
-        f"{DAMAGED}`w` has shape [2], its box says [1]. {CHOOSE}", open_ranks),
+        f"{DAMAGED}`w` has shape [2], its box [1]. {CHOOSE}", open_ranks),
     Bad("two boxes", placed([[[0], [1]], [[1], [1]]]),
         f"{DAMAGED}its metadata has no box for `w`. {CHOOSE}", open_ranks),
     Bad("box that is half an element off", placed([[[0.5], [2]]], [3]), NO_NOTE, open_ranks),

@@ -111,8 +111,8 @@ def test_a_prefix_of_some_names_explains_nothing(tmp_path: Path) -> None:
 
 FOREIGN = {
     "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": "an adapter of PEFT (LoRA)",
-    "model.layers.0.self_attn.q_proj.qweight": "weights quantised by GPTQ or AWQ",
-    "model.layers.0.self_attn.q_proj.weight.absmax": "weights quantised by bitsandbytes",
+    "model.layers.0.self_attn.q_proj.qweight": "weights quantized by GPTQ or AWQ",
+    "model.layers.0.self_attn.q_proj.weight.absmax": "weights quantized by bitsandbytes",
     "layers.0.attention.wq.weight": "under the names of Meta or Mistral",
     "model.tok_embeddings.embedding_weight": "under the names of MindFormers' own models",
     "decoder.layers.0.self_attention.linear_qkv.weight": "under the names of Megatron",

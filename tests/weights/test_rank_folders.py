@@ -58,7 +58,7 @@ def test_folders_without_weights(tmp_path: Path) -> None:
     assert saves(tmp_path) == []
     with pytest.raises(UserError, match="has rank folders without weights"):
         newest(tmp_path)
-    with pytest.raises(UserError, match="lies in no rank folder"):
+    with pytest.raises(UserError, match="is not in a rank folder"):
         save_of(tmp_path / "x.safetensors")
 
 

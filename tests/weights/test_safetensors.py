@@ -107,7 +107,7 @@ LIES = {
     "a list": (header_bytes([1]), "its header is not a JSON map"),
     "doubled key": (
         header_bytes(b'{"a":{"dtype":"U8","shape":[0],"data_offsets":[0,0]},"a":1}'),
-        "a key stands twice",
+        "duplicate key",
     ),
     "unknown dtype": (header_bytes({"w": entry(dtype="F99")}, bytes(8)), "unknown dtype 'F99'"),
     "negative size": (header_bytes({"w": entry(shape=[-2])}, bytes(8)), "shape [-2]"),

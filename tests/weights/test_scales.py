@@ -104,25 +104,24 @@ BAD: dict[str, tuple[Change, Any, str]] = {
     "no factors": (
         lambda t: {NAME: t[NAME]},
         CONFIG,
-        "`a.weight` is in 8 bits (F8_E4M3) and there is no `a.weight_scale_inv`: every block of "
-        "such a weight is multiplied by a factor of that tensor.",
+        "`a.weight` is F8_E4M3 and there is no `a.weight_scale_inv`: every block of an FP8 weight "
+        "is multiplied by a scale of that tensor.",
     ),
     "factors of a weight that has none": (
         lambda t: {NAME: t[NAME].bfloat16(), FACTORS: t[FACTORS]},
         CONFIG,
-        "`a.weight` is BF16 and has factors: `a.weight_scale_inv`: factors belong to weights in 8 "
-        "bits; others are what they are.",
+        "`a.weight` is BF16 and has scales: `a.weight_scale_inv`: only FP8 weights have scales.",
     ),
     "one factor too few": (
         lambda t: {NAME: t[NAME], FACTORS: t[FACTORS][:2]},
         CONFIG,
-        "`a.weight_scale_inv` has the shape [2, 3]: `a.weight` has [53, 47], and blocks of 24 x 20 "
-        "share a factor.",
+        "`a.weight_scale_inv` has the shape [2, 3]: `a.weight` has [53, 47], and blocks of 24 x "
+        "20 share a scale.",
     ),
     "another block": (
         lambda t: t,
         {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}},
-        "blocks of 128 x 128 share a factor. Correct quantization_config.weight_block_size",
+        "blocks of 128 x 128 share a scale. Correct quantization_config.weight_block_size",
     ),
     "factors of one dim": (
         lambda t: {NAME: t[NAME], FACTORS: t[FACTORS].flatten()},
@@ -132,18 +131,18 @@ BAD: dict[str, tuple[Change, Any, str]] = {
     "whole numbers": (
         lambda t: {NAME: t[NAME], FACTORS: t[FACTORS].int()},
         CONFIG,
-        "`a.weight_scale_inv` is I32: factors are floating point: F32, BF16, F16, F8_E8M0.",
+        "`a.weight_scale_inv` is I32: scales are floating point: F32, BF16, F16, F8_E8M0.",
     ),
     "another way": (
         lambda t: t,
         {"quantization_config": {"quant_method": "gptq", "bits": 4}},
-        "quantization_config = {'quant_method': 'gptq'}: weights in 8 bits are read where blocks "
+        "quantization_config = {'quant_method': 'gptq'}: FP8 weights are read where blocks "
         "of them share a factor. Possible: quant_method fp8, weight_block_size [128, 128].",
     ),
     "no block": (
         lambda t: t,
         {"quantization_config": {"quant_method": "fp8", "weight_block_size": None}},
-        "weight_block_size': None}: weights in 8 bits are read where blocks",
+        "weight_block_size': None}: FP8 weights are read where blocks",
     ),
     "a list": (lambda t: t, [1], "config.json cannot be read (AttributeError)"),
 }

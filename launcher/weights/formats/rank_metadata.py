@@ -133,7 +133,7 @@ def _place(path: Path, name: str, entry: Entry, place: Any) -> tuple[Shape, Box]
     if not all(map(are_non_negative, (offset, size, shape))):
         raise ValueError("not integers of 0 or more")
     if tuple(size) != entry.shape:
-        raise _damaged(path, f"`{name}` has shape {list(entry.shape)}, its box says {size}")
+        raise _damaged(path, f"`{name}` has shape {list(entry.shape)}, its box {size}")
     ends = [start + length for start, length in zip(offset, size, strict=True)]
     if len(shape) != len(ends) or any(end > n for end, n in zip(ends, shape, strict=True)):
         raise _damaged(path, f"the box of `{name}` is not inside its shape {shape}")

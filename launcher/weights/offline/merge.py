@@ -49,8 +49,9 @@ def unified_safetensors(
     complete weights in `output_dir`. Names are those of the command of the same name.
 
     `src_strategy_dirs`: only for rank files that do not describe their layout. `has_redundancy`:
-    whether the ranks hold all replicas; what the files say takes precedence. `max_process_num`:
-    number of threads. `dtype` (float32, bfloat16, float16): cast the weights. Raises `UserError`.
+    whether the ranks hold all replicas; the metadata of the files takes precedence.
+    `max_process_num`: number of threads. `dtype` (float32, bfloat16, float16): cast the weights.
+    Raises `UserError`.
     """
     return merge(
         Path(mindspore_ckpt_dir),
