@@ -165,7 +165,7 @@ REMOVED: dict[str, Sequence[str]] = {
     "strategy files": ("merge_strategy: this installation has no support", NOT_INSTALLED),
     "slicing by a strategy": ("--predict_strategy: this installation", NOT_INSTALLED),
 }
-"""Without its entries nothing knows that a file is of MindSpore: what any unknown file is told."""
+"""Without the entries files of MindSpore are unknown files: parts of the errors for those."""
 
 
 @pytest.mark.parametrize("case", CASES)

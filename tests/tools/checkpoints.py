@@ -1,4 +1,4 @@
-"""What the tests of the offline tools work on: small saves, told from one another by their seed."""
+"""Material of the tests of the offline tools: small saves, distinguished by their seed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Two checkpoints of any layout and format: the same, or a table that says where not."""
+"""Two checkpoints of any layout and format: equal, or a table of differences."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the listing says of saves that are whole, damaged, unfinished, or not there."""
+"""The rows of the listing for saves that are complete, damaged, unfinished, or missing."""
 
 from __future__ import annotations
 

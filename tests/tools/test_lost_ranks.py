@@ -1,4 +1,4 @@
-"""A rank file that is lost: made up for where others hold the same, never taken for whole."""
+"""A missing rank file: replaced by replicas where there are some, never ignored."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The offline tools as processes: small, without torch, and whole or not there when they end."""
+"""The offline tools as processes: small, without torch, and with complete output or none."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every fault is named with file, tensor and rank; what is whole is said in one line."""
+"""Every fault is reported with file, tensor and rank; valid weights in one line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bad files and folders: what is wrong is told in whole sentences, and nothing of it is loaded.
+"""Bad files and folders: the error has four parts, and nothing of them is loaded.
 
 Each row of the first table builds a folder that is wrong in one way. `{folder}` in a text stands
 for it. What is right in spite of its look is at the end.

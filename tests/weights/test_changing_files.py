@@ -1,4 +1,4 @@
-"""Files that change while they are read: told, and nothing of them is believed."""
+"""Files that change while they are read: an error, and nothing of them is used."""
 
 from __future__ import annotations
 

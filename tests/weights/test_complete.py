@@ -1,4 +1,4 @@
-"""Folders with more than one set of complete weights: what `transformers` takes is taken and said,
+"""Folders with more than one set of complete weights: the choice is that of `transformers`,
 and where nothing decides, both are named."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Any layout to any layout: what is loaded is what was saved, or the user is told all about it."""
+"""Any layout to any layout: what is loaded is what was saved, or an error lists all differences."""
 
 from __future__ import annotations
 

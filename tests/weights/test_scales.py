@@ -1,4 +1,4 @@
-"""Weights in 8 bits: any box of them is that box of the whole multiplied out, or a clear error."""
+"""FP8 weights: any box of them equals that box of the multiplied weight, or a clear error."""
 
 from __future__ import annotations
 
