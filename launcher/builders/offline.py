@@ -61,7 +61,7 @@ class ConfiguredLayout:
         }  # fmt: skip
 
     def _in_files(self, name: str, shape: Shape, box: Box) -> Iterator[tuple[str, Box]]:
-        """(name in files, box of that tensor) of each part of a box of the model's tensor `name`."""
+        """(name in files, box of that tensor) of each part of a box of the model's `name`."""
         found = self.mappings_of(name, shape)
         if found is None:
             yield name, box
