@@ -76,12 +76,12 @@ def test_each_file_system_is_counted_apart(tmp_path: Path, monkeypatch: pytest.M
 def test_more_than_a_tenth_of_the_time_is_a_warning(
     save_seconds: float, step_seconds: float, suggested: int | None
 ) -> None:
-    overhead, now, said = SaveOverhead(), 0.0, []
+    overhead, now, logged = SaveOverhead(), 0.0, []
     for step in range(1, 8):
         now += step_seconds
-        said.append(overhead.add(step, now, now + save_seconds))
+        logged.append(overhead.add(step, now, now + save_seconds))
         now += save_seconds
-    warnings = [line for line in said if line]
+    warnings = [line for line in logged if line]
     assert len(warnings) == (suggested is not None)
     if suggested:
         assert f"set save_checkpoint_steps to {suggested} or more" in warnings[0]

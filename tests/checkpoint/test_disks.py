@@ -74,13 +74,13 @@ class Nodes:
 
     def choose(self) -> tuple[list[Chosen | None], list[str]]:
         """The choice of each rank, and the log of rank 0."""
-        said: list[str] = []
+        logged: list[str] = []
 
         def work(world: World) -> Chosen | None:
-            log = said.append if world.is_main else lambda text: None
+            log = logged.append if world.is_main else lambda text: None
             return choose(self.of(world), True, world, log)
 
-        return together(WORLD, work), said
+        return together(WORLD, work), logged
 
     def steps(self) -> list[list[int]]:
         """The saves that each disk has published."""
@@ -165,8 +165,8 @@ def test_each_disk_has_its_files_and_the_same_manifest(nodes: Nodes) -> None:
     assert sorted(path.name for path in nodes.folders[1].glob("rank_*/*-1_2.*")) == [
         "CKP_rank_2-1_2.safetensors", "CKP_rank_3-1_2.safetensors",
     ]  # fmt: skip
-    chosen, said = nodes.choose()
-    assert said == []
+    chosen, logged = nodes.choose()
+    assert logged == []
     for rank, found in enumerate(chosen):
         assert found is not None
         assert (found.name.step, found.is_newest, found.state["global_step"]) == (2, True, 2)
@@ -224,12 +224,12 @@ def test_damage_on_one_disk_makes_all_ranks_take_the_one_before(
     for step in (1, 2):
         nodes.save(step)
     damage(nodes.folders[node])
-    chosen, said = nodes.choose()
+    chosen, logged = nodes.choose()
     assert [found and (found.name.step, found.is_newest) for found in chosen] == [(1, False)] * 4
     assert any(
         line.startswith("skipped CKP-1_2: ") and reason.format(leader=2 * node) in line
-        for line in said
-    ), said
+        for line in logged
+    ), logged
     assert nodes.save(1, counter=1)[0].warning == ""
     chosen, _ = nodes.choose()
     assert [found and str(found.name) for found in chosen] == ["CKP_1-1_1"] * 4
@@ -316,9 +316,9 @@ def test_unreadable_files_on_one_disk_are_the_error_of_all(nodes: Nodes, node: i
             open_weights(file, world, lambda text: None)
         return str(caught.value)
 
-    said = together(WORLD, work)
-    assert len(set(said)) == 1
-    assert f"rank_{2 * node}/CKP_rank_{2 * node}-1_1.safetensors" in said[0]
+    logged = together(WORLD, work)
+    assert len(set(logged)) == 1
+    assert f"rank_{2 * node}/CKP_rank_{2 * node}-1_1.safetensors" in logged[0]
 
 
 def test_an_empty_folder_on_one_disk_is_the_error_of_all(tmp_path) -> None:
@@ -378,10 +378,10 @@ def test_a_crash_between_two_manifests_is_cleaned_up_on_both_disks(nodes: Nodes,
     (nodes.folders[node] / "manifest" / name.record).rename(
         in_progress_marker(nodes.folders[node], name)
     )
-    chosen, said = nodes.choose()
+    chosen, logged = nodes.choose()
     assert [found and (found.name.step, found.is_newest) for found in chosen] == [(1, True)] * 4
     leader = 2 * node
-    assert said == [f"skipped CKP-1_2: the file system of rank {leader} has no valid manifest"]
+    assert logged == [f"skipped CKP-1_2: the file system of rank {leader} has no valid manifest"]
     assert nodes.clean() == [8] * WORLD  # on each disk two files of ranks, a state, a marker
     assert nodes.left() == before
     assert nodes.clean() == [0] * WORLD
@@ -390,9 +390,9 @@ def test_a_crash_between_two_manifests_is_cleaned_up_on_both_disks(nodes: Nodes,
 def test_a_crash_of_the_first_save_is_a_fresh_start(nodes: Nodes) -> None:
     name = nodes.save(1) and SaveName("CKP", 0, 1, 1)
     (nodes.folders[1] / "manifest" / name.record).rename(in_progress_marker(nodes.folders[1], name))
-    chosen, said = nodes.choose()
+    chosen, logged = nodes.choose()
     assert chosen == [None] * WORLD
-    assert len(said) == 1
+    assert len(logged) == 1
 
 
 def test_leftovers_on_one_disk_are_cleaned_by_its_leader(nodes: Nodes) -> None:

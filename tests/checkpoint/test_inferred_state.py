@@ -105,10 +105,10 @@ def test_without_counter_or_name_nobody_knows_the_step(tmp_path: Path) -> None:
 @pytest.mark.parametrize("tree", ["moe_dp4mp2_opt_dedup", "dp2mp2pp2", "pp4"])
 def test_genuine_rank_files(tree: str) -> None:
     strategy = ALL / "strategies" / tree.removesuffix("_dedup")
-    said: list[str] = []
-    found = choose(ALL / "dist/ranks" / tree, True, crew.ALONE, said.append, str(strategy))
+    logged: list[str] = []
+    found = choose(ALL / "dist/ranks" / tree, True, crew.ALONE, logged.append, str(strategy))
     assert found is not None
-    assert (found.label, said) == ("toy-1_2", [])
+    assert (found.label, logged) == ("toy-1_2", [])
     assert scalars_of(found.source) == {
         "epoch_num": 2, "step_num": 4, "global_step": 2, "loss_scale": 4096.0,
         "learning_rate": pytest.approx(1e-3),

@@ -55,10 +55,10 @@ def saved(tmp_path_factory) -> dict[int, Path]:
 
 def chosen(root: Path) -> tuple[int, str]:
     """The step that is resumed, and the log."""
-    said: list[str] = []
-    found = choose(root, True, ALONE, said.append)
+    logged: list[str] = []
+    found = choose(root, True, ALONE, logged.append)
     assert found is not None
-    return int(found.state["global_step"]), "\n".join(said)
+    return int(found.state["global_step"]), "\n".join(logged)
 
 
 def files_of(root: Path) -> list[Path]:
@@ -80,11 +80,11 @@ def test_a_flipped_bit_anywhere(saved, tmp_path: Path, ranks: int) -> None:
         position, bit = chance.randrange(len(content)), chance.randrange(8)
         content[position] ^= 1 << bit
         file.write_bytes(content)
-        step, said = chosen(root)
+        step, logged = chosen(root)
         content[position] ^= 1 << bit
         file.write_bytes(content)
         assert step == OLD, (file, position, bit)
-        assert file.name in said, (said, file, position, bit)
+        assert file.name in logged, (logged, file, position, bit)
     assert chosen(root)[0] == NEW
 
 
@@ -118,30 +118,30 @@ def test_damaged_files(saved, tmp_path: Path, role: str, damage: str) -> None:
     root = shutil.copytree(saved[4], tmp_path / "root")
     (file,) = (file for file in files_of(root) if file.parent.name == role)
     DAMAGE[damage](file)
-    step, said = chosen(root)
+    step, logged = chosen(root)
     assert step == OLD
     if (role, damage) != ("manifest", "gone"):  # a save without one was never finished
-        assert file.name in said
+        assert file.name in logged
 
 
 def test_a_rank_folder_that_is_gone(saved, tmp_path: Path) -> None:
     """It had the file of the older save too, so that no save is valid; both are logged."""
     root = shutil.copytree(saved[4], tmp_path / "root")
     shutil.rmtree(root / "rank_2")
-    said: list[str] = []
+    logged: list[str] = []
     with pytest.raises(UserError, match=r"no checkpoint in .* can be used"):
-        choose(root, True, ALONE, said.append)
+        choose(root, True, ALONE, logged.append)
     for step in (OLD, NEW):
-        assert f"CKP_rank_2-1_{step}.safetensors is missing" in "\n".join(said)
+        assert f"CKP_rank_2-1_{step}.safetensors is missing" in "\n".join(logged)
 
 
 def test_replicas_replace_a_lost_rank(tmp_path: Path) -> None:
     root = tmp_path / "copies"
     run_ranks(4, write, str(root), Mesh(dp_replicate=2, tp=2))
     shutil.rmtree(root / "rank_2")
-    step, said = chosen(root)
+    step, logged = chosen(root)
     assert step == NEW
-    assert "rank_2" in said
+    assert "rank_2" in logged
 
 
 def test_files_of_two_runs_mixed(saved, tmp_path: Path) -> None:
@@ -152,6 +152,6 @@ def test_files_of_two_runs_mixed(saved, tmp_path: Path) -> None:
     name = f"rank_1/CKP_rank_1-1_{NEW}.safetensors"
     assert (root / name).stat().st_size == (other / name).stat().st_size
     shutil.copy(other / name, root / name)
-    step, said = chosen(root)
+    step, logged = chosen(root)
     assert step == OLD
-    assert f"CKP_rank_1-1_{NEW}.safetensors: its header changed" in said
+    assert f"CKP_rank_1-1_{NEW}.safetensors: its header changed" in logged

@@ -146,9 +146,9 @@ def open_folder() -> Iterator[Path]:
 def as_nobody(root: Path) -> tuple[str, list[str]]:
     if os.getuid() == 0:
         os.seteuid(65534)
-    said: list[str] = []
-    chosen = choose(root, True, crew.ALONE, said.append)
-    return str(chosen and chosen.name), said
+    logged: list[str] = []
+    chosen = choose(root, True, crew.ALONE, logged.append)
+    return str(chosen and chosen.name), logged
 
 
 @pytest.mark.parametrize("role", ["rank", "state", "manifest"])
@@ -158,7 +158,7 @@ def test_a_file_that_may_not_be_read_is_logged_and_skipped(open_folder: Path, ro
     paths = {"rank": "rank_0/CKP_rank_0-1_2.safetensors", "state": "state/CKP-1_2.json",
              "manifest": "manifest/CKP-1_2.json"}  # fmt: skip
     (open_folder / paths[role]).chmod(0)
-    name, said = run_ranks(1, as_nobody, open_folder)[0]
+    name, logged = run_ranks(1, as_nobody, open_folder)[0]
     assert name == "CKP-1_1"
-    assert "skipped CKP-1_2" in said[0]
-    assert str(open_folder / paths[role]) in said[0]
+    assert "skipped CKP-1_2" in logged[0]
+    assert str(open_folder / paths[role]) in logged[0]

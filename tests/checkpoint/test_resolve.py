@@ -40,17 +40,17 @@ def save(root: Path, step: int, mesh: Mesh = COPIES, run: str = "") -> list[Path
 
 def opened(path: Path) -> tuple[set[str], list[str]]:
     """(files of the source, log lines)."""
-    said: list[str] = []
-    source = open_weights(path, ALONE, said.append)
-    return {file.name for file in source.headers}, said
+    logged: list[str] = []
+    source = open_weights(path, ALONE, logged.append)
+    return {file.name for file in source.headers}, logged
 
 
 def test_the_newest_save_by_name_and_a_file_for_its_save(tmp_path: Path) -> None:
     files = save(tmp_path, 9)
     save(tmp_path, 10)
-    names, said = opened(tmp_path)
+    names, logged = opened(tmp_path)
     assert names == {f"CKP_rank_{rank}-1_10.safetensors" for rank in range(2)}
-    assert said == [f"{tmp_path}: checkpoint CKP-1_10"]
+    assert logged == [f"{tmp_path}: checkpoint CKP-1_10"]
     assert opened(files[1])[0] == {file.name for file in files}
 
 
@@ -59,10 +59,10 @@ def test_a_lost_and_a_damaged_file_are_made_up_for_and_said(tmp_path: Path) -> N
     files = save(tmp_path, 1, mesh)
     shutil.rmtree(files[1].parent)
     files[2].write_bytes(files[2].read_bytes()[:-1])
-    names, said = opened(tmp_path)
+    names, logged = opened(tmp_path)
     assert names == {files[0].name}
-    assert said[0].startswith(f"{files[2]} is not a valid safetensors file")
-    assert "ranks 1, 2 have no valid file; their parts are read from the ranks" in said[1]
+    assert logged[0].startswith(f"{files[2]} is not a valid safetensors file")
+    assert "ranks 1, 2 have no valid file; their parts are read from the ranks" in logged[1]
 
 
 def test_what_nobody_else_holds_cannot_be_made_up_for(tmp_path: Path) -> None:
@@ -89,11 +89,11 @@ def test_weights_need_no_state_a_resume_does(tmp_path: Path) -> None:
         store.save(name, shards, {"global_step": step}, mesh=Mesh(), world=ALONE)
     (tmp_path / "state/CKP-1_2.json").unlink()
     assert opened(tmp_path)[0] == {"CKP_rank_0-1_2.safetensors"}
-    said: list[str] = []
-    chosen = choose(tmp_path, True, ALONE, said.append)
+    logged: list[str] = []
+    chosen = choose(tmp_path, True, ALONE, logged.append)
     assert chosen is not None
     assert str(chosen.name) == "CKP-1_1"
-    assert said == [f"skipped CKP-1_2: {tmp_path}/state/CKP-1_2.json cannot be read"]
+    assert logged == [f"skipped CKP-1_2: {tmp_path}/state/CKP-1_2.json cannot be read"]
 
 
 def test_a_damaged_manifest_is_passed_over_or_done_without(tmp_path: Path) -> None:
@@ -101,9 +101,9 @@ def test_a_damaged_manifest_is_passed_over_or_done_without(tmp_path: Path) -> No
     crew.save(tmp_path, 2, {"w": torch.ones(4)}, COPIES)
     manifests = [tmp_path / f"manifest/CKP-1_{step}.json" for step in (1, 2)]
     manifests[1].write_text("{")
-    found, said = opened(tmp_path)
+    found, logged = opened(tmp_path)
     assert found == {"CKP_rank_0-1_1.safetensors", "CKP_rank_1-1_1.safetensors"}
-    assert said[0] == f"skipped CKP-1_2: {manifests[1]} is damaged"
+    assert logged[0] == f"skipped CKP-1_2: {manifests[1]} is damaged"
     file = tmp_path / "rank_0/CKP_rank_0-1_2.safetensors"
     assert opened(file)[1] == [
         f"{manifests[1]} is damaged: the files of CKP-1_2 are found by their names",

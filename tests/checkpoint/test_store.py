@@ -251,12 +251,12 @@ def test_a_damaged_checkpoint_is_skipped(tmp_path, damage: str) -> None:
         (tmp_path / "state" / name.record).unlink()
     else:
         manifest.write_text(json.dumps({"sequence": "x", "files": 3, "save": []}))
-    said: list[str] = []
-    chosen = choose(tmp_path, True, ALONE, said.append)
+    logged: list[str] = []
+    chosen = choose(tmp_path, True, ALONE, logged.append)
     assert chosen is not None
     assert chosen.name.step == 10
     if not damage.startswith("manifest"):
-        assert "skipped CKP-1_20" in said[0]
+        assert "skipped CKP-1_20" in logged[0]
 
 
 def test_without_a_valid_save_there_is_an_error(tmp_path) -> None:
@@ -282,9 +282,9 @@ def test_complete_weights_cannot_be_resumed(tmp_path, place: str) -> None:
     save_file({"w": torch.ones(4, 3)}, tmp_path / "model.safetensors")
     with pytest.raises(UserError) as caught:
         choose(tmp_path / place, True, ALONE, print)
-    said = str(caught.value)
-    assert f"{tmp_path / place} has weights, but no checkpoint to resume from" in said
-    assert "Use run_mode finetune to start from weights alone" in said
+    logged = str(caught.value)
+    assert f"{tmp_path / place} has weights, but no checkpoint to resume from" in logged
+    assert "Use run_mode finetune to start from weights alone" in logged
 
 
 def test_a_rank_file_selects_its_save(tmp_path) -> None:
