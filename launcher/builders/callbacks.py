@@ -100,7 +100,7 @@ def load_registered(path: str) -> dict[str, type[Callback]]:
 
 
 def _place(error: BaseException, file: Path) -> str:
-    """file:line in `file` where an error was raised, as far as its traceback has it."""
+    """file:line in `file` where an error was raised, if its traceback shows it."""
     if isinstance(error, SyntaxError) and error.lineno:
         return f"{error.filename}:{error.lineno}"
     frames = traceback.extract_tb(error.__traceback__)

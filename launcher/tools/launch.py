@@ -117,7 +117,7 @@ def read(argv: Sequence[str]) -> Launch:
             f"{len(argv)} arguments",
             where="msrun.sh",
             rule="it takes 1, 2, 6 or 9",
-            advice=f"Quote the whole command, as in\n{USAGE}\n",
+            advice=f"Quote the command, as in\n{USAGE}\n",
         )
     command, *rest = argv
     words = _Words({**_DEFAULTS, **dict(zip(_FORMS[len(argv)], rest, strict=True))})

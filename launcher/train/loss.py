@@ -1,4 +1,4 @@
-"""The loss: summed over tokens here, divided by the tokens of the whole global batch elsewhere.
+"""The loss: summed over tokens here, divided by the tokens of the global batch elsewhere.
 
 A sum, not a mean: every target token then has the same weight, whatever the padding, gradient
 accumulation or number of ranks.

@@ -3,10 +3,11 @@
 Owns what is trained, and what a save holds beside the weights: saving, resuming, redundancy and
 strategy files ask `Optimizer.state_names`. To add an optimizer:
 
-    launcher/config/schema/training.py   its type and its keys
-    OPTIMIZERS, below                    how it is built, and its state
-    launcher/weights/source.py           the prefix of its state, if it is a new one
-    tests/parallel/test_optimizers.py    a row
+    launcher/config/schema/training.py     its type and its keys
+    OPTIMIZERS, below                      how it is built, and its state
+    launcher/weights/optimizer_state.py    the prefix of its state, if it is a new one
+    tests/train/test_optimizer.py,
+    tests/parallel/test_optimizers.py      a row each
 """
 
 from __future__ import annotations
@@ -45,15 +46,10 @@ class Algorithm(NamedTuple):
     """Prefixes of the tensors it keeps for each parameter, all of the parameter's shape."""
 
 
-def _adamw(groups: Groups, config: OptimizerSection, _: MakeExchange) -> torch.optim.Optimizer:
-    betas = (config.betas[0], config.betas[1])
-    return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=config.eps, fused=True)
-
-
-def _adam(groups: Groups, config: OptimizerSection, _: MakeExchange) -> torch.optim.Optimizer:
-    """Weight decay is added to the gradient (L2)."""
-    betas = (config.betas[0], config.betas[1])
-    return torch.optim.Adam(groups, lr=0.0, betas=betas, eps=config.eps, fused=True)
+def _adam(
+    kind: type[torch.optim.Adam], groups: Groups, betas: Sequence[float], eps: float
+) -> torch.optim.Optimizer:
+    return kind(groups, lr=0.0, betas=(betas[0], betas[1]), eps=eps, fused=True)
 
 
 def _sgd(groups: Groups, config: OptimizerSection, _: MakeExchange) -> torch.optim.Optimizer:
@@ -76,22 +72,26 @@ def _muon(groups: Groups, config: OptimizerSection, make: MakeExchange) -> torch
     )
 
 
-def _adamw_beside_muon(
-    groups: Groups, config: OptimizerSection, _: MakeExchange
-) -> torch.optim.Optimizer:
-    betas = (config.adamw_betas[0], config.adamw_betas[1])
-    return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=config.adamw_eps, fused=True)
-
-
 def _two_moments(config: OptimizerSection) -> tuple[str, ...]:
     return ("adam_m.", "adam_v.")
 
 
-ADAMW = Algorithm(_adamw, _two_moments)
-ADAM = Algorithm(_adam, _two_moments)
+ADAMW = Algorithm(
+    lambda groups, config, _: _adam(torch.optim.AdamW, groups, config.betas, config.eps),
+    _two_moments,
+)
+ADAM = Algorithm(  # weight decay is added to the gradient (L2)
+    lambda groups, config, _: _adam(torch.optim.Adam, groups, config.betas, config.eps),
+    _two_moments,
+)
 SGD = Algorithm(_sgd, lambda config: ("moments.",) if config.momentum else ())
 MUON = Algorithm(_muon, lambda config: ("muon_m.",))
-ADAMW_BESIDE_MUON = Algorithm(_adamw_beside_muon, _two_moments)
+ADAMW_BESIDE_MUON = Algorithm(
+    lambda groups, config, _: _adam(
+        torch.optim.AdamW, groups, config.adamw_betas, config.adamw_eps
+    ),
+    _two_moments,
+)
 
 OPTIMIZERS: dict[str, Callable[[TrainedParameter], Algorithm]] = {
     "AdamW": lambda parameter: ADAMW,

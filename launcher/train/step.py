@@ -109,7 +109,7 @@ class StepRecord:
     """The measurements of one optimizer step; one row of `metrics.jsonl`."""
 
     step: int
-    """Optimizer step over the whole run, from 1."""
+    """Optimizer step in the run, from 1."""
     epoch: int
     step_in_epoch: int
     loss: float

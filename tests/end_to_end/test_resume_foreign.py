@@ -194,4 +194,4 @@ def test_weights_alone_and_numbers_that_are_none(saved: Workshop, tmp_path: Path
     refused = start(workshop, name, "output", *options, "CKP_rank_0-1_15")
     assert refused.code == 2
     assert "step_num = -1" in refused.stderr
-    assert "it must be an integer of at least 0" in refused.stderr
+    assert "it must be an integer, 0 or more" in refused.stderr
