@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from tests.ranks import _context, free_port
+from tests.ranks import PATIENCE, _context, free_port
 
 NODES = ("a", "b")
 PER_NODE = 2
@@ -41,7 +41,7 @@ class Job:
         self.port = free_port()
         self._store = dist.TCPStore(
             "127.0.0.1", self.port, is_master=True, wait_for_workers=False,
-            timeout=timedelta(seconds=120),
+            timeout=timedelta(seconds=PATIENCE),
         )  # fmt: skip
         self._logs = [folder / f"rank_{rank}.log" for rank in range(len(NODES) * PER_NODE)]
         for log in self._logs:
@@ -63,7 +63,7 @@ class Job:
             assert self.processes[rank].is_alive(), self.output(rank)
             time.sleep(0.02)
 
-    def end(self, patience: float = 120) -> Ended:
+    def end(self, patience: float = PATIENCE) -> Ended:
         """Wait for all ranks; those left after `patience` seconds are killed, with code None."""
         deadline, ends = time.monotonic() + patience, dict[int, float]()
         while len(ends) < len(self.processes) and time.monotonic() < deadline:

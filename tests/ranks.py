@@ -21,6 +21,9 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+PATIENCE = 1200.0
+"""Seconds after which ranks hang: far beyond what a loaded machine needs."""
+
 
 def _context() -> Any:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -30,7 +33,7 @@ def _context() -> Any:
 
 
 def run_ranks(
-    world_size: int, function: Callable[..., Any], *arguments: Any, timeout: float = 120
+    world_size: int, function: Callable[..., Any], *arguments: Any, timeout: float = PATIENCE
 ) -> list[Any]:
     """`function(*arguments)` in `world_size` processes; their results in rank order.
 
@@ -127,7 +130,7 @@ class JobResult:
 
 def run_job(arguments: Sequence[str], folder: Path, world_size: int = 1) -> JobResult:
     """`run.py` with `arguments` on `world_size` ranks, in `folder` as the current directory."""
-    outputs = run_ranks(world_size, _job, list(arguments), str(folder), timeout=240)
+    outputs = run_ranks(world_size, _job, list(arguments), str(folder))
     return JobResult([code for code, _, _ in outputs], outputs[0][1], outputs[0][2])
 
 

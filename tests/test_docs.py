@@ -64,7 +64,7 @@ def run_line(line: str, folder: Path) -> None:
         return
     if words[:2] == ["bash", "msrun.sh"]:
         command = ["bash", str(ROOT / "msrun.sh"), *words[2:]]
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
         return
     world = 1

@@ -11,7 +11,8 @@ import importlib
 import io
 
 _MODULES = [
-    "torch", "torch._dynamo", "torch.distributed.fsdp", "torch.distributed.tensor",
+    "torch", "torch._dynamo", "torch._dynamo.backends.debugging", "networkx",
+    "torch.distributed.fsdp", "torch.distributed.tensor",
     "torch.profiler._cupti_monitor", "numpy",
     "transformers", "transformers.models.auto", "transformers.models.auto.modeling_auto",
     "transformers.models.auto.tokenization_auto", "transformers.generation.logits_process",

@@ -33,7 +33,7 @@ class Crewmate(World):
 
     def barrier(self) -> None:
         """Wait for all threads."""
-        self.meeting.wait(60)
+        self.meeting.wait(600)
 
     def gather(self, value: Any) -> list[Any]:
         """`value` of every thread, in rank order."""

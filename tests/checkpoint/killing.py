@@ -20,7 +20,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
-from tests.ranks import _context, free_port
+from tests.ranks import PATIENCE, _context, free_port
 
 OPERATIONS = ("pwrite", "fsync", "replace", "rename", "unlink", "mkdir", "open")
 NUMBERS = re.compile(r"rank_\d+|-\d+_\d+|_\d+\.")
@@ -163,10 +163,10 @@ def _run(
             time.sleep(0.001)
         time.sleep(after)
     elif fault is not None:
-        wait([processes[fault.rank].sentinel], 120)
+        wait([processes[fault.rank].sentinel], PATIENCE)
     for process in processes:
         if fault is None and after is None:
-            process.join(120)
+            process.join(PATIENCE)
         process.kill()
     for process in processes:
         process.join()

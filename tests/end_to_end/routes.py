@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from tests.ranks import run_ranks
+from tests.ranks import PATIENCE, run_ranks
 from tests.workshop import BASE, Workshop, merged
 
 GLOBAL_BATCH = 8
@@ -79,7 +79,7 @@ class Walked:
 
 
 def walk(
-    workshop: Workshop, legs: Sequence[Leg], total_steps: int, saves: int, timeout: float = 240
+    workshop: Workshop, legs: Sequence[Leg], total_steps: int, saves: int, timeout: float = PATIENCE
 ) -> dict[str, Walked]:
     """Every leg, in order, by output. Neighbours of one size share their processes."""
     found = {}

@@ -147,7 +147,7 @@ def _command(*words: str) -> subprocess.CompletedProcess[str]:
     script = [str(ROOT / words[0]), *words[1:]] if words[0].endswith(".py") else list(words)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.run(
-        [sys.executable, *script], capture_output=True, text=True, timeout=200, env=environment
+        [sys.executable, *script], capture_output=True, text=True, env=environment
     )
 
 

@@ -100,6 +100,6 @@ SEQUENCE = {"use_seq_parallel": True}
 def check(workshop: Workshop, cases: list[Case], tolerance: float = 1e-5) -> None:
     """Each case agrees with one process that keeps everything."""
     alone = [case.alone() for case in cases]
-    outcomes = run_cases(workshop, alone + cases, timeout=240)
+    outcomes = run_cases(workshop, alone + cases)
     for case, reference, outcome in zip(cases, outcomes, outcomes[len(cases) :], strict=False):
         assert_equal(case, outcome, reference[0], tolerance)

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.ranks import run_ranks
+from tests.ranks import PATIENCE, run_ranks
 from tests.workshop import BASE, VOCABULARY, Workshop, merged
 
 STEPS = 3
@@ -151,7 +151,7 @@ class Outcome:
 
 
 def run_cases(
-    workshop: Workshop, cases: Sequence[Case], timeout: float = 240, main: Any = None
+    workshop: Workshop, cases: Sequence[Case], timeout: float = PATIENCE, main: Any = None
 ) -> list[list[Outcome]]:
     """The outcomes of every case, rank by rank; cases of one size share their processes.
 

@@ -160,7 +160,7 @@ def loss_error(loss: Tensor, expected: float, group: Any) -> float:
 
 
 def bad_ones(ranks: int, cases: list[Case], function: Callable[..., Any]) -> list[Any]:
-    results = run_ranks(ranks, function, cases, timeout=280)
+    results = run_ranks(ranks, function, cases)
     return [
         (rank, case, name, value)
         for rank, found in enumerate(results)

@@ -92,22 +92,28 @@ def _places(way: str) -> tuple[int, list[int]]:
 # Whole decoders.
 
 
+EVERY_PAIR = [(model, pattern) for model in MODELS for pattern in PATTERNS]
+EACH_ONCE = [(model, pattern) for model, pattern in EVERY_PAIR
+             if model == "qwen3" or pattern == "documents and window"]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "pairs", [EACH_ONCE, pytest.param(EVERY_PAIR, marks=pytest.mark.long)], ids=["each", "every"]
+)
 @pytest.mark.parametrize(("way", "size"), WAYS)
-def test_logits_and_gradients_are_those_of_one_process(way: str, size: int) -> None:
-    for errors in run_ranks(size, _compare_decoders, way):
-        assert set(errors) == {f"{model}: {pattern}" for model in MODELS for pattern in PATTERNS}
-        assert all(max(error) <= CLOSE for error in errors.values()), errors
+def test_logits_and_gradients_are_those_of_one_process(
+    way: str, size: int, pairs: list[tuple[str, str]]
+) -> None:
+    for errors in run_ranks(size, _compare_decoders, way, pairs):
+        assert len(errors) == len(pairs)
+        assert all(max(error) <= CLOSE for error in errors), errors
 
 
-def _compare_decoders(way: str) -> dict[str, tuple[float, float]]:
+def _compare_decoders(way: str, pairs: list[tuple[str, str]]) -> list[tuple[float, float]]:
     """(worst error of the logits, of the gradients) for every model and pattern."""
     cp = start(way)
     try:
-        return {
-            f"{model}: {pattern}": _compare(cp, model, pattern)
-            for model in MODELS
-            for pattern in PATTERNS
-        }
+        return [_compare(cp, model, pattern) for model, pattern in pairs]
     finally:
         world.stop()
 

@@ -21,6 +21,7 @@ from tests.parallel.parity import (
     assert_equal,
     run_cases,
 )
+from tests.ranks import PATIENCE
 from tests.workshop import Workshop
 
 SEQUENCE = {"use_seq_parallel": True}
@@ -117,7 +118,7 @@ def whole_matrix() -> Iterable[Case]:
 
 
 def outcomes_of(
-    workshop: Workshop, cases: list[Case], timeout: float, main: Any = None
+    workshop: Workshop, cases: list[Case], timeout: float = PATIENCE, main: Any = None
 ) -> dict[str, tuple[list[Outcome], Outcome]]:
     """Every case with its reference, by name; cases that are the same alone share it."""
     alone = {_key(case): case.alone() for case in cases}
@@ -138,10 +139,9 @@ QUICK = [*QWEN3, *FAMILIES_ONCE]
 
 @pytest.fixture(scope="module")
 def quick(materials: Workshop, tmp_path_factory) -> dict[str, tuple[list[Outcome], Outcome]]:
-    return outcomes_of(materials.copy_to(tmp_path_factory.mktemp("parity")), QUICK, timeout=240)
+    return outcomes_of(materials.copy_to(tmp_path_factory.mktemp("parity")), QUICK)
 
 
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("case", QUICK, ids=str)
 def test_a_layout_computes_what_one_process_computes(quick, case: Case) -> None:
     ranks, reference = quick[str(case)]

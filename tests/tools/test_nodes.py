@@ -40,7 +40,7 @@ class Nodes:
 
     def end(self) -> list[tuple[int, str]]:
         """Exit code and standard error of each node."""
-        errors = {node: p.communicate(timeout=200)[1] for node, p in self.processes.items()}
+        errors = {node: p.communicate()[1] for node, p in self.processes.items()}
         return [(self.processes[node].returncode, errors[node]) for node in sorted(errors)]
 
 

@@ -49,7 +49,7 @@ def traces(workshop: Workshop, *plans: Plan) -> list[list[Trace]]:
     for ranks in {plan.case.ranks for plan in plans}:
         mine = [index for index, plan in enumerate(plans) if plan.case.ranks == ranks]
         chosen = [plans[index] for index in mine]
-        results = run_ranks(ranks, _ranks_main, str(workshop.folder), chosen, timeout=240)
+        results = run_ranks(ranks, _ranks_main, str(workshop.folder), chosen)
         found |= {index: [r[place] for r in results] for place, index in enumerate(mine)}
     return [found[index] for index in range(len(plans))]
 

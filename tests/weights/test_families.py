@@ -133,7 +133,7 @@ def check(workshop: Workshop, cases: list[Case]) -> None:
         _make(workshop.folder, family)
     for size in sorted({case.ranks for case in cases}):
         mine = [case for case in cases if case.ranks == size]
-        found = run_ranks(size, _ranks_main, str(workshop.folder), mine, timeout=240)
+        found = run_ranks(size, _ranks_main, str(workshop.folder), mine)
         for index, case in enumerate(mine):
             _check_logits(case, workshop.folder, [result[index] for result in found])
             _check_export(case, workshop.folder)

@@ -36,13 +36,13 @@ def test_the_last_thread_to_leave_lets_it_work_again() -> None:
 
     def stay() -> None:
         with gc_paused():
-            inside.wait(10)
-            may_leave.wait(10)
+            inside.wait(600)
+            may_leave.wait(600)
 
     thread = threading.Thread(target=stay)
     with gc_paused():
         thread.start()
-        inside.wait(10)
+        inside.wait(600)
     assert not gc.isenabled(), "one is inside"
     may_leave.set()
     thread.join()
