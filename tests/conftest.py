@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import gc
 import os
-import sys
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Each of the processes that tests start would else compile all of launcher and models again.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
-sys.dont_write_bytecode = False
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 

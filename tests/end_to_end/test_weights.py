@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -23,7 +22,8 @@ from launcher.weights import (
     load_distributed_checkpoint,
     merge_pipeline_strategys,
 )
-from tests.ranks import JobResult, run_job
+from tests.end_to_end.page import Shop
+from tests.ranks import run_job
 from tests.workshop import BASE, VOCABULARY, Workshop, merged
 
 TEXT = {"type": "TextDataLoader", "dataset_dir": "corpus", "num_samples": 1}
@@ -42,44 +42,6 @@ callbacks:
     checkpoint_format: safetensors                  # Save weights file format
     save_checkpoint_steps: 2
 """
-
-
-@dataclass(frozen=True)
-class Shop:
-    """The folder of the story."""
-
-    workshop: Workshop
-
-    @property
-    def folder(self) -> Path:
-        return self.workshop.folder
-
-    def run(self, sample: str, mode: str, world: int, output: str, *more: str) -> JobResult:
-        """Run a sample of the page over the base of the story; it must succeed."""
-        result = self.capture_error(sample, mode, world, output, *more)
-        assert result.code == 0, result.stderr + result.stdout
-        return result
-
-    def capture_error(
-        self, sample: str, mode: str, world: int, output: str, *more: str
-    ) -> JobResult:
-        name = f"{output}.yaml"
-        (self.folder / name).write_text(f"base_config: base.yaml\n{sample}")
-        arguments = ["--config", name, "--run_mode", mode, "--output_dir", output, *more]
-        return run_job(arguments, self.folder, world)
-
-    def loss(self, sample: str, world: int, output: str) -> float:
-        """The evaluation loss of the weights a sample loads."""
-        self.run(sample, "eval", world, output)
-        value = json.loads((self.folder / output / "eval_result.json").read_text())["eval_loss"]
-        return float(value)
-
-    def text(self, sample: str, world: int, output: str, *more: str) -> str:
-        """What the weights a sample loads say to the page's prompt."""
-        self.run(sample, "predict", world, output, "--predict_data",
-                 "I love Beijing, because", "generation_config.max_new_tokens=6",
-                 *more)  # fmt: skip
-        return (self.folder / output / "text_generation_result.jsonl").read_text()
 
 
 @pytest.fixture(scope="module")
@@ -185,13 +147,13 @@ def test_the_original_slicing(shop: Shop, tuned: float, untouched: float) -> Non
 
 def test_another_slicing(shop: Shop, tuned: float) -> None:
     assert shop.loss(CHANGED_SLICING, 2, "changed") == pytest.approx(tuned, rel=1e-5)
-    result = shop.capture_error(CHANGED_SLICING, "eval", 2, "changed", "--check_config")
+    result = shop.try_run(CHANGED_SLICING, "eval", 2, "changed", "--check_config")
     assert "src_strategy_path_or_dir = 'tuned/strategy': not needed" in result.stderr
 
 
 def test_equal_axes_that_cut_in_another_way_are_another_layout(shop: Shop) -> None:
     sample = ORIGINAL_SLICING + "  vocab_emb_dp: False\n"
-    refused = shop.capture_error(sample, "eval", 4, "otherwise")
+    refused = shop.try_run(sample, "eval", 4, "otherwise")
     assert refused.code == 2
     assert "no rank has written the part of `model.embed_tokens.weight`" in refused.stderr
     assert "auto_trans_ckpt: False loads only the same layout" in refused.stderr
@@ -210,7 +172,7 @@ def test_the_whole_copy_opens_in_transformers_and_replaces_only_itself(
         pytest.approx(tuned, rel=1e-5)
     )
     (copy / "notes.txt").write_text("mine")
-    refused = shop.capture_error(TO_ONE, "eval", 1, "put_together")
+    refused = shop.try_run(TO_ONE, "eval", 1, "put_together")
     assert refused.code == 2
     assert "unified_checkpoint holds notes.txt, which no run wrote there" in refused.stderr
     (copy / "notes.txt").unlink()
@@ -308,7 +270,7 @@ def test_resuming_on_the_same_layout_and_on_another_without_a_rank(shop: Shop) -
     losses = [shop.workshop.losses(output) for output in ("resumed", "moved")]
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
     shutil.rmtree(crippled / "rank_1")
-    refused = shop.capture_error(RESUME_CHANGED, "train", 2, "refused", "--batch_size", "4")
+    refused = shop.try_run(RESUME_CHANGED, "train", 2, "refused", "--batch_size", "4")
     assert refused.code == 2
     assert "no checkpoint in crippled can be used" in refused.stderr
     assert "ranks 0, 1, 3 have no valid file in crippled, and no other rank holds" in refused.stdout
@@ -449,7 +411,7 @@ def test_rank_files_that_do_not_describe_themselves(
     sample, strategy = f"load_checkpoint: {tmp_path}/foreign/checkpoint\n", tmp_path / "plan"
     if place == "beside":
         strategy = tmp_path / "foreign/strategy"
-        refused = shop.capture_error(sample, "eval", 1, "foreign")
+        refused = shop.try_run(sample, "eval", 1, "foreign")
         assert refused.code == 2
         assert "does not describe its layout" in refused.stderr
         assert "Set src_strategy_path_or_dir" in refused.stderr
