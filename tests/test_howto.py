@@ -1,4 +1,4 @@
-"""The how-to pages: their steps are followed on a copy of the code, and their commands run there."""
+"""The how-to pages: their steps are followed on a copy of the code, where their commands run."""
 
 from __future__ import annotations
 

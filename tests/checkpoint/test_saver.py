@@ -20,9 +20,9 @@ from launcher.checkpoint.saver import Saver, SaveRequest, SaveResult
 from launcher.checkpoint.store import Store
 from launcher.errors import UserError
 from launcher.layout.mesh import Mesh
+from launcher.layout.shard import Shard
 from launcher.parallel.world import World
 from launcher.weights.formats.rank_metadata import inventory_of
-from launcher.layout.shard import Shard
 from tests.checkpoint.crew import ALONE, together
 from tests.tools.checkpoints import held
 

@@ -132,9 +132,13 @@ def _compare(
 
     own = cp.token_indices(TOTAL)
     found = (run or shared.__class__.__call__)(
-        shared, ids[:, own], position_ids=positions[:, own], document_ids=documents, token_indices=own,
+        shared,
+        ids[:, own],
+        position_ids=positions[:, own],
+        document_ids=documents,
+        token_indices=own,
         total=TOTAL,
-    )  # fmt: skip
+    )
     _loss(found, ids[:, own]).backward()
     for parameter in shared.parameters():
         dist.all_reduce(parameter.grad)

@@ -156,8 +156,13 @@ def _long_row() -> tuple[int, bool]:
     try:
         total = 512
         own = cp.token_indices(total)
-        mask = AttentionMask(length=len(own), total=total, device=torch.device("cpu"), token_indices=own,
-                      document_ids=(torch.arange(total) // 100).expand(ROWS, -1))  # fmt: skip
+        mask = AttentionMask(
+            length=len(own),
+            total=total,
+            device=torch.device("cpu"),
+            token_indices=own,
+            document_ids=(torch.arange(total) // 100).expand(ROWS, -1),
+        )
         assert cp.ring is not None
         results = []
         with _Largest() as largest:
