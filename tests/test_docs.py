@@ -151,3 +151,13 @@ def test_every_shipped_configuration_is_right(path: Path, materials: Workshop, t
                       "--eval_dataset.data_loader.num_samples", "1"], tmp_path)  # fmt: skip
     assert result.code == 0, result.stderr
     assert "eval loss" in result.stdout
+
+
+NAMED_FILES = re.compile(r"(?<![\w./])((?:launcher|models|tests|configs|docs|benchmarks)/[\w./-]*\w/?)")
+
+
+@pytest.mark.parametrize("page", ["docs/architecture.md", "CONTRIBUTING.md", "README.md"])
+def test_every_file_that_a_page_names_exists(page: str) -> None:
+    named = set(NAMED_FILES.findall((ROOT / page).read_text()))
+    assert named
+    assert [path for path in sorted(named) if not (ROOT / path).exists()] == []
