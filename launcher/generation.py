@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import xxhash
@@ -303,7 +303,7 @@ def _continue_with_transformers(
     ids = torch.tensor([list(prompt)], device=device)
     with torch.random.fork_rng():
         torch.manual_seed(draw_seed(seed, index, 0))
-        text = model.wrapped.generate(
+        text = cast(Any, model.wrapped).generate(
             ids, attention_mask=torch.ones_like(ids), generation_config=config
         )
     return text[0, len(prompt) :].tolist()

@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -132,7 +132,7 @@ def positions_of(model: nn.Module) -> int | None:
         return stretched(config.max_position_embeddings, config.rope_scaling or {})
     if not isinstance(model, TransformersModel):
         return None
-    limit = position_limit(model.family, model.wrapped.config.to_dict())
+    limit = position_limit(model.family, cast(Any, model.wrapped.config).to_dict())
     return limit.longest_row if limit is not None else None
 
 

@@ -23,7 +23,7 @@ def open_dataset(job: Job, section: DatasetSection) -> RowDataset:
         tokenizer=job.tokenizer,
         seq_length=seq_length(job, section),
         cache_dir=cache_dir,
-        once=lambda prepare: str(filesystems.on_own(world, "", prepare)),
+        once=lambda prepare: filesystems.on_own(world, "", prepare),
         log=job.log,
     )
     if filesystems.are_several:

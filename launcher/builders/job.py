@@ -80,7 +80,7 @@ class Job:
         from transformers import AutoTokenizer
 
         try:
-            tokenizer = AutoTokenizer.from_pretrained(
+            tokenizer: Any = AutoTokenizer.from_pretrained(
                 self.tokenizer_dir,
                 trust_remote_code=self.config.trust_remote_code,
                 local_files_only=True,

@@ -139,11 +139,12 @@ def _compute(job: Job, parts: Parts, modules: dict[int, nn.Module]) -> Compute:
     if job.split is None:
         own = isinstance(parts.modules[0], Decoder)
         return FullModel(parts, loss, counts, own)
-    assert job.spec.decoder is not None
+    group = job.meshes.group("pp")
+    assert group is not None
     pipeline = Pipeline(
-        modules,
+        {stage: module for stage, module in modules.items() if isinstance(module, Decoder)},
         job.split,
-        group=job.meshes.group("pp"),
+        group=group,
         schedule=pipeline_schedule(job.config),
         micro_batches=job.config.parallel_config.micro_batch_num,
         device=job.world.device,
@@ -193,7 +194,9 @@ def build_predicting(job: Job) -> tuple[nn.Module, Layout]:
     if isinstance(model, Decoder) and mesh.tp > 1:
         meshes = Meshes(mesh, job.world.device.type)
         parallelize(model, layout.specs, meshes, sequence=False, context=None)
-        gather_logits(model, meshes.group("tp"))
+        group = meshes.group("tp")
+        assert group is not None
+        gather_logits(model, group)
     materialize(model, job.world.device)
     job.log(f"model: {job.spec.family}, {count:,} parameters ({_name(dtype)})")
     if mesh.world_size > 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -30,12 +31,13 @@ class Savable(Protocol):
     """A run that can be saved, as `launcher.train.run.TrainRun`."""
 
     world: World
-    mesh: Mesh
     steps_per_epoch: int
     total_steps: int
     sink_size: int
     origin: Origin
 
+    @property
+    def mesh(self) -> Mesh: ...
     @property
     def output_dir(self) -> Path: ...
     @property
@@ -48,7 +50,8 @@ class Savable(Protocol):
     def replica_ranks(self) -> dict[str, Ranks]: ...
     def shapes_in_files(self, *, optimizer: bool) -> dict[str, Shape]: ...
     def state_record(self) -> dict[str, Any]: ...
-    def write_model_files(self, directory: Path) -> None: ...
+    @property
+    def write_model_files(self) -> Callable[[Path], None]: ...
     def log(self, text: str) -> None: ...
 
 

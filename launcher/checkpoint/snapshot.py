@@ -11,6 +11,7 @@ from __future__ import annotations
 import mmap
 from collections.abc import Mapping
 from contextlib import suppress
+from typing import Any
 
 import torch
 
@@ -69,10 +70,14 @@ class Snapshot:
         if locked:
             # Not `pin_memory=True`: that rounds up to a power of two, twice the memory at worst.
             # https://docs.nvidia.com/cuda/cuda-runtime-api/group__CUDART__MEMORY.html
-            error = torch.cuda.cudart().cudaHostRegister(self._memory.data_ptr(), nbytes, 0)
+            error = _cuda_runtime().cudaHostRegister(self._memory.data_ptr(), nbytes, 0)
             self._is_locked = int(error) == 0  # else copies are only slower
 
     def _unlock(self) -> None:
         if self._is_locked:
-            torch.cuda.cudart().cudaHostUnregister(self._memory.data_ptr())
+            _cuda_runtime().cudaHostUnregister(self._memory.data_ptr())
             self._is_locked = False
+
+
+def _cuda_runtime() -> Any:
+    return torch.cuda.cudart()

@@ -184,6 +184,7 @@ def read_config_json(config: Config) -> dict[str, Any] | None:
 
 def read_json_object(path: Path) -> dict[str, Any]:
     """The content of a JSON file. Raises UserError when it is not a JSON object."""
+    text = ""
     try:
         text = path.read_text(encoding="utf-8")
         content = parse(text, UNAMBIGUOUS)

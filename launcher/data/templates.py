@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 from launcher.data.conversations import Conversation, Turn
 from launcher.data.records import kind_of
@@ -96,7 +96,7 @@ class ChatTemplate:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         try:
-            texts, spans = render_jinja_template(
+            texts, spans = cast(Any, render_jinja_template)(
                 conversations=[messages],
                 tools=conversation.tools,
                 chat_template=self.text,

@@ -137,11 +137,12 @@ class Layout:
 def place(shape: Shape, spec: ShardSpec, mesh: Mesh, at: Mapping[str, int]) -> Placement:
     """The placement of a tensor of `shape` at the coordinates `at`."""
     box, specs = full_box(shape), []
-    shards = ("expert_shard", mesh.expert_shard) if spec.expert else ("dp_shard", mesh.dp_shard)
-    steps = [
+    data_axis = "expert_shard" if spec.expert else "dp_shard"
+    shards = mesh.expert_shard if spec.expert else mesh.dp_shard
+    steps: list[tuple[str, int, int | None]] = [
         ("ep", mesh.ep, 0 if spec.expert else None),
         ("tp", mesh.tp, spec.tp_dim),
-        (*shards, 0 if spec.sharded and shape else None),
+        (data_axis, shards, 0 if spec.sharded and shape else None),
     ]
     for axis, pieces, dim in steps:
         if dim is not None and pieces > 1:

@@ -36,7 +36,7 @@ def open_trackers(
                 f"trackers: {name} is not installed",
                 advice=f"pip install {_PACKAGES.get(name, name)}",
             )
-        kind = LOGGER_TYPE_TO_CLASS[name]
+        kind: Any = LOGGER_TYPE_TO_CLASS[name]
         tracker = kind("rank_0", folder) if kind.requires_logging_directory else kind("slipway")
         tracker.main_process_only = False  # other processes have none
         try:

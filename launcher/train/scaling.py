@@ -71,7 +71,7 @@ def loss_scaling(
         written = {"type": DYNAMIC_LOSS_SCALE}
     if not isinstance(written, Mapping):
         return LossScaling(first=float(written))
-    numbers = {**LOSS_SCALES[written["type"]], **written}
+    numbers: dict[str, Any] = {**LOSS_SCALES[written["type"]], **written}
     first = float(numbers["loss_scale_value"])
     if written["type"] != DYNAMIC_LOSS_SCALE:
         return LossScaling(first=first)

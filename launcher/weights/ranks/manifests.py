@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -69,12 +70,11 @@ def _seal_holds(raw: bytes) -> bool:
 def state_fault(path: Path, manifest: Mapping[str, Any]) -> str:
     """The fault of the state file at `path` of a save with this `manifest`; empty when it is
     unchanged."""
-    try:
+    raw, content = b"", None
+    with suppress(OSError, ValueError, RecursionError):
         raw = path.read_bytes()
-        is_map = isinstance(json.loads(raw), dict)
-    except (OSError, ValueError, RecursionError):
-        is_map = False
-    if not is_map:
+        content = json.loads(raw)
+    if not isinstance(content, dict):
         return f"{path} cannot be read"
     digest = digest_of(raw)
     is_same = manifest.get("state_xxh3_64", digest) == digest

@@ -43,7 +43,7 @@ def memory_of(tensor: torch.Tensor) -> tuple[Bytes, list[int]]:
 def address_of(tensor: torch.Tensor) -> tuple[int, list[int]]:
     """(offset of the first element in the storage, stride of each dim), in bytes."""
     item = tensor.element_size()
-    return tensor.storage_offset() * item, [stride * item for stride in tensor.stride()]
+    return int(tensor.storage_offset()) * item, [stride * item for stride in tensor.stride()]
 
 
 def _storage_bytes(tensor: torch.Tensor) -> Bytes:
