@@ -94,6 +94,11 @@ KEYS_NOT_BUILT: dict[str, str] = {
 """Tables of keys that are known and refused: section -> advice -> key -> type and
 harmless values."""
 
+CALLBACKS_NOT_BUILT: dict[str, str] = {
+    "mindformers": "launcher.mindspore.keys_not_built:CALLBACKS_NOT_BUILT",
+}
+"""Types of callbacks that are known and refused."""
+
 KEY_ALIASES: dict[str, str] = {
     "mindformers": "launcher.mindspore.key_aliases:ALIASES",
 }

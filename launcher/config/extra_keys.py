@@ -1,7 +1,7 @@
 """Keys that are known and have no field in the configuration, and second names of keys.
 
-Owns the two dicts `EXTRA_KEYS` and `ALIASES`, filled from the tables that `launcher.extensions`
-names; keys of a package that is not installed are unknown. An extra key is checked like any other,
+Owns `EXTRA_KEYS`, `ALIASES` and `PLANNED_CALLBACKS`, filled from the tables that
+`launcher.extensions` names; keys of a package that is not installed are unknown. An extra key is checked like any other,
 then reported as without effect, or refused as not built yet.
 """
 
@@ -57,6 +57,10 @@ ALIASES: dict[str, str] = {
     for alias, key in table.items()
 }
 """Second name of a key to the key; a section before its keys."""
+PLANNED_CALLBACKS: tuple[str, ...] = tuple(
+    name for names in installed(extensions.CALLBACKS_NOT_BUILT).values() for name in names
+)
+"""Types of callbacks that are known and not built yet."""
 
 _SAME_KEYS = {
     "train_dataset_task.dataset_config": "train_dataset",

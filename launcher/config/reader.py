@@ -11,7 +11,7 @@ import dataclasses
 from typing import Any
 
 from launcher.config.command_line import nearest_flag
-from launcher.config.extra_keys import ExtraKey, extra_key, is_extra_section
+from launcher.config.extra_keys import PLANNED_CALLBACKS, ExtraKey, extra_key, is_extra_section
 from launcher.config.key_checks import (
     not_built,
     plain_value,
@@ -23,7 +23,6 @@ from launcher.config.nodes import Node, find, from_plain
 from launcher.config.provenance import KeyProblem
 from launcher.config.schema import (
     CALLBACKS,
-    PLANNED_CALLBACKS,
     CallbackSection,
     Config,
     RegisteredCallbackSection,

@@ -96,3 +96,11 @@ KEYS_NOT_BUILT: dict[str, dict[str, dict[str, tuple[Any, ...]]]] = {
         "Remove it: files are not encrypted": {"enc_key": (str | None, None)},
     },
 }
+
+CALLBACKS_NOT_BUILT = (
+    *("ProfileMonitor", "TrainCallBack", "StressDetectCallBack", "StressTestModelMonitor"),
+    *("SDCMonitor", "TopkBiasBalanceCallback", "MoEDropRateCallback", "ColdHotExpertMonitor"),
+    *("TrainingStateMonitor", "SummaryMonitor", "MaxLogitsMonitor"),
+    *("ExpertMigrateCallback", "LossMonitor", "TimeMonitor", "ModelCheckpoint"),
+)
+"""The same for the types of callbacks."""

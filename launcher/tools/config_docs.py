@@ -18,10 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from launcher.config.command_line import FLAGS, SHORT_NAMES
-from launcher.config.extra_keys import ALIASES, ANY_OTHER, EXTRA_KEYS
+from launcher.config.extra_keys import ALIASES, ANY_OTHER, EXTRA_KEYS, PLANNED_CALLBACKS
 from launcher.config.schema import (
     CALLBACKS,
-    PLANNED_CALLBACKS,
     SCHEDULE_ARGUMENTS,
     Config,
     FieldInfo,

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from launcher.config.schema.callbacks import (
     CALLBACKS,
-    PLANNED_CALLBACKS,
     CallbackSection,
     CheckpointMonitorSection,
     EvalCallbackSection,
@@ -59,7 +58,6 @@ __all__ = [
     "LARGEST_LOSS_SCALE",
     "LOSS_SCALES",
     "OPTIMIZER_ARGUMENTS",
-    "PLANNED_CALLBACKS",
     "RUN_MODES",
     "SCHEDULES_WITHOUT_WARMUP",
     "SCHEDULE_ARGUMENTS",

@@ -120,14 +120,6 @@ CALLBACKS: dict[str, type] = {
 }
 """The values of `type` in callbacks; any other callback comes from register_path."""
 
-PLANNED_CALLBACKS = (
-    *("ProfileMonitor", "TrainCallBack", "StressDetectCallBack", "StressTestModelMonitor"),
-    *("SDCMonitor", "TopkBiasBalanceCallback", "MoEDropRateCallback", "ColdHotExpertMonitor"),
-    *("TrainingStateMonitor", "SummaryMonitor", "MaxLogitsMonitor"),
-    *("ExpertMigrateCallback", "LossMonitor", "TimeMonitor", "ModelCheckpoint"),
-)
-"""Callbacks of MindFormers that are not built yet."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class MonitorSection:
