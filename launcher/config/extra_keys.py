@@ -1,8 +1,8 @@
 """Keys that are known and have no field in the configuration, and second names of keys.
 
 Owns `EXTRA_KEYS`, `ALIASES` and `PLANNED_CALLBACKS`, filled from the tables that
-`launcher.extensions` names; keys of a package that is not installed are unknown. An extra key is checked like any other,
-then reported as without effect, or refused as not built yet.
+`launcher.extensions` names; keys of a package that is not installed are unknown. An extra key is
+checked like any other, then reported as without effect, or refused as not built yet.
 """
 
 from __future__ import annotations
