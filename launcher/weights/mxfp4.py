@@ -1,9 +1,9 @@
-"""Weights in 4 bits as gpt-oss is published in: which tensors hold them, which part a box needs.
+"""MXFP4 weights, as gpt-oss is published: which tensors hold them, which part a box needs.
 
-Owns the form MXFP4 (https://arxiv.org/abs/2310.10537). In the place of a stack `x` [experts, in,
-out] the files hold, the other way round, `x_blocks` [experts, out, in / 32, 16], two numbers a
-byte, the low half first, and `x_scales` [experts, out, in / 32], the exponent of each 32 numbers
-plus 127. Torch-free.
+Owns the format (https://arxiv.org/abs/2310.10537). Instead of a stack `x` [experts, in, out] the
+files hold, transposed, `x_blocks` [experts, out, in / 32, 16], with two numbers in each byte, the
+low half first, and `x_scales` [experts, out, in / 32], the exponent of each 32 numbers plus 127.
+Torch-free.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from launcher.layout.box import Box, Shape
 from launcher.weights.pieces import Pieces
 
 NUMBERS = 32
-"""That share an exponent."""
+"""Numbers that share an exponent."""
 BLOCKS, SCALES = "_blocks", "_scales"
 
 
 class Packed(NamedTuple):
-    """A tensor [n, in, out] whose numbers are in two others."""
+    """A tensor [n, in, out] that is stored as two others."""
 
     blocks: str
     scales: str
@@ -40,13 +40,13 @@ def scales_for(blocks: Box) -> Box:
 
 
 def tensor_of(blocks: Box) -> Box:
-    """The box of the tensor that a box of `blocks` holds, in which no block is cut."""
+    """The box of the tensor in a box of `blocks`."""
     (first, column, block, _), (count, columns, number, _) = blocks
     return Box((first, block * NUMBERS, column), (count, number * NUMBERS, columns))
 
 
 def packed_of(tensors: Mapping[str, Pieces]) -> dict[str, Packed]:
-    """Name of every tensor whose numbers are in 4 bits, to what holds them."""
+    """Name of every MXFP4 tensor to the tensors that hold it."""
     found = {}
     for blocks, pieces in tensors.items():
         name = blocks.removesuffix(BLOCKS)

@@ -113,7 +113,7 @@ def test_in_its_own_folder_under_another_name(saved: Workshop, tmp_path: Path) -
     assert "skipped CKP-1_20: " in result.stdout
     assert "skipped CKP-1_15: mf/checkpoint/rank_0/CKP_rank_0-1_15.safeten" in result.stdout
     assert "resumed: CKP-1_10 of mf/checkpoint, step 10 of 20" in result.stdout
-    assert "strategy: not written, mf/strategy says how rank files beside it" in result.stdout
+    assert "strategy: not written, mf/strategy is needed by rank files beside it" in result.stdout
     assert workshop.losses("mf") == workshop.losses("whole")[10:]
     after = stamps(workshop.folder / "mf")
     assert {name: after.get(name) for name in before} == before

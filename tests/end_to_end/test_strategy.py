@@ -305,7 +305,7 @@ def test_predict_has_no_strategy(workshop: Workshop) -> None:
         ["--config", name, "--run_mode", "predict", "--predict_data", "def"], workshop.folder
     )
     assert result.code == 2
-    assert "only_save_strategy = True: predict writes no strategy" in result.stderr
+    assert "only_save_strategy = True: not supported with run_mode predict" in result.stderr
 
 
 def test_a_folder_that_cannot_be_made(workshop: Workshop) -> None:

@@ -16,8 +16,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import launcher
-from launcher import extensions
 from tests.config.weight_files import MINDSPORE_CKPT
 from tests.ranks import run_ranks
 from tests.workshop import Workshop
@@ -35,10 +33,12 @@ class Hidden:
 
 
 def hide(*, entries: bool) -> None:
-    """Remove the room from this process; with `entries` also what `extensions` says of it."""
-    loaded = [name for name in sys.modules if f"{name}.".startswith(f"{ROOM}.")]
-    assert not loaded, f"{loaded} were imported and nothing needed them"
+    """Forget all modules of the project, and import them without the room from now on; with
+    `entries` also without its entries in `extensions`."""
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("launcher", "models")]:
+        del sys.modules[name]
     sys.meta_path.insert(0, Hidden())  # type: ignore[arg-type]
+    extensions = importlib.import_module("launcher.extensions")
     for table in vars(extensions).values():
         if entries and isinstance(table, dict):
             for key in [key for key, entry in table.items() if str(entry).startswith(ROOM)]:
@@ -62,8 +62,9 @@ def command(entries: bool, module: str, folder: Path, *arguments: str) -> tuple[
 def imported(entries: bool) -> list[str]:
     """The modules of the project that were imported without the room."""
     hide(entries=entries)
+    project = importlib.import_module("launcher")
     names = [
-        module.name for module in pkgutil.walk_packages(launcher.__path__, "launcher.")
+        module.name for module in pkgutil.walk_packages(project.__path__, "launcher.")
         if not f"{module.name}.".startswith(f"{ROOM}.") and not module.name.endswith("__main__")
     ]  # fmt: skip
     for name in names:

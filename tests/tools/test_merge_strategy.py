@@ -272,8 +272,8 @@ def test_a_stage_of_a_run_that_had_fewer(source: Path, target: Path, capsys) -> 
     for rank in range(4):
         (source / NAME.format(rank)).write_bytes(strategy_file({"w0": CUT, "w1": CUT}, 0))
     assert said(source, target, capsys) == (
-        f"error: {source}: all 1 parameters of ckpt_strategy_rank_4.ckpt (stage 1) stand in "
-        "ckpt_strategy_rank_0.ckpt (stage 0) too: the stages of a pipeline have parameters of "
+        f"error: {source}: all 1 parameters of ckpt_strategy_rank_4.ckpt (stage 1) are also in "
+        "ckpt_strategy_rank_0.ckpt (stage 0): the stages of a pipeline have parameters of "
         "their own. The files are of two runs: move those of one away."
     )
 
@@ -305,7 +305,7 @@ def test_an_existing_file_is_kept_unless_asked(source: Path, target: Path, capsy
 
 
 def test_the_target_is_no_place_for_a_file(source: Path, tmp_path: Path, capsys) -> None:
-    assert "lies in" in (error := said(source, source / "dst.ckpt", capsys))
+    assert "is in" in (error := said(source, source / "dst.ckpt", capsys))
     assert f"Possible: {tmp_path}/merged_strategy/dst.ckpt." in error
     (tmp_path / "folder").mkdir()
     assert "is a folder" in (error := said(source, tmp_path / "folder", capsys))

@@ -59,7 +59,7 @@ def test_a_rank_that_is_killed_ends_the_other_node(nodes: Nodes) -> None:
     assert (code, other_code) == (137, 137), err + other_err
     assert "msrun: rank 2 on " in err
     assert "failed: it ended by SIGKILL" in err
-    assert "msrun: rank 2 ended first, by SIGKILL: see logs/worker_2.log" in other_err
+    assert "msrun: rank 2 failed first, by SIGKILL: see logs/worker_2.log" in other_err
 
 
 @pytest.mark.parametrize("refused", [1, pytest.param(0, marks=pytest.mark.long)])

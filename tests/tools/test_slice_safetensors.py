@@ -234,7 +234,7 @@ def wrong_cases(folder: Path) -> dict[str, list[str]]:
     (folder / "bad.yaml").write_text("parallel_config: {model_parallel: two}\n")
     at = str(folder)
     return {
-        "`w` of shape [6, 3] cannot be cut as the strategy says: dim 0 of length 6":
+        "`w` of shape [6, 3] does not fit the strategy: dim 0 of length 6":
             [f"{at}/w.safetensors", "--predict_strategy", f"{at}/w.ckpt"],
         "the layout knows no tensor of": [f"{at}/w.safetensors", "--predict_strategy",
                                           f"{at}/other.ckpt"],

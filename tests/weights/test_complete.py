@@ -229,7 +229,7 @@ def test_the_index_may_list_what_a_model_derives(tmp_path: Path) -> None:
     assert "lacks `lm_head.weight`, which the index lists" in " ".join(verdict.remarks)
     content["weight_map"]["l.2.w"] = SHARDS["l_1_w"]
     (tmp_path / INDEX_NAME).write_text(json.dumps(content))
-    with pytest.raises(UserError, match=r"lacks `l\.2\.w`: the index beside it says"):
+    with pytest.raises(UserError, match=r"lacks `l\.2\.w`: the index beside it lists"):
         open_complete(tmp_path)
 
 

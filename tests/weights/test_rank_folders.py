@@ -46,7 +46,7 @@ def test_the_newest_by_name(tmp_path: Path, names: list[str], label: str, order)
 
 def test_names_that_do_not_say_which_is_newest(tmp_path: Path) -> None:
     fill(tmp_path, "a_rank_{}-1_5.safetensors", "b_rank_{}-1_5.safetensors")
-    with pytest.raises(UserError, match=r"holds 2 saves: a-1_5, b-1_5: their names do not say"):
+    with pytest.raises(UserError, match=r"holds 2 saves: a-1_5, b-1_5: their names do not show"):
         newest(tmp_path)
     assert first_file(tmp_path) is None
     assert save_of(tmp_path / "rank_1/b_rank_1-1_5.safetensors").label == "b-1_5"

@@ -137,7 +137,7 @@ BAD: dict[str, tuple[Change, Any, str]] = {
         lambda t: t,
         {"quantization_config": {"quant_method": "gptq", "bits": 4}},
         "quantization_config = {'quant_method': 'gptq'}: FP8 weights are read where blocks "
-        "of them share a factor. Possible: quant_method fp8, weight_block_size [128, 128].",
+        "of them share a scale. Possible: quant_method fp8, weight_block_size [128, 128].",
     ),
     "no block": (
         lambda t: t,

@@ -276,7 +276,7 @@ NOTHING_RUN = "tensors, numbers, texts, lists and maps are read, and nothing in 
 REFUSED: dict[str, tuple[Callable[[], bytes], str]] = {
     "a command": (lambda: saved({**WEIGHTS, "x": Runs(os.system, "touch run")}),
                   "{path} refers to posix.system, which is not allowed: " + NOTHING_RUN),
-    "code": (lambda: saved({"x": Runs(eval, "open('run', 'w')")}), "call __builtin__.eval: "),
+    "code": (lambda: saved({"x": Runs(eval, "open('run', 'w')")}), "refers to __builtin__.eval, "),
     "a command, protocol 0": (lambda: archive(data_pkl=b"cposix\nsystem\n(S'touch run'\ntR."),
                               "refers to posix.system, which is not allowed"),
     "an instance": (lambda: archive(data_pkl=b"(S'touch run'\niposix\nsystem\n."),

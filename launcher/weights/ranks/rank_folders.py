@@ -118,7 +118,7 @@ def save_of(file: Path) -> Save:
     rank = rank_of(file.parent)
     if rank is None:
         raise UserError(
-            f"{file} lies in no rank folder",
+            f"{file} is not in a rank folder",
             rule="distributed weights lie in rank_0/, rank_1/, ...",
             advice="Give the folder that holds them, usually {output_dir}/checkpoint",
         )

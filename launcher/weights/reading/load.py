@@ -17,7 +17,7 @@ from launcher.errors import UserError
 from launcher.layout.box import Box, Shape
 from launcher.layout.shard import Shard
 from launcher.weights.gc_pause import gc_paused
-from launcher.weights.mxfp4 import Packed, packed_of
+from launcher.weights.mxfp4 import BLOCKS, Packed, packed_of
 from launcher.weights.optimizer_state import STATE_PREFIXES
 from launcher.weights.reading.local_files import check_local
 from launcher.weights.reading.mismatch import Differences, mismatch
@@ -67,7 +67,9 @@ def load(
     if expected is None:
         expected = {name: target.shape for name, target in targets.items()}
     found = _names_in_files(source, expected, tied)
-    packed = {name: p for name, p in packed_of(source.tensors).items() if name in expected}
+    has_blocks = any(name.endswith(BLOCKS) for name in source.tensors)
+    packed = packed_of(source.tensors) if has_blocks else {}
+    packed = {name: p for name, p in packed.items() if name in expected}
     found |= {name: name for name in packed}
     factors, ignored = {*source.scales.values()}, tuple(ignore_prefixes)
     factors |= {part for p in packed.values() for part in (p.blocks, p.scales)}

@@ -57,7 +57,7 @@ class Fill(NamedTuple):
     reads: list[Read]
     scales: Scales | None = None
     exponents: Exponents | None = None
-    """Of weights in 4 bits: the reads are of their blocks (`launcher.weights.mxfp4`)."""
+    """Of MXFP4 weights, whose reads are of blocks (`launcher.weights.mxfp4`)."""
 
 
 def fill(fills: Iterable[Fill], source: Source) -> int:

@@ -1,4 +1,4 @@
-"""Numbers in 4 bits, unpacked (`launcher.weights.mxfp4` has the form)."""
+"""Unpacking MXFP4 numbers (`launcher.weights.mxfp4` owns the format)."""
 
 from __future__ import annotations
 
