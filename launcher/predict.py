@@ -59,7 +59,7 @@ def read_prompts(input_data: str | Sequence[str] | None) -> list[str]:
         if wrong := lone_surrogate(prompt):
             raise UserError(
                 f"--predict_data {printable(prompt)[:60]!r} has {wrong}",
-                rule="a prompt is text that UTF-8 can encode",
+                rule="a prompt must be valid UTF-8",
                 advice=advice,
             )
     if len(given) > 1:

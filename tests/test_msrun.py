@@ -141,7 +141,7 @@ def test_the_script_of_the_current_directory_comes_first(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "says"),
+    ("words", "parts"),
     [
         ([], ["msrun.sh: 0 arguments: it takes 1, 2, 6 or 9.", "usage: bash msrun.sh"]),
         ([RUN, "2", "3"], ["msrun.sh: 3 arguments"]),
@@ -162,14 +162,16 @@ def test_the_script_of_the_current_directory_comes_first(folder: Path) -> None:
         ([""], ["script '' not found"]),
     ],
 )  # fmt: skip
-def test_wrong_arguments_are_told_together(folder: Path, words: list[str], says: list[str]) -> None:
+def test_wrong_arguments_are_reported_together(
+    folder: Path, words: list[str], parts: list[str]
+) -> None:
     with pytest.raises(UserError) as error:
         read(words)
-    for text in says:
+    for text in parts:
         assert text in str(error.value)
 
 
-def test_torchrun_is_told_where_the_nodes_meet(folder: Path) -> None:
+def test_torchrun_gets_the_rendezvous_address(folder: Path) -> None:
     words = ["16", "8", "10.0.0.1", "8118", "1", "logs", "False", "300"]
     arguments = torchrun_arguments(read([RUN, *words]))
     assert arguments == [
@@ -184,7 +186,7 @@ def test_torchrun_is_told_where_the_nodes_meet(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "says"),
+    ("words", "parts"),
     [
         ([RUN.replace("run.yaml", "right.yaml"), "2"],
          "Nearest: data_parallel 2. Or pass 1 to msrun.sh as the number of workers."),
@@ -194,12 +196,12 @@ def test_torchrun_is_told_where_the_nodes_meet(folder: Path) -> None:
         ([RUN, "2", "3"], "usage: bash msrun.sh"),
     ],
 )  # fmt: skip
-def test_a_mistake_ends_before_anything_starts(folder: Path, words: list[str], says: str) -> None:
+def test_a_mistake_ends_before_anything_starts(folder: Path, words: list[str], parts: str) -> None:
     build(folder)
     (folder / "wrong.yaml").write_text(RIGHT.replace("weight_decay", "weigth_decay"))
     code, out, err = run(folder, *words)
     assert (code, out) == (2, "")
-    assert says in err
+    assert parts in err
     assert "Traceback" not in err
     assert not (folder / "output").exists()
     probe = (
@@ -282,7 +284,7 @@ def test_one_worker_predicts_and_quotes_arrive(workshop: Workshop) -> None:
     assert [json.loads(line)["prompt"] for line in lines] == prompts
 
 
-def test_a_job_that_fails_is_a_failed_exit_code(folder: Path) -> None:
+def test_a_job_that_fails_has_a_failed_exit_code(folder: Path) -> None:
     code, out, err = run(folder, "job.py fail 'a b'", "2")
     assert code == 3
     assert out == "rank 0 of 2 ['fail', 'a b']\nstopped by 15\n"
@@ -298,7 +300,7 @@ def test_a_worker_that_is_killed(folder: Path) -> None:
     assert "msrun: rank 1 failed first, by SIGKILL: see logs/worker_1.log" in err
 
 
-def test_a_mistake_of_one_rank_is_told_by_that_rank(workshop: Workshop) -> None:
+def test_a_mistake_of_one_rank_is_printed_by_that_rank(workshop: Workshop) -> None:
     """Its peers lose their connection to it, which is not what went wrong."""
     workshop.yaml(
         parallel_config={"data_parallel": 2}, runner_config={"batch_size": 4}, callbacks=[]
@@ -406,7 +408,7 @@ def test_the_interpreter_is_found(folder: Path) -> None:
     assert run(folder, "job.py a b", "2", **active, PYTHON=chosen)[1] == f"given {expected}"
 
 
-def test_a_folder_named_launcher_is_none_of_ours(folder: Path) -> None:
+def test_a_folder_named_launcher_is_not_imported(folder: Path) -> None:
     (folder / "launcher").mkdir()
     (folder / "launcher/__init__.py").write_text("raise SystemExit(7)\n")
     assert run(folder, "--help")[0] == 0

@@ -1,4 +1,4 @@
-"""A run that is killed again and again ends as the run that never was (`make test-crash`)."""
+"""A run that is killed again and again ends as one that is not (`make test-crash`)."""
 
 from __future__ import annotations
 

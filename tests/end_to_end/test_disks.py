@@ -1,4 +1,4 @@
-"""Training on two machines that share no disk for checkpoints: two ranks each, a folder on each."""
+"""Training on two machines without a shared file system for checkpoints, two ranks on each."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Steps that are not sound: skipped, the end of a run that saved none, or gone back on; and the
-health of saves (F07 of the reference's acceptance behaviours)."""
+"""Unsound steps: skipped, the end of a run before they are saved, or rolled back; and the health of
+saves (F07 of the reference's acceptance behaviours)."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ class Poison(Callback):
 
 
 @pytest.mark.parametrize("beside", [False, True], ids=["waits", "beside"])
-def test_a_run_goes_back_and_leaves_the_samples_out(workshop: Workshop, beside: bool) -> None:
+def test_a_roll_back_leaves_the_samples_out(workshop: Workshop, beside: bool) -> None:
     """What comes of it is the run that a user would have resumed by hand."""
     (workshop.folder / "mine.py").write_text(POISON)
     monitor = {"type": "CheckpointMonitor", "save_checkpoint_steps": 4, "async_save": beside}
@@ -123,7 +123,7 @@ def test_a_run_goes_back_and_leaves_the_samples_out(workshop: Workshop, beside: 
     assert (state["consumed_samples"], state["data_position"]) == (160, 176)
 
 
-def test_a_run_that_keeps_going_back_ends(workshop: Workshop) -> None:
+def test_a_run_that_keeps_rolling_back_ends(workshop: Workshop) -> None:
     monitor = {"type": "CheckpointMonitor", "save_checkpoint_steps": 1}
     assert train(workshop, "output", callbacks=[monitor],
                  runner_config={"stop_step": 2, "batch_size": 8}).code == 0  # fmt: skip
@@ -146,7 +146,7 @@ def test_a_run_that_keeps_going_back_ends(workshop: Workshop) -> None:
     assert [row["samples"] for row in listed.values()] == [[16, 23], [24, 31], [32, 39]]
 
 
-def test_a_run_never_goes_back_to_a_save_of_another(workshop: Workshop) -> None:
+def test_a_run_never_rolls_back_to_a_save_of_another(workshop: Workshop) -> None:
     monitor = {"type": "CheckpointMonitor", "save_checkpoint_steps": 5}
     assert train(workshop, "output", callbacks=[monitor]).code == 0
     limits = {"check_for_global_norm": True, "roll_back": True, "loss_spike_threshold": 1e-3,
@@ -162,7 +162,7 @@ def test_a_run_never_goes_back_to_a_save_of_another(workshop: Workshop) -> None:
     assert "rolled back to CKP-1_10, step 10: step 11" in behind.stdout, "not on to step 20"
 
 
-def test_a_way_back_that_does_nothing_is_told(workshop: Workshop) -> None:
+def test_a_roll_back_without_effect_is_logged(workshop: Workshop) -> None:
     stop = {"stop_step": 1, "batch_size": 8, "max_steps": 20}
     result = train(workshop, "output", monitor_config={"roll_back": True}, runner_config=stop)
     assert "roll_back: True has no effect: no check ends the run" in result.stdout

@@ -63,7 +63,7 @@ def train(workshop: Workshop, model: str, layout: str, output: str, *more: str) 
     return result
 
 
-def test_the_same_layout_resumes_to_the_bit(workshop: Workshop) -> None:
+def test_the_same_layout_resumes_bitwise(workshop: Workshop) -> None:
     layout, model = "dp2 tp2 pp2", "qwen3 tied"
     train(workshop, model, layout, "whole")
     train(workshop, model, layout, "parts", "--runner_config.stop_step", str(STEPS // 2))
@@ -127,7 +127,7 @@ def test_what_a_layout_saved_merges_into_a_directory_transformers_opens(
 
 
 @pytest.mark.parametrize(("model", "ranks_", "tp"), [("qwen3 tied", 4, 2), ("qwen3 moe", 2, 2)])
-def test_predict_on_cut_matrices_says_the_same(
+def test_tensor_parallel_prediction_is_that_of_one_process(
     workshop: Workshop, model: str, ranks_: int, tp: int
 ) -> None:
     train(workshop, model, "alone", "output", "--max_steps", "4")

@@ -95,7 +95,7 @@ def test_under_torchrun_a_signal_to_the_job_saves_too(workshop: Workshop) -> Non
     assert any(f'"global_step": {last},' in path.read_text() for path in manifests)
 
 
-def test_a_mistake_under_torchrun_is_told_once(workshop: Workshop) -> None:
+def test_a_mistake_under_torchrun_is_printed_once(workshop: Workshop) -> None:
     name = workshop.yaml(parallel_config={"data_parallel": 2}, runner_config={"batch_size": 2})
     arguments = ["--config", name, "--run_mode", "train", "--max_steps", "1"]
     assert run_job(arguments, workshop.folder, 2).code == 0

@@ -64,7 +64,7 @@ def test_copies_are_left_out_and_nothing_is_lost(workshop: Workshop) -> None:
         ("True", {"data_parallel": 2, "pipeline_stage": 2, "micro_batch_num": 2}),
     ],
 )
-def test_they_are_loaded_in_another_layout_and_read_once_when_asked(
+def test_they_are_loaded_in_another_layout_and_with_balanced_load_read_once(
     workshop: Workshop, balanced: str, degrees: dict[str, int]
 ) -> None:
     trained(workshop, "once", once=True)

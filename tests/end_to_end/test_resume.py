@@ -1,4 +1,4 @@
-"""A resumed run is the uninterrupted run: to the bit on the same layout, in value on others."""
+"""A resumed run is the uninterrupted run: bitwise on the same layout, in value on others."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def run(workshop: Workshop, name: str, world: int, *more: str) -> JobResult:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_ten_and_ten_steps_are_twenty_to_the_bit(workshop: Workshop, case: str) -> None:
+def test_ten_and_ten_steps_are_bitwise_twenty(workshop: Workshop, case: str) -> None:
     world, changes = CASES[case]
     name = workshop.yaml(**{**changes, "parallel_config": {"data_parallel": world}})
     run(workshop, name, world, "--output_dir", "whole")
@@ -124,7 +124,7 @@ def test_a_changed_global_batch_goes_on_by_samples(workshop: Workshop) -> None:
     )
     assert "global batch was 8, is 4: resuming after 80 samples, as step 20" in result.stdout
     consumed = [row["consumed_samples"] for row in workshop.rows()]
-    assert consumed == [*range(8, 81, 8), 84, 88], "no row is lost though steps are counted anew"
+    assert consumed == [*range(8, 81, 8), 84, 88], "no row is lost though steps are counted again"
     names = {path.name for path in (workshop.folder / "output/checkpoint/manifest").iterdir()}
     assert names == {"CKP-1_10.json", "CKP_1-1_22.json"}, "and no name comes twice"
 
@@ -180,7 +180,7 @@ def test_nothing_to_resume_is_a_fresh_start_with_a_warning(workshop: Workshop) -
     assert len(workshop.losses()) == 2
 
 
-def test_changed_data_is_refused_until_the_user_says_where_to_begin(workshop: Workshop) -> None:
+def test_changed_data_is_an_error_until_a_position_is_configured(workshop: Workshop) -> None:
     name = workshop.yaml()
     run(workshop, name, 1, "--runner_config.stop_step", "10")
     (workshop.folder / "corpus" / "new.py").write_text("print('more')\n" * 50)
@@ -192,12 +192,14 @@ def test_changed_data_is_refused_until_the_user_says_where_to_begin(workshop: Wo
     assert "command line: --train_dataset.seq_length: the training data is not" in other.stderr
     assert "(train_dataset.seq_length: 32 -> 16)" in other.stderr
     assert "ignore_data_skip" in refused.stderr
-    anew = run_job([*arguments, "--ignore_data_skip", "True", "--max_steps", "12"], workshop.folder)
-    assert anew.code == 0, anew.stderr
-    assert "beginning at sample 0, as configured" in anew.stdout
+    fresh = run_job(
+        [*arguments, "--ignore_data_skip", "True", "--max_steps", "12"], workshop.folder
+    )
+    assert fresh.code == 0, fresh.stderr
+    assert "beginning at sample 0, as configured" in fresh.stdout
 
 
-def test_a_damaged_newest_checkpoint_is_named_and_passed_over(workshop: Workshop) -> None:
+def test_a_damaged_newest_checkpoint_is_reported_and_skipped(workshop: Workshop) -> None:
     name = workshop.yaml()
     run(workshop, name, 1)
     newest = workshop.folder / "output/checkpoint/rank_0/CKP_rank_0-1_20.safetensors"

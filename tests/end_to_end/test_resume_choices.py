@@ -1,5 +1,5 @@
-"""What a resume is told to do otherwise: begin elsewhere in the data, or in other data; and what it
-refuses. The reference's acceptance behaviours E07, F05 and X03 (and X08: its source is only read).
+"""What a resume can be configured to do: start at another position or in other data; and its
+errors. The reference's acceptance behaviours E07, F05 and X03 (and X08: its source is only read).
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def other_text(workshop: Workshop) -> str:
     return folder.name
 
 
-def test_skipping_exactly_what_was_seen_is_going_on(workshop: Workshop) -> None:
+def test_skipping_exactly_what_was_trained_on_is_resuming(workshop: Workshop) -> None:
     name = workshop.yaml()
     assert start(workshop, name, "whole").code == 0
     source = ("--load_checkpoint", "whole/checkpoint", "--resume_training", "CKP_rank_0-1_10")
@@ -81,9 +81,9 @@ def test_other_data_then_a_skip_then_a_larger_batch(
         if file.stem.endswith(("1_15", "1_20")):
             file.unlink()
     other = ("--train_dataset.data_loader.dataset_dir", other_text(workshop))
-    anew = resume(workshop, name, "output", *other, "--ignore_data_skip", "True", world=world)
-    assert "step 10 of 20" in anew.stdout
-    assert "other data, beginning at sample 0, as configured" in anew.stdout
+    restarted = resume(workshop, name, "output", *other, "--ignore_data_skip", "True", world=world)
+    assert "step 10 of 20" in restarted.stdout
+    assert "other data, beginning at sample 0, as configured" in restarted.stdout
     assert [row["step"] for row in workshop.rows()] == [*range(1, 21)]
     named = ("--resume_training", "CKP_rank_0-1_15", "--load_checkpoint", "output/checkpoint")
     skipped = resume(workshop, name, "named", *other, *named, "--data_skip_steps", "2", world=world)
@@ -118,7 +118,7 @@ def test_weights_without_optimizer_start_a_finetune_and_no_resume(workshop: Work
     assert workshop.losses("tuned")[0] < workshop.losses()[0] - 0.5
 
 
-def test_another_layout_is_refused_where_cutting_is_forbidden(workshop: Workshop) -> None:
+def test_another_layout_is_an_error_with_auto_trans_ckpt_false(workshop: Workshop) -> None:
     """X03, at a resume: both layouts are named, on every rank, before anything is read."""
     name = workshop.yaml()
     assert start(workshop, name, "output", "--max_steps", "10").code == 0
@@ -151,7 +151,7 @@ def test_the_folder_that_a_resume_reads_stays_as_it_is(workshop: Workshop) -> No
     assert stamps(workshop.folder / "store") == before
 
 
-def test_the_save_a_run_goes_back_to_outlives_what_comes_of_it(workshop: Workshop) -> None:
+def test_the_save_that_a_run_was_resumed_from_is_kept(workshop: Workshop) -> None:
     monitor = {"type": "CheckpointMonitor", "save_checkpoint_steps": 5, "keep_checkpoint_max": 4}
     name = workshop.yaml(callbacks=[monitor])
     assert start(workshop, name, "output").code == 0

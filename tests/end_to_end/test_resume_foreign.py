@@ -76,7 +76,7 @@ def text(result: Any) -> str:
     return " ".join(result.stdout.split())
 
 
-def test_the_smallest_meta_json_to_the_bit_and_only_read(saved: Workshop, tmp_path: Path) -> None:
+def test_the_smallest_meta_json_bitwise_and_only_read(saved: Workshop, tmp_path: Path) -> None:
     workshop = saved.copy_to(tmp_path / "work")
     folder = workshop.folder / "mf/checkpoint"
     point_to(folder / "rank_0", 15)
@@ -137,11 +137,11 @@ def test_a_name_on_one_rank_with_twice_the_batch(saved: Workshop, tmp_path: Path
         "CKP_rank_0-1_10", "--max_steps", "6", "--data_skip_steps", "2",
     )  # fmt: skip
     assert "resumed: CKP-1_10 of mf/checkpoint, step 5 of 6" in result.stdout
-    said = text(result)
-    assert "assumed 80 samples trained on, a global batch of 8 (from the files)" in said
-    assert "layout 2 ranks -> 1 rank" in said
-    assert "global batch was 8, is 16: resuming after 80 samples, as step 5" in said
-    assert "data beginning at sample 32, as configured" in said
+    printed = text(result)
+    assert "assumed 80 samples trained on, a global batch of 8 (from the files)" in printed
+    assert "layout 2 ranks -> 1 rank" in printed
+    assert "global batch was 8, is 16: resuming after 80 samples, as step 5" in printed
+    assert "data beginning at sample 32, as configured" in printed
     assert [row["step"] for row in workshop.rows("output")] == [6]
 
 
@@ -177,7 +177,7 @@ def test_complete_weights_with_counters_beside_them(saved: Workshop, tmp_path: P
     assert workshop.losses("output") == workshop.losses("whole")[15:]
 
 
-def test_weights_alone_and_numbers_that_are_none(saved: Workshop, tmp_path: Path) -> None:
+def test_weights_alone_and_invalid_numbers(saved: Workshop, tmp_path: Path) -> None:
     workshop = saved.copy_to(tmp_path / "work")
     folder = workshop.folder / "mf/checkpoint"
     for file in folder.glob("rank_*/*.safetensors"):

@@ -136,7 +136,7 @@ class Failing(Callback):
 
 
 @pytest.mark.parametrize("how", [False, True], ids=["waits", "beside"])
-def test_a_run_that_fails_saves_its_last_whole_step(workshop: Workshop, how: bool) -> None:
+def test_a_run_that_fails_saves_its_last_complete_step(workshop: Workshop, how: bool) -> None:
     (workshop.folder / "mine.py").write_text(FAILING)
     monitor = {"exception_save": True, "async_save": how}
     result = train(workshop, "output", monitor, more=[{"type": "Failing"}], register_path="mine.py")
@@ -175,7 +175,7 @@ def test_saves_by_time(workshop: Workshop) -> None:
         assert len(saved) >= 3 if more else len(saved) == 1
 
 
-def test_a_limit_in_time_that_has_no_effect_is_told(workshop: Workshop) -> None:
+def test_a_limit_in_time_without_effect_is_logged(workshop: Workshop) -> None:
     limits = {"save_checkpoint_seconds": 60, "keep_checkpoint_per_n_minutes": 10}
     result = train(workshop, "output", limits, runner_config={"max_steps": 1})
     assert (
@@ -222,7 +222,7 @@ class Asking(Callback):
 
 
 @pytest.mark.parametrize("world", [1, 4])
-def test_a_file_asks_for_the_end(workshop: Workshop, world: int) -> None:
+def test_a_file_requests_a_stop(workshop: Workshop, world: int) -> None:
     (workshop.folder / "mine.py").write_text(ASKING)
     changes = FOUR if world == 4 else {}
     more = [{"type": "Asking"}, {"type": "OnRequestExit", "config_file": "exit.json"}]

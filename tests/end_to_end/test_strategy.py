@@ -1,5 +1,5 @@
-"""Strategy files: every training run leaves them, one process plans them for any number of ranks,
-and what they say is where our tensors lie."""
+"""Strategy files: every training run writes them, one process can write those of any number of
+ranks, and they agree with the layout of Slipway."""
 
 from __future__ import annotations
 
@@ -190,7 +190,7 @@ PLANS = {
     "a thousand ranks": ("llama", {"data_parallel": 64, "model_parallel": 4, "pipeline_stage": 4,
                             "micro_batch_num": 4}, {}, 0),
 }  # fmt: skip
-"""Family, degrees, more of `parallel`, and how many tensors cannot be said."""
+"""Family, degrees, more of `parallel`, and how many tensors the format cannot describe."""
 
 
 @pytest.mark.parametrize("case", PLANS)
@@ -217,7 +217,7 @@ def test_plans_of_one_process(
     assert [line[: len(warning)] for line in warnings] == [warning] * bool(left_out)
 
 
-def test_what_cannot_be_said_is_told_once(workshop: Workshop) -> None:
+def test_tensors_that_the_format_cannot_describe_are_logged_once(workshop: Workshop) -> None:
     result = plan(workshop, "qwen3 moe", parallel_config={"data_parallel": 2}, parallel=SHARDED)
     assert result.stdout == (
         "warning: the strategy files leave out 96 of 135 tensors, such as "

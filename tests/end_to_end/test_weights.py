@@ -1,7 +1,7 @@
-"""The samples of the original's page about weights, as written but for paths and sizes.
+"""The samples of MindFormers' page about weights, as written but for paths and sizes.
 
 One story: a Hugging Face directory is fine-tuned on four ranks, and what that run saved is loaded,
-cut anew, merged, sliced, converted, resumed, and predicted with. Every way of loading the same
+resharded, merged, sliced, converted, resumed, and predicted with. Every way of loading the same
 weights gives the same loss, or the same text.
 """
 
@@ -151,7 +151,7 @@ def test_another_slicing(shop: Shop, tuned: float) -> None:
     assert "src_strategy_path_or_dir = 'tuned/strategy': not needed" in result.stderr
 
 
-def test_equal_axes_that_cut_in_another_way_are_another_layout(shop: Shop) -> None:
+def test_equal_axes_that_shard_in_another_way_are_another_layout(shop: Shop) -> None:
     sample = ORIGINAL_SLICING + "  vocab_emb_dp: False\n"
     refused = shop.try_run(sample, "eval", 4, "otherwise")
     assert refused.code == 2
@@ -159,7 +159,7 @@ def test_equal_axes_that_cut_in_another_way_are_another_layout(shop: Shop) -> No
     assert "auto_trans_ckpt: False loads only the same layout" in refused.stderr
 
 
-def test_the_whole_copy_opens_in_transformers_and_replaces_only_itself(
+def test_the_complete_copy_opens_in_transformers_and_replaces_only_itself(
     shop: Shop, tuned: float
 ) -> None:
     copy = shop.folder / "put_together/unified_checkpoint"
@@ -393,7 +393,7 @@ def test_converting_by_a_training_task_and_by_the_call(shop: Shop) -> None:
 
 
 def as_mindspore(source: Path, target: Path) -> None:
-    """Rank files without what ours say of themselves, with what a run of MindSpore adds."""
+    """Rank files without the metadata of Slipway, with what a run of MindSpore adds."""
     for file in sorted(source.glob("rank_*/*.safetensors")):
         tensors = load_file(file)
         tensors |= {"epoch_num": torch.tensor(1), "step_num": torch.tensor(2),

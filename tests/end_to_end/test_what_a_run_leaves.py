@@ -1,4 +1,4 @@
-"""Metrics, curve, logs, trackers, the resolved configuration, and callbacks of a user's own."""
+"""Metrics, curve, logs, trackers, the resolved configuration, and callbacks of the user."""
 
 from __future__ import annotations
 
@@ -172,7 +172,7 @@ def test_a_step_that_is_not_finite_can_end_the_run_and_is_never_saved(workshop: 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("def f(:\n", "mine.py:1: register_path = 'mine.py': this is not Python"),
+        ("def f(:\n", "mine.py:1: register_path = 'mine.py': this is not valid Python"),
         ("import nothing_of_that_name\nclass P: ...\n", "mine.py:1: register_path: importing"),
     ],
 )
@@ -186,14 +186,14 @@ def test_a_broken_file_of_callbacks_is_a_mistake_of_the_user(
     assert "Traceback" not in result.stderr
 
 
-def test_a_run_that_leaves_the_numbers_says_so_once(workshop: Workshop) -> None:
+def test_a_run_that_is_no_longer_finite_warns_once(workshop: Workshop) -> None:
     name = workshop.yaml(lr_schedule={"learning_rate": 1e30, "warmup_steps": 0}, callbacks=[])
     result = train(workshop, name)
     assert result.code == 0
     assert result.stdout.count("warning: samples") == 1
 
 
-def test_places_that_cannot_be_written_are_told_before_training(workshop: Workshop) -> None:
+def test_folders_that_cannot_be_written_are_errors_before_training(workshop: Workshop) -> None:
     (workshop.folder / "file").write_text("")
     name = workshop.yaml()
     for arguments in (
@@ -293,7 +293,7 @@ def test_a_run_without_a_monitor_saves_its_last_step(
         assert "warning: nothing will be saved" in before_training
 
 
-def test_what_saves_take_is_told_before_the_first_step(workshop: Workshop) -> None:
+def test_the_size_of_saves_is_logged_before_the_first_step(workshop: Workshop) -> None:
     name = workshop.yaml(
         callbacks=[{"type": "CheckpointMonitor", "save_checkpoint_steps": 2,
                     "keep_checkpoint_max": 3, "integrated_save": True,
@@ -319,17 +319,17 @@ def test_what_saves_take_is_told_before_the_first_step(workshop: Workshop) -> No
 
 
 @pytest.mark.parametrize(
-    ("warmup", "stop", "said"), [(20, 20, "run of 20"), (19, 20, ""), (5, 5, "stops at step 5")]
+    ("warmup", "stop", "warning"), [(20, 20, "run of 20"), (19, 20, ""), (5, 5, "stops at step 5")]
 )
-def test_a_warm_up_that_never_reaches_its_peak_is_told(
-    workshop: Workshop, warmup: int, stop: int, said: str
+def test_a_warm_up_that_never_reaches_its_peak_is_logged(
+    workshop: Workshop, warmup: int, stop: int, warning: str
 ) -> None:
     name = workshop.yaml(
         lr_schedule={"warmup_steps": warmup}, runner_config={"stop_step": stop}, callbacks=[],
         final_checkpoint=False,
     )  # fmt: skip
     result = train(workshop, name)
-    assert ("the learning rate never reaches" in result.stdout) == bool(said)
-    assert said in result.stdout
+    assert ("the learning rate never reaches" in result.stdout) == bool(warning)
+    assert warning in result.stdout
     reached = any(row["lr"] == 1e-2 for row in workshop.rows())
-    assert reached != bool(said)
+    assert reached != bool(warning)

@@ -138,7 +138,7 @@ SAMPLED = GenerationSettings(
 )  # fmt: skip
 
 
-def test_samples_depend_on_seed_and_place_not_on_the_batch() -> None:
+def test_samples_depend_on_seed_and_index_not_on_the_batch() -> None:
     own, _ = pair(dense_spec(**FAMILIES["llama"]))
     together = run(own, SAMPLED)
     assert run(own, SAMPLED, batch_size=1) == together
@@ -171,7 +171,7 @@ def test_modules_of_transformers_continue_with_their_own_loop(family: str) -> No
     assert run(model, SAMPLED) == run(model, SAMPLED, batch_size=2)
 
 
-def test_settings_take_each_key_from_the_most_binding_source() -> None:
+def test_settings_take_each_key_from_the_source_of_highest_priority() -> None:
     written, model, directory = {"top_k": 3, "max_length": 40}, {"top_k": 9, "top_p": 0.5}, {
         "top_p": 0.9, "do_sample": True, "temperature": 0.6, "max_new_tokens": 512,
         "eos_token_id": [4, 5], "transformers_version": "5", "pad_token_id": None,
@@ -210,7 +210,7 @@ NO_ROOM: dict[str, tuple[list[int], dict[str, Any], int | None, str]] = {
 
 
 @pytest.mark.parametrize("name", NO_ROOM)
-def test_prompts_without_room(name: str) -> None:
+def test_prompts_that_are_too_long(name: str) -> None:
     lengths, settings, positions, text = NO_ROOM[name]
     with pytest.raises(UserError) as raised:
         token_limits(lengths, GenerationSettings(**settings), positions)

@@ -63,7 +63,7 @@ def refused(tmp_path: Path) -> dict[str, tuple[Any, str]]:
     }
 
 
-def test_refused_prompts(tmp_path: Path) -> None:
+def test_invalid_prompts(tmp_path: Path) -> None:
     for given, text in refused(tmp_path).values():
         with pytest.raises(UserError) as raised:
             read_prompts(given)
@@ -100,7 +100,7 @@ def test_ranks_share_the_prompts_and_rank_0_has_all() -> None:
     assert [index for index, _ in shares[1]] == [1, 3]
 
 
-def test_an_empty_prompt_begins_with_the_first_token_where_there_is_one() -> None:
+def test_an_empty_prompt_begins_with_the_bos_token_where_there_is_one() -> None:
     settings = GenerationSettings(max_new_tokens=3, bos_token_id=1)
     (found,) = generate(OWN, TOKENIZER, [""], settings)
     assert len(found.tokens) == 3
@@ -138,7 +138,7 @@ GENERATIONS = [
 ]
 
 
-def test_results_in_the_form_of_the_original_and_as_json_lines(tmp_path: Path) -> None:
+def test_results_in_the_format_of_mindformers_and_as_json_lines(tmp_path: Path) -> None:
     path = tmp_path / "out" / "text_generation_result.txt"
     beside = write_results(GENERATIONS, path, batch_size=2)
     assert beside == path.with_suffix(".jsonl")

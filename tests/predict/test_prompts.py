@@ -17,8 +17,8 @@ BYTE = b"caf\xe9".decode(errors="surrogateescape")
 
 
 @pytest.mark.parametrize("given", [BYTE, ["fine", BYTE], "q \ud83d x", "\ud83d/x.txt"])
-def test_prompts_that_cannot_be_encoded_are_refused(given: str | list[str]) -> None:
-    with pytest.raises(UserError, match="a prompt is text that UTF-8 can encode") as caught:
+def test_prompts_that_cannot_be_encoded_are_errors(given: str | list[str]) -> None:
+    with pytest.raises(UserError, match="a prompt must be valid UTF-8") as caught:
         read_prompts(given)
     str(caught.value).encode()
 
@@ -40,7 +40,7 @@ def test_the_configuration_names_the_place_before_anything_heavy(
     found = [*resolved.problems, *rules.check(resolved.config, resolved.provenance, world=1)]
     (problem,) = [problem for problem in found if "input_data = " in problem.what]
     assert problem.where.endswith(place)
-    assert "a prompt is text that UTF-8 can encode" in problem.rule
+    assert "a prompt must be valid UTF-8" in problem.rule
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
@@ -50,7 +50,7 @@ def test_a_file_of_prompts_is_read_line_by_line(tmp_path: Path, encoding: str) -
     assert read_prompts(str(path)) == ["caf\u00e9", "line\u2028of\x0cone", "\U0001f6a2"]
 
 
-def test_a_file_of_prompts_in_latin_1_is_refused_with_line_and_offset(tmp_path: Path) -> None:
+def test_a_file_of_prompts_in_latin_1_is_an_error_with_line_and_offset(tmp_path: Path) -> None:
     path = tmp_path / "prompts.txt"
     path.write_bytes(b"one\ntwo caf\xe9\n")
     with pytest.raises(UserError) as caught:

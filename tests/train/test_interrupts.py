@@ -1,4 +1,4 @@
-"""Wishes to stop: signals, and a request from within the process."""
+"""Reasons to stop: signals, and a request by the process itself."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from launcher.train.interrupts import REQUEST, STOP_REASONS, Interrupted, Interr
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_is_noted(number: int, code: int) -> None:
+def test_a_signal_is_recorded(number: int, code: int) -> None:
     with Interrupts() as interrupts:
         os.kill(os.getpid(), number)
         assert interrupts.as_values() == [float(wish == number) for wish in STOP_REASONS]
     assert Interrupted(number).exit_code == code
 
 
-def test_a_request_is_no_signal(monkeypatch) -> None:
+def test_a_request_is_not_a_signal(monkeypatch) -> None:
     monkeypatch.setattr(module, "ECHO_SECONDS", 0.0)
     with Interrupts() as interrupts:
         interrupts.request()

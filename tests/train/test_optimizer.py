@@ -1,4 +1,4 @@
-"""Optimizers in one process: against torch's own, their state by name, and going on to the bit."""
+"""Optimizers in one process: against torch's own, their state by name, and bitwise resumes."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def state(module: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("done", [0, 2])
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_it_goes_on_to_the_bit_from_its_state(setting: str, done: int, dtype) -> None:
+def test_it_continues_bitwise_from_its_state(setting: str, done: int, dtype) -> None:
     config, first, second = section(setting), model(dtype), model(dtype)
     one, two = built(first, config), built(second, config)
     train(first, one, range(done))

@@ -56,7 +56,7 @@ def fixed(value: float) -> dict[str, Any]:
          LossScaling(first=8.0)),
     ],
 )  # fmt: skip
-def test_what_is_written_is_what_is_done(written: Any, dtype: torch.dtype, expected: Any) -> None:
+def test_configured_scales_are_used(written: Any, dtype: torch.dtype, expected: Any) -> None:
     assert loss_scaling(written, dtype) == expected
 
 
@@ -193,7 +193,7 @@ JOB: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("world", [1, 2])
-def test_a_resumed_run_has_the_same_scales_to_the_bit(workshop: Workshop, world: int) -> None:
+def test_a_resumed_run_has_bitwise_the_same_scales(workshop: Workshop, world: int) -> None:
     name = workshop.yaml(
         **JOB, **scaled(2.0**32, 256, 4), runner_config={"batch_size": 8 // world},
         parallel_config={"data_parallel": world},
@@ -217,7 +217,7 @@ def test_a_resumed_run_has_the_same_scales_to_the_bit(workshop: Workshop, world:
     assert {row[2:] for row in rows[0]} >= {(2.0**24, True), (2.0**16, False)}
 
 
-def test_a_resumed_run_takes_another_scale_when_told_to(workshop: Workshop) -> None:
+def test_a_resumed_run_takes_a_scale_that_is_configured_anew(workshop: Workshop) -> None:
     name = workshop.yaml(**JOB, **scaled(2.0**16, 2, 4))
     arguments = ["--config", name, "--run_mode", "train"]
     assert run_job([*arguments, "--runner_config.stop_step", "10"], workshop.folder).code == 0
@@ -230,7 +230,7 @@ def test_a_resumed_run_takes_another_scale_when_told_to(workshop: Workshop) -> N
         assert "warning: loss_scaling was " in result.stdout + result.stderr
 
 
-def test_the_loss_line_and_the_finite_check_know_of_overflows(workshop: Workshop) -> None:
+def test_the_loss_line_and_the_finite_check_show_overflows(workshop: Workshop) -> None:
     arguments = ["--config", workshop.yaml(**JOB, **scaled(2.0**32, 256)), "--run_mode", "train",
                  "--max_steps", "4"]  # fmt: skip
     moving = run_job(arguments, workshop.folder)
@@ -250,7 +250,7 @@ def record(scale: float | None, overflow: bool | None, norm: float = math.inf) -
 
 
 @pytest.mark.parametrize(
-    ("scaling", "row", "speaks"),
+    ("scaling", "row", "warns"),
     [
         (LossScaling(first=8.0, factor=2.0, window=9), record(8.0, True), False),
         (LossScaling(first=8.0, factor=2.0, window=9), record(1.0, True), True),
@@ -259,20 +259,20 @@ def record(scale: float | None, overflow: bool | None, norm: float = math.inf) -
         (None, record(None, None, norm=1.0), False),
     ],
 )
-def test_only_what_a_lower_scale_may_mend_is_left_alone(
-    scaling: LossScaling | None, row: StepRecord, speaks: bool
+def test_steps_that_search_for_a_scale_are_not_reported(
+    scaling: LossScaling | None, row: StepRecord, warns: bool
 ) -> None:
-    said: list[str] = []
+    logged: list[str] = []
     loader = SimpleNamespace(global_batch=8)
     state = TrainState(global_step=3, data_position=24)
     run = cast("TrainRun", SimpleNamespace(
-        settings=SimpleNamespace(scaling=scaling), log=said.append, loader=loader,
+        settings=SimpleNamespace(scaling=scaling), log=logged.append, loader=loader,
         state=state))  # fmt: skip
     FiniteCheck(stop=False).on_steps_end(run, [row])
-    assert bool(said) is speaks
+    assert bool(logged) is warns
 
 
-def test_a_run_without_a_scale_says_one() -> None:
+def test_a_run_without_a_scale_logs_one() -> None:
     run = cast("TrainRun", SimpleNamespace(
         total_steps=9, steps_per_epoch=9, loader=SimpleNamespace(global_batch=8),
         world=SimpleNamespace(size=1)))  # fmt: skip

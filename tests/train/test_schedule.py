@@ -1,4 +1,4 @@
-"""Every curve at chosen steps, worked out by hand from the formulas."""
+"""Every curve at chosen steps, computed by hand from the formulas."""
 
 from __future__ import annotations
 

@@ -80,7 +80,7 @@ def test_the_state_survives_its_file_and_scales_with_the_batch() -> None:
 
 
 @pytest.mark.parametrize("value", ["3", None, True])
-def test_a_state_file_with_nonsense_is_refused(value) -> None:
+def test_an_invalid_state_file_is_an_error(value) -> None:
     content = {**to_json(TrainState(), {}), "updates": value}
     with pytest.raises(UserError, match=r"x\.json: updates = .*: it must be a number"):
         from_json(content, "x.json")

@@ -1,4 +1,4 @@
-"""What a run saw, step by step, on real ranks: for tests of steps that are skipped."""
+"""The measurements of a run, step by step, on real ranks: for tests of skipped steps."""
 
 from __future__ import annotations
 
