@@ -31,7 +31,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from benchmarks.measure import ROOT, Spread, parser, report, table
 from launcher.config.schema.parallel import RecomputeSection, SwapSection
 from launcher.parallel.offload import Swap, apply_offload, offloaded_parts
-from launcher.parallel.recompute import apply_recompute, recompute_plan, recomputed_pieces
+from launcher.parallel.recompute import apply_recompute, recompute_plan, recomputed_modules
 from models.build import build_model, initialize
 from models.decoder import Decoder
 from models.families import model_spec
@@ -121,7 +121,7 @@ def quickstart(recompute: dict[str, Any], swap: dict[str, Any]) -> tuple[Decoder
     model.ends = False
     layers = {int(number): layer for number, layer in model.model.layers.items()}
     whole = StageSplit((range(len(layers)),), (0,))
-    again = recomputed_pieces(layers, recompute_plan(RecomputeSection(**recompute), whole))
+    again = recomputed_modules(layers, recompute_plan(RecomputeSection(**recompute), whole))
     apply_recompute(layers, again)
     moving = offloaded_parts(layers, SwapSection(**swap), again)
     return model, apply_offload(layers, moving, torch.device("cpu"))

@@ -32,7 +32,7 @@ from launcher.errors import EXIT_OK, UserError
 from launcher.extensions import STRATEGY_WRITERS, installed, required
 from launcher.parallel import world as worlds
 from launcher.parallel.consistency import check_same
-from launcher.parallel.parts import Parts
+from launcher.parallel.model_parts import ModelParts
 from launcher.parallel.world import World
 from launcher.predict import check_writable, read_prompts, result_text, write_results
 from launcher.report.aside import make_way, write_new
@@ -176,7 +176,7 @@ def predict(job: Job) -> int:
     )  # fmt: skip
     check_writable(result_path(job))
     model, layout = build_predicting(job)
-    load_or_init(job, Parts([model]), layout, find_weights(job))
+    load_or_init(job, ModelParts([model]), layout, find_weights(job))
     batch_size = job.config.predict_batch_size or min(len(prompts), PREDICT_BATCH)
     generations = continue_prompts(job, model, prompts, batch_size)
     if job.world.is_main:

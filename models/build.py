@@ -1,9 +1,9 @@
 """Building models from a ModelSpec, on the meta device or a real one.
 
-Owns the way from description to module, for our decoder and for the transformers modules, and the
-few facts about a module that other rooms ask for: its blocks, its names in files, its size, the
-files beside its weights. Invariant: `links_of` says what parameters and persistent buffers are in a
-Hugging Face directory of the model.
+Owns the step from description to module, for the native decoder and for transformers modules, and
+the properties of a module that other packages need: its blocks, its names in files, its size, the
+files next to its weights. Invariant: `mappings_of` maps parameters and persistent buffers to the
+tensors of a Hugging Face directory.
 """
 
 from __future__ import annotations
@@ -38,17 +38,17 @@ __all__ = [
 
 MODEL_FILES = (*TOKENIZER_FILES, *TOKENIZER_EXTRA_FILES, "generation_config.json")
 NAMED_TEMPLATES = "additional_chat_templates"
-"""Folder of the chat templates beside the default one, as transformers saves them."""
+"""Folder of the chat templates other than the default one, as transformers saves them."""
 
 
 def build_model(
     spec: ModelSpec, *, dtype: torch.dtype, device: torch.device | str = "meta"
 ) -> nn.Module:
-    """The model of `spec` with parameters of `dtype`; on the meta device unless told otherwise.
+    """The model of `spec` with parameters of `dtype`; by default on the meta device.
 
-    On a real device the parameters are allocated and their values undefined: fill them with
-    `initialise` or with weights. Either way the module's forward has the signature of
-    `Decoder.forward`. Raises LookupError for a parameter that its family has no rule for.
+    On a real device the parameters are allocated and uninitialized: fill them with `initialize` or
+    with weights. The module's forward has the signature of `Decoder.forward`. Raises LookupError
+    for a parameter without a rule of its family.
     """
     if spec.decoder is None:
         model: nn.Module = build_transformers(spec, dtype)
@@ -57,7 +57,7 @@ def build_model(
             model = Decoder(spec.decoder, spec.precision)
         for name in model.state_dict():
             rule_of(name, spec.decoder.parameters)
-        # Not .to(dtype): buffers keep the dtype they have.
+        # Not .to(dtype): buffers keep their dtype.
         model._apply(lambda t: t.to(dtype) if isinstance(t, nn.Parameter) else t)
     if torch.device(device).type != "meta":
         materialize(model, device)
@@ -65,9 +65,9 @@ def build_model(
 
 
 def materialize(model: nn.Module, device: torch.device | str) -> None:
-    """Allocate what is still on the meta device, move the rest, and tie again what was tied.
+    """Allocate what is on the meta device, move the rest to `device`, and restore tied weights.
 
-    Values of parameters are undefined; buffers of ours begin with zeros.
+    Allocated parameters are uninitialized, allocated buffers zeros.
     """
 
     def real(tensor: torch.Tensor) -> torch.Tensor:
@@ -81,23 +81,22 @@ def materialize(model: nn.Module, device: torch.device | str) -> None:
 
 
 def initialize(model: nn.Module, spec: ModelSpec, seed: int) -> None:
-    """Fill every parameter of a whole (not sharded) model with its initial values, and buffers of
-    ours with zeros."""
+    """Initialize every parameter of an unsharded model; buffers of a `Decoder` become zeros."""
     if isinstance(model, Decoder):
         for buffer in model.buffers():
             buffer.zero_()
-    whole_shards = {
+    full_shards = {
         name: Shard(tuple(p.shape), full_box(tuple(p.shape)), p.detach())
         for name, p in model.named_parameters()
     }
-    for name, shard in mapped(whole_shards, mappings_of(model)).items():
+    for name, shard in mapped(full_shards, mappings_of(model)).items():
         box = shard.box
         values = initialize_shard(name, shard.shape, box.offset, box.size, spec, seed)
         shard.tensor.copy_(values)
 
 
 def mappings_of(model: nn.Module) -> MappingsOf:
-    """What the tensors of `model` are in a Hugging Face directory."""
+    """The mapping from tensors of `model` to those of a Hugging Face directory."""
     if isinstance(model, TransformersModel):
         mappings = model.mappings
         return lambda name, shape: mappings.get(name)
@@ -105,15 +104,15 @@ def mappings_of(model: nn.Module) -> MappingsOf:
 
 
 def tied_names(model: nn.Module) -> dict[str, str]:
-    """Names in files that stand for another parameter, to that parameter's name in files:
-    `lm_head.weight` to the embedding's.
+    """Names in files of tied weights -> name in files of their source: `lm_head.weight` -> the
+    embedding's.
 
-    Files may hold either or both; `named_parameters()` holds only the latter.
+    Files may hold either or both; `named_parameters()` has only the latter.
     """
     if isinstance(model, TransformersModel):
-        held = {id(parameter): name for name, parameter in model.named_parameters()}
+        by_id = {id(parameter): name for name, parameter in model.named_parameters()}
         tied = [
-            (name, held[id(model.get_parameter(name))])
+            (name, by_id[id(model.get_parameter(name))])
             for pair in model.tied_names().items() for name in pair
         ]  # fmt: skip
         return {
@@ -126,7 +125,7 @@ def tied_names(model: nn.Module) -> dict[str, str]:
 
 
 def input_embedding(model: nn.Module) -> nn.Parameter | None:
-    """The table of the tokens that go in; None where a stage of a pipeline has none."""
+    """The weight of the input embedding; None in a pipeline stage without it."""
     if isinstance(model, TransformersModel):
         table: nn.Parameter = model.wrapped.get_input_embeddings().weight
         return table
@@ -134,8 +133,8 @@ def input_embedding(model: nn.Module) -> nn.Parameter | None:
 
 
 def named_as_model(source: Source, model: nn.Module, expected: Collection[str]) -> Source:
-    """`source` with the names of the files of `model`, where they are of its base model alone:
-    `wte.weight` is `transformer.wte.weight` then. `expected`: all names in files."""
+    """`source` with the prefix of the base model added if its files lack it: `wte.weight` becomes
+    `transformer.wte.weight`. `expected`: all names in files."""
     prefix = model.base_prefix() if isinstance(model, TransformersModel) else "model"
     return source.renamed(names.of_base_model(source.tensors, expected, prefix))
 
@@ -143,13 +142,13 @@ def named_as_model(source: Source, model: nn.Module, expected: Collection[str]) 
 def ignorable(
     model: nn.Module, spec: ModelSpec, expected: Collection[str]
 ) -> Callable[[str, Shape, str], bool]:
-    """Whether a tensor of files that is not among the `expected` ones is known and not wanted, by
-    (name, shape, dtype in safetensors): modules that predict further tokens, what the class of the
-    model declares, and buffers of older classes. No weight of another layer ever is."""
-    places = {names.in_any_layer(name) for name in expected}
+    """A function of (name, shape, dtype in safetensors): whether a tensor of files that is not
+    `expected` may be ignored. These are multi-token prediction modules, tensors that the class of
+    the model declares, and buffers of older versions; never a weight of a further layer."""
+    known = {names.in_any_layer(name) for name in expected}
 
     def is_ignorable(name: str, shape: Shape, dtype: str) -> bool:
-        elsewhere = names.in_any_layer(name) in places
+        elsewhere = names.in_any_layer(name) in known
         declared = isinstance(model, TransformersModel) and model.declares_ignorable(
             name, len(shape), is_parameter_elsewhere=elsewhere
         )
@@ -161,21 +160,21 @@ def ignorable(
 
 
 def may_be_missing(model: nn.Module, name: str) -> bool:
-    """Whether the class of the model declares that files may do without one of its tensors."""
+    """Whether a tensor may be missing in files, as the class of the model declares."""
     return isinstance(model, TransformersModel) and model.may_be_missing(name)
 
 
 def retie(model: nn.Module) -> None:
-    """Tie again after parameters were replaced (materialised, sharded), and make sure that it took.
+    """Restore tied weights after parameters were replaced (materialized, sharded).
 
-    The decoder of ours has no parameter to tie: nothing to do.
+    No-op for a `Decoder`, which has no tied parameters.
     """
     if isinstance(model, TransformersModel):
         model.retie()
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
-    """The repeated layers, in order: what FSDP shards one by one."""
+    """The repeated layers, in order: the units of FSDP."""
     if isinstance(model, Decoder):
         return list(model.model.layers.values())
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
@@ -185,17 +184,17 @@ def blocks(model: nn.Module) -> list[nn.Module]:
 
 
 def parameter_count(model: nn.Module) -> int:
-    """Numbers in all parameters, tied ones once."""
+    """Number of elements of all parameters, tied ones counted once."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 def hf_directory_files(
     spec: ModelSpec, source_dir: Path | str | None, *, dtype: torch.dtype | str | None = None
 ) -> dict[str, bytes]:
-    """What belongs beside exported weights: config.json, and tokenizer and generation files of
-    `source_dir`. Names may have a folder in them.
+    """The files next to exported weights, by name: config.json, and tokenizer and generation files
+    of `source_dir`. Names may contain a folder.
 
-    `dtype` is that of the exported weights; None keeps what config.json said.
+    `dtype` is that of the exported weights; None keeps that of config.json.
     """
     config = dict(spec.hf_config)
     if spec.decoder is None:
@@ -211,7 +210,7 @@ def hf_directory_files(
         if not Path(source_dir).is_dir():
             raise UserError(
                 f"{source_dir} is not a directory",
-                advice="Name the directory with the tokenizer files",
+                advice="Give the directory with the tokenizer files",
             )
         templates = sorted(Path(source_dir, NAMED_TEMPLATES).glob("*.jinja"))
         for name in (*MODEL_FILES, *(f"{NAMED_TEMPLATES}/{path.name}" for path in templates)):

@@ -1,7 +1,7 @@
-"""Which sizes and rotary embeddings are possible for the decoder, and the nearest that are.
+"""Checks of the decoder's sizes and rotary embeddings, with the nearest valid values.
 
-Owns the arithmetic of a model's configuration: divisibility, ranges, the old and the new spelling
-of rope settings, sliding windows by layer. Pure functions over plain dictionaries; no torch.
+Owns the rules of a model's configuration: divisibility, ranges, the old and the new spelling of
+rope settings, sliding windows by layer. Pure functions over plain dictionaries; no torch.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from launcher.errors import did_you_mean
 from models.spec import Problems
 
 Describe = Callable[[str], tuple[str, str]]
-"""From a config.json key to (`model.model_config.num_heads = 5`, the key as the user wrote it)."""
+"""Key of config.json -> (`model.model_config.num_heads = 5`, the key as the user wrote it)."""
 
 ACTIVATIONS = ("silu", "swish", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu")
 LAYER_TYPES = ("full_attention", "sliding_attention")
 _OPTIONAL = ("num_key_value_heads", "head_dim", "sliding_window")
-_WHOLE = (
+_INTEGERS = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
     *("num_attention_heads", "max_position_embeddings", "max_window_layers", *_OPTIONAL),
 )
 _FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window", "use_cache")
-_PROBABILITY = "must be a number from 0 up to, and without, 1"
+_PROBABILITY = "must be at least 0 and less than 1"
 _ROPE_NUMBERS: dict[str, tuple[str, ...]] = {
     "default": (),
     "linear": ("factor",),
@@ -31,24 +31,24 @@ _ROPE_NUMBERS: dict[str, tuple[str, ...]] = {
     "yarn": ("factor", "original_max_position_embeddings"),
     "llama3": ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
 }
-"""rope_type -> the numbers it cannot do without."""
+"""rope_type -> its required parameters."""
 
 
 class SizeCheck:
-    """The checks of one configuration: single values first, how they divide only after that."""
+    """The checks of one configuration: single values first, then divisibility."""
 
     def __init__(self, config: Mapping[str, Any], describe: Describe, problems: Problems) -> None:
         self.config, self.describe, self.problems = config, describe, problems
 
-    def run(self, *, whole_heads: bool, latent: bool = False) -> None:
-        """`whole_heads`: the hidden size must divide by the heads even where head_dim is given.
+    def run(self, *, divisible_heads: bool, latent: bool = False) -> None:
+        """`divisible_heads`: the heads must divide the hidden size even if head_dim is given.
         `latent`: the sizes of a head are checked elsewhere."""
         before = len(self.problems)
         self._values()
         if self.config.get("layer_types") is not None:
             self._layer_types()
         if len(self.problems) == before and not latent:
-            self._heads(whole_heads)
+            self._heads(divisible_heads)
 
     def _add(self, key: str, rule: str, near: str = "", advice: str = "") -> None:
         what, written = self.describe(key)
@@ -56,11 +56,11 @@ class SizeCheck:
 
     def _values(self) -> None:
         config = self.config
-        for key in _WHOLE:
+        for key in _INTEGERS:
             missing = config.get(key) is None and (key in _OPTIONAL or key not in config)
             least = 0 if key == "max_window_layers" else 1
             if not missing and not is_integer(config[key], least):
-                self._add(key, f"must be a whole number of at least {least}")
+                self._add(key, f"must be an integer of at least {least}")
         for key in _FLAGS:
             if not isinstance(config.get(key), bool | None):
                 self._add(key, "must be True or False")
@@ -73,14 +73,17 @@ class SizeCheck:
                 self._add(key, _PROBABILITY)
         if config["hidden_act"] not in ACTIVATIONS:
             close = did_you_mean(str(config["hidden_act"]), ACTIVATIONS)
-            self._add("hidden_act", "no such activation", close or _known(ACTIVATIONS))
+            self._add("hidden_act", "unknown activation", close or _known(ACTIVATIONS))
 
-    def _heads(self, whole_heads: bool) -> None:
+    def _heads(self, divisible_heads: bool) -> None:
         hidden, heads = self.config["hidden_size"], self.config["num_attention_heads"]
-        shared, head_dim = self.config["num_key_value_heads"] or heads, self.config.get("head_dim")
-        if hidden % heads and (whole_heads or head_dim is None):
+        kv_heads, head_dim = (
+            self.config["num_key_value_heads"] or heads,
+            self.config.get("head_dim"),
+        )
+        if hidden % heads and (divisible_heads or head_dim is None):
             below = hidden // heads * heads
-            advice = "" if whole_heads else "Or give head_dim"
+            advice = "" if divisible_heads else "Or give head_dim"
             rule = f"cannot be divided by {heads} attention heads"
             self._add("hidden_size", rule, nearest(below, below + heads), advice)
         elif head_dim is None and hidden // heads % 2:
@@ -90,11 +93,11 @@ class SizeCheck:
         if head_dim is not None and head_dim % 2:
             rule = "rotary embeddings need an even head size"
             self._add("head_dim", rule, nearest(head_dim - 1, head_dim + 1))
-        if heads % shared:
+        if heads % kv_heads:
             divisors = [d for d in range(1, heads + 1) if heads % d == 0]
-            below = max(d for d in divisors if d <= shared)
-            above = min((d for d in divisors if d >= shared), default=below)
-            rule = f"{heads} attention heads cannot be shared out over {shared} key/value heads"
+            below = max(d for d in divisors if d <= kv_heads)
+            above = min((d for d in divisors if d >= kv_heads), default=below)
+            rule = f"{heads} attention heads cannot be divided over {kv_heads} KV heads"
             self._add("num_key_value_heads", rule, nearest(below, above))
 
     def _layer_types(self) -> None:
@@ -111,11 +114,12 @@ def rope_of(
     config: Mapping[str, Any], base: Mapping[str, Any], yaml: Mapping[str, Any],
     default: dict[str, Any], *, partial: float | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """The rope settings in today's spelling: `rope_theta`, `rope_type` and numbers in one map.
+    """The rope settings in the current spelling: `rope_theta`, `rope_type` and parameters in one
+    map.
 
     config.json (`base`) may have either spelling; the YAML's `rope_parameters` replace them, its
     `rope_scaling` replaces the scaling, and its `rope_theta` the theta. `default` is the family's,
-    and so is `partial`, the part of a head that is rotated; None: all of it.
+    and so is `partial`, the rotated fraction of a head; None: the full head.
     """
     theta = base.get("rope_theta") or default["rope_theta"]
     written = base.get("rope_scaling") or base.get("rope_parameters")
@@ -144,8 +148,8 @@ def check_rope(
     rope: Mapping[str, Any], written: Mapping[str, str], *, head_dim: int, partial: bool,
     problems: Problems,
 ) -> None:  # fmt: skip
-    """Problems with rope settings as `rope_of` gives them. `partial`: the family can rotate a part
-    of a head."""
+    """Add problems with the rope settings of `rope_of`. `partial`: the family supports partial
+    rotary embeddings."""
     names = ("rope_scaling", "rope_parameters", "rope_theta")
     key = next((written[name] for name in names if name in written), "")
     place = f"model.model_config.{key}" if key else "config.json: rope settings"
@@ -158,7 +162,7 @@ def check_rope(
         log("rope settings by layer type", "not built yet")
         return
     if not isinstance(kind, str) or kind not in _ROPE_NUMBERS:
-        rule = "not built yet" if kind in ("longrope", "proportional") else "no such rope_type"
+        rule = "not built yet" if kind in ("longrope", "proportional") else "unknown rope_type"
         log(
             f"rope_type = {kind}",
             rule,
@@ -181,17 +185,21 @@ def check_rope(
         )
     rotated = rope.get("partial_rotary_factor")
     if not partial and rotated not in (None, 1, 1.0):
-        log(f"partial_rotary_factor = {rotated}", "this family rotates the whole head",
+        log(f"partial_rotary_factor = {rotated}", "this family rotates the full head",
             "Nearest: 1.0")  # fmt: skip
     elif rotated is not None and rotary_dim(head_dim, rope) not in range(2, head_dim + 1, 2):
-        log(f"partial_rotary_factor = {rotated}", f"heads of {head_dim} need an even part",
-            "Nearest: 1.0")  # fmt: skip
+        rule = f"the rotated part of a head of {head_dim} must be even"
+        log(f"partial_rotary_factor = {rotated}", rule, "Nearest: 1.0")
     if kind == "dynamic" and head_dim <= 2:
-        log(f"rope_type dynamic with head_dim = {head_dim}", "it needs larger heads", "Nearest: 4")
+        log(
+            f"rope_type dynamic with head_dim = {head_dim}",
+            "the head size is too small",
+            "Nearest: 4",
+        )
 
 
 def rotary_dim(head_dim: int, rope: Mapping[str, Any]) -> int:
-    """How many numbers of a head are rotated; 0 where the settings make no sense."""
+    """Number of rotated dimensions of a head; 0 for invalid settings."""
     part = rope.get("partial_rotary_factor")
     if part is None:
         return head_dim
@@ -200,8 +208,8 @@ def rotary_dim(head_dim: int, rope: Mapping[str, Any]) -> int:
 
 def is_number(value: Any) -> bool:
     """Whether a value is a number that a float can hold."""
-    whole = isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**1000
-    return whole or isinstance(value, float)
+    integer = isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**1000
+    return integer or isinstance(value, float)
 
 
 def is_integer(value: Any, least: int = 1) -> bool:

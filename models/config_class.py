@@ -1,8 +1,8 @@
-"""What the configuration class of a model type says: its keys, their defaults and second names.
+"""The configuration class of a model type: its keys, their defaults and aliases.
 
-Owns the reading of those classes from the source of the installed transformers, without importing
-it: the configuration is checked before anything heavy is loaded, and against the very version that
-will run. Nothing of the source is executed; defaults that are not plain values are unknown.
+Owns the parsing of those classes from the source of the installed transformers, without importing
+it: the configuration is checked before anything heavy is loaded, against the version that will run.
+The source is not executed; defaults that are not literals are unknown.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ COMMON_KEYS = frozenset({
     "output_hidden_states", "pad_token_id", "problem_type", "return_dict", "tie_word_embeddings",
     "torch_dtype", "transformers_version", "use_cache",
 })  # fmt: skip
-"""Keys that config.json of any model type may hold."""
+"""Keys that config.json of any model type may contain."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,20 +33,20 @@ class ConfigClass:
     name: str
     """`GPT2Config`"""
     defaults: Mapping[str, Any]
-    """Every key, with its default; None too where that is not a plain value."""
+    """Every key, with its default; None also if that is not a literal."""
     synonyms: Mapping[str, str]
-    """Second name of a key, to the key: `hidden_size` to `n_embd`."""
+    """Alias -> key: `hidden_size` -> `n_embd`."""
     derived: Mapping[str, frozenset[str]] = field(default_factory=dict)
-    """Key that is filled in where it is None, to the keys it is derived from."""
+    """Key that is derived if it is None -> the keys that it is derived from."""
     sections: Mapping[str, ConfigClass] = field(default_factory=dict)
-    """Keys with a class of their own."""
+    """Keys whose values have their own configuration class."""
     old_keys: frozenset[str] = frozenset()
-    """Keys of older config.json that the class still reads, where a newer one is not there."""
+    """Keys of older config.json that the class still reads if a newer one is missing."""
     rope_kinds: tuple[str, ...] = ()
-    """Layer types with rope settings of their own; empty where all layers share them."""
+    """Layer types with separate rope settings; empty if all layers share them."""
 
     def key(self, name: str) -> str:
-        """The key that `name` is another name of, or `name` itself."""
+        """The key of the alias `name`, or `name` itself."""
         return self.synonyms.get(name, name)
 
     def has(self, name: str) -> bool:
@@ -54,23 +54,23 @@ class ConfigClass:
         return name in self.defaults or len(self.names_of(name)) > 1
 
     def names_of(self, name: str) -> list[str]:
-        """All names of the key `name`, the first one first."""
+        """All names of the key `name`, the key itself first."""
         key = self.key(name)
         return [key, *(second for second, target in self.synonyms.items() if target == key)]
 
     def default(self, name: str) -> Any:
-        """The default of a key by any of its names; None where it is not a plain value."""
+        """The default of a key by any of its names; None if it is not a literal."""
         return next((self.defaults[n] for n in self.names_of(name) if n in self.defaults), None)
 
     @property
     def has_rope(self) -> bool:
-        """Whether the model rotates queries and keys as `rope_parameters` say."""
+        """Whether the model has rotary embeddings, set by `rope_parameters`."""
         return "rope_parameters" in self.defaults
 
 
 @cache
 def config_class(model_type: str) -> ConfigClass | None:
-    """The configuration class of `model_type`; None where the installed transformers has none."""
+    """The configuration class of `model_type`; None if the installed transformers has none."""
     name = class_names().get(model_type)
     folder = _folder_of(model_type)
     if name is None or folder is None:
@@ -80,20 +80,20 @@ def config_class(model_type: str) -> ConfigClass | None:
 
 @cache
 def class_names() -> dict[str, str]:
-    """Every model type that the installed transformers knows, to its configuration class."""
+    """Every model type of the installed transformers -> its configuration class."""
     return {"gpt-sw3": "GPT2Config"} | dict(_pairs("CONFIG_MAPPING_NAMES"))
 
 
 @cache
 def is_causal_type(model_type: str) -> bool:
-    """Whether the installed transformers has a causal language model of `model_type`; True too
-    where its list of them cannot be read."""
+    """Whether the installed transformers has a causal language model of `model_type`; also True if
+    its list of them cannot be read."""
     types = dict(_pairs("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "modeling_auto.py"))
     return model_type in types or not types
 
 
 def mentioned(model_type: str, key: str) -> bool:
-    """Whether the source of the model of `model_type` mentions `key`, as far as is known."""
+    """Whether the source of the model of `model_type` mentions `key`; True if it cannot be read."""
     folder = _folder_of(model_type)
     sources = list(folder.glob("modeling_*.py")) if folder else []
     return not sources or any(re.search(rf"\b{re.escape(key)}\b", _text(path)) for path in sources)
@@ -102,13 +102,13 @@ def mentioned(model_type: str, key: str) -> bool:
 def _models() -> Path | None:
     """Folder of the models of the installed transformers."""
     found = find_spec("transformers")
-    places = found.submodule_search_locations if found else None
-    return Path(places[0], "models") if places else None
+    folders = found.submodule_search_locations if found else None
+    return Path(folders[0], "models") if folders else None
 
 
 @cache
 def _pairs(table: str, file: str = "auto_mappings.py") -> list[tuple[str, str]]:
-    """The entries of a table of transformers' lists of models."""
+    """The entries of one of transformers' tables of model types."""
     models = _models()
     text = _text(models / "auto" / file) if models else ""
     body = re.search(rf"^{table} = .*?^\)", text, re.MULTILINE | re.DOTALL)
@@ -131,11 +131,11 @@ def _text(path: Path) -> str:
 
 
 def _read(name: str, folder: Path) -> ConfigClass | None:
-    """The class `name` of the configuration file of `folder`, with what it inherits there."""
+    """The class `name` of the configuration file of `folder`, with its bases in that file."""
     for path in sorted(folder.glob("configuration_*.py")):
         classes = {node.name: node for node in _tree(path).body if isinstance(node, ast.ClassDef)}
         if name in classes:
-            return _gathered(name, classes)
+            return _parsed(name, classes)
     return None
 
 
@@ -144,9 +144,9 @@ def _tree(path: Path) -> ast.Module:
     return ast.parse(_text(path))
 
 
-def _gathered(name: str, classes: Mapping[str, ast.ClassDef]) -> ConfigClass:
+def _parsed(name: str, classes: Mapping[str, ast.ClassDef]) -> ConfigClass:
     node = classes[name]
-    bases = [_gathered(b.id, classes) for b in node.bases if getattr(b, "id", "") in classes]  # type: ignore[attr-defined]
+    bases = [_parsed(b.id, classes) for b in node.bases if getattr(b, "id", "") in classes]  # type: ignore[attr-defined]
     defaults = {key: value for base in bases for key, value in base.defaults.items()}
     synonyms = {key: value for base in bases for key, value in base.synonyms.items()}
     derived = {key: value for base in bases for key, value in base.derived.items()}
@@ -185,18 +185,18 @@ def _sections(value: ast.expr, classes: Mapping[str, ast.ClassDef]) -> dict[str,
         for key, named in zip(value.keys, value.values, strict=True):
             inside = {node.id for node in ast.walk(named) if isinstance(node, ast.Name)}
             for name in inside & classes.keys():
-                found[str(_plain(key))] = _gathered(name, classes)
+                found[str(_plain(key))] = _parsed(name, classes)
     return found
 
 
 def _derived(function: ast.FunctionDef) -> Iterator[tuple[str, frozenset[str]]]:
-    """`if self.a is None: self.a = f(self.b)` gives `a` and what it comes from: `b`."""
+    """`if self.a is None: self.a = f(self.b)` yields `a` and its source `b`."""
     for node in ast.walk(function):
         if not (isinstance(node, ast.If) and isinstance(node.test, ast.Compare)):
             continue
-        test, of = node.test, _own_names(node.test.left)
+        test, of = node.test, _self_attributes(node.test.left)
         if len(of) == 1 and isinstance(test.ops[0], ast.Is) and _is_none(test.comparators[0]):
-            inside = {name for part in node.body for name in _own_names(part)}
+            inside = {name for part in node.body for name in _self_attributes(part)}
             yield next(iter(of)), frozenset(inside - of)
 
 
@@ -223,7 +223,7 @@ def _rope_kinds(node: ast.ClassDef) -> list[str]:
     return kinds
 
 
-def _own_names(tree: ast.AST) -> set[str]:
+def _self_attributes(tree: ast.AST) -> set[str]:
     return {
         node.attr
         for node in ast.walk(tree)

@@ -1,14 +1,14 @@
 """The decoder: every family of `models.families.DECODERS` in one class.
 
-Owns the forward computation. Invariants: parameters have the Hugging Face names; tied embeddings
-mean that there is no `lm_head` parameter, so a model may be built on the meta device, sharded and
-filled without anything to repair; weights are never cast, activations have the dtype the weights
-arrive in; logits and gradients of the dense families equal those of transformers (attention "sdpa")
-to the bit for plain causal input in float32.
+Owns the forward computation. Invariants: parameters have the Hugging Face names; with tied
+embeddings there is no `lm_head` parameter, so a model can be built on the meta device, sharded and
+filled without retying; weights are never cast, activations have the dtype of the weights; logits
+and gradients of the dense families are bitwise equal to those of transformers (attention "sdpa")
+for plain causal input in float32.
 
-Nothing here knows of ranks. A stage of a pipeline is a Decoder with some of its layers, `embeds` or
-`ends` off; a slice of the heads runs as it is, head counts being read off the projected tensors;
-tokens of a row may be anywhere (`places`).
+Nothing here depends on ranks. A pipeline stage is a Decoder with some of its layers, `embeds` or
+`ends` off; a shard of the heads needs no change, as head counts are read from the projected
+tensors; the local tokens may be any tokens of a row (`token_indices`).
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from models.spec import DecoderConfig, Precision
 
 
 class Attention(BaseAttention):
-    """Attention whose heads have queries, and keys and values of their own or shared."""
+    """Multi-head or grouped-query attention."""
 
     def __init__(self, config: DecoderConfig, precision: Precision, layer: int) -> None:
         super().__init__(config, precision, layer)
         self.head_dim = config.head_dim
-        heads, shared = config.num_attention_heads, config.num_key_value_heads
+        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
         linear = partial(Linear, config.hidden_size, bias=config.attention_bias)
         self.q_proj = linear(heads * config.head_dim)
-        self.k_proj = linear(shared * config.head_dim)
-        self.v_proj = linear(shared * config.head_dim)
+        self.k_proj = linear(kv_heads * config.head_dim)
+        self.v_proj = linear(kv_heads * config.head_dim)
         self.o_proj = Linear(heads * config.head_dim, config.hidden_size, bias=config.output_bias)
         norm = partial(norm_of, config, precision, config.head_dim)
         self.q_norm: RMSNorm | None = norm() if config.qk_norm else None
@@ -53,13 +53,13 @@ class Attention(BaseAttention):
         return self.o_proj(output.transpose(1, 2).flatten(2))
 
     def _heads(self, projected: Tensor, norm: RMSNorm | None) -> Tensor:
-        """[rows, length, heads * head_dim] -> [rows, heads, length, head_dim], each head normed."""
+        """[rows, length, heads * head_dim] -> [rows, heads, length, head_dim], with QK norm."""
         heads = projected.view(*projected.shape[:2], -1, self.head_dim)
         return (heads if norm is None else norm(heads)).transpose(1, 2)
 
 
 class DecoderLayer(nn.Module):
-    """Attention and MLP or experts, each normed before and added to the residual stream."""
+    """A pre-norm layer: attention, then MLP or experts."""
 
     def __init__(self, config: DecoderConfig, precision: Precision, layer: int) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ class DecoderLayer(nn.Module):
         attention = Attention if config.latent is None else LatentAttention
         self.self_attn = attention(config, precision, layer)
         self.block_name = "mlp"
-        """The attribute with the MLP or the experts: the files decide its name."""
+        """The attribute with the MLP or the experts, named as in files."""
         if config.experts is not None and config.experts.layers[layer]:
             self.block_name = config.experts.block_name
             block: nn.Module = MoE(config)
@@ -86,7 +86,7 @@ class DecoderLayer(nn.Module):
         return states + self._dropped(transformed, context, MLP_OUTPUT)
 
     def regions(self) -> tuple[nn.Module, nn.Module]:
-        """What tensor parallelism cuts; `models.spec.Rule` defines a region."""
+        """The modules that tensor parallelism shards; `models.spec.Rule` defines a region."""
         return self.self_attn, getattr(self, self.block_name)
 
     def _dropped(self, states: Tensor, context: StepContext, site: int) -> Tensor:
@@ -97,12 +97,13 @@ class DecoderLayer(nn.Module):
 
 
 class DecoderModel(nn.Module):
-    """All below the head; a module of its own because the Hugging Face names say `model.`."""
+    """The decoder without its head; a separate module for the prefix `model.` of the Hugging Face
+    names."""
 
     def __init__(self, config: DecoderConfig, precision: Precision) -> None:
         super().__init__()
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
-        # By name, so that a stage of a pipeline may keep "4" and "5" under the names they have.
+        # A dict, so that a pipeline stage keeps layers "4" and "5" under their names.
         self.layers = nn.ModuleDict({
             str(layer): DecoderLayer(config, precision, layer)
             for layer in range(config.num_hidden_layers)
@@ -126,12 +127,12 @@ class Decoder(nn.Module):
             self.lm_head = Linear(config.hidden_size, config.vocab_size)
         self.rotary = RotaryTables(config)
         self.embeds = True
-        """Whether the model begins here; False: `forward` gets hidden states."""
+        """Whether this is the first stage; False: `forward` takes hidden states."""
         self.ends = True
-        """Whether the model ends here; False: `forward` gives hidden states."""
+        """Whether this is the last stage; False: `forward` returns hidden states."""
         self.stream_part = (0, 1)
-        """(index, count): which of how many equal parts, along the sequence, of the residual stream
-        is here."""
+        """(index, count): which of `count` equal chunks of the residual stream, along the sequence,
+        is local (sequence parallelism)."""
 
     @property
     def head_module(self) -> nn.Module:
@@ -158,14 +159,14 @@ class Decoder(nn.Module):
         length].
 
         `position_ids` [rows, length] default to the order in the row, not counting padding.
-        `document_ids` [rows, total] keep attention inside a document. `sample_seeds` [rows] int64
-        switch dropout on in training: its pattern is a function of (seed of the sample, layer).
+        `document_ids` [rows, total] restrict attention to the same document. `sample_seeds` [rows]
+        int64 enable dropout in training: its pattern is a function of (seed of the sample, layer).
         `attention_mask` [rows, past + length] is False for padding on the left. `cache` holds the
-        past of a generation and is extended. `balance_scale`: see `StepContext`.
+        past keys and values of a generation and is extended. `balance_scale`: see `StepContext`.
 
-        With `places` [length] the tokens here are those of rows of `total` tokens each; without,
-        they are the whole rows. A stage without `embeds` takes hidden states [rows, length of its
-        stream part, hidden], one without `ends` gives them.
+        `token_indices` [length] are the indices of the local tokens in rows of `total` tokens; by
+        default the tokens are full rows. A stage without `embeds` takes hidden states [rows, length
+        of its stream part, hidden], one without `ends` returns them.
         """
         states = self.model.embed_tokens(inputs) if self.embeds else inputs
         length = inputs.shape[1] if self.embeds else inputs.shape[1] * self.stream_part[1]
@@ -204,9 +205,9 @@ class Decoder(nn.Module):
         return self.head_module(self.model.norm(states[:, -1:] if last_only else states))
 
     def run_layers(self, states: Tensor, context: StepContext) -> Tensor:
-        """Hidden states [rows, length of the stream part, hidden] through the layers here.
+        """Run the layers on hidden states [rows, length of the stream part, hidden].
 
-        A seam: the instance's attribute may be replaced by a function of the same arguments.
+        Parallelism may replace this attribute of an instance by a function of the same arguments.
         """
         for layer in self.model.layers.values():
             states = layer(states, context)
@@ -214,7 +215,7 @@ class Decoder(nn.Module):
 
 
 def _positions(mask: AttentionMask) -> Tensor:
-    """Positions [rows or 1, length] of the tokens here: their places, not counting padding."""
+    """Positions [rows or 1, length] of the local tokens: their indices, not counting padding."""
     if mask.key_mask is None:
         return mask.token_indices[None]
     counted: Tensor = (mask.key_mask.long().cumsum(-1) - 1).clamp_min(0)

@@ -1,7 +1,7 @@
-"""Latent attention of DeepSeek-V2 and V3 (https://arxiv.org/abs/2405.04434).
+"""Multi-head latent attention (MLA) of DeepSeek-V2 and V3 (https://arxiv.org/abs/2405.04434).
 
-Keys and values come out of one narrow, normed vector a token; a head of queries and keys has a part
-without positions and a rotated part, and the keys' rotated part is one for all heads.
+Keys and values are projected up from one normalized low-rank vector a token; each query and key
+head has a part without positions and a rotary part, and all heads share the rotary part of keys.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from models.rope import rotate, score_factor
 from models.spec import DecoderConfig, Precision
 
 _NORM_EPS = 1e-6
-"""Of the norms in here, whatever `rms_norm_eps` says: so it is in transformers."""
+"""Epsilon of the norms in this file, independent of `rms_norm_eps`, as in transformers."""
 
 
 class LatentAttention(BaseAttention):
@@ -29,17 +29,17 @@ class LatentAttention(BaseAttention):
         scale = key_size**-0.5 * score_factor(config.rope_scaling)
         super().__init__(config, precision, layer, scale)
         hidden, heads = config.hidden_size, config.num_attention_heads
-        narrow = partial(Linear, hidden, bias=config.attention_bias)
+        low_rank = partial(Linear, hidden, bias=config.attention_bias)
         norm = partial(
             RMSNorm, eps=_NORM_EPS, compute_dtype=dtype_of(precision.layernorm_compute_dtype)
         )
         if latent.q_lora_rank is None:
             self.q_proj = Linear(hidden, heads * key_size)
         else:
-            self.q_a_proj = narrow(latent.q_lora_rank)
+            self.q_a_proj = low_rank(latent.q_lora_rank)
             self.q_a_layernorm = norm(latent.q_lora_rank)
             self.q_b_proj = Linear(latent.q_lora_rank, heads * key_size)
-        self.kv_a_proj_with_mqa = narrow(latent.kv_lora_rank + latent.qk_rope_head_dim)
+        self.kv_a_proj_with_mqa = low_rank(latent.kv_lora_rank + latent.qk_rope_head_dim)
         self.kv_a_layernorm = norm(latent.kv_lora_rank)
         self.kv_b_proj = Linear(
             latent.kv_lora_rank, heads * (latent.qk_nope_head_dim + latent.v_head_dim)
@@ -63,21 +63,22 @@ class LatentAttention(BaseAttention):
             projected = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(states)))
         sizes = [latent.qk_nope_head_dim, latent.qk_rope_head_dim]
         heads = projected.unflatten(-1, (-1, sum(sizes))).transpose(1, 2)
-        plain, placed = heads.split(sizes, dim=-1)
-        return torch.cat((plain, self._rotated(placed, context)), dim=-1)
+        no_rope, rope = heads.split(sizes, dim=-1)
+        return torch.cat((no_rope, self._rotated(rope, context)), dim=-1)
 
     def _keys_and_values(self, states: Tensor, context: StepContext) -> tuple[Tensor, Tensor]:
         """[rows, heads, length, key size] and [rows, heads, length, value size]"""
         latent = self.latent
-        narrow, placed = self.kv_a_proj_with_mqa(states).split(
+        low_rank, rope = self.kv_a_proj_with_mqa(states).split(
             [latent.kv_lora_rank, latent.qk_rope_head_dim], dim=-1
         )
-        placed = self._rotated(placed[:, None], context)
+        rope = self._rotated(rope[:, None], context)
         sizes = [latent.qk_nope_head_dim, latent.v_head_dim]
-        wide = self.kv_b_proj(self.kv_a_layernorm(narrow))
-        heads = wide.unflatten(-1, (-1, sum(sizes))).transpose(1, 2)
-        plain, value = heads.split(sizes, dim=-1)
-        return torch.cat((plain, placed.expand(-1, plain.shape[1], -1, -1)), dim=-1), value
+        projected = self.kv_b_proj(self.kv_a_layernorm(low_rank))
+        heads = projected.unflatten(-1, (-1, sum(sizes))).transpose(1, 2)
+        no_rope, value = heads.split(sizes, dim=-1)
+        key = torch.cat((no_rope, rope.expand(-1, no_rope.shape[1], -1, -1)), dim=-1)
+        return key, value
 
     def _rotated(self, states: Tensor, context: StepContext) -> Tensor:
         return rotate(states, context.cos, context.sin, interleaved=self.latent.rope_interleave)

@@ -1,8 +1,8 @@
-"""Dropout that belongs to a sample.
+"""Dropout with one seed a sample.
 
-Invariant: what is dropped is a function of (seed of the sample, place in the sample) alone. Rows
-may share a batch or not, and be cut by heads or by tokens, on any rank and device; nothing is drawn
-from a generator, so recomputing a layer gives the same pattern.
+Invariant: the dropout mask is a function of (seed of the sample, index in the sample) alone. It
+does not depend on the batch, sharding, rank or device; no generator is used, so recomputing a layer
+gives the same mask.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Places of dropout in a layer: the attention shares, what attention adds, what the MLP adds.
-SHARES, ATTENTION_OUTPUT, MLP_OUTPUT = 0, 1, 2
+# Dropout sites of a layer: attention probabilities, outputs of attention and of the MLP.
+ATTENTION_PROBABILITIES, ATTENTION_OUTPUT, MLP_OUTPUT = 0, 1, 2
 
 
 def dropout(
@@ -22,12 +22,11 @@ def dropout(
     lines: Tensor | None = None,
     columns: Tensor | None = None,
 ) -> Tensor:
-    """`states` [rows, ..., width] with a share of `probability` zeroed and the others scaled up.
+    """`states` [rows, ..., width] with elements zeroed with `probability` and the others scaled.
 
-    `seeds` [rows]: 32-bit numbers in int64. The pattern in row i is a function of `seeds[i]` and
-    the numbers of an element's line and column. `lines` [...] numbers the lines of a row and
-    `columns` [width] the columns, from 0, for a piece of something larger; both are counted through
-    by default.
+    `seeds` [rows]: 32-bit integers in int64. The mask of row i is a function of `seeds[i]` and the
+    line and column index of an element. `lines` [...] and `columns` [width] are the global indices,
+    from 0, of a shard; by default 0, 1, 2 and so on.
     """
     rows, width, device = states.shape[0], states.shape[-1], states.device
     if lines is None:
@@ -41,15 +40,15 @@ def dropout(
 
 
 def dropout_seeds(sample_seeds: Tensor, layer: int, site: int) -> Tensor:
-    """One 32-bit seed a sample for one place of one layer. `sample_seeds` [rows] int64, any."""
+    """One 32-bit seed a sample for one site of one layer. `sample_seeds` [rows]: any int64."""
     low, high = sample_seeds & 0xFFFFFFFF, (sample_seeds >> 32) & 0xFFFFFFFF
-    place = (layer * 4 + site + 1) * 0x9E3779B1 & 0xFFFFFFFF
-    return _mix(_mix(_mix(low) ^ high) ^ place)
+    salt = (layer * 4 + site + 1) * 0x9E3779B1 & 0xFFFFFFFF
+    return _mix(_mix(_mix(low) ^ high) ^ salt)
 
 
 def _mix(numbers: Tensor) -> Tensor:
-    """A bijective mixer of 32-bit numbers held in int64: shift, multiply, twice. No product
-    overflows int64."""
+    """A bijective hash of 32-bit integers in int64: shift and multiply, twice. No product overflows
+    int64."""
     mixed = numbers ^ (numbers >> 15)
     mixed = (mixed * 0x2C1B3C6D).bitwise_and_(0xFFFFFFFF)
     mixed ^= mixed >> 12

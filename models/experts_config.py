@@ -1,6 +1,6 @@
-"""Checks of the keys of config.json about experts, and of sizes that one family alone has.
+"""Checks of the keys of config.json about experts, and of sizes specific to one family.
 
-Owns the ranges of those keys, and how the choice of experts fits their number. No torch.
+Owns the ranges of those keys, and whether top-k and groups fit the number of experts. No torch.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ _LEAST = {
     "first_k_dense_replace": 0, "n_group": 1, "topk_group": 1, "q_lora_rank": 1,
     "kv_lora_rank": 1, "qk_nope_head_dim": 1, "qk_rope_head_dim": 1, "v_head_dim": 1,
 }  # fmt: skip
-"""Whole numbers, and the least each may be; only `q_lora_rank` may be None."""
+"""Integer key -> its minimum; only `q_lora_rank` may be None."""
 _FLAGS = ("norm_topk_prob", "output_router_logits", "rope_interleave")
 
 
 class ExpertsCheck:
-    """The checks of one configuration: single values first, how they fit together only after."""
+    """The checks of one configuration: single values first, then their combination."""
 
     def __init__(
         self, own: Family, config: Mapping[str, Any], describe: Describe, problems: Problems
@@ -37,7 +37,7 @@ class ExpertsCheck:
         before = len(self.problems)
         self._values()
         if len(self.problems) == before:
-            self._choice()
+            self._top_k()
             if is_integer(self.config["num_attention_heads"]):
                 self.own.check(dict(self.config), self._add)
 
@@ -50,7 +50,7 @@ class ExpertsCheck:
         for key, least in _LEAST.items():
             absent = key not in own or (key == "q_lora_rank" and config[key] is None)
             if not absent and not is_integer(config[key], least):
-                self._add(key, f"must be a whole number of at least {least}")
+                self._add(key, f"must be an integer of at least {least}")
         for key in _FLAGS:
             if key in own and not isinstance(config[key], bool):
                 self._add(key, "must be True or False")
@@ -58,25 +58,25 @@ class ExpertsCheck:
             if key in own and not (is_number(config[key]) and config[key] >= 0):
                 self._add(key, "must be a number of at least 0")
         dense = config.get("mlp_only_layers")
-        whole = isinstance(dense, list | tuple) and all(is_integer(layer, 0) for layer in dense)
-        if dense is not None and not whole:
-            self._add("mlp_only_layers", "must be a list of layers, counted from 0")
+        is_list = isinstance(dense, list | tuple) and all(is_integer(layer, 0) for layer in dense)
+        if dense is not None and not is_list:
+            self._add("mlp_only_layers", "must be a list of layer numbers, from 0")
         if config.get("router_jitter_noise"):
-            self._add("router_jitter_noise", "noise on the router is not built yet", "Nearest: 0.0")
+            self._add("router_jitter_noise", "router noise is not built yet", "Nearest: 0.0")
         for key, only in self.own.fixed.items():
             if config.get(key, only) != only:
-                self._add(key, "this family has no other", f"Nearest: {only}")
+                self._add(key, "this family supports only one value", f"Nearest: {only}")
         if config["output_router_logits"] is True and "router_aux_loss_coef" not in own:
-            rule = "there is no balance loss in this family"
+            rule = "this family has no balance loss"
             self._add("output_router_logits", rule, "Nearest: False")
 
-    def _choice(self) -> None:
-        """How many experts a token can choose, and among which."""
+    def _top_k(self) -> None:
+        """Whether top-k and groups fit the number of experts."""
         config = self.config
         count_key = str(self.own.expert_count)
         count, chosen = config[count_key], config["num_experts_per_tok"]
         if chosen > count:
-            rule = f"a token cannot go to more than all {count} experts"
+            rule = f"must be at most the number of experts, {count}"
             self._add("num_experts_per_tok", rule, nearest(count))
         if "n_group" not in self.own.defaults:
             return
@@ -88,5 +88,5 @@ class ExpertsCheck:
         elif kept > groups:
             self._add("topk_group", f"there are only {groups} groups", nearest(groups))
         elif chosen > kept * count // groups:
-            rule = f"{kept} groups of {count // groups} experts have fewer"
+            rule = f"there are fewer experts in {kept} groups of {count // groups}"
             self._add("num_experts_per_tok", rule, nearest(kept * count // groups))

@@ -1,8 +1,8 @@
-"""Initial values of parameters, as a function of (seed, name, place) and nothing else.
+"""Random initialization of parameters, as a function of (seed, name, index) and nothing else.
 
-Owns how a random model begins. Invariant: any box of a parameter equals the same slice of the whole
-parameter, on any number of ranks: rows are drawn in blocks of 256, each from a generator seeded by
-(seed, name, block). Names are those on disk: an expert's matrix is the same wherever it is held.
+Invariant: any box of a parameter equals the same slice of the full parameter, on any number of
+ranks: rows are drawn in blocks of 256, each from a generator seeded by (seed, name, block). Names
+are those on disk: an expert's matrix is the same on every rank.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from models.spec import ModelSpec
 
 BLOCK_ROWS = 256
 
-# Norms of these families multiply by (1 + weight): they begin with zeros.
+# Norms of these families multiply by (1 + weight): they are initialized to zeros.
 _ZERO_CENTRED_NORMS = frozenset({"gemma", "gemma2", "gemma3_text", "vaultgemma"})
-# Projections into the residual stream that are drawn narrower, by 1 / sqrt(2 * layers).
+# Projections into the residual stream whose std is scaled by 1 / sqrt(2 * layers).
 _RESIDUAL_PROJECTIONS = {
     "gpt2": "c_proj.weight", "gpt-sw3": "c_proj.weight", "gpt_bigcode": "c_proj.weight",
     "nanochat": "o_proj.weight",
@@ -40,9 +40,10 @@ def initialize_shard(
 ) -> Tensor:
     """Values [box_size] in float32 of one box of one parameter, on the CPU.
 
-    Biases are zeros, norm weights ones (zeros where the family counts from one), everything else,
-    and what the rules of its family draw, normal(0, initializer_range). A stacked expert parameter
-    is the stack of its experts, each of which may also be requested by its name on disk.
+    Biases are zeros and norm weights ones (zeros where the family multiplies by 1 + weight);
+    everything else, and parameters with `Rule.drawn`, normal(0, initializer_range). A stacked
+    expert parameter is the stack of its experts, each of which may also be requested by its name on
+    disk.
     """
     parameters = spec.decoder.parameters if spec.decoder is not None else {}
     rule = parameters.get(kind_of(name))
@@ -51,9 +52,9 @@ def initialize_shard(
         module, _, leaf = name.rpartition(".")
         experts = [f"{module}.{expert}.{leaf}" for expert in range(global_shape[0])]
     if experts is not None:
-        held = experts[box_offset[0] : box_offset[0] + box_size[0]]
+        local = experts[box_offset[0] : box_offset[0] + box_size[0]]
         inner = (global_shape[1:], box_offset[1:], box_size[1:])
-        matrices = [initialize_shard(expert, *inner, spec, seed) for expert in held]
+        matrices = [initialize_shard(expert, *inner, spec, seed) for expert in local]
         return torch.stack(matrices) if matrices else torch.empty(tuple(box_size))
     constant = _constant(name, len(global_shape), spec.family)
     if constant is not None and not (rule is not None and rule.drawn):
@@ -64,13 +65,13 @@ def initialize_shard(
     std = initial_std(spec, name)
     width = prod(global_shape[1:])
     columns = tuple(slice(o, o + n) for o, n in zip(box_offset[1:], box_size[1:], strict=True))
-    whole_rows = list(box_size[1:]) == list(global_shape[1:])
+    full_rows = list(box_size[1:]) == list(global_shape[1:])
     for block, first, last in _blocks(box_offset[0], box_size[0]):
         begin = block * BLOCK_ROWS
         rows = min(BLOCK_ROWS, global_shape[0] - begin)
         generator = torch.Generator().manual_seed(_block_seed(seed, name, block))
         target = values[first - box_offset[0] : last - box_offset[0]]
-        if whole_rows and last - first == rows:
+        if full_rows and last - first == rows:
             target.view(rows * width).normal_(0.0, std, generator=generator)
         else:
             drawn = torch.empty(rows * width).normal_(0.0, std, generator=generator)
@@ -80,8 +81,8 @@ def initialize_shard(
 
 
 def initial_std(spec: ModelSpec, name: str = "") -> float:
-    """The standard deviation of a matrix: `initializer_range`, or what the family calls it, or its
-    default."""
+    """The standard deviation of a matrix: `initializer_range` or `init_std`, or its default in the
+    family."""
     std, known = 0.02, config_class(spec.family)
     for key in ("initializer_range", "init_std"):
         value = spec.hf_config.get(key, known.default(key) if known is not None else None)
@@ -96,7 +97,7 @@ def initial_std(spec: ModelSpec, name: str = "") -> float:
 
 
 def no_weight_decay(name: str, ndim: int) -> bool:
-    """Whether weight decay leaves a parameter alone: biases and norms."""
+    """Whether a parameter is exempt from weight decay: biases and norms."""
     return ndim <= 1 or name.endswith("bias")
 
 
@@ -109,8 +110,7 @@ def _constant(name: str, ndim: int, family: str) -> float | None:
 
 
 def _blocks(offset: int, size: int) -> Iterator[tuple[int, int, int]]:
-    """(block, first row, row after the last) of every block that rows [offset, offset + size)
-    touch."""
+    """(block, first row, row after the last) of every block in rows [offset, offset + size)."""
     for block in range(offset // BLOCK_ROWS, -(-(offset + size) // BLOCK_ROWS)):
         begin = block * BLOCK_ROWS
         yield block, max(offset, begin), min(offset + size, begin + BLOCK_ROWS)

@@ -1,4 +1,4 @@
-"""Numbers that JSON does not have, as transformers writes them: `{"__float__": "Infinity"}`."""
+"""Non-finite numbers in JSON, as transformers writes them: `{"__float__": "Infinity"}`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _VALUES = {"Infinity": math.inf, "-Infinity": -math.inf, "NaN": math.nan}
 
 
 def plain_floats(content: Any) -> Any:
-    """`content` of a JSON file with the numbers that such maps stand for."""
+    """`content` of a JSON file with such maps replaced by floats."""
     if isinstance(content, dict):
         if content.keys() == {_TAG} and str(content[_TAG]) in _VALUES:
             return _VALUES[str(content[_TAG])]
@@ -19,7 +19,7 @@ def plain_floats(content: Any) -> Any:
 
 
 def tagged_floats(content: Any) -> Any:
-    """The reverse, before `content` is written as JSON."""
+    """The inverse, before `content` is written as JSON."""
     if isinstance(content, float) and not math.isfinite(content):
         return {_TAG: "NaN" if math.isnan(content) else "Infinity" if content > 0 else "-Infinity"}
     if isinstance(content, dict):

@@ -1,8 +1,7 @@
-"""The spellings of `model_config`: which key of MindFormers or Hugging Face means what.
+"""The keys of `model_config`: the meaning of each key of MindFormers or Hugging Face.
 
-Owns the tables from a key to its meaning. Each key a user may write is in exactly one of them: an
-alias of a config.json key, a precision, a generation setting, accepted without effect, or not built
-yet.
+Owns the tables from a key to its meaning. Each key is in exactly one of them: an alias of a
+config.json key, a precision, a generation setting, accepted without effect, or not built yet.
 """
 
 from __future__ import annotations
@@ -39,13 +38,13 @@ ALIASES: dict[str, str] = {
     "moe_router_group_topk": "topk_group",
     "moe_router_topk_scaling_factor": "routed_scaling_factor",
 }
-"""MindFormers spelling -> Hugging Face key. `torch_dtype`, `seq_length` and the rope keys have
-their own code."""
+"""MindFormers spelling -> Hugging Face key. `torch_dtype`, `seq_length` and the rope keys are read
+separately."""
 
 EXPERT_COUNTS: frozenset[str] = frozenset({
     "expert_num", "num_experts", "num_local_experts", "num_moe_experts", "n_routed_experts",
 })  # fmt: skip
-"""Spellings of the number of experts; which of them is a key of config.json differs by family."""
+"""Spellings of the number of experts; the one in config.json differs by family."""
 
 PRECISIONS: dict[str, str] = {
     "compute_dtype": "compute_dtype",
@@ -78,40 +77,37 @@ GENERAL: frozenset[str] = frozenset({
     "pad_token_id", "pretraining_tp", "name_or_path", "hidden_dropout",
     "head_dim",
 })  # fmt: skip
-"""Keys every family of ours may have in config.json or here, beside those with defaults."""
+"""Keys that every family in `DECODERS` may have in config.json or here, besides its defaults."""
 
 ROPE: frozenset[str] = frozenset({"rope_theta", "rope_scaling", "rope_parameters"})
 
-WRITE_MLP_WIDTH = "Write intermediate_size"
-_WRITE_ROPE_SCALING = (
-    "Write rope_scaling: {rope_type: linear | dynamic | yarn | llama3, factor: 2.0}"
-)
+WRITE_MLP_WIDTH = "Set intermediate_size"
+_WRITE_ROPE_SCALING = "Set rope_scaling: {rope_type: linear | dynamic | yarn | llama3, factor: 2.0}"
 
-OTHER_WAYS: dict[str, tuple[str, str]] = {
+REPLACED: dict[str, tuple[str, str]] = {
     "extend_method": (
-        "the context is extended as config.json does it",
+        "the context is extended by rope_scaling, as in config.json",
         _WRITE_ROPE_SCALING,
     ),
     "scaling_factor": (
-        "the context is extended as config.json does it",
+        "the context is extended by rope_scaling, as in config.json",
         _WRITE_ROPE_SCALING,
     ),
-    "multiple_of": ("the width of the MLP is written directly", WRITE_MLP_WIDTH),
-    "ffn_dim_multiplier": ("the width of the MLP is written directly", WRITE_MLP_WIDTH),
+    "multiple_of": ("the width of the MLP is set directly", WRITE_MLP_WIDTH),
+    "ffn_dim_multiplier": ("the width of the MLP is set directly", WRITE_MLP_WIDTH),
     "moe_config": (
-        "experts are described in model_config itself",
-        "Write num_experts, num_experts_per_tok and moe_intermediate_size there",
+        "experts are configured in model_config itself",
+        "Set num_experts, num_experts_per_tok and moe_intermediate_size there",
     ),
 }
-"""Key -> (rule, advice), where the same is said by another key here."""
+"""Key -> (rule, advice), for keys that another key replaces here."""
 
 STAGES: frozenset[str] = frozenset({"offset", "pp_interleave_num"})
-"""Keys that divide the layers over the stages of a pipeline: `launcher.config.derived` reads them.
-"""
+"""Keys that divide the layers over pipeline stages, read by `launcher.config.derived`."""
 
 NO_EFFECT: dict[str, str] = {
     "use_flash_attention": "the attention kernel is chosen by the device",
-    "use_past": "prediction always keeps a key/value cache",
+    "use_past": "prediction always uses a key/value cache",
     "qkv_concat": "q, k and v stay separate parameters, under their Hugging Face names",
     "checkpoint_name_or_path": "weights come from load_checkpoint or pretrained_model_dir",
     "batch_size": "the batch size is runner_config.batch_size",
@@ -119,16 +115,16 @@ NO_EFFECT: dict[str, str] = {
     "num_blocks": "the key/value cache is not paged",
     "is_dynamic": "shapes are dynamic in any case",
     "use_attn_mask_compression": "no mask is built for plain causal attention",
-    "use_ring_attention": "it is chosen by parallel_config.context_parallel",
-    "use_rope_slice": "the rotation is computed once a step",
+    "use_ring_attention": "set by parallel_config.context_parallel",
+    "use_rope_slice": "the rotary tables are computed once a step",
     "use_eod_attn_mask_compression": "document borders come from the data",
-    "fine_grain_interleave": "it is for Ascend only",
-    "enable_high_performance": "it is for Ascend only",
+    "fine_grain_interleave": "for Ascend only",
+    "enable_high_performance": "for Ascend only",
     "input_sliced_sig": "labels are shifted by the data loader",
-    "parallel_decoding_params": "speculative decoding is an accelerator only: results are the same",
-    "parallel_optimizer": "it is chosen by parallel.enable_parallel_optimizer",
-    "auto_register": "architectures come from the table of families",
-    "auto_map": "architectures come from the table of families",
+    "parallel_decoding_params": "speculative decoding does not change results",
+    "parallel_optimizer": "set by parallel.enable_parallel_optimizer",
+    "auto_register": "the class is chosen by the model type",
+    "auto_map": "the class is chosen by the model type",
     "ignore_token_id": "labels without loss are -100 everywhere",
     "residual_dtype": "the residual stream has the compute dtype",
     "embedding_init_type": "embeddings have the parameters' dtype",
@@ -136,36 +132,36 @@ NO_EFFECT: dict[str, str] = {
     "normalization": "the family uses RMS norms",
     "swiglu": "the family uses a gated MLP",
     "gated_linear_unit": "the family uses a gated MLP",
-    "add_bias_linear": "biases are attention_bias and mlp_bias",
+    "add_bias_linear": "set by attention_bias and mlp_bias",
     "hidden_dropout_layers": "dropout is the same in every layer",
-    "use_legacy": "there is one set of models",
-    "monitor_config": "it is read from its own section",
+    "use_legacy": "there is one implementation of the models",
+    "monitor_config": "read from its own section",
 }
-"""Key -> why it changes nothing here."""
+"""Key -> why it has no effect here."""
 
 OF_THE_DECODER: frozenset[str] = frozenset({
     "position_embedding_type", "normalization", "swiglu", "gated_linear_unit", "add_bias_linear",
 })  # fmt: skip
-"""Keys of `NO_EFFECT` whose reason holds for families in `DECODERS` alone."""
+"""Keys of `NO_EFFECT` whose reason applies only to families in `DECODERS`."""
 
 NOT_BUILT: dict[str, str] = {
     "pet_config": "low-rank adapters (LoRA)",
-    "quantization_config": "quantised weights",
+    "quantization_config": "quantized weights",
     "mtp_num_layers": "multi-token prediction",
     "num_nextn_predict_layers": "multi-token prediction",
 }
-"""Key -> what it would need. Falsy values ask for nothing and pass."""
+"""Key -> the feature it enables. Falsy values are accepted."""
 
 FEATURE_ADVICE: dict[str, str] = {
-    "quantization_config": "Give FP8 weights with a factor a block (quant_method fp8, "
-    "weight_block_size [128, 128]), or convert the weights to bfloat16 and take "
-    "quantization_config out of their config.json",
+    "quantization_config": "Use FP8 weights with a scale for each block (quant_method fp8, "
+    "weight_block_size [128, 128]), or convert the weights to bfloat16 and "
+    "remove quantization_config from their config.json",
 }
 
 
-def asks_for_nothing(key: str, value: Any) -> bool:
-    """Whether a key of `NOT_BUILT`, `OTHER_WAYS` or `EXPERT_COUNTS` has a value that switches its
-    feature off."""
+def is_switched_off(key: str, value: Any) -> bool:
+    """Whether the value of a key of `NOT_BUILT`, `REPLACED` or `EXPERT_COUNTS` disables its
+    feature."""
     neutral = value == 1 and (key in EXPERT_COUNTS or key == "scaling_factor")
     return not value or neutral or str(value).lower() == "none"
 
@@ -173,7 +169,7 @@ def asks_for_nothing(key: str, value: Any) -> bool:
 def every_key() -> set[str]:
     """All spellings in these tables, for suggestions."""
     tables = (
-        *(ALIASES, EXPERT_COUNTS, PRECISIONS, GENERATION, GENERAL, ROPE, OTHER_WAYS, NO_EFFECT),
+        *(ALIASES, EXPERT_COUNTS, PRECISIONS, GENERATION, GENERAL, ROPE, REPLACED, NO_EFFECT),
         *(NOT_BUILT, STAGES),
     )
     return {"type", "seq_length", "qkv_has_bias"}.union(*tables)

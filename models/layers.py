@@ -1,8 +1,8 @@
-"""The leaf modules that hold parameters, and the seam through which parallelism reaches them.
+"""The leaf modules that hold parameters, and the hook through which parallelism changes them.
 
 Invariant: a leaf computes with `held(name)` only, never with the parameter itself. What parallelism
-has to do between a stored parameter and its use (give the local part, mark the gradient as partial)
-is a function in `views`, put there from outside; no leaf knows of ranks.
+does between a stored parameter and its use (select rows, detach it) is a function in `views`, set
+from outside; no leaf depends on ranks.
 """
 
 from __future__ import annotations
@@ -27,15 +27,14 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class Leaf(nn.Module):
-    """A module with parameters of its own. Their values come from `models.initial` or from files:
-    nothing is drawn here."""
+    """A module with its own parameters, which are initialized by `models.initial` or from files."""
 
     def __init__(self) -> None:
         super().__init__()
         self.views: dict[str, Callable[[Tensor], Tensor]] = {}
 
     def held(self, name: str) -> Tensor:
-        """The parameter `name` as the computation sees it; an absent bias stays None."""
+        """The parameter `name` as used in the computation; None for a missing bias."""
         parameter = getattr(self, name)
         view = self.views.get(name)
         return parameter if view is None or parameter is None else view(parameter)
@@ -65,8 +64,8 @@ class Embedding(Leaf):
 
 
 class TiedHead(Leaf):
-    """The head of a model with tied embeddings: no parameter of its own, the embedding's weight
-    through its own views."""
+    """The head of a model with tied embeddings: no parameter, but its own views of the embedding's
+    weight."""
 
     def __init__(self, embedding: Embedding) -> None:
         super().__init__()
@@ -74,7 +73,7 @@ class TiedHead(Leaf):
 
     @property
     def weight(self) -> nn.Parameter:
-        """The embedding's parameter, whatever it was replaced by since."""
+        """The embedding's current parameter, even if it was replaced."""
         return self._embedding[0].weight
 
     def forward(self, states: Tensor) -> Tensor:
@@ -109,13 +108,13 @@ class MLP(nn.Module):
         return self.activated(self.gate_proj(states), self.up_proj(states))
 
     def activated(self, gate: Tensor, up: Tensor) -> Tensor:
-        """From both projections [..., inner] on. A seam: the instance's attribute may be replaced
-        by a function of the same arguments, which may call this one."""
+        """From both projections [..., inner] to the output. Parallelism may replace this attribute
+        of an instance by a function of the same arguments, which may call this one."""
         return self.down_proj(self.activation(gate) * up)
 
 
 def norm_of(config: DecoderConfig, precision: Precision, size: int) -> RMSNorm:
-    """An RMS norm over `size` as the configuration wants it."""
+    """The configured RMS norm over `size`."""
     return RMSNorm(size, config.rms_norm_eps, dtype_of(precision.layernorm_compute_dtype))
 
 

@@ -1,8 +1,8 @@
-"""config.json of a family that runs through its transformers module, with the user's keys above it.
+"""config.json of a family that runs through its transformers module, merged with the user's keys.
 
-Owns how the two become one: a key of the user replaces that key under any name it has there, a
-section is merged, rope settings go where the family's class reads them. What that class would
-ignore is a problem that names the key. Pure functions over plain dictionaries.
+Owns the merge: a key of the user replaces that key under any of its names, a section is merged,
+rope settings are written where the family's configuration class reads them. A key that the class
+would ignore is a problem. Pure functions over plain dictionaries.
 """
 
 from __future__ import annotations
@@ -18,25 +18,25 @@ from models.reading import ROPE_MAPS, Reading
 from models.spec import Problems
 
 _KEPT = ("rope_theta", "partial_rotary_factor")
-"""Rope settings that stay where only the scaling is written."""
+"""Rope settings that are kept where only the scaling is overridden."""
 
 _OLDER = {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"}
-"""Rope setting -> what GPT-NeoX calls it outside `rope_parameters`."""
+"""Rope setting -> its name in GPT-NeoX outside `rope_parameters`."""
 
 
 def module_config(
     family: str, known: ConfigClass, base: Mapping[str, Any], reading: Reading, problems: Problems
 ) -> dict[str, Any]:
-    """The content of config.json for the module of `family`, whose class is `known`."""
+    """The content of config.json for the module of `family`; `known`: its configuration class."""
     config = dict(base)
     _note_ignored(family, known, base, reading)
     rope = {key: value for key, value in reading.rope.items() if known.has_rope}
     values = reading.values | {k: v for k, v in reading.rope.items() if k not in rope}
-    if "partial_rotary_factor" in values and _rotates_partly(family, known, base):
+    if "partial_rotary_factor" in values and _has_partial_rotary(family, known, base):
         rope["partial_rotary_factor"] = values.pop("partial_rotary_factor")
     for key, value in values.items():
         if _check_key(key, known, reading, problems):
-            _check_not_decided(family, key, known, base, reading, problems)
+            _check_not_overridden(family, key, known, base, reading, problems)
             _write(config, key, value, known, reading, problems)
     if rope:
         _write_rope(config, rope, known, reading, problems)
@@ -72,24 +72,24 @@ def _check_key(key: str, known: ConfigClass, reading: Reading, problems: Problem
     return False
 
 
-def _check_not_decided(
+def _check_not_overridden(
     family: str, key: str, known: ConfigClass, base: Mapping[str, Any], reading: Reading,
     problems: Problems,
 ) -> None:  # fmt: skip
-    """A key that only serves to derive another has no effect where config.json has that one, and
-    one list an entry a layer does not follow the number of layers."""
+    """A key from which another is derived has no effect if config.json has the latter, and a list
+    with one entry a layer must match the number of layers."""
     for target, sources in known.derived.items():
         names = known.names_of(target)
         held = next((base[name] for name in names if base.get(name) is not None), None)
         if key not in sources or held is None or not reading.values.keys().isdisjoint(names):
             continue
         layers = key == known.key("num_hidden_layers") and isinstance(held, list)
-        rule = f"config.json has {target}, which decides it"
+        rule = f"no effect: config.json has {target}"
         if layers and len(held) != reading.values[key]:
             rule = f"{target} of config.json has {len(held)} entries"
         elif mentioned(family, key):
             continue
-        advice = f"Write model.model_config.{target}, or null for it to have it derived"
+        advice = f"Set model.model_config.{target}, or set it to null to derive it"
         problems.add(reading.written[key], reading.values[key], rule, advice=advice)
 
 
@@ -97,8 +97,7 @@ def _write(
     config: dict[str, Any], key: str, value: Any, known: ConfigClass, reading: Reading,
     problems: Problems,
 ) -> None:  # fmt: skip
-    """Replace `key` in `config` under all of its names; keys of a section stay that are not
-    written."""
+    """Replace `key` in `config` under all of its names; other keys of a section are kept."""
     before = [config.pop(name) for name in known.names_of(key) if name in config]
     section = known.sections.get(key)
     if isinstance(value, Mapping) and section is not None:
@@ -115,8 +114,8 @@ def _write(
     config[key] = value
 
 
-def _rotates_partly(family: str, known: ConfigClass, base: Mapping[str, Any]) -> bool:
-    """Whether the family reads `partial_rotary_factor` among its rope settings."""
+def _has_partial_rotary(family: str, known: ConfigClass, base: Mapping[str, Any]) -> bool:
+    """Whether the family reads `partial_rotary_factor` from its rope settings."""
     in_rope = "partial_rotary_factor" in (base.get("rope_parameters") or {})
     return known.has_rope and (in_rope or mentioned(family, "partial_rotary_factor"))
 
@@ -125,7 +124,7 @@ def _write_rope(
     config: dict[str, Any], given: Mapping[str, Any], known: ConfigClass, reading: Reading,
     problems: Problems,
 ) -> None:  # fmt: skip
-    """Rope settings of the user, in the spelling that config.json has them in."""
+    """Write rope settings of the user, in the spelling of config.json."""
     old, new = config.get("rope_scaling") or {}, config.get("rope_parameters") or {}
     by_layer = _layer_types_of(old or new) or list(known.rope_kinds)
     if by_layer:
@@ -152,7 +151,7 @@ def _write_rope_by_layer(
     config: dict[str, Any], given: Mapping[str, Any], by_layer: list[str], reading: Reading,
     problems: Problems,
 ) -> None:  # fmt: skip
-    """Rope settings of the user, for the layer types that they name."""
+    """Write rope settings of the user for the layer types that they name."""
     for key, written in given.items():
         if not isinstance(written, Mapping) or not _layer_types_of(written):
             _report_by_layer(key, by_layer, reading, problems)
@@ -167,9 +166,9 @@ def _write_single(
     config: dict[str, Any], old: Mapping[str, Any], new: Mapping[str, Any],
     single: Mapping[str, Any], known: ConfigClass, reading: Reading, problems: Problems,
 ) -> None:  # fmt: skip
-    """Single rope settings of the user, where the class takes them from."""
+    """Write single rope settings of the user where the class reads them."""
     if not (old or new) and "rope_parameters" in known.derived:
-        _report_own_rope(next(iter(single)), known, reading, problems)
+        _report_rope_default(next(iter(single)), known, reading, problems)
     elif new and not old:
         config["rope_parameters"] = {**new, **single}
     else:
@@ -180,18 +179,20 @@ def _write_single(
 
 
 def _layer_types_of(rope: Mapping[str, Any]) -> list[str]:
-    """The layer types of rope settings by layer type; none where they are of one kind."""
+    """The layer types of rope settings by layer type; empty where all layers share them."""
     if not any(isinstance(value, Mapping) for value in rope.values()):
         return []
     return [kind for kind, value in rope.items() if isinstance(value, Mapping | None)]
 
 
-def _report_own_rope(key: str, known: ConfigClass, reading: Reading, problems: Problems) -> None:
+def _report_rope_default(
+    key: str, known: ConfigClass, reading: Reading, problems: Problems
+) -> None:
     written = reading.written.get(key, key)
     problems.log(
         f"model.model_config.{written}",
-        f"{known.name} has rope settings of its own where none are written",
-        advice="Write model.model_config.rope_parameters: {rope_type: default, rope_theta: ...}",
+        f"{known.name} derives its rope settings if none are given",
+        advice="Set model.model_config.rope_parameters: {rope_type: default, rope_theta: ...}",
         key=written,
     )
 
@@ -202,6 +203,6 @@ def _report_by_layer(key: str, by_layer: list[str], reading: Reading, problems: 
     problems.log(
         f"model.model_config.{written}",
         "this family has rope settings by layer type",
-        advice=f"Write model.model_config.rope_parameters: {{{kinds}}}",
+        advice=f"Set model.model_config.rope_parameters: {{{kinds}}}",
         key=written,
     )

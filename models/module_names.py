@@ -1,10 +1,9 @@
 """Names of tensors of a transformers module, in memory and on disk.
 
-Owns the links of such a module, read off transformers' own conversion of names: its experts may be
-stacked, gate and up in one tensor, prefixes renamed. The conversion is run on tensors without
-memory; a tensor of the files that is a view of a parameter is a box of it, and offset and strides
-of the view say which. Invariant: the tensors of the files tile every tensor of the module, or the
-module is refused.
+Owns the mappings of such a module, derived from transformers' weight conversion: its experts may be
+stacked, gate and up fused, prefixes renamed. The conversion runs on meta tensors; a tensor of
+the files that is a view of a parameter is a box of it, given by the offset and strides of the view.
+Invariant: the tensors of the files tile every tensor of the module, or the module is refused.
 """
 
 from __future__ import annotations
@@ -22,14 +21,14 @@ from launcher.weights.reading.strided_copy import c_strides
 from launcher.weights.tensor_mapping import TensorMapping
 
 Mappings = Mapping[str, tuple[TensorMapping, ...]]
-"""Tensor of the module to its tensors in files; without those that are one, under one name."""
+"""Tensor of the module -> its tensors in files; without those that are the same under one name."""
 
 
 def mappings_of_module(module: Any) -> Mappings:
-    """What the tensors of a `PreTrainedModel` are in the directory that transformers saves.
+    """The mapping from tensors of a `PreTrainedModel` to those that `save_pretrained` writes.
 
-    Raises UserError where files hold something else than boxes of them: transposed, permuted or
-    computed tensors, or one tensor for several of the module.
+    Raises UserError if the latter are not boxes of the former: transposed, permuted or computed
+    tensors, or one tensor for several of the module.
     """
     from transformers.core_model_loading import revert_weight_conversion
 
@@ -52,12 +51,12 @@ def mappings_of_module(module: Any) -> Mappings:
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """All that the files hold; a tied tensor under both names, which may differ in files."""
+    """All tensors in files; a tied tensor under both names, which may differ in files."""
     yield from module.state_dict(keep_vars=True).items()
 
 
 class _Original(Tensor):
-    """A tensor of the shape of another, without memory, whose parts all stay views of it."""
+    """A meta tensor of the shape of another, whose slices always stay views of it."""
 
     @staticmethod
     def __new__(cls, like: Tensor) -> _Original:
@@ -72,7 +71,7 @@ def _memory(tensor: Tensor) -> int:
 
 
 def _mapping(file_name: str, view: Tensor, shape: Shape) -> TensorMapping | None:
-    """Which box of a tensor of `shape` the view is; None when it is none."""
+    """The box of a tensor of `shape` that the view is; None if it is not one."""
     kept = _kept_dims(view, shape)
     if kept is None:
         return None
@@ -88,8 +87,8 @@ def _mapping(file_name: str, view: Tensor, shape: Shape) -> TensorMapping | None
 
 
 def _kept_dims(view: Tensor, shape: Shape) -> list[int] | None:
-    """The dim of a tensor of `shape` that each dim of the view is, in order; None when the view
-    has other dims."""
+    """The dim of a tensor of `shape` that each dim of the view is, in order; None if the view has
+    other dims."""
     kept: list[int] = []
     strides = c_strides(shape, 1)
     for length, stride in zip(view.shape, view.stride(), strict=True):
@@ -105,7 +104,7 @@ def _kept_dims(view: Tensor, shape: Shape) -> list[int] | None:
 
 
 def _tiled(mappings: Sequence[TensorMapping], shape: Shape) -> bool:
-    """Whether the boxes of `links` cover every element of a tensor of `shape` once."""
+    """Whether the boxes of `mappings` cover every element of a tensor of `shape` once."""
     boxes = {mapping.box for mapping in mappings}
     is_once = (
         len(boxes) == len(mappings) and sum(box.numel for box in boxes) == full_box(shape).numel
@@ -121,8 +120,8 @@ def _tiled(mappings: Sequence[TensorMapping], shape: Shape) -> bool:
 
 def _other_tensors(module: Any, name: str) -> UserError:
     return UserError(
-        f"model_type {module.config.model_type}: its files hold other tensors than the module "
+        f"model_type {module.config.model_type}: its files and its module have different tensors "
         f"(`{name}`)",
-        rule="a tensor of the files is read where it is a part of one of the module's, as it lies",
-        advice="Give a model of another family",
+        rule="a tensor in files must be a slice of one tensor of the module",
+        advice="Use a model of another family",
     )

@@ -1,7 +1,7 @@
 """The table of model types that run through their transformers module, or are refused, and why.
 
-Owns what cannot be read off a configuration class: which types were found to compute here what they
-compute in transformers, by a test that goes through all of them. Plain data.
+Owns what a configuration class does not contain: which types give the same results here as in
+transformers, which a test verifies for all of them. Plain data.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ TRANSFORMERS_MODULES: tuple[str, ...] = (
 
 _ENCODER_DECODERS = "encoders and encoder-decoders"
 _MULTIMODAL = "multimodal models"
-_INDEXER = "an indexer of the attention, which learns from a loss of its own"
-_OTHER_TENSORS = "files that hold other tensors than the module"
+_INDEXER = "an attention indexer, which is trained with its own loss"
+_OTHER_TENSORS = "tensors in files that differ from those of the module"
 
 UNSUPPORTED: dict[str, str] = {
     **dict.fromkeys((
@@ -55,16 +55,16 @@ UNSUPPORTED: dict[str, str] = {
     **dict.fromkeys((
         "hrm_text", "inkling2_loop_text", "inkling2_text", "lara_mini", "sarvam_moe",
     ), _OTHER_TENSORS),
-    **dict.fromkeys(("gemma4_assistant", "gemma4_unified_assistant"), "the model it drafts for"),
+    **dict.fromkeys(("gemma4_assistant", "gemma4_unified_assistant"), "its target model"),
     **dict.fromkeys(("rwkv", "xlstm"), "recurrent models"),
-    "blt": "bytes in patches, which have no tokenizer",
-    "cpmant": "attention over the tokens after each position",
+    "blt": "byte patches instead of a tokenizer",
+    "cpmant": "attention to later tokens",
     "dbrx": "another mixture of experts",
     "dory": "generation without a cache",
     "reformer": "reversible layers and hashed attention",
-    "xmod": "a language for every row of a batch",
+    "xmod": "a language id for every row of a batch",
 }  # fmt: skip
-"""model_type -> what it needs that is not built yet."""
+"""model_type -> the feature it needs that is not built yet."""
 
 CAUSAL_WHEN: dict[str, tuple[str, Any]] = {
     **dict.fromkeys((
@@ -75,14 +75,13 @@ CAUSAL_WHEN: dict[str, tuple[str, Any]] = {
     "xlm": ("causal", True),
     "xlnet": ("attn_type", "uni"),
 }  # fmt: skip
-"""model_type -> the key of config.json, and its value, without which a token sees those after it.
-"""
+"""model_type -> the key of config.json, and the value, without which attention is not causal."""
 
 NOT_CAUSAL_WHEN: dict[str, tuple[Any, ...]] = {
     "is_causal": (False,),
     "use_bidirectional_attention": (True, "all"),
 }
-"""Keys of config.json of any model type -> their values with which a token sees those after it."""
+"""Keys of config.json of any model type -> their values with which attention is not causal."""
 
 NO_PACKING = frozenset({
     "afmoe", "bailing_hybrid", "bamba", "bert", "bert-generation", "big_bird", "biogpt", "bloom",
@@ -93,8 +92,8 @@ NO_PACKING = frozenset({
     "rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roformer", "xglm", "xlm",
     "xlm-roberta", "xlm-roberta-xl", "xlnet", "zamba", "zamba2", "zaya",
 })  # fmt: skip
-"""Families that build their masks or positions without regard to packed documents, or carry a state
-over their borders. A test goes through all."""
+"""Families whose masks or positions ignore packed documents, or whose recurrent state crosses their
+borders. Verified by a test of all families."""
 
 WEIGHTS_NEEDED = frozenset({
     "afmoe", "apertus", "apertus1p5_text", "bailing_hybrid", "bamba", "diffllama", "doge",
@@ -104,8 +103,8 @@ WEIGHTS_NEEDED = frozenset({
     "qwen3_5_moe_text", "qwen3_5_text", "qwen3_next", "recurrent_gemma", "roformer", "xlnet",
     "youtu", "zamba", "zamba2", "zaya",
 })  # fmt: skip
-"""Families with parameters that begin otherwise than matrices, norms and biases do here: they start
-from weights."""
+"""Families with parameters that need another initialization than `models.initial`: they can only
+start from weights."""
 
 LEARNED_POSITIONS: dict[str, int | None] = {
     **dict.fromkeys((
@@ -118,5 +117,5 @@ LEARNED_POSITIONS: dict[str, int | None] = {
         "xlm-roberta-xl",
     ), None),
 }  # fmt: skip
-"""Families with a table of positions, which a row cannot be longer than, to the entries that no
-token has; None: all up to the padding token's, as positions begin behind it."""
+"""Families with a position embedding, which limits the length of rows -> its unused entries; None:
+all up to that of the padding token, as positions start after it."""

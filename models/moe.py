@@ -1,10 +1,10 @@
 """Mixture of experts: the router, the experts stacked into one tensor a projection, and the block.
 
-Invariants: the router computes in float32; how many tokens an expert gets stays a tensor, and
-nothing in here waits for the device (but for sizes the grouped kernel cannot align); the result is
-a function of the token alone, whoever shares its batch; backward passes are gathers, so they are
-repeatable. An expert may be anywhere: `Experts` takes the tokens of any number of experts, sorted,
-and parallelism changes what reaches it from outside.
+Invariants: the router computes in float32; the token counts of experts stay on the device, without
+synchronization (except for sizes that the grouped kernel cannot align); the result of a token does
+not depend on the rest of the batch; backward passes are gathers, so they are deterministic.
+`Experts` takes the sorted tokens of any number of experts; expert parallelism changes its input
+from outside.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from models.spec import ClampedGate, DecoderConfig, ExpertsConfig
 
 
 class Router(Leaf):
-    """Which experts a token goes to, and with which weights; weight [experts, hidden]."""
+    """The top-k experts of a token, and their weights; weight [experts, hidden]."""
 
     def __init__(self, hidden: int, experts: ExpertsConfig) -> None:
         super().__init__()
@@ -54,18 +54,18 @@ class Router(Leaf):
         return weights * experts.routed_scaling_factor, chosen, probabilities
 
     def _best(self, scores: Tensor) -> Tensor:
-        """The best experts among those of the best groups; a group is as good as its best two."""
+        """Top-k experts within the top groups; the score of a group is the sum of its best two."""
         experts = self.experts
         grouped = scores.unflatten(-1, (experts.groups, -1))
-        merit = grouped.topk(2, dim=-1).values.sum(-1)
-        kept = merit.topk(experts.groups_per_token, dim=-1).indices
-        left_out = torch.ones_like(merit, dtype=torch.bool).scatter(-1, kept, False)
-        scores = grouped.masked_fill(left_out[..., None], float("-inf")).flatten(-2)
+        group_scores = grouped.topk(2, dim=-1).values.sum(-1)
+        kept = group_scores.topk(experts.groups_per_token, dim=-1).indices
+        dropped = torch.ones_like(group_scores, dtype=torch.bool).scatter(-1, kept, False)
+        scores = grouped.masked_fill(dropped[..., None], float("-inf")).flatten(-2)
         return scores.topk(experts.experts_per_token, dim=-1).indices
 
 
 class Experts(Leaf):
-    """Gated MLPs side by side: gate_proj and up_proj [experts, inner, hidden], down_proj [experts,
+    """Stacked gated MLPs: gate_proj and up_proj [experts, inner, hidden], down_proj [experts,
     hidden, inner]."""
 
     def __init__(self, count: int, hidden: int, inner: int, activation: str) -> None:
@@ -77,19 +77,19 @@ class Experts(Leaf):
 
     def forward(self, tokens: Tensor, counts: Tensor) -> Tensor:
         """Each token [n, hidden] through its expert: the first `counts[0]` through the first, and
-        so on. `counts` [experts] int64 adds up to n; zeros, and n = 0, are fine."""
+        so on. `counts` [experts] int64 sums to n; zeros, and n = 0, are allowed."""
         gate = grouped_linear(tokens, self.held("gate_proj"), counts)
         up = grouped_linear(tokens, self.held("up_proj"), counts)
         return self.activated(gate, up, counts)
 
     def activated(self, gate: Tensor, up: Tensor, counts: Tensor) -> Tensor:
-        """From both projections [n, inner] on; a seam, as `MLP.activated`."""
+        """From both projections [n, inner] to the output; replaceable, as `MLP.activated`."""
         return grouped_linear(self.activation(gate) * up, self.held("down_proj"), counts)
 
 
 class ClampedExperts(Experts):
-    """The experts of gpt-oss, in the form of its files: gate_up_proj [experts, hidden, 2 * inner],
-    in whose last dim gate and up take turns, down_proj [experts, inner, hidden], and biases."""
+    """The experts of gpt-oss, in the layout of its files: gate_up_proj [experts, hidden, 2 * inner]
+    with gate and up interleaved, down_proj [experts, inner, hidden], and biases."""
 
     def __init__(self, count: int, hidden: int, inner: int, gate: ClampedGate) -> None:
         Leaf.__init__(self)
@@ -105,29 +105,28 @@ class ClampedExperts(Experts):
         return self.activated(gate_up[..., ::2], gate_up[..., 1::2], counts)
 
     def activated(self, gate: Tensor, up: Tensor, counts: Tensor) -> Tensor:
-        """From both projections [n, inner] on; a seam, as `MLP.activated`."""
+        """From both projections [n, inner] to the output; replaceable, as `MLP.activated`."""
         alpha, limit = self.gate.alpha, self.gate.limit
         gate, up = gate.clamp(max=limit), up.clamp(min=-limit, max=limit)
         return self._affine((up + 1) * (gate * torch.sigmoid(gate * alpha)), "down_proj", counts)
 
     def _affine(self, tokens: Tensor, name: str, counts: Tensor) -> Tensor:
         product = grouped_linear(tokens, self.held(name).transpose(-2, -1), counts)
-        line = torch.arange(len(tokens), device=tokens.device)
-        expert = torch.searchsorted(counts.cumsum(0), line, right=True)
-        # As an embedding: its backward pass adds up in a fixed order.
+        index = torch.arange(len(tokens), device=tokens.device)
+        expert = torch.searchsorted(counts.cumsum(0), index, right=True)
+        # An embedding, whose backward pass sums in a fixed order.
         return product + F.embedding(expert, self.held(f"{name}_bias"))
 
 
 class MoE(nn.Module):
-    """Router and experts in the place of an MLP, with an MLP for every token beside them if the
-    configuration says so."""
+    """Router and experts instead of an MLP, with shared experts if configured."""
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         experts, hidden, activation = config.experts, config.hidden_size, config.hidden_act
         assert experts is not None
         self.router_name = experts.router_name
-        """The attribute with the router: the files decide its name."""
+        """The attribute with the router, named as in files."""
         self.add_module(self.router_name, Router(hidden, experts))
         count, inner = experts.num_experts, experts.intermediate_size
         if experts.clamped is not None:
@@ -138,11 +137,11 @@ class MoE(nn.Module):
         if experts.shared_experts:
             self.shared_experts = MLP(hidden, inner * experts.shared_experts, activation)
         self.count = count
-        self.balance_share = 1.0
-        """What the gradient of the balance loss is multiplied by, where several ranks compute the
-        same one and their gradients are added."""
-        self.row_sum: Callable[[Tensor], Tensor] = _as_it_is
-        """From sums over the tokens here [2, rows, experts] to sums over the whole row,
+        self.balance_grad_scale = 1.0
+        """Factor of the gradient of the balance loss, where several ranks compute the same loss and
+        their gradients are summed."""
+        self.row_sum: Callable[[Tensor], Tensor] = _identity
+        """From sums over the local tokens [2, rows, experts] to sums over full rows;
         differentiable."""
 
     def forward(self, states: Tensor, context: StepContext) -> Tensor:
@@ -152,34 +151,34 @@ class MoE(nn.Module):
         if self.training and context.balance_scale is not None:
             by_row = (t.unflatten(0, states.shape[:2]) for t in (probabilities, chosen))
             loss = row_balance(*by_row, total=context.mask.total, row_sum=self.row_sum).sum()
-            scale = context.balance_scale * self.balance_share
-            weights = _WithLoss.apply(weights, loss, scale)
-        mixed = self._mixed(tokens, weights, chosen).view_as(states)
-        return mixed if self.shared_experts is None else mixed + self.shared_experts(states)
+            scale = context.balance_scale * self.balance_grad_scale
+            weights = _AttachLoss.apply(weights, loss, scale)
+        routed = self._routed(tokens, weights, chosen).view_as(states)
+        return routed if self.shared_experts is None else routed + self.shared_experts(states)
 
-    def _mixed(self, tokens: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
-        """The sum [n, hidden] of the outputs of each token's experts, weighed in float32."""
+    def _routed(self, tokens: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+        """The sum [n, hidden] of the outputs of each token's experts, weighted in float32."""
         flat = chosen.flatten()
         by_expert, order = flat.sort(stable=True)
-        back = torch.empty_like(order)
-        back[order] = torch.arange(len(flat), device=flat.device)
-        names = torch.arange(self.count, device=flat.device)
-        ends = torch.searchsorted(by_expert, names, right=True)
+        inverse = torch.empty_like(order)
+        inverse[order] = torch.arange(len(flat), device=flat.device)
+        experts = torch.arange(self.count, device=flat.device)
+        ends = torch.searchsorted(by_expert, experts, right=True)
         counts = ends.diff(prepend=ends.new_zeros(1))
-        outputs = self.experts(_Gather.apply(tokens, order, back, chosen.shape[1]), counts)
-        outputs = _Gather.apply(outputs, back, order, 1).unflatten(0, chosen.shape)
+        outputs = self.experts(_Gather.apply(tokens, order, inverse, chosen.shape[1]), counts)
+        outputs = _Gather.apply(outputs, inverse, order, 1).unflatten(0, chosen.shape)
         return (outputs * weights[..., None]).sum(1).to(tokens.dtype)
 
 
 def row_balance(
     probabilities: Tensor, chosen: Tensor, *, total: int, row_sum: Callable[[Tensor], Tensor]
 ) -> Tensor:
-    """How unevenly the tokens of each row are spread over the experts [rows], float32.
+    """The load-balancing loss of each row [rows], float32.
 
     experts * sum over experts of (share of the row's tokens that chose it) * (its mean probability
     over the row's tokens), as in the Switch Transformer (https://arxiv.org/abs/2101.03961), but row
-    by row: no row's loss depends on its batch. `probabilities` [rows, length, experts], `chosen`
-    [rows, length, k], `total` tokens in the whole row.
+    by row: the loss of a row does not depend on its batch. `probabilities` [rows, length, experts],
+    `chosen` [rows, length, k], `total` tokens in a full row.
     """
     hits = torch.zeros_like(probabilities).scatter(-1, chosen, 1.0)
     sums = row_sum(torch.stack((hits.sum(1), probabilities.sum(1))))
@@ -188,37 +187,37 @@ def row_balance(
 
 
 def grouped_linear(tokens: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
-    """`tokens` [n, inputs], sorted, times the matrix of their group: `weight` [groups, outputs,
-    inputs]. Sizes that the kernel cannot align go group by group, and wait for the device."""
+    """Grouped matrix product: `tokens` [n, inputs], sorted by group, times `weight` [groups,
+    outputs, inputs]. Sizes that the kernel cannot align run in a loop, with a device sync."""
     aligned = all(size * weight.element_size() % 16 == 0 for size in weight.shape[1:])
     traced = torch.compiler.is_compiling() and weight.dtype != torch.bfloat16
     if aligned and not traced:
         offsets = counts.cumsum(0, dtype=torch.int32)
         return F.grouped_mm(tokens, weight.transpose(-2, -1), offs=offsets)
-    pieces = zip(tokens.split(counts.tolist()), weight.unbind(), strict=True)
-    return torch.cat([F.linear(piece, matrix) for piece, matrix in pieces])
+    groups = zip(tokens.split(counts.tolist()), weight.unbind(), strict=True)
+    return torch.cat([F.linear(rows, matrix) for rows, matrix in groups])
 
 
 class _Gather(torch.autograd.Function):
-    """`states[order // copies]`; backward gathers by `back`, the inverse of `order`, and adds up
-    the copies of a line, where autograd's own would scatter in no fixed order."""
+    """`states[order // repeats]`; backward gathers by `inverse`, the inverse of `order`, and sums
+    the repeats of a row, where autograd would scatter in no fixed order."""
 
     @staticmethod
-    def forward(ctx: Any, states: Tensor, order: Tensor, back: Tensor, copies: int) -> Tensor:
-        ctx.save_for_backward(back)
-        ctx.copies = copies
-        return states[order // copies]
+    def forward(ctx: Any, states: Tensor, order: Tensor, inverse: Tensor, repeats: int) -> Tensor:
+        ctx.save_for_backward(inverse)
+        ctx.repeats = repeats
+        return states[order // repeats]
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-        (back,) = ctx.saved_tensors
-        lines = (len(back) // ctx.copies, ctx.copies)
-        return gradient[back].unflatten(0, lines).sum(1), None, None, None
+        (inverse,) = ctx.saved_tensors
+        shape = (len(inverse) // ctx.repeats, ctx.repeats)
+        return gradient[inverse].unflatten(0, shape).sum(1), None, None, None
 
 
-class _WithLoss(torch.autograd.Function):
-    """`states` as they are; backward also sends `scale` into `loss`, as if scale * loss had been
-    added to whatever is differentiated."""
+class _AttachLoss(torch.autograd.Function):
+    """`states` unchanged; backward also passes `scale` to `loss`, as if scale * loss were added to
+    the training loss."""
 
     @staticmethod
     def forward(ctx: Any, states: Tensor, loss: Tensor, scale: Tensor) -> Tensor:
@@ -231,5 +230,5 @@ class _WithLoss(torch.autograd.Function):
         return gradient, scale.reshape(()), None
 
 
-def _as_it_is(sums: Tensor) -> Tensor:
+def _identity(sums: Tensor) -> Tensor:
     return sums

@@ -1,8 +1,8 @@
 """Names of tensors, in memory and on disk.
 
-Owns the one difference between the decoder and its files: the experts of a layer are stacked in
-memory, one tensor a projection, and most families have a tensor each in a Hugging Face directory;
-and which other tensors the files may hold. Torch-free.
+Owns the one difference between the decoder and its files: in memory the experts of a layer are
+stacked, one tensor a projection, while most families have one tensor an expert in a Hugging Face
+directory; and which other tensors the files may hold. Torch-free.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def unstacked(name: str, shape: Sequence[int], parameters: Mapping[str, Rule]) -
 
 
 def mappings_of(parameters: Mapping[str, Rule]) -> MappingsOf:
-    """What a stacked expert parameter of a family with these rules is in files."""
+    """The mapping from stacked expert parameters to tensors in files, by the rules of a family."""
 
     def mappings(name: str, shape: Shape) -> list[TensorMapping] | None:
         names = unstacked(name, shape, parameters)
@@ -39,9 +39,9 @@ def mappings_of(parameters: Mapping[str, Rule]) -> MappingsOf:
 
 
 def is_multi_token_prediction(name: str, spec: ModelSpec) -> bool:
-    """Whether a tensor of a file belongs to a module that predicts further tokens.
+    """Whether a tensor of a file belongs to a multi-token prediction (MTP) module.
 
-    DeepSeek-V3 numbers those modules on after its layers; they are not part of the model.
+    DeepSeek-V3 stores those modules as further layers; they are not part of the model.
     """
     extra = spec.hf_config.get("num_nextn_predict_layers") or 0
     first = spec.hf_config.get("num_hidden_layers")
@@ -52,22 +52,22 @@ def is_multi_token_prediction(name: str, spec: ModelSpec) -> bool:
 
 
 def is_empty_expert(name: str, spec: ModelSpec) -> bool:
-    """Whether a tensor of a file is of shared experts in a model that has none: transformers writes
-    matrices of no rows for them."""
+    """Whether a tensor of a file belongs to shared experts in a model without any: transformers
+    writes matrices without rows for them."""
     return ".mlp.shared_experts." in name and spec.hf_config.get("n_shared_experts") == 0
 
 
 def in_any_layer(name: str) -> str:
-    """The name of a tensor without the numbers of layers and experts in it: that of its kind."""
+    """The name of a tensor with `*` for the numbers of layers and experts."""
     return ".".join("*" if part.isdecimal() else part for part in name.split("."))
 
 
 def of_base_model(
     in_files: Collection[str], expected: Collection[str], prefix: str
 ) -> dict[str, str]:
-    """Names of files of the base model alone, without its `prefix`, to those with it.
+    """Names in files of the base model alone, without its `prefix` -> names with it.
 
-    Empty where the files use the prefix, and where it would not make a name that is `expected`.
+    Empty if the files use the prefix, or if no name with the prefix is `expected`.
     """
     start = f"{prefix}."
     if any(name.startswith(start) for name in in_files) or len(start) == 1:

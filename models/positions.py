@@ -1,6 +1,6 @@
-"""How long a row may be for a model: where its positions end.
+"""The maximum length of a row: the number of positions of a model.
 
-Owns which key of config.json says so, for every family, and what rope scaling adds to it. Pure
+Owns which key of config.json holds it, for every family, and how rope scaling extends it. Pure
 functions over plain dictionaries; no torch.
 """
 
@@ -13,18 +13,18 @@ from typing import Any
 from models.config_class import config_class
 from models.module_table import LEARNED_POSITIONS
 
-_MOST = 2**53  # what counts as a number of tokens
+_MOST = 2**53  # limit of a plausible number of tokens
 _STRETCHING = ("linear", "yarn", "llama3", "longrope")
-"""Kinds of rope scaling that add positions by their factor."""
+"""Kinds of rope scaling that multiply positions by their factor."""
 
-USUAL_ROW = 2048
-"""Tokens of a row where nothing is written and the model has as many positions."""
+DEFAULT_ROW = 2048
+"""Default tokens of a row, if the model has as many positions."""
 
 _KEYS = (
     "max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length",
     "model_max_length", "max_target_positions", "n_ctx", "context_length",
 )  # fmt: skip
-"""Names of the number of positions; those of the family's own class count."""
+"""Names of the number of positions; only those of the family's configuration class count."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,13 +32,13 @@ class PositionLimit:
     """The positions of a model."""
 
     key: str
-    """The key of config.json that gives their number, as the family spells it."""
+    """The key of config.json with their number, as spelled by the family."""
     positions: int
     """Its value."""
     longest_row: int | None
-    """Tokens of the longest row; None where the rotation stretches by itself."""
-    usual_row: int
-    """The longest row without rope scaling."""
+    """Maximum tokens of a row; None with dynamic rope scaling."""
+    unscaled_row: int
+    """Maximum tokens of a row without rope scaling."""
 
     def __str__(self) -> str:
         same = self.longest_row in (None, self.positions)
@@ -46,26 +46,26 @@ class PositionLimit:
 
 
 def position_limit(family: str, hf_config: Mapping[str, Any]) -> PositionLimit | None:
-    """The positions of a model, from its config.json; None where nothing limits its rows."""
+    """The positions of a model, from its config.json; None if its rows are not limited."""
     key, positions = _number_of_positions(family, hf_config)
     if not isinstance(positions, int) or positions < 1:
         return None
     longest: int | None = positions
     if family in LEARNED_POSITIONS:
-        longest = usual = max(positions - _reserved(family, hf_config), 1)
+        longest = unscaled = max(positions - _reserved(family, hf_config), 1)
     else:
-        usual, longest = positions, stretched(positions, _rope(hf_config))
-    return PositionLimit(key=key, positions=positions, longest_row=longest, usual_row=usual)
+        unscaled, longest = positions, stretched(positions, _rope(hf_config))
+    return PositionLimit(key=key, positions=positions, longest_row=longest, unscaled_row=unscaled)
 
 
 def row_length(family: str, hf_config: Mapping[str, Any]) -> int:
-    """Tokens of a row where nobody says how many."""
+    """Default tokens of a row."""
     limit = position_limit(family, hf_config)
-    return USUAL_ROW if limit is None else min(limit.usual_row, USUAL_ROW)
+    return DEFAULT_ROW if limit is None else min(limit.unscaled_row, DEFAULT_ROW)
 
 
 def stretched(positions: int, rope: Mapping[str, Any]) -> int | None:
-    """Tokens of the longest row with rope settings, of one kind or by layer type; None: any."""
+    """Maximum tokens of a row with rope settings, shared or by layer type; None: not limited."""
     kinds = [kind for kind in rope.values() if isinstance(kind, Mapping)] or [rope]
     longest = [_stretched_by(positions, kind) for kind in kinds]
     return None if None in longest else max(row for row in longest if row is not None)
@@ -83,7 +83,7 @@ def _stretched_by(positions: int, rope: Mapping[str, Any]) -> int | None:
 
 
 def _number(value: Any) -> float | None:
-    """A number of a size that rows may have; None for everything else."""
+    """A plausible number of tokens; None for everything else."""
     return value if isinstance(value, int | float) and abs(value) < _MOST else None
 
 
@@ -93,7 +93,7 @@ def _rope(hf_config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _number_of_positions(family: str, hf_config: Mapping[str, Any]) -> tuple[str, Any]:
-    """The key and its value: what config.json says, else the default of the family's class."""
+    """The key and its value: that of config.json, else the default of the configuration class."""
     known = config_class(family)
     if known is None:
         key = next((key for key in _KEYS if key in hf_config), _KEYS[0])
@@ -105,7 +105,7 @@ def _number_of_positions(family: str, hf_config: Mapping[str, Any]) -> tuple[str
 
 
 def _reserved(family: str, hf_config: Mapping[str, Any]) -> int:
-    """Entries of the table of positions that no token has."""
+    """Number of unused entries of the position embedding."""
     reserved = LEARNED_POSITIONS[family]
     if reserved is not None:
         return reserved

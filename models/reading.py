@@ -1,8 +1,8 @@
-"""Reading `model_config`: every key sorted by what it means.
+"""Reading `model_config`: keys are sorted by their meaning.
 
 Owns the step from the user's spellings to Hugging Face keys, precisions, generation settings and
 notes. Unknown keys are problems for the families in `DECODERS`; those of a family that runs through
-its transformers module are checked against its class in `models.module_config`.
+its transformers module are checked against its configuration class in `models.module_config`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class Reading:
-    """`model_config`, sorted. `written` remembers each config.json key's spelling in the YAML."""
+    """`model_config`, sorted. `written`: key of config.json -> its spelling in the YAML."""
 
     values: dict[str, Any] = field(default_factory=dict)
     written: dict[str, str] = field(default_factory=dict)
@@ -35,10 +35,12 @@ class Reading:
     notes: list[str] = field(default_factory=list)
 
     def store(self, target: str, key: str, value: Any, problems: Problems) -> None:
-        """Keep a config.json value; two spellings of one key must agree."""
+        """Store the value of a config.json key; two spellings of one key must agree."""
         other = self.written.setdefault(target, key)
         if self.values.setdefault(target, value) != value:
-            rule = f"model.model_config.{other} = {self.values[target]} means the same and differs"
+            rule = (
+                f"conflicts with model.model_config.{other} = {self.values[target]}, the same key"
+            )
             problems.add(key, value, rule, advice="Keep one of them")
 
 
@@ -46,9 +48,9 @@ def read(
     model_config: Mapping[str, Any], own: Family | None, known: ConfigClass | None,
     problems: Problems, *, experts: bool,
 ) -> Reading:  # fmt: skip
-    """Sort the keys of `model_config`. `own`: the family, whose keys are those that our decoder
-    understands; None for a family without a decoder of ours, whose keys are all kept, under the
-    names of its class `known`. `experts`: whether the family has some."""
+    """Sort the keys of `model_config`. `own`: the family, if it has a native decoder; None for a
+    family that runs through its transformers module, whose keys are all kept, under the names of
+    its configuration class `known`. `experts`: whether the family has experts."""
     reading = Reading()
     own_keys = _keys_of(own)
     spellings = keys.ALIASES | (own.spellings if own else {})
@@ -66,11 +68,11 @@ def read(
             reading.generation["max_length" if key == "max_decode_length" else key] = value
         elif key in keys.NO_EFFECT and not (own is None and key in keys.OF_THE_DECODER):
             _no_effect(key, value, reading)
-        elif key in keys.OTHER_WAYS:
-            _other_way(key, value, model_config, reading, problems)
+        elif key in keys.REPLACED:
+            _replaced(key, value, model_config, reading, problems)
         elif key == "seq_length":
             if value is not None and not is_integer(value):
-                problems.add(key, value, "must be a whole number of at least 1")
+                problems.add(key, value, "must be an integer of at least 1")
             else:
                 reading.seq_length = value
         elif target in keys.ROPE:
@@ -81,7 +83,7 @@ def read(
                 reading.rope[target] = value
         elif own_keys is not None and target not in own_keys:
             nearest = did_you_mean(key, {*keys.every_key(), *own_keys} - {key})
-            problems.add(key, value, "no such key of this model", nearest=nearest)
+            problems.add(key, value, "unknown key for this model", nearest=nearest)
         else:
             reading.store(known.key(target) if known else target, key, value, problems)
     return reading
@@ -90,11 +92,11 @@ def read(
 ROPE_MAPS = ("rope_scaling", "rope_parameters")
 MUST_BE_MAP = "must be a map such as {rope_type: linear, factor: 2.0}"
 _READ_HERE = frozenset({*keys.PRECISIONS, *keys.ROPE, "seq_length"})
-"""Keys that mean the same in every family, whatever its class has."""
+"""Keys that mean the same in every family, even if its configuration class has them too."""
 
 
 def _spellings_of(known: ConfigClass) -> dict[str, str]:
-    """The spellings of MindFormers that mean a key of this class in particular."""
+    """MindFormers' spellings of keys that differ by configuration class."""
     count = next((key for key in sorted(keys.EXPERT_COUNTS) if key in known.defaults), None)
     spellings = dict.fromkeys(keys.EXPERT_COUNTS, count) if count else {}
     spellings |= {"rotary_pct": "partial_rotary_factor", "rotary_emb_base": "rope_theta"}
@@ -110,9 +112,9 @@ def refuse_features(
     experts: bool,
     advice_for_experts: str,
 ) -> list[str]:
-    """Problems for features that are switched on and not built yet, or not of this family.
+    """Add problems with enabled features that are not built yet, or not by this family.
 
-    Returns notes about those that can be left alone.
+    Returns notes about those that are ignored.
     """
     notes = []
     for key in (*keys.NOT_BUILT, *keys.EXPERT_COUNTS):
@@ -123,48 +125,46 @@ def refuse_features(
         if own is not None and key in keys.EXPERT_COUNTS:
             rule, advice = f"{own.architecture} has no experts", advice_for_experts
         written = model_config.get(key)
-        same = key in config_json and written == config_json[key]  # said twice, answered once
-        if not keys.asks_for_nothing(key, written) and not same:
+        same = key in config_json and written == config_json[key]  # reported once
+        if not keys.is_switched_off(key, written) and not same:
             what = f"model.model_config.{key} needs {feature}"
             problems.log(what, rule, advice=advice, key=key)
-        elif not keys.asks_for_nothing(key, config_json.get(key)):
+        elif not keys.is_switched_off(key, config_json.get(key)):
             what, value = f"config.json: {key}", config_json[key]
             of_module = own is None and experts and key == "num_nextn_predict_layers"
             if of_module or (own is not None and key in own.defaults):
-                notes.append(f"{what} = {value}: {feature} is recognised and left alone")
+                notes.append(f"{what} = {value}: {feature} is ignored")
             elif key == "quantization_config" and block_of(value) is not None:
-                notes.append(
-                    f"{what}: FP8 weights are multiplied by their factors as they are read"
-                )
+                notes.append(f"{what}: FP8 weights are dequantized when they are read")
             elif key == "quantization_config" and own is not None and own.reads_mxfp4 and (
                 isinstance(value, Mapping) and value.get("quant_method") == "mxfp4"
             ):  # fmt: skip
-                notes.append(f"{what}: MXFP4 weights are unpacked as they are read")
+                notes.append(f"{what}: MXFP4 weights are dequantized when they are read")
             else:
                 problems.log(f"{what} needs {feature}", rule, advice=advice)
     return notes
 
 
 def _keys_of(own: Family | None) -> set[str] | None:
-    """Keys of config.json that may be written for the family; None: all."""
+    """Keys of config.json that the user may set for the family; None: all."""
     if own is None:
         return None
     return (own.own_keys | keys.GENERAL) - ({"head_dim"} if own.has_latent else set())
 
 
 def _is_feature(key: str, experts: bool) -> bool:
-    """Whether a key asks for something that the family, or every family, lacks."""
+    """Whether a key enables a feature that the family, or every family, does not support."""
     return key in keys.NOT_BUILT or (key in keys.EXPERT_COUNTS and not experts)
 
 
-def _other_way(
+def _replaced(
     key: str, value: Any, model_config: Mapping[str, Any], reading: Reading, problems: Problems
 ) -> None:
-    rule, advice = keys.OTHER_WAYS[key]
-    if keys.asks_for_nothing(key, value):
+    rule, advice = keys.REPLACED[key]
+    if keys.is_switched_off(key, value):
         return
     if advice == keys.WRITE_MLP_WIDTH and model_config.get("intermediate_size"):
-        reading.notes.append(f"model.model_config.{key} = {value}: intermediate_size is given")
+        reading.notes.append(f"model.model_config.{key} = {value}: intermediate_size is used")
     else:
         problems.add(key, value, rule, advice=advice)
 
@@ -180,11 +180,11 @@ def _precision(key: str, value: Any, reading: Reading, problems: Problems) -> No
     dtype = keys.DTYPES.get(name)
     if dtype is None:
         nearest = did_you_mean(name, keys.DTYPES) or "Known: float32, bfloat16, float16"
-        problems.add(key, value, "no such dtype", nearest=nearest)
+        problems.add(key, value, "unknown dtype", nearest=nearest)
         return
     reading.precision[keys.PRECISIONS[key]] = dtype
     if keys.PRECISIONS[key] == "softmax_compute_dtype":
         reading.notes.append(
-            f"model.model_config.{key} = {value}: the attention kernel decides for itself, unless "
-            "attention dropout needs the scores in the open"
+            f"model.model_config.{key} = {value}: used only with attention dropout; otherwise the "
+            "attention kernel decides"
         )

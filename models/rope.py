@@ -1,8 +1,8 @@
 """Rotary position embeddings: inverse frequencies of every supported scaling, tables, rotation.
 
 Owns the formulas; they follow transformers' `ROPE_INIT_FUNCTIONS` operation by operation, so tables
-are equal to the bit. Frequencies are plain tensors, never buffers: a model may go through the meta
-device and sharding without losing them.
+are bitwise equal. Frequencies are plain tensors, not buffers, so that they survive the meta device
+and sharding.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from models.spec import DecoderConfig
 
 
 class RotaryTables:
-    """Cosines and sines for given positions, for one model."""
+    """Cosine and sine tables of one model."""
 
     def __init__(self, config: DecoderConfig) -> None:
         self.config = config
@@ -26,7 +26,7 @@ class RotaryTables:
         self._by_device = {frequencies.device: frequencies}
 
     def frequencies(self, device: torch.device) -> Tensor:
-        """Inverse frequencies [rotary_dim / 2] in float32, kept per device."""
+        """Inverse frequencies [rotary_dim / 2] in float32, cached by device."""
         cpu = torch.device("cpu")
         found = self._by_device.get(device)
         if found is None:
@@ -50,8 +50,8 @@ class RotaryTables:
         """Dynamic scaling: rows longer than the model's positions get a larger base. [rows, 1,
         rotary_dim / 2]
 
-        A function of the row alone (transformers remembers the longest batch it saw), so that it
-        does not matter which rows share a batch.
+        A function of the row alone (transformers uses the longest batch so far), so that it does
+        not depend on the batch.
         """
         length = position_ids.amax(dim=-1)[:, None, None] + 1
         longest = self.config.max_position_embeddings
@@ -63,17 +63,15 @@ class RotaryTables:
 
 
 def rotate(states: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> Tensor:
-    """Rotate `states` [rows, heads, positions, head_dim], in the dtype of the tables, back to its
-    own dtype.
+    """Rotate `states` [rows, heads, positions, head_dim] in the dtype of the tables, and cast back.
 
-    A number is rotated with its partner in the other half, or, `interleaved`, with its neighbour;
-    either way the first partners come out in the first half. Where the tables are for fewer
-    numbers, the last ones of a head stay as they are.
+    Pairs are in the two halves of a head, or, `interleaved`, adjacent; the result always has them
+    in the two halves. With narrower tables, the trailing dimensions of a head are not rotated.
     """
     width = 2 * cos.shape[-1]
     if width < states.shape[-1]:
-        turned, kept = states.split((width, states.shape[-1] - width), dim=-1)
-        return torch.cat((rotate(turned, cos, sin, interleaved=interleaved), kept), dim=-1)
+        rotary, rest = states.split((width, states.shape[-1] - width), dim=-1)
+        return torch.cat((rotate(rotary, cos, sin, interleaved=interleaved), rest), dim=-1)
     wide = states.to(cos.dtype)
     first, second = (wide[..., ::2], wide[..., 1::2]) if interleaved else wide.chunk(2, dim=-1)
     rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
@@ -81,7 +79,7 @@ def rotate(states: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = Fals
 
 
 def inverse_frequencies(config: DecoderConfig) -> tuple[Tensor, float]:
-    """Inverse frequencies [rotary_dim / 2] (float32, CPU) and the factor on cosines and sines."""
+    """Inverse frequencies [rotary_dim / 2] (float32, CPU) and the factor of cosines and sines."""
     scaling = config.rope_scaling or {"rope_type": "default"}
     theta, dim = config.rope_theta, config.rotary_dim
     powers = theta ** (torch.arange(0, dim, 2, dtype=torch.float, device="cpu") / dim)
@@ -111,7 +109,7 @@ def _llama3(plain: Tensor, scaling: Mapping[str, Any]) -> Tensor:
 
 
 def _yarn(powers: Tensor, theta: float, dim: int, scaling: Mapping[str, Any]) -> Tensor:
-    """Interpolated below, extrapolated above a ramp over the dimensions
+    """Extrapolation and interpolation blended by a ramp over the dimensions
     (https://arxiv.org/abs/2309.00071)."""
     original = scaling["original_max_position_embeddings"]
 
@@ -136,17 +134,17 @@ def _yarn_attention_factor(scaling: Mapping[str, Any]) -> float:
     if scaling.get("attention_factor") is not None:
         return float(scaling["attention_factor"])
     if scaling.get("mscale") and scaling.get("mscale_all_dim"):
-        return _magnitude(factor, scaling["mscale"]) / _magnitude(factor, scaling["mscale_all_dim"])
-    return _magnitude(factor, 1)
+        return _mscale(factor, scaling["mscale"]) / _mscale(factor, scaling["mscale_all_dim"])
+    return _mscale(factor, 1)
 
 
 def score_factor(scaling: Mapping[str, Any] | None) -> float:
-    """What latent attention multiplies its scores by besides: the square of yarn's magnitude over
-    all dimensions."""
+    """The additional factor of the scores of latent attention: the square of YaRN's `mscale` with
+    `mscale_all_dim`."""
     if not scaling or not scaling.get("mscale_all_dim"):
         return 1.0
-    return _magnitude(scaling["factor"], scaling["mscale_all_dim"]) ** 2
+    return _mscale(scaling["factor"], scaling["mscale_all_dim"]) ** 2
 
 
-def _magnitude(factor: float, mscale: float) -> float:
+def _mscale(factor: float, mscale: float) -> float:
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0

@@ -1,7 +1,7 @@
-"""Pipeline stages: which layers belong to which, and a decoder cut down to one.
+"""Pipeline stages: the layers of each, and a decoder reduced to one.
 
-Owns the split. Invariant: the stages, in order, hold every layer once; the first also holds the
-embedding, the last the final norm and the head (a tied head brings a copy of the embedding).
+Owns the split. Invariant: the stages, in order, have every layer once; the first also has the
+embedding, the last the final norm and the head (with a tied head, a replica of the embedding).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class StageSplit:
         return tuple(stage for stage, owner in enumerate(self.ranks) if owner == rank)
 
     def ranks_of(self, name: str, *, tied: bool) -> tuple[int, ...]:
-        """Pipeline ranks that hold the tensor `name`; the one whose copy counts comes first."""
+        """Pipeline ranks that hold the tensor `name`; the first one is its owner."""
         first, last = self.ranks[0], self.ranks[-1]
         if name.startswith("model.embed_tokens."):
             return tuple(dict.fromkeys((first, last))) if tied else (first,)
@@ -60,8 +60,8 @@ def stage_split(
 ) -> StageSplit:
     """Divide the layers over `ranks` pipeline ranks with `per_rank` stages each.
 
-    Stages go round the ranks (0 1 0 1) or, `v_shaped`, there and back (0 1 1 0). `counts` gives the
-    layers of each stage; left out, they are even, or balanced by weight where they do not divide.
+    Stages are on ranks 0 1 0 1 or, `v_shaped`, 0 1 1 0. `counts` are the numbers of layers of the
+    stages; by default equal, or balanced by FLOPs where the layers do not divide.
     """
     stages = ranks * per_rank
     if stages > config.num_hidden_layers:
@@ -77,22 +77,22 @@ def stage_split(
 
 def stage_rank(stage: int, ranks: int, *, v_shaped: bool) -> int:
     """The pipeline rank that computes `stage`."""
-    lap, place = divmod(stage, ranks)
-    return ranks - 1 - place if v_shaped and lap % 2 else place
+    lap, rank = divmod(stage, ranks)
+    return ranks - 1 - rank if v_shaped and lap % 2 else rank
 
 
 def with_stages(
     specs: dict[str, ShardSpec], split: StageSplit, *, tied: bool
 ) -> dict[str, ShardSpec]:
-    """`cuts`, told which pipeline ranks hold each tensor."""
+    """`specs` with the pipeline ranks that hold each tensor."""
     return {
-        name: ShardSpec(cut.tp_dim, cut.expert, cut.sharded, split.ranks_of(name, tied=tied))
-        for name, cut in specs.items()
+        name: ShardSpec(spec.tp_dim, spec.expert, spec.sharded, split.ranks_of(name, tied=tied))
+        for name, spec in specs.items()
     }
 
 
 def layer_weights(config: DecoderConfig) -> tuple[list[int], int]:
-    """Multiplications a token of every layer, and of the head: what stages are balanced by."""
+    """Multiplications a token of each layer, and of the head, by which stages are balanced."""
     hidden = config.hidden_size
     heads = config.num_attention_heads + config.num_key_value_heads
     attention = 2 * hidden * heads * config.head_dim
@@ -115,16 +115,16 @@ def _even_or_balanced(config: DecoderConfig, stages: int) -> list[int]:
 
 
 def balanced(weights: Sequence[int], stages: int, *, last: int = 0) -> list[int]:
-    """Lengths of `stages` runs of `weights`, none empty, whose heaviest is as light as can be.
+    """Lengths of `stages` non-empty runs of `weights` that minimize the weight of the heaviest run.
 
-    `last` is added to the last run. Among equals the others are as even as can be too, and earlier
-    runs are the longer ones.
+    `last` is added to the last run. Ties are resolved by the sum of squared weights, then by longer
+    earlier runs.
     """
     count = len(weights)
     sums = [0]
     for weight in weights:
         sums.append(sums[-1] + weight)
-    # best[k - 1][n]: of the last k runs, which begin at n: (the heaviest, their squares added up,
+    # best[k - 1][n]: of the last k runs, which begin at n: (the heaviest, the sum of squares,
     # minus the end of the first)
     best = [{n: _runs(sums[count] - sums[n] + last, (0, 0), count) for n in range(count)}]
     for k in range(2, stages + 1):
@@ -144,12 +144,12 @@ def balanced(weights: Sequence[int], stages: int, *, last: int = 0) -> list[int]
 
 
 def _runs(first: int, others: Sequence[int], end: int) -> tuple[int, int, int]:
-    """A run that weighs `first` and ends at `end`, before `others`."""
+    """The key of a run of weight `first` that ends at `end`, before `others`."""
     return max(first, others[0]), first * first + others[1], -end
 
 
 def keep_stage(model: Decoder, split: StageSplit, stage: int) -> Decoder:
-    """Take from a whole decoder on the meta device all that `stage` does not compute, in place."""
+    """Remove from a full decoder on the meta device all that `stage` does not compute, in place."""
     kept = split.layers[stage]
     for layer in range(model.config.num_hidden_layers):
         if layer not in kept:

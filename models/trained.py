@@ -1,6 +1,6 @@
-"""What is trained of a model, and what an optimizer must know about each parameter.
+"""The trained parameters of a model, and what an optimizer needs to know about each.
 
-Built from the full model, which may be on the meta device: the same on every rank and layout.
+Computed from the full model, which may be on the meta device: the same on every rank and layout.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from models.initial import no_weight_decay
 
 @dataclass(frozen=True)
 class TrainedParameter:
-    """Facts about one parameter."""
+    """Properties of one trained parameter."""
 
     decays: bool
     """Weight decay applies: not to biases and norm weights."""
     is_matrix: bool = False
-    """A weight matrix of a hidden layer, or a stack of them: no embedding, output head, norm or
-    bias. Optimizers for matrices (Muon) take these."""
+    """A weight matrix of a hidden layer, or a stack of them: not an embedding, output head, norm or
+    bias. Optimizers for matrices (Muon) update these."""
 
 
 def trained_parameters(model: nn.Module) -> dict[str, TrainedParameter]:
-    """Every parameter of `model` that takes gradients, by name."""
+    """Every parameter of `model` that requires gradients, by name."""
     hidden = _hidden_matrices(model)
     return {
         name: TrainedParameter(not no_weight_decay(name, p.ndim), is_matrix=id(p) in hidden)

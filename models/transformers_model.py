@@ -1,7 +1,7 @@
-"""The transformers module of a family without a decoder of ours, behind the decoder's interface.
+"""The transformers module of a family without a native decoder, behind the decoder's interface.
 
-Owns the adaptation: same forward signature, refusals for what such a module cannot do. Its names
-are the module's own; `models.module_names` says what they are in files.
+Owns the adapter: same forward signature, errors for what such a module does not support. Parameter
+names are those of the module; `models.module_names` maps them to names in files.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from models.spec import ModelSpec
 
 
 class TransformersModel(nn.Module):
-    """A `...ForCausalLM` of transformers that takes and gives what `Decoder` does.
+    """A `...ForCausalLM` of transformers with the inputs and outputs of `Decoder`.
 
-    Its children, parameters and buffers are those of the wrapped module. Dropout in here comes from
-    torch's global generator, not from `sample_seeds`: the training loop seeds that generator for
-    each micro batch. Packed documents are told apart by positions that begin again at 0, which is
-    how transformers builds its masks; only for families where a test has shown it to be right.
+    Its children, parameters and buffers are those of the wrapped module. Its dropout uses torch's
+    global generator, not `sample_seeds`: the training loop seeds that generator for each
+    micro-batch. Packed documents are separated by positions that restart at 0, from which
+    transformers builds its masks; only for families where a test has verified it.
     """
 
     def __init__(
         self, module: nn.Module, *, mappings: Mappings, packing: bool, known_causal: bool = True
     ) -> None:
         super().__init__()
-        # Past nn.Module's bookkeeping: the wrapped module must not become a child.
+        # Bypasses nn.Module's __setattr__: the wrapped module must not become a child.
         object.__setattr__(self, "wrapped", module)
         self.mappings = mappings
         self._modules = dict(module._modules)
@@ -42,7 +42,7 @@ class TransformersModel(nn.Module):
         self._non_persistent_buffers_set = module._non_persistent_buffers_set
         self.packing = packing
         self.known_causal = known_causal
-        """False: the first forward finds out whether the module is causal."""
+        """False: the first forward checks that the module is causal."""
         self.family = str(module.config.model_type)
 
     def train(self, mode: bool = True) -> TransformersModel:
@@ -61,8 +61,8 @@ class TransformersModel(nn.Module):
         attention_mask: Tensor | None = None,
         last_only: bool = False,
     ) -> Tensor:
-        """As `Decoder.forward`; `cache` is not taken (generation goes through `wrapped.generate`),
-        and `sample_seeds` have no effect."""
+        """As `Decoder.forward`; `cache` is not supported (generation uses `wrapped.generate`), and
+        `sample_seeds` have no effect."""
         arguments: dict[str, Any] = {}
         if document_ids is not None:
             self.check_packing()
@@ -85,8 +85,8 @@ class TransformersModel(nn.Module):
         return logits
 
     def _check_causal(self, input_ids: Tensor) -> None:
-        """Raise UserError when the last of a few tokens moves the logits before it. Computed once,
-        for a model type that nobody has tried."""
+        """Raise UserError if the last of a few tokens changes the logits before it. Computed once,
+        for model types that are not tested."""
         self.known_causal = True
         training, few = self.training, input_ids[:1, :16]
         other = few.clone()
@@ -100,16 +100,16 @@ class TransformersModel(nn.Module):
         if (before - after).abs().max() > rounding * before.abs().max():
             raise UserError(
                 f"model type {self.family}",
-                rule="a token sees those after it, which the model is trained to predict",
-                advice="Give a causal model",
+                rule="not causal: a token attends to later ones, which training predicts",
+                advice="Use a causal model",
             )
 
     def check_packing(self) -> None:
-        """Raise UserError when this family cannot keep packed documents apart."""
+        """Raise UserError if this family cannot separate packed documents."""
         if not self.packing:
             raise UserError(
                 f"train_dataset.packing = True with the model type {self.family}",
-                rule="documents packed into one row would see each other in this family",
+                rule="this family would attend across documents packed into one row",
                 advice="Set train_dataset.packing: False",
             )
 
@@ -122,24 +122,24 @@ class TransformersModel(nn.Module):
         return self.mappings[name][0].name if name in self.mappings else name
 
     def retie(self) -> None:
-        """Make every tied name the very parameter it stands for."""
+        """Replace every tied target by its source parameter."""
         for target, source in self.tied_names().items():
             owner, _, leaf = target.rpartition(".")
             setattr(self.get_submodule(owner), leaf, self.get_parameter(source))
             assert self.get_parameter(target) is self.get_parameter(source), target
 
     def base_prefix(self) -> str:
-        """The child that is the model without its head: files of that child alone have names
-        without it."""
+        """The name of the base model, without the head: files of the base model alone omit this
+        prefix."""
         return str(getattr(self.wrapped, "base_model_prefix", ""))
 
     def declares_ignorable(self, name: str, dims: int, *, is_parameter_elsewhere: bool) -> bool:
-        """Whether the class says that a tensor of files with so many `dims`, which the module has
-        no place for, may be ignored: by a pattern it declares, or as one of its buffers that are
-        not persistent, which may have been in another module (`rotary_emb.inv_freq` of a layer).
+        """Whether the class allows to ignore an unexpected tensor of files with this number of
+        `dims`: by a pattern it declares, or as one of its non-persistent buffers, which may have
+        been in another module (`rotary_emb.inv_freq` of a layer).
 
         `is_parameter_elsewhere`: in another layer the tensor of this name is a parameter. Then only
-        a pattern counts that names a layer by its number: `attn.bias` also finds `c_attn.bias`.
+        patterns with a layer number count: `attn.bias` also matches `c_attn.bias`.
         """
         patterns = getattr(self.wrapped, "_keys_to_ignore_on_load_unexpected", None) or ()
         if is_parameter_elsewhere:
@@ -150,8 +150,7 @@ class TransformersModel(nn.Module):
 
     @cached_property
     def _derived_buffers(self) -> dict[str, int]:
-        """Module and name of the buffers that are in no file, to their number of dims:
-        `rotary_emb.inv_freq` has 1."""
+        """Module and name of non-persistent buffers -> number of dims: `rotary_emb.inv_freq`, 1."""
         return {
             f"{module_name.rpartition('.')[2]}.{name}": buffer.ndim
             for module_name, module in self.named_modules()
@@ -160,15 +159,15 @@ class TransformersModel(nn.Module):
         }
 
     def may_be_missing(self, name: str) -> bool:
-        """Whether files may do without a tensor of the module, as its class declares. Buffers only:
-        they have their values already, a parameter would have none."""
+        """Whether a tensor of the module may be missing in files, as its class declares. Buffers
+        only: they are initialized, a parameter would not be."""
         patterns = getattr(self.wrapped, "_keys_to_ignore_on_load_missing", None) or ()
         is_declared = any(re.search(pattern, name) for pattern in patterns)
         return is_declared and name in dict(self.named_buffers())
 
 
 def restarting_positions(document_ids: Tensor) -> Tensor:
-    """Positions [rows, length] that begin at 0 with every document."""
+    """Positions [rows, length] that restart at 0 with every document."""
     index = torch.arange(document_ids.shape[1], device=document_ids.device).expand_as(document_ids)
     begins = torch.ones_like(document_ids, dtype=torch.bool)
     begins[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
@@ -176,7 +175,7 @@ def restarting_positions(document_ids: Tensor) -> Tensor:
 
 
 def build_transformers(spec: ModelSpec, dtype: torch.dtype) -> TransformersModel:
-    """The module on the meta device, its buffers real. Raises UserError for what transformers
+    """The module on the meta device, except its buffers. Raises UserError for what transformers
     cannot build."""
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
@@ -192,7 +191,7 @@ def build_transformers(spec: ModelSpec, dtype: torch.dtype) -> TransformersModel
         packing=supports_packing(spec),
         known_causal=spec.family in TRANSFORMERS_MODULES,
     )
-    model.retie()  # parameters that went to the meta device one by one are no longer shared
+    model.retie()  # moving parameters to the meta device unties them
     return model
 
 
@@ -209,21 +208,21 @@ def complete_config(spec: ModelSpec) -> Any:
 
 
 def _check_balance(spec: ModelSpec, config: Any) -> None:
-    """The balance loss of transformers is a part of its own loss, which is not the one here."""
+    """transformers adds the balance loss to its own loss, which is not used here."""
     if getattr(config, "output_router_logits", False):
         raise UserError(
             f"output_router_logits = True with the model type {spec.family}",
-            rule="the balance loss of experts is added for families with a decoder of Slipway only",
+            rule="the balance loss of experts is supported for families with a native decoder only",
             advice="Set model.model_config.output_router_logits: False",
         )
 
 
 @contextmanager
 def _raised_as_user_error(spec: ModelSpec) -> Iterator[None]:
-    """What transformers says about impossible sizes is the user's to read, without a traceback."""
+    """Report transformers' errors about invalid sizes as UserError, without a traceback."""
     try:
         yield
-    except Exception as error:  # any of transformers' own: nothing of ours runs in here
+    except Exception as error:  # only code of transformers runs in here
         reason = " ".join(str(error).split())
         raise UserError(
             f"transformers cannot build a {spec.family} model from this model_config: {reason}"
@@ -231,7 +230,7 @@ def _raised_as_user_error(spec: ModelSpec) -> Iterator[None]:
 
 
 def _attention(config: Any) -> str:
-    """SDPA where the family has it."""
+    """The attention implementation: SDPA if the family supports it."""
     from transformers import AutoModelForCausalLM
 
     module_class = AutoModelForCausalLM._model_mapping[type(config)]

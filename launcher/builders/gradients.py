@@ -9,8 +9,8 @@ from torch import nn
 from launcher.builders.job import Job
 from launcher.config.schema import Config
 from launcher.parallel.gradients import Gradients
-from launcher.parallel.parts import Parts
-from launcher.parallel.tied import TiedCopies, tied_copies
+from launcher.parallel.model_parts import ModelParts
+from launcher.parallel.tied import TiedReplicas, tied_replicas
 from launcher.train.run import BuiltModel
 from models.build import input_embedding
 from models.plan import EMBEDDING, is_partial
@@ -31,9 +31,9 @@ def gradients_of(job: Job, built: BuiltModel) -> Gradients:
         name for name in trained
         if decoder is not None
         and is_partial(name, layout.spec_of(name), decoder, tp=job.mesh.tp,
-                       sequence_parallel=sequence, tied_whole_embedding=tied_replicated)
+                       sequence_parallel=sequence, tied_unsharded_embedding=tied_replicated)
     }  # fmt: skip
-    copies = [copy for first, copy in built.parts.copies()]
+    copies = [copy for first, copy in built.parts.replicas()]
     owned = [p for name, p in trained.items() if layout.is_owner(name, rank)]
     return Gradients(
         device=job.world.device,
@@ -43,7 +43,7 @@ def gradients_of(job: Job, built: BuiltModel) -> Gradients:
         + (copies if tied_replicated else []),
         partial_group=job.meshes.group("tp"),
         grad_all_reduce=built.parts.grad_all_reduce,
-        tied=_tied_copies(job, built.parts),
+        tied=_tied_replicas(job, built.parts),
     )
 
 
@@ -54,14 +54,14 @@ def watches_health(config: Config) -> bool:
     return config.use_checkpoint_health_monitor or by_monitor
 
 
-def _among(owned: Sequence[nn.Parameter], parts: Parts) -> list[nn.Parameter]:
+def _among(owned: Sequence[nn.Parameter], parts: ModelParts) -> list[nn.Parameter]:
     """The input embedding, if it is among `owned`."""
     tables = {id(input_embedding(module)) for module in parts.modules}
     return [parameter for parameter in owned if id(parameter) in tables]
 
 
-def _tied_copies(job: Job, parts: Parts) -> TiedCopies | None:
+def _tied_replicas(job: Job, parts: ModelParts) -> TiedReplicas | None:
     if job.split is None or job.spec.decoder is None or not job.spec.decoder.tie_word_embeddings:
         return None
     copies = [p for name, p in parts.all_named() if name == EMBEDDING]
-    return tied_copies(job.mesh, job.split, copies)
+    return tied_replicas(job.mesh, job.split, copies)

@@ -14,21 +14,21 @@ from torch.distributed.fsdp import OffloadPolicy
 
 from launcher.builders.job import Job
 from launcher.errors import UserError
-from launcher.parallel.compiling import USUAL, compile_layers, leave_out
+from launcher.parallel.compiling import DEFAULT_BACKEND, compile_layers, exclude_from_compile
 from launcher.parallel.interleave import interleave
+from launcher.parallel.layer_modules import module_names
 from launcher.parallel.offload import (
     apply_offload,
     check_offload,
     offloaded_parts,
     optimizer_policy,
 )
-from launcher.parallel.pieces import names_in
 from launcher.parallel.recompute import (
     apply_recompute,
     check_recompute,
     is_cheap,
     recompute_plan,
-    recomputed_pieces,
+    recomputed_modules,
 )
 from models.build import blocks, materialize
 from models.decoder import Decoder
@@ -42,7 +42,7 @@ def check_layers(job: Job, whole: nn.Module) -> None:
 
     Raises UserError for those that match nothing, or that this model does not support.
     """
-    names = names_in(blocks(whole))
+    names = module_names(blocks(whole))
     idle = {
         _RECOMPUTE: check_recompute(job.config.recompute_config, _split(job, whole), names,
                                     where=job.provenance.where),
@@ -61,19 +61,19 @@ def prepare_layers(job: Job, module: nn.Module, whole: nn.Module) -> None:
     """Wrap the layers of `module`, a stage of `whole` or all of it, as configured for training."""
     config, layers = job.config, _numbered(module)
     plan = recompute_plan(config.recompute_config, _split(job, whole))
-    again = recomputed_pieces(layers, plan)
+    again = recomputed_modules(layers, plan)
     moving = offloaded_parts(layers, config.swap_config, again)
     apart = {
         number: {*moving[number], *(name for name in again[number] if not is_cheap(name))} - {""}
         for number in layers
     }
     if config.compile is not False:
-        compile_layers(layers, USUAL if config.compile is True else config.compile, apart)
-    apply_recompute(layers, again, draws=not isinstance(module, Decoder))
+        compile_layers(layers, DEFAULT_BACKEND if config.compile is True else config.compile, apart)
+    apply_recompute(layers, again, uses_rng=not isinstance(module, Decoder))
     if config.swap_config.swap:
         apply_offload(layers, moving, job.world.device)
     if config.compile is not False:
-        leave_out(layers, apart)
+        exclude_from_compile(layers, apart)
     if config.micro_batch_interleave_num > 1:
         assert isinstance(module, Decoder)
         interleave(module, config.micro_batch_interleave_num)

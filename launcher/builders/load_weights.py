@@ -21,7 +21,7 @@ from launcher.layout.shard import Shard
 from launcher.parallel.all_ranks import on_all_ranks
 from launcher.parallel.apply import shards
 from launcher.parallel.consistency import Unquoted, check_same
-from launcher.parallel.parts import Parts
+from launcher.parallel.model_parts import ModelParts
 from launcher.parallel.tied import broadcast_tied
 from launcher.weights.content import content_of
 from launcher.weights.reading.load import LoadReport
@@ -135,7 +135,7 @@ def _other_layout(job: Job, what: str) -> UserError:
     )
 
 
-def load_or_init(job: Job, parts: Parts, layout: Layout, source: Source | None) -> None:
+def load_or_init(job: Job, parts: ModelParts, layout: Layout, source: Source | None) -> None:
     """Load the weights of `source`, or initialize them at random, and log which.
 
     `layout` is how the model is sharded: the layout of the job, or that of one rank.
@@ -151,13 +151,13 @@ def load_or_init(job: Job, parts: Parts, layout: Layout, source: Source | None) 
     sync_tied_weights(parts)
 
 
-def sync_tied_weights(parts: Parts) -> None:
+def sync_tied_weights(parts: ModelParts) -> None:
     """Where a rank has both ends of a pipeline, copy the tied embedding to its second place."""
-    copies = parts.copies()
+    copies = parts.replicas()
     broadcast_tied([first for first, _ in copies], [second for _, second in copies])
 
 
-def _load(job: Job, parts: Parts, layout: Layout, source: Source, rank: int) -> None:
+def _load(job: Job, parts: ModelParts, layout: Layout, source: Source, rank: int) -> None:
     model = parts.modules[-1]
     mappings = mappings_of(model)
     held = mapped(shards(parts.named_tensors(), layout, rank), mappings)
@@ -176,7 +176,7 @@ def _load(job: Job, parts: Parts, layout: Layout, source: Source, rank: int) -> 
     _report(job, source, report)
 
 
-def initialize(job: Job, parts: Parts, layout: Layout, rank: int) -> None:
+def initialize(job: Job, parts: ModelParts, layout: Layout, rank: int) -> None:
     """Random weights: a function of (seed, name in files), the same on any layout."""
     # The buffers of a transformers module already have their values.
     own = job.spec.decoder is not None

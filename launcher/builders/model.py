@@ -23,7 +23,7 @@ from launcher.parallel.apply import Precisions, parallelize, shard_model
 from launcher.parallel.context import ContextParallel
 from launcher.parallel.grad_all_reduce import GradAllReduce, make_grad_all_reduce
 from launcher.parallel.meshes import Meshes
-from launcher.parallel.parts import Parts
+from launcher.parallel.model_parts import ModelParts
 from launcher.parallel.pipeline import Pipeline
 from launcher.parallel.tensor import gather_logits
 from launcher.train.compute import BatchSharder, Compute, FullModel, Loss, PipelinedModel
@@ -75,7 +75,7 @@ def build_parallel(job: Job, *, training: bool) -> BuiltModel:
     )
     if job.mesh.world_size > 1:
         job.log(f"layout: {_layout_text(job)}")
-    parts = Parts(
+    parts = ModelParts(
         list(modules.values()), _grad_all_reduce(job, modules) if training and not sharded else None
     )
     at = job.mesh.coordinates(job.world.rank)
@@ -132,7 +132,7 @@ def _stages(job: Job, whole: nn.Module, dtype: torch.dtype) -> dict[int, nn.Modu
     }
 
 
-def _compute(job: Job, parts: Parts, modules: dict[int, nn.Module]) -> Compute:
+def _compute(job: Job, parts: ModelParts, modules: dict[int, nn.Module]) -> Compute:
     loss = loss_of(job)
     at = job.mesh.coordinates(job.world.rank)
     counts = at["tp"] == 0

@@ -177,7 +177,7 @@ def _restore_tensors(job: Job, run: TrainRun, chosen: Chosen, *, export: bool) -
         expected=run.shapes_in_files(optimizer=True),
     )  # fmt: skip
     sync_tied_weights(model.parts)
-    run.optimizer.copy_state(model.parts.copies())
+    run.optimizer.copy_state(model.parts.replicas())
 
 
 def _check_optimizer_state(job: Job, run: TrainRun, chosen: Chosen) -> None:

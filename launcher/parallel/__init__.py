@@ -1,1 +1,1 @@
-"""Parallel: the torch edge of the layout. Process groups, meshes, FSDP2 applied to a module."""
+"""Parallelism: process groups, device meshes, and FSDP2, TP, CP, EP and PP applied to a module."""

@@ -1,7 +1,8 @@
-"""A layout applied to a module: from a model on the meta device to this rank's part of it.
+"""A layout applied to a module: from a model on the meta device to this rank's shard of it.
 
-Owns the order in which the ways of parallelism are put beside a decoder, and FSDP2. Invariant,
-asserted whenever weights are asked for: the shards torch made are the boxes `launcher.layout` says.
+Owns the order in which the forms of parallelism are applied to a decoder, and FSDP2. Invariant,
+asserted whenever shards are requested: the shards that torch made are the boxes of
+`launcher.layout`.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ class Precisions:
 
     @property
     def policy(self) -> MixedPrecisionPolicy:
-        """Weights are cast for forward and backward; gradients are reduced and kept in the dtype of
-        the weights."""
+        """Parameters are cast for forward and backward; gradients are reduced and kept in the dtype
+        of the parameters."""
         return MixedPrecisionPolicy(
             param_dtype=None if self.compute == self.parameters else self.compute,
             reduce_dtype=self.parameters,
@@ -45,7 +46,8 @@ class Precisions:
 
     @property
     def policy_of_routers(self) -> MixedPrecisionPolicy:
-        """Routers keep the dtype of the weights: a rounded score may choose another expert."""
+        """Routers compute in the dtype of the parameters: a rounded score may choose another
+        expert."""
         return MixedPrecisionPolicy(reduce_dtype=self.parameters, cast_forward_inputs=False)
 
 
@@ -53,8 +55,8 @@ def parallelize(
     model: Decoder, specs: Mapping[str, ShardSpec], meshes: Meshes, *, sequence: bool,
     context: ContextParallel | None,
 ) -> None:  # fmt: skip
-    """Put tensor, sequence, context and expert parallelism beside `model`, in place; its parameters
-    (on the meta device) become this rank's part of them."""
+    """Apply tensor, sequence, context and expert parallelism to `model`, in place; its parameters
+    (on the meta device) become this rank's shards."""
     mesh = meshes.layout
     if mesh.tp > 1 or mesh.ep > 1:
         shard_parameters(model, specs, meshes)
@@ -68,20 +70,20 @@ def parallelize(
 
 
 def shard_parameters(model: nn.Module, specs: Mapping[str, ShardSpec], meshes: Meshes) -> None:
-    """Replace every parameter by this rank's part of it on the model axes: `tp`, for experts `ep`
+    """Replace every parameter by this rank's shard of it on the model axes: `tp`, for experts `ep`
     and `tp`."""
     for prefix, module in model.named_modules():
         for leaf, parameter in list(module.named_parameters(recurse=False)):
-            part = _own_part(parameter.detach(), specs[f"{prefix}.{leaf}"], meshes)
-            setattr(module, leaf, nn.Parameter(part, requires_grad=parameter.requires_grad))
+            shard = _local_shard(parameter.detach(), specs[f"{prefix}.{leaf}"], meshes)
+            setattr(module, leaf, nn.Parameter(shard, requires_grad=parameter.requires_grad))
 
 
-def _own_part(whole: torch.Tensor, spec: ShardSpec, meshes: Meshes) -> torch.Tensor:
+def _local_shard(tensor: torch.Tensor, spec: ShardSpec, meshes: Meshes) -> torch.Tensor:
     mesh = meshes.experts if spec.expert else meshes.dense
     for axis, dim in {"ep": 0 if spec.expert else None, "tp": spec.tp_dim}.items():
         if dim is not None and getattr(meshes.layout, axis) > 1:
-            whole = whole.chunk(mesh[axis].size(), dim)[mesh.get_local_rank(axis)]
-    return whole.contiguous()
+            tensor = tensor.chunk(mesh[axis].size(), dim)[mesh.get_local_rank(axis)]
+    return tensor.contiguous()
 
 
 def shard_model(
@@ -95,9 +97,9 @@ def shard_model(
 ) -> None:
     """Apply FSDP2 to the experts, to `blocks` and then to `model`, in place.
 
-    A `shards` axis of 1 keeps a whole copy a rank, reduced by all-reduce, `blocks_together` blocks
-    at a time. Gradients are added up, not averaged: the loss is divided by the tokens of the global
-    batch, which is all the averaging there is.
+    With a `dp_shard` axis of 1 each rank keeps a full replica, and gradients are all-reduced,
+    `blocks_together` blocks at a time. Gradients are summed, not averaged: the loss is already
+    divided by the tokens of the global batch.
     """
     dense: dict[str, Any] = {"mesh": _data_mesh(meshes.dense),
                              "offload_policy": offload or OffloadPolicy()}  # fmt: skip
@@ -112,7 +114,7 @@ def shard_model(
         fully_shard(unit, mp_policy=precisions.policy, reshard_after_forward=True, **dense)
     fully_shard(model, mp_policy=precisions.policy, reshard_after_forward=False, **dense)
     if meshes.layout.data_parallel * meshes.layout.cp == 1:
-        return  # alone, torch would make a copy of the gradients to divide them by 1
+        return  # on one rank, torch would copy the gradients to divide them by 1
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
@@ -120,7 +122,7 @@ def shard_model(
 
 
 def _data_mesh(mesh: DeviceMesh) -> DeviceMesh:
-    """The axes FSDP works on: without `copies` where there is one, or it would add them up too."""
+    """The axes of FSDP: without `dp_replicate` where its size is 1, to avoid an all-reduce."""
     return mesh[DATA_AXES] if mesh["dp_replicate"].size() > 1 else mesh["dp_shard"]
 
 
@@ -131,19 +133,21 @@ def _units(blocks: list[nn.Module], together: int) -> list[nn.Module | list[nn.M
 
 
 def shards(tensors: Mapping[str, torch.Tensor], layout: Layout, rank: int) -> dict[str, HeldShard]:
-    """Global shape, box and local memory of each tensor. Asserts that torch and layout agree."""
+    """Global shape, box and local tensor of each tensor. Asserts that torch and layout agree."""
     placements = layout.of(rank)
     result = {}
     for name, tensor in tensors.items():
-        placement, part = placements[name], local(tensor).detach()
+        placement, shard = placements[name], local(tensor).detach()
         box = placement.boxes[0]
-        if tuple(part.shape) != box.size:
-            raise AssertionError(f"{name}: torch holds {tuple(part.shape)}, layout says {box.size}")
-        result[name] = HeldShard(placement.shape, box, part)
+        if tuple(shard.shape) != box.size:
+            raise AssertionError(
+                f"{name}: the shard of torch is {tuple(shard.shape)}, that of the layout {box.size}"
+            )
+        result[name] = HeldShard(placement.shape, box, shard)
     return result
 
 
 def sync_gradients(model: nn.Module, enabled: bool) -> None:
-    """Whether the next backward pass reduces gradients over the ranks (False: only accumulates)."""
+    """Set whether the next backward pass reduces gradients over the ranks or only accumulates."""
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(enabled)

@@ -1,10 +1,10 @@
-"""Softmax attention whose keys and values come piece by piece, and its gradients.
+"""Softmax attention over blocks of keys and values, and its gradients.
 
-Owns the arithmetic alone: pieces come in any order and from anywhere, and no tensor is larger than
-a piece's scores or the operands. Queries are [rows, key/value heads, query heads of each, queries,
-size], so that key/value heads need not be repeated; keys and values [rows, key/value heads, keys,
-size]. Products are in the dtype of the operands; scores, statistics and sums over pieces in float32
-(float64 for float64). Softmax piece by piece is by Milakov and Gimelshein
+Owns the arithmetic alone: blocks may come in any order and from any rank, and no tensor is larger
+than the scores of one block or the operands. Queries are [rows, KV heads, query heads of each,
+queries, size], so that KV heads need not be repeated; keys and values [rows, KV heads, keys, size].
+Products are in the dtype of the operands; scores, statistics and sums over blocks in float32
+(float64 for float64). The online softmax is that of Milakov and Gimelshein
 (https://arxiv.org/abs/1805.02867).
 """
 
@@ -18,125 +18,125 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Block:
-    """A part of the scores: which queries here, which of the keys that are passing through."""
+    """A block of scores: some of the local queries by some of the keys of the current ring step."""
 
     queries: slice
     keys: slice
     mask: Tensor | None
-    """[rows or 1, 1, queries, keys], True where a query may look; None: everywhere."""
+    """[rows or 1, 1, queries, keys], True where a query attends to a key; None: everywhere."""
 
 
 def grouped(states: Tensor, heads: int) -> Tensor:
-    """[rows, query heads, ...] -> [rows, key/value heads, query heads of each, ...]"""
+    """[rows, query heads, ...] -> [rows, KV heads, query heads of each, ...]"""
     return states.unflatten(1, (heads, -1))
 
 
-class Softmax:
-    """The outputs, and what each piece adds to them.
-
-    All is relative to the highest score of each query so far.
-    """
+class OnlineSoftmax:
+    """The attention outputs, accumulated over blocks relative to the running maximum of the scores
+    of each query."""
 
     def __init__(
-        self, asking: Tensor, value_size: int, scale: float, sinks: Tensor | None = None
+        self, queries: Tensor, value_size: int, scale: float, sinks: Tensor | None = None
     ) -> None:
-        """`asking`: the queries. `scale` multiplies the scores. `sinks` [query heads]: a score that
-        each query of a head has seen already, of a key whose value is zero."""
-        self.asking, self.scale = asking, scale
-        dtype = _wide(asking.dtype)
-        lowest = torch.finfo(dtype).min  # not -inf: the difference of two would be no number
-        self.peak = torch.full(asking.shape[:-1], lowest, dtype=dtype, device=asking.device)
-        self.weight = torch.zeros_like(self.peak)
-        self.sum = self.weight.new_zeros((*asking.shape[:-1], value_size))
+        """`scale` multiplies the scores. `sinks` [query heads]: an initial score of each query of a
+        head, of a key whose value is zero."""
+        self.queries, self.scale = queries, scale
+        dtype = _accumulation_dtype(queries.dtype)
+        lowest = torch.finfo(dtype).min  # not -inf: the difference of two would be NaN
+        self.maximum = torch.full(queries.shape[:-1], lowest, dtype=dtype, device=queries.device)
+        self.denominator = torch.zeros_like(self.maximum)
+        self.numerator = self.denominator.new_zeros((*queries.shape[:-1], value_size))
         if sinks is not None:
-            self.peak.copy_(_by_query(sinks, asking))
-            self.weight.fill_(1.0)
+            self.maximum.copy_(_by_query(sinks, queries))
+            self.denominator.fill_(1.0)
 
-    def add(self, piece: Block, keys: Tensor, values: Tensor) -> None:
-        """Let the queries of `piece` look at its keys."""
-        peak, weight, total = (
-            t[:, :, :, piece.queries] for t in (self.peak, self.weight, self.sum)
+    def add(self, block: Block, keys: Tensor, values: Tensor) -> None:
+        """Accumulate the scores of `block`."""
+        maximum, denominator, numerator = (
+            t[:, :, :, block.queries] for t in (self.maximum, self.denominator, self.numerator)
         )
-        scores = _scores(self.asking, keys, piece, self.scale)
-        higher = torch.maximum(peak, scores.amax(-1))
-        shares = scores.sub_(higher[..., None]).exp_()
-        shrink = (peak - higher).exp_()
-        peak.copy_(higher)
-        weight.mul_(shrink).add_(shares.sum(-1))
-        outputs = _by_head(shares.to(values.dtype), values[:, :, piece.keys])
-        total.mul_(shrink[..., None]).add_(outputs)
+        scores = _scores(self.queries, keys, block, self.scale)
+        higher = torch.maximum(maximum, scores.amax(-1))
+        exponentials = scores.sub_(higher[..., None]).exp_()
+        rescale = (maximum - higher).exp_()
+        maximum.copy_(higher)
+        denominator.mul_(rescale).add_(exponentials.sum(-1))
+        outputs = _by_head(exponentials.to(values.dtype), values[:, :, block.keys])
+        numerator.mul_(rescale[..., None]).add_(outputs)
 
     def output(self) -> Tensor:
-        """[..., queries, value size] of queries that have seen at least one key each."""
-        return self.sum / self.weight[..., None]
+        """[..., queries, value size]; each query must have attended to at least one key."""
+        return self.numerator / self.denominator[..., None]
 
-    def logarithm(self) -> Tensor:
-        """The logarithm of the sum of the exponentials of the scores [..., queries]."""
-        return self.peak + self.weight.log()
+    def logsumexp(self) -> Tensor:
+        """The log-sum-exp of the scores [..., queries]."""
+        return self.maximum + self.denominator.log()
 
 
-class Change:
-    """The gradients, and what each piece adds to them: its scores are computed again."""
+class SoftmaxBackward:
+    """The gradients, accumulated over blocks whose scores are recomputed."""
 
     def __init__(
-        self, asking: Tensor, output: Tensor, gradient: Tensor, logarithm: Tensor, scale: float
+        self, queries: Tensor, output: Tensor, gradient: Tensor, logsumexp: Tensor, scale: float
     ) -> None:
-        """`output`, its `gradient` and `logarithm`: of `Softmax` when it had seen all pieces."""
-        self.asking, self.gradient, self.logarithm = asking, gradient, logarithm
+        """`output`, its `gradient` and `logsumexp`: those of `OnlineSoftmax` after all blocks."""
+        self.queries, self.gradient, self.logsumexp = queries, gradient, logsumexp
         self.scale = scale
-        self.of_query = torch.zeros_like(asking, dtype=logarithm.dtype)
-        # What softmax takes off the change of each score, as the shares of a query add up to one:
-        # their mean change.
-        self.mean = (gradient.to(logarithm.dtype) * output.to(logarithm.dtype)).sum(-1)
+        self.grad_query = torch.zeros_like(queries, dtype=logsumexp.dtype)
+        # The softmax subtracts this from the gradient of each probability: their weighted mean,
+        # as the probabilities of a query sum to one.
+        self.mean = (gradient.to(logsumexp.dtype) * output.to(logsumexp.dtype)).sum(-1)
 
-    def of_sinks(self, sinks: Tensor) -> Tensor:
-        """The gradient of the `sinks` given to `Softmax`. Their values are zero: what is left is
-        the mean change, by their share."""
-        shares = (_by_query(sinks, self.asking).to(self.mean.dtype) - self.logarithm).exp()
-        return (-shares * self.mean).sum((0, -1)).flatten().to(sinks.dtype)
+    def grad_sinks(self, sinks: Tensor) -> Tensor:
+        """The gradient of the `sinks` given to `OnlineSoftmax`. Their values are zero: only the
+        mean remains, times their probability."""
+        probabilities = (_by_query(sinks, self.queries).to(self.mean.dtype) - self.logsumexp).exp()
+        return (-probabilities * self.mean).sum((0, -1)).flatten().to(sinks.dtype)
 
     def add(
-        self, piece: Block, keys: Tensor, values: Tensor, of_keys: Tensor, of_values: Tensor
+        self, block: Block, keys: Tensor, values: Tensor, grad_keys: Tensor, grad_values: Tensor
     ) -> None:
-        """Add to `of_query`, and to `of_keys` and `of_values`, shaped as `keys` and `values`."""
-        parts = (self.asking, self.gradient, self.logarithm, self.mean)
-        asking, gradient, logarithm, mean = (t[:, :, :, piece.queries] for t in parts)
-        key, value = keys[:, :, piece.keys], values[:, :, piece.keys]
-        scores = _scores(self.asking, keys, piece, self.scale)
-        shares = scores.sub_(logarithm[..., None]).exp_()
-        of_values[:, :, piece.keys] += _over_queries(shares.to(gradient.dtype), gradient)
-        slope = _by_head(gradient, value.transpose(2, 3)).to(shares.dtype)
-        slope = slope.sub_(mean[..., None]).mul_(shares).mul_(self.scale).to(key.dtype)
-        self.of_query[:, :, :, piece.queries] += _by_head(slope, key)
-        of_keys[:, :, piece.keys] += _over_queries(slope, asking)
+        """Add to `grad_query`, and to `grad_keys` and `grad_values`, shaped as `keys` and
+        `values`."""
+        operands = (self.queries, self.gradient, self.logsumexp, self.mean)
+        query, gradient, logsumexp, mean = (t[:, :, :, block.queries] for t in operands)
+        key, value = keys[:, :, block.keys], values[:, :, block.keys]
+        scores = _scores(self.queries, keys, block, self.scale)
+        probabilities = scores.sub_(logsumexp[..., None]).exp_()
+        grad_values[:, :, block.keys] += _over_queries(probabilities.to(gradient.dtype), gradient)
+        grad_scores = _by_head(gradient, value.transpose(2, 3)).to(probabilities.dtype)
+        grad_scores = grad_scores.sub_(mean[..., None]).mul_(probabilities).mul_(self.scale)
+        grad_scores = grad_scores.to(key.dtype)
+        self.grad_query[:, :, :, block.queries] += _by_head(grad_scores, key)
+        grad_keys[:, :, block.keys] += _over_queries(grad_scores, query)
 
 
-def _by_query(sinks: Tensor, asking: Tensor) -> Tensor:
-    """[query heads] -> [key/value heads, query heads of each, 1]"""
-    return sinks.unflatten(0, asking.shape[1:3])[..., None]
+def _by_query(sinks: Tensor, queries: Tensor) -> Tensor:
+    """[query heads] -> [KV heads, query heads of each, 1]"""
+    return sinks.unflatten(0, queries.shape[1:3])[..., None]
 
 
-def _scores(asking: Tensor, keys: Tensor, piece: Block, scale: float) -> Tensor:
-    """Scores [rows, key/value heads, query heads of each, queries, keys] of a piece, -inf where a
-    query may not look; a fresh tensor."""
-    query, key = asking[:, :, :, piece.queries], keys[:, :, piece.keys]
-    scores = _by_head(query, key.transpose(2, 3)).to(_wide(query.dtype)).mul_(scale)
-    if piece.mask is not None:
-        scores.masked_fill_(~piece.mask[:, None], float("-inf"))
+def _scores(queries: Tensor, keys: Tensor, block: Block, scale: float) -> Tensor:
+    """Scores [rows, KV heads, query heads of each, queries, keys] of a block, -inf where masked; a
+    new tensor."""
+    query, key = queries[:, :, :, block.queries], keys[:, :, block.keys]
+    scores = _by_head(query, key.transpose(2, 3)).to(_accumulation_dtype(query.dtype)).mul_(scale)
+    if block.mask is not None:
+        scores.masked_fill_(~block.mask[:, None], float("-inf"))
     return scores
 
 
-def _by_head(lines: Tensor, matrix: Tensor) -> Tensor:
-    """`lines` [rows, key/value heads, query heads of each, n, a] times `matrix` [rows, key/value
-    heads, a, b]: the query heads of one key/value head are more lines of one product."""
-    return torch.matmul(lines.flatten(2, 3), matrix).unflatten(2, lines.shape[2:4])
+def _by_head(left: Tensor, right: Tensor) -> Tensor:
+    """`left` [rows, KV heads, query heads of each, n, a] times `right` [rows, KV heads, a, b]: the
+    query heads of one KV head are further rows of one product."""
+    return torch.matmul(left.flatten(2, 3), right).unflatten(2, left.shape[2:4])
 
 
 def _over_queries(left: Tensor, right: Tensor) -> Tensor:
-    """`left` [rows, key/value heads, query heads of each, n, a], `right` [..., n, b] -> their
-    products [rows, key/value heads, a, b] added up over the query heads and n."""
+    """`left` [rows, KV heads, query heads of each, n, a], `right` [..., n, b] -> their products
+    [rows, KV heads, a, b], summed over the query heads and n."""
     return torch.matmul(left.flatten(2, 3).transpose(2, 3), right.flatten(2, 3))
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
+def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)

@@ -1,8 +1,8 @@
-"""Sharing: what one rank has read goes to the others that hold the same.
+"""Broadcast of shards: one rank reads a shard and sends it to the other ranks that hold it.
 
-Owns the way of bytes between holders: from rank to rank, without process groups, for the sets of
-holders are many and a group would have to be made by the whole world. Sets are gone through in the
-same order everywhere, so that no two ranks wait for each other; within a set all send at once.
+Owns the transfer between replicas: point-to-point, without process groups, as there are many sets
+of replica ranks and creating a group is a collective of the world. Sets are processed in the same
+order on every rank, so that no two ranks wait for each other; within a set all ranks send at once.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from launcher.layout.replicas import Ranks
 from launcher.layout.shard import Shard
 
 LARGE_BYTES = 1 << 20
-"""Tensors of at least so many bytes travel by themselves, straight from memory to memory."""
+"""Tensors of at least this size are sent individually, without a buffer."""
 AT_ONCE_BYTES = 256 << 20
-"""Bytes of a keeper that are on their way together."""
+"""Bytes that one writer rank sends at a time."""
 
 
 @dataclass(frozen=True)
-class _Parcel:
-    """Tensors of one keeper that travel in one buffer."""
+class _Message:
+    """Tensors of one writer rank that are sent in one buffer."""
 
     tensors: Sequence[torch.Tensor]
     buffer: torch.Tensor
 
     def unpack(self) -> None:
-        """Put what arrived where it belongs."""
+        """Copy the received buffer into its tensors."""
         position = 0
         for tensor in self.tensors:
             nbytes = _nbytes(tensor)
@@ -43,20 +43,20 @@ class _Parcel:
 def broadcast_shards(
     held: Mapping[str, Shard], writer_ranks: Mapping[str, int], replica_ranks: Mapping[str, Ranks]
 ) -> None:
-    """Give every shard the bytes that its keeper has. Called by all ranks together."""
+    """Copy every shard from its writer rank to its replica ranks. A collective of all ranks."""
     sets: dict[Ranks, list[str]] = {}
     for name in sorted(held):
         if len(replica_ranks[name]) > 1 and held[name].box.numel:
             sets.setdefault(replica_ranks[name], []).append(name)
     for ranks in sorted(sets):
-        for together in _rounds(ranks, sets[ranks], held, writer_ranks):
-            _exchange(ranks, together, held)
+        for by_writer in _rounds(ranks, sets[ranks], held, writer_ranks):
+            _exchange(ranks, by_writer, held)
 
 
 def _rounds(
     ranks: Ranks, names: Sequence[str], held: Mapping[str, Shard], writer_ranks: Mapping[str, int]
 ) -> Iterator[dict[int, list[str]]]:
-    """The tensors of a set by keeper, so many at a time that no keeper sends too much at once."""
+    """The tensors of a set by writer rank, in rounds of at most `AT_ONCE_BYTES` a writer."""
     waiting = {rank: [name for name in names if writer_ranks[name] == rank] for rank in ranks}
     while any(waiting.values()):
         taken: dict[int, list[str]] = {}
@@ -71,36 +71,36 @@ def _rounds(
 def _exchange(
     ranks: Ranks, by_writer: Mapping[int, Sequence[str]], held: Mapping[str, Shard]
 ) -> None:
-    me, operations, arriving = dist.get_rank(), list[dist.P2POp](), list[_Parcel]()
+    me, operations, incoming = dist.get_rank(), list[dist.P2POp](), list[_Message]()
     for writer, names in by_writer.items():
-        for parcel in _parcels([held[name].tensor for name in names], filled=writer == me):
+        for message in _messages([held[name].tensor for name in names], filled=writer == me):
             if writer != me:
-                operations.append(dist.P2POp(dist.irecv, parcel.buffer, writer))
-                arriving.append(parcel)
+                operations.append(dist.P2POp(dist.irecv, message.buffer, writer))
+                incoming.append(message)
                 continue
             others = [rank for rank in ranks if rank != me]
-            operations += [dist.P2POp(dist.isend, parcel.buffer, rank) for rank in others]
+            operations += [dist.P2POp(dist.isend, message.buffer, rank) for rank in others]
     for work in dist.batch_isend_irecv(operations) if operations else ():
         work.wait()
-    for parcel in arriving:
-        parcel.unpack()
+    for message in incoming:
+        message.unpack()
 
 
-def _parcels(tensors: Sequence[torch.Tensor], *, filled: bool) -> Iterator[_Parcel]:
-    """Large tensors each in their own memory, the others together in a buffer."""
+def _messages(tensors: Sequence[torch.Tensor], *, filled: bool) -> Iterator[_Message]:
+    """Large tensors each in their own memory, the others together in one buffer."""
     small = []
     for tensor in tensors:
         if _nbytes(tensor) >= LARGE_BYTES and tensor.is_contiguous():
-            yield _Parcel([tensor], _bytes(tensor))
+            yield _Message([tensor], _bytes(tensor))
         else:
             small.append(tensor)
-    small.sort(key=lambda tensor: -tensor.element_size())  # each is aligned to its elements
+    small.sort(key=lambda tensor: -tensor.element_size())  # aligns each to its element size
     if small:
         buffer = (
             torch.cat([_bytes(tensor.contiguous()) for tensor in small]) if filled else
             torch.empty(sum(map(_nbytes, small)), dtype=torch.uint8, device=small[0].device)
         )  # fmt: skip
-        yield _Parcel(small, buffer)
+        yield _Message(small, buffer)
 
 
 def _nbytes(tensor: torch.Tensor) -> int:

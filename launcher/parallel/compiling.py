@@ -1,13 +1,13 @@
 """Layers compiled by torch.compile.
 
-Owns what is compiled together. A layer is one graph, inside of its hooks: those of FSDP stay
-outside, those of tensor parallelism on the regions belong to it. Out of the graph are
+Owns what is compiled together. A layer is one graph: FSDP's hooks on the layer stay outside,
+tensor parallelism's hooks on its regions are part of it. Not in this graph are
 
-    experts                 how many tokens each gets is data, which no graph can depend on
-    pieces that run again   compiled by themselves, and what is put round them left as it is; cheap
-    or move what they keep  ones (norms, activations) stay in the graph of the layer
+    experts                  their token counts depend on data
+    modules with recompute   compiled separately, and their wrappers not at all; cheap ones (norms,
+    or offload               activations) stay in the graph of the layer
 
-Shapes are fixed: rows of another number or length are compiled again.
+Shapes are static: another number or length of rows recompiles.
 """
 
 from __future__ import annotations
@@ -19,38 +19,39 @@ from typing import Any
 import torch
 from torch import nn
 
-from launcher.parallel.pieces import Function, pieces
+from launcher.parallel.layer_modules import Function, layer_modules
 from models.moe import Experts
 
-USUAL = "inductor"
+DEFAULT_BACKEND = "inductor"
 Names = Mapping[int, Collection[str]]
-"""Number of a layer -> names of pieces of it."""
+"""Layer number -> names of modules in it."""
 
 
-def compile_layers(layers: Mapping[int, nn.Module], backend: str, apart: Names) -> None:
-    """Compile the forward pass of each layer, and its backward pass, when it first runs; the pieces
-    `apart` by themselves. Before anything else is put round layers and pieces."""
-    # Layers share their code, and torch gives up on code that it has compiled this often: for each
-    # layer there may be training, evaluation, and rows of another shape.
+def compile_layers(layers: Mapping[int, nn.Module], backend: str, separate: Names) -> None:
+    """Compile the forward and backward pass of each layer on its first run; the modules `separate`
+    on their own. Must be called before layers and modules are wrapped by anything else."""
+    # Layers share their code, and torch falls back to eager beyond this many compilations of the
+    # same code: a layer may need one for training, evaluation, and each shape of rows.
     config = torch._dynamo.config
     for limit in ("recompile_limit", "accumulated_recompile_limit"):
         setattr(config, limit, max(getattr(config, limit), 8 * len(layers)))
     compiled = partial(torch.compile, backend=backend, dynamic=False)
     for number, layer in layers.items():
-        for name in ("", *apart[number]):
-            pieces(layer)[name].wrap(compiled)
+        for name in ("", *separate[number]):
+            layer_modules(layer)[name].wrap(compiled)
 
 
-def leave_out(layers: Mapping[int, nn.Module], apart: Names) -> None:
-    """Let what was put round the pieces `apart`, and experts, run as they are; once it is there."""
+def exclude_from_compile(layers: Mapping[int, nn.Module], separate: Names) -> None:
+    """Exclude experts, and the wrappers of the modules `separate`, from compilation. Must be called
+    after they are wrapped."""
     for number, layer in layers.items():
-        for name in apart[number]:
-            pieces(layer)[name].wrap(_as_it_is)
+        for name in separate[number]:
+            layer_modules(layer)[name].wrap(_disabled)
         for module in layer.modules():
             if isinstance(module, Experts):
-                module.forward = _as_it_is(module.forward)  # type: ignore[method-assign]
+                module.forward = _disabled(module.forward)  # type: ignore[method-assign]
 
 
-def _as_it_is(function: Function) -> Function:
+def _disabled(function: Function) -> Function:
     run: Callable[..., Any] = torch.compiler.disable(lambda *arguments: function(*arguments))
     return run

@@ -1,20 +1,21 @@
-"""Context parallelism, put beside a decoder: the tokens of every row are spread over ranks.
+"""Context parallelism, applied to a decoder: the tokens of every row are split over ranks.
 
 Owns which rank has which tokens, and attention over all of them; everything else a decoder does is
 local to a token. The ranks of the `cp` axis are in one or two groups:
 
-    trade   neighbours, who have consecutive tokens: before attention each gives its tokens for all
-            of their tokens of some heads, and back afterwards (DeepSpeed-Ulysses,
-            https://arxiv.org/abs/2309.14509)
-    ring    keys and values travel round (`launcher.parallel.ring`)
+    ulysses   neighbours with consecutive tokens: an all-to-all before attention gives each rank all
+              tokens of some heads, another one afterwards reverses it (DeepSpeed-Ulysses,
+              https://arxiv.org/abs/2309.14509)
+    ring      keys and values are passed from rank to rank (`launcher.parallel.ring`)
 
-With both, the neighbours of a trade are one member of a ring together, with its two chunks:
+With both, the ranks of a Ulysses group are together one member of the ring, and split its two
+chunks:
 
-    4 ranks, a row of 16 tokens: which rank has which
+    4 ranks, a row of 16 tokens: the rank of each token
 
     ring            0  0  1  1  2  2  3  3  3  3  2  2  1  1  0  0
-    trade           0  0  0  0  1  1  1  1  2  2  2  2  3  3  3  3
-    trade of 2,     0  0  0  0  2  2  2  2  3  3  3  3  1  1  1  1
+    ulysses         0  0  0  0  1  1  1  1  2  2  2  2  3  3  3  3
+    ulysses of 2,   0  0  0  0  2  2  2  2  3  3  3  3  1  1  1  1
     ring of 2
 """
 
@@ -29,7 +30,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from launcher.parallel.collectives import exchange
+from launcher.parallel.collectives import all_to_all
 from launcher.parallel.expert import apply_row_sums
 from launcher.parallel.ring import Ring, chunks, ring_attention
 from models.attention import BaseAttention, StepContext
@@ -42,37 +43,38 @@ Attend = Callable[[Tensor, Tensor, Tensor, StepContext, int | None, Tensor | Non
 
 
 def token_indices(total: int, size: int, rank: int, *, balanced: bool) -> Tensor:
-    """Which tokens of a row of `total` tokens `rank` of `size` ranks has: int64 [total / size],
-    ascending.
+    """The indices of the tokens that `rank` of `size` ranks has of a row of `total` tokens: int64
+    [total / size], ascending.
 
     `balanced`: one chunk from the head and one from the tail, for a ring; `total` is a multiple of
-    2 * size. Otherwise consecutive ones, and it is a multiple of size (ValueError).
+    2 * size. Otherwise consecutive ones; `total` is a multiple of size (ValueError).
     """
     if balanced:
         return torch.cat([torch.arange(c.start, c.stop) for c in chunks(total, size, rank)])
     length, rest = divmod(total, size)
     if rest:
-        raise ValueError(f"{total} tokens cannot be shared equally by {size} ranks")
+        raise ValueError(f"{total} tokens cannot be split equally over {size} ranks")
     return torch.arange(rank * length, (rank + 1) * length)
 
 
 @dataclass(frozen=True)
 class ContextParallel:
-    """The ranks that share rows. None for a group that is not there; one is."""
+    """The groups of ranks that split rows; at least one is not None."""
 
     ulysses: dist.ProcessGroup | None = None
-    """Ranks that trade tokens for heads; their number divides the query heads of a rank."""
+    """Ranks of the all-to-all; their number divides the query heads of a rank."""
     ring: dist.ProcessGroup | None = None
-    """Ranks that pass keys and values round; the same member of each trade."""
+    """Ranks that pass keys and values on; each has the same rank in its Ulysses group."""
 
     @property
     def length_unit(self) -> int:
         """What the length of a row must be a multiple of."""
-        trading, passing = _size(self.ulysses), _size(self.ring)
-        return trading if passing == 1 else passing * math.lcm(2, trading)
+        ulysses, ring = _size(self.ulysses), _size(self.ring)
+        return ulysses if ring == 1 else ring * math.lcm(2, ulysses)
 
     def token_indices(self, total: int) -> Tensor:
-        """Which tokens of a row of `total` tokens are here: int64 [total / ranks], ascending.
+        """The indices of the local tokens of a row of `total` tokens: int64 [total / ranks],
+        ascending.
 
         ValueError unless `total` is a multiple of `length_unit`.
         """
@@ -92,12 +94,12 @@ def _size(group: dist.ProcessGroup | None) -> int:
 
 
 def apply_context_parallel(model: Decoder, cp: ContextParallel) -> None:
-    """Let the attention of every layer of `model` see the tokens of all ranks of `cp`, and its
-    balance loss count them.
+    """Compute the attention of every layer of `model`, and its balance loss, over the tokens of all
+    ranks of `cp`.
 
-    `model` is then called with the tokens at `cp.places(total)` of each row, with these `places`
-    and this `total`, and with the documents of whole rows. Called without places it computes alone,
-    as before.
+    `model` is then called with the tokens at `cp.token_indices(total)` of each row, these
+    `token_indices`, this `total`, and the `document_ids` of full rows. Called without
+    `token_indices`, it attends to the local tokens only, as before.
     """
     for layer in model.model.layers.values():
         attention = layer.self_attn
@@ -107,7 +109,7 @@ def apply_context_parallel(model: Decoder, cp: ContextParallel) -> None:
 
 def _attend(
     attention: BaseAttention,
-    alone: Attend,
+    attend_locally: Attend,
     cp: ContextParallel,
     query: Tensor,
     key: Tensor,
@@ -119,21 +121,22 @@ def _attend(
     """As `BaseAttention.attend`, over the tokens of all ranks."""
     mask = context.mask
     if mask.in_order:
-        return alone(query, key, value, context, window, sinks)
+        return attend_locally(query, key, value, context, window, sinks)
     if cp.ulysses is not None:
         if sinks is not None:
             sinks = sinks.chunk(_size(cp.ulysses))[dist.get_rank(cp.ulysses)]
         key, value = (enough_heads(states, _size(cp.ulysses)) for states in (key, value))
-        query, key, value = (exchange(t, HEADS, TOKENS, cp.ulysses) for t in (query, key, value))
+        query, key, value = (all_to_all(t, HEADS, TOKENS, cp.ulysses) for t in (query, key, value))
     if cp.ring is not None:
         ring = Ring(cp.ring, mask, window)
         output = ring_attention(query, key, value, ring, scale=attention.scale, sinks=sinks)
     else:
-        output = alone(query, key, value, replace(context, mask=mask.whole()), window, sinks)
-    return output if cp.ulysses is None else exchange(output, TOKENS, HEADS, cp.ulysses)
+        full = replace(context, mask=mask.full())
+        output = attend_locally(query, key, value, full, window, sinks)
+    return output if cp.ulysses is None else all_to_all(output, TOKENS, HEADS, cp.ulysses)
 
 
 def enough_heads(states: Tensor, size: int) -> Tensor:
-    """Keys or values [rows, heads, tokens, size] with each head repeated as often as it takes for
-    `size` ranks to have equally many; rank r then has those that its query heads need."""
+    """Keys or values [rows, heads, tokens, size] with each head repeated until `size` ranks can
+    have equally many; rank r then has those that its query heads need."""
     return states.repeat_interleave(size // math.gcd(size, states.shape[HEADS]), dim=HEADS)

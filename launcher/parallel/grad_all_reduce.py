@@ -1,9 +1,9 @@
-"""Gradients of whole copies on several ranks: they are added up while others are computed.
+"""Bucketed all-reduce of the gradients of replicas, overlapped with the backward pass (as in DDP).
 
-Owns the buckets: flat tensors for the gradients of a few layers each. A gradient moves into its
-place as soon as the backward pass has made it, and a full bucket is on its way while the next one
-fills: last layers first, in the same order on every rank. For ranks that hold whole parameters and
-compute with them as they are; where they are cut, cast or on the host, FSDP does this.
+Owns the buckets: flat tensors for the gradients of a few layers each. A gradient is copied into its
+bucket as soon as the backward pass has computed it, and a full bucket is all-reduced while the next
+one fills: last layers first, in the same order on every rank. For unsharded parameters that are
+neither cast nor offloaded; for all others FSDP does this.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from models.moe import Experts
 
 
 class GradAllReduce:
-    """The gradients of this rank that other ranks have parts of.
+    """The gradients of this rank that are all-reduced.
 
-    A parameter that had no part in the backward pass counts as one with a gradient of zeros, since
-    it may have had one elsewhere.
+    A parameter that took no part in the backward pass counts as one with a gradient of zeros, since
+    it may have a gradient on another rank.
     """
 
     def __init__(self, buckets: Sequence[Bucket]) -> None:
@@ -33,14 +33,16 @@ class GradAllReduce:
         self._buckets = buckets
         self._sent = 0
         self.sync = False
-        """Whether the backward pass is the last of a step: full buckets are sent at once. Without,
-        `finish` sends them."""
+        """Whether the backward pass is the last of a step: full buckets are then sent immediately;
+        otherwise `finish` sends them."""
         for bucket in buckets:
             for index, parameter in enumerate(bucket.parameters):
-                parameter.register_post_accumulate_grad_hook(partial(self._arrived, bucket, index))
+                parameter.register_post_accumulate_grad_hook(
+                    partial(self._on_gradient, bucket, index)
+                )
 
     def finish(self) -> None:
-        """Send what is not on its way yet, and wait: gradients are then the sums over the ranks."""
+        """Send the remaining buckets, and wait: gradients are then the sums over the ranks."""
         for bucket in self._buckets[self._sent :]:
             bucket.fill()
             bucket.send()
@@ -48,8 +50,8 @@ class GradAllReduce:
             bucket.receive()
         self._sent, self.sync = 0, False
 
-    def _arrived(self, bucket: Bucket, index: int, parameter: nn.Parameter) -> None:
-        bucket.place(index)
+    def _on_gradient(self, bucket: Bucket, index: int, parameter: nn.Parameter) -> None:
+        bucket.store(index)
         if not self.sync:
             return
         bucket.missing -= 1
@@ -64,18 +66,18 @@ class Bucket:
     def __init__(self, parameters: Sequence[nn.Parameter], group: dist.ProcessGroup) -> None:
         self.parameters, self.group = parameters, group
         self.missing = len(parameters)
-        """Parameters whose gradient the last backward pass of the step has not made yet."""
+        """Parameters whose gradient the last backward pass of the step has not computed yet."""
         sizes = [parameter.numel() for parameter in parameters]
         self._flat = torch.empty(sum(sizes), dtype=parameters[0].dtype, device=parameters[0].device)
-        pieces = self._flat.split(sizes)
-        self._gradients = [v.view(p.shape) for v, p in zip(pieces, parameters, strict=True)]
+        chunks = self._flat.split(sizes)
+        self._gradients = [v.view(p.shape) for v, p in zip(chunks, parameters, strict=True)]
         self._work: dist.Work | None = None
-        # As long as these live, gradients are accumulated on the stream that is current here,
-        # whatever stream a parameter is used on.
+        # As long as these are referenced, gradients are accumulated on the stream that is current
+        # here, whatever stream a parameter is used on.
         self._nodes: list[Any] = [p.view_as(p).grad_fn.next_functions[0][0] for p in parameters]
 
-    def place(self, index: int) -> None:
-        """Move a gradient into the bucket, unless it is there already."""
+    def store(self, index: int) -> None:
+        """Copy a gradient into the bucket, unless it is there already."""
         parameter, gradient = self.parameters[index], self._gradients[index]
         if parameter.grad is None:
             parameter.grad = gradient.zero_()
@@ -84,16 +86,16 @@ class Bucket:
             parameter.grad = gradient
 
     def fill(self) -> None:
-        """Move all gradients into the bucket: some come in ways that nobody is told of."""
+        """Copy all gradients into the bucket: some are set without calling a hook."""
         for index in range(len(self.parameters)):
-            self.place(index)
+            self.store(index)
 
     def send(self) -> None:
-        """Begin to add up."""
+        """Start the all-reduce."""
         self._work = dist.all_reduce(self._flat, group=self.group, async_op=True)
 
     def receive(self) -> None:
-        """Wait for the sums, and be ready for the next step."""
+        """Wait for the sums, and reset for the next step."""
         if self._work is not None:
             self._work.wait()
         self._work, self.missing = None, len(self.parameters)
@@ -102,21 +104,21 @@ class Bucket:
 def make_grad_all_reduce(
     modules: Sequence[nn.Module], blocks: Iterable[nn.Module], meshes: Meshes, *, together: int
 ) -> GradAllReduce:
-    """The sums for the trained parameters of `modules`, which are in real memory; `together`
-    neighbouring `blocks` share a bucket."""
+    """The all-reduce of the trained parameters of `modules`, which must not be on the meta device;
+    `together` neighbouring `blocks` share a bucket."""
     unit = {p: index // together for index, block in enumerate(blocks) for p in block.parameters()}
-    parts = [part for module in modules for part in module.modules() if isinstance(part, Experts)]
-    experts = {parameter for part in parts for parameter in part.parameters()}
-    dense, of_experts = (mesh.get_group("dp_replicate") for mesh in (meshes.dense, meshes.experts))
+    stacks = [m for module in modules for m in module.modules() if isinstance(m, Experts)]
+    experts = {parameter for stack in stacks for parameter in stack.parameters()}
+    dense, expert = (mesh.get_group("dp_replicate") for mesh in (meshes.dense, meshes.experts))
     trained = [p for module in modules for p in module.parameters() if p.requires_grad]
     buckets = []
-    # What stands before the blocks, and behind them, comes apart.
+    # Parameters before and after the blocks have buckets of their own.
     for _, run in groupby(reversed(trained), key=unit.get):
         members: dict[Any, list[nn.Parameter]] = {}
         for parameter in run:
             members.setdefault((parameter in experts, parameter.dtype), []).append(parameter)
         for (is_expert, _), parameters in members.items():
-            group = of_experts if is_expert else dense
+            group = expert if is_expert else dense
             if group.size() > 1:
                 buckets.append(Bucket(parameters, group))
     return GradAllReduce(buckets)

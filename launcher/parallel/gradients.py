@@ -1,7 +1,7 @@
-"""Gradients after the backward pass: what is still to be added up, and how long they are all.
+"""Gradients after the backward pass: the remaining all-reduces, and the global gradient norm.
 
-Owns what one step does to gradients over ranks, beside what FSDP does in the backward pass. All of
-it works on local shards, in few and large collectives.
+Owns the reductions of gradients that FSDP does not do in the backward pass. They work on local
+shards, in few and large collectives.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from launcher.parallel.grad_all_reduce import GradAllReduce
 from launcher.parallel.local import local_gradient, local_gradients
-from launcher.parallel.tied import TiedCopies
+from launcher.parallel.tied import TiedReplicas
 
 
-def add_up_partial(parameters: Iterable[nn.Parameter], group: dist.ProcessGroup) -> None:
-    """Add up, in place, gradients of which each rank of `group` has only a part: one collective.
+def all_reduce_partial(parameters: Iterable[nn.Parameter], group: dist.ProcessGroup) -> None:
+    """All-reduce, in place, gradients of which each rank of `group` has a part: one collective.
 
-    A rank may have no part at all: it brings zeros.
+    A missing gradient counts as zeros.
     """
     gradients = [gradient for p in parameters if (gradient := local_gradient(p)).numel()]
     if not gradients:
@@ -34,8 +34,8 @@ def add_up_partial(parameters: Iterable[nn.Parameter], group: dist.ProcessGroup)
 
 
 def squared_norm(parameters: Iterable[nn.Parameter], device: torch.device) -> Tensor:
-    """The sum of the squares of the local gradients, a float32 scalar on `device`, wherever the
-    gradients are."""
+    """The sum of the squares of the local gradients, a float32 scalar on `device`; the gradients
+    may be on another one."""
     gradients = local_gradients(parameters)
     if not gradients:
         return torch.zeros((), device=device)
@@ -45,34 +45,34 @@ def squared_norm(parameters: Iterable[nn.Parameter], device: torch.device) -> Te
 
 @dataclass(frozen=True, kw_only=True)
 class Gradients:
-    """What is still to be done with the gradients of one rank after its backward pass."""
+    """The reductions of the gradients of one rank after its backward pass."""
 
     device: torch.device
     owned: Sequence[nn.Parameter]
-    """Parameters whose elements this rank counts: over all ranks each element is counted once."""
+    """Parameters that this rank counts in the norm: over all ranks each element counts once."""
     partial: Sequence[nn.Parameter] = ()
     """Parameters of which each rank of `partial_group` has only a part of the gradient."""
     partial_group: dist.ProcessGroup | None = None
     grad_all_reduce: GradAllReduce | None = None
-    """Gradients that the ranks of a data group add up, where FSDP does not do it."""
+    """All-reduces gradients over data-parallel ranks where FSDP does not."""
     embedding: Sequence[nn.Parameter] | None = None
-    """Those of `owned` that are the embedding's, where its norm is watched; None: it is not."""
-    tied: TiedCopies | None = None
-    """Copies of a tied embedding on the first and the last stage of a pipeline."""
+    """Those of `owned` that belong to the embedding, if its norm is monitored; None: it is not."""
+    tied: TiedReplicas | None = None
+    """Replicas of a tied embedding on the first and the last stage of a pipeline."""
 
     def finish(self) -> None:
-        """Make the gradients those of the global batch, in place."""
+        """Complete the gradients of the global batch, in place."""
         if self.grad_all_reduce is not None:
             self.grad_all_reduce.finish()
         if self.partial_group is not None:
-            add_up_partial(self.partial, self.partial_group)
+            all_reduce_partial(self.partial, self.partial_group)
         if self.tied is not None:
-            self.tied.add_up_gradients()
+            self.tied.all_reduce_gradients()
 
     def squared_norm(self) -> Tensor:
-        """This rank's share of the squared global norm, a float32 scalar: ranks add theirs up."""
+        """This rank's part of the squared global norm, a float32 scalar, to be all-reduced."""
         return squared_norm(self.owned, self.device)
 
     def squared_norm_of_embedding(self) -> Tensor | None:
-        """As `squared_norm`, float32 [1], of the embedding alone; None where it is not watched."""
+        """As `squared_norm`, float32 [1], of the embedding alone; None if it is not monitored."""
         return None if self.embedding is None else squared_norm(self.embedding, self.device)[None]

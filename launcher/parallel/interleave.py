@@ -1,14 +1,14 @@
-"""A micro-batch in copies that take turns: while one communicates, another computes.
+"""A micro-batch in interleaved chunks: while one communicates, another computes.
 
-Owns how rows are dealt to copies, and the streams they run on. The rows of a micro-batch are cut
-into equally many; each layer is called once, with all copies, and runs them one after the other:
+Owns how rows are split into chunks, and the streams these run on. The rows of a micro-batch are
+split into chunks of equal size; each layer is called once, with all chunks, and runs them in turn:
 
-    copy 0   attention | add up | MLP      | add up |
-    copy 1             | attention| add up | MLP    | add up |
+    chunk 0   attention | all-reduce | MLP        | all-reduce |
+    chunk 1             | attention  | all-reduce | MLP        | all-reduce |
 
-On CUDA each copy has a stream of its own, in the backward pass too. The streams meet at the ends of
-each layer, because FSDP frees the weights there: what the last copy says at the end of a layer is
-not hidden. On the CPU the copies simply run in turn, for the same results.
+On CUDA each chunk has its own stream, in the backward pass too. The streams are synchronized at the
+ends of each layer, because FSDP frees the weights there: the communication of the last chunk at the
+end of a layer is not hidden. On a CPU the chunks run one after the other, with the same results.
 """
 
 from __future__ import annotations
@@ -21,44 +21,44 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from launcher.parallel.pieces import Function
+from launcher.parallel.layer_modules import Function
 from models.attention import AttentionMask, StepContext
 from models.decoder import Decoder
 
 
-def interleave(model: Decoder, copies: int) -> None:
-    """Let each forward pass of `model` run as `copies` copies of equally many rows.
+def interleave(model: Decoder, count: int) -> None:
+    """Run each forward pass of `model` in `count` interleaved chunks of equally many rows.
 
-    Rows that do not divide, and generation, run as before.
+    Batches whose rows do not divide, and generation, run as before.
     """
-    streams = _Streams(copies)
+    streams = _Streams(count)
     for layer in model.model.layers.values():
-        layer.forward = partial(_each, layer.forward, streams)
-    model.run_layers = partial(_run_layers, model, copies)  # type: ignore[method-assign]
+        layer.forward = partial(_interleaved, layer.forward, streams)
+    model.run_layers = partial(_run_layers, model, count)  # type: ignore[method-assign]
 
 
-def _run_layers(model: Decoder, copies: int, states: Tensor, context: StepContext) -> Tensor:
+def _run_layers(model: Decoder, count: int, states: Tensor, context: StepContext) -> Tensor:
     """As `Decoder.run_layers`."""
-    if states.shape[0] % copies or context.cache is not None:
-        copies = 1
-    pieces: Sequence[Tensor] = states.chunk(copies)
-    contexts = cut(context, states.shape[0], copies)
+    if states.shape[0] % count or context.cache is not None:
+        count = 1
+    chunks: Sequence[Tensor] = states.chunk(count)
+    contexts = split_context(context, states.shape[0], count)
     for layer in model.model.layers.values():
-        pieces = layer(pieces, contexts)
-    return pieces[0] if copies == 1 else torch.cat(tuple(pieces))
+        chunks = layer(chunks, contexts)
+    return chunks[0] if count == 1 else torch.cat(tuple(chunks))
 
 
-def cut(context: StepContext, rows: int, copies: int) -> list[StepContext]:
-    """The context of each copy of equally many of the `rows`."""
-    if copies == 1:
+def split_context(context: StepContext, rows: int, count: int) -> list[StepContext]:
+    """The contexts of `count` chunks of equally many of the `rows`."""
+    if count == 1:
         return [context]
-    mask, size = context.mask, rows // copies
-    cos, sin, seeds, documents, shown = (
-        _by_row(tensor, size, copies)
+    mask, size = context.mask, rows // count
+    cos, sin, seeds, documents, key_masks = (
+        _by_row(tensor, size, count)
         for tensor in (context.cos, context.sin, context.dropout_seeds, mask.document_ids,
                        mask.key_mask)
     )  # fmt: skip
-    # A sight of its own for each copy, though they may be equal: masks are made on its stream.
+    # A mask object for each chunk, though they may be equal: each builds its masks on its stream.
     masks = [
         AttentionMask(
             length=mask.length,
@@ -66,56 +66,57 @@ def cut(context: StepContext, rows: int, copies: int) -> list[StepContext]:
             device=mask.token_indices.device,
             token_indices=None if mask.in_order else mask.token_indices,
             document_ids=documents[i],
-            key_mask=shown[i],
+            key_mask=key_masks[i],
         )
-        for i in range(copies)
+        for i in range(count)
     ]
     return [
         replace(context, cos=cos[i], sin=sin[i], mask=masks[i], dropout_seeds=seeds[i])
-        for i in range(copies)
+        for i in range(count)
     ]
 
 
-def _by_row(tensor: Tensor | None, size: int, copies: int) -> Sequence[Any]:
-    """The rows of each copy; all of it where it is the same for all rows."""
+def _by_row(tensor: Tensor | None, size: int, count: int) -> Sequence[Any]:
+    """The rows of each chunk; the full tensor where all rows share it."""
     if tensor is None or tensor.shape[0] == 1:
-        return [tensor] * copies
+        return [tensor] * count
     return tensor.split(size)
 
 
 class _Streams:
-    """The streams of the copies, made when they are first needed."""
+    """The streams of the chunks, created on first use."""
 
-    def __init__(self, copies: int) -> None:
-        self._copies = copies
-        self._made: list[torch.cuda.Stream] | None = None
+    def __init__(self, count: int) -> None:
+        self._count = count
+        self._created: list[torch.cuda.Stream] | None = None
 
     def of(self, device: torch.device) -> list[torch.cuda.Stream]:
-        """One for each copy; none where the device has no streams."""
+        """One stream a chunk; none where the device has no streams."""
         if device.type != "cuda":
             return []
-        if self._made is None:
-            self._made = [torch.cuda.Stream(device) for _ in range(self._copies)]
-        return self._made
+        if self._created is None:
+            self._created = [torch.cuda.Stream(device) for _ in range(self._count)]
+        return self._created
 
 
-def _each(
-    forward: Function, streams: _Streams, pieces: Sequence[Tensor], contexts: Sequence[StepContext]
+def _interleaved(
+    forward: Function, streams: _Streams, chunks: Sequence[Tensor], contexts: Sequence[StepContext]
 ) -> tuple[Tensor, ...]:
-    """`forward` of a layer for each copy. `pieces` must be the layer's first argument, as they are:
-    FSDP learns from them when the last copy is through in the backward pass."""
-    own = streams.of(pieces[0].device)
-    if not own or len(pieces) == 1:
-        return tuple(forward(*copy) for copy in zip(pieces, contexts, strict=True))
+    """`forward` of a layer for each chunk. `chunks` must be the layer's first argument, unchanged:
+    the hooks of FSDP on them find out when the backward pass of all chunks is complete."""
+    side = streams.of(chunks[0].device)
+    if not side or len(chunks) == 1:
+        return tuple(forward(*chunk) for chunk in zip(chunks, contexts, strict=True))
     main = torch.cuda.current_stream()
     outputs = []
-    for stream, states, context in zip(own, _Meet.apply(main, own, *pieces), contexts, strict=True):
+    synced = _SyncBackward.apply(main, side, *chunks)
+    for stream, states, context in zip(side, synced, contexts, strict=True):
         stream.wait_stream(main)
         with torch.cuda.stream(stream):
             for tensor in (states, *_tensors(context)):
                 tensor.record_stream(stream)
             outputs.append(forward(states, context))
-    for stream, output in zip(own, outputs, strict=True):
+    for stream, output in zip(side, outputs, strict=True):
         main.wait_stream(stream)
         output.record_stream(main)
     return tuple(outputs)
@@ -126,14 +127,14 @@ def _tensors(context: StepContext) -> list[Tensor]:
     return [value for value in held.values() if isinstance(value, Tensor) and value.is_cuda]
 
 
-class _Meet(torch.autograd.Function):
-    """The states of all copies as they are; backward waits until all copies are through, so that
-    FSDP, which comes next, finds the gradients of all."""
+class _SyncBackward(torch.autograd.Function):
+    """The states of all chunks, unchanged; the backward pass waits for the streams of all chunks,
+    so that FSDP, which comes next, reduces complete gradients."""
 
     @staticmethod
-    def forward(ctx: Any, main: Any, streams: Any, *pieces: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, main: Any, streams: Any, *chunks: Tensor) -> tuple[Tensor, ...]:
         ctx.main, ctx.streams = main, streams
-        return tuple(piece.view_as(piece) for piece in pieces)
+        return tuple(chunk.view_as(chunk) for chunk in chunks)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:

@@ -1,12 +1,12 @@
-r"""Matrices that are cut over ranks: each is put together on one rank, and handed back in parts.
+r"""Sharded matrices: each is gathered on one rank, and the result is scattered back.
 
     rank 0  rows 0-1 --\                        /--> rank 0  rows 0-1
                         owner: f(all the rows)
     rank 1  rows 2-3 --/                        \--> rank 1  rows 2-3
 
-Owns which rank works on which matrix, and the exchange. All that follows from the layout, so that
-every rank comes to the same plan without asking. Work is spread over all ranks that hold a part of
-a matrix, those with equal parts too; from rank to rank there is one message a round.
+Owns which rank processes which matrix, and the communication. Both follow from the layout, so every
+rank derives the same plan without communication. Work is spread over all ranks that hold a part of
+a matrix, replicas included; between two ranks there is one message a round.
 """
 
 from __future__ import annotations
@@ -27,31 +27,31 @@ from launcher.layout.replicas import Ranks, writer_ranks
 from launcher.weights.tensor_mapping import MappingsOf
 
 ROUND_ELEMENTS = 64 << 20
-"""Elements of the matrices that one rank holds at a time, if one matrix is not larger."""
+"""Elements of the full matrices that one rank holds at a time; a larger matrix is alone."""
 
 
 class HeldPart(NamedTuple):
     """What this rank holds of one matrix."""
 
     name: str
-    """Of the tensor that the matrix is in."""
+    """Of the tensor that contains the matrix."""
     inside: tuple[slice, ...]
-    """Its place in the local part of that tensor."""
+    """Where it is in the local shard of that tensor."""
     matrix_shape: Shape
     """(rows, columns) of the full matrix."""
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """One matrix of a tensor, and who holds and computes what of it."""
+    """One matrix of a tensor, the ranks that hold its parts, and the one that processes it."""
 
     name: str
     box: Box
     """In the global tensor; all dims but the last two have size 1."""
     parts: tuple[tuple[Box, Ranks], ...]
-    """The parts it is cut into, each with the ranks that hold it, ascending."""
+    """The parts it is sharded into, each with its ranks, ascending."""
     owner: int
-    """The rank that puts it together."""
+    """The rank that gathers and processes it."""
 
     @property
     def shape(self) -> Shape:
@@ -59,21 +59,21 @@ class Matrix:
         return self.box.size[-2:]
 
     def sender(self, ranks: Ranks) -> int:
-        """Which of `ranks`, who hold the same part, sends it to the owner: the owner itself, else
-        the one at the owner's place among those who hold its part."""
+        """Which of `ranks`, replicas of one part, sends it to the owner: the owner itself, else the
+        one with the owner's index among the replicas of its own part."""
         if self.owner in ranks:
             return self.owner
-        place = next(held.index(self.owner) for _, held in self.parts if self.owner in held)
-        return ranks[place % len(ranks)]
+        index = next(held.index(self.owner) for _, held in self.parts if self.owner in held)
+        return ranks[index % len(ranks)]
 
 
 @dataclass(frozen=True)
 class MatrixExchange:
-    """The matrices of some tensors, as one rank sees them."""
+    """The exchange of the matrices of some tensors, for one rank."""
 
     rank: int
     device: torch.device
-    """Where matrices are put together, and what messages are sent from."""
+    """Where matrices are gathered, and from where messages are sent."""
     boxes: Mapping[str, Box]
     """What this rank holds of each tensor."""
     rounds: Sequence[Sequence[Matrix]]
@@ -83,8 +83,8 @@ class MatrixExchange:
     ) -> Iterator[tuple[HeldPart, Tensor]]:
         """Each local part of `function(matrix)`, for every matrix of the tensors `held`.
 
-        `held`: the local part of each tensor, all of one dtype. `function` keeps dtype and shape.
-        Called by all ranks together.
+        `held`: the local shard of each tensor, all of one dtype. `function` keeps dtype and shape.
+        A collective: called on all ranks.
         """
         for matrices in self.rounds:
             full = self._gather(matrices, held)
@@ -92,7 +92,7 @@ class MatrixExchange:
             yield from self._scatter(matrices, results, next(iter(held.values())).dtype)
 
     def _gather(self, matrices: Sequence[Matrix], held: Mapping[str, Tensor]) -> dict[int, Tensor]:
-        """The full matrices that this rank owns, by their number in the round."""
+        """The full matrices that this rank owns, by their index in the round."""
         sends, receives = defaultdict[int, list[Tensor]](list), defaultdict[int, list[Tensor]](list)
         full: dict[int, Tensor] = {}
         for number, matrix in enumerate(matrices):
@@ -129,13 +129,13 @@ class MatrixExchange:
                     part = torch.empty(box.size, dtype=dtype, device=self.device)
                     receives[matrix.owner].append(part)
                 if self.rank in ranks:
-                    place = HeldPart(matrix.name, self._inside(matrix, box), matrix.shape)
-                    mine.append((place, part))
+                    held = HeldPart(matrix.name, self._inside(matrix, box), matrix.shape)
+                    mine.append((held, part))
         _exchange(sends, receives)
         yield from mine
 
     def _inside(self, matrix: Matrix, box: Box) -> tuple[slice, ...]:
-        """Where `box` is in what this rank holds."""
+        """Where `box` is in the local shard."""
         return _slices(box.inside(self.boxes[matrix.name]))
 
 
@@ -144,15 +144,15 @@ def matrix_exchange(
 ) -> MatrixExchange:
     """The exchange of the matrices in the tensors `names`, which `rank` holds parts of.
 
-    A tensor of the files is one matrix, or a stack of them.
+    A tensor in files is one matrix, or a stack of them.
     """
-    placements, holders = layout.of(rank), _Holders(layout)
+    placements, replicas = layout.of(rank), _Replicas(layout)
     found: dict[str, Matrix] = {}
     for name in names:
         mine = placements[name].boxes[0]
         for number, box in enumerate(_matrices(name, layout.shapes[name], mappings_of)):
             if mine.intersect(box) is not None:
-                found[f"{name}#{number}"] = Matrix(name, box, holders.parts(name, box), -1)
+                found[f"{name}#{number}"] = Matrix(name, box, replicas.parts(name, box), -1)
     sets = {key: _ranks_of(matrix.parts) for key, matrix in found.items()}
     costs = {key: math.prod(m.shape) * min(m.shape) for key, m in found.items()}
     owners = writer_ranks(costs, sets)
@@ -173,8 +173,8 @@ def _matrices(name: str, shape: Shape, mappings_of: MappingsOf) -> Iterator[Box]
         yield from box.portions(rows_and_columns)
 
 
-class _Holders:
-    """Which ranks hold which box of a tensor; tensors that are cut alike share the answer."""
+class _Replicas:
+    """Which ranks hold which box of a tensor; cached for tensors that are sharded alike."""
 
     def __init__(self, layout: Layout) -> None:
         self._layout = layout
@@ -183,17 +183,17 @@ class _Holders:
 
     def parts(self, name: str, matrix: Box) -> tuple[tuple[Box, Ranks], ...]:
         """The parts of `matrix`, a box of tensor `name`."""
-        cut = (self._layout.shapes[name], self._layout.spec_of(name))
-        if cut not in self._boxes:
-            self._boxes[cut] = self._holders(name)
-        if (cut, matrix) not in self._parts:
-            self._parts[cut, matrix] = tuple(
-                (common, ranks) for box, ranks in self._boxes[cut].items()
+        key = (self._layout.shapes[name], self._layout.spec_of(name))
+        if key not in self._boxes:
+            self._boxes[key] = self._ranks_by_box(name)
+        if (key, matrix) not in self._parts:
+            self._parts[key, matrix] = tuple(
+                (common, ranks) for box, ranks in self._boxes[key].items()
                 if (common := box.intersect(matrix)) is not None
             )  # fmt: skip
-        return self._parts[cut, matrix]
+        return self._parts[key, matrix]
 
-    def _holders(self, name: str) -> dict[Box, Ranks]:
+    def _ranks_by_box(self, name: str) -> dict[Box, Ranks]:
         found: dict[Box, list[int]] = {}
         for rank in range(self._layout.mesh.world_size):
             placement = self._layout.of(rank).get(name)
@@ -207,7 +207,7 @@ def _ranks_of(parts: Sequence[tuple[Box, Ranks]]) -> Ranks:
 
 
 def _rounds(matrices: Sequence[Matrix]) -> Iterator[list[Matrix]]:
-    """Matrices with the same holders, so many at a time that no owner holds too much at once."""
+    """Matrices on the same ranks, in rounds that limit what one owner holds at once."""
     taken: list[Matrix] = []
     loads = defaultdict[int, int](int)
     for matrix in matrices:
@@ -224,7 +224,7 @@ def _rounds(matrices: Sequence[Matrix]) -> Iterator[list[Matrix]]:
 def _exchange(
     sends: Mapping[int, Sequence[Tensor]], receives: Mapping[int, Sequence[Tensor]]
 ) -> None:
-    """Send tensors to ranks, and fill those of `receives` with what these ranks send."""
+    """Send tensors to ranks, and receive into the tensors of `receives`."""
     outgoing = {rank: torch.cat([t.reshape(-1) for t in parts]) for rank, parts in sends.items()}
     incoming = {
         rank: parts[0].new_empty(sum(part.numel() for part in parts))
@@ -235,9 +235,9 @@ def _exchange(
     for work in dist.batch_isend_irecv(operations) if operations else ():
         work.wait()
     for rank, parts in receives.items():
-        pieces = incoming[rank].split([part.numel() for part in parts])
-        for part, piece in zip(parts, pieces, strict=True):
-            part.copy_(piece.view(part.shape))
+        chunks = incoming[rank].split([part.numel() for part in parts])
+        for part, chunk in zip(parts, chunks, strict=True):
+            part.copy_(chunk.view(part.shape))
 
 
 def _slices(box: Box) -> tuple[slice, ...]:

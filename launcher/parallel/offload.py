@@ -23,15 +23,15 @@ from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from launcher.config.schema.parallel import SwapSection
-from launcher.parallel.local import local
-from launcher.parallel.pieces import (
+from launcher.parallel.layer_modules import (
     Function,
     check_patterns,
     is_inside,
+    layer_modules,
     matching,
     outermost,
-    pieces,
 )
+from launcher.parallel.local import local
 from models.attention import StepContext
 
 MINIMUM_BYTES = 1024
@@ -57,7 +57,7 @@ def offloaded_parts(
     """
     result = {}
     for number, layer in layers.items():
-        chosen = _chosen(section, number, pieces(layer)) if section.swap else {}
+        chosen = _chosen(section, number, layer_modules(layer)) if section.swap else {}
         again = recomputed[number]
         result[number] = {
             name: chosen[name]
@@ -73,7 +73,7 @@ def apply_offload(
     """Offload the saved tensors of the `chosen` modules of `layers`."""
     swap = Swap(copy_engine_for(device))
     for number, layer in layers.items():
-        found = pieces(layer)
+        found = layer_modules(layer)
         for name, prefetch in chosen[number].items():
             found[name].wrap(partial(swap.moving, owner=layer, number=number, prefetch=prefetch))
     return swap

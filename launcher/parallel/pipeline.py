@@ -1,14 +1,13 @@
-"""A pipeline: the model in stages on several ranks, a batch in micro-batches passing through.
+"""Pipeline parallelism: the model in stages on several ranks, a batch in micro-batches.
 
-Owns what the ranks of one `pp` group send each other. Training runs one of torch's schedules;
-evaluation is a chain of sends of our own, for any number of micro-batches. Invariants: every rank
-of the group makes the same calls with rows of the same shape; micro-batch m is the m-th of equally
-many neighbouring rows; a stage gives a fresh tensor, never a view; gradients and losses of the
-micro-batches are added up.
+Owns the communication of one `pp` group. Training runs one of torch's schedules; evaluation has its
+own chain of sends, for any number of micro-batches. Invariants: every rank of the group makes the
+same calls with rows of the same shape; micro-batch m is the m-th chunk of the rows; a stage returns
+a new tensor, never a view; gradients and losses of the micro-batches are summed.
 
-Shapes that pass between stages follow from the rows, so nothing is computed to find them out; torch
-allocates its buffers for one shape (another would kill the ranks), therefore a batch of another
-shape makes a new schedule, on all ranks alike.
+The shapes sent between stages follow from the rows, so no shape inference runs. Torch allocates its
+buffers for one shape (another one would crash the ranks): for a batch of another shape a new
+schedule is built, on all ranks alike.
 """
 
 from __future__ import annotations
@@ -34,15 +33,15 @@ from models.decoder import Decoder
 from models.stage import StageSplit, stage_rank
 
 BY_ROW = ("position_ids", "document_ids", "sample_seeds")
-"""Arguments of `Decoder.forward` whose dim 0 is that of the batch: they are cut into micro-batches.
-All others go to every micro-batch as they are."""
+"""Arguments of `Decoder.forward` whose dim 0 is the batch: they are split into micro-batches. All
+others are passed to every micro-batch unchanged."""
 
 
 class Pipeline:
-    """The stages of this rank, and the ranks it passes hidden states and gradients to.
+    """The stages of this rank, and their communication with the other ranks.
 
-    A stage module that is sharded must be a `fully_shard` root of its own. It keeps its gathered
-    weights during a step: gradients are reduced once, at the end of the step.
+    A sharded stage module must be a `fully_shard` root. It keeps its gathered weights during a
+    step: gradients are reduced once, at the end of the step.
     """
 
     def __init__(
@@ -56,9 +55,9 @@ class Pipeline:
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        """`stages`: the modules of this rank by index, cut to their layers. `schedule`: a name of
-        `SCHEDULES`. `group`: the ranks of this pipeline; all of them must come here. `dtype`: that
-        of hidden states.
+        """`stages`: the modules of this rank by stage index, with only their layers. `schedule`: a
+        name of `SCHEDULES`. `group`: the ranks of this pipeline; a collective of them. `dtype`:
+        that of hidden states.
 
         Raises ValueError when stages, ranks, schedule and micro-batches do not fit together.
         """
@@ -73,19 +72,20 @@ class Pipeline:
         for module in self.stages.values():
             module.register_forward_pre_hook(self._add_constants, with_kwargs=True)
             if isinstance(module, FSDPModule):
-                # Where input and weight gradients are made apart, both must find the same weights.
+                # Zero-bubble schedules compute input and weight gradients separately, with the same
+                # gathered weights.
                 module.set_reshard_after_forward(False)
-        # NCCL wants all ranks of a group in its first call; sends alone do not have them.
+        # NCCL needs all ranks of a group in its first call, and a send involves only two.
         dist.all_reduce(torch.zeros(1, device=device), group=group)
 
     @property
     def is_first(self) -> bool:
-        """Whether the model begins on this rank."""
+        """Whether this rank has the first stage."""
         return 0 in self.stages
 
     @property
     def is_last(self) -> bool:
-        """Whether the model ends on this rank, where the loss is known."""
+        """Whether this rank has the last stage, which computes the loss."""
         return self.split.count - 1 in self.stages
 
     def train(
@@ -95,18 +95,18 @@ class Pipeline:
         loss: Loss,
         arguments: Mapping[str, Any] | None = None,
     ) -> Tensor:
-        """Forward and backward of a batch: gradients are added to what the parameters have.
+        """Forward and backward of a batch: gradients are accumulated.
 
         `input_ids` and `labels` [micro_batches * rows, length] int64, the same on every rank.
-        `loss` gives what is differentiated, for one micro-batch. `arguments` are the keyword
-        arguments of `Decoder.forward`, for all rows. Gives the sum of the losses, a float32 scalar;
-        zero where the model does not end. Raises ValueError when the rows do not divide.
+        `loss` computes the loss of one micro-batch. `arguments` are the keyword arguments of
+        `Decoder.forward`, for all rows. Returns the sum of the losses, a float32 scalar; zero on
+        ranks without the last stage. Raises ValueError when the rows do not divide.
         """
         schedule = self._schedule_for(input_ids)
         losses: list[Tensor] = []
         for module in self.stages.values():
             module.train()
-        by_row, self._constants = _divided(arguments)
+        by_row, self._constants = _by_row(arguments)
         self._loss = loss
         try:
             schedule.step(
@@ -131,8 +131,8 @@ class Pipeline:
         micro_batches: int = 1,
     ) -> Tensor:
         """The summed loss of a batch in evaluation mode; arguments and result as in `train`."""
-        by_row, constants = _divided(arguments)
-        pieces = _cut(input_ids, labels, by_row, micro_batches)
+        by_row, constants = _by_row(arguments)
+        batches = _micro_batches(input_ids, labels, by_row, micro_batches)
         modes = {module: module.training for module in self.stages.values()}
         losses: list[Tensor] = []
         sends: list[tuple[dist.Work, Tensor]] = []
@@ -140,7 +140,7 @@ class Pipeline:
         try:
             for module in modes:
                 module.eval()
-            for ids, targets, keywords in pieces:
+            for ids, targets, keywords in batches:
                 output = self._forward(ids, keywords, sends)
                 if output is not None:
                     losses.append(loss(output, targets))
@@ -150,15 +150,15 @@ class Pipeline:
             self._constants = {}
             for module, mode in modes.items():
                 module.train(mode)
-                _drop_gathered(module)
+                _reshard(module)
         return self._total(losses)
 
     def _forward(
         self, ids: Tensor, keywords: dict[str, Tensor], sends: list[tuple[dist.Work, Tensor]]
     ) -> Tensor | None:
-        """One micro-batch through the stages of this rank; the output where the model ends.
+        """One micro-batch through the stages of this rank; the output of the last stage, or None.
 
-        What is on its way to another rank is added to `sends`: it must be kept until it is there.
+        Pending sends are appended to `sends`: their tensors must be kept until they complete.
         """
         states = ids
         for stage, module in self.stages.items():
@@ -174,10 +174,10 @@ class Pipeline:
         return states if self.is_last else None
 
     def _schedule_for(self, input_ids: Tensor) -> TorchSchedule:
-        """Torch's schedule for batches of this shape; the newest is kept."""
+        """Torch's schedule for batches of this shape; the last one is cached."""
         shape = (_rows_each(input_ids, self.micro_batches), input_ids.shape[1])
         if self._built is None or self._built[0] != shape:
-            self._built = None  # its buffers go before others come
+            self._built = None  # frees its buffers before new ones are allocated
             self._built = (shape, self._build(torch.empty(shape, dtype=torch.int64, device="meta")))
         return self._built[1]
 
@@ -192,7 +192,7 @@ class Pipeline:
                 self.split.count,
                 self.device,
                 input_args=ids if stage == 0 else hidden,
-                output_args=hidden,  # of the last stage nobody looks at the shape
+                output_args=hidden,  # torch ignores that of the last stage
                 group=self.group,
             )
             for stage, module in self.stages.items()
@@ -200,11 +200,11 @@ class Pipeline:
         schedule = build_schedule(self.schedule, stages, self.micro_batches, self._current_loss)
         ranks = stage_ranks(schedule, self.split.count)
         if ranks != self.split.ranks:
-            raise ValueError(f"stages on ranks {self.split.ranks}, torch sends to {ranks}")
+            raise ValueError(f"stages are on ranks {self.split.ranks}, but torch expects {ranks}")
         return schedule
 
     def _hidden_shape(self, ids: Tensor) -> tuple[int, int, int]:
-        """Of the states between stages, for the `ids` [rows, length] of a micro-batch."""
+        """The shape of the states between stages, for `ids` [rows, length] of a micro-batch."""
         module = next(iter(self.stages.values()))
         return (ids.shape[0], ids.shape[1] // module.stream_part[1], module.config.hidden_size)
 
@@ -215,7 +215,7 @@ class Pipeline:
     def _add_constants(
         self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        # Not through torch's schedule, which cuts every tensor into micro-batches.
+        # Not through torch's schedule, which splits every tensor into micro-batches.
         return arguments, {**keywords, **self._constants}
 
     def _total(self, losses: list[Tensor]) -> Tensor:
@@ -234,10 +234,10 @@ class Pipeline:
         if problem:
             raise ValueError(problem)
         v_shaped = SCHEDULES[self.schedule].v_shaped
-        wanted = [stage_rank(s, self.size, v_shaped=v_shaped) for s in range(self.split.count)]
-        if list(self.split.ranks) != wanted:
+        expected = [stage_rank(s, self.size, v_shaped=v_shaped) for s in range(self.split.count)]
+        if list(self.split.ranks) != expected:
             raise ValueError(
-                f"{self.schedule} has its stages on ranks {wanted}, not {list(self.split.ranks)}"
+                f"{self.schedule} has its stages on ranks {expected}, not {list(self.split.ranks)}"
             )
         if tuple(self.stages) != self.split.stages_of(self.rank):
             raise ValueError(
@@ -246,35 +246,37 @@ class Pipeline:
             )
         for stage, module in self.stages.items():
             if (module.embeds, module.ends) != (stage == 0, stage == self.split.count - 1):
-                raise ValueError(f"the module of stage {stage} is cut for another stage")
+                raise ValueError(f"the module of stage {stage} is that of another stage")
 
 
-def _divided(arguments: Mapping[str, Any] | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(those by row, the others); None is left out."""
+def _by_row(arguments: Mapping[str, Any] | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(arguments by row, all others), without those that are None."""
     given = {name: value for name, value in (arguments or {}).items() if value is not None}
     by_row = {name: given.pop(name) for name in BY_ROW if name in given}
     return by_row, given
 
 
-def _cut(
+def _micro_batches(
     input_ids: Tensor, labels: Tensor, by_row: dict[str, Tensor], count: int
 ) -> list[tuple[Tensor, Tensor, dict[str, Tensor]]]:
     """`count` micro-batches of ids, labels and further arguments."""
     size = _rows_each(input_ids, count)
-    cut = {name: tensor.split(size) for name, tensor in by_row.items()}
-    keywords = [{name: pieces[i] for name, pieces in cut.items()} for i in range(count)]
+    chunks = {name: tensor.split(size) for name, tensor in by_row.items()}
+    keywords = [{name: parts[i] for name, parts in chunks.items()} for i in range(count)]
     return list(zip(input_ids.split(size), labels.split(size), keywords, strict=True))
 
 
 def _rows_each(input_ids: Tensor, count: int) -> int:
     size, rest = divmod(input_ids.shape[0], count)
     if rest or not size:
-        raise ValueError(f"{input_ids.shape[0]} rows do not make {count} equal micro-batches")
+        raise ValueError(
+            f"{input_ids.shape[0]} rows cannot be split into {count} equal micro-batches"
+        )
     return size
 
 
-def _drop_gathered(module: nn.Module) -> None:
-    """Weights gathered for evaluation: the next step would go on with them, changed or not."""
+def _reshard(module: nn.Module) -> None:
+    """Free the weights gathered for evaluation, which would be stale in the next step."""
     for part in module.modules():
         if isinstance(part, FSDPModule):
             part.reshard()

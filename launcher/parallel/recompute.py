@@ -1,13 +1,13 @@
-"""Recomputation: pieces of a layer keep their inputs alone, and run again in the backward pass.
+"""Activation checkpointing: modules keep only their inputs and are recomputed in the backward.
 
-Owns which pieces those are. Invariants: gradients are the same to the bit, as everything a layer
-computes is a function of its inputs (dropout included) and runs again with the same kernels;
-communication inside a piece happens again, on all ranks alike; names of parameters do not change.
+Owns the selection of these modules. Invariants: gradients are bitwise the same, as everything a
+layer computes is a function of its inputs (dropout included) and is recomputed by the same kernels;
+communication inside a module is repeated, on all ranks alike; parameter names do not change.
 
-    recompute                   the layer keeps the states it was given
-    select_recompute            the named pieces of the other layers keep what they were given
-    select_recompute_exclude    these are never run again: around them, the largest pieces
-                                that hold none of them
+    recompute                   full layers
+    select_recompute            the named modules of the other layers
+    select_recompute_exclude    never recomputed: a selected module that contains one of them is
+                                replaced by the largest modules in it that do not
 """
 
 from __future__ import annotations
@@ -22,47 +22,47 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from launcher.config.schema.parallel import RecomputeSection
-from launcher.parallel.pieces import (
+from launcher.parallel.layer_modules import (
     Function,
     Selection,
     check_patterns,
     is_inside,
-    layers_chosen,
+    layer_modules,
+    layers_selected,
     matching,
     outermost,
-    pieces,
     selected,
     selection,
 )
 from models.stage import StageSplit
 
 CHEAP = (r"(.*\.)?\w*norm", r".*\.activation")
-"""`select_recompute: True`: the norms and the activations of MLP and experts. They keep a third of
-what a layer keeps, and cost next to nothing: no matrix product runs again."""
+"""`select_recompute: True`: the norms and the activations of MLP and experts. They hold a third of
+a layer's saved activations, and are cheap to recompute: no matrix product is repeated."""
 
 
 @dataclass(frozen=True)
 class Recompute:
-    """What runs again in the backward pass."""
+    """What is recomputed in the backward pass."""
 
-    whole: frozenset[int]
-    """Layers, by number."""
-    chosen: Selection
+    layers: frozenset[int]
+    """Numbers of the layers that are recomputed in full."""
+    selected: Selection
     excluded: Selection
 
     def of_layer(self, layer: int, names: Collection[str]) -> list[str]:
-        """Which of `names`, the pieces of a layer, run again: none of them inside of another."""
-        if layer in self.whole:
+        """Which of `names`, the modules of a layer, are recomputed: none of them inside another."""
+        if layer in self.layers:
             found = {""}
         else:
-            found = selected(self.chosen, layer, names)
+            found = selected(self.selected, layer, names)
         return _without(outermost(found), selected(self.excluded, layer, names), names)
 
 
 def recompute_plan(section: RecomputeSection, split: StageSplit) -> Recompute:
-    """The plan of a configuration; `split` has all layers of the model."""
+    """The plan of a configuration; `split` covers all layers of the model."""
     return Recompute(
-        layers_chosen(section.recompute, split),
+        layers_selected(section.recompute, split),
         selection(section.select_recompute, split, CHEAP),
         selection(section.select_recompute_exclude, split, ()),
     )
@@ -74,57 +74,58 @@ def check_recompute(
     names: Collection[str],
     where: Callable[[str], str],
 ) -> str:
-    """What of the configuration has no effect on a model with these pieces, empty for nothing.
-    `where`: from a key to file and line.
+    """The configured patterns that have no effect on a model with these modules, as text; empty if
+    there are none. `where`: from a key to file and line.
 
-    Raises UserError for a pattern that names no piece.
+    Raises UserError for a pattern that matches no module.
     """
     plan = recompute_plan(section, split)
-    written = {"select_recompute": plan.chosen, "select_recompute_exclude": plan.excluded}
+    written = {"select_recompute": plan.selected, "select_recompute_exclude": plan.excluded}
     idle: list[str] = []
-    for key, choice in written.items():
-        patterns = [pattern for pattern in choice if pattern not in CHEAP]
+    for key, patterns_of in written.items():
+        patterns = [pattern for pattern in patterns_of if pattern not in CHEAP]
         idle += check_patterns(f"recompute_config.{key}", patterns, names, where)
     return ", ".join(idle)
 
 
-def recomputed_pieces(layers: Mapping[int, nn.Module], plan: Recompute) -> dict[int, list[str]]:
-    """The names of the pieces of each layer, by number, that run again."""
-    return {number: plan.of_layer(number, pieces(layer)) for number, layer in layers.items()}
+def recomputed_modules(layers: Mapping[int, nn.Module], plan: Recompute) -> dict[int, list[str]]:
+    """The names of the recomputed modules of each layer, by layer number."""
+    return {number: plan.of_layer(number, layer_modules(layer)) for number, layer in layers.items()}
 
 
 def apply_recompute(
-    layers: Mapping[int, nn.Module], names: Mapping[int, Collection[str]], *, draws: bool = False
+    layers: Mapping[int, nn.Module], names: Mapping[int, Collection[str]], *, uses_rng: bool = False
 ) -> None:
-    """Let the named pieces of `layers` run again in the backward pass.
+    """Recompute the named modules of `layers` in the backward pass.
 
-    `draws`: the layers draw from torch's generator, which is then put back for the second run.
+    `uses_rng`: the layers use torch's global generator, whose state is restored for recomputation.
     """
     for number, layer in layers.items():
-        found = pieces(layer)
+        found = layer_modules(layer)
         for name in names[number]:
-            found[name].wrap(partial(_twice, draws=draws))
+            found[name].wrap(partial(_recomputed, uses_rng=uses_rng))
 
 
 def is_cheap(name: str) -> bool:
-    """Whether a piece is one of those that cost next to nothing."""
+    """Whether a module is cheap to recompute."""
     return any(matching(pattern, (name,)) for pattern in CHEAP)
 
 
-def _twice(function: Function, draws: bool) -> Function:
+def _recomputed(function: Function, uses_rng: bool) -> Function:
     @wraps(function)
     def recomputed(*arguments: Any, **keywords: Any) -> Any:
         if not torch.is_grad_enabled():
             return function(*arguments, **keywords)
         return checkpoint(
-            function, *arguments, use_reentrant=False, preserve_rng_state=draws, **keywords
+            function, *arguments, use_reentrant=False, preserve_rng_state=uses_rng, **keywords
         )
 
     return recomputed
 
 
 def _without(found: list[str], excluded: set[str], names: Collection[str]) -> list[str]:
-    """The largest pieces of those `found` that neither are, nor are in, nor hold one `excluded`."""
+    """The largest modules in those `found` that neither are, nor are in, nor contain an `excluded`
+    one."""
     kept: list[str] = []
     for name in found:
         if name in excluded or any(is_inside(name, other) for other in excluded):

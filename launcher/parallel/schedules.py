@@ -1,16 +1,16 @@
-"""The schedules of a pipeline: in which order a rank computes its stages and micro-batches.
+"""The pipeline schedules: in which order a rank computes its stages and micro-batches.
 
-Owns the table from the names of the configuration to torch's schedules, and what each asks of the
-numbers of stages and micro-batches. Two ranks, four micro-batches, forward F, backward B or, where
-the gradients of inputs and weights are made apart, I and W:
+Owns the table from the names of the configuration to torch's schedules, and what each requires of
+the numbers of stages and micro-batches. Two ranks, four micro-batches, forward F, backward B:
 
     gpipe       F0 F1 F2 F3                B0 B1 B2 B3        all forward, then all backward
                    F0 F1 F2 F3 B0 B1 B2 B3
     1f1b        F0 F1       B0 F2 B1 F3 B2    B3              no more in flight than ranks
                    F0 B0 F1 B1 F2 B2 F3 B3
 
-The interleaved schedules give each rank several stages, round and round: the wait at both ends is
-that of a shorter stage. The zero-bubble schedules put W, which nobody waits for, into what is left.
+The interleaved schedules give each rank several stages, in a loop: the bubble is that of a shorter
+stage. The zero-bubble schedules split B into the gradients of inputs and of weights, and fill the
+bubble with the latter, on which no other rank depends.
 """
 
 from __future__ import annotations
@@ -38,20 +38,20 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """One schedule: torch's classes, and what they ask for."""
+    """One schedule: torch's classes, and what they require."""
 
     single: Callable[..., TorchSchedule] | None = None
     """Torch's class where every rank has one stage."""
     multiple: Callable[..., TorchSchedule] | None = None
     """Torch's class for a list of stages."""
     per_rank: int | None = None
-    """Stages a rank, where the schedule is made for one number only."""
+    """Stages a rank, if the schedule supports only this number."""
     v_shaped: bool = False
-    """Stages go there and back (0 1 1 0), not round and round (0 1 0 1)."""
+    """Stages are on ranks 0 1 1 0, not on 0 1 0 1."""
     fills: bool = False
-    """There must be at least as many micro-batches as ranks."""
+    """Needs at least as many micro-batches as ranks."""
     in_rounds: bool = False
-    """Micro-batches go in rounds of at least as many as there are ranks, all of the same size."""
+    """Micro-batches run in rounds of equal size, at least the number of ranks."""
 
 
 SCHEDULES = {
@@ -64,7 +64,7 @@ SCHEDULES = {
 
 
 def broken_rule(name: str, *, ranks: int, per_rank: int, micro_batches: int) -> str | None:
-    """The rule of the schedule that these numbers break, as a sentence without a final stop."""
+    """The rule of the schedule that these numbers break, as a sentence without a full stop."""
     schedule = SCHEDULES[name]
     if schedule.per_rank not in (None, per_rank):
         return f"{name} has {schedule.per_rank} stages a rank, not {per_rank}"
@@ -74,7 +74,7 @@ def broken_rule(name: str, *, ranks: int, per_rank: int, micro_batches: int) -> 
     if schedule.in_rounds and micro_batches % rounds:
         return (
             f"{name} on {ranks} ranks runs {micro_batches} micro-batches in {rounds} rounds, "
-            "which must be equally long"
+            "which must be of equal size"
         )
     return None
 

@@ -1,16 +1,16 @@
-"""Tensor and sequence parallelism, put beside a decoder.
+"""Tensor and sequence parallelism, applied to a decoder.
 
-Owns what the ranks of the `tp` axis say to each other. A *region* (attention, MLP, head) is entered
-once and left once; in between each rank computes with its own heads or columns:
+Owns the communication on the `tp` axis. A *region* (attention, MLP, head) is entered once and left
+once; in between each rank computes with its own heads or columns (forward / backward):
 
-                     enter                       leave
-    plain            nothing / add up            add up / nothing            (forward / backward)
-    sequence cut     gather / add up and cut     add up and cut / gather
+                         enter                         leave
+    tensor parallel      none / all-reduce             all-reduce / none
+    sequence parallel    all-gather / reduce-scatter   reduce-scatter / all-gather
 
-With `sequence` the states between regions are cut along the sequence, so that norms, residuals and
-dropout hold 1 / tp of the tokens. Parameters are cut already, into plain tensors. Those that are
-whole on every rank but see only part of the gradient are named by `models.plan.is_partial` and
-added up once a step (`launcher.parallel.gradients`).
+With `sequence` the states between regions are split along the sequence, so that norms, residuals
+and dropout hold 1 / tp of the tokens. Parameters are sharded before, into plain tensors. Those that
+are replicated but get only a part of their gradient are given by `models.plan.is_partial`, and
+all-reduced once a step (`launcher.parallel.gradients`).
 """
 
 from __future__ import annotations
@@ -33,36 +33,36 @@ from models.plan import repeats_kv_heads
 from models.spec import Rule
 
 SEQUENCE = 1
-"""The dim of states [rows, length, hidden] that is cut."""
+"""The dim of states [rows, length, hidden] that sequence parallelism splits."""
 
 View = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class TensorParallel:
-    """The ranks of one `tp` group, and how they share the work."""
+    """The ranks of one `tp` group, and whether they split the sequence between regions."""
 
     group: dist.ProcessGroup
     sequence: bool
 
     @property
     def rank(self) -> int:
-        """This rank among them."""
+        """This rank within the group."""
         return dist.get_rank(self.group)
 
     @property
     def size(self) -> int:
-        """How many they are."""
+        """Number of ranks."""
         return dist.get_world_size(self.group)
 
     def enter(self, states: Tensor) -> Tensor:
-        """States as they are between regions -> all tokens, into work that differs by rank."""
+        """States between regions -> states of all tokens, as the input of a region."""
         if self.sequence:
             return gather(states, SEQUENCE, self.group)
         return copy_to_tp(states, self.group)
 
     def leave(self, states: Tensor) -> Tensor:
-        """The ranks' parts of a result -> states as they are between regions."""
+        """Partial sums at the end of a region -> states between regions."""
         if self.sequence:
             return reduce_scatter(states, SEQUENCE, self.group)
         return all_reduce(states, self.group)
@@ -71,21 +71,21 @@ class TensorParallel:
 def apply_tensor_parallel(
     model: Decoder, specs: Mapping[str, ShardSpec], tp: TensorParallel
 ) -> None:
-    """Put tensor parallelism beside `model`, whose parameters are cut already."""
+    """Apply tensor parallelism to `model`, whose parameters are sharded already."""
     for layer in model.model.layers.values():
-        _share_attention(layer.self_attn, model, tp)
+        _shard_attention(layer.self_attn, model, tp)
         _add_biases_once(layer, model.config.parameters, tp)
         for region in layer.regions():
             region.register_forward_pre_hook(partial(_enter, tp))
             region.register_forward_hook(partial(_leave, tp))
-            if hasattr(region, "balance_share"):
-                region.balance_share = 1.0 / tp.size
+            if hasattr(region, "balance_grad_scale"):
+                region.balance_grad_scale = 1.0 / tp.size
     if tp.sequence:
         model.stream_part = (tp.rank, tp.size)
     if model.embeds:
-        _share_embedding(model, specs, tp)
+        _shard_embedding(model, specs, tp)
     if model.ends:
-        _share_head(model, specs, tp)
+        _shard_head(model, specs, tp)
 
 
 def _enter(tp: TensorParallel, module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -96,7 +96,7 @@ def _leave(tp: TensorParallel, module: nn.Module, inputs: Any, output: Tensor) -
     return tp.leave(output)
 
 
-def _share_attention(attention: nn.Module, model: Decoder, tp: TensorParallel) -> None:
+def _shard_attention(attention: nn.Module, model: Decoder, tp: TensorParallel) -> None:
     heads = model.config.num_attention_heads // tp.size
     attention.first_head = tp.rank * heads
     if not repeats_kv_heads(model.config, tp.size):
@@ -113,7 +113,7 @@ def _rows(rows: slice, parameter: Tensor) -> Tensor:
 
 
 def _add_biases_once(layer: nn.Module, rules: Mapping[str, Rule], tp: TensorParallel) -> None:
-    """The biases of what leaves a region are whole on every rank: only the first adds them."""
+    """Biases added at the end of a region are replicated: only the first rank adds them."""
     for name, _ in layer.named_parameters():
         if rules[name].added_once:
             module, _, leaf = name.rpartition(".")
@@ -124,28 +124,28 @@ def _on_first(first: bool, parameter: Tensor) -> Tensor:
     return parameter * float(first)
 
 
-def _share_embedding(model: Decoder, specs: Mapping[str, ShardSpec], tp: TensorParallel) -> None:
+def _shard_embedding(model: Decoder, specs: Mapping[str, ShardSpec], tp: TensorParallel) -> None:
     embedding = model.model.embed_tokens
     if specs["model.embed_tokens.weight"].tp_dim is not None:
-        embedding.forward = partial(_look_up_own, embedding, tp)  # type: ignore[method-assign]
+        embedding.forward = partial(_local_embedding, embedding, tp)  # type: ignore[method-assign]
         embedding.register_forward_hook(partial(_leave, tp))
         return
-    # When tied, the head's part of the gradient differs by rank and is added up afterwards: the
-    # embedding's part must count once in that sum. Every rank embeds its own tokens, or one all.
+    # When tied, the head's gradient differs by rank and is all-reduced afterwards: the embedding's
+    # gradient must count once in that sum. Each rank embeds its own tokens, or the first rank all.
     tied = model.config.tie_word_embeddings
     if tied and tp.sequence:
-        embedding.register_forward_pre_hook(partial(_own_tokens, tp))
+        embedding.register_forward_pre_hook(partial(_local_ids, tp))
     elif tied and tp.rank > 0:
         embedding.views["weight"] = _without_gradient
     elif tp.sequence:
-        embedding.register_forward_hook(partial(_keep_own_tokens, tp))
+        embedding.register_forward_hook(partial(_split_states, tp))
 
 
-def _look_up_own(embedding: Embedding, tp: TensorParallel, input_ids: Tensor) -> Tensor:
+def _local_embedding(embedding: Embedding, tp: TensorParallel, input_ids: Tensor) -> Tensor:
     return look_up(input_ids, embedding.held("weight"), tp.rank)
 
 
-def _own_tokens(tp: TensorParallel, module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+def _local_ids(tp: TensorParallel, module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
     return (inputs[0].chunk(tp.size, dim=SEQUENCE)[tp.rank],)
 
 
@@ -153,11 +153,11 @@ def _without_gradient(parameter: Tensor) -> Tensor:
     return parameter.detach()
 
 
-def _keep_own_tokens(tp: TensorParallel, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+def _split_states(tp: TensorParallel, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
     return split(output, SEQUENCE, tp.group)
 
 
-def _share_head(model: Decoder, specs: Mapping[str, ShardSpec], tp: TensorParallel) -> None:
+def _shard_head(model: Decoder, specs: Mapping[str, ShardSpec], tp: TensorParallel) -> None:
     head = model.head_module
     head.register_forward_pre_hook(partial(_enter, tp))
     if model.config.tie_word_embeddings:
@@ -168,12 +168,12 @@ def _share_head(model: Decoder, specs: Mapping[str, ShardSpec], tp: TensorParall
 
 
 def gather_logits(model: Decoder, group: dist.ProcessGroup) -> None:
-    """Let the head give the logits of the whole vocabulary, on every rank; for prediction."""
+    """Make the head return the logits of the full vocabulary, on every rank; for prediction."""
     model.head_module.register_forward_hook(partial(_gathered, group))
 
 
 def _gathered(group: dist.ProcessGroup, module: nn.Module, inputs: Any, logits: Tensor) -> Tensor:
     """[..., vocabulary] from this rank's columns [..., n] and the others'."""
-    pieces = [torch.empty_like(logits) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(pieces, logits.contiguous(), group=group)
-    return torch.cat(pieces, dim=-1)
+    shards = [torch.empty_like(logits) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(shards, logits.contiguous(), group=group)
+    return torch.cat(shards, dim=-1)

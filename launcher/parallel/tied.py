@@ -1,11 +1,11 @@
-"""Tied embeddings of a pipeline: the first stage embeds, the last has the head, one tensor in both.
+"""Tied embeddings of a pipeline: the first stage has the embedding, the last the head.
 
-Owns the two copies. Invariant: they start equal and get the same gradient, the sum of both, before
-the gradients are clipped or used; so they stay equal to the bit. Only the first counts where a
-tensor is counted once: in norms, in checkpoints.
+Owns the two replicas of the tied weight. Invariant: they start equal and get the same gradient, the
+sum of both, before the gradients are clipped or used; so they stay bitwise equal. Only the first
+counts in norms and checkpoints.
 
-    loop    first and last stage on two ranks: they add up over a group of their own
-    V       both on the same rank: two parameters there
+    loop    first and last stage are on two ranks: an all-reduce over a group of these two
+    V       both are on the same rank: two parameters there
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from models.stage import StageSplit
 
 
 @dataclass(frozen=True)
-class TiedCopies:
-    """The copies that are on this rank: one, both (first stage first), or none in between."""
+class TiedReplicas:
+    """The replicas on this rank: one, both (that of the first stage first), or none."""
 
     parameters: Sequence[nn.Parameter]
     group: dist.ProcessGroup | None
-    """The ranks of the first and the last stage; None where one rank has both, or this one none."""
+    """The ranks of the first and the last stage; None if one rank has both, or this rank none."""
 
-    def add_up_gradients(self) -> None:
-        """Give every copy the sum of both gradients, in place; one without a gradient gets one."""
+    def all_reduce_gradients(self) -> None:
+        """Set the gradient of every replica to the sum of both, in place; None counts as zeros."""
         gradients = [local_gradient(parameter) for parameter in self.parameters]
         if self.group is not None:
             for gradient in gradients:
@@ -42,14 +42,16 @@ class TiedCopies:
             second.copy_(first)
 
 
-def tied_copies(mesh: Mesh, split: StageSplit, parameters: Sequence[nn.Parameter]) -> TiedCopies:
-    """The copies for a pipeline of these stages; `parameters` are those on this rank, in order.
+def tied_replicas(
+    mesh: Mesh, split: StageSplit, parameters: Sequence[nn.Parameter]
+) -> TiedReplicas:
+    """The replicas for a pipeline of these stages; `parameters` are those on this rank, in order.
 
-    Makes the groups of all pipelines, in the same order on every rank: all ranks must come here.
+    A collective: creates the groups of all pipelines, in the same order on every rank.
     """
     first, last = split.ranks[0], split.ranks[-1]
     if first == last:
-        return TiedCopies(parameters, None)
+        return TiedReplicas(parameters, None)
     own = None
     for rank in range(mesh.world_size):
         at = mesh.coordinates(rank)
@@ -59,11 +61,11 @@ def tied_copies(mesh: Mesh, split: StageSplit, parameters: Sequence[nn.Parameter
         group = dist.new_group(pair)
         if dist.get_rank() in pair:
             own = group
-    return TiedCopies(parameters, own)
+    return TiedReplicas(parameters, own)
 
 
 def broadcast_tied(first: Iterable[Tensor], second: Iterable[Tensor]) -> None:
-    """Give the tensors of the second copy the values of the first: parameters, moments."""
+    """Copy the tensors of the first replica to the second: parameters, moments."""
     with torch.no_grad():
         for source, target in zip(first, second, strict=True):
             local(target).copy_(local(source))

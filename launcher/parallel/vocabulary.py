@@ -1,5 +1,5 @@
-"""The vocabulary cut over tensor-parallel ranks: looking tokens up, and the loss of logits that no
-rank ever holds whole.
+"""The vocabulary sharded over tensor-parallel ranks: the embedding, and the cross entropy of
+sharded logits.
 
 Rank r holds the rows [r * n, (r + 1) * n) of the embedding and of the head.
 """
@@ -15,17 +15,17 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 IGNORED_LABEL = -100
-PIECE_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 27}
-"""Logits gone through at once: on a CPU what its cache holds, on a GPU bounded memory."""
+CHUNK_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 27}
+"""Logits processed at a time: what fits in the cache on a CPU; on a GPU a memory limit."""
 
 
 def look_up(input_ids: Tensor, weight: Tensor, rank: int) -> Tensor:
     """Embeddings [..., size] of the ids whose rows `weight` [n, size] holds, zeros for others: the
     sum over the ranks is the embedding of every id."""
-    own = input_ids - rank * len(weight)
-    elsewhere = (own < 0) | (own >= len(weight))
-    found = F.embedding(own.masked_fill(elsewhere, 0), weight)
-    return found.masked_fill(elsewhere[..., None], 0.0)
+    rows = input_ids - rank * len(weight)
+    elsewhere = (rows < 0) | (rows >= len(weight))
+    embeddings = F.embedding(rows.masked_fill(elsewhere, 0), weight)
+    return embeddings.masked_fill(elsewhere[..., None], 0.0)
 
 
 def token_loss_sum(logits: Tensor, labels: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -33,15 +33,15 @@ def token_loss_sum(logits: Tensor, labels: Tensor, group: dist.ProcessGroup) -> 
     on every rank of `group`.
 
     `logits` [batch, sequence, n]: this rank's columns, any floating dtype. `labels` [batch,
-    sequence] int64, numbers of the whole vocabulary. Two small collectives: the maxima, then the
-    sums of exponentials together with the logits of the labels.
+    sequence] int64, ids of the full vocabulary. Two small collectives: the maxima, then the sums of
+    exponentials together with the logits of the labels.
     """
     total: Tensor = _SummedCrossEntropy.apply(logits.flatten(0, 1), labels.flatten(), group)
     return total
 
 
 class _SummedCrossEntropy(torch.autograd.Function):
-    """Forward leaves the gradient of the logits behind; backward only scales it."""
+    """Forward also computes the gradient of the logits; backward only scales it."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -59,8 +59,8 @@ class _SummedCrossEntropy(torch.autograd.Function):
         losses = (both[0].log() - both[1]).masked_fill(~counts, 0.0)
         if ctx.needs_input_grad[0]:
             scale = counts / both[0]
-            for piece, factor in zip(*_pieces(gradient, scale), strict=True):
-                piece.mul_(factor[:, None])
+            for chunk, factor in zip(*_chunks(gradient, scale), strict=True):
+                chunk.mul_(factor[:, None])
             hit = (here & counts).to(gradient.dtype)
             ctx.gradient = gradient.scatter_add_(1, own[:, None], -hit[:, None])
             ctx.dtype = logits.dtype
@@ -74,8 +74,8 @@ class _SummedCrossEntropy(torch.autograd.Function):
 
 
 def gradient_dtype(logits: Tensor) -> torch.dtype:
-    """The dtype the gradient of logits is kept in until the loss scale is known: theirs, but for
-    float16, which would round most of it to nothing."""
+    """The dtype of the gradient of logits until it is multiplied by the loss scale: that of the
+    logits, or float32 for float16, in which most of it would underflow."""
     return torch.float32 if logits.dtype == torch.float16 else logits.dtype
 
 
@@ -83,14 +83,14 @@ def _exponentials(logits: Tensor, largest: Tensor) -> tuple[Tensor, Tensor]:
     """exp(logits - largest) in the dtype of the gradient, and its float32 sums over the columns."""
     powers = torch.empty_like(logits, dtype=gradient_dtype(logits))
     sums = torch.empty_like(largest)
-    for piece, top, out, row_sums in zip(*_pieces(logits, largest, powers, sums), strict=True):
-        wide = (piece.float() - top[:, None]).exp_()
+    for chunk, top, out, row_sums in zip(*_chunks(logits, largest, powers, sums), strict=True):
+        wide = (chunk.float() - top[:, None]).exp_()
         torch.sum(wide, -1, out=row_sums)
         out.copy_(wide)
     return powers, sums
 
 
-def _pieces(logits: Tensor, *others: Tensor) -> list[tuple[Tensor, ...]]:
-    limit = PIECE_ELEMENTS.get(logits.device.type, 1 << 27)
+def _chunks(logits: Tensor, *others: Tensor) -> list[tuple[Tensor, ...]]:
+    limit = CHUNK_ELEMENTS.get(logits.device.type, 1 << 27)
     rows = max(limit // logits.shape[1], 1)
     return [tensor.split(rows) for tensor in (logits, *others)]

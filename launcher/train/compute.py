@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from launcher.data.loader import Batch
-from launcher.parallel.parts import Parts
+from launcher.parallel.model_parts import ModelParts
 from launcher.parallel.pipeline import BY_ROW, Pipeline
 from launcher.parallel.world import repeatable_backward
 
@@ -83,7 +83,7 @@ class Compute(Protocol):
 class FullModel:
     """Every rank computes all layers."""
 
-    parts: Parts
+    parts: ModelParts
     loss: Loss
     counts: bool
     """Whether this rank counts the loss: all tensor-parallel ranks have it, and one counts."""

@@ -15,7 +15,7 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from launcher.parallel.vocabulary import IGNORED_LABEL, PIECE_ELEMENTS, gradient_dtype
+from launcher.parallel.vocabulary import CHUNK_ELEMENTS, IGNORED_LABEL, gradient_dtype
 
 
 def token_loss_sum(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -36,7 +36,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
         wanted = ctx.needs_input_grad[0]
         total = torch.zeros((), dtype=torch.float32, device=logits.device)
         gradient = torch.empty_like(logits, dtype=gradient_dtype(logits)) if wanted else None
-        rows = max(PIECE_ELEMENTS.get(logits.device.type, 1 << 27) // logits.shape[1], 1)
+        rows = max(CHUNK_ELEMENTS.get(logits.device.type, 1 << 27) // logits.shape[1], 1)
         for begin in range(0, len(logits), rows):
             piece = logits[begin : begin + rows].detach().to(gradient_dtype(logits))
             piece.requires_grad_(wanted)

@@ -21,7 +21,7 @@ from launcher.layout.replicas import Ranks
 from launcher.layout.shard import Shard
 from launcher.parallel.apply import shards
 from launcher.parallel.gradients import Gradients
-from launcher.parallel.parts import Parts
+from launcher.parallel.model_parts import ModelParts
 from launcher.parallel.world import World
 from launcher.train.compute import BatchSharder, Compute
 from launcher.train.interrupts import Interrupts
@@ -37,7 +37,7 @@ from models.trained import TrainedParameter
 class BuiltModel:
     """This rank's part of the model, and how the full model is laid out over the ranks."""
 
-    parts: Parts
+    parts: ModelParts
     layout: Layout
     trained: Mapping[str, TrainedParameter]
     """The parameters that are trained, of the full model."""

@@ -1,9 +1,8 @@
-"""Families: what a model type is, and from a configuration to a complete description of a model.
+"""Families: the supported model types, and the step from a configuration to a model description.
 
-`table.DECODERS` lists the model types that run in the decoder of Slipway, a file each (or a file
-for a group that differs in little); `models.module_table` has those that run through their
-transformers module. To add one, write a file beside these, list it in `table`, and take its name
-out of `module_table`.
+`table.DECODERS` lists the model types with a native decoder, one file a family or group of similar
+families; `models.module_table` lists those that run through their transformers module. To add one,
+write a file here, list it in `table`, and remove its name from `module_table`.
 """
 
 from models.families.describe import model_spec, needs_weights, supports_packing

@@ -1,6 +1,6 @@
 """DeepSeek-V3: latent attention, experts in groups, shared experts, dense layers at the beginning.
 
-The modules that predict further tokens, which its files hold behind the layers, are left alone.
+The multi-token prediction modules, stored in its files as further layers, are ignored.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from models.families.family import (
     COMMON,
     CORRECTED,
     ENDS,
-    IN_FULL,
     NORMS,
+    REPLICATED,
     ROWS,
     Add,
     Config,
@@ -28,10 +28,11 @@ from models.spec import LatentConfig
 
 _ATTENTION = {
     "self_attn.q_proj.weight": COLUMNS,
-    "self_attn.q_a_proj.weight": IN_FULL, "self_attn.q_a_proj.bias": IN_FULL,
-    "self_attn.q_a_layernorm.weight": IN_FULL, "self_attn.q_b_proj.weight": COLUMNS,
-    "self_attn.kv_a_proj_with_mqa.weight": IN_FULL, "self_attn.kv_a_proj_with_mqa.bias": IN_FULL,
-    "self_attn.kv_a_layernorm.weight": IN_FULL, "self_attn.kv_b_proj.weight": COLUMNS,
+    "self_attn.q_a_proj.weight": REPLICATED, "self_attn.q_a_proj.bias": REPLICATED,
+    "self_attn.q_a_layernorm.weight": REPLICATED, "self_attn.q_b_proj.weight": COLUMNS,
+    "self_attn.kv_a_proj_with_mqa.weight": REPLICATED,
+    "self_attn.kv_a_proj_with_mqa.bias": REPLICATED,
+    "self_attn.kv_a_layernorm.weight": REPLICATED, "self_attn.kv_b_proj.weight": COLUMNS,
     "self_attn.o_proj.weight": ROWS, "self_attn.o_proj.bias": ADDED_ONCE,
 }  # fmt: skip
 
@@ -42,8 +43,8 @@ def _check(config: Config, add: Add) -> None:
         rule = "rotary embeddings need an even head size"
         add("qk_rope_head_dim", rule, nearest(rotated - 1, rotated + 1), "")
     if config["num_key_value_heads"] not in (None, heads):
-        rule = f"latent attention has as many as attention heads: {heads}"
-        add("num_key_value_heads", rule, nearest(heads), "Or leave it out")
+        rule = f"must equal the attention heads, {heads}, in latent attention"
+        add("num_key_value_heads", rule, nearest(heads), "Or remove it")
 
 
 DEEPSEEK_V3 = Family(
@@ -66,7 +67,7 @@ DEEPSEEK_V3 = Family(
     expert_count="n_routed_experts",
     experts=grouped_experts_of,
     options=lambda config: {
-        "latent": LatentConfig(**{part.name: config[part.name] for part in fields(LatentConfig)}),
+        "latent": LatentConfig(**{f.name: config[f.name] for f in fields(LatentConfig)}),
         "head_dim": config["qk_rope_head_dim"], "rotary_dim": config["qk_rope_head_dim"],
         "num_key_value_heads": config["num_key_value_heads"] or config["num_attention_heads"],
     },

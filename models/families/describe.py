@@ -1,9 +1,9 @@
 """From `model_config` and config.json to a complete description of a model.
 
-Owns how the family's defaults, config.json and the user's keys become one configuration, and which
-model types have a decoder of ours, run through their transformers module, or are refused. Imports
-neither torch nor transformers, and takes milliseconds: the configuration is checked with it before
-anything heavy is loaded. All problems are gathered and raised together.
+Owns how the family's defaults, config.json and the user's keys are merged, and which model types
+have a native decoder, run through their transformers module, or are refused. Imports neither torch
+nor transformers, and takes milliseconds: the configuration is checked with it before anything heavy
+is loaded. All problems are collected and raised together.
 """
 
 from __future__ import annotations
@@ -45,21 +45,20 @@ from models.spec import (
 
 
 def supports_packing(spec: ModelSpec) -> bool:
-    """Whether documents packed into one row stay apart."""
+    """Whether attention is separate for documents packed into one row."""
     known = spec.family in DECODERS or spec.family in TRANSFORMERS_MODULES
     return known and spec.family not in NO_PACKING
 
 
 def needs_weights(spec: ModelSpec) -> bool:
-    """Whether the model cannot begin with random values: some of its parameters begin in another
-    way in transformers, or nobody has looked."""
+    """Whether the model cannot be initialized randomly: some of its parameters need another
+    initialization than `models.initial`, or the model type is not tested."""
     known = spec.family in DECODERS or spec.family in TRANSFORMERS_MODULES
     return not known or spec.family in WEIGHTS_NEEDED
 
 
 def model_spec(model_config: Mapping[str, Any], config_json: Mapping[str, Any] | None) -> ModelSpec:
-    """Describe the model that `model_config` of the YAML asks for, over `config_json` if there is
-    one.
+    """Describe the model of `model_config` of the YAML, which overrides `config_json` if given.
 
     Raises ModelConfigError with every problem found: unknown keys, wrong types, impossible sizes,
     families that are not built yet. Keys of `config_json` that are unknown are kept and passed on.
@@ -83,7 +82,7 @@ def model_spec(model_config: Mapping[str, Any], config_json: Mapping[str, Any] |
     reading.notes += refuse_features(
         model_config, base, own, problems, experts=experts, advice_for_experts=_mixtures()
     )
-    base.pop("quantization_config", None)  # the weights of the model are not quantised
+    base.pop("quantization_config", None)  # the weights of the model are not quantized
     decoder = None
     if own is not None:
         base, ignored = _split(own, base, reading, problems)
@@ -121,17 +120,17 @@ def _has_experts(family: str, own: Family | None, known: ConfigClass | None) -> 
 
 
 def _mixtures() -> str:
-    """`Write type: MixtralConfig, Qwen3MoeConfig, ...`: the families that have experts."""
-    return f"Write type: {', '.join(f.config_class for f in DECODERS.values() if f.expert_count)}"
+    """`Set type: MixtralConfig, Qwen3MoeConfig, ...`: the families that have experts."""
+    return f"Set type: {', '.join(f.config_class for f in DECODERS.values() if f.expert_count)}"
 
 
 def _split(
     own: Family, base: Mapping[str, Any], reading: Reading, problems: Problems
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """config.json of a family in `DECODERS`: the keys that its class in transformers has, and those
-    that the class ignores.
+    """config.json of a family in `DECODERS`: the keys of its class in transformers, and those that
+    the class ignores.
 
-    The latter are noted once, and kept for a config.json that is written.
+    The latter are noted once, and kept for an exported config.json.
     """
     understood = own.own_keys | GENERAL | COMMON_KEYS | _OLD_ROPE
     understood -= {"hidden_dropout"}  # a key of model_config alone
@@ -141,7 +140,7 @@ def _split(
     ignored = {k: v for k, v in base.items() if k not in understood | derived}
     named = [
         key for key, value in ignored.items()
-        if value is not None and not key.startswith("_") and key not in _UNREMARKABLE
+        if value is not None and not key.startswith("_") and key not in _REPORTED_ELSEWHERE
     ]  # fmt: skip
     if named:
         reading.notes.append(f"config.json: {', '.join(named)}: {own.config_class} has no such key")
@@ -153,7 +152,7 @@ def _split(
 def _family(
     model_config: Mapping[str, Any], base: Mapping[str, Any], problems: Problems
 ) -> str | None:
-    """The model_type, from `type`, `model_type` or config.json; None with a problem otherwise."""
+    """The model_type, from `type`, `model_type` or config.json; None and a problem otherwise."""
     classes = class_names()
     by_class = {kind: name for name, kind in classes.items() if name in UNSUPPORTED}
     built = {classes[name]: name for name in reversed(TRANSFORMERS_MODULES) if name in classes}
@@ -162,49 +161,49 @@ def _family(
     key = "type" if model_config.get("type") else "model_type"
     typed, found = model_config.get(key), base.get("model_type")
     if typed is None and found is None:
-        advice = "Write it, for example Qwen3Config, or set pretrained_model_dir"
+        advice = "Set it, for example to Qwen3Config, or set pretrained_model_dir"
         problems.log("model.model_config.type is missing", advice=advice, key="type")
         return None
     name = str(found) if typed is None else by_class.get(str(typed), str(typed))
     what = f"config.json: model_type = {found}"
     if typed is not None:
         what = f"model.model_config.{key} = {typed}"
-    blamed = key if typed is not None else ""
+    culprit = key if typed is not None else ""
     missing = UNSUPPORTED.get(name)
     if missing is None and base.get("text_config"):
         missing = "multimodal models"
     if missing is not None:
-        advice = f"Built: {', '.join(DECODERS)}, and those of transformers in docs/models.md"
-        problems.log(f"{what} needs {missing}", "not built yet", advice=advice, key=blamed)
+        advice = f"Supported: {', '.join(DECODERS)}, and those of transformers in docs/models.md"
+        problems.log(f"{what} needs {missing}", "not built yet", advice=advice, key=culprit)
     elif typed is not None and name not in (*DECODERS, *TRANSFORMERS_MODULES):
         nearest = did_you_mean(str(typed), [*built, *DECODERS, *TRANSFORMERS_MODULES])
         nearest = nearest or f"Known: {', '.join(built)}"
-        problems.log(what, "no such model type", nearest=nearest, key=blamed)
+        problems.log(what, "unknown model type", nearest=nearest, key=culprit)
     elif name not in DECODERS and config_class(name) is None:
         nearest = did_you_mean(name, classes)
-        problems.log(what, "transformers has no such model type", nearest=nearest, key=blamed)
+        problems.log(what, "transformers has no such model type", nearest=nearest, key=culprit)
     elif name not in (*DECODERS, *TRANSFORMERS_MODULES) and not is_causal_type(name):
-        advice = "Built: the model types in docs/models.md"
+        advice = "Supported: the model types in docs/models.md"
         problems.log(what, "transformers has no causal language model of this type", advice=advice,
-                     key=blamed)  # fmt: skip
+                     key=culprit)  # fmt: skip
     elif typed is not None and found is not None and name != found:
-        rule = f"config.json of pretrained_model_dir says model_type {found}"
-        advice = f"Leave out model.model_config.{key}, or name that model's directory"
-        problems.log(what, rule, advice=advice, key=blamed)
+        rule = f"config.json of pretrained_model_dir has model_type {found}"
+        advice = f"Remove model.model_config.{key}, or set the directory of that model"
+        problems.log(what, rule, advice=advice, key=culprit)
     else:
         return name
     return None
 
 
 def _in_family_spelling(own: Family, base: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json with the number of experts under the key of the family: transformers writes
-    another one than it used to."""
+    """config.json with the number of experts under the key of the family: versions of transformers
+    write different ones."""
     renamed = {own.spellings.get(key, key): value for key, value in base.items()}
     return {key: base.get(key, value) for key, value in renamed.items()}
 
 
 def _complete(own: Family, base: Mapping[str, Any], reading: Reading) -> dict[str, Any]:
-    """config.json with the family's defaults below and the user's keys above."""
+    """config.json with the family's defaults, overridden by the user's keys."""
     config = {**own.defaults, **base, **reading.values}
     given = base.keys() | reading.values.keys()
     stale = not reading.values.keys().isdisjoint(_LAYER_TYPES_FOLLOW)
@@ -223,7 +222,7 @@ def _check(
     own: Family, family: str, config: dict[str, Any], base: Mapping[str, Any], reading: Reading,
     qkv_has_bias: Any, problems: Problems,
 ) -> None:  # fmt: skip
-    """Problems with the completed config.json of one of our families."""
+    """Add problems with the completed config.json of a family in `DECODERS`."""
 
     def describe(key: str) -> tuple[str, str]:
         shown = repr(config[key]) if isinstance(config[key], str) else config[key]
@@ -236,7 +235,9 @@ def _check(
 
     before = len(problems)
     # transformers refuses a Llama whose heads do not divide its width, even with head_dim given.
-    SizeCheck(config, describe, problems).run(whole_heads=family == "llama", latent=own.has_latent)
+    SizeCheck(config, describe, problems).run(
+        divisible_heads=family == "llama", latent=own.has_latent
+    )
     if own.expert_count is not None:
         ExpertsCheck(own, config, describe, problems).run()
     if len(problems) == before:
@@ -250,9 +251,7 @@ def _check(
                          advice="Or raise model.model_config.max_position_embeddings")  # fmt: skip
     has = own.has_qkv_bias(config)
     if qkv_has_bias is not None and bool(qkv_has_bias) != has:
-        rule = (
-            f"q, k and v of {own.architecture} {'have' if has else 'have no'} biases of their own"
-        )
+        rule = f"q, k and v of {own.architecture} {'have' if has else 'have no'} biases"
         nearest = "Nearest: type: Qwen2Config" if qkv_has_bias else "Nearest: type: LlamaConfig"
         problems.add("qkv_has_bias", qkv_has_bias, rule, nearest=nearest)
 
@@ -260,8 +259,8 @@ def _check(
 def _decoder(
     own: Family, family: str, config: dict[str, Any], base: Mapping[str, Any], reading: Reading
 ) -> DecoderConfig:
-    """The decoder's numbers. Fills in `config` what transformers derives: head counts, windows,
-    rope."""
+    """The decoder's configuration. Adds to `config` what transformers derives: head counts,
+    windows, rope."""
     heads = config["num_attention_heads"]
     head_dim = config.get("head_dim") or config["hidden_size"] // heads
     if "head_dim" in config:
@@ -307,13 +306,13 @@ _OLD_ROPE = {
     "rope_theta", "rope_scaling", "rope_parameters", "original_max_position_embeddings",
     "partial_rotary_factor", "quantization_config",
 }  # fmt: skip
-"""Keys of config.json that are read for every family in `DECODERS`, beside its own."""
+"""Keys of config.json that are read for every family in `DECODERS`, besides its own."""
 
-_UNREMARKABLE = frozenset({"per_layer_config", *NOT_BUILT})
-"""Keys that are spoken of elsewhere."""
+_REPORTED_ELSEWHERE = frozenset({"per_layer_config", *NOT_BUILT})
+"""Ignored keys that other checks report."""
 
 _LAYER_TYPES_FOLLOW = {"num_hidden_layers", "use_sliding_window", "max_window_layers"}
-"""Keys that, written over config.json, make its `layer_types` stale."""
+"""Keys that, overridden by the user, make `layer_types` of config.json stale."""
 
 _PLAIN = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),

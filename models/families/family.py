@@ -1,8 +1,8 @@
-"""What describes a family, and the parts of it that several families share.
+"""The description of a family, and the parts of it that several families share.
 
-Owns the form of a family: its defaults (those of the transformers configuration class; a test
-compares), how its config.json becomes the numbers of the decoder, and what is done with each kind
-of its parameters. Torch-free. A new family is a file beside this one and a line in `table`.
+A family has defaults (those of the transformers configuration class; a test compares), the step
+from its config.json to the decoder's configuration, and a rule for each kind of parameter.
+Torch-free. A new family is a file in this package and a line in `table`.
 """
 
 from __future__ import annotations
@@ -28,52 +28,52 @@ def _no_windows(config: Config) -> tuple[int | None, ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """A model type with a decoder of Slipway."""
+    """A model type with a native decoder."""
 
     config_class: str
     architecture: str
     defaults: Mapping[str, Any]
     """Keys of config.json that transformers reads for the family, and their defaults."""
     parameters: Mapping[str, Rule]
-    """Every kind of parameter, by its name below its layer, to what is done with it."""
+    """The rule of every kind of parameter, by its name below its layer."""
     qkv_bias: bool | None = None
-    """True or False where the family fixes it, None where `attention_bias` decides."""
+    """True or False if the family fixes it, None if `attention_bias` decides."""
     output_bias: bool = False
-    """Whether the output projection of attention has a bias where q, k and v have one."""
+    """Whether the output projection of attention has a bias if q, k and v have one."""
     windows: Callable[[Config], tuple[int | None, ...]] = _no_windows
-    """The sliding window of every layer. Fills in what transformers derives."""
+    """The sliding window of every layer. Adds to the configuration what transformers derives."""
     rope: dict[str, Any] = field(default_factory=lambda: {"rope_theta": 10000.0})
-    """Rope settings where config.json has none; its `rope_theta` also counts beside those."""
+    """Default rope settings; the `rope_theta` also if config.json has settings without it."""
     partial_rotary_factor: float | None = None
-    """The rotated part of a head where config.json does not give one; None: heads are rotated in
-    full, and no other value is possible."""
+    """The default fraction of a head that is rotated; None: partial rotary embeddings are not
+    supported."""
     expert_count: str | None = None
-    """The key for the number of experts; None: a dense family."""
+    """The key of the number of experts; None: a dense family."""
     experts: Callable[[Config], ExpertsConfig | None] = lambda config: None
     options: Callable[[Config], dict[str, Any]] = lambda config: {}
-    """Fields of `DecoderConfig` that this family sets in its own way."""
+    """Further fields of `DecoderConfig` that this family sets."""
     check: Callable[[Config, Add], None] = lambda config, add: None
-    """Adds problems with sizes that this family alone has."""
+    """Adds problems with sizes specific to this family."""
     has_latent: bool = False
-    """Latent attention: sizes of heads have keys of their own."""
+    """Latent attention (MLA), whose head sizes have other keys."""
     reads_mxfp4: bool = False
-    """Whether its files may hold stacks of experts in 4 bits (`launcher.weights.mxfp4`)."""
+    """Whether its files may have MXFP4 experts (`launcher.weights.mxfp4`)."""
     fixed: Mapping[str, Any] = field(default_factory=dict)
-    """Keys of config.json that transformers does not read, and the only value they may have."""
-    mindformers_pieces: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """A part of a name of a piece of a layer, as recomputation and swapping choose them, to what
-    MindFormers calls it; beside those of `launcher.parallel.pieces`."""
+    """Keys of config.json that transformers does not read -> the only supported value."""
+    mindformers_modules: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """A component of a layer module's name, as selected by recompute and offload -> its names in
+    MindFormers; in addition to those of `launcher.parallel.layer_modules`."""
 
     @property
     def spellings(self) -> dict[str, str]:
-        """Other spellings of a key of this family's config.json, to that key."""
+        """Other spelling -> key of this family's config.json."""
         if self.expert_count is None:
             return {}
         return {key: self.expert_count for key in EXPERT_COUNTS if key != self.expert_count}
 
     @property
     def own_keys(self) -> set[str]:
-        """Keys of config.json that are understood for this family alone."""
+        """Keys of config.json that are specific to this family."""
         partial = {"partial_rotary_factor"} if self.partial_rotary_factor is not None else set()
         return {*self.defaults, *self.fixed, *partial}
 
@@ -82,7 +82,7 @@ class Family:
         return bool(config.get("attention_bias")) if self.qkv_bias is None else self.qkv_bias
 
 
-# Defaults that most configuration classes share.
+# Defaults of most configuration classes.
 
 COMMON: dict[str, Any] = {
     "hidden_act": "silu", "initializer_range": 0.02, "rms_norm_eps": 1e-6, "use_cache": True,
@@ -91,9 +91,9 @@ COMMON: dict[str, Any] = {
 }  # fmt: skip
 BALANCE: dict[str, Any] = {"output_router_logits": False, "router_aux_loss_coef": 0.001}
 
-# What is done with the parameters that most families share.
+# Rules of the parameters that most families share.
 
-COLUMNS, ROWS, IN_FULL = Rule(tp_dim=0), Rule(tp_dim=1), Rule()
+COLUMNS, ROWS, REPLICATED = Rule(tp_dim=0), Rule(tp_dim=1), Rule()
 HEADS = Rule(tp_dim=0, kv_heads=True)
 BETWEEN = Rule(in_region=False)
 ADDED_ONCE = Rule(added_once=True)
@@ -109,12 +109,12 @@ ATTENTION = {
     "self_attn.k_proj.weight": HEADS, "self_attn.k_proj.bias": HEADS,
     "self_attn.v_proj.weight": HEADS, "self_attn.v_proj.bias": HEADS,
     "self_attn.o_proj.weight": ROWS, "self_attn.o_proj.bias": ADDED_ONCE,
-    "self_attn.q_norm.weight": IN_FULL, "self_attn.k_norm.weight": IN_FULL,
+    "self_attn.q_norm.weight": REPLICATED, "self_attn.k_norm.weight": REPLICATED,
 }  # fmt: skip
 
 
 def mlp(module: str = "mlp") -> dict[str, Rule]:
-    """A gated MLP that is `module` of a layer."""
+    """The rules of a gated MLP, the `module` of a layer."""
     return {
         f"{module}.gate_proj.weight": COLUMNS, f"{module}.gate_proj.bias": COLUMNS,
         f"{module}.up_proj.weight": COLUMNS, f"{module}.up_proj.bias": COLUMNS,
@@ -125,13 +125,14 @@ def mlp(module: str = "mlp") -> dict[str, Rule]:
 def expert_stacks(
     block: str = "mlp", entries: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
 ) -> dict[str, Rule]:
-    """Router and stacks of gated experts [experts, out, in] in the module `block` of a layer.
+    """The rules of router and stacked gated experts [experts, out, in], the module `block` of a
+    layer.
 
-    `entries`: what the files call gate, up and down of one expert.
+    `entries`: names in files of gate, up and down of one expert.
     """
     gate, up, down = (f"{entry}.weight" for entry in entries)
     return {
-        f"{block}.gate.weight": IN_FULL,
+        f"{block}.gate.weight": REPLICATED,
         f"{block}.experts.gate_proj": Rule(tp_dim=1, expert=True, entry=gate),
         f"{block}.experts.up_proj": Rule(tp_dim=1, expert=True, entry=up),
         f"{block}.experts.down_proj": Rule(tp_dim=2, expert=True, entry=down),
@@ -140,11 +141,11 @@ def expert_stacks(
 
 DENSE = ENDS | NORMS | ATTENTION | mlp()
 CORRECTED = {"mlp.gate.e_score_correction_bias": Rule(is_buffer=True)}
-"""The correction of a router with sigmoid scores."""
+"""The score correction bias of a router with sigmoid scores."""
 
 
 def experts_of(config: Config, count: int, **more: Any) -> ExpertsConfig:
-    """A mixture of `count` experts; `more`: fields that differ by family."""
+    """The configuration of `count` experts; `more`: fields that differ by family."""
     is_balanced = config["output_router_logits"] and "router_aux_loss_coef" in config
     fields = {
         "layers": (True,) * config["num_hidden_layers"],
@@ -158,8 +159,7 @@ def experts_of(config: Config, count: int, **more: Any) -> ExpertsConfig:
 
 
 def grouped_experts_of(config: Config) -> ExpertsConfig:
-    """Experts in groups, with sigmoid scores and shared experts beside them, behind dense layers
-    (DeepSeek-V3)."""
+    """Grouped experts with sigmoid scores and shared experts, after dense layers (DeepSeek-V3)."""
     first = config["first_k_dense_replace"]
     return experts_of(
         config, config["n_routed_experts"],
@@ -176,15 +176,14 @@ def grouped_experts_of(config: Config) -> ExpertsConfig:
 
 
 def same_window(config: Config) -> tuple[int | None, ...]:
-    """`sliding_window` in every layer; where the family has the switch, if it is on."""
+    """`sliding_window` in every layer; None if `use_sliding_window` is off."""
     if not config.get("use_sliding_window", True):
         config["sliding_window"] = None
     return (config["sliding_window"],) * config["num_hidden_layers"]
 
 
 def windows_by_type(config: Config, types: list[str]) -> tuple[int | None, ...]:
-    """`sliding_window` in the layers that `layer_types` names sliding; `types` where it is
-    None."""
+    """`sliding_window` in the sliding layers of `layer_types`, by default `types`."""
     if config.get("layer_types") is None:
         config["layer_types"] = types
     window = config["sliding_window"]

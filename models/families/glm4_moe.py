@@ -1,6 +1,6 @@
 """GLM-4.5: experts as in DeepSeek-V3, plain attention, half of each head rotated.
 
-The module that predicts further tokens, which its files hold behind the layers, is left alone.
+The multi-token prediction module, stored in its files as a further layer, is ignored.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""gpt-oss: attention sinks, a window in every second layer, experts with biases.
+"""gpt-oss: attention sinks, a sliding window in every second layer, experts with biases.
 
-Its files hold a stack of experts as one tensor, gate and up taking turns in the last dim, and so
-does the decoder: a cut between two pairs is a cut for tensor parallelism.
+In files and in the decoder a stack of experts is one tensor, with gate and up interleaved in the
+last dim: tensor parallelism shards between pairs.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from models.families.family import (
     BALANCE,
     COMMON,
     ENDS,
-    IN_FULL,
     NORMS,
+    REPLICATED,
     Add,
     Config,
     Family,
@@ -24,7 +24,7 @@ from models.spec import ClampedGate, Rule
 
 _ATTENTION = ATTENTION | {"self_attn.sinks": Rule(tp_dim=0, drawn=True)}
 _EXPERTS = {
-    "mlp.router.weight": IN_FULL,
+    "mlp.router.weight": REPLICATED,
     "mlp.router.bias": Rule(drawn=True),
     "mlp.experts.gate_up_proj": Rule(tp_dim=2, expert=True),
     "mlp.experts.gate_up_proj_bias": Rule(tp_dim=1, expert=True),

@@ -1,4 +1,4 @@
-"""Llama and Mistral: the dense decoder as it is."""
+"""Llama and Mistral: the plain dense decoder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Mixtral: experts in every layer, under names of their own."""
+"""Mixtral: experts in every layer, with their own parameter names."""
 
 from __future__ import annotations
 
@@ -31,5 +31,5 @@ MIXTRAL = Family(
     rope={"rope_theta": 1000000.0},
     expert_count="num_local_experts",
     experts=lambda config: experts_of(config, config["num_local_experts"], block_name=_BLOCK),
-    mindformers_pieces={_BLOCK: ("feed_forward", "mlp")},
+    mindformers_modules={_BLOCK: ("feed_forward", "mlp")},
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Qwen2 (and 2.5), Qwen3 and Qwen3-MoE: windows by layer, norms of queries and keys from 3 on."""
+"""Qwen2 (and 2.5), Qwen3 and Qwen3-MoE: sliding windows by layer, and QK norm since Qwen3."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _DENSE = _COMMON | {
 
 
 def _windows(config: Config) -> tuple[int | None, ...]:
-    """In the layers from `max_window_layers` on, if they are switched on."""
+    """Sliding windows from layer `max_window_layers` on, if they are enabled."""
     layers = config["num_hidden_layers"]
     if not config["use_sliding_window"]:
         config["sliding_window"] = None
@@ -38,7 +38,7 @@ def _windows(config: Config) -> tuple[int | None, ...]:
 
 
 def _experts(config: Config) -> ExpertsConfig:
-    """Every `decoder_sparse_step`-th layer has experts, but those of `mlp_only_layers`."""
+    """Every `decoder_sparse_step`-th layer has experts, except `mlp_only_layers`."""
     dense = config["mlp_only_layers"] = list(config["mlp_only_layers"] or ())
     step = config["decoder_sparse_step"]
     layers = tuple(

@@ -1,4 +1,4 @@
-"""The list of families with a decoder of Slipway."""
+"""The table of families with a native decoder."""
 
 from __future__ import annotations
 

@@ -161,7 +161,7 @@ def logits_agree(folder: Path) -> None:
     from launcher.builders.layout import model_layout
     from launcher.layout.mesh import Mesh
     from launcher.parallel.apply import shards
-    from launcher.parallel.parts import Parts
+    from launcher.parallel.model_parts import ModelParts
     from launcher.weights.reading.load import load
     from launcher.weights.source import open_complete
     from launcher.weights.tensor_mapping import mapped
@@ -171,7 +171,7 @@ def logits_agree(folder: Path) -> None:
     spec = model_spec({}, json.loads((folder / "config.json").read_text()))
     ours = build_model(spec, dtype=torch.float32, device="cpu").eval()
     layout = model_layout(ours, spec, Mesh(), split=None, vocab_emb_dp=True)
-    held = mapped(shards(Parts([ours]).named_tensors(), layout, 0), mappings_of(ours))
+    held = mapped(shards(ModelParts([ours]).named_tensors(), layout, 0), mappings_of(ours))
     load(held, open_complete(folder), tied=tied_names(ours))
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     ids = torch.randint(0, VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(1))

@@ -265,7 +265,7 @@ def test_positions_follow_the_sequence_length_only_when_nobody_says_how_many() -
 
 def test_every_key_has_one_meaning() -> None:
     tables = [keys.ALIASES, keys.EXPERT_COUNTS, keys.PRECISIONS, keys.GENERATION, keys.GENERAL,
-              keys.ROPE, keys.OTHER_WAYS, keys.NO_EFFECT, keys.NOT_BUILT]  # fmt: skip
+              keys.ROPE, keys.REPLACED, keys.NO_EFFECT, keys.NOT_BUILT]  # fmt: skip
     spellings = [key for table in tables for key in table if key != keys.ALIASES.get(key)]
     twice = {key for key in spellings if spellings.count(key) > 1}
     assert not twice

@@ -238,7 +238,7 @@ def test_balance_belongs_to_the_row() -> None:
     assert distance(balance_gradients(own, pieces=input_ids.split([1, 3])), together) < TOLERANCE
     for module in own.modules():
         if isinstance(module, MoE):
-            module.balance_share = 0.5
+            module.balance_grad_scale = 0.5
     assert distance(balance_gradients(own, pieces=[input_ids]), together / 2) < TOLERANCE
     own.eval()
     assert not balance_gradients(own, pieces=[input_ids]).any()

@@ -36,7 +36,7 @@ def test_a_row_ends_where_the_table_of_positions_does(family: str, tmp_path: Pat
     assert limit is not None
     assert limit.key == KEYS.get(family, "max_position_embeddings")
     assert limit.longest_row is not None
-    assert row_length(family, config) == limit.longest_row == limit.usual_row
+    assert row_length(family, config) == limit.longest_row == limit.unscaled_row
     with torch.no_grad():
         module(tokens(1, limit.longest_row), use_cache=False)
         with pytest.raises((IndexError, RuntimeError)):

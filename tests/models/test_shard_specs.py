@@ -69,15 +69,15 @@ def test_gathered_rows_are_seen_whole() -> None:
     """Attention that has gathered all tokens uses the sight of whole rows, plain where it can."""
     mask = AttentionMask(length=6, total=12, device=torch.device("cpu"), token_indices=PLACES[0])
     assert mask.mask(None) is not None
-    whole = mask.whole()
+    whole = mask.full()
     assert whole.mask(None) is None
-    assert whole.whole() is whole
+    assert whole.full() is whole
     assert torch.equal(whole.token_indices, torch.arange(12))
     assert whole.mask(4) is not None
     documents = torch.arange(12)[None] // 5
     packed = AttentionMask(length=6, total=12, device=torch.device("cpu"), token_indices=PLACES[0],
                    document_ids=documents)  # fmt: skip
-    full = packed.whole().mask(4)
+    full = packed.full().mask(4)
     assert full is not None
     assert torch.equal(packed.mask(4), full[:, :, PLACES[0]])
     block = packed.mask(4, PLACES[0], PLACES[1])

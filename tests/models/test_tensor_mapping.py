@@ -26,7 +26,7 @@ from launcher.layout.box import Box, full_box
 from launcher.layout.mesh import Mesh
 from launcher.layout.shard import Shard
 from launcher.parallel.apply import shards
-from launcher.parallel.parts import Parts
+from launcher.parallel.model_parts import ModelParts
 from launcher.weights.offline.export import write_complete
 from launcher.weights.ranks.distributed import open_rank_files
 from launcher.weights.ranks.rank_file import write_rank_file
@@ -53,7 +53,7 @@ def loaded(spec: ModelSpec, folder: Path, *, strict: bool = True) -> nn.Module:
     """The model of `spec`, filled from `folder` as a job does it."""
     model = build_model(spec, dtype=torch.float32, device="cpu").eval()
     layout = model_layout(model, spec, Mesh(), split=None, vocab_emb_dp=False)
-    held = mapped(shards(Parts([model]).named_tensors(), layout, 0), mappings_of(model))
+    held = mapped(shards(ModelParts([model]).named_tensors(), layout, 0), mappings_of(model))
     expected = shapes_in_files(layout.shapes, mappings_of(model))
     source = named_as_model(open_complete(folder), model, expected)
     leave = ignorable(model, spec, expected)
@@ -71,7 +71,7 @@ def loaded(spec: ModelSpec, folder: Path, *, strict: bool = True) -> nn.Module:
 def rank_files(model: nn.Module, spec: ModelSpec, folder: Path, mesh: Mesh) -> list[Path]:
     """The files of every rank that holds its part of `model` on `mesh`."""
     layout = model_layout(model, spec, mesh, split=None, vocab_emb_dp=False)
-    tensors, files = Parts([model]).named_tensors(), []
+    tensors, files = ModelParts([model]).named_tensors(), []
     for rank in range(mesh.world_size):
         placed = layout.of(rank)
         held = {}

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from launcher.config.schema.parallel import RecomputeSection
-from launcher.parallel.recompute import apply_recompute, recompute_plan, recomputed_pieces
+from launcher.parallel.recompute import apply_recompute, recompute_plan, recomputed_modules
 from models.decoder import Decoder
 from models.spec import ModelSpec
 from models.stage import StageSplit
@@ -52,7 +52,7 @@ def numbered(model: Decoder) -> dict[int, nn.Module]:
 
 def run_again(model: Decoder, **section: Any) -> dict[int, list[str]]:
     layers = numbered(model)
-    names = recomputed_pieces(layers, recompute_plan(RecomputeSection(**section), ALONE))
+    names = recomputed_modules(layers, recompute_plan(RecomputeSection(**section), ALONE))
     apply_recompute(layers, names)
     return names
 

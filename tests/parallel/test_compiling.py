@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from launcher.config.schema.parallel import RecomputeSection
-from launcher.parallel.compiling import compile_layers, leave_out
+from launcher.parallel.compiling import compile_layers, exclude_from_compile
 from launcher.parallel.recompute import (
     apply_recompute,
     is_cheap,
     recompute_plan,
-    recomputed_pieces,
+    recomputed_modules,
 )
 from tests.parallel.keeping import (
     ALONE,
@@ -80,11 +80,11 @@ def test_compiled_layers_give_the_same_gradients(
     counters.clear()
     model = decoder(model_name)
     layers = numbered(model)
-    names = recomputed_pieces(layers, recompute_plan(RecomputeSection(**section), ALONE))
+    names = recomputed_modules(layers, recompute_plan(RecomputeSection(**section), ALONE))
     apart = {n: {name for name in names[n] if not is_cheap(name)} - {""} for n in layers}
     compile_layers(layers, "aot_eager", apart)
     apply_recompute(layers, names)
-    leave_out(layers, apart)
+    exclude_from_compile(layers, apart)
     gradients, _ = step(model)
     for name, expected in plain(model_name)[0].items():
         torch.testing.assert_close(gradients[name], expected, rtol=1e-4, atol=1e-6)

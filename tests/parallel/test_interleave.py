@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from launcher.parallel.interleave import cut, interleave
+from launcher.parallel.interleave import interleave, split_context
 from models.attention import AttentionMask, StepContext
 from tests.models.tiny import tokens
 from tests.parallel.keeping import (
@@ -50,7 +50,7 @@ def test_each_copy_has_its_rows_of_the_context() -> None:
         cos=torch.arange(rows).view(rows, 1, 1, 1), sin=torch.zeros(1, 1, total, 2), mask=mask,
         dropout_seeds=torch.arange(rows),
     )  # fmt: skip
-    first, second = cut(context, rows, 2)
+    first, second = split_context(context, rows, 2)
     assert first.cos.flatten().tolist() == [0, 1]
     assert second.cos.flatten().tolist() == [2, 3]
     assert second.sin is context.sin

@@ -14,8 +14,14 @@ from launcher.config.schema.parallel import SwapSection
 from launcher.errors import UserError
 from launcher.parallel import offload as offload
 from launcher.parallel.interleave import interleave
+from launcher.parallel.layer_modules import (
+    check_patterns,
+    layer_modules,
+    layers_selected,
+    matching,
+    module_names,
+)
 from launcher.parallel.offload import Swap, apply_offload, offloaded_parts
-from launcher.parallel.pieces import check_patterns, layers_chosen, matching, names_in, pieces
 from launcher.parallel.recompute import CHEAP
 from models.decoder import Decoder
 from models.stage import StageSplit
@@ -108,14 +114,14 @@ def test_evaluation_runs_layers_once() -> None:
         ([True, [0, 1]], [0, 1, 2, 3, 6]),
     ],
 )
-def test_layers_chosen_by_entries_of_two_ranks_with_two_stages(value: Any, layers: Any) -> None:
+def test_layers_selected_by_entries_of_two_ranks_with_two_stages(value: Any, layers: Any) -> None:
     loop = StageSplit((range(2), range(2, 4), range(4, 6), range(6, 8)), (0, 1, 0, 1))
-    assert layers_chosen(value, loop) == set(layers)
+    assert layers_selected(value, loop) == set(layers)
 
 
 def test_entries_of_a_v_belong_to_ranks() -> None:
     there_and_back = StageSplit((range(2), range(2, 4), range(4, 6), range(6, 8)), (0, 1, 1, 0))
-    assert layers_chosen([[1, 0], [2, 0]], there_and_back) == {0, 6, 7}
+    assert layers_selected([[1, 0], [2, 0]], there_and_back) == {0, 6, 7}
 
 
 @pytest.mark.parametrize(
@@ -136,11 +142,11 @@ def test_entries_of_a_v_belong_to_ranks() -> None:
     ],
 )
 def test_names_of_mindformers_mean_our_pieces(pattern: str, names: set[str]) -> None:
-    assert matching(pattern, names_in(list(numbered(decoder("dense")).values()))) == names
+    assert matching(pattern, module_names(list(numbered(decoder("dense")).values()))) == names
 
 
 def test_experts_have_activations_too() -> None:
-    names = names_in(list(numbered(decoder("latent")).values()))
+    names = module_names(list(numbered(decoder("latent")).values()))
     assert matching(CHEAP[1], names) == {
         "mlp.activation", "mlp.experts.activation", "mlp.shared_experts.activation"
     }  # fmt: skip
@@ -148,12 +154,12 @@ def test_experts_have_activations_too() -> None:
 
 
 def test_a_pattern_without_a_piece_is_an_error() -> None:
-    names = names_in(list(numbered(decoder("dense")).values()))
+    names = module_names(list(numbered(decoder("dense")).values()))
     with pytest.raises(UserError) as error:
         check_patterns("recompute_config.select_recompute", ["feed_foward"], names, _line)
     assert str(error.value) == (
         "x.yaml:3: recompute_config.select_recompute: 'feed_foward': the layers of this model have "
-        "no such piece. did you mean `feed_forward`?"
+        "no such module. did you mean `feed_forward`?"
     )
     assert check_patterns("x", [r"feed_forward\.w1\.reshape", "add", "mlp"], names, _line) == [
         r"feed_forward\.w1\.reshape", "add"
@@ -274,7 +280,7 @@ def test_every_piece_has_the_parameter_names_it_had() -> None:
     swapped(model)
     interleave(model, 2)
     assert list(model.state_dict()) == before
-    assert "self_attn.attend" in pieces(model.model.layers["0"])
+    assert "self_attn.attend" in layer_modules(model.model.layers["0"])
 
 
 ZERO_BUBBLE = {"pipeline_scheduler": "zero_bubble_v"}
@@ -314,16 +320,16 @@ def test_more_layouts(workshop: Workshop) -> None:
         (
             {"recompute_config": {"select_recompute": ["feed_foward"]}},
             "recompute_config.select_recompute: 'feed_foward': the layers of this model have no "
-            "such piece. did you mean `feed_forward`?",
+            "such module. did you mean `feed_forward`?",
         ),
         (
             {"recompute_config": {"recompute": True, "select_recompute_exclude": ["attn"]}},
             "recompute_config.select_recompute_exclude: 'attn': the layers of this model have no "
-            "such piece.",
+            "such module.",
         ),
         (
             {"swap_config": {"swap": True, "op_swap": [{"op_name": r"mlp\.muul"}]}},
-            r"swap_config.op_swap: 'mlp\\.muul': the layers of this model have no such piece. did "
+            r"swap_config.op_swap: 'mlp\\.muul': the layers of this model have no such module. did "
             "you mean `mlp.mul`?",
         ),
     ],

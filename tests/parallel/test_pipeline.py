@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from launcher.layout.mesh import Mesh
 from launcher.parallel import world
 from launcher.parallel.schedules import SCHEDULES
-from launcher.parallel.tied import broadcast_tied, tied_copies
+from launcher.parallel.tied import broadcast_tied, tied_replicas
 from launcher.train.loss import token_loss_sum
 from tests.parallel.pipelines import (
     EMBEDDING,
@@ -45,14 +45,14 @@ def run_case(case: Case, group: Any) -> dict[str, float]:
     copies = None
     if case.tied:
         held = [p for name, p in named(stages) if name == EMBEDDING]
-        copies = tied_copies(Mesh(pp=ranks), split, held)
+        copies = tied_replicas(Mesh(pp=ranks), split, held)
     errors = {}
     for step, shown in enumerate([case, replace(case, rows=case.rows + 1)]):
         ids, labels, arguments = batch(shown, seed=step)
         expected = reference(whole(shown), step)
         loss = pipeline.train(ids, labels, scaled(labels), arguments)
         if copies is not None:
-            copies.add_up_gradients()
+            copies.all_reduce_gradients()
         errors[f"loss {step}"] = loss_error(loss, expected[0], group)
         errors[f"gradients {step}"] = gradient_error(stages, expected[1])
         count = case.micro_batches if step == 1 else 1
@@ -185,8 +185,8 @@ def test_what_does_not_fit_is_refused_before_anything_is_sent() -> None:
         "per rank": "zero_bubble_v has 2 stages a rank, not 1",
         "loop for V": "zero_bubble_v has its stages on ranks [0, 1, 1, 0], not [0, 1, 0, 1]",
         "wrong stage": "",
-        "wrong module": "the module of stage 0 is cut for another stage",
-        "rows": "6 rows do not make 4 equal micro-batches",
+        "wrong module": "the module of stage 0 is that of another stage",
+        "rows": "6 rows cannot be split into 4 equal micro-batches",
     }
     assert [answers["wrong stage"] for answers in said] == [
         "rank 0 of the pipeline has stages (0,), not (1,)",

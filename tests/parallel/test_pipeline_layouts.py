@@ -19,10 +19,10 @@ from launcher.layout.layout import ShardSpec
 from launcher.layout.mesh import Mesh
 from launcher.parallel import vocabulary, world
 from launcher.parallel.apply import parallelize
-from launcher.parallel.gradients import add_up_partial
+from launcher.parallel.gradients import all_reduce_partial
 from launcher.parallel.meshes import DATA_AXES, Meshes
 from launcher.parallel.schedules import SCHEDULES
-from launcher.parallel.tied import tied_copies
+from launcher.parallel.tied import tied_replicas
 from launcher.train.loss import IGNORED_LABEL
 from models.build import blocks
 from models.decoder import Decoder
@@ -76,7 +76,7 @@ def run_sharded_case(case: Case, meshes: Meshes, together: int) -> dict[str, flo
     copies = None
     if case.tied:
         held = [p for name, p in named(stages) if name == EMBEDDING]
-        copies = tied_copies(meshes.layout, split, held)
+        copies = tied_replicas(meshes.layout, split, held)
     both = replace(case, micro_batches=2 * case.micro_batches)
     errors = {}
     for step in range(2):
@@ -89,7 +89,7 @@ def run_sharded_case(case: Case, meshes: Meshes, together: int) -> dict[str, flo
         }
         loss = pipeline.train(ids[own], labels[own], scaled(labels), mine)
         if copies is not None:
-            copies.add_up_gradients()
+            copies.all_reduce_gradients()
         expected = reference(whole(both), step)
         errors[f"loss {step}"] = loss_error(loss, expected[0], None)
         errors[f"gradients {step}"] = gradient_error(stages, expected[1])
@@ -184,14 +184,14 @@ def run_tensor_parallel_case(case: Case, meshes: Meshes, sequence: bool) -> dict
 
     trained = pipeline.train(ids, labels, loss, arguments)
     evaluated = pipeline.evaluate(ids, labels, loss, arguments)
-    rule = {"tp": 2, "sequence_parallel": sequence, "tied_whole_embedding": False}
+    rule = {"tp": 2, "sequence_parallel": sequence, "tied_unsharded_embedding": False}
     config = config_of(case)
-    add_up_partial(
+    all_reduce_partial(
         [p for n, p in named(stages) if is_partial(n, specs[n], config, **rule)], tp_group
     )
     if case.tied:
         held = [p for name, p in named(stages) if name == EMBEDDING]
-        tied_copies(meshes.layout, split, held).add_up_gradients()
+        tied_replicas(meshes.layout, split, held).all_reduce_gradients()
     expected = reference(whole(case), 0)
     return {
         "loss": loss_error(trained, expected[0], group),

@@ -31,7 +31,7 @@ def test_causal_work_in_a_ring_is_equal_at_every_step() -> None:
         work = {
             sum(
                 len(range(*piece.queries.indices(total))) * len(range(*piece.keys.indices(total)))
-                for piece in _At(size, rank, total).pieces((rank - step) % size, lines=1)
+                for piece in _At(size, rank, total).blocks((rank - step) % size, lines=1)
             )
             for rank in range(size)
         }
@@ -44,7 +44,7 @@ class _At(Ring):
     def __init__(self, size: int, rank: int, total: int, window: int | None = None) -> None:
         mask = AttentionMask(length=total // size, total=total, device=torch.device("cpu"),
                       token_indices=token_indices(total, size, rank, balanced=True))  # fmt: skip
-        for name, value in {"sight": mask, "window": window, "at": (rank, size)}.items():
+        for name, value in {"mask": mask, "window": window, "at": (rank, size)}.items():
             object.__setattr__(self, name, value)
 
     @property
@@ -68,7 +68,7 @@ def test_pieces_cover_what_may_be_seen_once(
         at = _At(size, rank, total, window)
         for source in range(size):
             keys = token_indices(total, size, source, balanced=True)
-            for piece in at.pieces(source, lines=2):
+            for piece in at.blocks(source, lines=2):
                 lines, columns = at.mask.token_indices[piece.queries], keys[piece.keys]
                 assert 2 * len(lines) * len(columns) <= scores
                 mask = torch.ones(()) if piece.mask is None else piece.mask[0, 0]

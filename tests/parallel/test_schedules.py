@@ -28,8 +28,8 @@ NUMBERS = [
         ("interleaved_1f1b", 2, 10, None),
         (
             "interleaved_1f1b", 2, 9,
-            "interleaved_1f1b on 4 ranks runs 9 micro-batches in 2 rounds, which must be equally "
-            "long",
+            "interleaved_1f1b on 4 ranks runs 9 micro-batches in 2 rounds, which must be of equal "
+            "size",
         ),
     ],
 )  # fmt: skip

@@ -25,7 +25,7 @@ from launcher.config.resolve import Resolved, resolve_command_line
 from launcher.config.rules import check
 from launcher.layout.layout import Layout
 from launcher.parallel.local import local
-from launcher.parallel.parts import Parts
+from launcher.parallel.model_parts import ModelParts
 from launcher.parallel.world import World
 from launcher.report.console import Console
 from models.build import build_model
@@ -122,7 +122,7 @@ def compare(case: Case) -> None:
     assert_covered(layout, layout.shapes)
 
 
-def _compare_rank(rank: int, parts: Parts, layout: Layout) -> None:
+def _compare_rank(rank: int, parts: ModelParts, layout: Layout) -> None:
     tensors, placements = parts.named_tensors(), layout.of(rank)
     assert set(tensors) == set(placements)
     copies = [(name, p) for name, p in parts.all_named()]
@@ -139,7 +139,7 @@ def _compare_rank(rank: int, parts: Parts, layout: Layout) -> None:
 def _filled_model(spec, *, dtype: torch.dtype) -> nn.Module:
     model = build_model(spec, dtype=dtype, device="cpu")
     with torch.no_grad():
-        for name, tensor in Parts([model]).named_tensors().items():
+        for name, tensor in ModelParts([model]).named_tensors().items():
             tensor.copy_(_numbers(name, tuple(tensor.shape)))
     return model
 

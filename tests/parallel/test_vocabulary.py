@@ -24,7 +24,7 @@ def cut_losses(dtypes: list[str], pieces: int) -> list[tuple[float, np.ndarray]]
     from launcher.parallel import vocabulary, world
 
     here = world.start(force_cpu=True)
-    vocabulary.PIECE_ELEMENTS["cpu"] = pieces
+    vocabulary.CHUNK_ELEMENTS["cpu"] = pieces
     found = []
     for name in dtypes:
         logits, labels = material(getattr(torch, name))

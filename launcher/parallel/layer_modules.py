@@ -1,13 +1,13 @@
-"""The pieces of a layer that memory is saved on, and how a configuration names them.
+"""The modules of a layer that recompute, offload and compile can select, and their names.
 
-Owns names alone. A piece is the layer itself (""), a module in it under its own name
-(`self_attn.q_norm`), or a part of a module that is none:
+Owns names alone. A layer module is the layer itself (""), a module in it under its own name
+(`self_attn.q_norm`), or one of two functions that are no modules of their own:
 
     self_attn.attend    from queries, keys and values to outputs
-    mlp.activation      from what gate_proj and up_proj give, through down_proj
+    mlp.activation      from the outputs of gate_proj and up_proj through down_proj
 
-Patterns are regular expressions over such names. They may also use the names MindFormers has for
-the same things, in the older models (`feed_forward\\.w1\\.activation`) and in the newer ones
+Patterns are regular expressions over such names. They may also use MindFormers' names for the same
+modules, those of its older models (`feed_forward\\.w1\\.activation`) and of its newer ones
 (`mlp\\.activation_func`).
 """
 
@@ -30,12 +30,12 @@ from models.stage import StageSplit
 
 Function = Callable[..., Any]
 
-_PARTS: dict[type[nn.Module], tuple[str, str]] = {
+_FUNCTIONS: dict[type[nn.Module], tuple[str, str]] = {
     BaseAttention: ("attend", "attend"),
     MLP: ("activation", "activated"),
     Experts: ("activation", "activated"),
 }
-"""Class of a module -> name of its part, attribute that is called for it."""
+"""Class of a module -> (name of its function, attribute that is called for it)."""
 
 _SPELLINGS = {
     "self_attn": ("attention", "self_attention"),
@@ -51,47 +51,47 @@ _SPELLINGS = {
     "input_layernorm": ("attention_norm",),
     "post_attention_layernorm": ("ffn_norm", "pre_mlp_layernorm"),
     **{part: names for family in DECODERS.values()
-       for part, names in family.mindformers_pieces.items()},
+       for part, names in family.mindformers_modules.items()},
 }  # fmt: skip
-"""A part of a name -> what MindFormers says for it."""
+"""A component of a name -> its names in MindFormers."""
 
 _FREE = re.compile(
     r"(.*\.)?(re)?(shape|cast|rcast|cast_up|cast_down|add|add_3d|bias_add|transpose)"
 )
-"""Operations of MindFormers' models that keep nothing here."""
+"""Operations of MindFormers' models that save no activations here."""
 
 
 @dataclass(frozen=True)
-class LayerPart:
-    """One piece, which runs when `attribute` of `owner` is called."""
+class LayerModule:
+    """One module, or function of one, which runs when `attribute` of `owner` is called."""
 
     owner: nn.Module
     attribute: str
 
     def wrap(self, wrapper: Callable[[Function], Function]) -> None:
-        """Put `wrapper` round what is called, on this instance alone: names of parameters, and the
-        hooks on a module's call, stay as they are."""
+        """Wrap the called attribute of this instance: parameter names, and the hooks on a module's
+        call, do not change."""
         setattr(self.owner, self.attribute, wrapper(getattr(self.owner, self.attribute)))
 
 
-def pieces(layer: nn.Module) -> dict[str, LayerPart]:
-    """The pieces of `layer` by name."""
-    found: dict[str, LayerPart] = {}
+def layer_modules(layer: nn.Module) -> dict[str, LayerModule]:
+    """The modules of `layer` by name."""
+    found: dict[str, LayerModule] = {}
     for name, module in layer.named_modules():
-        found[name] = LayerPart(module, "forward")
-        for kind, (part, attribute) in _PARTS.items():
+        found[name] = LayerModule(module, "forward")
+        for kind, (function, attribute) in _FUNCTIONS.items():
             if isinstance(module, kind):
-                found[f"{name}.{part}"] = LayerPart(module, attribute)
+                found[f"{name}.{function}"] = LayerModule(module, attribute)
     return found
 
 
-def names_in(layers: Collection[nn.Module]) -> list[str]:
-    """The names of all pieces of `layers`, the layer itself apart."""
-    return list(dict.fromkeys(name for layer in layers for name in pieces(layer) if name))
+def module_names(layers: Collection[nn.Module]) -> list[str]:
+    """The names of all modules of `layers`, without the layers themselves."""
+    return list(dict.fromkeys(name for layer in layers for name in layer_modules(layer) if name))
 
 
 def matching(pattern: str, names: Collection[str]) -> set[str]:
-    """Those of `names` that the pattern names, in any spelling."""
+    """Those of `names` that the pattern matches, in any spelling."""
     expression = re.compile(pattern)
     return {name for name in names if any(map(expression.fullmatch, spellings(name)))}
 
@@ -107,22 +107,22 @@ def spellings(name: str) -> Iterator[str]:
 
 
 def outermost(names: Collection[str]) -> list[str]:
-    """`names` without those inside of another."""
+    """`names` without those inside another of them."""
     return [name for name in names if not any(is_inside(name, other) for other in names)]
 
 
 def is_inside(name: str, other: str) -> bool:
-    """Whether `name` is a piece of the piece `other`."""
+    """Whether module `name` is inside module `other`."""
     return name != other and (not other or name.startswith(f"{other}."))
 
 
 def check_patterns(
     key: str, patterns: Collection[str], names: Collection[str], where: Callable[[str], str]
 ) -> list[str]:
-    """Patterns that name nothing because there is nothing to keep: they have no effect.
+    """The patterns without effect: those of operations that save no activations here.
 
-    `names`: those of all layers of the model. `where`: from a key to file and line. Raises
-    UserError for a pattern that names nothing for any other reason.
+    `names`: the modules of all layers of the model. `where`: from a key to file and line. Raises
+    UserError for any other pattern that matches no module.
     """
     idle = [pattern for pattern in patterns if not matching(pattern, names)]
     for pattern in idle:
@@ -132,18 +132,18 @@ def check_patterns(
             raise UserError(
                 f"{key}: {pattern!r}",
                 where=where(key),
-                rule="the layers of this model have no such piece",
-                nearest=did_you_mean(written, known) or f"There are: {', '.join(names)}",
+                rule="the layers of this model have no such module",
+                nearest=did_you_mean(written, known) or f"Known: {', '.join(names)}",
             )
     return idle
 
 
-def layers_chosen(value: bool | Sequence[Any], split: StageSplit) -> frozenset[int]:
-    """Numbers of the layers that a truth or a list of entries chooses.
+def layers_selected(value: bool | Sequence[Any], split: StageSplit) -> frozenset[int]:
+    """Numbers of the layers that a boolean or a list of entries selects.
 
-    An entry is a truth or a number of layers, from the first. A list has one a pipeline rank, whose
-    stages take turns until the number is reached, or one list for each stage of a rank, in which
-    the ranks have an entry each. What is not written is 0. (As in MindFormers.)
+    An entry is a boolean or a number of layers, counted from the first. A list has one entry a
+    pipeline rank, dealt one by one to the stages of the rank, or one list for each stage of a rank
+    with an entry for each rank. Missing entries are 0. (As in MindFormers.)
     """
     chosen: set[int] = set()
     for rank in set(split.ranks):
@@ -155,7 +155,7 @@ def layers_chosen(value: bool | Sequence[Any], split: StageSplit) -> frozenset[i
 
 
 def _counts(value: bool | Sequence[Any], rank: int, sizes: list[int]) -> list[int]:
-    """How many layers of each stage of `rank`, which have `sizes`."""
+    """How many layers are selected in each stage of `rank`; the stages have `sizes` layers."""
     if isinstance(value, bool):
         return [_number(value, size) for size in sizes]
     if not any(isinstance(row, list) for row in value):
@@ -176,7 +176,7 @@ def _number(entry: bool | int, size: int) -> int:
 
 
 def _dealt(number: int, sizes: list[int]) -> list[int]:
-    """`number` dealt to the stages one by one, as long as they have room."""
+    """`number` dealt to the stages one by one, up to their sizes."""
     dealt = [0] * len(sizes)
     while sum(dealt) < number:
         for stage, size in enumerate(sizes):
@@ -186,23 +186,23 @@ def _dealt(number: int, sizes: list[int]) -> list[int]:
 
 
 Selection = Mapping[str, frozenset[int]]
-"""Pattern -> numbers of the layers it is about."""
+"""Pattern -> numbers of the layers it applies to."""
 
 
-def selection(value: Any, split: StageSplit, usual: Collection[str]) -> dict[str, frozenset[int]]:
-    """What a truth, patterns, entries, or patterns with entries choose; `usual` are the patterns
-    where none are written."""
+def selection(value: Any, split: StageSplit, default: Collection[str]) -> dict[str, frozenset[int]]:
+    """The selection of a boolean, of patterns, of entries, or of patterns with entries; `default`
+    are the patterns where none are given."""
     if isinstance(value, Mapping):
-        return {str(pattern): layers_chosen(entry, split) for pattern, entry in value.items()}
+        return {str(pattern): layers_selected(entry, split) for pattern, entry in value.items()}
     if isinstance(value, list) and value and all(isinstance(item, str) for item in value):
-        return {pattern: layers_chosen(True, split) for pattern in value}
-    return {pattern: layers_chosen(value, split) for pattern in usual}
+        return {pattern: layers_selected(True, split) for pattern in value}
+    return {pattern: layers_selected(value, split) for pattern in default}
 
 
-def selected(choice: Selection, layer: int, names: Collection[str]) -> set[str]:
-    """Those of `names`, the pieces of the layer with this number, that are chosen."""
+def selected(selection: Selection, layer: int, names: Collection[str]) -> set[str]:
+    """Those of `names`, the modules of the layer with this number, that are selected."""
     return {
         name
-        for pattern, layers in choice.items() if layer in layers
+        for pattern, layers in selection.items() if layer in layers
         for name in matching(pattern, names)
     }  # fmt: skip

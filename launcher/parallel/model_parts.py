@@ -1,4 +1,4 @@
-"""What one rank computes: the whole model, or its stages of a pipeline, as one thing."""
+"""The model parts of one rank: the full model, or its pipeline stages."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from launcher.parallel.grad_all_reduce import GradAllReduce
 
 
 @dataclass(frozen=True)
-class Parts:
+class ModelParts:
     """The modules of this rank, in the order of the pipeline; one without a pipeline.
 
-    A tied embedding may be there twice under one name, when a rank has the first stage and the
-    last: the first one counts, and the other is kept equal to it.
+    When a rank has both the first stage and the last, a tied embedding is there twice under one
+    name: the first one counts, and the second is a replica that is kept equal to it.
     """
 
     modules: Sequence[nn.Module]
     grad_all_reduce: GradAllReduce | None = None
-    """How gradients are added up over the ranks where FSDP does not do it."""
+    """All-reduces gradients over the ranks where FSDP does not."""
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """Parameters by name."""
@@ -42,18 +42,18 @@ class Parts:
                     named.setdefault(name, tensor)
         return named
 
-    def copies(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
-        """Pairs of parameters with one name: the one that counts, and its copy."""
+    def replicas(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
+        """Pairs of parameters with one name: the one that counts, and its replica."""
         first = self.named_parameters()
         return [(first[name], p) for name, p in self.all_named() if first[name] is not p]
 
     def all_named(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Every parameter object with its name, copies too."""
+        """Every parameter object with its name, including replicas."""
         for module in self.modules:
             yield from module.named_parameters()
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """Every parameter object, copies too."""
+        """Every parameter object, including replicas."""
         for _, parameter in self.all_named():
             yield parameter
 
@@ -68,7 +68,7 @@ class Parts:
         return self.modules[0].training
 
     def sync_gradients(self, enabled: bool) -> None:
-        """Whether the next backward pass reduces gradients over the ranks."""
+        """Set whether the next backward pass reduces gradients over the ranks."""
         for module in self.modules:
             sync_gradients(module, enabled)
         if self.grad_all_reduce is not None:
