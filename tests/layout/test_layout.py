@@ -1,4 +1,4 @@
-"""Layouts cover every tensor exactly, and agree with torch's own rule."""
+"""Layouts cover every tensor exactly, and agree with torch.chunk."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def meshes(draw, most: int = 3) -> Mesh:
 
 
 @st.composite
-def cut_tensors(draw) -> tuple[Shape, ShardSpec, Mesh]:
-    """A tensor, a way to cut it, and a mesh; what is cut in equal pieces can be."""
+def sharded_tensors(draw) -> tuple[Shape, ShardSpec, Mesh]:
+    """A tensor, a shard spec, and a mesh; dims that need equal shards are divisible."""
     mesh, shape = draw(meshes()), list(draw(SHAPES))
     expert = len(shape) > 1 and draw(st.booleans())
     tp_dim = draw(st.sampled_from([None, *range(int(expert), len(shape))]))
@@ -53,7 +53,7 @@ def cut_tensors(draw) -> tuple[Shape, ShardSpec, Mesh]:
 
 
 @settings(deadline=None)
-@given(case=cut_tensors())
+@given(case=sharded_tensors())
 def test_the_boxes_cover_a_tensor_and_each_element_has_one_owner(case) -> None:
     shape, cut, mesh = case
     layout = Layout({"w": shape}, mesh, {"w": cut})
@@ -71,17 +71,17 @@ def test_the_boxes_cover_a_tensor_and_each_element_has_one_owner(case) -> None:
         owned[place] += layout.is_owner("w", rank)
         replica_ranks += 1
     assert (owned == 1).all()
-    assert (held == replica_ranks // _pieces(cut, mesh)).all()
+    assert (held == replica_ranks // _shard_count(cut, mesh)).all()
 
 
-def _pieces(cut: ShardSpec, mesh: Mesh) -> int:
-    """In how many pieces a tensor is cut, some of which may be empty."""
+def _shard_count(cut: ShardSpec, mesh: Mesh) -> int:
+    """Number of shards of a tensor, some of which may be empty."""
     data = mesh.expert_shard if cut.expert else mesh.dp_shard
     tensor = 1 if cut.tp_dim is None else mesh.tp
     return (data if cut.sharded else 1) * tensor * (mesh.ep if cut.expert else 1)
 
 
-def test_scalars_and_buffers_are_whole_on_every_rank() -> None:
+def test_scalars_and_buffers_are_replicated_on_every_rank() -> None:
     layout = Layout({"scalar": (), "buffer": (8,)}, Mesh(dp_shard=4), {"buffer": REPLICATED})
     for rank in range(4):
         held = layout.of(rank)
@@ -113,7 +113,7 @@ def test_experts_are_shared_by_neighbours_on_the_data_axes() -> None:
 
 @settings(deadline=None)
 @given(mesh=meshes(4))
-def test_every_rank_has_a_place_of_its_own_on_both_views(mesh: Mesh) -> None:
+def test_every_rank_has_unique_coordinates_on_both_views(mesh: Mesh) -> None:
     at = [mesh.coordinates(rank) for rank in range(mesh.world_size)]
     dense = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
     experts = ("pp", "expert_copy", "expert_shard", "ep", "tp")
@@ -148,7 +148,7 @@ def test_a_shard_size_that_does_not_divide_is_refused() -> None:
         training_mesh(data_parallel=4, shard_optimizer=True, shard_size=3)
 
 
-def test_state_of_the_optimizer_lies_as_its_parameter_does() -> None:
+def test_optimizer_state_is_sharded_as_its_parameter() -> None:
     layout = Layout({"w": (8, 6)}, Mesh(dp_shard=2, tp=2), {"w": ShardSpec(tp_dim=1)})
     state = layout.alike("adam_m.")
     for rank in range(4):
@@ -156,7 +156,7 @@ def test_state_of_the_optimizer_lies_as_its_parameter_does() -> None:
         assert state.is_owner("adam_m.w", rank) == layout.is_owner("w", rank)
 
 
-def test_ranks_and_tensors_that_are_cut_alike_share_their_answers() -> None:
+def test_ranks_and_tensors_that_are_sharded_alike_share_cached_results() -> None:
     layout = Layout({"a": (8, 6), "b": (8, 6)}, Mesh(dp_replicate=2, dp_shard=2))
     assert layout.of(1) is layout.of(3)
     assert layout.of(0)["a"] is layout.of(0)["b"]

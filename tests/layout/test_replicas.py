@@ -1,4 +1,4 @@
-"""Who holds the same box: by arithmetic what a look at every rank finds; one of them keeps it."""
+"""Replica ranks of a box: computed ones equal those of a search; one of them is the writer."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def meshes(draw: st.DrawFn) -> Mesh:
 
 
 @given(mesh=meshes())
-def test_holders_are_those_a_look_at_every_rank_finds(mesh: Mesh) -> None:
+def test_replica_ranks_equal_those_of_a_search(mesh: Mesh) -> None:
     placed = layout(mesh)
     found = defaultdict(list)
     for rank in range(mesh.world_size):
@@ -51,7 +51,7 @@ def test_holders_are_those_a_look_at_every_rank_finds(mesh: Mesh) -> None:
 
 
 @given(mesh=meshes())
-def test_every_box_has_one_keeper_on_which_all_its_holders_agree(mesh: Mesh) -> None:
+def test_every_box_has_one_writer_rank_on_which_its_replicas_agree(mesh: Mesh) -> None:
     placed = layout(mesh)
     replica_ranks = Replicas(placed)
     kept = defaultdict(set)
@@ -67,7 +67,7 @@ def test_every_box_has_one_keeper_on_which_all_its_holders_agree(mesh: Mesh) -> 
     assert all(len(ranks) == 1 for ranks in kept.values())
 
 
-def test_bytes_are_shared_out_evenly() -> None:
+def test_bytes_are_divided_evenly() -> None:
     sizes = {f"layer {i}": 100 - i for i in range(40)} | {"large": 400}
     keeper = writer_ranks(sizes, dict.fromkeys(sizes, (0, 1, 2, 3)))
     loads = [sum(sizes[name] for name in sizes if keeper[name] == rank) for rank in range(4)]

@@ -1,4 +1,4 @@
-"""Sixteen thousand ranks of a model of 671 billion parameters: right, in little memory."""
+"""Layouts of a model of 671 billion parameters on 16 thousand ranks: correct, in little memory."""
 
 from __future__ import annotations
 

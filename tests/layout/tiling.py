@@ -1,4 +1,4 @@
-"""Whether the boxes of all ranks make up each tensor, exactly."""
+"""Whether the boxes of all ranks tile each tensor exactly."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def assert_covered(layout: Layout, names: Iterable[str]) -> None:
 
 
 def tiles_once(shape: Shape, boxes: Iterable[Box]) -> bool:
-    """Whether `boxes` cover a tensor without overlap: they are all the combinations of intervals
-    that follow each other in each dim. Empty ones do not count."""
+    """Whether `boxes` cover a tensor without overlap: all combinations of adjacent intervals of
+    each dim. Empty ones do not count."""
     full = [box for box in boxes if box.numel]
     by_dim = [
         sorted({(box.offset[dim], box.size[dim]) for box in full}) for dim in range(len(shape))

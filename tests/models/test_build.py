@@ -1,4 +1,4 @@
-"""Building, tying, initialising; and transformers modules behind the decoder's interface."""
+"""Building, tying, initialization; and transformers modules behind the decoder's interface."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ A_FEW = ["gpt_neox", "gpt2", "opt", "gemma2", "phi", "starcoder2", "bloom", "qwe
 
 
 def reference(model: TransformersModel) -> torch.nn.Module:
-    """The same as transformers initialises it."""
+    """The same module as initialized by transformers."""
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
@@ -45,7 +45,7 @@ def reference(model: TransformersModel) -> torch.nn.Module:
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("family", ["gpt_neox", "gpt2", "starcoder2", "qwen2_moe"])
 def test_names_and_values_of_a_saved_directory(family: str, tied: bool, tmp_path: Path) -> None:
-    """A directory of save_pretrained has our names; loaded by them, the logits are equal."""
+    """A directory of save_pretrained has the decoder's names; loaded by them, logits are equal."""
     from safetensors.torch import load_file
 
     spec = module_spec(family, tie_word_embeddings=tied)
@@ -89,7 +89,7 @@ def test_the_other_module_families(family: str) -> None:
 
 
 def check_family(family: str) -> None:
-    """Begun as transformers begins them, buffers equal, packed documents apart or refused."""
+    """Initialized as by transformers, with equal buffers; packed documents separate or refused."""
     spec = module_spec(family)
     model = build_model(spec, dtype=torch.float32, device="cpu")
     assert isinstance(model, TransformersModel)
@@ -98,7 +98,7 @@ def check_family(family: str) -> None:
     expected = dict(module.named_parameters())
     otherwise = [
         name for name, parameter in model.named_parameters()
-        if not begins_as(parameter, expected[name])
+        if not is_initialized_as(parameter, expected[name])
     ]  # fmt: skip
     assert bool(otherwise) == needs_weights(spec), otherwise
     model.load_state_dict(module.state_dict(), strict=False)
@@ -118,8 +118,8 @@ def check_family(family: str) -> None:
     torch.testing.assert_close(packed, alone)
 
 
-def begins_as(parameter: torch.Tensor, expected: torch.Tensor) -> bool:
-    """Whether initial values are those of transformers, as far as random ones can be."""
+def is_initialized_as(parameter: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Whether initial values have the distribution of those of transformers."""
     if parameter.ndim == 1 or not expected.any():
         return torch.equal(parameter, expected)
     spread = 0.25 if parameter.numel() > 100 else 0.6
@@ -160,7 +160,7 @@ def test_refusals_of_config_json(name: str) -> None:
         build_model(model_spec({}, config_json | small), dtype=torch.float32)
 
 
-def test_shards_equal_slices_of_the_whole() -> None:
+def test_shards_equal_slices_of_the_full_parameter() -> None:
     shape, name = (700, 12), "model.layers.0.mlp.up_proj.weight"
     whole = initialize_shard(name, shape, (0, 0), shape, OURS, seed=7)
     boxes = [((0, 0), (256, 12)), ((256, 0), (444, 12)), ((100, 3), (333, 5)), ((699, 11), (1, 1)),
@@ -176,8 +176,8 @@ def test_shards_equal_slices_of_the_whole() -> None:
     assert not torch.equal(whole, other)
 
 
-def test_initial_values_stay_what_they_are() -> None:
-    """Known numbers: a later version must not draw other models from the same seed."""
+def test_initial_values_do_not_change() -> None:
+    """Recorded values: a later version must give the same model for the same seed."""
     values = initialize_shard("lm_head.weight", (300, 8), (256, 0), (2, 2), OURS, seed=1)
     assert values.flatten().tolist() == pytest.approx(KNOWN_VALUES, abs=1e-7)
 
@@ -221,7 +221,7 @@ def test_counts_blocks_and_ties_of_the_decoder() -> None:
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("kind", ["decoder", "module"])
 def test_sharded_on_meta_then_filled(kind: str, tied: bool, tmp_path: Path) -> None:
-    """FSDP over one rank, on meta: materialised, tied again and filled, it is the plain model."""
+    """FSDP over one rank, on meta: materialized, retied and filled, it equals the plain model."""
     import torch.distributed as dist
     from torch.distributed.fsdp import fully_shard
 
@@ -283,7 +283,7 @@ def test_an_exported_directory_opens_in_transformers(name: str, tied: bool, tmp_
     assert again.decoder == spec.decoder
 
 
-def test_files_beside_the_weights(tmp_path: Path) -> None:
+def test_files_next_to_the_weights(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     (tmp_path / "model.safetensors").write_text("not copied")
     (tmp_path / "sentencepiece.bpe.model").write_text("")

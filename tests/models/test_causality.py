@@ -1,4 +1,4 @@
-"""Models that see the tokens they are trained to predict: found by computing, and refused."""
+"""Models whose attention is not causal: detected by computing, and refused."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ A_FEW = ["bert", "xlm", "roberta", "roformer", "xlnet"]
 
 
 def looks_ahead(model: nn.Module) -> bool:
-    """Whether the last token moves the logits before it."""
+    """Whether the last token changes the logits before it."""
     input_ids = tokens(2, 12)
     other = input_ids.clone()
     other[:, -1] = other[:, -1] % 90 + 3
@@ -44,7 +44,7 @@ def check(family: str, folder: Path) -> None:
     for config in ({"model_type": family} | other, {"model_type": family}):
         with pytest.raises(ModelConfigError) as raised:
             model_spec({}, config)
-        assert "a token would see those after it" in str(raised.value)
+        assert "not causal: a token attends to later ones" in str(raised.value)
         assert f"Set model.model_config.{key}: {needed}" in str(raised.value)
     model_spec({key: needed}, {"model_type": family} | other)
 
@@ -75,12 +75,12 @@ KEYS = {
 
 
 @pytest.mark.parametrize("family", KEYS)
-def test_keys_that_make_a_model_look_ahead(family: str, tmp_path: Path) -> None:
+def test_keys_that_disable_the_causal_mask(family: str, tmp_path: Path) -> None:
     assert looks_ahead(with_key(family, tmp_path, **KEYS[family]))
     ((key, value),) = KEYS[family].items()
     with pytest.raises(ModelConfigError) as raised:
         model_spec({}, {"model_type": family, key: value})
-    assert str(raised.value).startswith(f"config.json: {key} = {value}: a token would see")
+    assert str(raised.value).startswith(f"config.json: {key} = {value}: not causal: ")
 
 
 def with_key(family: str, folder: Path, **key: Any) -> nn.Module:
@@ -90,7 +90,7 @@ def with_key(family: str, folder: Path, **key: Any) -> nn.Module:
     return AutoModelForCausalLM.from_config(config)
 
 
-def test_the_yaml_is_blamed_for_its_key() -> None:
+def test_a_key_of_the_yaml_is_reported() -> None:
     with pytest.raises(ModelConfigError) as raised:
         model_spec({"is_decoder": False}, {"model_type": "electra", "is_decoder": True})
     assert raised.value.model_problems[0].key == "is_decoder"
@@ -105,7 +105,7 @@ def unlisted(monkeypatch: pytest.MonkeyPatch, family: str) -> None:
     monkeypatch.delitem(CAUSAL_WHEN, family, raising=False)
 
 
-def test_an_unlisted_type_with_the_switch_of_bert_is_refused_without_it(
+def test_an_unlisted_type_with_is_decoder_is_refused_without_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     unlisted(monkeypatch, "rembert")
@@ -126,7 +126,7 @@ def test_an_unlisted_type_is_tried_in_its_first_forward(
         torch.nn.init.normal_(parameter, std=0.2)
     model.train()
     if not causal:
-        with pytest.raises(UserError, match="model type xlm: a token sees those after it"):
+        with pytest.raises(UserError, match="model type xlm: not causal: a token attends"):
             model(tokens(2, 24))
         return
     assert model(tokens(2, 24)).requires_grad

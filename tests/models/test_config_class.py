@@ -1,4 +1,4 @@
-"""What is read off the source of a configuration class is what the class says."""
+"""What is parsed from the source of a configuration class equals the class itself."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_every_class(family: str) -> None:
 
 @pytest.mark.long
 @pytest.mark.parametrize("family", TRANSFORMERS_MODULES)
-def test_layer_types_with_rope_settings_of_their_own(family: str) -> None:
+def test_layer_types_with_separate_rope_settings(family: str) -> None:
     known = config_class(family)
     assert known is not None
     rope: dict[str, Any] = getattr(CONFIG_MAPPING[family](), "rope_parameters", None) or {}
@@ -55,7 +55,7 @@ def test_layer_types_with_rope_settings_of_their_own(family: str) -> None:
 
 
 def test_types_without_a_causal_language_model_are_refused() -> None:
-    """All that transformers has, of pictures, sound and text, before anything is loaded."""
+    """All those of transformers for images, audio and text, before anything is loaded."""
     others = class_names().keys() - MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys() - {"gpt-sw3"}
     assert {"albert", "clip", "modernbert", "flaubert", "qwen2_audio"} <= others
     for model_type in others:
@@ -71,7 +71,7 @@ def test_names_of_a_key() -> None:
     assert gpt2.names_of("hidden_size") == gpt2.names_of("n_embd") == ["n_embd", "hidden_size"]
     assert gpt2.default("max_position_embeddings") == 1024
     assert not gpt2.has("hidden_siz")
-    # The first name is one that only the map of names has.
+    # The first name is only in the attribute map.
     assert bailing.key("max_position_embeddings") == "model_max_length"
     assert bailing.has("model_max_length")
     assert bailing.default("model_max_length") == 262144

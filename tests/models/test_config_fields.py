@@ -1,4 +1,4 @@
-"""Any key of a configuration with another value: the model of transformers, or refused by name."""
+"""Any key of a configuration with another value: the same model as transformers, or an error."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ OTHER: dict[str, Any] = {
     "num_experts_per_tok": 1, "qk_rope_head_dim": 16,
     "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 333.0},
 }  # fmt: skip
-"""Another value than that of a tiny configuration; of the rest, one is made."""
+"""Another value than that of a tiny configuration; the rest are generated."""
 
 OF_OTHER_FAMILIES: dict[str, Any] = {
     "sliding_window": 8, "routed_scaling_factor": 2.0, "hidden_dropout": 0.4,
@@ -53,7 +53,7 @@ def another(key: str, value: Any) -> Any:
 
 
 def tiny_json(family: str) -> dict[str, Any]:
-    """config.json of a tiny model as transformers writes it, all keys in it."""
+    """config.json of a tiny model as transformers writes it, with all keys."""
     config = CONFIG_MAPPING[family](**tiny_config(family))
     content = json.loads(config.to_json_string(use_diff=family not in DECODERS))
     plain: dict[str, Any] = PretrainedConfig._decode_special_floats(content)
@@ -68,7 +68,7 @@ def fields_of(family: str) -> list[tuple[str, Any]]:
 
 
 def names(error: UserError, family: str, key: str) -> bool:
-    """Whether an error names a key, by one of its names or in words."""
+    """Whether an error contains a key, by one of its names or in words."""
     known = config_class(family)
     assert known is not None
     spelled = [*known.names_of(key), key.removeprefix("num_").replace("_", " ")]
@@ -162,7 +162,7 @@ def test_keys_that_a_family_lacks_are_ignored_and_named_once(family: str, tmp_pa
     assert [note for note in spec.notes if note.startswith(named)]
     assert IGNORED[family].items() <= spec.hf_config.items()
     for key in IGNORED[family].keys() - {"hidden_dropout"}:
-        with pytest.raises(ModelConfigError, match=f"{key} = .*: no such key of this model"):
+        with pytest.raises(ModelConfigError, match=f"{key} = .*: unknown key for this model"):
             model_spec({key: IGNORED[family][key]}, tiny_json(family))
 
 
@@ -223,7 +223,7 @@ def test_unknown_keys_of_a_module_are_named_once() -> None:
     )
 
 
-def test_rope_settings_that_are_no_map() -> None:
+def test_rope_settings_that_are_not_a_map() -> None:
     for family in ("llama", "phi"):
         with pytest.raises(ModelConfigError) as raised:
             model_spec({}, tiny_json(family) | {"rope_scaling": "linear"})
@@ -231,7 +231,7 @@ def test_rope_settings_that_are_no_map() -> None:
 
 
 def test_a_model_without_shared_experts(tmp_path: Path) -> None:
-    """transformers saves matrices of no rows for them."""
+    """transformers saves matrices without rows for them."""
     config = tiny_json("deepseek_v3") | {"n_shared_experts": 0}
     expected = module_of(config, tmp_path)
     assert expected is not None

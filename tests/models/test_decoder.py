@@ -1,4 +1,4 @@
-"""The decoder against transformers, and what transformers has not: packing, dropout by sample."""
+"""The decoder against transformers; packing and dropout by sample, which transformers lacks."""
 
 from __future__ import annotations
 
@@ -81,7 +81,9 @@ def test_window_as_long_as_the_row_needs_no_mask() -> None:
 def test_low_precision_follows_the_weights(dtype: torch.dtype) -> None:
     own, module = pair(dense_spec(type="Qwen3Config", head_dim=16))
     own = own.to(dtype)
-    for parameter in module.parameters():  # not .to(), which would round its table of angles too
+    for (
+        parameter
+    ) in module.parameters():  # not .to(), which would also round its rotary frequencies
         parameter.data = parameter.data.to(dtype)
     input_ids = tokens(2, 16)
     logits = own(input_ids)
@@ -123,7 +125,7 @@ def test_dynamic_scaling_does_not_depend_on_the_other_rows() -> None:
     own, _ = pair(dense_spec(**FAMILIES["llama dynamic"]))
     input_ids = tokens(2, 32)
     short = torch.arange(32).repeat(2, 1)
-    short[1] = torch.arange(32) % 8  # this row stays inside the positions the model was made for
+    short[1] = torch.arange(32) % 8  # this row stays within max_position_embeddings
     both = own(input_ids, position_ids=short)
     torch.testing.assert_close(both[1:], own(input_ids[1:], position_ids=short[1:]))
     assert not torch.allclose(both[:1], own(input_ids[:1], position_ids=short[1:]))
@@ -153,7 +155,7 @@ def test_one_document_a_row_equals_plain_causal() -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "llama dynamic", "mistral window", "qwen2 window"])
-def test_cache_gives_the_logits_of_the_whole_text(name: str) -> None:
+def test_cache_gives_the_logits_of_the_full_text(name: str) -> None:
     own, _ = pair(dense_spec(**FAMILIES[name] | {"max_position_embeddings": 64}))
     own.eval()
     input_ids = tokens(2, 24)
@@ -202,8 +204,8 @@ def test_dropout_only_in_training_and_only_with_seeds() -> None:
     assert torch.equal(own.eval()(input_ids, sample_seeds=SEEDS), expected)
 
 
-def test_explicit_attention_without_losses_equals_the_kernel() -> None:
-    """A dropout probability too small to hit anything leaves only the explicit computation."""
+def test_explicit_attention_without_dropout_equals_the_kernel() -> None:
+    """A dropout probability too small to drop anything leaves only the explicit computation."""
     own, module = pair(dense_spec(**DROPOUT | {"attention_dropout": 1e-9, "hidden_dropout": 0.0}))
     input_ids = tokens(2, 24)
     torch.testing.assert_close(
@@ -234,10 +236,10 @@ def test_gradients_do_not_depend_on_how_rows_are_split() -> None:
     own, _ = pair(dense_spec(**DROPOUT))
     input_ids = tokens(4, 24)
 
-    def gradients(pieces: list[slice]) -> list[Tensor]:
+    def gradients(rows: list[slice]) -> list[Tensor]:
         model = copy.deepcopy(own)
-        for piece in pieces:
-            model(input_ids[piece], sample_seeds=SEEDS[piece]).pow(2).sum().backward()
+        for part in rows:
+            model(input_ids[part], sample_seeds=SEEDS[part]).pow(2).sum().backward()
         return [p.grad for p in model.parameters() if p.grad is not None]
 
     together, apart = gradients([slice(0, 4)]), gradients([slice(0, 1), slice(1, 4)])
@@ -260,7 +262,7 @@ def test_built_on_meta_and_filled_equals_built_in_place() -> None:
     assert model(input_ids).shape == (1, 8, VOCABULARY)
 
 
-def test_layers_and_activations_may_be_run_by_others() -> None:
+def test_layers_and_activations_can_be_wrapped() -> None:
     own, _ = pair(dense_spec(**DROPOUT))
     input_ids = tokens(2, 16)
     expected = own(input_ids, sample_seeds=SEEDS[:2])
@@ -277,7 +279,7 @@ def test_layers_and_activations_may_be_run_by_others() -> None:
 
 
 def test_compiles_without_breaks() -> None:
-    """Traced whole (no kernel is generated, which would take a compiler): no graph breaks."""
+    """Traced in full (without code generation, which needs a compiler): no graph breaks."""
     own, _ = pair(dense_spec(**DROPOUT))
     input_ids = tokens(2, 16)
     documents = torch.arange(16).repeat(2, 1) // 8

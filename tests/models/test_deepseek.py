@@ -1,5 +1,5 @@
-"""What DeepSeek-V3 has of its own: groups of experts, a correction, latent attention. (The whole
-model against transformers is in test_moe.)"""
+"""Specifics of DeepSeek-V3: groups of experts, score correction, latent attention. (The full model
+is compared with transformers in test_moe.)"""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_the_best_expert_of_a_poor_group_is_not_chosen() -> None:
     assert 0 in chosen[0].tolist()
 
 
-def test_the_correction_counts_for_the_choice_alone() -> None:
+def test_the_correction_affects_only_the_choice() -> None:
     token = scored(e3=0.6, e4=0.5)
     made = router(norm_topk_prob=False)
     made.e_score_correction_bias[9:11] = 5.0
@@ -55,7 +55,7 @@ def test_the_correction_counts_for_the_choice_alone() -> None:
 
 
 def test_the_router_computes_in_float32() -> None:
-    """Scores that bfloat16 cannot tell apart."""
+    """Scores that are equal in bfloat16."""
     made = router().bfloat16()
     token = torch.zeros(1, 12, dtype=torch.bfloat16)
     token[0, 3:5] = torch.tensor([4.0, 4.03125])
@@ -64,7 +64,7 @@ def test_the_router_computes_in_float32() -> None:
     assert probabilities[0, 4] > probabilities[0, 3]
 
 
-def test_neighbours_rotated_are_halves_rotated_in_another_order() -> None:
+def test_interleaved_rotation_equals_rotation_of_halves_reordered() -> None:
     states = torch.randn(1, 2, 5, 8)
     angles = torch.randn(1, 1, 5, 4)
     order = torch.tensor([0, 2, 4, 6, 1, 3, 5, 7])
@@ -91,8 +91,8 @@ def test_scores_are_scaled_as_in_transformers(name: str) -> None:
     assert score_factor(SCALINGS[name]) == pytest.approx(expected)
 
 
-def test_the_heads_of_latent_attention_add_up() -> None:
-    """Half the heads, with the narrow vectors whole: half of the sum."""
+def test_the_heads_of_latent_attention_sum() -> None:
+    """Half the heads, with replicated low-rank projections: half of the sum."""
     import copy
 
     own, _ = pair(experts_spec("deepseek_v3"))

@@ -44,8 +44,8 @@ def test_defaults_are_those_of_transformers(family: str) -> None:
     if DECODERS[family].expert_count:
         left_out -= {"num_experts", "num_local_experts"}  # another spelling is there
     if DECODERS[family].has_latent:
-        left_out -= {"head_dim", "qk_head_dim"}  # follow from the others
-    # What is not in config.json is the same for every model, or of no effect on a decoder.
+        left_out -= {"head_dim", "qk_head_dim"}  # derived from the others
+    # What is not in config.json is the same for every model, or has no effect on a decoder.
     assert left_out <= {
         "transformers_version", "output_hidden_states", "return_dict", "dtype", "id2label",
         "chunk_size_feed_forward", "is_encoder_decoder", "label2id", "problem_type",
@@ -85,9 +85,7 @@ def test_both_spellings_of_config_json_mean_the_same(name: str) -> None:
     assert spec.decoder.rope_scaling is not None
     assert spec.decoder.rope_scaling["rope_type"] == "linear"
     assert spec.hf_config["dtype"] == "bfloat16"
-    assert (
-        spec.precision.params_dtype is None
-    )  # what the files hold does not decide what is trained
+    assert spec.precision.params_dtype is None  # the dtype of the files is not that of training
     assert "rope_theta" not in spec.hf_config
     assert spec.hf_config["rope_parameters"] == {
         "rope_type": "linear", "factor": 2.0, "rope_theta": 500000.0,
@@ -95,7 +93,7 @@ def test_both_spellings_of_config_json_mean_the_same(name: str) -> None:
 
 
 def test_config_json_of_transformers_is_read_unchanged() -> None:
-    """What transformers writes comes back as the same configuration, unknown keys included."""
+    """What transformers writes is read as the same configuration, including unknown keys."""
     from transformers import AutoConfig, Qwen3Config
 
     written = Qwen3Config(num_hidden_layers=2, use_sliding_window=True, max_window_layers=1)
@@ -109,7 +107,7 @@ def test_config_json_of_transformers_is_read_unchanged() -> None:
     assert spec.decoder.sliding_window == (None, 4096)
 
 
-def test_the_yaml_wins_over_config_json() -> None:
+def test_the_yaml_overrides_config_json() -> None:
     base = CONFIG_FILES["new spelling"] | {"num_hidden_layers": 4, "max_position_embeddings": 128}
     spec = model_spec({"num_layers": 2, "theta": 1e4, "seq_length": 128}, base)
     assert spec.decoder is not None
@@ -225,7 +223,7 @@ def test_which_layers_have_experts() -> None:
     assert layers(**DEEPSEEK, first_k_dense_replace=1) == (False, True, True, True)
 
 
-def test_a_balance_loss_is_added_only_when_asked_for() -> None:
+def test_a_balance_loss_is_added_only_if_configured() -> None:
     for asked, coefficient in ((True, 0.001), (False, 0.0)):
         spec = model_spec(QWEN_MOE | {"output_router_logits": asked}, None)
         assert spec.decoder is not None
@@ -233,7 +231,7 @@ def test_a_balance_loss_is_added_only_when_asked_for() -> None:
         assert spec.decoder.experts.balance_coefficient == coefficient
 
 
-def test_modules_for_further_tokens_are_left_alone() -> None:
+def test_multi_token_prediction_modules_are_ignored() -> None:
     base = {"model_type": "deepseek_v3", "num_nextn_predict_layers": 1, "num_hidden_layers": 2}
     spec = model_spec({}, base)
     assert spec.notes == (
@@ -257,7 +255,7 @@ def test_config_json_of_deepseek_is_read_with_what_transformers_adds() -> None:
     assert not {"head_dim", "qk_head_dim"} & set(spec.hf_config)
 
 
-def test_positions_follow_the_sequence_length_only_when_nobody_says_how_many() -> None:
+def test_positions_follow_the_sequence_length_only_by_default() -> None:
     spec = model_spec(LLAMA | {"seq_length": 8192}, None)
     assert spec.hf_config["max_position_embeddings"] == 8192
     assert model_spec(LLAMA | {"seq_length": 64}, None).hf_config["max_position_embeddings"] == 2048

@@ -20,7 +20,7 @@ LINEAR = {"rope_type": "linear", "factor": 4.0}
 
 
 def rope_of(base: dict[str, Any], **model_config: Any) -> dict[str, Any]:
-    """The rope settings that the module of transformers gets."""
+    """The rope settings that the transformers module gets."""
     rope: dict[str, Any] = complete_config(
         model_spec(model_config, copy.deepcopy(base))
     ).rope_parameters
@@ -28,7 +28,7 @@ def rope_of(base: dict[str, Any], **model_config: Any) -> dict[str, Any]:
 
 
 def check(family: str) -> None:
-    """Rope settings of the YAML arrive, over both spellings of config.json, or are refused."""
+    """Rope settings of the YAML are used, over both spellings of config.json, or refused."""
     saved = tiny_json(family)
     bare = {key: value for key, value in saved.items() if key != "rope_parameters"}
     older = bare | {"rope_theta": 500.0, "rope_scaling": {"type": "linear", "factor": 2.0}}
@@ -132,11 +132,11 @@ def test_sections_are_merged() -> None:
     )
 
 
-def test_a_key_that_another_one_decides() -> None:
+def test_a_key_that_another_one_overrides() -> None:
     base = tiny_json("smollm3")
     with pytest.raises(ModelConfigError) as raised:
         model_spec({"no_rope_layer_interval": 2}, base)
-    assert "config.json has no_rope_layers, which decides it" in str(raised.value)
+    assert "no effect: config.json has no_rope_layers" in str(raised.value)
     spec = model_spec({"no_rope_layer_interval": 2, "no_rope_layers": None}, base)
     assert complete_config(spec).no_rope_layers == [1, 0]
     del base["no_rope_layers"]
@@ -157,12 +157,14 @@ def test_layers_that_a_list_of_config_json_does_not_have() -> None:
 
 
 @pytest.mark.parametrize("key", ["position_embedding_type", "normalization", "swiglu"])
-def test_what_is_true_of_our_decoder_alone_is_refused(key: str) -> None:
+def test_keys_of_the_native_decoder_alone_are_refused(key: str) -> None:
     with pytest.raises(ModelConfigError, match=f"{key}: MptConfig has no such key"):
         model_spec({key: "alibi"}, tiny_json("mpt"))
     assert any(key in note for note in model_spec({"type": "LlamaConfig", key: "x"}, None).notes)
 
 
 def test_two_names_of_a_key_must_agree() -> None:
-    with pytest.raises(ModelConfigError, match=r"hidden_size = 64 means the same and differs"):
+    with pytest.raises(
+        ModelConfigError, match=r"conflicts with model.model_config.hidden_size = 64, the same key"
+    ):
         model_spec({"hidden_size": 64, "n_embd": 32}, tiny_json("gpt2"))

@@ -1,4 +1,4 @@
-"""Sizes that cannot be, in config.json of a module of transformers or written over it."""
+"""Invalid sizes, in config.json of a transformers module or overridden in the YAML."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ WRONG: dict[str, tuple[str, dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_sizes_that_cannot_be_are_refused_by_name(case: str) -> None:
+def test_invalid_sizes_are_refused_by_name(case: str) -> None:
     family, change, says = WRONG[case]
     base = tiny_json(family)
     for config, written in ((base | change, {}), (base, change)):

@@ -1,4 +1,4 @@
-"""Experts against transformers (choice, logits, gradients, balance), and the pieces alone."""
+"""Experts against transformers (top-k, logits, gradients, balance), and each module alone."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ FAMILIES = list(EXPERTS)
 
 
 def choices(model: nn.Module) -> list[Tensor]:
-    """Filled by the next forward: the experts each router chose, in ascending order."""
+    """Filled by the next forward: the experts that each router chose, in ascending order."""
     chosen: list[Tensor] = []
     for name, module in model.named_modules():
         if name.endswith((".mlp.gate", ".block_sparse_moe.gate", ".mlp.router")):
@@ -127,7 +127,7 @@ def test_low_precision_follows_the_weights(family: str) -> None:
         parameter.data = parameter.data.bfloat16()
     logits = own(input_ids)
     assert logits.dtype == torch.bfloat16
-    # A rounded score may send a token to another expert: the mean tells, not the maximum.
+    # A rounded score may route a token to another expert: compare the mean, not the maximum.
     assert (logits.float() - expected).abs().mean() < 0.1 * expected.abs().mean()
     logits.float().sum().backward()
     assert all(torch.isfinite(p.grad).all() for p in own.parameters())
@@ -146,7 +146,7 @@ def test_packed_documents_equal_documents_alone(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_cache_gives_the_logits_of_the_whole_text(family: str) -> None:
+def test_cache_gives_the_logits_of_the_full_text(family: str) -> None:
     own, module = pair(experts_spec(family))
     own.eval()
     input_ids = tokens(2, 24)
@@ -188,7 +188,7 @@ def balanced_spec(family: str, **model_config: Any) -> Any:
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "gpt_oss"])
 def test_balance_loss_equals_transformers_for_one_row_and_one_layer(family: str) -> None:
-    """Its gradient is added to that of the logits, with the scale that was given."""
+    """Its gradient is added to that of the logits, with the given scale."""
     given = {"mlp_only_layers": []} if family == "qwen3_moe" else {}
     own, module = pair(balanced_spec(family, **given))
     input_ids = tokens(1, 32)
@@ -218,38 +218,38 @@ def test_balance_loss_value_of_one_row() -> None:
     even = torch.arange(24).view(1, 8, 3) % 8
     torch.testing.assert_close(
         row_balance(torch.full((1, 8, 8), 0.125), even, total=8, row_sum=lambda sums: sums),
-        torch.tensor([3.0]),  # as many as are chosen, the least there is
+        torch.tensor([3.0]),  # k, the minimum
     )
 
 
 def balance_gradients(own: Decoder, **given: Any) -> Tensor:
     own.zero_grad()
     scale = torch.tensor(0.5)
-    for input_ids in given.pop("pieces"):
+    for input_ids in given.pop("batches"):
         (own(input_ids, balance_scale=scale, **given) * 0).sum().backward()
     return torch.cat([p.grad.flatten() for p in own.parameters()]).clone()
 
 
 def test_balance_belongs_to_the_row() -> None:
-    """The same rows in one batch or two; a share; none in evaluation."""
+    """The same rows in one batch or two; scaled; none in evaluation."""
     own, _ = pair(experts_spec("qwen3_moe", output_router_logits=True))
     input_ids = tokens(4, 16)
-    together = balance_gradients(own, pieces=[input_ids])
-    assert distance(balance_gradients(own, pieces=input_ids.split([1, 3])), together) < TOLERANCE
+    together = balance_gradients(own, batches=[input_ids])
+    assert distance(balance_gradients(own, batches=input_ids.split([1, 3])), together) < TOLERANCE
     for module in own.modules():
         if isinstance(module, MoE):
             module.balance_grad_scale = 0.5
-    assert distance(balance_gradients(own, pieces=[input_ids]), together / 2) < TOLERANCE
+    assert distance(balance_gradients(own, batches=[input_ids]), together / 2) < TOLERANCE
     own.eval()
-    assert not balance_gradients(own, pieces=[input_ids]).any()
+    assert not balance_gradients(own, batches=[input_ids]).any()
 
 
 def test_balance_of_a_row_in_two_parts() -> None:
-    """Two holders of halves of a row, with sums over both: the gradient of the whole row."""
+    """Two ranks with halves of a row, summed over both: the gradient of the full row."""
     probabilities = torch.rand(2, 12, 6, requires_grad=True)
     chosen = torch.stack([torch.randperm(6)[:2] for _ in range(24)]).view(2, 12, 2)
-    whole = row_balance(probabilities, chosen, total=12, row_sum=lambda sums: sums)
-    (expected,) = torch.autograd.grad(whole.sum(), probabilities)
+    full = row_balance(probabilities, chosen, total=12, row_sum=lambda sums: sums)
+    (expected,) = torch.autograd.grad(full.sum(), probabilities)
     partial_saves = [slice(0, 5), slice(5, 12)]
     hits = torch.zeros_like(probabilities).scatter(-1, chosen, 1.0)
     sums = [
@@ -259,7 +259,7 @@ def test_balance_of_a_row_in_two_parts() -> None:
         part = partial_saves[here]
         loss = row_balance(probabilities[:, part], chosen[:, part], total=12,
                            row_sum=lambda local, other=other: local + sums[other])  # fmt: skip
-        torch.testing.assert_close(loss, whole)
+        torch.testing.assert_close(loss, full)
         (gradient,) = torch.autograd.grad(loss.sum(), probabilities)
         torch.testing.assert_close(gradient[:, part], expected[:, part])
 
@@ -273,7 +273,7 @@ COUNTS = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", COUNTS)
 def test_experts_equal_a_loop(name: str, dtype: torch.dtype, inner: int) -> None:
-    """`inner` 30 is not aligned: the way without the kernel."""
+    """`inner` 30 is not aligned: the path without the kernel."""
     counts = COUNTS[name]
     torch.manual_seed(0)
     experts = Experts(len(counts), 16, inner, "silu")
@@ -298,7 +298,7 @@ def test_experts_equal_a_loop(name: str, dtype: torch.dtype, inner: int) -> None
 
 
 def test_views_reach_every_projection() -> None:
-    """Doubling each projection by a view is what doubling the parameters does."""
+    """Doubling each projection by a view equals doubling the parameters."""
     experts = Experts(2, 16, 16, "relu")
     with torch.no_grad():
         for parameter in experts.parameters():
@@ -309,7 +309,7 @@ def test_views_reach_every_projection() -> None:
     torch.testing.assert_close(experts(states, counts), plain * 8)
 
 
-def test_grouped_linear_of_nothing_still_reaches_the_weights() -> None:
+def test_grouped_linear_without_tokens_has_weight_gradients() -> None:
     """A rank without tokens must take part in the reduction of gradients."""
     weight = torch.randn(3, 8, 8, requires_grad=True)
     nothing = torch.zeros(0, 8)
@@ -361,10 +361,10 @@ def test_initial_values_are_a_function_of_the_name_on_disk(family: str) -> None:
             assert parameter.std().item() == pytest.approx(0.02, rel=0.2), name
     assert seen or family == "gpt_oss"  # whose stacks are one tensor
     name = next(n for n, p in model.named_parameters() if n.endswith(".experts.down_proj"))
-    whole = model.get_parameter(name)
-    box = initialize_shard(name, tuple(whole.shape), (1, 4, 3), (2, 5, 7), spec, 3)
-    assert torch.equal(box, whole[1:3, 4:9, 3:10])
-    assert initialize_shard(name, tuple(whole.shape), (1, 0, 0), (0, 5, 7), spec, 3).shape[0] == 0
+    full = model.get_parameter(name)
+    box = initialize_shard(name, tuple(full.shape), (1, 4, 3), (2, 5, 7), spec, 3)
+    assert torch.equal(box, full[1:3, 4:9, 3:10])
+    assert initialize_shard(name, tuple(full.shape), (1, 0, 0), (0, 5, 7), spec, 3).shape[0] == 0
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -396,8 +396,8 @@ def test_an_exported_directory_opens_in_transformers(family: str, tmp_path: Path
 def test_nothing_depends_on_the_batch() -> None:
     own, _ = pair(experts_spec("qwen3_moe"))
     input_ids = tokens(4, 16)
-    whole = own(input_ids)
-    torch.testing.assert_close(whole[1:2], own(input_ids[1:2]), rtol=1e-4, atol=1e-4)
+    full = own(input_ids)
+    torch.testing.assert_close(full[1:2], own(input_ids[1:2]), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -418,7 +418,7 @@ def test_backward_is_repeatable_under_strict_rules(family: str) -> None:
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
 def test_compiles_without_breaks_in_bfloat16(family: str) -> None:
-    """Traced whole, as the dense decoder is; in float32 the grouped kernel cannot be traced."""
+    """Traced in full, as the dense decoder; in float32 the grouped kernel cannot be traced."""
     own, _ = pair(experts_spec(family))
     own = own.bfloat16()
     input_ids = tokens(2, 16)

@@ -31,7 +31,7 @@ FAMILIES = [*DECODERS, *TRANSFORMERS_MODULES]
 
 
 def try_mutations(count: int, seed: int, families: list[str]) -> int:
-    """Describe that many models with wrong values; how many were refused."""
+    """Describe `count` models with wrong values; returns how many were refused."""
     random_ = random.Random(seed)
     right, refused = {family: tiny_json(family) for family in families}, 0
     for _ in range(count):

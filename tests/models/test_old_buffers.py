@@ -1,4 +1,4 @@
-"""Buffers of old checkpoints are no weights: they are left in the files, and nothing else is."""
+"""Buffers in files of older transformers are ignored, and nothing else is."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ OLD: dict[str, dict[str, Tensor]] = {
     "Qwen2Config": {"model.rotary_emb.inv_freq": FREQUENCIES, "model.position_ids":
                     torch.arange(8)[None]},
 }  # fmt: skip
-"""Family to what old versions of its class saved beside the weights."""
+"""Family -> buffers that older versions of its class saved."""
 
 
 def spec_of(family: str) -> ModelSpec:
@@ -54,7 +54,7 @@ def spec_of(family: str) -> ModelSpec:
 
 
 @pytest.mark.parametrize("family", OLD)
-def test_they_are_left_in_the_files(tmp_path: Path, family: str) -> None:
+def test_they_are_ignored(tmp_path: Path, family: str) -> None:
     spec = spec_of(family)
     torch.manual_seed(0)
     module = AutoModelForCausalLM.from_config(AutoConfig.for_model(**spec.hf_config)).eval()
@@ -83,7 +83,7 @@ WEIGHTS: dict[str, tuple[str, dict[str, Tensor]]] = {
 
 
 @pytest.mark.parametrize("case", WEIGHTS)
-def test_a_weight_is_never_one_of_them(case: str) -> None:
+def test_a_weight_is_never_ignored(case: str) -> None:
     family, tensors = WEIGHTS[case]
     spec = spec_of(family)
     model = build_model(spec, dtype=torch.float32)
@@ -105,7 +105,7 @@ def test_a_weight_of_a_layer_too_many_stops_the_load(tmp_path: Path) -> None:
 
 
 def test_what_a_class_declares_may_be_missing() -> None:
-    """Buffers have their values already; a parameter would have none."""
+    """Buffers are initialized already; a parameter would not be."""
     model = build_model(module_spec("glm4_moe_lite"), dtype=torch.float32)
     name = next(n for n, _ in model.named_buffers() if n.endswith("e_score_correction_bias"))
     assert not may_be_missing(model, name)

@@ -1,4 +1,4 @@
-"""Where a row ends: learned positions by computing, rope scaling by its numbers."""
+"""The maximum length of a row: learned positions by computing, rope scaling by its values."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ KEYS = {
     "gpt-sw3": "n_positions", "gpt_bigcode": "n_positions", "gptj": "n_positions",
     "openai-gpt": "n_positions", "mpt": "max_seq_len",
 }  # fmt: skip
-"""Families that call them something else than max_position_embeddings."""
+"""Families with another name for max_position_embeddings."""
 
 
 @pytest.mark.parametrize("family", LEARNED_POSITIONS)
-def test_a_row_ends_where_the_table_of_positions_does(family: str, tmp_path: Path) -> None:
+def test_learned_positions_limit_a_row(family: str, tmp_path: Path) -> None:
     module = saved_module(family, tmp_path).eval()
     config = json.loads((tmp_path / "config.json").read_text())
     limit = position_limit(family, config)
@@ -58,7 +58,7 @@ LIMITS: dict[str, tuple[str, dict[str, Any], int | None, int]] = {
         {"max_position_embeddings": 4096, "rope_scaling": {"type": "linear", "factor": 4.0}},
         16384, 2048,
     ),
-    "linear, in today's spelling": (
+    "linear, in the current spelling": (
         "phi",
         {"max_position_embeddings": 64, "rope_parameters": {"rope_type": "linear", "factor": 2.0}},
         128, 64,
@@ -108,7 +108,7 @@ def test_a_written_row_of_a_scaled_model() -> None:
         model_spec(unscaled, config)
 
 
-def test_rows_of_a_job_where_nobody_says_how_long() -> None:
+def test_default_length_of_rows() -> None:
     config = {"model_type": "gpt2", "n_positions": 64}
     for written, section, expected in (
         ({}, None, 64),

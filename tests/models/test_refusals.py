@@ -1,4 +1,4 @@
-"""Configurations of models that are refused, and in which words."""
+"""Configurations of models that are refused, and the messages."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ from tests.models.tiny import DEEPSEEK, LLAMA, QWEN_MOE, problems_of
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no type": (
         {},
-        "model.model_config.type is missing. Write it, for example Qwen3Config, or set "
+        "model.model_config.type is missing. Set it, for example to Qwen3Config, or set "
         "pretrained_model_dir.",
     ),
     "typo in type": (
         {"type": "Qwen3Confg"},
-        "model.model_config.type = Qwen3Confg: no such model type. did you mean `Qwen3Config`?",
+        "model.model_config.type = Qwen3Confg: unknown model type. did you mean `Qwen3Config`?",
     ),
     "mixture of experts": (
         {"type": "DbrxConfig"},
         "type = DbrxConfig needs another mixture of experts: not built yet. "
-        f"Built: {', '.join(DECODERS)}, and those of transformers in docs/models.md",
+        f"Supported: {', '.join(DECODERS)}, and those of transformers in docs/models.md",
     ),
-    "indexer": ({"type": "DeepseekV32Config"}, "needs an indexer of the attention, which learns"),
+    "indexer": ({"type": "DeepseekV32Config"}, "needs an attention indexer, which is trained"),
     "multimodal": ({"model_type": "qwen2_vl"}, "needs multimodal models: not built yet"),
     "recurrent": ({"type": "RwkvConfig"}, "needs recurrent models: not built yet"),
     "unknown key": (
         LLAMA | {"hidden_siz": 64},
-        "model.model_config.hidden_siz = 64: no such key of this "
+        "model.model_config.hidden_siz = 64: unknown key for this "
         "model. did you mean `hidden_size`?",
     ),
-    "key of another family": (LLAMA | {"max_window_layers": 2}, "no such key of this model"),
+    "key of another family": (LLAMA | {"max_window_layers": 2}, "unknown key for this model"),
     "unknown dtype": (
         LLAMA | {"compute_dtype": "bfloat61"},
-        "no such dtype. did you mean `bfloat16`?",
+        "unknown dtype. did you mean `bfloat16`?",
     ),
     "hidden by heads": (
         LLAMA | {"hidden_size": 100, "num_heads": 8},
@@ -44,7 +44,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "key/value heads": (
         LLAMA | {"hidden_size": 96, "num_heads": 12, "n_kv_heads": 5},
-        "model.model_config.n_kv_heads = 5: 12 attention heads cannot be shared out over 5 "
+        "model.model_config.n_kv_heads = 5: 12 attention heads cannot be divided over 5 "
         "key/value heads. Nearest: 4 or 6.",
     ),
     "default does not fit": (
@@ -63,21 +63,21 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "negative": (
         LLAMA | {"num_layers": -2},
-        "model.model_config.num_layers = -2: must be a whole number of at least 1.",
+        "model.model_config.num_layers = -2: must be an integer of at least 1.",
     ),
     "not a number": (
         LLAMA | {"vocab_size": "32k"},
-        "model.model_config.vocab_size = '32k': must be a whole",
+        "model.model_config.vocab_size = '32k': must be an integer",
     ),
     "flag": (LLAMA | {"tie_word_embeddings": "maybe"}, "must be True or False"),
     "dropout": (
         LLAMA | {"attention_dropout": 1.0},
-        "must be a number from 0 up to, and without, 1",
+        "must be at least 0 and less than 1",
     ),
-    "activation": (LLAMA | {"hidden_act": "sillu"}, "no such activation. did you mean `silu`?"),
+    "activation": (LLAMA | {"hidden_act": "sillu"}, "unknown activation. did you mean `silu`?"),
     "rope type": (
         LLAMA | {"rope_scaling": {"type": "lnear", "factor": 2}},
-        "model_config.rope_scaling: rope_type = lnear: no such rope_type. did you mean `linear`?",
+        "model_config.rope_scaling: rope_type = lnear: unknown rope_type. did you mean `linear`?",
     ),
     "no map": (
         LLAMA | {"rope_scaling": "linear"},
@@ -102,9 +102,9 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "theta": (LLAMA | {"theta": -1}, "model.model_config.theta: rope_theta = -1"),
     "context extension": (
         LLAMA | {"extend_method": "PI"},
-        "Write rope_scaling: {rope_type: linear",
+        "Set rope_scaling: {rope_type: linear",
     ),
-    "MLP width": (LLAMA | {"ffn_dim_multiplier": 1.3}, "Write intermediate_size"),
+    "MLP width": (LLAMA | {"ffn_dim_multiplier": 1.3}, "Set intermediate_size"),
     "adapters": (
         LLAMA | {"pet_config": {"pet_type": "lora"}},
         "pet_config needs low-rank adapters (LoRA): not built yet",
@@ -116,28 +116,28 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "experts of a section": (
         LLAMA | {"moe_config": {"expert_num": 8}},
-        "experts are described in model_config itself. Write num_experts, num_experts_per_tok",
+        "experts are configured in model_config itself. Set num_experts, num_experts_per_tok",
     ),
     "too many chosen": (
         QWEN_MOE | {"expert_num": 4, "num_experts_chosen": 5},
-        "model.model_config.num_experts_chosen = 5: a token cannot go to more than all 4 experts. "
+        "model.model_config.num_experts_chosen = 5: must be at most the number of experts, 4. "
         "Nearest: 4.",
     ),
     "no experts at all": (
         QWEN_MOE | {"num_experts": 0},
-        "num_experts = 0: must be a whole number of at least 1",
+        "num_experts = 0: must be an integer of at least 1",
     ),
     "dense layers": (
         QWEN_MOE | {"mlp_only_layers": 3},
-        "mlp_only_layers = 3: must be a list of layers, counted from 0.",
+        "mlp_only_layers = 3: must be a list of layer numbers, from 0.",
     ),
     "jitter": (
         {"type": "MixtralConfig", "router_jitter_noise": 0.1},
-        "router_jitter_noise = 0.1: noise on the router is not built yet. Nearest: 0.0.",
+        "router_jitter_noise = 0.1: router noise is not built yet. Nearest: 0.0.",
     ),
     "key of another family's experts": (
         {"type": "MixtralConfig", "moe_intermediate_size": 8},
-        "moe_intermediate_size = 8: no such key of this model",
+        "moe_intermediate_size = 8: unknown key for this model",
     ),
     "balance": (
         QWEN_MOE | {"router_aux_loss_coef": -1},
@@ -145,7 +145,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "balance without a loss": (
         DEEPSEEK | {"output_router_logits": True},
-        "output_router_logits = True: there is no balance loss in this family. Nearest: False.",
+        "output_router_logits = True: this family has no balance loss. Nearest: False.",
     ),
     "groups": (
         DEEPSEEK | {"n_routed_experts": 20},
@@ -163,7 +163,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "more than the groups have": (
         DEEPSEEK | {"n_routed_experts": 16, "topk_group": 2, "num_experts_per_tok": 6},
-        "num_experts_per_tok = 6: 2 groups of 2 experts have fewer. Nearest: 4.",
+        "num_experts_per_tok = 6: there are fewer experts in 2 groups of 2. Nearest: 4.",
     ),
     "odd rotated part": (
         DEEPSEEK | {"qk_rope_head_dim": 63},
@@ -171,13 +171,13 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "shared keys": (
         DEEPSEEK | {"num_heads": 4, "n_kv_heads": 2},
-        "n_kv_heads = 2: latent attention has as many as attention heads: 4. Nearest: 4. "
+        "n_kv_heads = 2: must equal the attention heads, 4, in latent attention. Nearest: 4. "
         "Or leave it out.",
     ),
-    "size of a head": (DEEPSEEK | {"head_dim": 64}, "head_dim = 64: no such key of this model"),
+    "size of a head": (DEEPSEEK | {"head_dim": 64}, "head_dim = 64: unknown key for this model"),
     "other router": (
         DEEPSEEK | {"scoring_func": "softmax"},
-        "scoring_func = 'softmax': this family has no other. Nearest: sigmoid.",
+        "scoring_func = 'softmax': this family supports only one value. Nearest: sigmoid.",
     ),
     "further tokens": (
         DEEPSEEK | {"num_nextn_predict_layers": 1},
@@ -185,7 +185,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "two spellings": (
         LLAMA | {"num_layers": 2, "num_hidden_layers": 3},
-        "num_hidden_layers = 3: model.model_config.num_layers = 2 means the same "
+        "num_hidden_layers = 3: conflicts with model.model_config.num_layers = 2, "
         "and differs. Keep one of them.",
     ),
     "query bias": (LLAMA | {"qkv_has_bias": True}, "Nearest: type: Qwen2Config"),
@@ -218,7 +218,7 @@ def test_problems_of_files_name_the_file() -> None:
     groups = {"model_type": "deepseek_v3", "num_local_experts": 20}
     assert "config.json: n_routed_experts = 20: cannot be divided into 8" in problems_of({}, groups)
     other = problems_of({"type": "Qwen3Config"}, {"model_type": "llama"})
-    assert "config.json of pretrained_model_dir says model_type llama" in other
+    assert "config.json of pretrained_model_dir has model_type llama" in other
     vision = {"model_type": "some_new_vl", "text_config": {"model_type": "llama"}}
     assert "needs multimodal models" in problems_of({}, vision)
 
@@ -228,19 +228,18 @@ FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_schem
 
 
 @pytest.mark.parametrize("family", ["deepseek_v3", "qwen3", "dots1"])
-def test_weights_in_8_bits_are_those_of_a_model_that_is_not(family: str) -> None:
+def test_fp8_weights_are_dequantized(family: str) -> None:
     spec = model_spec({}, {"model_type": family, "quantization_config": FP8})
     assert "quantization_config" not in spec.hf_config
     assert (
-        "config.json: quantization_config: FP8 weights are multiplied by their factors as they "
-        "are read"
+        "config.json: quantization_config: FP8 weights are dequantized when they are read"
     ) in spec.notes
 
 
-def test_weights_in_4_bits_are_those_of_a_family_that_has_them() -> None:
+def test_mxfp4_weights_are_dequantized_for_a_family_that_supports_them() -> None:
     spec = model_spec({}, {"model_type": "gpt_oss", "quantization_config": MXFP4})
     assert "quantization_config" not in spec.hf_config
-    assert "config.json: quantization_config: MXFP4 weights are unpacked as they are read" in (
+    assert "config.json: quantization_config: MXFP4 weights are dequantized when they are read" in (
         spec.notes
     )
 
@@ -250,16 +249,16 @@ def test_weights_in_4_bits_are_those_of_a_family_that_has_them() -> None:
     [{"quant_method": "gptq", "bits": 4}, FP8 | {"weight_block_size": None}, FP8 |
      {"weight_block_size": [128, 0]}, MXFP4, "fp8"],
 )  # fmt: skip
-def test_other_ways_to_quantise_are_refused(other: Any) -> None:
+def test_other_quantization_is_refused(other: Any) -> None:
     for family in ("deepseek_v3", "phi3"):
         assert (
-            "config.json: quantization_config needs quantised weights: not built yet. "
+            "config.json: quantization_config needs quantized weights: not built yet. "
             "Give FP8 weights with a factor a block (quant_method fp8, weight_block_size "
             "[128, 128]), or convert the weights to bfloat16"
         ) in problems_of({}, {"model_type": family, "quantization_config": other})
 
 
-def test_all_problems_are_told_at_once_with_their_keys() -> None:
+def test_all_problems_are_reported_together_with_their_keys() -> None:
     with pytest.raises(ModelConfigError) as raised:
         model_spec(LLAMA | {"num_layer": 2, "compute_dtype": "fp8", "num_heads": 0}, None)
     assert [p.key for p in raised.value.model_problems] == [

@@ -38,7 +38,7 @@ def test_a_parameter_without_a_rule_raises_when_the_model_is_built(kind: str) ->
 
 @pytest.mark.parametrize("family", DECODERS)
 def test_the_rules_of_a_family_fit_its_parameters(family: str) -> None:
-    """No cut outside of a tensor; experts are stacks; what is added once is not cut."""
+    """Sharded dims exist; experts are stacks; biases that are added once are not sharded."""
     given = {"type": DECODERS[family].config_class}
     spec = experts_spec(family) if family in EXPERTS else dense_spec(**given)
     assert spec.decoder is not None
@@ -55,7 +55,7 @@ def test_the_rules_of_a_family_fit_its_parameters(family: str) -> None:
         assert bool(rule.entry) <= rule.expert
 
 
-def test_what_a_family_draws_begins_at_random_and_other_vectors_do_not() -> None:
+def test_only_drawn_vectors_are_initialized_randomly() -> None:
     spec = experts_spec("gpt_oss")
     model = build_model(spec, dtype=torch.float32, device="cpu")
     initialize(model, spec, seed=3)

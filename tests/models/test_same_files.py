@@ -1,4 +1,4 @@
-"""Of two sets of weights in a folder the files are read that transformers itself reads."""
+"""Of two sets of weights in a folder, the one that transformers reads is read."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ NOT_READ_THERE = {
     "lost shards, and a file of torch", "a variant alone", "MindSpore's complete weights",
     "files that no index names",
 }  # fmt: skip
-"""Cases that transformers ends with an error."""
+"""Cases in which transformers raises an error."""
 
 
 @pytest.mark.parametrize("case", TAKEN)

@@ -1,4 +1,4 @@
-"""The seams for parallelism: a row, the heads or the layers cut up give what they give uncut."""
+"""The hooks for parallelism: split tokens, heads or layers give the results of unsplit ones."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.models.tiny import EXPERTS, dense_spec, experts_spec, pair, tokens
 DROPOUT = {"attention_dropout": 0.2, "hidden_dropout": 0.1}
 SEEDS = torch.tensor([5, 2**40 + 7])
 PLACES = [torch.tensor([0, 1, 2, 9, 10, 11]), torch.tensor([3, 4, 5, 6, 7, 8])]
-"""Two holders of a row of 12 tokens, one with its head and its tail."""
+"""Two ranks with a row of 12 tokens, one with its head and its tail."""
 
 
 def attentions(model: Decoder) -> list[BaseAttention]:
@@ -37,9 +37,9 @@ MODELS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("name", [*MODELS, "deepseek_v3", "glm4_moe", "gpt_oss"])
-def test_tokens_anywhere_give_what_the_whole_row_gives(name: str, packed: bool) -> None:
-    """With dropout. What context parallelism gathers, the keys and values of all tokens, is taken
-    from a run over whole rows."""
+def test_any_tokens_of_a_row_give_the_logits_of_the_full_row(name: str, packed: bool) -> None:
+    """With dropout. The keys and values of all tokens, which context parallelism gathers, are taken
+    from a run over full rows."""
     spec = experts_spec(name, **DROPOUT) if name not in MODELS else dense_spec(
         **MODELS[name], **DROPOUT
     )  # fmt: skip
@@ -51,29 +51,29 @@ def test_tokens_anywhere_give_what_the_whole_row_gives(name: str, packed: bool) 
         def keep(query: Tensor, key: Tensor, value: Tensor, context: StepContext,
                  window: int | None, sinks: Tensor | None = None, *, plain=plain,
                  layer=module.layer) -> Tensor:  # fmt: skip
-            whole = kept.setdefault(layer, (key, value))
-            return plain(query, *whole, context, window, sinks)
+            full = kept.setdefault(layer, (key, value))
+            return plain(query, *full, context, window, sinks)
 
         module.attend = keep
     input_ids = tokens(2, 12)
     documents = torch.arange(12).repeat(2, 1) // 5 if packed else None
     given = {"document_ids": documents, "sample_seeds": SEEDS}
-    whole = own(input_ids, **given)
+    full = own(input_ids, **given)
     for token_indices in PLACES:
         part = own(input_ids[:, token_indices], token_indices=token_indices, total=12, **given)
-        torch.testing.assert_close(part, whole[:, token_indices])
+        torch.testing.assert_close(part, full[:, token_indices])
     assert len(kept) == 3
 
 
-def test_gathered_rows_are_seen_whole() -> None:
-    """Attention that has gathered all tokens uses the sight of whole rows, plain where it can."""
+def test_gathered_rows_are_seen_full() -> None:
+    """Attention that has gathered all tokens uses the sight of full rows, plain where it can."""
     mask = AttentionMask(length=6, total=12, device=torch.device("cpu"), token_indices=PLACES[0])
     assert mask.mask(None) is not None
-    whole = mask.full()
-    assert whole.mask(None) is None
-    assert whole.full() is whole
-    assert torch.equal(whole.token_indices, torch.arange(12))
-    assert whole.mask(4) is not None
+    full = mask.full()
+    assert full.mask(None) is None
+    assert full.full() is full
+    assert torch.equal(full.token_indices, torch.arange(12))
+    assert full.mask(4) is not None
     documents = torch.arange(12)[None] // 5
     packed = AttentionMask(length=6, total=12, device=torch.device("cpu"), token_indices=PLACES[0],
                    document_ids=documents)  # fmt: skip
@@ -100,7 +100,7 @@ def test_half_the_heads_give_half_the_sum(key_heads: int) -> None:
     assert isinstance(attention, Attention)
     states = torch.randn(2, 12, 64)
     context = context_of(own, states)
-    whole = attention(states, context)
+    full = attention(states, context)
     partial_saves = []
     for half in (0, 1):
         piece = copy.deepcopy(attention)
@@ -110,7 +110,7 @@ def test_half_the_heads_give_half_the_sum(key_heads: int) -> None:
         piece.o_proj.weight.data = piece.o_proj.weight.data.chunk(2, dim=1)[half]
         piece.first_head = 2 * half
         partial_saves.append(piece(states, context))
-    torch.testing.assert_close(sum(partial_saves), whole)
+    torch.testing.assert_close(sum(partial_saves), full)
 
 
 def context_of(own: Decoder, states: Tensor) -> StepContext:
@@ -124,20 +124,20 @@ def context_of(own: Decoder, states: Tensor) -> StepContext:
     return contexts[0]
 
 
-def test_half_the_residual_stream_is_dropped_as_the_whole() -> None:
+def test_half_the_residual_stream_is_dropped_as_the_full() -> None:
     own, _ = pair(dense_spec(type="LlamaConfig", hidden_dropout=0.3))
     states = torch.ones(2, 12, 64)
     context = context_of(own, states)
     layer = own.model.layers["1"]
     assert isinstance(layer, DecoderLayer)
-    whole = layer._dropped(states, context, ATTENTION_OUTPUT)
+    full = layer._dropped(states, context, ATTENTION_OUTPUT)
     for half in (0, 1):
         part = replace(context, stream_indices=torch.arange(12).chunk(2)[half])
         dropped = layer._dropped(states.chunk(2, dim=1)[half], part, ATTENTION_OUTPUT)
-        assert torch.equal(dropped, whole.chunk(2, dim=1)[half])
+        assert torch.equal(dropped, full.chunk(2, dim=1)[half])
 
 
-def test_a_stage_counts_the_whole_length_of_a_stream_in_parts() -> None:
+def test_a_stage_counts_the_full_length_of_a_stream_in_parts() -> None:
     """A later stage gets half of the tokens' states and makes tables and sight for all of them."""
     own, _ = pair(dense_spec(type="LlamaConfig"))
     own.embeds, own.ends, own.stream_part = False, False, (1, 2)
@@ -177,8 +177,8 @@ def test_stages_one_after_the_other_are_the_model(family: str, tied: bool) -> No
     assert not between._is_view()
     logits = last(between, sample_seeds=SEEDS)
     assert torch.equal(logits, own(input_ids, sample_seeds=SEEDS))
-    whole, names = dict(own.named_parameters()), dict(last.named_parameters())
-    assert set(names) < set(whole)
+    full, names = dict(own.named_parameters()), dict(last.named_parameters())
+    assert set(names) < set(full)
     assert "model.layers.2.input_layernorm.weight" in names
 
 

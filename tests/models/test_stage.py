@@ -1,4 +1,4 @@
-"""Stages: every layer once, balanced as well as can be, and decoders cut down to one stage."""
+"""Stages: every layer once, optimally balanced, and decoders reduced to one stage."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_stage_ranks(v_shaped: bool, ranks: list[int]) -> None:
     ),
     st.integers(0, 40),
 )
-def test_balanced_is_as_light_as_any_split(given: tuple[list[int], int], last: int) -> None:
+def test_balanced_minimizes_the_heaviest_stage(given: tuple[list[int], int], last: int) -> None:
     weights, stages = given
     lengths = balanced(weights, stages, last=last)
     assert sum(lengths) == len(weights)
@@ -133,12 +133,12 @@ def test_layers_with_experts_weigh_the_experts_a_token_chooses() -> None:
 
 
 @pytest.mark.parametrize("counts", [[4, 3], [8, 0], [9, -1], [8], [4, 2, 2]])
-def test_counts_that_are_not_the_layers_are_refused(counts: list[int]) -> None:
+def test_counts_that_do_not_sum_to_the_layers_are_refused(counts: list[int]) -> None:
     with pytest.raises(ValueError):
         stage_split(CONFIGS[8], 2, counts=counts)
 
 
-def test_counts_are_taken_as_they_are() -> None:
+def test_given_counts_are_used() -> None:
     split = stage_split(CONFIGS[8], 2, per_rank=2, v_shaped=True, counts=[3, 2, 2, 1])
     assert split.layers == (range(3), range(3, 5), range(5, 7), range(7, 8))
     assert split.ranks == (0, 1, 1, 0)
@@ -192,7 +192,7 @@ def test_stages_hold_every_parameter_once_and_compute_the_same(
     assert torch.equal(states, whole(tokens(2, 10)))
 
 
-def test_cutting_works_on_the_meta_device() -> None:
+def test_keep_stage_works_on_the_meta_device() -> None:
     with torch.device("meta"):
         model = Decoder(config_of(4))
     split = stage_split(model.config, 2)

@@ -1,4 +1,4 @@
-"""Every causal model type of transformers: computed as there, or refused by name."""
+"""Every causal model type of transformers: the same results, or refused by name."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from tests.models.zoo import tiny_config
 
 WORKING = [*DECODERS, *TRANSFORMERS_MODULES]
 ALWAYS = ["bamba", "camembert", "falcon_h1", "xlm-roberta"]
-"""Infinity in config.json; heads that are tied to what is made after them."""
+"""Infinity in config.json; heads tied to modules that are created after them."""
 SAMPLE = ALWAYS + random.Random(15).sample([f for f in WORKING if f not in ALWAYS], 12)
 
 
 def saved_module(family: str, folder: Path, **changes: Any) -> nn.Module:
-    """A tiny module of `family` with values off its initial constants, saved into `folder`."""
+    """A tiny module of `family`, norms and biases not constant, saved into `folder`."""
     torch.manual_seed(0)
     config = CONFIG_MAPPING[family](**tiny_config(family, **changes))
     module = AutoModelForCausalLM.from_config(config)

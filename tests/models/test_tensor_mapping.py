@@ -1,4 +1,4 @@
-"""What the tensors of a transformers module are in files: both ways, bit for bit."""
+"""The mapping of a transformers module's tensors to files: in both directions, bitwise."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def loaded(spec: ModelSpec, folder: Path, *, strict: bool = True) -> nn.Module:
 
 
 def rank_files(model: nn.Module, spec: ModelSpec, folder: Path, mesh: Mesh) -> list[Path]:
-    """The files of every rank that holds its part of `model` on `mesh`."""
+    """The files of every rank with its shard of `model` on `mesh`."""
     layout = model_layout(model, spec, mesh, split=None, vocab_emb_dp=False)
     tensors, files = ModelParts([model]).named_tensors(), []
     for rank in range(mesh.world_size):
@@ -86,7 +86,7 @@ def rank_files(model: nn.Module, spec: ModelSpec, folder: Path, mesh: Mesh) -> l
 
 
 def check(family: str, folder: Path) -> None:
-    """The loader is from_pretrained; what is saved is what save_pretrained saves."""
+    """Loading equals from_pretrained; what is saved equals what save_pretrained saves."""
     spec = module_spec(family)
     oracle(spec).save_pretrained(folder / "saved")
     model = loaded(spec, folder / "saved")
@@ -108,7 +108,7 @@ def check(family: str, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("family", A_FEW)
-def test_experts_are_stacked_and_taken_apart(family: str, tmp_path: Path) -> None:
+def test_experts_are_stacked_and_unstacked(family: str, tmp_path: Path) -> None:
     check(family, tmp_path)
 
 
@@ -171,7 +171,7 @@ def module_with(conversion: WeightRenaming | WeightConverter) -> nn.Module:
 
 
 @pytest.mark.parametrize("name", BOXES)
-def test_what_transformers_converts_by_taking_parts(name: str) -> None:
+def test_conversions_that_slice_are_supported(name: str) -> None:
     conversion, boxes = BOXES[name]
     mappings = mappings_of_module(module_with(conversion))
     assert set(mappings) == {"proj.weight"}
@@ -182,13 +182,13 @@ def test_what_transformers_converts_by_taking_parts(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NO_BOXES)
-def test_what_is_no_part_of_a_tensor_as_it_lies_is_refused(name: str) -> None:
+def test_conversions_that_do_not_slice_are_refused(name: str) -> None:
     with pytest.raises(UserError) as caught:
         mappings_of_module(module_with(NO_BOXES[name]))
-    assert "model_type made_up: its files hold other tensors than the module (`" in str(
+    assert "model_type made_up: its files and its module have different tensors (`" in str(
         caught.value
     )
-    assert "is read where it is a part of one of the module's, as it lies" in str(caught.value)
+    assert "must be a slice of one tensor of the module" in str(caught.value)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "qwen3"])
@@ -208,7 +208,7 @@ def test_a_directory_of_the_base_model_has_names_without_it(family: str, tmp_pat
         )
 
 
-def test_names_without_the_base_model_are_told_only_where_nothing_else_fits() -> None:
+def test_names_without_the_base_model_are_used_only_if_nothing_else_fits() -> None:
     expected = ["model.a", "model.b", "head"]
     assert of_base_model(["a", "b"], expected, "model") == {"a": "model.a", "b": "model.b"}
     assert of_base_model(["a", "head", "x"], expected, "model") == {"a": "model.a", "x": "model.x"}
@@ -217,7 +217,7 @@ def test_names_without_the_base_model_are_told_only_where_nothing_else_fits() ->
     assert of_base_model(["a", "b"], expected, "") == {}
 
 
-def test_modules_for_further_tokens_are_left_alone(tmp_path: Path) -> None:
+def test_multi_token_prediction_modules_are_ignored(tmp_path: Path) -> None:
     spec = module_spec("glm4_moe_lite", num_hidden_layers=2)
     spec.hf_config["num_nextn_predict_layers"] = 1
     model = build_model(spec, dtype=torch.float32)
@@ -234,7 +234,7 @@ def test_tied_names_are_those_of_files(tied: bool) -> None:
     assert tied_names(model) == expected
 
 
-def test_a_balance_loss_that_would_be_left_out_is_refused() -> None:
+def test_a_balance_loss_that_would_be_ignored_is_refused() -> None:
     spec = module_spec("qwen2_moe", output_router_logits=True)
     with pytest.raises(UserError) as caught:
         build_model(spec, dtype=torch.float32)
@@ -245,7 +245,7 @@ def test_a_balance_loss_that_would_be_left_out_is_refused() -> None:
     )
 
 
-def test_a_shard_that_holds_no_part_of_an_expert_has_no_link_of_it() -> None:
+def test_a_shard_without_part_of_an_expert_has_no_mapping_of_it() -> None:
     model = build_model(module_spec("qwen2_moe"), dtype=torch.float32)
     name = "model.layers.0.mlp.experts.gate_up_proj"
     shard = Shard((4, 48, 32), Box((1, 0, 0), (1, 48, 32)), torch.zeros(1, 48, 32))

@@ -1,4 +1,4 @@
-"""Which parameters an optimizer for matrices takes, and which decay."""
+"""Which parameters an optimizer for matrices updates, and which have weight decay."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CASES: dict[str, tuple[dict[str, Any], set[str], set[str]]] = {
          "transformer.h.1.attn.c_attn.bias"},
     ),
 }  # fmt: skip
-"""Model, matrices of every layer, and parameters that are none."""
+"""Model, matrices of every layer, and parameters that are not matrices."""
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -1,4 +1,4 @@
-"""Tiny models for tests: our decoder and the transformers module of the same weights."""
+"""Tiny models for tests: the native decoder and the transformers module with the same weights."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def problems_of(model_config: dict[str, Any], config_json: dict[str, Any] | None
 
 
 def oracle(spec: ModelSpec, *, seed: int = 0) -> nn.Module:
-    """The transformers module of `spec`, random, norms and biases off their initial constants."""
+    """The transformers module of `spec`, random, with norms and biases not constant."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(seed)
@@ -83,7 +83,7 @@ def oracle(spec: ModelSpec, *, seed: int = 0) -> nn.Module:
 
 
 def pair(spec: ModelSpec) -> tuple[Decoder, nn.Module]:
-    """(our decoder, transformers module) with equal weights, both in training mode."""
+    """(native decoder, transformers module) with equal weights, both in training mode."""
     assert spec.decoder is not None
     module = oracle(spec).train()
     own = Decoder(spec.decoder, spec.precision)
@@ -104,7 +104,7 @@ def saved(module: nn.Module) -> dict[str, Tensor]:
 
 
 def stacked(on_disk: Mapping[str, Tensor], own: Decoder) -> dict[str, Tensor]:
-    """Tensors by their names on disk to those of `own`: experts of a layer put together."""
+    """Tensors by their names on disk -> by those of `own`: experts of a layer stacked."""
     left, result = dict(on_disk), {}
     for name, tensor in own.state_dict().items():
         experts = unstacked(name, tensor.shape, own.config.parameters)

@@ -1,4 +1,4 @@
-"""A tiny configuration of every causal model type that transformers knows."""
+"""A tiny configuration of every causal model type of transformers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SIZES: dict[str, Any] = {
     "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0,
     "bos_token_id": 1, "eos_token_id": 2, "sliding_window": 6, "window_size": 6,
     "max_position_embeddings": POSITIONS, "max_seq_len": POSITIONS,
-    # other names of the same
+    # other names of the same keys
     "ffn_dim": 48, "n_inner": 48, "d_inner": 48, "dff": 48, "d_head": 8, "block_ff_dim": 48,
     "ffn_hidden_size": 48, "decoder_layers": 2, "decoder_attention_heads": 4,
     "decoder_ffn_dim": 48, "encoder_layers": 2, "encoder_attention_heads": 4,
@@ -78,12 +78,12 @@ OTHERS: dict[str, dict[str, Any]] = {
         "qwen3_5_text", "qwen3_next",
     )},
 }  # fmt: skip
-"""What a model type needs besides."""
+"""Further keys of a model type."""
 
 
 def tiny_config(model_type: str, **changes: Any) -> dict[str, Any]:
-    """Keys for a tiny causal model of `model_type`, by the names its class has first; None leaves
-    one out."""
+    """Keys for a tiny causal model of `model_type`, by their first names in its class; None removes
+    one."""
     known = config_class(model_type)
     assert known is not None, model_type
     keys = {**SIZES, **_causal(model_type), **OTHERS.get(model_type, {}), **changes}
@@ -100,6 +100,6 @@ def _causal(model_type: str) -> dict[str, Any]:
 
 
 def _named(known: ConfigClass, keys: dict[str, Any]) -> dict[str, Any]:
-    """`keys` by their first names; a key under its own name counts more than under another."""
+    """`keys` by their first names; a key under its own name takes precedence over an alias."""
     named = {known.key(key): value for key, value in keys.items() if key in known.synonyms}
     return named | {key: value for key, value in keys.items() if key in known.defaults}

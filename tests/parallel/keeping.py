@@ -1,4 +1,4 @@
-"""What tests of `launcher.parallel`'s ways of keeping less share: models, and what they keep."""
+"""Shared by the tests of recompute, offload and compile: models and saved activations."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SPECS: dict[str, Callable[[], ModelSpec]] = {
 
 
 def decoder(name: str) -> Decoder:
-    """The same numbers at each call."""
+    """A model with the same weights at each call."""
     spec = SPECS[name]()
     assert spec.decoder is not None
     model = Decoder(spec.decoder, spec.precision)
@@ -58,7 +58,7 @@ def run_again(model: Decoder, **section: Any) -> dict[int, list[str]]:
 
 
 def step(model: Decoder) -> tuple[dict[str, Tensor], dict[int, int]]:
-    """Gradients, and the storages that were kept for them, parameters apart: address to bytes."""
+    """Gradients, and the storages saved for backward without parameters: address -> bytes."""
     ids, kept = tokens(2, 24), {}
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
 
@@ -77,7 +77,7 @@ def step(model: Decoder) -> tuple[dict[str, Tensor], dict[int, int]]:
 
 @cache
 def plain(name: str) -> tuple[dict[str, Tensor], int]:
-    """Gradients, and bytes kept, of the model that keeps everything."""
+    """Gradients, and bytes saved for backward, of the model that saves all activations."""
     gradients, kept = step(decoder(name))
     return gradients, sum(kept.values())
 
@@ -98,7 +98,7 @@ SEQUENCE = {"use_seq_parallel": True}
 
 
 def check(workshop: Workshop, cases: list[Case], tolerance: float = 1e-5) -> None:
-    """Each case agrees with one process that keeps everything."""
+    """Each case agrees with one process that saves all activations."""
     alone = [case.alone() for case in cases]
     outcomes = run_cases(workshop, alone + cases)
     for case, reference, outcome in zip(cases, outcomes, outcomes[len(cases) :], strict=False):

@@ -1,7 +1,7 @@
 """The harness of the parity matrix: real runs on real ranks, gradients and parameters compared.
 
 A case is a family, a layout and a few settings. Every rank builds the run as `run.py` would from
-YAML, trains three steps on real text, and hands over what it holds; one process is the reference.
+YAML, trains three steps on real text, and returns its shards; one process is the reference.
 """
 
 from __future__ import annotations
@@ -55,10 +55,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 MIXTURES = ("qwen3 moe", "mixtral", "deepseek", "glm", "gpt-oss")
-"""Those with experts."""
+"""Families with experts."""
 EPSILON = {"gpt-oss": 1e-3}
-"""Of Adam. Biases begin at zero and are nothing but its steps, in which the rounding of a small
-gradient counts by 1 / epsilon; this family has many."""
+"""Of Adam. Biases are initialized to zero and become the sum of its steps, in which the rounding of
+a small gradient is multiplied by 1 / epsilon; this family has many."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Case:
     sharded: bool = False
     shard_size: int = -1
     batch: int = 0
-    """Samples of a rank in a micro-batch; 0: what makes a global batch of 8."""
+    """Samples of a rank in a micro-batch; 0: those of a global batch of 8."""
     micro: int = 1
     """Micro-batches of a step."""
     parallel: Mapping[str, Any] = field(default_factory=dict)
@@ -140,7 +140,7 @@ Pieces = dict[str, tuple[tuple[int, ...], tuple[int, ...], np.ndarray]]
 
 @dataclass
 class Outcome:
-    """What one rank saw and holds: name -> (global shape, offset, values)."""
+    """Results and shards of one rank: name -> (global shape, offset, values)."""
 
     losses: list[float]
     norms: list[float]
@@ -155,7 +155,7 @@ def run_cases(
 ) -> list[list[Outcome]]:
     """The outcomes of every case, rank by rank; cases of one size share their processes.
 
-    `main`: what a rank runs instead of `run_on_rank`.
+    `main`: the function of a rank instead of `run_on_rank`.
     """
     found: dict[int, list[Outcome]] = {}
     for ranks in sorted({case.ranks for case in cases}):

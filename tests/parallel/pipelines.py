@@ -1,4 +1,4 @@
-"""Pipelines for tests: what passes through them, and what one process makes of the same."""
+"""Pipelines for tests: their batches, and the results of one process for the same."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ EMBEDDING = "model.embed_tokens.weight"
 
 @dataclass(frozen=True)
 class Case:
-    """One pipeline, and what passes through it."""
+    """One pipeline, and its batch."""
 
     schedule: str
     per_rank: int = 1
@@ -53,14 +53,14 @@ def config_of(case: Case) -> DecoderConfig:
     return spec.decoder
 
 
-def whole(case: Case) -> Case:
-    """What matters to a decoder that is not in stages."""
+def unsplit(case: Case) -> Case:
+    """The case without the fields of stages."""
     return replace(case, schedule="", per_rank=1, counts=None)
 
 
 @cache
-def whole_decoder(case: Case) -> Decoder:
-    """All layers, the same numbers in every process. `case` is a `whole` one."""
+def full_decoder(case: Case) -> Decoder:
+    """All layers, with the same weights in every process. `case` must be `unsplit`."""
     return filled(Decoder(config_of(case)))
 
 
@@ -88,7 +88,9 @@ def batch(case: Case, *, seed: int = 0) -> tuple[Tensor, Tensor, dict[str, Any]]
         document_ids = starts.long().cumsum(1)
         first = torch.where(starts, token_indices, 0).cummax(1).values
         arguments |= {"document_ids": document_ids, "position_ids": token_indices - first}
-        arguments |= {"token_indices": torch.arange(LENGTH)}  # goes to every micro-batch as it is
+        arguments |= {
+            "token_indices": torch.arange(LENGTH)
+        }  # passed to every micro-batch unchanged
     if case.dropout:
         arguments["sample_seeds"] = torch.randint(0, 2**62, (rows,), generator=generator)
     return ids, labels, arguments
@@ -101,8 +103,8 @@ def scaled(labels: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
 
 @cache
 def reference(case: Case, seed: int) -> tuple[float, dict[str, Tensor], float]:
-    """Training loss, gradients and evaluation loss of the whole decoder on all rows at once."""
-    model = copy.deepcopy(whole_decoder(case))
+    """Training loss, gradients and evaluation loss of the full decoder on all rows at once."""
+    model = copy.deepcopy(full_decoder(case))
     ids, labels, arguments = batch(case, seed=seed)
     loss = scaled(labels)(model.train()(ids, **arguments), labels)
     loss.backward()
@@ -120,7 +122,7 @@ def split_of(case: Case, ranks: int) -> StageSplit:
 
 
 def stages_of(case: Case, split: StageSplit, rank: int) -> dict[int, Decoder]:
-    model = whole_decoder(whole(case))
+    model = full_decoder(unsplit(case))
     return {s: keep_stage(copy.deepcopy(model), split, s) for s in split.stages_of(rank)}
 
 

@@ -1,4 +1,4 @@
-"""Rows that several ranks share: their tokens, documents, and the groups that share them."""
+"""Rows split over several ranks: their tokens, documents, and the groups of ranks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CLOSE = 1e-5
 
 
 def start(way: str) -> ContextParallel:
-    """Join the group: all ranks are one ring or one trade, or `both`: trades of two."""
+    """Join the group: all ranks are one ring, one Ulysses group, or `both`: Ulysses groups of two."""
     here = world.start(force_cpu=True)
     everyone = dist.new_group(list(range(here.size)))
     if way != "both":
@@ -26,7 +26,7 @@ def start(way: str) -> ContextParallel:
 
 
 def documents_of_rows() -> Tensor:
-    """Rows of several documents, cut at places of no importance to any chunk."""
+    """Rows of several documents, whose borders are not those of chunks."""
     ends = torch.tensor([[3, 14, 15, TOTAL], [9, 10, 25, TOTAL]])
     return (torch.arange(TOTAL) >= ends[..., None]).sum(1)
 

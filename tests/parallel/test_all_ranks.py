@@ -1,4 +1,4 @@
-"""An error of one rank is an error of all: who is named, and what to do about it."""
+"""An error on one rank is raised on all: the ranks and the advice in its message."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_all_problems_of_the_first_rank_are_shown_and_its_first_peers() -> None:
 
 
 def test_only_the_ranks_that_work_count() -> None:
-    """Rank 0 works alone: its results come to all, and nobody has to be told that it was rank 0."""
+    """Only rank 0 works: all ranks get its results, and messages do not mention rank 0."""
 
     def on_main(world: World, fn: Callable[[str], int], text: str) -> list[int]:
         outcome = capture_error(fn, text) if world.is_main else None
@@ -116,7 +116,7 @@ def test_a_bug_in_reading_stays_with_its_rank() -> None:
         (errno.EIO, "Check that folder and its file system"),
     ],
 )
-def test_the_remedy_belongs_to_the_error(number: int, remedy: str) -> None:
+def test_the_advice_fits_the_error(number: int, remedy: str) -> None:
     def fail() -> None:
         raise OSError(number, os.strerror(number), "/some/file")
 
@@ -125,9 +125,9 @@ def test_the_remedy_belongs_to_the_error(number: int, remedy: str) -> None:
     assert f"rank 1: {os.strerror(number)} (/some/file)" in problem.what
 
 
-def test_only_a_full_disk_calls_for_space_in_a_save(tmp_path: Path, monkeypatch) -> None:
-    """A save that cannot fit says how to go on; one that lacks a tokenizer's folder, or another
-    path, keeps the advice of that problem and adds nothing about space."""
+def test_only_a_full_disk_gets_advice_about_space(tmp_path: Path, monkeypatch) -> None:
+    """A save without enough space has advice about it; one that lacks a tokenizer folder, or
+    another path, has only the advice of that problem."""
 
     def advice_of(fail: Callable[..., None]) -> str:
         monkeypatch.setattr(Commit, "_write", lambda self, *more: fail())

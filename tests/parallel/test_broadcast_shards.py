@@ -1,4 +1,4 @@
-"""What a keeper has read arrives at every holder, whatever the sets, sizes and dtypes."""
+"""A shard reaches every replica rank from its writer rank, for any sets, sizes and dtypes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SETS = {
     "all": (0, 1, 2, 3), "left": (0, 1), "right": (2, 3), "even": (0, 2), "alone": (1,),
     "last": (1, 2, 3),
 }  # fmt: skip
-"""Sets of holders; ranks are in different numbers of them, in different orders."""
+"""Sets of replica ranks; ranks are in different numbers of them, in different orders."""
 DTYPES = (torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.int64, torch.bool)
 
 
@@ -51,7 +51,7 @@ def exchange() -> int:
     return checked
 
 
-def test_every_holder_gets_what_its_keeper_read() -> None:
+def test_every_replica_gets_the_shard_of_its_writer() -> None:
     checked = run_ranks(4, exchange)
     assert checked == [
         2 * 4 * len(DTYPES) * sum(rank in ranks for ranks in SETS.values()) for rank in range(4)

@@ -1,4 +1,4 @@
-"""What the ranks send each other in a step: no more than the layout needs."""
+"""The collectives of a step: no more than the layout needs."""
 
 from __future__ import annotations
 
@@ -85,9 +85,9 @@ def test_accumulation_reduces_gradients_once(counts) -> None:
 def test_tensor_parallel_never_gathers_logits(counts) -> None:
     plain, sequence = (counts[str(case)] for case in TENSOR)
     layers = 4
-    # Each layer has two regions: one sum where it is left, one in the backward pass where it was
-    # entered. Beside them: the head's entry, two for the loss, partial gradients, loss and norm.
+    # Each layer has two regions: one all-reduce at the end of each, one in the backward pass at
+    # its start. Further ones: the head's input, two for the loss, partial gradients, loss and norm.
     assert plain == {"allreduce": 4 * layers + 1 + 2 + 1 + 1}
-    # Two micro-batches: a gather and a cut sum at both ends of each region, forward and backward.
+    # Two micro-batches: an all-gather and a reduce-scatter at each region, forward and backward.
     ends = 2 * (2 * 2 * layers + 1)
     assert sequence == {"allgather_base": ends, "reduce_scatter_base": ends, "allreduce": 6}

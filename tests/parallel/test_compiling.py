@@ -1,4 +1,4 @@
-"""Compiled layers: the same gradients, in as few graphs as there can be."""
+"""Compiled layers: the same gradients, in as few graphs as possible."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_compiled_layouts(workshop: Workshop, case: Case) -> None:
 @pytest.mark.parametrize(
     ("model_name", "section", "breaks"),
     [
-        ("dense", {"select_recompute": True}, False),  # cheap pieces stay in the graph
+        ("dense", {"select_recompute": True}, False),  # cheap modules stay in the graph
         pytest.param("dense", {}, False, marks=pytest.mark.long),
         pytest.param("experts", {"recompute": True}, True, marks=pytest.mark.long),
         pytest.param("latent", {"select_recompute": ["mlp"]}, True, marks=pytest.mark.long),
@@ -74,7 +74,7 @@ def test_compiled_layouts(workshop: Workshop, case: Case) -> None:
 def test_compiled_layers_give_the_same_gradients(
     model_name: str, section: dict[str, Any], breaks: bool
 ) -> None:
-    """`breaks`: whether graphs end: at experts, and at pieces that are compiled apart."""
+    """`breaks`: whether there are graph breaks: at experts, and separately compiled modules."""
     torch._dynamo.reset()
     counters = torch._dynamo.utils.counters
     counters.clear()

@@ -1,4 +1,4 @@
-"""Machines that read files of their own: what all ranks must have alike is compared."""
+"""Machines that read their own files: what must be the same on all ranks is compared."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_every_difference_is_named_with_its_rank() -> None:
     ]
 
 
-def test_long_values_are_cut() -> None:
+def test_long_values_are_shortened() -> None:
     (what,) = problems({"prompts": ["x" * 1000]}, {"prompts": []})
     assert len(what) < 120
 

@@ -1,7 +1,7 @@
-"""Context parallelism: which rank has which tokens, and that nobody can tell from the results.
+"""Context parallelism: the tokens of each rank, and the same results as in one process.
 
 Every comparison is max|difference| / max|reference| in float32 against the same decoder, or the
-same attention, in one process with whole rows.
+same attention, in one process with full rows.
 """
 
 from __future__ import annotations
@@ -54,17 +54,17 @@ PATTERNS = ("causal", "documents", "window", "documents and window")
 @pytest.mark.parametrize(
     ("rank", "expected"), [(0, [0, 1, 14, 15]), (1, [2, 3, 12, 13]), (3, [6, 7, 8, 9])]
 )
-def test_a_ring_deals_chunks_from_head_and_tail(rank: int, expected: list[int]) -> None:
+def test_a_ring_rank_has_chunks_from_head_and_tail(rank: int, expected: list[int]) -> None:
     assert token_indices(16, 4, rank, balanced=True).tolist() == expected
     assert [place for chunk in chunks(16, 4, rank) for place in chunk] == expected
 
 
-def test_a_trade_deals_consecutive_tokens() -> None:
+def test_a_ulysses_rank_has_consecutive_tokens() -> None:
     assert token_indices(16, 4, 2, balanced=False).tolist() == [8, 9, 10, 11]
 
 
 @pytest.mark.parametrize(("total", "balanced"), [(12, True), (10, False)])
-def test_tokens_that_cannot_be_shared_equally_are_refused(total: int, balanced: bool) -> None:
+def test_tokens_that_cannot_be_split_equally_are_refused(total: int, balanced: bool) -> None:
     with pytest.raises(ValueError, match=f"{total} tokens cannot be"):
         token_indices(total, 4, 1, balanced=balanced)
 
@@ -89,7 +89,7 @@ def _places(way: str) -> tuple[int, list[int]]:
         world.stop()
 
 
-# Whole decoders.
+# Full decoders.
 
 
 EVERY_PAIR = [(model, pattern) for model in MODELS for pattern in PATTERNS]
@@ -121,7 +121,7 @@ def _compare_decoders(way: str, pairs: list[tuple[str, str]]) -> list[tuple[floa
 def _compare(
     cp: ContextParallel, model: str, pattern: str, run: Callable[..., Tensor] | None = None
 ) -> tuple[float, float]:
-    """`run(model, ids, **arguments)`: how the shared decoder is called."""
+    """`run(model, ids, **arguments)`: how the parallel decoder is called."""
     alone, shared = _decoder(model, pattern), _decoder(model, pattern)
     apply_context_parallel(shared, cp)
     ids = tokens(ROWS, TOTAL)
@@ -172,7 +172,7 @@ def _positions(documents: Tensor | None) -> Tensor:
 
 
 def _loss(logits: Tensor, ids: Tensor) -> Tensor:
-    """A sum over the tokens, so that shares of it add up; each token has a label of its own."""
+    """A sum over the tokens, so that it can be split over ranks; each token has its own label."""
     return F.cross_entropy(logits.flatten(0, 1), (ids.flatten() * 7 + 3) % VOCABULARY,
                            reduction="sum")  # fmt: skip
 
@@ -220,11 +220,11 @@ def _compiled(model: Decoder, ids: Tensor, **arguments: Tensor) -> Tensor:
     return model(ids, **arguments)
 
 
-def test_a_model_called_with_whole_rows_computes_alone() -> None:
-    assert run_ranks(2, _whole_rows) == [0.0, 0.0]
+def test_a_model_called_with_full_rows_does_not_communicate() -> None:
+    assert run_ranks(2, _full_rows) == [0.0, 0.0]
 
 
-def _whole_rows() -> float:
+def _full_rows() -> float:
     cp = start("ring")
     try:
         alone, shared = _decoder("llama", "causal"), _decoder("llama", "causal")
@@ -245,7 +245,7 @@ def test_values_may_have_another_size_and_scores_another_scale(way: str, size: i
 
 
 class _Latent:
-    """What is asked of an attention layer."""
+    """The interface of an attention layer."""
 
     scale = 0.37
 
@@ -261,16 +261,16 @@ def _compare_latent(way: str) -> list[float]:
     cp = start(way)
     try:
         layer, documents = _Latent(), documents_of_rows()
-        whole = [t.requires_grad_() for t in operands(heads=4, shared=4, sizes=(12, 12, 8))]
-        expected = layer.attend(*whole, context_of(None, documents), None)
+        full = [t.requires_grad_() for t in operands(heads=4, shared=4, sizes=(12, 12, 8))]
+        expected = layer.attend(*full, context_of(None, documents), None)
         (expected * weights_like(expected)).sum().backward()
         own = cp.token_indices(TOTAL)
-        parts = [t.detach()[:, :, own].requires_grad_() for t in whole]
+        parts = [t.detach()[:, :, own].requires_grad_() for t in full]
         model = _model_of(layer)
         apply_context_parallel(model, cp)
         found = layer.attend(*parts, context_of(own, documents), None)
         (found * weights_like(expected)[:, :, own]).sum().backward()
-        pairs = zip(whole, parts, strict=True)
+        pairs = zip(full, parts, strict=True)
         errors = [error(a.grad[:, :, own], b.grad) for a, b in pairs]
         return [error(expected[:, :, own], found), *errors]
     finally:

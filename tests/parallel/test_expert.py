@@ -1,5 +1,4 @@
-"""Expert parallelism: tokens find their experts on other ranks, and nobody can tell from the
-results.
+"""Expert parallelism: tokens are dispatched to experts on other ranks, with the same results.
 
 Every comparison is max|difference| / max|reference| in float32 against the same module in one
 process.
@@ -29,7 +28,7 @@ FAMILIES = tuple(EXPERTS)
     "counts",
     [[[2, 0, 1], [1, 3, 0]], [[0, 0], [0, 0], [0, 0]], [[0, 4], [0, 0]], [[1], [0], [2], [5]]],
 )
-def test_arrivals_are_sorted_by_expert_and_then_by_rank(counts: list[list[int]]) -> None:
+def test_received_tokens_are_sorted_by_expert_and_then_by_rank(counts: list[list[int]]) -> None:
     came = [
         (expert, rank, n)
         for rank, line in enumerate(counts)
@@ -41,7 +40,7 @@ def test_arrivals_are_sorted_by_expert_and_then_by_rank(counts: list[list[int]])
     assert [sorted(came)[place] for place in back.tolist()] == came
 
 
-# Whole decoders on data-parallel ranks, each with tokens of its own.
+# Full decoders on data-parallel ranks, each with its own tokens.
 
 
 @pytest.mark.parametrize(("ranks", "together"), [(2, 2), (4, 4), (4, 2)])
@@ -61,7 +60,7 @@ def _compare_decoders(together: int) -> dict[str, tuple[float, float]]:
 
 
 def _start(together: int | None = None) -> dist.ProcessGroup:
-    """Join the job, and give the `ep` group of this rank: so many neighbours, or everyone."""
+    """Join the job; returns the `ep` group of this rank: `together` neighbours, or all ranks."""
     here = world.start(force_cpu=True)
     lines = torch.arange(here.size).view(-1, together or here.size).tolist()
     group, _ = dist.new_subgroups_by_enumeration(lines)
@@ -94,7 +93,7 @@ def _decoder(family: str) -> Decoder:
 
 
 def _keep_own_experts(model: Decoder, group: dist.ProcessGroup) -> None:
-    """Views that give this rank's experts; gradients of the others stay zero."""
+    """Views that select this rank's experts; gradients of the others stay zero."""
     for module in model.modules():
         if isinstance(module, Experts):
             for name, parameter in module.named_parameters():
@@ -104,7 +103,7 @@ def _keep_own_experts(model: Decoder, group: dist.ProcessGroup) -> None:
 
 
 def _ids(rank: int) -> Tensor:
-    """Tokens of another number on each rank."""
+    """Another number of tokens on each rank."""
     return tokens(1 + rank % 2, 5 + 3 * rank, seed=rank)
 
 
@@ -155,17 +154,17 @@ def _compare_compiled(backend: str) -> tuple[float, float]:
 COUNTS = {
     "some for each": [[2, 1, 3, 1], [1, 4, 2, 2]],
     "a rank without tokens": [[2, 1, 3, 1], [0, 0, 0, 0]],
-    "an expert nobody chose": [[2, 0, 3, 1], [1, 0, 2, 2]],
-    "a rank whose experts nobody chose": [[0, 0, 3, 1], [0, 0, 2, 2]],
+    "an expert that no token chose": [[2, 0, 3, 1], [1, 0, 2, 2]],
+    "a rank whose experts no token chose": [[0, 0, 3, 1], [0, 0, 2, 2]],
     "a rank with neither": [[0, 0, 3, 1], [0, 0, 0, 0]],
-    "all of them abroad": [[0, 0, 3, 1], [4, 1, 0, 0]],
+    "all on other ranks": [[0, 0, 3, 1], [4, 1, 0, 0]],
     "no tokens at all": [[0, 0, 0, 0], [0, 0, 0, 0]],
 }
 """Tokens of two ranks for four experts."""
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_outputs_and_gradients_of_experts_however_tokens_fall(ranks: int) -> None:
+def test_outputs_and_gradients_of_experts_for_any_routing(ranks: int) -> None:
     for errors in run_ranks(ranks, _compare_experts):
         assert set(errors) == set(COUNTS)
         assert all(max(error) <= CLOSE for error in errors.values()), errors
@@ -189,8 +188,8 @@ def _compare_stacks(counts: list[list[int]], group: dist.ProcessGroup) -> list[f
     alone, own = Experts(4, HIDDEN, INNER, "silu"), Experts(4 // size, HIDDEN, INNER, "silu")
     mine = slice(rank * 4 // size, (rank + 1) * 4 // size)
     with torch.no_grad():
-        for whole, part in zip(alone.parameters(), own.parameters(), strict=True):
-            part.copy_(whole.normal_()[mine])
+        for full, part in zip(alone.parameters(), own.parameters(), strict=True):
+            part.copy_(full.normal_()[mine])
     apply_expert_parallel(torch.nn.ModuleList([own]), group)  # type: ignore[arg-type]
 
     inputs = [torch.randn(sum(line), HIDDEN, requires_grad=True) for line in counts]
@@ -201,7 +200,7 @@ def _compare_stacks(counts: list[list[int]], group: dist.ProcessGroup) -> list[f
     _loss(found).backward()
     assert all(parameter.grad is not None for parameter in own.parameters())
     pairs = zip(alone.parameters(), own.parameters(), strict=True)
-    errors = [error(whole.grad[mine], part.grad) for whole, part in pairs]
+    errors = [error(full.grad[mine], part.grad) for full, part in pairs]
     return [error(outputs[rank], found), error(inputs[rank].grad, given.grad), *errors]
 
 
@@ -209,7 +208,7 @@ def _compare_stacks(counts: list[list[int]], group: dist.ProcessGroup) -> list[f
 
 
 @pytest.mark.parametrize(("way", "ranks"), [("ring", 2), ("ulysses", 2), ("both", 4)])
-def test_the_balance_loss_counts_the_tokens_of_whole_rows(way: str, ranks: int) -> None:
+def test_the_balance_loss_counts_the_tokens_of_full_rows(way: str, ranks: int) -> None:
     for worst in run_ranks(ranks, _compare_balance, way):
         assert worst <= CLOSE
 

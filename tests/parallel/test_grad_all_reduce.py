@@ -1,4 +1,4 @@
-"""Gradients of whole copies: sums over the ranks, however a gradient comes about."""
+"""Gradients of replicas: all-reduced, however a gradient is computed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_every_rank_holds_the_sums(outcomes, way: str) -> None:
         assert seen == expected
 
 
-def test_a_bucket_holds_neighbouring_blocks_and_what_is_outside_stands_alone(outcomes) -> None:
+def test_a_bucket_holds_neighbouring_blocks_and_other_parameters_have_their_own(outcomes) -> None:
     assert outcomes["buckets"] == [["last"], ["block 2"], ["block 1", "block 0"], ["first"]]
 
 

@@ -1,4 +1,4 @@
-"""Copies of a micro-batch that take turns: the same gradients as without."""
+"""Interleaved chunks of a micro-batch: the same gradients as without."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from launcher.parallel.interleave import interleave, split_context
 from models.attention import AttentionMask, StepContext
 from tests.models.tiny import tokens
 from tests.parallel.keeping import (
-    COPIES,
     CPU,
+    INTERLEAVED,
     SEQUENCE,
     SPECS,
     SWAP,
@@ -27,7 +27,7 @@ from tests.workshop import Workshop
 
 @pytest.mark.parametrize("model_name", SPECS)
 @pytest.mark.parametrize("recompute", [False, True])
-def test_copies_that_take_turns_give_the_same_gradients(model_name: str, recompute: bool) -> None:
+def test_interleaved_chunks_give_the_same_gradients(model_name: str, recompute: bool) -> None:
     model = decoder(model_name)
     run_again(model, recompute=recompute)
     interleave(model, 2)
@@ -42,7 +42,7 @@ def test_rows_that_do_not_divide_run_as_one() -> None:
     assert torch.equal(model.eval()(tokens(3, 9)), decoder("dense").eval()(tokens(3, 9)))
 
 
-def test_each_copy_has_its_rows_of_the_context() -> None:
+def test_each_chunk_has_its_rows_of_the_context() -> None:
     rows, total = 4, 6
     documents = torch.arange(rows * total).view(rows, total)
     mask = AttentionMask(length=total, total=total, device=CPU, document_ids=documents)
@@ -61,19 +61,25 @@ def test_each_copy_has_its_rows_of_the_context() -> None:
 
 
 LAYOUTS = [
-    Case(dp=2, sharded=True, batch=2, more={**COPIES, **recompute(select_recompute=True)}),
-    Case("qwen3 moe", dp=2, ep=2, batch=2, more={**COPIES, **SWAP, **recompute(recompute=True)}),
-    Case(tp=2, parallel=SEQUENCE, batch=4, more={**COPIES, **recompute(recompute=[2]), **SWAP}),
+    Case(dp=2, sharded=True, batch=2, more={**INTERLEAVED, **recompute(select_recompute=True)}),
+    Case(
+        "qwen3 moe", dp=2, ep=2, batch=2, more={**INTERLEAVED, **SWAP, **recompute(recompute=True)}
+    ),
+    Case(
+        tp=2, parallel=SEQUENCE, batch=4, more={**INTERLEAVED, **recompute(recompute=[2]), **SWAP}
+    ),
 ]
 MORE_LAYOUTS = [
-    Case(dp=2, sharded=True, batch=2, more=COPIES),
-    Case(dp=2, batch=2, more=COPIES),
-    Case(tp=2, batch=4, more=COPIES),
-    Case(cp=2, batch=4, more={**COPIES, **recompute(recompute=True)}),
-    Case(cp=2, batch=4, parallel={"context_parallel_algo": "ulysses_cp"}, more=COPIES),
-    Case(pp=2, batch=1, more={**COPIES, **SWAP}),
-    Case("deepseek", dp=2, batch=2, more={**COPIES, **SWAP, **recompute(select_recompute=True)}),
-    Case("qwen3 moe", dp=2, ep=2, tp=2, batch=2, parallel=SEQUENCE, more=COPIES),
+    Case(dp=2, sharded=True, batch=2, more=INTERLEAVED),
+    Case(dp=2, batch=2, more=INTERLEAVED),
+    Case(tp=2, batch=4, more=INTERLEAVED),
+    Case(cp=2, batch=4, more={**INTERLEAVED, **recompute(recompute=True)}),
+    Case(cp=2, batch=4, parallel={"context_parallel_algo": "ulysses_cp"}, more=INTERLEAVED),
+    Case(pp=2, batch=1, more={**INTERLEAVED, **SWAP}),
+    Case(
+        "deepseek", dp=2, batch=2, more={**INTERLEAVED, **SWAP, **recompute(select_recompute=True)}
+    ),
+    Case("qwen3 moe", dp=2, ep=2, tp=2, batch=2, parallel=SEQUENCE, more=INTERLEAVED),
 ]
 
 

@@ -1,4 +1,4 @@
-"""The plan of who works on which matrix, on layouts of one process's choosing."""
+"""The plan of which rank processes which matrix, for any layout, in one process."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def plans(mesh: Mesh) -> list[MatrixExchange]:
 
 
 def all_matrices(mesh: Mesh) -> dict[tuple[str, Box], Matrix]:
-    """Every matrix of any rank, on which all ranks agree."""
+    """Every matrix of any rank; all ranks must agree on it."""
     found: dict[tuple[str, Box], Matrix] = {}
     for plan in plans(mesh):
         for matrix in (matrix for taken in plan.rounds for matrix in taken):
@@ -75,7 +75,7 @@ def test_a_matrix_is_two_dims_of_one_expert(mesh: Mesh) -> None:
     }
 
 
-def test_copies_share_the_work() -> None:
+def test_replicas_share_the_work() -> None:
     owners = {matrix.owner for matrix in all_matrices(Mesh(dp_replicate=3)).values()}
     assert owners == {0, 1, 2}
 

@@ -1,4 +1,4 @@
-"""Keeping less for the backward pass, or elsewhere: the same gradients to the bit, less kept."""
+"""Recompute and offload: bitwise the same gradients, fewer saved activations."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ from tests.workshop import BASE, Workshop
 def test_recomputed_gradients_are_the_same_bits_from_less(
     model_name: str, section: dict[str, Any], most: float
 ) -> None:
-    """`most`: the largest share of what is kept otherwise."""
+    """`most`: the maximum fraction of the saved bytes without recompute."""
     model = decoder(model_name)
     run_again(model, **section)
     gradients, kept = step(model)
@@ -84,7 +84,7 @@ def test_a_recomputed_layer_keeps_its_input_alone() -> None:
     kept: list[int] = []
     with saved_tensors_hooks(lambda t: kept.append(t.untyped_storage().data_ptr()), _never):
         model(tokens(2, 24))
-    first_ids = kept[:1]  # what the embedding keeps
+    first_ids = kept[:1]  # saved by the embedding
     assert kept == first_ids + inputs[:LAYERS]
 
 
@@ -141,7 +141,7 @@ def test_entries_of_a_v_belong_to_ranks() -> None:
         ("no_such", set()),
     ],
 )
-def test_names_of_mindformers_mean_our_pieces(pattern: str, names: set[str]) -> None:
+def test_names_of_mindformers_match_layer_modules(pattern: str, names: set[str]) -> None:
     assert matching(pattern, module_names(list(numbered(decoder("dense")).values()))) == names
 
 
@@ -153,7 +153,7 @@ def test_experts_have_activations_too() -> None:
     assert matching(r"mlp\.shared_experts\.mul", names) == {"mlp.shared_experts.activation"}
 
 
-def test_a_pattern_without_a_piece_is_an_error() -> None:
+def test_a_pattern_that_matches_no_module_is_an_error() -> None:
     names = module_names(list(numbered(decoder("dense")).values()))
     with pytest.raises(UserError) as error:
         check_patterns("recompute_config.select_recompute", ["feed_foward"], names, _line)
@@ -206,7 +206,7 @@ def test_swapped_gradients_are_the_same_bits(
 
 
 class Copying(offload.CopyEngine):
-    """Really copies, as to and from a device, and counts."""
+    """Copies as to and from a device, and counts."""
 
     def __init__(self) -> None:
         self.sent = self.brought = 0
@@ -261,7 +261,7 @@ def test_parcels_before_are_sent_for_and_none_is_left_behind() -> None:
     assert swap._latest() is None
 
 
-def test_what_runs_again_is_not_swapped_but_what_it_keeps_is() -> None:
+def test_recomputed_modules_are_not_offloaded_but_their_inputs_are() -> None:
     model = decoder("dense")
     layers, again = numbered(model), run_again(model, recompute=True)
     inner = SwapSection(swap=True, op_swap=[{"op_name": "mlp"}])
@@ -270,10 +270,10 @@ def test_what_runs_again_is_not_swapped_but_what_it_keeps_is() -> None:
     gradients, _ = step(model)
     assert_same(gradients, plain("dense")[0])
     assert swap.moved_bytes == 0
-    assert outer.moved_bytes == LAYERS * 2 * 24 * 64 * 4  # the states each layer was given
+    assert outer.moved_bytes == LAYERS * 2 * 24 * 64 * 4  # the input of each layer
 
 
-def test_every_piece_has_the_parameter_names_it_had() -> None:
+def test_wrapping_does_not_change_parameter_names() -> None:
     model = decoder("experts")
     before = list(model.state_dict())
     run_again(model, recompute=True)
@@ -334,7 +334,7 @@ def test_more_layouts(workshop: Workshop) -> None:
         ),
     ],
 )
-def test_names_that_name_nothing_end_the_run(
+def test_patterns_that_match_nothing_end_the_run(
     workshop: Workshop, changes: dict[str, Any], message: str
 ) -> None:
     name = workshop.yaml(**changes)
@@ -344,7 +344,7 @@ def test_names_that_name_nothing_end_the_run(
     assert "Traceback" not in job.stderr
 
 
-def test_families_of_transformers_run_their_blocks_again(workshop: Workshop) -> None:
+def test_families_of_transformers_recompute_their_blocks(workshop: Workshop) -> None:
     dropped = dict.fromkeys(("resid_pdrop", "attn_pdrop", "embd_pdrop"), 0.1)
     sizes = {"type": "GPT2Config", "vocab_size": 512, "n_embd": 32, "n_layer": 2, "n_head": 4,
              "n_positions": 128, **dropped}  # fmt: skip

@@ -1,7 +1,7 @@
-"""Every optimizer computes on a layout what it computes in one process.
+"""Every optimizer gives the same results on a layout as in one process.
 
-Muon orthogonalises in float32 here. In bfloat16 a gradient that differs in its last bit may round
-to another number, and the iteration makes small singular values some 500 times larger.
+Muon orthogonalizes in float32 here. In bfloat16 a gradient that differs in its last bit may round
+differently, and the iteration amplifies small singular values about 500 times.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "SGD": {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1, "eps": None},
     "Muon": {"weight_decay": 0.1, "adamw_eps": 1e-4, "eps": None},
 }
-"""`optimizer` of each type; None takes away what the base configuration has."""
+"""`optimizer` of each type; None removes a key of the base configuration."""
 
 LAYOUTS = {
     "dp2": Case(dp=2),
@@ -47,7 +47,7 @@ def case(optimizer: str, layout: str) -> Case:
 
 
 def in_float32(folder: str, cases: list[Case]) -> list[Outcome]:
-    """`run_on_rank`, with matrices orthogonalised in float32."""
+    """`run_on_rank`, with matrices orthogonalized in float32."""
     from launcher.train import muon
 
     muon.DTYPE = torch.float32

@@ -1,6 +1,6 @@
-"""Every layout computes what one process computes: three steps of loss, gradients, parameters.
+"""Every layout gives the results of one process: three steps of loss, gradients, parameters.
 
-`make test` runs all axes on Qwen3 and every family and axis once; the whole matrix is marked long.
+`make test` runs all axes on Qwen3 and every family and axis once; the full matrix is marked long.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tests.ranks import PATIENCE
 from tests.workshop import Workshop
 
 SEQUENCE = {"use_seq_parallel": True}
-CUT_VOCABULARY = {"vocab_emb_dp": False}
+SHARDED_VOCABULARY = {"vocab_emb_dp": False}
 BALANCE = {"output_router_logits": True, "router_aux_loss_coef": 0.1}
 SCHEDULES: dict[str, dict[str, object]] = {
     "gpipe": {"pipeline_scheduler": "gpipe"},
@@ -41,9 +41,9 @@ QWEN3 = [
     Case(dp=4, sharded=True, shard_size=2),
     Case(tp=2, more={"train_dataset": {"packing": False}}),
     Case(tp=2, parallel=SEQUENCE, model={"attention_dropout": 0.1, "hidden_dropout": 0.1}),
-    Case("qwen3 tied", tp=2, parallel={**SEQUENCE, **CUT_VOCABULARY}),
+    Case("qwen3 tied", tp=2, parallel={**SEQUENCE, **SHARDED_VOCABULARY}),
     Case("qwen3 tied", tp=4, parallel=SEQUENCE),
-    Case(dp=2, tp=2, sharded=True, parallel=CUT_VOCABULARY),
+    Case(dp=2, tp=2, sharded=True, parallel=SHARDED_VOCABULARY),
     Case(dp=2, pp=2, sharded=True),
     Case(tp=2, pp=2, parallel=SEQUENCE),
     Case(dp=2, tp=2, pp=2, sharded=True),
@@ -85,8 +85,8 @@ FAMILIES_ONCE = [
 ]
 
 
-def whole_matrix() -> Iterable[Case]:
-    """Families x axes, each with the optimizer copied and sharded where there are data ranks."""
+def full_matrix() -> Iterable[Case]:
+    """Families x axes, each with a replicated and a sharded optimizer if there are data ranks."""
     axes = [
         {"dp": 2}, {"dp": 4}, {"tp": 2}, {"tp": 4}, {"pp": 2}, {"pp": 4}, {"cp": 2}, {"cp": 4},
         {"dp": 2, "tp": 2}, {"dp": 2, "pp": 2}, {"tp": 2, "pp": 2}, {"dp": 2, "tp": 2, "pp": 2},
@@ -107,7 +107,7 @@ def whole_matrix() -> Iterable[Case]:
             if plain.dp > 2:
                 yield replace(plain, sharded=True, shard_size=2)
             if plain.tp > 1:
-                yield replace(plain, parallel={**SEQUENCE, **CUT_VOCABULARY})
+                yield replace(plain, parallel={**SEQUENCE, **SHARDED_VOCABULARY})
             if plain.cp > 1:
                 yield replace(plain, parallel={"context_parallel_algo": "ulysses_cp"})
     for family in FAMILIES:
@@ -120,7 +120,7 @@ def whole_matrix() -> Iterable[Case]:
 def outcomes_of(
     workshop: Workshop, cases: list[Case], timeout: float = PATIENCE, main: Any = None
 ) -> dict[str, tuple[list[Outcome], Outcome]]:
-    """Every case with its reference, by name; cases that are the same alone share it."""
+    """Every case with its reference, by name; cases that are equal in one process share it."""
     alone = {_key(case): case.alone() for case in cases}
     found = run_cases(workshop, [*alone.values(), *cases], timeout, main)
     references = dict(zip(alone, (ranks[0] for ranks in found), strict=False))
@@ -143,7 +143,7 @@ def quick(materials: Workshop, tmp_path_factory) -> dict[str, tuple[list[Outcome
 
 
 @pytest.mark.parametrize("case", QUICK, ids=str)
-def test_a_layout_computes_what_one_process_computes(quick, case: Case) -> None:
+def test_a_layout_equals_one_process(quick, case: Case) -> None:
     ranks, reference = quick[str(case)]
     assert_equal(case, ranks, reference)
 
@@ -154,11 +154,11 @@ def test_the_runs_learn_something(quick) -> None:
         assert ranks[0].eval_loss < reference.losses[0]
 
 
-REPLICATED = list(whole_matrix())
+REPLICATED = list(full_matrix())
 
 
 def wrong_ones(workshop: Workshop, cases: list[Case], tolerance: float) -> list[str]:
-    """What each case that differs from one process says."""
+    """The message of each case that differs from one process."""
     found = outcomes_of(workshop, cases, timeout=1500)
     wrong = []
     for case in cases:
@@ -172,14 +172,14 @@ def wrong_ones(workshop: Workshop, cases: list[Case], tolerance: float) -> list[
 @pytest.mark.long
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_whole_matrix(materials: Workshop, tmp_path, family: str) -> None:
+def test_the_full_matrix(materials: Workshop, tmp_path, family: str) -> None:
     cases = [case for case in REPLICATED if case.family == family]
     wrong = wrong_ones(materials.copy_to(tmp_path / "work"), cases, TOLERANCE)
     assert not wrong, "\n".join(wrong)
 
 
 def compiled_matrix(family: str) -> list[Case]:
-    """Every axis and mixture of axes, its layers compiled."""
+    """Every axis and combination of axes, with compiled layers."""
     degrees = [{"dp": 2}, {"tp": 2}, {"pp": 2}, {"cp": 2}, {"dp": 2, "tp": 2}, {"dp": 2, "pp": 2},
                {"tp": 2, "pp": 2}, {"dp": 2, "tp": 2, "pp": 2}]  # fmt: skip
     if family in MIXTURES:

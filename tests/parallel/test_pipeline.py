@@ -1,4 +1,4 @@
-"""Pipelines of real ranks against the whole decoder in one process: losses and every gradient."""
+"""Pipelines of real ranks against the full decoder in one process: losses and every gradient."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from tests.parallel.pipelines import (
     Case,
     bad_ones,
     batch,
+    full_decoder,
     gradient_error,
     loss_error,
     named,
@@ -30,29 +31,28 @@ from tests.parallel.pipelines import (
     scaled,
     split_of,
     stages_of,
-    whole,
-    whole_decoder,
+    unsplit,
 )
 from tests.ranks import run_ranks
 
 
 def run_case(case: Case, group: Any) -> dict[str, float]:
-    """Errors, relative to the largest number, of a step, one of another shape, evaluations."""
+    """Relative errors of a step, of one with another shape, and of evaluations."""
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
     split = split_of(case, ranks)
     stages = stages_of(case, split, rank)
     pipeline = pipeline_of(case, group, stages, split)
-    copies = None
+    replicas = None
     if case.tied:
         held = [p for name, p in named(stages) if name == EMBEDDING]
-        copies = tied_replicas(Mesh(pp=ranks), split, held)
+        replicas = tied_replicas(Mesh(pp=ranks), split, held)
     errors = {}
     for step, shown in enumerate([case, replace(case, rows=case.rows + 1)]):
         ids, labels, arguments = batch(shown, seed=step)
-        expected = reference(whole(shown), step)
+        expected = reference(unsplit(shown), step)
         loss = pipeline.train(ids, labels, scaled(labels), arguments)
-        if copies is not None:
-            copies.all_reduce_gradients()
+        if replicas is not None:
+            replicas.all_reduce_gradients()
         errors[f"loss {step}"] = loss_error(loss, expected[0], group)
         errors[f"gradients {step}"] = gradient_error(stages, expected[1])
         count = case.micro_batches if step == 1 else 1
@@ -100,7 +100,7 @@ def test_four_ranks_compute_what_one_does() -> None:
 
 
 def same_twice() -> list[bool]:
-    """Whether a step repeated, with evaluations of other shapes between, gives the same bits."""
+    """Whether a repeated step, with evaluations of other shapes in between, is bitwise the same."""
     world.start(force_cpu=True)
     results = []
     for name in SCHEDULES:
@@ -133,15 +133,15 @@ def gradients_accumulate() -> float:
     ids, labels, arguments = batch(case)
     for _ in range(2):
         pipeline.train(ids, labels, scaled(labels), arguments)
-    return gradient_error(stages, {n: 2 * g for n, g in reference(whole(case), 0)[1].items()})
+    return gradient_error(stages, {n: 2 * g for n, g in reference(unsplit(case), 0)[1].items()})
 
 
-def test_gradients_are_added_to_what_is_there() -> None:
+def test_gradients_are_accumulated() -> None:
     assert max(run_ranks(2, gradients_accumulate)) <= TOLERANCE
 
 
 def refusals() -> dict[str, str]:
-    """What is said of pipelines that do not fit, each on all ranks."""
+    """The errors of invalid pipelines, each on all ranks."""
     world.start(force_cpu=True)
     rank = dist.get_rank()
     case = Case("1f1b")
@@ -163,7 +163,7 @@ def refusals() -> dict[str, str]:
             case, dist.group.WORLD, {other: stages[split.stages_of(rank)[0]]}, split
         ),
         "wrong module": lambda: pipeline_of(
-            case, dist.group.WORLD, {rank: whole_decoder(whole(case))}, split
+            case, dist.group.WORLD, {rank: full_decoder(unsplit(case))}, split
         ),
         "rows": lambda: pipeline_of(case, dist.group.WORLD, stages, split).train(
             torch.zeros(6, 4, dtype=torch.int64), torch.zeros(6, 4, dtype=torch.int64),
@@ -178,7 +178,7 @@ def refusals() -> dict[str, str]:
     return said
 
 
-def test_what_does_not_fit_is_refused_before_anything_is_sent() -> None:
+def test_invalid_pipelines_are_refused_before_anything_is_sent() -> None:
     said = run_ranks(2, refusals)
     assert said[0] | {"wrong stage": ""} == {
         "micro-batches": "1f1b on 2 ranks needs at least 2 micro-batches, not 1",
@@ -213,14 +213,14 @@ def fails_in_a_stage() -> str:
 
 
 def test_an_error_in_a_stage_comes_out_as_it_is() -> None:
-    """The other rank learns of it when the process is gone: its connection breaks."""
+    """The other rank fails when this process ends: its connection breaks."""
     first, last = run_ranks(2, fails_in_a_stage)
     assert last == "FloatingPointError('of the loss')"
     assert first.startswith("RuntimeError(")
     assert "onnection" in first
 
 
-def test_equalise_copies_the_first_to_the_second() -> None:
+def test_broadcast_tied_copies_the_first_to_the_second() -> None:
     first, second = nn.Parameter(torch.arange(3.0)), nn.Parameter(torch.zeros(3))
     moment = torch.ones(2)
     broadcast_tied([first, torch.full((2,), 4.0)], [second, moment])

@@ -36,6 +36,7 @@ from tests.parallel.pipelines import (
     batch,
     config_of,
     filled,
+    full_decoder,
     gradient_error,
     loss_error,
     named,
@@ -44,8 +45,7 @@ from tests.parallel.pipelines import (
     scaled,
     split_of,
     stages_of,
-    whole,
-    whole_decoder,
+    unsplit,
 )
 from tests.ranks import run_ranks
 
@@ -59,7 +59,7 @@ SHARDED = [
 
 
 def run_sharded(cases: list[Case], together: int, **axes: int) -> list[dict[str, float]]:
-    """Pipeline of two ranks, each stage sharded over two data ranks, which see different rows."""
+    """Pipeline of two ranks, each stage sharded over two data ranks with different rows."""
     world.start(force_cpu=True)
     meshes = Meshes(Mesh(pp=2, **axes), "cpu")
     return [run_sharded_case(case, meshes, together) for case in cases]
@@ -73,10 +73,10 @@ def run_sharded_case(case: Case, meshes: Meshes, together: int) -> dict[str, flo
     for module in stages.values():
         shard(module, meshes, together)
     pipeline = pipeline_of(case, group, stages, split)
-    copies = None
+    replicas = None
     if case.tied:
         held = [p for name, p in named(stages) if name == EMBEDDING]
-        copies = tied_replicas(meshes.layout, split, held)
+        replicas = tied_replicas(meshes.layout, split, held)
     both = replace(case, micro_batches=2 * case.micro_batches)
     errors = {}
     for step in range(2):
@@ -88,9 +88,9 @@ def run_sharded_case(case: Case, meshes: Meshes, together: int) -> dict[str, flo
             for name, value in arguments.items()
         }
         loss = pipeline.train(ids[own], labels[own], scaled(labels), mine)
-        if copies is not None:
-            copies.all_reduce_gradients()
-        expected = reference(whole(both), step)
+        if replicas is not None:
+            replicas.all_reduce_gradients()
+        expected = reference(unsplit(both), step)
         errors[f"loss {step}"] = loss_error(loss, expected[0], None)
         errors[f"gradients {step}"] = gradient_error(stages, expected[1])
         loss = pipeline.evaluate(ids[own], labels[own], scaled(labels), mine)
@@ -111,22 +111,24 @@ def shard(module: nn.Module, meshes: Meshes, together: int) -> None:
             part.set_force_sum_reduction_for_comms(True)
 
 
-def run_pieces(cases: list[Case]) -> list[dict[str, float]]:
+def run_shards(cases: list[Case]) -> list[dict[str, float]]:
     return run_sharded(cases, together=1, dp_shard=2)
 
 
-def run_copies(cases: list[Case]) -> list[dict[str, float]]:
+def run_replicas(cases: list[Case]) -> list[dict[str, float]]:
     return run_sharded(cases, together=3, dp_replicate=2)
 
 
-@pytest.mark.parametrize(("function", "cases"), [(run_pieces, SHARDED), (run_copies, SHARDED[2:4])])
+@pytest.mark.parametrize(
+    ("function", "cases"), [(run_shards, SHARDED), (run_replicas, SHARDED[2:4])]
+)
 def test_stages_sharded_over_data_ranks(function: Callable[..., Any], cases: list[Case]) -> None:
     assert bad_ones(4, cases, function) == []
 
 
 def losses_of_changed_weights() -> list[float]:
-    """Losses after all weights became zero behind the back of a pipeline that has just gathered
-    them: in evaluation, and in training."""
+    """Losses after all weights are set to zero when a pipeline has just gathered them: in
+    evaluation, and in training."""
     world.start(force_cpu=True)
     meshes, results = Meshes(Mesh(pp=2, dp_shard=2), "cpu"), []
     for case in (Case("1f1b"), Case("zero_bubble_v", per_rank=2)):
@@ -148,7 +150,7 @@ def losses_of_changed_weights() -> list[float]:
     return results
 
 
-def test_gathered_weights_are_not_kept_over_a_change() -> None:
+def test_gathered_weights_are_not_stale() -> None:
     for losses in run_ranks(4, losses_of_changed_weights):
         assert losses == pytest.approx([math.log(VOCABULARY)] * 4)
 
@@ -161,7 +163,7 @@ TENSOR_PARALLEL = [
 
 
 def run_tensor_parallel(cases: list[Case], sequence: bool) -> list[dict[str, float]]:
-    """Two pipeline ranks, each stage shared by two tensor-parallel ranks."""
+    """Two pipeline ranks, each stage on two tensor-parallel ranks."""
     world.start(force_cpu=True)
     meshes = Meshes(Mesh(pp=2, tp=2), "cpu")
     return [run_tensor_parallel_case(case, meshes, sequence) for case in cases]
@@ -171,7 +173,7 @@ def run_tensor_parallel_case(case: Case, meshes: Meshes, sequence: bool) -> dict
     group, tp_group = meshes.group("pp"), meshes.group("tp")
     split = split_of(case, 2)
     stages = stages_of(case, split, dist.get_rank(group))
-    names = [name for name, _ in whole_decoder(whole(case)).named_parameters()]
+    names = [name for name, _ in full_decoder(unsplit(case)).named_parameters()]
     specs = shard_specs(names, config_of(case), tp=2, vocab_emb_dp=False)
     for module in stages.values():
         parallelize(module, specs, meshes, sequence=sequence, context=None)
@@ -192,7 +194,7 @@ def run_tensor_parallel_case(case: Case, meshes: Meshes, sequence: bool) -> dict
     if case.tied:
         held = [p for name, p in named(stages) if name == EMBEDDING]
         tied_replicas(meshes.layout, split, held).all_reduce_gradients()
-    expected = reference(whole(case), 0)
+    expected = reference(unsplit(case), 0)
     return {
         "loss": loss_error(trained, expected[0], group),
         "gradients": gradient_error(stages, own_parts(expected[1], specs, tp_group)),
@@ -201,13 +203,13 @@ def run_tensor_parallel_case(case: Case, meshes: Meshes, sequence: bool) -> dict
 
 
 def own_parts(
-    whole: dict[str, Tensor], specs: dict[str, ShardSpec], group: Any
+    full: dict[str, Tensor], specs: dict[str, ShardSpec], group: Any
 ) -> dict[str, Tensor]:
-    """What this tensor-parallel rank holds of each tensor."""
-    dims = {name: specs[name].tp_dim for name in whole}
+    """This tensor-parallel rank's shard of each tensor."""
+    dims = {name: specs[name].tp_dim for name in full}
     return {
         name: tensor if (dim := dims[name]) is None else tensor.chunk(2, dim)[dist.get_rank(group)]
-        for name, tensor in whole.items()
+        for name, tensor in full.items()
     }
 
 
@@ -225,7 +227,7 @@ def test_stages_shared_by_tensor_parallel_ranks(function: Callable[..., Any]) ->
 
 
 def run_experts(cases: list[Case]) -> list[dict[str, float]]:
-    """Experts, with a balance loss that only the gradients show."""
+    """Experts, with a balance loss that appears only in the gradients."""
     world.start(force_cpu=True)
     config = experts_spec("qwen3_moe", num_layers=8, hidden_size=32).decoder
     assert config is not None

@@ -1,4 +1,4 @@
-"""A ring by itself: which pieces it computes, padding, dtypes, memory, the same bits each time."""
+"""Ring attention alone: its blocks, padding, dtypes, memory, bitwise reproducibility."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def test_causal_work_in_a_ring_is_equal_at_every_step() -> None:
     for step in range(size):
         work = {
             sum(
-                len(range(*piece.queries.indices(total))) * len(range(*piece.keys.indices(total)))
-                for piece in _At(size, rank, total).blocks((rank - step) % size, lines=1)
+                len(range(*block.queries.indices(total))) * len(range(*block.keys.indices(total)))
+                for block in _At(size, rank, total).blocks((rank - step) % size, lines=1)
             )
             for rank in range(size)
         }
@@ -39,7 +39,7 @@ def test_causal_work_in_a_ring_is_equal_at_every_step() -> None:
 
 
 class _At(Ring):
-    """A ring as one of its ranks sees it, without any process group."""
+    """A ring for one of its ranks, without a process group."""
 
     def __init__(self, size: int, rank: int, total: int, window: int | None = None) -> None:
         mask = AttentionMask(length=total // size, total=total, device=torch.device("cpu"),
@@ -58,7 +58,7 @@ class _At(Ring):
 
 @pytest.mark.parametrize("window", [None, 5, 16, 64])
 @pytest.mark.parametrize("scores", [1 << 25, 64])
-def test_pieces_cover_what_may_be_seen_once(
+def test_blocks_cover_the_mask_once(
     window: int | None, scores: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(ring.SCORES, "cpu", scores)
@@ -68,10 +68,10 @@ def test_pieces_cover_what_may_be_seen_once(
         at = _At(size, rank, total, window)
         for source in range(size):
             keys = token_indices(total, size, source, balanced=True)
-            for piece in at.blocks(source, lines=2):
-                lines, columns = at.mask.token_indices[piece.queries], keys[piece.keys]
+            for block in at.blocks(source, lines=2):
+                lines, columns = at.mask.token_indices[block.queries], keys[block.keys]
                 assert 2 * len(lines) * len(columns) <= scores
-                mask = torch.ones(()) if piece.mask is None else piece.mask[0, 0]
+                mask = torch.ones(()) if block.mask is None else block.mask[0, 0]
                 seen[lines[:, None], columns] += mask.long()
     order = torch.arange(total)
     expected = order[:, None] >= order
@@ -80,7 +80,7 @@ def test_pieces_cover_what_may_be_seen_once(
     assert torch.equal(seen, expected.long())
 
 
-def test_padding_is_seen_by_nobody_and_harms_nobody() -> None:
+def test_padding_is_masked_and_gives_no_nan() -> None:
     for worst in run_ranks(2, _compare_padded):
         assert worst <= CLOSE
 
@@ -91,11 +91,11 @@ def _compare_padded() -> float:
         key_mask = torch.arange(TOTAL) >= torch.tensor([[5], [0]])
         query, key, value = operands(heads=4, shared=2, sizes=(8, 8, 8))
         device, own = torch.device("cpu"), cp.token_indices(TOTAL)
-        whole = AttentionMask(length=TOTAL, total=TOTAL, device=device, key_mask=key_mask)
+        full = AttentionMask(length=TOTAL, total=TOTAL, device=device, key_mask=key_mask)
         part = AttentionMask(
             length=len(own), total=TOTAL, device=device, token_indices=own, key_mask=key_mask
         )
-        expected = attend(query, key, value, whole.mask(None))[:, :, own]
+        expected = attend(query, key, value, full.mask(None))[:, :, own]
         assert cp.ring is not None
         parts = (t[:, :, own] for t in (query, key, value))
         return error(expected, ring_attention(*parts, Ring(cp.ring, part, None)))
@@ -104,7 +104,7 @@ def _compare_padded() -> float:
 
 
 @pytest.mark.parametrize(("dtype", "close"), [("float64", 1e-13), ("bfloat16", 2e-2)])
-def test_other_dtypes_keep_what_accuracy_they_have(dtype: str, close: float) -> None:
+def test_accuracy_of_other_dtypes(dtype: str, close: float) -> None:
     for errors in run_ranks(2, _compare_in, dtype):
         assert max(errors) <= close, errors
 
@@ -112,17 +112,17 @@ def test_other_dtypes_keep_what_accuracy_they_have(dtype: str, close: float) -> 
 def _compare_in(dtype: str) -> list[float]:
     cp = start("ring")
     try:
-        whole = [t.to(getattr(torch, dtype)).double().requires_grad_()
+        full = [t.to(getattr(torch, dtype)).double().requires_grad_()
                  for t in operands(heads=4, shared=2, sizes=(8, 8, 8))]  # fmt: skip
-        expected = attend(*whole, None)
+        expected = attend(*full, None)
         expected.backward(weights_like(expected))
         own = cp.token_indices(TOTAL)
-        parts = [t.detach()[:, :, own].to(getattr(torch, dtype)).requires_grad_() for t in whole]
+        parts = [t.detach()[:, :, own].to(getattr(torch, dtype)).requires_grad_() for t in full]
         assert cp.ring is not None
         found = ring_attention(*parts, Ring(cp.ring, context_of(own, None).mask, None))
         found.backward(weights_like(expected)[:, :, own].to(found.dtype))
         pairs = [(expected[:, :, own], found)]
-        pairs += [(a.grad[:, :, own], b.grad) for a, b in zip(whole, parts, strict=True)]
+        pairs += [(a.grad[:, :, own], b.grad) for a, b in zip(full, parts, strict=True)]
         assert all(b.dtype == getattr(torch, dtype) for _, b in pairs)
         return [error(a, b.double()) for a, b in pairs]
     finally:
@@ -133,7 +133,7 @@ def _compare_in(dtype: str) -> list[float]:
 
 
 class _Largest(TorchDispatchMode):
-    """The most elements any tensor had that was made inside."""
+    """The largest number of elements of a tensor created inside."""
 
     elements = 0
 
@@ -144,7 +144,7 @@ class _Largest(TorchDispatchMode):
         return result
 
 
-def test_a_ring_never_holds_all_scores_and_gives_the_same_bits_each_time() -> None:
+def test_a_ring_never_holds_all_scores_and_is_bitwise_reproducible() -> None:
     for largest, repeated in run_ranks(4, _long_row):
         assert repeated
         # Rows, heads, and a chunk of queries by a chunk of keys; all scores are 64 times as many.
@@ -192,26 +192,26 @@ def _compare_sinks(window: int | None, packed: bool) -> list[float]:
     cp = start("ring")
     try:
         documents = documents_of_rows() if packed else None
-        whole = [t.requires_grad_() for t in operands(heads=4, shared=2, sizes=(8, 8, 8))]
+        full = [t.requires_grad_() for t in operands(heads=4, shared=2, sizes=(8, 8, 8))]
         sinks = torch.tensor([3.0, -1.0, 0.5, 8.0], requires_grad=True)
         mask = context_of(None, documents).mask.mask(window, always=True)
         assert mask is not None
-        scores = whole[0] @ whole[1].repeat_interleave(2, 1).transpose(2, 3) * 8**-0.5
+        scores = full[0] @ full[1].repeat_interleave(2, 1).transpose(2, 3) * 8**-0.5
         scores = scores.masked_fill(~mask, float("-inf"))
         column = sinks[:, None, None].expand(*scores.shape[:3], 1)
         shares = torch.cat((scores, column), -1).softmax(-1)[..., :-1]
-        expected = shares @ whole[2].repeat_interleave(2, 1)
+        expected = shares @ full[2].repeat_interleave(2, 1)
         (expected * weights_like(expected)).sum().backward()
         own = cp.token_indices(TOTAL)
         assert cp.ring is not None
-        parts = [t.detach()[:, :, own].requires_grad_() for t in whole]
+        parts = [t.detach()[:, :, own].requires_grad_() for t in full]
         mine = sinks.detach().requires_grad_()
         at = Ring(cp.ring, context_of(own, documents).mask, window)
         found = ring_attention(*parts, at, sinks=mine)
         (found * weights_like(expected)[:, :, own]).sum().backward()
         assert mine.grad is not None
         dist.all_reduce(mine.grad)
-        pairs = zip(whole, parts, strict=True)
+        pairs = zip(full, parts, strict=True)
         errors = [error(a.grad[:, :, own], b.grad) for a, b in pairs]
         return [error(expected[:, :, own], found), error(sinks.grad, mine.grad), *errors]
     finally:

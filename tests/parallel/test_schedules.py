@@ -1,4 +1,4 @@
-"""The table of schedules, and what torch's schedules make each rank do, without any ranks."""
+"""The table of schedules, and the actions of each rank in torch's schedules, in one process."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_rules_of_schedules(name: str, per_rank: int, micro_batches: int, rule: 
 
 
 @pytest.mark.parametrize(("name", "ranks", "per_rank", "micro_batches"), NUMBERS)
-def test_every_stage_does_every_micro_batch_once(
+def test_every_stage_runs_every_micro_batch_once(
     name: str, ranks: int, per_rank: int, micro_batches: int
 ) -> None:
     order = orders(name, ranks, per_rank, micro_batches)

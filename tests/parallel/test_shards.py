@@ -1,7 +1,7 @@
-"""The shards torch makes are the boxes the layout says, element by element, for every family.
+"""The shards of torch are the boxes of the layout, element by element, for every family.
 
-Each rank of a layout is played in turn by this one process, with a process group whose collectives
-do nothing: cutting needs none of them. Every parameter begins as numbers that tell where they were.
+This one process plays each rank of a layout in turn, with a process group whose collectives do
+nothing: sharding needs none. The values of every parameter encode their indices.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ from tests.workshop import Workshop
 V_SHAPED = {"pipeline_scheduler": "zero_bubble_v"}
 LOOP = {"pipeline_scheduler": "1f1b", "pipeline_interleave": True}
 ODD = {"vocab_size": 514}
-"""Rows that four ranks cannot share evenly."""
-CUT_VOCABULARY = {"vocab_emb_dp": False}
+"""A number of rows that four ranks cannot split evenly."""
+SHARDED_VOCABULARY = {"vocab_emb_dp": False}
 NOT_OF_GPT2 = {
     "model": {"model_config": {"intermediate_size": None, "num_key_value_heads": None}},
     "train_dataset": {"packing": False},
 }  # fmt: skip
-"""A model of transformers: keys of llama that it does not have."""
+"""A transformers module: keys of llama that it does not have."""
 
 EVERY_FAMILY = [
     replace(case, family=family)
@@ -51,7 +51,7 @@ EVERY_FAMILY = [
     for case in (
         Case(dp=4, sharded=True, model=ODD),
         Case(dp=2, tp=2, pp=2, sharded=True, pipeline=V_SHAPED),
-        Case(dp=2, tp=2, cp=2, sharded=True, parallel=CUT_VOCABULARY),
+        Case(dp=2, tp=2, cp=2, sharded=True, parallel=SHARDED_VOCABULARY),
     )
 ]
 EXPERTS = [
@@ -73,8 +73,8 @@ MESHES = [
     Case(dp=5, sharded=True),
     Case(dp=4, sharded=True, shard_size=2),
     Case("qwen2", tp=8),
-    Case(tp=2, dp=4, sharded=True, model=ODD, parallel=CUT_VOCABULARY),
-    Case("qwen3 tied", tp=4, parallel=CUT_VOCABULARY),
+    Case(tp=2, dp=4, sharded=True, model=ODD, parallel=SHARDED_VOCABULARY),
+    Case("qwen3 tied", tp=4, parallel=SHARDED_VOCABULARY),
     Case(pp=2, model={"num_hidden_layers": 5}),
     Case(pp=3, pipeline={"stage_layers": [1, 2, 1]}),
     Case("qwen3 tied", pp=2, dp=2, sharded=True, pipeline=LOOP),
@@ -101,14 +101,14 @@ def test_the_shards_of_torch_are_the_boxes_of_the_layout(case: Case) -> None:
 @pytest.mark.long
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_whole_matrix(family: str) -> None:
+def test_the_full_matrix(family: str) -> None:
     for case in REPLICATED:
         if case.family == family:
             compare(case)
 
 
 def compare(case: Case) -> None:
-    """Every rank of the case against the layout, and the layout against the whole."""
+    """Every rank of the case against the layout, and the layout against the full tensors."""
     resolved = _resolved(case)
     layout = None
     for rank in range(case.ranks):
@@ -145,7 +145,7 @@ def _filled_model(spec, *, dtype: torch.dtype) -> nn.Module:
 
 
 def _numbers(name: str, shape: tuple[int, ...]) -> torch.Tensor:
-    """Values by which an element of any tensor is known again; exact in fp32."""
+    """Values that identify an element of any tensor; exact in float32."""
     numel = torch.Size(shape).numel()
     return (
         torch.arange(numel, dtype=torch.float32).add_(zlib.crc32(name.encode()) % 997).view(shape)

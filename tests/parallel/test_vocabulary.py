@@ -1,4 +1,4 @@
-"""The loss and the embedding of a vocabulary that is cut, against the whole one."""
+"""The loss and the embedding of a sharded vocabulary, against the unsharded one."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ def material(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     return logits.to(dtype), labels
 
 
-def cut_losses(dtypes: list[str], pieces: int) -> list[tuple[float, np.ndarray]]:
+def sharded_losses(dtypes: list[str], chunk_elements: int) -> list[tuple[float, np.ndarray]]:
     from launcher.parallel import vocabulary, world
 
     here = world.start(force_cpu=True)
-    vocabulary.CHUNK_ELEMENTS["cpu"] = pieces
+    vocabulary.CHUNK_ELEMENTS["cpu"] = chunk_elements
     found = []
     for name in dtypes:
         logits, labels = material(getattr(torch, name))
@@ -41,23 +41,23 @@ def cut_losses(dtypes: list[str], pieces: int) -> list[tuple[float, np.ndarray]]
     return found
 
 
-@pytest.mark.parametrize("pieces", [20, 1 << 19])
-def test_the_loss_of_cut_logits_is_that_of_whole_ones(pieces: int) -> None:
+@pytest.mark.parametrize("chunk_elements", [20, 1 << 19])
+def test_the_loss_of_sharded_logits_equals_that_of_full_ones(chunk_elements: int) -> None:
     dtypes = {"float32": 1e-6, "bfloat16": 1e-2}
-    ranks = run_ranks(3, cut_losses, list(dtypes), pieces)
+    ranks = run_ranks(3, sharded_losses, list(dtypes), chunk_elements)
     for index, (name, tolerance) in enumerate(dtypes.items()):
         logits, labels = material(getattr(torch, name))
-        whole = logits.clone().requires_grad_()
-        loss = F.cross_entropy(whole.float().flatten(0, 1), labels.flatten(), reduction="sum")
+        full = logits.clone().requires_grad_()
+        loss = F.cross_entropy(full.float().flatten(0, 1), labels.flatten(), reduction="sum")
         (loss * 0.5).backward()
-        assert whole.grad is not None
-        for found, gradient in zip(ranks, whole.grad.chunk(3, dim=-1), strict=True):
+        assert full.grad is not None
+        for found, gradient in zip(ranks, full.grad.chunk(3, dim=-1), strict=True):
             total, ours = found[index]
             assert total == pytest.approx(loss.item(), rel=1e-5)
             np.testing.assert_allclose(ours, gradient.float(), atol=tolerance, rtol=tolerance)
 
 
-def test_the_sum_of_cut_look_ups_is_the_embedding() -> None:
+def test_the_sum_of_sharded_embeddings_is_the_embedding() -> None:
     from launcher.parallel.vocabulary import look_up
 
     generator = torch.Generator().manual_seed(1)
