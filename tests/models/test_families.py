@@ -165,7 +165,7 @@ def test_mindformers_spellings() -> None:
         "use_flash_attention", "use_past", "qkv_concat", "checkpoint_name_or_path", "batch_size",
         "multiple_of", "softmax_compute_type",
     }  # fmt: skip
-    assert spec.notes[0].startswith("model.model_config.softmax_compute_type = float32: the att")
+    assert spec.notes[0].startswith("model.model_config.softmax_compute_type = float32: used o")
     assert "hidden_dropout" not in spec.hf_config
     llama = model_spec(LLAMA | {"num_layers": 2}, None)
     assert not {"layer_types", "num_layers", "type"} & set(llama.hf_config)
@@ -235,8 +235,7 @@ def test_multi_token_prediction_modules_are_ignored() -> None:
     base = {"model_type": "deepseek_v3", "num_nextn_predict_layers": 1, "num_hidden_layers": 2}
     spec = model_spec({}, base)
     assert spec.notes == (
-        "config.json: num_nextn_predict_layers = 1: multi-token prediction is recognised and left "
-        "alone",
+        "config.json: num_nextn_predict_layers = 1: multi-token prediction is ignored",
     )
     names = ["model.layers.1.input_layernorm.weight", "model.layers.2.enorm.weight",
              "model.layers.3.enorm.weight", "model.norm.weight"]  # fmt: skip

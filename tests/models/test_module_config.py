@@ -149,7 +149,7 @@ def test_layers_that_a_list_of_config_json_does_not_have() -> None:
         model_spec({"num_layers": 3}, base)
     assert str(raised.value) == (
         "model.model_config.num_layers = 3: layer_types of config.json has 2 entries. "
-        "Write model.model_config.layer_types, or null for it to have it derived."
+        "Set model.model_config.layer_types, or set it to null to derive it."
     )
     config = complete_config(model_spec({"num_layers": 3, "layer_types": None}, base))
     assert len(config.layer_types) == 3

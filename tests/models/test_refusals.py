@@ -45,12 +45,12 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "key/value heads": (
         LLAMA | {"hidden_size": 96, "num_heads": 12, "n_kv_heads": 5},
         "model.model_config.n_kv_heads = 5: 12 attention heads cannot be divided over 5 "
-        "key/value heads. Nearest: 4 or 6.",
+        "KV heads. Nearest: 4 or 6.",
     ),
     "default does not fit": (
         {"type": "MistralConfig", "num_heads": 4, "hidden_size": 64},
         "num_key_value_heads = 8 (the default of mistral): 4 attention heads cannot be "
-        "shared out over 8 key/value heads. Nearest: 4.",
+        "divided over 8 KV heads. Nearest: 4.",
     ),
     "odd head": (
         {"type": "Qwen3Config", "head_dim": 15},
@@ -112,7 +112,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "experts": (
         LLAMA | {"expert_num": 8},
         "model.model_config.expert_num needs mixture of experts: LlamaForCausalLM has no experts. "
-        "Write type: Qwen3MoeConfig, MixtralConfig, DeepseekV3Config, Glm4MoeConfig, GptOss",
+        "Set type: Qwen3MoeConfig, MixtralConfig, DeepseekV3Config, Glm4MoeConfig, GptOss",
     ),
     "experts of a section": (
         LLAMA | {"moe_config": {"expert_num": 8}},
@@ -172,7 +172,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "shared keys": (
         DEEPSEEK | {"num_heads": 4, "n_kv_heads": 2},
         "n_kv_heads = 2: must equal the attention heads, 4, in latent attention. Nearest: 4. "
-        "Or leave it out.",
+        "Or remove it.",
     ),
     "size of a head": (DEEPSEEK | {"head_dim": 64}, "head_dim = 64: unknown key for this model"),
     "other router": (
@@ -186,7 +186,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "two spellings": (
         LLAMA | {"num_layers": 2, "num_hidden_layers": 3},
         "num_hidden_layers = 3: conflicts with model.model_config.num_layers = 2, "
-        "and differs. Keep one of them.",
+        "the same key. Keep one of them.",
     ),
     "query bias": (LLAMA | {"qkv_has_bias": True}, "Nearest: type: Qwen2Config"),
     "too long": (
@@ -253,7 +253,7 @@ def test_other_quantization_is_refused(other: Any) -> None:
     for family in ("deepseek_v3", "phi3"):
         assert (
             "config.json: quantization_config needs quantized weights: not built yet. "
-            "Give FP8 weights with a factor a block (quant_method fp8, weight_block_size "
+            "Use FP8 weights with a scale for each block (quant_method fp8, weight_block_size "
             "[128, 128]), or convert the weights to bfloat16"
         ) in problems_of({}, {"model_type": family, "quantization_config": other})
 

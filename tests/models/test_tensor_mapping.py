@@ -240,7 +240,7 @@ def test_a_balance_loss_that_would_be_ignored_is_refused() -> None:
         build_model(spec, dtype=torch.float32)
     assert str(caught.value) == (
         "output_router_logits = True with the model type qwen2_moe: the balance loss of experts "
-        "is added for families with a decoder of Slipway only. "
+        "is supported for families with a native decoder only. "
         "Set model.model_config.output_router_logits: False."
     )
 

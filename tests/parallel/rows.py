@@ -15,7 +15,7 @@ CLOSE = 1e-5
 
 
 def start(way: str) -> ContextParallel:
-    """Join the group: all ranks are one ring, one Ulysses group, or `both`: Ulysses groups of two."""
+    """Join the group: one ring or Ulysses group of all ranks, or `both`: Ulysses groups of two."""
     here = world.start(force_cpu=True)
     everyone = dist.new_group(list(range(here.size)))
     if way != "both":
