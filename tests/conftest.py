@@ -24,6 +24,7 @@ def pytest_collection_finish() -> None:
     """Modules and tests live as long as the session: full collections need not walk them."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
 
 
 @pytest.fixture(scope="session")

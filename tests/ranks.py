@@ -128,9 +128,14 @@ class JobResult:
         return next((code for code in self.codes if code), 0)
 
 
-def run_job(arguments: Sequence[str], folder: Path, world_size: int = 1) -> JobResult:
-    """`run.py` with `arguments` on `world_size` ranks, in `folder` as the current directory."""
-    outputs = run_ranks(world_size, _job, list(arguments), str(folder))
+def run_job(
+    arguments: Sequence[str], folder: Path, world_size: int = 1, *, draws: bool = False
+) -> JobResult:
+    """`run.py` with `arguments` on `world_size` ranks, in `folder` as the current directory.
+
+    `draws`: loss.png is a picture, not an empty file.
+    """
+    outputs = run_ranks(world_size, _job, list(arguments), str(folder), draws)
     return JobResult([code for code, _, _ in outputs], outputs[0][1], outputs[0][2])
 
 
@@ -165,12 +170,16 @@ def _started(arguments: list[str], folder: str, log: str) -> None:
     leave(main(arguments, owns_process=True))
 
 
-def _job(arguments: list[str], folder: str) -> tuple[int, str, str]:
+def _job(arguments: list[str], folder: str, draws: bool) -> tuple[int, str, str]:
     import io
 
     from launcher import cli
 
     cli.ECHO_DELAY_SECONDS = 0.0  # nobody ends the other ranks when rank 0 has reported
+    if draws:
+        from tests.warm import draw_for_real
+
+        draw_for_real()
     os.chdir(folder)
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):

@@ -8,13 +8,13 @@ import json
 import re
 import runpy
 import shlex
-import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
+from launcher.tools.launch import read
 from tests.ranks import run_job
 from tests.workshop import VOCABULARY, Workshop
 
@@ -62,10 +62,10 @@ def run_line(line: str, folder: Path) -> None:
     if words[0] == "python" and words[1] != "run.py":
         run_here(words, folder)
         return
-    if words[:2] == ["bash", "msrun.sh"]:
-        command = ["bash", str(ROOT / "msrun.sh"), *words[2:]]
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
+    if words[:2] == ["bash", "msrun.sh"]:  # real ones are in test_msrun.py
+        launch = read(words[2:])
+        result = run_job(launch.arguments, folder, launch.workers)
+        assert result.code == 0, f"{line}\n{result.stderr}"
         return
     world = 1
     if words[0] == "torchrun":

@@ -21,7 +21,7 @@ from tests.workshop import Workshop
 ARGUMENTS = ["--config", "run.yaml", "--run_mode", "train"]
 STEPS = 3
 WORLDS = (1, 2, 4)
-EACH_OTHER = 2
+EACH_OTHER = 1
 """Faults of each run that is not rank 0 alone, waiting."""
 SEED = 20
 

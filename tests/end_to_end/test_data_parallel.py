@@ -8,6 +8,7 @@ from tests.ranks import run_job
 from tests.workshop import Workshop
 
 # (ranks, batch of a rank, accumulation, optimizer sharded, ranks of a shard group)
+STEPS = 10
 LAYOUTS = {
     "2 copies": (2, 4, 1, False, -1),
     "2 shards": (2, 4, 1, True, -1),
@@ -33,7 +34,11 @@ def train(
         f"{output}.yaml",
         **{
             "output_dir": output,
-            "runner_config": {"batch_size": batch, "gradient_accumulation_steps": accumulation},
+            "runner_config": {
+                "batch_size": batch,
+                "gradient_accumulation_steps": accumulation,
+                "max_steps": STEPS,
+            },
             "parallel_config": {"data_parallel": world},
             "parallel": {
                 "enable_parallel_optimizer": sharded,
@@ -58,7 +63,7 @@ def one_process(materials: Workshop, tmp_path_factory) -> tuple[Workshop, list[d
 def test_loss_curves_agree_with_one_process(one_process, case: str) -> None:
     workshop, expected = one_process
     rows = train(workshop, case.replace(" ", "_").replace(",", ""), *LAYOUTS[case])
-    assert len(rows) == len(expected) == 20
+    assert len(rows) == len(expected) == STEPS
     assert expected[-1]["loss"] < expected[0]["loss"] - 0.5, "the run must learn something"
     for row, reference in zip(rows, expected, strict=True):
         assert row["loss"] == pytest.approx(reference["loss"], rel=1e-5)

@@ -49,6 +49,7 @@ def test_a_signal_to_the_command_saves(workshop: Workshop) -> None:
     out, err = process.communicate()
     assert process.returncode == 143, err
     assert f"saved step {workshop.rows()[-1]['step']} " in out
+    assert (workshop.folder / "output/loss.png").read_bytes().startswith(b"\x89PNG")
     assert "stopped by SIGTERM" in out
     assert "Traceback" not in err
 

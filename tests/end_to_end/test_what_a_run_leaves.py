@@ -36,7 +36,8 @@ def test_metrics_curve_logs_and_the_original_loss_line(workshop: Workshop) -> No
         parallel_config={"data_parallel": 2},
         tensorboard={"tensorboard_dir": "board"},
     )
-    result = train(workshop, name, world=2)
+    arguments = ["--config", name, "--run_mode", "train"]
+    result = run_job(arguments, workshop.folder, 2, draws=True)
     assert result.code == 0, result.stderr
     steps = [row for row in workshop.rows() if "loss" in row]
     keys = {"step", "epoch", "loss", "lr", "grad_norm", "tokens", "tokens_per_second",
