@@ -153,7 +153,8 @@ def test_every_shipped_configuration_is_right(path: Path, materials: Workshop, t
     assert "eval loss" in result.stdout
 
 
-NAMED_FILES = re.compile(r"(?<![\w./])((?:launcher|models|tests|configs|docs|benchmarks)/[\w./-]*\w/?)")
+FOLDERS = "launcher|models|tests|configs|docs|benchmarks"
+NAMED_FILES = re.compile(rf"(?<![\w./])((?:{FOLDERS})/[\w./-]*\w/?)")
 
 
 @pytest.mark.parametrize("page", ["docs/architecture.md", "CONTRIBUTING.md", "README.md"])
