@@ -93,7 +93,7 @@ def recompute(**section: Any) -> dict[str, Any]:
 
 
 SWAP = {"swap_config": {"swap": True}}
-COPIES = {"micro_batch_interleave_num": 2}
+INTERLEAVED = {"micro_batch_interleave_num": 2}
 SEQUENCE = {"use_seq_parallel": True}
 
 

@@ -13,10 +13,10 @@ from tests.ranks import run_ranks
 from tests.workshop import Workshop
 
 SEQUENCE = {"use_seq_parallel": True}
-COPIES = [Case(dp=2, micro=1), Case(dp=2, micro=4)]
+INTERLEAVED = [Case(dp=2, micro=1), Case(dp=2, micro=4)]
 SHARDS = [Case(dp=2, micro=1, sharded=True), Case(dp=2, micro=4, sharded=True)]
 TENSOR = [Case(tp=2, micro=1), Case("qwen3 tied", tp=2, micro=2, parallel=SEQUENCE)]
-CASES = [*COPIES, *SHARDS, *TENSOR]
+CASES = [*INTERLEAVED, *SHARDS, *TENSOR]
 
 
 def step_collectives(folder: str, cases: list[Case]) -> list[dict[str, int]]:
@@ -75,7 +75,7 @@ def counts(materials: Workshop, tmp_path_factory) -> dict[str, Counter[str]]:
 
 
 def test_accumulation_reduces_gradients_once(counts) -> None:
-    once, four_times = (counts[str(case)] for case in COPIES)
+    once, four_times = (counts[str(case)] for case in INTERLEAVED)
     assert once == four_times
     once, four_times = (counts[str(case)] for case in SHARDS)
     assert once["reduce_scatter_base"] == four_times["reduce_scatter_base"] > 0

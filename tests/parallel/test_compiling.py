@@ -17,7 +17,7 @@ from launcher.parallel.recompute import (
 )
 from tests.parallel.keeping import (
     ALONE,
-    COPIES,
+    INTERLEAVED,
     SEQUENCE,
     SWAP,
     check,
@@ -39,7 +39,7 @@ COMPILED_LAYOUTS = [
     Case(cp=2, parallel={"context_parallel_algo": "ulysses_cp"}, more=COMPILED),
     Case("qwen3 moe", dp=2, ep=2,
          more={**COMPILED, **recompute(select_recompute=["mlp", "input_layernorm"])}),
-    Case("deepseek", dp=2, ep=2, batch=2, more={**COMPILED, **COPIES}),
+    Case("deepseek", dp=2, ep=2, batch=2, more={**COMPILED, **INTERLEAVED}),
     Case(pp=2, more={**COMPILED, **SWAP}),
     Case(pp=2, model={"hidden_dropout": 0.1}, more=COMPILED),
     Case("qwen3 tied", cp=2, tp=2,

@@ -27,8 +27,8 @@ from models.decoder import Decoder
 from models.stage import StageSplit
 from tests.models.tiny import tokens
 from tests.parallel.keeping import (
-    COPIES,
     CPU,
+    INTERLEAVED,
     LAYERS,
     SEQUENCE,
     SPECS,
@@ -360,7 +360,7 @@ def test_families_of_transformers_recompute_their_blocks(workshop: Workshop) -> 
     assert workshop.losses("plain") == workshop.losses("again")
     for more, what in (
         ({"recompute_config": {"select_recompute": True}}, "recompute_config.select_recompute"),
-        (COPIES, "micro_batch_interleave_num"),
+        (INTERLEAVED, "micro_batch_interleave_num"),
     ):
         name = workshop.yaml("refused.yaml", base, **changes, **more)
         job = run_job(["--config", name, "--run_mode", "train"], workshop.folder)
