@@ -170,7 +170,7 @@ def _started(arguments: list[str], folder: str, log: str) -> None:
     leave(main(arguments, owns_process=True))
 
 
-def _job(arguments: list[str], folder: str, draws: bool) -> tuple[int, str, str]:
+def _job(arguments: list[str], folder: str, draws: bool = False) -> tuple[int, str, str]:
     import io
 
     from launcher import cli
