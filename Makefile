@@ -25,7 +25,7 @@ test: lint tests
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check $(LINT_PATHS)
 	$(BIN)/ruff format --check $(LINT_PATHS)
-	$(BIN)/mypy
+	$(BIN)/pyrefly check --python-interpreter-path $(BIN)/python --output-format min-text
 	$(BIN)/lint-imports
 
 tests: $(VENV)/installed-dev

@@ -198,11 +198,13 @@ class BaseAttention(Leaf):
         if context.dropout_seeds is None or not self.dropout:
             return attend(query, key, value, mask.mask(window), scale=self.scale, sinks=sinks)
         heads = torch.arange(query.shape[1], device=query.device) + self.first_head
+        allowed = mask.mask(window, always=True)
+        assert allowed is not None
         return attend_with_dropout(
             query,
             key,
             value,
-            mask.mask(window, always=True),
+            allowed,
             scale=self.scale,
             dtype=self.softmax_dtype,
             probability=self.dropout,

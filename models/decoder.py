@@ -14,13 +14,14 @@ tensors; the local tokens may be any tokens of a row (`token_indices`).
 from __future__ import annotations
 
 from functools import partial
+from typing import cast
 
 from torch import Tensor, nn
 
 from models.attention import AttentionMask, BaseAttention, KVCache, StepContext
 from models.deepseek import LatentAttention
 from models.dropout import ATTENTION_OUTPUT, MLP_OUTPUT, dropout, dropout_seeds
-from models.layers import MLP, Embedding, Linear, RMSNorm, TiedHead, dtype_of, norm_of
+from models.layers import MLP, Embedding, Linear, Module, RMSNorm, TiedHead, dtype_of, norm_of
 from models.moe import MoE
 from models.rope import RotaryTables, rotate
 from models.spec import DecoderConfig, Precision
@@ -58,7 +59,7 @@ class Attention(BaseAttention):
         return (heads if norm is None else norm(heads)).transpose(1, 2)
 
 
-class DecoderLayer(nn.Module):
+class DecoderLayer(Module):
     """A pre-norm layer: attention, then MLP or experts."""
 
     def __init__(self, config: DecoderConfig, precision: Precision, layer: int) -> None:
@@ -96,7 +97,7 @@ class DecoderLayer(nn.Module):
         return dropout(states, self.dropout, seeds, lines=context.stream_indices)
 
 
-class DecoderModel(nn.Module):
+class DecoderModel(Module):
     """The decoder without its head; a separate module for the prefix `model.` of the Hugging Face
     names."""
 
@@ -111,7 +112,7 @@ class DecoderModel(nn.Module):
         self.norm = norm_of(config, precision, config.hidden_size)
 
 
-class Decoder(nn.Module):
+class Decoder(Module):
     """A causal language model: token ids in, logits out."""
 
     def __init__(self, config: DecoderConfig, precision: Precision | None = None) -> None:
@@ -134,8 +135,12 @@ class Decoder(nn.Module):
         """(index, count): which of `count` equal chunks of the residual stream, along the sequence,
         is local (sequence parallelism)."""
 
+    def decoder_layers(self) -> list[DecoderLayer]:
+        """The local layers, in order."""
+        return cast(list[DecoderLayer], list(self.model.layers.values()))
+
     @property
-    def head_module(self) -> nn.Module:
+    def head_module(self) -> Linear | TiedHead:
         """The module from the last hidden states to logits."""
         head = self.tied_head if self.lm_head is None else self.lm_head
         assert head is not None

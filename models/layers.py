@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import TYPE_CHECKING, Any, Never
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +27,16 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-class Leaf(nn.Module):
+class Module(nn.Module):
+    """`nn.Module` whose unknown attributes are type errors. Torch declares that every attribute may
+    be a tensor or a module, so that a misspelled one would pass."""
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: Never) -> Any: ...  # type: ignore[override]
+
+
+class Leaf(Module):
     """A module with its own parameters, which are initialized by `models.initial` or from files."""
 
     def __init__(self) -> None:
@@ -94,7 +104,7 @@ class RMSNorm(Leaf):
         return self.held("weight") * wide.to(states.dtype)
 
 
-class MLP(nn.Module):
+class MLP(Module):
     """The gated MLP: down(activation(gate(x)) * up(x))."""
 
     def __init__(self, hidden: int, inner: int, activation: str, *, bias: bool = False) -> None:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.attention import StepContext
-from models.layers import ACTIVATIONS, MLP, Leaf
+from models.layers import ACTIVATIONS, MLP, Leaf, Module
 from models.spec import ClampedGate, DecoderConfig, ExpertsConfig
 
 
@@ -118,7 +118,7 @@ class ClampedExperts(Experts):
         return product + F.embedding(expert, self.held(f"{name}_bias"))
 
 
-class MoE(nn.Module):
+class MoE(Module):
     """Router and experts instead of an MLP, with shared experts if configured."""
 
     def __init__(self, config: DecoderConfig) -> None:

@@ -30,8 +30,11 @@ class TransformersModel(nn.Module):
     transformers builds its masks; only for families where a test has verified it.
     """
 
+    wrapped: Any
+    """The module of transformers."""
+
     def __init__(
-        self, module: nn.Module, *, mappings: Mappings, packing: bool, known_causal: bool = True
+        self, module: Any, *, mappings: Mappings, packing: bool, known_causal: bool = True
     ) -> None:
         super().__init__()
         # Bypasses nn.Module's __setattr__: the wrapped module must not become a child.

@@ -107,8 +107,8 @@ def shard_model(
         if isinstance(module, Router) and precisions.compute != precisions.parameters:
             fully_shard(module, mp_policy=precisions.policy_of_routers, **dense)
         elif isinstance(module, Experts):
-            fully_shard(module, mp_policy=precisions.policy,
-                        **{**dense, "mesh": _data_mesh(meshes.experts)})  # fmt: skip
+            experts: dict[str, Any] = {**dense, "mesh": _data_mesh(meshes.experts)}
+            fully_shard(module, mp_policy=precisions.policy, **experts)
     together = blocks_together if meshes.layout.dp_shard == 1 else 1
     for unit in _units(list(blocks), together):
         fully_shard(unit, mp_policy=precisions.policy, reshard_after_forward=True, **dense)

@@ -101,9 +101,11 @@ def apply_context_parallel(model: Decoder, cp: ContextParallel) -> None:
     `token_indices`, this `total`, and the `document_ids` of full rows. Called without
     `token_indices`, it attends to the local tokens only, as before.
     """
-    for layer in model.model.layers.values():
+    for layer in model.decoder_layers():
         attention = layer.self_attn
-        attention.attend = partial(_attend, attention, attention.attend, cp)
+        attention.attend = partial(  # type: ignore[method-assign]
+            _attend, attention, attention.attend, cp
+        )
     apply_row_sums(model, *(group for group in (cp.ulysses, cp.ring) if group is not None))
 
 

@@ -74,7 +74,7 @@ class Bucket:
         self._work: dist.Work | None = None
         # As long as these are referenced, gradients are accumulated on the stream that is current
         # here, whatever stream a parameter is used on.
-        self._nodes: list[Any] = [p.view_as(p).grad_fn.next_functions[0][0] for p in parameters]
+        self._nodes: list[Any] = [_accumulation_node(p) for p in parameters]
 
     def store(self, index: int) -> None:
         """Copy a gradient into the bucket, unless it is there already."""
@@ -122,3 +122,10 @@ def make_grad_all_reduce(
             if group.size() > 1:
                 buckets.append(Bucket(parameters, group))
     return GradAllReduce(buckets)
+
+
+def _accumulation_node(parameter: torch.Tensor) -> Any:
+    """The autograd node that accumulates the gradient of a parameter."""
+    node = parameter.view_as(parameter).grad_fn
+    assert node is not None
+    return node.next_functions[0][0]

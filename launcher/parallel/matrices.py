@@ -41,6 +41,9 @@ class HeldPart(NamedTuple):
     """(rows, columns) of the full matrix."""
 
 
+_NOTHING = torch.empty(0)
+
+
 @dataclass(frozen=True)
 class Matrix:
     """One matrix of a tensor, the ranks that hold its parts, and the one that processes it."""
@@ -120,6 +123,7 @@ class MatrixExchange:
         mine: list[tuple[HeldPart, Tensor]] = []
         for number, matrix in enumerate(matrices):
             for box, ranks in matrix.parts:
+                part = _NOTHING
                 if matrix.owner == self.rank:
                     part = results[number][_slices(box.inside(matrix.box))[-2:]].reshape(box.size)
                     for rank in ranks:

@@ -179,9 +179,8 @@ class LayerOffload:
             self._storages[key] = OffloadedStorage(self._swap.copy_engine, storage)
             self._swap.moved_bytes += storage.nbytes()
         self._storages[key].references += 1
-        return OffloadedTensor(
-            self, key, tensor.dtype, tensor.storage_offset(), tensor.shape, tensor.stride()
-        )
+        offset = int(tensor.storage_offset())
+        return OffloadedTensor(self, key, tensor.dtype, offset, tensor.shape, tensor.stride())
 
     def unpack(self, kept: OffloadedTensor) -> Tensor:
         """The tensor again, on the device."""

@@ -27,8 +27,10 @@ from torch import Tensor, nn
 from launcher.layout.layout import ShardSpec
 from launcher.parallel.collectives import all_reduce, copy_to_tp, gather, reduce_scatter, split
 from launcher.parallel.vocabulary import look_up
-from models.decoder import Decoder
-from models.layers import Embedding
+from models.attention import BaseAttention
+from models.decoder import Attention, Decoder
+from models.layers import Embedding, Leaf
+from models.moe import MoE
 from models.plan import repeats_kv_heads
 from models.spec import Rule
 
@@ -72,13 +74,13 @@ def apply_tensor_parallel(
     model: Decoder, specs: Mapping[str, ShardSpec], tp: TensorParallel
 ) -> None:
     """Apply tensor parallelism to `model`, whose parameters are sharded already."""
-    for layer in model.model.layers.values():
+    for layer in model.decoder_layers():
         _shard_attention(layer.self_attn, model, tp)
         _add_biases_once(layer, model.config.parameters, tp)
         for region in layer.regions():
             region.register_forward_pre_hook(partial(_enter, tp))
             region.register_forward_hook(partial(_leave, tp))
-            if hasattr(region, "balance_grad_scale"):
+            if isinstance(region, MoE):
                 region.balance_grad_scale = 1.0 / tp.size
     if tp.sequence:
         model.stream_part = (tp.rank, tp.size)
@@ -96,11 +98,12 @@ def _leave(tp: TensorParallel, module: nn.Module, inputs: Any, output: Tensor) -
     return tp.leave(output)
 
 
-def _shard_attention(attention: nn.Module, model: Decoder, tp: TensorParallel) -> None:
+def _shard_attention(attention: BaseAttention, model: Decoder, tp: TensorParallel) -> None:
     heads = model.config.num_attention_heads // tp.size
     attention.first_head = tp.rank * heads
     if not repeats_kv_heads(model.config, tp.size):
         return
+    assert isinstance(attention, Attention)  # latent attention has no KV heads to repeat
     head = tp.rank * heads * model.config.num_key_value_heads // model.config.num_attention_heads
     rows = slice(head * model.config.head_dim, (head + 1) * model.config.head_dim)
     for projection in (attention.k_proj, attention.v_proj):
@@ -117,7 +120,9 @@ def _add_biases_once(layer: nn.Module, rules: Mapping[str, Rule], tp: TensorPara
     for name, _ in layer.named_parameters():
         if rules[name].added_once:
             module, _, leaf = name.rpartition(".")
-            layer.get_submodule(module).views[leaf] = partial(_on_first, tp.rank == 0)
+            owner = layer.get_submodule(module)
+            assert isinstance(owner, Leaf)
+            owner.views[leaf] = partial(_on_first, tp.rank == 0)
 
 
 def _on_first(first: bool, parameter: Tensor) -> Tensor:

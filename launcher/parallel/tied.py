@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -52,7 +53,7 @@ def tied_replicas(
     first, last = split.ranks[0], split.ranks[-1]
     if first == last:
         return TiedReplicas(parameters, None)
-    own = None
+    own: dist.ProcessGroup | None = None
     for rank in range(mesh.world_size):
         at = mesh.coordinates(rank)
         if at["pp"] != first:
@@ -60,7 +61,7 @@ def tied_replicas(
         pair = [rank, _with_pipeline_rank(mesh, rank, last)]
         group = dist.new_group(pair)
         if dist.get_rank() in pair:
-            own = group
+            own = cast(dist.ProcessGroup, group)
     return TiedReplicas(parameters, own)
 
 

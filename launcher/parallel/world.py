@@ -103,8 +103,8 @@ def start(*, force_cpu: bool = False, ends_with_peers: bool = False) -> World:
         dist.init_process_group(
             backend, store=store, rank=rank, world_size=size, timeout=GROUP_TIMEOUT
         )
-    long_timeout_group = dist.new_group(backend="gloo", timeout=LONG_TIMEOUT) if size > 1 else None
-    return World(rank, size, device, long_timeout_group)
+    group: Any = dist.new_group(backend="gloo", timeout=LONG_TIMEOUT) if size > 1 else None
+    return World(rank, size, device, long_timeout_group=group)
 
 
 @contextmanager
@@ -144,7 +144,8 @@ def _repeatable_on_cuda() -> None:
     """Use deterministic kernels where they exist; torch warns where they do not."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # costs a pass, has no effect
+    # Filling costs a pass over memory that is written anyway.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def _store(environment: ProcessEnvironment) -> dist.Store:

@@ -276,7 +276,7 @@ def _decoder(
         config.setdefault("dtype", stored_dtype)
     config |= {"rope_parameters": rope, "model_type": family, "architectures": [own.architecture]}
     bias = own.has_qkv_bias(config)
-    fields = {
+    fields: dict[str, Any] = {
         **{key: config[key] for key in _PLAIN},
         "head_dim": head_dim,
         "rotary_dim": rotary_dim(head_dim, rope),

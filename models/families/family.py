@@ -147,7 +147,7 @@ CORRECTED = {"mlp.gate.e_score_correction_bias": Rule(is_buffer=True)}
 def experts_of(config: Config, count: int, **more: Any) -> ExpertsConfig:
     """The configuration of `count` experts; `more`: fields that differ by family."""
     is_balanced = config["output_router_logits"] and "router_aux_loss_coef" in config
-    fields = {
+    fields: dict[str, Any] = {
         "layers": (True,) * config["num_hidden_layers"],
         "intermediate_size": config.get("moe_intermediate_size") or config["intermediate_size"],
         "norm_topk_prob": config.get("norm_topk_prob", True),
