@@ -119,9 +119,9 @@ def continued_text(
 ) -> str:
     """The prompt as given, followed by the decoded continuation."""
     before = tokenizer.decode(list(prompt_ids), skip_special_tokens=True)
-    whole = tokenizer.decode([*prompt_ids, *new], skip_special_tokens=True)
-    if whole.startswith(before):
-        return prompt + whole[len(before) :]
+    text = tokenizer.decode([*prompt_ids, *new], skip_special_tokens=True)
+    if text.startswith(before):
+        return prompt + text[len(before) :]
     return prompt + tokenizer.decode(list(new), skip_special_tokens=True)
 
 

@@ -37,30 +37,30 @@ from models.stage import StageSplit
 _RECOMPUTE, _SWAP = "recompute_config", "swap_config"
 
 
-def check_layers(job: Job, whole: nn.Module) -> None:
+def check_layers(job: Job, full: nn.Module) -> None:
     """Check the patterns of the configuration against the layers of the full model.
 
     Raises UserError for those that match nothing, or that this model does not support.
     """
-    names = module_names(blocks(whole))
+    names = module_names(blocks(full))
     idle = {
-        _RECOMPUTE: check_recompute(job.config.recompute_config, _split(job, whole), names,
+        _RECOMPUTE: check_recompute(job.config.recompute_config, _split(job, full), names,
                                     where=job.provenance.where),
         _SWAP: check_offload(job.config.swap_config, names, where=job.provenance.where),
     }  # fmt: skip
     for section, patterns in idle.items():
         if patterns:
             job.log(f"accepted, no effect: {section}: {patterns} keep no activations")
-    if not isinstance(whole, Decoder):
+    if not isinstance(full, Decoder):
         _check_foreign(job)
     if job.config.swap_config.optimizer and job.world.device.type != "cuda":
         job.log("accepted, no effect: swap_config.optimizer: it is on the host already")
 
 
-def prepare_layers(job: Job, module: nn.Module, whole: nn.Module) -> None:
-    """Wrap the layers of `module`, a stage of `whole` or all of it, as configured for training."""
+def prepare_layers(job: Job, module: nn.Module, full: nn.Module) -> None:
+    """Wrap the layers of `module`, a stage of `full` or all of it, as configured for training."""
     config, layers = job.config, _numbered(module)
-    plan = recompute_plan(config.recompute_config, _split(job, whole))
+    plan = recompute_plan(config.recompute_config, _split(job, full))
     again = recomputed_modules(layers, plan)
     moving = offloaded_parts(layers, config.swap_config, again)
     apart = {
@@ -123,6 +123,6 @@ def _numbered(module: nn.Module) -> Mapping[int, nn.Module]:
     return dict(enumerate(blocks(module)))
 
 
-def _split(job: Job, whole: nn.Module) -> StageSplit:
+def _split(job: Job, full: nn.Module) -> StageSplit:
     """The layers of each rank of the pipeline; without one, all layers."""
-    return job.split or StageSplit((range(len(blocks(whole))),), (0,))
+    return job.split or StageSplit((range(len(blocks(full))),), (0,))

@@ -42,25 +42,25 @@ def build_parallel(job: Job, *, training: bool) -> BuiltModel:
     """
     usual = torch.float32 if training else job.compute_dtype
     dtype = job.dtype(job.spec.precision.params_dtype, otherwise=usual)
-    whole = build_model(job.spec, dtype=dtype)
-    count = parameter_count(whole)
+    full = build_model(job.spec, dtype=dtype)
+    count = parameter_count(full)
     layout = model_layout(
-        whole, job.spec, job.mesh, split=job.split,
+        full, job.spec, job.mesh, split=job.split,
         vocab_emb_dp=job.config.parallel_config.vocab_emb_dp,
     )  # fmt: skip
     job.meshes.make(experts=job.spec.decoder is not None and job.spec.decoder.experts is not None)
     context = context_parallel(job)
-    modules = _stages(job, whole, dtype)
+    modules = _stages(job, full, dtype)
     offload = offload_policy(job) if training else None
     if training:
-        check_layers(job, whole)
+        check_layers(job, full)
     sharded = job.mesh.dp_shard > 1 or job.compute_dtype != dtype or offload is not None
     for module in modules.values():
         if isinstance(module, Decoder):
             sequence = job.config.parallel_config.use_seq_parallel and job.mesh.tp > 1
             parallelize(module, layout.specs, job.meshes, sequence=sequence, context=context)
         if training:
-            prepare_layers(job, module, whole)
+            prepare_layers(job, module, full)
         if sharded:
             shard_model(
                 module, blocks(module), job.meshes,
@@ -87,7 +87,7 @@ def build_parallel(job: Job, *, training: bool) -> BuiltModel:
         counts=at["tp"] == 0 and at["pp"] == 0,
     )
     return BuiltModel(
-        parts=parts, layout=layout, trained=trained_parameters(whole),
+        parts=parts, layout=layout, trained=trained_parameters(full),
         mappings_of=mappings_of(parts.modules[-1]), compute=_compute(job, parts, modules),
         batch_sharder=batch_sharder,
     )  # fmt: skip
@@ -120,10 +120,10 @@ def _grad_all_reduce(job: Job, modules: dict[int, nn.Module]) -> GradAllReduce |
     return make_grad_all_reduce(list(modules.values()), layers, job.meshes, together=together)
 
 
-def _stages(job: Job, whole: nn.Module, dtype: torch.dtype) -> dict[int, nn.Module]:
+def _stages(job: Job, full: nn.Module, dtype: torch.dtype) -> dict[int, nn.Module]:
     """This rank's stages, by number; without a pipeline the full model is stage 0."""
     if job.split is None:
-        return {0: whole}
+        return {0: full}
     mine = job.split.stages_of(job.mesh.coordinates(job.world.rank)["pp"])
     models = [build_model(job.spec, dtype=dtype) for _ in mine]
     return {

@@ -140,7 +140,7 @@ class CheckpointMonitor:
     def on_exception(self, run: Savable, error: Exception) -> None:
         """Wait for a save in the background; with `exception_save`, save the last complete step.
 
-        After a `UserError` nothing is saved: its message says how to go on. With several ranks
+        After a `UserError` nothing is saved: its message has the advice. With several ranks
         nothing is saved either, since the others are in the middle of a step.
         """
         try:

@@ -3,7 +3,7 @@
 Owns the policy around `launcher.weights`, which looks at one path in one process: all ranks must
 find the same kind of weights, and an error of one rank is an error of all. Of rank files the newest
 save is read, by its manifest, and where there is none by the numbers in file names. One rank file
-stands for its save.
+selects its save.
 """
 
 from __future__ import annotations

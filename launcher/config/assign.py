@@ -1,4 +1,4 @@
-"""Writing what the command line says over the tree of the YAML files.
+"""Writing the values of the command line over the tree of the YAML files.
 
 Owns the meaning of an assignment: literal texts, `--options`, and Hydra's grammar (`a.b=c`,
 `+a.b=c`, `~a.b`, list positions such as `callbacks.0.prefix`). Hydra only parses; its own messages

@@ -16,7 +16,7 @@ from launcher.config.schema import FieldInfo
 from launcher.extensions import installed
 
 ANY_OTHER = "*"
-"""The name that stands for every other key of an open section."""
+"""The name for every other key of an open section."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -282,7 +282,7 @@ KEYS_WITHOUT_EFFECT: dict[str, dict[str, dict[str, Any]]] = {
         "files are not encrypted": {"enc_mode": str},
         "it belongs to the Python interface of MindFormers": {"config": Any},
         "known from runner_config": {"global_batch_size": int | None},
-        "the norm is that of the whole embedding": {"embedding_size": int},
+        "the norm is that of the full embedding": {"embedding_size": int},
         "the record is in output_dir": {"health_ckpts_record_dir": str},
         "there is one checkpoint format": {"use_legacy_format": bool},
     },

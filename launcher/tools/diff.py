@@ -34,7 +34,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
             name.lower(),
             type=Path,
             metavar=name,
-            help="complete weights, rank folders, or a file (a rank file stands for its save)",
+            help="complete weights, rank folders, or a file (a rank file selects its save)",
         )
     add("--file_suffix", metavar="E_S", help="the save, where rank folders hold several")
     parser.add_strategies()

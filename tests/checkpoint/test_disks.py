@@ -280,7 +280,7 @@ def test_ranks_read_local_files_and_report_others(nodes: Nodes) -> None:
 def test_tools_check_the_files_of_one_disk(nodes: Nodes) -> None:
     nodes.save(1)
     (row,) = list_checkpoints(nodes.folders[1])
-    assert row.state == "whole, but 2 of its files lie on other disks (ranks 0, 1)"
+    assert row.state == "complete, but 2 of its files lie on other disks (ranks 0, 1)"
     verdict = verify(nodes.folders[1])
     assert (verdict.is_complete, verdict.files) == (True, 2)
     assert "2 of its files lie on other disks (ranks 0, 1): not checked" in verdict.remarks[0]

@@ -271,7 +271,7 @@ def test_empty_folders_and_damaged_files(tmp_path) -> None:
     assert choose(tmp_path, True, ALONE, print) is None
     (tmp_path / "rank_0").mkdir()
     (tmp_path / "rank_0" / "x.safetensors").write_bytes(b"?")
-    with pytest.raises(UserError, match=r"(?s)is complete.*x.safetensors is not a whole"):
+    with pytest.raises(UserError, match=r"(?s)is complete.*x.safetensors is not a valid"):
         choose(tmp_path, True, ALONE, print)
     with pytest.raises(UserError, match=r"x.safetensors is not a valid safetensors file"):
         open_weights(tmp_path, ALONE, print)

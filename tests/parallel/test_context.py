@@ -284,5 +284,5 @@ class _Namespace:
 
 def _model_of(layer: _Latent) -> Decoder:
     """Just enough of a decoder to reach its attention."""
-    layers = {"0": _Namespace(self_attn=layer)}
-    return _Namespace(model=_Namespace(layers=layers), modules=list)  # type: ignore[return-value]
+    layers = [_Namespace(self_attn=layer)]
+    return _Namespace(decoder_layers=lambda: layers, modules=list)  # type: ignore[return-value]

@@ -197,7 +197,7 @@ def open_any_format(
 ) -> Source:
     """The source at `path`, whatever it is: a file, complete weights, or one save of rank folders.
 
-    `suffix` chooses among several saves; a rank file stands for its save. Raises `UserError`.
+    `suffix` chooses among several saves; a rank file selects its save. Raises `UserError`.
     """
     kind = detect(path)
     if kind == "nothing":
