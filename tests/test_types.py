@@ -30,8 +30,8 @@ def test_misspelled_attributes_of_modules_and_tensors_are_found(tmp_path: Path) 
     (tmp_path / "misspelled.py").write_text(MISSPELLED)
     done = subprocess.run(
         [str(Path(sys.executable).with_name("pyrefly")), "check", "--preset", "default",
-         "--search-path", str(ROOT), "--python-interpreter-path", sys.executable, "--output-format", "min-text",
-         "misspelled.py"], cwd=tmp_path, capture_output=True, text=True,
+         "--search-path", str(ROOT), "--python-interpreter-path", sys.executable,
+         "--output-format", "min-text", "misspelled.py"], cwd=tmp_path, capture_output=True, text=True,
     )  # fmt: skip
     errors = [line for line in done.stdout.splitlines() if line.startswith("ERROR")]
     lines = [int(error.split(":")[1]) for error in errors]
