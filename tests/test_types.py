@@ -28,11 +28,13 @@ def right(model: Decoder, tensor: torch.Tensor) -> torch.Tensor:
 
 def test_misspelled_attributes_of_modules_and_tensors_are_found(tmp_path: Path) -> None:
     (tmp_path / "misspelled.py").write_text(MISSPELLED)
+    pyrefly = str(Path(sys.executable).with_name("pyrefly"))
+    options = {"--preset": "default", "--search-path": str(ROOT), "--output-format": "min-text",
+               "--python-interpreter-path": sys.executable}  # fmt: skip
+    words = [word for option in options.items() for word in option]
     done = subprocess.run(
-        [str(Path(sys.executable).with_name("pyrefly")), "check", "--preset", "default",
-         "--search-path", str(ROOT), "--python-interpreter-path", sys.executable,
-         "--output-format", "min-text", "misspelled.py"], cwd=tmp_path, capture_output=True, text=True,
-    )  # fmt: skip
+        [pyrefly, "check", *words, "misspelled.py"], cwd=tmp_path, capture_output=True, text=True
+    )
     errors = [line for line in done.stdout.splitlines() if line.startswith("ERROR")]
     lines = [int(error.split(":")[1]) for error in errors]
     assert lines == [7, 8, 9, 10], done.stdout
