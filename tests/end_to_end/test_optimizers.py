@@ -40,6 +40,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     }),
 }  # fmt: skip
 """Ranks and configuration."""
+STEPS = ("--max_steps", "8")
 
 
 def train(
@@ -69,11 +70,11 @@ def ok(result: JobResult) -> None:
     ],
 )  # fmt: skip
 def test_the_same_layout_resumes_bitwise(workshop: Workshop, optimizer, layout) -> None:
-    ok(train(workshop, optimizer, layout, "full"))
-    ok(train(workshop, optimizer, layout, "parts", "--runner_config.stop_step", "10"))
-    ok(train(workshop, optimizer, layout, "parts", "--resume_training", "True"))
+    ok(train(workshop, optimizer, layout, "full", *STEPS))
+    ok(train(workshop, optimizer, layout, "parts", *STEPS, "--runner_config.stop_step", "4"))
+    ok(train(workshop, optimizer, layout, "parts", *STEPS, "--resume_training", "True"))
     ranks = LAYOUTS[layout][0]
-    full, parts = (workshop.saved(output, "1_20", ranks) for output in ("full", "parts"))
+    full, parts = (workshop.saved(output, "1_8", ranks) for output in ("full", "parts"))
     assert [key for key in full if full[key] != parts[key]] == []
     assert workshop.losses("full") == workshop.losses("parts")
 
