@@ -179,7 +179,7 @@ class Commit:
             return
         if is_published:
             capture_error(unpublish, self.root, [self.name.record])
-        self.world.barrier()  # files first, then the marker that says whose they are
+        self.world.barrier()  # files first, then the marker that names their owner
         capture_error(remove_files, [self._rank_file, temporary(self._rank_file)])
         self.world.barrier()
         if is_leader:
