@@ -16,7 +16,6 @@ EXIT_OK = 0
 EXIT_INTERNAL = 1
 EXIT_USER = 2
 EXIT_SIGINT = 130
-EXIT_SIGTERM = 143
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,11 +97,6 @@ _PATH_ADVICE = {
     errno.ENAMETOOLONG: "Use a shorter path",
     errno.ELOOP: "Fix the links",
 }
-
-
-def not_built_yet(what: str, *, where: str = "", advice: str = "") -> Problem:
-    """The problem of something that is known and not built yet."""
-    return Problem(what=what, where=where, rule="not built yet", advice=advice)
 
 
 def did_you_mean(word: str, known: Iterable[str], *, cutoff: float = 0.6) -> str:

@@ -15,7 +15,7 @@ all-reduced once a step (`launcher.parallel.gradients`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -36,8 +36,6 @@ from models.spec import Rule
 
 SEQUENCE = 1
 """The dim of states [rows, length, hidden] that sequence parallelism splits."""
-
-View = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
