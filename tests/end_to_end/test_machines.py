@@ -152,7 +152,7 @@ def test_a_rank_that_fails_or_is_killed_ends_all(
 
 def spoil_data(folder: Path) -> str:
     (folder / "corpus/more.py").symlink_to("nowhere")
-    return "more.py: cannot be read"
+    return "cannot be read"
 
 
 def spoil_tokenizer(folder: Path) -> str:
