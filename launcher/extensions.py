@@ -104,6 +104,10 @@ KEY_ALIASES: dict[str, str] = {
 }
 """Tables from a second name of a key to the key."""
 
+TRANSLATIONS: dict[str, str] = {}
+"""Translations of configurations of other programs, in order: functions over a
+`launcher.config.draft.Draft`."""
+
 PYTHON_CALLS: dict[str, str] = {
     "unified_safetensors": "launcher.weights.offline.merge:unified_safetensors",
     "ckpt_to_safetensors": "launcher.weights.offline.convert:ckpt_to_safetensors",

@@ -6,6 +6,7 @@ The way of a value, each step once, and nothing changes a tree in between:
     alias   aliases.py       second names of keys -> the keys
     merge   files.py         base_config chain    -> one tree
             assign.py        flags and overrides over it
+    adopt   draft.py         keys of another program -> keys (`launcher.extensions.TRANSLATIONS`)
     imply   implied.py       keys that set other keys, such as run_mode: resume
     type    reader.py        tree                 -> Config
     check   rules.py         what fits together (launcher/config/checks/)
@@ -23,6 +24,7 @@ from typing import Any
 from launcher.config.aliases import canonical
 from launcher.config.assign import assigned, place_of
 from launcher.config.command_line import Assignment, CommandLine, override_word, parse
+from launcher.config.draft import Change, Draft
 from launcher.config.files import find_config, load_tree
 from launcher.config.implied import IMPLIED
 from launcher.config.nodes import Node
@@ -30,6 +32,7 @@ from launcher.config.provenance import Provenance
 from launcher.config.reader import Reader
 from launcher.config.schema import Config
 from launcher.errors import Problem, UserError
+from launcher.extensions import TRANSLATIONS, installed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +46,8 @@ class Resolved:
     """Keys that have a problem already: rules report nothing that follows from them."""
     no_effect: tuple[str, ...] = ()
     """Keys the user set that have no effect on PyTorch."""
+    changes: tuple[Change, ...] = ()
+    """What was translated from the keys of another program."""
 
 
 def resolve(
@@ -79,16 +84,23 @@ def resolve_command_line(line: CommandLine) -> Resolved:
 def read_tree(tree: Node, problems: Sequence[Problem] = ()) -> Resolved:
     """The configuration of a merged tree, every key checked."""
     found: list[Problem] = list(problems)
+    draft = Draft(tree)
+    for translate in installed(TRANSLATIONS).values():
+        translate(draft)
+    tree = draft.tree
+    found += draft.problems
     for implied in IMPLIED:
         tree = implied(tree, found)
     reader = Reader(tree)
+    dropped = [change.key for change in draft.changes if change.kind == "no effect"]
     unread = [key for key in EVALUATION_READS_ALL if key in reader.places]
     return Resolved(
         config=_without_tasks(reader.config),
         provenance=Provenance(reader.places, reader.extra),
         problems=(*found, *reader.problems),
-        bad_keys=frozenset(reader.bad_keys - {""}),
-        no_effect=tuple(dict.fromkeys([*reader.no_effect, *unread])),
+        bad_keys=frozenset({*reader.bad_keys, *(p.key for p in draft.problems)} - {""}),
+        no_effect=tuple(dict.fromkeys([*dropped, *reader.no_effect, *unread])),
+        changes=tuple(draft.changes),
     )
 
 
