@@ -6,13 +6,11 @@ and not built: such a loader is one problem, and its other keys none.
 
 from __future__ import annotations
 
-from typing import Any
-
-from launcher.config.draft import Draft, is_from_command_line
+from launcher.config.draft import Change, Draft, asks_for_nothing, is_from_command_line
 from launcher.config.nodes import Node, without
 from launcher.config.schema import DataLoaderSection, info_of
 from launcher.mindspore.keys_not_built import KEYS_NOT_BUILT
-from launcher.mindspore.sections.values import is_neutral, is_on, mode, names, trains, written
+from launcher.mindspore.sections.values import is_on, mode, names, trains, written
 
 _LOADER = DataLoaderSection.__dataclass_fields__["type"]
 _LOADERS_NOT_BUILT = info_of(_LOADER).planned
@@ -39,7 +37,11 @@ def _wrapper(draft: Draft, name: str) -> None:
     """The alias of a data set in its task repeats it, but for what the command line changed."""
     inner, outer = draft.find(f"{name}_task.dataset_config"), draft.find(name)
     if inner is not None and outer is not None and _repeats(inner, outer):
-        draft.drop(f"{name}_task.dataset_config", f"it repeats {name}")
+        draft.tree = without(draft.tree, f"{name}_task.dataset_config")
+        draft.changes.append(
+            Change(kind="no effect", key=f"{name}_task.dataset_config", value=None,
+                   where=inner.where, why=f"it repeats {name}")
+        )  # fmt: skip
 
 
 def _repeats(inner: Node, outer: Node) -> bool:
@@ -60,7 +62,7 @@ def _needs_more(draft: Draft, section: str) -> bool:
         return True
     tables = ((section, "train_dataset"), (loader, "train_dataset.data_loader"))
     return any(
-        not is_neutral(written(draft, f"{place}.{name}"))
+        not asks_for_nothing(written(draft, f"{place}.{name}"))
         for place, table in tables
         for rows in KEYS_NOT_BUILT[table].values()
         for name in set(rows) & set(names(draft, place))
@@ -72,6 +74,5 @@ def _only_the_type(draft: Draft, section: str) -> None:
     loader = f"{section}.data_loader"
     if written(draft, f"{loader}.type") not in _LOADERS_NOT_BUILT:
         return
-    others: list[Any] = [name for name in names(draft, loader) if name != "type"]
-    for name in others:
-        draft.tree = without(draft.tree, f"{loader}.{name}")
+    others = [f"{loader}.{name}" for name in names(draft, loader) if name != "type"]
+    draft.drop_all(others, "it belongs to the loader")

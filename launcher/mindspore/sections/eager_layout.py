@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from launcher.config.draft import Draft
+from launcher.config.draft import Draft, asks_for_nothing
 from launcher.mindspore.sections.values import (
     count,
-    is_neutral,
     names,
     off_or_refused,
     processes,
@@ -211,7 +210,7 @@ def _recompute(draft: Draft) -> None:
 
 def _switched_off(draft: Draft, section: str) -> None:
     values = [written(draft, f"{section}.{name}") for name in names(draft, section)]
-    if written(draft, f"{section}.enable") is False or all(map(is_neutral, values)):
+    if written(draft, f"{section}.enable") is False or all(map(asks_for_nothing, values)):
         draft.drop(section, "it is off")
     elif section == "recompute_comm":
         draft.drop(section, "communication is recomputed with its layer or module")

@@ -26,6 +26,7 @@ _SCHEDULES = {
 """Names of schedules from before they had classes."""
 
 _FIXED, _DYNAMIC = "FixedLossScaleUpdateCell", "DynamicLossScaleUpdateCell"
+_DYNAMIC_ARGUMENTS = {"type", "loss_scale_value", "scale_factor", "scale_window"}
 _SCALE = "runner_wrapper.scale_sense"
 _METRICS = ("PerplexityMetric",)
 
@@ -91,9 +92,11 @@ def _loss_scale(draft: Draft) -> None:
     scale = written(draft, _SCALE)
     if not isinstance(scale, dict):
         return
-    factor, kind = scale.get("scale_factor"), scale.get("type", _DYNAMIC)
-    if kind == _DYNAMIC and factor in (1, 1.0) and type(factor) in (int, float):
-        fixed = {"type": _FIXED, "loss_scale_value": scale.get("loss_scale_value", 65536)}
+    factor, value = scale.get("scale_factor"), scale.get("loss_scale_value", 65536)
+    is_never_changed = type(factor) in (int, float) and factor == 1
+    is_right = type(value) in (int, float) and value >= 1 and set(scale) <= _DYNAMIC_ARGUMENTS
+    if scale.get("type") == _DYNAMIC and is_never_changed and is_right:
+        fixed = {"type": _FIXED, "loss_scale_value": value}
         draft.replace(_SCALE, {_SCALE: fixed}, "scale_factor 1 never changes the scale")
 
 

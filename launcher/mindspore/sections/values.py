@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from launcher.config.draft import Draft
+from launcher.config.draft import Draft, asks_for_nothing
 from launcher.config.key_checks import plain_value
 from launcher.config.nodes import without
 from launcher.environment import process_environment
@@ -43,11 +43,6 @@ def is_on(draft: Draft, key: str, default: bool = False) -> bool:
     """Whether a switch is on."""
     value = written(draft, key, default)
     return str(value).lower() == "true"
-
-
-def is_neutral(value: Any) -> bool:
-    """Whether a value asks for nothing: null, off, zero or empty."""
-    return value is None or value == 0 or value in ("", [], {})
 
 
 def mode(draft: Draft) -> str:
@@ -90,7 +85,7 @@ def off_or_refused(draft: Draft, key: str, what: str) -> None:
     """A key that is known and not built: dropped where it asks for nothing, else refused."""
     if draft.find(key) is None:
         return
-    if is_neutral(written(draft, key)):
+    if asks_for_nothing(written(draft, key)):
         draft.drop(key, "it is off")
     else:
         draft.refuse(key, f"{what}: not built yet", advice="Remove it")
