@@ -137,6 +137,13 @@ TABLE = (
         errors=(Error("--num_train_epochs", place="command line", near="--runner_config.epochs"),),
     ),
     Row(
+        name="a key without its section",
+        argv=(*TRAIN, "--model_parallel", "2"),
+        errors=(
+            Error("--model_parallel", place="command line", near="--parallel_config.model_parallel"),
+        ),
+    ),
+    Row(
         name="a misspelt dotted key",
         argv=(*TRAIN, "--optimizer.weight_deacy", "0.1"),
         errors=(
