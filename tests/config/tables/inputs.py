@@ -138,9 +138,9 @@ TABLE = (
     ),
     Row(
         name="a key without its section",
-        argv=(*TRAIN, "--model_parallel", "2"),
+        argv=(*TRAIN, "--dataset_strategy", "full_batch"),
         errors=(
-            Error("--model_parallel", place="command line", near="--parallel_config.model_parallel"),
+            Error("--dataset_strategy", place="command line", near="--parallel.dataset_strategy"),
         ),
     ),
     Row(
