@@ -8,6 +8,7 @@ from pathlib import Path
 HERE = Path(__file__).parents[1] / "fixtures" / "mindformers"
 PLAIN_QKV = ("--mindformers_qkv_order", "plain")
 PLAIN_MLP = ("--mindformers_mlp_order", "plain")
+OF_1_9 = ("--mindformers_qkv_order", "group", "--mindformers_mlp_order", "pair")
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ TWINS = (
     *(Twin("llama3_1", form) for form in ("legacy_concat", "legacy", "online", "online_concat")),
     *(Twin("qwen2_5", form) for form in ("online_concat", "legacy_concat", "legacy", "online")),
     *(Twin("mixtral", form) for form in ("legacy", "legacy_gmm")),
-    Twin("qwen3", "mcore"),
+    Twin("qwen3", "mcore", OF_1_9),
     Twin("qwen3", "mcore_contiguous", (*PLAIN_QKV, *PLAIN_MLP)),
     Twin("qwen3_moe", "mcore"),
     Twin("qwen3_moe", "mcore_contiguous", PLAIN_QKV),
