@@ -8,7 +8,7 @@ from launcher.weights.forms import CompleteForm
 FORM = CompleteForm(
     name="mindspore",
     index="param_name_map.json",
-    metadata="ms",
+    metadata="ms", also=("ms.ckpt",),
     indent=4,
     lists_optimizer=True,
     may_be_flat=True,
