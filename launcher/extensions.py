@@ -119,6 +119,7 @@ KEY_ALIASES: dict[str, str] = {
 PYTHON_CALLS: dict[str, str] = {
     "unified_safetensors": "launcher.weights.offline.merge:unified_safetensors",
     "ckpt_to_safetensors": "launcher.weights.offline.convert:ckpt_to_safetensors",
+    "safetensors_to_ckpt": "launcher.weights.offline.convert:safetensors_to_ckpt",
     "verify": "launcher.weights.offline.inspection:verify",
     "list_checkpoints": "launcher.weights.offline.listing:list_checkpoints",
     "diff": "launcher.weights.offline.compare:diff",

@@ -43,7 +43,11 @@ class SaveName:
 
     def as_json(self) -> dict[str, str | int]:
         """The arguments of this name; the default format is left out."""
-        return {key: value for key, value in vars(self).items() if key != "format" or value != DEFAULT_FORMAT}
+        return {
+            key: value
+            for key, value in vars(self).items()
+            if key != "format" or value != DEFAULT_FORMAT
+        }
 
     @property
     def label(self) -> str:

@@ -83,7 +83,7 @@ def _header(path: Path, descriptor: int, status: os.stat_result) -> Header:
         raise broken(path, "it holds no value")
     return Header(
         tensors.entries, metadata, start, status.st_size, _digest(tensors, metadata),
-        status.st_mtime_ns, tensors.chunks, tensors.texts, CHECK if has_crc else "",
+        status.st_mtime_ns, tensors.chunks, tensors.texts, ".ckpt", CHECK if has_crc else "",
     )  # fmt: skip
 
 

@@ -75,10 +75,6 @@ def _parsed(path: Path, raw: bytes, file_bytes: int) -> Header:
     return read_header(path)
 
 
-CKPT = Container(".ckpt", metadata_field, framed, _parsed, frozenset(NAMES))
-"""`.ckpt` among the formats of files that are written."""
-
-
 def append_crc(path: Path) -> None:
     """Add the checksum that `crc_check=True` of MindSpore writes to a new file."""
     descriptor = os.open(path, os.O_RDWR | os.O_APPEND)
@@ -88,3 +84,7 @@ def append_crc(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+CKPT = Container(".ckpt", metadata_field, framed, _parsed, frozenset(NAMES), append_crc)
+"""`.ckpt` among the formats of files that are written."""

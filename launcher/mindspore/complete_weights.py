@@ -8,7 +8,8 @@ from launcher.weights.forms import CompleteForm
 FORM = CompleteForm(
     name="mindspore",
     index="param_name_map.json",
-    metadata="ms", also=("ms.ckpt",),
+    metadata="ms",
+    also=("ms.ckpt",),
     indent=4,
     lists_optimizer=True,
     may_be_flat=True,

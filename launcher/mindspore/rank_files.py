@@ -137,7 +137,9 @@ def _by_rank(path: Path, files: Sequence[Path], world_size: int) -> dict[int, Pa
             )  # fmt: skip
         found[rank] = file
     if not found:
-        raise UserError(f"{path} holds no rank files", rule="*.safetensors or *.ckpt in rank_*/ is expected")
+        raise UserError(
+            f"{path} holds no rank files", rule="*.safetensors or *.ckpt in rank_*/ is expected"
+        )
     if max(found) >= world_size:
         raise UserError(
             f"{found[max(found)]} is of rank {max(found)}",

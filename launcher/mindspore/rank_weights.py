@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from launcher.errors import UserError
+from launcher.layout.box import full_box
 from launcher.mindspore.names import COUNTERS, GRADIENTS, TRANSIENT
 from launcher.mindspore.rank_files import ADVICE, Run, open_run
 from launcher.mindspore.strategy import Strategy

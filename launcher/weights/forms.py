@@ -79,9 +79,7 @@ def is_scalar(name: str, shape: Shape) -> bool:
 
 @cache
 def _by_metadata() -> Mapping[str, CompleteForm]:
-    return {
-        value: form for form in _forms() for value in (form.metadata, *form.also) if value
-    }
+    return {value: form for form in _forms() for value in (form.metadata, *form.also) if value}
 
 
 def has_form(name: str, index: Path | None, metadata: Iterable[Mapping[str, str]]) -> bool:

@@ -265,8 +265,7 @@ def _of_files(check: Check, found: Files) -> dict[str, str]:
     form = "safetensors" if found.one and is_safetensors(found.one) else "ckpt"
     if found.key != "load_checkpoint" and check.config.load_ckpt_format not in (None, form):
         reasons["load_ckpt_format"] = (
-            f"no effect, load_checkpoint is empty, and {found.path} contains "
-            f"{_kind_of(found)}"
+            f"no effect, load_checkpoint is empty, and {found.path} contains {_kind_of(found)}"
         )
     return reasons
 

@@ -88,6 +88,8 @@ class Header:
     none."""
     texts: Mapping[str, str] = field(default_factory=dict)
     """Texts that lie among the tensors, by name."""
+    extension: str = ".safetensors"
+    """Of the format of the file, whatever its name."""
     crc: str = ""
     """Name in `launcher.extensions.FILE_CHECKS` of the check of the checksum at the end of the
     file; empty: it has none."""

@@ -49,7 +49,9 @@ def open_rank_files(
     ranks are missing whose parts no other rank holds.
     """
     if not files:
-        raise UserError(f"{path} holds no rank files", rule="*.safetensors or *.ckpt in rank_*/ is expected")
+        raise UserError(
+            f"{path} holds no rank files", rule="*.safetensors or *.ckpt in rank_*/ is expected"
+        )
     read = dict(known or {})
     unread = [file for file in files if file not in read]
     read |= zip(unread, in_parallel(rank_header_of, unread, HEADER_THREADS), strict=True)

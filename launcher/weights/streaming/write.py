@@ -1,4 +1,4 @@
-"""Writing one file of weights, of safetensors or another format: from the memory of its tensors, several blocks at a time.
+"""Writing one file of weights: from the memory of its tensors, several blocks at a time.
 
 Owns how bytes get into a file. Torch-free. Each thread takes a block from memory, hashes it and
 writes it to its place. The header, which holds the checksums, is written last; its length is known
@@ -51,6 +51,8 @@ class Container:
     """(path, what `start` gave, bytes of the file) -> the header of the new file."""
     dtypes: frozenset[str]
     """The dtypes that it can hold."""
+    seal: Callable[[Path], None] | None = None
+    """Adds a checksum of the entire file to its end, where the format has one."""
 
 
 SAFETENSORS = Container(
