@@ -10,6 +10,7 @@ error but nonsense.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 from launcher.errors import UserError
 from launcher.layout.box import Shape
@@ -23,6 +24,14 @@ QKV, MLP, BLOCKS, GMM, ROPE = (
     "mindformers_use_gmm", "mindformers_rearranged_rope",
 )  # fmt: skip
 """Keys of the configuration, and of metadata of files that Slipway writes."""
+
+
+def options_of(keys: Mapping[str, Any]) -> Options:
+    """The options that keys of a configuration give."""
+    return Options(
+        qkv_order=keys.get(QKV), mlp_order=keys.get(MLP), tensor_parallel=keys.get(BLOCKS),
+        use_gmm=keys.get(GMM), rearranged_rope=keys.get(ROPE),
+    )  # fmt: skip
 
 
 class Evidence:

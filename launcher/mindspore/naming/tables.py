@@ -55,7 +55,7 @@ MCORE = Naming(
     dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "deepseek_v3"), mcore.rules),
 )  # fmt: skip
 NAMINGS = (LEGACY, CHATGLM, MCORE, OWN_CHATGLM)
-WRITTEN = {"legacy": (LEGACY, CHATGLM), "mcore": (MCORE,)}
+WRITTEN = {"legacy": (LEGACY, CHATGLM), "mcore": (MCORE,), "mcore_1.6": (MCORE,)}
 """Name of a naming to those that can be written under it."""
 
 

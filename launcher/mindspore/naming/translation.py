@@ -17,7 +17,7 @@ from launcher.errors import UserError
 from launcher.layout.box import Shape
 from launcher.mindspore.naming.choices import Options
 from launcher.mindspore.naming.geometry import Link, moved, reshaped
-from launcher.mindspore.naming.orders import Evidence, choose_orders
+from launcher.mindspore.naming.orders import Evidence, choose_orders, options_of
 from launcher.mindspore.naming.rule import Rule
 from launcher.mindspore.naming.sizes import Sizes, sizes_of
 from launcher.mindspore.naming.state import sorted_in
@@ -73,6 +73,13 @@ class Translated(Mapping[str, Pieces]):
 
     def __len__(self) -> int:
         return len(self._names)
+
+
+def with_keys(
+    source: Source, config: Mapping[str, Any], keys: Mapping[str, Any], log: Log
+) -> Source:
+    """As `under_hugging_face_names`, with the keys of a configuration."""
+    return under_hugging_face_names(source, config, options_of(keys), log)
 
 
 def under_hugging_face_names(
