@@ -22,13 +22,25 @@ HEADER_READERS: dict[bytes, str] = {
     b"PK\x03\x04": "launcher.weights.formats.torch_pickle:read_header",
     b"\x80\x02\x8a\x0al\xfc\x9cF": "launcher.weights.formats.torch_pickle:refuse_legacy",
     b"\x80": "launcher.weights.formats.torch_pickle:refuse_pickle",
-    b"\x0a": "launcher.mindspore.ckpt_files:refuse_ckpt",
+    b"\x0a": "launcher.mindspore.ckpt_files:read_header",
+    b"\xfa\x7f": "launcher.mindspore.ckpt_files:read_header",
     b"\xd8\x5e\x3a\x7f": "launcher.mindspore.ckpt_files:refuse_encrypted",
     b"\xd9\x5e\x3a\x7f": "launcher.mindspore.ckpt_files:refuse_encrypted",
     b"\xda\x5e\x3a\x7f": "launcher.mindspore.ckpt_files:refuse_encrypted",
 }
 """First bytes of a file that is not safetensors: path -> header, or an error with advice.
 The first entry that fits counts."""
+
+FILE_FORMATS: dict[str, str] = {
+    "safetensors": "launcher.weights.streaming.write:SAFETENSORS",
+    "ckpt": "launcher.mindspore.ckpt_writer:CKPT",
+}
+"""Name of a format that files of tensors can be written in: a `Container`."""
+
+FILE_CHECKS: dict[str, str] = {
+    "mindspore": "launcher.mindspore.ckpt_checksum:check_crc",
+}
+"""Checksum of an entire file (`Header.crc`): (path, bytes of the file) -> None, or an error."""
 
 COMPLETE_FORMS: dict[str, str] = {
     "model.safetensors.index.json": "launcher.weights.forms:HUGGING_FACE",
@@ -124,6 +136,7 @@ KEY_ALIASES: dict[str, str] = {
 PYTHON_CALLS: dict[str, str] = {
     "unified_safetensors": "launcher.weights.offline.merge:unified_safetensors",
     "ckpt_to_safetensors": "launcher.weights.offline.convert:ckpt_to_safetensors",
+    "safetensors_to_ckpt": "launcher.weights.offline.convert:safetensors_to_ckpt",
     "verify": "launcher.weights.offline.inspection:verify",
     "list_checkpoints": "launcher.weights.offline.listing:list_checkpoints",
     "diff": "launcher.weights.offline.compare:diff",

@@ -35,6 +35,8 @@ class CompleteForm:
     """File that maps each tensor to the file that holds it."""
     metadata: str
     """`format` in the metadata of its safetensors files."""
+    also: tuple[str, ...] = ()
+    """Further values of `format`: of files of the same program in another container."""
     indent: int = 2
     """Of the JSON of the index."""
     lists_optimizer: bool = False
@@ -77,7 +79,7 @@ def is_scalar(name: str, shape: Shape) -> bool:
 
 @cache
 def _by_metadata() -> Mapping[str, CompleteForm]:
-    return {form.metadata: form for form in _forms() if form.metadata}
+    return {value: form for form in _forms() for value in (form.metadata, *form.also) if value}
 
 
 def has_form(name: str, index: Path | None, metadata: Iterable[Mapping[str, str]]) -> bool:

@@ -8,11 +8,12 @@ from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from functools import cached_property
+from operator import add
 from pathlib import Path
 from typing import NamedTuple
 
-from launcher.layout.box import Box, Shape
-from launcher.weights.formats.safetensors import Entry
+from launcher.layout.box import Box, Shape, full_box
+from launcher.weights.formats.safetensors import Entry, Header
 
 
 class Piece(NamedTuple):
@@ -25,6 +26,24 @@ class Piece(NamedTuple):
     box: Box
     rank: int
     """The rank that wrote it; 0 for complete weights."""
+
+
+def pieces_of(
+    file: Path, header: Header, name: str, place: tuple[Shape, Box] | None = None, rank: int = 0
+) -> list[Piece]:
+    """The pieces that a file holds of tensor `name`: one for each place where its bytes lie
+    together.
+
+    `place`: global shape, and the box that is in the file; left out, the file holds all of it.
+    """
+    entry = header.entries[name]
+    shape, outer = place or (entry.shape, full_box(entry.shape))
+    if name not in header.chunks:
+        return [Piece(file, entry, shape, outer, rank)]
+    return [
+        Piece(file, part, shape, Box(tuple(map(add, outer.offset, box.offset)), box.size), rank)
+        for box, part in header.chunks[name]
+    ]
 
 
 class Pieces(tuple[Piece, ...]):
