@@ -98,7 +98,7 @@ under Hugging Face names, content of config.json, options, log) -> source."""
 MODEL_CONFIGS: dict[str, str] = {
     "yaml": "launcher.mindspore.naming.configs:config_of_yaml",
 }
-"""Extension of a file that describes a model, beside config.json: path -> content of config.json."""
+"""Extension of a file that describes a model as config.json does: path -> content of the latter."""
 
 MODEL_NAMES: dict[str, str] = {
     "other programs": "launcher.weights.reading.mismatch:FOREIGN",

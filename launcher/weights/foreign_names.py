@@ -14,6 +14,7 @@ from launcher.extensions import NAME_TRANSLATIONS, installed
 from launcher.weights.log import Log
 from launcher.weights.source import Source
 
+
 @dataclass(frozen=True)
 class Named:
     """Weights under the names of another program."""

@@ -256,9 +256,7 @@ def _complete(kind: Kind, path: Path, files: Mapping[Path, set[str] | None]) -> 
                   promised=promised, remarks=text_remarks(headers))  # fmt: skip
 
 
-def _is_listed(
-    name: str, file: Path, other: Path, files: Mapping[Path, set[str] | None]
-) -> bool:
+def _is_listed(name: str, file: Path, other: Path, files: Mapping[Path, set[str] | None]) -> bool:
     """Of two files that hold tensor `name`, whether the index lists it in `file`, not in the other
     one. Raises `UserError` where it does not decide."""
     listed = [name in (files[one] or ()) for one in (file, other)]

@@ -234,8 +234,7 @@ def _joined(axes: Sequence[_Axis], factors: Shape) -> list[_Run]:
 def _is_c_ordered(size: Shape, strides: Shape) -> bool:
     expected = c_strides(size, 1)
     return all(
-        n == 1 or stride == usual
-        for n, stride, usual in zip(size, strides, expected, strict=True)
+        n == 1 or stride == usual for n, stride, usual in zip(size, strides, expected, strict=True)
     )
 
 

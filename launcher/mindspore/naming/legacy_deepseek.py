@@ -9,7 +9,13 @@ from collections.abc import Iterator
 
 from launcher.mindspore.naming import split, stacks
 from launcher.mindspore.naming.choices import Orders
-from launcher.mindspore.naming.llama import ENDS, NORMS, PROJECTIONS
+from launcher.mindspore.naming.llama import (
+    ENDS,
+    NORMS,
+    PROJECTIONS,
+    alternating,
+    expert_names,
+)
 from launcher.mindspore.naming.rule import Rule, same
 from launcher.mindspore.naming.sizes import Sizes
 
@@ -50,16 +56,17 @@ def _attention() -> Iterator[Rule]:
     rotary = split.rotary_of_heads(lambda s: s.plain_size, lambda s: s.rotary_size, _head)
     yield Rule("attention.l2q_nope_proj.weight", (query,), plain)
     yield Rule("attention.l2q_pe_proj.weight", (query,), rotary)
-    latent, both = "self_attn.kv_a_proj_with_mqa.weight", lambda s: s.key_value_rank + s.rotary_size
-    yield Rule("attention.kv2l_latent_kv.weight", (latent,),
-               split.part_of_rows(_zero, lambda s: s.key_value_rank, both))  # fmt: skip
-    yield Rule("attention.kv2l_k_pe.weight", (latent,),
-               split.rotary_of_heads(lambda s: s.key_value_rank, lambda s: s.rotary_size, both))  # fmt: skip
-    up, pair = "self_attn.kv_b_proj.weight", lambda s: s.plain_size + s.value_size
-    yield Rule("attention.lkv2kv_k_nope.weight", (up,),
-               split.part_of_heads(_zero, lambda s: s.plain_size, pair))  # fmt: skip
-    yield Rule("attention.lkv2kv_v.weight", (up,),
-               split.part_of_heads(lambda s: s.plain_size, lambda s: s.value_size, pair))  # fmt: skip
+    latent, up = "self_attn.kv_a_proj_with_mqa.weight", "self_attn.kv_b_proj.weight"
+    rank, rotary_size = (lambda s: s.key_value_rank), (lambda s: s.rotary_size)
+    down = lambda s: s.key_value_rank + s.rotary_size  # noqa: E731
+    pair = lambda s: s.plain_size + s.value_size  # noqa: E731
+    for name, hf, geometry in (
+        ("kv2l_latent_kv", latent, split.part_of_rows(_zero, rank, down)),
+        ("kv2l_k_pe", latent, split.rotary_of_heads(rank, rotary_size, down)),
+        ("lkv2kv_k_nope", up, split.part_of_heads(_zero, lambda s: s.plain_size, pair)),
+        ("lkv2kv_v", up, split.part_of_heads(lambda s: s.plain_size, lambda s: s.value_size, pair)),
+    ):
+        yield Rule(f"attention.{name}.weight", (hf,), geometry)
 
 
 def _zero(sizes: Sizes) -> int:
@@ -67,18 +74,20 @@ def _zero(sizes: Sizes) -> int:
 
 
 def _mlp(sizes: Sizes) -> Iterator[Rule]:
-    for mf, hf in (("feed_forward.", "mlp."), ("feed_forward.shared_experts.", "mlp.shared_experts.")):
+    for place in ("", "shared_experts."):
+        mf, hf = f"feed_forward.{place}", f"mlp.{place}"
         for number, name in enumerate(PROJECTIONS, 1):
             yield same(f"{mf}w{number}.weight", f"{hf}{name}.weight")
     routed = "feed_forward.routed_experts."
-    for form, router, bias in (("grouped", "router_dense.weight", "topk_bias"),
-                               ("batched", "router.dense.weight", "router.router.topk_bias")):  # fmt: skip
+    for form, router, bias in (
+        ("grouped", "router_dense.weight", "topk_bias"),
+        ("batched", "router.dense.weight", "router.router.topk_bias"),
+    ):
         yield same(routed + router, "mlp.gate.weight", form, is_float32=True)
         yield same(routed + bias, "mlp.gate.e_score_correction_bias", form, is_float32=True)
-    every = range(sizes.experts)
-    gate, down, up = (tuple(f"mlp.experts.{e}.{name}.weight" for e in every) for name in PROJECTIONS)
-    alternating = tuple(name for pair in zip(gate, up, strict=True) for name in pair)
-    yield Rule(f"{routed}ffn.w1", alternating, stacks.gate_up_columns("three dims"), "grouped")
+    gate, down, up = expert_names("mlp.experts.", sizes)
+    both = alternating(gate, up)
+    yield Rule(f"{routed}ffn.w1", both, stacks.gate_up_columns("three dims"), "grouped")
     yield Rule(f"{routed}ffn.w2", down, stacks.down_columns("three dims"), "grouped")
     for number, names in enumerate((gate, down, up), 1):
         yield Rule(f"{routed}ffn.w{number}.weight", names, stacks.stacked(), "batched")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from launcher.mindspore.naming import fused, stacks
 from launcher.mindspore.naming.choices import Orders
@@ -45,8 +45,9 @@ def _attention(orders: Orders) -> Iterator[Rule]:
 def _mlp(sizes: Sizes, orders: Orders) -> Iterator[Rule]:
     if sizes.family == "mixtral":
         yield same("feed_forward.router.dense.weight", "block_sparse_moe.gate.weight")
-        names = {n: f"block_sparse_moe.experts.{{}}.w{n}.weight" for n in (1, 2, 3)}
-        yield from experts("feed_forward.ffn.", names, sizes, orders)
+        place, every = "block_sparse_moe.experts.", range(sizes.experts)
+        names = [tuple(f"{place}{expert}.w{n}.weight" for expert in every) for n in (1, 2, 3)]
+        yield from experts("feed_forward.ffn.", names, orders)
         return
     if sizes.family == "qwen2_moe":
         yield from _qwen2_moe(sizes, orders)
@@ -64,21 +65,32 @@ def dense(mf: str, hf: str, orders: Orders) -> Iterator[Rule]:
                    fused.gate_up(orders.mlp, orders.blocks), "fused mlp")  # fmt: skip
 
 
-def experts(mf: str, hf: dict[int, str], sizes: Sizes, orders: Orders) -> Iterator[Rule]:
-    """Stacks of the experts of a layer. `hf`: for each of w1, w2, w3 the name, with a place for the
-    number of the expert."""
+def experts(mf: str, hf: Iterable[tuple[str, ...]], orders: Orders) -> Iterator[Rule]:
+    """Stacks of the experts of a layer. `hf`: for each of w1, w2, w3 the names of all experts."""
     geometry = stacks.transposed() if orders.gmm else stacks.stacked()
-    for number, name in hf.items():
-        names = tuple(name.format(expert) for expert in range(sizes.experts))
+    for number, names in enumerate(hf, 1):
         yield Rule(f"{mf}w{number}.weight", names, geometry)
+
+
+def expert_names(place: str, sizes: Sizes) -> list[tuple[str, ...]]:
+    """The names of all experts in Hugging Face files, for each of `PROJECTIONS`."""
+    return [
+        tuple(f"{place}{expert}.{name}.weight" for expert in range(sizes.experts))
+        for name in PROJECTIONS
+    ]
+
+
+def alternating(first: Sequence[str], second: Sequence[str]) -> tuple[str, ...]:
+    """Names of two lists in turn."""
+    return tuple(name for pair in zip(first, second, strict=True) for name in pair)
 
 
 def _qwen2_moe(sizes: Sizes, orders: Orders) -> Iterator[Rule]:
     place = "feed_forward."
     yield same(f"{place}routed_experts.router.dense.weight", "mlp.gate.weight")
     yield same(f"{place}shared_experts_gate.weight", "mlp.shared_expert_gate.weight")
-    names = {n: f"mlp.experts.{{}}.{name}.weight" for n, name in enumerate(PROJECTIONS, 1)}
-    yield from experts(f"{place}routed_experts.ffn.", names, sizes, orders)
+    names = expert_names("mlp.experts.", sizes)
+    yield from experts(f"{place}routed_experts.ffn.", names, orders)
     # w2 is up and w3 is down here, unlike everywhere else.
     for number, name in enumerate(("gate_proj", "up_proj", "down_proj"), 1):
         yield same(f"{place}shared_experts.w{number}.weight", f"mlp.shared_expert.{name}.weight")

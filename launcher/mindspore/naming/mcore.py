@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 from launcher.mindspore.naming import fused, split, stacks
 from launcher.mindspore.naming.choices import Orders
-from launcher.mindspore.naming.llama import KINDS, PROJECTIONS
+from launcher.mindspore.naming.llama import KINDS, PROJECTIONS, alternating, expert_names
 from launcher.mindspore.naming.rule import Rule, same
 from launcher.mindspore.naming.sizes import Sizes
 
@@ -97,10 +97,8 @@ def _experts(sizes: Sizes, orders: Orders) -> Iterator[Rule]:
     yield same("mlp.router.weight", "mlp.gate.weight")
     for name, form in (("mlp.router.expert_bias", "graph"), ("mlp.expert_bias", "eager")):
         yield same(name, "mlp.gate.e_score_correction_bias", form, is_float32=True)
-    every = range(sizes.experts)
-    gate, down, up = (tuple(f"mlp.experts.{e}.{name}.weight" for e in every) for name in PROJECTIONS)
-    alternating = tuple(name for pair in zip(gate, up, strict=True) for name in pair)
+    gate, down, up = expert_names("mlp.experts.", sizes)
+    both = alternating(gate, up)
     for name, form in (("weight", "weight1"), ("w", "w1")):
-        yield Rule(f"mlp.experts.{name}1", alternating,
-                   stacks.gate_up_columns(orders.experts), form)  # fmt: skip
+        yield Rule(f"mlp.experts.{name}1", both, stacks.gate_up_columns(orders.experts), form)
         yield Rule(f"mlp.experts.{name}2", down, stacks.down_columns(orders.experts), form)

@@ -17,12 +17,10 @@ from launcher.layout.box import Shape
 from launcher.mindspore.naming.choices import Options, Orders
 from launcher.mindspore.naming.sizes import Sizes
 from launcher.mindspore.naming.tables import CHATGLM, LEGACY, MCORE, Naming
+from launcher.weights.foreign_names import KEYS
 from launcher.weights.source import Source
 
-QKV, MLP, BLOCKS, GMM, ROPE = (
-    "mindformers_qkv_order", "mindformers_mlp_order", "mindformers_tensor_parallel",
-    "mindformers_use_gmm", "mindformers_rearranged_rope",
-)  # fmt: skip
+QKV, MLP, BLOCKS, GMM, ROPE = KEYS
 """Keys of the configuration, and of metadata of files that Slipway writes."""
 
 
@@ -42,7 +40,7 @@ class Evidence:
         self.source, self.names = source, names
         self.metadata: dict[str, str] = {}
         for header in source.headers.values():
-            self.metadata |= {key: v for key, v in header.metadata.items() if key in _METADATA}
+            self.metadata |= {key: v for key, v in header.metadata.items() if key in KEYS}
 
     def one(self, *ends: str) -> str | None:
         """A parameter whose name ends so; None without one."""
@@ -55,9 +53,6 @@ class Evidence:
     def cuts(self, name: str) -> int:
         """Into how many parts ranks have cut its rows."""
         return len({piece.box.offset[:1] for piece in self.source.tensors[self.names[name]]})
-
-
-_METADATA = (QKV, MLP, BLOCKS, GMM, ROPE)
 
 
 def choose_orders(
@@ -104,7 +99,7 @@ def _legacy(sizes: Sizes, evidence: Evidence, options: Options, said: list[str])
     qkv = evidence.one(".w_qkv.weight", ".w_qkv.bias")
     mlp = evidence.one(".w_gate_hidden.weight", ".w_gate_hidden.bias")
     usual = ("plain", "plain") if is_telechat else ("group", "pair")
-    if is_telechat and "group" == options.qkv_order or is_telechat and options.mlp_order == "pair":
+    if is_telechat and (options.qkv_order == "group" or options.mlp_order == "pair"):
         raise UserError(
             f"{QKV}: {options.qkv_order}, {MLP}: {options.mlp_order}",
             rule="fused matrices of TeleChat2 are plain",

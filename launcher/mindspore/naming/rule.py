@@ -70,9 +70,7 @@ class Rows:
     def __getitem__(self, slices: slice | tuple[slice, ...]) -> Rows:
         chosen = Rows(*self.factors)
         slices = slices if isinstance(slices, tuple) else (slices,)
-        ranges = [
-            range(length)[part] for part, length in zip(slices, self.factors, strict=True)
-        ]
+        ranges = [range(length)[part] for part, length in zip(slices, self.factors, strict=True)]
         chosen.index = tuple(Span(r.start, len(r), r.step) for r in ranges)
         return chosen
 

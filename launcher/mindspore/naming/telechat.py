@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from launcher.mindspore.naming import fused, stacks
 from launcher.mindspore.naming.choices import Orders
-from launcher.mindspore.naming.llama import KINDS, NORMS, PROJECTIONS, dense, experts
+from launcher.mindspore.naming.llama import KINDS, NORMS, dense, expert_names, experts
 from launcher.mindspore.naming.rule import Rule, same
 from launcher.mindspore.naming.sizes import Sizes
 
@@ -38,8 +38,7 @@ def _attention(orders: Orders) -> Iterator[Rule]:
 
 def _experts(sizes: Sizes, orders: Orders) -> Iterator[Rule]:
     yield same("feed_forward.router.dense.weight", "mlp.router.weight")
-    place = "mlp.local_experts.{}."
-    names = {number: f"{place}{name}.weight" for number, name in enumerate(PROJECTIONS, 1)}
-    yield from experts("feed_forward.ffn.", names, sizes, orders)
-    biases = tuple(f"{place}down_proj.bias".format(e) for e in range(sizes.experts))
+    place = "mlp.local_experts."
+    yield from experts("feed_forward.ffn.", expert_names(place, sizes), orders)
+    biases = tuple(f"{place}{expert}.down_proj.bias" for expert in range(sizes.experts))
     yield Rule("feed_forward.ffn.w2.bias", biases, stacks.vectors())

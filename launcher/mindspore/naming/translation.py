@@ -171,9 +171,7 @@ def _shared(uses: Mapping[str, object], sizes: Sizes) -> dict[str, str]:
     return {copy: name for copy, name in shared.items() if name in uses}
 
 
-def _check(
-    source: Source, uses: Mapping[str, list[Use]], rules: Mapping[str, Rule]
-) -> None:
+def _check(source: Source, uses: Mapping[str, list[Use]], rules: Mapping[str, Rule]) -> None:
     """Check that each tensor is stored in one way, and in all parts of it. Raises `UserError`."""
     parts: dict[tuple[str, str], set[str]] = {}
     for rule in rules.values():

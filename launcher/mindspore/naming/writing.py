@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from launcher.errors import UserError
@@ -53,7 +53,7 @@ class WriteOptions:
     qkv: str | None = None
     mlp: str | None = None
     """Orders of fused rows; None: those that the naming has by default."""
-    orders: Orders = Orders()
+    orders: Orders = field(default_factory=Orders)
     """The other orders."""
     is_required: bool = True
     """Whether it is an error when MindFormers has no names for the model; else names are kept."""
@@ -68,7 +68,8 @@ def options_from(given: Mapping[str, Any]) -> WriteOptions:
         rearranged=bool(given.get(keys.ROPE)),
     )
     return WriteOptions(
-        qkv=given.get(keys.QKV), mlp=given.get(keys.MLP), naming=given.get("naming"), is_fused=bool(given.get("qkv_concat")), orders=orders,
+        qkv=given.get(keys.QKV), mlp=given.get(keys.MLP), naming=given.get("naming"),
+        is_fused=bool(given.get("qkv_concat")), orders=orders,
         is_required=bool(given.get("required", True)),
     )  # fmt: skip
 
@@ -129,9 +130,7 @@ def _orders_of(options: WriteOptions, naming: str, family: str) -> Orders:
     return replace(orders, qkv=options.qkv or "group", mlp=options.mlp or "pair")
 
 
-def _chosen(
-    source: Source, rules: list[Rule]
-) -> tuple[dict[str, tuple[str, Rule]], set[str]]:
+def _chosen(source: Source, rules: list[Rule]) -> tuple[dict[str, tuple[str, Rule]], set[str]]:
     """(name in new files to the prefix of optimizer state and the rule; names of `source` that
     they use). Raises `UserError` where a rule lacks some of its tensors."""
     chosen, used = dict[str, tuple[str, Rule]](), set[str]()
