@@ -84,10 +84,11 @@ INFERRED_STATES: dict[str, str] = {
 """(run, checkpoint) -> the state of a run whose save has no state file."""
 
 NAME_TRANSLATIONS: dict[str, str] = {
-    "mindformers": "launcher.mindspore.naming.translation:with_keys",
-}
-"""Names of other programs: (source, content of config.json, keys of the configuration, log) -> the
-source under Hugging Face names, or itself."""
+    r"embedding_weight$|word_embeddings\.weight$|\.(attention|feed_forward|self_attention)\.":
+    "launcher.mindspore.naming.translation:with_keys",
+}  # fmt: skip
+"""What names of tensors of another program contain, and maybe others too: (source, content of
+config.json, keys of the configuration, log) -> the source under Hugging Face names, or itself."""
 
 NAME_WRITERS: dict[str, str] = {
     "mindspore": "launcher.mindspore.naming.writing:as_written",

@@ -25,6 +25,7 @@ from launcher.parallel.model_parts import ModelParts
 from launcher.parallel.tied import broadcast_tied
 from launcher.weights.content import content_of
 from launcher.weights.foreign_names import KEYS, under_hugging_face_names
+from launcher.weights.forms import may_be_foreign
 from launcher.weights.reading.load import LoadReport
 from launcher.weights.source import Source, holds_complete
 from launcher.weights.tensor_mapping import mapped, shapes_in_files
@@ -67,6 +68,8 @@ def find_weights(job: Job) -> Source | None:
 def under_model_names(job: Job, source: Source) -> Source:
     """`source` under Hugging Face names, where it has those of another program. Raises
     `UserError`."""
+    if not may_be_foreign(source.tensors):
+        return source
     keys = {key: getattr(job.config, key) for key in KEYS}
     return under_hugging_face_names(source, job.spec.hf_config, keys, job.log)
 

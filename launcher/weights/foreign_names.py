@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from launcher.extensions import NAME_TRANSLATIONS, installed
+from launcher.weights.forms import may_be_foreign
 from launcher.weights.log import Log
 from launcher.weights.source import Source
 
@@ -32,13 +33,16 @@ KEYS = (
 
 
 def under_hugging_face_names(
-    source: Source, config: Mapping[str, Any], keys: Mapping[str, Any], log: Log
+    source: Source, config: Mapping[str, Any] | None, keys: Mapping[str, Any], log: Log
 ) -> Source:
     """`source` under Hugging Face names; itself where it has them, or names that nothing knows.
 
-    `config`: the content of config.json. `keys`: values of `KEYS`, None or absent where the files
-    decide. Raises `UserError` where names are known and do not fit the model.
+    `config`: the content of config.json; None where it is not known, names are kept then. `keys`:
+    values of `KEYS`, None or absent where the files decide. Raises `UserError` where names are
+    known and do not fit the model.
     """
+    if not may_be_foreign(source.tensors):
+        return source
     for translate in installed(NAME_TRANSLATIONS).values():
         source = translate(source, config, keys, log)
     return source

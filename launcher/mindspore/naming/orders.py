@@ -215,7 +215,7 @@ def _version(sizes: Sizes, evidence: Evidence) -> str:
 
 
 def _undecided(evidence: Evidence, keys: list[str]) -> UserError:
-    choices = {QKV: "group or plain", MLP: "pair or plain"}
+    choices = {QKV: "--qkv_order: group or plain", MLP: "--mlp_order: pair or plain"}
     return UserError(
         f"the order of fused rows in {evidence.source.path} is not known",
         rule="files under core names do not show it, and the versions of MindFormers differ",

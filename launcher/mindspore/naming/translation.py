@@ -76,9 +76,15 @@ class Translated(Mapping[str, Pieces]):
 
 
 def with_keys(
-    source: Source, config: Mapping[str, Any], keys: Mapping[str, Any], log: Log
+    source: Source, config: Mapping[str, Any] | None, keys: Mapping[str, Any], log: Log
 ) -> Source:
-    """As `under_hugging_face_names`, with the keys of a configuration."""
+    """As `under_hugging_face_names`, with the keys of a configuration. Without a `config` names are
+    kept."""
+    if config is None:
+        if (naming := naming_of(source.tensors)) is not None and naming.name != "chatglm":
+            log(f"{source.path}: {naming.name} names of MindFormers are kept, as config.json of "
+                "the model is not known (--config)")  # fmt: skip
+        return source
     return under_hugging_face_names(source, config, options_of(keys), log)
 
 
