@@ -83,6 +83,24 @@ INFERRED_STATES: dict[str, str] = {
 }
 """(run, checkpoint) -> the state of a run whose save has no state file."""
 
+NAME_TRANSLATIONS: dict[str, str] = {
+    r"embedding_weight$|word_embeddings\.weight$|\.(attention|feed_forward|self_attention)\.":
+    "launcher.mindspore.naming.translation:with_keys",
+}  # fmt: skip
+"""What names of tensors of another program contain, and maybe others too: (source, content of
+config.json, keys of the configuration, log) -> the source under Hugging Face names, or itself."""
+
+NAME_WRITERS: dict[str, str] = {
+    "mindspore": "launcher.mindspore.naming.writing:as_written",
+}
+"""Format of complete weights to what gives tensors the names that programs of it read: (source
+under Hugging Face names, content of config.json, options, log) -> source."""
+
+MODEL_CONFIGS: dict[str, str] = {
+    "yaml": "launcher.mindspore.naming.configs:config_of_yaml",
+}
+"""Extension of a file that describes a model as config.json does: path -> content of the latter."""
+
 MODEL_NAMES: dict[str, str] = {
     "other programs": "launcher.weights.reading.mismatch:FOREIGN",
     "mindformers": "launcher.mindspore.foreign:FOREIGN",

@@ -6,6 +6,7 @@ all known forms. Others are entries of `launcher.extensions.COMPLETE_FORMS`.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -13,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from launcher.errors import UserError
-from launcher.extensions import COMPLETE_FORMS, installed, required
+from launcher.extensions import COMPLETE_FORMS, NAME_TRANSLATIONS, installed, required
 from launcher.layout.box import Shape
 from launcher.weights.formats.placeholders import placeholder
 from launcher.weights.formats.safetensors import parse_json
@@ -70,6 +71,17 @@ def scalar_names() -> frozenset[str]:
 def step_names() -> tuple[str, ...]:
     """Names of the step counters in the files of any form."""
     return tuple(name for form in _forms() for name in form.steps)
+
+
+@cache
+def _foreign() -> re.Pattern[str] | None:
+    return re.compile("|".join(NAME_TRANSLATIONS)) if NAME_TRANSLATIONS else None
+
+
+def may_be_foreign(names: Iterable[str]) -> bool:
+    """Whether tensors may have names of another program, by a first look."""
+    marks = _foreign()
+    return marks is not None and any(map(marks.search, names))
 
 
 def is_scalar(name: str, shape: Shape) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from bisect import bisect_left, bisect_right
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from operator import add
@@ -96,6 +97,19 @@ class Pieces(tuple[Piece, ...]):
             for line, start, size in zip(lines, box.offset, box.size, strict=True)
         ]
         return (boxes[offset] for offset in itertools.product(*ranges))
+
+    def are_of_one_rank(self, box: Box) -> bool:
+        """Whether some rank wrote `box` and no more, in one piece or several."""
+        if box in self.replica_ranks:
+            return True
+        written: Counter[int] = Counter()
+        for piece in self:
+            written[piece.rank] += piece.box.numel
+        inside: Counter[int] = Counter()
+        for replicas, overlap in self.meeting(box):
+            for piece in replicas:
+                inside[piece.rank] += overlap.numel * (overlap == piece.box)
+        return any(n == box.numel == written[rank] for rank, n in inside.items())
 
     @cached_property
     def is_disjoint(self) -> bool:

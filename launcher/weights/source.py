@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from launcher.errors import UserError
 from launcher.layout.box import Shape
@@ -40,6 +40,15 @@ SHOWN = 5
 """Names in a message."""
 CHILDREN = 100
 """Subfolders that are searched for weights when a folder has none."""
+
+
+class Written(NamedTuple):
+    """How a tensor is declared in complete weights that are written from it."""
+
+    shape: Shape
+    """With as many elements, in the same order."""
+    dtype: str | None = None
+    """Dtype that it is cast to in any case; None: as the others."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +85,9 @@ class Source:
     """Heads and obsolete buffers that the index lists and no file holds, to the file it names. A
     model that ties or derives them does not need them."""
 
+    written: Mapping[str, Written] = field(default_factory=dict)
+    """Of tensors that complete weights declare in another way than they are here."""
+
     def shape(self, name: str) -> Shape:
         """Global shape of tensor `name`."""
         return self.tensors[name][0].shape
@@ -86,6 +98,8 @@ class Source:
 
     def renamed(self, names: Mapping[str, str]) -> Source:
         """The same tensors, renamed as `names` maps them."""
+        if not names:
+            return self
         tensors = {names.get(name, name): pieces for name, pieces in self.tensors.items()}
         scales = {names.get(name, name): names.get(f, f) for name, f in self.scales.items()}
         promised = {names.get(name, name): file for name, file in self.promised.items()}
@@ -93,6 +107,8 @@ class Source:
 
     def with_extras(self) -> Source:
         """The same source, with the extras among the tensors."""
+        if not self.extras:
+            return self
         return replace(self, tensors={**self.tensors, **self.extras}, extras={})
 
 
@@ -227,14 +243,8 @@ def _complete(kind: Kind, path: Path, files: Mapping[Path, set[str] | None]) -> 
     for file, header in headers.items():
         for name in _read_names(header):
             kept = extras if is_scalar(name, header.entries[name].shape) else tensors
-            if name in kept:
-                raise UserError(
-                    f"`{name}` is in two files: {kept[name][0].file.name} and {file.name}",
-                    where=str(path),
-                    rule="complete weights hold each tensor once",
-                    advice="Move away the files that do not belong to this model",
-                )
-            kept[name] = Pieces(pieces_of(file, header, name))
+            if name not in kept or _is_listed(name, file, kept[name][0].file, files):
+                kept[name] = Pieces(pieces_of(file, header, name))
     factors = factors_of(tensors) if any(name.endswith(SUFFIX) for name in tensors) else {}
     block = block_in(path if path.is_dir() else path.parent) if factors else DEFAULT_BLOCK
     promised = {
@@ -244,6 +254,20 @@ def _complete(kind: Kind, path: Path, files: Mapping[Path, set[str] | None]) -> 
     check_promised(promised, lambda name: not may_be_left_out(name))
     return Source(kind, path, tensors, headers, scales=factors, scale_block=block, extras=extras,
                   promised=promised, remarks=text_remarks(headers))  # fmt: skip
+
+
+def _is_listed(name: str, file: Path, other: Path, files: Mapping[Path, set[str] | None]) -> bool:
+    """Of two files that hold tensor `name`, whether the index lists it in `file`, not in the other
+    one. Raises `UserError` where it does not decide."""
+    listed = [name in (files[one] or ()) for one in (file, other)]
+    if listed[0] == listed[1]:
+        raise UserError(
+            f"`{name}` is in two files: {other.name} and {file.name}",
+            where=str(file.parent),
+            rule="complete weights hold each tensor once",
+            advice="Move away the files that do not belong to this model",
+        )
+    return listed[0]
 
 
 def text_remarks(headers: Mapping[Path, Header]) -> tuple[str, ...]:

@@ -96,11 +96,16 @@ def _matches(folder: Path, suffix: str) -> list[Path]:
     return []
 
 
+def model_folder(rank_file: Path) -> Path:
+    """Where the run that wrote `rank_file` puts config.json and the tokenizer."""
+    run = label_of(rank_file).rpartition("-")[0]
+    return rank_file.parent.parent / MODEL_FOLDER / run
+
+
 def copy_model_files(rank_file: Path, target: Path) -> bool:
     """Copy config.json and the tokenizer of the run that wrote `rank_file`, with subfolders, into
     `target`. Returns whether there were any."""
-    run = label_of(rank_file).rpartition("-")[0]
-    folder = rank_file.parent.parent / MODEL_FOLDER / run
+    folder = model_folder(rank_file)
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     for file in files:
         place = target / file.relative_to(folder)
