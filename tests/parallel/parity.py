@@ -53,6 +53,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "type": "GptOssConfig", **_SIZES, "head_dim": 16, "num_local_experts": 8,
         "num_experts_per_tok": 2, "sliding_window": 9,
     },
+    "telechat": {"type": "TelechatConfig", **_SIZES},
+    "telechat tied": {"type": "TelechatConfig", **_SIZES, "tie_word_embeddings": True},
 }  # fmt: skip
 MIXTURES = ("qwen3 moe", "mixtral", "deepseek", "glm", "gpt-oss")
 """Families with experts."""
