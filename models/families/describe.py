@@ -195,9 +195,7 @@ def _family(
     return None
 
 
-def _in_family_spelling(
-    own: Family, base: Mapping[str, Any], problems: Problems
-) -> dict[str, Any]:
+def _in_family_spelling(own: Family, base: Mapping[str, Any], problems: Problems) -> dict[str, Any]:
     """config.json with the keys of the family's `defaults`: versions of transformers write the
     number of experts under different ones, and some families have their own."""
     for key, written in own.config_keys.items():

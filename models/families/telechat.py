@@ -12,7 +12,7 @@ import math
 from dataclasses import replace
 from typing import Any
 
-from models.checks import is_integer, nearest
+from models.checks import is_integer, is_number, nearest
 from models.families.family import COMMON, DENSE, HEADS, Add, Config, Family
 from models.spec import Rule
 
@@ -72,9 +72,9 @@ def _rotary_base(config: Config) -> float:
     """The rotary base: enlarged if the model was trained on longer rows than its base, `base *
     alpha ** (d / (d - 2))`, where alpha is one less than the next power of two of twice the ratio
     (the NTK rule of the published code, in rows of at most `training_seqlen`)."""
-    base, trained = float(config["rope_parameters"]["rope_theta"]), config["training_seqlen"]
-    if trained <= config["base_seqlen"]:
-        return base
+    base, trained = config["rope_parameters"]["rope_theta"], config["training_seqlen"]
+    if not is_number(base) or trained <= config["base_seqlen"]:
+        return base  # `check_rope` reports what is no number
     alpha = 2 ** math.ceil(math.log2(trained / config["base_seqlen"]) + 1) - 1
     head_dim = config["hidden_size"] // config["num_attention_heads"]
     return float(base * alpha ** (head_dim / (head_dim - 2)))

@@ -9,27 +9,19 @@ from __future__ import annotations
 
 import json
 import math
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from models.build import build_model, hf_directory_files, mappings_of, materialize, tied_names
 from models.decoder import Decoder
 from models.families import ModelSpec, model_spec
-from tests.models.tiny import problems_of
+from tests.models.tiny import WITH_CODE_OF_THEIR_OWN, problems_of
 
-CONFIG: dict[str, Any] = {
-    "model_type": "telechat", "architectures": ["TelechatForCausalLM"], "hidden_size": 24,
-    "n_layer": 2, "n_head": 6, "num_key_value_heads": 2, "ffn_hidden_size": 40, "vocab_size": 96,
-    "layer_norm_epsilon": 1e-5, "hidden_dropout": 0.0, "attention_dropout": 0.0,
-    "seq_length": 64, "training_seqlen": 64, "base_seqlen": 64, "embed_layernorm": False,
-    "flash_attn": True, "logn": True, "tie_word_embeddings": False, "torch_dtype": "float32",
-}  # fmt: skip
+CONFIG = WITH_CODE_OF_THEIR_OWN["telechat"]
 
 
 def tensors_of(config: dict[str, Any], *, biases: bool = True, seed: int = 0) -> dict[str, Tensor]:
@@ -76,7 +68,11 @@ def reference(config: dict[str, Any], held: dict[str, Tensor], ids: Tensor, base
 
     states = held["transformer.word_embeddings.weight"][ids]
     for layer in range(config["n_layer"]):
-        part = {k.split(".", 3)[3]: t for k, t in held.items() if k.startswith(f"transformer.h.{layer}.")}
+        part = {
+            k.split(".", 3)[3]: t
+            for k, t in held.items()
+            if k.startswith(f"transformer.h.{layer}.")
+        }
         name = f"transformer.h.{layer}."
         normed = norm(states, name + "input_layernorm.weight")
         query = (normed @ part["self_attention.query.weight"].T).view(rows, length, heads, size)
@@ -90,8 +86,12 @@ def reference(config: dict[str, Any], held: dict[str, Tensor], ids: Tensor, base
         bias = part.get("self_attention.dense.bias")
         states = states + F.linear(mixed, part["self_attention.dense.weight"], bias)
         normed = norm(states, name + "post_attention_layernorm.weight")
-        inner = F.silu(normed @ part["mlp.gate_proj.weight"].T) * (normed @ part["mlp.up_proj.weight"].T)
-        states = states + F.linear(inner, part["mlp.down_proj.weight"], part.get("mlp.down_proj.bias"))
+        inner = F.silu(normed @ part["mlp.gate_proj.weight"].T) * (
+            normed @ part["mlp.up_proj.weight"].T
+        )
+        states = states + F.linear(
+            inner, part["mlp.down_proj.weight"], part.get("mlp.down_proj.bias")
+        )
     head = held.get("lm_head.weight", held["transformer.word_embeddings.weight"])
     return norm(states, "transformer.ln_f.weight") @ head.T
 

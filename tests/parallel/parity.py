@@ -58,9 +58,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 MIXTURES = ("qwen3 moe", "mixtral", "deepseek", "glm", "gpt-oss")
 """Families with experts."""
-EPSILON = {"gpt-oss": 1e-3}
+EPSILON = {"gpt-oss": 1e-3, "telechat": 1e-3, "telechat tied": 1e-3}
 """Of Adam. Biases are initialized to zero and become the sum of its steps, in which the rounding of
-a small gradient is multiplied by 1 / epsilon; this family has many."""
+a small gradient is multiplied by 1 / epsilon; these families have many."""
 
 
 @dataclass(frozen=True)
