@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 
 from launcher.builders.layout import split_of
 from launcher.config.derived import (
+    TOKENIZER_FILE_KEYS,
     mesh_of,
     named_tokenizer_files,
     read_config_json,
@@ -96,10 +98,7 @@ class Job:
             if self.config.pretrained_model_dir or section.pretrained_model_dir:
                 self.log(f"tokenizer: built from {names}, not that of pretrained_model_dir")
         else:
-            for key, path in files.items():
-                if not path.is_file():
-                    self.log(f"tokenizer: that of {folder}; processor.tokenizer.{key} = {path} "
-                             "does not exist")  # fmt: skip
+            self._log_unused(files)
             tokenizer, names = self._opened_tokenizer(), folder
         vocabulary = self.spec.hf_config.get("vocab_size", len(tokenizer))
         if len(tokenizer) > vocabulary:
@@ -109,6 +108,23 @@ class Job:
                 nearest=f"Set model.model_config.vocab_size to {len(tokenizer)} or more",
             )
         return tokenizer
+
+    def _log_unused(self, files: Mapping[str, Path]) -> None:
+        """Log the keys of `processor.tokenizer` that a directory makes useless."""
+        section = "processor.tokenizer"
+        for key, path in files.items():
+            if not path.is_file():
+                self.log(f"tokenizer: that of {self.tokenizer_dir}; {section}.{key} = {path} does "
+                         "not exist")  # fmt: skip
+        names = [field.name for field in fields(self.config.processor.tokenizer)]
+        others = [
+            name for name in names
+            if name not in (*TOKENIZER_FILE_KEYS, "pretrained_model_dir")
+            and self.provenance.is_written(f"{section}.{name}")
+        ]  # fmt: skip
+        if others:
+            self.log(f"accepted, no effect: {section}.{', '.join(others)}: the files in "
+                     f"{self.tokenizer_dir} decide")  # fmt: skip
 
     def _opened_tokenizer(self) -> Any:
         """The tokenizer in `tokenizer_dir`."""

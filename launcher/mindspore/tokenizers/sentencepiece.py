@@ -26,6 +26,8 @@ _UNIGRAM, _BPE = 1, 2
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
 _KINDS = (_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE)
 _MODEL_NAMES = {3: "a word model", 4: "a character model"}
+_NEVER = -1e9
+"""Score of pieces that are no tokens of a text: it is split into others, where there are some."""
 _ADVICE = "Give the SentencePiece file of this model, or its tokenizer.json as tokenizer_file"
 
 
@@ -120,13 +122,8 @@ def backend_of(pieces: Pieces) -> Tokenizer:
 def _unigram(pieces: Pieces) -> Any:
     from tokenizers import models
 
-    # The score of unknown text follows from the lowest one; other kinds of pieces have no score.
-    lowest = min(
-        (s for s, kind in zip(pieces.scores, pieces.kinds, strict=True) if kind == _NORMAL),
-        default=0.0,
-    )
     vocabulary = [
-        (name, score if kind in (_NORMAL, _USER_DEFINED) else lowest)
+        (name, score if kind in (_NORMAL, _USER_DEFINED) else _NEVER)
         for name, score, kind in zip(pieces.names, pieces.scores, pieces.kinds, strict=True)
     ]
     return models.Unigram(vocabulary, pieces.unknown, pieces.byte_fallback)
