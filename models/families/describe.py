@@ -13,6 +13,7 @@ from typing import Any
 
 from launcher.errors import did_you_mean
 from models.causality import check_causal
+from models.chatglm import CHATGLM, as_glm
 from models.checks import SizeCheck, check_rope, rope_of, rotary_dim
 from models.config_class import (
     COMMON_KEYS,
@@ -65,6 +66,8 @@ def model_spec(model_config: Mapping[str, Any], config_json: Mapping[str, Any] |
     """
     problems = Problems()
     base: dict[str, Any] = plain_floats(dict(config_json or {}))
+    if base.get("model_type") == CHATGLM:
+        base = as_glm(base, problems)
     family = _family(model_config, base, problems)
     if family is None:
         raise ModelConfigError(problems)
