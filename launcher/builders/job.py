@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -130,6 +131,10 @@ class Job:
         """The tokenizer in `tokenizer_dir`."""
         from transformers import AutoTokenizer
 
+        # It warns of model types that transformers does not know.
+        logger = logging.getLogger("transformers.configuration_utils")
+        level = logger.level
+        logger.setLevel(logging.ERROR)
         try:
             return AutoTokenizer.from_pretrained(
                 self.tokenizer_dir,
@@ -144,6 +149,8 @@ class Job:
                 rule=reason if expected else f"{type(error).__name__}: {reason}",
                 advice="Set processor.tokenizer.pretrained_model_dir to a Hugging Face tokenizer",
             ) from error
+        finally:
+            logger.setLevel(level)
 
     def model_files(self, dtype: torch.dtype | str | None) -> dict[str, bytes]:
         """The files next to exported weights of `dtype`, by name: config.json, tokenizer and

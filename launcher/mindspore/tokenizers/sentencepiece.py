@@ -112,7 +112,7 @@ def backend_of(pieces: Pieces) -> Tokenizer:
         longest_first = sorted(symbols, key=len, reverse=True)
         pattern = "|".join(map(_literal, longest_first))
         backend.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
-    parts = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    parts: list[Any] = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     if pieces.prefixes:
         parts.append(decoders.Strip(" ", 1, 0))
     backend.decoder = decoders.Sequence(parts)
