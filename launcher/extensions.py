@@ -129,6 +129,16 @@ CALLBACKS_NOT_BUILT: dict[str, str] = {
 }
 """Types of callbacks that are known and refused."""
 
+TOKENIZER_TYPES: dict[str, str] = {
+    "Qwen2Tokenizer": "launcher.mindspore.tokenizers.types:qwen2",
+    "LlamaTokenizer": "launcher.mindspore.tokenizers.types:llama",
+    "LlamaTokenizerFast": "launcher.mindspore.tokenizers.types:llama_fast",
+    "Llama3Tokenizer": "launcher.mindspore.tokenizers.types:llama3",
+    "ChatGLM4Tokenizer": "launcher.mindspore.tokenizers.types:glm4",
+    "TelechatTokenizer": "launcher.mindspore.tokenizers.types:telechat",
+}
+"""Type of a tokenizer given by its files: (key of the section -> file) -> `TokenizerParts`."""
+
 KEY_ALIASES: dict[str, str] = {
     "mindformers": "launcher.mindspore.key_aliases:ALIASES",
 }
