@@ -50,6 +50,8 @@ def main(argv: Sequence[str] | None = None, *, owns_process: bool = False) -> in
         return EXIT_OK
     report = _report_failure if owns_process else _report_nothing
     try:
+        if line.migrate:
+            return _migrate(line)
         resolved = _checked(line)
     except UserError as error:
         report(EXIT_USER, str(error))
@@ -152,6 +154,26 @@ def _checked(line: CommandLine) -> Resolved:
         for warning in rules.warnings(config, provenance):
             print(f"warning: {warning}", file=sys.stderr)
     return resolved
+
+
+def _migrate(line: CommandLine) -> int:
+    """Print the configuration in the keys of this launcher, and the problems that stay."""
+    from launcher.config import rules
+    from launcher.config.files import second_names
+    from launcher.config.migrate import migrate
+    from launcher.config.resolve import resolve_command_line
+
+    resolved = resolve_command_line(line)
+    found = rules.check(
+        resolved.config, resolved.provenance, world=rules.planned_world_size(),
+        bad_keys=resolved.bad_keys,
+    )  # fmt: skip
+    source = str(line.config)
+    migration = migrate(resolved, found, source, second_names(source))
+    print(migration.text, end="")
+    if migration.problems:
+        _print_problems(migration.problems)
+    return EXIT_USER if migration.problems else EXIT_OK
 
 
 def _run(line: CommandLine, resolved: Resolved, *, ends_with_peers: bool) -> int:

@@ -144,7 +144,14 @@ KEY_ALIASES: dict[str, str] = {
 }
 """Tables from a second name of a key to the key."""
 
-TRANSLATIONS: dict[str, str] = {}
+TRANSLATIONS: dict[str, str] = {
+    "words for null": "launcher.mindspore.sections.nulls:translate",
+    "eager style": "launcher.mindspore.sections.eager:translate",
+    "general keys": "launcher.mindspore.sections.general:translate",
+    "training": "launcher.mindspore.sections.training:translate",
+    "layout": "launcher.mindspore.sections.layout:translate",
+    "data": "launcher.mindspore.sections.data:translate",
+}
 """Translations of configurations of other programs, in order: functions over a
 `launcher.config.draft.Draft`."""
 

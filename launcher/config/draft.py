@@ -133,6 +133,11 @@ class Draft:
             )  # fmt: skip
 
 
+def asks_for_nothing(value: Any) -> bool:
+    """Whether a value of a key that is not needed is neutral: null, off, zero or empty."""
+    return value is None or value == 0 or value in ("", [], {})
+
+
 def is_from_command_line(node: Node) -> bool:
     """Whether a value was given on the command line."""
     return node.where.startswith("command line")

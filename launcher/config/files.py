@@ -10,7 +10,7 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-from launcher.config.aliases import without_aliases
+from launcher.config.aliases import ALIASES, without_aliases
 from launcher.config.nodes import Node, find, merge, without
 from launcher.config.yaml_reader import read_text
 from launcher.errors import UserError, did_you_mean, path_problem
@@ -62,6 +62,13 @@ def _yaml_files(folder: Path) -> str:
 def load_tree(path: Path, *, name: str = "") -> Node:
     """The tree of a file merged over its `base_config` chain, without second names."""
     return _load(path, name or _shown(path), ())
+
+
+def second_names(path: str) -> dict[str, str]:
+    """The keys that a file writes under their second name, to that name. Its `base_config` is not
+    looked at."""
+    raw = read_text(_read(find_config(path), path), path)
+    return {key: alias for alias, key in ALIASES.items() if find(raw, alias) is not None}
 
 
 def _shown(path: Path) -> str:

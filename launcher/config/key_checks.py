@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from launcher.config.draft import asks_for_nothing
 from launcher.config.nodes import Node
 from launcher.config.provenance import KeyProblem
 from launcher.config.schema import FieldInfo
@@ -54,6 +55,16 @@ def wrong_value(path: str, node: Node, value: Any, info: FieldInfo) -> KeyProble
     if info.status == "not built yet" and not _is_among(value, info.harmless):
         return not_built(path, node.where, shown, info.why)
     return None
+
+
+def asks_for_nothing_of(info: FieldInfo, node: Node) -> bool:
+    """Whether the value of a key that is not built is neutral, of whatever type: null, off, zero or
+    empty. Zero is no neutral factor, and False no neutral value of a switch that is on here."""
+    value = plain_value(node)
+    if info.status != "not built yet" or not asks_for_nothing(value):
+        return False
+    is_number = isinstance(value, (int, float))
+    return not (is_number and any(info.harmless))
 
 
 def _is_among(value: Any, known: tuple[Any, ...]) -> bool:

@@ -77,7 +77,7 @@ class _Printer:
     def _entry(
         self, name: str, value: Any, path: str, depth: int, *, is_open: bool = False
     ) -> Iterator[str]:
-        indent, key = "  " * depth, _text(name)
+        indent, key = "  " * depth, text_scalar(name)
         origin = self._open_origin(path) if is_open else self._origin(path)
         if isinstance(value, dict) and value:
             yield f"{indent}{key}:{origin}"
@@ -87,7 +87,7 @@ class _Printer:
             for index, item in enumerate(value):
                 yield from self._item(item, f"{path}.{index}", depth + 1)
         else:
-            yield f"{indent}{key}: {_flow(value)}{origin}"
+            yield f"{indent}{key}: {flow(value)}{origin}"
 
     def _item(self, item: Any, path: str, depth: int) -> Iterator[str]:
         """One entry of a list, `- ` before its first line."""
@@ -104,7 +104,7 @@ class _Printer:
                 for line in self._item(part, f"{path}.{index}", depth + 1)
             ]
         else:
-            lines = [f"{'  ' * (depth + 1)}{_flow(item)}{self._open_origin(path)}"]
+            lines = [f"{'  ' * (depth + 1)}{flow(item)}{self._open_origin(path)}"]
         yield f"{'  ' * depth}- {lines[0].lstrip()}"
         yield from lines[1:]
 
@@ -113,11 +113,12 @@ def _is_scalar(value: Any) -> bool:
     return not isinstance(value, (dict, list)) and not dataclasses.is_dataclass(value)
 
 
-def _flow(value: Any) -> str:
+def flow(value: Any) -> str:
+    """A plain value in one line of YAML."""
     if isinstance(value, dict):
-        return "{}"
+        return "{" + ", ".join(f"{text_scalar(k)}: {flow(v)}" for k, v in value.items()) + "}"
     if isinstance(value, list):
-        return f"[{', '.join(map(_flow, value))}]"
+        return f"[{', '.join(map(flow, value))}]"
     if value is None:
         return "null"
     if isinstance(value, bool):
@@ -126,7 +127,7 @@ def _flow(value: Any) -> str:
         return _number(value)
     if isinstance(value, int):
         return str(value)
-    return _text(str(value))
+    return text_scalar(str(value))
 
 
 def _number(value: float) -> str:
@@ -140,7 +141,7 @@ def _number(value: float) -> str:
     return mantissa + e + exponent
 
 
-def _text(text: str) -> str:
+def text_scalar(text: str) -> str:
     """A YAML scalar that reads back as this text: plain where that is safe, else quoted."""
     plain = (
         text.isascii()

@@ -13,6 +13,7 @@ from typing import Any
 from launcher.config.command_line import nearest_flag
 from launcher.config.extra_keys import PLANNED_CALLBACKS, ExtraKey, extra_key, is_extra_section
 from launcher.config.key_checks import (
+    asks_for_nothing_of,
     not_built,
     plain_value,
     typed_value,
@@ -96,7 +97,7 @@ class Reader:
                 values[key.name] = self._section(inner, node, path, label)
         elif node.value is None and key.default == "":
             values[key.name] = ""  # null is how many YAML files write an empty path
-        else:
+        elif not asks_for_nothing_of(info, node):
             default = f"Remove the key to use the default ({_default(key)!r})"
             advice = default if node.value is None else ""
             known = ExtraKey(annotation=annotation, info=info)
@@ -126,18 +127,28 @@ class Reader:
             return False
         self._record(path, node)
         if key is None:
+            self._extra_section(node, path, label)
+        elif asks_for_nothing_of(key.info, node) or (node.value is None and key.annotation is str):
             self.extra[path] = plain_value(node)
-            for inner, child in self._children(node, path).items():
-                if not self._is_extra(inner, child, path, label):
-                    self._unknown(inner, child, path, label)
-            return True
-        is_empty = node.value is None and key.annotation is str
-        is_right, value = (True, "") if is_empty else self._value(key, node, path)
-        if is_empty and key.info.status == "no effect":
-            self.no_effect.append(path)
-        if is_right:
-            self.extra[path] = value
+            if key.info.status == "no effect":
+                self.no_effect.append(path)
+        else:
+            is_right, value = self._value(key, node, path)
+            if is_right:
+                self.extra[path] = value
         return True
+
+    def _extra_section(self, node: Node, path: str, label: str) -> None:
+        """Read a section without a field; it keeps what is right in it, and is left out if that is
+        nothing."""
+        values: dict[str, Any] = {}
+        for name, child in self._children(node, path).items():
+            if not self._is_extra(name, child, path, label):
+                self._unknown(name, child, path, label)
+            elif (inner := _joined(path, name)) in self.extra:
+                values[name] = self.extra.pop(inner)
+        if values:
+            self.extra[path] = values
 
     def _callbacks(self, node: Node, path: str) -> list[CallbackSection]:
         if node.is_text:

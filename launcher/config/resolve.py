@@ -24,7 +24,7 @@ from typing import Any
 from launcher.config.aliases import canonical
 from launcher.config.assign import assigned, place_of
 from launcher.config.command_line import Assignment, CommandLine, override_word, parse
-from launcher.config.draft import Change, Draft
+from launcher.config.draft import Change, Draft, asks_for_nothing
 from launcher.config.files import find_config, load_tree
 from launcher.config.implied import IMPLIED
 from launcher.config.nodes import Node
@@ -48,6 +48,10 @@ class Resolved:
     """Keys the user set that have no effect on PyTorch."""
     changes: tuple[Change, ...] = ()
     """What was translated from the keys of another program."""
+    tree: Node = Node(value={}, where="")
+    """What was written, translated: the tree before implied keys and types."""
+    written: Node = Node(value={}, where="")
+    """The tree before it was translated."""
 
 
 def resolve(
@@ -85,6 +89,7 @@ def read_tree(tree: Node, problems: Sequence[Problem] = ()) -> Resolved:
     """The configuration of a merged tree, every key checked."""
     found: list[Problem] = list(problems)
     draft = Draft(tree)
+    written = tree
     for translate in installed(TRANSLATIONS).values():
         translate(draft)
     tree = draft.tree
@@ -92,7 +97,11 @@ def read_tree(tree: Node, problems: Sequence[Problem] = ()) -> Resolved:
     for implied in IMPLIED:
         tree = implied(tree, found)
     reader = Reader(tree)
-    dropped = [change.key for change in draft.changes if change.kind == "no effect"]
+    dropped = [
+        change.key
+        for change in draft.changes
+        if change.kind == "no effect" and not asks_for_nothing(change.value)
+    ]
     unread = [key for key in EVALUATION_READS_ALL if key in reader.places]
     return Resolved(
         config=_without_tasks(reader.config),
@@ -101,6 +110,8 @@ def read_tree(tree: Node, problems: Sequence[Problem] = ()) -> Resolved:
         bad_keys=frozenset({*reader.bad_keys, *(p.key for p in draft.problems)} - {""}),
         no_effect=tuple(dict.fromkeys([*dropped, *reader.no_effect, *unread])),
         changes=tuple(draft.changes),
+        tree=draft.tree,
+        written=written,
     )
 
 

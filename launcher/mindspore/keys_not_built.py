@@ -22,13 +22,14 @@ KEYS_NOT_BUILT: dict[str, dict[str, dict[str, tuple[Any, ...]]]] = {
             "layer_scale": (bool, False),
             "profile": (bool, False),
             "print_struct": (bool, False),
+            "push_to_hub": (bool, False),
+        },
+        "Use model and train_dataset: there is no pipeline object": {
+            "pipeline": (dict[str, Any] | None, None)
         },
     },
     "generation_config": {
         "Remove it": {"parallel_decoding": (str | None, None)},
-    },
-    "parallel_config": {
-        "Set it to 1": {"seq_split_num": (int, 1)},
     },
     "parallel": {
         "Checkpoints describe their own layout: remove it": {"strategy_ckpt_load_file": (str, "")},
@@ -42,6 +43,12 @@ KEYS_NOT_BUILT: dict[str, dict[str, dict[str, tuple[Any, ...]]]] = {
             "grouped": (list[Any], []),
         },
     },
+    "lr_schedule": {
+        "Use learning_rate and lr_end": {
+            "max_lr": (float | None, None),
+            "min_lr": (float | None, None),
+        },
+    },
     "runner_wrapper": {
         "Set it to False; the global norm is always reported": {"local_norm": (bool, False)},
         "The loss is always the mean over the tokens: remove it": {
@@ -53,8 +60,17 @@ KEYS_NOT_BUILT: dict[str, dict[str, dict[str, tuple[Any, ...]]]] = {
         "Set processor.tokenizer.pretrained_model_dir": {
             "tokenizer": (dict[str, Any] | None, None)
         },
+        "Only text is read: remove it": {
+            "transforms": (Any, None),
+            "sampler": (Any, None),
+            "mask_policy": (Any, None),
+            "column_order": (Any, None),
+        },
     },
     "train_dataset.data_loader": {
+        "It belongs to BlendedMegatronDatasetDataLoader, which is not built yet": {
+            "datasets_type": (str | None, None)
+        },
         "Give the data as JSONL with a text column, or use InstructionDataLoader": {
             "handler": (list[Any] | None, None)
         },
@@ -72,10 +88,6 @@ KEYS_NOT_BUILT: dict[str, dict[str, dict[str, tuple[Any, ...]]]] = {
         "Describe the experts in model.model_config, by the keys of config.json: remove it": {
             "expert_num": (int, 1)
         },
-    },
-    "monitor_config": {
-        "Set it to False; metrics.jsonl has the main numbers": {"monitor_on": (bool, False)},
-        "Set it to False": {"print_struct": (bool, False)},
     },
     "checkpoint": {
         "Use load_checkpoint, resume_training and the CheckpointMonitor callback": {

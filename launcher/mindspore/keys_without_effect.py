@@ -51,19 +51,33 @@ KEYS_WITHOUT_EFFECT: dict[str, dict[str, dict[str, Any]]] = {
             "autotune_per_step": int,
         },
         "evaluation reports loss and perplexity": {"eval_callbacks": list[Any]},
+        "run_mode decides": {"do_train": bool, "do_predict": bool},
+        "the loss is the cross entropy of the next token": {"loss": dict[str, Any] | None},
+        "nothing is pushed to a hub": {
+            "hub_model_id": str | None,
+            "hub_token": str | None,
+            "hub_private_repo": bool,
+        },
     },
     "generation_config": {
         "keys and values are always kept": {"use_past": bool},
         "speculative decoding is off": {"window_size": int, "level": int, "guess_set_size": int},
     },
-    "optimizer": {"AdamW is always fused": {"use_fused_adamw": bool}},
+    "optimizer": {
+        "AdamW is always fused": {"use_fused_adamw": bool},
+        "register_path is used instead": {"auto_register": str | None},
+    },
+    "lr_schedule": {"register_path is used instead": {"auto_register": str | None}},
     "trainer": {
+        "register_path is used instead": {"auto_register": str | None},
         "the model is described by model.model_config": {"model_name": str},
     },
     "model": {
         "model_config determines the architecture": {"arch": dict[str, Any]},
     },
     "processor": {
+        "only text is read": {"image_processor": Any, "audio_processor": Any},
+        "register_path is used instead": {"auto_register": str | None},
         "there is one kind of processor": {"type": str},
         "tensors are of PyTorch": {"return_tensors": str},
     },
@@ -77,13 +91,23 @@ KEYS_WITHOUT_EFFECT: dict[str, dict[str, dict[str, Any]]] = {
         "only --trust_remote_code on the command line is used": {"trust_remote_code": bool},
     },
     "runner_config": {
-        "only language models are trained": {"num_classes": int},
+        "only language models are trained": {"num_classes": int, "image_size": int},
+        "epochs decides": {"epoch": int},
+        "a resumed run knows where it was": {
+            "initial_epoch": int,
+            "has_trained_epoches": int,
+            "has_trained_steps": int,
+        },
+        "the top-level key decides": {"load_checkpoint": str | None},
     },
     "parallel_config": {
         "obsolete; the switch is parallel.enable_parallel_optimizer": {
             "optimizer_shard": bool | None
         },
         "there is no automatic strategy search": {"mem_coeff": float},
+        "sequences go through the pipeline in one piece, with the same result": {
+            "seq_split_num": int
+        },
     },
     "parallel": {
         "degrees come from parallel_config": {"parallel_mode": int | str},
@@ -95,7 +119,10 @@ KEYS_WITHOUT_EFFECT: dict[str, dict[str, dict[str, Any]]] = {
             "search_mode": str,
             "auto_parallel_search_mode": str | None,
         },
-        "the loss is always the mean over the tokens": {"gradients_mean": bool},
+        "the loss is always the mean over the tokens": {
+            "gradients_mean": bool,
+            "loss_repeated_mean": bool,
+        },
         "it configures MindSpore's graph compiler": {"enable_alltoall": bool},
         "checkpoints describe their own layout": {"strategy_ckpt_save_file": str},
         "the number of processes decides": {"device_num": int | None},
@@ -124,6 +151,7 @@ KEYS_WITHOUT_EFFECT: dict[str, dict[str, dict[str, Any]]] = {
     },
     "runner_wrapper": {
         "there is one training step": {"type": str},
+        "register_path is used instead": {"auto_register": str | None},
     },
     "train_dataset": {
         "runner_config.batch_size decides": {"batch_size": int | None},
@@ -153,7 +181,11 @@ KEYS_WITHOUT_EFFECT: dict[str, dict[str, dict[str, Any]]] = {
     "train_dataset.data_loader": {
         "the format follows from the file names": {"path": str},
         "files are always read by `datasets`": {"load_func": str},
-        "attention follows from the document boundaries": {"create_attention_mask": bool},
+        "attention follows from the document boundaries": {
+            "create_attention_mask": bool,
+            "create_compressed_eod_mask": bool,
+            "compressed_eod_mask_length": int,
+        },
         "rows are prepared once and memory-mapped": {"use_broadcast_data": bool},
         "every rank reads exactly its share": {"num_shards": int | None, "shard_id": int | None},
     },
@@ -222,7 +254,9 @@ KEYS_WITHOUT_EFFECT: dict[str, dict[str, dict[str, Any]]] = {
         },
     },
     "monitor_config": {
-        "the monitor is off": {
+        "metrics.jsonl has loss and gradient norm of every step": {
+            "monitor_on": bool,
+            "print_struct": bool,
             "dump_path": str,
             "target": list[str] | None,
             "invert": bool,
@@ -248,7 +282,11 @@ KEYS_WITHOUT_EFFECT: dict[str, dict[str, dict[str, Any]]] = {
         "the load of experts is not recorded": {"log_expert_load_to_tensorboard": bool},
     },
     "metric": {
-        "evaluation reports loss and perplexity": {"type": str | list[str]},
+        "evaluation reports loss and perplexity": {
+            "type": str | list[str] | None,
+            "eval_type": Any,
+        },
+        "register_path is used instead": {"auto_register": str | None},
     },
     "checkpoint": {
         "the number of threads is chosen automatically": {"reshard_worker_num": int},

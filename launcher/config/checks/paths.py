@@ -128,7 +128,7 @@ def _dataset(check: Check, name: str, section: DatasetSection) -> Iterator[KeyPr
             "a data set needs files",
             what=f"{name} has no files",
             advice=f"Set {keys[0]} to a file, a directory or a glob pattern",
-            also=keys,
+            also=(*keys, f"{prefix}.type"),
         )
     for key in keys:
         value = check.value(key)

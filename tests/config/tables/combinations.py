@@ -23,17 +23,6 @@ TABLE = (
         errors=(Error("use_parallel = False", at="use_parallel"),),
     ),
     Row(
-        name="the sequence pipeline",
-        add=(
-            "parallel_config: {seq_split_num: 2}\n"
-            "parallel: {pipeline_config: {pipeline_scheduler: seqpipe}}\n"
-        ),
-        errors=(
-            Error("parallel_config.seq_split_num = 2", at="seq_split"),
-            Error("parallel.pipeline_config.pipeline_scheduler = 'seqpipe'", at="seqpipe"),
-        ),
-    ),
-    Row(
         name="an unknown way to share a sequence, an unknown compiler, an unknown schedule",
         add=(
             "parallel_config: {context_parallel_algo: ulyses}\n"
@@ -239,14 +228,14 @@ TABLE = (
             "profile: True\n"
             "layer_scale: True\n"
             "moe_config: {expert_num: 8}\n"
-            "monitor_config: {monitor_on: True}\n"
+            "push_to_hub: True\n"
             "checkpoint: {save_path: x}\n"
         ),
         errors=(
             Error("profile = True", at="profile"),
             Error("layer_scale = True", at="layer_scale"),
             Error("moe_config.expert_num = 8", at="expert_num"),
-            Error("monitor_config.monitor_on = True", at="monitor_on"),
+            Error("push_to_hub = True", at="push_to_hub"),
             Error("checkpoint.save_path = 'x'", at="save_path"),
         ),
     ),

@@ -1,0 +1,78 @@
+"""The data sections of a MindFormers configuration.
+
+Owns the wrappers around a data set, sections that the run does not read, and loaders that are known
+and not built: such a loader is one problem, and its other keys none.
+"""
+
+from __future__ import annotations
+
+from launcher.config.draft import Change, Draft, asks_for_nothing, is_from_command_line
+from launcher.config.nodes import Node, without
+from launcher.config.schema import DataLoaderSection, info_of
+from launcher.mindspore.keys_not_built import KEYS_NOT_BUILT
+from launcher.mindspore.sections.values import is_on, mode, names, trains, written
+
+_LOADER = DataLoaderSection.__dataclass_fields__["type"]
+_LOADERS_NOT_BUILT = info_of(_LOADER).planned
+
+
+def translate(draft: Draft) -> None:
+    """Translate train_dataset, eval_dataset and the tasks around them."""
+    for name in ("train_dataset", "eval_dataset"):
+        _wrapper(draft, name)
+    if not mode(draft):
+        return
+    evaluates = mode(draft) == "eval" or (trains(draft) and is_on(draft, "do_eval"))
+    for name, is_read in (("train_dataset", trains(draft)), ("eval_dataset", evaluates)):
+        for section in (name, f"{name}_task.dataset_config"):
+            if not _needs_more(draft, section):
+                continue
+            if is_read:
+                _only_the_type(draft, section)
+            else:
+                draft.drop(section, "it is not read in this mode")
+
+
+def _wrapper(draft: Draft, name: str) -> None:
+    """The alias of a data set in its task repeats it, but for what the command line changed."""
+    inner, outer = draft.find(f"{name}_task.dataset_config"), draft.find(name)
+    if inner is not None and outer is not None and _repeats(inner, outer):
+        draft.tree = without(draft.tree, f"{name}_task.dataset_config")
+        draft.changes.append(
+            Change(kind="no effect", key=f"{name}_task.dataset_config", value=None,
+                   where=inner.where, why=f"it repeats {name}")
+        )  # fmt: skip
+
+
+def _repeats(inner: Node, outer: Node) -> bool:
+    if is_from_command_line(outer):
+        return True
+    if not isinstance(inner.value, dict) or not isinstance(outer.value, dict):
+        return inner.plain() == outer.plain()
+    return all(
+        name in outer.value and _repeats(child, outer.value[name])
+        for name, child in inner.value.items()
+    )
+
+
+def _needs_more(draft: Draft, section: str) -> bool:
+    """Whether a data section asks for something that is not built."""
+    loader = f"{section}.data_loader"
+    if written(draft, f"{loader}.type") in _LOADERS_NOT_BUILT:
+        return True
+    tables = ((section, "train_dataset"), (loader, "train_dataset.data_loader"))
+    return any(
+        not asks_for_nothing(written(draft, f"{place}.{name}"))
+        for place, table in tables
+        for rows in KEYS_NOT_BUILT[table].values()
+        for name in set(rows) & set(names(draft, place))
+    )
+
+
+def _only_the_type(draft: Draft, section: str) -> None:
+    """Leave of a loader that is not built its type alone, which is then the one problem."""
+    loader = f"{section}.data_loader"
+    if written(draft, f"{loader}.type") not in _LOADERS_NOT_BUILT:
+        return
+    others = [f"{loader}.{name}" for name in names(draft, loader) if name != "type"]
+    draft.drop_all(others, "it belongs to the loader")
