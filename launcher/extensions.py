@@ -151,6 +151,7 @@ TRANSLATIONS: dict[str, str] = {
     "training": "launcher.mindspore.sections.training:translate",
     "layout": "launcher.mindspore.sections.layout:translate",
     "data": "launcher.mindspore.sections.data:translate",
+    "model": "launcher.mindspore.model_section.section:translate",
 }
 """Translations of configurations of other programs, in order: functions over a
 `launcher.config.draft.Draft`."""
