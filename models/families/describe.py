@@ -212,7 +212,7 @@ def _in_family_spelling(own: Family, base: Mapping[str, Any], problems: Problems
 
 def _complete(own: Family, base: Mapping[str, Any], reading: Reading) -> dict[str, Any]:
     """config.json with the family's defaults, overridden by the user's keys."""
-    config = {**own.defaults, **base, **reading.values}
+    config = {**own.defaults, **own.beyond, **base, **reading.values}
     given = base.keys() | reading.values.keys()
     stale = not reading.values.keys().isdisjoint(_LAYER_TYPES_FOLLOW)
     if "layer_types" in own.defaults and stale:
@@ -291,6 +291,12 @@ def _decoder(
         config.pop(old, None)
     if stored_dtype is not None:
         config.setdefault("dtype", stored_dtype)
+    experts = own.experts(config)
+    for key, neutral in own.beyond.items():
+        if config[key] == neutral:
+            del config[key]
+        else:
+            reading.notes.append(f"{key} = {config[key]}: transformers ignores it for {family}")
     config |= {"rope_parameters": rope, "model_type": family, "architectures": [own.architecture]}
     bias = own.has_qkv_bias(config)
     fields: dict[str, Any] = {
@@ -307,7 +313,7 @@ def _decoder(
         "initializer_range": float(config["initializer_range"]),
         "attention_dropout": float(config["attention_dropout"] or 0.0),
         "hidden_dropout": float(hidden_dropout or 0.0),
-        "experts": own.experts(config),
+        "experts": experts,
         "parameters": own.parameters,
     }
     return DecoderConfig(**fields | own.options(config))

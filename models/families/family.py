@@ -67,6 +67,9 @@ class Family:
     """Keys of config.json that transformers does not read -> the only supported value."""
     unread: frozenset[str] = frozenset()
     """Further keys of its config.json, that nothing reads."""
+    beyond: Mapping[str, Any] = field(default_factory=dict)
+    """Keys that the decoder reads and transformers does not -> the value with which both are equal.
+    """
     mindformers_modules: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """A component of a layer module's name, as selected by recompute and offload -> its names in
     MindFormers; in addition to those of `launcher.parallel.layer_modules`."""
@@ -82,7 +85,7 @@ class Family:
     def own_keys(self) -> set[str]:
         """Keys of config.json that are specific to this family."""
         partial = {"partial_rotary_factor"} if self.partial_rotary_factor is not None else set()
-        return {*self.defaults, *self.fixed, *self.unread, *partial}
+        return {*self.defaults, *self.fixed, *self.unread, *self.beyond, *partial}
 
     def has_qkv_bias(self, config: Mapping[str, Any]) -> bool:
         """Whether q, k and v have biases."""
@@ -158,6 +161,7 @@ def experts_of(config: Config, count: int, **more: Any) -> ExpertsConfig:
         "layers": (True,) * config["num_hidden_layers"],
         "intermediate_size": config.get("moe_intermediate_size") or config["intermediate_size"],
         "norm_topk_prob": config.get("norm_topk_prob", True),
+        "routed_scaling_factor": float(config.get("routed_scaling_factor", 1.0)),
         "balance_coefficient": float(config["router_aux_loss_coef"]) if is_balanced else 0.0,
     }
     return ExpertsConfig(
@@ -175,7 +179,6 @@ def grouped_experts_of(config: Config) -> ExpertsConfig:
         scoring="sigmoid",
         groups=config["n_group"],
         groups_per_token=config["topk_group"],
-        routed_scaling_factor=float(config["routed_scaling_factor"]),
     )  # fmt: skip
 
 

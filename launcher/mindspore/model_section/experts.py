@@ -21,6 +21,10 @@ from models.families import DECODERS
 
 MOE = "moe_config"
 _DENSE = "the model has no experts"
+_FAMILIES = (
+    "Set model.model_config.type: "
+    f"{', '.join(own.config_class for own in DECODERS.values() if own.expert_count)}"
+)
 _KERNELS = "tokens are exchanged and experts computed by PyTorch, without dropping a token"
 
 _WITHOUT_EFFECT = frozenset({
@@ -43,6 +47,7 @@ _NAMES = {
     "use_shared_expert_gating": "", "use_gating_sigmoid": "",
 }  # fmt: skip
 """Keys of `moe_config` that describe the model -> key of config.json; empty: read separately."""
+_KNOWN = frozenset({*_WITHOUT_EFFECT, *_NAMES, *balance.MOE_KEYS})
 
 
 def translate(keys: ModelKeys) -> None:
@@ -66,12 +71,16 @@ def _moe(keys: ModelKeys, name: str, default: Any = None) -> Any:
 
 def _section(keys: ModelKeys, names: list[str]) -> None:
     count = whole(_moe(keys, "expert_num", 1))
-    if count == 1 or (not keys.expert_count and count is not None):
-        if count == 1:
-            known = [*_WITHOUT_EFFECT, *_NAMES, *balance.MOE_KEYS]
-        else:  # `expert_num` stays, and is refused
-            known = [*_WITHOUT_EFFECT, *balance.MOE_KEYS, *(set(_NAMES) - {"expert_num"})]
-        keys.draft.drop_all([f"{MOE}.{name}" for name in names if name in known], _DENSE)
+    if count is None or count < 1:
+        keys.draft.refuse(f"{MOE}.expert_num", "must be an integer of at least 1")
+    elif count > 1 and not keys.expert_count and keys.family:
+        keys.draft.refuse(
+            f"{MOE}.expert_num", f"{keys.family} with experts is not built yet",
+            nearest="Nearest: 1", advice=_FAMILIES,
+        )  # fmt: skip
+    if count is None or count <= 1 or not keys.expert_count:
+        known = [name for name in names if name in _KNOWN]
+        keys.draft.drop_all([f"{MOE}.{name}" for name in known], _DENSE)
         return
     balance.translate_moe(keys)
     keys.draft.drop_all([f"{MOE}.{name}" for name in names if name in _WITHOUT_EFFECT], _KERNELS)

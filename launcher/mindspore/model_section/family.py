@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from launcher.mindspore.model_section.keys import ModelKeys, value_of
+from launcher.mindspore.model_section.keys import ModelKeys, spellings, value_of
 from models.config_class import causal_classes, class_names
 from models.families import DECODERS
 
@@ -39,21 +39,27 @@ _CONFIG_CLASSES = {"ChatGLM2Config": "GlmConfig", "ChatGLM4Config": "GlmConfig"}
 _LLAMA_DEFAULTS: dict[str, Any] = {
     "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "vocab_size": 32000,
     "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "bos_token_id": 1, "eos_token_id": 2,
+    "pad_token_id": 0,
 }  # fmt: skip
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "LlamaConfig": _LLAMA_DEFAULTS,
     "LlmBoostConfig": _LLAMA_DEFAULTS,
-    "TelechatConfig": _LLAMA_DEFAULTS | {"pad_token_id": 3},
+    "TelechatConfig": _LLAMA_DEFAULTS,
     "DeepseekV3Config": {
         "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32,
-        "bos_token_id": 1, "eos_token_id": 2, "max_position_embeddings": 32768,
+        "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "max_position_embeddings": 32768,
     },
     "ChatGLM2Config": {
         "hidden_size": 4096, "num_hidden_layers": 28, "num_attention_heads": 32,
         "intermediate_size": 13696, "vocab_size": 65024, "head_dim": 128, "rms_norm_eps": 1e-5,
+        "attention_bias": True,
     },
 }  # fmt: skip
 """Type of MindFormers -> its defaults, in keys of config.json."""
+_SAID_BY = {
+    "rope_theta": ("rotary_emb_base", "rope_ratio"), "attention_bias": ("add_qkv_bias",),
+}  # fmt: skip
+"""Key of config.json -> other keys that become it."""
 
 
 def choose(keys: ModelKeys) -> None:
@@ -68,8 +74,8 @@ def choose(keys: ModelKeys) -> None:
     elif not keys.value("model_type") and not keys.config_json.get("model_type"):
         _from_architecture(keys)
     keys.family = _family_of(keys)
-    if kind in _DEFAULTS and keys.is_legacy and not keys.config_json:
-        _imply_defaults(keys, _DEFAULTS[str(kind)])
+    keys.is_legacy = keys.is_legacy and not keys.config_json
+    keys.defaults = _DEFAULTS.get(str(kind), {}) if keys.is_legacy else {}
     if keys.draft.find("model.arch") is not None:
         keys.draft.drop("model.arch", "the family follows from model.model_config")
     for name in ("llm_backend", "boost_model_name"):
@@ -155,14 +161,12 @@ def _family_of(keys: ModelKeys) -> str:
     return by_class.get(str(kind), str(kind)) if kind else str(keys.config_json.get("model_type", ""))
 
 
-def _imply_defaults(keys: ModelKeys, defaults: dict[str, Any]) -> None:
-    for name, value in defaults.items():
-        if name == "rope_theta" and (keys.has("rotary_emb_base") or keys.has("rope_ratio")):
-            continue
-        keys.imply(name, value, "type")
-    if keys.family != "glm" and keys.is_own("num_key_value_heads"):
-        heads = keys.size("num_attention_heads")
-        if not keys.spelling("num_key_value_heads"):
-            for name in ("n_kv_heads", "num_key_value_heads", "num_query_groups"):
-                keys.drop(name, "it follows from the number of attention heads")
-            keys.imply("num_key_value_heads", heads, "type")
+def imply_defaults(keys: ModelKeys) -> None:
+    """Write the defaults of MindFormers' class where nothing is written."""
+    for name, value in keys.defaults.items():
+        if not any(keys.value(other) is not None for other in _SAID_BY.get(name, ())):
+            keys.imply(name, value, "type")
+    if keys.defaults and keys.family != "glm" and not keys.spelling("num_key_value_heads"):
+        for name in spellings("num_key_value_heads"):
+            keys.drop(name, "every attention head has its own keys and values")
+        keys.imply("num_key_value_heads", keys.size("num_attention_heads"), "type")

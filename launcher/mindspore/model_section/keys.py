@@ -51,7 +51,9 @@ class ModelKeys:
     config_json: Mapping[str, Any] = field(default_factory=dict)
     """Of pretrained_model_dir; empty without one."""
     is_legacy: bool = False
-    """Whether the defaults of MindFormers' older model classes apply."""
+    """Whether the model is that of an older class of MindFormers, without a config.json."""
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    """The defaults of that class, in keys of config.json."""
 
     def names(self) -> list[str]:
         """The keys that are written, in order."""

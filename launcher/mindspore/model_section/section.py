@@ -28,10 +28,14 @@ def translate(draft: Draft) -> None:
             return  # reported when it is typed
     keys = ModelKeys(draft, config_json=config_json_of(draft))
     family.choose(keys)
+    if draft.problems:
+        return  # what the other keys mean follows from the family
+    sizes.rename(keys)
+    family.imply_defaults(keys)
+    layout.translate(keys)
     experts.translate(keys)
     rope.translate(keys)
     sizes.translate(keys)
     switches.translate(keys)
     precision.translate(keys)
-    layout.translate(keys)
     unused.translate(keys)

@@ -29,12 +29,16 @@ def mlp_width(hidden_size: int, multiple_of: int, multiplier: float | None) -> i
     return multiple_of * ((width + multiple_of - 1) // multiple_of)
 
 
-def translate(keys: ModelKeys) -> None:
-    """Translate the keys about sizes."""
+def rename(keys: ModelKeys) -> None:
+    """Give the sizes that only some classes name their names in config.json."""
     _query_groups(keys)
     for name, key in _SPELLINGS.items():
         if keys.has(name) and not keys.is_own(name):
             keys.rename(name, key)
+
+
+def translate(keys: ModelKeys) -> None:
+    """Translate the keys about sizes."""
     if keys.has("mean"):
         _zero(keys, "mean", "weights are drawn around zero")
     _embedding_size(keys)
@@ -91,13 +95,13 @@ def _mlp(keys: ModelKeys) -> None:
 
 
 def _derives_width(keys: ModelKeys) -> bool:
-    return keys.family in ("llama", "qwen2", "mixtral", "telechat") and not keys.config_json
+    return keys.family in ("llama", "qwen2", "mixtral", "qwen2_moe", "telechat")
 
 
 def _positions(keys: ModelKeys) -> None:
     """The older classes have as many positions as `seq_length`, if nothing is written."""
     length = keys.value("seq_length")
-    if not keys.is_legacy or keys.config_json or not is_integer(length):
+    if not keys.is_legacy or not is_integer(length):
         return
     written = keys.spelling("max_position_embeddings")
     positions: Any = keys.value(written) if written else None

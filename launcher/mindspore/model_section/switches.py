@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from launcher.mindspore.model_section.keys import ModelKeys, is_neutral
+from launcher.mindspore.model_section.keys import ModelKeys, is_neutral, spellings
 from models.families import DECODERS
 
 _FIXED: dict[str, tuple[tuple[Any, ...], str]] = {
@@ -38,7 +38,7 @@ def translate(keys: ModelKeys) -> None:
     """Drop what agrees with the family, refuse what does not."""
     _activation(keys)
     for name, (allowed, why) in _FIXED.items():
-        if keys.has(name) and not keys.is_own(name):
+        if keys.has(name) and not keys.is_own(name) and _is_decoder(keys):
             value = keys.value(name)
             if value is None or any(_same(value, item) for item in allowed):
                 keys.drop(name, why)
@@ -50,11 +50,26 @@ def translate(keys: ModelKeys) -> None:
                 keys.drop(name, "nothing is dropped")
             else:
                 keys.refuse(name, "dropout of embeddings is not built yet", nearest="Nearest: 0.0")
+    _hidden_dropout(keys)
     _biases(keys)
     _norms_of_heads(keys)
     _latent(keys)
     _tied(keys)
     _quantization(keys)
+
+
+def _is_decoder(keys: ModelKeys) -> bool:
+    """Whether the family is a decoder with RMS norms and gated MLPs, as all of MindFormers are."""
+    return keys.family in (*DECODERS, "glm", "glm4", "qwen2_moe", "")
+
+
+def _hidden_dropout(keys: ModelKeys) -> None:
+    """Dropout of the residual stream of a family that has none in its configuration class."""
+    if keys.known is None or keys.is_own("hidden_dropout"):
+        return
+    for name in spellings("hidden_dropout"):
+        if is_neutral(keys.value(name)):
+            keys.drop(name, "nothing is dropped")
 
 
 def _same(value: Any, item: Any) -> bool:
