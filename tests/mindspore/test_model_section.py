@@ -208,7 +208,9 @@ def test_every_change_is_recorded() -> None:
     assert kinds["model.model_config.type"] == "replaced"
     assert kinds["model.model_config.rotary_emb_base"] == "no effect"
     assert {key for key, kind in kinds.items() if kind == "no effect"} <= {*found.no_effect}
-    assert not {"use_past", "qkv_concat", "checkpoint_name_or_path"} & {*written(TWINS["qwen2_5"][1])}
+    assert not {"use_past", "qkv_concat", "checkpoint_name_or_path"} & {
+        *written(TWINS["qwen2_5"][1])
+    }
 
 
 def test_architectures_name_families() -> None:

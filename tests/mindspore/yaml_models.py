@@ -30,7 +30,9 @@ def resolved(text: str | dict[str, Any]) -> Resolved:
     return read_tree(from_plain(content, "x.yaml:1"))
 
 
-def legacy(keys: str, *, arch: str = "LlamaForCausalLM", moe: str = "", mode: str = "predict") -> str:
+def legacy(
+    keys: str, *, arch: str = "LlamaForCausalLM", moe: str = "", mode: str = "predict"
+) -> str:
     """A configuration of the older style: model_config with `keys`, arch, and moe_config."""
     section = f"moe_config: {{{moe}}}\n" if moe else ""
     return (

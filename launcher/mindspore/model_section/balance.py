@@ -63,7 +63,9 @@ def _written_factor(keys: ModelKeys) -> tuple[Any, str]:
                     "only the balance loss over experts is built",
                     nearest="Nearest: [expert]",
                 )
-        return dict(zip(types, factors, strict=True)).get("expert", 0), "moe_config.aux_loss_factors"
+        return dict(zip(types, factors, strict=True)).get(
+            "expert", 0
+        ), "moe_config.aux_loss_factors"
     key = "moe_config.aux_loss_factor"
     found = value_of(keys.draft.find(key))
     return found, key if keys.draft.find(key) is not None else ""

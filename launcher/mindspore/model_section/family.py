@@ -158,7 +158,9 @@ def _family_of(keys: ModelKeys) -> str:
     by_class = {kind: name for name, kind in class_names().items()}
     by_class |= {own.config_class: name for name, own in DECODERS.items()}
     kind = keys.value("type") or keys.value("model_type")
-    return by_class.get(str(kind), str(kind)) if kind else str(keys.config_json.get("model_type", ""))
+    return (
+        by_class.get(str(kind), str(kind)) if kind else str(keys.config_json.get("model_type", ""))
+    )
 
 
 def imply_defaults(keys: ModelKeys) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from launcher.mindspore.model_section.keys import ModelKeys, is_null
+from launcher.mindspore.model_section.keys import ModelKeys, is_null, spellings
 from models.checks import is_number
 
 _NO_SCALING = "the context is not extended"
@@ -44,6 +44,8 @@ def _base(keys: ModelKeys) -> None:
         if keys.spelling("rope_theta"):
             keys.drop("rotary_emb_base", f"{keys.spelling('rope_theta')} is used")
         else:
+            for name in spellings("rope_theta"):
+                keys.drop(name, "rotary_emb_base is used")
             keys.rename("rotary_emb_base", "rope_theta")
     if keys.has("rope_ratio") and not keys.is_own("rope_ratio"):
         _ratio(keys)

@@ -81,12 +81,7 @@ def _same(value: Any, item: Any) -> bool:
 def _activation(keys: ModelKeys) -> None:
     """`swiglu` and `fusedswiglu` name the gated MLP with SiLU."""
     value = keys.value("hidden_act")
-    if not isinstance(value, str) or value.lower() not in _GATED:
-        return
-    if keys.value("gated_linear_unit") is False:
-        keys.refuse("hidden_act", "gated_linear_unit is False, but it is the gate of an MLP",
-                    nearest="Nearest: silu", advice="Or remove gated_linear_unit")  # fmt: skip
-    else:
+    if isinstance(value, str) and value.lower() in _GATED:
         keys.replace("hidden_act", {"hidden_act": "silu"}, "the gated MLP with SiLU")
 
 
