@@ -9,7 +9,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-
 from launcher.mindspore.model_section.keys import SECTION, ModelKeys, is_null, value_of
 
 NO_EFFECT: dict[str, tuple[str, ...]] = {
