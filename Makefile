@@ -29,13 +29,13 @@ lint: $(VENV)/installed-dev
 	$(BIN)/lint-imports
 
 tests: $(VENV)/installed-dev
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not long and not crash"
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not long and not crash"
 
 test-full: lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not crash"
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not crash"
 
 test-crash: $(VENV)/installed-dev
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m crash
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m crash
 
 docs: $(VENV)/installed
 	$(BIN)/python -m launcher.tools.config_docs

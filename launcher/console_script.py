@@ -20,6 +20,8 @@ from launcher.errors import EXIT_OK, EXIT_USER, UserError, did_you_mean
 
 TOOLS = {
     "convert": "ckpt_to_safetensors",
+    "convert_back": "safetensors_to_ckpt",
+    "convert_weight": "convert_weight",
     "diff": "diff",
     "list": "list_checkpoints",
     "merge": "unified_safetensors",

@@ -22,13 +22,25 @@ HEADER_READERS: dict[bytes, str] = {
     b"PK\x03\x04": "launcher.weights.formats.torch_pickle:read_header",
     b"\x80\x02\x8a\x0al\xfc\x9cF": "launcher.weights.formats.torch_pickle:refuse_legacy",
     b"\x80": "launcher.weights.formats.torch_pickle:refuse_pickle",
-    b"\x0a": "launcher.mindspore.ckpt_files:refuse_ckpt",
+    b"\x0a": "launcher.mindspore.ckpt_files:read_header",
+    b"\xfa\x7f": "launcher.mindspore.ckpt_files:read_header",
     b"\xd8\x5e\x3a\x7f": "launcher.mindspore.ckpt_files:refuse_encrypted",
     b"\xd9\x5e\x3a\x7f": "launcher.mindspore.ckpt_files:refuse_encrypted",
     b"\xda\x5e\x3a\x7f": "launcher.mindspore.ckpt_files:refuse_encrypted",
 }
 """First bytes of a file that is not safetensors: path -> header, or an error with advice.
 The first entry that fits counts."""
+
+FILE_FORMATS: dict[str, str] = {
+    "safetensors": "launcher.weights.streaming.write:SAFETENSORS",
+    "ckpt": "launcher.mindspore.ckpt_writer:CKPT",
+}
+"""Name of a format that files of tensors can be written in: a `Container`."""
+
+FILE_CHECKS: dict[str, str] = {
+    "mindspore": "launcher.mindspore.ckpt_checksum:check_crc",
+}
+"""Checksum of an entire file (`Header.crc`): (path, bytes of the file) -> None, or an error."""
 
 COMPLETE_FORMS: dict[str, str] = {
     "model.safetensors.index.json": "launcher.weights.forms:HUGGING_FACE",
@@ -71,6 +83,24 @@ INFERRED_STATES: dict[str, str] = {
 }
 """(run, checkpoint) -> the state of a run whose save has no state file."""
 
+NAME_TRANSLATIONS: dict[str, str] = {
+    r"embedding_weight$|word_embeddings\.weight$|\.(attention|feed_forward|self_attention)\.":
+    "launcher.mindspore.naming.translation:with_keys",
+}  # fmt: skip
+"""What names of tensors of another program contain, and maybe others too: (source, content of
+config.json, keys of the configuration, log) -> the source under Hugging Face names, or itself."""
+
+NAME_WRITERS: dict[str, str] = {
+    "mindspore": "launcher.mindspore.naming.writing:as_written",
+}
+"""Format of complete weights to what gives tensors the names that programs of it read: (source
+under Hugging Face names, content of config.json, options, log) -> source."""
+
+MODEL_CONFIGS: dict[str, str] = {
+    "yaml": "launcher.mindspore.naming.configs:config_of_yaml",
+}
+"""Extension of a file that describes a model as config.json does: path -> content of the latter."""
+
 MODEL_NAMES: dict[str, str] = {
     "other programs": "launcher.weights.reading.mismatch:FOREIGN",
     "mindformers": "launcher.mindspore.foreign:FOREIGN",
@@ -99,6 +129,16 @@ CALLBACKS_NOT_BUILT: dict[str, str] = {
 }
 """Types of callbacks that are known and refused."""
 
+TOKENIZER_TYPES: dict[str, str] = {
+    "Qwen2Tokenizer": "launcher.mindspore.tokenizers.types:qwen2",
+    "LlamaTokenizer": "launcher.mindspore.tokenizers.types:llama",
+    "LlamaTokenizerFast": "launcher.mindspore.tokenizers.types:llama_fast",
+    "Llama3Tokenizer": "launcher.mindspore.tokenizers.types:llama3",
+    "ChatGLM4Tokenizer": "launcher.mindspore.tokenizers.types:glm4",
+    "TelechatTokenizer": "launcher.mindspore.tokenizers.types:telechat",
+}
+"""Type of a tokenizer given by its files: (key of the section -> file) -> `TokenizerParts`."""
+
 KEY_ALIASES: dict[str, str] = {
     "mindformers": "launcher.mindspore.key_aliases:ALIASES",
 }
@@ -111,6 +151,7 @@ TRANSLATIONS: dict[str, str] = {
     "training": "launcher.mindspore.sections.training:translate",
     "layout": "launcher.mindspore.sections.layout:translate",
     "data": "launcher.mindspore.sections.data:translate",
+    "model": "launcher.mindspore.model_section.section:translate",
 }
 """Translations of configurations of other programs, in order: functions over a
 `launcher.config.draft.Draft`."""
@@ -118,6 +159,7 @@ TRANSLATIONS: dict[str, str] = {
 PYTHON_CALLS: dict[str, str] = {
     "unified_safetensors": "launcher.weights.offline.merge:unified_safetensors",
     "ckpt_to_safetensors": "launcher.weights.offline.convert:ckpt_to_safetensors",
+    "safetensors_to_ckpt": "launcher.weights.offline.convert:safetensors_to_ckpt",
     "verify": "launcher.weights.offline.inspection:verify",
     "list_checkpoints": "launcher.weights.offline.listing:list_checkpoints",
     "diff": "launcher.weights.offline.compare:diff",

@@ -24,6 +24,7 @@ from launcher.weights.source import Source
 from launcher.weights.tensor_mapping import MappingsOf, mapped, no_mapping
 from models import names
 from models.decoder import Decoder
+from models.families.table import DECODERS
 from models.initial import initial_std, initialize_shard, no_weight_decay
 from models.json_floats import tagged_floats
 from models.plan import EMBEDDING, rule_of
@@ -120,7 +121,8 @@ def tied_names(model: nn.Module) -> dict[str, str]:
             for alias, name in tied if alias != name
         }  # fmt: skip
     if isinstance(model, Decoder) and model.config.tie_word_embeddings:
-        return {"lm_head.weight": "model.embed_tokens.weight"}
+        rules = model.config.parameters
+        return {names.in_files("lm_head.weight", rules): names.in_files(EMBEDDING, rules)}
     return {}
 
 
@@ -135,7 +137,11 @@ def input_embedding(model: nn.Module) -> nn.Parameter | None:
 def named_as_model(source: Source, model: nn.Module, expected: Collection[str]) -> Source:
     """`source` with the prefix of the base model added if its files lack it: `wte.weight` becomes
     `transformer.wte.weight`. `expected`: all names in files."""
-    prefix = model.base_prefix() if isinstance(model, TransformersModel) else "model"
+    prefix = "model"
+    if isinstance(model, TransformersModel):
+        prefix = model.base_prefix()
+    elif isinstance(model, Decoder):
+        prefix = names.in_files(EMBEDDING, model.config.parameters).partition(".")[0]
     return source.renamed(names.of_base_model(source.tensors, expected, prefix))
 
 
@@ -201,6 +207,9 @@ def hf_directory_files(
         config = complete_config(spec).to_diff_dict() | {"model_type": spec.family}
     if config.get("num_nextn_predict_layers"):
         config["num_nextn_predict_layers"] = 0  # those modules are not among the weights
+    own = DECODERS.get(spec.family)
+    if own is not None:
+        config = {own.config_keys.get(key, key): value for key, value in config.items()}
     if dtype is not None:
         config.pop("torch_dtype", None)
         config["dtype"] = str(dtype).removeprefix("torch.")

@@ -92,6 +92,13 @@ def is_causal_type(model_type: str) -> bool:
     return model_type in types or not types
 
 
+@cache
+def causal_classes() -> dict[str, str]:
+    """Every causal language model of the installed transformers -> its model type."""
+    pairs = _pairs("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "modeling_auto.py")
+    return {name: model_type for model_type, name in reversed(pairs)}
+
+
 def mentioned(model_type: str, key: str) -> bool:
     """Whether the source of the model of `model_type` mentions `key`; True if it cannot be read."""
     folder = _folder_of(model_type)

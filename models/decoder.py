@@ -36,8 +36,12 @@ class Attention(BaseAttention):
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
         linear = partial(Linear, config.hidden_size, bias=config.attention_bias)
         self.q_proj = linear(heads * config.head_dim)
-        self.k_proj = linear(kv_heads * config.head_dim)
-        self.v_proj = linear(kv_heads * config.head_dim)
+        self.kv_proj: Linear | None = None
+        if config.fused_key_value:
+            self.kv_proj = linear(2 * kv_heads * config.head_dim)
+        else:
+            self.k_proj = linear(kv_heads * config.head_dim)
+            self.v_proj = linear(kv_heads * config.head_dim)
         self.o_proj = Linear(heads * config.head_dim, config.hidden_size, bias=config.output_bias)
         norm = partial(norm_of, config, precision, config.head_dim)
         self.q_norm: RMSNorm | None = norm() if config.qk_norm else None
@@ -45,13 +49,27 @@ class Attention(BaseAttention):
 
     def forward(self, states: Tensor, context: StepContext) -> Tensor:
         query = self._heads(self.q_proj(states), self.q_norm)
-        key = self._heads(self.k_proj(states), self.k_norm)
-        value = self._heads(self.v_proj(states), None)
+        key, value = self._keys_and_values(states)
         query, key = (rotate(heads, context.cos, context.sin) for heads in (query, key))
         if context.cache is not None:
             key, value = context.cache.append(self.layer, key, value)
         output = self.attend(query, key, value, context, self.window, self.held("sinks"))
         return self.o_proj(output.transpose(1, 2).flatten(2))
+
+    def key_value_projections(self) -> list[tuple[Linear, int]]:
+        """The projections to keys and values, each with its number of outputs a KV head."""
+        if self.kv_proj is not None:
+            return [(self.kv_proj, 2 * self.head_dim)]
+        return [(self.k_proj, self.head_dim), (self.v_proj, self.head_dim)]
+
+    def _keys_and_values(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values [rows, KV heads, length, head_dim], not rotated."""
+        if self.kv_proj is None:
+            key = self._heads(self.k_proj(states), self.k_norm)
+            return key, self._heads(self.v_proj(states), None)
+        heads = self.kv_proj(states).unflatten(-1, (-1, 2 * self.head_dim)).transpose(1, 2)
+        key, value = heads.split(self.head_dim, dim=-1)
+        return (key if self.k_norm is None else self.k_norm(key)), value
 
     def _heads(self, projected: Tensor, norm: RMSNorm | None) -> Tensor:
         """[rows, length, heads * head_dim] -> [rows, heads, length, head_dim], with QK norm."""
@@ -74,7 +92,7 @@ class DecoderLayer(Module):
             block: nn.Module = MoE(config)
         else:
             block = MLP(config.hidden_size, config.intermediate_size, config.hidden_act,
-                        bias=config.mlp_bias)  # fmt: skip
+                        bias=config.mlp_bias, down_bias=config.down_bias)  # fmt: skip
         self.add_module(self.block_name, block)
         self.input_layernorm = norm_of(config, precision, config.hidden_size)
         self.post_attention_layernorm = norm_of(config, precision, config.hidden_size)

@@ -46,7 +46,7 @@ class ExpertsCheck:
         self.problems.log(what, rule, nearest=near, advice=advice, key=written)
 
     def _values(self) -> None:
-        config, own = self.config, self.own.defaults
+        config, own = self.config, {**self.own.defaults, **self.own.beyond}
         for key, least in _LEAST.items():
             absent = key not in own or (key == "q_lora_rank" and config[key] is None)
             if not absent and not is_integer(config[key], least):

@@ -107,11 +107,15 @@ class RMSNorm(Leaf):
 class MLP(Module):
     """The gated MLP: down(activation(gate(x)) * up(x))."""
 
-    def __init__(self, hidden: int, inner: int, activation: str, *, bias: bool = False) -> None:
+    def __init__(
+        self, hidden: int, inner: int, activation: str, *, bias: bool = False,
+        down_bias: bool = False,
+    ) -> None:  # fmt: skip
+        """`bias`: on all projections; `down_bias`: on the last one."""
         super().__init__()
         self.gate_proj = Linear(hidden, inner, bias=bias)
         self.up_proj = Linear(hidden, inner, bias=bias)
-        self.down_proj = Linear(inner, hidden, bias=bias)
+        self.down_proj = Linear(inner, hidden, bias=bias or down_bias)
         self.activation = ACTIVATIONS[activation]
 
     def forward(self, states: Tensor) -> Tensor:

@@ -1,15 +1,16 @@
 """Names of tensors, in memory and on disk.
 
-Owns the one difference between the decoder and its files: in memory the experts of a layer are
+Owns the differences between the decoder and its files: in memory the experts of a layer are
 stacked, one tensor a projection, while most families have one tensor an expert in a Hugging Face
-directory; and which other tensors the files may hold. Torch-free.
+directory; some families have other names there (`Rule.in_files`); and which other tensors the files
+may hold. Torch-free.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 
-from launcher.layout.box import Shape
+from launcher.layout.box import Shape, full_box
 from launcher.weights.tensor_mapping import MappingsOf, TensorMapping, stacked
 from models.plan import kind_of
 from models.spec import ModelSpec, Rule
@@ -28,12 +29,37 @@ def unstacked(name: str, shape: Sequence[int], parameters: Mapping[str, Rule]) -
     return [f"{block}.{expert}.{rule.entry}" for expert in range(shape[0])]
 
 
+def in_files(name: str, parameters: Mapping[str, Rule]) -> str:
+    """The name in files of a tensor of the decoder that is one tensor there."""
+    rule = parameters.get(kind_of(name))
+    if rule is None or not rule.in_files:
+        return name
+    return rule.in_files.format(layer=name.split(".")[2] if name != kind_of(name) else "")
+
+
+def in_decoder(names: Collection[str], spec: ModelSpec) -> dict[str, str]:
+    """Names in files -> names in the decoder, of those of `names` where they differ."""
+    if spec.decoder is None:
+        return {}
+    renamed = {}
+    for kind, rule in spec.decoder.parameters.items():
+        layers = range(spec.decoder.num_hidden_layers) if "{layer}" in rule.in_files else (None,)
+        for layer in layers if rule.in_files else ():
+            name = rule.in_files.format(layer=layer)
+            if name in names:
+                renamed[name] = kind if layer is None else f"model.layers.{layer}.{kind}"
+    return renamed
+
+
 def mappings_of(parameters: Mapping[str, Rule]) -> MappingsOf:
-    """The mapping from stacked expert parameters to tensors in files, by the rules of a family."""
+    """The mapping from parameters to tensors in files, by the rules of a family."""
 
     def mappings(name: str, shape: Shape) -> list[TensorMapping] | None:
         names = unstacked(name, shape, parameters)
-        return None if names is None else stacked(names, shape)
+        if names is not None:
+            return stacked(names, shape)
+        renamed = in_files(name, parameters)
+        return None if renamed == name else [TensorMapping(renamed, full_box(shape))]
 
     return mappings
 

@@ -35,6 +35,8 @@ class Rule:
     entry: str = ""
     """Name in files of the tensor of one expert, `w1.weight`; empty: the stack is one tensor in
     files too."""
+    in_files: str = ""
+    """Full name in files, `transformer.h.{layer}.mlp.up_proj.weight`; empty: as in the decoder."""
     is_buffer: bool = False
     """Not trained, and replicated on every rank that has its layer."""
     drawn: bool = False
@@ -128,6 +130,11 @@ class DecoderConfig:
     output_bias: bool
     """A bias on the output projection of attention."""
     mlp_bias: bool = False
+    """Biases on all projections of the MLP."""
+    down_bias: bool = False
+    """A bias on the last projection of the MLP."""
+    fused_key_value: bool = False
+    """One projection for keys and values: of each KV head first the key, then the value."""
     qk_norm: bool = False
     """An RMS norm over each head of the queries and keys, before the rotation."""
     sliding_window: tuple[int | None, ...]

@@ -27,6 +27,15 @@ def pytest_collection_finish() -> None:
     gc.set_threshold(20_000, 20, 20)
 
 
+LONGEST_FIRST = ("tests/end_to_end", "tests/test_msrun.py", "tests/parallel", "tests/test_docs.py")
+"""Files whose tests start many processes: begun last, one would keep a worker busy alone."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The order of files for `--no-loadscope-reorder`."""
+    items.sort(key=lambda item: not any(name in item.path.as_posix() for name in LONGEST_FIRST))
+
+
 @pytest.fixture(scope="session")
 def materials(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
     """Corpus and tokenizer, made once; do not write here."""

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from launcher.builders.job import Job
+from launcher.environment import process_environment
 from launcher.layout.layout import Layout
 from launcher.layout.replicas import Ranks
 from launcher.layout.shard import Shard
@@ -15,6 +16,7 @@ from launcher.parallel.all_ranks import on_all_ranks
 from launcher.parallel.broadcast_shards import broadcast_shards
 from launcher.parallel.world import World
 from launcher.weights.ranks.redundancy import file_replicas, replicas_of, writers_of
+from launcher.weights.reading.checksums import check_file
 from launcher.weights.reading.load import LoadReport, load
 from launcher.weights.source import Source
 from launcher.weights.tensor_mapping import MappingsOf
@@ -51,6 +53,17 @@ def balanced_load(
     return BalancedLoad(world, held, replicas_of(held, replicas), writers_of(held, replicas))
 
 
+def check_files(world: World, source: Source) -> None:
+    """Check the files that have one checksum over all of their bytes, which are read for it: each
+    by one rank of each machine. Raises `UserError` on every rank."""
+    if any(header.crc for header in source.headers.values()):
+        place = process_environment()
+        files = [file for file in sorted(source.headers)
+                 if source.headers[file].crc and file not in source.elsewhere]  # fmt: skip
+        own = files[place.local_rank :: place.local_world_size]
+        on_all_ranks(world, lambda: [check_file(file, source.headers[file]) for file in own])
+
+
 def load_job(
     job: Job, held: Mapping[str, Shard], layout: Layout, mappings_of: MappingsOf, source: Source,
     **options: Any,
@@ -59,6 +72,7 @@ def load_job(
 
     `options` are those of `launcher.weights.reading.load.load`.
     """
+    check_files(job.world, source)
     is_single = layout.mesh.world_size == 1
     rank = 0 if is_single else job.world.rank
     if is_single or not job.config.balanced_load:

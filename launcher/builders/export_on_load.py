@@ -24,7 +24,6 @@ from launcher.weights.ranks.saves import copy_model_files
 from launcher.weights.reading.tensor_bytes import TORCH_DTYPES
 from launcher.weights.source import Source
 from launcher.weights.streaming.new_folder import folder_aside
-from models.build import hf_directory_files
 
 Result = TypeVar("Result")
 
@@ -100,8 +99,6 @@ def _write_model_files(job: Job, source: Source, folder: Path) -> None:
         return
     dtypes = {name: source.dtype(name) for name in source.tensors}
     dtype = TORCH_DTYPES[next(iter(dtypes.values()))]
-    for name, content in hf_directory_files(
-        job.spec, job.tokenizer_dir or None, dtype=dtype
-    ).items():
+    for name, content in job.model_files(dtype).items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(content)

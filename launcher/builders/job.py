@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -10,18 +12,30 @@ from typing import Any
 import torch
 
 from launcher.builders.layout import split_of
-from launcher.config.derived import mesh_of, read_config_json, tokenizer_dir, ulysses_degree
+from launcher.config.derived import (
+    TOKENIZER_FILE_KEYS,
+    mesh_of,
+    named_tokenizer_files,
+    read_config_json,
+    tokenizer_dir,
+    ulysses_degree,
+    uses_named_tokenizer,
+)
 from launcher.config.provenance import Provenance
 from launcher.config.schema import Config
+from launcher.data.named_tokenizer import build_named_tokenizer, files_of_tokenizer
 from launcher.errors import UserError
 from launcher.layout.mesh import Mesh
 from launcher.parallel.meshes import Meshes
 from launcher.parallel.world import World
 from launcher.report.console import Console
+from models.build import hf_directory_files
 from models.families import model_spec
 from models.spec import ModelSpec
 from models.stage import StageSplit
 
+OTHER_FILES = ("config.json", "generation_config.json")
+"""Files of a model beside its weights that are not of its tokenizer."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -77,10 +91,52 @@ class Job:
     @cached_property
     def tokenizer(self) -> Any:
         """The tokenizer, checked against the vocabulary of the model."""
+        files = named_tokenizer_files(self.config)
+        section, folder = self.config.processor.tokenizer, self.tokenizer_dir
+        if uses_named_tokenizer(self.config):
+            names = ", ".join(str(path) for path in files.values())
+            tokenizer = build_named_tokenizer(section, files)
+            if self.config.pretrained_model_dir or section.pretrained_model_dir:
+                self.log(f"tokenizer: built from {names}, not that of pretrained_model_dir")
+        else:
+            self._log_unused(files)
+            tokenizer, names = self._opened_tokenizer(), folder
+        vocabulary = self.spec.hf_config.get("vocab_size", len(tokenizer))
+        if len(tokenizer) > vocabulary:
+            raise UserError(
+                f"the tokenizer in {names} has {len(tokenizer)} tokens",
+                rule=f"the vocabulary of the model has {vocabulary}",
+                nearest=f"Set model.model_config.vocab_size to {len(tokenizer)} or more",
+            )
+        return tokenizer
+
+    def _log_unused(self, files: Mapping[str, Path]) -> None:
+        """Log the keys of `processor.tokenizer` that a directory makes useless."""
+        section = "processor.tokenizer"
+        for key, path in files.items():
+            if not path.is_file():
+                self.log(f"tokenizer: that of {self.tokenizer_dir}; {section}.{key} = {path} does "
+                         "not exist")  # fmt: skip
+        names = [field.name for field in fields(self.config.processor.tokenizer)]
+        others = [
+            name for name in names
+            if name not in (*TOKENIZER_FILE_KEYS, "pretrained_model_dir")
+            and self.provenance.is_written(f"{section}.{name}")
+        ]  # fmt: skip
+        if others:
+            self.log(f"accepted, no effect: {section}.{', '.join(others)}: the files in "
+                     f"{self.tokenizer_dir} decide")  # fmt: skip
+
+    def _opened_tokenizer(self) -> Any:
+        """The tokenizer in `tokenizer_dir`."""
         from transformers import AutoTokenizer
 
+        # It warns of model types that transformers does not know.
+        logger = logging.getLogger("transformers.configuration_utils")
+        level = logger.level
+        logger.setLevel(logging.ERROR)
         try:
-            tokenizer: Any = AutoTokenizer.from_pretrained(
+            return AutoTokenizer.from_pretrained(
                 self.tokenizer_dir,
                 trust_remote_code=self.config.trust_remote_code,
                 local_files_only=True,
@@ -93,14 +149,21 @@ class Job:
                 rule=reason if expected else f"{type(error).__name__}: {reason}",
                 advice="Set processor.tokenizer.pretrained_model_dir to a Hugging Face tokenizer",
             ) from error
-        vocabulary = self.spec.hf_config.get("vocab_size", len(tokenizer))
-        if len(tokenizer) > vocabulary:
-            raise UserError(
-                f"the tokenizer in {self.tokenizer_dir} has {len(tokenizer)} tokens",
-                rule=f"the vocabulary of the model has {vocabulary}",
-                nearest=f"Set model.model_config.vocab_size to {len(tokenizer)} or more",
-            )
-        return tokenizer
+        finally:
+            logger.setLevel(level)
+
+    def model_files(self, dtype: torch.dtype | str | None) -> dict[str, bytes]:
+        """The files next to exported weights of `dtype`, by name: config.json, tokenizer and
+        generation settings."""
+        if not uses_named_tokenizer(self.config):
+            folder = self.tokenizer_dir if Path(self.tokenizer_dir).is_dir() else ""
+            return hf_directory_files(self.spec, folder or None, dtype=dtype)
+        if not all(path.is_file() for path in named_tokenizer_files(self.config).values()):
+            return hf_directory_files(self.spec, None, dtype=dtype)  # a training on tokens
+        folder = self.config.pretrained_model_dir
+        found = hf_directory_files(self.spec, folder or None, dtype=dtype)
+        kept = {name: found[name] for name in OTHER_FILES if name in found}
+        return kept | files_of_tokenizer(self.tokenizer)
 
     def dtype(self, name: str | None, *, otherwise: torch.dtype) -> torch.dtype:
         """The torch dtype of a configured name."""

@@ -24,6 +24,8 @@ from launcher.parallel.consistency import Unquoted, check_same
 from launcher.parallel.model_parts import ModelParts
 from launcher.parallel.tied import broadcast_tied
 from launcher.weights.content import content_of
+from launcher.weights.foreign_names import KEYS, under_hugging_face_names
+from launcher.weights.forms import may_be_foreign
 from launcher.weights.reading.load import LoadReport
 from launcher.weights.source import Source, holds_complete
 from launcher.weights.tensor_mapping import mapped, shapes_in_files
@@ -57,9 +59,19 @@ def find_weights(job: Job) -> Source | None:
     if source.kind != "distributed" and job.world.size > 1:
         _check_same_content(job, source)
     check_layout(job, source)
+    source = under_model_names(job, source)
     if job.config.save_unified_checkpoint or job.config.save_converted_checkpoint:
         export_on_load(job, source)
     return source
+
+
+def under_model_names(job: Job, source: Source) -> Source:
+    """`source` under Hugging Face names, where it has those of another program. Raises
+    `UserError`."""
+    if not may_be_foreign(source.tensors):
+        return source
+    keys = {key: getattr(job.config, key) for key in KEYS}
+    return under_hugging_face_names(source, job.spec.hf_config, keys, job.log)
 
 
 def check_same_model(job: Job) -> None:
@@ -118,7 +130,7 @@ def check_cuts(job: Job, source: Source, held: Mapping[str, Shard]) -> None:
         return
     for name, shard in held.items():
         pieces = source.tensors.get(name)
-        if pieces is not None and shard.box.numel and shard.box not in pieces.replica_ranks:
+        if pieces is not None and shard.box.numel and not pieces.are_of_one_rank(shard.box):
             raise _other_layout(
                 job,
                 f"no rank has written the part of `{name}` that rank {job.world.rank} holds: "

@@ -22,7 +22,7 @@ from launcher.weights.optimizer_state import is_optimizer_state
 from launcher.weights.source import Source
 from launcher.weights.tensor_mapping import MappingsOf
 from models.families import model_spec
-from models.names import mappings_of, unstacked
+from models.names import in_decoder, mappings_of, unstacked
 from models.spec import ModelSpec, Rule
 
 _SECTIONS = ("parallel", "model")
@@ -113,8 +113,9 @@ def _shapes(source: Source, spec: ModelSpec) -> dict[str, Shape]:
         if all(name in source.tensors for name in found):
             shapes[stacked] = (experts, *source.shape(found[0]))
             parts.update(found)
+    renamed = in_decoder(source.tensors, spec)
     return shapes | {
-        name: source.shape(name)
+        renamed.get(name, name): source.shape(name)
         for name in source.tensors
         if name not in parts and not is_optimizer_state(name)
     }

@@ -16,6 +16,7 @@ from launcher.builders.load_weights import (
     check_layout,
     check_same_model,
     sync_tied_weights,
+    under_model_names,
 )
 from launcher.builders.resume_report import InferredState, ResumeDetails, resume_report
 from launcher.builders.run import build_run
@@ -40,6 +41,8 @@ def find_resume(job: Job) -> Chosen | None:
     strategy = job.config.src_strategy_path_or_dir
     healthy = watches_health(job.config)
     chosen = choose(root, choice, job.world, job.log, strategy, healthy=healthy)
+    if chosen is not None and not chosen.state:
+        return replace(chosen, source=under_model_names(job, chosen.source))
     if chosen is None:
         job.log(f"warning: resume_training is on, but {root} has no checkpoint: starting at step 1")
     return chosen

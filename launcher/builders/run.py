@@ -30,7 +30,6 @@ from launcher.train.scaling import LossScaling, loss_scaling
 from launcher.train.schedule import build_schedule, warmup_steps
 from launcher.train.state import TrainState
 from launcher.weights.source import Source
-from models.build import hf_directory_files
 from models.spec import ModelSpec
 from models.transformers_model import complete_config
 
@@ -199,8 +198,6 @@ def _has_dropout(spec: ModelSpec) -> bool:
 
 def _write_model_files(job: Job, dtype: Any, directory: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
-    for name, content in hf_directory_files(
-        job.spec, job.tokenizer_dir or None, dtype=dtype
-    ).items():
+    for name, content in job.model_files(dtype).items():
         (directory / name).parent.mkdir(exist_ok=True)
         (directory / name).write_bytes(content)

@@ -15,7 +15,7 @@ from typing import Any
 
 from launcher.checkpoint.files import TEMPORARY_SUFFIX, temporary
 from launcher.checkpoint.integrated import integrated_names
-from launcher.checkpoint.names import SaveName, parse_rank_file
+from launcher.checkpoint.names import FORMATS, SaveName, parse_rank_file, rank_file_paths
 from launcher.weights.ranks.manifests import DISKS, MANIFEST_FOLDER, STATE_FOLDER, read_manifest
 from launcher.weights.reading.checksums import file_faults
 
@@ -106,6 +106,7 @@ def _read_manifest(root: Path, path: Path) -> Published | None:
         name = SaveName(**manifest["save"])
         sizes = [int(file["bytes"]) for file in manifest["files"]]
         is_valid = len(sizes) == manifest["world_size"] and int(manifest["sequence"]) > 0
+        is_valid = is_valid and name.format in FORMATS
     except (KeyError, TypeError, ValueError):
         return None
     return Published(root, name, manifest) if is_valid and name.record == path.name else None
@@ -139,7 +140,7 @@ def is_unfinished(root: Path, begun: Collection[str] = ()) -> bool:
     """Whether all rank files in `root` belong to saves that were never finished, here or, by their
     records in `begun`, on another file system."""
     records = {*in_progress(root), *begun}
-    files = (path.name for path in root.glob("rank*/*.safetensors"))
+    files = (path.name for path in rank_file_paths(root))
     return all(record_of(name) in records for name in files)
 
 
@@ -152,7 +153,7 @@ def record_of(file_name: str) -> str:
 def next_counter(root: Path, prefix: str) -> int:
     """The counter of a new run in `root`: 0 in a folder without this prefix, else one more than the
     highest; never one whose manifests would have the names of another prefix."""
-    names = {file.name for file in root.glob("rank*/*.safetensors")}
+    names = {file.name for file in rank_file_paths(root)}
     parsed = [found[0] for name in names if (found := parse_rank_file(name)) is not None]
     parsed += [save.name for save in published(root)]
     counter = max((name.counter + 1 for name in parsed if name.prefix == prefix), default=0)

@@ -13,6 +13,7 @@ from pathlib import Path
 from launcher.checkpoint.catalog import in_progress, published, record_of
 from launcher.checkpoint.files import TEMPORARY_SUFFIX, sync_directory, temporary
 from launcher.checkpoint.integrated import remove_integrated
+from launcher.checkpoint.names import FORMATS
 from launcher.weights.ranks.manifests import MANIFEST_FOLDER, STATE_FOLDER
 
 
@@ -59,9 +60,10 @@ def _files_of(root: Path, record: str) -> list[Path]:
     """Rank and state files of a save, temporary ones too."""
     state = root / STATE_FOLDER / record
     found = [path for path in (state, temporary(state)) if path.exists()]
-    for path in root.glob("rank_*/*.safetensors*"):
-        found += [path] if record_of(path.name) == record else []
-    for path in root.glob(f"rank_*/.*.safetensors{TEMPORARY_SUFFIX}"):
-        name = path.name.removeprefix(".").removesuffix(TEMPORARY_SUFFIX)
-        found += [path] if record_of(name) == record else []
+    for extension in FORMATS:
+        for path in root.glob(f"rank_*/*.{extension}*"):
+            found += [path] if record_of(path.name) == record else []
+        for path in root.glob(f"rank_*/.*.{extension}{TEMPORARY_SUFFIX}"):
+            name = path.name.removeprefix(".").removesuffix(TEMPORARY_SUFFIX)
+            found += [path] if record_of(name) == record else []
     return found

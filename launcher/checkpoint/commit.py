@@ -122,6 +122,7 @@ class Commit:
             header = write_rank_file(
                 temporary(path), shards, mesh=self.mesh, rank=rank,
                 remove_redundancy=self.remove_redundancy, inventory=self.inventory,
+                file_format=self.name.format,
             )  # fmt: skip
         except BaseException:
             temporary(path).unlink(missing_ok=True)
@@ -151,7 +152,7 @@ class Commit:
         manifest = {
             "sequence": max(one.newest for one in inputs) + 1,
             "saved_at": inputs[0].saved_at,
-            "save": vars(self.name),
+            "save": self.name.as_json(),
             "global_step": inputs[0].state["global_step"],
             "world_size": self.mesh.world_size,
             "mesh": self.mesh.sizes(),

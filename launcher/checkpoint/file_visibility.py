@@ -13,7 +13,8 @@ from pathlib import Path
 from launcher.parallel.all_ranks import capture_error, raise_if_any_failed
 from launcher.parallel.filesystems import FilesystemGroups
 from launcher.parallel.world import World
-from launcher.weights.formats.safetensors import Header, read_header
+from launcher.weights.formats import rank_header_of
+from launcher.weights.formats.safetensors import Header
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def broadcast_headers(
     """The headers of the files that this rank cannot read, from the ranks that check them. Raises
     `UserError` on every rank when one is damaged."""
     checked_here = [index for index in visibility.share if index in visibility.hidden]
-    outcome = capture_error(lambda: {index: read_header(files[index]) for index in checked_here})
+    outcome = capture_error(lambda: {index: rank_header_of(files[index]) for index in checked_here})
     known: dict[int, Header] = {}
     for headers in raise_if_any_failed(world, outcome):
         known |= headers

@@ -1,4 +1,4 @@
-"""Names of checkpoint files: `{prefix}_rank_{rank}[_{counter}]-{epoch}_{step}.safetensors`.
+"""Names of checkpoint files: `{prefix}_rank_{rank}[_{counter}]-{epoch}_{step}.{format}`.
 
 The counter distinguishes runs in the same folder with the same prefix; the first run has none.
 Manifest and state have no rank: `{prefix}[_{counter}]-{epoch}_{step}.json`.
@@ -7,12 +7,19 @@ Manifest and state have no rank: `{prefix}[_{counter}]-{epoch}_{step}.json`.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
 
 RANK_FILE = re.compile(
     r"(?P<prefix>.+)_rank_(?P<rank>\d+)(?:_(?P<counter>\d+))?-(?P<epoch>\d+)_(?P<step>\d+)"
-    r"(?:\.safetensors)?"
+    r"(?:\.(?P<format>safetensors|ckpt))?"
 )
+
+
+DEFAULT_FORMAT = "safetensors"
+FORMATS = (DEFAULT_FORMAT, "ckpt")
+"""Of rank files."""
 
 
 @dataclass(frozen=True)
@@ -23,14 +30,24 @@ class SaveName:
     counter: int
     epoch: int
     step: int
+    format: str = field(default=DEFAULT_FORMAT, compare=False)
+    """Of the rank files, which is their extension; a save has the same name in any format."""
 
     def rank_file(self, rank: int) -> str:
         """Name of the file `rank` writes, inside its `rank_{rank}` folder."""
         counter = f"_{self.counter}" if self.counter else ""
-        return f"{self.prefix}_rank_{rank}{counter}-{self.epoch}_{self.step}.safetensors"
+        return f"{self.prefix}_rank_{rank}{counter}-{self.epoch}_{self.step}.{self.format}"
 
     def __str__(self) -> str:
         return f"{self.label}-{self.epoch}_{self.step}"
+
+    def as_json(self) -> dict[str, str | int]:
+        """The arguments of this name; the default format is left out."""
+        return {
+            key: value
+            for key, value in vars(self).items()
+            if key != "format" or value != DEFAULT_FORMAT
+        }
 
     @property
     def label(self) -> str:
@@ -49,8 +66,17 @@ def parse_rank_file(name: str) -> tuple[SaveName, int] | None:
     if match is None:
         return None
     numbers = {key: int(match[key] or 0) for key in ("rank", "counter", "epoch", "step")}
-    save = SaveName(match["prefix"], numbers["counter"], numbers["epoch"], numbers["step"])
+    save = SaveName(
+        match["prefix"], numbers["counter"], numbers["epoch"], numbers["step"],
+        match["format"] or DEFAULT_FORMAT,
+    )  # fmt: skip
     return save, numbers["rank"]
+
+
+def rank_file_paths(root: Path) -> Iterator[Path]:
+    """All files in the rank folders of `root` that have the extension of a rank file."""
+    for extension in FORMATS:
+        yield from root.glob(f"rank*/*.{extension}")
 
 
 def epoch_and_step_in_name(

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from launcher.checkpoint.catalog import RankFile, is_unfinished
 from launcher.checkpoint.folder import Folder, scan
+from launcher.checkpoint.names import rank_file_paths
 from launcher.checkpoint.validation import (
     Found,
     latest_valid,
@@ -91,7 +92,7 @@ def _open_rank_files(path: Path, world: World, log: Log, strategy: str) -> Sourc
         return _open_save(path, replace(folder, candidates=candidates), world, log, strategy)
     if folder.candidates or folder.partial_saves:
         return _open_newest(folder, world, log)
-    if any(root.glob("rank*/*.safetensors")) and is_unfinished(root, folder.begun):
+    if any(rank_file_paths(root)) and is_unfinished(root, folder.begun):
         raise UserError(
             f"{path} holds rank folders, but no finished checkpoint",
             rule="a save counts when the files of all ranks are written",

@@ -70,6 +70,7 @@ def _open_store(
         inventory=inventory_of(contents.shapes(run, root.name)),
         keep_minutes=config.keep_checkpoint_per_n_minutes,
         filesystems=filesystems,
+        file_format=config.checkpoint_format,
         resumed_label=run.origin.came_from.rpartition("-")[0] if root.name == FULL else "",
     )
 

@@ -137,7 +137,9 @@ class Saver:
 
 
 def _name(store: Store, request: SaveRequest) -> SaveName:
-    return SaveName(store.prefix, store.counter, request.epoch, request.step_in_epoch)
+    return SaveName(
+        store.prefix, store.counter, request.epoch, request.step_in_epoch, store.file_format
+    )
 
 
 def _integrate(store: Store, name: SaveName) -> None:

@@ -22,7 +22,7 @@ from launcher.checkpoint.cleanup import remove_files, unpublish
 from launcher.checkpoint.commit import Commit
 from launcher.checkpoint.files import write_json
 from launcher.checkpoint.integrated import remove_integrated
-from launcher.checkpoint.names import SaveName
+from launcher.checkpoint.names import DEFAULT_FORMAT, SaveName
 from launcher.checkpoint.retention import superseded
 from launcher.errors import UserError
 from launcher.layout.mesh import Mesh
@@ -63,6 +63,8 @@ class Store:
     """With `keep_max` 0: one checkpoint stays for so many minutes, and the newest; 0: all."""
     filesystems: FilesystemGroups = ONE_FILESYSTEM
     """The ranks that share the folder `root`."""
+    file_format: str = DEFAULT_FORMAT
+    """Of the rank files."""
     resumed_label: str = ""
     """The run that this one resumes under another name: its saves count for retention."""
 

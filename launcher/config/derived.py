@@ -159,8 +159,31 @@ def stage_counts(config: Config, layers: int) -> list[int] | None:
     return [layers // len(offsets) + offset for offset in offsets]
 
 
+TOKENIZER_FILE_KEYS = ("vocab_file", "merges_file", "tokenizer_file")
+"""Keys of `processor.tokenizer` that name a file of a tokenizer."""
+
+
+def named_tokenizer_files(config: Config) -> dict[str, Path]:
+    """Key to path of the files that `processor.tokenizer` names."""
+    section = config.processor.tokenizer
+    named = {key: getattr(section, key) for key in TOKENIZER_FILE_KEYS}
+    return {key: Path(path) for key, path in named.items() if path and path != "None"}
+
+
+def uses_named_tokenizer(config: Config) -> bool:
+    """Whether the tokenizer is built from those files: if they exist, or no directory is set."""
+    files = named_tokenizer_files(config)
+    return bool(files) and (
+        not _tokenizer_dirs(config) or all(path.is_file() for path in files.values())
+    )
+
+
 def tokenizer_dir(config: Config) -> str:
-    """The directory of the tokenizer; empty when none is set."""
+    """The directory of the tokenizer; empty when none is set, or when it is built from files."""
+    return "" if uses_named_tokenizer(config) else _tokenizer_dirs(config)
+
+
+def _tokenizer_dirs(config: Config) -> str:
     return config.processor.tokenizer.pretrained_model_dir or config.pretrained_model_dir
 
 

@@ -77,6 +77,12 @@ class Draft:
         for key in keys:
             self.drop(key, why)
 
+    def prune(self, section: str) -> None:
+        """Remove a section whose keys were all taken away."""
+        node = self.find(section)
+        if node is not None and node.value == {}:
+            self.tree = without(self.tree, section)
+
     def imply(self, key: str, value: Any, source: str) -> None:
         """Write `key` where it is not written, at the place of the key `source`."""
         origin = self.find(source)

@@ -22,6 +22,8 @@ OF_ONE_START = (
     *("run_mode", "resume_training", "ignore_data_skip", "data_skip_steps", "only_save_strategy"),
     *("load_checkpoint", "load_ckpt_format", "auto_trans_ckpt", "use_parallel"),
     *("remove_redundancy", "src_strategy_path_or_dir", "balanced_load"),
+    *("mindformers_qkv_order", "mindformers_mlp_order", "mindformers_tensor_parallel"),
+    *("mindformers_use_gmm", "mindformers_rearranged_rope"),
     *("save_unified_checkpoint", "save_converted_checkpoint", "save_file", "output_dir"),
     *("tensorboard.tensorboard_dir", "callbacks.*.directory"),
 )

@@ -255,11 +255,12 @@ def _unknown_callback(path: str, name: str, where: str) -> KeyProblem:
 
 def _unknown_flag(name: str, key: str) -> KeyProblem:
     as_key = f"did you mean `--{key}`?" if key and not key.startswith("callbacks[") else ""
+    is_its_name = key.rpartition(".")[2] == name
     return KeyProblem(
         what=f"unknown flag `--{name}`",
         where="command line",
         rule="it is neither a flag nor a key at the top level",
-        nearest=nearest_flag(name) or as_key,
+        nearest=as_key if is_its_name and as_key else nearest_flag(name) or as_key,
         advice="See `python run.py --help`",
         key=name,
     )

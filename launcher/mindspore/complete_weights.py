@@ -9,6 +9,7 @@ FORM = CompleteForm(
     name="mindspore",
     index="param_name_map.json",
     metadata="ms",
+    also=("ms.ckpt",),
     indent=4,
     lists_optimizer=True,
     may_be_flat=True,

@@ -9,8 +9,8 @@ Format: https://protobuf.dev/programming-guides/encoding/
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple, Protocol, overload
 
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
 _FIXED = {FIXED64: 8, FIXED32: 4}
@@ -24,11 +24,22 @@ _WIRE_NAMES = {
 }
 
 
+class Readable(Protocol):
+    """Bytes of a message: in memory, or a file that is read where it is looked at."""
+
+    def __len__(self) -> int: ...
+    @overload
+    def __getitem__(self, index: int, /) -> int: ...
+    @overload
+    def __getitem__(self, index: slice, /) -> bytes: ...
+
+
 class WireError(ValueError):
     """Bytes that are not a valid message."""
 
     def __init__(self, at: int, what: str) -> None:
         super().__init__(f"byte {at}: {what}")
+        self.at, self.what = at, what
 
 
 class Field(NamedTuple):
@@ -48,14 +59,15 @@ class Message:
 
     __slots__ = ("data", "fields", "start")
 
-    def __init__(self, data: bytes, start: int = 0, stop: int | None = None) -> None:
+    def __init__(
+        self, data: Readable, start: int = 0, stop: int | None = None, most_fields: int = 1 << 24
+    ) -> None:
         self.data, self.start = data, start
         self.fields: dict[int, list[Field]] = {}
-        at, stop = start, len(data) if stop is None else stop
-        while at < stop:
-            number, field = _field(data, at, stop)
+        for index, (number, field) in enumerate(fields_in(data, start, stop)):
+            if index == most_fields:
+                raise WireError(field.at, f"the message has more than {most_fields} fields")
             self.fields.setdefault(number, []).append(field)
-            at = field.stop
 
     def integer(self, number: int, name: str, *, bits: int = 32, signed: bool = True) -> int:
         """The number in the required field `number`."""
@@ -79,16 +91,20 @@ class Message:
 
     def text(self, number: int, name: str) -> str:
         """The UTF-8 text in the required field `number`."""
-        field = self._only(number, name, BYTES)
+        field = self.content(number, name)
         try:
             return self.data[field.value : field.stop].decode()
         except UnicodeDecodeError as error:
             raise WireError(field.value + error.start, f"{name} is not UTF-8") from None
 
-    def message(self, number: int, name: str) -> Message:
+    def content(self, number: int, name: str) -> Field:
+        """The required field `number`, of bytes, which are not looked at."""
+        return self._only(number, name, BYTES)
+
+    def message(self, number: int, name: str, most_fields: int = 1 << 24) -> Message:
         """The message in the required field `number`."""
-        field = self._only(number, name, BYTES)
-        return Message(self.data, field.value, field.stop)
+        field = self.content(number, name)
+        return Message(self.data, field.value, field.stop, most_fields)
 
     def messages(self, number: int) -> list[Message]:
         """The messages in the repeated field `number`."""
@@ -107,7 +123,18 @@ class Message:
         return fields[0]
 
 
-def _field(data: bytes, at: int, stop: int) -> tuple[int, Field]:
+def fields_in(
+    data: Readable, start: int = 0, stop: int | None = None
+) -> Iterator[tuple[int, Field]]:
+    """(number, field) of each field of a message, in order."""
+    at, stop = start, len(data) if stop is None else stop
+    while at < stop:
+        number, field = _field(data, at, stop)
+        yield number, field
+        at = field.stop
+
+
+def _field(data: Readable, at: int, stop: int) -> tuple[int, Field]:
     """(number, field) of the field whose tag begins at `at`."""
     tag, begin = _varint(data, at, stop)
     number, protobuf_wire = tag >> 3, tag & 7
@@ -127,7 +154,7 @@ def _field(data: bytes, at: int, stop: int) -> tuple[int, Field]:
     return number, Field(at, protobuf_wire, begin, begin + length)
 
 
-def _varint(data: bytes, at: int, stop: int) -> tuple[int, int]:
+def _varint(data: Readable, at: int, stop: int) -> tuple[int, int]:
     """(value, byte after it): 7 bits a byte, least significant first, 64 bits at most."""
     value = shift = 0
     for position in range(at, min(stop, at + _VARINT_BYTES)):

@@ -22,7 +22,7 @@ from launcher.errors import UserError
 from launcher.layout.box import Box, Shape
 from launcher.mindspore.strategy import Strategy
 from launcher.mindspore.tensor_layout import TensorLayout, boxes, full_shape
-from launcher.weights.formats import header_of
+from launcher.weights.formats import rank_header_of
 from launcher.weights.formats.safetensors import Header
 from launcher.weights.pieces import Piece
 from launcher.weights.ranks.distributed import NAMED
@@ -113,7 +113,7 @@ def open_run(path: Path, files: Sequence[Path], strategy: Strategy) -> Run:
             advice=ADVICE,
         )
     by_rank = _by_rank(path, files, ranks.pop() * len(stages))
-    headers = in_parallel(header_of, by_rank.values(), HEADER_THREADS)
+    headers = in_parallel(rank_header_of, by_rank.values(), HEADER_THREADS)
     return Run(
         path, list(stages.values()), next(iter(stages[0].values())).ranks, by_rank,
         dict(zip(by_rank.values(), headers, strict=True)),
@@ -137,7 +137,9 @@ def _by_rank(path: Path, files: Sequence[Path], world_size: int) -> dict[int, Pa
             )  # fmt: skip
         found[rank] = file
     if not found:
-        raise UserError(f"{path} holds no rank files", rule="*.safetensors in rank_*/ is expected")
+        raise UserError(
+            f"{path} holds no rank files", rule="*.safetensors or *.ckpt in rank_*/ is expected"
+        )
     if max(found) >= world_size:
         raise UserError(
             f"{found[max(found)]} is of rank {max(found)}",

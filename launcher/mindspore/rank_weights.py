@@ -19,11 +19,11 @@ from launcher.mindspore.names import COUNTERS, GRADIENTS, TRANSIENT
 from launcher.mindspore.rank_files import ADVICE, Run, open_run
 from launcher.mindspore.strategy import Strategy
 from launcher.mindspore.strategy_files import holds_strategies, read_strategy
-from launcher.weights.formats.safetensors import Entry, read_header
+from launcher.weights.formats import rank_header_of
 from launcher.weights.forms import is_scalar
 from launcher.weights.log import Log
 from launcher.weights.optimizer_state import is_optimizer_state
-from launcher.weights.pieces import Piece, Pieces
+from launcher.weights.pieces import Piece, Pieces, pieces_of
 from launcher.weights.ranks.distributed import (
     NAMED,
     REDUNDANCY,
@@ -33,7 +33,7 @@ from launcher.weights.ranks.distributed import (
 )
 from launcher.weights.ranks.rank_folders import rank_folders, weight_files
 from launcher.weights.ranks.saves import STRATEGY_FOLDER, layout_mark
-from launcher.weights.source import Source
+from launcher.weights.source import Source, text_remarks
 
 COMPARED_TENSORS = 4
 """Number of replicated tensors that are compared between ranks."""
@@ -50,7 +50,7 @@ def mindspore_opener(directory: Path, strategy: Path | None, log: Log) -> OpenFi
 
 
 def _refuse(path: Path, files: Sequence[Path]) -> Source:
-    read_header(files[0])  # other formats have errors of their own
+    rank_header_of(files[0])  # files that cannot be read have errors of their own
     raise UserError(
         f"{files[0]} does not describe its layout",
         rule="rank files of MindSpore need the strategy files of the run that wrote them",
@@ -84,8 +84,8 @@ def open_mindspore_ranks(path: Path, files: Sequence[Path], strategy: Strategy) 
     run = open_run(path, files, strategy)
     cut = _Sorted()
     for rank, file in run.files.items():
-        for name, entry in run.headers[file].entries.items():
-            _sort_in(cut, run, rank, name, entry)
+        for name in run.headers[file].entries:
+            _sort_in(cut, run, rank, name)
     _check_counters(run, cut.counters)
     _check_stages(run, cut)
     _check_extras(run, cut.extras)
@@ -93,7 +93,8 @@ def open_mindspore_ranks(path: Path, files: Sequence[Path], strategy: Strategy) 
     source = Source(
         "distributed", path, tensors, run.headers, None, run.world_size,
         is_deduplicated=any(h.metadata.get(REDUNDANCY) == "True" for h in run.headers.values()),
-        extras={name: Pieces([piece]) for name, piece in cut.extras.items()},
+        extras={name: Pieces(pieces) for name, pieces in cut.extras.items()},
+        remarks=text_remarks(run.headers),
     )  # fmt: skip
     lost = run.lost
     _check_named(run, tensors, lost)
@@ -108,15 +109,18 @@ def open_single_rank(path: Path, files: Sequence[Path]) -> Source:
     Whether it holds all of a model is checked when it is loaded. Raises `UserError`.
     """
     (file,) = files
-    header = read_header(file)
+    header = rank_header_of(file)
     tensors: dict[str, Pieces] = {}
     extras: dict[str, Pieces] = {}
     for name, entry in header.entries.items():
         if not any(part in name for part in TRANSIENT):
             kept = extras if is_scalar(name, entry.shape) else tensors
-            kept[name] = Pieces([Piece(file, entry, entry.shape, full_box(entry.shape), 0)])
+            kept[name] = Pieces(pieces_of(file, header, name))
     remark = f"{path}: one rank folder and no strategy files: its tensors are taken as not sharded"
-    return Source("distributed", path, tensors, {file: header}, extras=extras, remarks=(remark,))
+    return Source(
+        "distributed", path, tensors, {file: header}, extras=extras,
+        remarks=(remark, *text_remarks({file: header})),
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -127,24 +131,26 @@ class _Sorted:
     """Tensor to its pieces, for each stage that lists it."""
     astray: dict[str, int] = field(default_factory=dict)
     """Tensor to the first rank that holds it although its stage does not list it."""
-    extras: dict[str, Piece] = field(default_factory=dict)
+    extras: dict[str, list[Piece]] = field(default_factory=dict)
     counters: dict[str, list[Piece]] = field(default_factory=dict)
 
 
-def _sort_in(cut: _Sorted, run: Run, rank: int, name: str, entry: Entry) -> None:
+def _sort_in(cut: _Sorted, run: Run, rank: int, name: str) -> None:
     if name.startswith(GRADIENTS):
         return
-    file, place = run.files[rank], run.place(name, rank, entry.shape)
+    file = run.files[rank]
+    header = run.headers[file]
+    place = run.place(name, rank, header.entries[name].shape)
+    pieces = pieces_of(file, header, name, place, rank)
     if place is not None:
         by_stage = cut.pieces.setdefault(name, {})
-        by_stage.setdefault(rank // run.stage_ranks, []).append(Piece(file, entry, *place, rank))
+        by_stage.setdefault(rank // run.stage_ranks, []).extend(pieces)
     elif name in run.names:
         cut.astray.setdefault(name, rank)
     elif not any(part in name for part in TRANSIENT):
-        piece = Piece(file, entry, entry.shape, full_box(entry.shape), rank)
-        cut.extras.setdefault(name, piece)
+        cut.extras.setdefault(name, pieces)
         if name in COUNTERS:
-            cut.counters.setdefault(name, []).append(piece)
+            cut.counters.setdefault(name, []).append(pieces[0])
 
 
 def _chosen(by_stage: Mapping[int, Sequence[Piece]]) -> Pieces:
@@ -191,9 +197,9 @@ def _check_stages(run: Run, cut: _Sorted) -> None:
             )
 
 
-def _check_extras(run: Run, extras: Mapping[str, Piece]) -> None:
+def _check_extras(run: Run, extras: Mapping[str, Sequence[Piece]]) -> None:
     """Check that no matrix is missing in the strategy: only scalars and vectors may be."""
-    unknown = [name for name, piece in extras.items() if len(piece.shape) > 1]
+    unknown = [name for name, pieces in extras.items() if len(pieces[0].shape) > 1]
     if unknown:
         shown = ", ".join(f"`{name}`" for name in unknown[:NAMED])
         more = f" and {len(unknown) - NAMED} more" * (len(unknown) > NAMED)

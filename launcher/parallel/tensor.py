@@ -103,8 +103,8 @@ def _shard_attention(attention: BaseAttention, model: Decoder, tp: TensorParalle
         return
     assert isinstance(attention, Attention)  # latent attention has no KV heads to repeat
     head = tp.rank * heads * model.config.num_key_value_heads // model.config.num_attention_heads
-    rows = slice(head * model.config.head_dim, (head + 1) * model.config.head_dim)
-    for projection in (attention.k_proj, attention.v_proj):
+    for projection, size in attention.key_value_projections():
+        rows = slice(head * size, (head + 1) * size)
         for name, _ in projection.named_parameters(recurse=False):
             projection.views[name] = partial(_rows, rows)
 

@@ -1,4 +1,4 @@
-"""Convert files of torch to safetensors.
+"""Convert files of torch or MindSpore to safetensors.
 
     python -m launcher.tools.ckpt_to_safetensors --file_path pytorch_model.bin --save_path converted
 
@@ -21,7 +21,7 @@ from launcher.tools.command import Parser, answer, count, progress
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line. Raises `UserError`."""
-    parser = Parser("ckpt_to_safetensors", "Convert files of torch to safetensors.")
+    parser = Parser("ckpt_to_safetensors", "Convert files of torch or MindSpore to safetensors.")
     add = parser.add_argument
     add(
         "--file_path",

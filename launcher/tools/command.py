@@ -63,9 +63,31 @@ class Parser(argparse.ArgumentParser):
             help="threads that read and write (4, at most 8)",
         )
 
+    def add_orders(self) -> None:
+        """The orders of rows that files do not show."""
+        add = self.add_argument
+        add("--qkv_order", choices=("group", "plain"), help="rows of fused query, key, value")
+        add("--mlp_order", choices=("pair", "plain"), help="rows of fused gate and up")
+        add("--tensor_parallel", type=count, metavar="N", help="degree behind plain orders (1)")
+        add("--use_gmm", "--use_grouped_gemm", type=truth, metavar="True|False", dest="use_gmm",
+            help="whether stacked experts are transposed")  # fmt: skip
+        add("--use_rearrange_rope", type=truth, metavar="True|False",
+            help="whether rows of query and key are stored even ones first (GLM-4-9B)")  # fmt: skip
+
     def error(self, message: str) -> NoReturn:
         """Report an error of argparse."""
         raise UserError(message, where="command line", advice=f"See {self.prog} --help")
+
+
+def orders_in(options: argparse.Namespace) -> dict[str, object]:
+    """The options of `add_orders` as keys of a configuration."""
+    return {
+        "mindformers_qkv_order": options.qkv_order,
+        "mindformers_mlp_order": options.mlp_order,
+        "mindformers_tensor_parallel": options.tensor_parallel,
+        "mindformers_use_gmm": options.use_gmm,
+        "mindformers_rearranged_rope": options.use_rearrange_rope,
+    }
 
 
 def truth(text: str) -> bool:

@@ -17,7 +17,7 @@ from pathlib import Path
 from launcher.errors import EXIT_OK
 from launcher.extensions import SAVE_FORMATS
 from launcher.report.console import Console
-from launcher.tools.command import Parser, answer, progress, truth
+from launcher.tools.command import Parser, answer, orders_in, progress, truth
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -61,6 +61,20 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="form of the complete weights (huggingface)",
     )
     add(
+        "--config",
+        type=Path,
+        metavar="PATH",
+        help="config.json or YAML of the model, to map names of MindFormers (default: that of the "
+        "run, if it wrote one)",
+    )
+    add(
+        "--naming",
+        choices=("legacy", "mcore", "mcore_1.6", "huggingface"),
+        help="names in --format mindspore (default: mcore for qwen3, qwen3_moe, deepseek_v3, else "
+        "legacy; huggingface: unchanged)",
+    )
+    parser.add_orders()
+    add(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
         help="cast the weights (default: unchanged)",
@@ -91,6 +105,9 @@ def _merge(options: argparse.Namespace, console: Console) -> int:
         max_shard_bytes=size_in_bytes(options.max_shard_size),
         workers=options.max_process_num,
         dtype=options.dtype,
+        config=options.config,
+        naming=options.naming,
+        keys=orders_in(options),
         overwrite=options.overwrite,
         progress=progress(console, "merged"),
         log=console.log,

@@ -10,7 +10,8 @@ not load torch:
     unified_safetensors(mindspore_ckpt_dir, output_dir, ...)      rank files to complete weights
     load_distributed_checkpoint(predict_strategy=, ...)           complete weights to rank files
     merge_pipeline_strategys(src_strategy_dirs, dst_strategy_file)
-    ckpt_to_safetensors(file_path, save_path, ...)                files of torch to safetensors
+    ckpt_to_safetensors(file_path, save_path, ...)       files of torch or MindSpore to safetensors
+    safetensors_to_ckpt(file_path, save_path, ...)       and back, to files of MindSpore
     verify(path)                                                  checks all files
     list_checkpoints(path)                                        the saves in a folder
     diff(a, b)                                                    tensors that differ

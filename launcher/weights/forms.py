@@ -6,6 +6,7 @@ all known forms. Others are entries of `launcher.extensions.COMPLETE_FORMS`.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -13,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from launcher.errors import UserError
-from launcher.extensions import COMPLETE_FORMS, installed, required
+from launcher.extensions import COMPLETE_FORMS, NAME_TRANSLATIONS, installed, required
 from launcher.layout.box import Shape
 from launcher.weights.formats.placeholders import placeholder
 from launcher.weights.formats.safetensors import parse_json
@@ -35,6 +36,8 @@ class CompleteForm:
     """File that maps each tensor to the file that holds it."""
     metadata: str
     """`format` in the metadata of its safetensors files."""
+    also: tuple[str, ...] = ()
+    """Further values of `format`: of files of the same program in another container."""
     indent: int = 2
     """Of the JSON of the index."""
     lists_optimizer: bool = False
@@ -70,6 +73,17 @@ def step_names() -> tuple[str, ...]:
     return tuple(name for form in _forms() for name in form.steps)
 
 
+@cache
+def _foreign() -> re.Pattern[str] | None:
+    return re.compile("|".join(NAME_TRANSLATIONS)) if NAME_TRANSLATIONS else None
+
+
+def may_be_foreign(names: Iterable[str]) -> bool:
+    """Whether tensors may have names of another program, by a first look."""
+    marks = _foreign()
+    return marks is not None and any(map(marks.search, names))
+
+
 def is_scalar(name: str, shape: Shape) -> bool:
     """Whether a tensor of a file is a number of the run, not a tensor of the model."""
     return name in scalar_names() and all(size == 1 for size in shape)
@@ -77,7 +91,7 @@ def is_scalar(name: str, shape: Shape) -> bool:
 
 @cache
 def _by_metadata() -> Mapping[str, CompleteForm]:
-    return {form.metadata: form for form in _forms() if form.metadata}
+    return {value: form for form in _forms() for value in (form.metadata, *form.also) if value}
 
 
 def has_form(name: str, index: Path | None, metadata: Iterable[Mapping[str, str]]) -> bool:

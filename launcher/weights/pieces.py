@@ -5,13 +5,15 @@ from __future__ import annotations
 import itertools
 import math
 from bisect import bisect_left, bisect_right
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from functools import cached_property
+from operator import add
 from pathlib import Path
 from typing import NamedTuple
 
-from launcher.layout.box import Box, Shape
-from launcher.weights.formats.safetensors import Entry
+from launcher.layout.box import Box, Shape, full_box
+from launcher.weights.formats.safetensors import Entry, Header
 
 
 class Piece(NamedTuple):
@@ -24,6 +26,24 @@ class Piece(NamedTuple):
     box: Box
     rank: int
     """The rank that wrote it; 0 for complete weights."""
+
+
+def pieces_of(
+    file: Path, header: Header, name: str, place: tuple[Shape, Box] | None = None, rank: int = 0
+) -> list[Piece]:
+    """The pieces that a file holds of tensor `name`: one for each place where its bytes lie
+    together.
+
+    `place`: global shape, and the box that is in the file; left out, the file holds all of it.
+    """
+    entry = header.entries[name]
+    shape, outer = place or (entry.shape, full_box(entry.shape))
+    if name not in header.chunks:
+        return [Piece(file, entry, shape, outer, rank)]
+    return [
+        Piece(file, part, shape, Box(tuple(map(add, outer.offset, box.offset)), box.size), rank)
+        for box, part in header.chunks[name]
+    ]
 
 
 class Pieces(tuple[Piece, ...]):
@@ -77,6 +97,19 @@ class Pieces(tuple[Piece, ...]):
             for line, start, size in zip(lines, box.offset, box.size, strict=True)
         ]
         return (boxes[offset] for offset in itertools.product(*ranges))
+
+    def are_of_one_rank(self, box: Box) -> bool:
+        """Whether some rank wrote `box` and no more, in one piece or several."""
+        if box in self.replica_ranks:
+            return True
+        written: Counter[int] = Counter()
+        for piece in self:
+            written[piece.rank] += piece.box.numel
+        inside: Counter[int] = Counter()
+        for replicas, overlap in self.meeting(box):
+            for piece in replicas:
+                inside[piece.rank] += overlap.numel * (overlap == piece.box)
+        return any(n == box.numel == written[rank] for rank, n in inside.items())
 
     @cached_property
     def is_disjoint(self) -> bool:

@@ -14,10 +14,10 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from launcher.errors import UserError
-from launcher.layout.box import Shape, full_box
+from launcher.layout.box import Shape
 from launcher.weights.complete import (
     HEADER_THREADS,
     choose,
@@ -27,17 +27,28 @@ from launcher.weights.complete import (
 )
 from launcher.weights.formats import header_of
 from launcher.weights.formats.rank_metadata import Checksums
-from launcher.weights.formats.safetensors import Entry, Header
+from launcher.weights.formats.safetensors import Header
 from launcher.weights.forms import EXTRAS_NAME, INDEX_NAMES, form_of, is_scalar
 from launcher.weights.gc_pause import gc_paused
-from launcher.weights.pieces import Piece, Pieces
+from launcher.weights.pieces import Pieces, pieces_of
 from launcher.weights.scales import DEFAULT_BLOCK, SUFFIX, block_in, factors_of
 from launcher.weights.threads import in_parallel
 
 Kind = Literal["complete", "single", "distributed", "nothing"]
 
+SHOWN = 5
+"""Names in a message."""
 CHILDREN = 100
 """Subfolders that are searched for weights when a folder has none."""
+
+
+class Written(NamedTuple):
+    """How a tensor is declared in complete weights that are written from it."""
+
+    shape: Shape
+    """With as many elements, in the same order."""
+    dtype: str | None = None
+    """Dtype that it is cast to in any case; None: as the others."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +85,9 @@ class Source:
     """Heads and obsolete buffers that the index lists and no file holds, to the file it names. A
     model that ties or derives them does not need them."""
 
+    written: Mapping[str, Written] = field(default_factory=dict)
+    """Of tensors that complete weights declare in another way than they are here."""
+
     def shape(self, name: str) -> Shape:
         """Global shape of tensor `name`."""
         return self.tensors[name][0].shape
@@ -84,6 +98,8 @@ class Source:
 
     def renamed(self, names: Mapping[str, str]) -> Source:
         """The same tensors, renamed as `names` maps them."""
+        if not names:
+            return self
         tensors = {names.get(name, name): pieces for name, pieces in self.tensors.items()}
         scales = {names.get(name, name): names.get(f, f) for name, f in self.scales.items()}
         promised = {names.get(name, name): file for name, file in self.promised.items()}
@@ -91,6 +107,8 @@ class Source:
 
     def with_extras(self) -> Source:
         """The same source, with the extras among the tensors."""
+        if not self.extras:
+            return self
         return replace(self, tensors={**self.tensors, **self.extras}, extras={})
 
 
@@ -194,7 +212,8 @@ def open_complete(path: Path) -> Source:
         return _complete("single", path, {path: None})
     choice = choose(path)
     source = _complete("complete", path, choice.taken.files)
-    return _with_extras(replace(source, remarks=choice.remarks, index=choice.taken.index))
+    remarks = choice.remarks + source.remarks
+    return _with_extras(replace(source, remarks=remarks, index=choice.taken.index))
 
 
 def _with_extras(source: Source) -> Source:
@@ -203,18 +222,18 @@ def _with_extras(source: Source) -> Source:
     if file in source.headers or not os.path.isfile(file):
         return source
     header = header_of(file)
-    extras = {name: _pieces(file, entry) for name, entry in _read_entries(header)}
+    extras = {name: Pieces(pieces_of(file, header, name)) for name in _read_names(header)}
     return replace(
         source, headers={**source.headers, file: header}, extras={**source.extras, **extras}
     )
 
 
-def _read_entries(header: Header) -> Iterator[tuple[str, Entry]]:
+def _read_names(header: Header) -> Iterator[str]:
     """The tensors of a file, without buffers that its program saves and nothing reads."""
     transient = form_of(header.metadata).transient
-    for name, entry in header.entries.items():
+    for name in header.entries:
         if not transient or not name.startswith(transient):
-            yield name, entry
+            yield name
 
 
 def _complete(kind: Kind, path: Path, files: Mapping[Path, set[str] | None]) -> Source:
@@ -222,16 +241,10 @@ def _complete(kind: Kind, path: Path, files: Mapping[Path, set[str] | None]) -> 
     extras: dict[str, Pieces] = {}
     headers = dict(zip(files, in_parallel(header_of, files, HEADER_THREADS), strict=True))
     for file, header in headers.items():
-        for name, entry in _read_entries(header):
-            kept = extras if is_scalar(name, entry.shape) else tensors
-            if name in kept:
-                raise UserError(
-                    f"`{name}` is in two files: {kept[name][0].file.name} and {file.name}",
-                    where=str(path),
-                    rule="complete weights hold each tensor once",
-                    advice="Move away the files that do not belong to this model",
-                )
-            kept[name] = _pieces(file, entry)
+        for name in _read_names(header):
+            kept = extras if is_scalar(name, header.entries[name].shape) else tensors
+            if name not in kept or _is_listed(name, file, kept[name][0].file, files):
+                kept[name] = Pieces(pieces_of(file, header, name))
     factors = factors_of(tensors) if any(name.endswith(SUFFIX) for name in tensors) else {}
     block = block_in(path if path.is_dir() else path.parent) if factors else DEFAULT_BLOCK
     promised = {
@@ -240,11 +253,30 @@ def _complete(kind: Kind, path: Path, files: Mapping[Path, set[str] | None]) -> 
     }  # fmt: skip
     check_promised(promised, lambda name: not may_be_left_out(name))
     return Source(kind, path, tensors, headers, scales=factors, scale_block=block, extras=extras,
-                  promised=promised)  # fmt: skip
+                  promised=promised, remarks=text_remarks(headers))  # fmt: skip
 
 
-def _pieces(file: Path, entry: Entry) -> Pieces:
-    return Pieces([Piece(file, entry, entry.shape, full_box(entry.shape), 0)])
+def _is_listed(name: str, file: Path, other: Path, files: Mapping[Path, set[str] | None]) -> bool:
+    """Of two files that hold tensor `name`, whether the index lists it in `file`, not in the other
+    one. Raises `UserError` where it does not decide."""
+    listed = [name in (files[one] or ()) for one in (file, other)]
+    if listed[0] == listed[1]:
+        raise UserError(
+            f"`{name}` is in two files: {other.name} and {file.name}",
+            where=str(file.parent),
+            rule="complete weights hold each tensor once",
+            advice="Move away the files that do not belong to this model",
+        )
+    return listed[0]
+
+
+def text_remarks(headers: Mapping[Path, Header]) -> tuple[str, ...]:
+    """Lines about the texts that lie among the tensors of files; they are not loaded."""
+    return tuple(
+        f"{file}: left out, texts and no tensors: {', '.join(list(header.texts)[:SHOWN])}"
+        + " ..." * (len(header.texts) > SHOWN)
+        for file, header in headers.items() if header.texts
+    )  # fmt: skip
 
 
 def check_promised(promised: Mapping[str, Path], needed: Callable[[str], bool]) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 from launcher.errors import did_you_mean
 from models.causality import check_causal
+from models.chatglm import CHATGLM, as_glm
 from models.checks import SizeCheck, check_rope, rope_of, rotary_dim
 from models.config_class import (
     COMMON_KEYS,
@@ -65,6 +66,8 @@ def model_spec(model_config: Mapping[str, Any], config_json: Mapping[str, Any] |
     """
     problems = Problems()
     base: dict[str, Any] = plain_floats(dict(config_json or {}))
+    if base.get("model_type") == CHATGLM:
+        base = as_glm(base, problems)
     family = _family(model_config, base, problems)
     if family is None:
         raise ModelConfigError(problems)
@@ -74,7 +77,7 @@ def model_spec(model_config: Mapping[str, Any], config_json: Mapping[str, Any] |
         if not isinstance(base.get(key), Mapping | None):
             problems.log(f"config.json: {key} = {base.pop(key)!r}", MUST_BE_MAP)
     if own is not None:
-        base = _in_family_spelling(own, base)
+        base = _in_family_spelling(own, base, problems)
     qkv_has_bias = model_config.get("qkv_has_bias")
     sizes = {k: v for k, v in model_config.items() if k != "qkv_has_bias" or own is None}
     experts = _has_experts(family, own, known)
@@ -133,7 +136,7 @@ def _split(
     The latter are noted once, and kept for an exported config.json.
     """
     understood = own.own_keys | GENERAL | COMMON_KEYS | _OLD_ROPE
-    understood -= {"hidden_dropout"}  # a key of model_config alone
+    understood -= {"hidden_dropout"} - own.own_keys  # elsewhere a key of model_config alone
     derived = (
         {"head_dim", "qk_head_dim"} if own.has_latent else set()
     )  # transformers writes them too
@@ -195,16 +198,21 @@ def _family(
     return None
 
 
-def _in_family_spelling(own: Family, base: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json with the number of experts under the key of the family: versions of transformers
-    write different ones."""
+def _in_family_spelling(own: Family, base: Mapping[str, Any], problems: Problems) -> dict[str, Any]:
+    """config.json with the keys of the family's `defaults`: versions of transformers write the
+    number of experts under different ones, and some families have their own."""
+    for key, written in own.config_keys.items():
+        if key in base and base.get(written, base[key]) != base[key]:
+            problems.log(f"config.json: {written} = {base[written]}",
+                         f"conflicts with {key} = {base[key]}, the same key",
+                         advice="Keep one of them")  # fmt: skip
     renamed = {own.spellings.get(key, key): value for key, value in base.items()}
     return {key: base.get(key, value) for key, value in renamed.items()}
 
 
 def _complete(own: Family, base: Mapping[str, Any], reading: Reading) -> dict[str, Any]:
     """config.json with the family's defaults, overridden by the user's keys."""
-    config = {**own.defaults, **base, **reading.values}
+    config = {**own.defaults, **own.beyond, **base, **reading.values}
     given = base.keys() | reading.values.keys()
     stale = not reading.values.keys().isdisjoint(_LAYER_TYPES_FOLLOW)
     if "layer_types" in own.defaults and stale:
@@ -240,6 +248,13 @@ def _check(
     )
     if own.expert_count is not None:
         ExpertsCheck(own, config, describe, problems).run()
+    elif len(problems) == before:
+
+        def add(key: str, rule: str, near: str, advice: str) -> None:
+            what, written = describe(key)
+            problems.log(what, rule, nearest=near, advice=advice, key=written)
+
+        own.check(config, add)
     if len(problems) == before:
         rope = {"rope_parameters": _rope(own, config, base, reading)}
         limit = position_limit(family, config | {"rope_scaling": None} | rope)
@@ -268,12 +283,20 @@ def _decoder(
     config["num_key_value_heads"] = config["num_key_value_heads"] or heads
     windows = own.windows(config)
     rope = _rope(own, config, base, reading)
-    hidden_dropout = config.pop("hidden_dropout", None)
+    hidden_dropout = config.get("hidden_dropout")
+    if "hidden_dropout" not in own.defaults:
+        config.pop("hidden_dropout", None)
     stored_dtype = config.pop("torch_dtype", None)
     for old in _OLD_ROPE - {"rope_parameters", "quantization_config"}:
         config.pop(old, None)
     if stored_dtype is not None:
         config.setdefault("dtype", stored_dtype)
+    experts = own.experts(config)
+    for key, neutral in own.beyond.items():
+        if config[key] == neutral:
+            del config[key]
+        else:
+            reading.notes.append(f"{key} = {config[key]}: transformers ignores it for {family}")
     config |= {"rope_parameters": rope, "model_type": family, "architectures": [own.architecture]}
     bias = own.has_qkv_bias(config)
     fields: dict[str, Any] = {
@@ -290,7 +313,7 @@ def _decoder(
         "initializer_range": float(config["initializer_range"]),
         "attention_dropout": float(config["attention_dropout"] or 0.0),
         "hidden_dropout": float(hidden_dropout or 0.0),
-        "experts": own.experts(config),
+        "experts": experts,
         "parameters": own.parameters,
     }
     return DecoderConfig(**fields | own.options(config))

@@ -36,6 +36,11 @@ class Family:
     """Keys of config.json that transformers reads for the family, and their defaults."""
     parameters: Mapping[str, Rule]
     """The rule of every kind of parameter, by its name below its layer."""
+    in_transformers: bool = True
+    """Whether transformers has the configuration class and the model."""
+    config_keys: Mapping[str, str] = field(default_factory=dict)
+    """Key of config.json, as most families spell it -> its spelling in this family's config.json.
+    Both are read, the latter is written."""
     qkv_bias: bool | None = None
     """True or False if the family fixes it, None if `attention_bias` decides."""
     output_bias: bool = False
@@ -60,22 +65,27 @@ class Family:
     """Whether its files may have MXFP4 experts (`launcher.weights.mxfp4`)."""
     fixed: Mapping[str, Any] = field(default_factory=dict)
     """Keys of config.json that transformers does not read -> the only supported value."""
+    unread: frozenset[str] = frozenset()
+    """Further keys of its config.json, that nothing reads."""
+    beyond: Mapping[str, Any] = field(default_factory=dict)
+    """Keys that the decoder reads and transformers does not -> the value with which both are equal.
+    """
     mindformers_modules: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """A component of a layer module's name, as selected by recompute and offload -> its names in
     MindFormers; in addition to those of `launcher.parallel.layer_modules`."""
 
     @property
     def spellings(self) -> dict[str, str]:
-        """Other spelling -> key of this family's config.json."""
-        if self.expert_count is None:
-            return {}
-        return {key: self.expert_count for key in EXPERT_COUNTS if key != self.expert_count}
+        """Other spelling -> key, as `defaults` has it."""
+        counts = EXPERT_COUNTS - {self.expert_count} if self.expert_count is not None else ()
+        by_family = {name: key for key, name in self.config_keys.items()}
+        return {key: str(self.expert_count) for key in counts} | by_family
 
     @property
     def own_keys(self) -> set[str]:
         """Keys of config.json that are specific to this family."""
         partial = {"partial_rotary_factor"} if self.partial_rotary_factor is not None else set()
-        return {*self.defaults, *self.fixed, *partial}
+        return {*self.defaults, *self.fixed, *self.unread, *self.beyond, *partial}
 
     def has_qkv_bias(self, config: Mapping[str, Any]) -> bool:
         """Whether q, k and v have biases."""
@@ -151,6 +161,7 @@ def experts_of(config: Config, count: int, **more: Any) -> ExpertsConfig:
         "layers": (True,) * config["num_hidden_layers"],
         "intermediate_size": config.get("moe_intermediate_size") or config["intermediate_size"],
         "norm_topk_prob": config.get("norm_topk_prob", True),
+        "routed_scaling_factor": float(config.get("routed_scaling_factor", 1.0)),
         "balance_coefficient": float(config["router_aux_loss_coef"]) if is_balanced else 0.0,
     }
     return ExpertsConfig(
@@ -168,7 +179,6 @@ def grouped_experts_of(config: Config) -> ExpertsConfig:
         scoring="sigmoid",
         groups=config["n_group"],
         groups_per_token=config["topk_group"],
-        routed_scaling_factor=float(config["routed_scaling_factor"]),
     )  # fmt: skip
 
 

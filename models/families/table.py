@@ -9,6 +9,7 @@ from models.families.gpt_oss import GPT_OSS
 from models.families.llama import LLAMA, MISTRAL
 from models.families.mixtral import MIXTRAL
 from models.families.qwen import QWEN2, QWEN3, QWEN3_MOE
+from models.families.telechat import TELECHAT
 
 DECODERS: dict[str, Family] = {
     "llama": LLAMA,
@@ -20,5 +21,6 @@ DECODERS: dict[str, Family] = {
     "deepseek_v3": DEEPSEEK_V3,
     "glm4_moe": GLM4_MOE,
     "gpt_oss": GPT_OSS,
+    "telechat": TELECHAT,
 }
 """model_type -> family. Qwen2.5 is qwen2."""

@@ -16,13 +16,13 @@ from models.families import (
     model_spec,
 )
 from models.names import is_multi_token_prediction
-from tests.models.tiny import DEEPSEEK, EXPERTS, LLAMA, QWEN_MOE, problems_of
+from tests.models.tiny import DEEPSEEK, EXPERTS, IN_TRANSFORMERS, LLAMA, QWEN_MOE, problems_of
 
 DO_NOT_DIVIDE = {"glm4_moe": {"head_dim": 128}}
 """Families whose default width cannot be divided by their default heads."""
 
 
-@pytest.mark.parametrize("family", DECODERS)
+@pytest.mark.parametrize("family", IN_TRANSFORMERS)
 def test_defaults_are_those_of_transformers(family: str) -> None:
     from transformers import CONFIG_MAPPING
 
@@ -58,11 +58,13 @@ def test_every_causal_model_type_is_in_one_table() -> None:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    rows = [*DECODERS, *TRANSFORMERS_MODULES, *UNSUPPORTED]
+    rows = [*IN_TRANSFORMERS, *TRANSFORMERS_MODULES, *UNSUPPORTED]
     assert len(rows) == len(set(rows))
     assert set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) <= set(rows)
-    assert {*DECODERS, *TRANSFORMERS_MODULES} <= set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
-    assert all(CONFIG_MAPPING_NAMES[name] == own.config_class for name, own in DECODERS.items())
+    assert {*IN_TRANSFORMERS, *TRANSFORMERS_MODULES} <= set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    assert all(
+        CONFIG_MAPPING_NAMES[name] == DECODERS[name].config_class for name in IN_TRANSFORMERS
+    )
 
 
 CONFIG_FILES: dict[str, dict[str, Any]] = {

@@ -16,14 +16,14 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from launcher.tools import model_docs
-from models.families import DECODERS, TRANSFORMERS_MODULES, UNSUPPORTED, ModelConfigError
+from models.families import TRANSFORMERS_MODULES, UNSUPPORTED, ModelConfigError
 from models.families import model_spec as describe
 from models.transformers_model import TransformersModel
 from tests.models.test_tensor_mapping import loaded
-from tests.models.tiny import gradients_of, tokens
+from tests.models.tiny import IN_TRANSFORMERS, gradients_of, tokens
 from tests.models.zoo import tiny_config
 
-WORKING = [*DECODERS, *TRANSFORMERS_MODULES]
+WORKING = [*IN_TRANSFORMERS, *TRANSFORMERS_MODULES]
 ALWAYS = ["bamba", "camembert", "falcon_h1", "xlm-roberta"]
 """Infinity in config.json; heads tied to modules that are created after them."""
 SAMPLE = ALWAYS + random.Random(15).sample([f for f in WORKING if f not in ALWAYS], 12)

@@ -53,12 +53,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "type": "GptOssConfig", **_SIZES, "head_dim": 16, "num_local_experts": 8,
         "num_experts_per_tok": 2, "sliding_window": 9,
     },
+    "telechat": {"type": "TelechatConfig", **_SIZES},
+    "telechat tied": {"type": "TelechatConfig", **_SIZES, "tie_word_embeddings": True},
 }  # fmt: skip
 MIXTURES = ("qwen3 moe", "mixtral", "deepseek", "glm", "gpt-oss")
 """Families with experts."""
-EPSILON = {"gpt-oss": 1e-3}
+EPSILON = {"gpt-oss": 1e-3, "telechat": 1e-3, "telechat tied": 1e-3}
 """Of Adam. Biases are initialized to zero and become the sum of its steps, in which the rounding of
-a small gradient is multiplied by 1 / epsilon; this family has many."""
+a small gradient is multiplied by 1 / epsilon; these families have many."""
 
 
 @dataclass(frozen=True)

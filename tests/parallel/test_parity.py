@@ -55,6 +55,9 @@ QWEN3 = [
 FAMILIES_ONCE = [
     Case("llama", dp=2, tp=2, model={"attention_bias": True, "mlp_bias": True}),
     Case("qwen2", tp=8),
+    Case("telechat", tp=8, parallel=SEQUENCE),
+    Case("telechat tied", dp=2, tp=2, pp=2, sharded=True),
+    Case("telechat", tp=2, cp=2, more={"recompute_config": {"recompute": True}}),
     Case("qwen3 moe", dp=2, ep=2, micro=2, model=BALANCE),
     Case("qwen3 moe", tp=2, cp=2, parallel=SEQUENCE, model=BALANCE),
     Case("qwen3 moe", dp=4, tp=2, ep=2, sharded=True, parallel=SEQUENCE),

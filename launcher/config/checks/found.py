@@ -15,9 +15,10 @@ from pathlib import Path
 from launcher.config.checks.check import Check
 from launcher.errors import UserError
 from launcher.weights.complete import Choice, choose
+from launcher.weights.formats import rank_header_of
 from launcher.weights.formats.placeholders import placeholder
 from launcher.weights.formats.rank_metadata import RankFileMetadata, read_rank_metadata
-from launcher.weights.formats.safetensors import Header, read_header
+from launcher.weights.formats.safetensors import Header
 from launcher.weights.forms import INDEX_NAMES, has_form
 from launcher.weights.ranks.rank_folders import first_file, rank_folders
 from launcher.weights.source import Kind, detect, holds_complete, open_complete
@@ -58,9 +59,9 @@ class Files:
 
     @cached_property
     def header(self) -> Header | None:
-        """The header of that file; None where it is not of safetensors, or damaged."""
+        """The header of that file; None where it is of torch, or damaged."""
         try:
-            return read_header(self.one) if self.one else None
+            return rank_header_of(self.one) if self.one else None
         except UserError:
             return None
 

@@ -54,7 +54,10 @@ def _undescribed(check: Check) -> KeyProblem:
         "a model needs config.json in pretrained_model_dir, or model.model_config.type",
         what=what,
         advice="Set pretrained_model_dir, or model.model_config.type (for example Qwen3Config)",
-        also=("pretrained_model_dir", "model", "model.model_config"),
+        also=(
+            *("pretrained_model_dir", "model", "model.model_config"),
+            "model.model_config.architectures",
+        ),
     )
 
 

@@ -11,14 +11,25 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from launcher.config.checks.check import Check
-from launcher.config.derived import has_tokenizer, tokenizer_dir
+from launcher.config.derived import (
+    has_tokenizer,
+    named_tokenizer_files,
+    tokenizer_dir,
+    uses_named_tokenizer,
+)
 from launcher.config.provenance import KeyProblem
 from launcher.config.schema import DataLoaderSection, DatasetSection
 from launcher.errors import did_you_mean
+from launcher.extensions import TOKENIZER_TYPES
 from launcher.json_text import lone_surrogate
 
 NAMES_SHOWN = 5
 """How many names of a directory are listed where none of them is similar."""
+
+TOKEN_LOADERS = frozenset({
+    "MindDataset", "BlendedMegatronDatasetDataLoader", "TokenDataLoader",
+})  # fmt: skip
+"""Types of data loaders that read rows of tokens."""
 
 _BY_TYPE = {
     "suffixes": ("TextDataLoader",),
@@ -134,8 +145,11 @@ def _dataset(check: Check, name: str, section: DatasetSection) -> Iterator[KeyPr
 
 
 def tokenizer(check: Check) -> Iterator[KeyProblem]:
-    """A tokenizer exists."""
-    if not check.mode or check.config.only_save_strategy:
+    """A tokenizer exists, unless a training reads rows of tokens."""
+    if not check.mode or check.config.only_save_strategy or _reads_tokens(check):
+        return
+    if uses_named_tokenizer(check.config):
+        yield from _named_tokenizer(check)
         return
     nested = "processor.tokenizer.pretrained_model_dir"
     key = nested if check.value(nested) else "pretrained_model_dir"
@@ -156,6 +170,45 @@ def tokenizer(check: Check) -> Iterator[KeyProblem]:
             key,
             "contains no tokenizer (tokenizer.json or similar)",
             advice=f"Set {nested} to the directory of the tokenizer",
+        )
+
+
+def _reads_tokens(check: Check) -> bool:
+    """Whether a training needs no tokenizer: its data are tokens already."""
+    section = check.config.train_dataset
+    evaluates = check.config.do_eval and check.config.eval_dataset is not None
+    sections = [section, *([check.config.eval_dataset] if evaluates else [])]
+    return check.trains and all(
+        found is not None and found.data_loader.type in TOKEN_LOADERS for found in sections
+    )
+
+
+def _named_tokenizer(check: Check) -> Iterator[KeyProblem]:
+    """The files of a tokenizer exist, and their type is known."""
+    section, prefix = check.config.processor.tokenizer, "processor.tokenizer"
+    files = named_tokenizer_files(check.config)
+    for key, path in files.items():
+        if not path.is_file():
+            yield check.wrong(
+                f"{prefix}.{key}",
+                "no such file",
+                what=f"{prefix}.{key} = {str(path)!r}",
+                nearest=nearest_path(str(path)),
+                advice=f"Set it to the file, or {prefix}.pretrained_model_dir to a Hugging Face "
+                "directory with a tokenizer",
+                also=(prefix, "processor"),
+            )
+    if section.type not in TOKENIZER_TYPES and not any(
+        path.name.endswith("tokenizer.json") for path in files.values()
+    ):
+        known = ", ".join(TOKENIZER_TYPES)
+        yield check.wrong(
+            f"{prefix}.type",
+            "unknown type of tokenizer" if section.type else "files of a tokenizer need a type",
+            what="" if section.type else f"{prefix}.type is missing",
+            nearest=did_you_mean(str(section.type), TOKENIZER_TYPES) or f"Known: {known}",
+            advice="Or give a tokenizer.json as tokenizer_file",
+            also=(prefix, *(f"{prefix}.{key}" for key in files)),
         )
 
 

@@ -18,9 +18,9 @@ from launcher.config.provenance import KeyProblem
 from launcher.environment import process_environment
 from launcher.errors import UserError
 from launcher.layout.mesh import Mesh, other_layout
-from launcher.weights.formats import header_of
+from launcher.weights.formats import header_of, rank_header_of
 from launcher.weights.formats.placeholders import unfinished_download
-from launcher.weights.formats.safetensors import ZIP, read_header
+from launcher.weights.formats.safetensors import ZIP
 from launcher.weights.offline.copy_record import FOLDERS, foreign
 from launcher.weights.ranks.distributed import REDUNDANCY
 from launcher.weights.source import check_one_kind, detect, is_rank_folder, weights_below
@@ -116,7 +116,7 @@ def file_format(check: Check) -> Iterator[KeyProblem]:
     if check.config.load_ckpt_format not in (None, name) and found.key == "load_checkpoint":
         yield check.wrong(
             "load_ckpt_format",
-            f"{found.path} contains {'torch files (ckpt)' if name == 'ckpt' else name}",
+            f"{found.path} contains {_kind_of(found)}",
             nearest=f"Nearest: {name}",
             advice="Or remove the key",
             also=("load_checkpoint",),
@@ -147,6 +147,13 @@ def _reported(check: Check, key: str, error: UserError) -> Iterator[KeyProblem]:
         )  # fmt: skip
 
 
+def _kind_of(found: Files) -> str:
+    """What the files are, in messages."""
+    if found.one is not None and is_safetensors(found.one):
+        return "safetensors"
+    return "torch files (ckpt)" if found.header is None else ".ckpt files of MindSpore"
+
+
 def _refuse_unread(found: Files) -> None:
     """Raise `UserError` for a format that is known and not supported, without torch."""
     assert found.one is not None
@@ -155,7 +162,7 @@ def _refuse_unread(found: Files) -> None:
     if not is_torch:
         header_of(found.one)
     elif found.kind == "distributed":
-        read_header(found.one)  # rank files must be safetensors
+        rank_header_of(found.one)  # raises: no rank file is of torch
 
 
 def cutting(check: Check) -> Iterator[KeyProblem]:
@@ -258,8 +265,7 @@ def _of_files(check: Check, found: Files) -> dict[str, str]:
     form = "safetensors" if found.one and is_safetensors(found.one) else "ckpt"
     if found.key != "load_checkpoint" and check.config.load_ckpt_format not in (None, form):
         reasons["load_ckpt_format"] = (
-            f"no effect, load_checkpoint is empty, and {found.path} contains "
-            f"{'torch files' if form == 'ckpt' else form}"
+            f"no effect, load_checkpoint is empty, and {found.path} contains {_kind_of(found)}"
         )
     return reasons
 

@@ -39,8 +39,8 @@ class CheckpointMonitorSection:
     """Also write the weights alone, without optimizer state."""
     save_optimizer: bool = True
     """Write optimizer state too; False: the checkpoint can only be fine-tuned from."""
-    checkpoint_format: str = effective("safetensors", choices=("safetensors",), planned=("ckpt",))
-    """Format of the files."""
+    checkpoint_format: str = effective("safetensors", choices=("safetensors", "ckpt"))
+    """Format of the files; `ckpt`: that of MindSpore."""
     integrated_save: bool = False
     """Also write complete weights, as transformers opens them, into `checkpoint_integrated/`."""
     async_save: bool | str = effective(False, choices=(False, True, "thread", "process"))

@@ -16,6 +16,35 @@ class TokenizerSection:
 
     pretrained_model_dir: str = ""
     """Hugging Face tokenizer directory. Left out: the top-level pretrained_model_dir."""
+    type: str | None = None
+    """Type of a tokenizer given by its files: Qwen2Tokenizer, LlamaTokenizer, LlamaTokenizerFast,
+    Llama3Tokenizer, ChatGLM4Tokenizer or TelechatTokenizer."""
+    vocab_file: str | None = ""
+    """vocab.json, or a tokenizer.model of SentencePiece or tiktoken. It is used instead of a
+    directory, also of the top-level pretrained_model_dir."""
+    merges_file: str | None = ""
+    """merges.txt of a byte-level BPE."""
+    tokenizer_file: str | None = ""
+    """tokenizer.json, of any type."""
+    bos_token: str | None = ""
+    """First token of a text. Of a tokenizer given by its files, as all keys below; left out: that
+    of the type; null: none."""
+    eos_token: str | None = ""
+    """Token at the end of a text."""
+    pad_token: str | None = ""
+    """Padding."""
+    unk_token: str | None = ""
+    """Token for unknown text."""
+    add_bos_token: bool | None = None
+    """Whether texts begin with bos_token. Left out: as the type does."""
+    add_eos_token: bool | None = None
+    """Whether prompts end with eos_token."""
+    chat_template: str | None = None
+    """Jinja template of conversations."""
+    model_max_length: int | None = effective(None, minimum=1)
+    """Written into tokenizer_config.json; the length of rows is that of the data section."""
+    padding_side: str | None = effective(None, choices=("left", "right"))
+    """Written into tokenizer_config.json; training pads right, predict left."""
 
 
 @dataclass(frozen=True, kw_only=True)

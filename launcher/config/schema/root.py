@@ -74,6 +74,19 @@ class Config:
     src_strategy_path_or_dir: str = ""
     """Layout of distributed weights that do not describe it themselves, as MindSpore's do not: a
     strategy file, a merged one, or a folder of them. Left out: the folder strategy/ beside them."""
+    mindformers_qkv_order: str | None = effective(None, choices=("group", "plain"))
+    """Rows of fused query, key and value in weights with names of MindFormers: per key/value group,
+    or all of query, key, value. Left out: by names, shapes and metadata of the files."""
+    mindformers_mlp_order: str | None = effective(None, choices=("pair", "plain"))
+    """Rows of fused gate and up in such weights: row by row in turn, or all of gate, up."""
+    mindformers_tensor_parallel: int | None = effective(None, minimum=1)
+    """Degree of the run that wrote such weights in a plain order, which is plain within each rank.
+    Left out: 1."""
+    mindformers_use_gmm: bool | None = None
+    """Whether stacked experts in such weights are transposed. Left out: by their shape."""
+    mindformers_rearranged_rope: bool | None = None
+    """Whether such weights of GLM-4-9B have the even rows of each query and key head first. Left
+    out: no."""
     only_save_strategy: bool = False
     """Write the strategy files of all ranks and exit; one process is enough for any layout."""
     resume_training: bool | str = False

@@ -17,6 +17,17 @@ from launcher.weights.formats.placeholders import refuse_placeholder
 from launcher.weights.formats.safetensors import ZIP, Header
 
 
+def rank_header_of(path: Path) -> Header:
+    """The header of the rank file at `path`, in any format but that of torch, in which no program
+    writes rank files that are read here. Raises `UserError`."""
+    try:
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+            is_torch = file.read(len(ZIP)) == ZIP
+    except OSError:
+        is_torch = False
+    return safetensors.read_header(path) if is_torch else header_of(path)
+
+
 def header_of(path: Path) -> Header:
     """The header of the file at `path`, in any format. Raises `UserError` for files that cannot be
     read, also for known formats that are not supported."""

@@ -14,14 +14,14 @@ import os
 import re
 import stat
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import xxhash
 
 from launcher.errors import UserError
-from launcher.layout.box import Shape
+from launcher.layout.box import Box, Shape
 from launcher.weights.formats.placeholders import refuse_placeholder
 
 ITEM_BYTES = {
@@ -37,6 +37,7 @@ MAX_HEADER_BYTES = 100_000_000
 
 MAX_DIMS = 64
 
+CONVERT = "Convert it: python -m launcher.tools.ckpt_to_safetensors"
 ZIP = b"PK\x03\x04"
 """First bytes of a file of torch; read as a length, more than a header may have."""
 
@@ -63,6 +64,13 @@ class Entry(NamedTuple):
         return math.prod(self.shape)
 
 
+class Chunk(NamedTuple):
+    """A box of a tensor whose bytes lie together, and where."""
+
+    box: Box
+    entry: Entry
+
+
 @dataclass(frozen=True)
 class Header:
     """The checked header of a file. `data_start` is the first byte of the data."""
@@ -75,6 +83,16 @@ class Header:
     """xxh3_64 of the header bytes, in hex."""
     modified: int | None = None
     """Modification time of the file, in nanoseconds; None where it was not read."""
+    chunks: Mapping[str, tuple[Chunk, ...]] = field(default_factory=dict)
+    """Of tensors whose bytes lie in several places; their entry spans all of them. Safetensors has
+    none."""
+    texts: Mapping[str, str] = field(default_factory=dict)
+    """Texts that lie among the tensors, by name."""
+    extension: str = ".safetensors"
+    """Of the format of the file, whatever its name."""
+    crc: str = ""
+    """Name in `launcher.extensions.FILE_CHECKS` of the check of the checksum at the end of the
+    file; empty: it has none."""
 
 
 def read_header(path: Path) -> Header:
@@ -91,7 +109,7 @@ def read_header(path: Path) -> Header:
                 raise UserError(
                     f"{path} is a file of torch",
                     rule="a file of safetensors is needed here",
-                    advice="Convert it: python -m launcher.tools.ckpt_to_safetensors",
+                    advice=CONVERT,
                 )
             length = int.from_bytes(prefix, "little")
             if len(prefix) < 8 or length > min(MAX_HEADER_BYTES, found.st_size - 8):

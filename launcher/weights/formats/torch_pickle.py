@@ -93,7 +93,7 @@ def read_header(path: Path) -> Header:
             }
             digest = xxhash.xxh3_64_hexdigest(pickled)
             modified = os.fstat(descriptor).st_mtime_ns
-            return Header(entries, {}, 0, archive.file_bytes, digest, modified)
+            return Header(entries, {}, 0, archive.file_bytes, digest, modified, extension=".pt")
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
 

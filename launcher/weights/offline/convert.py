@@ -1,7 +1,10 @@
-"""Conversion of files of torch (`.ckpt`, `.pt`, `.pth`, `.bin`) to safetensors.
+"""Conversion of files: of torch and MindSpore (`.ckpt`, `.pt`, `.pth`, `.bin`) to safetensors, and
+of safetensors to the `.ckpt` of MindSpore.
 
-Owns which file becomes which, and the names. Outputs appear complete. Memory: files are mapped.
-`torch_files` owns which part of a file is weights.
+Owns which file becomes which, and the names. Outputs appear complete. Memory: blocks in flight;
+files of torch are mapped. `torch_files` owns which part of a file of torch is weights, `stored` the
+tensors of other files. Metadata is what MindSpore's own tools write (`format`: ms, or none); the
+layout in rank files of Slipway is carried over.
 """
 
 from __future__ import annotations
@@ -10,29 +13,33 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-
 from launcher.errors import UserError, did_you_mean
+from launcher.extensions import FILE_FORMATS, required
 from launcher.weights.complete import WEIGHT_SUFFIXES
-from launcher.weights.formats.safetensors import in_file_order
+from launcher.weights.formats import header_of
+from launcher.weights.formats.rank_metadata import RankFileMetadata
+from launcher.weights.formats.safetensors import Header, in_file_order
 from launcher.weights.forms import INDEX_NAME, TORCH_INDEX_NAME, read_index
 from launcher.weights.log import Log, no_log
 from launcher.weights.offline.slicing import copy_side_files
-from launcher.weights.offline.torch_files import weights_in
-from launcher.weights.reading.tensor_bytes import DTYPE_NAMES, bytes_of
+from launcher.weights.offline.stored import is_empty, layout_of, stored_parts
+from launcher.weights.ranks.distributed import REDUNDANCY
+from launcher.weights.reading.checksums import check_file
+from launcher.weights.reading.transfer import Files
 from launcher.weights.streaming.new_folder import folder_aside
 from launcher.weights.streaming.stream import Progress
-from launcher.weights.streaming.write import Part, write_file
+from launcher.weights.streaming.write import Container, Part, check_dtypes, write_file
 from launcher.weights.threads import in_parallel
 
 SUFFIXES = tuple(suffix for suffix in WEIGHT_SUFFIXES if suffix != ".safetensors")
-"""Extensions of files of torch."""
+"""Extensions of files that become safetensors."""
+_TORCH = (b"PK\x03\x04", b"\x80\x02\x8a\x0al\xfc\x9cF")
+"""First bytes of files of torch, new and old."""
 NAMED = 5
 """Things named in a message."""
 
@@ -54,6 +61,25 @@ class _Conversion:
     target: Path
 
 
+@dataclass(frozen=True)
+class _Task:
+    """What is converted to what."""
+
+    format: str
+    """Of the new files, a key of `FILE_FORMATS`."""
+    suffixes: tuple[str, ...]
+    """Extensions of the files of a folder that are converted."""
+    names: Mapping[str, str]
+    crc_check: bool = False
+    """Whether new files end in a checksum, as those of MindSpore may."""
+
+    @property
+    def container(self) -> Container:
+        """The format of the new files. Raises `UserError` where it was removed."""
+        found: Container = required(FILE_FORMATS, self.format, f"{self.format} files are written")
+        return found
+
+
 def ckpt_to_safetensors(
     file_path: str | os.PathLike[str],
     save_path: str | os.PathLike[str] | None = None,
@@ -65,31 +91,64 @@ def ckpt_to_safetensors(
     progress: Progress | None = None,
     log: Log = no_log,
 ) -> Converted:
-    """Convert a file of torch, or all in a folder, to safetensors in the folder `save_path`.
+    """Convert a file of torch or MindSpore, or all in a folder, to safetensors in the folder
+    `save_path`.
 
     Rank folders in a folder are each converted into a folder of their own. Of any other folder the
     files in it, the index, configuration and tokenizer are converted or copied. Without `save_path`
     a single file is converted beside the old one. `name_map`: name of a tensor to its new name.
-    `file_name_regex`: converts the files whose name matches. `processes_num`: files at a time. Name
-    and arguments are MindSpore's. Raises `UserError`.
+    `file_name_regex`: converts the files whose name matches. `processes_num`: files at a time.
+    Texts among the tensors, which safetensors cannot hold, are left out, and `log` says which.
+    Name and arguments are MindSpore's. Raises `UserError`.
     """
-    origin = Path(file_path)
-    names = dict(name_map or {})
+    task = _Task("safetensors", SUFFIXES, dict(name_map or {}))
+    return _run(task, Path(file_path), save_path, file_name_regex, processes_num, overwrite,
+                progress, log)  # fmt: skip
+
+
+def safetensors_to_ckpt(
+    file_path: str | os.PathLike[str],
+    save_path: str | os.PathLike[str] | None = None,
+    name_map: Mapping[str, str] | None = None,
+    file_name_regex: str | None = None,
+    processes_num: int = 1,
+    *,
+    crc_check: bool = False,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    log: Log = no_log,
+) -> Converted:
+    """Convert a file of safetensors, or all in a folder, to `.ckpt` files that MindSpore reads.
+
+    The mirror image of `ckpt_to_safetensors`, whose arguments it has. Tensors are in the order of
+    their names. Tensors without elements, which the format cannot hold, are left out, and `log`
+    says which. `crc_check`: end each file in a checksum, which `mindspore.load_checkpoint(...,
+    crc_check=True)` verifies. Raises `UserError`, also for a dtype that the format does not have.
+    """
+    task = _Task("ckpt", (".safetensors",), dict(name_map or {}), crc_check)
+    return _run(task, Path(file_path), save_path, file_name_regex, processes_num, overwrite,
+                progress, log)  # fmt: skip
+
+
+def _run(
+    task: _Task, origin: Path, save_path: str | os.PathLike[str] | None, regex: str | None,
+    workers: int, overwrite: bool, progress: Progress | None, log: Log,
+) -> Converted:  # fmt: skip
     if not origin.is_dir():
-        jobs = [_Conversion(origin, Path(f"{origin.stem}.safetensors"))]
+        jobs = [_Conversion(origin, Path(f"{origin.stem}{task.container.extension}"))]
         folder = origin.parent if save_path is None else Path(save_path)
         with _file_aside(folder, jobs[0].target, overwrite) as scratch:
-            return _convert(jobs, scratch, folder, names, 1, progress, log)[0]
+            return _convert(task, jobs, scratch, folder, 1, progress, log)[0]
     if save_path is None:
         raise UserError(
             f"{origin} is a folder", rule="its files are converted into another folder",
             advice="Give save_path (--save_path)",
         )  # fmt: skip
-    jobs = _jobs(origin, file_name_regex)
+    jobs = _jobs(task, origin, regex)
     target = Path(save_path)
     with folder_aside(target, origin, overwrite=overwrite, option="--save_path") as scratch:
-        converted, weight_map = _convert(jobs, scratch, target, names, processes_num, progress, log)
-        if (origin / TORCH_INDEX_NAME).is_file():
+        converted, weight_map = _convert(task, jobs, scratch, target, workers, progress, log)
+        if (origin / TORCH_INDEX_NAME).is_file() and task.format == "safetensors":
             total = {"total_size": converted.total_bytes}
             content = {"metadata": total, "weight_map": dict(sorted(weight_map.items()))}
             (scratch / INDEX_NAME).write_text(json.dumps(content, indent=2) + "\n")
@@ -127,7 +186,7 @@ def _file_aside(folder: Path, name: Path, overwrite: bool) -> Iterator[Path]:
                 folder.rmdir()
 
 
-def _jobs(folder: Path, regex: str | None) -> list[_Conversion]:
+def _jobs(task: _Task, folder: Path, regex: str | None) -> list[_Conversion]:
     """The files of a folder to convert. Raises `UserError` without any, or for equal targets."""
     ranks = sorted(path for path in folder.glob("rank*") if path.is_dir())
     try:
@@ -136,20 +195,20 @@ def _jobs(folder: Path, regex: str | None) -> list[_Conversion]:
         raise UserError(
             f"file_name_regex = {regex!r}", rule=f"it is not a regular expression: {error}"
         ) from None
-    index = folder / TORCH_INDEX_NAME
+    index = folder / (TORCH_INDEX_NAME if ".bin" in task.suffixes else INDEX_NAME)
     listed = {*read_index(index).values()} if index.is_file() else None
     found = [
-        _Conversion(file, file.relative_to(folder).with_name(_new_name(file)))
+        _Conversion(file, file.relative_to(folder).with_name(_new_name(task, file)))
         for place in ranks or [folder]
         for file in sorted(place.iterdir())
-        if file.suffix in SUFFIXES and not file.name.startswith(".") and file.is_file()
+        if file.suffix in task.suffixes and not file.name.startswith(".") and file.is_file()
         and wanted(file.name) and (listed is None or ranks or file.name in listed)
     ]  # fmt: skip
     if not found:
         names = sorted(path.name for path in (ranks or [folder])[0].iterdir())
         raise UserError(
             f"{folder} holds no file to convert",
-            rule=f"files of torch end in {', '.join(SUFFIXES)}"
+            rule=f"such files end in {', '.join(task.suffixes)}"
             + (f", and {regex!r} is to be found in the name" if regex else ""),
             nearest=f"There are: {', '.join(names[:NAMED])}" if names else "",
             advice="Give a file, a folder of files, or a folder of rank folders",
@@ -166,14 +225,14 @@ def _jobs(folder: Path, regex: str | None) -> list[_Conversion]:
     return found
 
 
-def _new_name(file: Path) -> str:
+def _new_name(task: _Task, file: Path) -> str:
     """`pytorch_model-00001-of-00002.bin` becomes `model-00001-of-00002.safetensors`."""
     stem = file.stem.removeprefix("pytorch_") if file.suffix == ".bin" else file.stem
-    return f"{stem}.safetensors"
+    return f"{stem}{task.container.extension}"
 
 
 def _convert(
-    jobs: list[_Conversion], scratch: Path, folder: Path, name_map: Mapping[str, str], workers: int,
+    task: _Task, jobs: list[_Conversion], scratch: Path, folder: Path, workers: int,
     progress: Progress | None, log: Log,
 ) -> tuple[Converted, dict[str, str]]:  # fmt: skip
     """Convert into `scratch`. Returns the result, with paths in `folder`, and the map from tensor
@@ -182,21 +241,13 @@ def _convert(
     sizes = [job.origin.stat().st_size if job.origin.is_file() else 0 for job in jobs]
 
     def one(job: _Conversion) -> dict[str, int]:
-        weights, left_out = weights_in(job.origin)
-        if left_out:
-            more = " ..." * (len(left_out) > NAMED)
-            log(f"{job.origin}: left out, no tensors: {', '.join(left_out[:NAMED])}{more}")
-        used.update(weights)
-        named = _renamed(job.origin, weights, name_map)
         target = scratch / job.target
         target.parent.mkdir(parents=True, exist_ok=True)
-        parts = in_file_order(
-            Part(name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape),
-                 partial(_bytes, tensor.contiguous()))
-            for name, tensor in named.items()
-        )  # fmt: skip
-        write_file(target, parts, {"format": "pt"})
-        return {part.name: part.nbytes for part in parts}
+        with Files() as files:
+            content = _content(task, job.origin, files, log)
+            used.update(content.names)
+            _write(task, target, content)
+        return {part.name: part.nbytes for part in content.parts}
 
     for start in range(0, len(jobs), workers):
         for job, written in zip(jobs[start:], in_parallel(one, jobs[start : start + workers],
@@ -205,9 +256,90 @@ def _convert(
             weight_map |= dict.fromkeys(written, job.target.name)
         if progress is not None:
             progress(sum(sizes[: start + workers]), sum(sizes))
-    _check_used(name_map, used)
+    _check_used(task.names, used)
     files = tuple(folder / job.target for job in jobs)
     return Converted(files, tensors, total), weight_map
+
+
+@dataclass(frozen=True)
+class _Content:
+    """What a new file gets."""
+
+    parts: list[Part]
+    """Under their new names, in the order of the new file."""
+    names: frozenset[str]
+    """The tensors of the old file."""
+    metadata: Mapping[str, str]
+    layout: RankFileMetadata | None = None
+
+
+def _content(task: _Task, path: Path, files: Files, log: Log) -> _Content:
+    """The content of a file, under new names. Raises `UserError`."""
+    if task.format == "safetensors" and _is_torch(path):
+        from launcher.weights.offline.torch_files import torch_parts
+
+        parts, left_out = torch_parts(path)
+        _say_left_out(path, "no tensors", left_out, log)
+        renamed = _renamed(path, parts, task.names)
+        return _Content(in_file_order(renamed), frozenset(parts), {"format": "pt"})
+    header = _header(task, path)
+    parts = stored_parts(path, header, files)
+    _say_left_out(path, "texts and no tensors", header.texts, log)
+    if task.format == "ckpt":
+        _say_left_out(path, "no elements", [n for n, p in parts.items() if is_empty(p)], log)
+    renamed = _renamed(path, parts, task.names)
+    if task.format == "safetensors":
+        ordered = in_file_order(renamed)
+    else:
+        ordered = sorted((p for p in renamed if not is_empty(p)), key=lambda part: part.name)
+    layout = layout_of(path, header, task.names, ordered)
+    return _Content(ordered, frozenset(parts), _metadata(task, header, layout), layout)
+
+
+def _metadata(
+    task: _Task, header: Header, layout: RankFileMetadata | None
+) -> Mapping[str, str]:  # fmt: skip
+    """The metadata of a new file: that of MindSpore's tools, or that of a rank file of Slipway."""
+    if layout is not None:
+        return {key: header.metadata[key] for key in ("format", REDUNDANCY)
+                if key in header.metadata}  # fmt: skip
+    return {"format": "ms"} if task.format == "safetensors" else {}
+
+
+def _is_torch(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return file.read(8).startswith(_TORCH)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _header(task: _Task, path: Path) -> Header:
+    """The header of a file to convert, whose checksum fits. Raises `UserError`."""
+    header = header_of(path)
+    is_ckpt = header.extension == required(FILE_FORMATS, "ckpt", f"{path} is read").extension
+    if is_ckpt == (task.format == "ckpt"):
+        raise UserError(
+            f"{path} is a {header.extension.removeprefix('.')} file already",
+            rule="files of torch and MindSpore are converted" if task.format == "safetensors" else
+            "files of safetensors are converted",
+        )  # fmt: skip
+    check_file(path, header)
+    return header
+
+
+def _say_left_out(path: Path, why: str, names: Iterable[str], log: Log) -> None:
+    shown = list(names)
+    if shown:
+        more = " ..." * (len(shown) > NAMED)
+        log(f"{path}: left out, {why}: {', '.join(shown[:NAMED])}{more}")
+
+
+def _write(task: _Task, target: Path, content: _Content) -> None:
+    check_dtypes(target, content.parts, task.container)
+    write_file(target, content.parts, content.metadata, content.layout, task.container)
+    if task.crc_check and task.container.seal is not None:
+        task.container.seal(target)
 
 
 def _check_used(name_map: Mapping[str, str], names: set[str]) -> None:
@@ -220,21 +352,13 @@ def _check_used(name_map: Mapping[str, str], names: set[str]) -> None:
             )
 
 
-def _renamed(
-    path: Path, weights: Mapping[str, torch.Tensor], name_map: Mapping[str, str]
-) -> dict[str, torch.Tensor]:
-    named = {name_map.get(name, name): tensor for name, tensor in weights.items()}
-    if len(named) < len(weights):
-        new = [name_map.get(name, name) for name in weights]
+def _renamed(path: Path, parts: Mapping[str, Part], name_map: Mapping[str, str]) -> list[Part]:
+    new = [name_map.get(name, name) for name in parts]
+    if len({*new}) < len(new):
         twice = next(name for name in new if new.count(name) > 1)
         raise UserError(f"{path}: two tensors would be named `{twice}`", rule="names are unique",
                         advice="Correct the name_map")  # fmt: skip
-    return named
-
-
-def _bytes(tensor: torch.Tensor, start: int, stop: int) -> memoryview:
-    """Bytes of a contiguous tensor, shared with it: its memory may be a mapped file."""
-    return bytes_of(tensor.resolve_conj().resolve_neg().reshape(-1).view(torch.uint8)[start:stop])
+    return [replace(part, name=name) for part, name in zip(parts.values(), new, strict=True)]
 
 
 def read_name_map(path: Path) -> dict[str, str]:

@@ -44,6 +44,7 @@ def write_complete(
     dtype: str | None = None,
     progress: Progress | None = None,
     share: tuple[int, int] = (0, 1),
+    metadata: Mapping[str, str] | None = None,
 ) -> Exported:
     """Write the tensors of `source` whose name passes `keep` as complete weights.
 
@@ -53,6 +54,7 @@ def write_complete(
     `form`: a key of `SAVE_FORMATS`. `share` = (k, n): write every n-th file from the k-th on, so
     that n processes write a directory together; the first also writes the index. `workers`:
     portions in flight. `dtype`: safetensors dtype that floating model weights are cast to.
+    `metadata`: of the files, beside that of the form.
     """
     target: CompleteForm = required(SAVE_FORMATS, form, f"the format {form!r} of complete weights")
     everything = source.with_extras()
@@ -69,7 +71,7 @@ def write_complete(
         for name in names
     }
     outputs, weight_map = [], dict[str, str]()
-    metadata = {"format": target.metadata}
+    metadata = {"format": target.metadata, **(metadata or {})}
     for stem in ("model", "optimizer"):
         shards = _shards({name: sizes[name] for name in groups[stem]}, max_shard_bytes)
         for index, shard in enumerate(shards, 1):
@@ -110,7 +112,8 @@ def _write_index(
 
 
 def _nbytes(source: Source, name: str, dtype: str | None) -> int:
-    found = source.dtype(name)
+    found, declared = source.dtype(name), source.written.get(name)
+    dtype = (declared and declared.dtype) or dtype
     item = ITEM_BYTES[dtype if dtype is not None and found in CASTS else found]
     return math.prod(source.shape(name)) * item
 

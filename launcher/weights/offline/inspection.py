@@ -25,7 +25,13 @@ from launcher.weights.ranks.manifests import (
     state_fault,
     text_of_elsewhere,
 )
-from launcher.weights.ranks.rank_folders import Save, save_of, saves, weight_files
+from launcher.weights.ranks.rank_folders import (
+    RANK_SUFFIXES,
+    Save,
+    save_of,
+    saves,
+    weight_files,
+)
 from launcher.weights.ranks.saves import check_exists, manifest_of, open_save, optimizer_files
 from launcher.weights.reading.checksums import file_faults
 from launcher.weights.source import (
@@ -85,8 +91,8 @@ class _Findings:
         header = header_of(path)
         self.files[path] = header.file_bytes
         rank_metadata = read_rank_metadata(path, header)
-        self.unchecked += rank_metadata is None or not (
-            rank_metadata.checksums.values or not header.entries
+        self.unchecked += not header.crc and (
+            rank_metadata is None or not (rank_metadata.checksums.values or not header.entries)
         )
         return True
 
@@ -229,7 +235,7 @@ def _remark(source: Source, findings: _Findings) -> None:
 def _files_of(root: Path, index: Path | None) -> list[Path]:
     """The files to check where they are not valid together."""
     if index is None:
-        return sorted(root.glob("[!.]*.safetensors"))
+        return sorted(file for end in RANK_SUFFIXES for file in root.glob(f"[!.]*{end}"))
     try:
         names = sorted({*read_index(index).values()})
     except UserError:

@@ -16,7 +16,7 @@ from typing import Any
 
 from launcher.errors import UserError
 from launcher.layout.mesh import layout_text
-from launcher.weights.formats.safetensors import read_header
+from launcher.weights.formats import rank_header_of
 from launcher.weights.optimizer_state import is_optimizer_state
 from launcher.weights.ranks.distributed import open_rank_files
 from launcher.weights.ranks.manifests import (
@@ -155,7 +155,7 @@ def _has_optimizer(files: Sequence[Path]) -> bool:
     """Whether the first of `files` that can be read holds optimizer state."""
     for file in files:
         with suppress(UserError):
-            return any(is_optimizer_state(name) for name in read_header(file).entries)
+            return any(is_optimizer_state(name) for name in rank_header_of(file).entries)
     return False
 
 

@@ -5,17 +5,22 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 from launcher.errors import UserError
+from launcher.extensions import NAME_WRITERS, required
+from launcher.weights.foreign_names import Named, under_hugging_face_names
 from launcher.weights.log import Log, no_log
+from launcher.weights.offline.described import described
 from launcher.weights.offline.export import DEFAULT_SHARD_BYTES, Exported, write_complete
 from launcher.weights.ranks.distributed import REDUNDANCY
 from launcher.weights.ranks.saves import (
     DEFAULT_SUFFIX,
     MODEL_FOLDER,
     copy_model_files,
+    model_folder,
     open_save,
     rank_files,
 )
@@ -25,6 +30,7 @@ from launcher.weights.streaming.stream import WORKERS, Progress
 
 __all__ = ["MODEL_FOLDER", "merge", "size_in_bytes", "unified_safetensors"]
 
+KEPT_NAMES = "huggingface"
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 """Dtypes that weights can be cast to, by their safetensors names."""
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
@@ -44,6 +50,8 @@ def unified_safetensors(
     max_shard_size: int | str = DEFAULT_SHARD_BYTES,
     dtype: str | None = None,
     overwrite: bool = False,
+    config: str | os.PathLike[str] | None = None,
+    naming: str | None = None,
 ) -> Exported:
     """Merge the save `*-{file_suffix}.safetensors` of the rank folders in `mindspore_ckpt_dir` into
     complete weights in `output_dir`. Names are those of the command of the same name.
@@ -51,7 +59,7 @@ def unified_safetensors(
     `src_strategy_dirs`: only for rank files that do not describe their layout. `has_redundancy`:
     whether the ranks hold all replicas; the metadata of the files takes precedence.
     `max_process_num`: number of threads. `dtype` (float32, bfloat16, float16): cast the weights.
-    Raises `UserError`.
+    `config`, `naming`: see `merge`. Raises `UserError`.
     """
     return merge(
         Path(mindspore_ckpt_dir),
@@ -65,6 +73,8 @@ def unified_safetensors(
         max_shard_bytes=size_in_bytes(max_shard_size),
         dtype=dtype,
         overwrite=overwrite,
+        config=None if config is None else Path(config),
+        naming=naming,
     )
 
 
@@ -83,6 +93,9 @@ def merge(
     overwrite: bool = False,
     progress: Progress | None = None,
     log: Log = no_log,
+    config: Path | None = None,
+    naming: str | None = None,
+    keys: Mapping[str, Any] | None = None,
 ) -> Exported:
     """Merge the save `suffix` of `directory` into complete weights in `output_dir`.
 
@@ -90,15 +103,20 @@ def merge(
     without `overwrite`, which replaces it only after the new one is complete. Tensors whose name
     starts with one of `drop_prefixes` are left out. What is read is checked against its checksums.
     `strategy`: path of strategy files, for rank files that need them. `dtype`: a key of `DTYPES`.
-    Raises `UserError`.
+    `config`: config.json or YAML file of the model, by default the config.json that its run wrote:
+    with it names of MindFormers become those of Hugging Face or, in MindSpore's form, the other way
+    round. `naming`: `legacy`, `mcore` or `huggingface` names in that form; None: those of the
+    family. `keys`: about the orders of rows, see `foreign_names.KEYS`. Raises `UserError`.
     """
     files = rank_files(directory, suffix)
     source = open_save(directory, files, strategy, log)
     _note_redundancy(source, has_redundancy, log)
+    named = _named(source, files[0], form, config, {**(keys or {}), "naming": naming}, log)
     with folder_aside(output_dir, directory, overwrite=overwrite) as folder:
         exported = write_complete(
-            source,
+            named.source,
             folder,
+            metadata=named.metadata,
             keep=lambda name: not name.startswith(tuple(drop_prefixes)),
             max_shard_bytes=max_shard_bytes,
             form=form,
@@ -110,6 +128,24 @@ def merge(
         if dtype is not None:
             _note_dtype(folder / "config.json", dtype)
     return exported
+
+
+def _named(
+    source: Source, file: Path, form: str, config: Path | None, given: Mapping[str, Any], log: Log
+) -> Named:
+    """The source under the names that its new form has, as far as the model is known."""
+    model = described(config, model_folder(file))
+    if given.get("naming") == KEPT_NAMES and form != "huggingface":
+        return Named(source)
+    keys = {**(model.keys if model else {}), **{k: v for k, v in given.items() if v is not None}}
+    if form == "huggingface":
+        config_json = None if model is None else model.config
+        return Named(under_hugging_face_names(source, config_json, keys, log))
+    if model is None or form != "mindspore":
+        return Named(source)
+    write = required(NAME_WRITERS, form, f"{source.path} is merged in the form of {form}")
+    named: Named = write(source, model.config, {**keys, "required": config is not None}, log)
+    return named
 
 
 def _note_dtype(config: Path, dtype: str) -> None:

@@ -9,18 +9,36 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from launcher.errors import UserError
-from launcher.weights.formats import header_of
 from launcher.weights.formats.torch_pickle import WEIGHT_KEYS, weight_key
 from launcher.weights.forms import scalar_names
-from launcher.weights.reading.tensor_bytes import DTYPE_NAMES
+from launcher.weights.reading.tensor_bytes import DTYPE_NAMES, bytes_of
+from launcher.weights.streaming.write import Part
 
-_ZIP, _OLD_TORCH = b"PK\x03\x04", b"\x80\x02\x8a\x0al\xfc\x9cF"
+_ZIP = b"PK\x03\x04"
+
+
+def torch_parts(path: Path) -> tuple[dict[str, Part], list[str]]:
+    """(name to tensor that can be written, keys that are left out) of a file of torch. Raises
+    `UserError`."""
+    weights, left_out = weights_in(path)
+    parts = {
+        name: Part(name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape),
+                   partial(_bytes, tensor.contiguous()))
+        for name, tensor in weights.items()
+    }  # fmt: skip
+    return parts, left_out
+
+
+def _bytes(tensor: torch.Tensor, start: int, stop: int) -> memoryview:
+    """Bytes of a contiguous tensor, shared with it: its memory may be a mapped file."""
+    return bytes_of(tensor.resolve_conj().resolve_neg().reshape(-1).view(torch.uint8)[start:stop])
 
 
 def weights_in(path: Path) -> tuple[dict[str, torch.Tensor], list[str]]:
@@ -74,17 +92,8 @@ def _tensors(content: Mapping[Any, Any]) -> dict[str, torch.Tensor]:
 
 
 def _loaded(path: Path) -> Any:
-    try:
-        with path.open("rb") as file:
-            start = file.read(8)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error
-    is_zip = start.startswith(_ZIP)
-    if not is_zip and start != _OLD_TORCH:
-        header_of(path)
-        raise UserError(
-            f"{path} is a safetensors file already", rule="files of torch are converted"
-        )
+    with path.open("rb") as file:
+        is_zip = file.read(len(_ZIP)) == _ZIP
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except Exception as error:

@@ -18,14 +18,15 @@ import xxhash
 from launcher.errors import UserError
 from launcher.layout.box import Box
 from launcher.layout.mesh import layout_text
+from launcher.weights.formats import rank_header_of
 from launcher.weights.formats.rank_metadata import (
     RankFileMetadata,
     inventory_of,
     read_rank_metadata,
 )
-from launcher.weights.formats.safetensors import Header, read_header
+from launcher.weights.formats.safetensors import Header
 from launcher.weights.forms import is_scalar
-from launcher.weights.pieces import Piece, Pieces
+from launcher.weights.pieces import Piece, Pieces, pieces_of
 from launcher.weights.reading.transfer import Files, read_exactly
 from launcher.weights.source import HEADER_THREADS, Source
 from launcher.weights.threads import in_parallel
@@ -48,10 +49,12 @@ def open_rank_files(
     ranks are missing whose parts no other rank holds.
     """
     if not files:
-        raise UserError(f"{path} holds no rank files", rule="*.safetensors in rank_*/ is expected")
+        raise UserError(
+            f"{path} holds no rank files", rule="*.safetensors or *.ckpt in rank_*/ is expected"
+        )
     read = dict(known or {})
     unread = [file for file in files if file not in read]
-    read |= zip(unread, in_parallel(read_header, unread, HEADER_THREADS), strict=True)
+    read |= zip(unread, in_parallel(rank_header_of, unread, HEADER_THREADS), strict=True)
     headers = {file: read[file] for file in files}
     metadata = {file: _rank_metadata(file, header) for file, header in headers.items()}
     first = next(iter(metadata))
@@ -81,13 +84,12 @@ def open_rank_files(
     tensors: dict[str, list[Piece]] = {}
     extras: dict[str, Pieces] = {}
     for file, header in headers.items():
-        for name, entry in header.entries.items():
-            shape, box = metadata[file].places[name]
-            piece = Piece(file, entry, shape, box, metadata[file].rank)
-            if is_scalar(name, shape):
-                extras.setdefault(name, Pieces([piece]))
+        for name, place in metadata[file].places.items():
+            pieces = pieces_of(file, header, name, place, metadata[file].rank)
+            if is_scalar(name, place[0]):
+                extras.setdefault(name, Pieces(pieces))
             else:
-                tensors.setdefault(name, []).append(piece)
+                tensors.setdefault(name, []).extend(pieces)
     rank_metadata = metadata[first]
     absent = (rank for rank in range(rank_metadata.world_size) if rank not in by_rank)
     lost = list(itertools.islice(absent, NAMED + 1))
@@ -208,7 +210,7 @@ def without(source: Source, lost: Sequence[int]) -> Source:
         f"{source.path}: {_ranks_text(lost)} {'has' if is_one else 'have'} no valid file; "
         f"{'its' if is_one else 'their'} parts are read from the ranks that hold the same"
     )
-    return replace(source, remarks=(remark,))
+    return replace(source, remarks=(remark, *source.remarks))
 
 
 def _ranks_text(ranks: Sequence[int]) -> str:

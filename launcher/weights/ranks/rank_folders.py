@@ -23,6 +23,8 @@ from launcher.weights.ranks.manifests import MANIFEST_FOLDER, read_manifest
 from launcher.weights.source import rank_of
 
 _NUMBERS = re.compile(r"-(\d+)_(\d+)$")
+RANK_SUFFIXES = (".safetensors", ".ckpt")
+"""Extensions of rank files, the preferred format first."""
 SHOWN = 4
 """Saves named in a message."""
 
@@ -178,13 +180,18 @@ def _names(manifest: Mapping[str, Any]) -> list[Any]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The weight files of a rank folder, of one format: safetensors where there are any."""
+    """The weight files of a rank folder: safetensors, and `.ckpt` files without a twin of them;
+    else those of the first format that there are any of."""
     files = [child for child in listed(folder) if not child.name.startswith(".")]
-    for suffix in WEIGHT_SUFFIXES:
-        found = [file for file in files if file.name.endswith(suffix) and file.is_file()]
-        if found:
-            return found
-    return []
+    by_suffix = {
+        suffix: [file for file in files if file.name.endswith(suffix) and file.is_file()]
+        for suffix in WEIGHT_SUFFIXES
+    }
+    ours, theirs = (by_suffix[suffix] for suffix in RANK_SUFFIXES)
+    if ours:
+        twins = {file.stem for file in ours}
+        return sorted([*ours, *(file for file in theirs if file.stem not in twins)])
+    return next(filter(None, by_suffix.values()), [])
 
 
 def _label(file: Path, rank: int) -> tuple[str, int]:

@@ -17,12 +17,12 @@ from typing import Any
 
 from launcher.errors import UserError
 from launcher.extensions import RANK_FILES, required
-from launcher.weights.formats import header_of
-from launcher.weights.formats.safetensors import read_header
+from launcher.weights.formats import header_of, rank_header_of
 from launcher.weights.log import Log, no_log
 from launcher.weights.ranks.distributed import OpenFiles, check_copies
 from launcher.weights.ranks.manifests import MANIFEST_FOLDER, read_manifest
 from launcher.weights.ranks.rank_folders import (
+    RANK_SUFFIXES,
     label_of,
     rank_folders,
     save_of,
@@ -47,7 +47,7 @@ SHOWN = 8
 
 
 def rank_files(directory: Path, suffix: str) -> list[Path]:
-    """The file of each rank folder that ends in `-{suffix}.safetensors`, in rank order.
+    """The file of each rank folder that ends in `-{suffix}`, without extension, in rank order.
 
     Exact: `1_1` never takes `11_1`. `1-1_1` takes the second run that wrote there, whose files are
     `CKP_rank_0_1-1_1` and so on. Raises `UserError` for none, and for two in one folder.
@@ -61,9 +61,8 @@ def rank_files(directory: Path, suffix: str) -> list[Path]:
             advice="Give the folder that holds them, usually {output_dir}/checkpoint",
         )  # fmt: skip
     files: list[Path] = []
-    end = f"{glob.escape(suffix)}.safetensors"
     for folder in folders.values():
-        matches = sorted(folder.glob(f"*-{end}")) or sorted(folder.glob(f"*_{folder.name}_{end}"))
+        matches = _matches(folder, suffix)
         if len(matches) > 1:
             raise UserError(
                 f"{folder} has two files of the save {suffix}: "
@@ -76,8 +75,7 @@ def rank_files(directory: Path, suffix: str) -> list[Path]:
     if not files:
         others = [file for folder in folders.values() for file in weight_files(folder)]
         if others and others[0].suffix != ".safetensors":
-            header_of(others[0])  # raises the error of its format,
-            read_header(others[0])  # and one for torch files, which are not rank files
+            rank_header_of(others[0])  # raises the error of its format
         found = sorted({file.stem.rpartition("-")[2] for file in others})
         raise UserError(
             f"{directory}: no file of the save {suffix}",
@@ -87,11 +85,27 @@ def rank_files(directory: Path, suffix: str) -> list[Path]:
     return files
 
 
+def _matches(folder: Path, suffix: str) -> list[Path]:
+    """The files of a rank folder whose names end in `suffix`: of safetensors where there are any,
+    else `.ckpt`."""
+    for extension in RANK_SUFFIXES:
+        end = f"{glob.escape(suffix)}{extension}"
+        found = sorted(folder.glob(f"*-{end}")) or sorted(folder.glob(f"*_{folder.name}_{end}"))
+        if found:
+            return found
+    return []
+
+
+def model_folder(rank_file: Path) -> Path:
+    """Where the run that wrote `rank_file` puts config.json and the tokenizer."""
+    run = label_of(rank_file).rpartition("-")[0]
+    return rank_file.parent.parent / MODEL_FOLDER / run
+
+
 def copy_model_files(rank_file: Path, target: Path) -> bool:
     """Copy config.json and the tokenizer of the run that wrote `rank_file`, with subfolders, into
     `target`. Returns whether there were any."""
-    run = label_of(rank_file).rpartition("-")[0]
-    folder = rank_file.parent.parent / MODEL_FOLDER / run
+    folder = model_folder(rank_file)
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     for file in files:
         place = target / file.relative_to(folder)

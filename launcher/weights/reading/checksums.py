@@ -8,6 +8,7 @@ import numpy as np
 import xxhash
 
 from launcher.errors import UserError
+from launcher.extensions import FILE_CHECKS, required
 from launcher.weights.formats import header_of
 from launcher.weights.formats.rank_metadata import Checksums, read_rank_metadata
 from launcher.weights.formats.safetensors import Header
@@ -28,11 +29,20 @@ def file_faults(path: Path, *, header_digest: str | None = None, data: bool = Tr
         if header_digest is not None and header.digest != header_digest:
             return [f"{path}: its header changed"]
         rank_metadata = read_rank_metadata(path, header)
+        if data:
+            check_file(path, header)
         if rank_metadata is None or not data:
             return []
         return _changed_blocks(path, header, rank_metadata.checksums)
     except UserError as error:
         return [str(error)]
+
+
+def check_file(path: Path, header: Header) -> None:
+    """Check a file against the checksum at its end, if it has one. Reads all of it then. Raises
+    `UserError`."""
+    if header.crc:
+        required(FILE_CHECKS, header.crc, f"{path} has a checksum")(path, header.file_bytes)
 
 
 def _changed_blocks(path: Path, header: Header, checksums: Checksums) -> list[str]:

@@ -16,18 +16,22 @@ import xxhash
 from launcher.errors import UserError
 from launcher.weights.formats.rank_metadata import Checksums, read_rank_metadata
 from launcher.weights.formats.safetensors import Header
-from launcher.weights.reading.checksums import changed
+from launcher.weights.reading.checksums import changed, check_file
 from launcher.weights.reading.transfer import Bytes, read_exactly
 from launcher.weights.source import Source
 from launcher.weights.streaming.portion import Taken
 
 
 class Audit:
-    """The files of a source that have checksums. For one thread at a time."""
+    """The files of a source that have checksums. For one thread at a time.
+
+    A file with one checksum over all of it is read for that first. Raises `UserError`.
+    """
 
     def __init__(self, source: Source, descriptor: Callable[[Path], int]) -> None:
         self._files = {}
         for path, header in source.headers.items():
+            check_file(path, header)
             rank_metadata = (
                 read_rank_metadata(path, header) if "slipway" in header.metadata else None
             )

@@ -57,8 +57,10 @@ class Output:
 
     def dtype_of(self, name: str, source: Source) -> str:
         """The dtype that `name` of the new file gets."""
-        found = source.dtype(self.boxes[name][0])
-        return self.dtype if self.dtype is not None and found in CASTS else found
+        origin = self.boxes[name][0]
+        found, declared = source.dtype(origin), source.written.get(origin)
+        wanted = (declared and declared.dtype) or self.dtype
+        return wanted if wanted is not None and found in CASTS else found
 
 
 def stream(
@@ -98,6 +100,12 @@ def _order(source: Source, name: str) -> tuple[int, str]:
     return -ITEM_BYTES[source.dtype(name)], name
 
 
+def _declared(name: str, box: Box, source: Source) -> Shape:
+    """The shape of `box` of a tensor in new files."""
+    declared = source.written.get(name)
+    return box.size if declared is None else declared.shape
+
+
 class _Writer:
     """One new file: where its tensors go, and its checksums so far."""
 
@@ -106,7 +114,9 @@ class _Writer:
         boxes = output.boxes
         # In the order in which the source is read, which is that of the hashes.
         order = sorted(boxes, key=lambda n: (_order(source, boxes[n][0]), boxes[n][1].offset))
-        self.slots = [Slot(n, output.dtype_of(n, source), boxes[n][1].size) for n in order]
+        self.slots = [
+            Slot(n, output.dtype_of(n, source), _declared(*boxes[n], source)) for n in order
+        ]
         if output.rank_metadata is None:  # not hashed: in the order that aligns what was cast too
             self.slots = in_file_order(self.slots)
         self.nbytes = sum(slot.nbytes for slot in self.slots)

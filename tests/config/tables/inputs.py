@@ -137,6 +137,13 @@ TABLE = (
         errors=(Error("--num_train_epochs", place="command line", near="--runner_config.epochs"),),
     ),
     Row(
+        name="a key without its section",
+        argv=(*TRAIN, "--dataset_strategy", "full_batch"),
+        errors=(
+            Error("--dataset_strategy", place="command line", near="--parallel.dataset_strategy"),
+        ),
+    ),
+    Row(
         name="a misspelt dotted key",
         argv=(*TRAIN, "--optimizer.weight_deacy", "0.1"),
         errors=(

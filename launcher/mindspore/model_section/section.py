@@ -1,0 +1,41 @@
+"""The order in which the keys of a MindFormers model are translated.
+
+Owns the steps. The family is first, because the others ask for it; what has no effect is last, so
+that each step sees all that was written.
+"""
+
+from __future__ import annotations
+
+from launcher.config.draft import Draft
+from launcher.mindspore.model_section import (
+    experts,
+    family,
+    layout,
+    precision,
+    rope,
+    sizes,
+    switches,
+    unused,
+)
+from launcher.mindspore.model_section.keys import SECTION, ModelKeys, config_json_of
+
+
+def translate(draft: Draft) -> None:
+    """Translate `model.model_config` and `moe_config` into keys of config.json."""
+    for section in ("model", SECTION, "moe_config"):
+        node = draft.find(section)
+        if node is not None and (node.is_text or not isinstance(node.value, dict | None)):
+            return  # reported when it is typed
+    keys = ModelKeys(draft, config_json=config_json_of(draft))
+    family.choose(keys)
+    if draft.problems:
+        return  # what the other keys mean follows from the family
+    sizes.rename(keys)
+    family.imply_defaults(keys)
+    layout.translate(keys)
+    experts.translate(keys)
+    rope.translate(keys)
+    sizes.translate(keys)
+    switches.translate(keys)
+    precision.translate(keys)
+    unused.translate(keys)

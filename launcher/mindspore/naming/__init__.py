@@ -1,0 +1,1 @@
+"""Weights under the names of MindFormers' models as weights under Hugging Face names, and back."""
