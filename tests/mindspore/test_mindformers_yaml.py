@@ -19,8 +19,11 @@ from tests.mindspore.yaml_survey import Materials, configurations, known_files
 from tests.workshop import Workshop
 
 FOLDERS = [Path(text) for text in os.environ.get("SLIPWAY_MINDFORMERS", "").split(":") if text]
-SNAPSHOT_OF_JULY_2025 = (23, 39)
-"""Of its 65 files: accepted, and accepted once the readers of data are there."""
+SNAPSHOT_OF_JULY_2025 = {"accepted": 34, "accepted with readers": 52}
+"""Of its 65 files, as a minimum. 23 and 16 more need only paths, the others a family, a tokenizer."""
+
+IMPOSSIBLE = ("tests/st/test_grace_exit_save_ckpt/test_grace_exit_save_ckpt.yaml",)
+"""It has 8 key/value heads for 4 heads, which the test that it is for changes."""
 
 _LOADER = re.compile(r"(train|eval)_dataset\.data_loader\.(type|handler) = ")
 needs_checkouts = pytest.mark.skipif(not FOLDERS, reason="SLIPWAY_MINDFORMERS is not set")
@@ -49,7 +52,7 @@ def test_files_of_a_checkout(
         name = str(file.relative_to(folder))
         found = yaml_survey.problems(file, place, monkeypatch)
         reasons.update({reason(problem) for problem in found})
-        level = table[name].level if name in table else 3
+        level = table[name].level if name in table and name not in IMPOSSIBLE else 3
         if not found:
             accepted.append(name)
         elif is_missing_reader(found):
@@ -63,4 +66,5 @@ def test_files_of_a_checkout(
     if {name for name, row in table.items() if "o" in row.snapshots} <= {
         str(file.relative_to(folder)) for file in files
     }:
-        assert (len(accepted), len(accepted) + len(waiting)) >= SNAPSHOT_OF_JULY_2025
+        assert len(accepted) >= SNAPSHOT_OF_JULY_2025["accepted"]
+        assert len(accepted) + len(waiting) >= SNAPSHOT_OF_JULY_2025["accepted with readers"]

@@ -25,6 +25,15 @@ from launcher.errors import Problem, UserError
 from tests.config.weight_files import safetensors
 
 TABLE = Path(__file__).parent / "fixtures" / "mindformers_files.tsv"
+TOKENIZER_FILES = TABLE.parent / "tokenizers"
+TOKENIZERS = {
+    "LlamaTokenizer": "unigram.model",
+    "TelechatTokenizer": "telechat.model",
+    "Llama3Tokenizer": "tiktoken.model",
+    "ChatGLM4Tokenizer": "tiktoken.model",
+}
+"""Class -> its `vocab_file`; the others have JSON files."""
+
 READERS = frozenset("RGH")
 """Needs that the readers of data cover."""
 
@@ -110,6 +119,19 @@ class Materials:
             safetensors(folder / "model.safetensors")
         return str(folder)
 
+    def tokenizer_file(self, kind: str, name: str) -> str:
+        """A file of a tokenizer of this class."""
+        if kind in TOKENIZERS:
+            return str(TOKENIZER_FILES / TOKENIZERS[kind])
+        whole = self.tokenizer / "tokenizer.json"
+        if kind != "Qwen2Tokenizer":
+            return str(whole)
+        model = json.loads(whole.read_text())["model"]
+        pairs = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
+        (self.folder / "vocab.json").write_text(json.dumps(model["vocab"]))
+        (self.folder / "merges.txt").write_text("\n".join(["#version: 0.2", *pairs]))
+        return str(self.folder / ("merges.txt" if name == "merges_file" else "vocab.json"))
+
     def weights(self, form: str, ranks: int) -> str:
         """Complete weights, or the rank folders of so many processes."""
         folder = self.folder / f"{form}{ranks}"
@@ -158,12 +180,23 @@ def replaced(file: Path, content: dict[str, Any], materials: Materials) -> list[
         form = "ckpt" if content.get("load_ckpt_format", "ckpt") == "ckpt" else "safetensors"
         one = content.get("auto_trans_ckpt") is not False
         flags["load_checkpoint"] = materials.weights(form, 1 if one else processes(content))
-    if mode == "predict" or "processor" in content:
-        flags["processor.tokenizer.pretrained_model_dir"] = str(materials.tokenizer)
-    flags |= dict(_data(content, materials))
+    flags |= {**_tokenizer(content, materials), **dict(_data(content, materials))}
     if content.get("src_strategy_path_or_dir"):
         flags["src_strategy_path_or_dir"] = materials.corpus()
     return [word for name, value in flags.items() for word in (f"--{name}", value)]
+
+
+def _tokenizer(content: dict[str, Any], materials: Materials) -> dict[str, str]:
+    """The files of the tokenizer that a configuration names, by its class."""
+    section = (content.get("processor") or {}).get("tokenizer") or {}
+    prefix = "processor.tokenizer"
+    if "vocab_file" not in section and "tokenizer_file" not in section:
+        given = {f"{prefix}.pretrained_model_dir": str(materials.tokenizer)}
+        return given if "processor" in content else {}
+    return {
+        f"{prefix}.{name}": materials.tokenizer_file(str(section.get("type")), name)
+        for name in ("vocab_file", "merges_file", "tokenizer_file") if name in section
+    }  # fmt: skip
 
 
 def _data(content: dict[str, Any], materials: Materials) -> Iterator[tuple[str, str]]:
