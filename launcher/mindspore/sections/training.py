@@ -10,7 +10,14 @@ from typing import Any
 from launcher.config.draft import Draft
 from launcher.config.schema import OPTIMIZER_ARGUMENTS, SCHEDULE_ARGUMENTS
 from launcher.mindspore.keys_not_built import CALLBACKS_NOT_BUILT
-from launcher.mindspore.sections.values import is_of_mindformers, is_on, mode, names, trains, written
+from launcher.mindspore.sections.values import (
+    is_of_mindformers,
+    is_on,
+    mode,
+    names,
+    trains,
+    written,
+)
 
 _OPTIMIZERS = {"FP32StateAdamWeightDecay": "AdamW"}
 """MindFormers' optimizers that are one of ours: its state is float32, as it always is here."""
