@@ -65,7 +65,7 @@ def _is_to_be_given(problem: Problem) -> bool:
 
 
 class _Writer:
-    """Writes the lines, and counts what was done."""
+    """Writes the lines and counts them by what they say: a state that grows with the text."""
 
     def __init__(
         self, resolved: Resolved, missing: dict[str, Problem], second_names: dict[str, str]
@@ -92,7 +92,8 @@ class _Writer:
             yield f"{indent}# {key.rpartition('.')[2]}:{self._needs(key)}"
         for change in [change for change in self.dropped if _parent(change.key) == path]:
             self.dropped.remove(change)
-            yield f"{indent}# {_last(change.key)}: {flow(change.value)}{self._no_effect(change.why)}"
+            comment = self._no_effect(change.why)
+            yield f"{indent}# {_last(change.key)}: {flow(change.value)}{comment}"
 
     def entry(self, name: str, node: Node, path: str, depth: int) -> Iterator[str]:
         """The lines of one key."""

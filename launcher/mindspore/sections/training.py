@@ -133,8 +133,8 @@ def _metric(draft: Draft) -> None:
     if "type" not in names(draft, "metric"):
         return
     found = written(draft, "metric.type")
-    unknown = [kind for kind in found or () if kind not in _METRICS] if isinstance(found, list) else (
-        [found] if found and found not in _METRICS else [])  # fmt: skip
+    kinds = found if isinstance(found, list) else [found]
+    unknown = [kind for kind in kinds if kind and kind not in _METRICS]
     evaluates = mode(draft) == "eval" or (trains(draft) and is_on(draft, "do_eval"))
     if unknown and evaluates:
         draft.refuse(
