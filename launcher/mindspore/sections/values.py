@@ -25,6 +25,12 @@ def written(draft: Draft, key: str, default: Any = None) -> Any:
     return default if value is None else value
 
 
+def word(draft: Draft, key: str, default: str = "") -> str:
+    """The text at a dotted key; `default` where something else or nothing is written."""
+    value = written(draft, key)
+    return value if isinstance(value, str) else default
+
+
 def names(draft: Draft, section: str) -> list[str]:
     """The keys of a section, none where it is no section."""
     node = draft.find(section)
