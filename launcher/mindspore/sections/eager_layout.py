@@ -15,6 +15,7 @@ from launcher.mindspore.sections.values import (
     off_or_refused,
     processes,
     prune,
+    refuse,
     written,
 )
 
@@ -79,7 +80,7 @@ def _data_parallel(draft: Draft) -> int:
         others *= _degree(draft, name)
     ranks = count(draft, key, -1)
     if ranks < 1 and ranks != -1:
-        draft.refuse(key, "must be a number of ranks, or -1 for what the other degrees leave")
+        refuse(draft, key, "must be a number of ranks, or -1 for what the other degrees leave")
         ranks = 1
     if ranks == -1:
         ranks = max((processes() or others) // others, 1)
@@ -89,8 +90,10 @@ def _data_parallel(draft: Draft) -> int:
         draft.rename(key, target)
     strategy = written(draft, f"{_ROOT}.data_parallel_shard_strategy", _STRATEGIES[0])
     if strategy not in _STRATEGIES:
-        draft.refuse(
-            f"{_ROOT}.data_parallel_shard_strategy", f"must be one of: {', '.join(_STRATEGIES)}"
+        refuse(
+            draft,
+            f"{_ROOT}.data_parallel_shard_strategy",
+            f"must be one of: {', '.join(_STRATEGIES)}",
         )
     sharded = {"parallel.enable_parallel_optimizer": True}
     why = "weights, gradients and optimizer state are sharded"
@@ -137,9 +140,11 @@ def _pipeline(draft: Draft) -> None:
     laps = _degree(draft, "pipeline_parallel_interleave_num")
     kind = written(draft, key, _SCHEDULES[0])
     if kind not in _SCHEDULES:
-        draft.refuse(key, f"must be one of: {', '.join(_SCHEDULES)}")
+        refuse(draft, key, f"must be one of: {', '.join(_SCHEDULES)}")
+        kind = _SCHEDULES[0]
     if laps > 1 and kind == "1f1b":
         kind = "interleaved_1f1b"
+        draft.imply("parallel.pipeline_config.pipeline_scheduler", kind, _STYLE)
     draft.replace(key, {"parallel.pipeline_config.pipeline_scheduler": kind})
     interleave = f"{_ROOT}.pipeline_parallel_interleave_num"
     if laps > 1:
@@ -160,7 +165,7 @@ def _layers(draft: Draft, laps: int) -> None:
     rows = [_ranges(item) for item in value] if isinstance(value, list) else []
     sizes = [[end - start for start, end in row] for row in rows if row is not None]
     if not sizes or len(sizes) != len(rows) or any(len(row) != laps for row in sizes):
-        draft.refuse(key, f"must be one text a rank, with {laps} range(s) of layers such as 0-3")
+        refuse(draft, key, f"must be one text a rank, with {laps} range(s) of layers such as 0-3")
         return
     layers = [row[lap] for lap in range(laps) for row in sizes]
     why = "layers of each stage"
@@ -189,7 +194,7 @@ def _context(draft: Draft) -> None:
         draft.replace(key, {target: _METHODS[method]} if needed else {}, "one rank has the sequence"
                       if not needed else "")  # fmt: skip
     else:
-        draft.refuse(key, f"must be one of: {', '.join(_METHODS)}")
+        refuse(draft, key, f"must be one of: {', '.join(_METHODS)}")
     degree = f"{_ROOT}.ulysses_degree_in_cp"
     if written(draft, degree) is None or method != "hybrid":
         draft.drop(degree, "the method decides")
@@ -210,7 +215,7 @@ def _recompute(draft: Draft) -> None:
     elif mode == "none":
         draft.drop("recompute.mode", "it is off")
     else:
-        draft.refuse("recompute.mode", "must be one of: None, full, select")
+        refuse(draft, "recompute.mode", "must be one of: None, full, select")
     unused = "another mode is set"
     draft.drop_all(("recompute.full_recompute_layer", "recompute.select_module"), unused)
     draft.drop("recompute.exclude_op", "operators of MindSpore; it changes memory only")
@@ -237,7 +242,7 @@ def _layers_to_recompute(draft: Draft) -> bool | list[int]:
     items = value if isinstance(value, list) else [] if value is None else [value]
     rows = [_ranges(item) for item in items]
     if any(row is None for row in rows):
-        draft.refuse(key, "must be a list of layers and ranges such as 0-3")
+        refuse(draft, key, "must be a list of layers and ranges such as 0-3")
     reach = 0
     for start, end in sorted(part for row in rows for part in row or ()):
         if start > reach:

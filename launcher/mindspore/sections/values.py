@@ -99,6 +99,13 @@ def prune(draft: Draft, section: str) -> None:
         draft.tree = without(draft.tree, section)
 
 
+def refuse(draft: Draft, key: str, rule: str, *, nearest: str = "", advice: str = "") -> None:
+    """Add a problem with a key of the eager style, and take the key away: nothing else is to be
+    said about it."""
+    draft.refuse(key, rule, nearest=nearest, advice=advice)
+    draft.tree = without(draft.tree, key)
+
+
 def off_or_refused(draft: Draft, key: str, what: str) -> None:
     """A key that is known and not built: dropped where it asks for nothing, else refused."""
     if draft.find(key) is None:
@@ -106,5 +113,4 @@ def off_or_refused(draft: Draft, key: str, what: str) -> None:
     if asks_for_nothing(written(draft, key)):
         draft.drop(key, "it is off")
     else:
-        draft.refuse(key, f"{what}: not built yet", advice="Remove it")
-        draft.tree = without(draft.tree, key)
+        refuse(draft, key, f"{what}: not built yet", advice="Remove it")
