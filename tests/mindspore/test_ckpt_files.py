@@ -1,4 +1,4 @@
-"""Files in MindSpore's `.ckpt` format are read bit for bit; those that are not valid are refused."""
+"""Files in MindSpore's `.ckpt` format are read bit for bit; damaged files are refused."""
 
 from __future__ import annotations
 
