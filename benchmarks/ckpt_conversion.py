@@ -29,13 +29,14 @@ MODULE = "benchmarks.ckpt_conversion"
 TENSOR_BYTES = 64 << 20
 
 CONVERT = """
-import json, resource, sys, time
+import json, sys, time
 {imports}
 source, target = sys.argv[1:]
 begin = time.perf_counter()
 ckpt_to_safetensors(source, target)
 seconds = time.perf_counter() - begin
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+lines = open("/proc/self/status").read().splitlines()
+peak = 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
 print(json.dumps([seconds, peak]))
 """
 OURS = "from launcher.weights import ckpt_to_safetensors\nckpt_to_safetensors"
