@@ -112,7 +112,7 @@ def _set_ends(
             advice="Set bos_token and eos_token to tokens of the model, or add_bos_token: False",
         )  # fmt: skip
     if not parts.special and not ids:
-        return  # a tokenizer.json of its own: as it says
+        return  # a tokenizer.json that adds its own tokens
     parts.backend.post_processor = TemplateProcessing(
         single=[*filter(None, before), "$A", *filter(None, after)],
         pair=[*filter(None, before), "$A", "$B:1", *filter(None, after)],
