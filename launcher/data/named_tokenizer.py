@@ -12,6 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from launcher.config.derived import tokenizer_json_of
 from launcher.config.schema.model import TokenizerSection
 from launcher.errors import UserError
 from launcher.extensions import TOKENIZER_TYPES, required
@@ -75,7 +76,7 @@ def from_tokenizer_json(path: Path) -> Tokenizer:
 
 
 def _parts(section: TokenizerSection, files: Mapping[str, Path]) -> TokenizerParts:
-    as_json = next((path for path in files.values() if path.name.endswith("tokenizer.json")), None)
+    as_json = tokenizer_json_of(files)
     if as_json is not None and section.type not in _WITH_TOKENIZER_JSON:
         return TokenizerParts(from_tokenizer_json(as_json))
     what = f"processor.tokenizer.type = {section.type!r}"

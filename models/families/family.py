@@ -80,7 +80,8 @@ class Family:
         """Other spelling -> key, as `defaults` has it."""
         counts = EXPERT_COUNTS - {self.expert_count} if self.expert_count is not None else ()
         by_family = {name: key for key, name in self.config_keys.items()}
-        return {key: str(self.expert_count) for key in counts} | by_family | self.aliases
+        by_count = dict.fromkeys(counts, str(self.expert_count))
+        return {**by_count, **by_family, **self.aliases}
 
     def variant(self, *configs: Mapping[str, Any]) -> Family:
         """This family, or the one with experts if one of `configs` has several."""

@@ -161,7 +161,8 @@ _EXPERTS = {
 }
 _WITH_EXPERTS = replace(
     _DENSE,
-    defaults=_DENSE.defaults | BALANCE | {
+    defaults={
+        **_DENSE.defaults, **BALANCE,
         "num_experts": 16, "num_experts_per_tok": 4, "norm_topk_prob": True,
         "intermediate_size": 6144,
     },
