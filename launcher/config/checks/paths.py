@@ -15,6 +15,7 @@ from launcher.config.derived import (
     has_tokenizer,
     named_tokenizer_files,
     tokenizer_dir,
+    tokenizer_json_of,
     uses_named_tokenizer,
 )
 from launcher.config.provenance import KeyProblem
@@ -198,9 +199,7 @@ def _named_tokenizer(check: Check) -> Iterator[KeyProblem]:
                 "directory with a tokenizer",
                 also=(prefix, "processor"),
             )
-    if section.type not in TOKENIZER_TYPES and not any(
-        path.name.endswith("tokenizer.json") for path in files.values()
-    ):
+    if section.type not in TOKENIZER_TYPES and tokenizer_json_of(files) is None:
         known = ", ".join(TOKENIZER_TYPES)
         yield check.wrong(
             f"{prefix}.type",
