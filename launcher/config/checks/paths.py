@@ -161,7 +161,10 @@ def tokenizer(check: Check) -> Iterator[KeyProblem]:
             "a tokenizer is required",
             what="no tokenizer is given",
             advice=f"Set {nested} or pretrained_model_dir to a Hugging Face directory",
-            also=("pretrained_model_dir", "processor", "processor.tokenizer"),
+            also=(
+                *("pretrained_model_dir", "processor", "processor.tokenizer"),
+                "train_dataset.data_loader.type",
+            ),
         )
     elif not Path(folder).is_dir():
         if key == nested:  # another rule reports the other key

@@ -122,7 +122,10 @@ def _batch(draft: Draft, ranks: int) -> None:
     why = f"{local} x {ranks} ranks x {total // max(unit, 1)} = {total}"
     draft.replace(f"{_STYLE}.local_batch_size", {"runner_config.batch_size": micro})
     draft.replace(f"{_STYLE}.global_batch_size", {target: steps}, why)
-    draft.drop(f"{_ROOT}.pipeline_parallel_microbatch_size", "it is in the number of micro-batches")
+    size = f"{_ROOT}.pipeline_parallel_microbatch_size"
+    if stages > 1:
+        draft.replace(size, {"runner_config.batch_size": micro})
+    draft.drop(size, "there is no pipeline")
 
 
 def _pipeline(draft: Draft) -> None:
@@ -193,15 +196,19 @@ def _recompute(draft: Draft) -> None:
     mode = str(written(draft, "recompute.mode", "None")).lower()
     key = "recompute_config.recompute"
     if mode == "full":
-        draft.replace("recompute.mode", {key: _layers_to_recompute(draft)}, "its layers")
+        layers = _layers_to_recompute(draft)
+        draft.replace("recompute.mode", {key: layers})
+        draft.replace("recompute.full_recompute_layer", {key: layers}, "which changes memory only")
     elif mode == "select":
-        draft.replace("recompute.mode", {"recompute_config.select_recompute": _modules(draft)})
+        selected = {"recompute_config.select_recompute": _modules(draft)}
+        draft.replace("recompute.mode", selected)
+        draft.replace("recompute.select_module", selected)
     elif mode == "none":
         draft.drop("recompute.mode", "it is off")
     else:
         draft.refuse("recompute.mode", "must be one of: None, full, select")
-    spent = "it is in recompute_config"
-    draft.drop_all(("recompute.full_recompute_layer", "recompute.select_module"), spent)
+    unused = "another mode is set"
+    draft.drop_all(("recompute.full_recompute_layer", "recompute.select_module"), unused)
     draft.drop("recompute.exclude_op", "operators of MindSpore; it changes memory only")
     prune(draft, "recompute")
     for section in ("swap", "recompute_comm"):

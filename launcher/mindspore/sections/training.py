@@ -10,7 +10,7 @@ from typing import Any
 from launcher.config.draft import Draft
 from launcher.config.schema import OPTIMIZER_ARGUMENTS, SCHEDULE_ARGUMENTS
 from launcher.mindspore.keys_not_built import CALLBACKS_NOT_BUILT
-from launcher.mindspore.sections.values import is_on, mode, names, trains, written
+from launcher.mindspore.sections.values import is_of_mindformers, is_on, mode, names, trains, written
 
 _OPTIMIZERS = {"FP32StateAdamWeightDecay": "AdamW"}
 """MindFormers' optimizers that are one of ours: its state is float32, as it always is here."""
@@ -35,6 +35,8 @@ def translate(draft: Draft) -> None:
     """Translate these sections."""
     if mode(draft) == "predict":
         _unused(draft)
+    if trains(draft) and is_of_mindformers(draft):
+        _weights(draft)
     _optimizer(draft)
     _schedule(draft)
     _loss_scale(draft)
@@ -49,6 +51,14 @@ def _unused(draft: Draft) -> None:
         if kind is not None and kind not in known:
             draft.drop(section, "predict does not train")
     draft.drop("grouped_lr_schedule", "predict does not train")
+
+
+def _weights(draft: Draft) -> None:
+    """Trained weights of float16 are float32 here, in which small updates do not vanish."""
+    for name in ("param_init_type", "params_dtype"):
+        key = f"model.model_config.{name}"
+        if written(draft, key) in ("float16", "fp16"):
+            draft.replace(key, {key: "float32"}, "float16 weights lose small updates")
 
 
 def _optimizer(draft: Draft) -> None:

@@ -45,6 +45,18 @@ def is_on(draft: Draft, key: str, default: bool = False) -> bool:
     return str(value).lower() == "true"
 
 
+_MARKS = (
+    *("use_legacy", "model.arch", "runner_wrapper.type", "parallel.parallel_mode"),
+    "trainer.model_name",
+)
+"""Keys that only a configuration of MindFormers has."""
+
+
+def is_of_mindformers(draft: Draft) -> bool:
+    """Whether a configuration was written for MindFormers, judged by keys that say nothing here."""
+    return any(draft.find(key) is not None for key in _MARKS)
+
+
 def mode(draft: Draft) -> str:
     """The run mode, `resume` and `predict_with_train_model` as what they mean."""
     value = str(written(draft, "run_mode", ""))
