@@ -156,6 +156,11 @@ TRANSLATIONS: dict[str, str] = {
 """Translations of configurations of other programs, in order: functions over a
 `launcher.config.draft.Draft`."""
 
+TRANSLATED_MODEL_KEYS: dict[str, str] = {
+    "mindformers": "launcher.mindspore.model_section.section:KEYS",
+}
+"""Keys of `model.model_config` that a translation understands, for suggestions."""
+
 PYTHON_CALLS: dict[str, str] = {
     "unified_safetensors": "launcher.weights.offline.merge:unified_safetensors",
     "ckpt_to_safetensors": "launcher.weights.offline.convert:ckpt_to_safetensors",

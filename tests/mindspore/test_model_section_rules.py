@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import random
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from launcher.errors import UserError
+from launcher.mindspore.keys_without_effect import KEYS_WITHOUT_EFFECT
+from launcher.mindspore.model_section.section import KEYS
+from models.families import model_spec
+from models.keys import ALIASES
 from tests.mindspore.yaml_models import (
     core,
     golden,
@@ -109,7 +116,10 @@ REFUSED: dict[str, tuple[str, str]] = {
         legacy(f"{LLAMA}, emb_dropout_prob: 0.1"),
         "model.model_config.emb_dropout_prob = 0.1: dropout of embeddings is not built yet.",
     ),
-    "biases": (core(f"{QWEN3}, add_bias_linear: True"), "linear layers of the family have no biases"),
+    "biases": (
+        core(f"{QWEN3}, add_bias_linear: True"),
+        "model.model_config.add_bias_linear = True: linear layers of the family have no biases.",
+    ),
     "norms": (core(f"{QWEN3}, normalization: LayerNorm"), "Nearest: RMSNorm."),
     "norms of heads": (
         core("type: Qwen2Config, num_layers: 2, qk_layernorm: True"),
@@ -127,7 +137,9 @@ REFUSED: dict[str, tuple[str, str]] = {
         "golden stick. Load the bfloat16 weights of the model, and remove quantization_config.",
     ),
     "moving bias": (
-        core(f"{DEEPSEEK}, moe_router_enable_expert_bias: True, moe_router_bias_update_rate: 0.001"),
+        core(
+            f"{DEEPSEEK}, moe_router_enable_expert_bias: True, moe_router_bias_update_rate: 0.001"
+        ),
         "model.model_config.moe_router_bias_update_rate = 0.001: moving the router's biases in "
         "training is not built yet (model.model_config.moe_router_enable_expert_bias is on). "
         "Nearest: 0.0. With 0.0 the biases of the loaded weights are used and stay as they are.",
@@ -323,7 +335,44 @@ def test_scaled_experts_of_qwen3_moe() -> None:
     sizes = f"{MOE}, num_experts_per_tok: 2, moe_intermediate_size: 8"
     spec = spec_of(core(f"{sizes}, routed_scaling_factor: 1.5"))
     experts = spec.decoder and spec.decoder.experts
-    assert experts and experts.routed_scaling_factor == 1.5
+    assert experts is not None
+    assert experts.routed_scaling_factor == 1.5
     assert spec.hf_config["routed_scaling_factor"] == 1.5
     assert any("transformers ignores it" in note for note in spec.notes)
     assert "routed_scaling_factor" not in spec_of(core(sizes)).hf_config
+
+
+WRONG: tuple[Any, ...] = (
+    *(None, "None", "", "x", True, False, 0, 1, -1, 2.5, 1e400, float("nan"), 10**400, [], [1]),
+    *([None], {}, {"factor": "x"}, {"factor": 2.0}, [[]], [[1], "a"], {"a": {}}, "1.0"),
+)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_no_value_is_a_mistake_of_ours(seed: int) -> None:
+    """Whatever is written: problems, never an exception of another kind."""
+    draw = random.Random(seed)
+    names = sorted(KEYS | {"type", "model_type", "architectures", "num_experts", *ALIASES})
+    inside = sorted(
+        KEYS_WITHOUT_EFFECT["moe_config"]["experts are described in model.model_config"]
+    )
+    kinds = [
+        "LlamaConfig",
+        "DeepseekV3Config",
+        "ChatGLM2Config",
+        "TelechatConfig",
+        "Qwen3MoeConfig",
+    ]
+    for _ in range(150):
+        section = {"type": draw.choice(kinds), "num_layers": 2}
+        section |= {draw.choice(names): draw.choice(WRONG) for _ in range(draw.randrange(6))}
+        moe = {draw.choice(inside): draw.choice(WRONG) for _ in range(draw.randrange(4))}
+        tree = {
+            "run_mode": draw.choice(["train", "predict", None]),
+            "model": {"model_config": section, "arch": {"type": draw.choice(["A", None, 3])}},
+            "moe_config": moe | {"expert_num": draw.choice([8, 1, *WRONG])},
+            "load_checkpoint": draw.choice(["", "w"]),
+        }
+        found = resolved(tree)
+        with contextlib.suppress(UserError):
+            model_spec(found.config.model.model_config, None)

@@ -57,6 +57,8 @@ def translate(keys: ModelKeys) -> None:
     if inner is not None and isinstance(inner.value, dict):
         keys.draft.rename(f"{SECTION}.{MOE}", MOE)
         section = keys.draft.find(MOE)
+    elif value_of(inner) is None:
+        keys.drop(MOE, _DENSE)
     if section is not None and isinstance(section.value, dict):
         _section(keys, list(section.value))
         keys.draft.prune(MOE)
@@ -101,13 +103,11 @@ def _counts(keys: ModelKeys, names: list[str]) -> None:
         first = int(whole(_moe(keys, "first_k_dense_replace", 0)) or 0)
         own = keys.is_own("first_k_dense_replace")
         _put(keys, "first_k_dense_replace", {"first_k_dense_replace": first} if own else {})
-    if "use_gating_sigmoid" in names:
-        _must_be(keys, "use_gating_sigmoid", scoring_of(keys.family) == "sigmoid",
-                 f"the scores of {keys.family} are a {scoring_of(keys.family)}")  # fmt: skip
-    if "use_shared_expert_gating" in names:
-        _must_be(keys, "use_shared_expert_gating", keys.family == "qwen2_moe",
-                 f"the shared expert of {keys.family} has no gate"
-                 if keys.family != "qwen2_moe" else "the shared expert of Qwen2-MoE has a gate")  # fmt: skip
+    scoring, has_gate = scoring_of(keys.family), keys.family == "qwen2_moe"
+    rule = f"the scores of {keys.family} are a {scoring}"
+    _must_be(keys, "use_gating_sigmoid", scoring == "sigmoid", rule)
+    rule = f"the shared expert of {keys.family} has {'a' if has_gate else 'no'} gate"
+    _must_be(keys, "use_shared_expert_gating", has_gate, rule)
 
 
 def _imply_defaults(keys: ModelKeys, names: list[str]) -> None:
@@ -198,7 +198,7 @@ def _put(keys: ModelKeys, name: str, values: dict[str, Any]) -> None:
 
 
 def _must_be(keys: ModelKeys, name: str, expected: bool, rule: str) -> None:
-    if bool(_moe(keys, name)) == expected:
+    if keys.draft.find(f"{MOE}.{name}") is None or bool(_moe(keys, name)) == expected:
         keys.draft.drop(f"{MOE}.{name}", f"{keys.family} has it so")
     else:
         keys.draft.refuse(f"{MOE}.{name}", rule, nearest=f"Nearest: {expected}")

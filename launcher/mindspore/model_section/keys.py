@@ -92,6 +92,12 @@ class ModelKeys:
         return config_class(self.family) if self.family and self.family not in DECODERS else None
 
     @property
+    def is_llama_like(self) -> bool:
+        """Whether the family, if it is known, has RMS norms, rotary embeddings and gated MLPs, as
+        every family of MindFormers has."""
+        return self.family in (*DECODERS, "glm", "glm4", "qwen2_moe", "")
+
+    @property
     def expert_count(self) -> str:
         """The key of the number of experts; empty for a family without experts."""
         own = DECODERS.get(self.family)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from launcher.config.draft import Draft
 from launcher.mindspore.model_section import (
+    balance,
     experts,
     family,
     layout,
@@ -18,6 +19,12 @@ from launcher.mindspore.model_section import (
     unused,
 )
 from launcher.mindspore.model_section.keys import SECTION, ModelKeys, config_json_of
+
+KEYS: frozenset[str] = frozenset().union(
+    rope.KEYS, sizes.KEYS, switches.KEYS, precision.KEYS, layout.KEYS, unused.KEYS, balance.KEYS,
+    ("moe_config", "moe_shared_expert_intermediate_size", "moe_router_score_function"),
+)  # fmt: skip
+"""The keys of model_config that are translated."""
 
 
 def translate(draft: Draft) -> None:

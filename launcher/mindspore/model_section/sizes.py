@@ -18,6 +18,11 @@ _SPELLINGS = {
 }  # fmt: skip
 """Names that only some classes of MindFormers have -> key of config.json."""
 
+KEYS = (
+    *("multi_query_attention", "mean", "embedding_size", "multiple_of", "ffn_dim_multiplier"),
+    *_SPELLINGS,
+)
+
 
 def mlp_width(hidden_size: int, multiple_of: int, multiplier: float | None) -> int:
     """The width of the gated MLP of MindFormers' LlamaConfig: two thirds of four hidden sizes,

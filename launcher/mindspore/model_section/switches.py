@@ -33,12 +33,17 @@ _FIXED: dict[str, tuple[tuple[Any, ...], str]] = {
 _GATED = ("swiglu", "fusedswiglu")
 _DROPOUTS = ("emb_dropout_prob", "embed_dropout_prob", "embedding_dropout_prob")
 
+KEYS = (
+    *("add_qkv_bias", "attn_proj_has_bias", "qk_layernorm", "multi_latent_attention"),
+    *("untie_embeddings_and_output_weights", *_FIXED, *_DROPOUTS),
+)
+
 
 def translate(keys: ModelKeys) -> None:
     """Drop what agrees with the family, refuse what does not."""
     _activation(keys)
     for name, (allowed, why) in _FIXED.items():
-        if keys.has(name) and not keys.is_own(name) and _is_decoder(keys):
+        if keys.has(name) and not keys.is_own(name) and keys.is_llama_like:
             value = keys.value(name)
             if value is None or any(_same(value, item) for item in allowed):
                 keys.drop(name, why)
@@ -56,11 +61,6 @@ def translate(keys: ModelKeys) -> None:
     _latent(keys)
     _tied(keys)
     _quantization(keys)
-
-
-def _is_decoder(keys: ModelKeys) -> bool:
-    """Whether the family is a decoder with RMS norms and gated MLPs, as all of MindFormers are."""
-    return keys.family in (*DECODERS, "glm", "glm4", "qwen2_moe", "")
 
 
 def _hidden_dropout(keys: ModelKeys) -> None:

@@ -50,6 +50,8 @@ NO_EFFECT: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 """Reason -> keys. Whatever their value."""
 
+KEYS = (*(name for names in NO_EFFECT.values() for name in names), "checkpoint_name_or_path")
+
 
 def translate(keys: ModelKeys) -> None:
     """Drop the keys without effect."""
