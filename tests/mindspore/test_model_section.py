@@ -227,6 +227,14 @@ def test_every_change_is_recorded() -> None:
     }
 
 
+@pytest.mark.parametrize("case", TWINS)
+def test_a_translated_model_is_translated_no_further(case: str) -> None:
+    once = written(TWINS[case][1])
+    again = resolved({"run_mode": "predict", "model": {"model_config": once}})
+    assert again.config.model.model_config == once
+    assert again.changes == ()
+
+
 def test_architectures_name_families() -> None:
     from launcher.mindspore.model_section.family import family_of_architecture
 

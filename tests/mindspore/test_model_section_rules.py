@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from launcher.config.resolve import resolve
 from launcher.errors import UserError
 from launcher.mindspore.keys_without_effect import KEYS_WITHOUT_EFFECT
 from launcher.mindspore.model_section.section import KEYS
@@ -329,6 +330,29 @@ def test_positions_of_the_older_classes() -> None:
     assert positions("seq_length: 512, max_position_embedding: 1024") == 1024
     assert positions("seq_length: 512, max_position_embedding: 256") == 512
     assert positions("max_position_embedding: 256") == 256
+
+
+def test_weights_of_half_precision_are_trained_in_float32() -> None:
+    keys = f"{LLAMA}, param_init_type: float16"
+    assert spec_of(legacy(keys, mode="finetune")).precision.params_dtype == "float32"
+    assert spec_of(legacy(keys)).precision.params_dtype == "float16"
+
+
+def test_the_command_line_wins_over_another_spelling(tmp_path: Path) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text(legacy(f"{LLAMA}, theta: 5.0, n_kv_heads: 4, param_init_type: float32"))
+    overrides = {
+        "num_hidden_layers": 3, "rope_theta": 7.0, "num_key_value_heads": 2,
+        "params_dtype": "bfloat16", "hidden_size": 64,
+    }  # fmt: skip
+    words = [f"model.model_config.{key}={value}" for key, value in overrides.items()]
+    found = resolve(str(path), overrides=words)
+    assert found.problems == ()
+    spec = model_spec(found.config.model.model_config, None)
+    assert spec.hf_config["rope_parameters"]["rope_theta"] == 7.0
+    assert spec.precision.params_dtype == "bfloat16"
+    sizes = ("num_hidden_layers", "num_key_value_heads", "hidden_size", "num_attention_heads")
+    assert [spec.hf_config[key] for key in sizes] == [3, 2, 64, 4]
 
 
 def test_scaled_experts_of_qwen3_moe() -> None:

@@ -111,6 +111,9 @@ def _counts(keys: ModelKeys, names: list[str]) -> None:
 
 
 def _imply_defaults(keys: ModelKeys, names: list[str]) -> None:
+    """The defaults of `moe_config`, where no config.json is below it."""
+    if keys.config_json:
+        return
     source = f"{MOE}.expert_num"
     defaults: dict[str, Any] = {
         "num_experts_per_tok": 1, "norm_topk_prob": True, "routed_scaling_factor": 1.0,
@@ -121,7 +124,8 @@ def _imply_defaults(keys: ModelKeys, names: list[str]) -> None:
     if keys.is_own("n_group") and "n_group" not in names:
         defaults |= {"n_group": 1, "topk_group": 1}
     if keys.is_own("n_shared_experts"):
-        defaults["n_shared_experts"] = 0
+        defaults |= {"n_shared_experts": 0, "first_k_dense_replace": 1}
+        defaults["moe_intermediate_size"] = 1407
     written = {_NAMES.get(name) or name for name in names}
     if "shared_expert_num" in names:
         written |= {"n_shared_experts", "shared_expert_intermediate_size"}

@@ -15,6 +15,7 @@ from launcher.mindspore.model_section import (
     precision,
     rope,
     sizes,
+    spellings,
     switches,
     unused,
 )
@@ -34,6 +35,7 @@ def translate(draft: Draft) -> None:
         if node is not None and (node.is_text or not isinstance(node.value, dict | None)):
             return  # reported when it is typed
     keys = ModelKeys(draft, config_json=config_json_of(draft))
+    spellings.translate(keys)
     family.choose(keys)
     if draft.problems:
         return  # what the other keys mean follows from the family
