@@ -96,6 +96,12 @@ NAME_WRITERS: dict[str, str] = {
 """Format of complete weights to what gives tensors the names that programs of it read: (source
 under Hugging Face names, content of config.json, options, log) -> source."""
 
+RUN_NUMBERS: dict[str, str] = {
+    "mindspore": "launcher.mindspore.hyper_param:numbers_of",
+}
+"""Format of complete weights to the numbers of a run that lie beside them: (content of the state
+file, epoch) -> parts of `hyper_param.safetensors`."""
+
 MODEL_CONFIGS: dict[str, str] = {
     "yaml": "launcher.mindspore.naming.configs:config_of_yaml",
 }
