@@ -19,7 +19,7 @@ from launcher.config.extra_keys import extra_key
 from launcher.config.key_checks import plain_value
 from launcher.config.nodes import Node, find
 from launcher.config.printing import flow, text_scalar
-from launcher.config.resolve import Resolved
+from launcher.config.resolve import EVALUATION_READS_ALL, Resolved
 from launcher.config.schema import Config, info_of
 from launcher.config.suggest import section_of
 from launcher.config.typing_rules import hints, members
@@ -65,13 +65,13 @@ def _is_to_be_given(problem: Problem) -> bool:
 
 
 class _Writer:
-    """Writes the lines, and counts what was done."""
+    """Writes the lines and counts them by what they say: a state that grows with the text."""
 
     def __init__(
         self, resolved: Resolved, missing: dict[str, Problem], second_names: dict[str, str]
     ) -> None:
         self.resolved = resolved
-        self.no_effect = set(resolved.no_effect)
+        self.no_effect = set(resolved.no_effect) - set(EVALUATION_READS_ALL)
         self.second_names = second_names
         self.counts: Counter[str] = Counter()
         self.by_new_key = {
@@ -92,7 +92,8 @@ class _Writer:
             yield f"{indent}# {key.rpartition('.')[2]}:{self._needs(key)}"
         for change in [change for change in self.dropped if _parent(change.key) == path]:
             self.dropped.remove(change)
-            yield f"{indent}# {_last(change.key)}: {flow(change.value)}{self._no_effect(change.why)}"
+            comment = self._no_effect(change.why)
+            yield f"{indent}# {_last(change.key)}: {flow(change.value)}{comment}"
 
     def entry(self, name: str, node: Node, path: str, depth: int) -> Iterator[str]:
         """The lines of one key."""
@@ -216,7 +217,10 @@ def _ordered(path: str, keys: dict[str, Node]) -> list[str]:
     """The keys of a section in the order of the schema; then the others as written."""
     kind = None if path.startswith("callbacks") else _class_of(path)
     known = [] if kind is None else [field.name for field in dataclasses.fields(kind)]
-    return [*(name for name in known if name in keys), *(name for name in keys if name not in known)]
+    return [
+        *(name for name in known if name in keys),
+        *(name for name in keys if name not in known),
+    ]
 
 
 def _value(node: Node, path: str) -> Any:

@@ -41,6 +41,10 @@ class Resolved:
 
     config: Config
     provenance: Provenance
+    written: Node
+    """The merged tree of what the user wrote."""
+    tree: Node
+    """The same in keys of this program: before implied keys and types."""
     problems: tuple[Problem, ...] = ()
     bad_keys: frozenset[str] = frozenset()
     """Keys that have a problem already: rules report nothing that follows from them."""
@@ -48,10 +52,6 @@ class Resolved:
     """Keys the user set that have no effect on PyTorch."""
     changes: tuple[Change, ...] = ()
     """What was translated from the keys of another program."""
-    tree: Node = Node(value={}, where="")
-    """What was written, translated: the tree before implied keys and types."""
-    written: Node = Node(value={}, where="")
-    """The tree before it was translated."""
 
 
 def resolve(

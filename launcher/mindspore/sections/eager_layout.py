@@ -33,7 +33,8 @@ _WITHOUT_EFFECT = {
     "gradients are averaged over the tokens of the global batch": ("disable_gradient_division",),
     "FSDP2 decides when weights are freed": ("reshard_after_forward_policy",),
     "communication is arranged by PyTorch": (
-        *("context_parallel_async", "pipeline_parallel_overlap_p2p", "pipeline_parallel_overlap_b_f"),
+        *("context_parallel_async", "pipeline_parallel_overlap_p2p"),
+        *("pipeline_parallel_overlap_b_f",),
         *("pipeline_parallel_enable_dxdw_split", "pipeline_parallel_p2p_transport", "enable_mc2"),
         *("expert_parallel_async_d2h", "moe_token_dispatcher_type", "npu_nums_per_device"),
     ),

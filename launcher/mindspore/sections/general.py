@@ -8,6 +8,7 @@ from __future__ import annotations
 from launcher.config.draft import Draft
 from launcher.mindspore.sections.values import is_of_mindformers, is_on, written
 
+
 def translate(draft: Draft) -> None:
     """Translate the keys of the top level."""
     for key in ("output_dir", "load_ckpt_format"):

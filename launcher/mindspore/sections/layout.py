@@ -83,8 +83,8 @@ def _sharding(draft: Draft) -> None:
 
 
 def _experts(draft: Draft) -> None:
-    """MindFormers also spreads experts over tensor-parallel ranks. Here they are spread over as many
-    data-parallel ranks as fit, which changes the place of an expert and no result."""
+    """MindFormers also spreads experts over tensor-parallel ranks. Here they are spread over as
+    many data-parallel ranks as fit, which changes the place of an expert and no result."""
     key = f"{_PARALLEL}.expert_parallel"
     ranks, experts = count(draft, f"{_PARALLEL}.data_parallel", 1), count(draft, key, 1)
     fitting = gcd(ranks, experts)

@@ -10,7 +10,14 @@ from typing import Any
 from launcher.config.draft import Draft
 from launcher.config.schema import OPTIMIZER_ARGUMENTS, SCHEDULE_ARGUMENTS
 from launcher.mindspore.keys_not_built import CALLBACKS_NOT_BUILT
-from launcher.mindspore.sections.values import is_of_mindformers, is_on, mode, names, trains, written
+from launcher.mindspore.sections.values import (
+    is_of_mindformers,
+    is_on,
+    mode,
+    names,
+    trains,
+    written,
+)
 
 _OPTIMIZERS = {"FP32StateAdamWeightDecay": "AdamW"}
 """MindFormers' optimizers that are one of ours: its state is float32, as it always is here."""
@@ -126,8 +133,8 @@ def _metric(draft: Draft) -> None:
     if "type" not in names(draft, "metric"):
         return
     found = written(draft, "metric.type")
-    unknown = [kind for kind in found or () if kind not in _METRICS] if isinstance(found, list) else (
-        [found] if found and found not in _METRICS else [])  # fmt: skip
+    kinds = found if isinstance(found, list) else [found]
+    unknown = [kind for kind in kinds if kind and kind not in _METRICS]
     evaluates = mode(draft) == "eval" or (trains(draft) and is_on(draft, "do_eval"))
     if unknown and evaluates:
         draft.refuse(
