@@ -178,7 +178,9 @@ def experts_of(config: Config, count: int, **more: Any) -> ExpertsConfig:
         "layers": (True,) * config["num_hidden_layers"],
         "intermediate_size": config.get("moe_intermediate_size") or config["intermediate_size"],
         "norm_topk_prob": config.get("norm_topk_prob", True),
-        "routed_scaling_factor": float(config.get("routed_scaling_factor", 1.0)),
+        "routed_scaling_factor": float(
+            config.get("routed_scaling_factor", config.get("router_topk_scaling_factor", 1.0))
+        ),
         "balance_coefficient": float(config["router_aux_loss_coef"]) if is_balanced else 0.0,
     }
     return ExpertsConfig(

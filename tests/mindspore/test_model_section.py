@@ -221,7 +221,7 @@ def test_every_change_is_recorded() -> None:
     kinds = {change.key: change.kind for change in found.changes}
     assert kinds["model.model_config.type"] == "replaced"
     assert kinds["model.model_config.rotary_emb_base"] == "no effect"
-    assert {key for key, kind in kinds.items() if kind == "no effect"} <= {*found.no_effect}
+    assert {"model.model_config.qkv_concat", "model.arch"} <= {*found.no_effect}
     assert not {"use_past", "qkv_concat", "checkpoint_name_or_path"} & {
         *written(TWINS["qwen2_5"][1])
     }

@@ -12,6 +12,7 @@ from launcher.mindspore.model_section import (
     experts,
     family,
     layout,
+    moe_config,
     precision,
     rope,
     sizes,
@@ -23,7 +24,7 @@ from launcher.mindspore.model_section.keys import SECTION, ModelKeys, config_jso
 
 KEYS: frozenset[str] = frozenset().union(
     rope.KEYS, sizes.KEYS, switches.KEYS, precision.KEYS, layout.KEYS, unused.KEYS, balance.KEYS,
-    ("moe_config", "moe_shared_expert_intermediate_size", "moe_router_score_function"),
+    experts.KEYS, ("moe_config",),
 )  # fmt: skip
 """The keys of model_config that are translated."""
 
@@ -42,7 +43,9 @@ def translate(draft: Draft) -> None:
     sizes.rename(keys)
     family.imply_defaults(keys)
     layout.translate(keys)
+    moe_config.translate(keys)
     experts.translate(keys)
+    balance.translate(keys)
     rope.translate(keys)
     sizes.translate(keys)
     switches.translate(keys)

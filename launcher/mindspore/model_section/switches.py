@@ -28,7 +28,7 @@ _FIXED: dict[str, tuple[tuple[Any, ...], str]] = {
     "pre_seq_len": ((None, 0), "prefixes are not trained"),
     "quantization_bit": ((0, None), "weights are not quantized"),
 }  # fmt: skip
-"""Key -> the values that agree with every family that runs here, and what they say."""
+"""Key -> the values that agree with every family that runs here, and what they mean."""
 
 _GATED = ("swiglu", "fusedswiglu")
 _DROPOUTS = ("emb_dropout_prob", "embed_dropout_prob", "embedding_dropout_prob")
@@ -106,7 +106,7 @@ def _biases(keys: ModelKeys) -> None:
 
 
 def _has_bias(keys: ModelKeys, name: str) -> bool | None:
-    """Whether a family has these biases; None if another key says it, or nothing is known."""
+    """Whether a family has these biases; None if another key decides, or nothing is known."""
     own = DECODERS.get(keys.family)
     if own is None:
         return True if keys.family == "qwen2_moe" and name != "attn_proj_has_bias" else None

@@ -85,7 +85,7 @@ def _is_path(value: Any) -> bool:
 
 
 def _pipeline(keys: ModelKeys) -> None:
-    """An `offset` of zeros for another pipeline degree says that stages are even."""
+    """An `offset` of zeros for another pipeline degree asks for even stages."""
     name = "offset"
     node = keys.draft.find(f"{SECTION}.{name}")
     stages = value_of(keys.draft.find("parallel_config.pipeline_stage"))
