@@ -75,7 +75,7 @@ def _scale(keys: ModelKeys, name: str) -> None:
 
 def _scoring(keys: ModelKeys, name: str) -> None:
     value = keys.value(name)
-    if value is None or not keys.family or (name == "scoring_func" and keys.is_own(name)):
+    if value is None or not keys.family or keys.is_own(name):
         return
     has = scoring_of(keys.family)
     if value != has and keys.expert_count:

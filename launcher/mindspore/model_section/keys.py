@@ -80,10 +80,10 @@ class ModelKeys:
         return default if found is None else found
 
     def is_own(self, name: str) -> bool:
-        """Whether config.json of the family has a key of this name."""
+        """Whether config.json of the family has a key of this name that may have several values."""
         own = DECODERS.get(self.family)
         if own is not None:
-            return name in own.own_keys | GENERAL | ROPE
+            return name in (own.own_keys | GENERAL | ROPE) - own.fixed.keys()
         return self.known is not None and self.known.has(name)
 
     @property
