@@ -131,7 +131,7 @@ def _stacks(spec: ModelSpec) -> Iterator[tuple[str, int]]:
     experts = None if spec.decoder is None else spec.decoder.experts
     if experts is None:
         return
-    kinds = [kind for kind, rule in _parameters(spec).items() if rule.entry]
+    kinds = [kind for kind, rule in _parameters(spec).items() if rule.is_stacked]
     for layer, has_experts in enumerate(experts.layers):
         for kind in kinds if has_experts else ():
             yield f"model.layers.{layer}.{kind}", experts.num_experts

@@ -46,7 +46,7 @@ TWINS = (
     Twin("qwen3_moe", "mcore"),
     Twin("qwen3_moe", "mcore_contiguous", PLAIN_QKV),
     *(Twin("deepseek_v3", form) for form in ("legacy", "legacy_bmm", "mcore", "mcore_old")),
-    *(Twin("glm4_9b", form) for form in ("legacy", "legacy_concat", "legacy_rearranged")),
-    Twin("glm4_9b", "online_concat"),
+    *(Twin("glm4_9b", form) for form in ("legacy", "legacy_concat", "online_concat")),
+    Twin("glm4_9b", "legacy_rearranged", ("--mindformers_rearranged_rope", "True")),
     *(Twin("telechat2", form) for form in ("legacy", "legacy_concat")),
 )

@@ -1,8 +1,8 @@
 """The model family of a MindFormers configuration.
 
-Owns the step from `type`, `model_type`, `architectures` and `arch.type`, with the switches that make
-another family of MindFormers' LlamaConfig, to the `type` or `model_type` of this launcher, and the
-defaults of MindFormers' older classes where those of the family differ.
+Owns the step from `type`, `model_type`, `architectures` and `arch.type`, with the switches that
+make another family of MindFormers' LlamaConfig, to the `type` or `model_type` of this launcher, and
+the defaults of MindFormers' older classes.
 """
 
 from __future__ import annotations

@@ -80,16 +80,22 @@ class ModelKeys:
         return default if found is None else found
 
     def is_own(self, name: str) -> bool:
-        """Whether config.json of the family has a key of this name."""
+        """Whether config.json of the family has a key of this name that may have several values."""
         own = DECODERS.get(self.family)
         if own is not None:
-            return name in own.own_keys | GENERAL | ROPE
+            return name in (own.own_keys | GENERAL | ROPE) - own.fixed.keys()
         return self.known is not None and self.known.has(name)
 
     @property
     def known(self) -> ConfigClass | None:
         """The configuration class of a family that runs through its transformers module."""
         return config_class(self.family) if self.family and self.family not in DECODERS else None
+
+    @property
+    def is_llama_like(self) -> bool:
+        """Whether the family, if it is known, has RMS norms, rotary embeddings and gated MLPs, as
+        every family of MindFormers has."""
+        return self.family in (*DECODERS, "glm", "glm4", "qwen2_moe", "")
 
     @property
     def expert_count(self) -> str:

@@ -50,6 +50,8 @@ NO_EFFECT: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 """Reason -> keys. Whatever their value."""
 
+KEYS = (*(name for names in NO_EFFECT.values() for name in names), "checkpoint_name_or_path")
+
 
 def translate(keys: ModelKeys) -> None:
     """Drop the keys without effect."""
@@ -83,7 +85,7 @@ def _is_path(value: Any) -> bool:
 
 
 def _pipeline(keys: ModelKeys) -> None:
-    """An `offset` of zeros for another pipeline degree says that stages are even."""
+    """An `offset` of zeros for another pipeline degree asks for even stages."""
     name = "offset"
     node = keys.draft.find(f"{SECTION}.{name}")
     stages = value_of(keys.draft.find("parallel_config.pipeline_stage"))

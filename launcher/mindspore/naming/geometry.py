@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from launcher.layout.box import Box, Shape
+from launcher.mindspore.ckpt_values import boxes_between
 from launcher.weights.formats.safetensors import ITEM_BYTES, Entry
 from launcher.weights.pieces import Piece
 from launcher.weights.reading.strided_copy import c_strides
@@ -239,19 +240,26 @@ def _is_c_ordered(size: Shape, strides: Shape) -> bool:
 
 
 def reshaped(pieces: Iterable[Piece], shape: Shape) -> list[Piece]:
-    """The same bytes as pieces of a tensor of `shape`. Raises ValueError for a piece that is no
-    run of complete rows of it."""
-    result, width = [], math.prod(shape[1:])
-    for piece in pieces:
-        start = sum(
-            at * stride
-            for at, stride in zip(piece.box.offset, c_strides(piece.shape, 1), strict=True)
+    """The same bytes as pieces of a tensor of `shape`, which has as many elements."""
+    return [made for piece in pieces for made in _reshaped(piece, shape)]
+
+
+def _reshaped(piece: Piece, shape: Shape) -> Iterator[Piece]:
+    """Each run of a C-ordered piece as boxes of `shape`."""
+    item, box = ITEM_BYTES[piece.entry.dtype], piece.box
+    strides = c_strides(piece.shape, 1)
+    inner = len(box.size) - 1  # the outermost dim of a run
+    while inner > 0 and box.size[inner] == piece.shape[inner]:
+        inner -= 1
+    run, done = math.prod(box.size[inner:]), 0
+    outer = (range(at, at + n) for at, n in zip(box.offset[:inner], box.size, strict=False))
+    for at in itertools.product(*outer):
+        first = sum(
+            index * stride
+            for index, stride in zip((*at, *box.offset[inner:]), strides, strict=True)
         )
-        count = piece.box.numel
-        tails = [n == full for n, full in zip(piece.box.size[1:], piece.shape[1:], strict=True)]
-        if piece.entry.strides or start % width or count % width or not all(tails):
-            raise ValueError(f"a part of {list(piece.box.size)} of {list(piece.shape)}")
-        rest = shape[1:]
-        box = Box((start // width, *(0 for _ in rest)), (count // width, *rest))
-        result.append(piece._replace(shape=shape, box=box))
-    return result
+        for part in boxes_between(shape, first, first + run):
+            start = piece.entry.start + done * item
+            done += part.numel
+            entry = Entry(piece.entry.dtype, part.size, start, start + part.numel * item)
+            yield Piece(piece.file, entry, shape, part, piece.rank)

@@ -213,7 +213,7 @@ def _pieces(name: str, uses: list[Use], source: Source, sizes: Sizes) -> Pieces:
             shapes.setdefault(one.hf.shape, use.stored)
             same_bytes = stored
             if one.mf.shape != stored[0].shape:
-                same_bytes = Pieces(_as_rows(use, stored, one, source))
+                same_bytes = Pieces(reshaped(stored, one.mf.shape))
             axes = one.axes
             pieces += moved(same_bytes, one.mf, one.hf, axes)
     if len(shapes) > 1:
@@ -240,17 +240,4 @@ def links_of(use: Use, shape: Shape, sizes: Sizes, source: Source) -> list[Link]
             f"{sizes.heads} heads, {sizes.groups} key/value heads, hidden size {sizes.hidden}"
             + (f", {sizes.experts} experts" if sizes.experts else ""),
             advice="Give the config.json of these weights",
-        ) from error
-
-
-def _as_rows(use: Use, stored: Pieces, one: Link, source: Source) -> list[Any]:
-    try:
-        return reshaped(stored, one.mf.shape)
-    except ValueError as error:
-        raise UserError(
-            f"`{use.stored}` is cut into {error}",
-            where=str(source.path),
-            rule="experts in this form, of earlier versions, can be read where ranks hold complete "
-            "rows of it",
-            advice="Merge the rank files first, with the tool of MindSpore that wrote them",
         ) from error
