@@ -65,7 +65,7 @@ def _is_to_be_given(problem: Problem) -> bool:
 
 
 class _Writer:
-    """Writes the lines and counts them by what they say: a state that grows with the text."""
+    """Writes the lines and counts them by kind: a state that grows with the text."""
 
     def __init__(
         self, resolved: Resolved, missing: dict[str, Problem], second_names: dict[str, str]

@@ -38,7 +38,7 @@ def names(draft: Draft, section: str) -> list[str]:
 
 
 def count(draft: Draft, key: str, default: int) -> int:
-    """The whole number at a dotted key; `default` where something else or nothing is written."""
+    """The integer at a dotted key; `default` where something else or nothing is written."""
     value = written(draft, key, default)
     if isinstance(value, float) and value.is_integer():
         value = int(value)
@@ -59,7 +59,7 @@ _MARKS = (
 
 
 def is_of_mindformers(draft: Draft) -> bool:
-    """Whether a configuration was written for MindFormers, judged by keys that say nothing here."""
+    """Whether a configuration was written for MindFormers, judged by keys without effect here."""
     return any(draft.find(key) is not None for key in _MARKS)
 
 
@@ -100,8 +100,8 @@ def prune(draft: Draft, section: str) -> None:
 
 
 def refuse(draft: Draft, key: str, rule: str, *, nearest: str = "", advice: str = "") -> None:
-    """Add a problem with a key of the eager style, and take the key away: nothing else is to be
-    said about it."""
+    """Add a problem with a key of the eager style, and take the key away, so that it has one
+    problem only."""
     draft.refuse(key, rule, nearest=nearest, advice=advice)
     draft.tree = without(draft.tree, key)
 
