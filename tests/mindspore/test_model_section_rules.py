@@ -320,6 +320,19 @@ def test_offset_of_another_pipeline_degree(offset: str, stages: int, kept: bool)
     assert ("offset" in written(core(f"{QWEN3}, offset: {offset}", more=more))) == kept
 
 
+def test_interleaving_of_one_stage_a_rank_is_none() -> None:
+    pipeline = "parallel: {pipeline_config: {pipeline_interleave: True}}\n"
+
+    def interleaves(keys: str) -> bool:
+        config = resolved(core(f"{QWEN3}, {keys}", more=pipeline)).config
+        return config.parallel.pipeline_config.pipeline_interleave
+
+    assert not interleaves("pp_interleave_num: 1")
+    assert interleaves("pp_interleave_num: 2")
+    found = resolved(f"{pipeline}{legacy(f'{LLAMA}, pp_interleave_num: 1', mode='train')}").config
+    assert not found.parallel.pipeline_config.pipeline_interleave
+
+
 def test_boosted_models_are_ordinary_ones() -> None:
     def family(keys: str) -> str:
         return spec_of(legacy(f"{keys}, num_layers: 2, llm_backend: BuildIn")).family
