@@ -258,10 +258,7 @@ TABLE = (
     Row(
         name="CheckpointMonitor's options not built yet",
         add="    checkpoint_format: ckpt\n    enc_key: secret\n",
-        errors=(
-            Error("callbacks.1.checkpoint_format = 'ckpt'", at="format: ckpt"),
-            Error("callbacks.1.enc_key = 'secret'", at="enc_key"),
-        ),
+        errors=(Error("callbacks.1.enc_key = 'secret'", at="enc_key"),),
     ),
     Row(
         name="CheckpointMonitor's choices",
