@@ -32,6 +32,7 @@ def fill(root: Path, *names: str, ranks: int = 2) -> None:
         (["a_rank_1_rank_{}-1_1.safetensors"], "a_rank_1-1_1", (0, 1, 1)),
         (["x_rank_{}-1_2.ckpt", "x_rank_{}-1_1.safetensors", "meta.json"], "x-1_2", (0, 1, 2)),
         (["x_rank_{}-1_2.ckpt.tmp", "x_rank_{}-1_1.safetensors"], "x-1_1", (0, 1, 1)),
+        (["x_rank_{}-1_1.ckpt", "x_rank_{}-1_1.safetensors"], "x-1_1", (0, 1, 1)),
         (["x_rank_{}-1_1.safetensors", ".x_rank_{}-1_2.safetensors"], "x-1_1", (0, 1, 1)),
     ],
 )
