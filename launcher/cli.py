@@ -214,7 +214,7 @@ def _print_problems(problems: Iterable[Problem], *, tail: str = ".") -> None:
 
 
 def _log_replaced(resolved: Resolved) -> None:
-    """One line for each value of another program that another value stands for."""
+    """One line for each value of another program that is replaced by another value."""
     for change in resolved.changes:
         if change.kind == "replaced" and change.new_keys == (change.key,):
             why = f": {change.why}" if change.why else ""

@@ -65,7 +65,7 @@ def _is_to_be_given(problem: Problem) -> bool:
 
 
 class _Writer:
-    """Writes the lines and counts them by what they say: a state that grows with the text."""
+    """Writes the lines and counts them by kind: a state that grows with the text."""
 
     def __init__(
         self, resolved: Resolved, missing: dict[str, Problem], second_names: dict[str, str]
@@ -113,7 +113,8 @@ class _Writer:
             yield f"{indent}{key}: {flow(_value(node, path))}{self._origin(path, node)}"
 
     def _item(self, item: Node, path: str, depth: int) -> Iterator[str]:
-        lines = list(self.section(item, path, depth + 1)) if isinstance(item.value, dict) else [
+        is_section = isinstance(item.value, dict) and item.value
+        lines = list(self.section(item, path, depth + 1)) if is_section else [
             flow(plain_value(item))]  # fmt: skip
         first = next((i for i, line in enumerate(lines) if not line.lstrip().startswith("#")), 0)
         lines.insert(0, lines.pop(first))

@@ -1,6 +1,6 @@
 """The top level of a MindFormers configuration.
 
-Owns what its single keys mean where their name alone does not say it.
+Owns what its single keys mean where that does not follow from their name.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def translate(draft: Draft) -> None:
 
 
 def _cutting(draft: Draft) -> None:
-    """`auto_trans_ckpt: True` of a template says nothing as long as no weights are given: where
+    """`auto_trans_ckpt: True` of a template has no effect as long as no weights are given: where
     there are some they are cut if need be. Elsewhere it is an assertion that there are some."""
     is_empty = not written(draft, "load_checkpoint", "")
     if is_empty and is_on(draft, "auto_trans_ckpt") and is_of_mindformers(draft):

@@ -41,7 +41,7 @@ def translate(draft: Draft) -> None:
 
 
 def _one_process(draft: Draft) -> None:
-    """`use_parallel: False` is a run of one process, whatever the degrees say."""
+    """`use_parallel: False` is a run of one process, whatever the degrees are."""
     if written(draft, "use_parallel") is None or is_on(draft, "use_parallel", default=True):
         return
     if (processes() or 1) == 1:
@@ -93,7 +93,7 @@ def _experts(draft: Draft) -> None:
 
 
 def _schedule(draft: Draft) -> None:
-    """Schedules over pieces of a sequence give the result of those over whole sequences."""
+    """Schedules over pieces of a sequence give the result of those over full sequences."""
     kind = written(draft, _SCHEDULER)
     if kind not in _SEQUENCE_SCHEDULES:
         return

@@ -5,8 +5,6 @@ Owns their second names and forms. What only a training run uses has no effect i
 
 from __future__ import annotations
 
-from typing import Any
-
 from launcher.config.draft import Draft
 from launcher.config.schema import OPTIMIZER_ARGUMENTS, SCHEDULE_ARGUMENTS
 from launcher.mindspore.keys_not_built import CALLBACKS_NOT_BUILT
@@ -16,11 +14,12 @@ from launcher.mindspore.sections.values import (
     mode,
     names,
     trains,
+    word,
     written,
 )
 
 _OPTIMIZERS = {"FP32StateAdamWeightDecay": "AdamW"}
-"""MindFormers' optimizers that are one of ours: its state is float32, as it always is here."""
+"""MindFormers' optimizers that are known here under another name: their state is float32, as it always is here."""
 
 _SCHEDULES = {
     "polynomial": "PolynomialWithWarmUpLR",
@@ -54,8 +53,8 @@ def translate(draft: Draft) -> None:
 def _unused(draft: Draft) -> None:
     """What predict does not use is dropped where it is not known here."""
     for section, known in (("optimizer", OPTIMIZER_ARGUMENTS), ("lr_schedule", SCHEDULE_ARGUMENTS)):
-        kind = written(draft, f"{section}.type")
-        if kind is not None and kind not in known:
+        kind = word(draft, f"{section}.type")
+        if kind and kind not in known:
             draft.drop(section, "predict does not train")
     draft.drop("grouped_lr_schedule", "predict does not train")
 
@@ -69,7 +68,7 @@ def _weights(draft: Draft) -> None:
 
 
 def _optimizer(draft: Draft) -> None:
-    kind = written(draft, "optimizer.type")
+    kind = word(draft, "optimizer.type")
     if kind in _OPTIMIZERS:
         why = "the state of AdamW is always float32"
         draft.replace("optimizer.type", {"optimizer.type": _OPTIMIZERS[kind]}, why)
@@ -97,7 +96,7 @@ def _betas(draft: Draft) -> None:
 
 
 def _schedule(draft: Draft) -> None:
-    kind = written(draft, "lr_schedule.type")
+    kind = word(draft, "lr_schedule.type")
     if kind in _SCHEDULES:
         draft.replace("lr_schedule.type", {"lr_schedule.type": _SCHEDULES[kind]})
     if _SCHEDULES.get(kind, kind) == "ConstantWarmUpLR":
@@ -123,7 +122,7 @@ def _callbacks(draft: Draft) -> None:
     if node is None or not isinstance(node.value, list) or trains(draft) or not mode(draft):
         return
     for index in reversed(range(len(node.value))):
-        kind: Any = written(draft, f"callbacks.{index}.type")
+        kind = word(draft, f"callbacks.{index}.type")
         if kind in CALLBACKS_NOT_BUILT:
             draft.drop(f"callbacks.{index}", f"{kind} is for training")
 
