@@ -4,11 +4,12 @@ python in_mindspore.py load file.ckpt ckpt        prints {name: [dtype, shape, b
 python in_mindspore.py merge ranks strategy out   merge_pipeline_strategys, unified_safetensors
 """
 
+import importlib
 import json
 import os
 import sys
 
-import mindspore
+mindspore = importlib.import_module("mindspore")  # of another environment
 
 
 def load(path: str, file_format: str) -> None:

@@ -180,6 +180,26 @@ REFUSED: dict[str, tuple[str, str]] = {
         legacy(LLAMA, moe="expert_num: 8, shared_expert_num: 1"),
         "moe_config.shared_expert_num = 1: mixtral has no shared experts. Nearest: 0.",
     ),
+    "a gate of shared experts": (
+        legacy(
+            "type: DeepseekV3Config, num_layers: 4", arch="A",
+            moe="expert_num: 8, shared_expert_num: 1, use_shared_expert_gating: True",
+        ),
+        "moe_config.use_shared_expert_gating = True: the shared expert of deepseek_v3 has no gate. "
+        "Set moe_config.use_shared_expert_gating: False.",
+    ),
+    "shared experts without a gate": (
+        legacy(f"{LLAMA}, qkv_has_bias: True", moe="expert_num: 8, shared_expert_num: 1"),
+        "moe_config.shared_expert_num = 1: the shared expert of qwen2_moe has a gate.",
+    ),
+    "dense layers of mixtral": (
+        legacy(LLAMA, moe="expert_num: 8, first_k_dense_replace: 2"),
+        "moe_config.first_k_dense_replace = 2: every layer of mixtral has experts.",
+    ),
+    "sigmoid scores of mixtral": (
+        legacy(LLAMA, moe="expert_num: 8, use_gating_sigmoid: True"),
+        "moe_config.use_gating_sigmoid = True: the scores of mixtral are a softmax.",
+    ),
     "experts of a dense family": (
         core(QWEN3, more="moe_config: {expert_num: 8}\n"),
         "moe_config.expert_num = 8: not built yet. Describe the experts in model.model_config",
@@ -318,6 +338,19 @@ def test_checkpoint_name_or_path(tmp_path: Path) -> None:
 def test_offset_of_another_pipeline_degree(offset: str, stages: int, kept: bool) -> None:
     more = f"parallel_config: {{pipeline_stage: {stages}}}\n"
     assert ("offset" in written(core(f"{QWEN3}, offset: {offset}", more=more))) == kept
+
+
+def test_interleaving_of_one_stage_a_rank_is_none() -> None:
+    pipeline = "parallel: {pipeline_config: {pipeline_interleave: True}}\n"
+
+    def interleaves(keys: str) -> bool:
+        config = resolved(core(f"{QWEN3}, {keys}", more=pipeline)).config
+        return config.parallel.pipeline_config.pipeline_interleave
+
+    assert not interleaves("pp_interleave_num: 1")
+    assert interleaves("pp_interleave_num: 2")
+    found = resolved(f"{pipeline}{legacy(f'{LLAMA}, pp_interleave_num: 1', mode='train')}").config
+    assert not found.parallel.pipeline_config.pipeline_interleave
 
 
 def test_boosted_models_are_ordinary_ones() -> None:

@@ -82,6 +82,7 @@ class ModelKeys:
     def is_own(self, name: str) -> bool:
         """Whether config.json of the family has a key of this name that may have several values."""
         own = DECODERS.get(self.family)
+        own = own and (own.with_experts or own)
         if own is not None:
             return name in (own.own_keys | GENERAL | ROPE) - own.fixed.keys()
         return self.known is not None and self.known.has(name)
@@ -101,6 +102,7 @@ class ModelKeys:
     def expert_count(self) -> str:
         """The key of the number of experts; empty for a family without experts."""
         own = DECODERS.get(self.family)
+        own = own and (own.with_experts or own)
         if own is not None:
             return own.expert_count or ""
         counts = ("num_experts", "num_local_experts", "n_routed_experts")

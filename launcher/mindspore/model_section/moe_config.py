@@ -47,6 +47,11 @@ _NAMES = {
     "use_shared_expert_gating": "", "use_gating_sigmoid": "",
 }  # fmt: skip
 """Keys of `moe_config` that describe the model -> key of config.json; empty: read separately."""
+_NOTHING: dict[str, Any] = {
+    "norm_topk_prob": True, "routed_scaling_factor": 1.0, "n_group": 1, "topk_group": 1,
+    "num_experts_per_tok": 1,
+}  # fmt: skip
+"""What a family does that has no such key."""
 _SCALE = "router_topk_scaling_factor"
 _KNOWN = frozenset({*_WITHOUT_EFFECT, *_NAMES, *balance.MOE_KEYS})
 
@@ -99,15 +104,27 @@ def _counts(keys: ModelKeys, names: list[str]) -> None:
     _put(keys, "expert_num", {keys.expert_count: as_integer(_moe(keys, "expert_num"))})
     if "shared_expert_num" in names:
         _shared(keys)
+    keys.draft.drop(f"{MOE}.use_shared_expert_gating", "it follows from the family")
     if "first_k_dense_replace" in names:
-        first = int(as_integer(_moe(keys, "first_k_dense_replace", 0)) or 0)
-        own = keys.is_own("first_k_dense_replace")
-        _put(keys, "first_k_dense_replace", {"first_k_dense_replace": first} if own else {})
-    scoring, has_gate = scoring_of(keys.family), keys.family == "qwen2_moe"
-    rule = f"the scores of {keys.family} are a {scoring}"
-    _must_be(keys, "use_gating_sigmoid", scoring == "sigmoid", rule)
-    rule = f"the shared expert of {keys.family} has {'a' if has_gate else 'no'} gate"
-    _must_be(keys, "use_shared_expert_gating", has_gate, rule)
+        _dense_layers(keys)
+    if _moe(keys, "use_gating_sigmoid") and scoring_of(keys.family) != "sigmoid":
+        rule = f"the scores of {keys.family} are a softmax"
+        keys.draft.refuse(f"{MOE}.use_gating_sigmoid", rule, nearest="Nearest: False")
+    else:
+        keys.draft.drop(f"{MOE}.use_gating_sigmoid", "the scores follow from the family")
+
+
+def _dense_layers(keys: ModelKeys) -> None:
+    """`first_k_dense_replace`, of which True is one layer."""
+    name = "first_k_dense_replace"
+    written = _moe(keys, name, 0)
+    if keys.is_own(name):
+        _put(keys, name, {name: as_integer(written) if written is not None else 0})
+    elif written in (True, False):
+        _put(keys, name, {})
+    else:
+        keys.draft.refuse(f"{MOE}.{name}", f"every layer of {keys.family} has experts",
+                          nearest="Nearest: 0")  # fmt: skip
 
 
 def _imply_defaults(keys: ModelKeys, names: list[str]) -> None:
@@ -135,10 +152,14 @@ def _imply_defaults(keys: ModelKeys, names: list[str]) -> None:
 
 
 def _shared(keys: ModelKeys) -> None:
+    """Shared experts, whose gate is a matter of the family."""
+    gate = "use_shared_expert_gating"
     count = as_integer(_moe(keys, "shared_expert_num"))
     width = _moe(keys, "moe_intermediate_size") or keys.size("moe_intermediate_size")
     if count is None:
         keys.draft.refuse(f"{MOE}.shared_expert_num", "must be an integer of at least 0")
+    elif count and bool(_moe(keys, gate)) != (keys.family == "qwen2_moe"):
+        _wrong_gate(keys, gate)
     elif keys.is_own("n_shared_experts"):
         _put(keys, "shared_expert_num", {"n_shared_experts": count})
     elif keys.is_own("shared_expert_intermediate_size"):
@@ -172,13 +193,6 @@ def _value(keys: ModelKeys, name: str, key: str) -> None:
         )
 
 
-_NOTHING: dict[str, Any] = {
-    "norm_topk_prob": True, "routed_scaling_factor": 1.0, "n_group": 1, "topk_group": 1,
-    "num_experts_per_tok": 1,
-}  # fmt: skip
-"""What a family does that has no such key."""
-
-
 def _is_nothing(key: str, value: Any) -> bool:
     return value == _NOTHING[key] or (key in ("n_group", "topk_group") and not value)
 
@@ -199,12 +213,15 @@ def _expert_width(keys: ModelKeys, width: Any) -> None:
 def _put(keys: ModelKeys, name: str, values: dict[str, Any]) -> None:
     keys.draft.replace(
         f"{MOE}.{name}", {f"{SECTION}.{key}": value for key, value in values.items()},
-        "" if values else _KERNELS,
+        "" if values else "every model of the family has it so",
     )  # fmt: skip
 
 
-def _must_be(keys: ModelKeys, name: str, expected: bool, rule: str) -> None:
-    if keys.draft.find(f"{MOE}.{name}") is None or bool(_moe(keys, name)) == expected:
-        keys.draft.drop(f"{MOE}.{name}", f"{keys.family} has it so")
-    else:
-        keys.draft.refuse(f"{MOE}.{name}", rule, nearest=f"Nearest: {expected}")
+def _wrong_gate(keys: ModelKeys, gate: str) -> None:
+    has_gate = keys.family == "qwen2_moe"
+    key = gate if keys.draft.find(f"{MOE}.{gate}") is not None else "shared_expert_num"
+    keys.draft.refuse(
+        f"{MOE}.{key}",
+        f"the shared expert of {keys.family} has {'a' if has_gate else 'no'} gate",
+        advice=f"Set {MOE}.{gate}: {has_gate}",
+    )

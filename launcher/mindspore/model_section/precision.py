@@ -1,7 +1,6 @@
 """Precisions that MindFormers names and the implementation does not have as a key.
 
-Owns the keys beyond those of `models.keys.PRECISIONS`, and weights that MindFormers trains in
-float16, which have float32 here. The residual stream has the compute dtype,
+Owns the keys beyond those of `models.keys.PRECISIONS`. The residual stream has the compute dtype,
 the router scores in float32: another value is accepted and noted, it is never an error.
 """
 
@@ -19,19 +18,11 @@ _REASONS = {
     "norms are fused by the compiler": ("fused_rms_norm", "fused_norm", "rmsnorm_compute_2d"),
 }  # fmt: skip
 
-_HALF = ("float16", "fp16", "half")
-
 KEYS = tuple(name for names in _REASONS.values() for name in names)
 
 
 def translate(keys: ModelKeys) -> None:
-    """Drop the keys that have no effect; the older classes train weights of half precision in
-    float32."""
-    name = "param_init_type"
-    if keys.trains and keys.is_legacy and keys.value(name) in _HALF:
-        keys.replace(
-            name, {"params_dtype": "float32"}, "Adam's second moment underflows in float16"
-        )
+    """Drop the keys that have no effect."""
     for why, names in _REASONS.items():
         for name in names:
             if not keys.is_own(name):

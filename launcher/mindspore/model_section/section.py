@@ -17,6 +17,7 @@ from launcher.mindspore.model_section import (
     rope,
     sizes,
     spellings,
+    stages,
     switches,
     unused,
 )
@@ -50,4 +51,5 @@ def translate(draft: Draft) -> None:
     sizes.translate(keys)
     switches.translate(keys)
     precision.translate(keys)
+    stages.translate(keys)
     unused.translate(keys)

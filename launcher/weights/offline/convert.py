@@ -66,7 +66,7 @@ def ckpt_to_safetensors(
     files in it, the index, configuration and tokenizer are converted or copied. Without `save_path`
     a single file is converted beside the old one. `name_map`: name of a tensor to its new name.
     `file_name_regex`: converts the files whose name matches. `processes_num`: files at a time.
-    Texts among the tensors, which safetensors cannot hold, are left out, and `log` says which.
+    Texts among the tensors, which safetensors cannot hold, are left out and logged.
     Name and arguments are MindSpore's. Raises `UserError`.
     """
     task = Task("safetensors", SUFFIXES, dict(name_map or {}))
@@ -89,8 +89,8 @@ def safetensors_to_ckpt(
     """Convert a file of safetensors, or all in a folder, to `.ckpt` files that MindSpore reads.
 
     The mirror image of `ckpt_to_safetensors`, whose arguments it has. Tensors are in the order of
-    their names. Tensors without elements, which the format cannot hold, are left out, and `log`
-    says which. `crc_check`: end each file in a checksum, which `mindspore.load_checkpoint(...,
+    their names. Tensors without elements, which the format cannot hold, are left out and logged.
+    `crc_check`: end each file in a checksum, which `mindspore.load_checkpoint(...,
     crc_check=True)` verifies. Raises `UserError`, also for a dtype that the format does not have.
     """
     task = Task("ckpt", (".safetensors",), dict(name_map or {}), crc_check)

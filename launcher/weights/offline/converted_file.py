@@ -1,6 +1,6 @@
 """Conversion of one file: what a new file gets from an old one, and how it is written.
 
-Owns what is left out (and said), the order of tensors, and metadata: what MindSpore's own tools
+Owns what is left out (and logged), the order of tensors, and metadata: what MindSpore's own tools
 write (`format`: ms, or none). The layout in a rank file of Slipway is carried over. Torch is
 imported for files of torch only.
 """
