@@ -47,7 +47,7 @@ def migrate(
 ) -> Migration:
     """The text for a resolved configuration. `found`: the problems of the rules; `second_names`:
     keys that `source` writes under another name."""
-    missing = {_key(problem): problem for problem in found if _is_to_be_given(problem)}
+    missing = {_key(problem): problem for problem in reversed(found) if _is_to_be_given(problem)}
     writer = _Writer(resolved, missing, second_names)
     body = [*writer.section(resolved.tree, "", 0), *writer.rest()]
     counts = ", ".join(f"{count} {word}" for word, count in writer.counts.items())
@@ -134,13 +134,15 @@ class _Writer:
         change = self._change(path)
         if change is not None:
             self.counts[change.kind] += 1
-            old = f" {change.key}" if change.key != path else ""
-            value = f" = {flow(change.value)}" if change.kind == "replaced" else ""
+            was = "it was" if change.key == path else change.key
+            sign = " " if change.key == path else " = "
+            value = f"{sign}{flow(change.value)}" if change.kind == "replaced" else ""
             why = f" ({change.why})" if change.why else ""
-            return _comment(f"{change.kind}:{old}{value}{why}")
-        if path in self.second_names:
-            self.counts["renamed"] += 1
-            return _comment(f"renamed: {self.second_names[path]}")
+            return _comment(f"{change.kind}: {was}{value}{why}")
+        for key, name in self.second_names.items():
+            if path == key or path.startswith(f"{key}."):
+                self.counts["renamed"] += 1
+                return _comment(f"renamed: {name}{path[len(key) :]}")
         is_new = find(self.resolved.written, path) is None
         self.counts["added" if is_new else "kept"] += 1
         if is_from_command_line(node):

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
+from launcher import cli
 from launcher.config.printing import to_yaml
 from launcher.config.resolve import Resolved, read_tree
 from launcher.config.yaml_reader import read_text
@@ -280,6 +281,34 @@ def test_the_command_line_wins_in_the_eager_style(tmp_path: Path) -> None:
     assert (config.runner_config.max_steps, config.seed) == (2, 5)
     assert config.optimizer.weight_decay == 0.5
     assert config.parallel_config.use_seq_parallel
+
+
+def test_a_migrated_file_tells_what_to_give(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = "use_legacy: True\nrun_mode: finetune\nload_checkpoint: ''\npretrained_model_dir: /x/y\n"
+    text += "generation: {top_k: 3}\nlr_schedule: {type: polynomial, learning_rate: 1.e-3}\n"
+    Path("x.yaml").write_text(text)
+    assert cli.main(["--config", "x.yaml", "--migrate", "--runner_config.epochs", "2"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for line in (
+        "run_mode: finetune  # kept",
+        "pretrained_model_dir: /x/y  # needs you: no such directory",
+        'load_checkpoint: ""  # needs you: finetune requires weights',
+        "  top_k: 3  # renamed: generation.top_k",
+        "  epochs: 2  # kept: command line: --runner_config.epochs",
+        "  type: PolynomialWithWarmUpLR  # replaced: it was polynomial",
+        "# use_legacy: true  # no effect here: old and new configurations are read in the same way",
+    ):
+        assert line in lines, lines
+    Path("x.yaml").write_text(text + "epoks: 2\n")
+    assert cli.main(["--config", "x.yaml", "--migrate"]) == 2
+    found = capsys.readouterr()
+    assert "unknown key `epoks`" in found.err
+    assert "run_mode: finetune  # kept" in found.out.splitlines()
+    assert cli.main(["--help"]) == 0
+    assert "--migrate" in capsys.readouterr().out
 
 
 def test_keys_without_a_field_survive_printing() -> None:

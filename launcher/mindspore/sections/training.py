@@ -19,7 +19,7 @@ from launcher.mindspore.sections.values import (
 )
 
 _OPTIMIZERS = {"FP32StateAdamWeightDecay": "AdamW"}
-"""MindFormers' optimizers that are known here under another name: their state is float32, as it always is here."""
+"""MindFormers' optimizers that have another name here, where optimizer state is always float32."""
 
 _SCHEDULES = {
     "polynomial": "PolynomialWithWarmUpLR",
