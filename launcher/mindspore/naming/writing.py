@@ -78,7 +78,7 @@ def options_from(given: Mapping[str, Any]) -> WriteOptions:
 def as_written(
     source: Source, config: Mapping[str, Any], given: Mapping[str, Any], log: Log
 ) -> Named:
-    """`source` under names of MindFormers, and the metadata that says which orders its files have.
+    """`source` under names of MindFormers, and the metadata that names the orders of its files.
 
     `config`: the content of config.json. Raises `UserError` for a model without such names, unless
     they are not required, and for tensors that have none.
@@ -112,7 +112,7 @@ def as_written(
 
 
 def _sizes(config: Mapping[str, Any], source: Source) -> Sizes:
-    """The sizes in config.json, with the experts that the files have where it does not say."""
+    """The sizes in config.json, with the experts that the files have where it has none."""
     sizes = sizes_of(config)
     if sizes.experts:
         return sizes
@@ -245,7 +245,7 @@ def _pieces(prefix: str, rule: Rule, source: Source, sizes: Sizes) -> Pieces:
 
 
 def _metadata(rules: list[Rule], orders: Orders) -> dict[str, str]:
-    """What files say about the orders of the rows in the tensors of `rules`."""
+    """Metadata of files about the orders of the rows in the tensors of `rules`."""
     names = [rule.mf.rpartition(".")[0] for rule in rules]
     found = {}
     if any(name.endswith(("w_qkv", "linear_qkv")) for name in names):
