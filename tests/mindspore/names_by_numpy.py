@@ -204,7 +204,7 @@ def telechat(hf: Arrays, config: dict[str, Any], *, is_fused: bool, tp: int = 1)
         f = f"{m}feed_forward."
         if f"{p}mlp.router.weight" in hf:
             ms[f"{f}router.dense.weight"] = hf[f"{p}mlp.router.weight"]
-            place, e = f"{p}mlp.local_experts.", range(config["num_experts"])
+            place, e = f"{p}mlp.local_experts.", range(len(hf[f"{p}mlp.router.weight"]))
             for n, name in enumerate(("gate", "down", "up"), 1):
                 ms[f"{f}ffn.w{n}.weight"] = np.stack(
                     [hf[f"{place}{i}.{name}_proj.weight"] for i in e])  # fmt: skip

@@ -122,7 +122,6 @@ def telechat(pick: random.Random, kind: str) -> tuple[Config, Arrays]:
     config = {
         "model_type": "telechat", "hidden_size": hidden, "n_layer": 2, "n_head": groups * ratio,
         "num_key_value_heads": groups, "ffn_hidden_size": width,
-        "num_experts": experts if kind == "telechat_moe" else 0,
     }  # fmt: skip
     shapes: dict[str, tuple[int, ...]] = {
         "transformer.word_embeddings.weight": (11, hidden), "transformer.ln_f.weight": (hidden,),
@@ -143,6 +142,8 @@ def telechat(pick: random.Random, kind: str) -> tuple[Config, Arrays]:
             shapes |= {f"{place}{n}_proj.weight": (width, hidden) for n in ("gate", "up")}
             shapes |= {f"{place}down_proj.weight": (hidden, width),
                        f"{place}down_proj.bias": (hidden,)}  # fmt: skip
+    if kind == "telechat_moe" and pick.random() < 0.5:
+        config["num_experts"] = experts
     return config, _filled(pick, shapes)
 
 

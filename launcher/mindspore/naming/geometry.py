@@ -5,7 +5,7 @@ numpy a link of a fused projection to its query rows is
 
     fused.reshape(groups, rows, hidden)[:, :query]  ==  query.reshape(groups, query, hidden)
 
-and where the axes of one part are swapped in the other (stacks of experts) `axes` says how.
+and where the axes of one part are swapped in the other (stacks of experts) `axes` pairs them.
 Invariant: every piece that is made lies inside the piece it is made from. Torch-free.
 """
 
@@ -85,7 +85,7 @@ def link(hf: Side, mf: Side, axes: Sequence[int] | None = None) -> Link:
     return made
 
 
-def whole(shape: Shape) -> Side:
+def full_side(shape: Shape) -> Side:
     """All of a tensor."""
     return Side(tuple((length,) for length in shape), tuple(Span(0, length) for length in shape))
 

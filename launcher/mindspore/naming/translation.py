@@ -101,7 +101,7 @@ def under_hugging_face_names(
     naming = naming_of(parameters)
     if naming is None:
         return source
-    sizes = sizes_of(config)
+    sizes = _with_experts(sizes_of(config), source, parameters)
     table = naming.tables.get(sizes.family)
     if table is None:
         if naming.name == "chatglm":
@@ -118,6 +118,15 @@ def under_hugging_face_names(
     make_all = lambda name: make(shared.get(name, name))  # noqa: E731
     others = {name: source.tensors[name] for name in rest}
     return replace(source, tensors=Translated(make_all, [*uses, *shared], others))
+
+
+def _with_experts(sizes: Sizes, source: Source, parameters: Mapping[str, str]) -> Sizes:
+    """`sizes` with the experts that the files have, where config.json does not give their number
+    (TeleChat2 has no class whose keys would be known)."""
+    stack = next((name for bare, name in parameters.items() if bare.endswith(".ffn.w1.weight")), "")
+    if sizes.experts or not stack:
+        return sizes
+    return replace(sizes, experts=source.shape(stack)[0])
 
 
 def _say(source: Source, naming: Naming, left_out: list[str], log: Log) -> None:

@@ -29,7 +29,7 @@ class Described:
     config: Mapping[str, Any]
     """Content of its config.json."""
     keys: Mapping[str, Any] = field(default_factory=dict)
-    """What the file says about the orders of rows in weights, see `foreign_names.KEYS`."""
+    """Keys in the file about the orders of rows in weights, see `foreign_names.KEYS`."""
     folder: Path | None = None
     """The folder of its config.json."""
 
