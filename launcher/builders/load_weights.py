@@ -26,6 +26,7 @@ from launcher.parallel.tied import broadcast_tied
 from launcher.weights.content import content_of
 from launcher.weights.foreign_names import KEYS, under_hugging_face_names
 from launcher.weights.forms import may_be_foreign
+from launcher.weights.joined import apart
 from launcher.weights.reading.load import LoadReport
 from launcher.weights.source import Source, holds_complete
 from launcher.weights.tensor_mapping import mapped, shapes_in_files
@@ -66,12 +67,12 @@ def find_weights(job: Job) -> Source | None:
 
 
 def under_model_names(job: Job, source: Source) -> Source:
-    """`source` under Hugging Face names, where it has those of another program. Raises
-    `UserError`."""
-    if not may_be_foreign(source.tensors):
-        return source
-    keys = {key: getattr(job.config, key) for key in KEYS}
-    return under_hugging_face_names(source, job.spec.hf_config, keys, job.log)
+    """`source` under the names that rank files have: from those of Hugging Face, or of another
+    program. Raises `UserError`."""
+    if may_be_foreign(source.tensors):
+        keys = {key: getattr(job.config, key) for key in KEYS}
+        source = under_hugging_face_names(source, job.spec.hf_config, keys, job.log)
+    return apart(source, job.spec.hf_config)
 
 
 def check_same_model(job: Job) -> None:

@@ -18,6 +18,7 @@ from launcher.config.resolve import resolve
 from launcher.errors import UserError
 from launcher.layout.box import Box, Shape
 from launcher.layout.layout import SHARDED, Layout
+from launcher.weights.joined import apart
 from launcher.weights.optimizer_state import is_optimizer_state
 from launcher.weights.source import Source
 from launcher.weights.tensor_mapping import MappingsOf
@@ -35,6 +36,8 @@ class ConfiguredLayout:
 
     layout: Layout
     mappings_of: MappingsOf
+    source: Source
+    """The checkpoint, under the names that rank files have."""
 
     @property
     def world_size(self) -> int:
@@ -91,12 +94,13 @@ def configured_layout(config_file: str, source: Source) -> ConfiguredLayout:
     config = resolved.config
     spec = model_spec(config.model.model_config, read_config_json(config))
     mesh = mesh_of(config)
+    source = apart(source, spec.hf_config)
     shapes = _shapes(source, spec)
     layout = layout_of(
         shapes, set(shapes), spec, mesh, split=split_of(config, spec),
         vocab_emb_dp=config.parallel_config.vocab_emb_dp, otherwise=SHARDED,
     )  # fmt: skip
-    return ConfiguredLayout(layout, mappings_of(_parameters(spec)))
+    return ConfiguredLayout(layout, mappings_of(_parameters(spec)), source)
 
 
 def _section(problem: Any) -> str:

@@ -116,8 +116,13 @@ def saved(module: nn.Module) -> dict[str, Tensor]:
 
 
 def stacked(on_disk: Mapping[str, Tensor], own: Decoder) -> dict[str, Tensor]:
-    """Tensors by their names on disk -> by those of `own`: experts of a layer stacked."""
+    """Tensors by their names on disk -> by those of `own`: experts of a layer stacked, gate and up
+    apart."""
     left, result = dict(on_disk), {}
+    for name in [name for name in left if name.endswith(".mlp.gate_up_proj.weight")]:
+        gate, up = left.pop(name).chunk(2)
+        left[name.replace("gate_up_proj", "gate_proj")] = gate
+        left[name.replace("gate_up_proj", "up_proj")] = up
     for name, tensor in own.state_dict().items():
         experts = unstacked(name, tensor.shape, own.config.parameters)
         result[name] = torch.stack([left.pop(e) for e in experts]) if experts else left.pop(name)

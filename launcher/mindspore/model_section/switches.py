@@ -60,7 +60,7 @@ def translate(keys: ModelKeys) -> None:
 
 def _is_decoder(keys: ModelKeys) -> bool:
     """Whether the family is a decoder with RMS norms and gated MLPs, as all of MindFormers are."""
-    return keys.family in (*DECODERS, "glm", "glm4", "qwen2_moe", "")
+    return keys.family in (*DECODERS, "qwen2_moe", "")
 
 
 def _hidden_dropout(keys: ModelKeys) -> None:
