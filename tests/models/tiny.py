@@ -40,6 +40,10 @@ LLAMA = {"type": "LlamaConfig"}
 QWEN_MOE = {"type": "Qwen3MoeConfig"}
 DEEPSEEK = {"type": "DeepseekV3Config"}
 
+GLM: dict[str, dict[str, Any]] = {
+    "glm": {"type": "GlmConfig", "head_dim": 24, "pad_token_id": 3},
+    "glm4": {"type": "Glm4Config", "head_dim": 24, "pad_token_id": 3},
+}  # fmt: skip
 EXPERTS: dict[str, dict[str, Any]] = {
     "qwen3_moe": {
         "type": "Qwen3MoeConfig", "head_dim": 24, "expert_num": 8, "num_experts_chosen": 3,
