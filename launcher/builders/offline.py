@@ -36,8 +36,6 @@ class ConfiguredLayout:
 
     layout: Layout
     mappings_of: MappingsOf
-    source: Source
-    """The checkpoint, under the names that rank files have."""
 
     @property
     def world_size(self) -> int:
@@ -94,13 +92,12 @@ def configured_layout(config_file: str, source: Source) -> ConfiguredLayout:
     config = resolved.config
     spec = model_spec(config.model.model_config, read_config_json(config))
     mesh = mesh_of(config)
-    source = apart(source, spec.hf_config)
-    shapes = _shapes(source, spec)
+    shapes = _shapes(apart(source, spec.hf_config), spec)
     layout = layout_of(
         shapes, set(shapes), spec, mesh, split=split_of(config, spec),
         vocab_emb_dp=config.parallel_config.vocab_emb_dp, otherwise=SHARDED,
     )  # fmt: skip
-    return ConfiguredLayout(layout, mappings_of(_parameters(spec)), source)
+    return ConfiguredLayout(layout, mappings_of(_parameters(spec)))
 
 
 def _section(problem: Any) -> str:

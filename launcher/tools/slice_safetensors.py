@@ -74,7 +74,6 @@ def _slice(options: argparse.Namespace, console: Console) -> int:
         from launcher.builders.offline import configured_layout
 
         layout = configured_layout(options.config, source)
-        source = layout.source
     else:
         read = required(STRATEGY_LAYOUTS, "predict_strategy", "--predict_strategy")
         layout = read(options.predict_strategy, source, console.log)

@@ -20,6 +20,7 @@ from launcher.errors import UserError
 from launcher.extensions import JOINED_MODULES, installed
 from launcher.layout.box import Shape
 from launcher.weights.geometry import Side, Span, moved, whole
+from launcher.weights.optimizer_state import parameter_of
 from launcher.weights.pieces import Piece, Pieces
 from launcher.weights.scales import SUFFIX
 from launcher.weights.source import Source
@@ -30,18 +31,21 @@ Modules = Mapping[str, tuple[str, ...]]
 has as many."""
 
 
-def apart(source: Source, config: Mapping[str, Any] | None) -> Source:
+def apart(
+    source: Source, config: Mapping[str, Any] | None, wanted: Container[str] | None = None
+) -> Source:
     """`source` with the names of the model: what files have together is several tensors.
 
-    `config`: content of config.json. Raises `UserError` for tensors that cannot be divided.
+    `config`: content of config.json. `wanted`: only into parameters with these names, of any model.
+    Raises `UserError` for tensors that cannot be divided.
     """
     origin: dict[str, tuple[str, int, int]] = {}
     """Part to the tensor in files, the number of the part in it, the number of parts."""
-    modules = _modules(config)
+    modules = _modules(config, of_any=wanted is not None)
     for name in source.tensors:
-        parts = _replaced(name, ((end, many) for end, many in modules.items())) or ()
-        for number, part in enumerate(parts):
-            origin[part] = (name, number, len(parts))
+        parts = _replaced(name, modules.items()) or ()
+        if wanted is None or all(parameter_of(part) in wanted for part in parts):
+            origin |= {part: (name, number, len(parts)) for number, part in enumerate(parts)}
     if not origin:
         return source
     _check_once(source, origin)

@@ -27,10 +27,10 @@ from launcher.layout.mesh import Mesh
 from launcher.layout.shard import Shard
 from launcher.parallel.apply import shards
 from launcher.parallel.model_parts import ModelParts
+from launcher.weights.joined import apart
 from launcher.weights.offline.export import write_complete
 from launcher.weights.ranks.distributed import open_rank_files
 from launcher.weights.ranks.rank_file import write_rank_file
-from launcher.weights.joined import apart
 from launcher.weights.reading.load import load
 from launcher.weights.source import open_complete
 from launcher.weights.tensor_mapping import TensorMapping, mapped, shapes_in_files
