@@ -58,7 +58,7 @@ FAMILIES_ONCE = [
     Case("telechat", tp=8, parallel=SEQUENCE),
     Case("telechat tied", dp=2, tp=2, pp=2, sharded=True),
     Case("telechat", tp=2, cp=2, more={"recompute_config": {"recompute": True}}),
-    Case("glm 9b", dp=2, tp=4, sharded=True, parallel=SEQUENCE),
+    Case("glm 9b", tp=8, parallel=SEQUENCE),
     Case("glm 0414", dp=2, tp=2, pp=2, parallel=SEQUENCE, model={"hidden_dropout": 0.1}),
     Case("glm 0414", tp=2, cp=2, more={"recompute_config": {"recompute": True}}),
     Case("qwen3 moe", dp=2, ep=2, micro=2, model=BALANCE),
