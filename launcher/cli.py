@@ -151,6 +151,7 @@ def _checked(line: CommandLine) -> Resolved:
         check_rendezvous()
     if rank_or_zero() == 0:
         _log_ignored(resolved.no_effect)
+        _log_replaced(resolved)
         for warning in rules.warnings(config, provenance):
             print(f"warning: {warning}", file=sys.stderr)
     return resolved
@@ -210,6 +211,15 @@ def _print_problems(problems: Iterable[Problem], *, tail: str = ".") -> None:
         print(f"{mark}{count} errors{tail}", file=sys.stderr)
     if rank and has_own_log():  # rank 0, whose log is the console, ends first
         time.sleep(ECHO_DELAY_SECONDS)
+
+
+def _log_replaced(resolved: Resolved) -> None:
+    """One line for each value of another program that is replaced by another value."""
+    for change in resolved.changes:
+        if change.kind == "replaced" and change.new_keys == (change.key,):
+            why = f": {change.why}" if change.why else ""
+            print(f"{change.where}: {change.key} = {change.value!r} is another value here{why}",
+                  file=sys.stderr)  # fmt: skip
 
 
 def _log_ignored(keys: Sequence[str]) -> None:

@@ -103,6 +103,12 @@ NAME_WRITERS: dict[str, str] = {
 """Format of complete weights to what gives tensors the names that programs of it read: (source
 under Hugging Face names, content of config.json, options, log) -> source."""
 
+RUN_NUMBERS: dict[str, str] = {
+    "mindspore": "launcher.mindspore.hyper_param:numbers_of",
+}
+"""Format of complete weights to the numbers of a run that lie beside them: (content of the state
+file, epoch) -> parts of `hyper_param.safetensors`."""
+
 MODEL_CONFIGS: dict[str, str] = {
     "yaml": "launcher.mindspore.naming.configs:config_of_yaml",
 }
@@ -162,6 +168,11 @@ TRANSLATIONS: dict[str, str] = {
 }
 """Translations of configurations of other programs, in order: functions over a
 `launcher.config.draft.Draft`."""
+
+TRANSLATED_MODEL_KEYS: dict[str, str] = {
+    "mindformers": "launcher.mindspore.model_section.section:KEYS",
+}
+"""Keys of `model.model_config` that a translation understands, for suggestions."""
 
 PYTHON_CALLS: dict[str, str] = {
     "unified_safetensors": "launcher.weights.offline.merge:unified_safetensors",

@@ -21,6 +21,7 @@ _LEAST = {
     "kv_lora_rank": 1, "qk_nope_head_dim": 1, "qk_rope_head_dim": 1, "v_head_dim": 1,
 }  # fmt: skip
 """Integer key -> its minimum; only `q_lora_rank` may be None."""
+_NOT_NEGATIVE = ("router_aux_loss_coef", "routed_scaling_factor", "router_topk_scaling_factor")
 _FLAGS = ("norm_topk_prob", "output_router_logits", "rope_interleave")
 
 
@@ -54,7 +55,7 @@ class ExpertsCheck:
         for key in _FLAGS:
             if key in own and not isinstance(config[key], bool):
                 self._add(key, "must be True or False")
-        for key in ("router_aux_loss_coef", "routed_scaling_factor"):
+        for key in _NOT_NEGATIVE:
             if key in own and not (is_number(config[key]) and config[key] >= 0):
                 self._add(key, "must be a number of at least 0")
         dense = config.get("mlp_only_layers")

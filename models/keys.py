@@ -1,12 +1,15 @@
 """The keys of `model_config`: the meaning of each key of MindFormers or Hugging Face.
 
 Owns the tables from a key to its meaning. Each key is in exactly one of them: an alias of a
-config.json key, a precision, a generation setting, accepted without effect, or not built yet.
+config.json key, a precision, a generation setting, or not built yet. Keys that only MindFormers has
+are translated before they arrive here (`launcher.extensions.TRANSLATIONS`).
 """
 
 from __future__ import annotations
 
 from typing import Any
+
+from launcher.extensions import TRANSLATED_MODEL_KEYS, installed
 
 ALIASES: dict[str, str] = {
     "num_layers": "num_hidden_layers",
@@ -81,68 +84,8 @@ GENERAL: frozenset[str] = frozenset({
 
 ROPE: frozenset[str] = frozenset({"rope_theta", "rope_scaling", "rope_parameters"})
 
-WRITE_MLP_WIDTH = "Set intermediate_size"
-_WRITE_ROPE_SCALING = "Set rope_scaling: {rope_type: linear | dynamic | yarn | llama3, factor: 2.0}"
-
-REPLACED: dict[str, tuple[str, str]] = {
-    "extend_method": (
-        "the context is extended by rope_scaling, as in config.json",
-        _WRITE_ROPE_SCALING,
-    ),
-    "scaling_factor": (
-        "the context is extended by rope_scaling, as in config.json",
-        _WRITE_ROPE_SCALING,
-    ),
-    "multiple_of": ("the width of the MLP is set directly", WRITE_MLP_WIDTH),
-    "ffn_dim_multiplier": ("the width of the MLP is set directly", WRITE_MLP_WIDTH),
-    "moe_config": (
-        "experts are configured in model_config itself",
-        "Set num_experts, num_experts_per_tok and moe_intermediate_size there",
-    ),
-}
-"""Key -> (rule, advice), for keys that another key replaces here."""
-
 STAGES: frozenset[str] = frozenset({"offset", "pp_interleave_num"})
 """Keys that divide the layers over pipeline stages, read by `launcher.config.derived`."""
-
-NO_EFFECT: dict[str, str] = {
-    "use_flash_attention": "the attention kernel is chosen by the device",
-    "use_past": "prediction always uses a key/value cache",
-    "qkv_concat": "q, k and v stay separate parameters, under their Hugging Face names",
-    "checkpoint_name_or_path": "weights come from load_checkpoint or pretrained_model_dir",
-    "batch_size": "the batch size is runner_config.batch_size",
-    "block_size": "the key/value cache is not paged",
-    "num_blocks": "the key/value cache is not paged",
-    "is_dynamic": "shapes are dynamic in any case",
-    "use_attn_mask_compression": "no mask is built for plain causal attention",
-    "use_ring_attention": "set by parallel_config.context_parallel",
-    "use_rope_slice": "the rotary tables are computed once a step",
-    "use_eod_attn_mask_compression": "document borders come from the data",
-    "fine_grain_interleave": "for Ascend only",
-    "enable_high_performance": "for Ascend only",
-    "input_sliced_sig": "labels are shifted by the data loader",
-    "parallel_decoding_params": "speculative decoding does not change results",
-    "parallel_optimizer": "set by parallel.enable_parallel_optimizer",
-    "auto_register": "the class is chosen by the model type",
-    "auto_map": "the class is chosen by the model type",
-    "ignore_token_id": "labels without loss are -100 everywhere",
-    "residual_dtype": "the residual stream has the compute dtype",
-    "embedding_init_type": "embeddings have the parameters' dtype",
-    "position_embedding_type": "the family uses rotary embeddings",
-    "normalization": "the family uses RMS norms",
-    "swiglu": "the family uses a gated MLP",
-    "gated_linear_unit": "the family uses a gated MLP",
-    "add_bias_linear": "set by attention_bias and mlp_bias",
-    "hidden_dropout_layers": "dropout is the same in every layer",
-    "use_legacy": "there is one implementation of the models",
-    "monitor_config": "read from its own section",
-}
-"""Key -> why it has no effect here."""
-
-OF_THE_DECODER: frozenset[str] = frozenset({
-    "position_embedding_type", "normalization", "swiglu", "gated_linear_unit", "add_bias_linear",
-})  # fmt: skip
-"""Keys of `NO_EFFECT` whose reason applies only to families in `DECODERS`."""
 
 NOT_BUILT: dict[str, str] = {
     "pet_config": "low-rank adapters (LoRA)",
@@ -160,16 +103,14 @@ FEATURE_ADVICE: dict[str, str] = {
 
 
 def is_switched_off(key: str, value: Any) -> bool:
-    """Whether the value of a key of `NOT_BUILT`, `REPLACED` or `EXPERT_COUNTS` disables its
-    feature."""
-    neutral = value == 1 and (key in EXPERT_COUNTS or key == "scaling_factor")
-    return not value or neutral or str(value).lower() == "none"
+    """Whether the value of a key of `NOT_BUILT` or `EXPERT_COUNTS` disables its feature."""
+    return not value or (value == 1 and key in EXPERT_COUNTS) or str(value).lower() == "none"
 
 
 def every_key() -> set[str]:
-    """All spellings in these tables, for suggestions."""
+    """All spellings in these tables, and those that are translated before, for suggestions."""
     tables = (
-        *(ALIASES, EXPERT_COUNTS, PRECISIONS, GENERATION, GENERAL, ROPE, REPLACED, NO_EFFECT),
-        *(NOT_BUILT, STAGES),
+        *(ALIASES, EXPERT_COUNTS, PRECISIONS, GENERATION, GENERAL, ROPE, NOT_BUILT, STAGES),
+        *installed(TRANSLATED_MODEL_KEYS).values(),
     )
     return {"type", "seq_length", "qkv_has_bias"}.union(*tables)

@@ -66,13 +66,17 @@ class Router(Leaf):
 
 class Experts(Leaf):
     """Stacked gated MLPs: gate_proj and up_proj [experts, inner, hidden], down_proj [experts,
-    hidden, inner]."""
+    hidden, inner] and, if configured, its bias [experts, hidden]."""
 
-    def __init__(self, count: int, hidden: int, inner: int, activation: str) -> None:
+    def __init__(
+        self, count: int, hidden: int, inner: int, activation: str, *, down_bias: bool = False
+    ) -> None:
         super().__init__()
         self.gate_proj = nn.Parameter(torch.empty(count, inner, hidden))
         self.up_proj = nn.Parameter(torch.empty(count, inner, hidden))
         self.down_proj = nn.Parameter(torch.empty(count, hidden, inner))
+        bias = nn.Parameter(torch.empty(count, hidden)) if down_bias else None
+        self.register_parameter("down_proj_bias", bias)
         self.activation = ACTIVATIONS[activation]
 
     def forward(self, tokens: Tensor, counts: Tensor) -> Tensor:
@@ -84,7 +88,9 @@ class Experts(Leaf):
 
     def activated(self, gate: Tensor, up: Tensor, counts: Tensor) -> Tensor:
         """From both projections [n, inner] to the output; replaceable, as `MLP.activated`."""
-        return grouped_linear(self.activation(gate) * up, self.held("down_proj"), counts)
+        product = grouped_linear(self.activation(gate) * up, self.held("down_proj"), counts)
+        bias = self.held("down_proj_bias")
+        return product if bias is None else product + _of_expert(bias, counts, len(product))
 
 
 class ClampedExperts(Experts):
@@ -112,10 +118,7 @@ class ClampedExperts(Experts):
 
     def _affine(self, tokens: Tensor, name: str, counts: Tensor) -> Tensor:
         product = grouped_linear(tokens, self.held(name).transpose(-2, -1), counts)
-        index = torch.arange(len(tokens), device=tokens.device)
-        expert = torch.searchsorted(counts.cumsum(0), index, right=True)
-        # An embedding, whose backward pass sums in a fixed order.
-        return product + F.embedding(expert, self.held(f"{name}_bias"))
+        return product + _of_expert(self.held(f"{name}_bias"), counts, len(tokens))
 
 
 class MoE(Module):
@@ -132,7 +135,7 @@ class MoE(Module):
         if experts.clamped is not None:
             self.experts: Experts = ClampedExperts(count, hidden, inner, experts.clamped)
         else:
-            self.experts = Experts(count, hidden, inner, activation)
+            self.experts = Experts(count, hidden, inner, activation, down_bias=experts.down_bias)
         self.shared_experts: MLP | None = None
         if experts.shared_experts:
             self.shared_experts = MLP(hidden, inner * experts.shared_experts, activation)
@@ -196,6 +199,13 @@ def grouped_linear(tokens: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
         return F.grouped_mm(tokens, weight.transpose(-2, -1), offs=offsets)
     groups = zip(tokens.split(counts.tolist()), weight.unbind(), strict=True)
     return torch.cat([F.linear(rows, matrix) for rows, matrix in groups])
+
+
+def _of_expert(biases: Tensor, counts: Tensor, length: int) -> Tensor:
+    """The bias [length, size] of the expert of each token, from `biases` [experts, size]."""
+    index = torch.arange(length, device=counts.device)
+    expert = torch.searchsorted(counts.cumsum(0), index, right=True)
+    return F.embedding(expert, biases)  # whose backward pass sums in a fixed order
 
 
 class _Gather(torch.autograd.Function):

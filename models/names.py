@@ -23,8 +23,10 @@ def unstacked(name: str, shape: Sequence[int], parameters: Mapping[str, Rule]) -
     `parameters` are the rules of the family.
     """
     rule = parameters.get(kind_of(name))
-    if rule is None or not rule.entry:
+    if rule is None or not rule.is_stacked:
         return None
+    if rule.in_files:
+        return [rule.in_files.format(layer=_layer_of(name), expert=e) for e in range(shape[0])]
     block = name.rpartition(".")[0]
     return [f"{block}.{expert}.{rule.entry}" for expert in range(shape[0])]
 
@@ -34,17 +36,23 @@ def in_files(name: str, parameters: Mapping[str, Rule]) -> str:
     rule = parameters.get(kind_of(name))
     if rule is None or not rule.in_files:
         return name
-    return rule.in_files.format(layer=name.split(".")[2] if name != kind_of(name) else "")
+    return rule.in_files.format(layer=_layer_of(name))
+
+
+def _layer_of(name: str) -> str:
+    """The number of the layer of a tensor of the decoder; empty outside of layers."""
+    return name.split(".")[2] if name != kind_of(name) else ""
 
 
 def in_decoder(names: Collection[str], spec: ModelSpec) -> dict[str, str]:
-    """Names in files -> names in the decoder, of those of `names` where they differ."""
+    """Names in files -> names in the decoder, of those of `names` where they differ; without those
+    of experts, which are stacked."""
     if spec.decoder is None:
         return {}
     renamed = {}
     for kind, rule in spec.decoder.parameters.items():
         layers = range(spec.decoder.num_hidden_layers) if "{layer}" in rule.in_files else (None,)
-        for layer in layers if rule.in_files else ():
+        for layer in layers if rule.in_files and not rule.is_stacked else ():
             name = rule.in_files.format(layer=layer)
             if name in names:
                 renamed[name] = kind if layer is None else f"model.layers.{layer}.{kind}"

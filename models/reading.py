@@ -66,10 +66,6 @@ def read(
             _precision(key, value, reading, problems)
         elif key in keys.GENERATION:
             reading.generation["max_length" if key == "max_decode_length" else key] = value
-        elif key in keys.NO_EFFECT and not (own is None and key in keys.OF_THE_DECODER):
-            _no_effect(key, value, reading)
-        elif key in keys.REPLACED:
-            _replaced(key, value, model_config, reading, problems)
         elif key == "seq_length":
             if value is not None and not is_integer(value):
                 problems.add(key, value, "must be an integer of at least 1")
@@ -155,22 +151,6 @@ def _keys_of(own: Family | None) -> set[str] | None:
 def _is_feature(key: str, experts: bool) -> bool:
     """Whether a key enables a feature that the family, or every family, does not support."""
     return key in keys.NOT_BUILT or (key in keys.EXPERT_COUNTS and not experts)
-
-
-def _replaced(
-    key: str, value: Any, model_config: Mapping[str, Any], reading: Reading, problems: Problems
-) -> None:
-    rule, advice = keys.REPLACED[key]
-    if keys.is_switched_off(key, value):
-        return
-    if advice == keys.WRITE_MLP_WIDTH and model_config.get("intermediate_size"):
-        reading.notes.append(f"model.model_config.{key} = {value}: intermediate_size is used")
-    else:
-        problems.add(key, value, rule, advice=advice)
-
-
-def _no_effect(key: str, value: Any, reading: Reading) -> None:
-    reading.notes.append(f"model.model_config.{key} = {value}: {keys.NO_EFFECT[key]}")
 
 
 def _precision(key: str, value: Any, reading: Reading, problems: Problems) -> None:

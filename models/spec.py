@@ -36,11 +36,17 @@ class Rule:
     """Name in files of the tensor of one expert, `w1.weight`; empty: the stack is one tensor in
     files too."""
     in_files: str = ""
-    """Full name in files, `transformer.h.{layer}.mlp.up_proj.weight`; empty: as in the decoder."""
+    """Full name in files, `transformer.h.{layer}.mlp.up_proj.weight`; empty: as in the decoder. For
+    a stack of experts that of one of them, with `{expert}`."""
     is_buffer: bool = False
     """Not trained, and replicated on every rank that has its layer."""
     drawn: bool = False
     """Initialized randomly although it is a bias or a vector."""
+
+    @property
+    def is_stacked(self) -> bool:
+        """A stack of experts that has a tensor for each expert in files."""
+        return bool(self.entry) or (self.expert and bool(self.in_files))
 
 
 @dataclass(frozen=True)
@@ -66,6 +72,8 @@ class ExpertsConfig:
     router_name: str = "gate"
     """Name in files of the router in it."""
     router_bias: bool = False
+    down_bias: bool = False
+    """Whether plain experts have a bias on their last projection."""
     clamped: ClampedGate | None = None
     """Experts with biases and this gate, gate and up in one tensor; None: plain gated experts."""
     shared_experts: int = 0

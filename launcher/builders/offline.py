@@ -18,7 +18,9 @@ from launcher.config.resolve import resolve
 from launcher.errors import UserError
 from launcher.layout.box import Box, Shape
 from launcher.layout.layout import SHARDED, Layout
+from launcher.weights.foreign_names import KEYS, under_hugging_face_names
 from launcher.weights.joined import apart
+from launcher.weights.log import Log, no_log
 from launcher.weights.optimizer_state import is_optimizer_state
 from launcher.weights.source import Source
 from launcher.weights.tensor_mapping import MappingsOf
@@ -74,8 +76,11 @@ class ConfiguredLayout:
                 yield mapping.name, Box(mapping.kept(place.offset), mapping.kept(place.size))
 
 
-def configured_layout(config_file: str, source: Source) -> ConfiguredLayout:
-    """The layout of the YAML file, for the model whose weights are `source`.
+def configured_layout(
+    config_file: str, source: Source, log: Log = no_log
+) -> tuple[ConfiguredLayout, Source]:
+    """The layout of the YAML file, for the model whose weights are `source`, and the source under
+    the names that rank files have.
 
     config.json beside the weights describes the model, or else the one in pretrained_model_dir.
     Raises `UserError` with all problems.
@@ -91,13 +96,16 @@ def configured_layout(config_file: str, source: Source) -> ConfiguredLayout:
         raise UserError(problems)
     config = resolved.config
     spec = model_spec(config.model.model_config, read_config_json(config))
+    keys = {key: getattr(config, key) for key in KEYS}
+    source = under_hugging_face_names(source, spec.hf_config, keys, log)
+    source = apart(source, spec.hf_config)
     mesh = mesh_of(config)
-    shapes = _shapes(apart(source, spec.hf_config), spec)
+    shapes = _shapes(source, spec)
     layout = layout_of(
         shapes, set(shapes), spec, mesh, split=split_of(config, spec),
         vocab_emb_dp=config.parallel_config.vocab_emb_dp, otherwise=SHARDED,
     )  # fmt: skip
-    return ConfiguredLayout(layout, mappings_of(_parameters(spec)))
+    return ConfiguredLayout(layout, mappings_of(_parameters(spec))), source
 
 
 def _section(problem: Any) -> str:
@@ -132,7 +140,7 @@ def _stacks(spec: ModelSpec) -> Iterator[tuple[str, int]]:
     experts = None if spec.decoder is None else spec.decoder.experts
     if experts is None:
         return
-    kinds = [kind for kind, rule in _parameters(spec).items() if rule.entry]
+    kinds = [kind for kind, rule in _parameters(spec).items() if rule.is_stacked]
     for layer, has_experts in enumerate(experts.layers):
         for kind in kinds if has_experts else ():
             yield f"model.layers.{layer}.{kind}", experts.num_experts

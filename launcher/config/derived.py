@@ -6,6 +6,7 @@ environment and one JSON file.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from math import lcm
 from pathlib import Path
 from typing import Any
@@ -168,6 +169,13 @@ def named_tokenizer_files(config: Config) -> dict[str, Path]:
     section = config.processor.tokenizer
     named = {key: getattr(section, key) for key in TOKENIZER_FILE_KEYS}
     return {key: Path(path) for key, path in named.items() if path and path != "None"}
+
+
+def tokenizer_json_of(files: Mapping[str, Path]) -> Path | None:
+    """The tokenizer.json among the files that `processor.tokenizer` names, which needs no type."""
+    named = files.get("vocab_file")
+    is_json = named is not None and named.name.endswith("tokenizer.json")
+    return files.get("tokenizer_file") or (named if is_json else None)
 
 
 def uses_named_tokenizer(config: Config) -> bool:

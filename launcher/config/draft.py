@@ -10,6 +10,7 @@ with different values are a problem.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -87,7 +88,8 @@ class Draft:
         """Write `key` where it is not written, at the place of the key `source`."""
         origin = self.find(source)
         if origin is not None and self.find(key) is None:
-            self.tree = put(self.tree, key, from_plain(value, origin.where))
+            with suppress(NoPlace):  # a section of another type, which is reported when it is read
+                self.tree = put(self.tree, key, from_plain(value, origin.where))
 
     def need(self, key: str, why: str) -> None:
         """Note that the user must give something at `key`, such as a path; the key stays."""

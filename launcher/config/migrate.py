@@ -19,7 +19,7 @@ from launcher.config.extra_keys import extra_key
 from launcher.config.key_checks import plain_value
 from launcher.config.nodes import Node, find
 from launcher.config.printing import flow, text_scalar
-from launcher.config.resolve import Resolved
+from launcher.config.resolve import EVALUATION_READS_ALL, Resolved
 from launcher.config.schema import Config, info_of
 from launcher.config.suggest import section_of
 from launcher.config.typing_rules import hints, members
@@ -47,7 +47,7 @@ def migrate(
 ) -> Migration:
     """The text for a resolved configuration. `found`: the problems of the rules; `second_names`:
     keys that `source` writes under another name."""
-    missing = {_key(problem): problem for problem in found if _is_to_be_given(problem)}
+    missing = {_key(problem): problem for problem in reversed(found) if _is_to_be_given(problem)}
     writer = _Writer(resolved, missing, second_names)
     body = [*writer.section(resolved.tree, "", 0), *writer.rest()]
     counts = ", ".join(f"{count} {word}" for word, count in writer.counts.items())
@@ -65,13 +65,13 @@ def _is_to_be_given(problem: Problem) -> bool:
 
 
 class _Writer:
-    """Writes the lines, and counts what was done."""
+    """Writes the lines and counts them by kind: a state that grows with the text."""
 
     def __init__(
         self, resolved: Resolved, missing: dict[str, Problem], second_names: dict[str, str]
     ) -> None:
         self.resolved = resolved
-        self.no_effect = set(resolved.no_effect)
+        self.no_effect = set(resolved.no_effect) - set(EVALUATION_READS_ALL)
         self.second_names = second_names
         self.counts: Counter[str] = Counter()
         self.by_new_key = {
@@ -92,7 +92,8 @@ class _Writer:
             yield f"{indent}# {key.rpartition('.')[2]}:{self._needs(key)}"
         for change in [change for change in self.dropped if _parent(change.key) == path]:
             self.dropped.remove(change)
-            yield f"{indent}# {_last(change.key)}: {flow(change.value)}{self._no_effect(change.why)}"
+            comment = self._no_effect(change.why)
+            yield f"{indent}# {_last(change.key)}: {flow(change.value)}{comment}"
 
     def entry(self, name: str, node: Node, path: str, depth: int) -> Iterator[str]:
         """The lines of one key."""
@@ -112,7 +113,8 @@ class _Writer:
             yield f"{indent}{key}: {flow(_value(node, path))}{self._origin(path, node)}"
 
     def _item(self, item: Node, path: str, depth: int) -> Iterator[str]:
-        lines = list(self.section(item, path, depth + 1)) if isinstance(item.value, dict) else [
+        is_section = isinstance(item.value, dict) and item.value
+        lines = list(self.section(item, path, depth + 1)) if is_section else [
             flow(plain_value(item))]  # fmt: skip
         first = next((i for i, line in enumerate(lines) if not line.lstrip().startswith("#")), 0)
         lines.insert(0, lines.pop(first))
@@ -132,13 +134,15 @@ class _Writer:
         change = self._change(path)
         if change is not None:
             self.counts[change.kind] += 1
-            old = f" {change.key}" if change.key != path else ""
-            value = f" = {flow(change.value)}" if change.kind == "replaced" else ""
+            was = "it was" if change.key == path else change.key
+            sign = " " if change.key == path else " = "
+            value = f"{sign}{flow(change.value)}" if change.kind == "replaced" else ""
             why = f" ({change.why})" if change.why else ""
-            return _comment(f"{change.kind}:{old}{value}{why}")
-        if path in self.second_names:
-            self.counts["renamed"] += 1
-            return _comment(f"renamed: {self.second_names[path]}")
+            return _comment(f"{change.kind}: {was}{value}{why}")
+        for key, name in self.second_names.items():
+            if path == key or path.startswith(f"{key}."):
+                self.counts["renamed"] += 1
+                return _comment(f"renamed: {name}{path[len(key) :]}")
         is_new = find(self.resolved.written, path) is None
         self.counts["added" if is_new else "kept"] += 1
         if is_from_command_line(node):
@@ -216,7 +220,10 @@ def _ordered(path: str, keys: dict[str, Node]) -> list[str]:
     """The keys of a section in the order of the schema; then the others as written."""
     kind = None if path.startswith("callbacks") else _class_of(path)
     known = [] if kind is None else [field.name for field in dataclasses.fields(kind)]
-    return [*(name for name in known if name in keys), *(name for name in keys if name not in known)]
+    return [
+        *(name for name in known if name in keys),
+        *(name for name in keys if name not in known),
+    ]
 
 
 def _value(node: Node, path: str) -> Any:

@@ -41,6 +41,10 @@ class Resolved:
 
     config: Config
     provenance: Provenance
+    written: Node
+    """The merged tree of what the user wrote."""
+    tree: Node
+    """The same in keys of this program: before implied keys and types."""
     problems: tuple[Problem, ...] = ()
     bad_keys: frozenset[str] = frozenset()
     """Keys that have a problem already: rules report nothing that follows from them."""
@@ -48,10 +52,6 @@ class Resolved:
     """Keys the user set that have no effect on PyTorch."""
     changes: tuple[Change, ...] = ()
     """What was translated from the keys of another program."""
-    tree: Node = Node(value={}, where="")
-    """What was written, translated: the tree before implied keys and types."""
-    written: Node = Node(value={}, where="")
-    """The tree before it was translated."""
 
 
 def resolve(
@@ -106,13 +106,19 @@ def read_tree(tree: Node, problems: Sequence[Problem] = ()) -> Resolved:
     return Resolved(
         config=_without_tasks(reader.config),
         provenance=Provenance(reader.places, reader.extra),
-        problems=(*found, *reader.problems),
+        problems=tuple(sorted([*found, *reader.problems], key=_line)),
         bad_keys=frozenset({*reader.bad_keys, *(p.key for p in draft.problems)} - {""}),
         no_effect=tuple(dict.fromkeys([*dropped, *reader.no_effect, *unread])),
         changes=tuple(draft.changes),
         tree=draft.tree,
         written=written,
     )
+
+
+def _line(problem: Problem) -> int:
+    """The line of a problem in its file, by which problems are listed; 0 for the command line."""
+    line = problem.where.rpartition(":")[2]
+    return int(line) if line.isdecimal() else 0
 
 
 _NO_FILE = Problem(

@@ -12,6 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from launcher.config.derived import tokenizer_json_of
 from launcher.config.schema.model import TokenizerSection
 from launcher.errors import UserError
 from launcher.extensions import TOKENIZER_TYPES, required
@@ -75,7 +76,7 @@ def from_tokenizer_json(path: Path) -> Tokenizer:
 
 
 def _parts(section: TokenizerSection, files: Mapping[str, Path]) -> TokenizerParts:
-    as_json = next((path for path in files.values() if path.name.endswith("tokenizer.json")), None)
+    as_json = tokenizer_json_of(files)
     if as_json is not None and section.type not in _WITH_TOKENIZER_JSON:
         return TokenizerParts(from_tokenizer_json(as_json))
     what = f"processor.tokenizer.type = {section.type!r}"
@@ -112,7 +113,7 @@ def _set_ends(
             advice="Set bos_token and eos_token to tokens of the model, or add_bos_token: False",
         )  # fmt: skip
     if not parts.special and not ids:
-        return  # a tokenizer.json of its own: as it says
+        return  # a tokenizer.json that adds its own tokens
     parts.backend.post_processor = TemplateProcessing(
         single=[*filter(None, before), "$A", *filter(None, after)],
         pair=[*filter(None, before), "$A", "$B:1", *filter(None, after)],

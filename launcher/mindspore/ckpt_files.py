@@ -108,7 +108,7 @@ def _metadata(data: FileBytes, field: Field) -> dict[str, str]:
 
 
 def _digest(tensors: Tensors, metadata: dict[str, str]) -> str:
-    """A hash of all that the header says."""
+    """A hash of everything in the header."""
     digest = xxhash.xxh3_64(repr(sorted(metadata.items())).encode())
     for name, entry in tensors.entries.items():
         digest.update(repr((name, *entry, tensors.chunks.get(name))).encode("utf-8"))

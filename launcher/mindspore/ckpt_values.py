@@ -28,6 +28,8 @@ TEXT = "str"
 """The dtype of a text: UTF-32 without end mark."""
 TENSOR_LIMIT = 1 << 20
 """Values of a file."""
+CHUNK_LIMIT = 1024
+"""Chunks of a tensor: 512 GiB."""
 NAME_LIMIT = 1 << 14
 """Bytes of a name."""
 TEXT_LIMIT = 1 << 20
@@ -147,6 +149,8 @@ class Tensors:
             self._check_same(self._open[0], value)
             if value.stop > value.start:
                 self._open.append(value)
+            if len(self._open) > CHUNK_LIMIT:
+                raise WireError(value.at, f"`{value.name}` has more than {CHUNK_LIMIT} chunks")
         else:
             self.finish()
             if value.name in self.entries or value.name in self.texts:

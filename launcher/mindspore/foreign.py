@@ -1,4 +1,4 @@
-"""How weights under the names of MindFormers' own models are recognised."""
+"""How weights under names of MindFormers are recognised where they could not be mapped."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from launcher.weights.reading.mismatch import Foreign
 
 FOREIGN = (
     Foreign(
-        re.compile(r"embedding_weight$|\.w_qkv\.|\.w_gate_hidden\."),
-        "weights under the names of MindFormers' own models",
-        "Give the Hugging Face weights of the model, or convert the names back with "
-        "MindFormers' convert_weight.py --reversed",
+        re.compile(r"embedding_weight$|\.w_qkv\.|\.w_gate_hidden\.|\.tok_embeddings\."),
+        "weights under names of MindFormers, for which this model has no parameter",
+        "Give the config.json of these weights, or other weights",
     ),
 )

@@ -92,7 +92,6 @@ KEYS_WITHOUT_EFFECT: dict[str, dict[str, dict[str, Any]]] = {
     },
     "runner_config": {
         "only language models are trained": {"num_classes": int, "image_size": int},
-        "epochs decides": {"epoch": int},
         "a resumed run knows where it was": {
             "initial_epoch": int,
             "has_trained_epoches": int,

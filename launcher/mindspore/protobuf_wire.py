@@ -16,6 +16,8 @@ VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
 _FIXED = {FIXED64: 8, FIXED32: 4}
 _LARGEST_FIELD = (1 << 29) - 1
 _VARINT_BYTES = 10
+FIELD_LIMIT = 1 << 21
+"""Fields of a message."""
 _WIRE_NAMES = {
     VARINT: "a number",
     BYTES: "a length and bytes",
@@ -60,7 +62,11 @@ class Message:
     __slots__ = ("data", "fields", "start")
 
     def __init__(
-        self, data: Readable, start: int = 0, stop: int | None = None, most_fields: int = 1 << 24
+        self,
+        data: Readable,
+        start: int = 0,
+        stop: int | None = None,
+        most_fields: int = FIELD_LIMIT,
     ) -> None:
         self.data, self.start = data, start
         self.fields: dict[int, list[Field]] = {}
@@ -101,7 +107,7 @@ class Message:
         """The required field `number`, of bytes, which are not looked at."""
         return self._only(number, name, BYTES)
 
-    def message(self, number: int, name: str, most_fields: int = 1 << 24) -> Message:
+    def message(self, number: int, name: str, most_fields: int = FIELD_LIMIT) -> Message:
         """The message in the required field `number`."""
         field = self.content(number, name)
         return Message(self.data, field.value, field.stop, most_fields)

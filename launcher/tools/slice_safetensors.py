@@ -73,7 +73,7 @@ def _slice(options: argparse.Namespace, console: Console) -> int:
     if options.config is not None:
         from launcher.builders.offline import configured_layout
 
-        layout = configured_layout(options.config, source)
+        layout, source = configured_layout(options.config, source, console.log)
     else:
         read = required(STRATEGY_LAYOUTS, "predict_strategy", "--predict_strategy")
         layout = read(options.predict_strategy, source, console.log)

@@ -22,7 +22,7 @@ class Named:
 
     source: Source
     metadata: Mapping[str, str] = field(default_factory=dict)
-    """What their files say about them."""
+    """Metadata of their files about them."""
 
 
 KEYS = (

@@ -57,7 +57,7 @@ class Side(NamedTuple):
         return Side(tuple((length,) for length in self.view), self.index)
 
 
-def whole(shape: Shape) -> Side:
+def full_side(shape: Shape) -> Side:
     """All of a tensor."""
     return Side(tuple((length,) for length in shape), tuple(Span(0, length) for length in shape))
 
@@ -204,22 +204,3 @@ def _is_c_ordered(size: Shape, strides: Shape) -> bool:
     return all(
         n == 1 or stride == usual for n, stride, usual in zip(size, strides, expected, strict=True)
     )
-
-
-def reshaped(pieces: Iterable[Piece], shape: Shape) -> list[Piece]:
-    """The same bytes as pieces of a tensor of `shape`. Raises ValueError for a piece that is no
-    run of complete rows of it."""
-    result, width = [], math.prod(shape[1:])
-    for piece in pieces:
-        start = sum(
-            at * stride
-            for at, stride in zip(piece.box.offset, c_strides(piece.shape, 1), strict=True)
-        )
-        count = piece.box.numel
-        tails = [n == full for n, full in zip(piece.box.size[1:], piece.shape[1:], strict=True)]
-        if piece.entry.strides or start % width or count % width or not all(tails):
-            raise ValueError(f"a part of {list(piece.box.size)} of {list(piece.shape)}")
-        rest = shape[1:]
-        box = Box((start // width, *(0 for _ in rest)), (count // width, *rest))
-        result.append(piece._replace(shape=shape, box=box))
-    return result

@@ -19,7 +19,7 @@ from typing import Any
 from launcher.errors import UserError
 from launcher.extensions import JOINED_MODULES, installed
 from launcher.layout.box import Shape
-from launcher.weights.geometry import Side, Span, moved, whole
+from launcher.weights.geometry import Side, Span, full_side, moved
 from launcher.weights.optimizer_state import parameter_of
 from launcher.weights.pieces import Piece, Pieces
 from launcher.weights.scales import SUFFIX
@@ -82,7 +82,7 @@ def together(
     for name, parts in parts_of.items():
         _check_parts(source, name, parts)
     taken = {part for parts in parts_of.values() for part in parts}
-    return _changed(source, parts_of, taken, lambda name: _whole(source, parts_of[name]))
+    return _changed(source, parts_of, taken, lambda name: _joined(source, parts_of[name]))
 
 
 def _modules(config: Mapping[str, Any] | None, *, of_any: bool = False) -> Modules:
@@ -118,7 +118,7 @@ def _changed(
 
 def _rows(shape: Shape, first: int, count: int) -> Side:
     """Rows of a tensor of `shape`."""
-    everything = whole(shape)
+    everything = full_side(shape)
     return everything._replace(index=(Span(first, count), *everything.index[1:]))
 
 
@@ -126,19 +126,19 @@ def _part(source: Source, name: str, number: int, count: int) -> Pieces:
     """The pieces of one of `count` equal parts of tensor `name`."""
     shape = source.shape(name)
     rows = shape[0] // count
-    part = whole((rows, *shape[1:]))
+    part = full_side((rows, *shape[1:]))
     return Pieces(
         moved(source.tensors[name], _rows(shape, number * rows, rows), part, range(len(shape)))
     )
 
 
-def _whole(source: Source, parts: Sequence[str]) -> Pieces:
+def _joined(source: Source, parts: Sequence[str]) -> Pieces:
     """The pieces of the tensor whose equal parts are `parts`."""
     rows, *rest = source.shape(parts[0])
     shape, found = (len(parts) * rows, *rest), list[Piece]()
     for number, part in enumerate(parts):
         place = _rows(shape, number * rows, rows)
-        found += moved(source.tensors[part], whole((rows, *rest)), place, range(len(shape)))
+        found += moved(source.tensors[part], full_side((rows, *rest)), place, range(len(shape)))
     return Pieces(found)
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from launcher.errors import UserError
-from launcher.layout.box import Shape
+from launcher.layout.box import Shape, full_box
 from launcher.weights.complete import (
     HEADER_THREADS,
     choose,
@@ -30,7 +30,7 @@ from launcher.weights.formats.rank_metadata import Checksums
 from launcher.weights.formats.safetensors import Header
 from launcher.weights.forms import EXTRAS_NAME, INDEX_NAMES, form_of, is_scalar
 from launcher.weights.gc_pause import gc_paused
-from launcher.weights.pieces import Pieces, pieces_of
+from launcher.weights.pieces import Piece, Pieces, pieces_of
 from launcher.weights.scales import DEFAULT_BLOCK, SUFFIX, block_in, factors_of
 from launcher.weights.threads import in_parallel
 
@@ -222,7 +222,7 @@ def _with_extras(source: Source) -> Source:
     if file in source.headers or not os.path.isfile(file):
         return source
     header = header_of(file)
-    extras = {name: Pieces(pieces_of(file, header, name)) for name in _read_names(header)}
+    extras = {name: _pieces(file, header, name) for name in _read_names(header)}
     return replace(
         source, headers={**source.headers, file: header}, extras={**source.extras, **extras}
     )
@@ -244,7 +244,7 @@ def _complete(kind: Kind, path: Path, files: Mapping[Path, set[str] | None]) -> 
         for name in _read_names(header):
             kept = extras if is_scalar(name, header.entries[name].shape) else tensors
             if name not in kept or _is_listed(name, file, kept[name][0].file, files):
-                kept[name] = Pieces(pieces_of(file, header, name))
+                kept[name] = _pieces(file, header, name)
     factors = factors_of(tensors) if any(name.endswith(SUFFIX) for name in tensors) else {}
     block = block_in(path if path.is_dir() else path.parent) if factors else DEFAULT_BLOCK
     promised = {
@@ -268,6 +268,13 @@ def _is_listed(name: str, file: Path, other: Path, files: Mapping[Path, set[str]
             advice="Move away the files that do not belong to this model",
         )
     return listed[0]
+
+
+def _pieces(file: Path, header: Header, name: str) -> Pieces:
+    if name in header.chunks:
+        return Pieces(pieces_of(file, header, name))
+    entry = header.entries[name]
+    return Pieces([Piece(file, entry, entry.shape, full_box(entry.shape), 0)])
 
 
 def text_remarks(headers: Mapping[Path, Header]) -> tuple[str, ...]:

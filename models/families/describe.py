@@ -71,7 +71,7 @@ def model_spec(model_config: Mapping[str, Any], config_json: Mapping[str, Any] |
     family = _family(model_config, base, problems)
     if family is None:
         raise ModelConfigError(problems)
-    own = DECODERS.get(family)
+    own = DECODERS[family].variant(base, model_config) if family in DECODERS else None
     known = config_class(family) if own is None else None
     for key in ROPE_MAPS:
         if not isinstance(base.get(key), Mapping | None):

@@ -59,6 +59,10 @@ class Family:
     """Further fields of `DecoderConfig` that this family sets."""
     check: Callable[[Config, Add], None] = lambda config, add: None
     """Adds problems with sizes specific to this family."""
+    with_experts: Family | None = None
+    """Of a dense family, the one with experts of the same model type."""
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    """Further spelling -> key, as `defaults` has it."""
     has_latent: bool = False
     """Latent attention (MLA), whose head sizes have other keys."""
     reads_mxfp4: bool = False
@@ -79,7 +83,20 @@ class Family:
         """Other spelling -> key, as `defaults` has it."""
         counts = EXPERT_COUNTS - {self.expert_count} if self.expert_count is not None else ()
         by_family = {name: key for key, name in self.config_keys.items()}
-        return {key: str(self.expert_count) for key in counts} | by_family
+        by_count = dict.fromkeys(counts, str(self.expert_count))
+        return {**by_count, **by_family, **self.aliases}
+
+    def variant(self, *configs: Mapping[str, Any]) -> Family:
+        """This family, or the one with experts if one of `configs` has several."""
+        own = self.with_experts
+        if own is None:
+            return self
+        names = {
+            own.expert_count,
+            *(n for n, key in own.spellings.items() if key == own.expert_count),
+        }
+        counts = [config[name] for config in configs for name in names if name in config]
+        return own if any(isinstance(count, int) and count > 1 for count in counts) else self
 
     @property
     def own_keys(self) -> set[str]:
@@ -161,7 +178,9 @@ def experts_of(config: Config, count: int, **more: Any) -> ExpertsConfig:
         "layers": (True,) * config["num_hidden_layers"],
         "intermediate_size": config.get("moe_intermediate_size") or config["intermediate_size"],
         "norm_topk_prob": config.get("norm_topk_prob", True),
-        "routed_scaling_factor": float(config.get("routed_scaling_factor", 1.0)),
+        "routed_scaling_factor": float(
+            config.get("routed_scaling_factor", config.get("router_topk_scaling_factor", 1.0))
+        ),
         "balance_coefficient": float(config["router_aux_loss_coef"]) if is_balanced else 0.0,
     }
     return ExpertsConfig(

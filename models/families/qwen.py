@@ -80,7 +80,7 @@ QWEN3_MOE = Family(
     output_bias=True,
     windows=same_window,
     expert_count="num_experts",
-    beyond={"routed_scaling_factor": 1.0},
+    beyond={"router_topk_scaling_factor": 1.0},
     experts=_experts,
     options=lambda config: {"qk_norm": True},
 )  # fmt: skip

@@ -13,7 +13,17 @@ from dataclasses import replace
 from typing import Any
 
 from models.checks import is_integer, is_number, nearest
-from models.families.family import COMMON, DENSE, HEADS, Add, Config, Family
+from models.families.family import (
+    BALANCE,
+    COMMON,
+    DENSE,
+    HEADS,
+    REPLICATED,
+    Add,
+    Config,
+    Family,
+    experts_of,
+)
 from models.spec import Rule
 
 _IN_A_LAYER = {
@@ -86,6 +96,9 @@ def _check(config: Config, add: Add) -> None:
             add(key, "this family supports only one value", f"Nearest: {only}", "")
     if not isinstance(config["out_proj_has_bias"], bool):
         add("out_proj_has_bias", "must be True or False", "", "")
+    width = config.get("moe_intermediate_size")
+    if width is not None and not is_integer(width):
+        add("moe_intermediate_size", "must be an integer of at least 1", "", "")
     _check_sequences(config, add)
 
 
@@ -109,7 +122,7 @@ def _check_sequences(config: Config, add: Add) -> None:
         add("hidden_size", "the head size is too small for training_seqlen", "", "")
 
 
-TELECHAT = Family(
+_DENSE = Family(
     config_class="TelechatConfig",
     architecture="TelechatForCausalLM",
     in_transformers=False,
@@ -134,3 +147,37 @@ TELECHAT = Family(
     check=_check,
     mindformers_modules={"kv_proj": ("wk_v",)},
 )  # fmt: skip
+
+_BLOCK = "transformer.h.{layer}.mlp."
+_ONE = f"{_BLOCK}local_experts.{{expert}}."
+_EXPERTS = {
+    "mlp.router.weight": replace(REPLICATED, in_files=f"{_BLOCK}router.weight"),
+    "mlp.experts.gate_proj": Rule(tp_dim=1, expert=True, in_files=f"{_ONE}gate_proj.weight"),
+    "mlp.experts.up_proj": Rule(tp_dim=1, expert=True, in_files=f"{_ONE}up_proj.weight"),
+    "mlp.experts.down_proj": Rule(tp_dim=2, expert=True, in_files=f"{_ONE}down_proj.weight"),
+    "mlp.experts.down_proj_bias": Rule(
+        added_once=True, expert=True, in_files=f"{_ONE}down_proj.bias"
+    ),
+}
+_WITH_EXPERTS = replace(
+    _DENSE,
+    defaults={
+        **_DENSE.defaults, **BALANCE,
+        "num_experts": 16, "num_experts_per_tok": 4, "norm_topk_prob": True,
+        "intermediate_size": 6144,
+    },
+    unread=_UNREAD | {"moe_intermediate_size"},
+    parameters=_rules() | _EXPERTS,
+    expert_count="num_experts",
+    aliases=dict.fromkeys(
+        ("num_chosen_experts", "num_experts_chosen", "moe_topk", "expert_topk"),
+        "num_experts_per_tok",
+    ),
+    experts=lambda config: experts_of(
+        config, config["num_experts"], router_name="router",
+        down_bias=bool(config["out_proj_has_bias"]),
+    ),
+)  # fmt: skip
+"""TeleChat2-39B-A12B: experts in every layer."""
+
+TELECHAT = replace(_DENSE, with_experts=_WITH_EXPERTS)

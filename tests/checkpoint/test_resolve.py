@@ -119,7 +119,7 @@ def test_a_damaged_manifest_is_passed_over_or_done_without(tmp_path: Path) -> No
     [
         ("nothing", "there is no such path"),
         ("saved/rank_0", "is the folder of one rank: pass the parent directory. did you mean"),
-        ("old", "is a .ckpt file of MindSpore"),
+        ("old", "is not a valid .ckpt file of MindSpore"),
         ("empty", "has rank folders without weights"),
     ],
 )

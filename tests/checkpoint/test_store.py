@@ -55,7 +55,8 @@ NAMES = [
     ("my-model-8b_rank_0_1-1_1", ("my-model-8b", 1, 1, 1, 0)),
     ("CKP-1_10.safetensors", None),
     ("CKP_rank_x-1_10.safetensors", None),
-    ("CKP_rank_0-1_10.ckpt", None),
+    ("CKP_rank_0-1_10.ckpt", ("CKP", 0, 1, 10, 0)),
+    ("CKP_rank_0-1_10.pt", None),
 ]
 
 
@@ -67,6 +68,7 @@ def test_names_are_read_as_they_are_written(text: str, expected) -> None:
         return
     prefix, counter, epoch, step, rank = expected
     assert found == (SaveName(prefix, counter, epoch, step), rank)
+    assert found[0].format == ("ckpt" if text.endswith(".ckpt") else "safetensors")
     assert found[0].rank_file(rank).removesuffix(".safetensors") == text.removesuffix(
         ".safetensors"
     )

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from launcher import cli
-from launcher.config.printing import _flow, _text, to_yaml
+from launcher.config.printing import flow, text_scalar, to_yaml
 from launcher.config.resolve import Resolved, resolve
 from launcher.config.yaml_reader import read_text
 from models.keys import GENERATION
@@ -119,17 +119,17 @@ values = st.recursive(scalars, lambda inner: st.lists(inner, max_size=3), max_le
 
 @given(text=texts)
 def test_any_text_survives(text: str) -> None:
-    assert read_text(f"k: {_text(text)}  # c", "x").plain() == {"k": text}
+    assert read_text(f"k: {text_scalar(text)}  # c", "x").plain() == {"k": text}
 
 
 @given(value=values)
 def test_any_value_survives(value: Any) -> None:
-    assert read_text(f"k: {_flow(value)}  # c", "x").plain() == {"k": value}
+    assert read_text(f"k: {flow(value)}  # c", "x").plain() == {"k": value}
 
 
 def test_numbers_that_are_none() -> None:
-    assert math.isnan(read_text(f"k: {_flow(math.nan)}", "x").plain()["k"])
-    assert read_text(f"k: {_flow(-math.inf)}", "x").plain() == {"k": -math.inf}
+    assert math.isnan(read_text(f"k: {flow(math.nan)}", "x").plain()["k"])
+    assert read_text(f"k: {flow(-math.inf)}", "x").plain() == {"k": -math.inf}
 
 
 @settings(
@@ -139,7 +139,7 @@ def test_numbers_that_are_none() -> None:
 def test_any_open_map_survives(workspace: Path, section: dict[str, Any]) -> None:
     skipped = {"type", "<<", *GENERATION}  # generation settings have types of their own
     lines = "".join(
-        f"    {_text(key)}: {_flow(value)}\n"
+        f"    {text_scalar(key)}: {flow(value)}\n"
         for key, value in section.items()
         if key not in skipped
     )

@@ -195,6 +195,44 @@ def test_tokenizer_dir(workspace: Path, words: list[str], expected: str) -> None
     assert derived.tokenizer_dir(config) == expected
 
 
+FILES = ["processor.tokenizer.vocab_file", "processor.tokenizer.merges_file"]
+
+
+@pytest.mark.parametrize(
+    ("words", "is_named"),
+    [
+        ([f"{FILES[0]}=vocab.json", f"{FILES[1]}=merges.txt"], True),
+        ([f"{FILES[0]}=vocab.json", f"{FILES[1]}=missing.txt"], False),
+        ([f"{FILES[0]}=''", f"{FILES[1]}=null"], False),
+        (["processor.tokenizer.pretrained_model_dir=''", f"{FILES[0]}=missing.json"], True),
+    ],
+)
+def test_files_of_a_tokenizer_win_where_they_exist(
+    workspace: Path, words: list[str], is_named: bool
+) -> None:
+    for name in ("vocab.json", "merges.txt"):
+        Path(name).touch()
+    config = resolve("right.yaml", "train", overrides=words).config
+    assert derived.uses_named_tokenizer(config) == is_named
+    assert bool(derived.tokenizer_dir(config)) != is_named
+
+
+@pytest.mark.parametrize("kind", ["MindDataset", "BlendedMegatronDatasetDataLoader"])
+def test_a_training_on_rows_of_tokens_needs_no_tokenizer(workspace: Path, kind: str) -> None:
+    none = [
+        "processor.tokenizer.pretrained_model_dir=''",
+        "processor.tokenizer.type=Qwen2Tokenizer",
+    ]
+    loader = f"train_dataset.data_loader.type={kind}"
+    for path in ("''", "/path/to/vocab.json"):
+        words = [*none, f"{FILES[0]}={path}"]
+        assert not [text for text in found("", *words, loader) if "tokenizer" in text]
+        assert [text for text in found("", *words) if "tokenizer" in text]
+        prompt = {"predict_data": "a"}
+        wrong = found("", *words, loader, run_mode="predict", **prompt)
+        assert [text for text in wrong if "tokenizer" in text]
+
+
 @pytest.mark.parametrize(
     ("path", "expected"),
     [

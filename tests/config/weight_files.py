@@ -9,7 +9,7 @@ from launcher.layout.mesh import Mesh
 from launcher.weights.formats.rank_metadata import RankFileMetadata
 from launcher.weights.formats.safetensors import Slot, header_bytes
 
-MINDSPORE_CKPT = b"\x0a\x18\x0a\x01w\x12\x13\x08\x02\x12\x07Float32\x1a\x08" + bytes(8)
+MINDSPORE_CKPT = b"\x0a\x1a\x0a\x01w\x12\x15\x08\x02\x12\x07Float32\x1a\x08" + bytes(8)
 """A .ckpt of MindSpore: one parameter w of two numbers."""
 TORCH_ZIP = b"PK\x03\x04" + bytes(40)
 """The beginning of a file of torch."""

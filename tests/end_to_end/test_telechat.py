@@ -32,7 +32,16 @@ TOKENIZER = {
 PROMPT = "def main(argument):"
 
 
-def telechat_yaml(workshop: Workshop, name: str = "run.yaml", **changes: Any) -> str:
+EXPERTS = MODEL | {"num_experts": 4, "num_experts_per_tok": 2}
+LAYOUTS = {
+    "dense": (MODEL, {"model_parallel": 2, "pipeline_stage": 2, "micro_batch_num": 2}),
+    "experts": (EXPERTS, {"data_parallel": 2, "model_parallel": 2, "expert_parallel": 2}),
+}
+
+
+def telechat_yaml(
+    workshop: Workshop, name: str = "run.yaml", model: dict[str, Any] | None = None, **changes: Any
+) -> str:
     qwen2_files(workshop, workshop.folder)
     given: dict[str, Any] = {
         "processor": {"tokenizer": TOKENIZER}, "runner_config": {"max_steps": 3},
@@ -42,7 +51,7 @@ def telechat_yaml(workshop: Workshop, name: str = "run.yaml", **changes: Any) ->
     workshop.yaml(name, **given | changes)
     path = workshop.folder / name
     config = yaml.safe_load(path.read_text())
-    config["model"]["model_config"] = MODEL
+    config["model"]["model_config"] = model or MODEL
     path.write_text(yaml.safe_dump(config))
     return name
 
@@ -59,16 +68,19 @@ def predicted(workshop: Workshop, *arguments: str, ranks: int = 1) -> str:
     return (workshop.folder / "predicted" / "text_generation_result.txt").read_text()
 
 
-def test_telechat_through_all_commands(workshop: Workshop) -> None:
+@pytest.mark.parametrize("case", LAYOUTS)
+def test_telechat_through_all_commands(workshop: Workshop, case: str) -> None:
     from launcher.tools.slice_safetensors import main as slice_safetensors
     from launcher.tools.unified_safetensors import main as unified_safetensors
 
     folder = workshop.folder
-    layout = {"model_parallel": 2, "pipeline_stage": 2, "micro_batch_num": 2}
-    name = telechat_yaml(workshop, parallel_config=layout)
+    model, layout = LAYOUTS[case]
+    name = telechat_yaml(workshop, model=model, parallel_config=layout)
     trained = job(workshop, name, "--run_mode", "train", ranks=4)
     assert trained.code == 0, trained.stderr
-    alone = telechat_yaml(workshop, "alone.yaml", runner_config={"max_steps": 4, "batch_size": 16})
+    alone = telechat_yaml(
+        workshop, "alone.yaml", model, runner_config={"max_steps": 4, "batch_size": 16}
+    )
     again = ["--run_mode", "train", "--resume_training", "True"]
     resumed = job(workshop, alone, *again, "--load_checkpoint", "output/checkpoint")
     assert resumed.code == 0, resumed.stderr
@@ -92,8 +104,9 @@ def test_telechat_through_all_commands(workshop: Workshop) -> None:
     )
     assert text.strip() in predicted(workshop, "merged.yaml")
     rank_folders = ["--load_checkpoint", "output/checkpoint", "--load_ckpt_format", "safetensors"]
-    halves = ["--parallel_config.pipeline_stage", "1", "--parallel_config.micro_batch_num", "1"]
-    assert text.strip() in predicted(workshop, name, *rank_folders, *halves, ranks=2)
+    halves = ["pipeline_stage=1", "micro_batch_num=1", "data_parallel=1", "expert_parallel=1"]
+    words = [f"parallel_config.{word}" for word in halves]
+    assert text.strip() in predicted(workshop, name, *rank_folders, *words, ranks=2)
     assert slice_safetensors([
         "--unified_safetensors_dir", str(complete), "--dst_safetensors_dir", str(folder / "cut"),
         "--config", str(folder / name),
@@ -101,7 +114,8 @@ def test_telechat_through_all_commands(workshop: Workshop) -> None:
     cut = load_file(next((folder / "cut" / "rank_1").glob("*.safetensors")))
     expected = tensors["transformer.h.0.self_attention.key_value.weight"]
     assert torch.equal(cut["transformer.h.0.self_attention.key_value.weight"], expected[16:])
-    assert not [key for key in cut if key.startswith("transformer.h.1.")]
+    absent = "transformer.h.1." if case == "dense" else "transformer.h.0.mlp.local_experts.2."
+    assert not [key for key in cut if key.startswith(absent)]
 
 
 def refused(workshop: Workshop, *changes: str) -> str:

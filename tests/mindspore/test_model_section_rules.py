@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import random
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from launcher.config.resolve import resolve
+from launcher.errors import UserError
+from launcher.mindspore.keys_without_effect import KEYS_WITHOUT_EFFECT
+from launcher.mindspore.model_section.section import KEYS
+from models.families import model_spec
+from models.keys import ALIASES
 from tests.mindspore.yaml_models import (
     core,
     golden,
@@ -109,7 +117,10 @@ REFUSED: dict[str, tuple[str, str]] = {
         legacy(f"{LLAMA}, emb_dropout_prob: 0.1"),
         "model.model_config.emb_dropout_prob = 0.1: dropout of embeddings is not built yet.",
     ),
-    "biases": (core(f"{QWEN3}, add_bias_linear: True"), "linear layers of the family have no biases"),
+    "biases": (
+        core(f"{QWEN3}, add_bias_linear: True"),
+        "model.model_config.add_bias_linear = True: linear layers of the family have no biases.",
+    ),
     "norms": (core(f"{QWEN3}, normalization: LayerNorm"), "Nearest: RMSNorm."),
     "norms of heads": (
         core("type: Qwen2Config, num_layers: 2, qk_layernorm: True"),
@@ -127,7 +138,9 @@ REFUSED: dict[str, tuple[str, str]] = {
         "golden stick. Load the bfloat16 weights of the model, and remove quantization_config.",
     ),
     "moving bias": (
-        core(f"{DEEPSEEK}, moe_router_enable_expert_bias: True, moe_router_bias_update_rate: 0.001"),
+        core(
+            f"{DEEPSEEK}, moe_router_enable_expert_bias: True, moe_router_bias_update_rate: 0.001"
+        ),
         "model.model_config.moe_router_bias_update_rate = 0.001: moving the router's biases in "
         "training is not built yet (model.model_config.moe_router_enable_expert_bias is on). "
         "Nearest: 0.0. With 0.0 the biases of the loaded weights are used and stay as they are.",
@@ -167,9 +180,37 @@ REFUSED: dict[str, tuple[str, str]] = {
         legacy(LLAMA, moe="expert_num: 8, shared_expert_num: 1"),
         "moe_config.shared_expert_num = 1: mixtral has no shared experts. Nearest: 0.",
     ),
+    "a gate of shared experts": (
+        legacy(
+            "type: DeepseekV3Config, num_layers: 4", arch="A",
+            moe="expert_num: 8, shared_expert_num: 1, use_shared_expert_gating: True",
+        ),
+        "moe_config.use_shared_expert_gating = True: the shared expert of deepseek_v3 has no gate. "
+        "Set moe_config.use_shared_expert_gating: False.",
+    ),
+    "shared experts without a gate": (
+        legacy(f"{LLAMA}, qkv_has_bias: True", moe="expert_num: 8, shared_expert_num: 1"),
+        "moe_config.shared_expert_num = 1: the shared expert of qwen2_moe has a gate.",
+    ),
+    "dense layers of mixtral": (
+        legacy(LLAMA, moe="expert_num: 8, first_k_dense_replace: 2"),
+        "moe_config.first_k_dense_replace = 2: every layer of mixtral has experts.",
+    ),
+    "sigmoid scores of mixtral": (
+        legacy(LLAMA, moe="expert_num: 8, use_gating_sigmoid: True"),
+        "moe_config.use_gating_sigmoid = True: the scores of mixtral are a softmax.",
+    ),
     "experts of a dense family": (
         core(QWEN3, more="moe_config: {expert_num: 8}\n"),
-        "moe_config.expert_num = 8: qwen3 with experts is not built yet. Nearest: 1.",
+        "moe_config.expert_num = 8: not built yet. Describe the experts in model.model_config",
+    ),
+    "experts of a family that has none": (
+        legacy("type: TelechatConfig, num_layers: 2", moe="expert_num: 8, capacity_factor: 1.0"),
+        "moe_config.expert_num = 8: telechat with experts is not built yet. Nearest: 1.",
+    ),
+    "scaled experts of mixtral": (
+        core("type: MixtralConfig, num_layers: 2, routed_scaling_factor: 2.0"),
+        "model.model_config.routed_scaling_factor = 2.0: mixtral does not scale routed experts.",
     ),
     "unknown key of moe_config": (
         legacy(LLAMA, moe="expert_nun: 8"), "did you mean `moe_config.expert_num`?",
@@ -203,9 +244,8 @@ def test_neutral_values_ask_for_nothing() -> None:
     assert problems_of(text) == []
     assert written(text) == written(core(LLAMA))
     names = [part.split(":")[0].strip() for part in NOTHING.split(", ")]
-    assert {f"model.model_config.{name}" for name in names} == {
-        key for key in resolved(text).no_effect if key.startswith("model.")
-    }
+    dropped = {change.key for change in resolved(text).changes if change.kind == "no effect"}
+    assert {f"model.model_config.{name}" for name in names} == dropped
 
 
 def test_a_word_for_null_is_null() -> None:
@@ -300,6 +340,19 @@ def test_offset_of_another_pipeline_degree(offset: str, stages: int, kept: bool)
     assert ("offset" in written(core(f"{QWEN3}, offset: {offset}", more=more))) == kept
 
 
+def test_interleaving_of_one_stage_a_rank_is_none() -> None:
+    pipeline = "parallel: {pipeline_config: {pipeline_interleave: True}}\n"
+
+    def interleaves(keys: str) -> bool:
+        config = resolved(core(f"{QWEN3}, {keys}", more=pipeline)).config
+        return config.parallel.pipeline_config.pipeline_interleave
+
+    assert not interleaves("pp_interleave_num: 1")
+    assert interleaves("pp_interleave_num: 2")
+    found = resolved(f"{pipeline}{legacy(f'{LLAMA}, pp_interleave_num: 1', mode='train')}").config
+    assert not found.parallel.pipeline_config.pipeline_interleave
+
+
 def test_boosted_models_are_ordinary_ones() -> None:
     def family(keys: str) -> str:
         return spec_of(legacy(f"{keys}, num_layers: 2, llm_backend: BuildIn")).family
@@ -319,11 +372,71 @@ def test_positions_of_the_older_classes() -> None:
     assert positions("max_position_embedding: 256") == 256
 
 
+def test_weights_of_half_precision_are_trained_in_float32() -> None:
+    keys = f"{LLAMA}, param_init_type: float16"
+    assert spec_of(legacy(keys, mode="finetune")).precision.params_dtype == "float32"
+    assert spec_of(legacy(keys)).precision.params_dtype == "float16"
+
+
+def test_the_command_line_wins_over_another_spelling(tmp_path: Path) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text(legacy(f"{LLAMA}, theta: 5.0, n_kv_heads: 4, param_init_type: float32"))
+    overrides = {
+        "num_hidden_layers": 3, "rope_theta": 7.0, "num_key_value_heads": 2,
+        "params_dtype": "bfloat16", "hidden_size": 64,
+    }  # fmt: skip
+    words = [f"model.model_config.{key}={value}" for key, value in overrides.items()]
+    found = resolve(str(path), overrides=words)
+    assert found.problems == ()
+    spec = model_spec(found.config.model.model_config, None)
+    assert spec.hf_config["rope_parameters"]["rope_theta"] == 7.0
+    assert spec.precision.params_dtype == "bfloat16"
+    sizes = ("num_hidden_layers", "num_key_value_heads", "hidden_size", "num_attention_heads")
+    assert [spec.hf_config[key] for key in sizes] == [3, 2, 64, 4]
+
+
 def test_scaled_experts_of_qwen3_moe() -> None:
     sizes = f"{MOE}, num_experts_per_tok: 2, moe_intermediate_size: 8"
     spec = spec_of(core(f"{sizes}, routed_scaling_factor: 1.5"))
     experts = spec.decoder and spec.decoder.experts
-    assert experts and experts.routed_scaling_factor == 1.5
-    assert spec.hf_config["routed_scaling_factor"] == 1.5
+    assert experts is not None
+    assert experts.routed_scaling_factor == 1.5
+    assert spec.hf_config["router_topk_scaling_factor"] == 1.5
     assert any("transformers ignores it" in note for note in spec.notes)
-    assert "routed_scaling_factor" not in spec_of(core(sizes)).hf_config
+    assert "router_topk_scaling_factor" not in spec_of(core(sizes)).hf_config
+
+
+WRONG: tuple[Any, ...] = (
+    *(None, "None", "", "x", True, False, 0, 1, -1, 2.5, 1e400, float("nan"), 10**400, [], [1]),
+    *([None], {}, {"factor": "x"}, {"factor": 2.0}, [[]], [[1], "a"], {"a": {}}, "1.0"),
+)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_no_value_is_a_mistake_of_ours(seed: int) -> None:
+    """Whatever is written: problems, never an exception of another kind."""
+    draw = random.Random(seed)
+    names = sorted(KEYS | {"type", "model_type", "architectures", "num_experts", *ALIASES})
+    inside = sorted(
+        KEYS_WITHOUT_EFFECT["moe_config"]["experts are described in model.model_config"]
+    )
+    kinds = [
+        "LlamaConfig",
+        "DeepseekV3Config",
+        "ChatGLM2Config",
+        "TelechatConfig",
+        "Qwen3MoeConfig",
+    ]
+    for _ in range(150):
+        section = {"type": draw.choice(kinds), "num_layers": 2}
+        section |= {draw.choice(names): draw.choice(WRONG) for _ in range(draw.randrange(6))}
+        moe = {draw.choice(inside): draw.choice(WRONG) for _ in range(draw.randrange(4))}
+        tree = {
+            "run_mode": draw.choice(["train", "predict", None]),
+            "model": {"model_config": section, "arch": {"type": draw.choice(["A", None, 3])}},
+            "moe_config": moe | {"expert_num": draw.choice([8, 1, *WRONG])},
+            "load_checkpoint": draw.choice(["", "w"]),
+        }
+        found = resolved(tree)
+        with contextlib.suppress(UserError):
+            model_spec(found.config.model.model_config, None)

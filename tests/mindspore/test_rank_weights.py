@@ -418,9 +418,9 @@ def test_what_does_not_fit_is_refused(tmp_path, open_it: Opened, text: str) -> N
     assert text.format(f=tmp_path) in str(caught.value)
 
 
-def test_rank_files_in_mindspores_own_format_are_refused(tmp_path) -> None:
+def test_damaged_rank_files_in_mindspores_own_format_are_refused(tmp_path) -> None:
     run = Run(tmp_path, ONE_STAGE)
     files = run.save()
     files[1].write_bytes(b"\x0a\x20\x0a\x01w\x12\x1b\x08\x02" + bytes(20))
-    with pytest.raises(UserError, match=r"is a \.ckpt file of MindSpore"):
+    with pytest.raises(UserError, match=r"is not a valid \.ckpt file of MindSpore"):
         run.open(files)

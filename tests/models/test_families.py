@@ -143,9 +143,7 @@ def test_mindformers_spellings() -> None:
             "max_position_embedding": 1024, "theta": 1e6, "compute_dtype": "bfloat16",
             "param_init_type": "float32", "layernorm_compute_type": "float32",
             "rotary_dtype": "bf16",
-            "softmax_compute_type": "float32", "use_flash_attention": True, "use_past": False,
-            "qkv_concat": False, "checkpoint_name_or_path": "", "batch_size": 1, "top_k": 3,
-            "max_decode_length": 64, "multiple_of": 256, "extend_method": "None",
+            "softmax_compute_type": "float32", "top_k": 3, "max_decode_length": 64,
             "tie_word_embeddings": True, "qkv_has_bias": False, "pet_config": None, "expert_num": 1,
             "attention_dropout_rate": 0.1, "hidden_dropout_rate": 0.2,
         },
@@ -163,10 +161,7 @@ def test_mindformers_spellings() -> None:
     assert spec.precision.params_dtype == spec.precision.layernorm_compute_dtype == "float32"
     assert spec.generation == {"top_k": 3, "max_length": 64}
     without_effect = {note.split(" = ")[0].rpartition(".")[2] for note in spec.notes}
-    assert without_effect == {
-        "use_flash_attention", "use_past", "qkv_concat", "checkpoint_name_or_path", "batch_size",
-        "multiple_of", "softmax_compute_type",
-    }  # fmt: skip
+    assert without_effect == {"softmax_compute_type"}
     assert spec.notes[0].startswith("model.model_config.softmax_compute_type = float32: used o")
     assert "hidden_dropout" not in spec.hf_config
     llama = model_spec(LLAMA | {"num_layers": 2}, None)
@@ -264,7 +259,7 @@ def test_positions_follow_the_sequence_length_only_by_default() -> None:
 
 def test_every_key_has_one_meaning() -> None:
     tables = [keys.ALIASES, keys.EXPERT_COUNTS, keys.PRECISIONS, keys.GENERATION, keys.GENERAL,
-              keys.ROPE, keys.REPLACED, keys.NO_EFFECT, keys.NOT_BUILT]  # fmt: skip
+              keys.ROPE, keys.NOT_BUILT]  # fmt: skip
     spellings = [key for table in tables for key in table if key != keys.ALIASES.get(key)]
     twice = {key for key in spellings if spellings.count(key) > 1}
     assert not twice

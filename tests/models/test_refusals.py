@@ -100,11 +100,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "must be at least 1",
     ),
     "theta": (LLAMA | {"theta": -1}, "model.model_config.theta: rope_theta = -1"),
-    "context extension": (
-        LLAMA | {"extend_method": "PI"},
-        "Set rope_scaling: {rope_type: linear",
-    ),
-    "MLP width": (LLAMA | {"ffn_dim_multiplier": 1.3}, "Set intermediate_size"),
     "adapters": (
         LLAMA | {"pet_config": {"pet_type": "lora"}},
         "pet_config needs low-rank adapters (LoRA): not built yet",
@@ -113,10 +108,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         LLAMA | {"expert_num": 8},
         "model.model_config.expert_num needs mixture of experts: LlamaForCausalLM has no experts. "
         "Set type: Qwen3MoeConfig, MixtralConfig, DeepseekV3Config, Glm4MoeConfig, GptOss",
-    ),
-    "experts of a section": (
-        LLAMA | {"moe_config": {"expert_num": 8}},
-        "experts are configured in model_config itself. Set num_experts, num_experts_per_tok",
     ),
     "too many chosen": (
         QWEN_MOE | {"expert_num": 4, "num_experts_chosen": 5},

@@ -16,6 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from launcher.layout.box import full_box
+from launcher.layout.shard import Shard
+from launcher.weights.tensor_mapping import mapped
 from models.build import build_model, hf_directory_files, mappings_of, materialize, tied_names
 from models.decoder import Decoder
 from models.families import ModelSpec, model_spec
@@ -39,10 +42,20 @@ def tensors_of(config: dict[str, Any], *, biases: bool = True, seed: int = 0) ->
             "input_layernorm.weight": (hidden,), "post_attention_layernorm.weight": (hidden,),
             "self_attention.query.weight": (hidden, hidden),
             "self_attention.key_value.weight": (2 * groups * size, hidden),
-            "self_attention.dense.weight": (hidden, hidden), "mlp.gate_proj.weight": (inner, hidden),
-            "mlp.up_proj.weight": (inner, hidden), "mlp.down_proj.weight": (hidden, inner),
+            "self_attention.dense.weight": (hidden, hidden),
+            "mlp.gate_proj.weight": (inner, hidden), "mlp.up_proj.weight": (inner, hidden),
+            "mlp.down_proj.weight": (hidden, inner),
         }  # fmt: skip
-        if biases:
+        if experts := config.get("num_experts"):
+            one = {n: s for n, s in of_layer.items() if n.startswith("mlp.")}
+            one |= {"mlp.down_proj.bias": (hidden,)} if biases else {}
+            of_layer = {n: s for n, s in of_layer.items() if n not in one}
+            of_layer["mlp.router.weight"] = (experts, hidden)
+            for expert in range(experts):
+                place = f"mlp.local_experts.{expert}."
+                of_layer |= {n.replace("mlp.", place): shape for n, shape in one.items()}
+            of_layer |= {"self_attention.dense.bias": (hidden,)} if biases else {}
+        elif biases:
             of_layer |= {"self_attention.dense.bias": (hidden,), "mlp.down_proj.bias": (hidden,)}
         shapes |= {f"transformer.h.{layer}.{name}": shape for name, shape in of_layer.items()}
     generator = torch.Generator().manual_seed(seed)
@@ -86,29 +99,48 @@ def reference(config: dict[str, Any], held: dict[str, Tensor], ids: Tensor, base
         bias = part.get("self_attention.dense.bias")
         states = states + F.linear(mixed, part["self_attention.dense.weight"], bias)
         normed = norm(states, name + "post_attention_layernorm.weight")
-        inner = F.silu(normed @ part["mlp.gate_proj.weight"].T) * (
-            normed @ part["mlp.up_proj.weight"].T
-        )
-        states = states + F.linear(
-            inner, part["mlp.down_proj.weight"], part.get("mlp.down_proj.bias")
-        )
+        states = states + mlp_of(config, part, normed)
     head = held.get("lm_head.weight", held["transformer.word_embeddings.weight"])
     return norm(states, "transformer.ln_f.weight") @ head.T
 
 
-def filled(spec: ModelSpec, held: dict[str, Tensor]) -> dict[str, Any]:
-    """The decoder with the tensors of the files, and its parameters by their names in files."""
+def mlp_of(config: dict[str, Any], part: dict[str, Tensor], normed: Tensor) -> Tensor:
+    """The MLP, or the sum over the experts of a token, by its normalized top-k probabilities."""
+
+    def gated(place: str) -> Tensor:
+        gate, up = (normed @ part[f"{place}{name}_proj.weight"].T for name in ("gate", "up"))
+        bias = part.get(f"{place}down_proj.bias")
+        return F.linear(F.silu(gate) * up, part[f"{place}down_proj.weight"], bias)
+
+    experts = config.get("num_experts")
+    if not experts:
+        return gated("mlp.")
+    weights = (normed @ part["mlp.router.weight"].T).softmax(-1)
+    best = weights.topk(config["num_experts_per_tok"], dim=-1)
+    kept = torch.zeros_like(weights).scatter(-1, best.indices, best.values)
+    if config.get("norm_topk_prob", True):
+        kept = kept / kept.sum(-1, keepdim=True)
+    outputs = [gated(f"mlp.local_experts.{expert}.") for expert in range(experts)]
+    return (torch.stack(outputs, dim=-1) * kept[..., None, :]).sum(-1)
+
+
+def filled(spec: ModelSpec, held: dict[str, Tensor]) -> Decoder:
+    """The decoder with the tensors of the files."""
     model = build_model(spec, dtype=torch.float32)
     materialize(model, "cpu")
-    by_file: dict[str, torch.nn.Parameter] = {}
-    for name, parameter in model.named_parameters():
-        (mapping,) = mappings_of(model)(name, tuple(parameter.shape)) or [None]
-        by_file[name if mapping is None else mapping.name] = parameter
-    assert by_file.keys() == held.keys()
+    assert isinstance(model, Decoder)
     with torch.no_grad():
-        for name, parameter in by_file.items():
-            parameter.copy_(held[name])
-    return {"model": model, "by_file": by_file}
+        in_files = by_file(model, dict(model.named_parameters()))
+        assert in_files.keys() == held.keys()
+        for name, tensor in in_files.items():
+            tensor.copy_(held[name])
+    return model
+
+
+def by_file(model: Decoder, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of the decoder by their names in files, in the same memory."""
+    held = {name: Shard(tuple(t.shape), full_box(tuple(t.shape)), t) for name, t in tensors.items()}
+    return {name: shard.tensor for name, shard in mapped(held, mappings_of(model)).items()}
 
 
 CASES: dict[str, tuple[dict[str, Any], float]] = {
@@ -116,10 +148,19 @@ CASES: dict[str, tuple[dict[str, Any], float]] = {
     "as many key heads": ({"num_key_value_heads": 6}, 1e4),
     "one key head": ({"num_key_value_heads": 1}, 1e4),
     "no biases": ({"out_proj_has_bias": False}, 1e4),
+    "experts": ({"num_experts": 6, "num_experts_per_tok": 2}, 1e4),
+    "experts, no biases": (
+        {"num_experts": 4, "num_experts_per_tok": 3, "out_proj_has_bias": False,
+         "norm_topk_prob": False}, 1e4,
+    ),
     "tied": ({"tie_word_embeddings": True}, 1e4),
     # alpha = 2 ** ceil(log2(32 / 8) + 1) - 1 = 7, head size 4
-    "trained on longer rows": ({"training_seqlen": 32, "base_seqlen": 8, "seq_length": 32}, 1e4 * 49),
-    "trained on a little more": ({"training_seqlen": 36, "base_seqlen": 32, "seq_length": 36}, 1e4 * 9),
+    "trained on longer rows": (
+        {"training_seqlen": 32, "base_seqlen": 8, "seq_length": 32}, 1e4 * 49,
+    ),
+    "trained on a little more": (
+        {"training_seqlen": 36, "base_seqlen": 32, "seq_length": 36}, 1e4 * 9,
+    ),
 }  # fmt: skip
 
 
@@ -133,12 +174,13 @@ def test_logits_loss_and_gradients_are_those_of_the_reference(case: str) -> None
     ids = torch.randint(0, 96, (2, 17), generator=torch.Generator().manual_seed(1))
     expected = reference(config, held, ids, base)
     own = filled(model_spec({}, config), {k: t.detach() for k, t in held.items()})
-    logits = own["model"](ids)
+    logits = own(ids)
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
     for result in (logits, expected):
         F.cross_entropy(result[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
-    for name, parameter in own["by_file"].items():
-        torch.testing.assert_close(parameter.grad, held[name].grad, rtol=1e-3, atol=1e-5)
+    gradients = {name: p.grad for name, p in own.named_parameters() if p.grad is not None}
+    for name, gradient in by_file(own, gradients).items():
+        torch.testing.assert_close(gradient, held[name].grad, rtol=1e-3, atol=1e-5)
 
 
 def test_config_json_keeps_its_spelling() -> None:
@@ -184,7 +226,8 @@ def test_a_tied_head_has_the_names_of_the_files() -> None:
         ({"num_hidden_layers": 3}, "n_layer = 2: conflicts with num_hidden_layers = 3"),
         ({"num_key_value_heads": 4}, "6 attention heads cannot be divided over 4 KV heads"),
         ({"out_proj_has_bias": "yes"}, "out_proj_has_bias = 'yes': must be True or False"),
-        ({"num_experts": 16}, "TelechatForCausalLM has no experts"),
+        ({"num_experts": 2}, "num_experts_per_tok = 4 (the default of telechat): must be at most"),
+        ({"num_experts": 4, "moe_intermediate_size": 0}, "moe_intermediate_size = 0: must be"),
     ],
 )
 def test_what_is_not_supported_is_refused(changes: dict[str, Any], message: str) -> None:

@@ -29,8 +29,9 @@ IN_TRANSFORMERS = [name for name, own in DECODERS.items() if own.in_transformers
 WITH_CODE_OF_THEIR_OWN: dict[str, dict[str, Any]] = {
     "telechat": {
         "model_type": "telechat", "architectures": ["TelechatForCausalLM"], "hidden_size": 24,
-        "n_layer": 2, "n_head": 6, "num_key_value_heads": 2, "ffn_hidden_size": 40, "vocab_size": 96,
-        "layer_norm_epsilon": 1e-5, "hidden_dropout": 0.0, "attention_dropout": 0.0,
+        "n_layer": 2, "n_head": 6, "num_key_value_heads": 2, "ffn_hidden_size": 40,
+        "vocab_size": 96, "layer_norm_epsilon": 1e-5, "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
         "seq_length": 64, "training_seqlen": 64, "base_seqlen": 64, "embed_layernorm": False,
         "flash_attn": True, "logn": True, "tie_word_embeddings": False, "torch_dtype": "float32",
     },

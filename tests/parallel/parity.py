@@ -56,11 +56,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "num_experts_per_tok": 2, "sliding_window": 9,
     },
     "telechat": {"type": "TelechatConfig", **_SIZES},
+    "telechat moe": {"type": "TelechatConfig", **_SIZES, "num_experts": 8,
+                     "num_experts_per_tok": 2},
     "telechat tied": {"type": "TelechatConfig", **_SIZES, "tie_word_embeddings": True},
 }  # fmt: skip
-MIXTURES = ("qwen3 moe", "mixtral", "deepseek", "glm", "gpt-oss")
+MIXTURES = ("qwen3 moe", "mixtral", "deepseek", "glm", "gpt-oss", "telechat moe")
 """Families with experts."""
-EPSILON = dict.fromkeys(("gpt-oss", "glm 9b", "glm 0414", "telechat", "telechat tied"), 1e-3)
+EPSILON = dict.fromkeys(
+    ("gpt-oss", "glm 9b", "glm 0414", "telechat", "telechat tied", "telechat moe"), 1e-3
+)
 """Of Adam. Biases are initialized to zero and become the sum of its steps, in which the rounding of
 a small gradient is multiplied by 1 / epsilon; these families have many."""
 

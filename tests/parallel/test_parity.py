@@ -56,6 +56,7 @@ FAMILIES_ONCE = [
     Case("llama", dp=2, tp=2, model={"attention_bias": True, "mlp_bias": True}),
     Case("qwen2", tp=8),
     Case("telechat", tp=8, parallel=SEQUENCE),
+    Case("telechat moe", dp=2, tp=2, ep=2, sharded=True, parallel=SEQUENCE),
     Case("telechat tied", dp=2, tp=2, pp=2, sharded=True),
     Case("telechat", tp=2, cp=2, more={"recompute_config": {"recompute": True}}),
     Case("glm 9b", tp=8, parallel=SEQUENCE),

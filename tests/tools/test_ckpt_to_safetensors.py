@@ -115,7 +115,8 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "sparse": (lambda p: torch.save({"w": torch.eye(3).to_sparse()}, p), "`w` is sparse_coo"),
     "complex128": (lambda p: torch.save({"w": torch.ones(2).to(torch.complex128)}, p),
                    "`w` is complex128"),
-    "mindspore": (lambda p: p.write_bytes(b"\x0a\x20" + b"abc" * 20), "is not a valid .ckpt file of Mind"),
+    "mindspore": (lambda p: p.write_bytes(b"\x0a\x20" + b"abc" * 20),
+                  "is not a valid .ckpt file of Mind"),
     "short": (lambda p: p.write_bytes(b"PK\x03\x04" + b"0" * 40), "cannot be read"),
     "safetensors": (lambda p: p.write_bytes((2).to_bytes(8, "little") + b"{}"),
                     "is a safetensors file already"),
@@ -141,7 +142,7 @@ def test_mistakes_about_folders(tmp_path: Path, capsys) -> None:
     (tmp_path / "in" / "notes.txt").touch()
     at, out = str(tmp_path / "in"), str(tmp_path / "out")
     cases = {
-        "holds no file to convert: files of torch end in": ["--save_path", out],
+        "holds no file to convert: such files end in": ["--save_path", out],
         "There are: notes.txt": ["--save_path", out],
         "is a folder: its files are converted into another folder": [],
         "it is not a regular expression": ["--save_path", out, "--file_name_regex", "("],

@@ -30,7 +30,9 @@ def fill(root: Path, *names: str, ranks: int = 2) -> None:
         (["qwen2_7b_rank_{}.safetensors"], "qwen2_7b", (0, 0, 0)),
         (["example-1_1.safetensors"], "example-1_1", (0, 1, 1)),
         (["a_rank_1_rank_{}-1_1.safetensors"], "a_rank_1-1_1", (0, 1, 1)),
-        (["x_rank_{}-1_2.ckpt", "x_rank_{}-1_1.safetensors", "meta.json"], "x-1_1", (0, 1, 1)),
+        (["x_rank_{}-1_2.ckpt", "x_rank_{}-1_1.safetensors", "meta.json"], "x-1_2", (0, 1, 2)),
+        (["x_rank_{}-1_2.ckpt.tmp", "x_rank_{}-1_1.safetensors"], "x-1_1", (0, 1, 1)),
+        (["x_rank_{}-1_1.ckpt", "x_rank_{}-1_1.safetensors"], "x-1_1", (0, 1, 1)),
         (["x_rank_{}-1_1.safetensors", ".x_rank_{}-1_2.safetensors"], "x-1_1", (0, 1, 1)),
     ],
 )

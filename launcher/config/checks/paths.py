@@ -15,6 +15,7 @@ from launcher.config.derived import (
     has_tokenizer,
     named_tokenizer_files,
     tokenizer_dir,
+    tokenizer_json_of,
     uses_named_tokenizer,
 )
 from launcher.config.provenance import KeyProblem
@@ -27,7 +28,7 @@ NAMES_SHOWN = 5
 """How many names of a directory are listed where none of them is similar."""
 
 TOKEN_LOADERS = frozenset({
-    "MindDataset", "BlendedMegatronDatasetDataLoader", "TokenDataLoader",
+    "MindDataset", "BlendedMegatronDatasetDataLoader", "TokenFileDataLoader",
 })  # fmt: skip
 """Types of data loaders that read rows of tokens."""
 
@@ -160,16 +161,19 @@ def tokenizer(check: Check) -> Iterator[KeyProblem]:
             "a tokenizer is required",
             what="no tokenizer is given",
             advice=f"Set {nested} or pretrained_model_dir to a Hugging Face directory",
-            also=("pretrained_model_dir", "processor", "processor.tokenizer"),
+            also=("pretrained_model_dir", "processor", "processor.tokenizer", *_loaders(check)),
         )
     elif not Path(folder).is_dir():
         if key == nested:  # another rule reports the other key
-            yield check.wrong(key, "no such directory", nearest=nearest_path(folder))
+            yield check.wrong(
+                key, "no such directory", nearest=nearest_path(folder), also=_loaders(check)
+            )
     elif not has_tokenizer(folder):
         yield check.wrong(
             key,
             "contains no tokenizer (tokenizer.json or similar)",
             advice=f"Set {nested} to the directory of the tokenizer",
+            also=_loaders(check),
         )
 
 
@@ -181,6 +185,12 @@ def _reads_tokens(check: Check) -> bool:
     return check.trains and all(
         found is not None and found.data_loader.type in TOKEN_LOADERS for found in sections
     )
+
+
+def _loaders(check: Check) -> tuple[str, ...]:
+    """Keys of a training that decide whether it needs a tokenizer."""
+    names = ("train_dataset", "eval_dataset") if check.trains else ()
+    return tuple(f"{name}.data_loader.type" for name in names)
 
 
 def _named_tokenizer(check: Check) -> Iterator[KeyProblem]:
@@ -196,11 +206,9 @@ def _named_tokenizer(check: Check) -> Iterator[KeyProblem]:
                 nearest=nearest_path(str(path)),
                 advice=f"Set it to the file, or {prefix}.pretrained_model_dir to a Hugging Face "
                 "directory with a tokenizer",
-                also=(prefix, "processor"),
+                also=(prefix, "processor", *_loaders(check)),
             )
-    if section.type not in TOKENIZER_TYPES and not any(
-        path.name.endswith("tokenizer.json") for path in files.values()
-    ):
+    if section.type not in TOKENIZER_TYPES and tokenizer_json_of(files) is None:
         known = ", ".join(TOKENIZER_TYPES)
         yield check.wrong(
             f"{prefix}.type",
@@ -208,7 +216,7 @@ def _named_tokenizer(check: Check) -> Iterator[KeyProblem]:
             what="" if section.type else f"{prefix}.type is missing",
             nearest=did_you_mean(str(section.type), TOKENIZER_TYPES) or f"Known: {known}",
             advice="Or give a tokenizer.json as tokenizer_file",
-            also=(prefix, *(f"{prefix}.{key}" for key in files)),
+            also=(prefix, *(f"{prefix}.{key}" for key in files), *_loaders(check)),
         )
 
 

@@ -106,7 +106,7 @@ def file_format(check: Check) -> Iterator[KeyProblem]:
     found = None if check.config.only_save_strategy else files_of(check)
     if found is None or found.one is None:
         return
-    name = "safetensors" if is_safetensors(found.one) else "ckpt"
+    name, kind = "safetensors" if is_safetensors(found.one) else "ckpt", _kind_of(found)
     if name == "ckpt":
         try:
             _refuse_unread(found)
@@ -116,7 +116,7 @@ def file_format(check: Check) -> Iterator[KeyProblem]:
     if check.config.load_ckpt_format not in (None, name) and found.key == "load_checkpoint":
         yield check.wrong(
             "load_ckpt_format",
-            f"{found.path} contains {_kind_of(found)}",
+            f"{found.path} contains {kind}{' (ckpt)' * (kind == 'torch files')}",
             nearest=f"Nearest: {name}",
             advice="Or remove the key",
             also=("load_checkpoint",),
@@ -151,7 +151,7 @@ def _kind_of(found: Files) -> str:
     """What the files are, in messages."""
     if found.one is not None and is_safetensors(found.one):
         return "safetensors"
-    return "torch files (ckpt)" if found.header is None else ".ckpt files of MindSpore"
+    return "torch files" if found.header is None else ".ckpt files of MindSpore"
 
 
 def _refuse_unread(found: Files) -> None:

@@ -28,6 +28,11 @@ _TYPES = ("seq_aux_loss", "gbs_aux_loss", "aux_loss", "sub_seq_aux_loss", "none"
 _MTP_COUNTS = ("num_nextn_predict_layers", "mtp_num_layers", "mtp_depth")
 _MTP_FACTORS = ("mtp_loss_factor", "mtp_loss_scaling_factor")
 
+KEYS = (
+    *("moe_router_enable_expert_bias", "moe_router_bias_update_rate", "moe_z_loss_coeff"),
+    *("moe_router_load_balancing_type", *_MTP_COUNTS, *_MTP_FACTORS),
+)
+
 
 def translate(keys: ModelKeys) -> None:
     """Translate the keys of model_config."""

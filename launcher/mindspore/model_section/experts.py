@@ -1,207 +1,36 @@
-"""Experts: the section `moe_config` of MindFormers' older classes, and the core spellings.
+"""Experts in the core spellings: keys of model_config about counts, groups, widths and scores.
 
-Owns what each key about experts becomes. Rules that only matter to a loss (balance losses, moving
-router biases, prediction layers) are refused in training when they ask for something, and have no
-effect otherwise.
+Owns what each of them becomes in config.json of the family.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from launcher.mindspore.model_section import balance
-from launcher.mindspore.model_section.keys import (
-    SECTION,
-    ModelKeys,
-    is_null,
-    spellings,
-    value_of,
-)
+from launcher.mindspore.model_section.keys import ModelKeys
 from models.families import DECODERS
 
-MOE = "moe_config"
-_DENSE = "the model has no experts"
-_FAMILIES = (
-    "Set model.model_config.type: "
-    f"{', '.join(own.config_class for own in DECODERS.values() if own.expert_count)}"
+KEYS = (
+    *("moe_shared_expert_intermediate_size", "moe_router_score_function", "scoring_func"),
+    "routed_scaling_factor",
 )
-_KERNELS = "tokens are exchanged and experts computed by PyTorch, without dropping a token"
-
-_WITHOUT_EFFECT = frozenset({
-    "capacity_factor", "enable_sdrop", "use_fused_ops_topkrouter", "use_fused_ops_permute",
-    "routing_policy", "group_wise_a2a", "comp_comm_parallel", "comp_comm_parallel_degree",
-    "ep_extend_tp", "max_router_load", "npu_nums_per_device", "router_dense_type", "use_gmm",
-    "enable_gmm_safe_tokens", "expert_group_size", "save_token_distribution", "cur_layer",
-    "enable_cold_hot_expert", "update_step", "hot_expert_num", "cold_token_percent",
-    "moe_module_name", "topk_method", "use_allgather_dispatcher", "moe_shared_expert_overlap",
-    "expert_model_parallel", "callback_moe_droprate", "moe_init_method_std",
-    "enable_deredundency", "dispatch_global_max_bs",
-})  # fmt: skip
-"""Keys of `moe_config` about kernels, communication and dropped tokens."""
-
-_NAMES = {
-    "expert_num": "", "num_experts_chosen": "num_experts_per_tok",
-    "moe_intermediate_size": "moe_intermediate_size", "first_k_dense_replace": "",
-    "n_group": "n_group", "topk_group": "topk_group", "norm_topk_prob": "norm_topk_prob",
-    "routed_scaling_factor": "routed_scaling_factor", "shared_expert_num": "",
-    "use_shared_expert_gating": "", "use_gating_sigmoid": "",
-}  # fmt: skip
-"""Keys of `moe_config` that describe the model -> key of config.json; empty: read separately."""
-_KNOWN = frozenset({*_WITHOUT_EFFECT, *_NAMES, *balance.MOE_KEYS})
+_GROUPS = ("n_group", "topk_group", "moe_router_num_groups", "moe_router_group_topk")
+_COUNTS = (
+    *("num_experts", "n_routed_experts", "expert_num", "num_moe_experts", "num_experts_per_tok"),
+    *("num_experts_chosen", "moe_router_topk", "n_shared_experts", "shared_expert_num"),
+)
+_SCALES = ("routed_scaling_factor", "moe_router_topk_scaling_factor")
 
 
 def translate(keys: ModelKeys) -> None:
-    """Translate `moe_config`, and the keys about experts of model_config."""
-    section = keys.draft.find(MOE)
-    inner = keys.draft.find(f"{SECTION}.{MOE}")
-    if inner is not None and isinstance(inner.value, dict):
-        keys.draft.rename(f"{SECTION}.{MOE}", MOE)
-        section = keys.draft.find(MOE)
-    if section is not None and isinstance(section.value, dict):
-        _section(keys, list(section.value))
-        keys.draft.prune(MOE)
-    _core_keys(keys)
-    balance.translate(keys)
-
-
-def _moe(keys: ModelKeys, name: str, default: Any = None) -> Any:
-    value = value_of(keys.draft.find(f"{MOE}.{name}"))
-    return default if value is None else value
-
-
-def _section(keys: ModelKeys, names: list[str]) -> None:
-    count = whole(_moe(keys, "expert_num", 1))
-    if count is None or count < 1:
-        keys.draft.refuse(f"{MOE}.expert_num", "must be an integer of at least 1")
-    elif count > 1 and not keys.expert_count and keys.family:
-        keys.draft.refuse(
-            f"{MOE}.expert_num", f"{keys.family} with experts is not built yet",
-            nearest="Nearest: 1", advice=_FAMILIES,
-        )  # fmt: skip
-    if count is None or count <= 1 or not keys.expert_count:
-        known = [name for name in names if name in _KNOWN]
-        keys.draft.drop_all([f"{MOE}.{name}" for name in known], _DENSE)
-        return
-    balance.translate_moe(keys)
-    keys.draft.drop_all([f"{MOE}.{name}" for name in names if name in _WITHOUT_EFFECT], _KERNELS)
-    _counts(keys, names)
-    for name, key in _NAMES.items():
-        if key and name in names:
-            _value(keys, name, key)
-
-
-def _counts(keys: ModelKeys, names: list[str]) -> None:
-    """The number of experts, of shared ones and of dense layers, and the defaults of MindFormers
-    where those of the family differ."""
-    _imply_defaults(keys, names)
-    _put(keys, "expert_num", {keys.expert_count: whole(_moe(keys, "expert_num"))})
-    if "shared_expert_num" in names:
-        _shared(keys)
-    if "first_k_dense_replace" in names:
-        first = int(whole(_moe(keys, "first_k_dense_replace", 0)) or 0)
-        own = keys.is_own("first_k_dense_replace")
-        _put(keys, "first_k_dense_replace", {"first_k_dense_replace": first} if own else {})
-    if "use_gating_sigmoid" in names:
-        _must_be(keys, "use_gating_sigmoid", scoring_of(keys.family) == "sigmoid",
-                 f"the scores of {keys.family} are a {scoring_of(keys.family)}")  # fmt: skip
-    if "use_shared_expert_gating" in names:
-        _must_be(keys, "use_shared_expert_gating", keys.family == "qwen2_moe",
-                 f"the shared expert of {keys.family} has no gate"
-                 if keys.family != "qwen2_moe" else "the shared expert of Qwen2-MoE has a gate")  # fmt: skip
-
-
-def _imply_defaults(keys: ModelKeys, names: list[str]) -> None:
-    source = f"{MOE}.expert_num"
-    defaults: dict[str, Any] = {
-        "num_experts_per_tok": 1, "norm_topk_prob": True, "routed_scaling_factor": 1.0,
-    }  # fmt: skip
-    if keys.family == "qwen2_moe":
-        defaults["moe_intermediate_size"] = keys.size("intermediate_size")
-        defaults["shared_expert_intermediate_size"] = 0
-    if keys.is_own("n_group") and "n_group" not in names:
-        defaults |= {"n_group": 1, "topk_group": 1}
-    if keys.is_own("n_shared_experts"):
-        defaults["n_shared_experts"] = 0
-    written = {_NAMES.get(name) or name for name in names}
-    if "shared_expert_num" in names:
-        written |= {"n_shared_experts", "shared_expert_intermediate_size"}
-    for key, value in defaults.items():
-        if keys.is_own(key) and key not in written and not any(map(keys.has, spellings(key))):
-            keys.draft.imply(f"{SECTION}.{key}", value, source)
-
-
-def _shared(keys: ModelKeys) -> None:
-    count = whole(_moe(keys, "shared_expert_num"))
-    width = _moe(keys, "moe_intermediate_size") or keys.size("moe_intermediate_size")
-    if count is None:
-        keys.draft.refuse(f"{MOE}.shared_expert_num", "must be an integer of at least 0")
-    elif keys.is_own("n_shared_experts"):
-        _put(keys, "shared_expert_num", {"n_shared_experts": count})
-    elif keys.is_own("shared_expert_intermediate_size"):
-        _put(keys, "shared_expert_num", {"shared_expert_intermediate_size": count * (width or 0)})
-    elif count == 0:
-        _put(keys, "shared_expert_num", {})
-    else:
-        keys.draft.refuse(f"{MOE}.shared_expert_num", f"{keys.family} has no shared experts",
-                          nearest="Nearest: 0")  # fmt: skip
-
-
-def _value(keys: ModelKeys, name: str, key: str) -> None:
-    """A key of `moe_config` that is one key of config.json."""
-    written, value = keys.draft.find(f"{MOE}.{name}"), _moe(keys, name)
-    if is_null(value) and key not in ("n_group", "topk_group"):
-        keys.draft.drop(f"{MOE}.{name}", "null asks for nothing")
-    elif keys.is_own(key):
-        if key in ("n_group", "topk_group"):
-            value = whole(value) or 1
-        count = whole(value) if key.startswith(("num_", "moe_")) else None
-        _put(keys, name, {key: value if count is None else count})
-    elif key == "moe_intermediate_size":
-        _expert_width(keys, value)
-    elif _is_nothing(key, value):
-        _put(keys, name, {})
-    elif written is not None:
-        keys.draft.refuse(
-            f"{MOE}.{name}", f"{keys.family} has no {key}", nearest=f"Nearest: {_NOTHING[key]}"
-        )
-
-
-_NOTHING: dict[str, Any] = {
-    "norm_topk_prob": True, "routed_scaling_factor": 1.0, "n_group": 1, "topk_group": 1,
-    "num_experts_per_tok": 1,
-}  # fmt: skip
-"""What a family does that has no such key."""
-
-
-def _is_nothing(key: str, value: Any) -> bool:
-    return value == _NOTHING[key] or (key in ("n_group", "topk_group") and not value)
-
-
-def _expert_width(keys: ModelKeys, width: Any) -> None:
-    """Families whose experts have the width of the MLP."""
-    mlp = keys.size("intermediate_size")
-    if mlp is not None and whole(width) != mlp:
-        keys.draft.refuse(
-            f"{MOE}.moe_intermediate_size",
-            f"the experts of {keys.family} have intermediate_size = {mlp}",
-            nearest=f"Nearest: {mlp}",
-        )
-    else:
-        _put(keys, "moe_intermediate_size", {"intermediate_size": whole(width)})
-
-
-def _put(keys: ModelKeys, name: str, values: dict[str, Any]) -> None:
-    keys.draft.replace(
-        f"{MOE}.{name}", {f"{SECTION}.{key}": value for key, value in values.items()},
-        "" if values else _KERNELS,
-    )  # fmt: skip
-
-
-def _must_be(keys: ModelKeys, name: str, expected: bool, rule: str) -> None:
-    if bool(_moe(keys, name)) == expected:
-        keys.draft.drop(f"{MOE}.{name}", f"{keys.family} has it so")
-    else:
-        keys.draft.refuse(f"{MOE}.{name}", rule, nearest=f"Nearest: {expected}")
+    """Translate the keys of model_config."""
+    _numbers(keys)
+    if keys.has("moe_shared_expert_intermediate_size"):
+        _shared_width(keys)
+    for name in ("scoring_func", "moe_router_score_function"):
+        _scoring(keys, name)
+    for name in _SCALES:
+        _scale(keys, name)
 
 
 def scoring_of(family: str) -> str:
@@ -211,41 +40,42 @@ def scoring_of(family: str) -> str:
     return "sigmoid" if has_sigmoid else "softmax"
 
 
-def whole(value: Any) -> int | None:
-    """The integer that a whole number is, 8.0 too; None for anything else."""
+def as_integer(value: Any) -> int | None:
+    """The integer that a number is, 8 for 8.0; None for anything else."""
     if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
         return int(value)
     return int(value) if isinstance(value, int) else None
 
 
-_GROUPS = ("n_group", "topk_group", "moe_router_num_groups", "moe_router_group_topk")
-_COUNTS = (
-    *("num_experts", "n_routed_experts", "expert_num", "num_moe_experts", "num_experts_per_tok"),
-    *("num_experts_chosen", "moe_router_topk", "n_shared_experts", "shared_expert_num"),
-)
-
-
-def _core_keys(keys: ModelKeys) -> None:
-    """Keys of model_config itself."""
+def _numbers(keys: ModelKeys) -> None:
+    """Counts may be floats, and no groups are one group."""
     for name in _COUNTS:
         value = keys.value(name)
-        if isinstance(value, float) and whole(value) is not None:
-            keys.replace(name, {name: whole(value)}, "a whole number")
+        if isinstance(value, float) and as_integer(value) is not None:
+            keys.replace(name, {name: as_integer(value)}, "an integer")
     for name in _GROUPS:
         if keys.has(name) and keys.value(name) in (None, 0):
             if keys.is_own("n_group"):
                 keys.replace(name, {name: 1}, "no groups are one group")
             else:
                 keys.drop(name, "there are no groups")
-    if keys.has("moe_shared_expert_intermediate_size"):
-        _shared_width(keys)
-    for name in ("scoring_func", "moe_router_score_function"):
-        _scoring(keys, name)
+
+
+def _scale(keys: ModelKeys, name: str) -> None:
+    """The factor of what routed experts add, which few families of transformers have."""
+    if not keys.has(name) or keys.is_own("routed_scaling_factor") or not keys.expert_count:
+        return
+    if keys.value(name, 1) == 1:
+        keys.drop(name, "it multiplies by one")
+    elif keys.is_own("router_topk_scaling_factor"):
+        keys.rename(name, "router_topk_scaling_factor")
+    else:
+        keys.refuse(name, f"{keys.family} does not scale routed experts", nearest="Nearest: 1.0")
 
 
 def _scoring(keys: ModelKeys, name: str) -> None:
     value = keys.value(name)
-    if value is None or not keys.family or (name == "scoring_func" and keys.is_own(name)):
+    if value is None or not keys.family or keys.is_own(name):
         return
     has = scoring_of(keys.family)
     if value != has and keys.expert_count:
@@ -257,7 +87,7 @@ def _scoring(keys: ModelKeys, name: str) -> None:
 def _shared_width(keys: ModelKeys) -> None:
     """The width of all shared experts together, which follows from other keys."""
     name = "moe_shared_expert_intermediate_size"
-    written, count = whole(keys.value(name)), keys.size("n_shared_experts")
+    written, count = as_integer(keys.value(name)), keys.size("n_shared_experts")
     width = keys.size("moe_intermediate_size")
     if keys.is_own("shared_expert_intermediate_size"):
         keys.rename(name, "shared_expert_intermediate_size")

@@ -1,8 +1,8 @@
 """The model family of a MindFormers configuration.
 
-Owns the step from `type`, `model_type`, `architectures` and `arch.type`, with the switches that make
-another family of MindFormers' LlamaConfig, to the `type` or `model_type` of this launcher, and the
-defaults of MindFormers' older classes where those of the family differ.
+Owns the step from `type`, `model_type`, `architectures` and `arch.type`, with the switches that
+make another family of MindFormers' LlamaConfig, to the `type` or `model_type` of this launcher, and
+the defaults of MindFormers' older classes.
 """
 
 from __future__ import annotations
@@ -76,8 +76,6 @@ def choose(keys: ModelKeys) -> None:
     keys.family = _family_of(keys)
     keys.is_legacy = keys.is_legacy and not keys.config_json
     keys.defaults = _DEFAULTS.get(str(kind), {}) if keys.is_legacy else {}
-    if keys.draft.find("model.arch") is not None:
-        keys.draft.drop("model.arch", "the family follows from model.model_config")
     for name in ("llm_backend", "boost_model_name"):
         keys.drop(name, "it names a library of kernels for Ascend devices")
 

@@ -80,10 +80,11 @@ class ModelKeys:
         return default if found is None else found
 
     def is_own(self, name: str) -> bool:
-        """Whether config.json of the family has a key of this name."""
+        """Whether config.json of the family has a key of this name that may have several values."""
         own = DECODERS.get(self.family)
+        own = own and (own.with_experts or own)
         if own is not None:
-            return name in own.own_keys | GENERAL | ROPE
+            return name in (own.own_keys | GENERAL | ROPE) - own.fixed.keys()
         return self.known is not None and self.known.has(name)
 
     @property
@@ -92,9 +93,16 @@ class ModelKeys:
         return config_class(self.family) if self.family and self.family not in DECODERS else None
 
     @property
+    def is_llama_like(self) -> bool:
+        """Whether the family, if it is known, has RMS norms, rotary embeddings and gated MLPs, as
+        every family of MindFormers has."""
+        return self.family in (*DECODERS, "glm", "glm4", "qwen2_moe", "")
+
+    @property
     def expert_count(self) -> str:
         """The key of the number of experts; empty for a family without experts."""
         own = DECODERS.get(self.family)
+        own = own and (own.with_experts or own)
         if own is not None:
             return own.expert_count or ""
         counts = ("num_experts", "num_local_experts", "n_routed_experts")

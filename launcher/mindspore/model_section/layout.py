@@ -1,8 +1,8 @@
 """How the weights that a configuration names are laid out: orders of fused matrices.
 
 Owns the step from MindFormers' layout keys to `mindformers_qkv_order` and its neighbours, where
-weights are loaded. Nothing is computed by them. The key without suffix, `use_contiguous_weight_layout`, belongs to
-releases whose gate and up matrices are never in pairs.
+weights are loaded. Nothing is computed by them. The key without suffix,
+`use_contiguous_weight_layout`, belongs to releases whose gate and up matrices are never in pairs.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ _ATTENTION = "use_contiguous_weight_layout_attention"
 _MLP = "use_interleaved_weight_layout_mlp"
 _QKV_ORDER, _MLP_ORDER = "mindformers_qkv_order", "mindformers_mlp_order"
 
+KEYS = (_OLDER, _ATTENTION, _MLP, *_FUSED)
+
 
 def translate(keys: ModelKeys) -> None:
     """Imply the orders where weights are loaded, and drop the keys."""
@@ -33,7 +35,7 @@ def translate(keys: ModelKeys) -> None:
         if isinstance(gmm, bool):
             keys.draft.imply("mindformers_use_gmm", gmm, "moe_config.use_gmm")
     why = "it describes files of weights, which are read by their names and orders"
-    for name in (_OLDER, _ATTENTION, _MLP, *_FUSED):
+    for name in KEYS:
         if not keys.is_own(name):
             keys.drop(name, why)
 

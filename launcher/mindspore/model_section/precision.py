@@ -18,6 +18,8 @@ _REASONS = {
     "norms are fused by the compiler": ("fused_rms_norm", "fused_norm", "rmsnorm_compute_2d"),
 }  # fmt: skip
 
+KEYS = tuple(name for names in _REASONS.values() for name in names)
+
 
 def translate(keys: ModelKeys) -> None:
     """Drop the keys that have no effect."""

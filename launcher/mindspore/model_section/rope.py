@@ -27,6 +27,11 @@ _NEEDED = {
     "YARN": ("factor",),
 }  # fmt: skip
 
+KEYS = (
+    *("rotary_emb_base", "rope_ratio", "rotary_pct", "rotary_percent", "extend_method", *_YARN),
+    *("scaling_factor", "position_embedding_type", "rotary_scaling_factor", "pretrain_seqlen"),
+)
+
 
 def translate(keys: ModelKeys) -> None:
     """Translate the keys about rotary embeddings."""
@@ -151,7 +156,7 @@ def _drop_factor(keys: ModelKeys) -> None:
 def _position_embedding_type(keys: ModelKeys) -> None:
     """The kind of the newer classes; scaling of config.json is used where it has some."""
     name = "position_embedding_type"
-    if not keys.has(name) or keys.is_own(name):
+    if not keys.has(name) or keys.is_own(name) or not keys.is_llama_like:
         return
     kind = str(keys.value(name, "rope")).lower()
     scaling = keys.config_json.get("rope_scaling")

@@ -8,16 +8,26 @@ from __future__ import annotations
 
 from launcher.config.draft import Draft
 from launcher.mindspore.model_section import (
+    balance,
     experts,
     family,
     layout,
+    moe_config,
     precision,
     rope,
     sizes,
+    spellings,
+    stages,
     switches,
     unused,
 )
 from launcher.mindspore.model_section.keys import SECTION, ModelKeys, config_json_of
+
+KEYS: frozenset[str] = frozenset().union(
+    rope.KEYS, sizes.KEYS, switches.KEYS, precision.KEYS, layout.KEYS, unused.KEYS, balance.KEYS,
+    experts.KEYS, ("moe_config",),
+)  # fmt: skip
+"""The keys of model_config that are translated."""
 
 
 def translate(draft: Draft) -> None:
@@ -27,15 +37,19 @@ def translate(draft: Draft) -> None:
         if node is not None and (node.is_text or not isinstance(node.value, dict | None)):
             return  # reported when it is typed
     keys = ModelKeys(draft, config_json=config_json_of(draft))
+    spellings.translate(keys)
     family.choose(keys)
     if draft.problems:
         return  # what the other keys mean follows from the family
     sizes.rename(keys)
     family.imply_defaults(keys)
     layout.translate(keys)
+    moe_config.translate(keys)
     experts.translate(keys)
+    balance.translate(keys)
     rope.translate(keys)
     sizes.translate(keys)
     switches.translate(keys)
     precision.translate(keys)
+    stages.translate(keys)
     unused.translate(keys)

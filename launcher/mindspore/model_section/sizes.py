@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from launcher.mindspore.model_section.experts import whole
+from launcher.mindspore.model_section.experts import as_integer
 from launcher.mindspore.model_section.keys import ModelKeys, is_neutral
 from models.checks import is_integer, is_number
 
@@ -17,6 +17,11 @@ _SPELLINGS = {
     "sigma": "initializer_range",
 }  # fmt: skip
 """Names that only some classes of MindFormers have -> key of config.json."""
+
+KEYS = (
+    *("multi_query_attention", "mean", "embedding_size", "multiple_of", "ffn_dim_multiplier"),
+    *_SPELLINGS,
+)
 
 
 def mlp_width(hidden_size: int, multiple_of: int, multiplier: float | None) -> int:
@@ -56,7 +61,7 @@ def _query_groups(keys: ModelKeys) -> None:
                      "every head has its own keys and values")  # fmt: skip
         keys.drop("multi_query_group_num", "multi_query_attention is off")
     else:
-        keys.drop("multi_query_attention", "num_key_value_heads says it")
+        keys.drop("multi_query_attention", "num_key_value_heads has the number")
 
 
 def _zero(keys: ModelKeys, name: str, why: str) -> None:
@@ -83,12 +88,12 @@ def _mlp(keys: ModelKeys) -> None:
         return
     hidden, multiple = keys.size("hidden_size", 4096), keys.value("multiple_of", 256)
     multiplier = keys.value("ffn_dim_multiplier")
-    if not is_integer(whole(multiple)):
+    if not is_integer(as_integer(multiple)):
         keys.refuse("multiple_of", "must be an integer of at least 1", nearest="Nearest: 256")
     elif multiplier is not None and not (is_number(multiplier) and multiplier > 0):
         keys.refuse("ffn_dim_multiplier", "must be a number above 0", nearest="Nearest: 1.0")
     elif is_integer(hidden):
-        width = mlp_width(hidden, whole(multiple) or 256, multiplier)
+        width = mlp_width(hidden, as_integer(multiple) or 256, multiplier)
         for name in names:
             keys.replace(name, {"intermediate_size": width}, "the width of the MLP follows from it")
         keys.imply("intermediate_size", width, "type")

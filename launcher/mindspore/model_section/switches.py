@@ -28,17 +28,27 @@ _FIXED: dict[str, tuple[tuple[Any, ...], str]] = {
     "pre_seq_len": ((None, 0), "prefixes are not trained"),
     "quantization_bit": ((0, None), "weights are not quantized"),
 }  # fmt: skip
-"""Key -> the values that agree with every family that runs here, and what they say."""
+"""Key -> the values that agree with every family that runs here, and what they mean."""
 
+_OUTPUT_NORMS: dict[str, tuple[tuple[Any, ...], str]] = dict.fromkeys(
+    ("post_self_attn_layernorm", "post_mlp_layernorm"), ((True,), "the family has such norms")
+)
+"""The same of GLM-4-0414."""
 _GATED = ("swiglu", "fusedswiglu")
 _DROPOUTS = ("emb_dropout_prob", "embed_dropout_prob", "embedding_dropout_prob")
+
+KEYS = (
+    *("add_qkv_bias", "attn_proj_has_bias", "qk_layernorm", "multi_latent_attention"),
+    *("untie_embeddings_and_output_weights", *_FIXED, *_DROPOUTS),
+)
 
 
 def translate(keys: ModelKeys) -> None:
     """Drop what agrees with the family, refuse what does not."""
     _activation(keys)
-    for name, (allowed, why) in _FIXED.items():
-        if keys.has(name) and not keys.is_own(name) and _is_decoder(keys):
+    fixed = _FIXED | (_OUTPUT_NORMS if keys.family == "glm4" else {})
+    for name, (allowed, why) in fixed.items():
+        if keys.has(name) and not keys.is_own(name) and keys.is_llama_like:
             value = keys.value(name)
             if value is None or any(_same(value, item) for item in allowed):
                 keys.drop(name, why)
@@ -56,11 +66,6 @@ def translate(keys: ModelKeys) -> None:
     _latent(keys)
     _tied(keys)
     _quantization(keys)
-
-
-def _is_decoder(keys: ModelKeys) -> bool:
-    """Whether the family is a decoder with RMS norms and gated MLPs, as all of MindFormers are."""
-    return keys.family in (*DECODERS, "qwen2_moe", "")
 
 
 def _hidden_dropout(keys: ModelKeys) -> None:
@@ -106,7 +111,7 @@ def _biases(keys: ModelKeys) -> None:
 
 
 def _has_bias(keys: ModelKeys, name: str) -> bool | None:
-    """Whether a family has these biases; None if another key says it, or nothing is known."""
+    """Whether a family has these biases; None if another key decides, or nothing is known."""
     own = DECODERS.get(keys.family)
     if own is None:
         return True if keys.family == "qwen2_moe" and name != "attn_proj_has_bias" else None

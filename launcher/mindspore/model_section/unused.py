@@ -50,11 +50,13 @@ NO_EFFECT: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 """Reason -> keys. Whatever their value."""
 
+KEYS = (*(name for names in NO_EFFECT.values() for name in names), "checkpoint_name_or_path")
+
 
 def translate(keys: ModelKeys) -> None:
     """Drop the keys without effect."""
     _weights(keys)
-    _pipeline(keys)
+    keys.draft.drop("model.arch", "the family follows from model.model_config")
     for why, names in NO_EFFECT.items():
         for name in names:
             if keys.has(name) and not keys.is_own(name):
@@ -80,24 +82,3 @@ def _is_path(value: Any) -> bool:
         return isinstance(value, str) and Path(value).exists()
     except (OSError, ValueError):
         return False
-
-
-def _pipeline(keys: ModelKeys) -> None:
-    """An `offset` of zeros for another pipeline degree says that stages are even."""
-    name = "offset"
-    node = keys.draft.find(f"{SECTION}.{name}")
-    stages = value_of(keys.draft.find("parallel_config.pipeline_stage"))
-    if node is None or keys.is_own(name):
-        return
-    value = keys.value(name)
-    if value is None or (isinstance(value, list) and _zeros(value) and _another(value, stages)):
-        keys.drop(name, "every stage has an even share of the layers")
-
-
-def _zeros(value: list[Any]) -> bool:
-    return all(_zeros(item) if isinstance(item, list) else item == 0 for item in value)
-
-
-def _another(value: list[Any], stages: Any) -> bool:
-    row = value[0] if value and isinstance(value[0], list) else value
-    return not isinstance(row, list) or len(row) != (stages or 1)

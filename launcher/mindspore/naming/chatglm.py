@@ -53,10 +53,10 @@ def _unchanged() -> Iterator[Rule]:
 
 def _split(orders: Orders) -> Iterator[Rule]:
     for kind in KINDS:
-        whole = f"self_attention.query_key_value.{kind}"
-        yield same(whole, whole, "fused qkv")
+        rows_of_all = f"self_attention.query_key_value.{kind}"
+        yield same(rows_of_all, rows_of_all, "fused qkv")
         for number, letter in enumerate("qkv"):
-            yield Rule(f"self_attention.w{letter}.{kind}", (whole,), _heads(number, orders),
+            yield Rule(f"self_attention.w{letter}.{kind}", (rows_of_all,), _heads(number, orders),
                        "separate qkv")  # fmt: skip
         both = f"mlp.dense_h_to_4h.{kind}"
         yield same(both, both, "fused mlp")
@@ -72,10 +72,10 @@ def _heads(number: int, orders: Orders) -> Geometry:
         counts = (sizes.heads, sizes.groups, sizes.groups)
         heads, start = counts[number], sum(counts[:number])
         size = per(rows, heads, "the heads")
-        whole = Rows(sum(counts), size)
+        rows_of_all = Rows(sum(counts), size)
         if not is_swapped:
-            return [[(whole[start : start + heads, :], Rows(heads, size))]]
-        return [_swapped(whole[start : start + heads, :], heads, size, start)]
+            return [[(rows_of_all[start : start + heads, :], Rows(heads, size))]]
+        return [_swapped(rows_of_all[start : start + heads, :], heads, size, start)]
 
     def count(sizes: Sizes, rows: int) -> int:
         heads = (sizes.heads, sizes.groups, sizes.groups)
@@ -84,13 +84,13 @@ def _heads(number: int, orders: Orders) -> Geometry:
     return by_rows(pairs, lambda sizes, rows: count(sizes, rows[0]))
 
 
-def _swapped(whole: Rows, heads: int, size: int, start: int) -> list[tuple[Rows, Rows]]:
-    """Heads of `whole` from `start` on, whose even rows are stored before the odd ones."""
+def _swapped(rows_of_all: Rows, heads: int, size: int, start: int) -> list[tuple[Rows, Rows]]:
+    """Heads of `rows_of_all` from `start` on, whose even rows are stored before the odd ones."""
     half, stored = per(size, 2, "a pair of rows"), Rows(heads, size)
     every = slice(start, start + heads)
     return [
-        (whole[every, 0:size:2], stored[:, :half]),
-        (whole[every, 1:size:2], stored[:, half:]),
+        (rows_of_all[every, 0:size:2], stored[:, :half]),
+        (rows_of_all[every, 1:size:2], stored[:, half:]),
     ]
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What the user says about the files; None: by the files."""
+    """What the user knows about the files; None: by the files."""
 
     qkv_order: str | None = None
     """`group` (per key/value group: its query heads, key, value) or `plain` (query, key, value)."""

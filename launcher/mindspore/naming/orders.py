@@ -61,15 +61,15 @@ def choose_orders(
     """The orders of the weights that `evidence` is of. Raises `UserError` where they cannot be
     known and matter."""
     options = _with_metadata(options, evidence)
-    said: list[str] = []
+    notes: list[str] = []
     if naming is MCORE:
-        orders = _core(sizes, evidence, options, said)
+        orders = _core(sizes, evidence, options, notes)
     elif naming is LEGACY:
-        orders = _legacy(sizes, evidence, options, said)
+        orders = _legacy(sizes, evidence, options, notes)
     else:
-        orders = _chatglm(naming, evidence, options, said)
-    if said:
-        log(f"weights of MindFormers: {', '.join(said)}")
+        orders = _chatglm(naming, evidence, options, notes)
+    if notes:
+        log(f"weights of MindFormers: {', '.join(notes)}")
     return orders
 
 
@@ -94,7 +94,7 @@ def _truth(value: str | None) -> bool | None:
     return {"True": True, "False": False}.get(value or "")
 
 
-def _legacy(sizes: Sizes, evidence: Evidence, options: Options, said: list[str]) -> Orders:
+def _legacy(sizes: Sizes, evidence: Evidence, options: Options, notes: list[str]) -> Orders:
     is_telechat = sizes.family == "telechat"
     qkv = evidence.one(".w_qkv.weight", ".w_qkv.bias")
     mlp = evidence.one(".w_gate_hidden.weight", ".w_gate_hidden.bias")
@@ -106,22 +106,22 @@ def _legacy(sizes: Sizes, evidence: Evidence, options: Options, said: list[str])
             nearest="Possible: plain",
         )
     orders = Orders(
-        qkv=_chosen(QKV, options.qkv_order, usual[0], said if qkv else []),
-        mlp=_chosen(MLP, options.mlp_order, usual[1], said if mlp else []),
+        qkv=_chosen(QKV, options.qkv_order, usual[0], notes if qkv else []),
+        mlp=_chosen(MLP, options.mlp_order, usual[1], notes if mlp else []),
         gmm=_gmm(sizes, evidence, options),
     )
     plain = [name for name, order in ((qkv, orders.qkv), (mlp, orders.mlp)) if name
              and order == "plain"]  # fmt: skip
-    return _with_blocks(orders, plain, evidence, options, said)
+    return _with_blocks(orders, plain, evidence, options, notes)
 
 
-def _chosen(key: str, given: str | None, usual: str, said: list[str]) -> str:
-    said.append(f"{key}: {given or usual}" + (" (the default)" if given is None else ""))
+def _chosen(key: str, given: str | None, usual: str, notes: list[str]) -> str:
+    notes.append(f"{key}: {given or usual}" + (" (the default)" if given is None else ""))
     return given or usual
 
 
 def _with_blocks(
-    orders: Orders, plain: Iterable[str], evidence: Evidence, options: Options, said: list[str]
+    orders: Orders, plain: Iterable[str], evidence: Evidence, options: Options, notes: list[str]
 ) -> Orders:
     """`orders` with the degree of tensor parallelism, which plain orders depend on."""
     names = list(plain)
@@ -136,7 +136,7 @@ def _with_blocks(
                 "show how many there were",
                 advice=f"Set {BLOCKS} to the model_parallel of the run that wrote the files",
             )
-        said.append(f"{BLOCKS}: 1 (the default)")
+        notes.append(f"{BLOCKS}: 1 (the default)")
     return Orders(qkv=orders.qkv, mlp=orders.mlp, blocks=blocks or 1, gmm=orders.gmm,
                   rearranged=orders.rearranged)  # fmt: skip
 
@@ -160,12 +160,12 @@ def _gmm(sizes: Sizes, evidence: Evidence, options: Options) -> bool:
     return options.use_gmm
 
 
-def _chatglm(naming: Naming, evidence: Evidence, options: Options, said: list[str]) -> Orders:
+def _chatglm(naming: Naming, evidence: Evidence, options: Options, notes: list[str]) -> Orders:
     rearranged = bool(options.rearranged_rope)
     is_split = evidence.one(".wq.weight") is not None
     if naming is CHATGLM and is_split:
         is_usual = options.rearranged_rope is None
-        said.append(f"{ROPE}: {rearranged}{' (the default)' * is_usual}")
+        notes.append(f"{ROPE}: {rearranged}{' (the default)' * is_usual}")
     if rearranged and not is_split and evidence.one(".query_key_value.weight"):
         raise UserError(
             f"{ROPE}: True, and query, key and value are fused",
@@ -176,7 +176,7 @@ def _chatglm(naming: Naming, evidence: Evidence, options: Options, said: list[st
     return Orders(qkv="plain", mlp="plain", rearranged=rearranged)
 
 
-def _core(sizes: Sizes, evidence: Evidence, options: Options, said: list[str]) -> Orders:
+def _core(sizes: Sizes, evidence: Evidence, options: Options, notes: list[str]) -> Orders:
     version = _version(sizes, evidence)
     qkv = None if sizes.key_value_rank else evidence.one(
         ".linear_qkv.weight", ".linear_qkv.bias")  # fmt: skip
@@ -191,12 +191,12 @@ def _core(sizes: Sizes, evidence: Evidence, options: Options, said: list[str]) -
     if missing:
         raise _undecided(evidence, missing)
     orders = Orders(
-        qkv=_chosen(QKV, options.qkv_order, usual_qkv or "group", said if qkv else []),
-        mlp=_chosen(MLP, options.mlp_order, usual_mlp or "pair", said if mlp else []),
+        qkv=_chosen(QKV, options.qkv_order, usual_qkv or "group", notes if qkv else []),
+        mlp=_chosen(MLP, options.mlp_order, usual_mlp or "pair", notes if mlp else []),
     )
     plain = [name for name, order in ((qkv, orders.qkv), (mlp, orders.mlp)) if name
              and order == "plain"]  # fmt: skip
-    return _with_blocks(orders, plain, evidence, options, said)
+    return _with_blocks(orders, plain, evidence, options, notes)
 
 
 def _version(sizes: Sizes, evidence: Evidence) -> str:
@@ -221,6 +221,6 @@ def _undecided(evidence: Evidence, keys: list[str]) -> UserError:
         rule="files under core names do not show it, and the versions of MindFormers differ",
         nearest="By default 1.9 writes group and pair, 1.6 writes plain and plain",
         advice="Set " + " and ".join(f"{key} ({choices[key]})" for key in keys)
-        + ", as use_contiguous_weight_layout_attention and use_interleaved_weight_layout_mlp of "
-        "the run that wrote them say",
+        + ", by use_contiguous_weight_layout_attention and use_interleaved_weight_layout_mlp of "
+        "the run that wrote them",
     )  # fmt: skip

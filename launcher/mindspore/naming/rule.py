@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from launcher.layout.box import Shape
 from launcher.mindspore.naming.geometry import Link, link
 from launcher.mindspore.naming.sizes import Sizes
-from launcher.weights.geometry import Side, Span, whole
+from launcher.weights.geometry import Side, Span, full_side
 
 Links = Callable[[Sizes, Shape, int], list[Link]]
 """(sizes, shape of the MindFormers tensor, number of the Hugging Face tensor among those of the
@@ -48,7 +48,7 @@ class Rule:
 
 
 def _same(sizes: Sizes, shape: Shape, number: int) -> list[Link]:
-    return [link(whole(shape), whole(shape))]
+    return [link(full_side(shape), full_side(shape))]
 
 
 SAME = Geometry(_same, lambda sizes, shapes: shapes[0])
@@ -77,7 +77,7 @@ class Rows:
 
     def side(self, rest: Shape) -> Side:
         """These rows of a tensor whose other dims are `rest`."""
-        others = whole(rest)
+        others = full_side(rest)
         return Side((self.factors, *others.dims), (*self.index, *others.index))
 
 
@@ -104,7 +104,7 @@ def by_rows(pairs: RowPairs, rows: Callable[[Sizes, Sequence[int]], int] | None 
 
 
 def per(total: int, count: int, what: str) -> int:
-    """`total` / `count`. Raises ValueError where it is not a whole number."""
+    """`total` / `count`. Raises ValueError where it is not an integer."""
     if count < 1 or total % count:
         raise ValueError(f"{total} is not a multiple of {what}, {count}")
     return total // count

@@ -62,7 +62,7 @@ class Sizes:
 
 def sizes_of(config: Mapping[str, Any]) -> Sizes:
     """The numbers in the content of config.json. Raises `UserError` where one is missing or is not
-    a whole number."""
+    an integer."""
     found = {field: _number(config, keys) for field, keys in _KEYS.items()}
     for field in _NEEDED:
         if not found[field]:
@@ -95,7 +95,7 @@ def _number(config: Mapping[str, Any], keys: tuple[str, ...]) -> int:
         if isinstance(value, bool) or not isinstance(value, int) or value < 0:
             raise UserError(
                 f"config.json: {key} = {value!r}",
-                rule="it must be a whole number, 0 or more",
+                rule="it must be an integer, 0 or more",
                 advice="Correct config.json",
             )
         return value

@@ -16,13 +16,13 @@ from typing import Any
 from launcher.errors import UserError
 from launcher.layout.box import Shape
 from launcher.mindspore.naming.choices import Options
-from launcher.mindspore.naming.geometry import Link
+from launcher.mindspore.naming.geometry import Link, reshaped
 from launcher.mindspore.naming.orders import Evidence, choose_orders, options_of
 from launcher.mindspore.naming.rule import Rule
 from launcher.mindspore.naming.sizes import Sizes, sizes_of
 from launcher.mindspore.naming.state import sorted_in
 from launcher.mindspore.naming.tables import Naming, naming_of
-from launcher.weights.geometry import moved, reshaped
+from launcher.weights.geometry import moved
 from launcher.weights.log import Log
 from launcher.weights.pieces import Pieces
 from launcher.weights.source import Source
@@ -72,7 +72,7 @@ def under_hugging_face_names(
     naming = naming_of(parameters)
     if naming is None:
         return source
-    sizes = sizes_of(config)
+    sizes = _with_experts(sizes_of(config), source, parameters)
     table = naming.tables.get(sizes.family)
     if table is None:
         if naming.name == "chatglm":
@@ -89,6 +89,15 @@ def under_hugging_face_names(
     make_all = lambda name: make(shared.get(name, name))  # noqa: E731
     others = {name: source.tensors[name] for name in rest}
     return replace(source, tensors=Translated(make_all, [*uses, *shared], others))
+
+
+def _with_experts(sizes: Sizes, source: Source, parameters: Mapping[str, str]) -> Sizes:
+    """`sizes` with the experts that the files have, where config.json does not give their number
+    (TeleChat2 has no class whose keys would be known)."""
+    stack = next((name for bare, name in parameters.items() if bare.endswith(".ffn.w1.weight")), "")
+    if sizes.experts or not stack:
+        return sizes
+    return replace(sizes, experts=source.shape(stack)[0])
 
 
 def _say(source: Source, naming: Naming, left_out: list[str], log: Log) -> None:
@@ -184,7 +193,7 @@ def _pieces(name: str, uses: list[Use], source: Source, sizes: Sizes) -> Pieces:
             shapes.setdefault(one.hf.shape, use.stored)
             same_bytes = stored
             if one.mf.shape != stored[0].shape:
-                same_bytes = Pieces(_as_rows(use, stored, one, source))
+                same_bytes = Pieces(reshaped(stored, one.mf.shape))
             axes = one.axes
             pieces += moved(same_bytes, one.mf, one.hf, axes)
     if len(shapes) > 1:
@@ -211,17 +220,4 @@ def links_of(use: Use, shape: Shape, sizes: Sizes, source: Source) -> list[Link]
             f"{sizes.heads} heads, {sizes.groups} key/value heads, hidden size {sizes.hidden}"
             + (f", {sizes.experts} experts" if sizes.experts else ""),
             advice="Give the config.json of these weights",
-        ) from error
-
-
-def _as_rows(use: Use, stored: Pieces, one: Link, source: Source) -> list[Any]:
-    try:
-        return reshaped(stored, one.mf.shape)
-    except ValueError as error:
-        raise UserError(
-            f"`{use.stored}` is cut into {error}",
-            where=str(source.path),
-            rule="experts in this form, of earlier versions, can be read where ranks hold complete "
-            "rows of it",
-            advice="Merge the rank files first, with the tool of MindSpore that wrote them",
         ) from error

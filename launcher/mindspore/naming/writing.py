@@ -38,6 +38,7 @@ CORE_FAMILIES = ("qwen3", "qwen3_moe", "deepseek_v3")
 """Families that are written under core names by default; all others under legacy names."""
 NAMED = 4
 
+_EXPERT = re.compile(r"\.local_experts\.(\d{1,6})\.")
 _NOT_WRITTEN = re.compile(r"rotary_emb\.inv_freq$|\.rotary_pos_emb\.inv_freq$")
 """Buffers of old files that MindFormers has no parameter for."""
 
@@ -78,7 +79,7 @@ def options_from(given: Mapping[str, Any]) -> WriteOptions:
 def as_written(
     source: Source, config: Mapping[str, Any], given: Mapping[str, Any], log: Log
 ) -> Named:
-    """`source` under names of MindFormers, and the metadata that says which orders its files have.
+    """`source` under names of MindFormers, and the metadata that names the orders of its files.
 
     `config`: the content of config.json. Raises `UserError` for a model without such names, unless
     they are not required, and for tensors that have none.
@@ -96,7 +97,7 @@ def as_written(
         log(f"{family or 'this model'} has no {naming} names of MindFormers: names are kept")
         return Named(source)
     _check_plain(source)
-    sizes, orders = sizes_of(config), _orders_of(options, naming, family)
+    sizes, orders = _sizes(config, source), _orders_of(options, naming, family)
     forms = FORMS[naming] | ({"grouped"} if orders.gmm else {"batched"})
     forms |= {f"{'fused' if options.is_fused else 'separate'} {part}" for part in ("qkv", "mlp")}
     rules = [rule for rule in table(sizes, orders) if rule.form in forms]
@@ -109,6 +110,15 @@ def as_written(
     log(f"written under {naming} names of MindFormers")
     named = replace(source, tensors=Translated(make, chosen, {}), written=written, promised={})
     return Named(named, _metadata([rule for _, rule in chosen.values()], orders))
+
+
+def _sizes(config: Mapping[str, Any], source: Source) -> Sizes:
+    """The sizes in config.json, with the experts that the files have where it has none."""
+    sizes = sizes_of(config)
+    if sizes.experts:
+        return sizes
+    numbers = [int(found[1]) for found in map(_EXPERT.search, source.tensors) if found]
+    return replace(sizes, experts=max(numbers) + 1) if numbers else sizes
 
 
 def _no_names(source: Source, family: str, naming: str) -> UserError:
@@ -236,7 +246,7 @@ def _pieces(prefix: str, rule: Rule, source: Source, sizes: Sizes) -> Pieces:
 
 
 def _metadata(rules: list[Rule], orders: Orders) -> dict[str, str]:
-    """What files say about the orders of the rows in the tensors of `rules`."""
+    """Metadata of files about the orders of the rows in the tensors of `rules`."""
     names = [rule.mf.rpartition(".")[0] for rule in rules]
     found = {}
     if any(name.endswith(("w_qkv", "linear_qkv")) for name in names):

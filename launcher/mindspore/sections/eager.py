@@ -10,7 +10,6 @@ Source of keys and defaults: mindformers 2.1.0, `mindformers/pynative/config/con
 from __future__ import annotations
 
 from launcher.config.draft import Draft
-from launcher.config.nodes import without
 from launcher.errors import did_you_mean
 from launcher.mindspore.sections import eager_layout, eager_saving
 from launcher.mindspore.sections.values import (
@@ -19,6 +18,7 @@ from launcher.mindspore.sections.values import (
     names,
     off_or_refused,
     prune,
+    refuse,
     written,
 )
 
@@ -74,11 +74,10 @@ def _strict(draft: Draft, section: str, known: tuple[str, ...]) -> None:
     for name in names(draft, section):
         if name in known:
             continue
-        draft.refuse(
-            f"{section}.{name}", f"there is no such key in `{section}`",
+        refuse(
+            draft, f"{section}.{name}", f"there is no such key in `{section}`",
             nearest=did_you_mean(name, known), advice=f"It has {', '.join(known)}",
         )  # fmt: skip
-        draft.tree = without(draft.tree, f"{section}.{name}")
 
 
 def _model(draft: Draft) -> None:

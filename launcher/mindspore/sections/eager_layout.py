@@ -15,6 +15,7 @@ from launcher.mindspore.sections.values import (
     off_or_refused,
     processes,
     prune,
+    refuse,
     written,
 )
 
@@ -33,7 +34,8 @@ _WITHOUT_EFFECT = {
     "gradients are averaged over the tokens of the global batch": ("disable_gradient_division",),
     "FSDP2 decides when weights are freed": ("reshard_after_forward_policy",),
     "communication is arranged by PyTorch": (
-        *("context_parallel_async", "pipeline_parallel_overlap_p2p", "pipeline_parallel_overlap_b_f"),
+        *("context_parallel_async", "pipeline_parallel_overlap_p2p"),
+        *("pipeline_parallel_overlap_b_f",),
         *("pipeline_parallel_enable_dxdw_split", "pipeline_parallel_p2p_transport", "enable_mc2"),
         *("expert_parallel_async_d2h", "moe_token_dispatcher_type", "npu_nums_per_device"),
     ),
@@ -77,6 +79,9 @@ def _data_parallel(draft: Draft) -> int:
     for name in ("tensor_parallel", "context_parallel", "pipeline_parallel"):
         others *= _degree(draft, name)
     ranks = count(draft, key, -1)
+    if ranks < 1 and ranks != -1:
+        refuse(draft, key, "must be a number of ranks, or -1 for what the other degrees leave")
+        ranks = 1
     if ranks == -1:
         ranks = max((processes() or others) // others, 1)
         draft.imply(target, ranks, _STYLE)
@@ -85,8 +90,10 @@ def _data_parallel(draft: Draft) -> int:
         draft.rename(key, target)
     strategy = written(draft, f"{_ROOT}.data_parallel_shard_strategy", _STRATEGIES[0])
     if strategy not in _STRATEGIES:
-        draft.refuse(
-            f"{_ROOT}.data_parallel_shard_strategy", f"must be one of: {', '.join(_STRATEGIES)}"
+        refuse(
+            draft,
+            f"{_ROOT}.data_parallel_shard_strategy",
+            f"must be one of: {', '.join(_STRATEGIES)}",
         )
     sharded = {"parallel.enable_parallel_optimizer": True}
     why = "weights, gradients and optimizer state are sharded"
@@ -122,7 +129,10 @@ def _batch(draft: Draft, ranks: int) -> None:
     why = f"{local} x {ranks} ranks x {total // max(unit, 1)} = {total}"
     draft.replace(f"{_STYLE}.local_batch_size", {"runner_config.batch_size": micro})
     draft.replace(f"{_STYLE}.global_batch_size", {target: steps}, why)
-    draft.drop(f"{_ROOT}.pipeline_parallel_microbatch_size", "it is in the number of micro-batches")
+    size = f"{_ROOT}.pipeline_parallel_microbatch_size"
+    if stages > 1:
+        draft.replace(size, {"runner_config.batch_size": micro})
+    draft.drop(size, "there is no pipeline")
 
 
 def _pipeline(draft: Draft) -> None:
@@ -130,9 +140,11 @@ def _pipeline(draft: Draft) -> None:
     laps = _degree(draft, "pipeline_parallel_interleave_num")
     kind = written(draft, key, _SCHEDULES[0])
     if kind not in _SCHEDULES:
-        draft.refuse(key, f"must be one of: {', '.join(_SCHEDULES)}")
+        refuse(draft, key, f"must be one of: {', '.join(_SCHEDULES)}")
+        kind = _SCHEDULES[0]
     if laps > 1 and kind == "1f1b":
         kind = "interleaved_1f1b"
+        draft.imply("parallel.pipeline_config.pipeline_scheduler", kind, _STYLE)
     draft.replace(key, {"parallel.pipeline_config.pipeline_scheduler": kind})
     interleave = f"{_ROOT}.pipeline_parallel_interleave_num"
     if laps > 1:
@@ -151,38 +163,38 @@ def _layers(draft: Draft, laps: int) -> None:
         draft.drop(key, "even shares")
         return
     rows = [_ranges(item) for item in value] if isinstance(value, list) else []
-    sizes = [[len(part) for part in row] for row in rows if row is not None]
+    sizes = [[end - start for start, end in row] for row in rows if row is not None]
     if not sizes or len(sizes) != len(rows) or any(len(row) != laps for row in sizes):
-        draft.refuse(key, f"must be one text a rank, with {laps} range(s) of layers such as 0-3")
+        refuse(draft, key, f"must be one text a rank, with {laps} range(s) of layers such as 0-3")
         return
     layers = [row[lap] for lap in range(laps) for row in sizes]
     why = "layers of each stage"
     draft.replace(key, {"parallel.pipeline_config.stage_layers": layers}, why)
 
 
-def _ranges(value: Any) -> list[range] | None:
-    """`0-3,8-11` as ranges with both ends; None for something else. A number is a layer."""
-    if isinstance(value, list) and all(type(item) is int for item in value):
-        return [range(value[0], value[-1] + 1)] if value else None
+def _ranges(value: Any) -> list[tuple[int, int]] | None:
+    """`0-3,8` as [(0, 4), (8, 9)]; None for something else. A list of numbers is its two ends."""
+    if isinstance(value, list) and value and all(type(item) is int for item in value):
+        return [(value[0], value[-1] + 1)] if value[0] <= value[-1] else None
     found = []
     for part in str(value).split(","):
         ends = [end.strip() for end in part.split("-")]
-        if len(ends) > 2 or not all(end.isdecimal() for end in ends):
+        if len(ends) > 2 or not all(end.isdecimal() and len(end) < 10 for end in ends):
             return None
-        found.append(range(int(ends[0]), int(ends[-1]) + 1))
-    return found
+        found.append((int(ends[0]), int(ends[-1]) + 1))
+    return found if all(start < end for start, end in found) else None
 
 
 def _context(draft: Draft) -> None:
     key = f"{_ROOT}.context_parallel_method"
     method = written(draft, key, "colossal")
-    if method in _METHODS:
+    if isinstance(method, str) and method in _METHODS:
         target = "parallel_config.context_parallel_algo"
         needed = _degree(draft, "context_parallel") > 1
         draft.replace(key, {target: _METHODS[method]} if needed else {}, "one rank has the sequence"
                       if not needed else "")  # fmt: skip
     else:
-        draft.refuse(key, f"must be one of: {', '.join(_METHODS)}")
+        refuse(draft, key, f"must be one of: {', '.join(_METHODS)}")
     degree = f"{_ROOT}.ulysses_degree_in_cp"
     if written(draft, degree) is None or method != "hybrid":
         draft.drop(degree, "the method decides")
@@ -193,15 +205,19 @@ def _recompute(draft: Draft) -> None:
     mode = str(written(draft, "recompute.mode", "None")).lower()
     key = "recompute_config.recompute"
     if mode == "full":
-        draft.replace("recompute.mode", {key: _layers_to_recompute(draft)}, "its layers")
+        layers = _layers_to_recompute(draft)
+        draft.replace("recompute.mode", {key: layers})
+        draft.replace("recompute.full_recompute_layer", {key: layers}, "which changes memory only")
     elif mode == "select":
-        draft.replace("recompute.mode", {"recompute_config.select_recompute": _modules(draft)})
+        selected = {"recompute_config.select_recompute": _modules(draft)}
+        draft.replace("recompute.mode", selected)
+        draft.replace("recompute.select_module", selected)
     elif mode == "none":
         draft.drop("recompute.mode", "it is off")
     else:
-        draft.refuse("recompute.mode", "must be one of: None, full, select")
-    spent = "it is in recompute_config"
-    draft.drop_all(("recompute.full_recompute_layer", "recompute.select_module"), spent)
+        refuse(draft, "recompute.mode", "must be one of: None, full, select")
+    unused = "another mode is set"
+    draft.drop_all(("recompute.full_recompute_layer", "recompute.select_module"), unused)
     draft.drop("recompute.exclude_op", "operators of MindSpore; it changes memory only")
     prune(draft, "recompute")
     for section in ("swap", "recompute_comm"):
@@ -221,15 +237,21 @@ def _switched_off(draft: Draft, section: str) -> None:
 def _layers_to_recompute(draft: Draft) -> bool | list[int]:
     """True, or the number of the first layers where there is one stage. Other layers cannot be
     named here: then all are recomputed, which changes memory only."""
-    written_layers = written(draft, "recompute.full_recompute_layer")
-    items = written_layers if isinstance(written_layers, list) else [written_layers]
-    found = [part for item in items if item is not None for part in _ranges(item) or ()]
-    numbers = sorted({number for part in found for number in part})
+    key = "recompute.full_recompute_layer"
+    value = written(draft, key)
+    items = value if isinstance(value, list) else [] if value is None else [value]
+    rows = [_ranges(item) for item in items]
+    if any(row is None for row in rows):
+        refuse(draft, key, "must be a list of layers and ranges such as 0-3")
+    reach = 0
+    for start, end in sorted(part for row in rows for part in row or ()):
+        if start > reach:
+            return True
+        reach = max(reach, end)
     layers = count(draft, "model.model_config.num_hidden_layers", 0)
-    is_first = numbers == list(range(len(numbers)))
-    if not numbers or not is_first or _degree(draft, "pipeline_parallel") > 1:
+    if reach == 0 or 0 < layers <= reach or _degree(draft, "pipeline_parallel") > 1:
         return True
-    return True if layers and len(numbers) >= layers else [len(numbers)]
+    return [reach]
 
 
 def _modules(draft: Draft) -> list[str]:

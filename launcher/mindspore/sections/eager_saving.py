@@ -74,7 +74,7 @@ def _saving(draft: Draft) -> None:
         draft.drop(f"{_ROOT}.no_save_optim", "nothing is saved")
         return
     entry = _new_callback(draft)
-    draft.drop(f"{_ROOT}.enable_save", "CheckpointMonitor saves")
+    draft.replace(f"{_ROOT}.enable_save", {f"{entry}.type": "CheckpointMonitor"})
     for name, (new, default) in _MONITOR.items():
         if written(draft, f"{_ROOT}.{name}", "") == "":
             draft.drop(f"{_ROOT}.{name}", "the default is used")

@@ -1,18 +1,12 @@
 """The top level of a MindFormers configuration.
 
-Owns what its single keys mean where their name alone does not say it.
+Owns what its single keys mean where that does not follow from their name.
 """
 
 from __future__ import annotations
 
 from launcher.config.draft import Draft
-from launcher.mindspore.sections.values import is_on, written
-
-_MARKS = (
-    *("use_legacy", "model.arch", "runner_wrapper.type", "parallel.parallel_mode"),
-    "trainer.model_name",
-)
-"""Keys that only a configuration of MindFormers has."""
+from launcher.mindspore.sections.values import is_of_mindformers, is_on, written
 
 
 def translate(draft: Draft) -> None:
@@ -24,8 +18,8 @@ def translate(draft: Draft) -> None:
 
 
 def _cutting(draft: Draft) -> None:
-    """`auto_trans_ckpt: True` of a template says nothing as long as no weights are given: where
+    """`auto_trans_ckpt: True` of a template has no effect as long as no weights are given: where
     there are some they are cut if need be. Elsewhere it is an assertion that there are some."""
     is_empty = not written(draft, "load_checkpoint", "")
-    if is_empty and is_on(draft, "auto_trans_ckpt") and any(map(draft.find, _MARKS)):
+    if is_empty and is_on(draft, "auto_trans_ckpt") and is_of_mindformers(draft):
         draft.drop("auto_trans_ckpt", "load_checkpoint is empty: there is nothing to cut")

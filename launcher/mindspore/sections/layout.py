@@ -6,12 +6,14 @@ that differ in time and memory alone, and lists that belong to another number of
 
 from __future__ import annotations
 
+from math import gcd
 from typing import Any
 
 from launcher.config.draft import Draft
 from launcher.mindspore.sections.values import (
     DEGREES,
     count,
+    is_of_mindformers,
     is_on,
     processes,
     written,
@@ -32,13 +34,14 @@ def translate(draft: Draft) -> None:
     _data_parallel_only(draft)
     _automatic_degree(draft)
     _sharding(draft)
+    _experts(draft)
     _schedule(draft)
     if count(draft, f"{_PARALLEL}.pipeline_stage", 1) == 1:
         _without_stages(draft)
 
 
 def _one_process(draft: Draft) -> None:
-    """`use_parallel: False` is a run of one process, whatever the degrees say."""
+    """`use_parallel: False` is a run of one process, whatever the degrees are."""
     if written(draft, "use_parallel") is None or is_on(draft, "use_parallel", default=True):
         return
     if (processes() or 1) == 1:
@@ -79,8 +82,18 @@ def _sharding(draft: Draft) -> None:
         draft.replace(_SHARDS, {_SHARDS: -1}, f"data_parallel is {ranks}: all ranks")
 
 
+def _experts(draft: Draft) -> None:
+    """MindFormers also spreads experts over tensor-parallel ranks. Here they are spread over as
+    many data-parallel ranks as fit, which changes the place of an expert and no result."""
+    key = f"{_PARALLEL}.expert_parallel"
+    ranks, experts = count(draft, f"{_PARALLEL}.data_parallel", 1), count(draft, key, 1)
+    fitting = gcd(ranks, experts)
+    if is_of_mindformers(draft) and fitting != experts:
+        draft.replace(key, {key: fitting}, f"of {ranks} data-parallel ranks")
+
+
 def _schedule(draft: Draft) -> None:
-    """Schedules over pieces of a sequence give the result of those over whole sequences."""
+    """Schedules over pieces of a sequence give the result of those over full sequences."""
     kind = written(draft, _SCHEDULER)
     if kind not in _SEQUENCE_SCHEDULES:
         return

@@ -5,15 +5,21 @@ Owns their second names and forms. What only a training run uses has no effect i
 
 from __future__ import annotations
 
-from typing import Any
-
 from launcher.config.draft import Draft
 from launcher.config.schema import OPTIMIZER_ARGUMENTS, SCHEDULE_ARGUMENTS
 from launcher.mindspore.keys_not_built import CALLBACKS_NOT_BUILT
-from launcher.mindspore.sections.values import is_on, mode, names, trains, written
+from launcher.mindspore.sections.values import (
+    is_of_mindformers,
+    is_on,
+    mode,
+    names,
+    trains,
+    word,
+    written,
+)
 
 _OPTIMIZERS = {"FP32StateAdamWeightDecay": "AdamW"}
-"""MindFormers' optimizers that are one of ours: its state is float32, as it always is here."""
+"""MindFormers' optimizers that have another name here, where optimizer state is always float32."""
 
 _SCHEDULES = {
     "polynomial": "PolynomialWithWarmUpLR",
@@ -35,6 +41,8 @@ def translate(draft: Draft) -> None:
     """Translate these sections."""
     if mode(draft) == "predict":
         _unused(draft)
+    if trains(draft) and is_of_mindformers(draft):
+        _weights(draft)
     _optimizer(draft)
     _schedule(draft)
     _loss_scale(draft)
@@ -45,14 +53,22 @@ def translate(draft: Draft) -> None:
 def _unused(draft: Draft) -> None:
     """What predict does not use is dropped where it is not known here."""
     for section, known in (("optimizer", OPTIMIZER_ARGUMENTS), ("lr_schedule", SCHEDULE_ARGUMENTS)):
-        kind = written(draft, f"{section}.type")
-        if kind is not None and kind not in known:
+        kind = word(draft, f"{section}.type")
+        if kind and kind not in known:
             draft.drop(section, "predict does not train")
     draft.drop("grouped_lr_schedule", "predict does not train")
 
 
+def _weights(draft: Draft) -> None:
+    """Trained weights of float16 are float32 here, in which small updates do not vanish."""
+    for name in ("param_init_type", "params_dtype"):
+        key = f"model.model_config.{name}"
+        if written(draft, key) in ("float16", "fp16"):
+            draft.replace(key, {key: "float32"}, "float16 weights lose small updates")
+
+
 def _optimizer(draft: Draft) -> None:
-    kind = written(draft, "optimizer.type")
+    kind = word(draft, "optimizer.type")
     if kind in _OPTIMIZERS:
         why = "the state of AdamW is always float32"
         draft.replace("optimizer.type", {"optimizer.type": _OPTIMIZERS[kind]}, why)
@@ -80,7 +96,7 @@ def _betas(draft: Draft) -> None:
 
 
 def _schedule(draft: Draft) -> None:
-    kind = written(draft, "lr_schedule.type")
+    kind = word(draft, "lr_schedule.type")
     if kind in _SCHEDULES:
         draft.replace("lr_schedule.type", {"lr_schedule.type": _SCHEDULES[kind]})
     if _SCHEDULES.get(kind, kind) == "ConstantWarmUpLR":
@@ -106,7 +122,7 @@ def _callbacks(draft: Draft) -> None:
     if node is None or not isinstance(node.value, list) or trains(draft) or not mode(draft):
         return
     for index in reversed(range(len(node.value))):
-        kind: Any = written(draft, f"callbacks.{index}.type")
+        kind = word(draft, f"callbacks.{index}.type")
         if kind in CALLBACKS_NOT_BUILT:
             draft.drop(f"callbacks.{index}", f"{kind} is for training")
 
@@ -116,8 +132,8 @@ def _metric(draft: Draft) -> None:
     if "type" not in names(draft, "metric"):
         return
     found = written(draft, "metric.type")
-    unknown = [kind for kind in found or () if kind not in _METRICS] if isinstance(found, list) else (
-        [found] if found and found not in _METRICS else [])  # fmt: skip
+    kinds = found if isinstance(found, list) else [found]
+    unknown = [kind for kind in kinds if kind and kind not in _METRICS]
     evaluates = mode(draft) == "eval" or (trains(draft) and is_on(draft, "do_eval"))
     if unknown and evaluates:
         draft.refuse(

@@ -25,6 +25,12 @@ def written(draft: Draft, key: str, default: Any = None) -> Any:
     return default if value is None else value
 
 
+def word(draft: Draft, key: str, default: str = "") -> str:
+    """The text at a dotted key; `default` where something else or nothing is written."""
+    value = written(draft, key)
+    return value if isinstance(value, str) else default
+
+
 def names(draft: Draft, section: str) -> list[str]:
     """The keys of a section, none where it is no section."""
     node = draft.find(section)
@@ -32,7 +38,7 @@ def names(draft: Draft, section: str) -> list[str]:
 
 
 def count(draft: Draft, key: str, default: int) -> int:
-    """The whole number at a dotted key; `default` where something else or nothing is written."""
+    """The integer at a dotted key; `default` where something else or nothing is written."""
     value = written(draft, key, default)
     if isinstance(value, float) and value.is_integer():
         value = int(value)
@@ -43,6 +49,18 @@ def is_on(draft: Draft, key: str, default: bool = False) -> bool:
     """Whether a switch is on."""
     value = written(draft, key, default)
     return str(value).lower() == "true"
+
+
+_MARKS = (
+    *("use_legacy", "model.arch", "runner_wrapper.type", "parallel.parallel_mode"),
+    "trainer.model_name",
+)
+"""Keys that only a configuration of MindFormers has."""
+
+
+def is_of_mindformers(draft: Draft) -> bool:
+    """Whether a configuration was written for MindFormers, judged by keys without effect here."""
+    return any(draft.find(key) is not None for key in _MARKS)
 
 
 def mode(draft: Draft) -> str:
@@ -81,6 +99,13 @@ def prune(draft: Draft, section: str) -> None:
         draft.tree = without(draft.tree, section)
 
 
+def refuse(draft: Draft, key: str, rule: str, *, nearest: str = "", advice: str = "") -> None:
+    """Add a problem with a key of the eager style, and take the key away, so that it has one
+    problem only."""
+    draft.refuse(key, rule, nearest=nearest, advice=advice)
+    draft.tree = without(draft.tree, key)
+
+
 def off_or_refused(draft: Draft, key: str, what: str) -> None:
     """A key that is known and not built: dropped where it asks for nothing, else refused."""
     if draft.find(key) is None:
@@ -88,5 +113,4 @@ def off_or_refused(draft: Draft, key: str, what: str) -> None:
     if asks_for_nothing(written(draft, key)):
         draft.drop(key, "it is off")
     else:
-        draft.refuse(key, f"{what}: not built yet", advice="Remove it")
-        draft.tree = without(draft.tree, key)
+        refuse(draft, key, f"{what}: not built yet", advice="Remove it")

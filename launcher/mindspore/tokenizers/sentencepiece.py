@@ -185,7 +185,7 @@ def _score(piece: Message) -> float:
     field = fields[-1]
     if field.stop - field.value != 4:
         raise WireError(field.at, "a score is not a float")
-    score: float = struct.unpack_from("<f", piece.data, field.value)[0]
+    score: float = struct.unpack("<f", piece.data[field.value : field.stop])[0]
     if not math.isfinite(score):
         raise WireError(field.at, "a score is not finite")
     return score

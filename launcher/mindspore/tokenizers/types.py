@@ -80,7 +80,7 @@ def llama(files: Files) -> TokenizerParts:
 
 def llama_fast(files: Files) -> TokenizerParts:
     """A tokenizer.json, as `tokenizer_file` or `vocab_file`; the tokens at both ends are set here,
-    whatever it says."""
+    whatever it contains."""
     path = files.get("tokenizer_file") or _required(files, "vocab_file", "LlamaTokenizerFast")
     tokens = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     return TokenizerParts(from_tokenizer_json(path), tokens, adds_bos=True)

@@ -1,10 +1,8 @@
 """Conversion of files: of torch and MindSpore (`.ckpt`, `.pt`, `.pth`, `.bin`) to safetensors, and
 of safetensors to the `.ckpt` of MindSpore.
 
-Owns which file becomes which, and the names. Outputs appear complete. Memory: blocks in flight;
-files of torch are mapped. `torch_files` owns which part of a file of torch is weights, `stored` the
-tensors of other files. Metadata is what MindSpore's own tools write (`format`: ms, or none); the
-layout in rank files of Slipway is carried over.
+Owns which file becomes which, and that outputs appear complete. Memory: blocks in flight; files of
+torch are mapped. `converted_file` owns the content of a new file.
 """
 
 from __future__ import annotations
@@ -13,35 +11,24 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from launcher.errors import UserError, did_you_mean
-from launcher.extensions import FILE_FORMATS, required
 from launcher.weights.complete import WEIGHT_SUFFIXES
-from launcher.weights.formats import header_of
-from launcher.weights.formats.rank_metadata import RankFileMetadata
-from launcher.weights.formats.safetensors import Header, in_file_order
 from launcher.weights.forms import INDEX_NAME, TORCH_INDEX_NAME, read_index
 from launcher.weights.log import Log, no_log
+from launcher.weights.offline.converted_file import NAMED, Task, content_of, write_content
 from launcher.weights.offline.slicing import copy_side_files
-from launcher.weights.offline.stored import is_empty, layout_of, stored_parts
-from launcher.weights.ranks.distributed import REDUNDANCY
-from launcher.weights.reading.checksums import check_file
 from launcher.weights.reading.transfer import Files
 from launcher.weights.streaming.new_folder import folder_aside
 from launcher.weights.streaming.stream import Progress
-from launcher.weights.streaming.write import Container, Part, check_dtypes, write_file
 from launcher.weights.threads import in_parallel
 
 SUFFIXES = tuple(suffix for suffix in WEIGHT_SUFFIXES if suffix != ".safetensors")
 """Extensions of files that become safetensors."""
-_TORCH = (b"PK\x03\x04", b"\x80\x02\x8a\x0al\xfc\x9cF")
-"""First bytes of files of torch, new and old."""
-NAMED = 5
-"""Things named in a message."""
 
 
 @dataclass(frozen=True)
@@ -59,25 +46,6 @@ class _Conversion:
 
     origin: Path
     target: Path
-
-
-@dataclass(frozen=True)
-class _Task:
-    """What is converted to what."""
-
-    format: str
-    """Of the new files, a key of `FILE_FORMATS`."""
-    suffixes: tuple[str, ...]
-    """Extensions of the files of a folder that are converted."""
-    names: Mapping[str, str]
-    crc_check: bool = False
-    """Whether new files end in a checksum, as those of MindSpore may."""
-
-    @property
-    def container(self) -> Container:
-        """The format of the new files. Raises `UserError` where it was removed."""
-        found: Container = required(FILE_FORMATS, self.format, f"{self.format} files are written")
-        return found
 
 
 def ckpt_to_safetensors(
@@ -98,10 +66,10 @@ def ckpt_to_safetensors(
     files in it, the index, configuration and tokenizer are converted or copied. Without `save_path`
     a single file is converted beside the old one. `name_map`: name of a tensor to its new name.
     `file_name_regex`: converts the files whose name matches. `processes_num`: files at a time.
-    Texts among the tensors, which safetensors cannot hold, are left out, and `log` says which.
+    Texts among the tensors, which safetensors cannot hold, are left out and logged.
     Name and arguments are MindSpore's. Raises `UserError`.
     """
-    task = _Task("safetensors", SUFFIXES, dict(name_map or {}))
+    task = Task("safetensors", SUFFIXES, dict(name_map or {}))
     return _run(task, Path(file_path), save_path, file_name_regex, processes_num, overwrite,
                 progress, log)  # fmt: skip
 
@@ -121,17 +89,17 @@ def safetensors_to_ckpt(
     """Convert a file of safetensors, or all in a folder, to `.ckpt` files that MindSpore reads.
 
     The mirror image of `ckpt_to_safetensors`, whose arguments it has. Tensors are in the order of
-    their names. Tensors without elements, which the format cannot hold, are left out, and `log`
-    says which. `crc_check`: end each file in a checksum, which `mindspore.load_checkpoint(...,
+    their names. Tensors without elements, which the format cannot hold, are left out and logged.
+    `crc_check`: end each file in a checksum, which `mindspore.load_checkpoint(...,
     crc_check=True)` verifies. Raises `UserError`, also for a dtype that the format does not have.
     """
-    task = _Task("ckpt", (".safetensors",), dict(name_map or {}), crc_check)
+    task = Task("ckpt", (".safetensors",), dict(name_map or {}), crc_check)
     return _run(task, Path(file_path), save_path, file_name_regex, processes_num, overwrite,
                 progress, log)  # fmt: skip
 
 
 def _run(
-    task: _Task, origin: Path, save_path: str | os.PathLike[str] | None, regex: str | None,
+    task: Task, origin: Path, save_path: str | os.PathLike[str] | None, regex: str | None,
     workers: int, overwrite: bool, progress: Progress | None, log: Log,
 ) -> Converted:  # fmt: skip
     if not origin.is_dir():
@@ -186,7 +154,7 @@ def _file_aside(folder: Path, name: Path, overwrite: bool) -> Iterator[Path]:
                 folder.rmdir()
 
 
-def _jobs(task: _Task, folder: Path, regex: str | None) -> list[_Conversion]:
+def _jobs(task: Task, folder: Path, regex: str | None) -> list[_Conversion]:
     """The files of a folder to convert. Raises `UserError` without any, or for equal targets."""
     ranks = sorted(path for path in folder.glob("rank*") if path.is_dir())
     try:
@@ -225,14 +193,14 @@ def _jobs(task: _Task, folder: Path, regex: str | None) -> list[_Conversion]:
     return found
 
 
-def _new_name(task: _Task, file: Path) -> str:
+def _new_name(task: Task, file: Path) -> str:
     """`pytorch_model-00001-of-00002.bin` becomes `model-00001-of-00002.safetensors`."""
     stem = file.stem.removeprefix("pytorch_") if file.suffix == ".bin" else file.stem
     return f"{stem}{task.container.extension}"
 
 
 def _convert(
-    task: _Task, jobs: list[_Conversion], scratch: Path, folder: Path, workers: int,
+    task: Task, jobs: list[_Conversion], scratch: Path, folder: Path, workers: int,
     progress: Progress | None, log: Log,
 ) -> tuple[Converted, dict[str, str]]:  # fmt: skip
     """Convert into `scratch`. Returns the result, with paths in `folder`, and the map from tensor
@@ -244,9 +212,9 @@ def _convert(
         target = scratch / job.target
         target.parent.mkdir(parents=True, exist_ok=True)
         with Files() as files:
-            content = _content(task, job.origin, files, log)
+            content = content_of(task, job.origin, files, log)
             used.update(content.names)
-            _write(task, target, content)
+            write_content(task, target, content)
         return {part.name: part.nbytes for part in content.parts}
 
     for start in range(0, len(jobs), workers):
@@ -261,87 +229,6 @@ def _convert(
     return Converted(files, tensors, total), weight_map
 
 
-@dataclass(frozen=True)
-class _Content:
-    """What a new file gets."""
-
-    parts: list[Part]
-    """Under their new names, in the order of the new file."""
-    names: frozenset[str]
-    """The tensors of the old file."""
-    metadata: Mapping[str, str]
-    layout: RankFileMetadata | None = None
-
-
-def _content(task: _Task, path: Path, files: Files, log: Log) -> _Content:
-    """The content of a file, under new names. Raises `UserError`."""
-    if task.format == "safetensors" and _is_torch(path):
-        from launcher.weights.offline.torch_files import torch_parts
-
-        parts, left_out = torch_parts(path)
-        _say_left_out(path, "no tensors", left_out, log)
-        renamed = _renamed(path, parts, task.names)
-        return _Content(in_file_order(renamed), frozenset(parts), {"format": "pt"})
-    header = _header(task, path)
-    parts = stored_parts(path, header, files)
-    _say_left_out(path, "texts and no tensors", header.texts, log)
-    if task.format == "ckpt":
-        _say_left_out(path, "no elements", [n for n, p in parts.items() if is_empty(p)], log)
-    renamed = _renamed(path, parts, task.names)
-    if task.format == "safetensors":
-        ordered = in_file_order(renamed)
-    else:
-        ordered = sorted((p for p in renamed if not is_empty(p)), key=lambda part: part.name)
-    layout = layout_of(path, header, task.names, ordered)
-    return _Content(ordered, frozenset(parts), _metadata(task, header, layout), layout)
-
-
-def _metadata(
-    task: _Task, header: Header, layout: RankFileMetadata | None
-) -> Mapping[str, str]:  # fmt: skip
-    """The metadata of a new file: that of MindSpore's tools, or that of a rank file of Slipway."""
-    if layout is not None:
-        return {key: header.metadata[key] for key in ("format", REDUNDANCY)
-                if key in header.metadata}  # fmt: skip
-    return {"format": "ms"} if task.format == "safetensors" else {}
-
-
-def _is_torch(path: Path) -> bool:
-    try:
-        with path.open("rb") as file:
-            return file.read(8).startswith(_TORCH)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error
-
-
-def _header(task: _Task, path: Path) -> Header:
-    """The header of a file to convert, whose checksum fits. Raises `UserError`."""
-    header = header_of(path)
-    is_ckpt = header.extension == required(FILE_FORMATS, "ckpt", f"{path} is read").extension
-    if is_ckpt == (task.format == "ckpt"):
-        raise UserError(
-            f"{path} is a {header.extension.removeprefix('.')} file already",
-            rule="files of torch and MindSpore are converted" if task.format == "safetensors" else
-            "files of safetensors are converted",
-        )  # fmt: skip
-    check_file(path, header)
-    return header
-
-
-def _say_left_out(path: Path, why: str, names: Iterable[str], log: Log) -> None:
-    shown = list(names)
-    if shown:
-        more = " ..." * (len(shown) > NAMED)
-        log(f"{path}: left out, {why}: {', '.join(shown[:NAMED])}{more}")
-
-
-def _write(task: _Task, target: Path, content: _Content) -> None:
-    check_dtypes(target, content.parts, task.container)
-    write_file(target, content.parts, content.metadata, content.layout, task.container)
-    if task.crc_check and task.container.seal is not None:
-        task.container.seal(target)
-
-
 def _check_used(name_map: Mapping[str, str], names: set[str]) -> None:
     for name in name_map:
         if name not in names:
@@ -350,15 +237,6 @@ def _check_used(name_map: Mapping[str, str], names: set[str]) -> None:
                 rule="the names of a map are those of tensors",
                 nearest=did_you_mean(name, names),
             )
-
-
-def _renamed(path: Path, parts: Mapping[str, Part], name_map: Mapping[str, str]) -> list[Part]:
-    new = [name_map.get(name, name) for name in parts]
-    if len({*new}) < len(new):
-        twice = next(name for name in new if new.count(name) > 1)
-        raise UserError(f"{path}: two tensors would be named `{twice}`", rule="names are unique",
-                        advice="Correct the name_map")  # fmt: skip
-    return [replace(part, name=name) for part, name in zip(parts.values(), new, strict=True)]
 
 
 def read_name_map(path: Path) -> dict[str, str]:

@@ -6,6 +6,7 @@ Torch-free, and without the rooms of a run: what reads YAML is an entry of
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,9 +15,11 @@ from typing import Any
 from launcher.errors import UserError
 from launcher.extensions import MODEL_CONFIGS, required
 from launcher.weights.formats.safetensors import parse_json
+from launcher.weights.offline.slicing import copy_side_files
 
 LARGEST = 1 << 24
 NAME = "config.json"
+_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,7 @@ class Described:
     config: Mapping[str, Any]
     """Content of its config.json."""
     keys: Mapping[str, Any] = field(default_factory=dict)
-    """What the file says about the orders of rows in weights, see `foreign_names.KEYS`."""
+    """Keys in the file about the orders of rows in weights, see `foreign_names.KEYS`."""
     folder: Path | None = None
     """The folder of its config.json."""
 
@@ -62,3 +65,19 @@ def _read(path: Path) -> dict[str, Any]:
             advice="Give the config.json of the model, its folder, or a YAML file",
         ) from error
     return content
+
+
+def write_description(folder: Path, model: Described | None, dtype: str | None = None) -> None:
+    """Put config.json and the tokenizer of a model beside its weights in `folder`. `dtype`: a
+    safetensors name, of weights that were cast."""
+    if model is None:
+        return
+    if model.folder is not None:
+        copy_side_files(model.folder, folder)
+    if dtype is None and (folder / NAME).is_file():
+        return
+    config = dict(model.config)
+    if dtype is not None:
+        config.pop("torch_dtype", None)
+        config["dtype"] = _NAMES[dtype]
+    (folder / NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

@@ -10,13 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from launcher.errors import UserError
-from launcher.extensions import NAME_WRITERS, required
+from launcher.extensions import NAME_WRITERS, RUN_NUMBERS, installed, required
 from launcher.weights.foreign_names import Named, under_hugging_face_names
+from launcher.weights.forms import EXTRAS_NAME
 from launcher.weights.joined import together
 from launcher.weights.log import Log, no_log
-from launcher.weights.offline.described import described
+from launcher.weights.offline.described import described, write_description
 from launcher.weights.offline.export import DEFAULT_SHARD_BYTES, Exported, write_complete
 from launcher.weights.ranks.distributed import REDUNDANCY
+from launcher.weights.ranks.manifests import STATE_FOLDER
+from launcher.weights.ranks.rank_folders import label_of
 from launcher.weights.ranks.saves import (
     DEFAULT_SUFFIX,
     MODEL_FOLDER,
@@ -28,6 +31,7 @@ from launcher.weights.ranks.saves import (
 from launcher.weights.source import Source
 from launcher.weights.streaming.new_folder import folder_aside
 from launcher.weights.streaming.stream import WORKERS, Progress
+from launcher.weights.streaming.write import write_file
 
 __all__ = ["MODEL_FOLDER", "merge", "size_in_bytes", "unified_safetensors"]
 
@@ -125,7 +129,10 @@ def merge(
             dtype=None if dtype is None else DTYPES[dtype],
             progress=progress,
         )
-        copy_model_files(files[0], folder)
+        if form != "huggingface":
+            _write_numbers(source, files[0], folder, form)
+        if not copy_model_files(files[0], folder) and config is not None:
+            write_description(folder, described(config))
         if dtype is not None:
             _note_dtype(folder / "config.json", dtype)
     return exported
@@ -148,6 +155,23 @@ def _named(
     write = required(NAME_WRITERS, form, f"{source.path} is merged in the form of {form}")
     named: Named = write(source, model.config, {**keys, "required": config is not None}, log)
     return named
+
+
+def _write_numbers(source: Source, file: Path, folder: Path, form: str) -> None:
+    """Write the numbers of the run (step, epoch) that its state file has, where the new form keeps
+    them beside the weights and the rank files have none."""
+    numbers = installed(RUN_NUMBERS).get(form)
+    label = label_of(file)
+    state = file.parent.parent / STATE_FOLDER / f"{label}.json"
+    if numbers is None or source.extras or not state.is_file():
+        return
+    try:
+        content = json.loads(state.read_bytes())
+        epoch = int(label.rpartition("-")[2].partition("_")[0])
+        parts = numbers(content, epoch)
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return  # a damaged state file: the weights are complete without it
+    write_file(folder / EXTRAS_NAME, parts, {"format": "ms"})
 
 
 def _note_dtype(config: Path, dtype: str) -> None:

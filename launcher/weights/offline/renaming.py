@@ -6,7 +6,6 @@ appear complete, and are streamed: memory is that of a few portions.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,9 +19,8 @@ from launcher.weights.foreign_names import Named, under_hugging_face_names
 from launcher.weights.joined import together
 from launcher.weights.log import Log, no_log
 from launcher.weights.offline.convert import safetensors_to_ckpt
-from launcher.weights.offline.described import NAME, Described, described
+from launcher.weights.offline.described import NAME, Described, described, write_description
 from launcher.weights.offline.export import Exported, write_complete
-from launcher.weights.offline.slicing import copy_side_files
 from launcher.weights.ranks.saves import open_any_format
 from launcher.weights.source import Source
 from launcher.weights.streaming.new_folder import folder_aside
@@ -110,7 +108,7 @@ def convert_weight(
         if target.suffix in ONE_FILE:
             _one_file(folder, exported, target)
         else:
-            _describe(folder, model, conversion, beside)
+            write_description(folder, model, conversion.dtype and DTYPES[conversion.dtype])
     return exported
 
 
@@ -195,15 +193,3 @@ def _one_file(folder: Path, exported: Exported, target: Path) -> None:
         written.unlink()
         written = written.with_suffix(".ckpt")
     os.replace(written, folder / target.name)
-
-
-def _describe(folder: Path, model: Described, conversion: Conversion, beside: Path) -> None:
-    """Put config.json and the tokenizer beside new weights."""
-    copy_side_files(model.folder or beside, folder)
-    config = dict(model.config)
-    if conversion.dtype is not None:
-        config.pop("torch_dtype", None)
-        names = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-        config["dtype"] = names[DTYPES[conversion.dtype]]
-    if conversion.dtype is not None or not (folder / NAME).is_file():
-        (folder / NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

@@ -16,9 +16,10 @@ import threading
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from launcher.errors import UserError
 from launcher.weights.reading.strided_copy import StridedCopy
@@ -26,6 +27,14 @@ from launcher.weights.reading.window import Bytes, Window, changed, ended
 
 SHORT_RUN = 16 << 10
 """Runs shorter than this do not get a system call of their own."""
+
+WORDS = (1, 2, 4, 8)
+"""Lengths of a run that are copied as one integer."""
+
+TILE = 256
+"""Rows and columns of what is copied at a time where dims are swapped."""
+
+Words = npt.NDArray[np.unsignedinteger[Any]]
 
 VIEWS = 256
 """Buffers of one preadv call; systems allow 1,024 or more."""
@@ -187,13 +196,29 @@ def _read_row(files: Files, row: Sequence[Transfer]) -> int:
 
 
 def _spread(strided_copy: StridedCopy, source: Bytes, memory: Bytes) -> None:
-    shape = (*(count for count, _, _ in strided_copy.loops), strided_copy.length)
-    file_strides = (*(stride for _, stride, _ in strided_copy.loops), 1)
-    memory_strides = (*(stride for _, _, stride in strided_copy.loops), 1)
-    np.copyto(
-        np.ndarray(shape, np.uint8, memory, strided_copy.memory_offset, memory_strides),
-        np.ndarray(shape, np.uint8, source, 0, file_strides),
-    )
+    """Copy the runs from `source`, whose first byte is that of the first run, to their places."""
+    loops, kind = [*strided_copy.loops], np.dtype(np.uint8)
+    if strided_copy.length in WORDS:  # single elements, as in a transposed matrix
+        kind = np.dtype(f"u{strided_copy.length}")
+    else:
+        loops.append((strided_copy.length, 1, 1))
+    shape, file_strides, memory_strides = zip(*loops, strict=True)
+    target = np.ndarray(shape, kind, memory, strided_copy.memory_offset, memory_strides)
+    origin = np.ndarray(shape, kind, source, 0, file_strides)
+    if kind.itemsize == strided_copy.length and len(loops) > 1:
+        _in_tiles(target, origin)
+    else:
+        np.copyto(target, origin)
+
+
+def _in_tiles(target: Words, origin: Words) -> None:
+    """Copy tile by tile in the last two dims: where they are swapped, lines of the cache that hold
+    neighbours in one of the arrays are used up before they are dropped."""
+    rows, columns = target.shape[-2:]
+    for row in range(0, rows, TILE):
+        for column in range(0, columns, TILE):
+            tile = (..., slice(row, row + TILE), slice(column, column + TILE))
+            target[tile] = origin[tile]
 
 
 def read_exactly(

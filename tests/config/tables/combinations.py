@@ -246,9 +246,9 @@ TABLE = (
     ),
     Row(
         name="CheckpointMonitor's options not built yet",
-        add="    checkpoint_format: ckpt\n    enc_key: secret\n",
+        add="    checkpoint_format: pickle\n    enc_key: secret\n",
         errors=(
-            Error("callbacks.1.checkpoint_format = 'ckpt'", at="format: ckpt"),
+            Error("callbacks.1.checkpoint_format = 'pickle'", at="format: pickle"),
             Error("callbacks.1.enc_key = 'secret'", at="enc_key"),
         ),
     ),
