@@ -96,7 +96,7 @@ def _biases(keys: ModelKeys) -> None:
         if not keys.has(name) or keys.is_own(name) or not keys.family:
             continue
         has, value = _has_bias(keys, name), bool(keys.value(name))
-        if keys.family == "glm" and name != "attn_proj_has_bias":
+        if keys.family in ("glm", "glm4") and name != "attn_proj_has_bias":
             keys.replace(name, {"attention_bias": value})
         elif has is None:
             continue
