@@ -93,7 +93,6 @@ def read_tree(tree: Node, problems: Sequence[Problem] = ()) -> Resolved:
     for translate in installed(TRANSLATIONS).values():
         translate(draft)
     tree = draft.tree
-    found += draft.problems
     for implied in IMPLIED:
         tree = implied(tree, found)
     reader = Reader(tree)
@@ -106,7 +105,7 @@ def read_tree(tree: Node, problems: Sequence[Problem] = ()) -> Resolved:
     return Resolved(
         config=_without_tasks(reader.config),
         provenance=Provenance(reader.places, reader.extra),
-        problems=tuple(sorted([*found, *reader.problems], key=_line)),
+        problems=(*found, *_in_place(draft.problems, reader.problems)),
         bad_keys=frozenset({*reader.bad_keys, *(p.key for p in draft.problems)} - {""}),
         no_effect=tuple(dict.fromkeys([*dropped, *reader.no_effect, *unread])),
         changes=tuple(draft.changes),
@@ -115,8 +114,18 @@ def read_tree(tree: Node, problems: Sequence[Problem] = ()) -> Resolved:
     )
 
 
+def _in_place(translated: Sequence[Problem], others: Sequence[Problem]) -> list[Problem]:
+    """Problems of the translation among the others, which are in the order of the file."""
+    listed = list(others)
+    for problem in translated:
+        line = _line(problem)
+        after = (i for i, other in enumerate(listed) if _line(other) > line)
+        listed.insert(next(after, len(listed)), problem)
+    return listed
+
+
 def _line(problem: Problem) -> int:
-    """The line of a problem in its file, by which problems are listed; 0 for the command line."""
+    """The line of a problem in its file; 0 for the command line."""
     line = problem.where.rpartition(":")[2]
     return int(line) if line.isdecimal() else 0
 

@@ -240,7 +240,8 @@ CHOOSE = "Choose another checkpoint."
 NO_NOTE = f"{DAMAGED}its `slipway` metadata cannot be read. {CHOOSE}"
 RANKS = (
     Bad("no rank files", lambda folder: (folder / "rank_0").mkdir(),
-        "{folder} holds no rank files: *.safetensors in rank_*/ is expected.", open_ranks),
+        "{folder} holds no rank files: *.safetensors or *.ckpt in rank_*/ is expected.",
+        open_ranks),
     Bad("of another program", foreign,
         "{folder}/rank_0/model.safetensors does not describe its layout: rank "
         "files have the layout in their metadata, as Slipway writes it. Move the files of other "

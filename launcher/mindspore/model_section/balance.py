@@ -68,9 +68,8 @@ def _written_factor(keys: ModelKeys) -> tuple[Any, str]:
                     "only the balance loss over experts is built",
                     nearest="Nearest: [expert]",
                 )
-        return dict(zip(types, factors, strict=True)).get(
-            "expert", 0
-        ), "moe_config.aux_loss_factors"
+        factor = next((f for t, f in zip(types, factors, strict=True) if t == "expert"), 0)
+        return factor, "moe_config.aux_loss_factors"
     key = "moe_config.aux_loss_factor"
     found = value_of(keys.draft.find(key))
     return found, key if keys.draft.find(key) is not None else ""

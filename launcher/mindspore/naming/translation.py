@@ -32,8 +32,8 @@ NAMED = 4
 
 _PREDICTION = re.compile(r"(mtp\.|model\.mtp_(hidden_fusers|norms)\.)")
 """Parts of multi-token prediction in files."""
-_SHARED_COPY = "mtp.output_layer.weight"
-"""A copy of the output layer that some converters write and nothing reads."""
+_NEVER_USED = ("mtp.output_layer.weight", "rotary_pos_emb.inv_freq")
+"""A copy of the output layer, and a table of frequencies, that some converters write."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ def _uses(
 
 def _without_prediction(rest: list[str], sizes: Sizes, log: Log) -> list[str]:
     """`rest` without what a model has no use for: parts of prediction layers, if it has none."""
-    kept = [name for name in rest if not name.endswith(_SHARED_COPY)]
+    kept = [name for name in rest if not name.endswith(_NEVER_USED)]
     if sizes.prediction_layers:
         return kept
     found = [name for name in kept if _PREDICTION.search(name)]
