@@ -101,12 +101,13 @@ def read_tree(tree: Node, problems: Sequence[Problem] = ()) -> Resolved:
         for change in draft.changes
         if change.kind == "no effect" and not asks_for_nothing(change.value)
     ]
+    wrong = [key for problem in draft.problems for key in (problem.key, *problem.also)]
     unread = [key for key in EVALUATION_READS_ALL if key in reader.places]
     return Resolved(
         config=_without_tasks(reader.config),
         provenance=Provenance(reader.places, reader.extra),
         problems=(*found, *_in_place(draft.problems, reader.problems)),
-        bad_keys=frozenset({*reader.bad_keys, *(p.key for p in draft.problems)} - {""}),
+        bad_keys=frozenset({*reader.bad_keys, *wrong} - {""}),
         no_effect=tuple(dict.fromkeys([*dropped, *reader.no_effect, *unread])),
         changes=tuple(draft.changes),
         tree=draft.tree,

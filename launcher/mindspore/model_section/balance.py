@@ -117,8 +117,8 @@ def _moving_bias(keys: ModelKeys, switch: str, rate: str) -> None:
             f"moving the router's biases in training is not built yet ({switch} is on)",
             nearest="Nearest: 0.0",
             advice="With 0.0 the biases of the loaded weights are used and stay as they are",
+            also=(switch,),
         )
-        keys.draft.drop(switch, "biases of the router are used where the weights have them")
         return
     why = "the biases of the loaded weights are used and stay as they are"
     keys.draft.drop_all((switch, rate), why)

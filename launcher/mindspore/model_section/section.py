@@ -32,14 +32,15 @@ KEYS: frozenset[str] = frozenset().union(
 
 def translate(draft: Draft) -> None:
     """Translate `model.model_config` and `moe_config` into keys of config.json."""
-    for section in ("model", SECTION, "moe_config"):
+    for section in ("model", SECTION):
         node = draft.find(section)
         if node is not None and (node.is_text or not isinstance(node.value, dict | None)):
             return  # reported when it is typed
     keys = ModelKeys(draft, config_json=config_json_of(draft))
     spellings.translate(keys)
+    found = len(draft.problems)
     family.choose(keys)
-    if draft.problems:
+    if len(draft.problems) > found:
         return  # what the other keys mean follows from the family
     sizes.rename(keys)
     family.imply_defaults(keys)

@@ -10,6 +10,7 @@ Source of keys and defaults: mindformers 2.1.0, `mindformers/pynative/config/con
 from __future__ import annotations
 
 from launcher.config.draft import Draft
+from launcher.config.nodes import Node, put
 from launcher.errors import did_you_mean
 from launcher.mindspore.sections import eager_layout, eager_saving
 from launcher.mindspore.sections.values import (
@@ -49,9 +50,9 @@ _QK_CLIP = ("qk_clip", "qk_clip_enabled", "qk_clip_threshold", "qk_clip_alpha")
 
 def translate(draft: Draft) -> None:
     """Translate a configuration of this style; others stay as they are."""
-    node = draft.find(_STYLE)
-    if node is None or not (node.value is None or isinstance(node.value, dict)):
+    if draft.find(_STYLE) is None:
         return
+    _only_sections(draft)
     _model(draft)
     for section, known in _KEYS.items():
         _strict(draft, section, known)
@@ -68,6 +69,15 @@ def translate(draft: Draft) -> None:
     _optimizer(draft)
     for section in _KEYS:
         prune(draft, section)
+
+
+def _only_sections(draft: Draft) -> None:
+    """What must be a section and is none is one problem, and read as an empty one."""
+    for section in (*_KEYS, "lr_scheduler"):
+        node = draft.find(section)
+        if node is not None and not isinstance(node.value, dict | None):
+            draft.refuse(section, "must be a section (key: value)")
+            draft.tree = put(draft.tree, section, Node(value={}, where=node.where))
 
 
 def _strict(draft: Draft, section: str, known: tuple[str, ...]) -> None:

@@ -88,7 +88,7 @@ def _experts(draft: Draft) -> None:
     key = f"{_PARALLEL}.expert_parallel"
     ranks, experts = count(draft, f"{_PARALLEL}.data_parallel", 1), count(draft, key, 1)
     fitting = gcd(ranks, experts)
-    if is_of_mindformers(draft) and fitting != experts:
+    if is_of_mindformers(draft) and experts > fitting >= 1:
         draft.replace(key, {key: fitting}, f"of {ranks} data-parallel ranks")
 
 
