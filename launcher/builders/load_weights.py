@@ -15,6 +15,7 @@ from launcher.builders.model import predict_mesh
 from launcher.checkpoint.resolve import open_complete_weights, open_weights
 from launcher.environment import process_environment
 from launcher.errors import UserError
+from launcher.extensions import JOINED_MODULES
 from launcher.layout.layout import Layout
 from launcher.layout.mesh import other_layout
 from launcher.layout.shard import Shard
@@ -72,7 +73,8 @@ def under_model_names(job: Job, source: Source) -> Source:
     if may_be_foreign(source.tensors):
         keys = {key: getattr(job.config, key) for key in KEYS}
         source = under_hugging_face_names(source, job.spec.hf_config, keys, job.log)
-    return apart(source, job.spec.hf_config)
+    is_joined = job.spec.family in JOINED_MODULES
+    return apart(source, job.spec.hf_config) if is_joined else source
 
 
 def check_same_model(job: Job) -> None:
