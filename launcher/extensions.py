@@ -90,6 +90,13 @@ NAME_TRANSLATIONS: dict[str, str] = {
 """What names of tensors of another program contain, and maybe others too: (source, content of
 config.json, keys of the configuration, log) -> the source under Hugging Face names, or itself."""
 
+JOINED_MODULES: dict[str, str] = {
+    "glm": "models.families.glm:JOINED",
+    "glm4": "models.families.glm:JOINED",
+}
+"""`model_type` to the modules that are one in files and several in the model
+(`launcher.weights.joined`)."""
+
 NAME_WRITERS: dict[str, str] = {
     "mindspore": "launcher.mindspore.naming.writing:as_written",
 }

@@ -32,7 +32,7 @@ class Attention(BaseAttention):
 
     def __init__(self, config: DecoderConfig, precision: Precision, layer: int) -> None:
         super().__init__(config, precision, layer)
-        self.head_dim = config.head_dim
+        self.head_dim, self.rope_interleave = config.head_dim, config.rope_interleave
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
         linear = partial(Linear, config.hidden_size, bias=config.attention_bias)
         self.q_proj = linear(heads * config.head_dim)
@@ -50,7 +50,10 @@ class Attention(BaseAttention):
     def forward(self, states: Tensor, context: StepContext) -> Tensor:
         query = self._heads(self.q_proj(states), self.q_norm)
         key, value = self._keys_and_values(states)
-        query, key = (rotate(heads, context.cos, context.sin) for heads in (query, key))
+        query, key = (
+            rotate(heads, context.cos, context.sin, interleaved=self.rope_interleave)
+            for heads in (query, key)
+        )
         if context.cache is not None:
             key, value = context.cache.append(self.layer, key, value)
         output = self.attend(query, key, value, context, self.window, self.held("sinks"))
@@ -78,7 +81,8 @@ class Attention(BaseAttention):
 
 
 class DecoderLayer(Module):
-    """A pre-norm layer: attention, then MLP or experts."""
+    """A pre-norm layer: attention, then MLP or experts; in some families with a norm of the output
+    of each too."""
 
     def __init__(self, config: DecoderConfig, precision: Precision, layer: int) -> None:
         super().__init__()
@@ -94,14 +98,21 @@ class DecoderLayer(Module):
             block = MLP(config.hidden_size, config.intermediate_size, config.hidden_act,
                         bias=config.mlp_bias, down_bias=config.down_bias)  # fmt: skip
         self.add_module(self.block_name, block)
-        self.input_layernorm = norm_of(config, precision, config.hidden_size)
-        self.post_attention_layernorm = norm_of(config, precision, config.hidden_size)
+        norm = partial(norm_of, config, precision, config.hidden_size)
+        self.input_layernorm = norm()
+        self.post_attention_layernorm = norm()
+        self.post_self_attn_layernorm: RMSNorm | None = norm() if config.output_norms else None
+        self.post_mlp_layernorm: RMSNorm | None = norm() if config.output_norms else None
 
     def forward(self, states: Tensor, context: StepContext) -> Tensor:
         attended = self.self_attn(self.input_layernorm(states), context)
+        if self.post_self_attn_layernorm is not None:
+            attended = self.post_self_attn_layernorm(attended)
         states = states + self._dropped(attended, context, ATTENTION_OUTPUT)
         block, normed = getattr(self, self.block_name), self.post_attention_layernorm(states)
         transformed = block(normed, context) if isinstance(block, MoE) else block(normed)
+        if self.post_mlp_layernorm is not None:
+            transformed = self.post_mlp_layernorm(transformed)
         return states + self._dropped(transformed, context, MLP_OUTPUT)
 
     def regions(self) -> tuple[nn.Module, nn.Module]:

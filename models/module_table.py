@@ -15,7 +15,7 @@ TRANSFORMERS_MODULES: tuple[str, ...] = (
     "cwm", "data2vec-text", "deepseek_v2", "diffllama", "doge", "dots1", "electra", "ernie",
     "ernie4_5", "ernie4_5_moe", "exaone", "exaone4", "exaone_moe", "falcon", "falcon_h1",
     "falcon_mamba", "flex_olmo", "flint", "gemma", "gemma2", "gemma3_text", "gemma3n_text",
-    "gemma4_text", "gemma4_unified_text", "glm", "glm4", "glm4_moe_lite", "gpt2",
+    "gemma4_text", "gemma4_unified_text", "glm4_moe_lite", "gpt2",
     "gpt-sw3", "gpt_bigcode", "gpt_neo", "gpt_neox", "gpt_neox_japanese", "gptj",
     "granite", "granite_swa", "granitemoe", "granitemoe_swa", "granitemoehybrid",
     "granitemoeshared", "helium", "hunyuan_v1_dense", "hunyuan_v1_moe", "hy_v3", "hyperclovax",

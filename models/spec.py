@@ -153,6 +153,10 @@ class DecoderConfig:
     """Dropout on what attention and MLP add to the residual stream; not in Hugging Face configs."""
     parameters: Mapping[str, Rule]
     """The rule of every kind of parameter and buffer, by its name below its layer."""
+    rope_interleave: bool = False
+    """Whether pairs to rotate are adjacent, not in the two halves of the rotated part of a head."""
+    output_norms: bool = False
+    """Further RMS norms, of what attention and MLP add to the residual stream."""
     attention_sinks: bool = False
     """One learned score a head, added to every softmax of attention without a value."""
     experts: ExpertsConfig | None = None

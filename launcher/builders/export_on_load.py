@@ -17,6 +17,7 @@ from launcher.errors import UserError
 from launcher.parallel.all_ranks import capture_error, raise_if_any_failed
 from launcher.parallel.world import World
 from launcher.weights.forms import has_form
+from launcher.weights.joined import together
 from launcher.weights.offline.copy_record import FOLDERS, foreign, write_record
 from launcher.weights.offline.export import write_complete
 from launcher.weights.optimizer_state import is_optimizer_state
@@ -53,7 +54,7 @@ def _write(job: Job, source: Source, key: str, form: str) -> None:
         scratch = _together(world, begin if world.is_main else lambda: None)[0]
         assert scratch is not None
         share = lambda: write_complete(  # noqa: E731
-            source,
+            together(source, job.spec.hf_config),
             scratch,
             keep=lambda name: not is_optimizer_state(name),
             form=form,

@@ -15,6 +15,7 @@ from launcher.builders.model import predict_mesh
 from launcher.checkpoint.resolve import open_complete_weights, open_weights
 from launcher.environment import process_environment
 from launcher.errors import UserError
+from launcher.extensions import JOINED_MODULES
 from launcher.layout.layout import Layout
 from launcher.layout.mesh import other_layout
 from launcher.layout.shard import Shard
@@ -26,6 +27,7 @@ from launcher.parallel.tied import broadcast_tied
 from launcher.weights.content import content_of
 from launcher.weights.foreign_names import KEYS, under_hugging_face_names
 from launcher.weights.forms import may_be_foreign
+from launcher.weights.joined import apart
 from launcher.weights.reading.load import LoadReport
 from launcher.weights.source import Source, holds_complete
 from launcher.weights.tensor_mapping import mapped, shapes_in_files
@@ -66,12 +68,13 @@ def find_weights(job: Job) -> Source | None:
 
 
 def under_model_names(job: Job, source: Source) -> Source:
-    """`source` under Hugging Face names, where it has those of another program. Raises
-    `UserError`."""
-    if not may_be_foreign(source.tensors):
-        return source
-    keys = {key: getattr(job.config, key) for key in KEYS}
-    return under_hugging_face_names(source, job.spec.hf_config, keys, job.log)
+    """`source` under the names that rank files have: from those of Hugging Face, or of another
+    program. Raises `UserError`."""
+    if may_be_foreign(source.tensors):
+        keys = {key: getattr(job.config, key) for key in KEYS}
+        source = under_hugging_face_names(source, job.spec.hf_config, keys, job.log)
+    is_joined = job.spec.family in JOINED_MODULES
+    return apart(source, job.spec.hf_config) if is_joined else source
 
 
 def check_same_model(job: Job) -> None:

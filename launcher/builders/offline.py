@@ -19,6 +19,7 @@ from launcher.errors import UserError
 from launcher.layout.box import Box, Shape
 from launcher.layout.layout import SHARDED, Layout
 from launcher.weights.foreign_names import KEYS, under_hugging_face_names
+from launcher.weights.joined import apart
 from launcher.weights.log import Log, no_log
 from launcher.weights.optimizer_state import is_optimizer_state
 from launcher.weights.source import Source
@@ -79,7 +80,7 @@ def configured_layout(
     config_file: str, source: Source, log: Log = no_log
 ) -> tuple[ConfiguredLayout, Source]:
     """The layout of the YAML file, for the model whose weights are `source`, and the source under
-    Hugging Face names.
+    the names that rank files have.
 
     config.json beside the weights describes the model, or else the one in pretrained_model_dir.
     Raises `UserError` with all problems.
@@ -97,6 +98,7 @@ def configured_layout(
     spec = model_spec(config.model.model_config, read_config_json(config))
     keys = {key: getattr(config, key) for key in KEYS}
     source = under_hugging_face_names(source, spec.hf_config, keys, log)
+    source = apart(source, spec.hf_config)
     mesh = mesh_of(config)
     shapes = _shapes(source, spec)
     layout = layout_of(

@@ -28,6 +28,7 @@ from launcher.errors import UserError
 from launcher.extensions import INFERRED_STATES, required
 from launcher.train.run import TrainRun
 from launcher.train.state import TrainState, from_json
+from launcher.weights.joined import apart
 from launcher.weights.optimizer_state import STATE_PREFIXES
 from models.build import tied_names
 
@@ -108,11 +109,13 @@ def _origin(job: Job, run: TrainRun, chosen: Chosen) -> Origin:
 def restore(
     job: Job, run: TrainRun, chosen: Chosen, saved: Mapping[str, Any], *, export: bool = False
 ) -> TrainState:
-    """Load the weights and the optimizer state of a checkpoint into `run`; with `export` also write
+    """Load the weights and the optimizer state of a checkpoint, maybe of an earlier version with
+    other names, into `run`; with `export` also write
     the copies that the configuration requests. Returns the state `saved` with them, in steps of
     this run's global batch."""
     state = _with_loss_scale(run, saved, from_json(dict(saved), str(chosen.state_path)))
-    _restore_tensors(job, run, chosen, export=export)
+    named = replace(chosen, source=apart(chosen.source, job.spec.hf_config))
+    _restore_tensors(job, run, named, export=export)
     if not _has_same_steps(run, saved):
         state = state.with_global_batch(run.loader.global_batch)
     run.optimizer.set_updates(state.updates)

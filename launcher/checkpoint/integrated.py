@@ -14,9 +14,11 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from launcher.errors import UserError
+from launcher.weights.joined import together
+from launcher.weights.offline.described import described
 from launcher.weights.offline.export import write_complete
 from launcher.weights.optimizer_state import STATE_PREFIXES
-from launcher.weights.ranks.saves import copy_model_files, open_save
+from launcher.weights.ranks.saves import copy_model_files, model_folder, open_save
 from launcher.weights.streaming.new_folder import folder_aside
 
 INTEGRATED_FOLDER = "checkpoint_integrated"
@@ -40,7 +42,8 @@ def write_integrated(
         )
     folder.parent.mkdir(parents=True, exist_ok=True)
     with folder_aside(folder, root, overwrite=True) as aside:
-        source = open_save(root, files)
+        model = described(None, model_folder(files[0]))
+        source = together(open_save(root, files), model.config if model else None)
         write_complete(source, aside, keep=lambda n: not n.startswith(STATE_PREFIXES))
         copy_model_files(files[0], aside)
     return folder

@@ -14,6 +14,7 @@ from launcher.layout.box import Box
 from launcher.mindspore.strategy import Strategy
 from launcher.mindspore.strategy_files import read_strategy
 from launcher.mindspore.tensor_layout import TensorLayout, boxes
+from launcher.weights.joined import apart
 from launcher.weights.log import Log, no_log
 from launcher.weights.offline.slicing import Sliced, slice_weights
 from launcher.weights.optimizer_state import is_optimizer_state
@@ -74,7 +75,9 @@ def _ranks(stage: Mapping[str, TensorLayout]) -> int:
 
 def strategy_layout(path: Path, source: Source, log: Log = no_log) -> StrategyLayout:
     """The layout of the strategy file, or the folder of strategy files, at `path`."""
-    return StrategyLayout(read_strategy(path, log), source)
+    strategy = read_strategy(path, log)
+    names = {name for stage in strategy.by_stage().values() for name in stage}
+    return StrategyLayout(strategy, apart(source, None, wanted=names))
 
 
 def load_distributed_checkpoint(

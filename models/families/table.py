@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from models.families.deepseek import DEEPSEEK_V3
 from models.families.family import Family
+from models.families.glm import GLM, GLM4
 from models.families.glm4_moe import GLM4_MOE
 from models.families.gpt_oss import GPT_OSS
 from models.families.llama import LLAMA, MISTRAL
@@ -19,6 +20,8 @@ DECODERS: dict[str, Family] = {
     "qwen3_moe": QWEN3_MOE,
     "mixtral": MIXTRAL,
     "deepseek_v3": DEEPSEEK_V3,
+    "glm": GLM,
+    "glm4": GLM4,
     "glm4_moe": GLM4_MOE,
     "gpt_oss": GPT_OSS,
     "telechat": TELECHAT,

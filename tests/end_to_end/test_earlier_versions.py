@@ -109,7 +109,29 @@ def test_resumed(run: str, ranks: int, earlier: Path) -> None:
                       "--load_checkpoint", f"{run}/checkpoint", "--output_dir", "resumed"],
                      earlier, ranks)  # fmt: skip
     assert result.code == 0, result.stderr
+    _check_losses(earlier, uninterrupted)
+
+
+def _check_losses(earlier: Path, uninterrupted: dict[int, float]) -> None:
     resumed = {row["step"]: row["loss"] for row in rows(earlier / "resumed" / "metrics.jsonl")}
     assert sorted(resumed) == [4, 5, 6]
     expected = {step: loss for step, loss in uninterrupted.items() if step > SAVED_STEP}
     assert resumed == pytest.approx(expected, rel=1e-5)
+
+
+def test_gate_and_up_in_one_tensor_resume_tensor_parallel(earlier: Path) -> None:
+    uninterrupted = {row["step"]: row["loss"] for row in rows(earlier / "glm" / "metrics.jsonl")}
+    result = run_job(["--config", "glm.yaml", "--run_mode", "train", "--resume_training", "True",
+                      "--load_checkpoint", "glm/checkpoint", "--output_dir", "resumed",
+                      "--parallel_config.data_parallel", "1", "--runner_config.batch_size", "4",
+                      "--parallel_config.model_parallel", "2", "--final_checkpoint", "True"],
+                     earlier, 2)  # fmt: skip
+    assert result.code == 0, result.stderr
+    _check_losses(earlier, uninterrupted)
+    names, before = (
+        {name for name in digests(rank) if ".0.mlp." in name and not name.startswith("adam_")}
+        for rank in (earlier / "resumed" / "checkpoint" / "rank_0",
+                     earlier / "glm" / "checkpoint" / "rank_0")
+    )  # fmt: skip
+    assert before == {f"model.layers.0.mlp.{side}_proj.weight" for side in ("gate_up", "down")}
+    assert names == {f"model.layers.0.mlp.{side}_proj.weight" for side in ("gate", "up", "down")}

@@ -162,7 +162,7 @@ def test_chatglm_is_the_glm_of_transformers() -> None:
         rms_norm_eps=1e-5, attention_bias=True, eos_token_id=[2], pad_token_id=0,
         rope_parameters={"rope_type": "default", "rope_theta": 5e6, "partial_rotary_factor": 0.5},
     )  # fmt: skip
-    given = {k: v for k, v in spec.hf_config.items() if k not in ("architectures", "torch_dtype")}
+    given = {k: v for k, v in spec.hf_config.items() if k not in ("architectures", "dtype")}
     assert spec.family == "glm"
     assert given.items() <= expected.to_dict().items()
     plain = model_spec({}, CHATGLM | {"multi_query_attention": False, "add_qkv_bias": False})

@@ -101,3 +101,22 @@ def test_rank_folders_are_the_twin(family: str, form: str, layout: str, tmp_path
     assert_same(arrays(translated(source, config, **keys)),
                 hugging_face(HERE / family / form, config, **keys))  # fmt: skip
     assert source.extras.keys() == extras.keys()
+
+
+def test_names_of_the_code_of_glm_4_9b_for_the_class_of_transformers() -> None:
+    config = {**config_of("glm4_9b"), "model_type": "glm"}
+    own = arrays(open_complete(HERE / "glm4_9b" / "hf"))
+    found = hugging_face(HERE / "glm4_9b" / "hf", config)
+    place, new = "transformer.encoder.layers.1.", "model.layers.1."
+    q, k, v = np.split(own[f"{place}self_attention.query_key_value.weight"], [32, 48])
+    for letter, rows in zip("qkv", (q, k, v), strict=True):
+        assert np.array_equal(found[f"{new}self_attn.{letter}_proj.weight"], rows)
+    both = own[f"{place}mlp.dense_h_to_4h.weight"]
+    assert np.array_equal(found[f"{new}mlp.gate_up_proj.weight"], both)
+    for form in ("legacy_concat", "legacy_rearranged"):
+        keys = KEYS.get(("glm4_9b", form), {})
+        stored = hugging_face(HERE / "glm4_9b" / form, config, **keys)
+        assert_same(
+            stored,
+            found,
+        )

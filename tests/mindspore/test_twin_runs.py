@@ -127,6 +127,6 @@ def test_other_forms_run_as_well(bench: Bench, twin: Twin) -> None:
 
 @pytest.mark.long
 @pytest.mark.parametrize("layout", ["dp2tp2", "pp2"])
-@pytest.mark.parametrize("twin", [t for t in TWINS if t.is_native], ids=lambda twin: twin.name)
+@pytest.mark.parametrize("twin", TWINS, ids=lambda twin: twin.name)
 def test_runs_on_several_ranks(bench: Bench, twin: Twin, layout: str) -> None:
     _check(bench, twin, layout, 2)

@@ -25,11 +25,6 @@ class Twin:
         """`qwen3-mcore`."""
         return f"{self.family}-{self.form}"
 
-    @property
-    def is_native(self) -> bool:
-        """Whether the family has a decoder of its own here, on every layout."""
-        return self.family != "glm4_9b"
-
 
 def folder_of(family: str, form: str) -> Path:
     """The folder of a form; `hf` is the Hugging Face directory."""

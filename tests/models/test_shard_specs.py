@@ -14,7 +14,7 @@ from models.attention import AttentionMask, BaseAttention, KVCache, StepContext
 from models.decoder import Attention, Decoder, DecoderLayer
 from models.dropout import ATTENTION_OUTPUT
 from models.layers import Leaf, TiedHead
-from tests.models.tiny import EXPERTS, dense_spec, experts_spec, pair, tokens
+from tests.models.tiny import EXPERTS, GLM, dense_spec, experts_spec, pair, tokens
 
 DROPOUT = {"attention_dropout": 0.2, "hidden_dropout": 0.1}
 SEEDS = torch.tensor([5, 2**40 + 7])
@@ -28,6 +28,7 @@ def attentions(model: Decoder) -> list[BaseAttention]:
 
 MODELS: dict[str, dict[str, Any]] = {
     "qwen3": {"type": "Qwen3Config", "head_dim": 16},
+    "glm4": GLM["glm4"],
     "qwen2 window": {
         "type": "Qwen2Config", "use_sliding_window": True, "sliding_window": 4,
         "max_window_layers": 1,

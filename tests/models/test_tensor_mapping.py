@@ -27,6 +27,7 @@ from launcher.layout.mesh import Mesh
 from launcher.layout.shard import Shard
 from launcher.parallel.apply import shards
 from launcher.parallel.model_parts import ModelParts
+from launcher.weights.joined import apart
 from launcher.weights.offline.export import write_complete
 from launcher.weights.ranks.distributed import open_rank_files
 from launcher.weights.ranks.rank_file import write_rank_file
@@ -55,7 +56,7 @@ def loaded(spec: ModelSpec, folder: Path, *, strict: bool = True) -> nn.Module:
     layout = model_layout(model, spec, Mesh(), split=None, vocab_emb_dp=False)
     held = mapped(shards(ModelParts([model]).named_tensors(), layout, 0), mappings_of(model))
     expected = shapes_in_files(layout.shapes, mappings_of(model))
-    source = named_as_model(open_complete(folder), model, expected)
+    source = named_as_model(apart(open_complete(folder), spec.hf_config), model, expected)
     leave = ignorable(model, spec, expected)
     load(
         held,

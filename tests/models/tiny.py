@@ -41,6 +41,10 @@ LLAMA = {"type": "LlamaConfig"}
 QWEN_MOE = {"type": "Qwen3MoeConfig"}
 DEEPSEEK = {"type": "DeepseekV3Config"}
 
+GLM: dict[str, dict[str, Any]] = {
+    "glm": {"type": "GlmConfig", "head_dim": 24, "pad_token_id": 3},
+    "glm4": {"type": "Glm4Config", "head_dim": 24, "pad_token_id": 3},
+}  # fmt: skip
 EXPERTS: dict[str, dict[str, Any]] = {
     "qwen3_moe": {
         "type": "Qwen3MoeConfig", "head_dim": 24, "expert_num": 8, "num_experts_chosen": 3,
@@ -117,8 +121,13 @@ def saved(module: nn.Module) -> dict[str, Tensor]:
 
 
 def stacked(on_disk: Mapping[str, Tensor], own: Decoder) -> dict[str, Tensor]:
-    """Tensors by their names on disk -> by those of `own`: experts of a layer stacked."""
+    """Tensors by their names on disk -> by those of `own`: experts of a layer stacked, gate and up
+    apart."""
     left, result = dict(on_disk), {}
+    for name in [name for name in left if name.endswith(".mlp.gate_up_proj.weight")]:
+        gate, up = left.pop(name).chunk(2)
+        left[name.replace("gate_up_proj", "gate_proj")] = gate
+        left[name.replace("gate_up_proj", "up_proj")] = up
     for name, tensor in own.state_dict().items():
         experts = unstacked(name, tensor.shape, own.config.parameters)
         result[name] = torch.stack([left.pop(e) for e in experts]) if experts else left.pop(name)

@@ -49,6 +49,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "moe_intermediate_size": 48, "n_routed_experts": 8, "num_experts_per_tok": 2,
         "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1,
     },
+    "glm 9b": {"type": "GlmConfig", **_SIZES, "head_dim": 8},
+    "glm 0414": {"type": "Glm4Config", **_SIZES, "head_dim": 16},
     "gpt-oss": {
         "type": "GptOssConfig", **_SIZES, "head_dim": 16, "num_local_experts": 8,
         "num_experts_per_tok": 2, "sliding_window": 9,
@@ -60,7 +62,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 MIXTURES = ("qwen3 moe", "mixtral", "deepseek", "glm", "gpt-oss", "telechat moe")
 """Families with experts."""
-EPSILON = {"gpt-oss": 1e-3, "telechat moe": 1e-3, "telechat": 1e-3, "telechat tied": 1e-3}
+EPSILON = dict.fromkeys(
+    ("gpt-oss", "glm 9b", "glm 0414", "telechat", "telechat tied", "telechat moe"), 1e-3
+)
 """Of Adam. Biases are initialized to zero and become the sum of its steps, in which the rounding of
 a small gradient is multiplied by 1 / epsilon; these families have many."""
 

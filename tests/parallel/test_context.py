@@ -21,7 +21,7 @@ from launcher.parallel.context import ContextParallel, apply_context_parallel, t
 from launcher.parallel.ring import chunks
 from models.attention import StepContext, attend
 from models.decoder import Decoder
-from tests.models.tiny import EXPERTS, VOCABULARY, dense_spec, tokens
+from tests.models.tiny import EXPERTS, GLM, VOCABULARY, dense_spec, tokens
 from tests.parallel.rows import (
     CLOSE,
     ROWS,
@@ -43,6 +43,7 @@ MODELS = {
     "qwen3 one key/value head": {"type": "Qwen3Config", "head_dim": 16, "n_kv_heads": 1},
     "deepseek": EXPERTS["deepseek_v3"],
     "glm": EXPERTS["glm4_moe"],
+    "glm 9b": GLM["glm"],
     "gpt-oss": EXPERTS["gpt_oss"] | {"num_heads": 8, "n_kv_heads": 2},
 }
 PATTERNS = ("causal", "documents", "window", "documents and window")

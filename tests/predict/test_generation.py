@@ -17,7 +17,7 @@ from launcher.generation import (
     token_limits,
 )
 from models.build import build_model
-from tests.models.tiny import EXPERTS, dense_spec, module_spec, oracle, pair
+from tests.models.tiny import EXPERTS, GLM, dense_spec, module_spec, oracle, pair
 
 PROMPTS = [[5, 9, 33, 40], [7], [50, 51, 52, 53, 54, 55, 56], [80, 3, 11]]
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -33,6 +33,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 8,
     },
     "glm": EXPERTS["glm4_moe"],
+    "glm 9b": GLM["glm"],
+    "glm 0414": GLM["glm4"],
     "gpt-oss": EXPERTS["gpt_oss"],
 }  # fmt: skip
 

@@ -25,6 +25,7 @@ DENSE: dict[str, dict[str, Any]] = {
     "qwen2": {"type": "Qwen2Config", "tie_word_embeddings": True},
     "qwen2.5": {"type": "Qwen2Config", "rope_theta": 1e6, "rms_norm_eps": 1e-6},
     "qwen3": {"type": "Qwen3Config", "head_dim": 24},
+    **tiny.GLM,
 }
 EXPERTS = tuple(tiny.EXPERTS)
 MODULES = ("gpt_neox", "phi3", "qwen2_moe")

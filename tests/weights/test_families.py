@@ -20,6 +20,7 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from launcher.weights.joined import together
 from launcher.weights.offline.export import write_complete
 from launcher.weights.ranks.distributed import open_rank_files
 from models.build import hf_directory_files
@@ -94,6 +95,8 @@ QUICK = [
     Case("qwen3", dp=4, sharded=True),
     Case("qwen3_moe", dp=2, tp=2, ep=2, sharded=True),
     Case("mixtral", dp=2, pp=2, ep=2),
+    Case("glm", dp=2, tp=2, sharded=True),
+    Case("glm4", tp=2, pp=2),
     Case("glm4_moe", dp=2, tp=2, ep=2, sharded=True),
     Case("gpt_oss", dp=2, tp=2, ep=2, sharded=True),
     Case("gpt_oss", tp=2, pp=2),
@@ -239,8 +242,8 @@ def _check_export(case: Case, folder: Path) -> None:
     assert len(files) == case.ranks
     out = folder / str(case) / "merged"
     out.mkdir()
-    write_complete(open_rank_files(folder / str(case), files), out)
     spec = model_spec({}, json.loads((folder / case.folder / "config.json").read_text()))
+    write_complete(together(open_rank_files(folder / str(case), files), spec.hf_config), out)
     for name, content in hf_directory_files(spec, None, dtype=torch.float32).items():
         (out / name).write_bytes(content)
     assert "quantization_config" not in json.loads((out / "config.json").read_text())

@@ -96,7 +96,7 @@ class ModelKeys:
     def is_llama_like(self) -> bool:
         """Whether the family, if it is known, has RMS norms, rotary embeddings and gated MLPs, as
         every family of MindFormers has."""
-        return self.family in (*DECODERS, "glm", "glm4", "qwen2_moe", "")
+        return self.family in (*DECODERS, "qwen2_moe", "")
 
     @property
     def expert_count(self) -> str:

@@ -30,6 +30,10 @@ _FIXED: dict[str, tuple[tuple[Any, ...], str]] = {
 }  # fmt: skip
 """Key -> the values that agree with every family that runs here, and what they mean."""
 
+_OUTPUT_NORMS: dict[str, tuple[tuple[Any, ...], str]] = dict.fromkeys(
+    ("post_self_attn_layernorm", "post_mlp_layernorm"), ((True,), "the family has such norms")
+)
+"""The same of GLM-4-0414."""
 _GATED = ("swiglu", "fusedswiglu")
 _DROPOUTS = ("emb_dropout_prob", "embed_dropout_prob", "embedding_dropout_prob")
 
@@ -42,7 +46,8 @@ KEYS = (
 def translate(keys: ModelKeys) -> None:
     """Drop what agrees with the family, refuse what does not."""
     _activation(keys)
-    for name, (allowed, why) in _FIXED.items():
+    fixed = _FIXED | (_OUTPUT_NORMS if keys.family == "glm4" else {})
+    for name, (allowed, why) in fixed.items():
         if keys.has(name) and not keys.is_own(name) and keys.is_llama_like:
             value = keys.value(name)
             if value is None or any(_same(value, item) for item in allowed):
@@ -91,7 +96,7 @@ def _biases(keys: ModelKeys) -> None:
         if not keys.has(name) or keys.is_own(name) or not keys.family:
             continue
         has, value = _has_bias(keys, name), bool(keys.value(name))
-        if keys.family == "glm" and name != "attn_proj_has_bias":
+        if keys.family in ("glm", "glm4") and name != "attn_proj_has_bias":
             keys.replace(name, {"attention_bias": value})
         elif has is None:
             continue

@@ -11,8 +11,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from launcher.layout.box import Shape
-from launcher.mindspore.naming.geometry import Link, Side, Span, full_side, link
+from launcher.mindspore.naming.geometry import Link, link
 from launcher.mindspore.naming.sizes import Sizes
+from launcher.weights.geometry import Side, Span, full_side
 
 Links = Callable[[Sizes, Shape, int], list[Link]]
 """(sizes, shape of the MindFormers tensor, number of the Hugging Face tensor among those of the

@@ -15,9 +15,10 @@ import math
 from collections.abc import Callable, Sequence
 
 from launcher.layout.box import Shape
-from launcher.mindspore.naming.geometry import Link, Side, Span, link
+from launcher.mindspore.naming.geometry import Link, link
 from launcher.mindspore.naming.rule import Geometry, per
 from launcher.mindspore.naming.sizes import Sizes
+from launcher.weights.geometry import Side, Span
 
 
 def _one(shape: Shape) -> Side:

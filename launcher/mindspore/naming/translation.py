@@ -9,31 +9,31 @@ names what is missing; names that no rule knows stay as they are, so that a load
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from launcher.errors import UserError
 from launcher.layout.box import Shape
 from launcher.mindspore.naming.choices import Options
-from launcher.mindspore.naming.geometry import Link, moved, reshaped
+from launcher.mindspore.naming.geometry import Link, reshaped
 from launcher.mindspore.naming.orders import Evidence, choose_orders, options_of
 from launcher.mindspore.naming.rule import Rule
 from launcher.mindspore.naming.sizes import Sizes, sizes_of
 from launcher.mindspore.naming.state import sorted_in
 from launcher.mindspore.naming.tables import Naming, naming_of
+from launcher.weights.geometry import moved
 from launcher.weights.log import Log
 from launcher.weights.pieces import Pieces
 from launcher.weights.source import Source
+from launcher.weights.translated import Translated
 
-KEPT_PIECES = 256
-"""Pieces of a tensor up to which they are kept once they are made."""
 NAMED = 4
 
 _PREDICTION = re.compile(r"(mtp\.|model\.mtp_(hidden_fusers|norms)\.)")
 """Parts of multi-token prediction in files."""
-_SHARED_COPY = "mtp.output_layer.weight"
-"""A copy of the output layer that some converters write and nothing reads."""
+_NEVER_USED = ("mtp.output_layer.weight", "rotary_pos_emb.inv_freq")
+"""A copy of the output layer, and a table of frequencies, that some converters write."""
 
 
 @dataclass(frozen=True)
@@ -44,35 +44,6 @@ class Use:
     rule: Rule
     number: int
     """Of the Hugging Face tensor in the rule."""
-
-
-class Translated(Mapping[str, Pieces]):
-    """Tensors by name; the pieces of each are made when it is looked up."""
-
-    def __init__(
-        self, make: Callable[[str], Pieces], names: Iterable[str], known: Mapping[str, Pieces]
-    ) -> None:
-        self._make, self._known = make, dict(known)
-        self._names = dict.fromkeys([*names, *known])
-
-    def __getitem__(self, name: str) -> Pieces:
-        if name in self._known:
-            return self._known[name]
-        if name not in self._names:
-            raise KeyError(name)
-        pieces = self._make(name)
-        if len(pieces) <= KEPT_PIECES:
-            self._known[name] = pieces
-        return pieces
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._names
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
 
 
 def with_keys(
@@ -164,7 +135,7 @@ def _uses(
 
 def _without_prediction(rest: list[str], sizes: Sizes, log: Log) -> list[str]:
     """`rest` without what a model has no use for: parts of prediction layers, if it has none."""
-    kept = [name for name in rest if not name.endswith(_SHARED_COPY)]
+    kept = [name for name in rest if not name.endswith(_NEVER_USED)]
     if sizes.prediction_layers:
         return kept
     found = [name for name in kept if _PREDICTION.search(name)]

@@ -16,16 +16,17 @@ from launcher.errors import UserError
 from launcher.layout.box import Shape
 from launcher.mindspore.naming import orders as keys
 from launcher.mindspore.naming.choices import Orders
-from launcher.mindspore.naming.geometry import Link, inverse, moved
+from launcher.mindspore.naming.geometry import Link, inverse
 from launcher.mindspore.naming.rule import Rule
 from launcher.mindspore.naming.sizes import Sizes, sizes_of
 from launcher.mindspore.naming.tables import NAMINGS, WRITTEN, families_of, written_table
-from launcher.mindspore.naming.translation import Translated
 from launcher.weights.foreign_names import Named
+from launcher.weights.geometry import moved
 from launcher.weights.log import Log
 from launcher.weights.optimizer_state import STATE_PREFIXES, is_optimizer_state
 from launcher.weights.pieces import Pieces
 from launcher.weights.source import Source, Written
+from launcher.weights.translated import Translated
 
 FORMS = {
     "legacy": {"", "mindformers"},

@@ -20,6 +20,7 @@ import xxhash
 
 from launcher.layout.box import Box, full_box
 from launcher.weights.formats.safetensors import ITEM_BYTES
+from launcher.weights.joined import together
 from launcher.weights.ranks.saves import open_any_format
 from launcher.weights.reading.transfer import Files
 from launcher.weights.source import Source
@@ -67,8 +68,10 @@ def compare(
 ) -> Difference:  # fmt: skip
     """The differences between two sources, among tensors whose name passes `keep`.
 
-    Raises `UserError` when a file cannot be read.
+    What only one of them has as one tensor, as complete weights do (`launcher.weights.joined`), is
+    compared so. Raises `UserError` when a file cannot be read.
     """
+    a, b = together(a, None, wanted=b.tensors), together(b, None, wanted=a.tensors)
     names_a, names_b = ({n for n in source.tensors if keep(n)} for source in (a, b))
     common = sorted(names_a & names_b)
     sizes = [math.prod(a.shape(name)) * ITEM_BYTES[a.dtype(name)] for name in common]

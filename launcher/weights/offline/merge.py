@@ -13,6 +13,7 @@ from launcher.errors import UserError
 from launcher.extensions import NAME_WRITERS, RUN_NUMBERS, installed, required
 from launcher.weights.foreign_names import Named, under_hugging_face_names
 from launcher.weights.forms import EXTRAS_NAME
+from launcher.weights.joined import together
 from launcher.weights.log import Log, no_log
 from launcher.weights.offline.described import described, write_description
 from launcher.weights.offline.export import DEFAULT_SHARD_BYTES, Exported, write_complete
@@ -142,6 +143,7 @@ def _named(
 ) -> Named:
     """The source under the names that its new form has, as far as the model is known."""
     model = described(config, model_folder(file))
+    source = together(source, model.config if model else None)
     if given.get("naming") == KEPT_NAMES and form != "huggingface":
         return Named(source)
     keys = {**(model.keys if model else {}), **{k: v for k, v in given.items() if v is not None}}

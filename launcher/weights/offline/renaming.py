@@ -16,6 +16,7 @@ from typing import Any
 from launcher.errors import UserError, did_you_mean
 from launcher.extensions import NAME_WRITERS, required
 from launcher.weights.foreign_names import Named, under_hugging_face_names
+from launcher.weights.joined import together
 from launcher.weights.log import Log, no_log
 from launcher.weights.offline.convert import safetensors_to_ckpt
 from launcher.weights.offline.described import NAME, Described, described, write_description
@@ -116,6 +117,7 @@ def _limit(target: Path) -> int:
 
 
 def _named(source: Source, model: Described, conversion: Conversion, log: Log) -> Named:
+    source = together(source, model.config)
     given = {**model.keys, **{k: v for k, v in conversion.options.items() if v is not None}}
     if not conversion.reversed:
         write = required(NAME_WRITERS, "mindspore", f"{source.path} is to be renamed")

@@ -18,6 +18,7 @@ from launcher.errors import UserError
 from launcher.layout.box import Box, full_box
 from launcher.weights.formats.rank_metadata import RankFileMetadata, inventory_of
 from launcher.weights.forms import INDEX_NAMES, is_scalar
+from launcher.weights.joined import apart
 from launcher.weights.log import Log, no_log
 from launcher.weights.mxfp4 import packed_of
 from launcher.weights.optimizer_state import STATE_PREFIXES, is_optimizer_state
@@ -89,7 +90,9 @@ def slice_weights(
         )
     if not layout.has_optimizer:
         source = _without_optimizer(source, log)
-    held = [_with_optimizer(source, layout.boxes(rank)) for rank in range(layout.world_size)]
+    boxes = [layout.boxes(rank) for rank in range(layout.world_size)]
+    source = apart(source, None, wanted={name for of_rank in boxes for name in of_rank})
+    held = [_with_optimizer(source, of_rank) for of_rank in boxes]
     known = {name for boxes_of in held for name in boxes_of}
     if not known:
         raise UserError(
