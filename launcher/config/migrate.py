@@ -144,8 +144,9 @@ class _Writer:
         change = self._change(path)
         if change is not None:
             self.counts[change.kind] += 1
-            was = "it was" if change.key == path else change.key
-            sign = " " if change.key == path else " = "
+            old = self.resolved.provenance.names.get(change.key, change.key)
+            was = "it was" if old == path else old
+            sign = " " if old == path else " = "
             value = f"{sign}{flow(change.value)}" if change.kind == "replaced" else ""
             why = f" ({change.why})" if change.why else ""
             return _comment(f"{change.kind}: {was}{value}{why}")
