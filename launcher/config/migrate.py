@@ -48,12 +48,11 @@ def migrate(
 ) -> Migration:
     """The text for a resolved configuration. `found`: the problems of the rules; `second_names`:
     keys that `source` writes under another name."""
-    names = {
-        f"{SECTION}.{old}": f"{SECTION}.{new}" for old, new in new_names(resolved.config).items()
-    }
+    spelling = new_names(resolved.config, resolved.bad_keys)
+    names = {f"{SECTION}.{old}": f"{SECTION}.{new}" for old, new in spelling.items()}
     wrong = {names.get(_key(p), _key(p)): p for p in reversed((*resolved.problems, *found))}
     writer = _Writer(resolved, wrong, second_names | {new: old for old, new in names.items()})
-    tree = with_names(resolved.tree, new_names(resolved.config))
+    tree = with_names(resolved.tree, spelling)
     body = [*writer.section(tree, "", 0), *writer.rest()]
     counts = ", ".join(f"{count} {word}" for word, count in writer.counts.items())
     header = [f"# {source} in the keys of Slipway, written by --migrate: {counts or 'empty'}."]
