@@ -17,6 +17,7 @@ from launcher.config.assign import place_of
 from launcher.config.draft import Change, is_from_command_line
 from launcher.config.extra_keys import extra_key
 from launcher.config.key_checks import plain_value
+from launcher.config.model_spelling import SECTION, new_names, with_names
 from launcher.config.nodes import Node, find
 from launcher.config.printing import flow, text_scalar
 from launcher.config.resolve import EVALUATION_READS_ALL, Resolved
@@ -47,9 +48,13 @@ def migrate(
 ) -> Migration:
     """The text for a resolved configuration. `found`: the problems of the rules; `second_names`:
     keys that `source` writes under another name."""
-    missing = {_key(problem): problem for problem in reversed(found) if _is_to_be_given(problem)}
-    writer = _Writer(resolved, missing, second_names)
-    body = [*writer.section(resolved.tree, "", 0), *writer.rest()]
+    names = {
+        f"{SECTION}.{old}": f"{SECTION}.{new}" for old, new in new_names(resolved.config).items()
+    }
+    wrong = {names.get(_key(p), _key(p)): p for p in reversed((*resolved.problems, *found))}
+    writer = _Writer(resolved, wrong, second_names | {new: old for old, new in names.items()})
+    tree = with_names(resolved.tree, new_names(resolved.config))
+    body = [*writer.section(tree, "", 0), *writer.rest()]
     counts = ", ".join(f"{count} {word}" for word, count in writer.counts.items())
     header = [f"# {source} in the keys of Slipway, written by --migrate: {counts or 'empty'}."]
     others = tuple(problem for problem in found if not _is_to_be_given(problem))
@@ -68,7 +73,7 @@ class _Writer:
     """Writes the lines and counts them by kind: a state that grows with the text."""
 
     def __init__(
-        self, resolved: Resolved, missing: dict[str, Problem], second_names: dict[str, str]
+        self, resolved: Resolved, wrong: dict[str, Problem], second_names: dict[str, str]
     ) -> None:
         self.resolved = resolved
         self.no_effect = set(resolved.no_effect) - set(EVALUATION_READS_ALL)
@@ -77,9 +82,12 @@ class _Writer:
         self.by_new_key = {
             key: change for change in resolved.changes for key in change.new_keys
         }  # fmt: skip
+        for new, old in second_names.items():
+            if old in self.by_new_key:
+                self.by_new_key[new] = self.by_new_key[old]
         self.dropped = [change for change in resolved.changes if change.kind == "no effect"]
         self.needs = {
-            **{key: problem.rule or problem.what for key, problem in missing.items()},
+            **{key: problem.rule or problem.what for key, problem in wrong.items() if key},
             **{change.key: change.why for change in resolved.changes if change.kind == "needs you"},
         }
 
@@ -123,6 +131,8 @@ class _Writer:
 
     def rest(self) -> Iterator[str]:
         """Keys without effect whose section is not written here."""
+        for key in list(self.needs):
+            yield f"# {key}:{self._needs(key)}"
         if self.dropped:
             yield "# Keys without effect, of sections that are not needed here:"
         for change in self.dropped:

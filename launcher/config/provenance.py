@@ -6,7 +6,7 @@ Owns the map from dotted key to the place that set it.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from launcher.errors import Problem
@@ -29,6 +29,8 @@ class Provenance:
     places: Mapping[str, str] = field(default_factory=dict)
     extra: Mapping[str, Any] = field(default_factory=dict)
     """Dotted key to value of the keys that are set and have no field in the configuration."""
+    names: Mapping[str, str] = field(default_factory=dict)
+    """Dotted key to the key of another program that it was written as."""
 
     def where(self, key: str) -> str:
         """The place that set `key`, else `default`."""
@@ -45,3 +47,10 @@ class Provenance:
                 return self.places[key]
             key = key.rpartition(".")[0]
         return ""
+
+    def as_written(self, problem: Problem) -> Problem:
+        """The problem under the key that the user wrote."""
+        key = getattr(problem, "key", "")
+        rest = problem.what.removeprefix(key)
+        is_about_it = key in self.names and rest != problem.what and rest[:1] in ("", " ", ":")
+        return replace(problem, what=self.names[key] + rest) if is_about_it else problem

@@ -96,6 +96,8 @@ def read_tree(tree: Node, problems: Sequence[Problem] = ()) -> Resolved:
     for implied in IMPLIED:
         tree = implied(tree, found)
     reader = Reader(tree)
+    names = _names(draft.changes, reader.places)
+    provenance = Provenance(reader.places, reader.extra, names)
     dropped = [
         change.key
         for change in draft.changes
@@ -105,14 +107,29 @@ def read_tree(tree: Node, problems: Sequence[Problem] = ()) -> Resolved:
     unread = [key for key in EVALUATION_READS_ALL if key in reader.places]
     return Resolved(
         config=_without_tasks(reader.config),
-        provenance=Provenance(reader.places, reader.extra),
-        problems=(*found, *_in_place(draft.problems, reader.problems)),
+        provenance=provenance,
+        problems=(
+            *found,
+            *_in_place(draft.problems, [provenance.as_written(p) for p in reader.problems]),
+        ),
         bad_keys=frozenset({*reader.bad_keys, *wrong} - {""}),
         no_effect=tuple(dict.fromkeys([*dropped, *reader.no_effect, *unread])),
         changes=tuple(draft.changes),
         tree=draft.tree,
         written=written,
     )
+
+
+def _names(changes: Sequence[Change], places: Mapping[str, str]) -> dict[str, str]:
+    """Keys that were renamed and nothing else, to the first name of each."""
+    names: dict[str, str] = {}
+    for change in changes:
+        if change.kind == "renamed":
+            (new,) = change.new_keys
+            names[new] = names.get(change.key, change.key)
+            if places.get(new, change.where) != change.where:  # the command line set it
+                del names[new]
+    return names
 
 
 def _in_place(translated: Sequence[Problem], others: Sequence[Problem]) -> list[Problem]:

@@ -118,7 +118,7 @@ def check(
             found += [problem for problem in rule(subject) if not _follows(problem, known)]
         except OSError as error:
             found.append(_refused_path(subject, error))
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(map(provenance.as_written, found)))
 
 
 def _nul_characters(check: Check) -> Iterator[Problem]:

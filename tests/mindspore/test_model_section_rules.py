@@ -205,8 +205,9 @@ REFUSED: dict[str, tuple[str, str]] = {
         "moe_config.expert_num = 8: not built yet. Describe the experts in model.model_config",
     ),
     "experts of a family that has none": (
-        legacy("type: TelechatConfig, num_layers: 2", moe="expert_num: 8, capacity_factor: 1.0"),
-        "moe_config.expert_num = 8: telechat with experts is not built yet. Nearest: 1.",
+        legacy("type: ChatGLM2Config, num_layers: 2", moe="expert_num: 8, capacity_factor: 1.0",
+               arch="ChatGLM2ForConditionalGeneration"),
+        "moe_config.expert_num = 8: glm with experts is not built yet. Nearest: 1.",
     ),
     "scaled experts of mixtral": (
         core("type: MixtralConfig, num_layers: 2, routed_scaling_factor: 2.0"),

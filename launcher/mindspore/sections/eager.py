@@ -126,11 +126,11 @@ def _training(draft: Draft) -> None:
     draft.rename("training.seed", "seed")
     draft.drop("training.deterministic", "runs are always bitwise reproducible")
     norm = written(draft, "training.max_norm", 1.0)
-    if isinstance(norm, int | float) and norm > 0:
-        draft.rename("training.max_norm", "runner_wrapper.max_grad_norm")
-    else:
+    if isinstance(norm, int | float) and norm <= 0:
         why = "gradients are clipped where max_norm is above 0"
         draft.replace("training.max_norm", {"runner_wrapper.use_clip_grad": False}, why)
+    else:
+        draft.rename("training.max_norm", "runner_wrapper.max_grad_norm")
     if is_on(draft, "training.use_skip_step_on_nan"):
         why = "with a loss scale a step whose gradients are not finite is skipped"
         draft.replace("training.use_skip_step_on_nan", {"runner_wrapper.scale_sense": 1.0}, why)
