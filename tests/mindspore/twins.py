@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 HERE = Path(__file__).parents[1] / "fixtures" / "mindformers"
+ALL = Path(__file__).parents[3] / "shared" / "fixtures" / "mindformers"
+"""The whole tree of golden weights, where a checkout has it beside it."""
 PLAIN_QKV = ("--mindformers_qkv_order", "plain")
 PLAIN_MLP = ("--mindformers_mlp_order", "plain")
 OF_1_9 = ("--mindformers_qkv_order", "group", "--mindformers_mlp_order", "pair")
@@ -28,10 +30,10 @@ class Twin:
 
 def folder_of(family: str, form: str) -> Path:
     """The folder of a form; `hf` is the Hugging Face directory."""
-    return HERE / family / form
+    return next((f for root in (HERE, ALL) if (f := root / family / form).is_dir()), HERE)
 
 
-TWINS = (
+_LISTED = (
     *(Twin("llama2", form) for form in ("legacy", "legacy_concat", "online", "online_concat")),
     *(Twin("llama3_1", form) for form in ("legacy_concat", "legacy", "online", "online_concat")),
     *(Twin("qwen2_5", form) for form in ("online_concat", "legacy_concat", "legacy", "online")),
@@ -45,3 +47,5 @@ TWINS = (
     Twin("glm4_9b", "legacy_rearranged", ("--mindformers_rearranged_rope", "True")),
     *(Twin("telechat2", form) for form in ("legacy", "legacy_concat")),
 )
+TWINS = tuple(twin for twin in _LISTED if folder_of(twin.family, twin.form) != HERE)
+"""Those whose files are here."""

@@ -114,7 +114,7 @@ FOREIGN = {
     "model.layers.0.self_attn.q_proj.qweight": "weights quantized by GPTQ or AWQ",
     "model.layers.0.self_attn.q_proj.weight.absmax": "weights quantized by bitsandbytes",
     "layers.0.attention.wq.weight": "under the names of Meta or Mistral",
-    "model.tok_embeddings.embedding_weight": "under the names of MindFormers' own models",
+    "model.tok_embeddings.embedding_weight": "under names of MindFormers",
     "decoder.layers.0.self_attention.linear_qkv.weight": "under the names of Megatron",
 }
 
