@@ -232,6 +232,17 @@ REFUSED = {
     "the style, which is no section": (
         "training: 3\nrecompute: {mode: full}\n", ["training = 3: must be a section"],
     ),
+    "values of another type": (
+        "training: {local_batch_size: x, deterministic: 3}\ncheckpoint: {no_save_optim: y}\n"
+        "parallelism: {data_parallel_shard: [1], pipeline_parallel_interleave_num: 0}\n"
+        "recompute: {mode: select, select_module: mlp}\n",
+        ["training.local_batch_size = 'x': must be an integer of at least 1",
+         "training.deterministic = 3: must be true or false",
+         "checkpoint.no_save_optim = 'y': must be true or false",
+         "parallelism.pipeline_parallel_interleave_num = 0: must be an integer of at least 1",
+         "parallelism.data_parallel_shard = [1]: must be a number of ranks",
+         "recompute.select_module = 'mlp': must be a section"],
+    ),
     "keys as they are written": (
         "training: {steps: x, max_norm: y}\nmodel: {model_type: qwen3}\n"
         "checkpoint: {save_max: z}\n",

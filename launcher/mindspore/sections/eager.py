@@ -12,7 +12,7 @@ from __future__ import annotations
 from launcher.config.draft import Draft
 from launcher.config.nodes import Node, put
 from launcher.errors import did_you_mean
-from launcher.mindspore.sections import eager_layout, eager_saving
+from launcher.mindspore.sections import eager_layout, eager_saving, eager_types
 from launcher.mindspore.sections.values import (
     is_on,
     move_keys,
@@ -56,6 +56,7 @@ def translate(draft: Draft) -> None:
     _model(draft)
     for section, known in _KEYS.items():
         _strict(draft, section, known)
+    eager_types.check(draft)
     _data(draft)
     if written(draft, "lr_scheduler.type") is None:
         draft.drop("lr_scheduler.type", "it is null")
