@@ -255,6 +255,13 @@ def test_a_word_for_null_is_null() -> None:
     assert spec_of(text).hf_config["head_dim"] == 8
 
 
+def test_a_number_of_groups_that_is_none_is_kept_for_the_check_of_the_model() -> None:
+    groups = "expert_num: 8, n_group: x, topk_group: 2.0"
+    text = legacy("type: DeepseekV3Config", arch="DeepseekV3ForCausalLM", moe=groups)
+    model = resolved(text).config.model.model_config
+    assert (model["n_group"], model["topk_group"]) == ("x", 2)
+
+
 @pytest.mark.parametrize("mode", ["predict", "eval"])
 def test_what_trains_only_has_no_effect_elsewhere(mode: str) -> None:
     training = (

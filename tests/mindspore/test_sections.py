@@ -258,6 +258,9 @@ REFUSED = {
         LEGACY + "parallel_config: {expert_parallel: 0}\n",
         ["parallel_config.expert_parallel = 0: must be at least 1"],
     ),
+    "a switch that is none": (
+        "optimizer: {swap: 3}\n", ["optimizer.swap = 3: must be true or false"],
+    ),
     "rows that are repeated": (
         "train_dataset: {repeat: 3}\n",
         ["train_dataset.repeat = 3: not built yet. Multiply runner_config.epochs by it"],

@@ -53,6 +53,8 @@ _NOTHING: dict[str, Any] = {
 }  # fmt: skip
 """What a family does that has no such key."""
 _SCALE = "router_topk_scaling_factor"
+_COUNTS = ("num_", "moe_", "n_group", "topk_group")
+"""How keys of config.json begin that are integers, which may be written as 8.0."""
 _KNOWN = frozenset({*_WITHOUT_EFFECT, *_NAMES, *balance.MOE_KEYS})
 
 
@@ -179,9 +181,9 @@ def _value(keys: ModelKeys, name: str, key: str) -> None:
     elif key == "routed_scaling_factor" and not keys.is_own(key) and keys.is_own(_SCALE):
         _put(keys, name, {_SCALE: value})
     elif keys.is_own(key):
-        if key in ("n_group", "topk_group"):
-            value = as_integer(value) or 1
-        count = as_integer(value) if key.startswith(("num_", "moe_")) else None
+        if key in ("n_group", "topk_group") and not value:
+            value = 1
+        count = as_integer(value) if key.startswith(_COUNTS) and type(value) is float else None
         _put(keys, name, {key: value if count is None else count})
     elif key == "moe_intermediate_size":
         _expert_width(keys, value)

@@ -13,6 +13,7 @@ from launcher.mindspore.sections.values import (
     is_on,
     mode,
     names,
+    refuse,
     trains,
     word,
     written,
@@ -76,8 +77,10 @@ def _optimizer(draft: Draft) -> None:
     if is_on(draft, "optimizer.swap"):
         why = "the state is kept in host memory"
         draft.replace("optimizer.swap", {"swap_config.optimizer": True}, why)
-    else:
+    elif str(written(draft, "optimizer.swap", False)).lower() == "false":
         draft.drop("optimizer.swap", "it is off")
+    else:
+        refuse(draft, "optimizer.swap", "must be true or false")
 
 
 def _betas(draft: Draft) -> None:

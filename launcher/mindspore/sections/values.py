@@ -100,7 +100,7 @@ def prune(draft: Draft, section: str) -> None:
 
 
 def refuse(draft: Draft, key: str, rule: str, *, nearest: str = "", advice: str = "") -> None:
-    """Add a problem with a key of the eager style, and take the key away, so that it has one
+    """Add a problem with a key that is not known here, and take the key away, so that it has one
     problem only."""
     draft.refuse(key, rule, nearest=nearest, advice=advice)
     draft.tree = without(draft.tree, key)
