@@ -19,7 +19,8 @@ from launcher.mindspore.sections.values import (
 )
 
 _OPTIMIZERS = {"FP32StateAdamWeightDecay": "AdamW"}
-"""MindFormers' optimizers that are known here under another name: their state is float32, as it always is here."""
+"""MindFormers' optimizers that are known here under another name: their state is float32, as it
+always is here."""
 
 _SCHEDULES = {
     "polynomial": "PolynomialWithWarmUpLR",
