@@ -48,12 +48,11 @@ def migrate(
 ) -> Migration:
     """The text for a resolved configuration. `found`: the problems of the rules; `second_names`:
     keys that `source` writes under another name."""
-    names = {
-        f"{SECTION}.{old}": f"{SECTION}.{new}" for old, new in new_names(resolved.config).items()
-    }
+    spelling = new_names(resolved.config, resolved.bad_keys)
+    names = {f"{SECTION}.{old}": f"{SECTION}.{new}" for old, new in spelling.items()}
     wrong = {names.get(_key(p), _key(p)): p for p in reversed((*resolved.problems, *found))}
     writer = _Writer(resolved, wrong, second_names | {new: old for old, new in names.items()})
-    tree = with_names(resolved.tree, new_names(resolved.config))
+    tree = with_names(resolved.tree, spelling)
     body = [*writer.section(tree, "", 0), *writer.rest()]
     counts = ", ".join(f"{count} {word}" for word, count in writer.counts.items())
     header = [f"# {source} in the keys of Slipway, written by --migrate: {counts or 'empty'}."]
@@ -144,8 +143,9 @@ class _Writer:
         change = self._change(path)
         if change is not None:
             self.counts[change.kind] += 1
-            was = "it was" if change.key == path else change.key
-            sign = " " if change.key == path else " = "
+            old = self.resolved.provenance.names.get(change.key, change.key)
+            was = "it was" if old == path else old
+            sign = " " if old == path else " = "
             value = f"{sign}{flow(change.value)}" if change.kind == "replaced" else ""
             why = f" ({change.why})" if change.why else ""
             return _comment(f"{change.kind}: {was}{value}{why}")

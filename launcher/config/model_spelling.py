@@ -7,7 +7,7 @@ because a spelling may be a key of its own in the configuration class of a famil
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import replace
 from typing import Any
 
@@ -22,18 +22,24 @@ SECTION = "model.model_config"
 _SPELLINGS = keys.ALIASES | keys.PRECISIONS
 
 
-def new_names(config: Config) -> dict[str, str]:
+def new_names(config: Config, bad_keys: Set[str] = frozenset()) -> dict[str, str]:
     """The keys of model_config that are spelled differently in config.json, to that spelling.
-    Empty for a model that cannot be described."""
-    written = config.model.model_config
+    Empty for a model that cannot be described without its `bad_keys`."""
+    written = {
+        name: value
+        for name, value in config.model.model_config.items()
+        if f"{SECTION}.{name}" not in bad_keys
+    }
     names = {
         name: new
         for name in written
-        if (new := _SPELLINGS.get(name, name)) != name and new not in written
+        if (new := _SPELLINGS.get(name, name)) != name and new not in config.model.model_config
     }
     try:
         base = read_config_json(config)
-        same = _parts(model_spec(written, base)) == _parts(model_spec(renamed(written, names), base))
+        same = _parts(model_spec(written, base)) == _parts(
+            model_spec(renamed(written, names), base)
+        )
     except UserError:
         return {}
     return names if same and len(set(names.values())) == len(names) else {}

@@ -56,6 +56,7 @@ KEYS_NOT_BUILT: dict[str, dict[str, dict[str, tuple[Any, ...]]]] = {
         },
     },
     "train_dataset": {
+        "Multiply runner_config.epochs by it: remove it": {"repeat": (int, 1)},
         "Set it to False: rows have one length": {"dynamic_batch": (bool, False)},
         "Set processor.tokenizer.pretrained_model_dir": {
             "tokenizer": (dict[str, Any] | None, None)

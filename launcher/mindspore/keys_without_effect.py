@@ -168,7 +168,6 @@ KEYS_WITHOUT_EFFECT: dict[str, dict[str, dict[str, Any]]] = {
             "filepath_prefix": str,
             "autotune_per_step": int,
         },
-        "runner_config.epochs decides": {"repeat": int},
         "the top-level do_eval decides": {"do_eval": bool},
         "the data is not profiled": {"profile": bool},
         "rows have one length": {"divisor": int | None, "remainder": int | None},

@@ -90,6 +90,11 @@ EQUAL: dict[str, tuple[str, dict[str, Any]]] = {
         "parallel_config: {pipeline_stage: 2}\nrecompute_config: {recompute: [3, 2]}\n",
         {"recompute_config.recompute": [3, 2]},
     ),
+    "accumulation of a pipeline": (
+        LEGACY + "parallel_config: {pipeline_stage: 2}\n"
+        "runner_config: {gradient_accumulation_steps: 8}\n",
+        {"runner_config.gradient_accumulation_steps": 1},
+    ),
     "AdamW under another name": (
         "optimizer: {type: FP32StateAdamWeightDecay, beta1: 0.8, beta2: 0.9, swap: True}\n",
         {"optimizer.type": "AdamW", "optimizer.betas": [0.8, 0.9], "swap_config.optimizer": True},
@@ -219,6 +224,33 @@ REFUSED = {
          "parallelism.tensor_paralel = 2: there is no such key in `parallelism`. "
          "did you mean `tensor_parallel`?"],
     ),
+    "sections that are none": (
+        EAGER + "parallelism: 3\nlr_scheduler: x\nprofiler: [1]\n",
+        ["parallelism = 3: must be a section", "lr_scheduler = 'x': must be a section",
+         "profiler = [1]: must be a section"],
+    ),
+    "the style, which is no section": (
+        "training: 3\nrecompute: {mode: full}\n", ["training = 3: must be a section"],
+    ),
+    "keys as they are written": (
+        "training: {steps: x, max_norm: y}\nmodel: {model_type: qwen3}\n"
+        "checkpoint: {save_max: z}\n",
+        ["training.steps = 'x': must be", "checkpoint.save_max = 'z': must be",
+         "training.max_norm = 'y': must be"],
+    ),
+    "a problem that hides no key of the model": (
+        "run_mode: eval\nmetric: {type: EmF1Metric}\nmoe_config: 3\nmodel: {model_config: "
+        "{type: LlamaConfig, batch_size: 2, qkv_has_bias: True}, arch: {type: x}}\n",
+        ["metric.type = 'EmF1Metric'", "moe_config = 3: must be a section"],
+    ),
+    "no rank for experts": (
+        LEGACY + "parallel_config: {expert_parallel: 0}\n",
+        ["parallel_config.expert_parallel = 0: must be at least 1"],
+    ),
+    "rows that are repeated": (
+        "train_dataset: {repeat: 3}\n",
+        ["train_dataset.repeat = 3: not built yet. Multiply runner_config.epochs by it"],
+    ),
     "a batch that does not divide": (
         "training: {local_batch_size: 2, global_batch_size: 5}\n",
         ["training.global_batch_size = 5: global_batch_size (5) must be a multiple of "
@@ -309,6 +341,33 @@ def test_a_migrated_file_tells_what_to_give(
     assert "run_mode: finetune  # kept" in found.out.splitlines()
     assert cli.main(["--help"]) == 0
     assert "--migrate" in capsys.readouterr().out
+
+
+def test_a_migrated_model_has_the_spelling_of_config_json(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("x.yaml").write_text(
+        "training: {steps: 2, rampup_batch_size: [1, 1, 8]}\nmodel: {model_type: deepseek_v3, "
+        "num_layers: 2, theta: 100.0, param_init_type: float32, mscale_all_dim: 1, "
+        "rotary_scaling_factor: 2, position_embedding_type: yarn, "
+        "moe_router_enable_expert_bias: True, moe_router_bias_update_rate: 0.5}\n"
+    )
+    assert cli.main(["--config", "x.yaml", "--migrate"]) == 2
+    text = capsys.readouterr().out
+    for part in (
+        "    num_hidden_layers: 2  # renamed: model.num_layers",
+        "    rope_theta: 100.0  # renamed: model.theta",
+        "    params_dtype: float32  # renamed: model.param_init_type",
+        "    moe_router_bias_update_rate: 0.5  # needs you: moving the router's biases",
+        "    moe_router_enable_expert_bias: true  # renamed: model.moe_router_enable_expert_bias",
+        "rope_type: yarn  # replaced: model.",
+        "# training.rampup_batch_size:  # needs you: a batch that grows during the run",
+    ):
+        assert part in text, text
+    Path("y.yaml").write_text(text)
+    assert cli.main(["--config", "y.yaml", "--migrate"]) == 2
+    assert "moving the router's biases" in capsys.readouterr().err
 
 
 def test_keys_without_a_field_survive_printing() -> None:

@@ -85,7 +85,8 @@ def _data_parallel(draft: Draft) -> int:
     if ranks == -1:
         ranks = max((processes() or others) // others, 1)
         draft.imply(target, ranks, _STYLE)
-        draft.replace(key, {target: ranks}, "what the other degrees leave of the processes")
+        why = f"what the other degrees leave of {processes() or others} process(es)"
+        draft.replace(key, {target: ranks}, why)
     else:
         draft.rename(key, target)
     strategy = written(draft, f"{_ROOT}.data_parallel_shard_strategy", _STRATEGIES[0])

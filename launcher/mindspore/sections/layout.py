@@ -23,6 +23,7 @@ _PARALLEL = "parallel_config"
 _SCHEDULER = "parallel.pipeline_config.pipeline_scheduler"
 _INTERLEAVE = "parallel.pipeline_config.pipeline_interleave"
 _SHARDS = "parallel.parallel_optimizer_config.optimizer_weight_shard_size"
+_ACCUMULATION = "runner_config.gradient_accumulation_steps"
 _SEQUENCE_SCHEDULES = ("seqpipe", "seqvpp", "seqsmartvpp")
 _DATA_PARALLEL_ONLY = (0, "DATA_PARALLEL", "data_parallel")
 _RECOMPUTED = ("recompute", "select_recompute", "select_recompute_exclude")
@@ -38,6 +39,8 @@ def translate(draft: Draft) -> None:
     _schedule(draft)
     if count(draft, f"{_PARALLEL}.pipeline_stage", 1) == 1:
         _without_stages(draft)
+    elif is_of_mindformers(draft):
+        _accumulation(draft)
 
 
 def _one_process(draft: Draft) -> None:
@@ -100,6 +103,12 @@ def _schedule(draft: Draft) -> None:
     draft.replace(_SCHEDULER, {_SCHEDULER: "1f1b"}, "schedules differ in time and memory only")
     if is_on(draft, _INTERLEAVE) and _stages_per_rank(draft) == 1:
         draft.replace(_INTERLEAVE, {_INTERLEAVE: False}, "pp_interleave_num is 1")
+
+
+def _accumulation(draft: Draft) -> None:
+    """A pipeline accumulates over its micro-batches alone, there as here."""
+    if count(draft, _ACCUMULATION, 1) > 1:
+        draft.replace(_ACCUMULATION, {_ACCUMULATION: 1}, "a pipeline accumulates its micro-batches")
 
 
 def _stages_per_rank(draft: Draft) -> int:
