@@ -73,6 +73,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="names in --format mindspore (default: mcore for qwen3, qwen3_moe, deepseek_v3, else "
         "legacy; huggingface: unchanged)",
     )
+    add(
+        "--qkv_concat",
+        type=truth,
+        metavar="True|False",
+        help="write fused projections under legacy names (False)",
+    )
     parser.add_orders()
     add(
         "--dtype",
@@ -107,6 +113,7 @@ def _merge(options: argparse.Namespace, console: Console) -> int:
         dtype=options.dtype,
         config=options.config,
         naming=options.naming,
+        qkv_concat=options.qkv_concat,
         keys=orders_in(options),
         overwrite=options.overwrite,
         progress=progress(console, "merged"),

@@ -107,8 +107,10 @@ def core(
             names = {"q_a_proj": "linear_q_down_proj", "q_a_layernorm": "q_layernorm",
                      "q_b_proj": "linear_q_up_proj", "kv_a_layernorm": "kv_layernorm",
                      "kv_a_proj_with_mqa": "linear_kv_down_proj",
-                     "kv_b_proj": "linear_kv_up_proj"}  # fmt: skip
+                     "kv_b_proj": "linear_kv_up_proj", "q_proj": "linear_q_proj"}  # fmt: skip
             for name, new in names.items():
+                if f"{p}self_attn.{name}.weight" not in hf:
+                    continue  # low-rank queries, or queries that are not
                 ms[f"{m}self_attention.{new}.weight"] = hf[f"{p}self_attn.{name}.weight"]
         else:
             ms[f"{m}self_attention.linear_qkv.weight"] = qkv_of(hf, p, "weight", config, qkv, tp)

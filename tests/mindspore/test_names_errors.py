@@ -209,3 +209,35 @@ def test_what_has_no_name_is_not_written() -> None:
     with pytest.raises(UserError, match=r"q_proj.weight` has shape \[32, 32\]"):
         write(source, {**QWEN, "num_attention_heads": 3, "num_key_value_heads": 1},
               {"qkv_concat": True}, str)  # fmt: skip
+
+
+def _without(name: str) -> Callable[[Arrays], Any]:
+    return lambda tensors: tensors.pop(name)
+
+
+def _empty(tensors: Arrays) -> None:
+    tensors["lm_head.weight"] = np.zeros((0, 32), np.float32)
+
+
+PARTS: dict[str, tuple[Callable[[Arrays], Any], dict[str, Any], str]] = {
+    "too few layers in config.json": (lambda t: None, {"num_hidden_layers": 1},
+                                      "and 3 more cannot be named"),
+    "too many": (lambda t: None, {"num_hidden_layers": 3},
+                 "lacks `model.layers.2.self_attn.k_proj.bias`"),
+    "a norm is missing": (_without("model.layers.1.ffn_norm.weight"), {},
+                          "lacks `model.layers.1.post_attention_layernorm.weight`"),
+    "the last norm is missing": (_without("model.norm_out.weight"), {}, "lacks the final norm"),
+    "half an MLP is missing": (_without("model.layers.0.feed_forward.w2.weight"), {},
+                               "lacks `model.layers.0.mlp.down_proj.weight`"),
+    "no elements": (_empty, {}, "`lm_head.weight` has shape [0, 32]: it has no elements"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", PARTS)
+def test_a_part_of_a_model_is_not_converted(case: str, tmp_path: Path) -> None:
+    change, other_sizes, expected = PARTS[case]
+    hf, config = of_family("qwen2_5")
+    tensors = legacy(hf, config, is_fused=True)
+    change(tensors)
+    message = refused(written(tmp_path, tensors), config | other_sizes, whole=True)
+    assert expected in message

@@ -87,7 +87,8 @@ def deepseek(pick: random.Random, kind: str) -> tuple[Config, Arrays]:
     hidden, qr, kr, experts, width = (pick.randint(2, 7) for _ in range(5))
     config = {
         "model_type": "deepseek_v3", "hidden_size": hidden, "num_hidden_layers": 2,
-        "num_attention_heads": nh, "num_key_value_heads": nh, "q_lora_rank": qr,
+        "num_attention_heads": nh, "num_key_value_heads": nh,
+        "q_lora_rank": qr if kind != "whole queries" else None,
         "kv_lora_rank": kr, "qk_nope_head_dim": no, "qk_rope_head_dim": ro, "v_head_dim": vd,
         "n_routed_experts": experts, "moe_intermediate_size": width, "intermediate_size": 9,
         "num_nextn_predict_layers": 0,
@@ -103,6 +104,10 @@ def deepseek(pick: random.Random, kind: str) -> tuple[Config, Arrays]:
             "q_a_proj": (qr, hidden), "q_a_layernorm": (qr,), "q_b_proj": (nh * (no + ro), qr),
             "kv_a_proj_with_mqa": (kr + ro, hidden), "kv_a_layernorm": (kr,),
             "kv_b_proj": (nh * (no + vd), kr), "o_proj": (hidden, nh * vd)}.items()}  # fmt: skip
+        if kind == "whole queries":
+            for name in ("q_a_proj", "q_a_layernorm", "q_b_proj"):
+                del shapes[f"{p}self_attn.{name}.weight"]
+            shapes[f"{p}self_attn.q_proj.weight"] = (nh * (no + ro), hidden)
         mlps = {f"{p}mlp.": 9} if layer == 0 else {
             f"{p}mlp.shared_experts.": 2 * width,
             **{f"{p}mlp.experts.{e}.": width for e in range(experts)}}  # fmt: skip
@@ -170,6 +175,7 @@ CASES: dict[str, tuple[Make, str, Callable[..., Arrays], dict[str, Any], dict[st
     "qwen3 plain": (llama, "qwen3", by_numpy.core, {"qkv": "plain", "mlp": "plain"}, PLAIN),
     "qwen3_moe": (llama, "qwen3_moe", by_numpy.core, {}, GROUP),
     "deepseek core": (deepseek, "", by_numpy.core, {}, {}),
+    "deepseek core, whole queries": (deepseek, "whole queries", by_numpy.core, {}, {}),
     "deepseek legacy": (deepseek, "", by_numpy.legacy_deepseek, {},
                         {"naming": "legacy", "mindformers_use_gmm": True}),
     "telechat": (telechat, "telechat", by_numpy.telechat, {"is_fused": False}, {}),
@@ -222,3 +228,18 @@ def test_other_sizes_in_rank_folders_with_optimizer_state(case: str, tmp_path: P
     source = open_any_format(folder, strategy=tmp_path / "strategy")
     keys = {"mindformers_tensor_parallel": 1, **keys}
     assert_same(arrays(translated(source, config, **keys)), expected)
+
+
+def test_whole_queries_beside_the_latent_part(tmp_path: Path) -> None:
+    config, hf = deepseek(random.Random(5), "whole queries")
+    stored = by_numpy.core(hf, config)
+    for layer in range(2):
+        place = f"decoder.layers.{layer}.self_attention."
+        parts = [stored.pop(f"{place}linear_{n}_proj.weight") for n in ("q", "kv_down")]
+        stored[f"{place}linear_qkv.weight"] = np.concatenate(parts)
+        stored[f"{place}linear_kvb.weight"] = stored.pop(f"{place}linear_kv_up_proj.weight")
+        stored[f"{place}k_layernorm.weight"] = stored.pop(f"{place}kv_layernorm.weight")
+    save_file({n: np.ascontiguousarray(v) for n, v in stored.items()}, tmp_path / "ms.safetensors",
+              {"format": "ms"})  # fmt: skip
+    found = hugging_face(tmp_path / "ms.safetensors", config, mindformers_mlp_order="pair")
+    assert_same(found, {name: values.view(np.uint32) for name, values in hf.items()})

@@ -30,7 +30,7 @@ _OWN = "self_attention."
 def rules(sizes: Sizes, orders: Orders) -> Iterator[Rule]:
     """All rules of a model."""
     yield from ENDS
-    attention = [*(_latent() if sizes.key_value_rank else _attention(orders))]
+    attention = [*(_latent(sizes) if sizes.key_value_rank else _attention(orders))]
     layer = [*NORMS, *attention, *_mlp(orders), *(_experts(sizes, orders) if sizes.experts else ())]
     for number in range(sizes.layers):
         for rule in layer:
@@ -53,22 +53,32 @@ def _attention(orders: Orders) -> Iterator[Rule]:
         yield same(f"{_OWN}{letter}_layernorm.weight", f"self_attn.{letter}_norm.weight")
 
 
-def _latent() -> Iterator[Rule]:
-    query_down, query_up, down, up = (
+def _latent(sizes: Sizes) -> Iterator[Rule]:
+    query, down, up = (
         f"self_attn.{name}.weight"
-        for name in ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj")
-    )
+        for name in ("q_a_proj" if sizes.query_rank else "q_proj", "kv_a_proj_with_mqa",
+                     "kv_b_proj")
+    )  # fmt: skip
     yield same(f"{_OWN}linear_proj.weight", "self_attn.o_proj.weight")
-    yield same(f"{_OWN}q_layernorm.weight", "self_attn.q_a_layernorm.weight")
     for name, form in (("kv_layernorm", "separate latent"), ("k_layernorm", "joined latent")):
         yield same(f"{_OWN}{name}.weight", "self_attn.kv_a_layernorm.weight", form)
-    for name, hf in (("q_down", query_down), ("kv_down", down), ("q_up", query_up), ("kv_up", up)):
+    query_name = "q_down" if sizes.query_rank else "q"
+    for name, hf in ((query_name, query), ("kv_down", down), ("kv_up", up)):
         yield same(f"{_OWN}linear_{name}_proj.weight", hf, "separate latent")
-    both = split.concatenated(lambda s: s.query_rank, lambda s: s.key_value_rank + s.rotary_size)
-    yield Rule(f"{_OWN}linear_qkv.weight", (query_down, down), both, "joined latent")
-    yield same(f"{_OWN}linear_qb.weight", query_up, "joined latent")
+    both = split.concatenated(_first_query_rows, lambda s: s.key_value_rank + s.rotary_size)
+    yield Rule(f"{_OWN}linear_qkv.weight", (query, down), both, "joined latent")
     yield same(f"{_OWN}linear_kvb.weight", up, "joined latent")
-    yield from _by_kind(query_up, up)
+    if sizes.query_rank:
+        query_up = "self_attn.q_b_proj.weight"
+        yield same(f"{_OWN}q_layernorm.weight", "self_attn.q_a_layernorm.weight")
+        yield same(f"{_OWN}linear_q_up_proj.weight", query_up, "separate latent")
+        yield same(f"{_OWN}linear_qb.weight", query_up, "joined latent")
+        yield from _by_kind(query_up, up)
+
+
+def _first_query_rows(sizes: Sizes) -> int:
+    """Rows of the projection of the hidden state to queries: low-rank ones, or all of them."""
+    return sizes.query_rank or sizes.heads * (sizes.plain_size + sizes.rotary_size)
 
 
 def _by_kind(query_up: str, up: str) -> Iterator[Rule]:

@@ -8,6 +8,7 @@ names what is missing; names that no rule knows stay as they are, so that a load
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -22,6 +23,8 @@ from launcher.mindspore.naming.rule import Rule
 from launcher.mindspore.naming.sizes import Sizes, sizes_of
 from launcher.mindspore.naming.state import sorted_in
 from launcher.mindspore.naming.tables import Naming, naming_of
+from launcher.mindspore.naming.whole import check_whole
+from launcher.weights.foreign_names import WHOLE
 from launcher.weights.geometry import moved
 from launcher.weights.log import Log
 from launcher.weights.pieces import Pieces
@@ -56,16 +59,19 @@ def with_keys(
             log(f"{source.path}: {naming.name} names of MindFormers are kept, as config.json of "
                 "the model is not known (--config)")  # fmt: skip
         return source
-    return under_hugging_face_names(source, config, options_of(keys), log)
+    whole = bool(keys.get(WHOLE))
+    return under_hugging_face_names(source, config, options_of(keys), log, is_whole=whole)
 
 
 def under_hugging_face_names(
-    source: Source, config: Mapping[str, Any], options: Options, log: Log
-) -> Source:
+    source: Source, config: Mapping[str, Any], options: Options, log: Log, *,
+    is_whole: bool = False,
+) -> Source:  # fmt: skip
     """`source` under Hugging Face names, where it has those of MindFormers; else `source` itself.
 
-    `config`: the content of config.json. Raises `UserError` for a model whose names are not known,
-    for orders that cannot be known, and for tensors that are stored in part or twice.
+    `config`: the content of config.json. `is_whole`: check that it is all of a model and nothing
+    else. Raises `UserError` for a model whose names are not known, for orders that cannot be known,
+    and for tensors that are stored in part or twice.
     """
     found = sorted_in(source.tensors)
     parameters = {bare: name for name, (_, bare) in reversed(found.kept.items())}
@@ -84,6 +90,8 @@ def under_hugging_face_names(
     uses, rest = _uses(found.kept, rules)
     rest = _without_prediction(rest, sizes, log)
     _check(source, uses, rules)
+    if is_whole:
+        check_whole(source.path, uses, rest, sizes)
     make = lambda name: _pieces(name, uses[name], source, sizes)  # noqa: E731
     shared = _shared(uses, sizes)
     make_all = lambda name: make(shared.get(name, name))  # noqa: E731
@@ -211,7 +219,13 @@ def links_of(use: Use, shape: Shape, sizes: Sizes, source: Source) -> list[Link]
     """What a stored tensor of `shape` shares with one that uses it. Raises `UserError` for a shape
     that does not fit the sizes of the model."""
     try:
-        return use.rule.geometry.links(sizes, shape, use.number)
+        if not math.prod(shape):
+            raise ValueError("it has no elements")
+        links = use.rule.geometry.links(sizes, shape, use.number)
+        for one in links:
+            if math.prod(one.mf.shape) != math.prod(shape):
+                raise ValueError(f"{list(one.mf.shape)} is needed")
+        return links
     except ValueError as error:
         raise UserError(
             f"`{use.stored}` has shape {list(shape)}: {error}",

@@ -7,6 +7,7 @@ has the shape of the view, and `Source.written` the shape that files declare.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -197,6 +198,9 @@ def _check_plain(source: Source) -> None:
 def _all_links(rule: Rule, prefix: str, source: Source, sizes: Sizes) -> list[list[Link]]:
     """For each Hugging Face tensor of a rule what it shares. Raises `UserError` for shapes that do
     not fit."""
+    empty = next((hf for hf in rule.hf if not math.prod(source.shape(prefix + hf))), None)
+    if empty is not None:
+        raise _unfit(empty, source.shape(prefix + empty), source, "it has no elements")
     shapes = [source.shape(prefix + hf) for hf in rule.hf]
     try:
         shape = rule.geometry.joined(sizes, shapes)

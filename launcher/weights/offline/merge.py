@@ -11,7 +11,7 @@ from typing import Any
 
 from launcher.errors import UserError
 from launcher.extensions import NAME_WRITERS, RUN_NUMBERS, installed, required
-from launcher.weights.foreign_names import Named, under_hugging_face_names
+from launcher.weights.foreign_names import WHOLE, Named, under_hugging_face_names
 from launcher.weights.forms import EXTRAS_NAME
 from launcher.weights.joined import together
 from launcher.weights.log import Log, no_log
@@ -57,6 +57,7 @@ def unified_safetensors(
     overwrite: bool = False,
     config: str | os.PathLike[str] | None = None,
     naming: str | None = None,
+    qkv_concat: bool | None = None,
 ) -> Exported:
     """Merge the save `*-{file_suffix}.safetensors` of the rank folders in `mindspore_ckpt_dir` into
     complete weights in `output_dir`. Names are those of the command of the same name.
@@ -64,7 +65,7 @@ def unified_safetensors(
     `src_strategy_dirs`: only for rank files that do not describe their layout. `has_redundancy`:
     whether the ranks hold all replicas; the metadata of the files takes precedence.
     `max_process_num`: number of threads. `dtype` (float32, bfloat16, float16): cast the weights.
-    `config`, `naming`: see `merge`. Raises `UserError`.
+    `config`, `naming`, `qkv_concat`: see `merge`. Raises `UserError`.
     """
     return merge(
         Path(mindspore_ckpt_dir),
@@ -80,6 +81,7 @@ def unified_safetensors(
         overwrite=overwrite,
         config=None if config is None else Path(config),
         naming=naming,
+        qkv_concat=qkv_concat,
     )
 
 
@@ -100,6 +102,7 @@ def merge(
     log: Log = no_log,
     config: Path | None = None,
     naming: str | None = None,
+    qkv_concat: bool | None = None,
     keys: Mapping[str, Any] | None = None,
 ) -> Exported:
     """Merge the save `suffix` of `directory` into complete weights in `output_dir`.
@@ -111,12 +114,14 @@ def merge(
     `config`: config.json or YAML file of the model, by default the config.json that its run wrote:
     with it names of MindFormers become those of Hugging Face or, in MindSpore's form, the other way
     round. `naming`: `legacy`, `mcore` or `huggingface` names in that form; None: those of the
-    family. `keys`: about the orders of rows, see `foreign_names.KEYS`. Raises `UserError`.
+    family. `qkv_concat`: with legacy names, write fused projections. `keys`: about the orders of
+    rows, see `foreign_names.KEYS`. Raises `UserError`.
     """
     files = rank_files(directory, suffix)
     source = open_save(directory, files, strategy, log)
     _note_redundancy(source, has_redundancy, log)
-    named = _named(source, files[0], form, config, {**(keys or {}), "naming": naming}, log)
+    given = {**(keys or {}), "naming": naming, "qkv_concat": qkv_concat}
+    named = _named(source, files[0], form, config, given, log)
     with folder_aside(output_dir, directory, overwrite=overwrite) as folder:
         exported = write_complete(
             named.source,
@@ -149,6 +154,7 @@ def _named(
     keys = {**(model.keys if model else {}), **{k: v for k, v in given.items() if v is not None}}
     if form == "huggingface":
         config_json = None if model is None else model.config
+        keys[WHOLE] = True
         return Named(under_hugging_face_names(source, config_json, keys, log))
     if model is None or form != "mindspore":
         return Named(source)
