@@ -3,6 +3,7 @@ said in one line."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from safetensors.numpy import save_file
 from launcher.errors import UserError
 from launcher.extensions import NAME_WRITERS, required
 from launcher.mindspore.naming.translation import with_keys
+from launcher.weights.offline.merge import unified_safetensors
 from launcher.weights.source import open_complete
 from tests.mindspore.names import (
     GROUP,
@@ -21,6 +23,7 @@ from tests.mindspore.names import (
     PLAIN,
     Arrays,
     arrays,
+    assert_same,
     config_of,
     hugging_face,
     native,
@@ -241,3 +244,16 @@ def test_a_part_of_a_model_is_not_converted(case: str, tmp_path: Path) -> None:
     change(tensors)
     message = refused(written(tmp_path, tensors), config | other_sizes, whole=True)
     assert expected in message
+
+
+@pytest.mark.parametrize("is_fused", [False, True])
+def test_rank_folders_are_merged_with_fused_projections(is_fused: bool, tmp_path: Path) -> None:
+    hf, config = of_family("qwen2_5")
+    folder = write_ranks(tmp_path, hf, grid=(2, 1))
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    unified_safetensors(
+        folder, tmp_path / "out", src_strategy_dirs=tmp_path / "strategy", file_suffix="1_4",
+        format="mindspore", config=tmp_path / "config.json", qkv_concat=is_fused,
+    )  # fmt: skip
+    found = native(arrays(open_complete(tmp_path / "out")))
+    assert_same(found, legacy(hf, config, is_fused=is_fused))
