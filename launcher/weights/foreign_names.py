@@ -30,7 +30,7 @@ KEYS = (
     "mindformers_use_gmm", "mindformers_rearranged_rope",
 )  # fmt: skip
 """Keys of the configuration that describe what files do not show."""
-WHOLE = "whole"
+COMPLETE = "complete"
 """Key of a conversion, which no load follows: the weights must be all of a model and nothing else.
 """
 
@@ -41,8 +41,8 @@ def under_hugging_face_names(
     """`source` under Hugging Face names; itself where it has them, or names that nothing knows.
 
     `config`: the content of config.json; None where it is not known, names are kept then. `keys`:
-    values of `KEYS`, None or absent where the files decide, and `WHOLE`. Raises `UserError` where
-    names are known and do not fit the model.
+    values of `KEYS`, None or absent where the files decide, and `COMPLETE`. Raises `UserError`
+    where names are known and do not fit the model.
     """
     if not may_be_foreign(source.tensors):
         return source

@@ -242,7 +242,7 @@ def test_a_part_of_a_model_is_not_converted(case: str, tmp_path: Path) -> None:
     hf, config = of_family("qwen2_5")
     tensors = legacy(hf, config, is_fused=True)
     change(tensors)
-    message = refused(written(tmp_path, tensors), config | other_sizes, whole=True)
+    message = refused(written(tmp_path, tensors), config | other_sizes, complete=True)
     assert expected in message
 
 

@@ -88,7 +88,7 @@ def deepseek(pick: random.Random, kind: str) -> tuple[Config, Arrays]:
     config = {
         "model_type": "deepseek_v3", "hidden_size": hidden, "num_hidden_layers": 2,
         "num_attention_heads": nh, "num_key_value_heads": nh,
-        "q_lora_rank": qr if kind != "whole queries" else None,
+        "q_lora_rank": qr if kind != "direct queries" else None,
         "kv_lora_rank": kr, "qk_nope_head_dim": no, "qk_rope_head_dim": ro, "v_head_dim": vd,
         "n_routed_experts": experts, "moe_intermediate_size": width, "intermediate_size": 9,
         "num_nextn_predict_layers": 0,
@@ -104,7 +104,7 @@ def deepseek(pick: random.Random, kind: str) -> tuple[Config, Arrays]:
             "q_a_proj": (qr, hidden), "q_a_layernorm": (qr,), "q_b_proj": (nh * (no + ro), qr),
             "kv_a_proj_with_mqa": (kr + ro, hidden), "kv_a_layernorm": (kr,),
             "kv_b_proj": (nh * (no + vd), kr), "o_proj": (hidden, nh * vd)}.items()}  # fmt: skip
-        if kind == "whole queries":
+        if kind == "direct queries":
             for name in ("q_a_proj", "q_a_layernorm", "q_b_proj"):
                 del shapes[f"{p}self_attn.{name}.weight"]
             shapes[f"{p}self_attn.q_proj.weight"] = (nh * (no + ro), hidden)
@@ -175,7 +175,7 @@ CASES: dict[str, tuple[Make, str, Callable[..., Arrays], dict[str, Any], dict[st
     "qwen3 plain": (llama, "qwen3", by_numpy.core, {"qkv": "plain", "mlp": "plain"}, PLAIN),
     "qwen3_moe": (llama, "qwen3_moe", by_numpy.core, {}, GROUP),
     "deepseek core": (deepseek, "", by_numpy.core, {}, {}),
-    "deepseek core, whole queries": (deepseek, "whole queries", by_numpy.core, {}, {}),
+    "deepseek core, direct queries": (deepseek, "direct queries", by_numpy.core, {}, {}),
     "deepseek legacy": (deepseek, "", by_numpy.legacy_deepseek, {},
                         {"naming": "legacy", "mindformers_use_gmm": True}),
     "telechat": (telechat, "telechat", by_numpy.telechat, {"is_fused": False}, {}),
@@ -230,8 +230,8 @@ def test_other_sizes_in_rank_folders_with_optimizer_state(case: str, tmp_path: P
     assert_same(arrays(translated(source, config, **keys)), expected)
 
 
-def test_whole_queries_beside_the_latent_part(tmp_path: Path) -> None:
-    config, hf = deepseek(random.Random(5), "whole queries")
+def test_direct_queries_beside_the_latent_part(tmp_path: Path) -> None:
+    config, hf = deepseek(random.Random(5), "direct queries")
     stored = by_numpy.core(hf, config)
     for layer in range(2):
         place = f"decoder.layers.{layer}.self_attention."

@@ -96,12 +96,12 @@ def _hugging_face(family: str) -> Arrays:
 
 def test_a_resume_uses_the_state(bench: Bench, tmp_path: Path) -> None:
     family, rename, keys = CASES["qwen2_5 legacy, fused"]
-    whole = _hugging_face(family)
-    expected = _losses(bench, family, _one_rank(tmp_path / "hf", whole), "one")
+    full_state = _hugging_face(family)
+    expected = _losses(bench, family, _one_rank(tmp_path / "hf", full_state), "one")
     state = _state(family, rename, PREFIXES[1])
     found = _losses(bench, family, _one_rank(tmp_path / "mf", state), "one", *keys)
     assert found == expected
-    without = {n: v * 0 if n.startswith("adam") else v for n, v in whole.items()}
+    without = {n: v * 0 if n.startswith("adam") else v for n, v in full_state.items()}
     assert _losses(bench, family, _one_rank(tmp_path / "zero", without), "one")[1] != expected[1]
 
 

@@ -17,14 +17,14 @@ from typing import Any
 from launcher.errors import UserError
 from launcher.layout.box import Shape
 from launcher.mindspore.naming.choices import Options
+from launcher.mindspore.naming.complete import check_complete
 from launcher.mindspore.naming.geometry import Link, reshaped
 from launcher.mindspore.naming.orders import Evidence, choose_orders, options_of
 from launcher.mindspore.naming.rule import Rule
 from launcher.mindspore.naming.sizes import Sizes, sizes_of
 from launcher.mindspore.naming.state import sorted_in
 from launcher.mindspore.naming.tables import Naming, naming_of
-from launcher.mindspore.naming.whole import check_whole
-from launcher.weights.foreign_names import WHOLE
+from launcher.weights.foreign_names import COMPLETE
 from launcher.weights.geometry import moved
 from launcher.weights.log import Log
 from launcher.weights.pieces import Pieces
@@ -59,17 +59,17 @@ def with_keys(
             log(f"{source.path}: {naming.name} names of MindFormers are kept, as config.json of "
                 "the model is not known (--config)")  # fmt: skip
         return source
-    whole = bool(keys.get(WHOLE))
-    return under_hugging_face_names(source, config, options_of(keys), log, is_whole=whole)
+    complete = bool(keys.get(COMPLETE))
+    return under_hugging_face_names(source, config, options_of(keys), log, is_complete=complete)
 
 
 def under_hugging_face_names(
     source: Source, config: Mapping[str, Any], options: Options, log: Log, *,
-    is_whole: bool = False,
+    is_complete: bool = False,
 ) -> Source:  # fmt: skip
     """`source` under Hugging Face names, where it has those of MindFormers; else `source` itself.
 
-    `config`: the content of config.json. `is_whole`: check that it is all of a model and nothing
+    `config`: the content of config.json. `is_complete`: check that it is all of a model and nothing
     else. Raises `UserError` for a model whose names are not known, for orders that cannot be known,
     and for tensors that are stored in part or twice.
     """
@@ -90,8 +90,8 @@ def under_hugging_face_names(
     uses, rest = _uses(found.kept, rules)
     rest = _without_prediction(rest, sizes, log)
     _check(source, uses, rules)
-    if is_whole:
-        check_whole(source.path, uses, rest, sizes)
+    if is_complete:
+        check_complete(source.path, uses, rest, sizes)
     make = lambda name: _pieces(name, uses[name], source, sizes)  # noqa: E731
     shared = _shared(uses, sizes)
     make_all = lambda name: make(shared.get(name, name))  # noqa: E731

@@ -11,7 +11,7 @@ from typing import Any
 
 from launcher.errors import UserError
 from launcher.extensions import NAME_WRITERS, RUN_NUMBERS, installed, required
-from launcher.weights.foreign_names import WHOLE, Named, under_hugging_face_names
+from launcher.weights.foreign_names import COMPLETE, Named, under_hugging_face_names
 from launcher.weights.forms import EXTRAS_NAME
 from launcher.weights.joined import together
 from launcher.weights.log import Log, no_log
@@ -154,7 +154,7 @@ def _named(
     keys = {**(model.keys if model else {}), **{k: v for k, v in given.items() if v is not None}}
     if form == "huggingface":
         config_json = None if model is None else model.config
-        keys[WHOLE] = True
+        keys[COMPLETE] = True
         return Named(under_hugging_face_names(source, config_json, keys, log))
     if model is None or form != "mindspore":
         return Named(source)

@@ -15,7 +15,7 @@ from typing import Any
 
 from launcher.errors import UserError, did_you_mean
 from launcher.extensions import NAME_WRITERS, required
-from launcher.weights.foreign_names import WHOLE, Named, under_hugging_face_names
+from launcher.weights.foreign_names import COMPLETE, Named, under_hugging_face_names
 from launcher.weights.joined import together
 from launcher.weights.log import Log, no_log
 from launcher.weights.offline.convert import safetensors_to_ckpt
@@ -123,7 +123,7 @@ def _named(source: Source, model: Described, conversion: Conversion, log: Log) -
         write = required(NAME_WRITERS, "mindspore", f"{source.path} is to be renamed")
         named: Named = write(source, model.config, given, log)
         return named
-    translated = under_hugging_face_names(source, model.config, {**given, WHOLE: True}, log)
+    translated = under_hugging_face_names(source, model.config, {**given, COMPLETE: True}, log)
     if translated is source:
         raise UserError(
             f"{source.path} has no names of MindFormers",

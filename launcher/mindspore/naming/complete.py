@@ -24,7 +24,7 @@ _BUFFER = "inv_freq"
 """In old files; a model has no place for it."""
 
 
-def check_whole(path: Path, found: Collection[str], rest: Iterable[str], sizes: Sizes) -> None:
+def check_complete(path: Path, found: Collection[str], rest: Iterable[str], sizes: Sizes) -> None:
     """Check that the tensors at `path` are all of a model and nothing else.
 
     `found`: their Hugging Face names; `rest`: names without one. Raises `UserError`.
