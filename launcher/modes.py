@@ -80,7 +80,7 @@ def run(
         close_logs()
         # A rank that fails alone must not wait for the others to leave the process group.
         if finished or world.size == 1:
-            worlds.stop()
+            worlds.stop(world)
     return code
 
 

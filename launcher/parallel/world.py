@@ -176,8 +176,12 @@ def _no_store(environment: ProcessEnvironment, error: Exception, *, serves: bool
     )
 
 
-def stop() -> None:
-    """Leave the job. The group is destroyed, so that its threads end before the interpreter."""
+def stop(world: World | None = None) -> None:
+    """Leave the job; with `world` all ranks together, as the store by which a slower one still
+    connects a group may be in the process of rank 0. The group is destroyed, so that its threads
+    end before the interpreter."""
+    if world is not None and world.size > 1 and dist.is_initialized():
+        world.gather(None)
     watching = peers.watching()
     if watching is not None:
         watching.close()
