@@ -12,34 +12,16 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from launcher.errors import EXIT_OK
 from launcher.report.console import Console
-from launcher.tools.command import Parser, answer, count, progress
+from launcher.tools.command import Parser, answer, progress
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line. Raises `UserError`."""
     parser = Parser("ckpt_to_safetensors", "Convert files of torch or MindSpore to safetensors.")
-    add = parser.add_argument
-    add(
-        "--file_path",
-        type=Path,
-        required=True,
-        metavar="PATH",
-        help="a file (.ckpt, .pt, .pth, .bin), a folder of them, or a folder of rank folders",
-    )
-    add(
-        "--save_path",
-        type=Path,
-        metavar="DIR",
-        help="folder of the new files; optional for a single file (default: beside it)",
-    )
-    add("--name_map", type=Path, metavar="JSON", help='a file such as {"old name": "new name"}')
-    add("--file_name_regex", metavar="REGEX", help="convert only files whose name matches")
-    add("--processes_num", type=count, default=1, metavar="N", help="files at a time (1)")
-    add("--overwrite", action="store_true", help="replace existing files")
+    parser.add_conversion("a file (.ckpt, .pt, .pth, .bin)")
     return parser.parse(arguments)
 
 

@@ -63,6 +63,27 @@ class Parser(argparse.ArgumentParser):
             help="threads that read and write (4, at most 8)",
         )
 
+    def add_conversion(self, files: str) -> None:
+        """The arguments of a conversion of files, by MindSpore's names; `files`: which are read."""
+        self.add_argument(
+            "--file_path",
+            type=Path,
+            required=True,
+            metavar="PATH",
+            help=f"{files}, a folder of them, or a folder of rank folders",
+        )
+        self.add_argument(
+            "--save_path",
+            type=Path,
+            metavar="DIR",
+            help="folder of the new files; optional for a single file (default: beside it)",
+        )
+        add = self.add_argument
+        add("--name_map", type=Path, metavar="JSON", help='a file such as {"old name": "new name"}')
+        add("--file_name_regex", metavar="REGEX", help="convert only files whose name matches")
+        add("--processes_num", type=count, default=1, metavar="N", help="files at a time (1)")
+        add("--overwrite", action="store_true", help="replace existing files")
+
     def add_orders(self) -> None:
         """The orders of rows that files do not show."""
         add = self.add_argument

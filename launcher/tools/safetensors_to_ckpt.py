@@ -11,11 +11,10 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from launcher.errors import EXIT_OK
 from launcher.report.console import Console
-from launcher.tools.command import Parser, answer, count, progress
+from launcher.tools.command import Parser, answer, progress
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -23,25 +22,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(
         "safetensors_to_ckpt", "Convert files of safetensors to the .ckpt of MindSpore."
     )
-    add = parser.add_argument
-    add(
-        "--file_path",
-        type=Path,
-        required=True,
-        metavar="PATH",
-        help="a file of safetensors, a folder of them, or a folder of rank folders",
+    parser.add_conversion("a file of safetensors")
+    parser.add_argument(
+        "--crc_check", action="store_true", help="end each file in a checksum for MindSpore"
     )
-    add(
-        "--save_path",
-        type=Path,
-        metavar="DIR",
-        help="folder of the new files; optional for a single file (default: beside it)",
-    )
-    add("--name_map", type=Path, metavar="JSON", help='a file such as {"old name": "new name"}')
-    add("--file_name_regex", metavar="REGEX", help="convert only files whose name matches")
-    add("--processes_num", type=count, default=1, metavar="N", help="files at a time (1)")
-    add("--crc_check", action="store_true", help="end each file in a checksum for MindSpore")
-    add("--overwrite", action="store_true", help="replace existing files")
     return parser.parse(arguments)
 
 
