@@ -142,6 +142,9 @@ CALLBACKS_NOT_BUILT: dict[str, str] = {
 }
 """Types of callbacks that are known and refused."""
 
+ROW_LOADERS: dict[str, str] = {}
+"""Name of a `data_loader.type` whose files hold tokens already: a `RowLoader`."""
+
 TOKENIZER_TYPES: dict[str, str] = {
     "Qwen2Tokenizer": "launcher.mindspore.tokenizers.types:qwen2",
     "LlamaTokenizer": "launcher.mindspore.tokenizers.types:llama",

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 
 from launcher.builders.job import Job
 from launcher.config.schema import DatasetSection
 from launcher.data.build import build_dataset
 from launcher.data.loader import Batch, evaluation_batches
-from launcher.data.packing import RowDataset
+from launcher.data.loaders import row_loader_of
+from launcher.data.rows import RowDataset
 from launcher.errors import UserError
 from launcher.parallel.filesystems import find_filesystem_groups
 from models.positions import row_length
@@ -16,26 +18,28 @@ from models.positions import row_length
 
 def open_dataset(job: Job, section: DatasetSection) -> RowDataset:
     """The rows of a data section; one rank of each file system prepares them in `dataset_cache`."""
+    assert not isinstance(section.data_loader, list)  # mixtures are not built yet
     cache_dir, world = job.output_dir / "dataset_cache", job.world.with_long_timeout()
     filesystems = find_filesystem_groups(cache_dir, world, "the data cache could not be opened")
     dataset = build_dataset(
         section,
-        tokenizer=job.tokenizer,
+        tokenizer=None if row_loader_of(section.data_loader) else job.tokenizer,
         seq_length=seq_length(job, section),
         cache_dir=cache_dir,
         once=lambda prepare: filesystems.on_own(world, "", prepare),
         log=job.log,
+        model_config=job.spec.hf_config,
     )
     if filesystems.are_several:
         _check_same(world.gather(dataset.content))
     vocabulary = job.spec.hf_config.get("vocab_size")
-    if vocabulary is not None and dataset.largest_token >= vocabulary:
+    if vocabulary is not None and (dataset.largest_token or 0) >= vocabulary:
         raise UserError(
             f"the data has token {dataset.largest_token}",
             rule=f"the vocabulary of the model has {vocabulary} tokens",
             advice="Use the tokenizer of the model",
         )
-    return dataset
+    return replace(dataset, vocab_size=vocabulary)
 
 
 def _check_same(contents: Sequence[str]) -> None:

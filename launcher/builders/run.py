@@ -48,6 +48,7 @@ def build_run(job: Job) -> TrainRun:
     config, section = job.config, job.config.train_dataset
     assert section is not None
     dataset = open_dataset(job, section)
+    assert not isinstance(section.data_loader, list)  # mixtures are not built yet
     seed = config.seed if section.seed is None else section.seed
     order = GlobalOrder(len(dataset), seed, section.data_loader.shuffle)
     loader = Loader(

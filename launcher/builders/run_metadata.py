@@ -15,7 +15,7 @@ import torch
 from launcher.builders.job import Job
 from launcher.config.flat import flat
 from launcher.data.order import GlobalOrder
-from launcher.data.packing import RowDataset
+from launcher.data.rows import RowDataset
 from launcher.train.scaling import LossScaling
 
 _NOT_OF_THE_MODEL = {"transformers_version", "_name_or_path"}

@@ -15,7 +15,7 @@ from launcher.config.command_line import Assignment
 from launcher.config.extra_keys import extra_key, extra_names, is_extra_section
 from launcher.config.nodes import Node, NoPlace, find, from_plain, put, without
 from launcher.config.schema import Config, info_of
-from launcher.config.suggest import did_you_mean_key, section_of
+from launcher.config.suggest import did_you_mean_key, list_section_of, section_of
 from launcher.config.typing_rules import hints, members
 from launcher.config.yaml_reader import parse_value
 from launcher.errors import Problem, UserError
@@ -34,16 +34,24 @@ class Place:
 
 def place_of(path: str) -> Place:
     """The schema's view of a dotted key."""
-    kind: type = Config
-    names = path.split(".")
+    return _place_in(Config, "", path.split("."))
+
+
+def _place_in(kind: type, label: str, names: list[str]) -> Place:
+    """The place of `names` below a section, `label` its name in the schema."""
     for index, name in enumerate(names):
-        section = ".".join(names[:index])
+        section = ".".join([label, *names[:index]]).lstrip(".")
         fields = {key.name: key for key in dataclasses.fields(kind)}
         if name not in fields or info_of(fields[name]).open_keys:
             return _extra_place(section, names[index:])
         annotation = hints(kind)[name]
         if index == len(names) - 1:
             return Place(annotation, is_open=False, is_known=True)
+        entry = list_section_of(annotation) if name != "callbacks" else None
+        if entry is not None and names[index + 1].isdecimal():
+            rest = names[index + 2 :]
+            known = Place(entry, is_open=False, is_known=True)
+            return _place_in(entry, f"{section}.{name}[]".lstrip("."), rest) if rest else known
         inner = section_of(annotation) if name != "callbacks" else None
         if inner is None:
             is_open = _holds_more(annotation)

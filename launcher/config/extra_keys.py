@@ -63,6 +63,8 @@ PLANNED_CALLBACKS: tuple[str, ...] = tuple(
 """Types of callbacks that are known and not built yet."""
 
 _SAME_KEYS = {
+    "train_dataset.data_loader[]": "train_dataset.data_loader",
+    "eval_dataset.data_loader[]": "train_dataset.data_loader",
     "train_dataset_task.dataset_config": "train_dataset",
     "eval_dataset_task.dataset_config": "train_dataset",
     "eval_dataset_task": "train_dataset_task",

@@ -29,7 +29,7 @@ from launcher.config.schema import (
     RegisteredCallbackSection,
     info_of,
 )
-from launcher.config.suggest import nearest_key, section_of
+from launcher.config.suggest import list_section_of, nearest_key, section_of
 from launcher.config.typing_rules import WrongType, describe, hints
 from launcher.config.yaml_reader import parse_value
 from launcher.errors import did_you_mean
@@ -92,6 +92,8 @@ class Reader:
         info, inner = info_of(key), section_of(annotation)
         if path == "callbacks":
             values[key.name] = self._callbacks(node, path)
+        elif (entry := list_section_of(annotation)) is not None and is_list(node):
+            values[key.name] = self._list_of_sections(entry, node, path, label)
         elif inner is not None:
             if not (node.value is None and info.none_means_absent):
                 values[key.name] = self._section(inner, node, path, label)
@@ -149,6 +151,16 @@ class Reader:
                 values[name] = self.extra.pop(inner)
         if values:
             self.extra[path] = values
+
+    def _list_of_sections(self, kind: type, node: Node, path: str, label: str) -> list[Any]:
+        if node.is_text:
+            node = from_plain(parse_value(node.value), node.where)
+        if not node.value:
+            self._add(wrong_type(path, node, "a section, or a list of at least one section"))
+        return [
+            self._section(kind, entry, f"{path}.{i}", f"{label}[]")
+            for i, entry in enumerate(node.value)
+        ]
 
     def _callbacks(self, node: Node, path: str) -> list[CallbackSection]:
         if node.is_text:
@@ -217,6 +229,12 @@ def _default(key: dataclasses.Field[Any]) -> Any:
     if key.default is not dataclasses.MISSING:
         return key.default
     return key.default_factory() if key.default_factory is not dataclasses.MISSING else None
+
+
+def is_list(node: Node) -> bool:
+    """Whether a node is a list, perhaps as text of the command line."""
+    value = parse_value(node.value) if node.is_text else node.value
+    return isinstance(value, list)
 
 
 def _joined(path: str, name: str) -> str:

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 from collections.abc import Iterator
 from difflib import SequenceMatcher
-from typing import Any
+from typing import Any, get_args, get_origin
 
 from launcher.config.extra_keys import ANY_OTHER, EXTRA_SECTIONS, extra_names
 from launcher.config.schema import CALLBACKS, Config, info_of
@@ -96,6 +96,14 @@ def section_of(annotation: Any) -> type | None:
     return None
 
 
+def list_section_of(annotation: Any) -> type | None:
+    """The dataclass of the entries, where a field may be a list of sections."""
+    for member in members(annotation):
+        if get_origin(member) is list:
+            return section_of(get_args(member)[0])
+    return None
+
+
 def _keys(kind: type, section: str) -> Iterator[SchemaKey]:
     for key in dataclasses.fields(kind):
         info = info_of(key)
@@ -106,6 +114,9 @@ def _keys(kind: type, section: str) -> Iterator[SchemaKey]:
         inner = section_of(hints(kind)[key.name])
         if inner is not None and key.name != "dataset_config":
             yield from _keys(inner, path)
+        entry = list_section_of(hints(kind)[key.name])
+        if entry is not None and inner is not None:
+            yield from _keys(entry, f"{path}[]")
     yield from _extra(section)
 
 

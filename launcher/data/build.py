@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -25,17 +25,22 @@ from xxhash import xxh3_128
 
 from launcher.config.schema import DatasetSection
 from launcher.data.files import DataFile
-from launcher.data.loaders import loader_of, loader_type, read_samples, source_files
+from launcher.data.loaders import (
+    loader_of,
+    loader_type,
+    read_samples,
+    row_loader_of,
+    source_files,
+)
 from launcher.data.loaders.base import Log, Recipe
 from launcher.data.packing import (
     PLAN_ARRAYS,
-    RowDataset,
     RowPlan,
-    Rows,
     SampleRows,
     StreamRows,
     plan_rows,
 )
+from launcher.data.rows import RowDataset, Rows
 from launcher.data.store import INDEX_DTYPE, TokenWriter, map_array, open_store, write_array
 from launcher.data.tally import Tally
 from launcher.data.templates import DEFAULT_CHAT_TEMPLATE
@@ -58,6 +63,7 @@ def build_dataset(
     cache_dir: Path,
     once: Once,
     log: Log,
+    model_config: Mapping[str, Any] | None = None,
 ) -> RowDataset:
     """The rows of one dataset section, tokenized now or read from the cache.
 
@@ -71,7 +77,11 @@ def build_dataset(
         seq_length=seq_length,
         cache_dir=Path(cache_dir),
         log=log,
+        model_config=model_config or {},
     )
+    row_loader = row_loader_of(recipe.loader)
+    if row_loader is not None:
+        return row_loader.open(recipe, once(lambda: row_loader.prepare(recipe)))
     settings = _settings(recipe)
     name = once(lambda: _ensure_folder(recipe, settings).name)
     return _open(recipe.cache_dir / name, recipe)
@@ -80,7 +90,7 @@ def build_dataset(
 def _ensure_folder(recipe: Recipe, settings: dict[str, Any]) -> Path:
     """The folder of the cache with this dataset, created where it does not exist."""
     started = time.monotonic()
-    files = source_files(recipe.section.data_loader)
+    files = source_files(recipe.loader)
     key = _hash([settings, [[str(f.path.resolve()), f.size, f.mtime_ns] for f in files]])
     folder = recipe.cache_dir / key
     try:
@@ -100,8 +110,8 @@ def _ensure_folder(recipe: Recipe, settings: dict[str, Any]) -> Path:
             advice="Free some space, give write permission, or set another output_dir",
         ) from error
     metadata = _metadata(folder)
-    unit = loader_of(recipe.section.data_loader).unit
-    rows = len(_rows(folder, recipe).target_counts)
+    unit = loader_of(recipe.loader).unit
+    rows = len(_rows(folder, recipe))
     recipe.log(
         f"data: {metadata['read']:,} {unit} of {metadata['files']:,} file(s), "
         f"{metadata['tokens']:,} tokens, {rows:,} rows of {recipe.seq_length} ({origin})"
@@ -132,7 +142,7 @@ def _make(folder: Path, recipe: Recipe, files: list[DataFile]) -> None:
             for name in PLAN_ARRAYS:
                 write_array(scratch / f"{name}.bin", getattr(plan, name).astype(INDEX_DTYPE))
         (scratch / "facts.json").write_text(json.dumps(metadata, indent=1) + "\n")
-        if len(_rows(scratch, recipe).target_counts) == 0:
+        if len(_rows(scratch, recipe)) == 0:
             raise _nothing_to_train_on(recipe, files, metadata)
         try:
             scratch.rename(folder)
@@ -144,7 +154,7 @@ def _make(folder: Path, recipe: Recipe, files: list[DataFile]) -> None:
 
 
 def _tokenize(folder: Path, recipe: Recipe, files: list[DataFile], tally: Tally) -> dict[str, Any]:
-    section = recipe.section.data_loader
+    section = recipe.loader
     loader = loader_of(section)
     writer = TokenWriter(folder, with_targets=loader.has_targets)
     progress = _Progress(tally, writer, recipe.log)
@@ -205,7 +215,7 @@ def _rows(folder: Path, recipe: Recipe) -> Rows:
 
 def _is_stream(recipe: Recipe) -> bool:
     """Whether documents are one stream of tokens, which is cut into rows when they are read."""
-    return recipe.section.packing and not loader_of(recipe.section.data_loader).has_targets
+    return recipe.section.packing and not loader_of(recipe.loader).has_targets
 
 
 def _pad_token(recipe: Recipe) -> int:
@@ -228,7 +238,7 @@ def _metadata(folder: Path) -> dict[str, Any]:
 
 def _settings(recipe: Recipe) -> dict[str, Any]:
     """What decides the content of a folder of the cache, apart from the data files."""
-    loader, tokenizer = recipe.section.data_loader, recipe.tokenizer
+    loader, tokenizer = recipe.loader, recipe.tokenizer
     return {
         "version": CACHE_VERSION,
         "type": loader_type(loader),
@@ -268,7 +278,7 @@ def _plan_warnings(plan: RowPlan, recipe: Recipe) -> list[str]:
 def _nothing_to_train_on(
     recipe: Recipe, files: list[DataFile], metadata: dict[str, Any]
 ) -> UserError:
-    shown = ", ".join(repr(path) for path in recipe.section.data_loader.paths)
+    shown = ", ".join(repr(path) for path in recipe.loader.paths)
     return UserError(
         f"data_loader: {shown} has nothing to train on ({len(files)} file(s), "
         f"{metadata['read']} document(s), {metadata['tokens']} token(s))",

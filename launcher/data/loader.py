@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from launcher.data.order import GlobalOrder
-from launcher.data.packing import NO_TARGET, Ints, Row, RowDataset
+from launcher.data.rows import NO_TARGET, Ints, Row, RowDataset
 
 
 @dataclass(frozen=True)
@@ -106,13 +106,14 @@ class Loader:
         rows = self._order.rows(samples)
         mine = samples.reshape(self._shape)[:, self._data_rank]
         my_rows = rows.reshape(self._shape)[:, self._data_rank]
+        counts = self._dataset.counts(rows)
         return StepData(
             batches=[
                 _batch([self._dataset.row(int(row)) for row in micro_rows], ids, self._pin_memory)
                 for micro_rows, ids in zip(my_rows, mine, strict=True)
             ],
-            target_tokens=int(self._dataset.target_counts[rows].sum()),
-            input_tokens=int(self._dataset.token_counts[rows].sum()),
+            target_tokens=int(counts.targets.sum()),
+            input_tokens=int(counts.tokens.sum()),
             first_sample=consumed_samples,
             samples=self.global_batch,
         )
@@ -141,7 +142,7 @@ def evaluation_batches(
 
     All ranks get the same number of batches of the same shape, so that collectives match: the last
     ones are filled with rows whose labels are all -100 (sample id -1). The number of targets over
-    all ranks is `dataset.target_counts.sum()`.
+    all ranks is `dataset.total_targets()`.
     """
     pin = torch.cuda.is_available() if pin_memory is None else pin_memory
     stride = data_parallel * batch_size

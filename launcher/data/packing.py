@@ -1,4 +1,4 @@
-"""Rows: how tokens become the fixed-length rows that a model is trained on.
+"""Packing: how tokenized documents become rows of a fixed length.
 
 Owns the cut of documents into rows, in two ways:
 
@@ -24,74 +24,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
 
 import numpy as np
-import numpy.typing as npt
-from xxhash import xxh3_128
 
+from launcher.data.rows import NO_TARGET, Counts, Ints, Row
 from launcher.data.store import TokenStore
 
-NO_TARGET = -100
 PLAN_ARRAYS = ("row_starts", "samples", "target_counts", "token_counts")
 """The arrays of a RowPlan, in the order of its fields."""
-Ints = npt.NDArray[np.int64]
-
-
-class Row(NamedTuple):
-    """One row: int64 arrays of seq_length; the last two are None where a row is one document."""
-
-    input_ids: Ints
-    labels: Ints
-    position_ids: Ints | None
-    document_ids: Ints | None
-
-
-class Rows(Protocol):
-    """The interface of both."""
-
-    @property
-    def target_counts(self) -> Ints: ...
-    @property
-    def token_counts(self) -> Ints: ...
-    def row(self, index: int) -> Row: ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class RowDataset:
-    """The rows of a dataset, memory-mapped from the cache; equal on every rank."""
-
-    rows: Rows
-    seq_length: int
-    packed: bool
-    content: str
-    """Hash of tokens, targets and document boundaries."""
-    largest_token: int
-    """The largest token id, which must be within the model's vocabulary."""
-
-    def __len__(self) -> int:
-        return len(self.rows.target_counts)
-
-    @property
-    def fingerprint(self) -> str:
-        """What a resumed run compares: the content, and how it is cut into rows."""
-        return xxh3_128(f"{self.content}/{self.seq_length}/{self.packed}".encode()).hexdigest()
-
-    @property
-    def target_counts(self) -> Ints:
-        """Targets (labels other than -100) of each row."""
-        return self.rows.target_counts
-
-    @property
-    def token_counts(self) -> Ints:
-        """Tokens of each row without padding."""
-        return self.rows.token_counts
-
-    def row(self, index: int) -> Row:
-        """One row, 0 <= index < len."""
-        if not 0 <= index < len(self):
-            raise IndexError(f"row {index} of {len(self)}")
-        return self.rows.row(index)
 
 
 class StreamRows:
@@ -107,6 +47,12 @@ class StreamRows:
         lasts = store.starts[1:] - 1  # the last token of each document predicts nothing
         ends = np.bincount(lasts // seq_length, minlength=count)[:count]
         self.target_counts = self.token_counts - ends
+
+    def __len__(self) -> int:
+        return len(self.token_counts)
+
+    def counts(self, indices: Ints) -> Counts:
+        return Counts(self.target_counts[indices], self.token_counts[indices])
 
     def row(self, index: int) -> Row:
         length = self._seq_length
@@ -145,6 +91,12 @@ class SampleRows:
         self._seq_length, self._pad_token = seq_length, pad_token
         self.target_counts = plan.target_counts
         self.token_counts = plan.token_counts
+
+    def __len__(self) -> int:
+        return len(self.token_counts)
+
+    def counts(self, indices: Ints) -> Counts:
+        return Counts(self.target_counts[indices], self.token_counts[indices])
 
     def row(self, index: int) -> Row:
         length, store = self._seq_length, self._store

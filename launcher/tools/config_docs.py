@@ -26,7 +26,7 @@ from launcher.config.schema import (
     FieldInfo,
     info_of,
 )
-from launcher.config.suggest import section_of
+from launcher.config.suggest import list_section_of, section_of
 from launcher.config.typing_rules import hints, members
 from launcher.tools import model_docs
 
@@ -91,7 +91,8 @@ def field_docs(kind: type) -> dict[str, str]:
     """The docstring under each field of a dataclass, on one line."""
     tree = ast.parse(inspect.getsource(kind))
     body = typing.cast(ast.ClassDef, tree.body[0]).body
-    docs = {}
+    bases = (base for base in kind.__mro__[1:] if dataclasses.is_dataclass(base))
+    docs = {name: text for base in bases for name, text in field_docs(base).items()}
     for statement, following in itertools.pairwise(body):
         if not (isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name)):
             continue
@@ -106,7 +107,11 @@ def sections(kind: type = Config, path: str = "") -> Iterator[tuple[str, type]]:
     for key in dataclasses.fields(kind):
         inner = section_of(hints(kind)[key.name])
         if inner is not None and key.name not in ("dataset_config", "callbacks"):
-            yield from sections(inner, f"{path}.{key.name}" if path else key.name)
+            inner_path = f"{path}.{key.name}" if path else key.name
+            yield from sections(inner, inner_path)
+            entry = list_section_of(hints(kind)[key.name])
+            if entry is not None:
+                yield f"{inner_path}[]", entry
     if kind is Config:
         for name, callback in CALLBACKS.items():
             yield f"callbacks: {name}", callback
@@ -117,7 +122,10 @@ def render() -> str:
     parts = [_INTRODUCTION, _flags(), _OVERRIDES, _aliases()]
     seen: dict[type, str] = {}
     for path, kind in sections():
-        acting = [key for key in dataclasses.fields(kind) if info_of(key).status == "effective"]
+        inherited = {key.name for base in kind.__mro__[1:] if base in seen
+                     for key in dataclasses.fields(base)}  # fmt: skip
+        acting = [key for key in dataclasses.fields(kind)
+                  if info_of(key).status == "effective" and key.name not in inherited]  # fmt: skip
         if kind in seen:
             parts.append(f"## `{path}`\n\nThe same keys as `{seen[kind]}`.\n")
         elif acting:

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from launcher.config.schema import DataLoaderSection, DatasetSection
 from launcher.data.build import build_dataset
-from launcher.data.packing import RowDataset
+from launcher.data.rows import RowDataset
 
 CHATML = (
     "{%- for message in messages -%}"

@@ -7,9 +7,10 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from launcher.data.packing import RowDataset
+from launcher.data.rows import RowDataset
 from launcher.errors import UserError
 
 from .conftest import Build, train_tokenizer
@@ -19,7 +20,7 @@ def all_inputs(dataset: RowDataset) -> list[int]:
     rows = [dataset.row(index) for index in range(len(dataset))]
     return [
         token
-        for row, count in zip(rows, dataset.token_counts, strict=True)
+        for row, count in zip(rows, dataset.counts(np.arange(len(dataset))).tokens, strict=True)
         for token in row.input_ids[:count].tolist()
     ]
 
@@ -31,7 +32,7 @@ def test_packed_text_is_the_stream_of_all_documents(
     names = ["1.txt", "3.txt", "5.txt", *(f"deep/er/{n}.txt" for n in (0, 2, 4, 6))]
     stream = [t for n in names for t in [*tokenizer((corpus / n).read_text())["input_ids"], 0]]
     assert all_inputs(dataset) == stream
-    assert int(dataset.target_counts.sum()) == len(stream) - len(names)
+    assert dataset.total_targets() == len(stream) - len(names)
     assert dataset.largest_token == max(stream)
     assert len(logged) == 1
     assert logged[0].startswith(
@@ -114,7 +115,7 @@ def test_a_stream_serves_every_length_from_one_folder(
     short = build(dataset_dir=str(corpus), seq_length=8)
     long = build(dataset_dir=str(corpus), seq_length=32)
     assert "(from the cache " in logged[1]
-    assert short.target_counts.sum() == long.target_counts.sum()
+    assert short.total_targets() == long.total_targets()
     # The last EOS token is not a target: it does not get a row of its own.
     assert all_inputs(short) == all_inputs(long)[: 8 * len(short)]
     assert len(all_inputs(long)) - len(all_inputs(short)) <= 1

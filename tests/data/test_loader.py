@@ -11,7 +11,7 @@ import torch
 
 from launcher.data.loader import Batch, Loader, StepData, evaluation_batches
 from launcher.data.order import GlobalOrder
-from launcher.data.packing import RowDataset
+from launcher.data.rows import RowDataset
 
 from .conftest import Build
 
@@ -87,7 +87,7 @@ def test_counts_are_those_of_the_global_batch(dataset: RowDataset) -> None:
     assert step.target_tokens == int((labels != -100).sum())
     assert (step.first_sample, step.samples) == (7, 12)
     rows = GlobalOrder(len(dataset), 5).rows(np.arange(7, 19))
-    assert step.input_tokens == int(dataset.token_counts[rows].sum())
+    assert step.input_tokens == int(dataset.counts(rows).tokens.sum())
 
 
 def test_seeking_is_the_same_as_running_through(dataset: RowDataset) -> None:
@@ -110,7 +110,8 @@ def test_epochs_run_on_without_a_gap(dataset: RowDataset) -> None:
     assert [int(step.batches[0].sample_ids[0]) for step in steps] == list(range(3 * rows))
     targets = [step.target_tokens for step in steps]
     epochs = [targets[e * rows : (e + 1) * rows] for e in range(3)]
-    assert all(sorted(epoch) == sorted(dataset.target_counts.tolist()) for epoch in epochs)
+    of_rows = dataset.counts(np.arange(rows)).targets
+    assert all(sorted(epoch) == sorted(of_rows.tolist()) for epoch in epochs)
     across = loader_of(dataset, batch_size=4, micro_steps=1).step(rows - 2)
     assert across.batches[0].sample_ids.tolist() == [rows - 2, rows - 1, rows, rows + 1]
     alone = [steps[n].batches[0].input_ids[0] for n in range(rows - 2, rows + 2)]
@@ -170,7 +171,7 @@ def test_evaluation_has_every_row_once_and_the_same_number_of_batches(
     assert sorted(ids[ids >= 0].tolist()) == list(range(len(dataset)))
     labels = torch.cat([batch.labels for batch in everything])
     assert (labels[ids < 0] == -100).all()
-    assert int((labels != -100).sum()) == int(dataset.target_counts.sum())
+    assert int((labels != -100).sum()) == dataset.total_targets()
 
 
 def test_wrong_arguments(dataset: RowDataset) -> None:

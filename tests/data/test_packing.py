@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from launcher.data.packing import RowDataset, SampleRows, StreamRows, plan_rows
+from launcher.data.packing import SampleRows, StreamRows, plan_rows
+from launcher.data.rows import RowDataset
 from launcher.data.store import TokenStore
 
 PAD = 999

@@ -112,7 +112,11 @@ def datasets(check: Check) -> Iterator[KeyProblem]:
 
 
 def _dataset(check: Check, name: str, section: DatasetSection) -> Iterator[KeyProblem]:
-    loader, prefix = section.data_loader, f"{name}.data_loader"
+    for key, loader in section.loaders.items():
+        yield from _loader(check, f"{name}.{key}", loader)
+
+
+def _loader(check: Check, prefix: str, loader: DataLoaderSection) -> Iterator[KeyProblem]:
     keys = tuple(f"{prefix}.{key}" for key in ("dataset_dir", "dataset_files", "data_files"))
     for key, kinds in _BY_TYPE.items():
         default = getattr(DataLoaderSection(), key)
@@ -127,7 +131,7 @@ def _dataset(check: Check, name: str, section: DatasetSection) -> Iterator[KeyPr
         yield check.wrong(
             keys[0],
             "a data set needs files",
-            what=f"{name} has no files",
+            what=f"{prefix.removesuffix('.data_loader')} has no files",
             advice=f"Set {keys[0]} to a file, a directory or a glob pattern",
             also=(*keys, f"{prefix}.type"),
         )
@@ -183,14 +187,19 @@ def _reads_tokens(check: Check) -> bool:
     evaluates = check.config.do_eval and check.config.eval_dataset is not None
     sections = [section, *([check.config.eval_dataset] if evaluates else [])]
     return check.trains and all(
-        found is not None and found.data_loader.type in TOKEN_LOADERS for found in sections
+        found is not None and all(loader.type in TOKEN_LOADERS for loader in found.loaders.values())
+        for found in sections
     )
 
 
 def _loaders(check: Check) -> tuple[str, ...]:
     """Keys of a training that decide whether it needs a tokenizer."""
     names = ("train_dataset", "eval_dataset") if check.trains else ()
-    return tuple(f"{name}.data_loader.type" for name in names)
+    sections = {name: check.value(name) for name in names}
+    return tuple(
+        f"{name}.{key}.type" for name, section in sections.items() if section is not None
+        for key in section.loaders
+    )  # fmt: skip
 
 
 def _named_tokenizer(check: Check) -> Iterator[KeyProblem]:

@@ -56,7 +56,7 @@ def data_files(check: Check) -> Iterator[KeyProblem]:
     for name, section in sections.items():
         if section is None or config.only_save_strategy:
             continue
-        for key in (f"{name}.data_loader.{key}" for key in _DATA_KEYS):
+        for key in (f"{name}.{loader}.{key}" for loader in section.loaders for key in _DATA_KEYS):
             for path in itertools.islice(_files(check.value(key)), LOOKED_AT):
                 if is_pointer(path) and (found := placeholder(path, is_text=True)):
                     yield _problem(check, key, found)

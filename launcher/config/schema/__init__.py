@@ -19,7 +19,12 @@ from launcher.config.schema.callbacks import (
     RegisteredCallbackSection,
     TensorboardSection,
 )
-from launcher.config.schema.data import DataLoaderSection, DatasetSection, DatasetTaskSection
+from launcher.config.schema.data import (
+    DataLoaderSection,
+    DatasetSection,
+    DatasetTaskSection,
+    MixtureSourceSection,
+)
 from launcher.config.schema.field import FieldInfo, Status, info_of
 from launcher.config.schema.model import (
     GenerationSection,
@@ -76,6 +81,7 @@ __all__ = [
     "IgnoredCallbackSection",
     "LossMonitorSection",
     "LrScheduleSection",
+    "MixtureSourceSection",
     "ModelSection",
     "MonitorSection",
     "OnRequestExitSection",

@@ -19,7 +19,12 @@ class DataLoaderSection:
 
     type: str = effective(
         "TextDataLoader",
-        choices=("TextDataLoader", "HFDataLoader", "InstructionDataLoader", "CommonDataLoader"),
+        choices=(
+            "TextDataLoader",
+            "HFDataLoader",
+            "InstructionDataLoader",
+            "CommonDataLoader",
+        ),
         planned=(
             *("TokenFileDataLoader", "BlendedMegatronDatasetDataLoader", "MindDataset"),
             *("MultiSourceDataLoader", "TFRecordDataset", "ADGenDataLoader", "CLUEDataset"),
@@ -59,11 +64,25 @@ class DataLoaderSection:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MixtureSourceSection(DataLoaderSection):
+    """One source of a mixture: an entry where `train_dataset.data_loader` is a list."""
+
+    name: str = ""
+    """What metrics and messages call the source. Left out: made from its path."""
+    weight: float | None = effective(None, above=0)
+    """Its share of the samples, relative to the weights of the others. Left out: by its size."""
+    epochs: float | None = effective(None, above=0)
+    """Instead of a weight: how often an epoch of the mixture goes through the source."""
+    max_samples: int | None = effective(None, minimum=1)
+    """Use at most this many rows of the source."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class DatasetSection:
     """`train_dataset` and `eval_dataset`: a source and how its samples become rows."""
 
-    data_loader: DataLoaderSection = section(DataLoaderSection)
-    """The source of the samples."""
+    data_loader: DataLoaderSection | list[MixtureSourceSection] = section(DataLoaderSection)
+    """The source of the samples; a list mixes several."""
     seq_length: int | None = effective(None, minimum=2)
     """Tokens of a row. Left out: model_config.seq_length, else what the model allows."""
     packing: bool = False
@@ -74,6 +93,13 @@ class DatasetSection:
     the rest. Samples run on from one epoch into the next either way, none is left out."""
     seed: int | None = effective(None, minimum=0)
     """Seed of the order of the rows. Left out: the top-level seed."""
+
+    @property
+    def loaders(self) -> dict[str, DataLoaderSection]:
+        """The data loaders by their key in this section: one, or those of a mixture."""
+        if isinstance(self.data_loader, list):
+            return {f"data_loader.{i}": source for i, source in enumerate(self.data_loader)}
+        return {"data_loader": self.data_loader}
 
 
 @dataclass(frozen=True, kw_only=True)

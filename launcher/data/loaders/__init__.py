@@ -1,8 +1,9 @@
 """Data loaders: what each `data_loader.type` reads from files, and how it becomes tokens.
 
 Owns the table `LOADERS`. To add a data loader, write a file like `text.py` in this folder with a
-`DataLoader`, add a line to `LOADERS`, and its name to the choices of `DataLoaderSection.type`
-(launcher/config/schema/data.py). The cache, rows, order and batches need no change.
+`DataLoader` (or a `RowLoader`, for files of tokens), add a line to `LOADERS`, and its name to the
+choices of `DataLoaderSection.type` (launcher/config/schema/data.py). The cache, rows, order and
+batches need no change.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ from typing import Any
 
 from launcher.config.schema import DataLoaderSection
 from launcher.data.files import DataFile
-from launcher.data.loaders.base import DataLoader
+from launcher.data.loaders.base import DataLoader, RowLoader
 from launcher.data.loaders.instruction import INSTRUCTION_LOADER
 from launcher.data.loaders.text import TEXT_LOADER
 from launcher.data.loaders.text_column import TEXT_COLUMN_LOADER
 from launcher.data.tally import Tally
 from launcher.errors import UserError
+from launcher.extensions import ROW_LOADERS, required
 
 LOADERS: dict[str, DataLoader[Any]] = {
     "TextDataLoader": TEXT_LOADER,
@@ -36,8 +38,17 @@ def loader_type(section: DataLoaderSection) -> str:
 
 
 def loader_of(section: DataLoaderSection) -> DataLoader[Any]:
-    """The data loader that `section` configures."""
+    """The data loader that `section` configures, of text or records."""
     return LOADERS[loader_type(section)]
+
+
+def row_loader_of(section: DataLoaderSection) -> RowLoader | None:
+    """The data loader that `section` configures, of files of tokens; None where it is another."""
+    name = loader_type(section)
+    if name not in ROW_LOADERS:
+        return None
+    loader: RowLoader = required(ROW_LOADERS, name, f"data_loader.type: {name}")
+    return loader
 
 
 def source_files(section: DataLoaderSection) -> list[DataFile]:

@@ -1,9 +1,9 @@
-"""The interface of a data loader, and the samples it may yield."""
+"""The interfaces of data loaders, and the samples they may yield."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from launcher.config.schema import DataLoaderSection, DatasetSection
 from launcher.data.files import DataFile
+from launcher.data.rows import RowDataset
 from launcher.data.tally import Tally
 
 Log = Callable[[str], None]
@@ -40,9 +41,18 @@ class Recipe:
 
     section: DatasetSection
     tokenizer: Any
+    """None where the data are tokens already."""
     seq_length: int
     cache_dir: Path
     log: Log
+    model_config: Mapping[str, Any] = field(default_factory=dict)
+    """The config.json of the model, for the ids of its special tokens."""
+
+    @property
+    def loader(self) -> DataLoaderSection:
+        """The section of the one data loader."""
+        assert isinstance(self.section.data_loader, DataLoaderSection)
+        return self.section.data_loader
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,5 +71,18 @@ class DataLoader(Generic[SampleT]):
     from one stream of tokens."""
     unit: str = "documents"
     """What its samples are, for log lines."""
+    paths_key: str = "dataset_dir"
+    """The key that a user sets to name the files."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowLoader:
+    """How one `data_loader.type` opens files that hold tokens already: they are read in place."""
+
+    prepare: Callable[[Recipe], str]
+    """Check the files, and make in `cache_dir` what `open` needs; called on one rank of each file
+    system. The result is passed to `open` on every rank of it. Raises UserError."""
+    open: Callable[[Recipe, str], RowDataset]
+    """The rows, memory-mapped. Called on every rank."""
     paths_key: str = "dataset_dir"
     """The key that a user sets to name the files."""

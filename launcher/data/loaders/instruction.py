@@ -25,7 +25,7 @@ def _read_file(
 def _tokenize(
     conversations: Iterable[Conversation], recipe: Recipe, tally: Tally
 ) -> Iterator[TokenBatch]:
-    strictness = Strictness(strict=recipe.section.data_loader.strict_fields, tally=tally)
+    strictness = Strictness(strict=recipe.loader.strict_fields, tally=tally)
     for samples in tokenize_conversations(
         conversations, recipe.tokenizer, recipe.log, strictness, recipe.seq_length
     ):

@@ -1,0 +1,108 @@
+"""Rows: what a model is trained on, whatever the files they come from.
+
+Owns the interface between the sources of rows and everything after them (order, batches, loss).
+Invariants: a dataset is equal on every rank; a row is a pure function of its index; labels are
+shifted (labels[t] is the token after input_ids[t]).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+from xxhash import xxh3_128
+
+from launcher.errors import UserError
+
+NO_TARGET = -100
+"""The label of a position without a target."""
+COUNTED_AT_ONCE = 1 << 20
+"""Rows whose counts are in memory at one time."""
+
+Ints = npt.NDArray[np.int64]
+
+
+class Row(NamedTuple):
+    """One row: int64 arrays of seq_length; the last two are None where a row is one document."""
+
+    input_ids: Ints
+    labels: Ints
+    position_ids: Ints | None
+    document_ids: Ints | None
+
+
+class Counts(NamedTuple):
+    """Of some rows: int64 arrays with one entry for each."""
+
+    targets: Ints
+    """Labels other than NO_TARGET."""
+    tokens: Ints
+    """Tokens without padding."""
+
+
+class Rows(Protocol):
+    """A source of rows."""
+
+    def __len__(self) -> int: ...
+    def row(self, index: int) -> Row: ...
+    def counts(self, indices: Ints) -> Counts: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowDataset:
+    """The rows of a dataset."""
+
+    rows: Rows
+    seq_length: int
+    packed: bool
+    """Whether a row may have several documents."""
+    content: str
+    """Hash of what decides the rows, apart from the two fields above."""
+    largest_token: int | None = None
+    """The largest token id, which must be within the model's vocabulary. None: not known, each row
+    is checked when it is read."""
+    vocab_size: int | None = None
+    """Tokens of the model's vocabulary; None: rows are not checked."""
+    name: str = "the dataset"
+    """What error messages call it."""
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def fingerprint(self) -> str:
+        """What a resumed run compares: the content, and how it is cut into rows."""
+        return xxh3_128(f"{self.content}/{self.seq_length}/{self.packed}".encode()).hexdigest()
+
+    def counts(self, indices: Ints) -> Counts:
+        """Targets and tokens of the rows `indices` (int64 [n])."""
+        return self.rows.counts(indices)
+
+    def total_targets(self) -> int:
+        """Targets of all rows."""
+        firsts = range(0, len(self), COUNTED_AT_ONCE)
+        parts = (np.arange(first, min(first + COUNTED_AT_ONCE, len(self))) for first in firsts)
+        return sum(int(self.counts(part).targets.sum()) for part in parts)
+
+    def row(self, index: int) -> Row:
+        """One row, 0 <= index < len. Raises UserError for a token outside the vocabulary."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
+        row = self.rows.row(index)
+        if self.vocab_size is not None and self.largest_token is None:
+            self._check_tokens(row, index, self.vocab_size)
+        return row
+
+    def _check_tokens(self, row: Row, index: int, vocab_size: int) -> None:
+        tokens = row.input_ids
+        targets = row.labels[row.labels != NO_TARGET]
+        largest = max(int(tokens.max()), int(targets.max(initial=0)))
+        smallest = min(int(tokens.min()), int(targets.min(initial=0)))
+        if smallest < 0 or largest >= vocab_size:
+            raise UserError(
+                f"row {index} of {self.name} has token {smallest if smallest < 0 else largest}",
+                rule=f"the vocabulary of the model has {vocab_size} tokens, numbered from 0",
+                advice="Use data that was tokenized with the tokenizer of the model",
+            )
