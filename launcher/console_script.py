@@ -23,6 +23,7 @@ TOOLS = {
     "convert_back": "safetensors_to_ckpt",
     "convert_weight": "convert_weight",
     "diff": "diff",
+    "inspect_data": "inspect_data",
     "list": "list_checkpoints",
     "merge": "unified_safetensors",
     "merge_strategy": "merge_strategy",

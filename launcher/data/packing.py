@@ -37,8 +37,10 @@ PLAN_ARRAYS = ("row_starts", "samples", "target_counts", "token_counts")
 class StreamRows:
     """The stream of all documents, cut every `seq_length` tokens on the fly."""
 
+    cuts_documents = False
+
     def __init__(self, store: TokenStore, seq_length: int, pad_token: int) -> None:
-        self._store, self._seq_length, self._pad_token = store, seq_length, pad_token
+        self.documents, self._seq_length, self._pad_token = store, seq_length, pad_token
         tokens = len(store.tokens)
         count = max(0, -(-(tokens - 1) // seq_length))  # a last token alone predicts nothing
         self.token_counts = np.full(count, seq_length, dtype=np.int64)
@@ -56,7 +58,7 @@ class StreamRows:
 
     def row(self, index: int) -> Row:
         length = self._seq_length
-        tokens, starts = self._store.tokens, self._store.starts
+        tokens, starts = self.documents.tokens, self.documents.starts
         begin = index * length
         piece = tokens[begin : begin + length + 1].astype(np.int64)
         first, last = (
@@ -78,6 +80,9 @@ class StreamRows:
 class SampleRows:
     """Complete samples in rows, by a plan of `plan_rows`."""
 
+    cuts_documents = True
+    """Whether what a row has no room for is lost."""
+
     def __init__(
         self,
         store: TokenStore,
@@ -87,7 +92,7 @@ class SampleRows:
         *,
         packed: bool,
     ) -> None:
-        self._store, self._plan, self._packed = store, plan, packed
+        self.documents, self._plan, self._packed = store, plan, packed
         self._seq_length, self._pad_token = seq_length, pad_token
         self.target_counts = plan.target_counts
         self.token_counts = plan.token_counts
@@ -99,7 +104,7 @@ class SampleRows:
         return Counts(self.target_counts[indices], self.token_counts[indices])
 
     def row(self, index: int) -> Row:
-        length, store = self._seq_length, self._store
+        length, store = self._seq_length, self.documents
         input_ids = np.full(length, self._pad_token, dtype=np.int64)
         labels = np.full(length, NO_TARGET, dtype=np.int64)
         begins = []
