@@ -29,6 +29,7 @@ TOOLS = {
     "merge_strategy": "merge_strategy",
     "msrun": "msrun",
     "slice": "slice_safetensors",
+    "tokenize": "tokenize",
     "verify": "verify",
 }
 """Word after `slipway` to the module of `launcher.tools`, whose own name is accepted too."""

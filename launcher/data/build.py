@@ -252,12 +252,13 @@ def _settings(recipe: Recipe) -> dict[str, Any]:
         "packing": recipe.section.packing,
         # A stream is cut into rows when it is read, so that one folder serves every length.
         "seq_length": None if _is_stream(recipe) else recipe.seq_length,
-        "tokenizer": _tokenizer_hash(tokenizer),
+        "tokenizer": tokenizer_hash(tokenizer),
         "chat_template": getattr(tokenizer, "chat_template", None) or DEFAULT_CHAT_TEMPLATE,
     }
 
 
-def _tokenizer_hash(tokenizer: Any) -> str:
+def tokenizer_hash(tokenizer: Any) -> str:
+    """A hash of everything that decides the tokens of a text."""
     if getattr(tokenizer, "is_fast", False):
         content = backend_of(tokenizer).to_str()
     else:
