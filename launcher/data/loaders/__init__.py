@@ -19,6 +19,7 @@ from launcher.data.loaders.base import DataLoader, RowLoader
 from launcher.data.loaders.instruction import INSTRUCTION_LOADER
 from launcher.data.loaders.text import TEXT_LOADER
 from launcher.data.loaders.text_column import TEXT_COLUMN_LOADER
+from launcher.data.progress import active_meter
 from launcher.data.tally import Tally
 from launcher.errors import UserError
 from launcher.extensions import ROW_LOADERS, required
@@ -68,7 +69,13 @@ def read_samples(
 ) -> Iterator[Any]:
     """The samples of `files`, at most `num_samples`; how many is counted in `tally`."""
     read_file = loader_of(section).read_file
-    found = (sample for file in files for sample in read_file(file.path, section, cache_dir, tally))
-    for sample in islice(found, section.num_samples):
+
+    def all_samples() -> Iterator[Any]:
+        for file in files:
+            yield from read_file(file.path, section, cache_dir, tally)
+            if (meter := active_meter()) is not None:
+                meter.finish_file(file.size)
+
+    for sample in islice(all_samples(), section.num_samples):
         tally.documents += 1
         yield sample
