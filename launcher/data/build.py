@@ -372,4 +372,3 @@ def _nothing_to_train_on(
         nearest=f"The first file is {files[0].path}",
         advice="; ".join(metadata["warnings"]) or "Look into the files",
     )
-

@@ -36,8 +36,6 @@ PART_TOKENS = 1 << 25
 _READ_AT_ONCE = 1 << 24
 
 Tokens = npt.ArrayLike
-Progress = Callable[[int, int], None]
-"""Called with (documents, tokens) done so far."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +61,7 @@ class Written:
     """Documents that an earlier run had done."""
 
 
-def write_corpus(corpus: Corpus, *, overwrite: bool, progress: Progress) -> Written:
+def write_corpus(corpus: Corpus, *, overwrite: bool) -> Written:
     """Write the dataset of a corpus. Raises UserError where one of that name exists."""
     _check_new(corpus.prefix, overwrite=overwrite)
     folder = Path(f"{corpus.prefix}.parts")
@@ -72,7 +70,6 @@ def write_corpus(corpus: Corpus, *, overwrite: bool, progress: Progress) -> Writ
     with closing(parts):
         for batch in corpus.batches(parts.samples):
             parts.add(batch)
-            progress(parts.samples, parts.tokens)
         parts.end()
     with IndexedWriter(corpus.prefix, dtype=corpus.dtype) as writer:
         for path in parts.paths():

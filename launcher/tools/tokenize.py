@@ -11,8 +11,8 @@ is read back before it gets its name.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,9 @@ from launcher.tools.command import Parser, answer, count
 if TYPE_CHECKING:
     from launcher.data.files import DataFile
     from launcher.data.loaders.base import Recipe
-    from launcher.data.tokenized_corpus import Progress
+    from launcher.data.progress import Meter, OnProgress
+    from launcher.data.tally import Tally
+    from launcher.data.tokenized_corpus import Corpus
 
 TYPES = ("TextDataLoader", "HFDataLoader", "MindDataset")
 RECORD_ENDINGS = (".json", ".jsonl", ".parquet")
@@ -67,11 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _tokenize(options: argparse.Namespace, console: Console) -> int:
     from launcher.data.tokenized_corpus import write_corpus
 
-    started = time.monotonic()
     corpus, tally = _corpus(options, console)
-    written = write_corpus(
-        corpus, overwrite=options.overwrite, progress=_progress(console, started)
-    )
+    written = write_corpus(corpus, overwrite=options.overwrite)
     for line in tally.warnings():
         console.log(line)
     if written.continued_after:
@@ -83,11 +82,12 @@ def _tokenize(options: argparse.Namespace, console: Console) -> int:
     return EXIT_OK
 
 
-def _corpus(options: argparse.Namespace, console: Console) -> tuple[Any, Any]:
+def _corpus(options: argparse.Namespace, console: Console) -> tuple[Corpus, Tally]:
     """The corpus of a command line, and the counts of what is left out."""
     import numpy as np
 
     from launcher.data.megatron.writer import token_dtype
+    from launcher.data.progress import Meter
     from launcher.data.tally import Tally
     from launcher.data.tokenized_corpus import Corpus
 
@@ -106,8 +106,10 @@ def _corpus(options: argparse.Namespace, console: Console) -> tuple[Any, Any]:
         "tokenizer": _tokenizer_key(recipe.tokenizer),
     }
 
+    meter = Meter("tokenize", sum(file.size for file in files), _shown(console))
+
     def batches(done: int) -> Iterator[list[Any]]:
-        return _batches(recipe, files, done, tally)
+        return _batches(recipe, files, done, tally, meter)
 
     return Corpus(prefix=options.output_prefix, dtype=dtype, job=job, batches=batches), tally
 
@@ -146,6 +148,7 @@ def _recipe(options: argparse.Namespace, kind: str, console: Console) -> Recipe:
         seq_length=0,
         cache_dir=options.output_prefix.parent / ".tokenize_cache",
         log=console.log,
+        workers=options.workers or os.cpu_count() or 1,
     )
 
 
@@ -162,6 +165,11 @@ def _tokenizer(folder: Path) -> Any:
     return AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
+def _shown(console: Console) -> OnProgress:
+    """Progress as a line of the console."""
+    return lambda progress: console.progress(f"{progress.gerund}: {progress.detail}")
+
+
 def _tokenizer_key(tokenizer: Any) -> str | None:
     from launcher.data.build import tokenizer_hash
 
@@ -174,30 +182,23 @@ def _files(recipe: Recipe) -> list[DataFile]:
     return source_files(recipe.loader)
 
 
-def _batches(recipe: Recipe, files: list[DataFile], done: int, tally: Any) -> Iterator[list[Any]]:
+def _batches(
+    recipe: Recipe, files: list[DataFile], done: int, tally: Tally, meter: Meter
+) -> Iterator[list[Any]]:
     """The tokens of all documents after the first `done`."""
-    from itertools import islice
+    import numpy as np
 
-    from launcher.data.loaders import loader_of, read_samples
+    from launcher.data.progress import counting_bytes
+    from launcher.data.tokenizing import encoded_chunks
 
-    samples = read_samples(recipe.loader, files, recipe.cache_dir, tally)
-    for batch in loader_of(recipe.loader).tokenize(islice(samples, done, None), recipe, tally):
-        yield list(batch.tokens)
-
-
-def _progress(console: Console, started: float) -> Progress:
-    """A progress line: documents, tokens, tokens per second of this run."""
-    first: list[int] = []
-
-    def report(documents: int, tokens: int) -> None:
-        if not first:
-            first.append(tokens)
-        speed = (tokens - first[0]) / max(time.monotonic() - started, 1e-9)
-        console.progress(
-            f"tokenizing: {documents:,} documents, {tokens:,} tokens, {speed:,.0f} tokens/s"
-        )
-
-    return report
+    total = sum(file.size for file in files)
+    with counting_bytes(meter):
+        for chunk, encoded in encoded_chunks(recipe, files, total, meter.tick, skip=done):
+            tally.merge(chunk.counted)
+            tally.merge(encoded.tally)
+            meter.tokens += len(encoded.tokens)
+            meter.tick()
+            yield np.split(encoded.tokens, np.cumsum(encoded.lengths)[:-1]) if chunk.samples else []
 
 
 if __name__ == "__main__":
