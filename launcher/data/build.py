@@ -265,6 +265,7 @@ def _open(folder: Path, recipe: Recipe) -> RowDataset:
         packed=recipe.section.packing,
         content=metadata["content"],
         largest_token=metadata["largest_token"],
+        cached_in=str(folder),
     )
 
 
@@ -371,4 +372,3 @@ def _nothing_to_train_on(
         nearest=f"The first file is {files[0].path}",
         advice="; ".join(metadata["warnings"]) or "Look into the files",
     )
-

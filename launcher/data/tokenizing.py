@@ -58,7 +58,9 @@ def tokenize_files(
 def worker_count(recipe: Recipe, total_bytes: int) -> int:
     """Processes that tokenize data of this size; 1: this one alone."""
     samples = recipe.loader.num_samples
-    in_python = loader_of(recipe.loader).has_targets or not getattr(recipe.tokenizer, "is_fast", False)
+    in_python = loader_of(recipe.loader).has_targets or not getattr(
+        recipe.tokenizer, "is_fast", False
+    )
     is_small = total_bytes < (SLOW_BYTES if in_python else FAST_BYTES)
     if is_small or (samples is not None and samples < FEW_SAMPLES):
         return 1
