@@ -4,9 +4,9 @@
     others   read it, show it, and wait; no collective runs, so that none can time out
 
 Owns the heartbeat. Invariants: the wait has no limit while the heartbeats of all leaders go on;
-when one stops for `SILENCE_SECONDS` (its process was stopped or hangs, its machine has failed), every
-rank that waits raises an error which names it; an error of the work is the same on every rank, as
-everywhere (`all_ranks`). A leader that is killed ends all ranks within seconds (`peers`).
+when one stops for `SILENCE_SECONDS` (its process was stopped or hangs, its machine has failed),
+every rank that waits raises an error which names it; an error of the work is the same on every
+rank, as everywhere (`all_ranks`). A leader that is killed ends all ranks within seconds (`peers`).
 """
 
 from __future__ import annotations
