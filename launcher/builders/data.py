@@ -2,34 +2,61 @@
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from launcher.builders.job import Job
-from launcher.config.schema import DatasetSection
+from launcher.config.schema import Config, DatasetSection
 from launcher.data.build import build_dataset
 from launcher.data.loader import Batch, evaluation_batches
 from launcher.data.loaders import row_loader_of
+from launcher.data.progress import FIRST_SECONDS, Progress
 from launcher.data.rows import RowDataset
+from launcher.environment import has_own_log
 from launcher.errors import UserError
 from launcher.parallel.filesystems import find_filesystem_groups
+from launcher.parallel.long_work import LongWork
+from launcher.report.console import Console, logger
+from launcher.report.progress import bar
 from models.positions import row_length
+
+MAX_WORKERS = 16
+"""Processes that tokenize where the configuration does not say; each takes some hundred MB."""
+PLAIN_SECONDS = 5.0
+"""Between lines of progress where the console is no terminal."""
+LOG_SECONDS = 15.0
+"""Between lines of progress in the log file."""
 
 
 def open_dataset(job: Job, section: DatasetSection) -> RowDataset:
-    """The rows of a data section; one rank of each file system prepares them in `dataset_cache`."""
+    """The rows of a data section; one rank of each file system prepares them in the cache, while
+    the others wait and say how far it is."""
     assert not isinstance(section.data_loader, list)  # mixtures are not built yet
-    cache_dir, world = job.output_dir / "dataset_cache", job.world.with_long_timeout()
+    cache_dir, world = cache_folder(job.config), job.world.with_long_timeout()
     filesystems = find_filesystem_groups(cache_dir, world, "the data cache could not be opened")
+    shown = _Shown(job, "eval_dataset" if section is job.config.eval_dataset else "train_dataset")
+    work = LongWork(world, filesystems, what=f"prepare {shown.name}", on_wait=shown.waiting)
+
+    def on_progress(progress: Progress) -> None:
+        work.report(f"{progress.verb} {shown.name}: {progress.detail}")
+        shown.working(progress)
+
     dataset = build_dataset(
         section,
         tokenizer=None if row_loader_of(section.data_loader) else job.tokenizer,
         seq_length=seq_length(job, section),
         cache_dir=cache_dir,
-        once=lambda prepare: filesystems.on_own(world, "", prepare),
-        log=job.log,
+        once=work.on_own,
+        log=shown.log,
+        on_progress=on_progress,
+        workers=_workers(section),
+        max_cache_bytes=_max_bytes(job.config),
         model_config=job.spec.hf_config,
     )
+    shown.end()
     if filesystems.are_several:
         _check_same(world.gather(dataset.content))
     vocabulary = job.spec.hf_config.get("vocab_size")
@@ -40,6 +67,61 @@ def open_dataset(job: Job, section: DatasetSection) -> RowDataset:
             advice="Use the tokenizer of the model",
         )
     return replace(dataset, vocab_size=vocabulary)
+
+
+class _Shown:
+    """What this rank shows of the preparation of a data section: on the console of the main rank,
+    and of a rank with a log of its own; and in its log file."""
+
+    def __init__(self, job: Job, name: str) -> None:
+        self.name = name
+        self._console = job.console
+        if has_own_log() and not job.world.is_main:
+            self._console = Console(enabled=True)
+        self._began = time.monotonic()
+        self._logged: float | None = None
+
+    def log(self, text: str) -> None:
+        """A line, when the progress before it is done."""
+        self._console.end_progress()
+        self._console.log(text)
+
+    def working(self, progress: Progress) -> None:
+        """The progress of this rank's own work."""
+        part = f"{bar(progress.fraction)} " if progress.fraction is not None else ""
+        self._show(f"{part}{progress.gerund} {self.name}: {progress.detail}")
+
+    def waiting(self, rank: int, status: str) -> None:
+        """That this rank waits for another one."""
+        if time.monotonic() - self._began >= FIRST_SECONDS:
+            self._show(f"waiting for rank {rank} to {status or f'prepare {self.name}'}")
+
+    def end(self) -> None:
+        """Nothing more is shown."""
+        self._console.end_progress()
+
+    def _show(self, text: str) -> None:
+        self._console.progress(text, plain_seconds=PLAIN_SECONDS)
+        now = time.monotonic()
+        if self._logged is None or now - self._logged >= LOG_SECONDS:
+            self._logged = now
+            logger.info(text)
+
+
+def cache_folder(config: Config) -> Path:
+    """The folder of the data cache."""
+    return Path(config.data_cache.dir or Path(config.output_dir) / "dataset_cache")
+
+
+def _workers(section: DatasetSection) -> int:
+    """Processes that may tokenize on a machine; each of its ranks but one waits meanwhile."""
+    processors = len(os.sched_getaffinity(0))
+    return min(section.num_parallel_workers or MAX_WORKERS, processors)
+
+
+def _max_bytes(config: Config) -> int | None:
+    size = config.data_cache.max_gb
+    return None if size is None else int(size * 1e9)
 
 
 def _check_same(contents: Sequence[str]) -> None:

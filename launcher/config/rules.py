@@ -88,6 +88,20 @@ RULES: tuple[Rule, ...] = (
     model.model,
 )
 
+DATA_RULES: tuple[Rule, ...] = (
+    paths.run_mode,
+    parallel.rows,
+    training.evaluation_in_training,
+    paths.datasets,
+    paths.tokenizer,
+    tokenizer.tokenizer_files,
+    paths.named_paths,
+    placeholders.hub_files,
+    placeholders.data_files,
+    model.model,
+)
+"""Those of `--prepare_data`, which needs neither weights nor the processes of the run."""
+
 
 @dataclass(frozen=True)
 class _Known:
@@ -106,6 +120,7 @@ def check(
     *,
     world: int | None,
     bad_keys: frozenset[str] = frozenset(),
+    rules: tuple[Rule, ...] = RULES,
 ) -> list[Problem]:
     """Every problem that the rules find. `world`: number of processes, None before the start."""
     subject = Check(config=config, provenance=provenance, world_size=world)
@@ -113,7 +128,7 @@ def check(
     if with_nul := list(_nul_characters(subject)):
         return with_nul  # the system raises ValueError for such a path
     found: list[Problem] = []
-    for rule in RULES:
+    for rule in rules:
         try:
             found += [problem for problem in rule(subject) if not _follows(problem, known)]
         except OSError as error:

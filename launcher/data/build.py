@@ -265,6 +265,7 @@ def _open(folder: Path, recipe: Recipe) -> RowDataset:
         packed=recipe.section.packing,
         content=metadata["content"],
         largest_token=metadata["largest_token"],
+        cached_in=str(folder),
     )
 
 

@@ -1,7 +1,7 @@
 """The folders of the data cache: who makes one, who uses one, and which are deleted.
 
     KEY/             one dataset, complete: renamed from its temporary name
-    KEY/in_use       locked (shared) by every process that reads it; its time is that of the last use
+    KEY/in_use       locked (shared) by every process that reads it; its time: the last use
     .KEY.lock        locked (exclusive) by the job that makes KEY; the others wait
     .KEY.*.tmp       what that job has written so far
 
@@ -93,9 +93,7 @@ def only_maker(
             os.close(descriptor)
 
 
-def _locked(
-    path: Path, is_made: Callable[[], bool], waits: Callable[[str], None]
-) -> int | None:
+def _locked(path: Path, is_made: Callable[[], bool], waits: Callable[[str], None]) -> int | None:
     """A locked descriptor of `path`; None where there are no locks, or nothing is left to do."""
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)

@@ -94,7 +94,9 @@ def _read_memo(cache_dir: Path) -> dict[str, tuple[str, Status]]:
     """The entries of the memo; a damaged one is empty."""
     try:
         entries: Any = json.loads((cache_dir / MEMO).read_text())
-        return {str(path): (str(digest), list(status)) for path, (digest, status) in entries.items()}
+        return {
+            str(path): (str(digest), list(status)) for path, (digest, status) in entries.items()
+        }
     except (OSError, ValueError, AttributeError, TypeError):
         return {}
 

@@ -47,7 +47,7 @@ def open_file(path: Path) -> IO[bytes]:
     if not is_compressed:
         return counted
     unpacked = gzip.GzipFile(fileobj=counted, mode="rb")
-    unpacked.myfileobj = counted  # closed together with it
+    cast(Any, unpacked).myfileobj = counted  # closed together with it
     return cast(IO[bytes], unpacked)
 
 

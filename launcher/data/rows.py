@@ -67,6 +67,8 @@ class RowDataset:
     """Tokens of the model's vocabulary; None: rows are not checked."""
     name: str = "the dataset"
     """What error messages call it."""
+    cached_in: str = ""
+    """The folder of the data cache with its tokens; empty where they are read in place."""
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -21,8 +21,8 @@ from launcher.data.store import TokenWriter
 from launcher.data.tally import Tally
 from launcher.data.workers import CannotStart, Workers
 
-SLOW_BYTES = 8_000_000
-FAST_BYTES = 128_000_000
+SLOW_BYTES = 16_000_000
+FAST_BYTES = 64_000_000
 """Data from which several processes are used. A process takes seconds to start, in which Python
 renders and tokenizes some megabytes, and a tokenizer in Rust, which has threads, far more."""
 FEW_SAMPLES = 10_000
@@ -59,10 +59,9 @@ def tokenize_files(
 def worker_count(recipe: Recipe, total_bytes: int) -> int:
     """Processes that tokenize data of this size; 1: this one alone."""
     samples = recipe.loader.num_samples
-    in_python = loader_of(recipe.loader).has_targets or not getattr(
-        recipe.tokenizer, "is_fast", False
-    )
-    is_small = total_bytes < (SLOW_BYTES if in_python else FAST_BYTES)
+    is_fast = getattr(recipe.tokenizer, "is_fast", False)
+    is_slow = loader_of(recipe.loader).has_targets or not is_fast
+    is_small = total_bytes < (SLOW_BYTES if is_slow else FAST_BYTES)
     if is_small or (samples is not None and samples < FEW_SAMPLES):
         return 1
     return recipe.workers

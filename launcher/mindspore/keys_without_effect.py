@@ -160,7 +160,6 @@ KEYS_WITHOUT_EFFECT: dict[str, dict[str, dict[str, Any]]] = {
             "construct_args_key": list[str] | None,
         },
         "rows are prepared once and memory-mapped": {
-            "num_parallel_workers": int,
             "python_multiprocessing": bool,
             "numa_enable": bool,
             "prefetch_size": int,

@@ -3,10 +3,10 @@
     leader   runs the work; a thread writes `{"beat": n, "status": ...}` to the store every second
     others   read it, show it, and wait; no collective runs, so that none can time out
 
-Owns the heartbeat. Invariants: the wait has no limit while the heartbeats of all leaders go on; when
-one stops for `SILENCE_SECONDS` (its process was stopped or hangs, its machine has failed), every
-rank that waits raises an error which names it; an error of the work is the same on every rank, as
-everywhere (`all_ranks`). A leader that is killed ends all ranks within seconds (`peers`).
+Owns the heartbeat. Invariants: the wait has no limit while the heartbeats of all leaders go on;
+when one stops for `SILENCE_SECONDS` (its process was stopped or hangs, its machine has failed),
+every rank that waits raises an error which names it; an error of the work is the same on every
+rank, as everywhere (`all_ranks`). A leader that is killed ends all ranks within seconds (`peers`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import itertools
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, cast
 
@@ -34,6 +34,8 @@ from launcher.parallel.world import World
 
 BEAT_SECONDS = 1.0
 POLL_SECONDS = 0.25
+FIRST_POLL_SECONDS = 0.01
+"""Data from the cache is there at once."""
 SILENCE_SECONDS = 180.0
 """Without a heartbeat. A leader may hold the interpreter for long, as while it parses one JSON text
 of some gigabytes."""
@@ -75,7 +77,8 @@ class LongWork:
         if world.rank in leaders:
             with self._beating(store):
                 outcome = capture_error(fn, *args, **kwargs)
-        _Wait(store, leaders, world.rank, self._what).until_done(self._on_wait)
+        others = [leader for leader in leaders if leader != world.rank]
+        _Wait(store, others, self._what).until_done(self._on_wait)
         results = raise_if_any_failed(world, outcome)
         if not filesystems.groups:
             return results[0]
@@ -118,43 +121,42 @@ class _Wait:
     after minutes or never.
     """
 
-    def __init__(self, store: dist.Store, leaders: Sequence[int], rank: int, what: str) -> None:
-        self._store, self._rank, self._what = store, rank, what
+    def __init__(self, store: dist.Store, leaders: Sequence[int], what: str) -> None:
+        self._store, self._what = store, what
         self._waiting = {leader: _Beat() for leader in leaders}
         self._lost = ""
         self._is_over = False
+        self._read_at = time.monotonic()
         self._changed = threading.Condition()
 
     def until_done(self, on_wait: OnWait) -> None:
         """Return when all leaders are done. Raises UserError."""
         threading.Thread(target=self._read, name="waiting", daemon=True).start()
         try:
-            while self._waiting:
+            while True:
                 with self._changed:
+                    if not self._waiting:
+                        return
                     self._changed.wait(POLL_SECONDS)
-                    self._check()
-                    first = next(iter(self._waiting.items()), None)
-                if first is not None and first[0] != self._rank:
-                    on_wait(first[0], first[1].status)
+                    lost = self._lost
+                    waiting = dict(self._waiting)
+                self._check(waiting, lost)
+                for leader in itertools.islice(waiting, 1):
+                    on_wait(leader, waiting[leader].status)
         finally:
             self._is_over = True
 
-    def _check(self) -> None:
+    def _check(self, waiting: Mapping[int, _Beat], lost: str) -> None:
         now = time.monotonic()
-        for leader, beat in self._waiting.items():
+        for leader, beat in waiting.items():
             if beat.ended_by:
                 raise self._failed(leader, f"has ended by {beat.ended_by}")
             if now - beat.at > SILENCE_SECONDS:
-                raise self._failed(leader, f"gave no sign of life for {now - beat.at:.0f} s")
-        if self._lost:
-            self._changed.release()
-            try:
-                time.sleep(LOST_SECONDS)
-            finally:
-                self._changed.acquire()
-            raise self._failed(
-                next(iter(self._waiting), 0), f"has ended, or rank 0 ({self._lost})"
-            )
+                both = ", and neither did rank 0" if now - self._read_at > SILENCE_SECONDS else ""
+                raise self._failed(leader, f"gave no sign of life for {now - beat.at:.0f} s{both}")
+        if lost and waiting:
+            time.sleep(LOST_SECONDS)
+            raise self._failed(next(iter(waiting)), f"has ended, or rank 0 has ({lost})")
 
     def _failed(self, leader: int, how: str) -> UserError:
         return UserError(
@@ -165,21 +167,26 @@ class _Wait:
         )
 
     def _read(self) -> None:
+        pause = FIRST_POLL_SECONDS
         while self._waiting and not self._is_over:
             for leader in list(self._waiting):
                 try:
-                    if not self._store.check([str(leader)]):
-                        continue
-                    found = json.loads(self._store.get(str(leader)))
+                    found = self._read_one(str(leader))
                 except RuntimeError as error:
                     with self._changed:
                         self._lost = str(error).splitlines()[0]
                         self._changed.notify()
                     return
-                with self._changed:
-                    self._take(leader, found)
-                    self._changed.notify()
-            time.sleep(POLL_SECONDS)
+                self._read_at = time.monotonic()
+                if found:
+                    with self._changed:
+                        self._take(leader, found)
+                        self._changed.notify()
+            time.sleep(pause)
+            pause = min(2 * pause, POLL_SECONDS)
+
+    def _read_one(self, key: str) -> dict[str, Any] | None:
+        return json.loads(self._store.get(key)) if self._store.check([key]) else None
 
     def _take(self, leader: int, found: dict[str, Any]) -> None:
         if found["end"] == "done":

@@ -254,6 +254,8 @@ def named_paths(check: Check) -> Iterator[KeyProblem]:
         )
     if Path(config.output_dir).is_file():
         yield check.wrong("output_dir", "must be a directory, this is a file")
+    if config.data_cache.dir and Path(config.data_cache.dir).is_file():
+        yield check.wrong("data_cache.dir", "must be a directory, this is a file")
     prompt = config.input_data
     for text in [prompt] if isinstance(prompt, str) else prompt or ():
         if wrong := lone_surrogate(text):

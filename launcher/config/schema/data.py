@@ -93,6 +93,9 @@ class DatasetSection:
     the rest. Samples run on from one epoch into the next either way, none is left out."""
     seed: int | None = effective(None, minimum=0)
     """Seed of the order of the rows. Left out: the top-level seed."""
+    num_parallel_workers: int | None = effective(None, minimum=1)
+    """Processes of each machine that tokenize large data, at most as many as it has processors.
+    Left out: up to 16. The result does not depend on it."""
 
     @property
     def loaders(self) -> dict[str, DataLoaderSection]:
@@ -100,6 +103,17 @@ class DatasetSection:
         if isinstance(self.data_loader, list):
             return {f"data_loader.{i}": source for i, source in enumerate(self.data_loader)}
         return {"data_loader": self.data_loader}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataCacheSection:
+    """`data_cache`: where tokens are kept for later runs."""
+
+    dir: str = ""
+    """Its folder, which several jobs may share. Left out: {output_dir}/dataset_cache."""
+    max_gb: float | None = effective(None, above=0)
+    """Size in 10^9 bytes. When a dataset is added, those that were not used for the longest time
+    are deleted, never one that a running job uses. Left out: nothing is deleted."""
 
 
 @dataclass(frozen=True, kw_only=True)
