@@ -1,24 +1,63 @@
-"""Data of a job: the rows of a data section, their length, and the steps of an epoch."""
+"""Data of a job: the rows of a data section, their length and order, and the steps of an epoch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 
 from launcher.builders.job import Job
+from launcher.builders.mixture import open_mixture
 from launcher.config.schema import DatasetSection
 from launcher.data.build import build_dataset
-from launcher.data.loader import Batch, evaluation_batches
+from launcher.data.joined import joined
+from launcher.data.loader import evaluation_batches
 from launcher.data.loaders import row_loader_of
+from launcher.data.loaders.base import Log
+from launcher.data.mixture import MixtureOrder
+from launcher.data.order import GlobalOrder
 from launcher.data.rows import RowDataset
 from launcher.errors import UserError
 from launcher.parallel.filesystems import find_filesystem_groups
+from launcher.train.evaluate import EvaluationData
 from models.positions import row_length
 
+EVALUATION_SEED = 0
+"""Chooses the rows of `max_samples` in `eval_dataset`: the same in every run, to be compared."""
 
-def open_dataset(job: Job, section: DatasetSection) -> RowDataset:
-    """The rows of a data section; one rank of each file system prepares them in `dataset_cache`."""
-    assert not isinstance(section.data_loader, list)  # mixtures are not built yet
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingData:
+    """The rows that a run trains on, and their order."""
+
+    dataset: RowDataset
+    order: GlobalOrder | MixtureOrder
+    epoch_samples: int
+    """Samples of one epoch."""
+
+
+def open_training_data(job: Job, section: DatasetSection) -> TrainingData:
+    """The data of `train_dataset`. Raises `UserError`."""
+    seed = job.config.seed if section.seed is None else section.seed
+    if isinstance(section.data_loader, list):
+        mixture = open_mixture(section, seed, job.log, partial(open_dataset, job))
+        order = mixture.order()
+        for line in mixture.description(order):
+            job.log(line)
+        return TrainingData(
+            dataset=joined(mixture.datasets, seq_length(job, section)),
+            order=order,
+            epoch_samples=order.epoch_samples,
+        )
+    dataset = open_dataset(job, section, job.log)
+    plain = GlobalOrder(len(dataset), seed, section.data_loader.shuffle)
+    return TrainingData(dataset=dataset, order=plain, epoch_samples=len(dataset))
+
+
+def open_dataset(job: Job, section: DatasetSection, log: Log) -> RowDataset:
+    """The rows of a data section with one data loader; one rank of each file system prepares them
+    in `dataset_cache`. Raises `UserError`."""
+    assert not isinstance(section.data_loader, list)
     cache_dir, world = job.output_dir / "dataset_cache", job.world.with_long_timeout()
     filesystems = find_filesystem_groups(cache_dir, world, "the data cache could not be opened")
     dataset = build_dataset(
@@ -27,7 +66,7 @@ def open_dataset(job: Job, section: DatasetSection) -> RowDataset:
         seq_length=seq_length(job, section),
         cache_dir=cache_dir,
         once=lambda prepare: filesystems.on_own(world, "", prepare),
-        log=job.log,
+        log=log,
         model_config=job.spec.hf_config,
     )
     if filesystems.are_several:
@@ -65,14 +104,22 @@ def steps_per_epoch(rows: int, global_batch: int, *, drop_remainder: bool) -> in
     return max(full + (rest > 0 and not drop_remainder), 1)
 
 
-def evaluation_source(job: Job) -> Callable[[], Iterable[Batch]]:
-    """A function whose every call returns this rank's share of the evaluation data."""
-    assert job.config.eval_dataset is not None
-    dataset = open_dataset(job, job.config.eval_dataset)
-    return lambda: evaluation_batches(
+def evaluation_data(job: Job) -> EvaluationData:
+    """The data of `eval_dataset`: every row once, those of a mixture source after source. Raises
+    `UserError`."""
+    section = job.config.eval_dataset
+    assert section is not None
+    if isinstance(section.data_loader, list):
+        mixture = open_mixture(section, EVALUATION_SEED, job.log, partial(open_dataset, job))
+        dataset = joined(mixture.datasets, seq_length(job, section))
+    else:
+        dataset = open_dataset(job, section, job.log)
+    batches = partial(
+        evaluation_batches,
         dataset,
         job.config.runner_config.batch_size,
         job.mesh.data_parallel,
         job.mesh.data_rank(job.world.rank),
         pin_memory=job.world.device.type == "cuda",
     )
+    return EvaluationData(batches, tuple(source.name for source in dataset.sources))
