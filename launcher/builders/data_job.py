@@ -10,7 +10,6 @@ from launcher.builders.job import Job
 from launcher.config import rules
 from launcher.config.command_line import parse
 from launcher.config.resolve import resolve_command_line
-from launcher.config.schema import DatasetSection
 from launcher.errors import UserError
 from launcher.parallel.world import World
 from launcher.report.console import Console
@@ -33,14 +32,3 @@ def data_job(arguments: Sequence[str], console: Console) -> Job:
         raise UserError(problems)
     alone = World(rank=0, size=1, device=torch.device("cpu"))
     return Job(resolved.config, resolved.provenance, alone, console)
-
-
-def used_sections(job: Job) -> dict[str, DatasetSection]:
-    """The data sections that the mode of the job reads, by name."""
-    config, trains = job.config, job.config.run_mode in ("train", "finetune")
-    sections = {
-        "train_dataset": config.train_dataset if trains else None,
-        "eval_dataset": config.eval_dataset
-        if config.run_mode == "eval" or (trains and config.do_eval) else None,
-    }  # fmt: skip
-    return {name: section for name, section in sections.items() if section is not None}

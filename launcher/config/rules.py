@@ -13,6 +13,7 @@ from pathlib import Path
 from launcher.config.checks import (
     generation,
     memory,
+    mixture,
     model,
     parallel,
     paths,
@@ -74,6 +75,7 @@ RULES: tuple[Rule, ...] = (
     generation.generation_file,
     generation.bad_words,
     paths.datasets,
+    mixture.mixtures,
     paths.tokenizer,
     tokenizer.tokenizer_files,
     paths.named_paths,

@@ -19,6 +19,7 @@ from launcher.report.console import Console
 from launcher.tools.command import Parser, answer, count
 
 if TYPE_CHECKING:
+    from launcher.builders.data import TrainingData
     from launcher.builders.job import Job
     from launcher.data.rows import Row, RowDataset
     from launcher.data.summary import Summary
@@ -52,26 +53,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _inspect(options: argparse.Namespace, command_line: list[str], console: Console) -> int:
-    from launcher.builders.data import open_dataset
-    from launcher.builders.data_job import data_job, used_sections
+    from launcher.builders.data import opened
+    from launcher.builders.data_job import data_job
+    from launcher.config.derived import used_datasets
     from launcher.data.summary import summarize
     from launcher.report import histogram
 
     job = data_job(command_line, console)
     drawn: dict[str, list[Bin]] = {}
-    for name, section in used_sections(job).items():
-        dataset = open_dataset(job, section)
-        summary = summarize(dataset, options.most_documents)
-        drawn[name] = histogram.bins_of(summary.lengths)
-        for line in (*_numbers(name, summary), *histogram.lines(drawn[name], "tokens")):
-            console.log(line)
-        for line in _samples(job, dataset, options.samples):
+    for section_name, section in used_datasets(job.config).items():
+        data = opened(job, section_name, section)
+        for name, dataset in _parts(section_name, data.dataset):
+            summary = summarize(dataset, options.most_documents)
+            drawn[name] = histogram.bins_of(summary.lengths)
+            for line in (*_numbers(name, summary), *histogram.lines(drawn[name], "tokens")):
+                console.log(line)
+        for line in _samples(job, data, options.samples):
             console.log(line)
     path = job.output_dir / PICTURE
     path.parent.mkdir(parents=True, exist_ok=True)
     histogram.draw(drawn, path, "tokens of a document", "documents")
     console.log(f"the lengths as a picture: {path}")
     return EXIT_OK
+
+
+def _parts(name: str, dataset: RowDataset) -> Iterator[tuple[str, RowDataset]]:
+    """A dataset, or those of a mixture, with their names."""
+    if not dataset.sources:
+        yield name, dataset
+    yield from ((f"{name}/{source.name}", source.dataset) for source in dataset.sources)
 
 
 def _numbers(name: str, summary: Summary) -> Iterator[str]:
@@ -106,25 +116,25 @@ def _numbers(name: str, summary: Summary) -> Iterator[str]:
         )
 
 
-def _samples(job: Job, dataset: RowDataset, wanted: int) -> Iterator[str]:
+def _samples(job: Job, data: TrainingData, wanted: int) -> Iterator[str]:
     """The first samples of a run, decoded where there is a tokenizer."""
     from launcher.config.derived import has_tokenizer
 
     folder = job.tokenizer_dir
     tokenizer = job.tokenizer if folder and has_tokenizer(folder) else None
-    for index in range(min(wanted, len(dataset))):
-        row = dataset.row(index)
-        yield from _sample(row, index, tokenizer)
+    for number in range(min(wanted, len(data.dataset))):
+        index = data.order.row(number)
+        yield from _sample(data.dataset.row(index), f"sample {number} (row {index})", tokenizer)
 
 
-def _sample(row: Row, index: int, tokenizer: Any) -> Iterator[str]:
+def _sample(row: Row, name: str, tokenizer: Any) -> Iterator[str]:
     from launcher.data.rows import NO_TARGET
     from launcher.data.summary import documents_of
 
     documents = list(documents_of(row))
     tokens, targets = sum(map(len, documents)), int((row.labels != NO_TARGET).sum())
     shape = f"{tokens:,} tokens, {targets:,} targets, {len(documents)} document(s)"
-    yield f"row {index}: {shape}"
+    yield f"{name}: {shape}"
     left = SHOWN_CHARACTERS
     for number, document in enumerate(documents):
         if number:

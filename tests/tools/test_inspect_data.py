@@ -48,14 +48,14 @@ def test_numbers_of_a_padded_dataset(folder: Path, capsys: pytest.CaptureFixture
     lengths = [len(tokenizer(text)["input_ids"]) + 1 for text in TEXTS]
     inputs = [min(length - 1, 16) for length in lengths]
     lost = sum(max(length - 1 - 16, 0) for length in lengths)
-    said = inspect(capsys)
+    said = inspect(capsys, "--samples", "4")
+    assert said.count("| The ship") == 2
     assert f"rows        {len(TEXTS)} of 16 tokens" in said
     assert f"an epoch    {sum(inputs)} tokens, {sum(inputs)} of them targets" in said
     assert f"padding     {1 - sum(inputs) / (16 * len(TEXTS)):.1%}" in said
     cut = sum(length > 17 for length in lengths)
     assert f"truncated   {cut} of {len(TEXTS)} documents, {lost} tokens" in said
     assert "duplicates  1 documents" in said
-    assert said.count("| The ship") == 2
     assert (folder / "output" / inspect_data.PICTURE).read_bytes().startswith(b"\x89PNG")
 
 
@@ -63,7 +63,7 @@ def test_packed_rows_lose_nothing(folder: Path, capsys: pytest.CaptureFixture[st
     said = inspect(capsys, "train_dataset.packing=True", "--samples", "1")
     assert "truncated   none" in said
     assert "duplicates  1 documents" in said
-    assert said.count("row ") == 1
+    assert said.count("sample ") == 1
 
 
 def test_a_layout_for_many_processes_is_inspected_by_one(

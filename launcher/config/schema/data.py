@@ -27,7 +27,7 @@ class DataLoaderSection:
         ),
         planned=(
             *("TokenFileDataLoader", "BlendedMegatronDatasetDataLoader", "MindDataset"),
-            *("MultiSourceDataLoader", "TFRecordDataset", "ADGenDataLoader", "CLUEDataset"),
+            *("TFRecordDataset", "ADGenDataLoader", "CLUEDataset"),
         ),
     )
     """`TextDataLoader`: text files. `HFDataLoader` (or `CommonDataLoader`): JSONL
@@ -65,16 +65,25 @@ class DataLoaderSection:
 
 @dataclass(frozen=True, kw_only=True)
 class MixtureSourceSection(DataLoaderSection):
-    """One source of a mixture: an entry where `train_dataset.data_loader` is a list."""
+    """One source of a mixture: an entry where `train_dataset.data_loader` is a list. Each sample of
+    a run is from the source that is farthest behind its share: after any number of samples every
+    source is within one sample of it. The order of the list decides nothing."""
 
     name: str = ""
-    """What metrics and messages call the source. Left out: made from its path."""
+    """What metrics, messages and checkpoints call the source: letters, digits, `.`, `_`, `-`. Left
+    out: the end of its path, without the ending of a file."""
     weight: float | None = effective(None, above=0)
-    """Its share of the samples, relative to the weights of the others. Left out: by its size."""
+    """Its share of the samples. If all sources have a weight, relative to the others, and an epoch
+    has as many samples as the sources have rows; if only some have one, a part of 1, and the
+    sources without one divide the rest by their rows and `epochs`. Shares are exact fractions of
+    the decimal numbers, rounded to a denominator of 131072 where theirs is larger. Not in
+    eval_dataset, which reads every row once."""
     epochs: float | None = effective(None, above=0)
-    """Instead of a weight: how often an epoch of the mixture goes through the source."""
+    """Instead of a weight: how often an epoch of the mixture goes through the source, also a
+    fraction. Left out: once."""
     max_samples: int | None = effective(None, minimum=1)
-    """Use at most this many rows of the source."""
+    """Use only so many rows of the source, the same in every epoch: chosen by the seed, or the
+    first ones with `shuffle: False`."""
 
 
 @dataclass(frozen=True, kw_only=True)
