@@ -10,6 +10,7 @@ from launcher.config.draft import Change, Draft, asks_for_nothing, is_from_comma
 from launcher.config.nodes import Node, without
 from launcher.config.schema import DataLoaderSection, info_of
 from launcher.mindspore.keys_not_built import KEYS_NOT_BUILT
+from launcher.mindspore.sections import records
 from launcher.mindspore.sections.values import is_on, mode, names, trains, written
 
 _LOADER = DataLoaderSection.__dataclass_fields__["type"]
@@ -20,6 +21,7 @@ def translate(draft: Draft) -> None:
     """Translate train_dataset, eval_dataset and the tasks around them."""
     for name in ("train_dataset", "eval_dataset"):
         _wrapper(draft, name)
+        records.translate(draft, name)
     if not mode(draft):
         return
     evaluates = mode(draft) == "eval" or (trains(draft) and is_on(draft, "do_eval"))
