@@ -23,8 +23,8 @@ class DataLoaderSection:
             "TextDataLoader",
             "HFDataLoader",
             "InstructionDataLoader",
-            "CommonDataLoader",
             "MindDataset",
+            "CommonDataLoader",
         ),
         planned=(
             *("TokenFileDataLoader", "BlendedMegatronDatasetDataLoader"),
