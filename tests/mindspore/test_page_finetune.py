@@ -1,4 +1,4 @@
-"""The fine-tuning sample of MindFormers' page on safetensors, with its own YAML and MindRecord data.
+"""The fine-tuning sample of MindFormers' page on safetensors, its YAML with MindRecord data.
 
 Its weights are loaded complete, then as the checkpoint of eight ranks; data parallel 2 x model
 parallel 4. Only sizes, paths and the page's own changes are given on the command line.

@@ -17,6 +17,7 @@ Format: mindspore/ccsrc/minddata/mindrecord of MindSpore 2.10, seen in files it 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -33,6 +34,7 @@ NARROWED = {"2.0": False, "3.0": True}
 NUMBERS = {"int32": 4, "int64": 8, "float32": 4, "float64": 8}
 """Types that arrays may have, and their bytes."""
 _TYPES = (*NUMBERS, "string", "bytes")
+_FIELD_NAME = re.compile(r"[0-9a-zA-Z_]+")
 _ENCRYPTED = b"ENCRYPT"
 _MOST_SIZE = 1 << 62
 _COPY = "Copy the file again, or write it again"
@@ -221,6 +223,8 @@ class _Parser:
         return fields, tuple(blobs)
 
     def _field(self, name: str, content: Any) -> Field:
+        if not _FIELD_NAME.fullmatch(name):
+            self.wrong("column", name, "the name of a column has letters, digits and _")
         kind = content.get("type") if isinstance(content, dict) else None
         if not isinstance(kind, str) or kind not in _TYPES:
             self.wrong(f"column {name} of type", kind, f"the types are {', '.join(_TYPES)}")
@@ -242,7 +246,7 @@ class _Parser:
         if (
             not isinstance(names, list)
             or not names
-            or not all(isinstance(name, str) and name == Path(name).name for name in names)
+            or not all(isinstance(name, str) and _is_file_name(name) for name in names)
         ):
             self.wrong("shard_addresses", names, "it lists the names of files")
         if type(shard) is not int or not 0 <= shard < len(names):
@@ -327,6 +331,10 @@ class _Parser:
                        f"{end - first} rows do not fit into its bytes")  # fmt: skip
         return RowGroup(first_row=first, rows=end - first, page=number, blob=place,
                         raw_page=raw_page, raw=raw_place)  # fmt: skip
+
+
+def _is_file_name(name: str) -> bool:
+    return name.isprintable() and bool(name) and name == Path(name).name
 
 
 def nearest_field(name: str, header: Header) -> str:
