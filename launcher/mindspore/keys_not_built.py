@@ -84,6 +84,13 @@ KEYS_NOT_BUILT: dict[str, dict[str, dict[str, tuple[Any, ...]]]] = {
             "config": (dict[str, Any] | None, None),
         },
         "It belongs to TokenFileDataLoader": {"token_dtype": (str | None, None)},
+        "Every row is read, in an order that depends on the seed: remove it": {
+            "sampler": (Any, None),
+            "padded_sample": (Any, None),
+            "num_padded": (int | None, None, 0),
+        },
+        "Rows are memory-mapped: remove it": {"cache": (Any, None)},
+        "Use columns": {"columns_list": (list[str] | None, None)},
     },
     "moe_config": {
         "Describe the experts in model.model_config, by the keys of config.json: remove it": {

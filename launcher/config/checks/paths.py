@@ -21,8 +21,9 @@ from launcher.config.derived import (
 from launcher.config.provenance import KeyProblem
 from launcher.config.schema import DataLoaderSection, DatasetSection
 from launcher.errors import did_you_mean
-from launcher.extensions import TOKENIZER_TYPES
+from launcher.extensions import DATA_CHECKS, TOKENIZER_TYPES, installed
 from launcher.json_text import lone_surrogate
+from models.positions import row_length
 
 NAMES_SHOWN = 5
 """How many names of a directory are listed where none of them is similar."""
@@ -38,6 +39,11 @@ _BY_TYPE = {
     "split": ("HFDataLoader", "CommonDataLoader", "InstructionDataLoader"),
     "format": ("InstructionDataLoader",),
     "strict_fields": ("InstructionDataLoader",),
+    "columns": ("MindDataset",),
+    "labels": ("MindDataset",),
+    "pad_token_id": ("MindDataset",),
+    "ignore_token_id": ("MindDataset",),
+    "eod_token_id": ("MindDataset",),
 }
 
 
@@ -113,7 +119,28 @@ def datasets(check: Check) -> Iterator[KeyProblem]:
 
 def _dataset(check: Check, name: str, section: DatasetSection) -> Iterator[KeyProblem]:
     for key, loader in section.loaders.items():
-        yield from _loader(check, f"{name}.{key}", loader)
+        found = list(_loader(check, f"{name}.{key}", loader))
+        yield from found or _content(check, name, key, section, loader)
+
+
+def _content(
+    check: Check, name: str, key: str, section: DatasetSection, loader: DataLoaderSection
+) -> Iterator[KeyProblem]:
+    """Problems of files that hold tokens already, seen from their headers."""
+    inspect = installed(DATA_CHECKS).get(loader.type)
+    if inspect is None:
+        return
+    spec = check.spec
+    length = section.seq_length or (
+        spec and (spec.seq_length or row_length(spec.family, spec.hf_config))
+    )
+    for inner, problem in inspect(loader, section, length):
+        place = f"{name}.{inner}" if inner in ("seq_length", "packing") else f"{name}.{key}.{inner}"
+        what = f"{problem.where}: {problem.what}" if problem.where else problem.what
+        yield check.wrong(
+            place, problem.rule, what=what, nearest=problem.nearest, advice=problem.advice,
+            also=(f"{name}.{key}.type",),
+        )  # fmt: skip
 
 
 def _loader(check: Check, prefix: str, loader: DataLoaderSection) -> Iterator[KeyProblem]:

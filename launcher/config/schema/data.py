@@ -23,15 +23,17 @@ class DataLoaderSection:
             "TextDataLoader",
             "HFDataLoader",
             "InstructionDataLoader",
+            "MindDataset",
             "CommonDataLoader",
         ),
         planned=(
-            *("TokenFileDataLoader", "BlendedMegatronDatasetDataLoader", "MindDataset"),
+            *("TokenFileDataLoader", "BlendedMegatronDatasetDataLoader"),
             *("TFRecordDataset", "ADGenDataLoader", "CLUEDataset"),
         ),
     )
     """`TextDataLoader`: text files. `HFDataLoader` (or `CommonDataLoader`): JSONL
-    or Parquet with a text column. `InstructionDataLoader`: questions with answers."""
+    or Parquet with a text column. `InstructionDataLoader`: questions with answers. `MindDataset`:
+    rows of tokens in MindRecord files, read in place."""
     dataset_dir: str = ""
     """A file, a folder or a glob. Equal to dataset_files with one entry."""
     dataset_files: str | list[str] | None = None
@@ -49,8 +51,22 @@ class DataLoaderSection:
     (`rejected`, `images`), is an error. False: the record is skipped and counted."""
     split: str = "train"
     """HFDataLoader: the split to read where the source has several."""
+    columns: dict[str, str] | None = None
+    """MindDataset: the columns that are input_ids, labels and loss_mask, by these names. Left out:
+    columns of these names and target_ids, as far as the files have them."""
+    labels: str | None = effective(None, choices=("unshifted", "shifted"))
+    """MindDataset: `unshifted`: labels[t] is input_ids[t] or ignored, so a row has seq_length + 1
+    tokens. `shifted`: labels[t] is the token after input_ids[t]. Left out: seen from the rows."""
+    pad_token_id: int | None = effective(None, minimum=0)
+    """MindDataset: positions with this token do not count for the loss. Left out: that of the
+    model, if it has one."""
+    ignore_token_id: int = -100
+    """MindDataset: labels of this value do not count for the loss (those of -100 never do)."""
+    eod_token_id: int | None = effective(None, minimum=0)
+    """MindDataset: the token that ends a document. Documents of a row are kept apart in attention
+    and positions restart. Left out: a row is one document."""
     num_samples: int | None = effective(None, minimum=1)
-    """Read only this many documents of the source. Left out: all."""
+    """Read only this many documents or rows of the source. Left out: all."""
     shuffle: bool = True
     """Read the rows in a random order that depends on the seed and the epoch."""
 

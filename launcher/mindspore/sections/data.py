@@ -11,6 +11,7 @@ from launcher.config.nodes import Node, without
 from launcher.config.schema import DataLoaderSection, info_of
 from launcher.mindspore.keys_not_built import KEYS_NOT_BUILT
 from launcher.mindspore.sections.sources import translate_sources
+from launcher.mindspore.sections import records
 from launcher.mindspore.sections.values import is_on, mode, names, trains, written
 
 _LOADER = DataLoaderSection.__dataclass_fields__["type"]
@@ -23,6 +24,7 @@ def translate(draft: Draft) -> None:
         _wrapper(draft, name)
         for section in (name, f"{name}_task.dataset_config"):
             translate_sources(draft, section, is_evaluation=name == "eval_dataset")
+        records.translate(draft, name)
     if not mode(draft):
         return
     evaluates = mode(draft) == "eval" or (trains(draft) and is_on(draft, "do_eval"))
