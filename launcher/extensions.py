@@ -145,6 +145,12 @@ CALLBACKS_NOT_BUILT: dict[str, str] = {
 ROW_LOADERS: dict[str, str] = {}
 """Name of a `data_loader.type` whose files hold tokens already: a `RowLoader`."""
 
+PROMPT_TEMPLATES: dict[str, str] = {
+    "mindformers_alpaca": "launcher.mindspore.prompts:ALPACA",
+    "mindformers_code_alpaca": "launcher.mindspore.prompts:CODE_ALPACA",
+}
+"""Name of a `data_loader.prompt_template`: a `PromptTemplate`."""
+
 TOKENIZER_TYPES: dict[str, str] = {
     "Qwen2Tokenizer": "launcher.mindspore.tokenizers.types:qwen2",
     "LlamaTokenizer": "launcher.mindspore.tokenizers.types:llama",

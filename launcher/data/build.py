@@ -47,7 +47,7 @@ from launcher.data.templates import DEFAULT_CHAT_TEMPLATE
 from launcher.data.tokens import backend_of
 from launcher.errors import UserError
 
-CACHE_VERSION = 2
+CACHE_VERSION = 3
 """Part of every key: raise it when the same input would be stored in another way."""
 PROGRESS_SECONDS = 10.0
 LEFTOVER_SECONDS = 86400.0
@@ -215,7 +215,8 @@ def _rows(folder: Path, recipe: Recipe) -> Rows:
 
 def _is_stream(recipe: Recipe) -> bool:
     """Whether documents are one stream of tokens, which is cut into rows when they are read."""
-    return recipe.section.packing and not loader_of(recipe.loader).has_targets
+    usual = "first_fit" if loader_of(recipe.loader).has_targets else "concatenate"
+    return recipe.section.packing and (recipe.section.packing_strategy or usual) == "concatenate"
 
 
 def _pad_token(recipe: Recipe) -> int:
@@ -245,11 +246,16 @@ def _settings(recipe: Recipe) -> dict[str, Any]:
         "paths": loader.paths,
         "suffixes": list(loader.suffixes or ()),
         "text_column": loader.text_column,
+        "record_format": loader.record_format,
+        "column_map": loader.column_map,
+        "transforms": loader.transforms,
+        "prompt_template": loader.prompt_template,
         "format": loader.format,
         "strict_fields": loader.strict_fields,
         "split": loader.split,
         "num_samples": loader.num_samples,
         "packing": recipe.section.packing,
+        "is_stream": _is_stream(recipe),
         # A stream is cut into rows when it is read, so that one folder serves every length.
         "seq_length": None if _is_stream(recipe) else recipe.seq_length,
         "tokenizer": _tokenizer_hash(tokenizer),
