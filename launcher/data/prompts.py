@@ -98,7 +98,7 @@ def tokenize_prompts(
     tokenizer: Any,
     log: Callable[[str], None],
     tally: Tally,
-    seq_length: int,
+    seq_length: int | None,
 ) -> Iterator[list[Sample]]:
     """The samples of prompts, in batches, in order.
 

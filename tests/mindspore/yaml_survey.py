@@ -34,8 +34,10 @@ TOKENIZERS = {
 }
 """Class -> its `vocab_file`; the others have JSON files."""
 
-READERS = frozenset("RGH")
-"""Needs that the readers of data cover."""
+BUILT = frozenset("H")
+"""Needs that are covered: the handlers of HFDataLoader."""
+READERS = frozenset("RG")
+"""Needs that readers of data will cover."""
 
 _NO_CONFIGURATION = (".jenkins", ".readthedocs.yaml", "layer_mapping.yaml")
 _DEGREES = ("data_parallel", "model_parallel", "pipeline_stage", "context_parallel")
@@ -80,7 +82,7 @@ class Known:
     @property
     def level(self) -> int:
         """1: accepted now. 2: with the readers of data. 3: it needs more."""
-        return 1 if not self.needs else 2 if self.needs <= READERS else 3
+        return 1 if self.needs <= BUILT else 2 if self.needs <= BUILT | READERS else 3
 
 
 def known_files() -> dict[str, Known]:

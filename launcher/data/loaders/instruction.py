@@ -48,18 +48,22 @@ def _samples(
 
 def _tokenize(samples: Iterable[Sample], recipe: Recipe, tally: Tally) -> Iterator[TokenBatch]:
     strictness = Strictness(strict=recipe.loader.strict_fields, tally=tally)
+    # A stream has no rows yet, and continues a long sample in the next one.
+    is_stream = recipe.section.packing_strategy == "concatenate"
+    seq_length = None if is_stream else recipe.seq_length
     if recipe.loader.prompt_template:
         prompts = (sample for sample in samples if isinstance(sample, Prompt))
         template = template_of(recipe.loader.prompt_template)
-        found = tokenize_prompts(prompts, template, recipe.tokenizer, recipe.log, tally,
-                                 recipe.seq_length)  # fmt: skip
+        found = tokenize_prompts(prompts, template, recipe.tokenizer, recipe.log, tally, seq_length)
     else:
         conversations = (sample for sample in samples if isinstance(sample, Conversation))
         found = tokenize_conversations(
-            conversations, recipe.tokenizer, recipe.log, strictness, recipe.seq_length
+            conversations, recipe.tokenizer, recipe.log, strictness, seq_length
         )
     for batch in found:
-        yield TokenBatch([s.tokens for s in batch], [s.is_target for s in batch])
+        kept = [s for s in batch if s.is_target[1:].any()] if is_stream else batch
+        if kept:
+            yield TokenBatch([s.tokens for s in kept], [s.is_target for s in kept])
 
 
 INSTRUCTION_LOADER = DataLoader(
