@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.config.schema import DataLoaderSection
-from launcher.config.schema.splits import SplitPart, WrongSplit, names_of_split, parse_split
+from launcher.config.schema.splits import SplitPart, WrongSplit, parse_split
 from launcher.config.schema.transforms import Transform, parse_transform
 from launcher.data.arrow_files import (
     files_of_saved_dataset,
@@ -55,7 +55,7 @@ _SPLITS = {"train", "validation", "valid", "dev", "test", "eval"}
 
 def find_record_files(section: DataLoaderSection) -> list[DataFile]:
     """The files with records that a section names, of its split or splits."""
-    names = names_of_split(section.split)
+    names = list(dict.fromkeys(part.name for part in _parts(section)))
     return [
         replace(file, split=name)
         for name in names

@@ -1,7 +1,7 @@
-"""Fifteen YAML files in the styles of MindFormers, and the command line that each is run with.
+"""Seventeen YAML files in the styles of MindFormers, and the command line that each is run with.
 
 Owns what is given on it: paths and a prompt, text in place of data whose readers are not built, and
-sizes. Everything else is used as it is written.
+sizes. Alpaca records are read through their handlers. Everything else is used as it is written.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ def _text(section: str = "train_dataset", loader: str = "data_loader") -> tuple[
     return (f"~{key}", f"--{key}.type", "TextDataLoader", f"--{key}.dataset_dir", "corpus")
 
 
+_POSITIONS = ("--model.model_config.max_position_embeddings", "512")
 _TWO_STEPS = ("--max_steps", "2")
 _TWO_EAGER = ("--training.steps", "2")
 _EAGER = (*_text(loader="dataloader"), *_TOKENIZER)
@@ -64,6 +65,7 @@ RUNS = (
     Run("eager_qwen3_muon", (*_EAGER,)),
     Run("eager_qwen3_train", (*_EAGER, *_TWO_EAGER, "--model.vocab_size", str(VOCABULARY),
                               "--checkpoint.save_path", "saved")),
+    Run("legacy_common_loader", _TWO_STEPS),
     Run("legacy_deepseek_predict", (*_PROMPT, "--processor.tokenizer.vocab_file",
         "tokenizer/tokenizer.json", "--processor.tokenizer.tokenizer_file",
         "tokenizer/tokenizer.json"), 0),
@@ -77,7 +79,9 @@ RUNS = (
     Run("legacy_qwen2_5_predict", _PROMPT, 0),
     Run("legacy_telechat2_predict", (*_PROMPT, "--processor.tokenizer.vocab_file",
                                      "telechat.model"), 0),
-    Run("mcore_finetune_template", (*_text(), *_LENGTH, *_TWO_STEPS)),
+    Run("mcore_finetune_template", ("--train_dataset.data_loader.data_files", "alpaca.json",
+        "--train_dataset.seq_length", "512", *_POSITIONS, *_TWO_STEPS)),
+    Run("mcore_qwen3_alpaca", ("--train_dataset_dir", "alpaca.jsonl", *_POSITIONS, *_TWO_STEPS)),
     Run("mcore_qwen3_moe_train", (*_text(), *_TOKENIZER, *_TWO_STEPS)),
     Run("mcore_qwen3_predict", _PROMPT, 0),
     Run("mcore_qwen3_train", (*_text(), *_LENGTH, *_TWO_STEPS)),
@@ -90,12 +94,25 @@ def prepare(materials: Workshop, folder: Path) -> None:
     for file in (*FOLDER.glob("*.yaml"), *TOKENIZER_FILES.glob("*.model")):
         shutil.copy(file, folder)
     whole = json.loads((folder / "tokenizer" / "tokenizer.json").read_text())["model"]
+    _write_alpaca(folder)
     pairs = [pair if isinstance(pair, str) else " ".join(pair) for pair in whole["merges"]]
     (folder / "vocab.json").write_text(json.dumps(whole["vocab"]))
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *pairs]))
     for name, config in HUB.items():
         shutil.copytree(folder / "tokenizer", folder / name / "hf")
         (folder / name / "hf" / "config.json").write_text(json.dumps(config))
+
+
+def _write_alpaca(folder: Path) -> None:
+    """24 records as a list of alpaca.json, and with other names of columns as lines."""
+    records = [
+        {"instruction": f"Count from {n} to {n + 3}.", "input": "" if n % 3 else "in words",
+         "output": f"{n} {n + 1} {n + 2} {n + 3}"} for n in range(24)
+    ]  # fmt: skip
+    names = {"instruction": "question", "input": "input", "output": "answer"}
+    renamed = [{names[key]: value for key, value in record.items()} for record in records]
+    (folder / "alpaca.json").write_text(json.dumps(records))
+    (folder / "alpaca.jsonl").write_text("".join(json.dumps(row) + "\n" for row in renamed))
 
 
 def write_weights(folder: Path) -> None:
