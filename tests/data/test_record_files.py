@@ -150,10 +150,12 @@ def test_slices_are_those_of_datasets(split: str, tmp_path: Path) -> None:
     files = {"train": ["train.jsonl", "x/train.jsonl"], "test": "test.jsonl"}
     places = {name: [str(tmp_path / "d" / n) for n in ([v] if isinstance(v, str) else v)]
               for name, v in files.items()}  # fmt: skip
-    texts = {
-        name: [json.loads(line)["text"] for place in found for line in Path(place).open()]
-        for name, found in places.items()
-    }
+
+    def texts_of(path: str) -> list[str]:
+        return [json.loads(line)["text"] for line in Path(path).read_text().splitlines()]
+
+    texts = {name: [text for path in found for text in texts_of(path)]
+             for name, found in places.items()}  # fmt: skip
     counts = {name: len(found) for name, found in texts.items()}
     parts = datasets.ReadInstruction.from_spec(split).to_absolute(counts)
     expected = [text for part in parts for text in texts[part.splitname][part.from_ : part.to]]

@@ -79,7 +79,7 @@ WRONG_STEPS: list[tuple[Any, str, str, str]] = [
     ({"type": "take"}, "", "requires the argument `n`", ""),
     ({"type": "take", "n": -1}, "n", "0 or more", ""),
     ({"type": "take", "n": True}, "n", "0 or more", ""),
-    ({"type": "take", "N": 3}, "N", "not an argument", "did you mean `n`?"),
+    ({"type": "take", "count": 3}, "count", "not an argument", "Its arguments: n"),
     ({"type": "shuffle", "sed": 3}, "sed", "not an argument", "did you mean `seed`?"),
     ({"type": "shuffle", "generator": 3}, "generator", "not an argument", "Its arguments: seed"),
     ({"type": "sort", "column_names": []}, "column_names", "a list of names", ""),
@@ -145,7 +145,8 @@ MAPS: list[tuple[dict[str, str], dict[str, Any], dict[str, Any]]] = [
     ({"text": "d.q"}, {"d": {"q": 1}}, {"text": 1}),
     ({"text": "d.q"}, {"d.q": 1, "d": {"q": 2}}, {"text": 1, "d": {"q": 2}}),
     ({"text": "d.e.x"}, {"d": {"e": {"x": 1}}}, {"text": 1}),
-    ({"output": "a", "input": "b"}, {"output": "", "a": 1, "b": None}, {"output": 1, "input": None}),
+    ({"output": "a", "input": "b"}, {"output": "", "a": 1, "b": None},
+     {"output": 1, "input": None}),
 ]  # fmt: skip
 
 
@@ -161,7 +162,8 @@ WRONG_MAPS: list[tuple[dict[str, str], list[dict[str, Any]], list[str]]] = [
     ({"text": "b"}, [{"x": 1}], ["Columns found: x"]),
     ({"input": "context"}, [{"a": 1}, {"contxt": 1}], ["'context'", "column_map"]),
     ({"text": "d.r"}, [{"d": {"q": 1}}], ["'d.r'"]),
-    ({"output": "answer"}, [{"output": "x", "answer": "y"}], ["'output'", "'answer'", "one column"]),
+    ({"output": "answer"}, [{"output": "x", "answer": "y"}],
+     ["'output'", "'answer'", "one column"]),
 ]  # fmt: skip
 
 

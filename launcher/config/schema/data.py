@@ -91,8 +91,8 @@ class DataLoaderSection:
     @property
     def root(self) -> str:
         """The folder that data_files are relative to; empty: the current one."""
-        parts = ("" if self.record_format else self.path, self.subset, self.data_dir)
-        given = [part for part in parts if part]
+        below = (self.path, self.subset) if self.path and not self.record_format else ()
+        given = [part for part in (*below, self.data_dir) if part]
         return str(Path(*given)) if given else ""
 
     def sources(self, *splits: str) -> list[tuple[str, str]]:
@@ -107,7 +107,8 @@ class DataLoaderSection:
         root = self.root
         found += [("data_files", str(Path(root, path))) for path in _listed(files)]
         if root and not self.data_files:
-            key = next(name for name in ("data_dir", "subset", "path") if getattr(self, name))
+            names = ("data_dir", "subset", "path") if self.path else ("data_dir",)
+            key = next(name for name in names if getattr(self, name))
             found.append((key, root))
         return found
 
@@ -120,7 +121,7 @@ class DataLoaderSection:
 def _listed(value: Any) -> list[str]:
     if isinstance(value, str):
         return [value] if value else []
-    return [path for path in value or () if isinstance(path, str)]
+    return [path for path in value if isinstance(path, str)] if isinstance(value, list) else []
 
 
 @dataclass(frozen=True, kw_only=True)

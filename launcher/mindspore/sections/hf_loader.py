@@ -93,12 +93,12 @@ def _handlers(draft: Draft, section: str, loader: str) -> None:
             advice="Write `handler: [{type: take, n: 2000}, ...]`",
         )  # fmt: skip
         return
-    draft.imply(f"{loader}.shuffle", False, key)
     kinds = [word(draft, f"{key}.{index}.type") for index in range(len(node.value))]
     if _are_in_order(draft, key, kinds):
         for index, kind in enumerate(kinds):
             _handler(draft, section, f"{key}.{index}", kind)
         _steps(draft, loader, [i for i, kind in enumerate(kinds) if kind not in HANDLERS])
+    draft.imply(f"{loader}.shuffle", False, key)  # their default
     draft.tree = without(draft.tree, key)
 
 
