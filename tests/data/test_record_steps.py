@@ -86,7 +86,7 @@ WRONG_STEPS: list[tuple[Any, str, str, str]] = [
     ({"type": "sort", "column_names": "n", "reverse": [True, False]}, "reverse", "1 column", ""),
     ({"type": "shard", "num_shards": 2, "index": 2}, "index", "below num_shards", "Nearest: 1"),
     ({"type": "shard", "num_shards": 0, "index": 0}, "num_shards", "above 0", ""),
-    ({"type": "select", "indices": [1, "2"]}, "indices", "whole numbers", ""),
+    ({"type": "select", "indices": [1, "2"]}, "indices", "integers", ""),
     ({"type": "rename_columns", "column_mapping": {"a": "c", "b": "c"}}, "column_mapping",
      "differ", ""),
     ({"type": "map", "function": "print"}, "type", "nothing that a configuration names", ""),

@@ -217,7 +217,7 @@ def prompts(check: Check) -> Iterator[KeyProblem]:
 
 
 def packing(check: Check) -> Iterator[KeyProblem]:
-    """packing_strategy says how rows are packed, so that they must be."""
+    """packing_strategy needs packing."""
     for name, section in _sections(check):
         if section.packing_strategy and not section.packing:
             yield check.wrong(

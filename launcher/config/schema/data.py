@@ -52,7 +52,7 @@ class DataLoaderSection:
     data_files: str | list[str] | dict[str, Any] | None = None
     """Files or globs, relative to path and data_dir; or a section of them by split."""
     load_func: str | None = effective(None, choices=("load_dataset", "load_from_disk"))
-    """An assertion: `load_from_disk` says that path was written by `Dataset.save_to_disk`. Left
+    """An assertion: `load_from_disk` requires that path was written by `Dataset.save_to_disk`. Left
     out: seen from the files."""
     suffixes: list[str] | None = None
     """TextDataLoader: endings of the files taken from a folder. Left out: all usual ones."""

@@ -111,7 +111,7 @@ def _bound(text: str, name: str) -> tuple[int, str] | None:
     if found is None:
         digits = re.match(r"-?\d+", text)
         near = f"Nearest: `{name}[:{digits[0]}]`" if digits else ""
-        raise WrongSplit(f"`{text}` is not a whole number or a percentage", near)
+        raise WrongSplit(f"`{text}` is not an integer or a percentage", near)
     number, unit = int(found[1]), found[2]
     if unit and not -100 <= number <= 100:
         raise WrongSplit("a percentage is between -100% and 100%", "Nearest: 100%")

@@ -190,11 +190,11 @@ def _is_mapping(value: Any) -> bool:
 
 
 _KINDS = {
-    "a count": (_is_count, "a whole number, 0 or more"),
-    "a positive count": (lambda value: _is_count(value) and value > 0, "a whole number above 0"),
+    "a count": (_is_count, "an integer, 0 or more"),
+    "a positive count": (lambda value: _is_count(value) and value > 0, "an integer above 0"),
     "a switch": (lambda value: type(value) is bool, "true or false"),
     "switches": (_are_switches, "true or false, or one for each column"),
-    "indices": (_are_indices, "a list of whole numbers, 0 or more"),
+    "indices": (_are_indices, "a list of integers, 0 or more"),
     "a column": (_is_name, "the name of a column"),
     "columns": (_are_names, "the name of a column, or a list of names"),
     "a mapping": (_is_mapping, "a section `old name: new name`, with new names that differ"),

@@ -2,7 +2,7 @@
 
 Owns what the steps of `handler` mean: an alpaca handler is InstructionDataLoader with a prompt
 template, PackingHandler is `packing`, a method of `datasets.Dataset` is a step of `transforms`. How
-the result differs from theirs is said in the reason of the change: labels are shifted once.
+the result differs from theirs is in the reason of each change: labels are shifted once.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ def _handler(draft: Draft, section: str, step: str, kind: str) -> None:
         _arguments(draft, section, step, kind)
         if draft.find(f"{step}.pack_strategy") is not None:
             _strategy(draft, section, f"{step}.pack_strategy")
-            draft.drop(f"{step}.type", "packing says it")
+            draft.drop(f"{step}.type", "train_dataset.packing has the same effect")
         else:
             draft.replace(f"{step}.type", {f"{section}.packing": True}, _PACKED)
 
