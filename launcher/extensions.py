@@ -157,6 +157,11 @@ TOKEN_READERS: dict[str, str] = {
     "mindrecord": "launcher.mindspore.mindrecord.documents:token_arrays",
 }
 """Kind of file with tokens that tools convert: (paths, column or None) -> one array a row."""
+PROMPT_TEMPLATES: dict[str, str] = {
+    "mindformers_alpaca": "launcher.mindspore.prompts:ALPACA",
+    "mindformers_code_alpaca": "launcher.mindspore.prompts:CODE_ALPACA",
+}
+"""Name of a `data_loader.prompt_template`: a `PromptTemplate`."""
 
 TOKENIZER_TYPES: dict[str, str] = {
     "Qwen2Tokenizer": "launcher.mindspore.tokenizers.types:qwen2",

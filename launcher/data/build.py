@@ -286,7 +286,8 @@ def _rows(folder: Path, recipe: Recipe) -> Rows:
 
 def _is_stream(recipe: Recipe) -> bool:
     """Whether documents are one stream of tokens, which is cut into rows when they are read."""
-    return recipe.section.packing and not loader_of(recipe.loader).has_targets
+    usual = "first_fit" if loader_of(recipe.loader).has_targets else "concatenate"
+    return recipe.section.packing and (recipe.section.packing_strategy or usual) == "concatenate"
 
 
 def _pad_token(recipe: Recipe) -> int:
@@ -332,10 +333,15 @@ def _settings(recipe: Recipe) -> dict[str, Any]:
         "version": CACHE_VERSION,
         "type": loader_type(loader),
         "text_column": loader.text_column,
+        "record_format": loader.record_format,
+        "column_map": loader.column_map,
+        "transforms": loader.transforms,
+        "prompt_template": loader.prompt_template,
         "format": loader.format,
         "strict_fields": loader.strict_fields,
         "num_samples": loader.num_samples,
         "packing": recipe.section.packing,
+        "is_stream": _is_stream(recipe),
         # A stream is cut into rows when it is read, so that one folder serves every length.
         "seq_length": None if _is_stream(recipe) else recipe.seq_length,
         "tokenizer": tokenizer_hash(tokenizer),

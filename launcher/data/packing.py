@@ -2,16 +2,17 @@
 
 Owns the cut of documents into rows, in two ways:
 
-`StreamRows` (text, packed). The documents are concatenated and cut every `seq_length` tokens, at
-the time a row is read. No token is lost: each is an input once and, unless it begins a document, a
-target once, also across the border of two rows.
+`StreamRows` (text, packed; conversations with `packing_strategy: concatenate`). The documents are
+concatenated and cut every `seq_length` tokens, at the time a row is read. No token is lost: each is
+an input once and, unless it begins a document or is context of a conversation, a target once, also
+across the border of two rows. Rows without a target (a long question) are left out.
 
     tokens    a a a a E b b b E c c c c c E          E: the end token of a document
     row 0    [a a a a E b]         labels a a a E - b
     row 1    [b b E c c c]         labels b E - c c c      - : no target (-100)
     row 2    [c c E . . .]         labels c E - - - -      . : padding
 
-`SampleRows` (instruction data, and everything that is not packed). A row has complete samples: one
+`SampleRows` (conversations, and everything that is not packed). A row has complete samples: one
 or, packed, as many as first-fit finds room for. A sample of n tokens takes n - 1 inputs, since its
 last token is only predicted; a longer sample is cut at the end of the row, and counted. A sample
 without a target in its row is dropped, and counted.
@@ -26,6 +27,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from launcher.data.rows import NO_TARGET, Counts, Ints, Row
 from launcher.data.store import TokenStore
@@ -46,9 +48,26 @@ class StreamRows:
         self.token_counts = np.full(count, seq_length, dtype=np.int64)
         if count:
             self.token_counts[-1] = min(seq_length, tokens - (count - 1) * seq_length)
-        lasts = store.starts[1:] - 1  # the last token of each document predicts nothing
-        ends = np.bincount(lasts // seq_length, minlength=count)[:count]
-        self.target_counts = self.token_counts - ends
+        self._pieces: Ints | None = None
+        if store.is_target is None:
+            lasts = store.starts[1:] - 1  # the last token of each document predicts nothing
+            ends = np.bincount(lasts // seq_length, minlength=count)[:count]
+            self.target_counts = self.token_counts - ends
+        else:
+            counts = self._masked_targets(store.starts, store.is_target, count)
+            self._pieces = np.flatnonzero(counts)
+            self.target_counts = counts[self._pieces]
+            self.token_counts = self.token_counts[self._pieces]
+
+    def _masked_targets(self, starts: Ints, is_target: npt.NDArray[np.uint8], count: int) -> Ints:
+        """Targets of each of `count` pieces, which are among the tokens after its inputs."""
+        if not count:
+            return np.zeros(0, dtype=np.int64)
+        length = self._seq_length
+        counts = np.add.reduceat(is_target, np.arange(count) * length + 1, dtype=np.int64)
+        begins = starts[1:-1]  # the first token of a document is no target
+        lost = begins[is_target[begins] > 0]
+        return counts - np.bincount((lost - 1) // length, minlength=count)[:count]
 
     def __len__(self) -> int:
         return len(self.token_counts)
@@ -59,7 +78,7 @@ class StreamRows:
     def row(self, index: int) -> Row:
         length = self._seq_length
         tokens, starts = self.documents.tokens, self.documents.starts
-        begin = index * length
+        begin = (index if self._pieces is None else int(self._pieces[index])) * length
         piece = tokens[begin : begin + length + 1].astype(np.int64)
         first, last = (
             np.searchsorted(starts, begin),
@@ -72,6 +91,9 @@ class StreamRows:
         input_ids[: len(piece)] = piece[:length]
         labels = np.full(length, NO_TARGET, dtype=np.int64)
         labels[: len(piece) - 1] = piece[1:]
+        if self.documents.is_target is not None:
+            is_target = self.documents.is_target[begin + 1 : begin + length + 1]
+            labels[: len(is_target)][is_target == 0] = NO_TARGET
         labels[borders[borders > 0] - 1] = NO_TARGET
         begins = borders[(borders > 0) & (borders < length)]
         return Row(input_ids, labels, *positions_and_documents(begins, length))

@@ -72,8 +72,12 @@ KEYS_NOT_BUILT: dict[str, dict[str, dict[str, tuple[Any, ...]]]] = {
         "It belongs to BlendedMegatronDatasetDataLoader, which is not built yet": {
             "datasets_type": (str | None, None)
         },
-        "Give the data as JSONL with a text column, or use InstructionDataLoader": {
-            "handler": (list[Any] | None, None)
+        "It belongs to HFDataLoader": {
+            "handler": (Any, None),
+            "packing": (Any, None),
+            "adaptor_config": (Any, None),
+            "column_names": (Any, None),
+            "name": (Any, None),
         },
         "Set it to False: rows are memory-mapped": {"streaming": (bool, False)},
         "Set processor.tokenizer.pretrained_model_dir": {

@@ -201,11 +201,6 @@ REFUSED = {
         "{seed: 1}}}\ntrain_dataset_task: {dataset_config: *data}\n",
         ["train_dataset.data_loader.type = 'BlendedMegatronDatasetDataLoader': not built yet"],
     ),
-    "handlers, once": (
-        "run_mode: train\ntrain_dataset: {data_loader: {type: HFDataLoader, path: json, "
-        "data_files: a.json, create_compressed_eod_mask: False, handler: [{type: take, n: 2}]}}\n",
-        ["train_dataset.data_loader.handler = [{'type': 'take', 'n': 2}]: not built yet"],
-    ),
     "evaluation data that are read": (
         "run_mode: train\ndo_eval: True\neval_dataset: {data_loader: {type: TFRecordDataset}}\n",
         ["eval_dataset.data_loader.type = 'TFRecordDataset': not built yet"],

@@ -1,7 +1,8 @@
-"""Fifteen YAML files in the styles of MindFormers, and the command line that each is run with.
+"""Seventeen YAML files in the styles of MindFormers, and the command line that each is run with.
 
 Owns what is given on it: paths and a prompt, text in place of data whose readers are not built, and
-sizes; the MindRecord files are made. Everything else is used as it is written.
+sizes; the MindRecord files are made. Alpaca records are read through their handlers. Everything else
+is used as it is written.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ def _records(section: str = "train_dataset") -> tuple[str, ...]:
     return (f"--{section}.data_loader.dataset_dir", "a.mindrecord")
 
 
+_POSITIONS = ("--model.model_config.max_position_embeddings", "512")
 _TWO_STEPS = ("--max_steps", "2")
 _TWO_EAGER = ("--training.steps", "2")
 _EAGER = (*_text(loader="dataloader"), *_TOKENIZER)
@@ -71,6 +73,7 @@ RUNS = (
     Run("eager_llama_select", _TWO_EAGER),
     Run("eager_qwen3_muon", (*_EAGER,)),
     Run("eager_qwen3_train", (*_TWO_EAGER, "--checkpoint.save_path", "saved")),
+    Run("legacy_common_loader", _TWO_STEPS),
     Run("legacy_deepseek_predict", (*_PROMPT, "--processor.tokenizer.vocab_file",
         "tokenizer/tokenizer.json", "--processor.tokenizer.tokenizer_file",
         "tokenizer/tokenizer.json"), 0),
@@ -84,7 +87,9 @@ RUNS = (
     Run("legacy_qwen2_5_predict", _PROMPT, 0),
     Run("legacy_telechat2_predict", (*_PROMPT, "--processor.tokenizer.vocab_file",
                                      "telechat.model"), 0),
-    Run("mcore_finetune_template", (*_text(), *_LENGTH, *_TWO_STEPS)),
+    Run("mcore_finetune_template", ("--train_dataset.data_loader.data_files", "alpaca.json",
+        "--train_dataset.seq_length", "512", *_POSITIONS, *_TWO_STEPS)),
+    Run("mcore_qwen3_alpaca", ("--train_dataset_dir", "alpaca.jsonl", *_POSITIONS, *_TWO_STEPS)),
     Run("mcore_qwen3_moe_train", (*_text(), *_TOKENIZER, *_TWO_STEPS)),
     Run("mcore_qwen3_predict", _PROMPT, 0),
     Run("mcore_qwen3_train", (*_text(), *_LENGTH, *_TWO_STEPS)),
@@ -98,6 +103,7 @@ def prepare(materials: Workshop, folder: Path) -> None:
         shutil.copy(file, folder)
     write_records(folder)
     whole = json.loads((folder / "tokenizer" / "tokenizer.json").read_text())["model"]
+    _write_alpaca(folder)
     pairs = [pair if isinstance(pair, str) else " ".join(pair) for pair in whole["merges"]]
     (folder / "vocab.json").write_text(json.dumps(whole["vocab"]))
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *pairs]))
@@ -115,6 +121,18 @@ def write_records(folder: Path) -> None:
     (folder / "train_dataset").mkdir()
     write_mindrecord(folder / "a.mindrecord", schema, rows)
     write_mindrecord(folder / "train_dataset" / "b.mindrecord", schema, rows, shards=3)
+
+
+def _write_alpaca(folder: Path) -> None:
+    """24 records as a list of alpaca.json, and with other names of columns as lines."""
+    records = [
+        {"instruction": f"Count from {n} to {n + 3}.", "input": "" if n % 3 else "in words",
+         "output": f"{n} {n + 1} {n + 2} {n + 3}"} for n in range(24)
+    ]  # fmt: skip
+    names = {"instruction": "question", "input": "input", "output": "answer"}
+    renamed = [{names[key]: value for key, value in record.items()} for record in records]
+    (folder / "alpaca.json").write_text(json.dumps(records))
+    (folder / "alpaca.jsonl").write_text("".join(json.dumps(row) + "\n" for row in renamed))
 
 
 def write_weights(folder: Path) -> None:

@@ -37,6 +37,13 @@ _BY_TYPE = {
     "suffixes": ("TextDataLoader",),
     "text_column": ("HFDataLoader", "CommonDataLoader"),
     "split": ("HFDataLoader", "CommonDataLoader", "InstructionDataLoader"),
+    "path": ("HFDataLoader", "CommonDataLoader", "InstructionDataLoader"),
+    "data_dir": ("HFDataLoader", "CommonDataLoader", "InstructionDataLoader"),
+    "subset": ("HFDataLoader", "CommonDataLoader", "InstructionDataLoader"),
+    "load_func": ("HFDataLoader", "CommonDataLoader", "InstructionDataLoader"),
+    "column_map": ("HFDataLoader", "CommonDataLoader", "InstructionDataLoader"),
+    "transforms": ("HFDataLoader", "CommonDataLoader", "InstructionDataLoader"),
+    "prompt_template": ("InstructionDataLoader",),
     "format": ("InstructionDataLoader",),
     "strict_fields": ("InstructionDataLoader",),
     "columns": ("MindDataset",),
@@ -154,26 +161,26 @@ def _loader(check: Check, prefix: str, loader: DataLoaderSection) -> Iterator[Ke
                 nearest=f"It belongs to {kinds[0]}",
                 also=(f"{prefix}.type",),
             )
-    if not loader.paths:
+    if not loader.paths and not loader.data_files:
         yield check.wrong(
             keys[0],
             "a data set needs files",
             what=f"{prefix.removesuffix('.data_loader')} has no files",
             advice=f"Set {keys[0]} to a file, a directory or a glob pattern",
-            also=(*keys, f"{prefix}.type"),
+            also=(*keys, f"{prefix}.type", f"{prefix}.path"),
         )
-    for key in keys:
-        value = check.value(key)
-        for path in [value] if isinstance(value, str) else value or []:
-            if path and not Path(path).exists() and not glob.glob(path, recursive=True):
-                is_glob = glob.has_magic(path)
-                yield check.wrong(
-                    key,
-                    "no file matches this pattern" if is_glob else "no such file or directory",
-                    what=f"{key} = {path!r}",
-                    nearest="" if is_glob else nearest_path(path),
-                    advice="Paths are relative to the current directory",
-                )
+    if loader.path and not loader.record_format and not Path(loader.path).exists():
+        return  # `records.places` reports it
+    for key, path in loader.sources():
+        if not Path(path).exists() and not glob.glob(path, recursive=True):
+            is_glob = glob.has_magic(path)
+            yield check.wrong(
+                f"{prefix}.{key}",
+                "no file matches this pattern" if is_glob else "no such file or directory",
+                what=f"{prefix}.{key} = {path!r}",
+                nearest="" if is_glob else nearest_path(path),
+                advice="Paths are relative to the current directory",
+            )
 
 
 def tokenizer(check: Check) -> Iterator[KeyProblem]:
