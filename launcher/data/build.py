@@ -339,6 +339,7 @@ def _settings(recipe: Recipe) -> dict[str, Any]:
         "prompt_template": loader.prompt_template,
         "format": loader.format,
         "strict_fields": loader.strict_fields,
+        "split": loader.split,  # perhaps a part of the records of a file
         "num_samples": loader.num_samples,
         "packing": recipe.section.packing,
         "is_stream": _is_stream(recipe),
