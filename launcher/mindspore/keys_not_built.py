@@ -72,7 +72,8 @@ KEYS_NOT_BUILT: dict[str, dict[str, dict[str, tuple[Any, ...]]]] = {
         "It belongs to BlendedMegatronDatasetDataLoader, which is not built yet": {
             "datasets_type": (str | None, None)
         },
-        "It belongs to HFDataLoader": {
+        "It belongs to HFDataLoader of MindFormers; the keys here are transforms, column_map, "
+        "prompt_template and train_dataset.packing": {
             "handler": (Any, None),
             "packing": (Any, None),
             "adaptor_config": (Any, None),
