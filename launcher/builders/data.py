@@ -40,7 +40,7 @@ def open_training_data(job: Job, section: DatasetSection) -> TrainingData:
     """The data of `train_dataset`. Raises `UserError`."""
     seed = job.config.seed if section.seed is None else section.seed
     if isinstance(section.data_loader, list):
-        mixture = open_mixture(section, seed, job.log, partial(open_dataset, job))
+        mixture = open_mixture(section, seed, job.log, partial(_open_source, job))
         order = mixture.order()
         for line in mixture.description(order):
             job.log(line)
@@ -49,14 +49,23 @@ def open_training_data(job: Job, section: DatasetSection) -> TrainingData:
             order=order,
             epoch_samples=order.epoch_samples,
         )
-    dataset = open_dataset(job, section, job.log)
+    dataset = _open_source(job, section, job.log)
     plain = GlobalOrder(len(dataset), seed, section.data_loader.shuffle)
     return TrainingData(dataset=dataset, order=plain, epoch_samples=len(dataset))
 
 
-def open_dataset(job: Job, section: DatasetSection, log: Log) -> RowDataset:
+def open_dataset(job: Job, section: DatasetSection) -> RowDataset:
+    """The rows of a data section that are read once, those of a mixture source after source. Raises
+    `UserError`."""
+    if not isinstance(section.data_loader, list):
+        return _open_source(job, section, job.log)
+    mixture = open_mixture(section, EVALUATION_SEED, job.log, partial(_open_source, job))
+    return joined(mixture.datasets, seq_length(job, section))
+
+
+def _open_source(job: Job, section: DatasetSection, log: Log) -> RowDataset:
     """The rows of a data section with one data loader; one rank of each file system prepares them
-    in `dataset_cache`. Raises `UserError`."""
+    in `dataset_cache`."""
     assert not isinstance(section.data_loader, list)
     cache_dir, world = job.output_dir / "dataset_cache", job.world.with_long_timeout()
     filesystems = find_filesystem_groups(cache_dir, world, "the data cache could not be opened")
@@ -105,15 +114,9 @@ def steps_per_epoch(rows: int, global_batch: int, *, drop_remainder: bool) -> in
 
 
 def evaluation_data(job: Job) -> EvaluationData:
-    """The data of `eval_dataset`: every row once, those of a mixture source after source. Raises
-    `UserError`."""
-    section = job.config.eval_dataset
-    assert section is not None
-    if isinstance(section.data_loader, list):
-        mixture = open_mixture(section, EVALUATION_SEED, job.log, partial(open_dataset, job))
-        dataset = joined(mixture.datasets, seq_length(job, section))
-    else:
-        dataset = open_dataset(job, section, job.log)
+    """The data of `eval_dataset`: every row once. Raises `UserError`."""
+    assert job.config.eval_dataset is not None
+    dataset = open_dataset(job, job.config.eval_dataset)
     batches = partial(
         evaluation_batches,
         dataset,
