@@ -165,7 +165,7 @@ def evaluate_only(job: Job) -> int:
     data = evaluation_data(job)
     built = build_parallel(job, training=False)
     load_or_init(job, built.parts, built.layout, weights)
-    result = evaluate(built, data, job.world)
+    result = evaluate(built, data.batches(), job.world, data.sources)
     job.log(str(result))
     if job.world.is_main:
         path, row = job.output_dir / "eval_result.json", result.as_row()

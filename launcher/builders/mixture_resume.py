@@ -97,7 +97,7 @@ def _check_content(
                 f"source `{source.name}` is not that of the checkpoint ({changed})", provenance,
                 rule="a resumed run continues with the same samples in the same order",
                 advice="Use the same data, give other data another name, or set ignore_data_skip: "
-                "True to begin all sources anew",
+                "True to begin all sources again",
             )
         )  # fmt: skip
     if problems:
@@ -108,7 +108,7 @@ def _check_names(
     order: MixtureOrder, saved: Mapping[str, Mapping[str, Any]], before: Segment,
     provenance: Provenance,
 ) -> None:  # fmt: skip
-    """No source has only changed its name: it would begin anew, in another order."""
+    """No source has only changed its name: it would begin again, in another order."""
     present = {source.name for source in order.sources}
     gone = {saved.get(name, {}).get("content"): name for name in before.weights.keys() - present}
     renamed = [s for s in order.sources if s.name not in saved and s.content in gone]
@@ -119,7 +119,7 @@ def _check_names(
                 provenance,
                 rule="a resumed run knows its sources by their names",
                 nearest=f"Nearest: name: {gone[source.content]}",
-                advice="Keep the name, or set ignore_data_skip: True to begin all sources anew",
+                advice="Keep the name, or set ignore_data_skip: True to begin all sources again",
             )
             for source in renamed
         )

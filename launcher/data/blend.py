@@ -56,7 +56,7 @@ def _rounded(weights: Sequence[int]) -> list[int]:
     if len(weights) > LARGEST_PERIOD:
         raise ValueError(f"{len(weights)} sources, more than {LARGEST_PERIOD}")
     parts = [divmod(weight * LARGEST_PERIOD, total) for weight in weights]
-    rounded = [max(whole, 1) for whole, _ in parts]
+    rounded = [max(units, 1) for units, _ in parts]
     by_remainder = sorted(range(len(parts)), key=lambda i: (-parts[i][1], i))
     for index in by_remainder[: max(LARGEST_PERIOD - sum(rounded), 0)]:
         rounded[index] += parts[index][0] > 0  # those raised to one have more than their share

@@ -9,7 +9,7 @@ the sources. Invariants:
    weights: all of its rows are visited before one is repeated.
 3. There is no state: any position is computed in a time that does not depend on it.
 
-Weights that change in a run begin a `Segment`: the blend starts anew, and every source continues
+Weights that change in a run begin a `Segment`: the blend starts again, and every source continues
 after the samples that were taken from it.
 """
 
@@ -177,7 +177,7 @@ def shares(portions: Sequence[Portion]) -> tuple[list[Fraction], int]:
     With a weight for every source the weights are relative, and an epoch has as many samples as
     there are rows. With weights for some of them these are shares of the mixture, below 1 together
     (ValueError); the others get the rest by rows and passes, and an epoch goes through them as
-    often as they say.
+    often as their `epochs`.
     """
     weights = [exact(found.weight) for found in portions if found.weight is not None]
     by_size = [found.samples for found in portions if found.weight is None]

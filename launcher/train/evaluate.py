@@ -56,19 +56,21 @@ class EvaluationResult:
 
 
 @torch.no_grad()
-def evaluate(model: BuiltModel, data: EvaluationData, world: World) -> EvaluationResult:
-    """Token-weighted loss over the batches of all ranks, in all and of each source."""
+def evaluate(
+    model: BuiltModel, batches: Iterable[Batch], world: World, sources: Sequence[str] = ()
+) -> EvaluationResult:
+    """Token-weighted loss over the batches of all ranks, equally many on each. `sources`: the names
+    of those in the batches; their losses are computed too."""
     was_training = model.parts.training
     model.parts.train(False)
-    parts = max(len(data.sources), 1)
-    total = torch.zeros(2, parts, dtype=torch.float64, device=world.device)
-    for batch in data.batches():
+    total = torch.zeros(2, max(len(sources), 1), dtype=torch.float64, device=world.device)
+    for batch in batches:
         rows = model.batch_sharder(batch)
         total[0] += model.compute.evaluate(rows)
         total[1] += _targets(rows) * int(model.batch_sharder.counts)
     model.parts.train(was_training)
     loss_sums, tokens = world.sum(total).tolist()
-    found = zip(data.sources, loss_sums, tokens, strict=False)
+    found = zip(sources, loss_sums, tokens, strict=False)
     return EvaluationResult(
         sum(loss_sums) / max(sum(tokens), 1), int(sum(tokens)),
         {name: loss_sum / count for name, loss_sum, count in found if count},

@@ -90,7 +90,8 @@ def evaluate_run(run: TrainRun, callbacks: Callbacks) -> None:
     """Report the loss on the evaluation data, where there is some."""
     if run.evaluation is None:
         return
-    result = evaluate(run.model, run.evaluation, run.world)
+    data = run.evaluation
+    result = evaluate(run.model, data.batches(), run.world, data.sources)
     run.log(f"step {run.state.global_step}: {result}")
     for callback in (*callbacks.reports, *callbacks.others):
         callback.on_evaluation(run, result)

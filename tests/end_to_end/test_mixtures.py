@@ -96,6 +96,11 @@ def layout(batch: int, micro: int = 1, **degrees: Any) -> dict[str, Any]:
     return {"parallel_config": degrees, "runner_config": runner}
 
 
+EXPERTS = {"model": {"model_config": {
+    "type": "Qwen3MoeConfig", "num_experts": 4, "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24, "norm_topk_prob": True,
+}}}  # fmt: skip
+"""Changes that give the model experts."""
 LAYOUTS = {
     "accumulated": (1, layout(2, 4)),
     "dp 2": (2, layout(4, data_parallel=2)),
@@ -105,6 +110,23 @@ LAYOUTS = {
     "dp 2, tp 2": (4, layout(2, 2, data_parallel=2, model_parallel=2)),
     "pp 2, tp 2": (4, layout(2, 4, pipeline_stage=2, model_parallel=2)),
 }
+MORE = {
+    "a module of transformers": (1, {**layout(4, 2), "model": {"model_config": {
+        "type": "GPTNeoXConfig", "num_key_value_heads": None, "head_dim": None,
+        "tie_word_embeddings": False}}}),
+    "experts": (1, {**layout(8), **EXPERTS}),
+    "ep 2": (2, {**layout(4, data_parallel=2, expert_parallel=2), **EXPERTS}),
+    "sharded, interleaved": (2, {
+        **layout(2, 1, data_parallel=2), "micro_batch_interleave_num": 2,
+        "parallel": {"enable_parallel_optimizer": True},
+    }),
+    "sinks": (1, {"runner_config": {
+        "max_steps": STEPS, "batch_size": 8, "sink_mode": True, "sink_size": 4}}),
+    "padded": (1, {"train_dataset": {
+        "data_loader": SOURCES, "seq_length": 64, "packing": False}}),
+    "padded, tp 2": (2, {**layout(8, model_parallel=2), "train_dataset": {
+        "data_loader": SOURCES, "seq_length": 64, "packing": False}}),
+}  # fmt: skip
 SHORT = ("dp 2", "tp 2", "pp 2")
 EVALUATED = {
     "do_eval": True,
@@ -149,6 +171,40 @@ def test_the_losses_of_sources_are_equal_on_every_layout(mixture: Workshop, name
         found = [row for row in mixture.rows(name) if "eval_loss" in row]
         for row, other in zip(found, evaluated, strict=True):
             assert row == pytest.approx(other, rel=1e-4)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("whole", "sharded, interleaved"),
+        ("whole", "sinks"),
+        ("experts", "ep 2"),
+        ("padded", "padded, tp 2"),
+        ("a module of transformers", "a module of transformers"),
+    ],
+)
+def test_further_models_and_settings(mixture: Workshop, one: str, other: str) -> None:
+    for name in {one, other} - {"whole"}:
+        world, changes = MORE[name]
+        run(mixture, yaml_of(mixture, "more.yaml", **changes), world, name)
+    check_same(rows_of(mixture, other), rows_of(mixture, one))
+    for row in rows_of(mixture, other):
+        parts = [row.get(f"loss/{n}", 0) * row[f"targets/{n}"] for n in NAMES]
+        total = sum(row[f"targets/{n}"] for n in NAMES)
+        assert sum(parts) == pytest.approx(row["loss"] * total, rel=1e-5)
+
+
+def test_evaluation_reports_each_source(mixture: Workshop) -> None:
+    result = run_job(
+        ["--config", "one.yaml", "--run_mode", "eval", "--output_dir", "evaluated",
+         "--load_checkpoint", "whole/checkpoint"], mixture.folder,
+    )  # fmt: skip
+    assert result.code == 0, result.stderr
+    row = json.loads((mixture.folder / "evaluated/eval_result.json").read_text())
+    newest = [row for row in mixture.rows("whole") if "eval_loss" in row][-1]
+    assert row == pytest.approx({key: newest[key] for key in row}, rel=1e-6)
+    assert row.keys() >= {f"eval_loss/{name}" for name in NAMES}
 
 
 def test_losses_are_those_of_a_plain_computation(mixture: Workshop) -> None:

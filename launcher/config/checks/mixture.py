@@ -11,9 +11,7 @@ from launcher.config.mixture import NAME, source_names
 from launcher.config.provenance import KeyProblem
 from launcher.config.schema import MixtureSourceSection
 
-ALL_OR_PART = (
-    "Give every source a weight, or weights below 1 together, which are shares of the whole"
-)
+ALL_OR_PART = "Give every source a weight, or weights below 1 together, which are parts of 1"
 
 
 def mixtures(check: Check) -> Iterator[KeyProblem]:

@@ -95,9 +95,7 @@ def _numbers(draft: Draft, key: str, count: int) -> list[int | None]:
             return [None] * count
         if _are_numbers(numbers, count) and all(n == int(n) for n in numbers) and any(numbers):
             return [int(n) for n in numbers]
-        draft.refuse(
-            f"{key}.nums_per_dataset", f"must be {count} whole numbers, one for each source"
-        )
+        draft.refuse(f"{key}.nums_per_dataset", f"must be {count} integers, one for each source")
         return [None] * count
     total = written(draft, f"{key}.samples_count", 0)
     if not _are_numbers(ratios, count) or abs(sum(ratios) - 1) > 1e-5:
@@ -140,7 +138,7 @@ def _shuffle(draft: Draft, key: str, *, is_evaluation: bool) -> Node | None:
 
 
 def _leave_the_problems(draft: Draft, key: str) -> None:
-    """Take away the loader, so that nothing else is said about it."""
+    """Take away the loader, so that there are no other problems with it."""
     node = draft.find(key)
     assert node is not None
     draft.problems[:] = [
