@@ -147,8 +147,8 @@ CHECKED: dict[str, tuple[tuple[str, ...], str, str]] = {
          "seq_length: 32"), "train_dataset.seq_length", "labels: unshifted",
     ),
     "a column that is missing": (
-        ("data_loader: {type: MindDataset, dataset_dir: a.mindrecord, columns: {input_ids: input_id, "
-         "labels: label}}",), "train_dataset.data_loader.columns", "`input_ids`",
+        ("data_loader: {type: MindDataset, dataset_dir: a.mindrecord, columns: {labels: label, "
+         "input_ids: input_id}}",), "train_dataset.data_loader.columns", "`input_ids`",
     ),
     "columns of a list that are missing": (
         (LOADER, "input_columns: [input_ids, label]"), "train_dataset.data_loader.columns",
