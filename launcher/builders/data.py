@@ -16,8 +16,9 @@ from launcher.parallel.filesystems import find_filesystem_groups
 from models.positions import row_length
 
 
-def open_dataset(job: Job, section: DatasetSection) -> RowDataset:
-    """The rows of a data section; one rank of each file system prepares them in `dataset_cache`."""
+def open_dataset(job: Job, section: DatasetSection, phase: str = "train") -> RowDataset:
+    """The rows of a data section; one rank of each file system prepares them in `dataset_cache`.
+    `phase`: `train`, or `valid` for evaluation."""
     assert not isinstance(section.data_loader, list)  # mixtures are not built yet
     cache_dir, world = job.output_dir / "dataset_cache", job.world.with_long_timeout()
     filesystems = find_filesystem_groups(cache_dir, world, "the data cache could not be opened")
@@ -29,6 +30,7 @@ def open_dataset(job: Job, section: DatasetSection) -> RowDataset:
         once=lambda prepare: filesystems.on_own(world, "", prepare),
         log=job.log,
         model_config=job.spec.hf_config,
+        phase=phase,
     )
     if filesystems.are_several:
         _check_same(world.gather(dataset.content))
@@ -68,7 +70,7 @@ def steps_per_epoch(rows: int, global_batch: int, *, drop_remainder: bool) -> in
 def evaluation_source(job: Job) -> Callable[[], Iterable[Batch]]:
     """A function whose every call returns this rank's share of the evaluation data."""
     assert job.config.eval_dataset is not None
-    dataset = open_dataset(job, job.config.eval_dataset)
+    dataset = open_dataset(job, job.config.eval_dataset, phase="valid")
     return lambda: evaluation_batches(
         dataset,
         job.config.runner_config.batch_size,

@@ -50,7 +50,7 @@ def build_run(job: Job) -> TrainRun:
     dataset = open_dataset(job, section)
     assert not isinstance(section.data_loader, list)  # mixtures are not built yet
     seed = config.seed if section.seed is None else section.seed
-    order = GlobalOrder(len(dataset), seed, section.data_loader.shuffle)
+    order = GlobalOrder(len(dataset), seed, section.data_loader.is_shuffled)
     loader = Loader(
         dataset,
         order,

@@ -64,6 +64,7 @@ def build_dataset(
     once: Once,
     log: Log,
     model_config: Mapping[str, Any] | None = None,
+    phase: str = "train",
 ) -> RowDataset:
     """The rows of one dataset section, tokenized now or read from the cache.
 
@@ -78,6 +79,7 @@ def build_dataset(
         cache_dir=Path(cache_dir),
         log=log,
         model_config=model_config or {},
+        phase=phase,
     )
     row_loader = row_loader_of(recipe.loader)
     if row_loader is not None:

@@ -21,7 +21,7 @@ from launcher.config.derived import (
 from launcher.config.provenance import KeyProblem
 from launcher.config.schema import DataLoaderSection, DatasetSection
 from launcher.errors import did_you_mean
-from launcher.extensions import TOKENIZER_TYPES
+from launcher.extensions import DATA_CHECKS, TOKENIZER_TYPES, required
 from launcher.json_text import lone_surrogate
 
 NAMES_SHOWN = 5
@@ -32,13 +32,24 @@ TOKEN_LOADERS = frozenset({
 })  # fmt: skip
 """Types of data loaders that read rows of tokens."""
 
-_BY_TYPE = {
+_MEGATRON = "BlendedMegatronDatasetDataLoader"
+_OF_DOCUMENTS = (
+    "TextDataLoader", "HFDataLoader", "CommonDataLoader", "InstructionDataLoader",
+)  # fmt: skip
+_BY_TYPE: dict[str, tuple[str, ...]] = {
     "suffixes": ("TextDataLoader",),
     "text_column": ("HFDataLoader", "CommonDataLoader"),
     "split": ("HFDataLoader", "CommonDataLoader", "InstructionDataLoader"),
     "format": ("InstructionDataLoader",),
     "strict_fields": ("InstructionDataLoader",),
+    **dict.fromkeys(
+        ("config", "sizes", "mindformers_sizes", "phase", "datasets_type"), (_MEGATRON,)
+    ),
+    "token_dtype": ("TokenFileDataLoader",),
+    "eod": ("TokenFileDataLoader",),
+    "num_samples": _OF_DOCUMENTS,
 }
+"""Key to the types of loaders that take it; keys that all take are left out."""
 
 
 def nearest_path(path: str) -> str:
@@ -127,7 +138,9 @@ def _loader(check: Check, prefix: str, loader: DataLoaderSection) -> Iterator[Ke
                 nearest=f"It belongs to {kinds[0]}",
                 also=(f"{prefix}.type",),
             )
-    if not loader.paths:
+    if loader.type in DATA_CHECKS:
+        yield from required(DATA_CHECKS, loader.type, f"{prefix}.type")(check, prefix, loader)
+    if not loader.paths and loader.type != _MEGATRON:
         yield check.wrong(
             keys[0],
             "a data set needs files",

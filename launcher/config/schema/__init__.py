@@ -23,6 +23,7 @@ from launcher.config.schema.data import (
     DataLoaderSection,
     DatasetSection,
     DatasetTaskSection,
+    MegatronConfigSection,
     MixtureSourceSection,
 )
 from launcher.config.schema.field import FieldInfo, Status, info_of
@@ -81,6 +82,7 @@ __all__ = [
     "IgnoredCallbackSection",
     "LossMonitorSection",
     "LrScheduleSection",
+    "MegatronConfigSection",
     "MixtureSourceSection",
     "ModelSection",
     "MonitorSection",

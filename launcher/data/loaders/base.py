@@ -47,6 +47,8 @@ class Recipe:
     log: Log
     model_config: Mapping[str, Any] = field(default_factory=dict)
     """The config.json of the model, for the ids of its special tokens."""
+    phase: str = "train"
+    """`train`, or `valid` for evaluation: which split is read where files have several."""
 
     @property
     def loader(self) -> DataLoaderSection:

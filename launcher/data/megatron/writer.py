@@ -72,7 +72,7 @@ class IndexedWriter:
         """Tokens written so far."""
         self._lengths, self._borders = array("i"), array("q", [0])
         self._modes = array("b") if modes else None
-        limits = np.iinfo(self.dtype)
+        limits = np.iinfo(self.dtype.name)
         self._limits = int(limits.min), int(limits.max)
         self._scratch = f".{self.prefix.name}.{uuid4().hex}"
         self.prefix.parent.mkdir(parents=True, exist_ok=True)
