@@ -27,7 +27,7 @@ _HASHED_AT_ONCE = 1 << 24
 
 
 class DamagedArrays(Exception):
-    """The folder is not complete or not as it was written; the text says what is wrong."""
+    """The folder is not complete or not as it was written; the text is what is wrong."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +66,7 @@ def make_array_folder(folder: Path, fill: Callable[[NewArray], Mapping[str, Any]
         for name in described:
             _sync(scratch / f"{name}.npy")
         index = {"arrays": described, "metadata": dict(metadata)}
-        (scratch / _INDEX).write_text(json.dumps(index))
+        (scratch / _INDEX).write_text(json.dumps({"hash": _hash_of_json(index), **index}))
         _sync(scratch / _INDEX)
         _rename(scratch, folder)
     finally:
@@ -78,9 +78,12 @@ def open_array_folder(folder: Path, *, verify: bool) -> ArrayFolder:
 
     Raises FileNotFoundError where there is none, DamagedArrays where it is not as it was written.
     """
-    text = (folder / _INDEX).read_text()
+    if not folder.is_dir():
+        raise FileNotFoundError(folder)
     try:
-        index = json.loads(text)
+        index = json.loads((folder / _INDEX).read_text())
+        if index.pop("hash") != _hash_of_json(index):
+            raise ValueError(f"{_INDEX} is not as it was written")
         found = {
             name: _map(folder / f"{name}.npy", entry, verify=verify)
             for name, entry in index["arrays"].items()
@@ -106,6 +109,10 @@ def _hash(array: npt.NDArray[Any]) -> str:
     for begin in range(0, len(array), _HASHED_AT_ONCE):
         found.update(np.ascontiguousarray(array[begin : begin + _HASHED_AT_ONCE]).data)
     return found.hexdigest()
+
+
+def _hash_of_json(value: Any) -> str:
+    return xxh3_128(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _rename(scratch: Path, folder: Path) -> None:

@@ -2,8 +2,8 @@
 
 `file_state` is for one machine: a file that was written again differs in it. `sampled_hash` is the
 same on every machine, whatever the path and the time of the file. It covers the size, the first
-and the last block and blocks at equal distances between them (64 of 64 KiB: files of up to 4 MiB as
-a whole), not every byte of larger ones: another corpus of the same size is noticed, a single byte
+and the last block and blocks at equal distances between them, 64 of 64 KiB: every byte of files of
+up to 4 MiB. Of larger ones another corpus of the same size is noticed, a single byte that was
 changed in between may not be.
 """
 

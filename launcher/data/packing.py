@@ -72,7 +72,7 @@ class StreamRows:
         labels[: len(piece) - 1] = piece[1:]
         labels[borders[borders > 0] - 1] = NO_TARGET
         begins = borders[(borders > 0) & (borders < length)]
-        return Row(input_ids, labels, *_positions_and_documents(begins, length))
+        return Row(input_ids, labels, *positions_and_documents(begins, length))
 
 
 class SampleRows:
@@ -120,10 +120,10 @@ class SampleRows:
         if not self._packed:
             return Row(input_ids, labels, None, None)
         borders = np.array([begin for begin in begins if begin < length], dtype=np.int64)
-        return Row(input_ids, labels, *_positions_and_documents(borders, length))
+        return Row(input_ids, labels, *positions_and_documents(borders, length))
 
 
-def _positions_and_documents(begins: Ints, length: int) -> tuple[Ints, Ints]:
+def positions_and_documents(begins: Ints, length: int) -> tuple[Ints, Ints]:
     """Positions and document indices of a row; all documents but the first begin at `begins`.
 
     Padding counts as one more document, so that no token attends to it.

@@ -69,9 +69,6 @@ KEYS_NOT_BUILT: dict[str, dict[str, dict[str, tuple[Any, ...]]]] = {
         },
     },
     "train_dataset.data_loader": {
-        "It belongs to BlendedMegatronDatasetDataLoader, which is not built yet": {
-            "datasets_type": (str | None, None)
-        },
         "Give the data as JSONL with a text column, or use InstructionDataLoader": {
             "handler": (list[Any] | None, None)
         },
@@ -79,11 +76,6 @@ KEYS_NOT_BUILT: dict[str, dict[str, dict[str, tuple[Any, ...]]]] = {
         "Set processor.tokenizer.pretrained_model_dir": {
             "tokenizer": (dict[str, Any] | None, None)
         },
-        "It belongs to BlendedMegatronDatasetDataLoader": {
-            "sizes": (list[int] | None, None),
-            "config": (dict[str, Any] | None, None),
-        },
-        "It belongs to TokenFileDataLoader": {"token_dtype": (str | None, None)},
     },
     "moe_config": {
         "Describe the experts in model.model_config, by the keys of config.json: remove it": {

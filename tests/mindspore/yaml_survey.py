@@ -23,6 +23,7 @@ from launcher.config.resolve import resolve_command_line
 from launcher.environment import PLANNED_WORLD_SIZE
 from launcher.errors import Problem, UserError
 from tests.config.weight_files import safetensors
+from tests.data.megatron.cases import GOLDEN
 
 TABLE = Path(__file__).parent / "fixtures" / "mindformers_files.tsv"
 TOKENIZER_FILES = TABLE.parent / "tokenizers"
@@ -34,9 +35,12 @@ TOKENIZERS = {
 }
 """Class -> its `vocab_file`; the others have JSON files."""
 
-READERS = frozenset("RGH")
-"""Needs that the readers of data cover."""
+BUILT = frozenset("G")
+"""Needs that are met."""
+READERS = frozenset("RH")
+"""Needs that the readers of data cover that are not built yet."""
 
+MEGATRON = "BlendedMegatronDatasetDataLoader"
 _NO_CONFIGURATION = (".jenkins", ".readthedocs.yaml", "layer_mapping.yaml")
 _DEGREES = ("data_parallel", "model_parallel", "pipeline_stage", "context_parallel")
 _LLAMA = {
@@ -80,7 +84,8 @@ class Known:
     @property
     def level(self) -> int:
         """1: accepted now. 2: with the readers of data. 3: it needs more."""
-        return 1 if not self.needs else 2 if self.needs <= READERS else 3
+        needs = self.needs - BUILT
+        return 1 if not needs else 2 if needs <= READERS else 3
 
 
 def known_files() -> dict[str, Known]:
@@ -107,6 +112,10 @@ class Materials:
     def corpus(self) -> str:
         """A folder of text."""
         return str(self.folder / "corpus")
+
+    def indexed(self) -> str:
+        """A dataset of Megatron, by its path without extension."""
+        return str(GOLDEN / "a_int32")
 
     def hub(self, file: Path) -> str:
         """A directory as from the hub, of the family that `file` is for."""
@@ -204,7 +213,10 @@ def _data(content: dict[str, Any], materials: Materials) -> Iterator[tuple[str, 
         inner = content.get(section)
         for name in ("data_loader", "dataloader"):
             loader = inner.get(name) if isinstance(inner, dict) else None
-            if isinstance(loader, dict):
+            if isinstance(loader, dict) and loader.get("type") == MEGATRON:
+                paths = f"['1', '{materials.indexed()}']"
+                yield f"{section}.{name}.config.data_path", paths
+            elif isinstance(loader, dict):
                 named = [key for key in ("dataset_dir", "dataset_files", "data_files")
                          if key in loader]  # fmt: skip
                 for key in named or ["dataset_dir"]:

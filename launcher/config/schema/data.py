@@ -58,12 +58,17 @@ class MegatronConfigSection:
     path_to_cache: str | None = None
     """Directory for prepared orders. Left out: the data cache in output_dir."""
     create_attention_mask: bool = no_effect(True, "masks are computed from document boundaries")
+    """Whether MindFormers makes a mask of seq_length x seq_length."""
     eod_pad_length: int = no_effect(128, "document boundaries are not padded to a length")
+    """Length of the compressed mask."""
     compressed_eod_mask_length: int | None = no_effect(
         None, "document boundaries are not padded to a length"
     )
+    """The same."""
     mmap_bin_files: bool | None = no_effect(None, "files are always memory-mapped")
+    """Whether MindFormers maps the files."""
     s3_cache_path: str | None = not_built(None, "Copy the files to a local directory")
+    """Directory for files of an object store."""
 
     def paths_of(self, phase: str) -> tuple[str, str | list[str] | None]:
         """The key of this section with the data of `train`, `valid` or `test`, and its value."""
@@ -83,9 +88,9 @@ class DataLoaderSection:
             "TextDataLoader",
             "HFDataLoader",
             "InstructionDataLoader",
-            "CommonDataLoader",
             "BlendedMegatronDatasetDataLoader",
             "TokenFileDataLoader",
+            "CommonDataLoader",
         ),
         planned=(
             *(

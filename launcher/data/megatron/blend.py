@@ -57,7 +57,7 @@ def requests(blend: BlendSpec, size: int | None, *, mindformers_sizes: bool) -> 
     if size is None:
         raise UserError(
             "data_path has weights, but sizes has no number of samples for the split",
-            rule="a blend by weight is as long as sizes says",
+            rule="sizes is the length of a blend by weight",
             advice="Set data_loader.sizes, or remove the weights to use all samples",
         )
     weights = normalized(blend.weights)

@@ -102,7 +102,7 @@ def _documents(check: Check, prefix: str, config: MegatronConfigSection) -> Iter
 def _end_token(check: Check) -> int | None:
     """The end token of config.json, for a message."""
     try:
-        found: Any = (read_config_json(check.config)).get("eos_token_id")
+        found: Any = (read_config_json(check.config) or {}).get("eos_token_id")
     except UserError:
         return None
     first = found[0] if isinstance(found, list) and found else found
@@ -152,7 +152,7 @@ def _file(check: Check, key: str, path: str) -> Iterator[KeyProblem]:
         header = read_header(path)
         if header.code in FLOATS:
             raise damaged(index_path(path), 17, f"type of tokens {header.dtype}",
-                          "token ids are whole numbers")  # fmt: skip
+                          "token ids are integers")  # fmt: skip
     except UserError as error:
         problem = error.problems[0]
         yield check.wrong(
@@ -197,7 +197,7 @@ def _blend_size(check: Check, prefix: str, phase: str) -> Iterator[KeyProblem]:
     if not size:
         yield check.wrong(
             f"{prefix}.sizes",
-            f"a data_path with weights is as long as sizes says, and {phase} has {size} samples",
+            f"sizes is the length of a data_path with weights, and {phase} has {size} samples",
             nearest=f"Nearest: set entry {PHASES.index(phase)} of sizes to a number above 0",
             advice="Or remove the weights, to read all samples",
             also=(f"{prefix}.type",),

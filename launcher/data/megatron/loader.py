@@ -56,7 +56,7 @@ class Plan:
     is_blended: bool
     wanted: Requests
     split: str | None
-    """None: each file is used as a whole."""
+    """None: all sequences of each file are used."""
     order: OrderSettings
     """Of all datasets, but for their sequences and samples."""
     rules: RowRules
@@ -142,7 +142,7 @@ def prepare(recipe: Recipe) -> str:
     if rows == 0:
         raise UserError(
             f"data_loader.sizes: the {plan.phase} split has no samples",
-            rule="a blend by weight has as many samples as sizes says",
+            rule="sizes is the length of a blend by weight",
             advice=f"Set entry {SPLITS.index(plan.phase)} of sizes to a number above 0",
         )
     recipe.log(_summary(plan, [content for _, content in parts], rows, made, started))

@@ -14,9 +14,7 @@ from launcher.data.megatron.rows import MegatronRows
 from launcher.data.rows import RowDataset
 
 GOLDEN = Path(__file__).parents[2] / "fixtures" / "data" / "megatron"
-CORPORA = sorted(
-    path.stem for path in GOLDEN.glob("?_*.json") if path.with_suffix(".idx").exists()
-)
+CORPORA = sorted(path.stem for path in GOLDEN.glob("?_*.json") if path.with_suffix(".idx").exists())
 SPLITS = ("train", "valid", "test")
 _FLAGS = {
     "em": "eod_mask_loss", "rp": "reset_position_ids", "ra": "reset_attention_mask",

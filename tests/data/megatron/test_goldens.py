@@ -2,8 +2,8 @@
 
 Two faults of MindFormers are not copied, and the goldens that show them are compared with what is
 right: its loss mask, handed out without a copy, stays masked after one padded item
-(`mforder_valid_keep_partial`, `mforder_pad_default`), and a compressed mask without another key fails at the second item
-(`mforder_compressed_cacheable`, `mforder_compressed_overflow`).
+(`mforder_valid_keep_partial`, `mforder_pad_default`), and a compressed mask without another key
+fails at the second item (`mforder_compressed_cacheable`, `mforder_compressed_overflow`).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def test_all_goldens_are_here() -> None:
 def test_order_and_items(golden: Case, tmp_path: Path) -> None:
     content = golden.content
     if "splits" not in content:
-        with pytest.raises(UserError, match="needs 15 samples of .*b_uint16, which has 13"):
+        with pytest.raises(UserError, match=r"needs 15 samples of .*b_uint16, which has 13"):
             open_loader(golden.section(), content["seq_length"], tmp_path)
         return
     for split in SPLITS:
@@ -70,9 +70,10 @@ def _compare_item(
 ) -> None:
     assert row.input_ids.tolist() == expected["tokens"][index]
     is_target = row.labels != NO_TARGET
-    assert np.where(is_target, row.labels, 0).tolist() == np.where(
-        is_target, expected["labels"][index], 0
-    ).tolist()
+    assert (
+        np.where(is_target, row.labels, 0).tolist()
+        == np.where(is_target, expected["labels"][index], 0).tolist()
+    )
     if golden.name not in MASK_STAYS_AFTER_PADDED_ITEM:
         assert is_target.astype(int).tolist() == expected["loss_mask"][index]
     length = content["seq_length"]
