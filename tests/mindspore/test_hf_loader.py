@@ -75,7 +75,7 @@ TRANSLATED: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     ),
     "no handler": (
         "type: HFDataLoader, path: json, data_files: a, handler: null, packing: null",
-        {"type": "HFDataLoader", "transforms": None, "shuffle": True}, {},
+        {"type": "HFDataLoader", "transforms": None, "is_shuffled": True}, {},
     ),
     "what only a hub or a disk needs": (
         "type: HFDataLoader, path: json, data_files: a, revision: main, num_proc: 4, "
