@@ -76,6 +76,7 @@ RULES: tuple[Rule, ...] = (
     generation.bad_words,
     paths.datasets,
     records.places,
+    records.tables,
     records.splits,
     records.columns,
     records.transforms,

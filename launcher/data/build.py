@@ -247,6 +247,7 @@ def _settings(recipe: Recipe) -> dict[str, Any]:
         "suffixes": list(loader.suffixes or ()),
         "text_column": loader.text_column,
         "record_format": loader.record_format,
+        "delimiter": loader.delimiter,
         "column_map": loader.column_map,
         "transforms": loader.transforms,
         "prompt_template": loader.prompt_template,

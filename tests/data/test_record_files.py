@@ -65,6 +65,11 @@ def test_tables(name: str, separator: str, encode: Any, tmp_path: Path) -> None:
     assert read(tmp_path, dataset_files=str(tmp_path / name), text_column="n") == ["1", "2", "3"]
 
 
+def test_a_delimiter(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text('text;n\na,b;1\n"c;d";2\n')
+    assert read(tmp_path, path=str(tmp_path), delimiter=";") == ["a,b", "c;d"]
+
+
 def test_a_long_field_and_an_empty_table(tmp_path: Path) -> None:
     long = "ship " * 50_000
     (tmp_path / "a.csv").write_text(f"text\n{long}\n")
@@ -170,7 +175,7 @@ WRONG: dict[str, tuple[str, str, dict[str, Any], list[str]]] = {
     "text after a quote": ("a.csv", 'text\n"a"b\n', {}, ["a.csv:2", "after the closing quote"]),
     "a column twice": ("a.csv", "text,text\na,b\n", {}, ["a.csv:1", "'text' 2 times"]),
     "a column without name": ("a.csv", "text,\na,b\n", {}, ["a.csv:1", "column 2"]),
-    "semicolons": ("a.csv", "text;n\na,b;1\n", {}, ["a.csv:2", "a semicolon"]),
+    "semicolons": ("a.csv", "text;n\na,b;1\n", {}, ["a.csv:2", 'delimiter: ";"']),
     "latin 1": ("a.csv", "text\nsh\xefp\n", {"encoding": "latin1"}, ["a.csv:2", "offset 7"]),
     "another column": ("a.csv", "txet,n\na,1\n", {}, ["a.csv:2", "did you mean `txet`?"]),
     "a damaged gz": ("a.csv.gz", "no gzip", {}, ["a.csv.gz"]),

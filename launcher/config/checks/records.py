@@ -116,6 +116,19 @@ def _absent(check: Check, key: str, path: str) -> KeyProblem:
     )
 
 
+def tables(check: Check) -> Iterator[KeyProblem]:
+    """The delimiter of a table is one character."""
+    words = {"tab": "\\t", "comma": ",", "semicolon": ";", "pipe": "|", "\\t": "\\t"}
+    for prefix, loader in _loaders(check):
+        sign = loader.delimiter
+        if sign is not None and (len(sign) != 1 or sign in '"\r\n'):
+            near = words.get(sign.lower(), sign[0] if sign and sign[0] not in '"\r\n' else ";")
+            yield check.wrong(
+                f"{prefix}.delimiter", "must be one character, and no quote or line break",
+                nearest=f'Nearest: "{near}"', also=(f"{prefix}.type",),
+            )  # fmt: skip
+
+
 def splits(check: Check) -> Iterator[KeyProblem]:
     """`split` can be read, and data_files by split have it."""
     for prefix, loader in _loaders(check):
