@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
+import io
 import json
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from launcher.config.schema import DataLoaderSection
 from launcher.data.loaders import read_samples, source_files
+from launcher.data.records import convert_records
+from launcher.data.tables import read_table_records
 from launcher.data.tally import Tally
 from launcher.errors import UserError
 
@@ -36,9 +43,6 @@ def lines(path: Path, texts: list[str]) -> Path:
 
 
 def table(path: Path, separator: str) -> bytes:
-    import csv
-    import io
-
     out = io.StringIO(newline="")
     writer = csv.DictWriter(out, ["text", "n"], delimiter=separator)
     writer.writeheader()
@@ -235,3 +239,19 @@ def test_damaged_folders_of_datasets(case: str, tmp_path: Path) -> None:
     assert word in str(error.value)
     with pytest.raises(UserError, match="did you mean `train`"):
         read(tmp_path, path=str(folder), split="trian")
+
+
+TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
+
+
+@given(rows=st.lists(st.tuples(TEXTS, TEXTS), max_size=6), sign=st.sampled_from(",\t;|"))
+@settings(max_examples=150, deadline=None)
+def test_what_a_csv_library_writes_is_read_back(rows: list[tuple[str, str]], sign: str) -> None:
+    """Quotes, separators, line breaks of all kinds, and what looks like a header or a number."""
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "a.csv"
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file, delimiter=sign)
+            writer.writerows([("one", "two"), *rows])
+        found = convert_records(read_table_records(path, sign), lambda record: record.value)
+        assert [(row["one"], row["two"]) for row in found] == rows
