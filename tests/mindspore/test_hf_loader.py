@@ -208,3 +208,21 @@ def test_a_wrong_step_is_reported_as_it_is_written(tmp_path: Path) -> None:
     assert [step.partition(" = ")[0] for step in steps] == [
         f"x.yaml:3: train_dataset.data_loader.handler.{key}" for key in ("0.m", "0", "1.type")
     ]
+
+
+def test_handlers_of_the_sources_of_a_mixture() -> None:
+    second = f"{{type: HFDataLoader, name: b, path: json, data_files: b, handler: [{ALPACA}]}}"
+    text = (
+        "run_mode: train\ntrain_dataset:\n  data_loader:\n"
+        f"  - {{type: TextDataLoader, name: a, dataset_dir: x}}\n  - {second}\n"
+    )
+    resolved = read_tree(read_text(text, "x.yaml"))
+    assert not resolved.problems
+    section = resolved.config.train_dataset
+    assert section is not None
+    assert isinstance(section.data_loader, list)
+    first, last = section.data_loader
+    assert (first.type, first.name) == ("TextDataLoader", "a")
+    assert (last.type, last.name, last.subset) == ("InstructionDataLoader", "b", "")
+    assert last.prompt_template == "mindformers_alpaca"
+    assert section.seq_length == 64
