@@ -114,6 +114,17 @@ def test_training_page(folder: Path) -> None:
     assert two == pytest.approx(alone, rel=1e-4)
 
 
+def test_mixtures_page(folder: Path) -> None:
+    assert run_page("mixtures.md", folder) == 2
+    log = (folder / "output/mixture/log/rank_0/info.log").read_text()
+    page = (ROOT / "docs/mixtures.md").read_text()
+    shown = page.partition("changed since:\n")[2].partition("```")[0].splitlines()
+    assert len(shown) == 4
+    assert all(line in log for line in shown), log
+    rows = [json.loads(line) for line in (folder / "output/mixture/metrics.jsonl").open()]
+    assert [row["consumed/code"] + row["consumed/chat"] for row in rows] == list(range(4, 40, 4))
+
+
 def test_checkpoints_page(folder: Path) -> None:
     assert run_page("checkpoints.md", folder) >= 3
     rows = [json.loads(line) for line in (folder / "output/saving/metrics.jsonl").open()]

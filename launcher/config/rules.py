@@ -13,6 +13,7 @@ from pathlib import Path
 from launcher.config.checks import (
     generation,
     memory,
+    mixture,
     model,
     parallel,
     paths,
@@ -75,6 +76,7 @@ RULES: tuple[Rule, ...] = (
     generation.generation_file,
     generation.bad_words,
     paths.datasets,
+    mixture.mixtures,
     records.places,
     records.tables,
     records.splits,
@@ -96,6 +98,20 @@ RULES: tuple[Rule, ...] = (
     model.model,
 )
 
+DATA_RULES: tuple[Rule, ...] = (
+    paths.run_mode,
+    parallel.rows,
+    training.evaluation_in_training,
+    paths.datasets,
+    paths.tokenizer,
+    tokenizer.tokenizer_files,
+    paths.named_paths,
+    placeholders.hub_files,
+    placeholders.data_files,
+    model.model,
+)
+"""Those of `--prepare_data`, which needs neither weights nor the processes of the run."""
+
 
 @dataclass(frozen=True)
 class _Known:
@@ -114,6 +130,7 @@ def check(
     *,
     world: int | None,
     bad_keys: frozenset[str] = frozenset(),
+    rules: tuple[Rule, ...] = RULES,
 ) -> list[Problem]:
     """Every problem that the rules find. `world`: number of processes, None before the start."""
     subject = Check(config=config, provenance=provenance, world_size=world)
@@ -121,7 +138,7 @@ def check(
     if with_nul := list(_nul_characters(subject)):
         return with_nul  # the system raises ValueError for such a path
     found: list[Problem] = []
-    for rule in RULES:
+    for rule in rules:
         try:
             found += [problem for problem in rule(subject) if not _follows(problem, known)]
         except OSError as error:

@@ -39,8 +39,10 @@ PLAN_ARRAYS = ("row_starts", "samples", "target_counts", "token_counts")
 class StreamRows:
     """The stream of all documents, cut every `seq_length` tokens on the fly."""
 
+    cuts_documents = False
+
     def __init__(self, store: TokenStore, seq_length: int, pad_token: int) -> None:
-        self._store, self._seq_length, self._pad_token = store, seq_length, pad_token
+        self.documents, self._seq_length, self._pad_token = store, seq_length, pad_token
         tokens = len(store.tokens)
         count = max(0, -(-(tokens - 1) // seq_length))  # a last token alone predicts nothing
         self.token_counts = np.full(count, seq_length, dtype=np.int64)
@@ -75,7 +77,7 @@ class StreamRows:
 
     def row(self, index: int) -> Row:
         length = self._seq_length
-        tokens, starts = self._store.tokens, self._store.starts
+        tokens, starts = self.documents.tokens, self.documents.starts
         begin = (index if self._pieces is None else int(self._pieces[index])) * length
         piece = tokens[begin : begin + length + 1].astype(np.int64)
         first, last = (
@@ -89,16 +91,19 @@ class StreamRows:
         input_ids[: len(piece)] = piece[:length]
         labels = np.full(length, NO_TARGET, dtype=np.int64)
         labels[: len(piece) - 1] = piece[1:]
-        if self._store.is_target is not None:
-            is_target = self._store.is_target[begin + 1 : begin + length + 1]
+        if self.documents.is_target is not None:
+            is_target = self.documents.is_target[begin + 1 : begin + length + 1]
             labels[: len(is_target)][is_target == 0] = NO_TARGET
         labels[borders[borders > 0] - 1] = NO_TARGET
         begins = borders[(borders > 0) & (borders < length)]
-        return Row(input_ids, labels, *_positions_and_documents(begins, length))
+        return Row(input_ids, labels, *positions_and_documents(begins, length))
 
 
 class SampleRows:
     """Complete samples in rows, by a plan of `plan_rows`."""
+
+    cuts_documents = True
+    """Whether what a row has no room for is lost."""
 
     def __init__(
         self,
@@ -109,7 +114,7 @@ class SampleRows:
         *,
         packed: bool,
     ) -> None:
-        self._store, self._plan, self._packed = store, plan, packed
+        self.documents, self._plan, self._packed = store, plan, packed
         self._seq_length, self._pad_token = seq_length, pad_token
         self.target_counts = plan.target_counts
         self.token_counts = plan.token_counts
@@ -121,7 +126,7 @@ class SampleRows:
         return Counts(self.target_counts[indices], self.token_counts[indices])
 
     def row(self, index: int) -> Row:
-        length, store = self._seq_length, self._store
+        length, store = self._seq_length, self.documents
         input_ids = np.full(length, self._pad_token, dtype=np.int64)
         labels = np.full(length, NO_TARGET, dtype=np.int64)
         begins = []
@@ -142,10 +147,10 @@ class SampleRows:
         if not self._packed:
             return Row(input_ids, labels, None, None)
         borders = np.array([begin for begin in begins if begin < length], dtype=np.int64)
-        return Row(input_ids, labels, *_positions_and_documents(borders, length))
+        return Row(input_ids, labels, *positions_and_documents(borders, length))
 
 
-def _positions_and_documents(begins: Ints, length: int) -> tuple[Ints, Ints]:
+def positions_and_documents(begins: Ints, length: int) -> tuple[Ints, Ints]:
     """Positions and document indices of a row; all documents but the first begin at `begins`.
 
     Padding counts as one more document, so that no token attends to it.

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from launcher.config.schema import DataLoaderSection, DatasetSection
 from launcher.data.files import DataFile
+from launcher.data.progress import OnProgress, ignore_progress
 from launcher.data.rows import RowDataset
 from launcher.data.tally import Tally
 
@@ -45,8 +46,14 @@ class Recipe:
     seq_length: int
     cache_dir: Path
     log: Log
+    on_progress: OnProgress = ignore_progress
+    """Called now and then by work that takes long, in the thread that does it."""
+    workers: int = 1
+    """Processes that may tokenize."""
     model_config: Mapping[str, Any] = field(default_factory=dict)
     """The config.json of the model, for the ids of its special tokens."""
+    phase: str = "train"
+    """`train`, or `valid` for evaluation: which split is read where files have several."""
 
     @property
     def loader(self) -> DataLoaderSection:
