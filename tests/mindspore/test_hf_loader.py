@@ -76,7 +76,7 @@ TRANSLATED: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     ),
     "no handler": (
         "type: HFDataLoader, path: json, data_files: a, handler: null, packing: null, split: null",
-        {"type": "HFDataLoader", "transforms": None, "shuffle": True}, {},
+        {"type": "HFDataLoader", "transforms": None, "shuffle": None}, {},
     ),
     "what only a hub or a disk needs": (
         "type: HFDataLoader, path: json, data_files: a, revision: main, num_proc: 4, "

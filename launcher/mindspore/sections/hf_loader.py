@@ -53,26 +53,16 @@ _TOKENIZER_NO_EFFECT = {
 _IGNORED_LABEL = -100
 
 
-def translate_loader(draft: Draft, section: str) -> None:
-    """Translate `section`.data_loader, or each source of a mixture, where it is one of LOADERS."""
-    loader = f"{section}.data_loader"
+def translate_loader(draft: Draft, section: str, loader: str) -> None:
+    """Translate `loader`, the one of `section` or an entry of its list, if it is one of LOADERS."""
     _tokenizer(draft, f"{section}.tokenizer")
-    node = draft.find(loader)
-    if node is not None and isinstance(node.value, list):
-        for index in range(len(node.value)):
-            _loader(draft, section, f"{loader}.{index}")
-        return
-    _loader(draft, section, loader)
-    if word(draft, f"{loader}.path"):  # in a mixture `name` is that of the source
-        draft.rename(f"{loader}.name", f"{loader}.subset", "the folder of one configuration")
-
-
-def _loader(draft: Draft, section: str, loader: str) -> None:
     if word(draft, f"{loader}.type") not in LOADERS:
         return
     _other_files(draft, loader)
     if written(draft, f"{loader}.split") is None:
         draft.drop(f"{loader}.split", "it is null: `train` is read")
+    if loader == f"{section}.data_loader":  # a source of a mixture has a name
+        draft.rename(f"{loader}.name", f"{loader}.subset", "the folder of one configuration")
     _tokenizer(draft, f"{loader}.tokenizer")
     _strategy(draft, section, f"{loader}.packing")
     _adaptor(draft, f"{loader}.adaptor_config")
@@ -111,8 +101,8 @@ def _handlers(draft: Draft, section: str, loader: str) -> None:
         return
     kinds = [word(draft, f"{key}.{index}.type") for index in range(len(node.value))]
     if _are_in_order(draft, key, kinds):
-        for index in range(len(kinds)):
-            _handler(draft, section, loader, index)
+        for index, kind in enumerate(kinds):
+            _handler(draft, section, f"{key}.{index}", kind)
         _steps(draft, loader, [i for i, kind in enumerate(kinds) if kind not in HANDLERS])
     draft.imply(f"{loader}.shuffle", False, key)  # their default
     draft.tree = without(draft.tree, key)
@@ -136,17 +126,16 @@ def _are_in_order(draft: Draft, key: str, kinds: list[str]) -> bool:
     return True
 
 
-def _handler(draft: Draft, section: str, loader: str, index: int) -> None:
+def _handler(draft: Draft, section: str, step: str, kind: str) -> None:
     """Translate one step that makes tokens or rows."""
-    step = f"{loader}.handler.{index}"
-    kind = word(draft, f"{step}.type")
+    loader = step.rpartition(".handler.")[0]
     if kind in NOT_BUILT:
         draft.refuse(
             f"{step}.type", "not built yet", nearest=f"Nearest: {next(iter(PROMPT_HANDLERS))}",
             advice="Use rename_columns and column_map to name the columns of alpaca records",
         )  # fmt: skip
     elif kind in PROMPT_HANDLERS:
-        _arguments(draft, section, loader, index)
+        _arguments(draft, section, step, kind)
         values = {
             f"{loader}.type": "InstructionDataLoader",
             f"{loader}.format": "alpaca",
@@ -155,7 +144,7 @@ def _handler(draft: Draft, section: str, loader: str, index: int) -> None:
         draft.tree = without(draft.tree, f"{loader}.type")
         draft.replace(f"{step}.type", values, _PROMPTED)
     elif kind == PACKING:
-        _arguments(draft, section, loader, index)
+        _arguments(draft, section, step, kind)
         if draft.find(f"{step}.pack_strategy") is not None:
             _strategy(draft, section, f"{step}.pack_strategy")
             draft.drop(f"{step}.type", "train_dataset.packing has the same effect")
@@ -163,10 +152,9 @@ def _handler(draft: Draft, section: str, loader: str, index: int) -> None:
             draft.replace(f"{step}.type", {f"{section}.packing": True}, _PACKED)
 
 
-def _arguments(draft: Draft, section: str, loader: str, index: int) -> None:
+def _arguments(draft: Draft, section: str, step: str, kind: str) -> None:
     """Translate the arguments of a handler; unknown ones are problems."""
-    step = f"{loader}.handler.{index}"
-    kind = word(draft, f"{step}.type")
+    loader = step.rpartition(".handler.")[0]
     why = "rows have one length, that of the data section"
     draft.rename(f"{step}.seq_length", f"{section}.seq_length", why)
     _tokenizer(draft, f"{step}.tokenizer")
