@@ -336,6 +336,7 @@ def _settings(recipe: Recipe) -> dict[str, Any]:
         "type": loader_type(loader),
         "text_column": loader.text_column,
         "record_format": loader.record_format,
+        "delimiter": loader.delimiter,
         "column_map": loader.column_map,
         "transforms": loader.transforms,
         "prompt_template": loader.prompt_template,

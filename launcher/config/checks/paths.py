@@ -43,6 +43,7 @@ _BY_TYPE: dict[str, tuple[str, ...]] = {
     "path": ("HFDataLoader", "CommonDataLoader", "InstructionDataLoader"),
     "data_dir": ("HFDataLoader", "CommonDataLoader", "InstructionDataLoader"),
     "subset": ("HFDataLoader", "CommonDataLoader", "InstructionDataLoader"),
+    "delimiter": ("HFDataLoader", "CommonDataLoader", "InstructionDataLoader"),
     "load_func": ("HFDataLoader", "CommonDataLoader", "InstructionDataLoader"),
     "column_map": ("HFDataLoader", "CommonDataLoader", "InstructionDataLoader"),
     "transforms": ("HFDataLoader", "CommonDataLoader", "InstructionDataLoader"),
