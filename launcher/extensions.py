@@ -142,8 +142,26 @@ CALLBACKS_NOT_BUILT: dict[str, str] = {
 }
 """Types of callbacks that are known and refused."""
 
-ROW_LOADERS: dict[str, str] = {}
+ROW_LOADERS: dict[str, str] = {
+    "MindDataset": "launcher.mindspore.mindrecord.dataset:LOADER",
+}
 """Name of a `data_loader.type` whose files hold tokens already: a `RowLoader`."""
+
+DATA_CHECKS: dict[str, str] = {
+    "MindDataset": "launcher.mindspore.mindrecord.checks:problems",
+}
+"""Name of a `data_loader.type` to a check of its files before any heavy import: (loader section,
+its data section, tokens of a row or None) -> pairs of a key of the loader and a problem."""
+
+TOKEN_READERS: dict[str, str] = {
+    "mindrecord": "launcher.mindspore.mindrecord.documents:token_arrays",
+}
+"""Kind of file with tokens that tools convert: (paths, column or None) -> one array a row."""
+PROMPT_TEMPLATES: dict[str, str] = {
+    "mindformers_alpaca": "launcher.mindspore.prompts:ALPACA",
+    "mindformers_code_alpaca": "launcher.mindspore.prompts:CODE_ALPACA",
+}
+"""Name of a `data_loader.prompt_template`: a `PromptTemplate`."""
 
 TOKENIZER_TYPES: dict[str, str] = {
     "Qwen2Tokenizer": "launcher.mindspore.tokenizers.types:qwen2",

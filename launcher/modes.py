@@ -17,6 +17,7 @@ from launcher.builders.job import Job
 from launcher.builders.load_weights import find_weights, load_or_init
 from launcher.builders.model import build_parallel, build_predicting
 from launcher.builders.prediction import PREDICT_BATCH, continue_prompts, result_path
+from launcher.builders.prepare import prepare_data
 from launcher.builders.reporting import open_reporting
 from launcher.builders.resume import find_resume, own_root, resumed_run
 from launcher.builders.roll_back import fit_with_roll_back
@@ -82,6 +83,12 @@ def run(
         if finished or world.size == 1:
             worlds.stop(world)
     return code
+
+
+def prepare(config: Config, provenance: Provenance) -> int:
+    """Prepare the data of `config` in this process alone. Returns the exit code."""
+    world = World(0, 1, torch.device("cpu"))
+    return prepare_data(Job(config, provenance, world, Console(enabled=True)))
 
 
 def world_without_group() -> World:

@@ -6,8 +6,9 @@ their names, so that the order of the list decides nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 from launcher.config.mixture import source_names
 from launcher.config.schema import DatasetSection, MixtureSourceSection
@@ -23,7 +24,11 @@ from launcher.data.mixture import (
 from launcher.data.rows import RowDataset
 from launcher.errors import UserError
 
-OpenDataset = Callable[[DatasetSection, Log], RowDataset]
+
+class OpenDataset(Protocol):
+    """Opens the rows of a data section with one data loader."""
+
+    def __call__(self, section: DatasetSection, *, log: Log) -> RowDataset: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +93,7 @@ def _open(name: str, section: DatasetSection, log: Log, open_dataset: OpenDatase
         log(f"{warning}{name}: {text.removeprefix(warning)}")
 
     try:
-        dataset = open_dataset(section, log_of_source)
+        dataset = open_dataset(section, log=log_of_source)
     except UserError as error:
         raise UserError(
             replace(problem, what=f"source `{name}`: {problem.what}") for problem in error.problems

@@ -104,5 +104,5 @@ def joined(datasets: Mapping[str, RowDataset], seq_length: int) -> RowDataset:
         packed=any(dataset.packed for dataset in datasets.values()),
         content=xxh3_128(content.encode()).hexdigest(),
         name="the mixture",
-        sources=tuple(RowSource(name, len(dataset)) for name, dataset in datasets.items()),
+        sources=tuple(RowSource(name, dataset) for name, dataset in datasets.items()),
     )

@@ -55,7 +55,12 @@ class RowSource(NamedTuple):
     """A dataset whose rows are a part of those of a mixture."""
 
     name: str
-    rows: int
+    dataset: RowDataset
+
+    @property
+    def rows(self) -> int:
+        """How many they are."""
+        return len(self.dataset)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +80,8 @@ class RowDataset:
     """Tokens of the model's vocabulary; None: rows are not checked."""
     name: str = "the dataset"
     """What error messages call it."""
+    cached_in: str = ""
+    """The folder of the data cache with its tokens; empty where they are read in place."""
     sources: tuple[RowSource, ...] = ()
     """Of a mixture: the datasets whose rows these are, one after another."""
 

@@ -69,7 +69,10 @@ def build(tmp_path: Path, tokenizer: PreTrainedTokenizerFast, logged: list[str])
     def make(*, seq_length: int = 8, packing: bool = True, **settings: Any) -> RowDataset:
         used = settings.pop("tokenizer", tokenizer)
         cache_dir = settings.pop("cache_dir", tmp_path / "cache")
-        section = DatasetSection(data_loader=DataLoaderSection(**settings), packing=packing)
+        strategy = settings.pop("packing_strategy", None)
+        section = DatasetSection(
+            data_loader=DataLoaderSection(**settings), packing=packing, packing_strategy=strategy
+        )
         return build_dataset(
             section,
             tokenizer=used,

@@ -21,8 +21,9 @@ from launcher.config.derived import (
 from launcher.config.provenance import KeyProblem
 from launcher.config.schema import DataLoaderSection, DatasetSection
 from launcher.errors import did_you_mean
-from launcher.extensions import TOKENIZER_TYPES
+from launcher.extensions import DATA_CHECKS, TOKENIZER_TYPES, installed
 from launcher.json_text import lone_surrogate
+from models.positions import row_length
 
 NAMES_SHOWN = 5
 """How many names of a directory are listed where none of them is similar."""
@@ -36,8 +37,20 @@ _BY_TYPE = {
     "suffixes": ("TextDataLoader",),
     "text_column": ("HFDataLoader", "CommonDataLoader"),
     "split": ("HFDataLoader", "CommonDataLoader", "InstructionDataLoader"),
+    "path": ("HFDataLoader", "CommonDataLoader", "InstructionDataLoader"),
+    "data_dir": ("HFDataLoader", "CommonDataLoader", "InstructionDataLoader"),
+    "subset": ("HFDataLoader", "CommonDataLoader", "InstructionDataLoader"),
+    "load_func": ("HFDataLoader", "CommonDataLoader", "InstructionDataLoader"),
+    "column_map": ("HFDataLoader", "CommonDataLoader", "InstructionDataLoader"),
+    "transforms": ("HFDataLoader", "CommonDataLoader", "InstructionDataLoader"),
+    "prompt_template": ("InstructionDataLoader",),
     "format": ("InstructionDataLoader",),
     "strict_fields": ("InstructionDataLoader",),
+    "columns": ("MindDataset",),
+    "labels": ("MindDataset",),
+    "pad_token_id": ("MindDataset",),
+    "ignore_token_id": ("MindDataset",),
+    "eod_token_id": ("MindDataset",),
 }
 
 
@@ -113,7 +126,28 @@ def datasets(check: Check) -> Iterator[KeyProblem]:
 
 def _dataset(check: Check, name: str, section: DatasetSection) -> Iterator[KeyProblem]:
     for key, loader in section.loaders.items():
-        yield from _loader(check, f"{name}.{key}", loader)
+        found = list(_loader(check, f"{name}.{key}", loader))
+        yield from found or _content(check, name, key, section, loader)
+
+
+def _content(
+    check: Check, name: str, key: str, section: DatasetSection, loader: DataLoaderSection
+) -> Iterator[KeyProblem]:
+    """Problems of files that hold tokens already, seen from their headers."""
+    inspect = installed(DATA_CHECKS).get(loader.type)
+    if inspect is None:
+        return
+    spec = check.spec
+    length = section.seq_length or (
+        spec and (spec.seq_length or row_length(spec.family, spec.hf_config))
+    )
+    for inner, problem in inspect(loader, section, length):
+        place = f"{name}.{inner}" if inner in ("seq_length", "packing") else f"{name}.{key}.{inner}"
+        what = f"{problem.where}: {problem.what}" if problem.where else problem.what
+        yield check.wrong(
+            place, problem.rule, what=what, nearest=problem.nearest, advice=problem.advice,
+            also=(f"{name}.{key}.type",),
+        )  # fmt: skip
 
 
 def _loader(check: Check, prefix: str, loader: DataLoaderSection) -> Iterator[KeyProblem]:
@@ -127,26 +161,26 @@ def _loader(check: Check, prefix: str, loader: DataLoaderSection) -> Iterator[Ke
                 nearest=f"It belongs to {kinds[0]}",
                 also=(f"{prefix}.type",),
             )
-    if not loader.paths:
+    if not loader.paths and not loader.data_files:
         yield check.wrong(
             keys[0],
             "a data set needs files",
             what=f"{prefix.removesuffix('.data_loader')} has no files",
             advice=f"Set {keys[0]} to a file, a directory or a glob pattern",
-            also=(*keys, f"{prefix}.type"),
+            also=(*keys, f"{prefix}.type", f"{prefix}.path"),
         )
-    for key in keys:
-        value = check.value(key)
-        for path in [value] if isinstance(value, str) else value or []:
-            if path and not Path(path).exists() and not glob.glob(path, recursive=True):
-                is_glob = glob.has_magic(path)
-                yield check.wrong(
-                    key,
-                    "no file matches this pattern" if is_glob else "no such file or directory",
-                    what=f"{key} = {path!r}",
-                    nearest="" if is_glob else nearest_path(path),
-                    advice="Paths are relative to the current directory",
-                )
+    if loader.path and not loader.record_format and not Path(loader.path).exists():
+        return  # `records.places` reports it
+    for key, path in loader.sources():
+        if not Path(path).exists() and not glob.glob(path, recursive=True):
+            is_glob = glob.has_magic(path)
+            yield check.wrong(
+                f"{prefix}.{key}",
+                "no file matches this pattern" if is_glob else "no such file or directory",
+                what=f"{prefix}.{key} = {path!r}",
+                nearest="" if is_glob else nearest_path(path),
+                advice="Paths are relative to the current directory",
+            )
 
 
 def tokenizer(check: Check) -> Iterator[KeyProblem]:
@@ -254,6 +288,8 @@ def named_paths(check: Check) -> Iterator[KeyProblem]:
         )
     if Path(config.output_dir).is_file():
         yield check.wrong("output_dir", "must be a directory, this is a file")
+    if config.data_cache.dir and Path(config.data_cache.dir).is_file():
+        yield check.wrong("data_cache.dir", "must be a directory, this is a file")
     prompt = config.input_data
     for text in [prompt] if isinstance(prompt, str) else prompt or ():
         if wrong := lone_surrogate(text):

@@ -20,6 +20,7 @@ from launcher.config.schema.callbacks import (
     TensorboardSection,
 )
 from launcher.config.schema.data import (
+    DataCacheSection,
     DataLoaderSection,
     DatasetSection,
     DatasetTaskSection,
@@ -72,6 +73,7 @@ __all__ = [
     "CheckpointMonitorSection",
     "Config",
     "ContextSection",
+    "DataCacheSection",
     "DataLoaderSection",
     "DatasetSection",
     "DatasetTaskSection",

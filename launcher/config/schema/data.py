@@ -5,12 +5,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from launcher.config.schema.field import (
     effective,
     optional_section,
     section,
 )
+from launcher.config.schema.splits import names_of_split
+
+RECORD_FORMATS = ("json", "csv", "parquet", "text", "arrow")
+"""Values of `data_loader.path` that name a format instead of a folder."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,44 +29,115 @@ class DataLoaderSection:
             "TextDataLoader",
             "HFDataLoader",
             "InstructionDataLoader",
+            "MindDataset",
             "CommonDataLoader",
         ),
         planned=(
-            *("TokenFileDataLoader", "BlendedMegatronDatasetDataLoader", "MindDataset"),
+            *("TokenFileDataLoader", "BlendedMegatronDatasetDataLoader"),
             *("TFRecordDataset", "ADGenDataLoader", "CLUEDataset"),
         ),
     )
-    """`TextDataLoader`: text files. `HFDataLoader` (or `CommonDataLoader`): JSONL
-    or Parquet with a text column. `InstructionDataLoader`: questions with answers."""
+    """`TextDataLoader`: text files. `HFDataLoader` (or `CommonDataLoader`): records (JSON, JSONL,
+    CSV, Parquet, Arrow) with a text column. `InstructionDataLoader`: questions with answers.
+    `MindDataset`: rows of tokens in MindRecord files, read in place."""
     dataset_dir: str = ""
     """A file, a folder or a glob. Equal to dataset_files with one entry."""
     dataset_files: str | list[str] | None = None
     """Files, folders or globs; used together with dataset_dir when both are given."""
-    data_files: str | list[str] | None = None
-    """Another name of dataset_files, for HFDataLoader."""
+    path: str = ""
+    """Records, as in `datasets.load_dataset`: a format (`json`, `csv`, `parquet`, `text`, `arrow`)
+    of data_files and data_dir, or a local folder. Nothing is downloaded from a hub."""
+    data_dir: str = ""
+    """A folder below path, or by itself where path is a format."""
+    subset: str = ""
+    """A folder below path that has one configuration of a data set (`name` in `datasets`)."""
+    data_files: str | list[str] | dict[str, Any] | None = None
+    """Files or globs, relative to path and data_dir; or a section of them by split."""
+    load_func: str | None = effective(None, choices=("load_dataset", "load_from_disk"))
+    """An assertion: `load_from_disk` requires that path was written by `Dataset.save_to_disk`. Left
+    out: seen from the files."""
     suffixes: list[str] | None = None
     """TextDataLoader: endings of the files taken from a folder. Left out: all usual ones."""
     text_column: str = "text"
     """HFDataLoader: the column that holds the text."""
     format: str | None = effective(None, choices=("alpaca", "messages", "sharegpt"))
     """InstructionDataLoader: form of a record. Left out: seen from the first record."""
+    column_map: dict[str, str] | None = None
+    """Records: field that is read -> column of the file, as in `{instruction: question, output:
+    answer}`, `{text: body}`. A dotted name (`data.question`) is a field of a nested record."""
+    transforms: list[dict[str, Any]] | None = None
+    """Records: steps in order, such as `{type: take, n: 2000}`: take, skip, select, shuffle, sort,
+    shard, flatten, rename_column, rename_columns, remove_columns, select_columns. Arguments are
+    those of `datasets.Dataset`; columns have the names of the file, column_map comes last."""
+    prompt_template: str | None = effective(
+        None, choices=("mindformers_alpaca", "mindformers_code_alpaca")
+    )
+    """InstructionDataLoader, alpaca records: a prompt of fixed text, tokenized in parts as the data
+    handlers of MindFormers do, instead of the chat template of the tokenizer."""
     strict_fields: bool = True
     """InstructionDataLoader: a field of a record with a wrong value, or one of another kind of data
     (`rejected`, `images`), is an error. False: the record is skipped and counted."""
     split: str = "train"
-    """HFDataLoader: the split to read where the source has several."""
+    """Records: the split to read where the source has several, or a part: `train[:100]`,
+    `train[10%:20%]`, `train+test`."""
+    columns: dict[str, str] | None = None
+    """MindDataset: the columns that are input_ids, labels and loss_mask, by these names. Left out:
+    columns of these names and target_ids, as far as the files have them."""
+    labels: str | None = effective(None, choices=("unshifted", "shifted"))
+    """MindDataset: `unshifted`: labels[t] is input_ids[t] or ignored, so a row has seq_length + 1
+    tokens. `shifted`: labels[t] is the token after input_ids[t]. Left out: seen from the rows."""
+    pad_token_id: int | None = effective(None, minimum=0)
+    """MindDataset: positions with this token do not count for the loss. Left out: that of the
+    model, if it has one."""
+    ignore_token_id: int = -100
+    """MindDataset: labels of this value do not count for the loss (those of -100 never do)."""
+    eod_token_id: int | None = effective(None, minimum=0)
+    """MindDataset: the token that ends a document. Documents of a row are kept apart in attention
+    and positions restart. Left out: a row is one document."""
     num_samples: int | None = effective(None, minimum=1)
-    """Read only this many documents of the source. Left out: all."""
+    """Read only this many documents or rows of the source. Left out: all."""
     shuffle: bool = True
     """Read the rows in a random order that depends on the seed and the epoch."""
 
     @property
-    def paths(self) -> list[str]:
-        """Everything the user named as a source, in the order of the keys above."""
-        found = [self.dataset_dir] if self.dataset_dir else []
-        for value in (self.dataset_files, self.data_files):
-            found += [value] if isinstance(value, str) and value else list(value or ())
+    def record_format(self) -> str:
+        """The format that `path` names; empty where the names of the files decide."""
+        return self.path if self.path in RECORD_FORMATS else ""
+
+    @property
+    def root(self) -> str:
+        """The folder that data_files are relative to; empty: the current one."""
+        below = (self.path, self.subset) if self.path and not self.record_format else ()
+        given = [part for part in (*below, self.data_dir) if part]
+        return str(Path(*given)) if given else ""
+
+    def sources(self, *splits: str) -> list[tuple[str, str]]:
+        """(key, path) of everything the user named, in the order of the keys above; of data_files
+        by split only those of `splits` (left out: of the split that is read)."""
+        found = [("dataset_dir", self.dataset_dir)] if self.dataset_dir else []
+        found += [("dataset_files", path) for path in _listed(self.dataset_files)]
+        files: Any = self.data_files
+        if isinstance(files, dict):
+            wanted = splits or names_of_split(self.split)
+            files = [path for name in wanted for path in _listed(files.get(name))]
+        root = self.root
+        found += [("data_files", str(Path(root, path))) for path in _listed(files)]
+        if root and not self.data_files:
+            names = ("data_dir", "subset", "path") if self.path else ("data_dir",)
+            key = next(name for name in names if getattr(self, name))
+            found.append((key, root))
         return found
+
+    @property
+    def paths(self) -> list[str]:
+        """The paths of `sources`."""
+        return [path for _, path in self.sources()]
+
+
+def _listed(value: Any) -> list[str]:
+    if isinstance(value, str):
+        return [value] if value else []
+    return [path for path in value if isinstance(path, str)] if isinstance(value, list) else []
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,11 +174,18 @@ class DatasetSection:
     packing: bool = False
     """Fill every row with several documents, kept apart by attention and positions. False: one
     document a row, padded."""
+    packing_strategy: str | None = effective(None, choices=("first_fit", "concatenate"))
+    """With packing. `concatenate`: samples are one stream that is cut every seq_length tokens, so
+    one may be continued in the next row. `first_fit`: only complete samples, in the first row with
+    room; longer ones are cut. Left out: concatenate for text, first_fit for conversations."""
     drop_remainder: bool = True
     """An epoch has as many optimizer steps as there are full global batches; False: one more for
     the rest. Samples run on from one epoch into the next either way, none is left out."""
     seed: int | None = effective(None, minimum=0)
     """Seed of the order of the rows. Left out: the top-level seed."""
+    num_parallel_workers: int | None = effective(None, minimum=1)
+    """Processes of each machine that tokenize large data, at most as many as it has processors.
+    Left out: up to 16. The result does not depend on it."""
 
     @property
     def loaders(self) -> dict[str, DataLoaderSection]:
@@ -109,6 +193,17 @@ class DatasetSection:
         if isinstance(self.data_loader, list):
             return {f"data_loader.{i}": source for i, source in enumerate(self.data_loader)}
         return {"data_loader": self.data_loader}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataCacheSection:
+    """`data_cache`: where tokens are kept for later runs."""
+
+    dir: str = ""
+    """Its folder, which several jobs may share. Left out: {output_dir}/dataset_cache."""
+    max_gb: float | None = effective(None, above=0)
+    """Size in 10^9 bytes. When a dataset is added, those that were not used for the longest time
+    are deleted, never one that a running job uses. Left out: nothing is deleted."""
 
 
 @dataclass(frozen=True, kw_only=True)

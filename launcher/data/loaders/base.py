@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from launcher.config.schema import DataLoaderSection, DatasetSection
 from launcher.data.files import DataFile
+from launcher.data.progress import OnProgress, ignore_progress
 from launcher.data.rows import RowDataset
 from launcher.data.tally import Tally
 
@@ -45,6 +46,10 @@ class Recipe:
     seq_length: int
     cache_dir: Path
     log: Log
+    on_progress: OnProgress = ignore_progress
+    """Called now and then by work that takes long, in the thread that does it."""
+    workers: int = 1
+    """Processes that may tokenize."""
     model_config: Mapping[str, Any] = field(default_factory=dict)
     """The config.json of the model, for the ids of its special tokens."""
 
@@ -66,9 +71,14 @@ class DataLoader(Generic[SampleT]):
     left out."""
     tokenize: Callable[[Iterable[SampleT], Recipe, Tally], Iterator[TokenBatch]]
     """The tokens of samples, in batches, in order."""
+    read_files: (
+        Callable[[list[DataFile], DataLoaderSection, Path, Tally], Iterator[SampleT]] | None
+    ) = None
+    """The samples of all files, where they cannot be read one by one (`record_files.
+    needs_all_files`): a slice, or a step such as a shuffle, goes over all of them."""
     has_targets: bool = False
-    """Whether only some tokens count for the loss, as in conversations. Such samples are never cut
-    from one stream of tokens."""
+    """Whether only some tokens count for the loss, as in conversations. Such samples are cut from
+    one stream of tokens only with `packing_strategy: concatenate`."""
     unit: str = "documents"
     """What its samples are, for log lines."""
     paths_key: str = "dataset_dir"

@@ -1,7 +1,7 @@
 """The data sections of a MindFormers configuration.
 
 Owns the wrappers around a data set, sections that the run does not read, and loaders that are known
-and not built: such a loader is one problem, and its other keys none.
+and not built: such a loader is one problem, and its other keys none. `hf_loader` has HFDataLoader.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from launcher.config.draft import Change, Draft, asks_for_nothing, is_from_comma
 from launcher.config.nodes import Node, without
 from launcher.config.schema import DataLoaderSection, info_of
 from launcher.mindspore.keys_not_built import KEYS_NOT_BUILT
+from launcher.mindspore.sections import records
+from launcher.mindspore.sections.hf_loader import translate_loader
 from launcher.mindspore.sections.sources import translate_sources
 from launcher.mindspore.sections.values import is_on, mode, names, trains, written
 
@@ -23,16 +25,15 @@ def translate(draft: Draft) -> None:
         _wrapper(draft, name)
         for section in (name, f"{name}_task.dataset_config"):
             translate_sources(draft, section, is_evaluation=name == "eval_dataset")
-    if not mode(draft):
-        return
+        records.translate(draft, name)
     evaluates = mode(draft) == "eval" or (trains(draft) and is_on(draft, "do_eval"))
     for name, is_read in (("train_dataset", trains(draft)), ("eval_dataset", evaluates)):
         for section in (name, f"{name}_task.dataset_config"):
-            if not _needs_more(draft, section):
-                continue
-            if is_read:
-                _only_the_type(draft, section)
-            else:
+            if not mode(draft) or is_read:
+                translate_loader(draft, section)
+                if mode(draft) and _needs_more(draft, section):
+                    _only_the_type(draft, section)
+            elif _needs_more(draft, section):
                 draft.drop(section, "it is not read in this mode")
 
 
