@@ -30,7 +30,8 @@ def translate(draft: Draft) -> None:
     for name, is_read in (("train_dataset", trains(draft)), ("eval_dataset", evaluates)):
         for section in (name, f"{name}_task.dataset_config"):
             if not mode(draft) or is_read:
-                translate_loader(draft, section)
+                for loader in _loaders(draft, section):
+                    translate_loader(draft, section, loader)
                 if mode(draft) and _needs_more(draft, section):
                     _only_the_type(draft, section)
             elif _needs_more(draft, section):

@@ -49,14 +49,14 @@ _TOKENIZER_NO_EFFECT = {
 _IGNORED_LABEL = -100
 
 
-def translate_loader(draft: Draft, section: str) -> None:
-    """Translate `section`.data_loader, where it is one of LOADERS."""
-    loader = f"{section}.data_loader"
+def translate_loader(draft: Draft, section: str, loader: str) -> None:
+    """Translate `loader`, the one of `section` or an entry of its list, if it is one of LOADERS."""
     _tokenizer(draft, f"{section}.tokenizer")
     if word(draft, f"{loader}.type") not in LOADERS:
         return
     _other_files(draft, loader)
-    draft.rename(f"{loader}.name", f"{loader}.subset", "the folder of one configuration")
+    if loader == f"{section}.data_loader":  # a source of a mixture has a name
+        draft.rename(f"{loader}.name", f"{loader}.subset", "the folder of one configuration")
     _tokenizer(draft, f"{loader}.tokenizer")
     _strategy(draft, section, f"{loader}.packing")
     _adaptor(draft, f"{loader}.adaptor_config")
@@ -122,7 +122,7 @@ def _are_in_order(draft: Draft, key: str, kinds: list[str]) -> bool:
 
 def _handler(draft: Draft, section: str, step: str, kind: str) -> None:
     """Translate one step that makes tokens or rows."""
-    loader = f"{section}.data_loader"
+    loader = step.rpartition(".handler.")[0]
     if kind in NOT_BUILT:
         draft.refuse(
             f"{step}.type", "not built yet", nearest=f"Nearest: {next(iter(PROMPT_HANDLERS))}",
@@ -149,7 +149,7 @@ def _handler(draft: Draft, section: str, step: str, kind: str) -> None:
 
 def _arguments(draft: Draft, section: str, step: str, kind: str) -> None:
     """Translate the arguments of a handler; unknown ones are problems."""
-    loader = f"{section}.data_loader"
+    loader = step.rpartition(".handler.")[0]
     why = "rows have one length, that of the data section"
     draft.rename(f"{step}.seq_length", f"{section}.seq_length", why)
     _tokenizer(draft, f"{step}.tokenizer")
