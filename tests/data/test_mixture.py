@@ -34,6 +34,7 @@ from launcher.data.mixture import (
 )
 from launcher.data.rows import RowDataset
 from launcher.errors import UserError
+from tests.data.mindrecord_writer import token_rows, write_mindrecord
 
 Lines = Sequence[dict[str, Any]]
 
@@ -75,15 +76,23 @@ def _parquet(folder: Path) -> dict[str, Any]:
     return {"type": "HFDataLoader", "dataset_files": str(folder / "texts.parquet")}
 
 
+def _mindrecord(folder: Path) -> dict[str, Any]:
+    rows = [[[n % 90 + 5] * 20 + list(range(13))] for n in range(19)]
+    path = folder / "rows.mindrecord"
+    write_mindrecord(path, {"input_ids": ("int32", [-1])}, token_rows(rows, "input_ids"))
+    return {"type": "MindDataset", "dataset_dir": str(path)}
+
+
 KINDS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "text": _text,
     "column": _column,
     "instruction": _instruction,
     "parquet": _parquet,
+    "mindrecord": _mindrecord,
 }
 """Kind of source -> what writes its files: the keys of an entry. Each loader that is added to
 `data_loader.type` adds a row."""
-WEIGHTS = dict(zip(KINDS, (0.4, 0.3, 0.2, 0.1), strict=True))
+WEIGHTS = dict(zip(KINDS, (0.35, 0.25, 0.2, 0.1, 0.1), strict=True))
 NAMES = tuple(sorted(KINDS))
 Open = Callable[..., Mixture]
 

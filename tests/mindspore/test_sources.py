@@ -17,9 +17,9 @@ SOURCES = """
 """
 
 
-def read(more: str = "", section: str = "train_dataset", packing: bool = False) -> Resolved:
+def read(more: str = "", section: str = "train_dataset") -> Resolved:
     lines = "".join(f"    {line}\n" for line in more.splitlines())
-    text = f"{section}:\n  packing: {packing}\n  data_loader:\n    type: MultiSourceDataLoader"
+    text = f"{section}:\n  data_loader:\n    type: MultiSourceDataLoader"
     return read_tree(read_text(f"run_mode: train\ndo_eval: True\n{text}{SOURCES}{lines}", "x.yaml"))
 
 
@@ -69,10 +69,41 @@ def test_arguments_become_keys_of_the_entries(case: str) -> None:
     assert all(source.weight is None for source in found)
 
 
-def test_packed_rows_count_documents() -> None:
-    found = sources_of(read("nums_per_dataset: [3, 9, 5]", packing=True))
-    assert [source.num_samples for source in found] == [3, 7, 5]
-    assert [source.max_samples for source in found] == [None, None, None]
+def test_sources_have_handlers_and_subsets() -> None:
+    """Those of HFDataLoader are translated in an entry as in a section."""
+    text = """
+run_mode: train
+train_dataset:
+  data_loader:
+    type: MultiSourceDataLoader
+    nums_per_dataset: [3, 4]
+    sub_data_loader:
+      - type: HFDataLoader
+        path: data
+        name: english
+        handler:
+          - {type: AlpacaInstructDataHandler, prompt_key: question}
+          - {type: PackingHandler, pack_strategy: pack}
+      - type: CommonDataLoader
+        path: json
+        data_files: b.jsonl
+        handler: [{type: take, n: 5}]
+"""
+    resolved = read_tree(read_text(text, "x.yaml"))
+    one, other = sources_of(resolved)
+    assert (one.type, one.subset, one.name) == ("InstructionDataLoader", "english", "")
+    assert (one.format, one.prompt_template) == ("alpaca", "mindformers_alpaca")
+    assert one.column_map == {"instruction": "question"}
+    assert other.transforms == [{"type": "take", "n": 5}]
+    assert (one.shuffle, other.shuffle) == (True, True)
+    assert (one.max_samples, other.max_samples) == (3, 4)
+    assert resolved.config.train_dataset.packing
+
+
+def test_a_name_in_a_list_of_this_launcher_is_the_name_of_the_source() -> None:
+    text = "train_dataset: {data_loader: [{type: HFDataLoader, path: data, name: english}]}\n"
+    (one,) = sources_of(read_tree(read_text(text, "x.yaml")))
+    assert (one.name, one.subset) == ("english", "")
 
 
 def test_a_source_without_samples_is_left_out() -> None:

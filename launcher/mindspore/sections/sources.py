@@ -4,7 +4,7 @@ Owns the meaning of its arguments (mindformers/dataset/dataloader/multi_source_d
 
     sub_data_loader                   the sources
     sub_data_loader_args, any other   arguments of every source, before its own
-    nums_per_dataset                  so many samples of each source in an epoch
+    nums_per_dataset                  so many rows of each source in an epoch
     dataset_ratios, samples_count     the same: ratio * samples_count, rounded down
     shuffle                           True, global: sources and files; files: the sources only
 
@@ -20,9 +20,11 @@ from typing import Any
 from launcher.config.draft import Change, Draft
 from launcher.config.key_checks import plain_value
 from launcher.config.nodes import Node, from_plain, put
-from launcher.mindspore.sections.values import is_on, refuse, written
+from launcher.mindspore.sections.hf_loader import LOADERS as HF_LOADERS
+from launcher.mindspore.sections.values import refuse, written
 
 TYPE = "MultiSourceDataLoader"
+_NOTHING = Node(value=None, where="")
 _NO_EFFECT = {
     "shuffle_buffer_size": "the blend is computed, nothing is buffered",
     "data_source_type": "rows are always read by their number",
@@ -59,22 +61,19 @@ def translate_sources(draft: Draft, section: str, *, is_evaluation: bool) -> Non
     if inner is not None and isinstance(inner.value, dict):
         common = {**inner.value, **common}  # as MindFormers, which applies them last
     if shuffle is not None:
-        common["shuffle"] = shuffle
-    limit = "num_samples" if is_on(draft, f"{section}.packing") else "max_samples"
+        common["shuffle"] = shuffle  # whatever a source has
     entries = [
-        replace(source, value=_limited({**source.value, **common}, limit, number, source.where))
+        replace(source, value=_entry({**source.value, **common}, number, source.where))
         for source, number in zip(sources, numbers, strict=True)
         if number != 0
     ]
-    _write(draft, key, node, entries, limit)
+    _write(draft, key, node, entries)
 
 
-def _limited(entry: dict[str, Node], limit: str, number: int | None, where: str) -> dict[str, Node]:
-    if number is None:
-        return entry
-    present = plain_value(entry[limit]) if limit in entry else None
-    least = min(number, present) if isinstance(present, int) else number
-    return {**entry, limit: from_plain(least, where)}
+def _entry(values: dict[str, Node], number: int | None, where: str) -> dict[str, Node]:
+    if "name" in values and plain_value(values.get("type", _NOTHING)) in HF_LOADERS:
+        values = {("subset" if key == "name" else key): value for key, value in values.items()}
+    return values if number is None else {**values, "max_samples": from_plain(number, where)}
 
 
 def _sources(draft: Draft, key: str) -> list[Node]:
@@ -118,11 +117,14 @@ def _are_numbers(value: Any, count: int) -> bool:
 
 
 def _shuffle(draft: Draft, key: str, *, is_evaluation: bool) -> Node | None:
-    """`shuffle` of every source; None: not given."""
+    """`shuffle` of every source, on where it is left out; None: an evaluation has no order."""
+    if is_evaluation:
+        return None
     node = draft.find(f"{key}.shuffle")
     value = None if node is None else plain_value(node)
-    if node is None or value is None or is_evaluation:
-        return None
+    if node is None or value is None:
+        node, value = draft.find(key), True
+        assert node is not None
     word = str(value).lower()
     if word in ("true", "global", "files"):
         return from_plain(word != "files", node.where)
@@ -148,7 +150,7 @@ def _leave_the_problems(draft: Draft, key: str) -> None:
     draft.tree = put(draft.tree, key, Node(value={}, where=node.where))
 
 
-def _write(draft: Draft, key: str, node: Node, entries: list[Node], limit: str) -> None:
+def _write(draft: Draft, key: str, node: Node, entries: list[Node]) -> None:
     for name, child in node.value.items():
         if name == "sub_data_loader":
             continue
@@ -158,7 +160,7 @@ def _write(draft: Draft, key: str, node: Node, entries: list[Node], limit: str) 
         if name == "type":
             new, why = (key,), "a list of data loaders is a mixture"
         elif name in ("dataset_ratios", "samples_count", "nums_per_dataset"):
-            new = tuple(f"{place}.{limit}" for place in places)
+            new = tuple(f"{place}.max_samples" for place in places)
         elif name == "sub_data_loader_args":
             new = places
         elif name not in _OWN or name == "shuffle":
