@@ -156,7 +156,7 @@ def _pad_token(recipe: Recipe) -> int | None:
 
 
 def _labels_are_shifted(recipe: Recipe, files: list[FileReader], columns: Columns) -> bool:
-    """As `data_loader.labels` says, else as some rows show. Raises UserError where they do not."""
+    """By `data_loader.labels`, else by the first rows. Raises UserError where they do not."""
     written = recipe.loader.labels
     if columns.labels is None:
         return False
