@@ -46,9 +46,10 @@ def build(tmp_path: Path, lines: list[str]) -> Build:
     ) -> RowDataset:
         packing = keys.pop("packing", False)
         loader = DataLoaderSection(type="MindDataset", dataset_dir=str(path), **keys)
+        section = DatasetSection(data_loader=loader, packing=packing)
         return build_dataset(
-            DatasetSection(data_loader=loader, packing=packing), tokenizer=None, seq_length=seq_length,
-            cache_dir=tmp_path / "cache", once=lambda prepare: prepare(), log=lines.append,
+            section, tokenizer=None, seq_length=seq_length, cache_dir=tmp_path / "cache",
+            once=lambda prepare: prepare(), log=lines.append,
             model_config=model,
         )  # fmt: skip
 
