@@ -24,7 +24,7 @@ from launcher.report.progress import bar
 from models.positions import row_length
 
 MAX_WORKERS = 16
-"""Processes that tokenize where the configuration does not say; each takes some hundred MB."""
+"""Processes that tokenize unless the configuration sets their number; each takes some hundred MB."""
 PLAIN_SECONDS = 5.0
 """Between lines of progress where the console is no terminal."""
 LOG_SECONDS = 15.0
@@ -33,7 +33,7 @@ LOG_SECONDS = 15.0
 
 def open_dataset(job: Job, section: DatasetSection) -> RowDataset:
     """The rows of a data section; one rank of each file system prepares them in the cache, while
-    the others wait and say how far it is."""
+    the others wait and show its progress."""
     assert not isinstance(section.data_loader, list)  # mixtures are not built yet
     cache_dir, world = cache_folder(job.config), job.world.with_long_timeout()
     filesystems = find_filesystem_groups(cache_dir, world, "the data cache could not be opened")
