@@ -24,7 +24,7 @@ from launcher.report.progress import bar
 from models.positions import row_length
 
 MAX_WORKERS = 16
-"""Processes that tokenize unless the configuration sets their number; each takes some hundred MB."""
+"""Processes that tokenize unless the configuration sets their number; each takes 100s of MB."""
 PLAIN_SECONDS = 5.0
 """Between lines of progress where the console is no terminal."""
 LOG_SECONDS = 15.0

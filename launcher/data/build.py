@@ -222,7 +222,7 @@ def _make(folder: Path, recipe: Recipe, files: list[DataFile]) -> None:
 
 
 def _check_unchanged(recipe: Recipe, files: list[DataFile]) -> None:
-    """The files are still those whose content the name of the folder stands for."""
+    """The files are still those whose content the name of the folder is made of."""
     found = {file.path: file for file in source_files(recipe.loader)}
     for file in files:
         if found.get(file.path) != file:
