@@ -224,7 +224,7 @@ def _make(folder: Path, recipe: Recipe, files: list[DataFile]) -> None:
 
 
 def _check_unchanged(recipe: Recipe, files: list[DataFile]) -> None:
-    """The files are those that were found, as the name of the folder says."""
+    """The files are still those whose content the name of the folder is made of."""
     found = {file.path: file for file in source_files(recipe.loader)}
     for file in files:
         if found.get(file.path) != file:
@@ -322,7 +322,7 @@ def _key(recipe: Recipe, files: list[DataFile]) -> str:
 
 
 def _kind(path: Path) -> str:
-    """What the name of a file says about how it is read: `.jsonl`, `.jsonl.gz`."""
+    """The part of the name of a file that decides how it is read: `.jsonl`, `.jsonl.gz`."""
     name = path.name.lower()
     inner = name.removesuffix(".gz")
     return Path(inner).suffix + name.removeprefix(inner)
