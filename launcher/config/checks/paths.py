@@ -60,7 +60,7 @@ _BY_TYPE: dict[str, tuple[str, ...]] = {
     ),
     "token_dtype": ("TokenFileDataLoader",),
     "eod": ("TokenFileDataLoader",),
-    "num_samples": _OF_DOCUMENTS,
+    "num_samples": (*_OF_DOCUMENTS, "MindDataset"),
 }
 """Key to the types of loaders that take it; keys that all take are left out."""
 
