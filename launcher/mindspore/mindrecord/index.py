@@ -127,23 +127,24 @@ class Pass:
 
     def index_group(self, file: FileReader, group: RowGroup, rows: int) -> GroupIndex:
         """The first `rows` rows of a group. Raises UserError for a row that is wrong."""
-        offsets = file.offsets(group)[:rows]
-        counts = np.zeros((3, rows), dtype=np.int32)  # targets, tokens, lengths
-        largest, content = 0, xxh3_128()
-        for place, offset in enumerate(offsets.tolist()):
+        offsets = file.offsets(group)
+        counts = list[tuple[int, int, int]]()  # targets, tokens, lengths
+        largest = 0
+        for place, offset in enumerate(offsets[:rows].tolist()):
             row = group.first_row + place
-            blob = file.row_at(offset)
-            ids, labels, mask = values_of(file, blob, self.columns, row)
+            ids, labels, mask = values_of(file, file.row_at(offset), self.columns, row)
             if len(ids) > self.rule.longest:
                 self._too_long(file, row, len(ids))
-            content.update(blob.data)
-            inputs, wanted = self.rule.cut(ids, labels, mask)
-            counted = wanted[wanted != NO_TARGET]
-            _check_tokens(file, row, min(inputs.min(initial=0), counted.min(initial=0)))
-            largest = max(largest, int(inputs.max(initial=0)), int(counted.max(initial=0)))
-            counts[:, place] = len(counted), self.rule.tokens_of(inputs, wanted), len(ids)
-        targets, tokens, lengths = counts
-        return GroupIndex(offsets, targets, tokens, lengths, largest, content.hexdigest())
+            tokens, targets = self.rule.cut(ids, labels, mask)
+            counted = targets[targets != NO_TARGET]
+            for values in (ids,) if labels is None else (ids, counted):
+                if len(values):
+                    _check_tokens(file, row, values.min())
+                    largest = max(largest, int(values.max()))
+            counts.append((len(counted), self.rule.tokens_of(tokens, targets), len(ids)))
+        arrays = np.array(counts, dtype=np.int32).T
+        content = xxh3_128(file.data[offsets[0] : offsets[rows]].data).hexdigest()
+        return GroupIndex(offsets[:rows], arrays[0], arrays[1], arrays[2], largest, content)
 
     def _too_long(self, file: FileReader, row: int, length: int) -> NoReturn:
         """The error of a row that is longer than seq_length, with the longest row of all."""
