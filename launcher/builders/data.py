@@ -45,7 +45,7 @@ def open_training_data(job: Job, section: DatasetSection) -> TrainingData:
             epoch_samples=order.epoch_samples,
         )
     dataset = open_dataset(job, section, "train_dataset")
-    plain = GlobalOrder(len(dataset), seed, section.data_loader.shuffle)
+    plain = GlobalOrder(len(dataset), seed, section.data_loader.is_shuffled)
     return TrainingData(dataset=dataset, order=plain, epoch_samples=len(dataset))
 
 

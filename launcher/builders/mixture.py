@@ -44,7 +44,7 @@ class Mixture:
         sources = [
             SourceOrder(
                 name, len(self.datasets[name]), self.datasets[name].content,
-                source_seed(self.seed, name), section.shuffle,
+                source_seed(self.seed, name), section.is_shuffled,
             )
             for name, section in self.sections.items()
         ]  # fmt: skip
@@ -82,7 +82,7 @@ def open_mixture(
         if source.max_samples is not None:
             own = source_seed(seed, name)
             datasets[name] = limited(
-                datasets[name], source.max_samples, own, shuffle=source.shuffle
+                datasets[name], source.max_samples, own, shuffle=source.is_shuffled
             )
     return Mixture(sections=sections, datasets=datasets, seed=seed)
 

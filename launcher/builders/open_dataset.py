@@ -64,6 +64,7 @@ def open_dataset(
         workers=_workers(section),
         max_cache_bytes=_max_bytes(job.config),
         model_config=job.spec.hf_config,
+        phase="valid" if name == "eval_dataset" else "train",
     )
     shown.end()
     if filesystems.are_several:

@@ -158,8 +158,7 @@ def _with_index(tree: Node, key: str) -> str:
         reached = find(tree, ".".join(names[:end]))
         if reached is not None and isinstance(reached.value, list) and not names[end].isdecimal():
             entry = ".".join([*names[:end], "0", *names[end:]])
-            is_deep = place_of(entry).is_open and len(names) > end + 1
-            if is_deep or not place_of(entry).is_known:
+            if names[0] == "callbacks" or not place_of(entry).is_known:
                 return ""
             return f"Write `{entry}=...` for the first entry of the list"
     return ""

@@ -82,6 +82,7 @@ def build_dataset(
     workers: int = 1,
     max_cache_bytes: int | None = None,
     model_config: Mapping[str, Any] | None = None,
+    phase: str = "train",
 ) -> RowDataset:
     """The rows of one dataset section, tokenized now or read from the cache.
 
@@ -99,6 +100,7 @@ def build_dataset(
         on_progress=on_progress,
         workers=workers,
         model_config=model_config or {},
+        phase=phase,
     )
     row_loader = row_loader_of(recipe.loader)
     if row_loader is not None:

@@ -69,10 +69,8 @@ KEYS_NOT_BUILT: dict[str, dict[str, dict[str, tuple[Any, ...]]]] = {
         },
     },
     "train_dataset.data_loader": {
-        "It belongs to BlendedMegatronDatasetDataLoader, which is not built yet": {
-            "datasets_type": (str | None, None)
-        },
-        "It belongs to HFDataLoader": {
+        "It belongs to HFDataLoader of MindFormers; the keys here are transforms, column_map, "
+        "prompt_template and train_dataset.packing": {
             "handler": (Any, None),
             "packing": (Any, None),
             "adaptor_config": (Any, None),
@@ -83,11 +81,6 @@ KEYS_NOT_BUILT: dict[str, dict[str, dict[str, tuple[Any, ...]]]] = {
         "Set processor.tokenizer.pretrained_model_dir": {
             "tokenizer": (dict[str, Any] | None, None)
         },
-        "It belongs to BlendedMegatronDatasetDataLoader": {
-            "sizes": (list[int] | None, None),
-            "config": (dict[str, Any] | None, None),
-        },
-        "It belongs to TokenFileDataLoader": {"token_dtype": (str | None, None)},
         "Every row is read, in an order that depends on the seed: remove it": {
             "sampler": (Any, None),
             "padded_sample": (Any, None),

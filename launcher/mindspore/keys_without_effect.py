@@ -199,6 +199,7 @@ KEYS_WITHOUT_EFFECT: dict[str, dict[str, dict[str, Any]]] = {
             "compressed_eod_mask_length": int,
         },
         "rows are prepared once and memory-mapped": {"use_broadcast_data": bool},
+        "the columns are always input_ids and labels": {"column_names": list[str] | None},
         "every rank reads exactly its share": {"num_shards": int | None, "shard_id": int | None},
     },
     "train_dataset_task": {

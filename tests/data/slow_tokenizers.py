@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from typing import Any
+from typing import Any, ClassVar
 
 
 class ByteTokenizer:
@@ -13,7 +13,7 @@ class ByteTokenizer:
     is_fast = False
     eos_token_id, pad_token_id = 256, 257
     chat_template = None
-    special_tokens_map: dict[str, str] = {}
+    special_tokens_map: ClassVar[dict[str, str]] = {}
 
     def __call__(self, texts: list[str], *, add_special_tokens: bool) -> dict[str, Any]:
         return {"input_ids": [list(text.encode()) for text in texts]}

@@ -14,10 +14,10 @@ from launcher.config.schema import DataLoaderSection
 from launcher.config.schema.field import info_of
 from launcher.data.files import DataFile, find_files
 from launcher.data.loaders import ALIASES, LOADERS
-from launcher.extensions import ROW_LOADERS
 from launcher.data.loaders.base import DataLoader, Document
 from launcher.data.loaders.text import tokenize_texts
 from launcher.data.tally import Tally
+from launcher.extensions import ROW_LOADERS
 
 
 def test_every_type_of_the_schema_has_a_loader() -> None:

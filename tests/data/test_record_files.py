@@ -177,6 +177,7 @@ WRONG: dict[str, tuple[str, str, dict[str, Any], list[str]]] = {
     "no arrow": ("a.arrow", "no arrow", {}, ["a.arrow", "Arrow"]),
     "another format": ("a.csv", "text\na\n", {"path": "json"}, ["path: csv"]),
     "no such split": ("train.csv", "text\na\n", {"split": "trian"}, ["Splits found: train"]),
+    "tokens": ("a.json", '[{"input_ids": [1], "labels": [2]}]', {}, ["a.json, record 1", "tokens"]),
     "a wrong slice": ("a.csv", "text\na\n", {"split": "train[5]"}, ["`train[:5]`"]),
 }
 

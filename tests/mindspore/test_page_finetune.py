@@ -13,15 +13,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.nn.functional import cross_entropy
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from launcher.data.order import GlobalOrder
+from launcher.mindspore.mindrecord.reader import read_rows
 from tests.data.mindrecord_writer import write_mindrecord
 from tests.mindspore.test_mindformers_yaml import FOLDERS
 from tests.ranks import run_job
 
 NAME = "research/qwen2_5/finetune_qwen2_5_7b_8k.yaml"
 CHECKOUTS = [folder for folder in FOLDERS if (folder / NAME).exists()]
-SEQ_LENGTH, VOCABULARY, PADDING = 32, 600, 1
+SEQ_LENGTH, VOCABULARY, PADDING, ROWS = 32, 600, 1, 16
 HUB: dict[str, Any] = {
     "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 256,
@@ -56,10 +59,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def write_alpaca(path: Path, rows: int = 40) -> None:
+def write_alpaca(path: Path) -> None:
     """Rows of SEQ_LENGTH + 1 tokens of arithmetic progressions, padded at the end."""
     random, records = np.random.default_rng(3), []
-    for _ in range(rows):
+    for _ in range(ROWS):
         length = int(random.integers(SEQ_LENGTH // 2, SEQ_LENGTH + 2))
         start, step = random.integers(2, VOCABULARY, size=2)
         ids = np.full(SEQ_LENGTH + 1, PADDING)
@@ -87,6 +90,19 @@ def command(checkout: Path, weights: str, output: str, **changes: object) -> lis
     return [word for key, value in given.items() for word in (f"--{key}", str(value))]
 
 
+def first_loss(folder: Path) -> float:
+    """The loss of the first two samples, as `transformers` computes it."""
+    model = Qwen2ForCausalLM.from_pretrained(folder / "hf_unified_safetensors")
+    reader = read_rows(folder / "alpaca-data.mindrecord")
+    first = GlobalOrder(ROWS, seed=42).rows([0, 1])
+    ids = torch.tensor(np.stack([reader.record(int(row))["input_ids"] for row in first]).tolist())
+    tokens, labels = ids[:, :-1], ids[:, 1:].clone()
+    labels[tokens == PADDING] = -100  # the rule of MindFormers: by the input
+    with torch.no_grad():
+        logits = model(tokens, attention_mask=torch.ones_like(tokens)).logits
+    return float(cross_entropy(logits.flatten(0, 1), labels.flatten()))
+
+
 def losses(folder: Path, output: str) -> list[float]:
     rows = map(json.loads, (folder / output / "metrics.jsonl").read_text().splitlines())
     return [row["loss"] for row in rows]
@@ -103,10 +119,10 @@ def test_complete_weights_then_distributed_ones(checkout: Path, folder: Path) ->
     for name, (weights, changes) in runs.items():
         output = f"{checkout.name}_{name}"
         done = run_job(command(checkout, weights, output, **changes), folder, 8)
-        print(done.stdout)
         assert done.code == 0, done.stderr + done.stdout
-        assert len(losses(folder, output)) == 40
+        assert len(losses(folder, output)) == ROWS  # two epochs, two samples a step
         ranks = sorted(path.name for path in (folder / output / "checkpoint").glob("rank_*"))
         assert ranks == [f"rank_{rank}" for rank in range(8)]
     first, second = (losses(folder, f"{checkout.name}_{name}") for name in runs)
+    assert first[0] == pytest.approx(first_loss(folder), abs=0.02)  # bfloat16
     assert second[0] < first[0]

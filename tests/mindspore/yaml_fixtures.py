@@ -1,8 +1,8 @@
 """Seventeen YAML files in the styles of MindFormers, and the command line that each is run with.
 
 Owns what is given on it: paths and a prompt, text in place of data whose readers are not built, and
-sizes; the MindRecord files are made. Alpaca records are read through their handlers. Everything else
-is used as it is written.
+sizes; the MindRecord files are made. Alpaca records are read through their handlers. All else is
+used as it is written.
 """
 
 from __future__ import annotations

@@ -23,6 +23,7 @@ from launcher.config.resolve import resolve_command_line
 from launcher.environment import PLANNED_WORLD_SIZE
 from launcher.errors import Problem, UserError
 from tests.config.weight_files import safetensors
+from tests.data.megatron.cases import GOLDEN
 from tests.data.mindrecord_writer import write_mindrecord
 
 TABLE = Path(__file__).parent / "fixtures" / "mindformers_files.tsv"
@@ -35,11 +36,12 @@ TOKENIZERS = {
 }
 """Class -> its `vocab_file`; the others have JSON files."""
 
-BUILT = frozenset("RH")
+BUILT = frozenset("RHG")
 """Needs of the table that are met by now."""
-READERS = frozenset("G")
-"""Needs that the readers of data cover, once they are built."""
+READERS = frozenset[str]()
+"""Needs that readers of data cover that are not built yet."""
 
+MEGATRON = "BlendedMegatronDatasetDataLoader"
 _NO_CONFIGURATION = (".jenkins", ".readthedocs.yaml", "layer_mapping.yaml")
 _DEGREES = ("data_parallel", "model_parallel", "pipeline_stage", "context_parallel")
 _LLAMA = {
@@ -119,6 +121,10 @@ class Materials:
             schema = {name: ("int32", [-1]) for name in columns}
             write_mindrecord(path, schema, [{key: [1, 2, 3] for key in columns}])
         return str(path)
+
+    def indexed(self) -> str:
+        """A dataset of Megatron, by its path without extension."""
+        return str(GOLDEN / "a_int32")
 
     def hub(self, file: Path) -> str:
         """A directory as from the hub, of the family that `file` is for."""
@@ -216,7 +222,10 @@ def _data(content: dict[str, Any], materials: Materials) -> Iterator[tuple[str, 
         inner = content.get(section)
         for name in ("data_loader", "dataloader"):
             loader = inner.get(name) if isinstance(inner, dict) else None
-            if isinstance(loader, dict):
+            if isinstance(loader, dict) and loader.get("type") == MEGATRON:
+                paths = f"['1', '{materials.indexed()}']"
+                yield f"{section}.{name}.config.data_path", paths
+            elif isinstance(loader, dict):
                 named = [key for key in ("dataset_dir", "dataset_files", "data_files")
                          if key in loader]  # fmt: skip
                 for key in named or ["dataset_dir"]:

@@ -21,9 +21,8 @@ from launcher.config.derived import (
 from launcher.config.provenance import KeyProblem
 from launcher.config.schema import DataLoaderSection, DatasetSection
 from launcher.errors import did_you_mean
-from launcher.extensions import DATA_CHECKS, TOKENIZER_TYPES, installed
+from launcher.extensions import DATA_CHECKS, TOKENIZER_TYPES, required
 from launcher.json_text import lone_surrogate
-from models.positions import row_length
 
 NAMES_SHOWN = 5
 """How many names of a directory are listed where none of them is similar."""
@@ -33,7 +32,11 @@ TOKEN_LOADERS = frozenset({
 })  # fmt: skip
 """Types of data loaders that read rows of tokens."""
 
-_BY_TYPE = {
+_MEGATRON = "BlendedMegatronDatasetDataLoader"
+_OF_DOCUMENTS = (
+    "TextDataLoader", "HFDataLoader", "CommonDataLoader", "InstructionDataLoader",
+)  # fmt: skip
+_BY_TYPE: dict[str, tuple[str, ...]] = {
     "suffixes": ("TextDataLoader",),
     "text_column": ("HFDataLoader", "CommonDataLoader"),
     "split": ("HFDataLoader", "CommonDataLoader", "InstructionDataLoader"),
@@ -51,7 +54,14 @@ _BY_TYPE = {
     "pad_token_id": ("MindDataset",),
     "ignore_token_id": ("MindDataset",),
     "eod_token_id": ("MindDataset",),
+    **dict.fromkeys(
+        ("config", "sizes", "mindformers_sizes", "phase", "datasets_type"), (_MEGATRON,)
+    ),
+    "token_dtype": ("TokenFileDataLoader",),
+    "eod": ("TokenFileDataLoader",),
+    "num_samples": _OF_DOCUMENTS,
 }
+"""Key to the types of loaders that take it; keys that all take are left out."""
 
 
 def nearest_path(path: str) -> str:
@@ -126,32 +136,10 @@ def datasets(check: Check) -> Iterator[KeyProblem]:
 
 def _dataset(check: Check, name: str, section: DatasetSection) -> Iterator[KeyProblem]:
     for key, loader in section.loaders.items():
-        found = list(_loader(check, f"{name}.{key}", loader))
-        yield from found or _content(check, name, key, section, loader)
-
-
-def _content(
-    check: Check, name: str, key: str, section: DatasetSection, loader: DataLoaderSection
-) -> Iterator[KeyProblem]:
-    """Problems of files that hold tokens already, seen from their headers."""
-    inspect = installed(DATA_CHECKS).get(loader.type)
-    if inspect is None:
-        return
-    spec = check.spec
-    length = section.seq_length or (
-        spec and (spec.seq_length or row_length(spec.family, spec.hf_config))
-    )
-    for inner, problem in inspect(loader, section, length):
-        place = f"{name}.{inner}" if inner in ("seq_length", "packing") else f"{name}.{key}.{inner}"
-        what = f"{problem.where}: {problem.what}" if problem.where else problem.what
-        yield check.wrong(
-            place, problem.rule, what=what, nearest=problem.nearest, advice=problem.advice,
-            also=(f"{name}.{key}.type",),
-        )  # fmt: skip
+        yield from _loader(check, f"{name}.{key}", loader)
 
 
 def _loader(check: Check, prefix: str, loader: DataLoaderSection) -> Iterator[KeyProblem]:
-    keys = tuple(f"{prefix}.{key}" for key in ("dataset_dir", "dataset_files", "data_files"))
     for key, kinds in _BY_TYPE.items():
         default = getattr(DataLoaderSection(), key)
         if getattr(loader, key) != default and loader.type not in kinds:
@@ -161,7 +149,15 @@ def _loader(check: Check, prefix: str, loader: DataLoaderSection) -> Iterator[Ke
                 nearest=f"It belongs to {kinds[0]}",
                 also=(f"{prefix}.type",),
             )
-    if not loader.paths and not loader.data_files:
+    missing = list(_missing_files(check, prefix, loader))
+    yield from missing
+    if not missing and loader.type in DATA_CHECKS:
+        yield from required(DATA_CHECKS, loader.type, f"{prefix}.type")(check, prefix, loader)
+
+
+def _missing_files(check: Check, prefix: str, loader: DataLoaderSection) -> Iterator[KeyProblem]:
+    keys = tuple(f"{prefix}.{key}" for key in ("dataset_dir", "dataset_files", "data_files"))
+    if not loader.paths and not loader.data_files and loader.type != _MEGATRON:
         yield check.wrong(
             keys[0],
             "a data set needs files",

@@ -10,6 +10,8 @@ from typing import Any
 
 from launcher.config.schema.field import (
     effective,
+    no_effect,
+    not_built,
     optional_section,
     section,
 )
@@ -17,6 +19,69 @@ from launcher.config.schema.splits import names_of_split
 
 RECORD_FORMATS = ("json", "csv", "parquet", "text", "arrow")
 """Values of `data_loader.path` that name a format instead of a folder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MegatronConfigSection:
+    """`train_dataset.data_loader.config`: how BlendedMegatronDatasetDataLoader makes rows. Names
+    and defaults are those of MindFormers, rules those of Megatron-core."""
+
+    data_path: str | list[str] | None = None
+    """Paths of `.bin`/`.idx` files without extension: one, a list, or a list of weights and paths
+    in turns (`[0.3, a, 0.7, b]`)."""
+    split: str | list[float] | None = None
+    """Shares of train, valid and test of the sequences of each file: "90, 8, 2". Left out: all of
+    them, whichever is read."""
+    train_data_path: str | list[str] | None = None
+    """Instead of data_path and split: the data for training."""
+    valid_data_path: str | list[str] | None = None
+    """The data for evaluation."""
+    test_data_path: str | list[str] | None = None
+    """The data that `phase: test` reads."""
+    seq_length: int | None = effective(None, minimum=2)
+    """Another place of train_dataset.seq_length."""
+    seed: int = effective(1234, minimum=0, maximum=2**32 - 1)
+    """Seed of the order of documents and samples."""
+    eod: int | None = effective(None, minimum=-1)
+    """Token id at the end of each document. Left out, or -1: no token is; the keys that need it
+    then ask for it."""
+    pad: int = effective(-1, minimum=-1)
+    """Token id of padding, which is no target. -1: none."""
+    eod_mask_loss: bool = False
+    """What follows the end of a document is no target."""
+    reset_position_ids: bool = False
+    """Positions begin at 0 in each document."""
+    reset_attention_mask: bool = False
+    """Attention stays within a document."""
+    create_compressed_eod_mask: bool = False
+    """The same: a form of the mask in MindFormers."""
+    add_extra_token_to_sequence: bool = True
+    """A row is cut from seq_length + 1 tokens, so that its last token has a target."""
+    drop_last_partial_validation_sequence: bool = True
+    """Leave out the last row of an evaluation where it is not full. False: it is padded."""
+    num_dataset_builder_threads: int = effective(1, minimum=1)
+    """Threads that prepare the files of a blend."""
+    path_to_cache: str | None = None
+    """Directory for prepared orders. Left out: the data cache in output_dir."""
+    create_attention_mask: bool = no_effect(True, "masks are computed from document boundaries")
+    """Whether MindFormers makes a mask of seq_length x seq_length."""
+    eod_pad_length: int = no_effect(128, "document boundaries are not padded to a length")
+    """Length of the compressed mask."""
+    compressed_eod_mask_length: int | None = no_effect(
+        None, "document boundaries are not padded to a length"
+    )
+    """The same."""
+    mmap_bin_files: bool | None = no_effect(None, "files are always memory-mapped")
+    """Whether MindFormers maps the files."""
+    s3_cache_path: str | None = not_built(None, "Copy the files to a local directory")
+    """Directory for files of an object store."""
+
+    def paths_of(self, phase: str) -> tuple[str, str | list[str] | None]:
+        """The key of this section with the data of `train`, `valid` or `test`, and its value."""
+        own = f"{phase}_data_path"
+        if self.data_path is None and getattr(self, own) is not None:
+            return own, getattr(self, own)
+        return "data_path", self.data_path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,16 +95,16 @@ class DataLoaderSection:
             "HFDataLoader",
             "InstructionDataLoader",
             "MindDataset",
+            "BlendedMegatronDatasetDataLoader",
+            "TokenFileDataLoader",
             "CommonDataLoader",
         ),
-        planned=(
-            *("TokenFileDataLoader", "BlendedMegatronDatasetDataLoader"),
-            *("TFRecordDataset", "ADGenDataLoader", "CLUEDataset"),
-        ),
+        planned=("TFRecordDataset", "ADGenDataLoader", "CLUEDataset"),
     )
     """`TextDataLoader`: text files. `HFDataLoader` (or `CommonDataLoader`): records (JSON, JSONL,
-    CSV, Parquet, Arrow) with a text column. `InstructionDataLoader`: questions with answers.
-    `MindDataset`: rows of tokens in MindRecord files, read in place."""
+    CSV, Parquet, Arrow) with a text column. `InstructionDataLoader`: questions with answers. The
+    others read tokens in place: `MindDataset` MindRecord files, `BlendedMegatronDatasetDataLoader`
+    `.bin`/`.idx` files of Megatron, `TokenFileDataLoader` plain files of token ids."""
     dataset_dir: str = ""
     """A file, a folder or a glob. Equal to dataset_files with one entry."""
     dataset_files: str | list[str] | None = None
@@ -96,8 +161,37 @@ class DataLoaderSection:
     and positions restart. Left out: a row is one document."""
     num_samples: int | None = effective(None, minimum=1)
     """Read only this many documents or rows of the source. Left out: all."""
-    shuffle: bool = True
-    """Read the rows in a random order that depends on the seed and the epoch."""
+    shuffle: bool | None = None
+    """Read the rows in a random order that depends on the seed and the epoch. Left out: True, but
+    for BlendedMegatronDatasetDataLoader, whose rows are in the random order of Megatron already."""
+    config: MegatronConfigSection | None = optional_section()
+    """BlendedMegatronDatasetDataLoader: its data, and how it makes rows."""
+    sizes: list[int | None] | None = None
+    """BlendedMegatronDatasetDataLoader: samples of train, valid and test, which decide how often
+    the data is gone through (null: once). Left out: null for each."""
+    mindformers_sizes: bool = False
+    """BlendedMegatronDatasetDataLoader: weighted blends have the sizes of MindFormers, 0.5 % above
+    those of Megatron-core."""
+    phase: str | None = effective(None, choices=("train", "valid", "test"))
+    """BlendedMegatronDatasetDataLoader: the split to read. Left out: train, for an eval_dataset
+    valid."""
+    datasets_type: str = effective("GPTDataset", choices=("GPTDataset",))
+    """BlendedMegatronDatasetDataLoader: the kind of dataset."""
+    token_dtype: str | None = effective(
+        None, choices=("uint8", "uint16", "uint32", "int16", "int32", "int64")
+    )
+    """TokenFileDataLoader: the type of the token ids of raw files, little-endian. Left out: by the
+    name (`.u16`) or by a file `<name>.json` beside it."""
+    eod: int | None = effective(None, minimum=0)
+    """TokenFileDataLoader: token id at the end of each document; with packing they are kept apart.
+    Left out: by the file `<name>.json`, else each file is one document."""
+
+    @property
+    def is_shuffled(self) -> bool:
+        """Whether rows are read in a random order."""
+        if self.shuffle is None:
+            return self.type != "BlendedMegatronDatasetDataLoader"
+        return self.shuffle
 
     @property
     def record_format(self) -> str:

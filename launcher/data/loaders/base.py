@@ -52,6 +52,8 @@ class Recipe:
     """Processes that may tokenize."""
     model_config: Mapping[str, Any] = field(default_factory=dict)
     """The config.json of the model, for the ids of its special tokens."""
+    phase: str = "train"
+    """`train`, or `valid` for evaluation: which split is read where files have several."""
 
     @property
     def loader(self) -> DataLoaderSection:

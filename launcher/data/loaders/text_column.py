@@ -57,6 +57,14 @@ def _text_of(record: Record, column: str, *, first: bool) -> str | None:
     if column not in row:
         if not first:
             return None
+        if isinstance(row.get("input_ids"), list):
+            raise UserError(
+                f"there is no column {column!r}, but tokens: the columns are {names_of(row)}",
+                where=record.where,
+                rule="HFDataLoader reads text; records that were tokenized are not read",
+                nearest="Nearest: the records before they were tokenized",
+                advice="Give those: they are tokenized once, and cached",
+            )
         near = printable(did_you_mean(column, row))
         raise UserError(
             f"there is no column {column!r}",

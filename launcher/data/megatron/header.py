@@ -41,7 +41,7 @@ FLOATS = frozenset({6, 7})
 
 @dataclass(frozen=True, kw_only=True)
 class IndexHeader:
-    """What the header of an `.idx` file says."""
+    """The content of the header of an `.idx` file."""
 
     code: int
     """A key of TOKEN_TYPES."""
@@ -49,7 +49,7 @@ class IndexHeader:
     borders: int
     """Documents + 1."""
     has_modes: bool
-    """Whether the file has a mode for each sequence. No flag says so: it is S bytes longer."""
+    """Whether the file has a mode for each sequence. There is no flag: it is S bytes longer."""
 
     @property
     def dtype(self) -> str:
@@ -146,15 +146,13 @@ def _parsed(raw: bytes, path: Path, size: int) -> IndexHeader:
 
 def _check_not_empty(header: IndexHeader, index: Path, tokens: Path) -> None:
     """An empty `.bin` file goes with sequences without tokens only."""
+    left = 4 * header.sequences
     with index.open("rb") as file:
         file.seek(HEADER.size)
-        while block := file.read(1 << 20 if header.sequences > 1 << 18 else 4 * header.sequences):
-            if file.tell() > header.offsets_at:
-                block = block[: len(block) - (file.tell() - header.offsets_at)]
+        while left > 0 and (block := file.read(min(left, 1 << 20))):
             if any(block):
                 raise damaged(tokens, 0, "has no tokens", f"{index} has sequences with tokens")
-            if file.tell() >= header.offsets_at:
-                return
+            left -= len(block)
 
 
 def damaged(path: Path, byte: int, what: str, rule: str) -> UserError:
@@ -188,18 +186,18 @@ def nearest_prefix(path: Path) -> str:
         names = {file.stem for file in folder.iterdir() if file.suffix in (".idx", ".bin")}
     except OSError:
         return f"there is no directory `{folder}`"
-    whole = {name for name in names if _is_whole(folder / name)}
+    complete = {name for name in names if _has_both(folder / name)}
     stem = path.name.removesuffix(path.suffix)
-    extended = [name for name in sorted(whole) if name.startswith(stem)]
+    extended = [name for name in sorted(complete) if name.startswith(stem)]
     if extended:
         return _meant([str(folder / name) for name in extended])
-    if near := did_you_mean(stem, whole):
+    if near := did_you_mean(stem, complete):
         return _meant([str(folder / near.removeprefix("did you mean `").removesuffix("`?"))])
-    shown = ", ".join(sorted(whole)[:5])
+    shown = ", ".join(sorted(complete)[:5])
     return f"`{folder}` has the datasets {shown}" if shown else f"`{folder}` has no dataset"
 
 
-def _is_whole(prefix: Path) -> bool:
+def _has_both(prefix: Path) -> bool:
     return index_path(prefix).is_file() and tokens_path(prefix).is_file()
 
 

@@ -116,7 +116,7 @@ def open_indexed(prefix: str | Path, *, check: bool = True) -> IndexedDataset:
     header = read_header(prefix)
     index, data = index_path(prefix), tokens_path(prefix)
     if header.code in FLOATS:
-        raise damaged(index, 17, f"type of tokens {header.dtype}", "token ids are whole numbers")
+        raise damaged(index, 17, f"type of tokens {header.dtype}", "token ids are integers")
     raw = np.memmap(index, dtype=np.uint8, mode="r").view(np.ndarray)
 
     def part(begin: int, stop: int, dtype: str) -> npt.NDArray[Any]:
@@ -124,7 +124,7 @@ def open_indexed(prefix: str | Path, *, check: bool = True) -> IndexedDataset:
 
     if rest := data.stat().st_size % header.token_bytes:
         raise damaged(data, data.stat().st_size - rest, f"{data.stat().st_size} bytes",
-                      f"{index} says that a token has {header.token_bytes} bytes")  # fmt: skip
+                      f"by {index} a token has {header.token_bytes} bytes")  # fmt: skip
     dtype = np.dtype(header.dtype).newbyteorder("<")
     tokens = np.zeros(0, dtype)
     if data.stat().st_size:

@@ -72,7 +72,7 @@ class IndexedWriter:
         """Tokens written so far."""
         self._lengths, self._borders = array("i"), array("q", [0])
         self._modes = array("b") if modes else None
-        limits = np.iinfo(self.dtype)
+        limits = np.iinfo(self.dtype.name)
         self._limits = int(limits.min), int(limits.max)
         self._scratch = f".{self.prefix.name}.{uuid4().hex}"
         self.prefix.parent.mkdir(parents=True, exist_ok=True)
@@ -95,7 +95,7 @@ class IndexedWriter:
         """
         values = np.asarray(tokens)
         if values.size and values.dtype.kind not in "iu":
-            raise TypeError(f"token ids are whole numbers, not {values.dtype}")
+            raise TypeError(f"token ids are integers, not {values.dtype}")
         self._check_range(values)
         self._output().write(values.astype(self.dtype.newbyteorder("<")).tobytes())
         self._lengths.append(values.size)
@@ -157,7 +157,7 @@ class IndexedWriter:
         with self._scratch_path(".idx").open("wb") as file:
             self._write_index(file)
             _complete(file)
-        # An older index never stands beside the new tokens.
+        # An older index is never beside the new tokens.
         index_path(self.prefix).unlink(missing_ok=True)
         os.replace(self._scratch_path(".bin"), tokens_path(self.prefix))
         os.replace(self._scratch_path(".idx"), index_path(self.prefix))

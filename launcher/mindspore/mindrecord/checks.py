@@ -8,11 +8,30 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from launcher.config.checks.check import Check
+from launcher.config.provenance import KeyProblem
 from launcher.config.schema import DataLoaderSection, DatasetSection
 from launcher.errors import Problem, UserError
 from launcher.mindspore.mindrecord.columns import Columns, choose_columns
 from launcher.mindspore.mindrecord.files import find_records
 from launcher.mindspore.mindrecord.header import LENGTH_BYTES, NUMBERS, Header
+from models.positions import row_length
+
+
+def check_loader(check: Check, prefix: str, loader: DataLoaderSection) -> Iterator[KeyProblem]:
+    """The problems of a loader, `prefix` its key."""
+    name = prefix.partition(".")[0]
+    section, spec = check.value(name), check.spec
+    length = section.seq_length
+    if length is None and spec is not None:
+        length = spec.seq_length or row_length(spec.family, spec.hf_config)
+    for inner, problem in problems(loader, section, length):
+        place = f"{name}.{inner}" if inner in ("seq_length", "packing") else f"{prefix}.{inner}"
+        what = f"{problem.where}: {problem.what}" if problem.where else problem.what
+        yield check.wrong(
+            place, problem.rule, what=what, nearest=problem.nearest, advice=problem.advice,
+            also=(f"{prefix}.type",),
+        )  # fmt: skip
 
 
 def problems(

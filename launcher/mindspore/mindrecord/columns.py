@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from launcher.errors import UserError, did_you_mean
+from launcher.errors import Problem, UserError, did_you_mean
 from launcher.mindspore.mindrecord.header import Header, nearest_field
 
 KNOWN = {
@@ -43,15 +43,8 @@ def choose_columns(written: Mapping[str, str] | None, header: Header) -> Columns
     Raises UserError for a column that the file does not have, or whose type does not fit.
     """
     chosen = dict(written or _found(header))
-    for argument in chosen:
-        if argument not in KNOWN:
-            raise UserError(
-                f"data_loader.columns.{argument}: a row has no {argument}",
-                rule=f"a row is made of {', '.join(KNOWN)}",
-                nearest=did_you_mean(argument, KNOWN),
-            )
-    for argument, name in chosen.items():
-        _check(argument, name, header)
+    if found := [problem for item in chosen.items() if (problem := _problem(*item, header))]:
+        raise UserError(found)
     if "input_ids" not in chosen:
         raise UserError(
             "no column with tokens is known",
@@ -71,22 +64,28 @@ def _found(header: Header) -> dict[str, str]:
     return {argument: name for argument, name in found.items() if name is not None}
 
 
-def _check(argument: str, name: str, header: Header) -> None:
+def _problem(argument: str, name: str, header: Header) -> Problem | None:
+    """What is wrong with a column for a part of a row."""
     field = header.by_name.get(name)
+    if argument not in KNOWN:
+        return Problem(
+            what=f"data_loader.columns.{argument}: a row has no {argument}",
+            rule=f"a row is made of {', '.join(KNOWN)}",
+            nearest=did_you_mean(argument, KNOWN),
+        )
     if field is None:
-        raise UserError(
-            f"the file has no column {name!r}, which data_loader.columns.{argument} names",
+        return Problem(
+            what=f"the file has no column {name!r}, which data_loader.columns.{argument} names",
             where=str(header.path),
             rule="every column that is asked for is in the files",
             nearest=nearest_field(name, header),
         )
-    is_mask = argument == "loss_mask" and field.shape is not None
-    if not (field.is_integers or is_mask):
-        shape = "" if field.shape is None else f" {list(field.shape)}"
-        raise UserError(
-            f"the column {name!r} for {argument} is {field.type}{shape}",
-            where=str(header.path),
-            rule="tokens and labels are arrays of int32 or int64, a loss mask is an array of "
-            "numbers",
-            advice="Choose another column with data_loader.columns",
-        )
+    if field.is_integers or (argument == "loss_mask" and field.shape is not None):
+        return None
+    shape = "" if field.shape is None else f" {list(field.shape)}"
+    return Problem(
+        what=f"the column {name!r} for {argument} is {field.type}{shape}",
+        where=str(header.path),
+        rule="tokens and labels are arrays of int32 or int64, a loss mask is an array of numbers",
+        advice="Choose another column with data_loader.columns",
+    )

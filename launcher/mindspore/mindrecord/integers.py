@@ -39,12 +39,17 @@ def count_of(block: Bytes | bytes) -> int:
     return count
 
 
-def narrowed(block: Bytes) -> Ints:
-    """The elements of a block (uint8 [bytes]) as int64 [n]. Raises NotNarrowed."""
+def narrowed(block: Bytes, widest: int = _WORD) -> Ints:
+    """The elements of a block (uint8 [bytes]) as int64 [n]. Raises NotNarrowed.
+
+    widest: the bytes that a value may have.
+    """
     count = count_of(block)
     values_at = COUNT_BYTES + -(-count // 4)
-    widths = _WIDTHS[block[COUNT_BYTES:values_at]].ravel()[:count]
-    ends = np.cumsum(widths, dtype=np.int64)
+    widths = _WIDTHS.take(block[COUNT_BYTES:values_at], axis=0).ravel()[:count]
+    if count and int(widths.max()) > widest:
+        raise NotNarrowed(f"a value has {widths.max()} bytes, its type {widest}")
+    ends = widths.cumsum(dtype=np.int64)
     size = int(ends[-1]) if count else 0
     if values_at + size != len(block):
         raise NotNarrowed(f"{count} integers take {values_at + size} bytes, it has {len(block)}")
@@ -52,7 +57,7 @@ def narrowed(block: Bytes) -> Ints:
     padded[:size] = block[values_at:]
     # Words that begin at every byte; most of them are not aligned, which numpy knows.
     words = np.ndarray((size + 1,), dtype="<i8", buffer=padded, strides=(1,))
-    found: Ints = words[ends - widths]
+    found: Ints = words.take(ends - widths)
     spare = 8 * (_WORD - widths.astype(np.int64))
     found <<= spare
     found >>= spare

@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from launcher.errors import UserError
-from launcher.mindspore.mindrecord.header import LENGTH_BYTES, Field, Header, RowGroup
+from launcher.mindspore.mindrecord.header import LENGTH_BYTES, NUMBERS, Field, Header, RowGroup
 from launcher.mindspore.mindrecord.integers import NotNarrowed, narrowed
 from launcher.mindspore.mindrecord.msgpack import NotMsgpack, Scalar, unpack_map
 from launcher.mindspore.mindrecord.walk import Bytes, Ints, row_offsets
@@ -102,12 +102,9 @@ class FileReader:
         field = self.header.by_name[name]
         if self.header.narrowed:
             try:
-                values = narrowed(part)
+                return narrowed(part, NUMBERS[field.type])
             except NotNarrowed as error:
                 self._damaged(row, name, str(error))
-            if field.type == "int32" and (values.astype(np.int32) != values).any():
-                self._damaged(row, name, "a value is larger than int32")
-            return values
         return self._plain(part, field, row).astype(np.int64)
 
     def numbers(self, part: Bytes, name: str, row: int) -> npt.NDArray[Any]:

@@ -55,15 +55,15 @@ class RowRule:
         else:
             tokens, targets = ids[:-1], (ids if labels is None else labels)[1:]
             mask = None if mask is None else mask[:-1]
+        counts = np.ones(len(tokens), dtype=np.bool_)
         if mask is not None:
             counts = mask != 0
         elif self.pad_token is not None:
             counts = tokens != self.pad_token
-        else:
-            counts = np.ones(len(tokens), dtype=np.bool_)
         if labels is not None:
-            counts = counts & (targets != self.ignore_token) & (targets != NO_TARGET)
-        return tokens, np.where(counts, targets, NO_TARGET)
+            counts &= targets != self.ignore_token
+            counts &= targets != NO_TARGET
+        return tokens, targets if counts.all() else np.where(counts, targets, NO_TARGET)
 
     def tokens_of(self, tokens: Ints, labels: Ints) -> int:
         """Tokens without padding, of what `cut` returns."""

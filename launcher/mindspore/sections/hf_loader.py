@@ -30,6 +30,10 @@ _PACKED = (
     "packing keeps samples apart; labels are shifted once, and samples are placed by first fit: "
     "a long one is cut and counted, not left out"
 )
+_PROMPTED = (
+    "the tokens are those of the handler since 2026; labels are shifted once, whatever handlers "
+    "follow"
+)
 _CONCATENATED = "samples are one stream that is cut; labels are shifted once"
 _STRATEGIES = {"pack": ("", _PACKED), "truncate": ("concatenate", _CONCATENATED)}
 _COLUMN_KEYS = {"prompt_key": "instruction", "input_key": "input", "output_key": "output"}
@@ -136,8 +140,7 @@ def _handler(draft: Draft, section: str, step: str, kind: str) -> None:
             f"{loader}.prompt_template": PROMPT_HANDLERS[kind],
         }
         draft.tree = without(draft.tree, f"{loader}.type")
-        why = "the same tokens; labels are shifted once, whatever handlers follow"
-        draft.replace(f"{step}.type", values, why)
+        draft.replace(f"{step}.type", values, _PROMPTED)
     elif kind == PACKING:
         _arguments(draft, section, step, kind)
         if draft.find(f"{step}.pack_strategy") is not None:
