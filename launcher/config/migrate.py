@@ -65,6 +65,10 @@ def _key(problem: Problem) -> str:
     return getattr(problem, "key", "")
 
 
+def _is_list_of_sections(path: str) -> bool:
+    return path == "callbacks" or path.endswith(".data_loader")
+
+
 def _is_to_be_given(problem: Problem) -> bool:
     return _key(problem).split(".")[0] in _GIVEN
 
@@ -116,7 +120,7 @@ class _Writer:
             is_live = any(not line.lstrip().startswith("#") for line in lines)
             yield f"{indent}{key}:" if is_live else f"{indent}# {key}:"
             yield from lines
-        elif path == "callbacks" and isinstance(node.value, list) and node.value:
+        elif _is_list_of_sections(path) and isinstance(node.value, list) and node.value:
             yield f"{indent}{key}:"
             for index, item in enumerate(node.value):
                 yield from self._item(item, f"{path}.{index}", depth + 1)

@@ -123,7 +123,8 @@ class SourceRecord:
     step."""
     samples: int
     consumed: int
-    """Samples of the source that the run has taken so far."""
+    """Samples of the source before the present position in the data: those taken from it, and those
+    that a roll-back left out."""
 
     def as_row(self) -> dict[str, Any]:
         """For `metrics.jsonl`."""

@@ -295,3 +295,7 @@ def test_other_data_is_an_error_that_names_the_source(mixture: Workshop) -> None
     assert single.code == 2
     assert "train_dataset.data_loader: a mixture -> one source" in single.stderr
     assert "ignore_data_skip" in single.stderr
+    weights = "train_dataset.data_loader.0.weight=0.1"
+    run(mixture, "one.yaml", 1, "refused", *more[6:], "--ignore_data_skip", "True", weights)
+    (segment,) = mixture_of(mixture, "refused", 9)["segments"]
+    assert (segment["from_sample"], segment["taken"]) == (0, {})

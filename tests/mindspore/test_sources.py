@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from launcher.config.migrate import migrate
 from launcher.config.resolve import Resolved, read_tree
 from launcher.config.yaml_reader import read_text
 
@@ -109,6 +110,8 @@ def test_a_name_in_a_list_of_this_launcher_is_the_name_of_the_source() -> None:
 def test_a_source_without_samples_is_left_out() -> None:
     found = sources_of(read("nums_per_dataset: [3, 0, 5]"))
     assert [source.type for source in found] == ["TextDataLoader", "InstructionDataLoader"]
+    (dropped,) = (c for c in read("nums_per_dataset: [3, 0, 5]").changes if c.kind == "no effect")
+    assert dropped.key == "train_dataset.data_loader.sub_data_loader.1"
 
 
 def test_an_evaluation_has_no_order() -> None:
@@ -145,6 +148,16 @@ def test_sources_are_a_list_of_sections(sources: str) -> None:
     text = f"train_dataset:\n  data_loader:\n    type: MultiSourceDataLoader\n{sources}\n"
     (problem,) = read_tree(read_text(text, "x.yaml")).problems
     assert "train_dataset.data_loader.sub_data_loader" in problem.what
+
+
+def test_a_migrated_configuration_is_the_same() -> None:
+    resolved = read("dataset_ratios: [0.5, 0.25, 0.25]\nsamples_count: 42\nshuffle: files")
+    text = migrate(resolved, (), "x.yaml", {}).text
+    assert "- type: TextDataLoader" in text
+    assert "max_samples: 21  # replaced: train_dataset.data_loader.samples_count = 42" in text
+    again = read_tree(read_text(text, "again.yaml"))
+    assert sources_of(again) == sources_of(resolved)
+    assert not again.changes
 
 
 def test_every_key_is_accounted_for() -> None:

@@ -67,6 +67,11 @@ def translate_sources(draft: Draft, section: str, *, is_evaluation: bool) -> Non
         for source, number in zip(sources, numbers, strict=True)
         if number != 0
     ]
+    draft.changes += [
+        Change(kind="no effect", key=f"{key}.sub_data_loader.{index}", value=source.plain(),
+               where=source.where, why="no samples of it are to be used")
+        for index, source in enumerate(sources) if numbers[index] == 0
+    ]  # fmt: skip
     _write(draft, key, node, entries)
 
 
@@ -151,24 +156,32 @@ def _leave_the_problems(draft: Draft, key: str) -> None:
 
 
 def _write(draft: Draft, key: str, node: Node, entries: list[Node]) -> None:
+    """Put the entries in place of the loader, and note what each of its keys has become."""
     for name, child in node.value.items():
         if name == "sub_data_loader":
             continue
-        places = tuple(f"{key}.{index}" for index in range(len(entries)))
-        new: tuple[str, ...] = ()
-        why = _NO_EFFECT.get(name, "")
-        if name == "type":
-            new, why = (key,), "a list of data loaders is a mixture"
-        elif name in ("dataset_ratios", "samples_count", "nums_per_dataset"):
-            new = tuple(f"{place}.max_samples" for place in places)
-        elif name == "sub_data_loader_args":
-            new = places
-        elif name not in _OWN or name == "shuffle":
-            new = tuple(f"{place}.{name}" for place in places)
+        names, why = _new_names(name, child, node)
+        new = [key] if name == "type" else []
+        new += [f"{key}.{index}.{inner}" for index in range(len(entries)) for inner in names]
         draft.changes.append(
             Change(
                 kind="replaced" if new else "no effect", key=f"{key}.{name}", value=child.plain(),
-                where=child.where, new_keys=new, why=why,
+                where=child.where, new_keys=tuple(new), why=why,
             )
         )  # fmt: skip
     draft.tree = put(draft.tree, key, Node(value=entries, where=node.where))
+
+
+def _new_names(name: str, child: Node, loader: Node) -> tuple[list[str], str]:
+    """The keys of an entry that an argument of the loader has become, and why."""
+    if name == "type":
+        return [], "a list of data loaders is a mixture"
+    if name == "nums_per_dataset" and "dataset_ratios" in loader.value:
+        return [], "dataset_ratios decide"
+    if name in ("dataset_ratios", "samples_count", "nums_per_dataset"):
+        return ["max_samples"], ""
+    if name == "sub_data_loader_args":
+        return list(child.value) if isinstance(child.value, dict) else [], ""
+    if name in _NO_EFFECT:
+        return [], _NO_EFFECT[name]
+    return ([], "they are None") if name in _REFUSED else ([name], "")
