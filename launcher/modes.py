@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from launcher.builders.callbacks import build_callbacks
-from launcher.builders.data import evaluation_source
+from launcher.builders.data import evaluation_data
 from launcher.builders.job import Job
 from launcher.builders.load_weights import find_weights, load_or_init
 from launcher.builders.model import build_parallel, build_predicting
@@ -162,10 +162,10 @@ def finetune(job: Job) -> int:
 def evaluate_only(job: Job) -> int:
     """Compute loss and perplexity on the evaluation data."""
     weights = find_weights(job)
-    batches = evaluation_source(job)
+    data = evaluation_data(job)
     built = build_parallel(job, training=False)
     load_or_init(job, built.parts, built.layout, weights)
-    result = evaluate(built, batches(), job.world)
+    result = evaluate(built, data.batches(), job.world, data.sources)
     job.log(str(result))
     if job.world.is_main:
         path, row = job.output_dir / "eval_result.json", result.as_row()

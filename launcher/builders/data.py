@@ -1,144 +1,61 @@
-"""Data of a job: the rows of a data section, their length, and the steps of an epoch."""
+"""Data of a job: what it trains on and evaluates, in which order, and the steps of an epoch."""
 
 from __future__ import annotations
 
-import os
-import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
-from pathlib import Path
+from dataclasses import dataclass
+from functools import partial
 
 from launcher.builders.job import Job
-from launcher.config.schema import Config, DatasetSection
-from launcher.data.build import build_dataset
-from launcher.data.loader import Batch, evaluation_batches
-from launcher.data.loaders import row_loader_of
-from launcher.data.progress import FIRST_SECONDS, Progress
+from launcher.builders.mixture import open_mixture
+from launcher.builders.open_dataset import open_dataset, seq_length
+from launcher.config.schema import DatasetSection
+from launcher.data.joined import joined
+from launcher.data.loader import evaluation_batches
+from launcher.data.mixture import MixtureOrder
+from launcher.data.order import GlobalOrder
 from launcher.data.rows import RowDataset
-from launcher.environment import has_own_log
-from launcher.errors import UserError
-from launcher.parallel.filesystems import find_filesystem_groups
-from launcher.parallel.long_work import LongWork
-from launcher.report.console import Console, logger
-from launcher.report.progress import bar
-from models.positions import row_length
+from launcher.train.evaluate import EvaluationData
 
-MAX_WORKERS = 16
-"""Processes that tokenize unless the configuration sets their number; each takes 100s of MB."""
-PLAIN_SECONDS = 5.0
-"""Between lines of progress where the console is no terminal."""
-LOG_SECONDS = 15.0
-"""Between lines of progress in the log file."""
+EVALUATION_SEED = 0
+"""Chooses the rows of `max_samples` in `eval_dataset`: the same in every run, to be compared."""
 
 
-def open_dataset(job: Job, section: DatasetSection) -> RowDataset:
-    """The rows of a data section; one rank of each file system prepares them in the cache, while
-    the others wait and show its progress."""
-    assert not isinstance(section.data_loader, list)  # mixtures are not built yet
-    cache_dir, world = cache_folder(job.config), job.world.with_long_timeout()
-    filesystems = find_filesystem_groups(cache_dir, world, "the data cache could not be opened")
-    shown = _Shown(job, "eval_dataset" if section is job.config.eval_dataset else "train_dataset")
-    work = LongWork(world, filesystems, what=f"prepare {shown.name}", on_wait=shown.waiting)
+@dataclass(frozen=True, kw_only=True)
+class TrainingData:
+    """The rows that a run trains on, and their order."""
 
-    def on_progress(progress: Progress) -> None:
-        work.report(f"{progress.verb} {shown.name}: {progress.detail}")
-        shown.working(progress)
+    dataset: RowDataset
+    order: GlobalOrder | MixtureOrder
+    epoch_samples: int
+    """Samples of one epoch."""
 
-    dataset = build_dataset(
-        section,
-        tokenizer=None if row_loader_of(section.data_loader) else job.tokenizer,
-        seq_length=seq_length(job, section),
-        cache_dir=cache_dir,
-        once=work.on_own,
-        log=shown.log,
-        on_progress=on_progress,
-        workers=_workers(section),
-        max_cache_bytes=_max_bytes(job.config),
-        model_config=job.spec.hf_config,
-    )
-    shown.end()
-    if filesystems.are_several:
-        _check_same(world.gather(dataset.content))
-    vocabulary = job.spec.hf_config.get("vocab_size")
-    if vocabulary is not None and (dataset.largest_token or 0) >= vocabulary:
-        raise UserError(
-            f"the data has token {dataset.largest_token}",
-            rule=f"the vocabulary of the model has {vocabulary} tokens",
-            advice="Use the tokenizer of the model",
+
+def open_training_data(job: Job, section: DatasetSection) -> TrainingData:
+    """The data of `train_dataset`. Raises `UserError`."""
+    seed = job.config.seed if section.seed is None else section.seed
+    if isinstance(section.data_loader, list):
+        open_source = partial(open_dataset, job, name="train_dataset")
+        mixture = open_mixture(section, seed, job.log, open_source)
+        order = mixture.order()
+        for line in mixture.description(order):
+            job.log(line)
+        return TrainingData(
+            dataset=joined(mixture.datasets, seq_length(job, section)),
+            order=order,
+            epoch_samples=order.epoch_samples,
         )
-    return replace(dataset, vocab_size=vocabulary)
+    dataset = open_dataset(job, section, "train_dataset")
+    plain = GlobalOrder(len(dataset), seed, section.data_loader.is_shuffled)
+    return TrainingData(dataset=dataset, order=plain, epoch_samples=len(dataset))
 
 
-class _Shown:
-    """What this rank shows of the preparation of a data section: on the console of the main rank,
-    and of a rank with a log of its own; and in its log file."""
-
-    def __init__(self, job: Job, name: str) -> None:
-        self.name = name
-        self._console = job.console
-        if has_own_log() and not job.world.is_main:
-            self._console = Console(enabled=True)
-        self._began = time.monotonic()
-        self._logged: float | None = None
-
-    def log(self, text: str) -> None:
-        """A line, when the progress before it is done."""
-        self._console.end_progress()
-        self._console.log(text)
-
-    def working(self, progress: Progress) -> None:
-        """The progress of this rank's own work."""
-        part = f"{bar(progress.fraction)} " if progress.fraction is not None else ""
-        self._show(f"{part}{progress.gerund} {self.name}: {progress.detail}")
-
-    def waiting(self, rank: int, status: str) -> None:
-        """That this rank waits for another one."""
-        if time.monotonic() - self._began >= FIRST_SECONDS:
-            self._show(f"waiting for rank {rank} to {status or f'prepare {self.name}'}")
-
-    def end(self) -> None:
-        """Nothing more is shown."""
-        self._console.end_progress()
-
-    def _show(self, text: str) -> None:
-        self._console.progress(text, plain_seconds=PLAIN_SECONDS)
-        now = time.monotonic()
-        if self._logged is None or now - self._logged >= LOG_SECONDS:
-            self._logged = now
-            logger.info(text)
-
-
-def cache_folder(config: Config) -> Path:
-    """The folder of the data cache."""
-    return Path(config.data_cache.dir or Path(config.output_dir) / "dataset_cache")
-
-
-def _workers(section: DatasetSection) -> int:
-    """Processes that may tokenize on a machine; each of its ranks but one waits meanwhile."""
-    processors = len(os.sched_getaffinity(0))
-    return min(section.num_parallel_workers or MAX_WORKERS, processors)
-
-
-def _max_bytes(config: Config) -> int | None:
-    size = config.data_cache.max_gb
-    return None if size is None else int(size * 1e9)
-
-
-def _check_same(contents: Sequence[str]) -> None:
-    """All ranks have prepared the same tokens; `contents`: the hash of those of each rank."""
-    other = next((rank for rank, found in enumerate(contents) if found != contents[0]), None)
-    if other is not None:
-        raise UserError(
-            f"the data on the machine of rank {other} differs from that of rank 0",
-            rule="all ranks train on the same rows, which each machine prepares from its own files",
-            advice="Copy the same data files and the same tokenizer to every machine",
-        )
-
-
-def seq_length(job: Job, section: DatasetSection) -> int:
-    """Tokens of a row: the data section's, else the model's, else what positions allow (2048)."""
-    usual = row_length(job.spec.family, job.spec.hf_config)
-    return section.seq_length or job.spec.seq_length or usual
+def opened(job: Job, name: str, section: DatasetSection) -> TrainingData:
+    """The data of `train_dataset`, or of `eval_dataset` with the order of an evaluation."""
+    if name == "train_dataset":
+        return open_training_data(job, section)
+    rows = open_evaluation_rows(job, section)
+    order = GlobalOrder(max(len(rows), 1), seed=0, shuffle=False)
+    return TrainingData(dataset=rows, order=order, epoch_samples=len(rows))
 
 
 def steps_per_epoch(rows: int, global_batch: int, *, drop_remainder: bool) -> int:
@@ -147,14 +64,26 @@ def steps_per_epoch(rows: int, global_batch: int, *, drop_remainder: bool) -> in
     return max(full + (rest > 0 and not drop_remainder), 1)
 
 
-def evaluation_source(job: Job) -> Callable[[], Iterable[Batch]]:
-    """A function whose every call returns this rank's share of the evaluation data."""
-    assert job.config.eval_dataset is not None
-    dataset = open_dataset(job, job.config.eval_dataset)
-    return lambda: evaluation_batches(
+def open_evaluation_rows(job: Job, section: DatasetSection) -> RowDataset:
+    """The rows of `eval_dataset`, those of a mixture source after source. Raises `UserError`."""
+    if not isinstance(section.data_loader, list):
+        return open_dataset(job, section, "eval_dataset")
+    open_source = partial(open_dataset, job, name="eval_dataset")
+    mixture = open_mixture(section, EVALUATION_SEED, job.log, open_source)
+    return joined(mixture.datasets, seq_length(job, section))
+
+
+def evaluation_data(job: Job) -> EvaluationData:
+    """The data of `eval_dataset`, every row once. Raises `UserError`."""
+    section = job.config.eval_dataset
+    assert section is not None
+    dataset = open_evaluation_rows(job, section)
+    batches = partial(
+        evaluation_batches,
         dataset,
         job.config.runner_config.batch_size,
         job.mesh.data_parallel,
         job.mesh.data_rank(job.world.rank),
         pin_memory=job.world.device.type == "cuda",
     )
+    return EvaluationData(batches, tuple(source.name for source in dataset.sources))

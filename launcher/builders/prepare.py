@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from launcher.builders.data import cache_folder, open_dataset
+from launcher.builders.data import opened
 from launcher.builders.job import Job
+from launcher.builders.open_dataset import cache_folder
 from launcher.config.derived import used_datasets
 from launcher.data.rows import COUNTED_AT_ONCE, RowDataset
 from launcher.environment import process_environment
@@ -19,7 +20,7 @@ def prepare_data(job: Job) -> int:
     if process_environment().local_rank != 0:
         return EXIT_OK
     for name, section in used_datasets(job.config).items():
-        dataset = open_dataset(job, section)
+        dataset = opened(job, name, section).dataset
         folder = dataset.cached_in or cache_folder(job.config)
         job.log(
             f"prepared {name}: {len(dataset):,} rows of {dataset.seq_length}, "

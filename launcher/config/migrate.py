@@ -11,6 +11,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any
 
 from launcher.config.assign import place_of
@@ -75,7 +76,10 @@ class _Writer:
         self, resolved: Resolved, wrong: dict[str, Problem], second_names: dict[str, str]
     ) -> None:
         self.resolved = resolved
-        self.no_effect = set(resolved.no_effect) - set(EVALUATION_READS_ALL)
+        self.no_effect = {
+            key for key in resolved.no_effect
+            if not any(fnmatchcase(key, pattern) for pattern in EVALUATION_READS_ALL)
+        }  # fmt: skip
         self.second_names = second_names
         self.counts: Counter[str] = Counter()
         self.by_new_key = {

@@ -82,6 +82,7 @@ def build_dataset(
     workers: int = 1,
     max_cache_bytes: int | None = None,
     model_config: Mapping[str, Any] | None = None,
+    phase: str = "train",
 ) -> RowDataset:
     """The rows of one dataset section, tokenized now or read from the cache.
 
@@ -99,6 +100,7 @@ def build_dataset(
         on_progress=on_progress,
         workers=workers,
         model_config=model_config or {},
+        phase=phase,
     )
     row_loader = row_loader_of(recipe.loader)
     if row_loader is not None:
@@ -286,7 +288,8 @@ def _rows(folder: Path, recipe: Recipe) -> Rows:
 
 def _is_stream(recipe: Recipe) -> bool:
     """Whether documents are one stream of tokens, which is cut into rows when they are read."""
-    return recipe.section.packing and not loader_of(recipe.loader).has_targets
+    usual = "first_fit" if loader_of(recipe.loader).has_targets else "concatenate"
+    return recipe.section.packing and (recipe.section.packing_strategy or usual) == "concatenate"
 
 
 def _pad_token(recipe: Recipe) -> int:
@@ -332,18 +335,25 @@ def _settings(recipe: Recipe) -> dict[str, Any]:
         "version": CACHE_VERSION,
         "type": loader_type(loader),
         "text_column": loader.text_column,
+        "record_format": loader.record_format,
+        "column_map": loader.column_map,
+        "transforms": loader.transforms,
+        "prompt_template": loader.prompt_template,
         "format": loader.format,
         "strict_fields": loader.strict_fields,
+        "split": loader.split,  # perhaps a part of the records of a file
         "num_samples": loader.num_samples,
         "packing": recipe.section.packing,
+        "is_stream": _is_stream(recipe),
         # A stream is cut into rows when it is read, so that one folder serves every length.
         "seq_length": None if _is_stream(recipe) else recipe.seq_length,
-        "tokenizer": _tokenizer_hash(tokenizer),
+        "tokenizer": tokenizer_hash(tokenizer),
         "chat_template": getattr(tokenizer, "chat_template", None) or DEFAULT_CHAT_TEMPLATE,
     }
 
 
-def _tokenizer_hash(tokenizer: Any) -> str:
+def tokenizer_hash(tokenizer: Any) -> str:
+    """A hash of everything that decides the tokens of a text."""
     if getattr(tokenizer, "is_fast", False):
         content = backend_of(tokenizer).to_str()
     else:

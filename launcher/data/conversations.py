@@ -8,10 +8,9 @@ the first record of a file.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from launcher.data.fields import (
@@ -23,7 +22,8 @@ from launcher.data.fields import (
     TURN_FIELDS,
     WEIGHTS,
 )
-from launcher.data.records import Record, convert_records, read_records, shown
+from launcher.data.record_files import without_null
+from launcher.data.records import Record, convert_records, shown
 from launcher.data.strictness import (
     LENIENT,
     Strictness,
@@ -52,10 +52,10 @@ class Conversation:
     """Answers (indices of `messages`) that do not count for the loss."""
 
 
-def conversations_of_file(
-    path: Path, given_format: str | None, cache_dir: Path, strictness: Strictness
+def conversations_of(
+    records: Iterable[Record | UserError], given_format: str | None, strictness: Strictness
 ) -> Iterator[Conversation]:
-    """The conversations of one file, in the given format (of FORMATS) or the detected one."""
+    """The conversations of records, in the given format (of FORMATS) or the detected one."""
     if given_format is not None and given_format not in FORMATS:
         raise UserError(
             f"data_loader.format = {given_format!r}",
@@ -70,9 +70,9 @@ def conversations_of_file(
         if given_format is None:
             _refuse_two_formats(record)
         form = form or _detect(record)
-        return _READERS[form](record, strictness)
+        return _READERS[form](without_null(record), strictness)
 
-    return convert_records(read_records(path, cache_dir), conversation_of)
+    return convert_records(records, conversation_of)
 
 
 def _formats(record: Record) -> list[str]:
@@ -95,7 +95,7 @@ def _detect(record: Record) -> str:
         rule="instruction data is alpaca (instruction, input, output), messages (messages: role, "
         "content) or sharegpt (conversations: from, value)",
         nearest=_turns_found(record),
-        advice="Rename the keys; plain text is read by HFDataLoader",
+        advice="Name its columns in data_loader.column_map; plain text is read by HFDataLoader",
     )
 
 

@@ -8,6 +8,7 @@ shifted (labels[t] is the token after input_ids[t]).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -50,6 +51,18 @@ class Rows(Protocol):
     def counts(self, indices: Ints) -> Counts: ...
 
 
+class RowSource(NamedTuple):
+    """A dataset whose rows are a part of those of a mixture."""
+
+    name: str
+    dataset: RowDataset
+
+    @property
+    def rows(self) -> int:
+        """How many they are."""
+        return len(self.dataset)
+
+
 @dataclass(frozen=True, kw_only=True)
 class RowDataset:
     """The rows of a dataset."""
@@ -69,6 +82,8 @@ class RowDataset:
     """What error messages call it."""
     cached_in: str = ""
     """The folder of the data cache with its tokens; empty where they are read in place."""
+    sources: tuple[RowSource, ...] = ()
+    """Of a mixture: the datasets whose rows these are, one after another."""
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -81,6 +96,14 @@ class RowDataset:
     def counts(self, indices: Ints) -> Counts:
         """Targets and tokens of the rows `indices` (int64 [n])."""
         return self.rows.counts(indices)
+
+    @cached_property
+    def _source_ends(self) -> Ints:
+        return np.cumsum([source.rows for source in self.sources], dtype=np.int64)
+
+    def source_of(self, indices: Ints) -> Ints:
+        """The index in `sources` of the rows `indices` (int64 [n]); of a mixture only."""
+        return np.searchsorted(self._source_ends, indices, "right").astype(np.int64)
 
     def total_targets(self) -> int:
         """Targets of all rows."""

@@ -44,6 +44,10 @@ class TokenStore:
         """Tokens of each document."""
         return np.diff(self.starts)
 
+    def document(self, index: int) -> npt.NDArray[np.int64]:
+        """The tokens of one document."""
+        return self.tokens[self.starts[index] : self.starts[index + 1]].astype(np.int64)
+
 
 class TokenWriter:
     """Writes the arrays of a TokenStore document by document, and hashes them."""

@@ -8,6 +8,7 @@ processes.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ def tokenize_files(
     logged: set[str] = set()
     try:
         with counting_bytes(meter):
-            for chunk, encoded in _encoded_chunks(recipe, files, total, meter.tick):
+            for chunk, encoded in encoded_chunks(recipe, files, total, meter.tick):
                 tally.merge(chunk.counted)
                 tally.merge(encoded.tally)
                 writer.add_arrays(encoded.lengths, encoded.tokens, encoded.targets)
@@ -66,12 +67,14 @@ def worker_count(recipe: Recipe, total_bytes: int) -> int:
     return recipe.workers
 
 
-def _encoded_chunks(
-    recipe: Recipe, files: list[DataFile], total: int, tick: Callable[[], None]
+def encoded_chunks(
+    recipe: Recipe, files: list[DataFile], total: int, tick: Callable[[], None], *, skip: int = 0
 ) -> Iterator[tuple[Chunk, EncodedChunk]]:
+    """The samples of `files`, of `total` bytes, after the first `skip`, and their tokens, in order;
+    `tick` is called now and then. Raises UserError."""
     counted = Tally()
     samples = read_samples(recipe.loader, files, recipe.cache_dir, counted)
-    chunks = chunks_of(samples, recipe, counted)
+    chunks = chunks_of(islice(samples, skip, None), recipe, counted)
     count = worker_count(recipe, total)
     if count > 1:
         try:

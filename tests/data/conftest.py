@@ -70,7 +70,10 @@ def build(tmp_path: Path, tokenizer: PreTrainedTokenizerFast, logged: list[str])
         used = settings.pop("tokenizer", tokenizer)
         cache_dir = settings.pop("cache_dir", tmp_path / "cache")
         options = {"on_progress": settings.pop("on_progress")} if "on_progress" in settings else {}
-        section = DatasetSection(data_loader=DataLoaderSection(**settings), packing=packing)
+        strategy = settings.pop("packing_strategy", None)
+        section = DatasetSection(
+            data_loader=DataLoaderSection(**settings), packing=packing, packing_strategy=strategy
+        )
         return build_dataset(
             section,
             tokenizer=used,

@@ -30,6 +30,8 @@ def folder(materials: Workshop, tmp_path_factory: pytest.TempPathFactory) -> Pat
     """The files that the page speaks of, and the Hugging Face directory they were made from."""
     folder = materials.copy_to(tmp_path_factory.mktemp("page")).folder
     (folder / "corpus").rename(folder / "my_text")
+    record = {"instruction": "Count.", "input": "to two", "output": "one two"}
+    (folder / "alpaca.json").write_text(json.dumps([record] * 20))
     tokenizer = json.loads((folder / "tokenizer" / "tokenizer.json").read_text())["model"]
     (folder / "vocab.json").write_text(json.dumps(tokenizer["vocab"]))
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in tokenizer["merges"]]
@@ -71,6 +73,8 @@ def test_every_command_of_the_page_runs(folder: Path) -> None:
     }
     assert len(losses["finetune"]) == 2
     assert losses["finetune"] == losses["as_ckpt"]
+    log = (folder / "output/finetune_alpaca/log/rank_0/info.log").read_text()
+    assert "6 conversations of 1 file(s)" in log
     origin = load_file(folder / "origin" / "model.safetensors")
     again = {}
     for file in (folder / "output" / "hugging_face").glob("*.safetensors"):

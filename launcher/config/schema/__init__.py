@@ -24,6 +24,7 @@ from launcher.config.schema.data import (
     DataLoaderSection,
     DatasetSection,
     DatasetTaskSection,
+    MegatronConfigSection,
     MixtureSourceSection,
 )
 from launcher.config.schema.field import FieldInfo, Status, info_of
@@ -83,6 +84,7 @@ __all__ = [
     "IgnoredCallbackSection",
     "LossMonitorSection",
     "LrScheduleSection",
+    "MegatronConfigSection",
     "MixtureSourceSection",
     "ModelSection",
     "MonitorSection",

@@ -20,6 +20,7 @@ from launcher.data.loaders.instruction import INSTRUCTION_LOADER
 from launcher.data.loaders.text import TEXT_LOADER
 from launcher.data.loaders.text_column import TEXT_COLUMN_LOADER
 from launcher.data.progress import active_meter
+from launcher.data.record_files import needs_all_files
 from launcher.data.tally import Tally
 from launcher.errors import UserError
 from launcher.extensions import ROW_LOADERS, required
@@ -68,14 +69,18 @@ def read_samples(
     section: DataLoaderSection, files: Iterable[DataFile], cache_dir: Path, tally: Tally
 ) -> Iterator[Any]:
     """The samples of `files`, at most `num_samples`; how many is counted in `tally`."""
-    read_file = loader_of(section).read_file
+    loader = loader_of(section)
 
-    def all_samples() -> Iterator[Any]:
+    def each_file() -> Iterator[Any]:
         for file in files:
-            yield from read_file(file.path, section, cache_dir, tally)
+            yield from loader.read_file(file.path, section, cache_dir, tally)
             if (meter := active_meter()) is not None:
                 meter.finish_file(file.size)
 
-    for sample in islice(all_samples(), section.num_samples):
+    if loader.read_files is not None and needs_all_files(section):
+        found = loader.read_files(list(files), section, cache_dir, tally)
+    else:
+        found = each_file()
+    for sample in islice(found, section.num_samples):
         tally.documents += 1
         yield sample

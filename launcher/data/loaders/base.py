@@ -52,6 +52,8 @@ class Recipe:
     """Processes that may tokenize."""
     model_config: Mapping[str, Any] = field(default_factory=dict)
     """The config.json of the model, for the ids of its special tokens."""
+    phase: str = "train"
+    """`train`, or `valid` for evaluation: which split is read where files have several."""
 
     @property
     def loader(self) -> DataLoaderSection:
@@ -71,9 +73,14 @@ class DataLoader(Generic[SampleT]):
     left out."""
     tokenize: Callable[[Iterable[SampleT], Recipe, Tally], Iterator[TokenBatch]]
     """The tokens of samples, in batches, in order."""
+    read_files: (
+        Callable[[list[DataFile], DataLoaderSection, Path, Tally], Iterator[SampleT]] | None
+    ) = None
+    """The samples of all files, where they cannot be read one by one (`record_files.
+    needs_all_files`): a slice, or a step such as a shuffle, goes over all of them."""
     has_targets: bool = False
-    """Whether only some tokens count for the loss, as in conversations. Such samples are never cut
-    from one stream of tokens."""
+    """Whether only some tokens count for the loss, as in conversations. Such samples are cut from
+    one stream of tokens only with `packing_strategy: concatenate`."""
     unit: str = "documents"
     """What its samples are, for log lines."""
     paths_key: str = "dataset_dir"
