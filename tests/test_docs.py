@@ -20,6 +20,7 @@ from tests.workshop import VOCABULARY, Workshop
 
 ROOT = Path(__file__).parents[1]
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+NAMED_SAMPLES = re.compile(r"^```yaml\n# (\S+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 NAMED = re.compile(r"# (\S+\.(?:yaml|py))\n")
 
 
@@ -112,6 +113,17 @@ def test_training_page(folder: Path) -> None:
         for name in ("two", "pretrain")
     )
     assert two == pytest.approx(alone, rel=1e-4)
+
+
+def test_data_page(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    named = dict(NAMED_SAMPLES.findall((ROOT / "docs/training.md").read_text()))
+    (folder / "pretrain.yaml").write_text(named["pretrain.yaml"])
+    assert run_page("data.md", folder) == 6
+    page, said = (ROOT / "docs/data.md").read_text(), capsys.readouterr().out
+    for text in re.findall(r"```text\n(.*?)```", page, re.DOTALL):
+        for line in text.splitlines():
+            assert re.sub(r"[\d,.]+", "0", line) in re.sub(r"[\d,.]+", "0", said), line
+    assert (folder / "output/pretrain/data_lengths.png").exists()
 
 
 def test_mixtures_page(folder: Path) -> None:
