@@ -101,6 +101,13 @@ def test_layouts_page(folder: Path) -> None:
         assert losses[layout] == pytest.approx(losses["layout"], rel=1e-4), layout
 
 
+def test_tokens_page(folder: Path) -> None:
+    assert run_page("tokens.md", folder) >= 3
+    for name in ("megatron", "stream"):
+        rows = (folder / f"output/{name}/metrics.jsonl").read_text().splitlines()
+        assert sum("loss" in json.loads(row) for row in rows) == 4
+
+
 def test_training_page(folder: Path) -> None:
     assert run_page("training.md", folder) >= 12
     log = (folder / "output/callbacks/log/rank_0/info.log").read_text()
