@@ -21,7 +21,7 @@ from launcher.data.tally import Tally
 
 def test_every_type_of_the_schema_has_a_loader() -> None:
     (kind,) = (field for field in fields(DataLoaderSection) if field.name == "type")
-    assert {*LOADERS, *ALIASES} == set(info_of(kind).choices)
+    assert {*LOADERS, *ROW_LOADERS, *ALIASES} == set(info_of(kind).choices)
     assert set(ALIASES.values()) <= set(LOADERS)
 
 
