@@ -130,7 +130,7 @@ def test_data_page(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for text in re.findall(r"```text\n(.*?)```", page, re.DOTALL):
         for line in text.splitlines():
             assert re.sub(r"[\d,.]+", "0", line) in re.sub(r"[\d,.]+", "0", said), line
-    assert (folder / "output/pretrain/data_lengths.png").exists()
+    assert (folder / "output/look/data_lengths.png").exists()
 
 
 def test_mixtures_page(folder: Path) -> None:

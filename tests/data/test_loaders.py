@@ -22,11 +22,7 @@ from launcher.extensions import ROW_LOADERS
 
 def test_every_type_of_the_schema_has_a_loader() -> None:
     (kind,) = (field for field in fields(DataLoaderSection) if field.name == "type")
-<<<<<<< HEAD
     assert {*LOADERS, *ALIASES, *ROW_LOADERS} == set(info_of(kind).choices)
-=======
-    assert {*LOADERS, *ROW_LOADERS, *ALIASES} == set(info_of(kind).choices)
->>>>>>> w-mindrecord
     assert set(ALIASES.values()) <= set(LOADERS)
 
 
