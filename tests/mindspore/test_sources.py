@@ -54,7 +54,7 @@ CASES: dict[str, tuple[str, str, list[Any]]] = {
     ),
     "without effect": (
         "shuffle_buffer_size: 3\ndata_source_type: random_access\nnum_shards: 2\nshard_id: 0",
-        "shuffle", [True, True, True],
+        "is_shuffled", [True, True, True],
     ),
 }  # fmt: skip
 
