@@ -27,7 +27,7 @@ from launcher.report.progress import bar
 from models.positions import row_length
 
 MAX_WORKERS = 16
-"""Processes that tokenize where the configuration does not say; each takes some hundred MB."""
+"""Processes that tokenize unless the configuration sets their number; each takes 100s of MB."""
 PLAIN_SECONDS = 5.0
 """Between lines of progress where the console is no terminal."""
 LOG_SECONDS = 15.0
@@ -38,7 +38,7 @@ def open_dataset(
     job: Job, section: DatasetSection, name: str, log: Log | None = None
 ) -> RowDataset:
     """The rows of a data section with one data loader; one rank of each file system prepares them
-    in the cache, while the others wait and say how far it is.
+    in the cache, while the others wait and show its progress.
 
     `name`: what the section is called, `train_dataset`. `log`: for lines about it; None: that of
     the job. Raises `UserError`.

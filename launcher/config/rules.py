@@ -78,6 +78,7 @@ RULES: tuple[Rule, ...] = (
     paths.datasets,
     mixture.mixtures,
     records.places,
+    records.tables,
     records.splits,
     records.columns,
     records.transforms,

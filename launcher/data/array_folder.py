@@ -2,7 +2,8 @@
 
 A folder has a `.npy` file for each array and `arrays.json` with their types, lengths and hashes
 and what else its maker wants to keep. Invariants: it is written under a temporary name and renamed
-when it is complete, so that two jobs may make it at once; arrays may be larger than memory.
+when it is complete, so that two jobs may make it at once; arrays may be larger than memory. Nothing
+waits for the disk: what a crash leaves behind is found by the hashes, and is made again.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ NewArray = Callable[[str, npt.DTypeLike, int], npt.NDArray[Any]]
 """(name, dtype, length) -> an array in a file, to fill."""
 _INDEX = "arrays.json"
 _HASHED_AT_ONCE = 1 << 24
+IN_MEMORY = 1 << 28
+"""Bytes up to which an array is made in memory before it is written."""
 
 
 class DamagedArrays(Exception):
@@ -48,11 +51,10 @@ def make_array_folder(folder: Path, fill: Callable[[NewArray], Mapping[str, Any]
 
     def new_array(name: str, dtype: npt.DTypeLike, length: int) -> npt.NDArray[Any]:
         path = scratch / f"{name}.npy"
-        if length == 0:  # an empty file part cannot be mapped
-            np.save(path, np.zeros(0, dtype=dtype))
-            made[name] = np.zeros(0, dtype=dtype)
+        kind = np.dtype(dtype)
+        if length * kind.itemsize <= IN_MEMORY:
+            made[name] = np.empty(length, dtype=kind)
         else:
-            kind = np.dtype(dtype)
             made[name] = np.lib.format.open_memmap(path, "w+", kind, (length,)).view(np.ndarray)
         return made[name]
 
@@ -62,12 +64,11 @@ def make_array_folder(folder: Path, fill: Callable[[NewArray], Mapping[str, Any]
             name: {"dtype": array.dtype.str, "length": len(array), "hash": _hash(array)}
             for name, array in made.items()
         }
-        made.clear()
-        for name in described:
-            _sync(scratch / f"{name}.npy")
+        for name, array in made.items():
+            if array.nbytes <= IN_MEMORY:
+                np.save(scratch / f"{name}.npy", array)
         index = {"arrays": described, "metadata": dict(metadata)}
         (scratch / _INDEX).write_text(json.dumps({"hash": _hash_of_json(index), **index}))
-        _sync(scratch / _INDEX)
         _rename(scratch, folder)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -122,8 +123,3 @@ def _rename(scratch: Path, folder: Path) -> None:
     except OSError:
         if not (folder / _INDEX).exists():
             raise
-
-
-def _sync(path: Path) -> None:
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())

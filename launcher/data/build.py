@@ -224,7 +224,7 @@ def _make(folder: Path, recipe: Recipe, files: list[DataFile]) -> None:
 
 
 def _check_unchanged(recipe: Recipe, files: list[DataFile]) -> None:
-    """The files are those that were found, as the name of the folder says."""
+    """The files are still those whose content the name of the folder is made of."""
     found = {file.path: file for file in source_files(recipe.loader)}
     for file in files:
         if found.get(file.path) != file:
@@ -322,7 +322,7 @@ def _key(recipe: Recipe, files: list[DataFile]) -> str:
 
 
 def _kind(path: Path) -> str:
-    """What the name of a file says about how it is read: `.jsonl`, `.jsonl.gz`."""
+    """The part of the name of a file that decides how it is read: `.jsonl`, `.jsonl.gz`."""
     name = path.name.lower()
     inner = name.removesuffix(".gz")
     return Path(inner).suffix + name.removeprefix(inner)
@@ -336,6 +336,7 @@ def _settings(recipe: Recipe) -> dict[str, Any]:
         "type": loader_type(loader),
         "text_column": loader.text_column,
         "record_format": loader.record_format,
+        "delimiter": loader.delimiter,
         "column_map": loader.column_map,
         "transforms": loader.transforms,
         "prompt_template": loader.prompt_template,

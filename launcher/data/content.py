@@ -59,8 +59,8 @@ def content_hashes(
             hashed = pool.map(lambda file: _hashed(file.path, meter), unknown.values())
             entries = dict(zip(unknown, hashed, strict=True))
         found |= {path: digest for path, (digest, _) in entries.items()}
-        settled = {path: entry for path, entry in entries.items() if _is_settled(entry[1])}
-        _write_memo(cache_dir, settled)
+        kept = {path: entry for path, entry in entries.items() if _is_old_enough(entry[1])}
+        _write_memo(cache_dir, kept)
     return [found[path] for path in paths]
 
 
@@ -86,7 +86,7 @@ def _status(path: Path) -> Status:
     return [found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns]
 
 
-def _is_settled(status: Status) -> bool:
+def _is_old_enough(status: Status) -> bool:
     return time.time_ns() - max(status[3:]) > SETTLE_SECONDS * 1e9
 
 

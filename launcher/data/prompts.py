@@ -48,6 +48,8 @@ class PromptTemplate:
     """The answer, of the field output."""
     end: str = ""
     """Text that ends an answer, which should be one token."""
+    note: str = ""
+    """What to log about it."""
 
 
 def template_of(name: str) -> PromptTemplate:
@@ -104,6 +106,8 @@ def tokenize_prompts(
 
     Samples without a target in a row of `seq_length` tokens are counted in `tally`.
     """
+    if template.note:
+        log(f"note: {template.note}")
     if template.end and not _is_token(template.end, tokenizer):
         log(
             f"note: the prompt template ends answers with the text {template.end!r}, which is no "

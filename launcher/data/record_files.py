@@ -131,20 +131,19 @@ def format_of(path: Path, given: str) -> str:
 
 def read_raw_records(path: Path, section: DataLoaderSection, cache_dir: Path) -> Records:
     """The records of one file as they are written; None for null."""
-    return _READERS[format_of(path, section.record_format)](path, cache_dir)
+    form = format_of(path, section.record_format)
+    if form == "parquet":
+        return read_parquet_records(path, cache_dir)
+    if form == "csv":
+        is_tsv = str(path).lower().removesuffix(".gz").endswith(".tsv")
+        return read_table_records(path, section.delimiter or ("\t" if is_tsv else ","))
+    return _READERS[form](path)
 
 
-def _table(path: Path, cache_dir: Path) -> Records:
-    is_tsv = re.search(r"\.tsv(\.gz)?$", str(path).lower())
-    return read_table_records(path, "\t" if is_tsv else ",")
-
-
-_READERS: dict[str, Callable[[Path, Path], Records]] = {
-    "json": lambda path, cache_dir: read_json_records(path),
-    "csv": _table,
-    "parquet": read_parquet_records,
-    "arrow": lambda path, cache_dir: read_arrow_records(path),
-    "text": lambda path, cache_dir: read_text_records(path),
+_READERS: dict[str, Callable[[Path], Records]] = {
+    "json": read_json_records,
+    "arrow": read_arrow_records,
+    "text": read_text_records,
 }
 
 

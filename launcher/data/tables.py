@@ -101,12 +101,13 @@ def _header(where: str, row: list[str], separator: str) -> list[str]:
 def _wrong_length(where: str, row: list[str], header: list[str], separator: str) -> UserError:
     other = next((sign for sign in _SEPARATORS if sign != separator and sign in header[0]), "")
     hint = f"; the header looks as if it was separated by {_SEPARATORS[other]}" if other else ""
+    fix = f'Set data_loader.delimiter: "{other}"' if other else "Quote fields with separators"
     return UserError(
         f"has {len(row)} field(s): {printable(separator.join(row)[:60])!r}",
         where=where,
         rule=f"a row has as many fields as the header, {len(header)}{hint}",
         nearest=f"Columns: {printable(', '.join(header)[:200])}",
-        advice="Quote fields that hold separators or line breaks, or fix the row",
+        advice=f"{fix}, or fix the row",
     )
 
 

@@ -32,7 +32,7 @@ _READY = "ready"
 
 
 class CannotStart(Exception):
-    """The work cannot be handed to other processes; the text says why."""
+    """The work cannot be handed to other processes; the text is the reason."""
 
 
 @dataclass

@@ -42,6 +42,13 @@ def _code_alpaca(fields: Mapping[str, str]) -> tuple[str, ...]:
 
 
 ALPACA = PromptTemplate(
-    context=_alpaca, answer=lambda output: f"ASSISTANT: {output}</s>", end="</s>"
+    context=_alpaca,
+    answer=lambda output: f"ASSISTANT: {output}</s>",
+    end="</s>",
+    note="labels are shifted once; AlpacaInstructDataHandler and PackingHandler shift them twice",
 )
-CODE_ALPACA = PromptTemplate(context=_code_alpaca, answer=lambda output: output)
+CODE_ALPACA = PromptTemplate(
+    context=_code_alpaca,
+    answer=lambda output: output,
+    note="labels are shifted once; CodeAlpacaInstructDataHandler does not shift them",
+)

@@ -1,4 +1,4 @@
-"""Histograms: of whole numbers, as lines of text and as a picture."""
+"""Histograms: of integers, as lines of text and as a picture."""
 
 from __future__ import annotations
 

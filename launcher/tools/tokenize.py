@@ -29,7 +29,10 @@ if TYPE_CHECKING:
     from launcher.data.tokenized_corpus import Corpus
 
 TYPES = ("TextDataLoader", "HFDataLoader", "MindDataset")
-RECORD_ENDINGS = (".json", ".jsonl", ".parquet")
+TOKENS = "MindDataset"
+"""The type whose files hold tokens already."""
+RECORD_ENDINGS = (".json", ".jsonl", ".parquet", ".csv", ".tsv", ".arrow")
+ROWS_AT_ONCE = 1024
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -109,6 +112,8 @@ def _corpus(options: argparse.Namespace, console: Console) -> tuple[Corpus, Tall
     meter = Meter("tokenize", sum(file.size for file in files), _shown(console))
 
     def batches(done: int) -> Iterator[list[Any]]:
+        if kind == TOKENS:
+            return _rows(recipe, options.column, done)
         return _batches(recipe, files, done, tally, meter)
 
     return Corpus(prefix=options.output_prefix, dtype=dtype, job=job, batches=batches), tally
@@ -120,7 +125,7 @@ def _type_of(inputs: Sequence[str]) -> str:
 
     names = [file.path.name.lower() for file in find_files(inputs, [""])]
     if all(_is_mindrecord(name) for name in names):
-        return "MindDataset"
+        return TOKENS
     is_records = any(name.removesuffix(".gz").endswith(RECORD_ENDINGS) for name in names)
     return "HFDataLoader" if is_records else "TextDataLoader"
 
@@ -133,7 +138,7 @@ def _recipe(options: argparse.Namespace, kind: str, console: Console) -> Recipe:
     from launcher.config.schema import DataLoaderSection, DatasetSection
     from launcher.data.loaders.base import Recipe
 
-    if kind != "MindDataset" and options.tokenizer is None:
+    if kind != TOKENS and options.tokenizer is None:
         raise UserError(
             "--tokenizer is missing", where="command line", rule="text is tokenized with it",
             advice="Write --tokenizer DIR, a Hugging Face directory",
@@ -177,9 +182,26 @@ def _tokenizer_key(tokenizer: Any) -> str | None:
 
 
 def _files(recipe: Recipe) -> list[DataFile]:
+    from launcher.data.files import find_files
     from launcher.data.loaders import source_files
 
-    return source_files(recipe.loader)
+    if recipe.loader.type != TOKENS:
+        return source_files(recipe.loader)
+    found = find_files(recipe.loader.paths, [""])
+    return [file for file in found if not file.path.name.endswith(".db")]
+
+
+def _rows(recipe: Recipe, column: str, done: int) -> Iterator[list[Any]]:
+    """The rows of files of tokens after the first `done`, each a document."""
+    from itertools import islice
+
+    from launcher.extensions import TOKEN_READERS, required
+
+    read = required(TOKEN_READERS, "mindrecord", "MindRecord files")
+    rows = islice(read(recipe.loader.paths, column), recipe.loader.num_samples)
+    rest = islice(rows, done, None)
+    while batch := list(islice(rest, ROWS_AT_ONCE)):
+        yield batch
 
 
 def _batches(

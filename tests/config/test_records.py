@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from launcher.config import rules
+from launcher.config.printing import to_yaml
 from launcher.config.resolve import resolve
 from tests.config.workspace import RIGHT
 
@@ -38,6 +39,7 @@ RIGHT_ONES = [
     f"{HF}path: json\ndata_files: d/zh/*.jsonl\nsplit: 'train[:10%]'",
     f"{HF}path: d\nsubset: zh\ndata_files: a.jsonl",
     f"{HF}path: csv\ndata_dir: d",
+    f"{HF}path: csv\ndata_dir: d\ndelimiter: '\t'\nsplit: 'train[:50%]+train[-3:]'",
     f"{HF}path: d\ndata_files: {{train: train.csv, test: [zh/a.jsonl]}}\nsplit: train+test",
     f"{HF}path: saved\nload_func: load_from_disk\ncolumn_map: {{text: body}}",
     f"{HF}path: d\ntext_column: body\ntransforms: [{{type: shuffle}}, {{type: take, n: 3}}]",
@@ -50,6 +52,16 @@ RIGHT_ONES = [
 @pytest.mark.parametrize("loader", RIGHT_ONES)
 def test_what_is_right(loader: str, data: Path) -> None:
     assert found(loader) == []
+
+
+@pytest.mark.parametrize("loader", RIGHT_ONES)
+def test_what_is_printed_is_the_same_configuration(loader: str, data: Path) -> None:
+    assert not found(loader)
+    first = resolve("x.yaml", "train", {}, ())
+    Path("y.yaml").write_text(to_yaml(first.config, first.provenance))
+    second = resolve("y.yaml", "train", {}, ())
+    assert not second.problems
+    assert second.config == first.config
 
 
 P = "train_dataset.data_loader"
@@ -66,12 +78,17 @@ WRONG: list[tuple[str, list[str]]] = [
     (f"{HF}path: d\ndataset_dir: d", [f"{P}.dataset_dir", "Remove one of the two"]),
     (f"{HF}path: d\nload_func: load_from_disk", [f"{P}.load_func", "Nearest: load_dataset"]),
     (f"{HF}path: json\ndata_dir: d\nload_func: load_from_disk", [f"{P}.load_func", "save_to_disk"]),
+    (f"{HF}path: d\ndelimiter: tab", [f"{P}.delimiter = 'tab'", r'Nearest: "\t"']),
+    (f"{HF}path: d\ndelimiter: ';;'", [f"{P}.delimiter = ';;'", 'Nearest: ";"']),
     (f"{HF}path: d\nsplit: 'train[1-3]'", [f"{P}.split", "did you mean `train[1:3]`?"]),
     (f"{HF}path: d\nsplit: 'train[:120%]'", [f"{P}.split", "Nearest: 100%"]),
     (f"{HF}path: d\nsplit: tset\ndata_files: {{train: train.csv, test: train.csv}}",
      [f"{P}.split = 'tset'", "did you mean `test`?"]),
     (f"{HF}path: d\ndata_files: {{train: 3}}", [f"{P}.data_files.train = 3", "a file, a glob"]),
     (f"{HF}path: d\ncolumn_map: {{body: text}}", [f"{P}.column_map.body", "`text: body`"]),
+    (f"{CHAT}column_map: {{d.q: instruction}}", [f"{P}.column_map.d.q", "`instruction: d.q`"]),
+    (f"{CHAT}transforms: [{{type: take, n: 1, a.b: 2}}]", [f"{P}.transforms.0.a.b = 2"]),
+    (f"{HF}path: d\ndata_files: {{train: train.csv, a.b: 3}}", [f"{P}.data_files.a.b = 3"]),
     (f"{HF}path: d\ncolumn_map: {{text: 3}}", [f"{P}.column_map.text = 3", "name of a column"]),
     (f"{HF}path: d\ntext_column: a\ncolumn_map: {{text: b}}", [f"{P}.text_column = 'a'"]),
     (f"{CHAT}column_map: {{response: answer}}", [f"{P}.column_map.response", "`output`"]),

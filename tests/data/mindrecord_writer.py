@@ -47,7 +47,7 @@ def write_mindrecord(
     return [path.parent / name for name in names]
 
 
-def token_rows(arrays: Iterable[Sequence[int]], *names: str) -> Iterable[dict[str, Any]]:
+def token_rows(arrays: Iterable[Sequence[Any]], *names: str) -> Iterable[dict[str, Any]]:
     """Rows of int32 arrays: each entry is the columns `names`, or input_ids alone."""
     for values in arrays:
         yield dict(zip(names, values, strict=True)) if names else {"input_ids": values}

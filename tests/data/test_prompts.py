@@ -115,6 +115,7 @@ def test_tokens_and_labels_are_those_of_the_handler(
         assert row.input_ids[: last + 1].tolist() == ids[: last + 1]
     has_note = any("generation will not stop" in line for line in logged)
     assert has_note == (name == "mindformers_alpaca" and kind != "has </s>")
+    assert any("shifted once" in line for line in logged)
     left_out = len(RECORDS) - len(expected)
     assert any(f"{left_out} sample(s) with no answer within" in line for line in logged) == (
         left_out > 0

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
+import io
 import json
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from launcher.config.schema import DataLoaderSection
 from launcher.data.loaders import read_samples, source_files
+from launcher.data.records import convert_records
+from launcher.data.tables import read_table_records
 from launcher.data.tally import Tally
 from launcher.errors import UserError
 
@@ -36,9 +43,6 @@ def lines(path: Path, texts: list[str]) -> Path:
 
 
 def table(path: Path, separator: str) -> bytes:
-    import csv
-    import io
-
     out = io.StringIO(newline="")
     writer = csv.DictWriter(out, ["text", "n"], delimiter=separator)
     writer.writeheader()
@@ -63,6 +67,11 @@ def test_tables(name: str, separator: str, encode: Any, tmp_path: Path) -> None:
     found = read(tmp_path, path=str(tmp_path))
     assert [text.replace("\r", "") for text in found] == [row["text"] for row in ROWS]
     assert read(tmp_path, dataset_files=str(tmp_path / name), text_column="n") == ["1", "2", "3"]
+
+
+def test_a_delimiter(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text('text;n\na,b;1\n"c;d";2\n')
+    assert read(tmp_path, path=str(tmp_path), delimiter=";") == ["a,b", "c;d"]
 
 
 def test_a_long_field_and_an_empty_table(tmp_path: Path) -> None:
@@ -170,7 +179,7 @@ WRONG: dict[str, tuple[str, str, dict[str, Any], list[str]]] = {
     "text after a quote": ("a.csv", 'text\n"a"b\n', {}, ["a.csv:2", "after the closing quote"]),
     "a column twice": ("a.csv", "text,text\na,b\n", {}, ["a.csv:1", "'text' 2 times"]),
     "a column without name": ("a.csv", "text,\na,b\n", {}, ["a.csv:1", "column 2"]),
-    "semicolons": ("a.csv", "text;n\na,b;1\n", {}, ["a.csv:2", "a semicolon"]),
+    "semicolons": ("a.csv", "text;n\na,b;1\n", {}, ["a.csv:2", 'delimiter: ";"']),
     "latin 1": ("a.csv", "text\nsh\xefp\n", {"encoding": "latin1"}, ["a.csv:2", "offset 7"]),
     "another column": ("a.csv", "txet,n\na,1\n", {}, ["a.csv:2", "did you mean `txet`?"]),
     "a damaged gz": ("a.csv.gz", "no gzip", {}, ["a.csv.gz"]),
@@ -230,3 +239,19 @@ def test_damaged_folders_of_datasets(case: str, tmp_path: Path) -> None:
     assert word in str(error.value)
     with pytest.raises(UserError, match="did you mean `train`"):
         read(tmp_path, path=str(folder), split="trian")
+
+
+TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
+
+
+@given(rows=st.lists(st.tuples(TEXTS, TEXTS), max_size=6), sign=st.sampled_from(",\t;|"))
+@settings(max_examples=150, deadline=None)
+def test_what_a_csv_library_writes_is_read_back(rows: list[tuple[str, str]], sign: str) -> None:
+    """Quotes, separators, line breaks of all kinds, and what looks like a header or a number."""
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "a.csv"
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file, delimiter=sign)
+            writer.writerows([("one", "two"), *rows])
+        found = convert_records(read_table_records(path, sign), lambda record: record.value)
+        assert [(row["one"], row["two"]) for row in found] == rows

@@ -86,7 +86,7 @@ def _slow_job(arguments: list[str], folder: str) -> tuple[int, str, str]:
     from launcher.parallel import world as worlds
 
     worlds.GROUP_TIMEOUT = worlds.LONG_TIMEOUT = timedelta(seconds=COLLECTIVE_SECONDS)
-    data.LOG_SECONDS = 0.0
+    data.LOG_SECONDS = data.PLAIN_SECONDS = 0.0
     data.FIRST_SECONDS = progress.FIRST_SECONDS = progress.REPORT_SECONDS = 0.0
     log = Path(folder) / "output/log/rank_1/info.log"
     tokenize = text.tokenize_documents

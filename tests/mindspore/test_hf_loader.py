@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from launcher.config import rules
 from launcher.config.command_line import parse
 from launcher.config.resolve import Resolved, read_tree, resolve_command_line
 from launcher.config.yaml_reader import read_text
@@ -74,8 +75,8 @@ TRANSLATED: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         "type: HFDataLoader, path: hub, name: zh", {"path": "hub", "subset": "zh"}, {},
     ),
     "no handler": (
-        "type: HFDataLoader, path: json, data_files: a, handler: null, packing: null",
-        {"type": "HFDataLoader", "transforms": None, "shuffle": True}, {},
+        "type: HFDataLoader, path: json, data_files: a, handler: null, packing: null, split: null",
+        {"type": "HFDataLoader", "transforms": None, "shuffle": None}, {},
     ),
     "what only a hub or a disk needs": (
         "type: HFDataLoader, path: json, data_files: a, revision: main, num_proc: 4, "
@@ -113,7 +114,7 @@ def test_every_key_that_is_gone_has_a_reason() -> None:
     resolved = read(TRANSLATED["the template of 2026"][0])
     reasons = {change.key.partition("data_loader.")[2]: change.why for change in resolved.changes}
     assert set(reasons) == {
-        "handler.0", "handler.1.seq_length", "handler.1.padding", "handler.1.type",
+        "handler", "handler.0", "handler.1.seq_length", "handler.1.padding", "handler.1.type",
         "handler.1.tokenizer.trust_remote_code", "handler.1.tokenizer.padding_side",
         "handler.2.seq_length", "handler.2.pack_strategy", "handler.2.type",
     }  # fmt: skip
@@ -125,14 +126,15 @@ def test_files_on_the_command_line_are_read_instead(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    loader = "{type: HFDataLoader, path: some/data, name: zh, handler: [{type: take, n: 2}]}"
+    loader = "{type: HFDataLoader, path: some/data, name: zh, data_files: a.json}"
     Path("x.yaml").write_text(f"run_mode: train\ntrain_dataset: {{data_loader: {loader}}}\n")
     line = ["--config", "x.yaml", "--train_dataset_dir", "mine"]
     resolved = resolve_command_line(parse(line))
     assert resolved.config.train_dataset is not None
     assert resolved.config.train_dataset.loaders["data_loader"].paths == ["mine"]
     reasons = {change.key: change.why for change in resolved.changes}
-    assert "command line" in reasons["train_dataset.data_loader.path"]
+    gone = {f"train_dataset.data_loader.{name}" for name in ("path", "name", "data_files")}
+    assert {key for key, why in reasons.items() if "command line" in why} == gone
 
 
 REFUSED: dict[str, tuple[str, list[str]]] = {
@@ -192,3 +194,35 @@ def test_what_is_wrong_is_one_problem_with_its_place(name: str) -> None:
     assert problems[0].where == "x.yaml:3"
     for word in words:
         assert word in str(problems[0])
+
+
+def test_a_wrong_step_is_reported_as_it_is_written(tmp_path: Path) -> None:
+    Path(tmp_path / "a.json").write_text("[]")
+    loader = hf(f"{{type: take, m: 2}}, {{type: mapp}}, {ALPACA}").replace(
+        "a.json", str(tmp_path / "a.json")
+    )
+    resolved = read(loader)
+    assert not resolved.problems
+    found = rules.check(resolved.config, resolved.provenance, world=1, bad_keys=resolved.bad_keys)
+    steps = [str(problem) for problem in found if "handler" in str(problem)]
+    assert [step.partition(" = ")[0] for step in steps] == [
+        f"x.yaml:3: train_dataset.data_loader.handler.{key}" for key in ("0.m", "0", "1.type")
+    ]
+
+
+def test_handlers_of_the_sources_of_a_mixture() -> None:
+    second = f"{{type: HFDataLoader, name: b, path: json, data_files: b, handler: [{ALPACA}]}}"
+    text = (
+        "run_mode: train\ntrain_dataset:\n  data_loader:\n"
+        f"  - {{type: TextDataLoader, name: a, dataset_dir: x}}\n  - {second}\n"
+    )
+    resolved = read_tree(read_text(text, "x.yaml"))
+    assert not resolved.problems
+    section = resolved.config.train_dataset
+    assert section is not None
+    assert isinstance(section.data_loader, list)
+    first, last = section.data_loader
+    assert (first.type, first.name) == ("TextDataLoader", "a")
+    assert (last.type, last.name, last.subset) == ("InstructionDataLoader", "b", "")
+    assert last.prompt_template == "mindformers_alpaca"
+    assert section.seq_length == 64

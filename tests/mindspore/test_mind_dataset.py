@@ -44,10 +44,12 @@ def build(tmp_path: Path, lines: list[str]) -> Build:
     def build(
         path: Path, seq_length: int, model: dict[str, Any] | None = None, **keys: Any
     ) -> RowDataset:
+        packing = keys.pop("packing", False)
         loader = DataLoaderSection(type="MindDataset", dataset_dir=str(path), **keys)
+        section = DatasetSection(data_loader=loader, packing=packing)
         return build_dataset(
-            DatasetSection(data_loader=loader), tokenizer=None, seq_length=seq_length,
-            cache_dir=tmp_path / "cache", once=lambda prepare: prepare(), log=lines.append,
+            section, tokenizer=None, seq_length=seq_length, cache_dir=tmp_path / "cache",
+            once=lambda prepare: prepare(), log=lines.append,
             model_config=model,
         )  # fmt: skip
 
@@ -130,10 +132,19 @@ def test_documents_are_those_of_eod_reset(goldens: Path, build: Build, tmp_path:
         assert row.labels.tolist() == known["input_ids"][index][1:]  # borders count, as there
 
 
-def test_padding_is_a_document_of_its_own(build: Build, tmp_path: Path) -> None:
-    row = build(written(tmp_path, [[[5, 2, 6, 7]]], "input_ids"), 6, eod_token_id=2).row(0)
+@pytest.mark.parametrize(
+    ("keys", "documents"),
+    [({"eod_token_id": 2}, [0, 0, 1, 2, 2, 2]), ({"packing": True}, [0, 0, 0, 1, 1, 1])],
+    ids=["documents", "beside packed rows of a mixture"],
+)
+def test_padding_is_a_document_of_its_own(
+    keys: dict[str, Any], documents: list[int], build: Build, tmp_path: Path
+) -> None:
+    dataset = build(written(tmp_path, [[[5, 2, 6, 7]]], "input_ids"), 6, **keys)
+    assert dataset.packed
+    row = dataset.row(0)
     assert row.document_ids is not None
-    assert row.document_ids.tolist() == [0, 0, 1, 2, 2, 2]
+    assert row.document_ids.tolist() == documents
 
 
 @pytest.mark.parametrize("name", ["wiki64", "alpaca65", "qwen_like", "manypages"])

@@ -196,10 +196,10 @@ def test_keys_become_keys(name: str) -> None:
 
 REFUSED = {
     "a loader, once": (
-        "run_mode: train\ntrain_dataset: &data {data_loader: {type: MultiSourceDataLoader, "
-        "sub_data_loader: [], handler: [{type: take, n: 2}]}}\n"
+        "run_mode: train\ntrain_dataset: &data {data_loader: {type: TFRecordDataset, "
+        "schema: a.json, handler: [{type: take, n: 2}]}}\n"
         "train_dataset_task: {dataset_config: *data}\n",
-        ["train_dataset.data_loader.type = 'MultiSourceDataLoader': not built yet"],
+        ["train_dataset.data_loader.type = 'TFRecordDataset': not built yet"],
     ),
     "evaluation data that are read": (
         "run_mode: train\ndo_eval: True\neval_dataset: {data_loader: {type: TFRecordDataset}}\n",

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -16,6 +17,7 @@ from launcher.data import tokenized_corpus
 from launcher.data.megatron.indexed import open_indexed
 from launcher.tools import tokenize
 from tests.data.conftest import train_tokenizer
+from tests.data.mindrecord_writer import Schema, write_mindrecord
 
 TEXTS = [f"The ship {number} slides down the slipway. " * (number % 5 + 1) for number in range(60)]
 
@@ -71,6 +73,16 @@ def test_every_document_is_kept(folder: Path, arguments: list[str], suffix: str)
     wide = "int32" in arguments
     assert open_indexed("out/all_document").header.dtype == ("int32" if wide else "uint16")
     assert not Path("out/all_document.parts").exists()
+
+
+def test_rows_of_mindrecord_files(folder: Path) -> None:
+    rows = [np.arange(number, number + 9, dtype=np.int32) for number in range(50)]
+    schema: Schema = {"ids": ("int32", [-1]), "labels": ("int32", [-1])}
+    records = [{"ids": row, "labels": row} for row in rows]
+    write_mindrecord(folder / "a.mindrecord", schema, records, shards=3)
+    arguments = ["--input", "a.mindrecord0", "--output_prefix", "out/all_document"]
+    assert tokenize.main([*arguments, "--column", "ids"]) == 0
+    assert sorted(documents()) == [row.tolist() for row in rows]
 
 
 class Killed(Exception):

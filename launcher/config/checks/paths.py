@@ -43,6 +43,7 @@ _BY_TYPE: dict[str, tuple[str, ...]] = {
     "path": ("HFDataLoader", "CommonDataLoader", "InstructionDataLoader"),
     "data_dir": ("HFDataLoader", "CommonDataLoader", "InstructionDataLoader"),
     "subset": ("HFDataLoader", "CommonDataLoader", "InstructionDataLoader"),
+    "delimiter": ("HFDataLoader", "CommonDataLoader", "InstructionDataLoader"),
     "load_func": ("HFDataLoader", "CommonDataLoader", "InstructionDataLoader"),
     "column_map": ("HFDataLoader", "CommonDataLoader", "InstructionDataLoader"),
     "transforms": ("HFDataLoader", "CommonDataLoader", "InstructionDataLoader"),
@@ -59,7 +60,7 @@ _BY_TYPE: dict[str, tuple[str, ...]] = {
     ),
     "token_dtype": ("TokenFileDataLoader",),
     "eod": ("TokenFileDataLoader",),
-    "num_samples": _OF_DOCUMENTS,
+    "num_samples": (*_OF_DOCUMENTS, "MindDataset"),
 }
 """Key to the types of loaders that take it; keys that all take are left out."""
 

@@ -116,6 +116,19 @@ def _absent(check: Check, key: str, path: str) -> KeyProblem:
     )
 
 
+def tables(check: Check) -> Iterator[KeyProblem]:
+    """The delimiter of a table is one character."""
+    words = {"tab": "\\t", "comma": ",", "semicolon": ";", "pipe": "|", "\\t": "\\t"}
+    for prefix, loader in _loaders(check):
+        sign = loader.delimiter
+        if sign is not None and (len(sign) != 1 or sign in '"\r\n'):
+            near = words.get(sign.lower(), sign[0] if sign and sign[0] not in '"\r\n' else ";")
+            yield check.wrong(
+                f"{prefix}.delimiter", "must be one character, and no quote or line break",
+                nearest=f'Nearest: "{near}"', also=(f"{prefix}.type",),
+            )  # fmt: skip
+
+
 def splits(check: Check) -> Iterator[KeyProblem]:
     """`split` can be read, and data_files by split have it."""
     for prefix, loader in _loaders(check):
@@ -134,9 +147,9 @@ def _files_by_split(
     for name, value in files.items():
         paths = value if isinstance(value, list) else [value]
         if not paths or not all(isinstance(path, str) and path for path in paths):
-            yield check.wrong(
-                f"{prefix}.data_files.{name}", "a split has a file, a glob or a list of them"
-            )
+            key = f"{prefix}.data_files.{name}"
+            rule = "a split has a file, a glob or a list of them"
+            yield check.wrong(key, rule, what=f"{key} = {value!r}")
     for name in names_of_split(loader.split):
         if name not in files:
             yield check.wrong(
@@ -152,6 +165,7 @@ def columns(check: Check) -> Iterator[KeyProblem]:
     for prefix, loader in _loaders(check):
         for target, source in (loader.column_map or {}).items():
             key = f"{prefix}.column_map.{target}"
+            what = f"{key} = {source!r}"  # a name may have dots
             known = _targets(loader)
             if target not in known:
                 word = _OTHER_WORDS.get(target, "")
@@ -159,12 +173,13 @@ def columns(check: Check) -> Iterator[KeyProblem]:
                 yield check.wrong(
                     key,
                     f"{_reader(loader)} reads no field of this name",
+                    what=what,
                     nearest=_turned(target, source, known) or near or f"Fields: {', '.join(known)}",
                     advice="Write `field that is read: column of the file`",
                     also=(f"{prefix}.type",),
                 )
             elif not isinstance(source, str) or not source:
-                yield check.wrong(key, "must be the name of a column of the files")
+                yield check.wrong(key, "must be the name of a column of the files", what=what)
         text = (loader.column_map or {}).get("text")
         if text and loader.text_column not in ("text", text):
             yield check.wrong(
@@ -197,12 +212,15 @@ def transforms(check: Check) -> Iterator[KeyProblem]:
         for index, entry in enumerate(loader.transforms or ()):
             found = parse_transform(entry)
             for wrong in found if isinstance(found, list) else ():
-                yield _wrong_step(check, f"{prefix}.transforms.{index}", wrong)
+                yield _wrong_step(check, f"{prefix}.transforms.{index}", entry, wrong)
 
 
-def _wrong_step(check: Check, prefix: str, wrong: WrongTransform) -> KeyProblem:
-    key = f"{prefix}.{wrong.key}" if wrong.key else prefix
-    return check.wrong(key, wrong.rule, nearest=wrong.nearest, advice=wrong.advice)
+def _wrong_step(check: Check, key: str, entry: object, wrong: WrongTransform) -> KeyProblem:
+    value = entry
+    if wrong.key and isinstance(entry, dict):
+        key, value = f"{key}.{wrong.key}", entry.get(wrong.key)
+    what = f"{key} = {value!r}"
+    return check.wrong(key, wrong.rule, what=what, nearest=wrong.nearest, advice=wrong.advice)
 
 
 def prompts(check: Check) -> Iterator[KeyProblem]:

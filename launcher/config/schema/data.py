@@ -118,6 +118,8 @@ class DataLoaderSection:
     """A folder below path that has one configuration of a data set (`name` in `datasets`)."""
     data_files: str | list[str] | dict[str, Any] | None = None
     """Files or globs, relative to path and data_dir; or a section of them by split."""
+    delimiter: str | None = None
+    """CSV: the character between fields. Left out: a comma, or a tab in `.tsv` files."""
     load_func: str | None = effective(None, choices=("load_dataset", "load_from_disk"))
     """An assertion: `load_from_disk` requires that path was written by `Dataset.save_to_disk`. Left
     out: seen from the files."""

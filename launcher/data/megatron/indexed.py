@@ -67,25 +67,31 @@ class IndexedDataset:
 
     def check(self) -> None:
         """Check lengths, offsets and borders. Raises UserError with the file and the byte."""
-        index, size = index_path(self.prefix), self.header.token_bytes
-        limit = len(self.tokens) * size
         for begin in range(0, len(self), CHECKED_AT_ONCE):
             part = slice(begin, begin + CHECKED_AT_ONCE)
-            lengths, offsets = self.lengths[part].astype(np.int64), self.offsets[part]
-            if (bad := _first(lengths < 0)) is not None:
-                raise damaged(index, HEADER.size + 4 * (begin + bad),
-                              f"sequence {begin + bad} has {lengths[bad]} tokens",
-                              "a length is at least 0")  # fmt: skip
-            at = self.header.offsets_at + 8 * begin
-            # Two comparisons: a sum with a damaged offset might not fit into 64 bits.
-            wrong = (offsets < 0) | (offsets % size != 0) | (offsets > limit - lengths * size)
-            if (bad := _first(wrong)) is not None:
-                raise damaged(index, at + 8 * bad,
-                              f"sequence {begin + bad} is {lengths[bad]} tokens from byte "
-                              f"{offsets[bad]}",
-                              f"{tokens_path(self.prefix)} has {limit} bytes, {size} for a token",
-                              )  # fmt: skip
-        self._check_borders(index)
+            self._check_sequences(self.lengths[part].copy(), self.offsets[part].copy(), begin)
+        self._check_borders(index_path(self.prefix))
+
+    def _check_sequences(
+        self, lengths: npt.NDArray[np.int32], offsets: npt.NDArray[np.int64], begin: int
+    ) -> None:
+        """Check some sequences, of which the first is number `begin`."""
+        index, size = index_path(self.prefix), self.header.token_bytes
+        limit = len(self.tokens) * size
+        if (bad := _first(lengths < 0)) is not None:
+            raise damaged(index, HEADER.size + 4 * (begin + bad),
+                          f"sequence {begin + bad} has {lengths[bad]} tokens",
+                          "a length is at least 0")  # fmt: skip
+        # The bits of all offsets together: negative if one is, and a multiple of `size` if all are.
+        bits = int(np.bitwise_or.reduce(offsets))
+        largest = limit - lengths * np.int64(size)
+        if bits >= 0 and bits % size == 0 and bool((offsets <= largest).all()):
+            return
+        bad = _first((offsets < 0) | (offsets % size != 0) | (offsets > largest)) or 0
+        raise damaged(index, self.header.offsets_at + 8 * (begin + bad),
+                      f"sequence {begin + bad} is {lengths[bad]} tokens from byte {offsets[bad]}",
+                      f"{tokens_path(self.prefix)} has {limit} bytes, {size} for a token",
+                      )  # fmt: skip
 
     def _check_borders(self, index: Path) -> None:
         at, sequences = self.header.borders_at, len(self)

@@ -33,8 +33,10 @@ from launcher.errors import UserError
 SPLITS = ("train", "valid", "test")
 LAST_EPOCH_SHARE = 0.80
 """A last epoch of which less than this is used is shuffled by itself, after the others."""
-GATHERED_AT_ONCE = 1 << 22
-"""Documents whose lengths are in memory at one time."""
+GATHERED_AT_ONCE = 1 << 20
+"""Documents whose lengths are gathered at one time."""
+COPIED_UP_TO = 1 << 26
+"""Sequences of a split whose lengths are copied into memory, 4 bytes each."""
 
 
 def split_sequences(split: str, sequences: int) -> list[tuple[int, int] | None]:
@@ -165,6 +167,8 @@ def build_order(
     random = np.random.RandomState(settings.seed)
     documents = new_array("documents", np.int32, plan.epochs * (settings.stop - settings.first))
     _fill_documents(documents, settings, plan, random)
+    if settings.stop - settings.first <= COPIED_UP_TO:
+        lengths = lengths.copy()  # in a file they are not aligned
     ends = new_array("ends", np.int64, len(documents))
     done = 0
     for begin in range(0, len(documents), GATHERED_AT_ONCE):

@@ -1,6 +1,6 @@
 """Which columns of MindRecord files are the tokens, labels and loss mask of a row.
 
-Owns the names that are known without being told. Standard library only.
+Owns the names that need no configuration. Standard library only.
 """
 
 from __future__ import annotations

@@ -105,7 +105,7 @@ def open_rows(recipe: Recipe, prepared: str) -> RowDataset:
     return RowDataset(
         rows=MindRecordRows(files, index, columns, _rule(recipe, index.facts["shifted"])),
         seq_length=recipe.seq_length,
-        packed=loader.eod_token_id is not None,
+        packed=_is_packed(recipe),
         content=_content(recipe, index),
         largest_token=index.facts["largest_token"],
         name=loader.paths[0],
@@ -146,7 +146,13 @@ def _rule(recipe: Recipe, shifted: bool) -> RowRule:
         fill_token=0 if padding is None or padding >= vocabulary else padding,
         ignore_token=recipe.loader.ignore_token_id,
         eod_token=recipe.loader.eod_token_id,
+        packed=_is_packed(recipe),
     )
+
+
+def _is_packed(recipe: Recipe) -> bool:
+    """Whether rows have documents: their own, or because a mixture has packed rows."""
+    return recipe.loader.eod_token_id is not None or recipe.section.packing
 
 
 def _pad_token(recipe: Recipe) -> int | None:
@@ -156,7 +162,7 @@ def _pad_token(recipe: Recipe) -> int | None:
 
 
 def _labels_are_shifted(recipe: Recipe, files: list[FileReader], columns: Columns) -> bool:
-    """As `data_loader.labels` says, else as some rows show. Raises UserError where they do not."""
+    """By `data_loader.labels`, else by the first rows. Raises UserError where they do not."""
     written = recipe.loader.labels
     if columns.labels is None:
         return False

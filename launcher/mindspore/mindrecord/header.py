@@ -73,7 +73,7 @@ class RowGroup:
 
 @dataclass(frozen=True, kw_only=True)
 class Header:
-    """What a file says of itself."""
+    """The content of the header."""
 
     path: Path
     size: int

@@ -18,11 +18,10 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from array import array
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 from uuid import uuid4
 
 import numpy as np
@@ -34,6 +33,7 @@ from launcher.data.rows import NO_TARGET, Ints
 from launcher.data.store import INDEX_DTYPE, map_array, write_array
 from launcher.errors import UserError
 from launcher.mindspore.mindrecord.columns import Columns
+from launcher.mindspore.mindrecord.header import RowGroup
 from launcher.mindspore.mindrecord.integers import NotNarrowed, count_of
 from launcher.mindspore.mindrecord.reader import FileReader
 from launcher.mindspore.mindrecord.row_rule import RowRule
@@ -84,7 +84,20 @@ def wrong_row(file: FileReader, row: int, what: str, rule: str, advice: str = ""
     )
 
 
-@dataclass(kw_only=True)
+class GroupIndex(NamedTuple):
+    """What is kept of the rows of one group; arrays with one entry for each row."""
+
+    offsets: Ints
+    targets: npt.NDArray[np.int32]
+    tokens: npt.NDArray[np.int32]
+    lengths: npt.NDArray[np.int32]
+    """Tokens in the file."""
+    largest_token: int
+    content: str
+    """Hash of the rows."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Pass:
     """One pass over the rows of `files`, at most `most` of them."""
 
@@ -93,80 +106,45 @@ class Pass:
     rule: RowRule
     most: int | None
     log: Log
-    arrays: dict[str, array[int]] = field(
-        default_factory=lambda: {"offsets": array("q"), "targets": array("i"), "tokens": array("i")}
-    )
-    largest_token: int = 0
-    without_target: int = 0
-    lengths: tuple[int, int] = (1 << 62, 0)
-    """Of the shortest and the longest row."""
-    stored_tokens: int = 0
-    hash: xxh3_128 = field(default_factory=xxh3_128)
 
     def run(self, folder: Path) -> dict[str, Any]:
         """Write the arrays, and return the facts. Raises UserError for a row that is wrong."""
-        started = last = time.monotonic()
-        starts, rows = [], sum(len(file) for file in self.files)
+        groups, starts, rows = list[GroupIndex](), list[int](), 0
+        progress = _Progress(sum(len(file) for file in self.files), self.log)
         for file in self.files:
-            starts.append(len(self.arrays["offsets"]))
-            for _ in self._groups(file):
-                if time.monotonic() - last >= PROGRESS_SECONDS:
-                    last = time.monotonic()
-                    self.log(
-                        f"reading MindRecord files: {len(self.arrays['offsets']):,} of {rows:,} "
-                        f"rows, {self.stored_tokens / (last - started):,.0f} tokens/s"
-                    )
+            starts.append(rows)
+            for group in file.header.groups:
+                room = group.rows if self.most is None else min(group.rows, self.most - rows)
+                if room:
+                    groups.append(self.index_group(file, group, room))
+                    file.release(group)
+                    rows += room
+                    progress.report(groups[-1])
         for name, dtype in _ARRAYS.items():
-            write_array(folder / f"{name}.bin", np.array(self.arrays[name], dtype=dtype))
-        return {
-            "rows": len(self.arrays["offsets"]),
-            "starts": starts,
-            "stored_tokens": self.stored_tokens,
-            "shortest": self.lengths[0],
-            "longest": self.lengths[1],
-            "without_target": self.without_target,
-            "largest_token": self.largest_token,
-            "content": self.hash.hexdigest(),
-        }
+            parts = [getattr(group, name) for group in groups]
+            write_array(folder / f"{name}.bin", np.concatenate([np.zeros(0, dtype=dtype), *parts]))
+        return {"rows": rows, "starts": starts, **_totals(groups)}
 
-    def _groups(self, file: FileReader) -> Iterator[None]:
-        for group in file.header.groups:
-            room = group.rows
-            if self.most is not None:
-                room = min(room, self.most - len(self.arrays["offsets"]))
-            if room <= 0:
-                continue
-            offsets = file.offsets(group)
-            for place in range(room):
-                self._row(file, int(offsets[place]), group.first_row + place)
-            file.release(group)
-            yield
-
-    def _row(self, file: FileReader, offset: int, row: int) -> None:
-        blob = file.row_at(offset)
-        ids, labels, mask = values_of(file, blob, self.columns, row)
-        if len(ids) > self.rule.longest:
-            self._too_long(file, row, len(ids))
-        self.hash.update(blob.data)
-        tokens, targets = self.rule.cut(ids, labels, mask)
-        counted = targets[targets != NO_TARGET]
-        smallest = min(int(tokens.min(initial=0)), int(counted.min(initial=0)))
-        if smallest < 0:
-            wrong_row(
-                file,
-                row,
-                f"it has the token {smallest}",
-                "tokens are numbered from 0",
-                "Where it marks labels without loss, set data_loader.ignore_token_id",
-            )
-        largest = max(int(tokens.max(initial=0)), int(counted.max(initial=0)))
-        self.largest_token = max(self.largest_token, largest)
-        self.without_target += len(counted) == 0
-        self.lengths = min(self.lengths[0], len(ids)), max(self.lengths[1], len(ids))
-        self.stored_tokens += len(ids)
-        self.arrays["offsets"].append(offset)
-        self.arrays["targets"].append(len(counted))
-        self.arrays["tokens"].append(self.rule.tokens_of(tokens, targets))
+    def index_group(self, file: FileReader, group: RowGroup, rows: int) -> GroupIndex:
+        """The first `rows` rows of a group. Raises UserError for a row that is wrong."""
+        offsets = file.offsets(group)
+        counts = list[tuple[int, int, int]]()  # targets, tokens, lengths
+        largest = 0
+        for place, offset in enumerate(offsets[:rows].tolist()):
+            row = group.first_row + place
+            ids, labels, mask = values_of(file, file.row_at(offset), self.columns, row)
+            if len(ids) > self.rule.longest:
+                self._too_long(file, row, len(ids))
+            tokens, targets = self.rule.cut(ids, labels, mask)
+            counted = targets[targets != NO_TARGET]
+            for values in (ids,) if labels is None else (ids, counted):
+                if len(values):
+                    _check_tokens(file, row, values.min())
+                    largest = max(largest, int(values.max()))
+            counts.append((len(counted), self.rule.tokens_of(tokens, targets), len(ids)))
+        arrays = np.array(counts, dtype=np.int32).T
+        content = xxh3_128(file.data[offsets[0] : offsets[rows]].data).hexdigest()
+        return GroupIndex(offsets[:rows], arrays[0], arrays[1], arrays[2], largest, content)
 
     def _too_long(self, file: FileReader, row: int, length: int) -> NoReturn:
         """The error of a row that is longer than seq_length, with the longest row of all."""
@@ -183,6 +161,45 @@ class Pass:
             f"{made}",
             nearest=f"Set train_dataset.seq_length: {longest - (not shifted)}{other}",
         )
+
+
+def _check_tokens(file: FileReader, row: int, smallest: int) -> None:
+    if smallest < 0:
+        advice = "Where it marks labels without loss, set data_loader.ignore_token_id"
+        wrong_row(file, row, f"it has the token {smallest}", "tokens are numbered from 0", advice)
+
+
+def _totals(groups: Sequence[GroupIndex]) -> dict[str, Any]:
+    """What all groups have together."""
+    lengths = [group.lengths for group in groups]
+    return {
+        "stored_tokens": sum(int(part.sum(dtype=np.int64)) for part in lengths),
+        "shortest": min((int(part.min()) for part in lengths), default=0),
+        "longest": max((int(part.max()) for part in lengths), default=0),
+        "without_target": sum(int((group.targets == 0).sum()) for group in groups),
+        "largest_token": max((group.largest_token for group in groups), default=0),
+        "content": xxh3_128("".join(group.content for group in groups).encode()).hexdigest(),
+    }
+
+
+class _Progress:
+    """A log line every few seconds, for files that take long."""
+
+    def __init__(self, rows: int, log: Log) -> None:
+        self._all, self._log = rows, log
+        self._rows = self._tokens = 0
+        self._started = self._last = time.monotonic()
+
+    def report(self, group: GroupIndex) -> None:
+        self._rows += len(group.lengths)
+        self._tokens += int(group.lengths.sum(dtype=np.int64))
+        now = time.monotonic()
+        if now - self._last >= PROGRESS_SECONDS:
+            self._last = now
+            self._log(
+                f"reading MindRecord files: {self._rows:,} of {self._all:,} rows, "
+                f"{self._tokens / (now - self._started):,.0f} tokens/s"
+            )
 
 
 def _longest(file: FileReader, name: str) -> int:

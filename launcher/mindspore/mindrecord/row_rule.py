@@ -40,6 +40,9 @@ class RowRule:
     """What short rows are filled with: the padding, where the model has it."""
     ignore_token: int = NO_TARGET
     eod_token: int | None = None
+    """What ends a document; None: a row is one document."""
+    packed: bool = False
+    """Whether rows have documents and positions, as packed rows of another source do."""
 
     @property
     def longest(self) -> int:
@@ -78,10 +81,12 @@ class RowRule:
         input_ids = np.full(self.seq_length, self.fill_token, dtype=np.int64)
         row_labels = np.full(self.seq_length, NO_TARGET, dtype=np.int64)
         input_ids[:used], row_labels[:used] = tokens, targets
-        if self.eod_token is None:
+        if not self.packed:
             return Row(input_ids, row_labels, None, None)
-        begins = np.flatnonzero(tokens == self.eod_token) + 1
-        begins = begins[begins < used]
+        begins = np.zeros(0, dtype=np.int64)
+        if self.eod_token is not None:
+            begins = np.flatnonzero(tokens == self.eod_token) + 1
+            begins = begins[begins < used]
         if used < self.seq_length:
             begins = np.append(begins, used)
         return Row(input_ids, row_labels, *positions_and_documents(begins, self.seq_length))

@@ -59,6 +59,8 @@ def translate_loader(draft: Draft, section: str, loader: str) -> None:
     if word(draft, f"{loader}.type") not in LOADERS:
         return
     _other_files(draft, loader)
+    if written(draft, f"{loader}.split") is None:
+        draft.drop(f"{loader}.split", "it is null: `train` is read")
     if loader == f"{section}.data_loader":  # a source of a mixture has a name
         draft.rename(f"{loader}.name", f"{loader}.subset", "the folder of one configuration")
     _tokenizer(draft, f"{loader}.tokenizer")
@@ -69,15 +71,15 @@ def translate_loader(draft: Draft, section: str, loader: str) -> None:
 
 
 def _other_files(draft: Draft, loader: str) -> None:
-    """Files on the command line are read instead of the folder or the name on a hub in a file."""
+    """Files on the command line are read instead of those of a file, or of a name on a hub."""
     given = [draft.find(f"{loader}.{name}") for name in ("dataset_dir", "dataset_files")]
-    path = draft.find(f"{loader}.path")
-    if path is None or word(draft, f"{loader}.path") in RECORD_FORMATS:
+    if not any(is_from_command_line(node) for node in given if node is not None):
         return
-    if is_from_command_line(path) or not any(map(is_from_command_line, filter(None, given))):
-        return
-    why = "the command line names other files"
-    draft.drop_all([f"{loader}.{name}" for name in ("path", "name", "data_dir")], why)
+    for name in ("path", "name", "data_dir", "data_files"):
+        node = draft.find(f"{loader}.{name}")
+        is_format = name == "path" and word(draft, f"{loader}.path") in RECORD_FORMATS
+        if node is not None and not is_format and not is_from_command_line(node):
+            draft.drop(f"{loader}.{name}", "the command line names other files")
 
 
 def _handlers(draft: Draft, section: str, loader: str) -> None:
@@ -237,12 +239,15 @@ def _steps(draft: Draft, loader: str, indices: list[int]) -> None:
         if not is_step and (near := did_you_mean(kind, HANDLERS)):
             draft.refuse(f"{key}.type", "there is no such handler", nearest=near)
             return
-    new = f"{loader}.transforms"
-    for index, entry in zip(indices, found, strict=True):
-        draft.changes.append(
-            Change(kind="renamed", key=f"{loader}.handler.{index}", value=entry.plain(),
-                   where=entry.where, new_keys=(new,), why="a step on records")
-        )  # fmt: skip
+    new, why = f"{loader}.transforms", "steps on records"
+    renamed = [(f"{loader}.handler", new, Node(value=found, where=found[0].where))]
+    for place, index in enumerate(indices):
+        renamed.append((f"{loader}.handler.{index}", f"{new}.{place}", found[place]))
+    draft.changes += [
+        Change(kind="renamed", key=old, value=node.plain(), where=node.where, new_keys=(key,),
+               why=why)
+        for old, key, node in renamed
+    ]  # fmt: skip
     try:
         draft.tree = put(draft.tree, new, Node(value=found, where=found[0].where))
     except NoPlace as error:

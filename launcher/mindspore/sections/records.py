@@ -45,7 +45,7 @@ def _loaders(draft: Draft, section: str) -> list[str]:
 
 
 def _labels(draft: Draft, loaders: Sequence[str]) -> None:
-    """What the model says of labels holds for its data."""
+    """Keys of the model about labels become keys of its data."""
     ignored = count(draft, f"{_MODEL}.ignore_token_id", -100)
     for loader in loaders:
         if is_on(draft, f"{_MODEL}.input_sliced_sig"):
@@ -85,7 +85,8 @@ def _columns(draft: Draft, section: str, loaders: Sequence[str], *, resets: bool
         why += f"; a training does not use {', '.join(others)}"
     own = [loader for loader in loaders if draft.find(f"{loader}.columns") is None]
     draft.replace(source, {f"{loader}.columns": columns for loader in own or loaders[:1]}, why)
-    draft.drop_all([key for key in keys.values() if key != source], "data_loader.columns says it")
+    others_of_them = [key for key in keys.values() if key != source]
+    draft.drop_all(others_of_them, "it is part of data_loader.columns")
 
 
 def _are_names(value: Any) -> bool:
@@ -131,4 +132,4 @@ def _documents(draft: Draft, section: str, loaders: Sequence[str], *, resets: bo
     why = "documents of a row are kept apart where it is set"
     value = written(draft, token)
     draft.replace(token, {f"{loader}.eod_token_id": value for loader in loaders}, why)
-    draft.drop(reset, "data_loader.eod_token_id says it")
+    draft.drop(reset, "data_loader.eod_token_id has its effect")
