@@ -23,8 +23,17 @@ def source_names(sources: Sequence[MixtureSourceSection]) -> list[str]:
 
 def _of_path(source: MixtureSourceSection, index: int) -> str:
     """The last part of the first path that is not a pattern, without the ending of a file."""
-    parts = PurePath(source.paths[0]).parts if source.paths else ()
+    paths = source.paths or _of_megatron(source)
+    parts = PurePath(paths[0]).parts if paths else ()
     plain = [part for part in parts if not glob.has_magic(part) and part.strip("./\\")]
     stem = PurePath(plain[-1]).stem if plain else ""
     name = re.sub(r"[^A-Za-z0-9._-]+", "_", stem).strip("._-")
     return name or f"source{index}"
+
+
+def _of_megatron(source: MixtureSourceSection) -> list[str]:
+    """The paths of BlendedMegatronDatasetDataLoader, without the weights between them."""
+    config = source.config
+    found = config and (config.data_path or config.train_data_path or config.valid_data_path)
+    listed = [found] if isinstance(found, str) else found or []
+    return [path for path in listed if not re.fullmatch(r"[\d.eE+-]+", path)]

@@ -18,8 +18,10 @@ from hypothesis import strategies as st
 
 from launcher.builders.mixture import Mixture, open_mixture
 from launcher.builders.mixture_resume import continued, to_json
+from launcher.config.mixture import source_names
 from launcher.config.provenance import Provenance
 from launcher.config.schema import DatasetSection, MixtureSourceSection
+from launcher.config.schema.data import MegatronConfigSection
 from launcher.data.blend import LARGEST_PERIOD
 from launcher.data.build import build_dataset
 from launcher.data.joined import joined
@@ -34,6 +36,7 @@ from launcher.data.mixture import (
 )
 from launcher.data.rows import RowDataset
 from launcher.errors import UserError
+from tests.data.megatron.cases import GOLDEN
 from tests.data.mindrecord_writer import token_rows, write_mindrecord
 
 Lines = Sequence[dict[str, Any]]
@@ -83,16 +86,28 @@ def _mindrecord(folder: Path) -> dict[str, Any]:
     return {"type": "MindDataset", "dataset_dir": str(path)}
 
 
+def _megatron(folder: Path) -> dict[str, Any]:
+    config = MegatronConfigSection(data_path=str(GOLDEN / "a_int32"))
+    return {"type": "BlendedMegatronDatasetDataLoader", "config": config}
+
+
+def _token_file(folder: Path) -> dict[str, Any]:
+    np.save(folder / "tokens.npy", np.arange(5, 405, dtype=np.uint16))
+    return {"type": "TokenFileDataLoader", "dataset_files": str(folder / "tokens.npy")}
+
+
 KINDS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "text": _text,
     "column": _column,
     "instruction": _instruction,
     "parquet": _parquet,
     "mindrecord": _mindrecord,
+    "megatron": _megatron,
+    "tokens": _token_file,
 }
 """Kind of source -> what writes its files: the keys of an entry. Each loader that is added to
 `data_loader.type` adds a row."""
-WEIGHTS = dict(zip(KINDS, (0.35, 0.25, 0.2, 0.1, 0.1), strict=True))
+WEIGHTS = dict(zip(KINDS, (0.3, 0.2, 0.15, 0.1, 0.1, 0.1, 0.05), strict=True))
 NAMES = tuple(sorted(KINDS))
 Open = Callable[..., Mixture]
 
@@ -274,6 +289,23 @@ def test_the_order_of_the_list_decides_nothing(open_sources: Open) -> None:
     one, other = open_sources(**keys), open_sources(**dict(reversed(keys.items())))
     assert rows_of(one).content == rows_of(other).content
     assert one.order() == other.order()
+
+
+@pytest.mark.parametrize(
+    ("keys", "name"),
+    [
+        ({"name": "own", "dataset_dir": "data/wiki.jsonl"}, "own"),
+        ({"dataset_dir": "data/wiki.jsonl"}, "wiki"),
+        ({"dataset_dir": "/data/wiki/*.txt"}, "wiki"),
+        ({"dataset_files": ["data/a b.txt", "c"]}, "a_b"),
+        ({"dataset_dir": "../.."}, "source0"),
+        ({"path": "data", "subset": "english"}, "english"),
+        ({"config": MegatronConfigSection(data_path=["0.3", "data/code", "0.7", "b"])}, "code"),
+        ({"config": MegatronConfigSection(train_data_path="data/code_text")}, "code_text"),
+    ],
+)
+def test_names_of_sources(keys: dict[str, Any], name: str) -> None:
+    assert source_names([MixtureSourceSection(**keys)]) == [name]
 
 
 def test_max_samples_are_the_same_rows_in_every_epoch(open_sources: Open) -> None:

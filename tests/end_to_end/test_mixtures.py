@@ -254,6 +254,19 @@ def test_a_stopped_run_is_the_uninterrupted_one(mixture: Workshop) -> None:
     assert mixture_of(mixture, "moved") == mixture_of(mixture, "whole")
 
 
+@pytest.mark.long
+def test_a_run_moves_over_many_ranks(mixture: Workshop) -> None:
+    """Stopped after odd steps, resumed on four ranks, then two, then in a pipeline of two."""
+    layouts = [(3, 4, layout(2, data_parallel=4)), (5, 2, layout(4, model_parallel=2, micro=2)),
+               (STEPS, 2, layout(4, 2, pipeline_stage=2))]  # fmt: skip
+    for stop, world, changes in layouts:
+        name = yaml_of(mixture, "far.yaml", **EVALUATED, **changes)
+        more = ("--resume_training", "True", "--runner_config.stop_step", str(stop))
+        run(mixture, name, world, "far", *more)
+    check_same(rows_of(mixture, "far"), rows_of(mixture, "whole"))
+    assert mixture_of(mixture, "far") == mixture_of(mixture, "whole")
+
+
 def mixture_of(workshop: Workshop, output: str, step: int = STEPS) -> dict[str, Any]:
     (path,) = (workshop.folder / output / "checkpoint/state").glob(f"*-1_{step}.json")
     return json.loads(path.read_text())["data"]["mixture"]

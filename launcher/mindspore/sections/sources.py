@@ -78,6 +78,8 @@ def translate_sources(draft: Draft, section: str, *, is_evaluation: bool) -> Non
 def _entry(values: dict[str, Node], number: int | None, where: str) -> dict[str, Node]:
     if "name" in values and plain_value(values.get("type", _NOTHING)) in HF_LOADERS:
         values = {("subset" if key == "name" else key): value for key, value in values.items()}
+    if "shuffle" not in values and "handler" in values:
+        values["shuffle"] = from_plain(True, where)  # off is the default of a loader alone
     return values if number is None else {**values, "max_samples": from_plain(number, where)}
 
 
@@ -122,14 +124,11 @@ def _are_numbers(value: Any, count: int) -> bool:
 
 
 def _shuffle(draft: Draft, key: str, *, is_evaluation: bool) -> Node | None:
-    """`shuffle` of every source, on where it is left out; None: an evaluation has no order."""
-    if is_evaluation:
-        return None
+    """`shuffle` of every source; None: it is not given, or an evaluation has no order."""
     node = draft.find(f"{key}.shuffle")
     value = None if node is None else plain_value(node)
-    if node is None or value is None:
-        node, value = draft.find(key), True
-        assert node is not None
+    if node is None or value is None or is_evaluation:
+        return None
     word = str(value).lower()
     if word in ("true", "global", "files"):
         return from_plain(word != "files", node.where)
