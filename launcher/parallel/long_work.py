@@ -6,7 +6,8 @@
 Owns the heartbeat. Invariants: the wait has no limit while the heartbeats of all leaders go on;
 when one stops for `SILENCE_SECONDS` (its process was stopped or hangs, its machine has failed),
 every rank that waits raises an error which names it; an error of the work is the same on every
-rank, as everywhere (`all_ranks`). A leader that is killed ends all ranks within seconds (`peers`).
+rank, as everywhere (`all_ranks`), and ends the work of the other leaders. A leader that is killed
+ends all ranks within seconds (`peers`).
 """
 
 from __future__ import annotations
@@ -45,6 +46,14 @@ LOST_SECONDS = 10.0
 OnWait = Callable[[int, str], None]
 """Called now and then while a rank waits, with the rank it waits for and that one's status."""
 
+_FAILED = "failed"
+
+
+class _Abandoned(BaseException):
+    """Ends the work of a leader after that of another one has failed. No `Exception`, so that no
+    handler in the work takes it for an error of a file."""
+
+
 _numbers = itertools.count()
 """One for each work, as all ranks begin the same ones in the same order."""
 
@@ -58,10 +67,14 @@ class LongWork:
         self._world, self._filesystems = world, filesystems
         self._what, self._on_wait = what, on_wait
         self._status = ""
+        self._is_abandoned = False
 
     def report(self, status: str) -> None:
-        """Set the status that the waiting ranks are shown; called by the work."""
+        """Set the status that the waiting ranks are shown; called by the work now and then, which
+        ends here once the work of another leader has failed."""
         self._status = status
+        if self._is_abandoned:
+            raise _Abandoned
 
     def on_own(self, fn: Callable[P, Result], *args: P.args, **kwargs: P.kwargs) -> Result:
         """The result of `fn` on the file system of this rank, run by its leader.
@@ -75,8 +88,11 @@ class LongWork:
         leaders = [group[0] for group in filesystems.groups] or [0]
         outcome: Outcome[Result] | None = None
         if world.rank in leaders:
-            with self._beating(store):
+            outcome = Outcome()  # where it is abandoned: no error of this rank
+            with self._beating(store), suppress(_Abandoned):
                 outcome = capture_error(fn, *args, **kwargs)
+                if outcome.error is not None:
+                    store.set(_FAILED, str(world.rank))
         others = [leader for leader in leaders if leader != world.rank]
         _Wait(store, others, self._what).until_done(self._on_wait)
         results = raise_if_any_failed(world, outcome)
@@ -96,6 +112,7 @@ class LongWork:
             with suppress(RuntimeError):  # the store is gone, and with it who would read
                 for number in itertools.count():
                     write(number, "")
+                    self._is_abandoned = store.check([_FAILED])
                     if stop.wait(BEAT_SECONDS):
                         return
 

@@ -80,7 +80,7 @@ def test_what_is_wrong_with_the_data_is_an_error(workshop: Workshop) -> None:
 def _slow_job(arguments: list[str], folder: str) -> tuple[int, str, str]:
     """A job whose rank 0 tokenizes until the other one has said that it waits, and for longer than
     a collective may take."""
-    from launcher.builders import data
+    from launcher.builders import open_dataset as data
     from launcher.data import progress
     from launcher.data.loaders import text
     from launcher.parallel import world as worlds

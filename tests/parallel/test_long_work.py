@@ -66,6 +66,13 @@ def _outcomes() -> list[tuple[str, list[tuple[int, str]]]]:
     def full(work: LongWork) -> None:
         raise OSError(28, "No space left on device", "/cache/tokens.bin")
 
+    def one_fails(work: LongWork) -> None:
+        if world.rank == 1:
+            refuse(work)
+        while True:
+            work.report("endless")
+            time.sleep(0.01)
+
     def interrupt(work: LongWork) -> None:
         raise KeyboardInterrupt
 
@@ -73,6 +80,7 @@ def _outcomes() -> list[tuple[str, list[tuple[int, str]]]]:
     run(lambda work: world.rank, BOTH_LEAD)
     run(refuse)
     run(full)
+    run(one_fails, BOTH_LEAD)
     run(interrupt)
     worlds.stop(world)
     return found
@@ -87,8 +95,10 @@ def test_every_end_of_the_work_reaches_every_rank() -> None:
     assert first[2][0] == second[2][0] == "x.txt: no file: there is one."
     assert first[3][0] == second[3][0]
     assert "No space left on device (/cache/tokens.bin)" in first[3][0]
-    assert first[4][0] == "interrupted"
-    assert "rank 0, which has to tokenize, has ended by KeyboardInterrupt" in second[4][0]
+    assert first[4][0] == second[4][0]
+    assert "rank 1: no file" in first[4][0], "nobody works on for a failed job"
+    assert first[5][0] == "interrupted"
+    assert "rank 0, which has to tokenize, has ended by KeyboardInterrupt" in second[5][0]
 
 
 def _silence() -> str:
