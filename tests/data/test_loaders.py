@@ -17,6 +17,7 @@ from launcher.data.loaders import ALIASES, LOADERS
 from launcher.data.loaders.base import DataLoader, Document
 from launcher.data.loaders.text import tokenize_texts
 from launcher.data.tally import Tally
+from launcher.extensions import ROW_LOADERS
 
 
 def test_every_type_of_the_schema_has_a_loader() -> None:
