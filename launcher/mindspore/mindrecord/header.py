@@ -112,8 +112,7 @@ def read_header(path: Path) -> Header:
     try:
         with path.open("rb") as file:
             status = path.stat()
-            content = _content(path, file, status.st_size)
-            used = file.tell()
+            content, used = _content(path, file, status.st_size)
     except OSError as error:
         raise UserError(
             f"cannot be read ({error.strerror or error})",
@@ -124,8 +123,8 @@ def read_header(path: Path) -> Header:
     return _Parser(path, content, used, status.st_size, status.st_mtime_ns).header()
 
 
-def _content(path: Path, file: BinaryIO, size: int) -> dict[str, Any]:
-    """The JSON of the header."""
+def _content(path: Path, file: BinaryIO, size: int) -> tuple[dict[str, Any], int]:
+    """The JSON of the header, and the bytes that it takes with its length."""
     if size < LENGTH_BYTES:
         _damaged(path, f"the file has {size} bytes", "a MindRecord file has a header")
     if size > len(_ENCRYPTED):
@@ -154,7 +153,7 @@ def _content(path: Path, file: BinaryIO, size: int) -> dict[str, Any]:
                  "the header of a MindRecord file is JSON")  # fmt: skip
     if not isinstance(content, dict):
         _damaged(path, "its header is not an object", "the header of a MindRecord file is JSON")
-    return content
+    return content, LENGTH_BYTES + length
 
 
 def _short(error: Exception) -> str:
@@ -265,7 +264,7 @@ class _Parser:
             return ()
         slot = self.number(self.content, "header_size")
         if slot < self.used:
-            self.wrong("header_size", slot, f"the header itself has {self.used} bytes")
+            self.wrong("header_size", slot, f"the header alone has {self.used} bytes")
         if not isinstance(pages, list) or not all(isinstance(page, dict) for page in pages):
             self.wrong("page", pages, "it lists the pages")
         raw, blobs = dict[int, tuple[int, tuple[int, int]]](), []
