@@ -22,6 +22,8 @@ def place(workshop: Workshop) -> Workshop:
     rows = random.integers(3, 500, size=(20, SEQ_LENGTH + 1))
     rows[random.random(rows.shape) < 0.15] = END
     write_mindrecord(workshop.folder / "x.mindrecord", TOKENS, token_rows(rows), shards=3)
+    (workshop.folder / "theirs").mkdir()
+    (workshop.folder / "theirs" / "model.py").write_text("import mindspore\n")
     return workshop
 
 
@@ -33,6 +35,7 @@ def configuration(**changes: Any) -> dict[str, Any]:
             "seq_length": SEQ_LENGTH, "packing": False,
         },
         "processor": None,
+        "register_path": "theirs",  # of MindFormers, with nothing for this run: not imported
         "runner_config": {"epochs": 2, "batch_size": 4, "max_steps": STEPS},
         "callbacks": [{"type": "CheckpointMonitor", "save_checkpoint_steps": 3}],
         **changes,

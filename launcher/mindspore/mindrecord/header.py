@@ -112,7 +112,7 @@ def read_header(path: Path) -> Header:
     try:
         with path.open("rb") as file:
             status = path.stat()
-            content = _content(path, file, status.st_size)
+            content, used = _content(path, file, status.st_size)
     except OSError as error:
         raise UserError(
             f"cannot be read ({error.strerror or error})",
@@ -120,11 +120,11 @@ def read_header(path: Path) -> Header:
             rule="every file of a data set must be readable",
             advice="Check the path and its permissions",
         ) from error
-    return _Parser(path, content, status.st_size, status.st_mtime_ns).header()
+    return _Parser(path, content, used, status.st_size, status.st_mtime_ns).header()
 
 
-def _content(path: Path, file: BinaryIO, size: int) -> dict[str, Any]:
-    """The JSON of the header."""
+def _content(path: Path, file: BinaryIO, size: int) -> tuple[dict[str, Any], int]:
+    """The JSON of the header, and the bytes that it takes with its length."""
     if size < LENGTH_BYTES:
         _damaged(path, f"the file has {size} bytes", "a MindRecord file has a header")
     if size > len(_ENCRYPTED):
@@ -153,7 +153,7 @@ def _content(path: Path, file: BinaryIO, size: int) -> dict[str, Any]:
                  "the header of a MindRecord file is JSON")  # fmt: skip
     if not isinstance(content, dict):
         _damaged(path, "its header is not an object", "the header of a MindRecord file is JSON")
-    return content
+    return content, LENGTH_BYTES + length
 
 
 def _short(error: Exception) -> str:
@@ -168,8 +168,12 @@ def _damaged(path: Path, what: str, rule: str, *, advice: str = _COPY) -> NoRetu
 class _Parser:
     """Values of the JSON, each checked."""
 
-    def __init__(self, path: Path, content: dict[str, Any], size: int, mtime_ns: int) -> None:
-        self.path, self.content, self.size, self.mtime_ns = path, content, size, mtime_ns
+    def __init__(
+        self, path: Path, content: dict[str, Any], used: int, size: int, mtime_ns: int
+    ) -> None:
+        """`used`: bytes of the header with its length. `size`: bytes of the file."""
+        self.path, self.content, self.used = path, content, used
+        self.size, self.mtime_ns = size, mtime_ns
 
     def header(self) -> Header:
         narrowed = self._narrowed()
@@ -258,6 +262,9 @@ class _Parser:
         pages = self.content.get("page")
         if pages is None:
             return ()
+        slot = self.number(self.content, "header_size")
+        if slot < self.used:
+            self.wrong("header_size", slot, f"the header alone has {self.used} bytes")
         if not isinstance(pages, list) or not all(isinstance(page, dict) for page in pages):
             self.wrong("page", pages, "it lists the pages")
         raw, blobs = dict[int, tuple[int, tuple[int, int]]](), []
