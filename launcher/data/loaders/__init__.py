@@ -1,9 +1,10 @@
 """Data loaders: what each `data_loader.type` reads from files, and how it becomes tokens.
 
 Owns the table `LOADERS`. To add a data loader, write a file like `text.py` in this folder with a
-`DataLoader` (or a `RowLoader`, for files of tokens), add a line to `LOADERS`, and its name to the
-choices of `DataLoaderSection.type` (launcher/config/schema/data.py). The cache, rows, order and
-batches need no change.
+`DataLoader`, add a line to `LOADERS`, and its name to the choices of `DataLoaderSection.type`
+(launcher/config/schema/data.py). Files that hold tokens already have a `RowLoader` in `ROW_LOADERS`
+of launcher/extensions.py instead, and may have rules about their headers in `DATA_CHECKS` there.
+The cache, rows, order and batches need no change.
 """
 
 from __future__ import annotations

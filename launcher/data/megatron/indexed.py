@@ -23,8 +23,8 @@ from launcher.data.megatron.header import (
     tokens_path,
 )
 
-CHECKED_AT_ONCE = 1 << 22
-"""Sequences that are in memory at one time in `check`."""
+CHECKED_AT_ONCE = 1 << 16
+"""Sequences that are checked at one time: arrays that the processor caches."""
 
 
 @dataclass(frozen=True, kw_only=True)

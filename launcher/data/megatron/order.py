@@ -33,10 +33,11 @@ from launcher.errors import UserError
 SPLITS = ("train", "valid", "test")
 LAST_EPOCH_SHARE = 0.80
 """A last epoch of which less than this is used is shuffled by itself, after the others."""
-GATHERED_AT_ONCE = 1 << 20
-"""Documents whose lengths are gathered at one time."""
+GATHERED_AT_ONCE = 1 << 16
+"""Documents whose lengths are gathered at one time: arrays that the processor caches."""
 COPIED_UP_TO = 1 << 26
-"""Sequences of a split whose lengths are copied into memory, 4 bytes each."""
+"""Sequences of a split whose lengths are copied into memory, 4 bytes each; a quarter of so many
+numbers are shuffled in memory."""
 
 
 def split_sequences(split: str, sequences: int) -> list[tuple[int, int] | None]:
@@ -178,12 +179,9 @@ def build_order(
         done = int(ends[part][-1])
     is_small = plan.samples < np.iinfo(np.uint32).max - 1
     shuffle = new_array("shuffle", np.uint32 if is_small else np.int64, plan.samples)
-    shuffle[:] = np.arange(plan.samples, dtype=shuffle.dtype)
-    if plan.separate_last:
-        random.shuffle(shuffle[: plan.before_last])
-        random.shuffle(shuffle[plan.before_last :])
-    else:
-        random.shuffle(shuffle)
+    first = plan.before_last if plan.separate_last else plan.samples
+    for begin, stop in ((0, first), (first, plan.samples)):
+        _fill_shuffled(shuffle[begin:stop], 1, (begin, stop), random)
     return SampleOrder(
         documents=documents,
         ends=ends,
@@ -199,13 +197,25 @@ def _fill_documents(
     plan: Epochs,
     random: np.random.RandomState,
 ) -> None:
-    own = np.arange(settings.first, settings.stop, dtype=np.int32)
-    documents.reshape(plan.epochs, len(own))[:] = own
-    if plan.separate_last:
-        random.shuffle(documents[: -len(own)])
-        random.shuffle(documents[-len(own) :])
-    else:
-        random.shuffle(documents)
+    own, last = (settings.first, settings.stop), int(plan.separate_last)
+    border = len(documents) - last * (settings.stop - settings.first)
+    _fill_shuffled(documents[:border], plan.epochs - last, own, random)
+    if last:
+        _fill_shuffled(documents[border:], 1, own, random)
+
+
+def _fill_shuffled(
+    array: npt.NDArray[Any], times: int, numbers: tuple[int, int], random: np.random.RandomState
+) -> None:
+    """Fill `array` with a range of numbers, so often, in random order. Of an empty array nothing
+    is drawn."""
+    # numpy moves 64-bit integers faster than others; the order is the same.
+    fast = len(array) <= COPIED_UP_TO // 4
+    place = np.empty(len(array), dtype=np.intp) if fast else array
+    place.reshape(times, -1)[:] = np.arange(*numbers, dtype=place.dtype)
+    random.shuffle(place)
+    if fast:
+        array[:] = place
 
 
 def _too_small(settings: OrderSettings, tokens: int) -> UserError:
