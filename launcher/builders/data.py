@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 from launcher.builders.job import Job
 from launcher.config.schema import DatasetSection
@@ -11,8 +13,10 @@ from launcher.data.build import build_dataset
 from launcher.data.loader import Batch, evaluation_batches
 from launcher.data.loaders import row_loader_of
 from launcher.data.rows import RowDataset
+from launcher.data.streaming.build import MachineRanks, build_stream
 from launcher.errors import UserError
-from launcher.parallel.filesystems import find_filesystem_groups
+from launcher.parallel.filesystems import find_filesystem_groups, one_per_machine
+from launcher.parallel.world import World
 from models.positions import row_length
 
 
@@ -21,15 +25,20 @@ def open_dataset(job: Job, section: DatasetSection) -> RowDataset:
     assert not isinstance(section.data_loader, list)  # mixtures are not built yet
     cache_dir, world = job.output_dir / "dataset_cache", job.world.with_long_timeout()
     filesystems = find_filesystem_groups(cache_dir, world, "the data cache could not be opened")
-    dataset = build_dataset(
-        section,
-        tokenizer=None if row_loader_of(section.data_loader) else job.tokenizer,
-        seq_length=seq_length(job, section),
-        cache_dir=cache_dir,
-        once=lambda prepare: filesystems.on_own(world, "", prepare),
-        log=job.log,
-        model_config=job.spec.hf_config,
-    )
+    settings: dict[str, Any] = {
+        "tokenizer": None if row_loader_of(section.data_loader) else job.tokenizer,
+        "seq_length": seq_length(job, section),
+        "cache_dir": cache_dir,
+        "once": lambda prepare: filesystems.on_own(world, "", prepare),
+        "log": job.log,
+        "model_config": job.spec.hf_config,
+    }
+    if section.data_loader.streaming:
+        machine = _machine_ranks(cache_dir, world)
+        seed = job.config.seed if section.seed is None else section.seed
+        dataset = build_stream(section, seed=seed, machine=machine, **settings)
+    else:
+        dataset = build_dataset(section, **settings)
     if filesystems.are_several:
         _check_same(world.gather(dataset.content))
     vocabulary = job.spec.hf_config.get("vocab_size")
@@ -40,6 +49,18 @@ def open_dataset(job: Job, section: DatasetSection) -> RowDataset:
             advice="Use the tokenizer of the model",
         )
     return replace(dataset, vocab_size=vocabulary)
+
+
+def _machine_ranks(cache_dir: Path, world: World) -> MachineRanks:
+    """The ranks that share a producer: those of one machine, whose file system shows a file to all
+    of them at once."""
+    machines = one_per_machine(cache_dir, world)
+    peers = machines.peers(world)
+    return MachineRanks(
+        once=lambda prepare: machines.on_own(world, "", prepare),
+        number=peers.index(world.rank),
+        count=len(peers),
+    )
 
 
 def _check_same(contents: Sequence[str]) -> None:

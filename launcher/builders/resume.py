@@ -27,7 +27,7 @@ from launcher.config.schema import Config
 from launcher.errors import UserError
 from launcher.extensions import INFERRED_STATES, required
 from launcher.train.run import TrainRun
-from launcher.train.state import TrainState, from_json
+from launcher.train.state import DATA_CURSOR, TrainState, from_json
 from launcher.weights.joined import apart
 from launcher.weights.optimizer_state import STATE_PREFIXES
 from models.build import tied_names
@@ -79,6 +79,8 @@ def resumed_run(job: Job, chosen: Chosen) -> TrainRun:
     saved = derived.saved if derived is not None else chosen.state
     state = restore(job, run, chosen, saved, export=True)
     run.state = _data_position(job, run, saved, state)
+    if saved.get("data") == run.metadata["data"]:
+        run.loader.seek(saved.get(DATA_CURSOR))
     run.origin = _origin(job, run, chosen)
     for line in resume_report(_resume_details(job, run, chosen, saved, derived)):
         job.log(line)

@@ -18,9 +18,11 @@ from launcher.builders.model import build_parallel
 from launcher.builders.run_metadata import run_metadata
 from launcher.checkpoint.savable import Origin
 from launcher.config.derived import global_batch_size
-from launcher.config.schema import Config
+from launcher.config.schema import Config, DatasetSection
 from launcher.data.loader import Loader
-from launcher.data.order import GlobalOrder
+from launcher.data.order import GlobalOrder, SampleOrder
+from launcher.data.rows import RowDataset
+from launcher.data.streaming.order import StreamOrder
 from launcher.errors import UserError
 from launcher.parallel.matrices import MatrixExchange, matrix_exchange
 from launcher.train.health import limits_of
@@ -50,7 +52,10 @@ def build_run(job: Job) -> TrainRun:
     dataset = open_dataset(job, section)
     assert not isinstance(section.data_loader, list)  # mixtures are not built yet
     seed = config.seed if section.seed is None else section.seed
-    order = GlobalOrder(len(dataset), seed, section.data_loader.shuffle)
+    shuffle = section.data_loader.shuffle
+    order: SampleOrder = GlobalOrder(len(dataset), seed, shuffle)
+    if dataset.is_endless:
+        order = StreamOrder(seed, shuffle)
     loader = Loader(
         dataset,
         order,
@@ -61,9 +66,7 @@ def build_run(job: Job) -> TrainRun:
         pin_memory=job.world.device.type == "cuda",
     )
     assert loader.global_batch == global_batch_size(config)
-    per_epoch = steps_per_epoch(
-        len(dataset), loader.global_batch, drop_remainder=section.drop_remainder
-    )
+    per_epoch = _steps_per_epoch(job, section, dataset, loader.global_batch)
     total = _total_steps(job, per_epoch)
     stop = min(total, config.runner_config.stop_step or total)
     if len(dataset) < loader.global_batch:
@@ -131,6 +134,17 @@ def _micro_batches(config: Config) -> int:
     if config.parallel_config.pipeline_stage > 1:
         return config.parallel_config.micro_batch_num
     return config.runner_config.gradient_accumulation_steps
+
+
+def _steps_per_epoch(
+    job: Job, section: DatasetSection, dataset: RowDataset, global_batch: int
+) -> int:
+    """Steps of an epoch. A stream, whose rows are not known before, has one: all of max_steps."""
+    if dataset.is_endless:
+        steps = job.config.runner_config.max_steps
+        assert steps is not None  # a rule of the configuration
+        return steps
+    return steps_per_epoch(len(dataset), global_batch, drop_remainder=section.drop_remainder)
 
 
 def _total_steps(job: Job, per_epoch: int) -> int:

@@ -14,7 +14,7 @@ import torch
 
 from launcher.builders.job import Job
 from launcher.config.flat import flat
-from launcher.data.order import GlobalOrder
+from launcher.data.order import SampleOrder
 from launcher.data.rows import RowDataset
 from launcher.train.scaling import LossScaling
 
@@ -22,7 +22,7 @@ _NOT_OF_THE_MODEL = {"transformers_version", "_name_or_path"}
 
 
 def run_metadata(
-    job: Job, dataset: RowDataset, order: GlobalOrder, global_batch: int,
+    job: Job, dataset: RowDataset, order: SampleOrder, global_batch: int,
     scaling: LossScaling | None,
 ) -> dict[str, Any]:  # fmt: skip
     """The metadata of a training run, as JSON values."""
@@ -31,7 +31,7 @@ def run_metadata(
         "global_batch_size": global_batch,
         "data": {
             "fingerprint": dataset.fingerprint,
-            "rows": len(dataset),
+            "rows": None if dataset.is_endless else len(dataset),
             "seq_length": dataset.seq_length,
             "packing": dataset.packed,
             "order_seed": order.seed,

@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -82,7 +82,7 @@ def build_dataset(
     row_loader = row_loader_of(recipe.loader)
     if row_loader is not None:
         return row_loader.open(recipe, once(lambda: row_loader.prepare(recipe)))
-    settings = _settings(recipe)
+    settings = settings_of(recipe)
     name = once(lambda: _ensure_folder(recipe, settings).name)
     return _open(recipe.cache_dir / name, recipe)
 
@@ -91,7 +91,7 @@ def _ensure_folder(recipe: Recipe, settings: dict[str, Any]) -> Path:
     """The folder of the cache with this dataset, created where it does not exist."""
     started = time.monotonic()
     files = source_files(recipe.loader)
-    key = _hash([settings, [[str(f.path.resolve()), f.size, f.mtime_ns] for f in files]])
+    key = hash_of([settings, [[str(f.path.resolve()), f.size, f.mtime_ns] for f in files]])
     folder = recipe.cache_dir / key
     try:
         recipe.cache_dir.mkdir(parents=True, exist_ok=True)
@@ -111,7 +111,7 @@ def _ensure_folder(recipe: Recipe, settings: dict[str, Any]) -> Path:
         ) from error
     metadata = _metadata(folder)
     unit = loader_of(recipe.loader).unit
-    rows = len(_rows(folder, recipe))
+    rows = len(open_rows(folder, recipe))
     recipe.log(
         f"data: {metadata['read']:,} {unit} of {metadata['files']:,} file(s), "
         f"{metadata['tokens']:,} tokens, {rows:,} rows of {recipe.seq_length} ({origin})"
@@ -128,21 +128,9 @@ def _make(folder: Path, recipe: Recipe, files: list[DataFile]) -> None:
     scratch.mkdir()
     try:
         tally = Tally()
-        metadata = _tokenize(scratch, recipe, files, tally)
-        metadata |= {
-            "files": len(files),
-            "read": tally.documents,
-            "warnings": tally.warnings(recipe.seq_length),
-        }
-        if not _is_stream(recipe):
-            store = open_store(scratch, metadata)
-            plan = plan_rows(store, recipe.seq_length, packed=recipe.section.packing)
-            metadata |= {"rows": len(plan.target_counts), "row_samples": len(plan.samples)}
-            metadata["warnings"] += _plan_warnings(plan, recipe)
-            for name in PLAN_ARRAYS:
-                write_array(scratch / f"{name}.bin", getattr(plan, name).astype(INDEX_DTYPE))
-        (scratch / "facts.json").write_text(json.dumps(metadata, indent=1) + "\n")
-        if len(_rows(scratch, recipe)) == 0:
+        samples = read_samples(recipe.loader, files, recipe.cache_dir, tally)
+        metadata = write_rows(scratch, recipe, samples, tally, files=len(files))
+        if len(open_rows(scratch, recipe)) == 0:
             raise _nothing_to_train_on(recipe, files, metadata)
         try:
             scratch.rename(folder)
@@ -153,13 +141,47 @@ def _make(folder: Path, recipe: Recipe, files: list[DataFile]) -> None:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _tokenize(folder: Path, recipe: Recipe, files: list[DataFile], tally: Tally) -> dict[str, Any]:
-    section = recipe.loader
-    loader = loader_of(section)
-    writer = TokenWriter(folder, with_targets=loader.has_targets)
+def write_rows(
+    folder: Path,
+    recipe: Recipe,
+    samples: Iterable[Any],
+    tally: Tally,
+    *,
+    files: int = 1,
+    durable: bool = True,
+) -> dict[str, Any]:
+    """Tokenize samples and assign them to rows, in the files that `open_rows` maps.
+
+    `samples` are those of the data loader of `recipe`, which counts what it leaves out in `tally`;
+    `files`: how many they come from. Not `durable`: the files need not outlive a crash of the
+    machine. Returns the metadata of the folder.
+    """
+    metadata = _tokenize(folder, recipe, samples, tally, durable=durable)
+    metadata |= {
+        "files": files,
+        "read": tally.documents,
+        "warnings": tally.warnings(recipe.seq_length),
+    }
+    if not _is_stream(recipe):
+        store = open_store(folder, metadata)
+        plan = plan_rows(store, recipe.seq_length, packed=recipe.section.packing)
+        metadata |= {"rows": len(plan.target_counts), "row_samples": len(plan.samples)}
+        metadata |= {"cut": plan.cut, "dropped": plan.dropped}
+        metadata["warnings"] += _plan_warnings(plan, recipe)
+        for name in PLAN_ARRAYS:
+            values = getattr(plan, name).astype(INDEX_DTYPE)
+            write_array(folder / f"{name}.bin", values, durable=durable)
+    (folder / "facts.json").write_text(json.dumps(metadata, indent=1) + "\n")
+    return metadata
+
+
+def _tokenize(
+    folder: Path, recipe: Recipe, samples: Iterable[Any], tally: Tally, *, durable: bool
+) -> dict[str, Any]:
+    loader = loader_of(recipe.loader)
+    writer = TokenWriter(folder, with_targets=loader.has_targets, durable=durable)
     progress = _Progress(tally, writer, recipe.log)
     try:
-        samples = read_samples(section, files, recipe.cache_dir, tally)
         for batch in loader.tokenize(samples, recipe, tally):
             writer.add(*batch)
             progress.report()
@@ -190,7 +212,7 @@ class _Progress:
 def _open(folder: Path, recipe: Recipe) -> RowDataset:
     metadata = _metadata(folder)
     return RowDataset(
-        rows=_rows(folder, recipe),
+        rows=open_rows(folder, recipe),
         seq_length=recipe.seq_length,
         packed=recipe.section.packing,
         content=metadata["content"],
@@ -198,7 +220,8 @@ def _open(folder: Path, recipe: Recipe) -> RowDataset:
     )
 
 
-def _rows(folder: Path, recipe: Recipe) -> Rows:
+def open_rows(folder: Path, recipe: Recipe) -> Rows:
+    """Map the rows in a folder of `write_rows`. Raises OSError or ValueError for damaged files."""
     metadata = _metadata(folder)
     store = open_store(folder, metadata)
     if _is_stream(recipe):
@@ -236,7 +259,7 @@ def _metadata(folder: Path) -> dict[str, Any]:
     return metadata
 
 
-def _settings(recipe: Recipe) -> dict[str, Any]:
+def settings_of(recipe: Recipe) -> dict[str, Any]:
     """What decides the content of a folder of the cache, apart from the data files."""
     loader, tokenizer = recipe.loader, recipe.tokenizer
     return {
@@ -262,10 +285,11 @@ def _tokenizer_hash(tokenizer: Any) -> str:
         content = backend_of(tokenizer).to_str()
     else:
         content = [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())]
-    return _hash([content, tokenizer.eos_token_id, str(tokenizer.special_tokens_map)])
+    return hash_of([content, tokenizer.eos_token_id, str(tokenizer.special_tokens_map)])
 
 
-def _hash(value: Any) -> str:
+def hash_of(value: Any) -> str:
+    """The hash of a value that JSON can express."""
     return xxh3_128(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 

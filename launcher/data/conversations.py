@@ -8,7 +8,7 @@ the first record of a file.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,6 +56,17 @@ def conversations_of_file(
     path: Path, given_format: str | None, cache_dir: Path, strictness: Strictness
 ) -> Iterator[Conversation]:
     """The conversations of one file, in the given format (of FORMATS) or the detected one."""
+    return conversations_of_records(read_records(path, cache_dir), given_format, strictness)
+
+
+def conversations_of_records(
+    records: Iterable[Record | UserError],
+    given_format: str | None,
+    strictness: Strictness,
+    first: Record | None = None,
+) -> Iterator[Conversation]:
+    """The conversations of consecutive records of a file. The format is detected from `first`, the
+    first record of the file; None: it is among the records."""
     if given_format is not None and given_format not in FORMATS:
         raise UserError(
             f"data_loader.format = {given_format!r}",
@@ -64,6 +75,8 @@ def conversations_of_file(
             advice="Leave it out to detect it",
         )
     form = given_format
+    if given_format is None and first is not None:
+        form = _detect(first)
 
     def conversation_of(record: Record) -> Conversation:
         nonlocal form
@@ -72,7 +85,7 @@ def conversations_of_file(
         form = form or _detect(record)
         return _READERS[form](record, strictness)
 
-    return convert_records(read_records(path, cache_dir), conversation_of)
+    return convert_records(records, conversation_of)
 
 
 def _formats(record: Record) -> list[str]:

@@ -29,6 +29,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import isqrt
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -39,6 +40,23 @@ _WORD = 2**64
 _GOLDEN = 0x9E3779B97F4A7C15
 
 Words = npt.NDArray[np.uint64]
+
+
+class SampleOrder(Protocol):
+    """Which row each global sample of a run is."""
+
+    @property
+    def size(self) -> int:
+        """Rows of the dataset."""
+        ...
+
+    @property
+    def seed(self) -> int: ...
+    @property
+    def shuffle(self) -> bool: ...
+    def rows(self, global_samples: npt.ArrayLike) -> npt.NDArray[np.int64]:
+        """The rows of many global samples (any shape, any order): int64 of the same shape."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from pathlib import Path
 from reprlib import Repr
 from typing import Any, TypeVar
 
-from launcher.data.encoding import NotText, decode, read_bytes, read_lines
+from launcher.data.encoding import NotText, decode, lines_of_bytes, read_bytes, read_lines
 from launcher.errors import Problem, UserError
 from launcher.json_text import STRICT, NotJson, line_and_column, parse, parse_at, printable
 
@@ -115,12 +115,21 @@ def read_records(path: Path, cache_dir: Path) -> Iterator[Record | UserError]:
     """
     if is_parquet(path):
         for record in read_parquet_records(path, cache_dir):
-            yield Record(record.where, _without_null(record.value))
+            yield without_null(record)
     else:
         yield from read_json_records(path)
 
 
-def is_parquet(path: Path) -> bool:
+def records_of_lines(
+    path: Path | str, lines: Iterable[bytes], first: int, offset: int
+) -> Iterator[Record | UserError]:
+    """The records of some lines of a file of JSON lines, as `read_json_records` gives them; the
+    first line has the number `first` and begins at `offset` in bytes."""
+    for number, line in lines_of_bytes(lines, first, offset):
+        yield _of_line(path, number, line)
+
+
+def is_parquet(path: Path | str) -> bool:
     """Whether the suffix of a file is that of Parquet."""
     return str(path).lower().endswith(PARQUET)
 
@@ -259,7 +268,7 @@ def _not_json_item(path: Path, number: int, text: str, begin: int, error: NotJso
     return _not_json(f"{path}:{line}", error.reason, place, here, f"It is in record {number}")
 
 
-def _of_line(path: Path, number: int, line: str | NotText) -> Record | UserError:
+def _of_line(path: Path | str, number: int, line: str | NotText) -> Record | UserError:
     if isinstance(line, NotText):
         return _not_text(path, line)
     where = f"{path}:{number}"
@@ -284,7 +293,7 @@ def _not_json(
     )
 
 
-def _not_text(path: Path, error: NotText) -> UserError:
+def _not_text(path: Path | str, error: NotText) -> UserError:
     return UserError(
         f"is not JSON (not {error.encoding}, column {error.column}): {_excerpt(error.excerpt)}",
         where=f"{path}:{error.line}",
@@ -307,6 +316,11 @@ def _record(where: str, value: Any) -> Record | UserError:
         rule="every record must be a JSON object",
         advice='Write it as {"text": ...}, or in the format of your data_loader.format',
     )
+
+
+def without_null(record: Record) -> Record:
+    """A record of Parquet without the columns that are null in it, at all depths."""
+    return Record(record.where, _without_null(record.value))
 
 
 def _without_null(value: Any) -> Any:

@@ -75,7 +75,6 @@ KEYS_NOT_BUILT: dict[str, dict[str, dict[str, tuple[Any, ...]]]] = {
         "Give the data as JSONL with a text column, or use InstructionDataLoader": {
             "handler": (list[Any] | None, None)
         },
-        "Set it to False: rows are memory-mapped": {"streaming": (bool, False)},
         "Set processor.tokenizer.pretrained_model_dir": {
             "tokenizer": (dict[str, Any] | None, None)
         },

@@ -38,6 +38,7 @@ _BY_TYPE = {
     "split": ("HFDataLoader", "CommonDataLoader", "InstructionDataLoader"),
     "format": ("InstructionDataLoader",),
     "strict_fields": ("InstructionDataLoader",),
+    "streaming": ("HFDataLoader", "CommonDataLoader", "InstructionDataLoader"),
 }
 
 
@@ -138,6 +139,8 @@ def _loader(check: Check, prefix: str, loader: DataLoaderSection) -> Iterator[Ke
     for key in keys:
         value = check.value(key)
         for path in [value] if isinstance(value, str) else value or []:
+            if "://" in path:
+                continue  # `streaming` has the rules about URLs
             if path and not Path(path).exists() and not glob.glob(path, recursive=True):
                 is_glob = glob.has_magic(path)
                 yield check.wrong(

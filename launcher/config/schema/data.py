@@ -53,6 +53,13 @@ class DataLoaderSection:
     """Read only this many documents of the source. Left out: all."""
     shuffle: bool = True
     """Read the rows in a random order that depends on the seed and the epoch."""
+    streaming: bool = False
+    """HFDataLoader, InstructionDataLoader: read and tokenize while training, for data larger than
+    the disk; files may be URLs that `fsspec` opens. Needs runner_config.max_steps."""
+    shuffle_buffer: int = effective(1000, minimum=1)
+    """With streaming: records of a block, which is shuffled, and packed into rows, by itself."""
+    streaming_cache_gb: float = effective(4.0, above=0)
+    """With streaming: GiB on disk, on each machine, for blocks that are tokenized ahead."""
 
     @property
     def paths(self) -> list[str]:

@@ -7,11 +7,17 @@ from pathlib import Path
 
 from launcher.config.schema import DataLoaderSection
 from launcher.data.chat import tokenize_conversations
-from launcher.data.conversations import Conversation, conversations_of_file
-from launcher.data.loaders.base import DataLoader, Recipe, TokenBatch
+from launcher.data.conversations import (
+    Conversation,
+    conversations_of_file,
+    conversations_of_records,
+)
+from launcher.data.loaders.base import DataLoader, FromRecords, Recipe, TokenBatch
 from launcher.data.loaders.text_column import find_record_files
+from launcher.data.records import Record
 from launcher.data.strictness import Strictness
 from launcher.data.tally import Tally
+from launcher.errors import UserError
 
 
 def _read_file(
@@ -20,6 +26,16 @@ def _read_file(
     """The format is `data_loader.format`, else that of the first record of the file."""
     strictness = Strictness(strict=section.strict_fields, tally=tally)
     return conversations_of_file(path, section.format, cache_dir, strictness)
+
+
+def _conversations(
+    records: Iterable[Record | UserError],
+    section: DataLoaderSection,
+    tally: Tally,
+    first: Record | None,
+) -> Iterator[Conversation]:
+    strictness = Strictness(strict=section.strict_fields, tally=tally)
+    return conversations_of_records(records, section.format, strictness, first)
 
 
 def _tokenize(
@@ -37,6 +53,7 @@ INSTRUCTION_LOADER = DataLoader(
     read_file=_read_file,
     tokenize=_tokenize,
     has_targets=True,
+    from_records=FromRecords(samples=_conversations),
     unit="conversations",
     paths_key="dataset_files",
 )

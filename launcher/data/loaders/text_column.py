@@ -6,11 +6,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from launcher.config.schema import DataLoaderSection
 from launcher.data.files import DataFile, find_files
-from launcher.data.loaders.base import DataLoader, Document
+from launcher.data.loaders.base import DataLoader, Document, FromRecords
 from launcher.data.loaders.text import tokenize_texts, without_empty
 from launcher.data.records import (
     RECORD_SUFFIXES,
@@ -27,27 +27,52 @@ from launcher.data.tally import Tally
 from launcher.errors import UserError, did_you_mean
 from launcher.json_text import lone_surrogate, printable
 
+
+class Found(Protocol):
+    """A file as it was found."""
+
+    @property
+    def below(self) -> str:
+        """Its path relative to the folder it was found in; empty for a file that is named."""
+        ...
+
+
+FoundT = TypeVar("FoundT", bound=Found)
+
 _SPLITS = {"train", "validation", "valid", "dev", "test", "eval"}
 
 
 def find_record_files(section: DataLoaderSection) -> list[DataFile]:
     """The files with records that a section names, of its split."""
     advice = "Text files are read by TextDataLoader"
-    return _of_split(find_files(section.paths, RECORD_SUFFIXES, suffix_advice=advice), section)
+    return of_split(find_files(section.paths, RECORD_SUFFIXES, suffix_advice=advice), section)
 
 
 def _read_file(
     path: Path, section: DataLoaderSection, cache_dir: Path, tally: Tally
 ) -> Iterator[Document]:
-    column = section.text_column or "text"
     records: Iterable[Record | UserError]
     records = read_parquet_records(path, cache_dir) if is_parquet(path) else read_json_records(path)
-    is_first = True
+    return _documents(records, section, tally, None)
+
+
+def _documents(
+    records: Iterable[Record | UserError],
+    section: DataLoaderSection,
+    tally: Tally,
+    first: Record | None,
+) -> Iterator[Document]:
+    """The documents of consecutive records of a file, whose first record is `first`; None: it is
+    among them."""
+    column = section.text_column or "text"
+    is_first = first is None
+    if first is not None:
+        _text_of(first, column, first=True)
 
     def document_of(record: Record) -> Document | None:
         nonlocal is_first
-        first, is_first = is_first, False
-        text = _text_of(record, column, first=first)
+        begins, is_first = is_first, False
+        text = _text_of(record, column, first=begins)
         if text is None:
             tally.records_without_text.add(record.where)
             return None
@@ -93,7 +118,7 @@ def _not_of_json(value: Any) -> str:
     return "" if isinstance(value, (int, float, list, dict)) else f", which is {kind_of(value)}"
 
 
-def _of_split(files: list[DataFile], section: DataLoaderSection) -> list[DataFile]:
+def of_split(files: list[FoundT], section: DataLoaderSection) -> list[FoundT]:
     """The files of one split, by the rule of the Hugging Face hub: the split is a word in their
     name. Files that the user names are always taken; without any split in a name all is `train`."""
     split = section.split
@@ -115,5 +140,8 @@ def _of_split(files: list[DataFile], section: DataLoaderSection) -> list[DataFil
 
 
 TEXT_COLUMN_LOADER = DataLoader(
-    find_files=find_record_files, read_file=_read_file, tokenize=tokenize_texts
+    find_files=find_record_files,
+    read_file=_read_file,
+    tokenize=tokenize_texts,
+    from_records=FromRecords(samples=_documents, column=lambda section: section.text_column),
 )

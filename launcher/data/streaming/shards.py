@@ -1,0 +1,85 @@
+"""Shards: the files of a streamed source, in a reproducible order.
+
+Owns what a shard is and which there are. Invariants: credentials and queries of a URL are never
+part of a name; `version` differs when the content does, as far as the place of a shard tells.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from launcher.config.schema import DataLoaderSection
+from launcher.data.files import find_files
+from launcher.data.loaders import loader_type
+from launcher.data.loaders.text_column import of_split
+from launcher.data.records import PARQUET, RECORD_SUFFIXES
+from launcher.data.streaming.ranges import LocalRanges, Ranges
+from launcher.data.streaming.remote import RemoteRanges, display_name, find_remote, is_url
+from launcher.errors import UserError
+
+_ADVICE = "JSON lines and Parquet can be streamed"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shard:
+    """One file of a source."""
+
+    location: str
+    """The path or URL to open."""
+    size: int
+    """Bytes."""
+    version: str
+    """Modification time in ns, or what a server says of the version."""
+    below: str = ""
+    """The path relative to the folder it was found in; empty for a file that the user named."""
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        return display_name(self.location) if is_url(self.location) else self.location
+
+    @property
+    def is_parquet(self) -> bool:
+        return self.name.lower().endswith(PARQUET)
+
+    @property
+    def is_gzip(self) -> bool:
+        return self.name.lower().endswith(".gz")
+
+    def ranges(self) -> Ranges:
+        """The shard, opened for reading."""
+        if is_url(self.location):
+            return RemoteRanges(self.location, self.size, self.version)
+        return LocalRanges(self.location, self.size, int(self.version))
+
+
+def find_shards(section: DataLoaderSection) -> list[Shard]:
+    """The shards that a section names, of its split. Raises UserError."""
+    found: dict[str, Shard] = {}
+    for place in section.paths:
+        shards = _remote(place) if is_url(place) else _local(place)
+        for shard in shards:
+            found.setdefault(shard.location, shard)
+    shards = [shard for shard in found.values() if shard.size]
+    if not shards:
+        raise UserError(
+            "data_loader: all files are empty" if found else "data_loader: there is no file",
+            rule=f"{loader_type(section)} streams JSON lines and Parquet",
+            advice="Give other files",
+        )
+    return of_split(shards, section)
+
+
+def _local(place: str) -> Sequence[Shard]:
+    return [
+        Shard(location=str(file.path), size=file.size, version=str(file.mtime_ns), below=file.below)
+        for file in find_files([place], RECORD_SUFFIXES, suffix_advice=_ADVICE)
+    ]
+
+
+def _remote(place: str) -> Sequence[Shard]:
+    return [
+        Shard(location=file.url, size=file.size, version=file.version, below=file.below)
+        for file in find_remote(place, RECORD_SUFFIXES)
+    ]
