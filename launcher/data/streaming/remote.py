@@ -151,21 +151,29 @@ def with_retries(url: str, request: Callable[[], T]) -> T:
             return request()
         except UserError:
             raise
-        except Exception as error:
+        except Exception as raised:
+            error = _origin(raised)
             if attempt == ATTEMPTS or _is_permanent(error):
                 raise _failed(url, error, attempt) from None  # its text may hold credentials
             time.sleep(FIRST_PAUSE_SECONDS * 2 ** (attempt - 1))
     raise AssertionError("unreachable")
 
 
-def _is_permanent(error: Exception) -> bool:
+def _origin(error: BaseException) -> BaseException:
+    """The first cause of an error: file systems raise FileNotFoundError for failed requests."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def _is_permanent(error: BaseException) -> bool:
     status = getattr(error, "status", None)
     if isinstance(status, int):
         return 400 <= status < 500 and status not in _TRY_AGAIN
     return isinstance(error, _PERMANENT)
 
 
-def _failed(url: str, error: Exception, attempts: int) -> UserError:
+def _failed(url: str, error: BaseException, attempts: int) -> UserError:
     name, status = display_name(url), getattr(error, "status", None)
     reason = f"HTTP status {status}" if status else type(error).__name__
     text = (str(error) or "").partition("\n")[0]

@@ -74,6 +74,7 @@ def stream(
     log: Any = lambda line: None,
     tokenizer: Any = TOKENIZER,
     open_shard: Any = None,
+    seq_length: int = 16,
     **settings: Any,
 ) -> Iterator[RowDataset]:
     """A stream of one rank, produced in a thread. `open_shard`: opens shards instead of their own
@@ -82,7 +83,7 @@ def stream(
     dataset = build_stream(
         section_of(places, **settings),
         tokenizer=tokenizer,
-        seq_length=16,
+        seq_length=seq_length,
         cache_dir=cache_dir,
         seed=seed,
         once=lambda prepare: prepare(),
