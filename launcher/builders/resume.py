@@ -54,6 +54,8 @@ DATA_KEYS = {
     "packing": "train_dataset.packing",
     "order_seed": "seed",
     "shuffle": "train_dataset.data_loader.shuffle",
+    "streaming": "train_dataset.data_loader.streaming",
+    "shuffle_buffer": "train_dataset.data_loader.shuffle_buffer",
 }
 """Metadata of the data to the keys that set it; the rest follows from the files."""
 

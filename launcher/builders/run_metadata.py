@@ -36,6 +36,7 @@ def run_metadata(
             "packing": dataset.packed,
             "order_seed": order.seed,
             "shuffle": order.shuffle,
+            **dataset.settings,
         },
         "optimizer": job.config.optimizer.type,
         "schedule": job.config.lr_schedule.type,

@@ -8,7 +8,7 @@ shifted (labels[t] is the token after input_ids[t]).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -85,6 +85,9 @@ class RowDataset:
     is checked when it is read."""
     vocab_size: int | None = None
     """Tokens of the model's vocabulary; None: rows are not checked."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Settings that decide the rows, beside the fields above, as JSON values: a resume names those
+    that have changed."""
     name: str = "the dataset"
     """What error messages call it."""
 

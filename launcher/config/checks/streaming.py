@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from urllib.parse import urlsplit
 
 from launcher.config.checks.check import Check
@@ -80,7 +81,7 @@ def _urls(check: Check, prefix: str, loader: DataLoaderSection) -> Iterator[KeyP
             parts = urlsplit(path)
             shown = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
             if "@" in parts.netloc:
-                yield check.wrong(
+                problem = check.wrong(
                     f"{prefix}.{key}",
                     "a URL must not hold credentials: the configuration is written to the output "
                     "and to every checkpoint",
@@ -89,6 +90,8 @@ def _urls(check: Check, prefix: str, loader: DataLoaderSection) -> Iterator[KeyP
                     advice="Give credentials by the environment variables of the storage, or in "
                     "~/.config/fsspec",
                 )
+                is_shown = parts.netloc in problem.where  # an argument of the command line
+                yield replace(problem, where="command line") if is_shown else problem
             elif not loader.streaming:
                 yield check.wrong(
                     f"{prefix}.{key}",

@@ -97,6 +97,7 @@ def build_stream(
         seq_length=seq_length,
         packed=section.packing,
         content=content,
+        settings={"streaming": True, "shuffle_buffer": recipe.loader.shuffle_buffer},
         name="the stream",
     )
 

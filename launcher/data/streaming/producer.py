@@ -13,6 +13,8 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +23,9 @@ from launcher.config.schema import DatasetSection
 from launcher.data.build import open_rows, write_rows
 from launcher.data.loaders import loader_of
 from launcher.data.loaders.base import Log, Recipe
+from launcher.data.records import Record
 from launcher.data.streaming.index import ShardIndex
-from launcher.data.streaming.order import BlockOrder
+from launcher.data.streaming.order import Block, BlockOrder
 from launcher.data.streaming.ranges import Ranges
 from launcher.data.streaming.reading import BlockReader
 from launcher.data.streaming.ring import Ring
@@ -33,6 +36,10 @@ from launcher.errors import Problem, UserError
 BLOCKS_AHEAD = 32
 POLL_SECONDS = 0.02
 WARNINGS_SECONDS = 600.0
+
+
+Records = tuple[Block, list[Record | UserError], Record | None]
+"""A block, its records, and the first one of its shard where that is not among them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,10 +76,10 @@ def produce(
     """Fill the ring until `stopped` is set. An error is left in the ring."""
     ring = Ring(production.ring)
     try:
-        producer = _Producer(production, ring, log, open_shard)
-        while not stopped.is_set():
-            if not producer.make_next():
-                stopped.wait(POLL_SECONDS)
+        with closing(_Producer(production, ring, log, open_shard)) as producer:
+            while not stopped.is_set():
+                if not producer.make_next():
+                    stopped.wait(POLL_SECONDS)
     except UserError as error:
         ring.fail(error.problems, is_user_error=True)
     except BaseException as error:
@@ -98,6 +105,8 @@ class _Producer:
         column = conversion.column(loader) if conversion.column else None
         self._reader = BlockReader(conversion, column, open_shard)
         self._order = BlockOrder(production.source, production.seed, shuffle=loader.shuffle)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="read")
+        self._ahead: dict[int, Future[Records]] = {}
         self._limit = int(loader.streaming_cache_gb * 2**30)
         self._bytes: dict[int, int] = {}
         """Of the blocks that are in the ring."""
@@ -130,13 +139,11 @@ class _Producer:
             del self._bytes[number]
 
     def _make(self, number: int) -> None:
-        block = self._order.block(number)
         scratch = self._ring.folder / f".{number}.tmp"
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir()
-        records, first = self._reader.records(block), self._reader.first_record(block)
-        found = self._conversion.samples(records, self._recipe.loader, self._tally, first)
-        samples = list(found)
+        block, records, first = self._read(number)
+        samples = list(self._conversion.samples(records, self._recipe.loader, self._tally, first))
         self._tally.documents += len(samples)
         order = self._order.records(block, number, len(samples))
         metadata = write_rows(
@@ -151,6 +158,23 @@ class _Producer:
             raise self._nothing_to_train_on(metadata)
         lines = self._tally.warnings(self._recipe.seq_length) + self._warnings.of_rows()
         self._warnings.report(lines, (number + 1) % len(self._order) == 0)
+
+    def _read(self, number: int) -> Records:
+        """The records of a block; those of the next one are read while it is tokenized."""
+        ahead = self._ahead.get(number) or self._thread.submit(self._records, number)
+        records = ahead.result()
+        self._ahead = {number + 1: self._thread.submit(self._records, number + 1)}
+        return records
+
+    def _records(self, number: int) -> Records:
+        """Called in one thread alone, which has the readers and the order."""
+        block = self._order.block(number)
+        first = self._reader.first_record(block)
+        return block, list(self._reader.records(block)), first
+
+    def close(self) -> None:
+        """End the thread that reads."""
+        self._thread.shutdown(cancel_futures=True)
 
     def _nothing_to_train_on(self, metadata: dict[str, Any]) -> UserError:
         shown = ", ".join(index.shard.name for index in self._production.source[:3])

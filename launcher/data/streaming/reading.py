@@ -1,7 +1,9 @@
 """Reading the records of a block, and nothing before it where the format allows.
 
 Owns the open readers. Invariants: memory is bounded by the blocks in work and the READERS_KEPT
-readers that are kept; records are those of the index, or UserError. What a block costs:
+readers that are kept; records are those of the index, or UserError (JSON lines by their hash, local
+files also by their time, row groups by what the place of the file tells when they are opened). What
+a block costs:
 
     JSON lines     its range of bytes
     JSON lines.gz  from the present position, else from the last member that begins before it
@@ -24,6 +26,7 @@ from launcher.data.streaming.gzip_members import GzipFile
 from launcher.data.streaming.index import ShardIndex, parquet_file
 from launcher.data.streaming.order import SEGMENTS_AT_ONCE, Block
 from launcher.data.streaming.ranges import SEQUENTIAL_BYTES, Ranges, changed
+from launcher.data.streaming.remote import is_url
 from launcher.data.streaming.shards import Shard
 from launcher.errors import UserError
 
@@ -53,7 +56,8 @@ class BlockReader:
         """The records of a block, in the order of the file."""
         shard = block.index.shard
         ranges = self._kept(self._ranges, shard.location, lambda: self._open_shard(shard))
-        ranges.check_unchanged()
+        if not is_url(shard.location):
+            ranges.check_unchanged()
         if shard.is_parquet:
             return self._of_parquet(block, ranges)
         entry = block.entry
@@ -160,6 +164,7 @@ class _GroupReader:
 
     def __init__(self, ranges: Ranges, group: int, column: str | None, before: int) -> None:
         """`before`: rows of the file before the group."""
+        ranges.check_unchanged()
         file = parquet_file(ranges)
         # A column that is missing is told by the conversion, which shows those that there are.
         columns = [column] if column in file.schema_arrow.names else None

@@ -1,0 +1,130 @@
+"""A run on a stream: killed and resumed, moved to another number of ranks, with another cache."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.ranks import run_job, start_job
+from tests.workshop import Workshop
+
+STEPS = 16
+LOADER = {"type": "HFDataLoader", "dataset_files": ["shards"], "dataset_dir": "",
+          "streaming": True, "shuffle_buffer": 20}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def shop(materials: Workshop, tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+    """With shards of JSON lines and Parquet: the lines of the corpus in small documents."""
+    import pyarrow as pa
+    from pyarrow.parquet import write_table
+
+    workshop = materials.copy_to(tmp_path_factory.mktemp("streams"))
+    lines = [line for path in sorted((workshop.folder / "corpus").iterdir())
+             for line in path.read_text().splitlines() if line.strip()]  # fmt: skip
+    texts = ["\n".join(lines[at : at + 3]) for at in range(0, len(lines), 3)]
+    folder = workshop.folder / "shards"
+    folder.mkdir()
+    third = len(texts) // 3
+    for number, part in enumerate((texts[:third], texts[third : 2 * third])):
+        records = "".join(json.dumps({"text": text}) + "\n" for text in part)
+        (folder / f"{number}.jsonl").write_text(records)
+    write_table(pa.table({"text": texts[2 * third :]}), folder / "2.parquet", row_group_size=50)
+    return workshop
+
+
+def yaml(workshop: Workshop, output: str, world: int = 1, **changes: Any) -> str:
+    return workshop.yaml(
+        f"{output}.yaml", output_dir=output, train_dataset={"data_loader": LOADER},
+        runner_config={"batch_size": 8 // world, "max_steps": STEPS},
+        parallel_config={"data_parallel": world}, resume_training=True,
+        callbacks=[{"type": "CheckpointMonitor", "save_checkpoint_steps": 4}], **changes,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def whole(shop: Workshop) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl of the run that is not interrupted."""
+    result = run_job(["--config", yaml(shop, "whole"), "--run_mode", "train"], shop.folder)
+    assert result.code == 0, result.stderr
+    assert "data: streaming" in result.stdout
+    assert not list((shop.folder / "whole").rglob("ring-*"))
+    return shop.rows("whole")
+
+
+def test_a_run_that_is_killed_continues_bit_for_bit(
+    shop: Workshop, whole: list[dict[str, Any]]
+) -> None:
+    name = yaml(shop, "parts")
+    job = start_job(["--config", name, "--run_mode", "train"], shop.folder)
+    saves = shop.folder / "parts/checkpoint/manifest"
+    while not list(saves.glob("*-1_8.json")):
+        assert job.process.is_alive(), job.end()
+        time.sleep(0.005)
+    job.process.kill()
+    assert job.end()[0] == -signal.SIGKILL
+    rings = list((shop.folder / "parts").rglob("ring-*"))
+    shutil.copytree(shop.folder / "parts", shop.folder / "moved")
+    result = run_job(["--config", name, "--run_mode", "train"], shop.folder)
+    assert result.code == 0, result.stderr
+    assert [row["loss"] for row in shop.rows("parts")[-8:]] == [row["loss"] for row in whole[-8:]]
+    assert shop.saved("parts", "1_16") == shop.saved("whole", "1_16") or _same_weights(shop)
+    assert not any(ring.exists() for ring in rings)
+
+
+def _same_weights(shop: Workshop) -> bool:
+    """Whether the rank files are equal, whose states differ by the folders in them alone."""
+    one, other = shop.saved("parts", "1_16"), shop.saved("whole", "1_16")
+    return all(one[name] == other[name] for name in one if name.endswith(".safetensors"))
+
+
+def test_other_ranks_without_the_cache_train_on_the_same_samples(
+    shop: Workshop, whole: list[dict[str, Any]]
+) -> None:
+    """The cursor in the checkpoint is enough: no block before it is made."""
+    shutil.rmtree(shop.folder / "moved/dataset_cache")
+    result = run_job(["--config", yaml(shop, "moved", 2), "--run_mode", "train"], shop.folder, 2)
+    assert result.code == 0, result.stderr
+    after = shop.rows("moved")
+    for row, same in zip(after[-4:], whole[-4:], strict=True):
+        assert row["tokens"] == same["tokens"]
+        assert row["consumed_samples"] == same["consumed_samples"]
+        assert row["loss"] == pytest.approx(same["loss"], rel=1e-4)
+    journal = next((shop.folder / "moved/dataset_cache").glob("stream-*/journal")).read_bytes()
+    [state] = (shop.folder / "moved/checkpoint/state").glob("*-1_8.json")
+    cursor = json.loads(state.read_text())["data_cursor"]
+    assert cursor["block"] > 0
+    assert int.from_bytes(journal[:8], "little") == cursor["block"] + 1
+
+
+def test_other_data_are_refused(shop: Workshop, whole: list[dict[str, Any]]) -> None:
+    changes = {"train_dataset": {"data_loader": LOADER | {"shuffle_buffer": 21}}}
+    name = shop.yaml("other.yaml", output_dir="whole", resume_training=True,
+                     runner_config={"max_steps": STEPS + 4}, **changes)  # fmt: skip
+    result = run_job(["--config", name, "--run_mode", "train"], shop.folder)
+    assert result.code == 2
+    assert "the training data is not that of the checkpoint" in result.stderr
+    assert "shuffle_buffer" in result.stderr
+
+
+def test_a_wrong_record_ends_all_ranks(shop: Workshop, tmp_path: Path) -> None:
+    folder = shop.folder / "wrong"
+    shutil.copytree(shop.folder / "shards", folder)
+    with (folder / "1.jsonl").open("a") as file:
+        file.write("{\n")
+    changed = {"data_loader": LOADER | {"dataset_files": ["wrong"]}}
+    name = shop.yaml(
+        "wrong.yaml", output_dir="output_wrong", train_dataset=changed, callbacks=[],
+        runner_config={"batch_size": 4, "max_steps": 1000},
+        parallel_config={"data_parallel": 2},
+    )  # fmt: skip
+    result = run_job(["--config", name, "--run_mode", "train"], shop.folder, 2)
+    assert result.codes == [2, 2]
+    assert "wrong/1.jsonl:" in result.stderr
+    assert "is not JSON" in result.stderr
