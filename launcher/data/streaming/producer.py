@@ -82,14 +82,23 @@ def produce(
                     stopped.wait(POLL_SECONDS)
     except UserError as error:
         ring.fail(error.problems, is_user_error=True)
+    except OSError as error:
+        if production.ring.exists():  # else the job has ended
+            log(str(_not_written(error)))
+            ring.fail([_not_written(error)], is_user_error=True)
     except BaseException as error:
-        if not production.ring.exists():  # the job has ended
-            return
-        text = traceback.format_exc()
-        log(text)
-        rule = "the producer of the stream failed"
-        what = f"{type(error).__name__}: {error}"
-        ring.fail([Problem(what=what, rule=rule)], is_user_error=isinstance(error, OSError))
+        log(traceback.format_exc())
+        what = f"the producer of the stream failed: {type(error).__name__}: {error}"
+        ring.fail([Problem(what=what)], is_user_error=False)
+
+
+def _not_written(error: OSError) -> Problem:
+    return Problem(
+        what=f"a block of the stream cannot be written ({error.strerror or error})",
+        where=str(error.filename or ""),
+        rule="blocks that are tokenized ahead are kept in the data cache",
+        advice="Free some space, set a smaller streaming_cache_gb, or set another output_dir",
+    )
 
 
 class _Producer:
@@ -140,16 +149,12 @@ class _Producer:
 
     def _make(self, number: int) -> None:
         scratch = self._ring.folder / f".{number}.tmp"
-        shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir()
-        block, records, first = self._read(number)
-        samples = list(self._conversion.samples(records, self._recipe.loader, self._tally, first))
-        self._tally.documents += len(samples)
-        order = self._order.records(block, number, len(samples))
-        metadata = write_rows(
-            scratch, self._recipe, (samples[at] for at in order), self._tally, durable=False
-        )
-        self._warnings.count(metadata)
+        try:
+            metadata = self._write(number, scratch)
+        except BaseException:
+            shutil.rmtree(scratch, ignore_errors=True)  # the error needs room on a full disk
+            raise
         rows = len(open_rows(scratch, self._recipe))
         self._bytes[number] = sum(file.stat().st_size for file in scratch.iterdir())
         scratch.rename(self._ring.block(number))
@@ -158,6 +163,18 @@ class _Producer:
             raise self._nothing_to_train_on(metadata)
         lines = self._tally.warnings(self._recipe.seq_length) + self._warnings.of_rows()
         self._warnings.report(lines, (number + 1) % len(self._order) == 0)
+
+    def _write(self, number: int, folder: Path) -> dict[str, Any]:
+        """Write the rows of a block; returns the metadata of its folder."""
+        block, records, first = self._read(number)
+        samples = list(self._conversion.samples(records, self._recipe.loader, self._tally, first))
+        self._tally.documents += len(samples)
+        order = self._order.records(block, number, len(samples))
+        metadata = write_rows(
+            folder, self._recipe, (samples[at] for at in order), self._tally, durable=False
+        )
+        self._warnings.count(metadata)
+        return metadata
 
     def _read(self, number: int) -> Records:
         """The records of a block; those of the next one are read while it is tokenized."""

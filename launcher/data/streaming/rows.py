@@ -37,6 +37,12 @@ _ENTRY = struct.Struct("<qqQ")
 
 
 class Producer(Protocol):
+    """What makes the blocks, as the leading rank knows it."""
+
+    def error(self) -> Exception | None:
+        """How it has ended, where it could not leave that in the ring."""
+        ...
+
     def close(self) -> None: ...
 
 
@@ -168,6 +174,10 @@ class StreamingRows:
             self._ring.fail(error.problems, is_user_error=True)
             raise
 
+    def _error(self) -> Exception | None:
+        error = None if self._producer is None else self._producer.error()
+        return self._ring.error() or error
+
     def _wait_for(self, block: int) -> Rows:
         started = time.monotonic()
         messages = 0
@@ -175,7 +185,7 @@ class StreamingRows:
         self._publish(low, block)
         self._start_producer()
         while not self._closed.is_set():
-            error = self._ring.error()  # first: a block may be ready before an error
+            error = self._error()  # first: a block may be ready before an error
             try:
                 return open_rows(self._ring.block(block), self._recipe)
             except FileNotFoundError:
@@ -199,7 +209,6 @@ class Journal:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._last = -1
         try:
             content = path.read_bytes()
         except OSError:
@@ -211,7 +220,7 @@ class Journal:
             if check == _check(block, first)
         ]
         self._entries = np.array(sorted(set(entries)) or np.zeros((0, 2)), dtype=np.int64)
-        self._known = {block for _, block in entries}
+        """(first row, block): blocks are in order as well."""
 
     def nearest(self, row: int) -> tuple[int, int]:
         """The last block that is known to begin at or before `row`, and its first row."""
@@ -220,9 +229,9 @@ class Journal:
 
     def add(self, block: int, first: int) -> None:
         """Append one entry. A file that cannot be written is none."""
-        if block in self._known:
+        at = int(np.searchsorted(self._entries[:, 1], block))
+        if at < len(self._entries) and self._entries[at, 1] == block:
             return
-        self._known.add(block)
         try:
             descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
             try:

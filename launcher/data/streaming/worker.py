@@ -17,12 +17,13 @@ import pickle
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from typing import IO, Any
 
 from launcher.data.loaders.base import Log
 from launcher.data.streaming.producer import Production, produce
 from launcher.data.streaming.ring import Ring
-from launcher.errors import Problem
+from launcher.errors import Problem, UserError
 
 _LENGTH_BYTES = 8
 _END_SECONDS = 10.0
@@ -39,6 +40,10 @@ class ThreadProducer:
         )  # fmt: skip
         self._thread.start()
 
+    def error(self) -> Exception | None:
+        """An error that is not in the ring."""
+        return None if self._thread.is_alive() else RuntimeError("the producer has ended")
+
     def close(self) -> None:
         """End the thread after the block it makes."""
         self._stopped.set()
@@ -51,6 +56,7 @@ class ProcessProducer:
     def __init__(self, production: Production, payload: bytes, log: Log) -> None:
         self._ring = Ring(production.ring)
         self._closed = False
+        self._error: Exception | None = None
         paths = [path or os.getcwd() for path in sys.path]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
         environment["CUDA_VISIBLE_DEVICES"] = ""
@@ -81,7 +87,14 @@ class ProcessProducer:
             hint = "; signal 9 often means that the machine ran out of memory" if code == -9 else ""
             what = f"the producer of the stream (process {self.process.pid}) ended with {how}{hint}"
             advice = "Give it more memory, or set a smaller shuffle_buffer, and resume the run"
-            self._ring.fail([Problem(what=what, advice=advice)], is_user_error=True)
+            problem = Problem(what=what, advice=advice)
+            self._error = UserError(problem)
+            with suppress(OSError):  # a full disk
+                self._ring.fail([problem], is_user_error=True)
+
+    def error(self) -> Exception | None:
+        """An error that may not be in the ring."""
+        return self._error
 
     def close(self) -> None:
         """End the process."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import threading
@@ -13,6 +14,7 @@ import pytest
 
 from launcher.data.streaming.build import MachineRanks, build_stream
 from launcher.data.streaming.producer import Production
+from launcher.data.streaming.ring import Ring
 from launcher.data.streaming.rows import StreamingRows
 from launcher.data.streaming.worker import ProcessProducer, ThreadProducer
 from launcher.errors import UserError
@@ -237,6 +239,7 @@ def test_whoever_waits_gives_up_when_the_stream_is_closed(tmp_path: Path) -> Non
     shard = write_lines(tmp_path / "a.jsonl", 0, 20)
 
     class Nothing:
+        def error(self) -> None: ...
         def close(self) -> None: ...
 
     def start(production: Production, log: Any) -> Nothing:
@@ -261,3 +264,18 @@ def test_whoever_waits_gives_up_when_the_stream_is_closed(tmp_path: Path) -> Non
     with pytest.raises(RuntimeError, match="closed"):
         rows.row(0)
     thread.join()
+
+
+def test_a_full_disk_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path))
+
+    monkeypatch.setattr("launcher.data.build.write_array", full)
+    shard = write_lines(tmp_path / "a.jsonl", 0, 20)
+    with stream([shard], tmp_path / "cache", packing=False) as dataset:
+        with pytest.raises(UserError, match="No space left") as caught:
+            rows_of(dataset, 0, 1)
+        assert "streaming_cache_gb" in str(caught.value)
+        monkeypatch.setattr(Ring, "error", lambda ring: None)  # it could not be written either
+        with pytest.raises(RuntimeError, match="producer has ended"):
+            rows_of(dataset, 0, 1)

@@ -240,14 +240,14 @@ def test_num_samples_are_the_first_records(shards: list[Path], tmp_path: Path, l
 
 
 def test_disk_and_memory_stay_bounded(tmp_path: Path) -> None:
-    shard = write_lines(tmp_path / "a.jsonl", 0, 3000)
+    shard = write_lines(tmp_path / "a.jsonl", 0, 1500)
     sizes: list[int] = []
     gigabytes = 20_000 / 2**30
     with stream([shard], tmp_path / "cache", streaming_cache_gb=gigabytes) as dataset:
         ring = next((tmp_path / "cache").glob("stream-*/ring-*"))
         rows_of(dataset, 0, 200)
         tracemalloc.start()
-        for begin in range(200, 2200, 100):
+        for begin in range(200, 1000, 100):
             rows_of(dataset, begin, begin + 100)
             blocks = [path for path in ring.iterdir() if path.name.isdecimal()]
             sizes.append(sum(_size(path) for path in blocks))
