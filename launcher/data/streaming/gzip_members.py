@@ -40,10 +40,6 @@ class GzipFile(io.RawIOBase):
     def readable(self) -> bool:
         return True
 
-    def tell(self) -> int:
-        """Offset in the content."""
-        return self._position
-
     def readinto(self, buffer: Any) -> int:
         content = b""
         while not content and self._is_inside_member():

@@ -2,7 +2,7 @@
 
 Owns the open readers. Invariants: memory is bounded by the blocks in work and the READERS_KEPT
 readers that are kept; records are those of the index, or UserError (JSON lines by their hash, local
-files also by their time, row groups by what the place of the file tells when they are opened). What
+files also by their time, row groups by the size and version of the file when they are opened). What
 a block costs:
 
     JSON lines     its range of bytes
@@ -166,7 +166,7 @@ class _GroupReader:
         """`before`: rows of the file before the group."""
         ranges.check_unchanged()
         file = parquet_file(ranges)
-        # A column that is missing is told by the conversion, which shows those that there are.
+        # The error for a missing column is raised by the conversion, which shows the others.
         columns = [column] if column in file.schema_arrow.names else None
         self._batches = file.iter_batches(_ARROW_BATCH, row_groups=[group], columns=columns)
         self._name, self._before = ranges.name, before

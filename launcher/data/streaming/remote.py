@@ -105,7 +105,7 @@ def _size_and_version(url: str) -> tuple[int, str]:
     info = with_retries(url, described)
     if info.get("size") is None:
         raise UserError(
-            "the server does not tell its size",
+            "the server reports no size",
             where=display_name(url),
             rule="remote files are read in ranges of bytes",
             advice="Use a server that supports range requests, or copy the files",

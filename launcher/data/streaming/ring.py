@@ -56,7 +56,7 @@ class Ring:
         return found
 
     def fail(self, problems: Iterable[Problem], *, is_user_error: bool) -> None:
-        """Tell the readers why no more blocks come."""
+        """Report to the readers why no more blocks come."""
         content = {"user": is_user_error, "problems": [asdict(problem) for problem in problems]}
         with suppress(FileNotFoundError):  # the job has ended
             _replace(self.folder / _ERROR, json.dumps(content))

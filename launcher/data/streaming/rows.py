@@ -213,10 +213,10 @@ class Journal:
             content = path.read_bytes()
         except OSError:
             content = b""
-        whole = content[: len(content) // _ENTRY.size * _ENTRY.size]
+        entire = content[: len(content) // _ENTRY.size * _ENTRY.size]
         entries = [
             (first, block)
-            for block, first, check in _ENTRY.iter_unpack(whole)
+            for block, first, check in _ENTRY.iter_unpack(entire)
             if check == _check(block, first)
         ]
         self._entries = np.array(sorted(set(entries)) or np.zeros((0, 2)), dtype=np.int64)

@@ -1,7 +1,8 @@
 """Shards: the files of a streamed source, in a reproducible order.
 
 Owns what a shard is and which there are. Invariants: credentials and queries of a URL are never
-part of a name; `version` differs when the content does, as far as the place of a shard tells.
+part of a name; `version` differs when the content does, as far as the server or the file system
+reports it.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ class Shard:
     size: int
     """Bytes."""
     version: str
-    """Modification time in ns, or what a server says of the version."""
+    """Modification time in ns, or the version that a server reports."""
     below: str = ""
     """The path relative to the folder it was found in; empty for a file that the user named."""
 

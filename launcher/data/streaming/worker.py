@@ -78,7 +78,7 @@ class ProcessProducer:
             self.process.stdin.write(len(payload).to_bytes(_LENGTH_BYTES, "little") + payload)
             self.process.stdin.flush()
         except OSError:
-            pass  # it has ended, which is told below
+            pass  # it has ended, which is reported below
         for line in self.process.stdout:
             log(_logged(line))
         code = self.process.wait()
