@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import time
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from tests.end_to_end.test_processes import TORCHRUN, start
 from tests.ranks import run_job, start_job
 from tests.workshop import Workshop
 
@@ -128,3 +130,49 @@ def test_a_wrong_record_ends_all_ranks(shop: Workshop, tmp_path: Path) -> None:
     assert result.codes == [2, 2]
     assert "wrong/1.jsonl:" in result.stderr
     assert "is not JSON" in result.stderr
+
+
+@pytest.mark.long
+def test_ranks_that_are_killed_leave_no_producer(
+    shop: Workshop, whole: list[dict[str, Any]]
+) -> None:
+    """Real processes of torchrun; the resume is bitwise the uninterrupted run of as many ranks."""
+    outputs = {}
+    for output in ("two", "two_parts"):
+        name = outputs[output] = yaml(shop, output, 2)
+        process = start(shop, "--config", name, "--run_mode", "train", launcher=TORCHRUN)
+        if output == "two":
+            assert process.wait() == 0, process.communicate()
+            continue
+        while not list((shop.folder / output / "checkpoint/manifest").glob("*-1_4.json")):
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.005)
+        ranks = _processes(process.pid)
+        producers = [pid for rank in ranks for pid in _processes(rank) if _is_producer(pid)]
+        assert len(producers) == 1
+        for pid in (process.pid, *ranks):
+            os.kill(pid, signal.SIGKILL)
+        process.communicate()
+        while any(_is_producer(pid) for pid in producers):
+            time.sleep(0.01)
+    process = start(
+        shop, "--config", outputs["two_parts"], "--run_mode", "train", launcher=TORCHRUN
+    )
+    assert process.wait() == 0, process.communicate()
+    assert shop.losses("two_parts") == shop.losses("two")
+    assert shop.losses("two") == pytest.approx([row["loss"] for row in whole], rel=1e-4)
+
+
+def _processes(parent: int) -> list[int]:
+    """The children of a process."""
+    found = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+    for thread in Path(f"/proc/{parent}/task").iterdir():
+        found += (thread / "children").read_text().split()
+    return sorted({int(pid) for pid in found})
+
+
+def _is_producer(pid: int) -> bool:
+    try:
+        return "launcher.data.streaming.worker" in Path(f"/proc/{pid}/cmdline").read_text()
+    except OSError:
+        return False

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from urllib.parse import urlsplit
 
 from launcher.config.checks.check import Check
 from launcher.config.provenance import KeyProblem
 from launcher.config.schema import DataLoaderSection, DatasetSection
+from launcher.errors import shown_url
 
 _ONLY_STREAMING = ("shuffle_buffer", "streaming_cache_gb")
 
@@ -78,9 +78,8 @@ def _urls(check: Check, prefix: str, loader: DataLoaderSection) -> Iterator[KeyP
         for path in [value] if isinstance(value, str) else value or []:
             if "://" not in path:
                 continue
-            parts = urlsplit(path)
-            shown = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
-            if "@" in parts.netloc:
+            shown, server = shown_url(path), path.partition("://")[2].partition("/")[0]
+            if "@" in server:
                 problem = check.wrong(
                     f"{prefix}.{key}",
                     "a URL must not hold credentials: the configuration is written to the output "
@@ -90,7 +89,7 @@ def _urls(check: Check, prefix: str, loader: DataLoaderSection) -> Iterator[KeyP
                     advice="Give credentials by the environment variables of the storage, or in "
                     "~/.config/fsspec",
                 )
-                is_shown = parts.netloc in problem.where  # an argument of the command line
+                is_shown = server in problem.where  # an argument of the command line
                 yield replace(problem, where="command line") if is_shown else problem
             elif not loader.streaming:
                 yield check.wrong(

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
+from zipfile import BadZipFile
 
 import numpy as np
 import numpy.typing as npt
@@ -159,7 +160,7 @@ def _cached(path: Path, shard: Shard) -> ShardIndex | None:
                 first_line=arrays["first_line"].tobytes(),
                 content=str(arrays["content"]),
             )
-    except (OSError, ValueError, KeyError, EOFError):
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile):
         return None
 
 

@@ -11,10 +11,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, TypeVar
-from urllib.parse import urlsplit, urlunsplit
 
 from launcher.data.streaming.ranges import changed
-from launcher.errors import UserError
+from launcher.errors import UserError, shown_url
 from launcher.json_text import printable
 
 ATTEMPTS = 5
@@ -45,12 +44,6 @@ def is_url(place: str) -> bool:
     return "://" in place
 
 
-def display_name(url: str) -> str:
-    """The URL without user, password, query and fragment."""
-    parts = urlsplit(url)
-    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
-
-
 def find_remote(place: str, suffixes: Sequence[str]) -> list[RemoteFile]:
     """The files of a URL: a file, a folder or a glob, sorted by path. Raises UserError."""
     system, path = _opened(place)
@@ -59,7 +52,7 @@ def find_remote(place: str, suffixes: Sequence[str]) -> list[RemoteFile]:
     def listed() -> list[tuple[str, str]]:
         if any(mark in path for mark in "*["):
             return [(found, "") for found in sorted(system.glob(path))]
-        if display_name(place).lower().endswith(wanted) or not system.isdir(path):
+        if shown_url(place).lower().endswith(wanted) or not system.isdir(path):
             return [(path, "")]
         root = path.rstrip("/")
         names = (str(name) for name in system.find(path))
@@ -72,11 +65,11 @@ def find_remote(place: str, suffixes: Sequence[str]) -> list[RemoteFile]:
     ]
     if not files:
         raise UserError(
-            f"data_loader: {display_name(place)} has no file ending in {', '.join(suffixes)}",
+            f"data_loader: {shown_url(place)} has no file ending in {', '.join(suffixes)}",
             rule="a dataset needs at least one file",
             advice="Give the URL of a file, a folder or a glob",
         )
-    query = urlsplit(place).query
+    query = place.partition("?")[2]
     return [
         _described(place if name == path else system.unstrip_protocol(name), below, query)
         for name, below in files
@@ -88,7 +81,7 @@ def _below(name: str, root: str) -> str:
 
 
 def _described(url: str, below: str, query: str) -> RemoteFile:
-    if query and not urlsplit(url).query:
+    if query and "?" not in url:
         url = f"{url}?{query}"
     size, version = _size_and_version(url)
     return RemoteFile(url=url, size=size, version=version, below=below)
@@ -106,7 +99,7 @@ def _size_and_version(url: str) -> tuple[int, str]:
     if info.get("size") is None:
         raise UserError(
             "the server reports no size",
-            where=display_name(url),
+            where=shown_url(url),
             rule="remote files are read in ranges of bytes",
             advice="Use a server that supports range requests, or copy the files",
         )
@@ -118,7 +111,7 @@ class RemoteRanges:
     """A remote file whose ranges are requested."""
 
     def __init__(self, url: str, size: int, version: str) -> None:
-        self.name, self.size = display_name(url), size
+        self.name, self.size = shown_url(url), size
         self._url, self._version = url, version
         self._system, self._path = _opened(url)
 
@@ -174,7 +167,7 @@ def _is_permanent(error: BaseException) -> bool:
 
 
 def _failed(url: str, error: BaseException, attempts: int) -> UserError:
-    name, status = display_name(url), getattr(error, "status", None)
+    name, status = shown_url(url), getattr(error, "status", None)
     reason = f"HTTP status {status}" if status else type(error).__name__
     text = (str(error) or "").partition("\n")[0]
     for secret in (url, *_secrets(url)):
@@ -191,8 +184,8 @@ def _failed(url: str, error: BaseException, attempts: int) -> UserError:
 
 
 def _secrets(url: str) -> list[str]:
-    parts = urlsplit(url)
-    return [text for text in (parts.netloc.rpartition("@")[0], parts.query) if text]
+    server = url.partition("://")[2].partition("/")[0]
+    return [text for text in (server.rpartition("@")[0], url.partition("?")[2]) if text]
 
 
 @cache
@@ -203,7 +196,7 @@ def _opened(url: str) -> tuple[Any, str]:
         import fsspec
     except ImportError as error:
         raise UserError(
-            f"data_loader: {display_name(url)} is read with `fsspec`, which is not installed",
+            f"data_loader: {shown_url(url)} is read with `fsspec`, which is not installed",
             rule="remote files need the package of their protocol",
             advice="Install it: pip install 'slipway[remote]'",
         ) from error
@@ -211,13 +204,13 @@ def _opened(url: str) -> tuple[Any, str]:
         system, path = fsspec.core.url_to_fs(url)
     except ImportError as error:
         raise UserError(
-            f"data_loader: {display_name(url)} needs a package ({error})",
+            f"data_loader: {shown_url(url)} needs a package ({error})",
             rule=f"fsspec reads {protocol}:// with a package of its own",
             advice=f"Install it: pip install {_PACKAGES.get(protocol, f'fsspec[{protocol}]')}",
         ) from error
     except ValueError as error:
         raise UserError(
-            f"data_loader: {display_name(url)}: {printable(str(error)[:200])}",
+            f"data_loader: {shown_url(url)}: {printable(str(error)[:200])}",
             rule="a URL needs a protocol that fsspec knows",
             nearest="Known: http, https, s3, gs, abfs, hf, memory, ...",
         ) from error

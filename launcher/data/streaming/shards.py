@@ -16,8 +16,8 @@ from launcher.data.loaders import loader_type
 from launcher.data.loaders.text_column import of_split
 from launcher.data.records import PARQUET, RECORD_SUFFIXES
 from launcher.data.streaming.ranges import LocalRanges, Ranges
-from launcher.data.streaming.remote import RemoteRanges, display_name, find_remote, is_url
-from launcher.errors import UserError
+from launcher.data.streaming.remote import RemoteRanges, find_remote, is_url
+from launcher.errors import UserError, shown_url
 
 _ADVICE = "JSON lines and Parquet can be streamed"
 
@@ -38,7 +38,7 @@ class Shard:
     @property
     def name(self) -> str:
         """What messages call it."""
-        return display_name(self.location) if is_url(self.location) else self.location
+        return shown_url(self.location) if is_url(self.location) else self.location
 
     @property
     def is_parquet(self) -> bool:

@@ -20,6 +20,7 @@ import threading
 from contextlib import suppress
 from typing import IO, Any
 
+from launcher.data.build import settings_of
 from launcher.data.loaders.base import Log
 from launcher.data.streaming.producer import Production, produce
 from launcher.data.streaming.ring import Ring
@@ -123,13 +124,27 @@ def start_producer(production: Production, log: Log) -> ThreadProducer | Process
     """Start a producer, in a process where it can be."""
     if any(index.shard.location.startswith("memory://") for index in production.source):
         return ThreadProducer(production, log)
-    try:
-        payload = pickle.dumps(production)
-        pickle.loads(payload)  # of this process alone: whether the other can do it
-    except Exception as error:
-        log(f"streaming in a thread: the tokenizer cannot be sent to a process ({error})")
+    payload = _sendable(production)
+    if payload is None:
+        log("streaming in a thread: this tokenizer cannot be sent to a process of its own")
         return ThreadProducer(production, log)
     return ProcessProducer(production, payload, log)
+
+
+def _sendable(production: Production) -> bytes | None:
+    """The production for another process; None where it would not be the same there."""
+    if type(production.tokenizer).__module__.partition(".")[0] not in ("transformers", "launcher"):
+        return None  # code that was loaded into this process alone
+    try:
+        payload = pickle.dumps(production)
+        arrived = pickle.loads(payload)  # what this process has written
+    except Exception:
+        return None
+    return payload if _settings(arrived) == _settings(production) else None
+
+
+def _settings(production: Production) -> dict[str, Any]:
+    return settings_of(production.recipe(lambda line: None))
 
 
 def main(stdin: IO[bytes], stdout: IO[bytes]) -> None:

@@ -154,7 +154,8 @@ def test_a_member_of_gzip_is_where_reading_begins(
     with stream([shard], tmp_path / "cache", shuffle=False, open_shard=recorder) as dataset:
         streaming_rows(dataset).seek(cursor)
         assert equal(rows_of(dataset, 390, 400), expected[390:])
-    assert min(start for start, _ in recorder.read["b.jsonl.gz"]) > shard.stat().st_size // 4
+    first_read = recorder.read["b.jsonl.gz"][0]  # later ones may be of the next epoch
+    assert first_read[0] > shard.stat().st_size // 2
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
