@@ -40,6 +40,11 @@ class GzipFile(io.RawIOBase):
     def readable(self) -> bool:
         return True
 
+    @property
+    def bytes_read(self) -> int:
+        """Of the file, compressed."""
+        return self._next
+
     def readinto(self, buffer: Any) -> int:
         content = b""
         while not content and self._is_inside_member():

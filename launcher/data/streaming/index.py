@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import io
 import os
+import threading
+import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -39,6 +41,7 @@ INDEX_VERSION = 1
 BLOCK_BYTES = 64 << 20
 """A block of large records ends early, after this many bytes."""
 SHARDS_AT_ONCE = 8
+PROGRESS_SECONDS = 10.0
 FOLDER = "stream_index"
 _PARQUET_TAIL = 8
 """Bytes after the footer: its length and the mark PAR1."""
@@ -83,8 +86,7 @@ def index_source(
     found: list[ShardIndex] = []
     left = limit
     progress = _Progress(shards, log)
-    for one in _in_parallel(shards, block_records, limit, folder):
-        progress.add(one)
+    for one in _in_parallel(shards, block_records, limit, folder, progress):
         found.append(one if left is None else _first_records(one, left))
         if left is not None:
             left -= found[-1].records
@@ -94,14 +96,20 @@ def index_source(
 
 
 def _in_parallel(
-    shards: list[Shard], block_records: int, limit: int | None, folder: Path
+    shards: list[Shard],
+    block_records: int,
+    limit: int | None,
+    folder: Path,
+    progress: _Progress,
 ) -> Iterator[ShardIndex]:
     """The indices in order, a few of them made ahead."""
     with ThreadPoolExecutor(SHARDS_AT_ONCE, thread_name_prefix="index") as threads:
         waiting: deque[Future[ShardIndex]] = deque()
         try:
             for shard in shards:
-                waiting.append(threads.submit(_index_of, shard, block_records, limit, folder))
+                waiting.append(
+                    threads.submit(_index_of, shard, block_records, limit, folder, progress)
+                )
                 if len(waiting) > SHARDS_AT_ONCE:
                     yield waiting.popleft().result()
             while waiting:
@@ -112,18 +120,24 @@ def _in_parallel(
 
 
 class _Progress:
-    """A log line whenever another tenth of the bytes is indexed, where there is much."""
+    """A log line every few seconds, for sources that take long."""
 
     def __init__(self, shards: list[Shard], log: Log) -> None:
-        self._total, self._done, self._shown = sum(shard.size for shard in shards), 0, 0
-        self._log = log if self._total > 1 << 30 else lambda line: None
+        self._total, self._log = sum(shard.size for shard in shards), log
+        self._done: dict[str, int] = {}
+        self._last = time.monotonic()
+        self._lock = threading.Lock()
 
-    def add(self, index: ShardIndex) -> None:
-        self._done += index.shard.size
-        tenths = 10 * self._done // self._total
-        if tenths > self._shown:
-            self._shown = tenths
-            self._log(f"indexing: {self._done / 1e9:,.1f} of {self._total / 1e9:,.1f} GB")
+    def report(self, shard: Shard, done: int) -> None:
+        """`done` bytes of a shard are indexed; called in the threads that do it."""
+        with self._lock:
+            self._done[shard.location] = done
+            now = time.monotonic()
+            if now - self._last < PROGRESS_SECONDS:
+                return
+            self._last = now
+            indexed = sum(self._done.values())
+        self._log(f"indexing: {indexed / 1e9:,.1f} of {self._total / 1e9:,.1f} GB")
 
 
 def _first_records(index: ShardIndex, limit: int) -> ShardIndex:
@@ -135,17 +149,21 @@ def _first_records(index: ShardIndex, limit: int) -> ShardIndex:
                       first_line=index.first_line, content=index.content)  # fmt: skip
 
 
-def _index_of(shard: Shard, block_records: int, limit: int | None, folder: Path) -> ShardIndex:
+def _index_of(
+    shard: Shard, block_records: int, limit: int | None, folder: Path, progress: _Progress
+) -> ShardIndex:
     key = [INDEX_VERSION, BLOCK_BYTES, shard.location, shard.size, shard.version,
            block_records, limit]  # fmt: skip
     path = folder / f"{xxh3_128(repr(key).encode()).hexdigest()}.npz"
     cached = _cached(path, shard)
     if cached is not None:
+        progress.report(shard, shard.size)
         return cached
     if shard.is_parquet:
         made = _index_parquet(shard, block_records)
     else:
-        made = _index_lines(shard, block_records, limit)
+        made = _index_lines(shard, block_records, limit, progress)
+    progress.report(shard, shard.size)
     _store(path, made)
     return made
 
@@ -235,14 +253,17 @@ def parquet_file(ranges: Ranges) -> Any:
         ) from error
 
 
-def _index_lines(shard: Shard, block_records: int, limit: int | None) -> ShardIndex:
+def _index_lines(
+    shard: Shard, block_records: int, limit: int | None, progress: _Progress
+) -> ShardIndex:
     ranges = shard.ranges()
     raw: RangeFile | GzipFile = GzipFile(ranges) if shard.is_gzip else RangeFile(ranges)
     divider = _Divider(block_records)
     with io.BufferedReader(raw, SEQUENTIAL_BYTES) as file:
         _refuse_other_forms(file.peek(4)[:64], ranges.name)
         for line in file:
-            divider.add(line)
+            if divider.add(line):
+                progress.report(shard, raw.bytes_read)
             if limit is not None and divider.records >= limit:
                 break
     blocks = divider.finish()
@@ -273,18 +294,21 @@ class _Divider:
         self.records = 0
         self.first_line = b""
 
-    def add(self, line: bytes) -> None:
+    def add(self, line: bytes) -> bool:
+        """Add a line; whether a block ends with it."""
         self._line += 1
         self._position += len(line)
         self._hash.update(line)
         if not line.strip():
-            return
+            return False
         self.first_line = self.first_line or line
         self.records += 1
         self._in_block += 1
         size = self._position - self._begin
-        if self._in_block >= self._block_records or size >= BLOCK_BYTES:
-            self._end_block()
+        if self._in_block < self._block_records and size < BLOCK_BYTES:
+            return False
+        self._end_block()
+        return True
 
     def _end_block(self) -> None:
         if self._in_block:

@@ -88,6 +88,11 @@ class RangeFile(io.RawIOBase):
     def seekable(self) -> bool:
         return True
 
+    @property
+    def bytes_read(self) -> int:
+        """Where a file that is read from front to back has come."""
+        return self._position
+
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._ranges.size}
         self._position = base[whence] + offset

@@ -108,3 +108,15 @@ def test_who_waits_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     with stream([shard], tmp_path / "cache", log=log, open_shard=open_shard) as dataset:
         rows_of(dataset, 0, 1)
     assert any("waiting for data: block 0" in line for line in logged)
+
+
+def test_indexing_reports_its_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inside of a shard too, whose end may be hours away."""
+    monkeypatch.setattr(index, "PROGRESS_SECONDS", 0.0)
+    write_lines(tmp_path / "a.jsonl", 0, 100)
+    write_lines(tmp_path / "b.jsonl.gz", 0, 100)
+    shards = find_shards(section_of([tmp_path / "*.jsonl*"]).loaders["data_loader"])
+    logged: list[str] = []
+    index_source(shards, 10, None, tmp_path / "cache", logged.append)
+    assert len(logged) >= 20
+    assert all(line.startswith("indexing: ") for line in logged)
