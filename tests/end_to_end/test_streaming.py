@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from tests.end_to_end.test_machines import Machines
 from tests.end_to_end.test_processes import TORCHRUN, start
 from tests.ranks import run_job, start_job
 from tests.workshop import Workshop
@@ -176,3 +177,26 @@ def _is_producer(pid: int) -> bool:
         return "launcher.data.streaming.worker" in Path(f"/proc/{pid}/cmdline").read_text()
     except OSError:
         return False
+
+
+@pytest.mark.long
+def test_machines_without_a_shared_folder_have_a_producer_each(
+    shop: Workshop, workshop: Workshop
+) -> None:
+    machines = Machines(workshop)
+    for node in machines.workshops.values():
+        shutil.copytree(shop.folder / "shards", node.folder / "shards")
+    changes = {"train_dataset": {"data_loader": LOADER}}
+    machines.run("--output_dir", "whole", **changes)
+    machines.run("--output_dir", "parts", "--runner_config.stop_step", "2", **changes)
+    resumed = machines.run("--output_dir", "parts", "--resume_training", "True", **changes)
+    assert "training: steps 3 to 4" in resumed.output[0]
+    assert machines.losses("parts") == machines.losses("whole")
+    for node in machines.workshops.values():
+        assert len(list((node.folder / "whole/dataset_cache").glob("stream-*/journal"))) == 1
+        assert not list((node.folder / "whole").rglob("ring-*"))
+    with (machines.workshops["b"].folder / "shards/0.jsonl").open("a") as file:
+        file.write('{"text": "one more document"}\n')
+    ended = machines.start("--output_dir", "other", **changes).end()
+    assert ended.codes == [2] * 4
+    assert "differs from that of rank 0" in ended.output[0]
