@@ -269,15 +269,13 @@ def _index_lines(
     blocks = divider.finish()
     if not shard.is_gzip:
         blocks["segment"] = np.arange(len(blocks))
-    is_gzip = isinstance(raw, GzipFile)
+    members = raw.members if isinstance(raw, GzipFile) else []
     return ShardIndex(
         shard=shard,
         blocks=blocks,
-        members=np.array(raw.members if isinstance(raw, GzipFile) else [], dtype=np.int64).reshape(
-            -1, 2
-        ),
+        members=np.array(members, dtype=np.int64).reshape(-1, 2),
         first_line=divider.first_line,
-        content=xxh3_128(blocks.tobytes() + bytes(is_gzip)).hexdigest(),
+        content=xxh3_128(blocks.tobytes()).hexdigest(),
     )
 
 

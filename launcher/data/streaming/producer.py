@@ -105,7 +105,7 @@ class _Producer:
     def __init__(
         self, production: Production, ring: Ring, log: Log, open_shard: Callable[[Shard], Ranges]
     ) -> None:
-        self._production, self._ring, self._log = production, ring, log
+        self._production, self._ring = production, ring
         self._recipe = production.recipe(log)
         loader = self._recipe.loader
         conversion = loader_of(loader).from_records
