@@ -12,6 +12,7 @@ import textwrap
 import time
 import traceback
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, NoReturn
 
@@ -135,14 +136,17 @@ def _checked(line: CommandLine) -> Resolved:
     from launcher.config.resolve import resolve_command_line
 
     resolved = resolve_command_line(line)
+    if line.prepare_data:
+        resolved = _for_its_data(resolved)
     config, provenance = resolved.config, resolved.provenance
-    only_checks = line.check_config or line.print_config
+    only_checks = line.check_config or line.print_config or line.prepare_data
     started = "WORLD_SIZE" in os.environ or not only_checks
     found = rules.check(
         config,
         provenance,
         world=rules.world_size() if started else rules.planned_world_size(),
         bad_keys=resolved.bad_keys,
+        rules=rules.DATA_RULES if line.prepare_data else rules.RULES,
     )
     problems = (*resolved.problems, *found)
     if problems:
@@ -155,6 +159,16 @@ def _checked(line: CommandLine) -> Resolved:
         for warning in rules.warnings(config, provenance):
             print(f"warning: {warning}", file=sys.stderr)
     return resolved
+
+
+def _for_its_data(resolved: Resolved) -> Resolved:
+    """The configuration in the mode that reads its data: its own, else training or evaluation by
+    the section it has."""
+    config = resolved.config
+    if config.run_mode in ("train", "finetune", "eval"):
+        return resolved
+    mode = "eval" if config.train_dataset is None and config.eval_dataset is not None else "train"
+    return replace(resolved, config=replace(config, run_mode=mode, only_save_strategy=False))
 
 
 def _migrate(line: CommandLine) -> int:
@@ -191,6 +205,8 @@ def _run(line: CommandLine, resolved: Resolved, *, ends_with_peers: bool) -> int
         return EXIT_OK
     from launcher import modes
 
+    if line.prepare_data:
+        return modes.prepare(resolved.config, resolved.provenance)
     return modes.run(resolved.config, resolved.provenance, text, ends_with_peers=ends_with_peers)
 
 

@@ -23,11 +23,13 @@ TOOLS = {
     "convert_back": "safetensors_to_ckpt",
     "convert_weight": "convert_weight",
     "diff": "diff",
+    "inspect_data": "inspect_data",
     "list": "list_checkpoints",
     "merge": "unified_safetensors",
     "merge_strategy": "merge_strategy",
     "msrun": "msrun",
     "slice": "slice_safetensors",
+    "tokenize": "tokenize",
     "verify": "verify",
 }
 """Word after `slipway` to the module of `launcher.tools`, whose own name is accepted too."""

@@ -142,8 +142,31 @@ CALLBACKS_NOT_BUILT: dict[str, str] = {
 }
 """Types of callbacks that are known and refused."""
 
-ROW_LOADERS: dict[str, str] = {}
+ROW_LOADERS: dict[str, str] = {
+    "BlendedMegatronDatasetDataLoader": "launcher.data.megatron.loader:MEGATRON_LOADER",
+    "TokenFileDataLoader": "launcher.data.token_files.loader:TOKEN_FILE_LOADER",
+    "MindDataset": "launcher.mindspore.mindrecord.dataset:LOADER",
+}
 """Name of a `data_loader.type` whose files hold tokens already: a `RowLoader`."""
+
+DATA_CHECKS: dict[str, str] = {
+    "BlendedMegatronDatasetDataLoader": "launcher.data.megatron.checks:check_loader",
+    "TokenFileDataLoader": "launcher.data.token_files.checks:check_loader",
+    "MindDataset": "launcher.mindspore.mindrecord.checks:check_loader",
+}
+"""Name of a `data_loader.type` to the rules about its section and the headers of its files, before
+anything heavy is imported: (check, key of the section, section) -> problems."""
+
+TOKEN_READERS: dict[str, str] = {
+    "mindrecord": "launcher.mindspore.mindrecord.documents:token_arrays",
+}
+"""Kind of file with tokens that tools convert: (paths, column or None) -> one array a row."""
+
+PROMPT_TEMPLATES: dict[str, str] = {
+    "mindformers_alpaca": "launcher.mindspore.prompts:ALPACA",
+    "mindformers_code_alpaca": "launcher.mindspore.prompts:CODE_ALPACA",
+}
+"""Name of a `data_loader.prompt_template`: a `PromptTemplate`."""
 
 TOKENIZER_TYPES: dict[str, str] = {
     "Qwen2Tokenizer": "launcher.mindspore.tokenizers.types:qwen2",

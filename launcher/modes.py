@@ -12,11 +12,12 @@ from pathlib import Path
 import torch
 
 from launcher.builders.callbacks import build_callbacks
-from launcher.builders.data import evaluation_source
+from launcher.builders.data import evaluation_data
 from launcher.builders.job import Job
 from launcher.builders.load_weights import find_weights, load_or_init
 from launcher.builders.model import build_parallel, build_predicting
 from launcher.builders.prediction import PREDICT_BATCH, continue_prompts, result_path
+from launcher.builders.prepare import prepare_data
 from launcher.builders.reporting import open_reporting
 from launcher.builders.resume import find_resume, own_root, resumed_run
 from launcher.builders.roll_back import fit_with_roll_back
@@ -82,6 +83,12 @@ def run(
         if finished or world.size == 1:
             worlds.stop(world)
     return code
+
+
+def prepare(config: Config, provenance: Provenance) -> int:
+    """Prepare the data of `config` in this process alone. Returns the exit code."""
+    world = World(0, 1, torch.device("cpu"))
+    return prepare_data(Job(config, provenance, world, Console(enabled=True)))
 
 
 def world_without_group() -> World:
@@ -155,10 +162,10 @@ def finetune(job: Job) -> int:
 def evaluate_only(job: Job) -> int:
     """Compute loss and perplexity on the evaluation data."""
     weights = find_weights(job)
-    batches = evaluation_source(job)
+    data = evaluation_data(job)
     built = build_parallel(job, training=False)
     load_or_init(job, built.parts, built.layout, weights)
-    result = evaluate(built, batches(), job.world)
+    result = evaluate(built, data.batches(), job.world, data.sources)
     job.log(str(result))
     if job.world.is_main:
         path, row = job.output_dir / "eval_result.json", result.as_row()

@@ -25,8 +25,8 @@ NAMED = re.compile(r"# (\S+\.(?:yaml|py))\n")
 
 @pytest.fixture(scope="module")
 def folder(materials: Workshop, tmp_path_factory) -> Path:
-    """The files the pages speak of: my_text, my_tokenizer, my_model, my_weights.ckpt and
-    alpaca.json."""
+    """The files the pages speak of: my_text, my_tokenizer, my_model, my_weights.ckpt, alpaca.json
+    and questions.csv."""
     workshop = materials.copy_to(tmp_path_factory.mktemp("docs"))
     folder = workshop.folder
     (folder / "corpus").rename(folder / "my_text")
@@ -45,6 +45,8 @@ def folder(materials: Workshop, tmp_path_factory) -> Path:
         {"instruction": "Add the numbers.", "input": "1 and 2", "output": "3"},
     ]
     (folder / "alpaca.json").write_text(json.dumps(samples * 4))
+    rows = "".join(f"What is {n}?,none,It is {n}.\n" for n in range(20))
+    (folder / "questions.csv").write_text(f"question,output,answer.text\n{rows}")
     return folder
 
 
@@ -110,6 +112,17 @@ def test_training_page(folder: Path) -> None:
         for name in ("two", "pretrain")
     )
     assert two == pytest.approx(alone, rel=1e-4)
+
+
+def test_mixtures_page(folder: Path) -> None:
+    assert run_page("mixtures.md", folder) == 2
+    log = (folder / "output/mixture/log/rank_0/info.log").read_text()
+    page = (ROOT / "docs/mixtures.md").read_text()
+    shown = page.partition("changed since:\n")[2].partition("```")[0].splitlines()
+    assert len(shown) == 4
+    assert all(line in log for line in shown), log
+    rows = [json.loads(line) for line in (folder / "output/mixture/metrics.jsonl").open()]
+    assert [row["consumed/code"] + row["consumed/chat"] for row in rows] == list(range(4, 40, 4))
 
 
 def test_streaming_page(folder: Path) -> None:

@@ -67,11 +67,20 @@ def build_callbacks(job: Job) -> Callbacks:
 
 def _registered(job: Job) -> Iterator[Callback]:
     config = job.config
-    registered = load_registered(config.register_path) if config.register_path else {}
-    for index, entry in enumerate(config.callbacks):
-        if isinstance(entry, RegisteredCallbackSection):
-            where = job.provenance.nearest(f"callbacks.{index}.type")
-            yield build_registered(entry, registered, where)
+    entries = {
+        f"callbacks.{index}.type": entry
+        for index, entry in enumerate(config.callbacks)
+        if isinstance(entry, RegisteredCallbackSection)
+    }
+    if not config.register_path:
+        return
+    if not entries:
+        # A folder of MindFormers' own code is often named, which cannot be imported here.
+        job.log(f"register_path: nothing of {config.register_path} is in callbacks: not imported")
+        return
+    registered = load_registered(config.register_path)
+    for key, entry in entries.items():
+        yield build_registered(entry, registered, job.provenance.nearest(key))
 
 
 def load_registered(path: str) -> dict[str, type[Callback]]:

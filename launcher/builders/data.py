@@ -1,83 +1,71 @@
-"""Data of a job: the rows of a data section, their length, and the steps of an epoch."""
+"""Data of a job: what it trains on and evaluates, in which order, and the steps of an epoch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
+from functools import partial
 
 from launcher.builders.job import Job
+from launcher.builders.mixture import open_mixture
+from launcher.builders.open_dataset import open_dataset, seq_length
+from launcher.config.derived import global_batch_size
 from launcher.config.schema import DatasetSection
-from launcher.data.build import build_dataset
-from launcher.data.loader import Batch, evaluation_batches
-from launcher.data.loaders import row_loader_of
+from launcher.data.joined import joined
+from launcher.data.loader import evaluation_batches
+from launcher.data.mixture import MixtureOrder
+from launcher.data.order import GlobalOrder
 from launcher.data.rows import RowDataset
-from launcher.data.streaming.build import MachineRanks, build_stream
-from launcher.errors import UserError
-from launcher.parallel.filesystems import find_filesystem_groups, one_per_machine
-from launcher.parallel.world import World
-from models.positions import row_length
+from launcher.data.streaming.order import StreamOrder
+from launcher.train.evaluate import EvaluationData
+
+EVALUATION_SEED = 0
+"""Chooses the rows of `max_samples` in `eval_dataset`: the same in every run, to be compared."""
 
 
-def open_dataset(job: Job, section: DatasetSection) -> RowDataset:
-    """The rows of a data section; one rank of each file system prepares them in `dataset_cache`."""
-    assert not isinstance(section.data_loader, list)  # mixtures are not built yet
-    cache_dir, world = job.output_dir / "dataset_cache", job.world.with_long_timeout()
-    filesystems = find_filesystem_groups(cache_dir, world, "the data cache could not be opened")
-    settings: dict[str, Any] = {
-        "tokenizer": None if row_loader_of(section.data_loader) else job.tokenizer,
-        "seq_length": seq_length(job, section),
-        "cache_dir": cache_dir,
-        "once": lambda prepare: filesystems.on_own(world, "", prepare),
-        "log": job.log,
-        "model_config": job.spec.hf_config,
-    }
-    if section.data_loader.streaming:
-        machine = _machine_ranks(cache_dir, world)
-        seed = job.config.seed if section.seed is None else section.seed
-        dataset = build_stream(section, seed=seed, machine=machine, **settings)
-    else:
-        dataset = build_dataset(section, **settings)
-    if filesystems.are_several:
-        _check_same(world.gather(dataset.content))
-    vocabulary = job.spec.hf_config.get("vocab_size")
-    if vocabulary is not None and (dataset.largest_token or 0) >= vocabulary:
-        raise UserError(
-            f"the data has token {dataset.largest_token}",
-            rule=f"the vocabulary of the model has {vocabulary} tokens",
-            advice="Use the tokenizer of the model",
+@dataclass(frozen=True, kw_only=True)
+class TrainingData:
+    """The rows that a run trains on, and their order."""
+
+    dataset: RowDataset
+    order: GlobalOrder | MixtureOrder | StreamOrder
+    epoch_samples: int
+    """Samples of one epoch."""
+
+
+def open_training_data(job: Job, section: DatasetSection) -> TrainingData:
+    """The data of `train_dataset`. Raises `UserError`."""
+    seed = job.config.seed if section.seed is None else section.seed
+    if isinstance(section.data_loader, list):
+        open_source = partial(open_dataset, job, name="train_dataset")
+        mixture = open_mixture(section, seed, job.log, open_source)
+        order = mixture.order()
+        for line in mixture.description(order):
+            job.log(line)
+        return TrainingData(
+            dataset=joined(mixture.datasets, seq_length(job, section)),
+            order=order,
+            epoch_samples=order.epoch_samples,
         )
-    return replace(dataset, vocab_size=vocabulary)
-
-
-def _machine_ranks(cache_dir: Path, world: World) -> MachineRanks:
-    """The ranks that share a producer: those of one machine, whose file system shows a file to all
-    of them at once."""
-    machines = one_per_machine(cache_dir, world)
-    peers = machines.peers(world)
-    return MachineRanks(
-        once=lambda prepare: machines.on_own(world, "", prepare),
-        number=peers.index(world.rank),
-        count=len(peers),
-    )
-
-
-def _check_same(contents: Sequence[str]) -> None:
-    """All ranks have prepared the same tokens; `contents`: the hash of those of each rank."""
-    other = next((rank for rank, found in enumerate(contents) if found != contents[0]), None)
-    if other is not None:
-        raise UserError(
-            f"the data on the machine of rank {other} differs from that of rank 0",
-            rule="all ranks train on the same rows, which each machine prepares from its own files",
-            advice="Copy the same data files and the same tokenizer to every machine",
+    dataset = open_dataset(job, section, "train_dataset")
+    if dataset.is_endless:
+        steps = job.config.runner_config.max_steps
+        assert steps is not None  # a rule of the configuration
+        return TrainingData(
+            dataset=dataset,
+            order=StreamOrder(seed, section.data_loader.is_shuffled),
+            epoch_samples=steps * global_batch_size(job.config),  # the run is one epoch
         )
+    plain = GlobalOrder(len(dataset), seed, section.data_loader.is_shuffled)
+    return TrainingData(dataset=dataset, order=plain, epoch_samples=len(dataset))
 
 
-def seq_length(job: Job, section: DatasetSection) -> int:
-    """Tokens of a row: the data section's, else the model's, else what positions allow (2048)."""
-    usual = row_length(job.spec.family, job.spec.hf_config)
-    return section.seq_length or job.spec.seq_length or usual
+def opened(job: Job, name: str, section: DatasetSection) -> TrainingData:
+    """The data of `train_dataset`, or of `eval_dataset` with the order of an evaluation."""
+    if name == "train_dataset":
+        return open_training_data(job, section)
+    rows = open_evaluation_rows(job, section)
+    order = GlobalOrder(max(len(rows), 1), seed=0, shuffle=False)
+    return TrainingData(dataset=rows, order=order, epoch_samples=len(rows))
 
 
 def steps_per_epoch(rows: int, global_batch: int, *, drop_remainder: bool) -> int:
@@ -86,14 +74,26 @@ def steps_per_epoch(rows: int, global_batch: int, *, drop_remainder: bool) -> in
     return max(full + (rest > 0 and not drop_remainder), 1)
 
 
-def evaluation_source(job: Job) -> Callable[[], Iterable[Batch]]:
-    """A function whose every call returns this rank's share of the evaluation data."""
-    assert job.config.eval_dataset is not None
-    dataset = open_dataset(job, job.config.eval_dataset)
-    return lambda: evaluation_batches(
+def open_evaluation_rows(job: Job, section: DatasetSection) -> RowDataset:
+    """The rows of `eval_dataset`, those of a mixture source after source. Raises `UserError`."""
+    if not isinstance(section.data_loader, list):
+        return open_dataset(job, section, "eval_dataset")
+    open_source = partial(open_dataset, job, name="eval_dataset")
+    mixture = open_mixture(section, EVALUATION_SEED, job.log, open_source)
+    return joined(mixture.datasets, seq_length(job, section))
+
+
+def evaluation_data(job: Job) -> EvaluationData:
+    """The data of `eval_dataset`, every row once. Raises `UserError`."""
+    section = job.config.eval_dataset
+    assert section is not None
+    dataset = open_evaluation_rows(job, section)
+    batches = partial(
+        evaluation_batches,
         dataset,
         job.config.runner_config.batch_size,
         job.mesh.data_parallel,
         job.mesh.data_rank(job.world.rank),
         pin_memory=job.world.device.type == "cuda",
     )
+    return EvaluationData(batches, tuple(source.name for source in dataset.sources))

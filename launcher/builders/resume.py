@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,14 @@ from launcher.builders.load_weights import (
     sync_tied_weights,
     under_model_names,
 )
+from launcher.builders.mixture_resume import MIXTURE, continued
 from launcher.builders.resume_report import InferredState, ResumeDetails, resume_report
 from launcher.builders.run import build_run
 from launcher.checkpoint.names import SaveName
 from launcher.checkpoint.resume import Chosen, choose
 from launcher.checkpoint.savable import Origin
 from launcher.config.schema import Config
+from launcher.data.mixture import MixtureOrder
 from launcher.errors import UserError
 from launcher.extensions import INFERRED_STATES, required
 from launcher.train.run import TrainRun
@@ -80,11 +82,11 @@ def resumed_run(job: Job, chosen: Chosen) -> TrainRun:
     derived = None if chosen.state else _inferred(run, chosen)
     saved = derived.saved if derived is not None else chosen.state
     state = restore(job, run, chosen, saved, export=True)
-    run.state = _data_position(job, run, saved, state)
+    run.state, mixture = _data_position(job, run, saved, state)
     if saved.get("data") == run.metadata["data"]:
         run.loader.seek(saved.get(DATA_CURSOR))
     run.origin = _origin(job, run, chosen)
-    for line in resume_report(_resume_details(job, run, chosen, saved, derived)):
+    for line in resume_report(_resume_details(job, run, chosen, saved, derived, mixture)):
         job.log(line)
     for key in ("seed", "optimizer", "schedule", "loss_scaling"):
         if saved.get(key) != run.metadata[key]:
@@ -140,7 +142,12 @@ def name_to_keep(job: Job, run: TrainRun, chosen: Chosen) -> SaveName | None:
 
 
 def _resume_details(
-    job: Job, run: TrainRun, chosen: Chosen, saved: Mapping[str, Any], derived: InferredState | None
+    job: Job,
+    run: TrainRun,
+    chosen: Chosen,
+    saved: Mapping[str, Any],
+    derived: InferredState | None,
+    mixture: Sequence[str],
 ) -> ResumeDetails:
     source = chosen.source
     return ResumeDetails(
@@ -156,6 +163,7 @@ def _resume_details(
         total_steps=run.total_steps,
         data_position_is_set=_sets_data_position(job.config),
         derived=derived,
+        mixture=tuple(mixture),
     )
 
 
@@ -217,24 +225,38 @@ def _check_optimizer_state(job: Job, run: TrainRun, chosen: Chosen) -> None:
 
 def _data_position(
     job: Job, run: TrainRun, saved: Mapping[str, Any], state: TrainState
-) -> TrainState:
-    """The state with its data position. Raises `UserError` where data or order have changed and the
-    configuration does not set a position."""
+) -> tuple[TrainState, list[str]]:
+    """The state with its data position, and what has changed in the shares of a mixture. Raises
+    `UserError` where data or order have changed and the configuration does not set a position."""
     if _sets_data_position(job.config):
         skipped = (job.config.data_skip_steps or 0) * run.loader.global_batch
-        return replace(state, data_position=skipped)
+        return replace(state, data_position=skipped), []
     before, present = saved.get("data", {}), run.metadata["data"]
-    changed = [key for key in present if before.get(key) != present[key]]
+    changed = [key for key in present if key != MIXTURE and before.get(key) != present[key]]
+    if (MIXTURE in before) != (MIXTURE in present):
+        forms = ("a mixture" if MIXTURE in data else "one source" for data in (before, present))
+        raise _other_data(
+            job, "train_dataset.data_loader: {} -> {}".format(*forms), "train_dataset.data_loader"
+        )
     if changed:
         settings = [key for key in changed if key in DATA_KEYS]
         listing = ", ".join(f"{DATA_KEYS[k]}: {before.get(k)} -> {present[k]}" for k in settings)
-        key = DATA_KEYS[settings[0]] if settings else "train_dataset.data_loader.dataset_dir"
-        raise UserError(
-            "the training data is not that of the checkpoint "
-            f"({listing or 'the content of the files differs'})",
-            where=job.provenance.nearest(key),
-            rule="a resumed run continues with the same samples in the same order",
-            advice="Use the same data, or set the position in the new data: "
-            "ignore_data_skip: True (its start) or data_skip_steps: n",
-        )
-    return state
+        raise _other_data(job, listing, DATA_KEYS[settings[0]] if settings else "")
+    order = run.loader.order
+    if not isinstance(order, MixtureOrder):
+        return state, []
+    order, entry, changes = continued(order, before[MIXTURE], state.data_position, job.provenance)
+    run.loader.follow(order)
+    run.metadata["data"] = {**present, MIXTURE: entry}
+    return state, changes
+
+
+def _other_data(job: Job, listing: str, key: str) -> UserError:
+    return UserError(
+        "the training data is not that of the checkpoint "
+        f"({listing or 'the content of the files differs'})",
+        where=job.provenance.nearest(key or "train_dataset.data_loader.dataset_dir"),
+        rule="a resumed run continues with the same samples in the same order",
+        advice="Use the same data, or set the position in the new data: "
+        "ignore_data_skip: True (its start) or data_skip_steps: n",
+    )

@@ -8,8 +8,9 @@
       configuration  parallel_config.data_parallel: 2 -> 1
       versions       torch: 2.11.0 -> 2.12.0
 
-Owns the text and what it compares. At most twenty lines. It promises a bitwise identical run only
-where the layout, every effective key, the versions and the data position are the same.
+Owns the text and what it compares. At most twenty lines, and ten for a mixture whose shares have
+changed. It promises a bitwise identical run only where the layout, every effective key, the
+versions and the data position are the same.
 """
 
 from __future__ import annotations
@@ -66,6 +67,8 @@ class ResumeDetails:
     """Whether the configuration sets the data position."""
     derived: InferredState | None = None
     """The inferred state, of a save without a state file."""
+    mixture: tuple[str, ...] = ()
+    """What has changed in the shares of the sources of a mixture."""
 
 
 def resume_report(details: ResumeDetails) -> list[str]:
@@ -144,6 +147,7 @@ def _changes(details: ResumeDetails) -> Iterator[str]:
             yield _line("versions", ", ".join(software))
     else:
         yield _line("configuration", "not compared: the save was written by an older version")
+    yield from _mixture(details)
     yield from _data(details)
 
 
@@ -194,6 +198,13 @@ def _configuration(saved: Mapping[str, Any], present: Mapping[str, Any]) -> Iter
     shown = found[:KEYS_SHOWN] + ([f"... and {rest} more"] if rest > 0 else [])
     for index, text in enumerate(shown):
         yield _line("" if index else "configuration", text)
+
+
+def _mixture(details: ResumeDetails) -> Iterator[str]:
+    rest = len(details.mixture) - KEYS_SHOWN
+    shown = [*details.mixture[:KEYS_SHOWN], *([f"... and {rest} more"] if rest > 0 else [])]
+    for index, text in enumerate(shown):
+        yield _line("" if index else "mixture", text)
 
 
 def differences(saved: Mapping[str, Any], present: Mapping[str, Any]) -> list[str]:

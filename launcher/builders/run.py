@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from launcher.builders.data import evaluation_source, open_dataset, steps_per_epoch
+from launcher.builders.data import evaluation_data, open_training_data, steps_per_epoch
 from launcher.builders.gradients import gradients_of
 from launcher.builders.job import Job
 from launcher.builders.load_weights import load_or_init
@@ -18,11 +18,8 @@ from launcher.builders.model import build_parallel
 from launcher.builders.run_metadata import run_metadata
 from launcher.checkpoint.savable import Origin
 from launcher.config.derived import global_batch_size
-from launcher.config.schema import Config, DatasetSection
+from launcher.config.schema import Config
 from launcher.data.loader import Loader
-from launcher.data.order import GlobalOrder, SampleOrder
-from launcher.data.rows import RowDataset
-from launcher.data.streaming.order import StreamOrder
 from launcher.errors import UserError
 from launcher.parallel.matrices import MatrixExchange, matrix_exchange
 from launcher.train.health import limits_of
@@ -49,16 +46,10 @@ def build_run(job: Job) -> TrainRun:
     """A run at step 0, its weights undefined."""
     config, section = job.config, job.config.train_dataset
     assert section is not None
-    dataset = open_dataset(job, section)
-    assert not isinstance(section.data_loader, list)  # mixtures are not built yet
-    seed = config.seed if section.seed is None else section.seed
-    shuffle = section.data_loader.shuffle
-    order: SampleOrder = GlobalOrder(len(dataset), seed, shuffle)
-    if dataset.is_endless:
-        order = StreamOrder(seed, shuffle)
+    data = open_training_data(job, section)
     loader = Loader(
-        dataset,
-        order,
+        data.dataset,
+        data.order,
         batch_size=config.runner_config.batch_size * config.micro_batch_interleave_num,
         micro_steps=_micro_batches(config),
         data_parallel=job.mesh.data_parallel,
@@ -66,12 +57,14 @@ def build_run(job: Job) -> TrainRun:
         pin_memory=job.world.device.type == "cuda",
     )
     assert loader.global_batch == global_batch_size(config)
-    per_epoch = _steps_per_epoch(job, section, dataset, loader.global_batch)
+    per_epoch = steps_per_epoch(
+        data.epoch_samples, loader.global_batch, drop_remainder=section.drop_remainder
+    )
     total = _total_steps(job, per_epoch)
     stop = min(total, config.runner_config.stop_step or total)
-    if len(dataset) < loader.global_batch:
+    if len(data.dataset) < loader.global_batch:
         job.log(
-            f"warning: the data has {len(dataset)} samples, fewer than the global batch of "
+            f"warning: the data has {len(data.dataset)} samples, fewer than the global batch of "
             f"{loader.global_batch}: a step trains on some of them more than once"
         )
     _warn_of_warmup(job, total, stop, per_epoch)
@@ -95,9 +88,9 @@ def build_run(job: Job) -> TrainRun:
         steps_per_epoch=per_epoch,
         total_steps=stop,
         sink_size=_sink_size(config, per_epoch),
-        metadata=run_metadata(job, dataset, order, loader.global_batch, scaling),
+        metadata=run_metadata(job, data, loader.global_batch, scaling),
         write_model_files=partial(_write_model_files, job, next(built.parts.parameters()).dtype),
-        evaluation=evaluation_source(job) if config.do_eval else None,
+        evaluation=evaluation_data(job) if config.do_eval else None,
         origin=Origin(inputs=_inputs(config)),
         state=TrainState(loss_scale=scaling.first if scaling is not None else 1.0),
         log=job.log,
@@ -134,17 +127,6 @@ def _micro_batches(config: Config) -> int:
     if config.parallel_config.pipeline_stage > 1:
         return config.parallel_config.micro_batch_num
     return config.runner_config.gradient_accumulation_steps
-
-
-def _steps_per_epoch(
-    job: Job, section: DatasetSection, dataset: RowDataset, global_batch: int
-) -> int:
-    """Steps of an epoch. A stream, whose rows are not known before, has one: all of max_steps."""
-    if dataset.is_endless:
-        steps = job.config.runner_config.max_steps
-        assert steps is not None  # a rule of the configuration
-        return steps
-    return steps_per_epoch(len(dataset), global_batch, drop_remainder=section.drop_remainder)
 
 
 def _total_steps(job: Job, per_epoch: int) -> int:

@@ -12,38 +12,48 @@ from typing import Any
 
 import torch
 
+from launcher.builders.data import TrainingData
 from launcher.builders.job import Job
+from launcher.builders.mixture_resume import MIXTURE, to_json
 from launcher.config.flat import flat
-from launcher.data.order import SampleOrder
-from launcher.data.rows import RowDataset
+from launcher.data.mixture import MixtureOrder
 from launcher.train.scaling import LossScaling
 
 _NOT_OF_THE_MODEL = {"transformers_version", "_name_or_path"}
 
 
 def run_metadata(
-    job: Job, dataset: RowDataset, order: SampleOrder, global_batch: int,
-    scaling: LossScaling | None,
-) -> dict[str, Any]:  # fmt: skip
+    job: Job, data: TrainingData, global_batch: int, scaling: LossScaling | None
+) -> dict[str, Any]:
     """The metadata of a training run, as JSON values."""
     return {
         "seed": job.config.seed,
         "global_batch_size": global_batch,
-        "data": {
-            "fingerprint": dataset.fingerprint,
-            "rows": None if dataset.is_endless else len(dataset),
-            "seq_length": dataset.seq_length,
-            "packing": dataset.packed,
-            "order_seed": order.seed,
-            "shuffle": order.shuffle,
-            **dataset.settings,
-        },
+        "data": _data(data),
         "optimizer": job.config.optimizer.type,
         "schedule": job.config.lr_schedule.type,
         "loss_scaling": scaling.kind if scaling is not None else None,
         "configuration": flat(job.config),
         "model": _model(job),
         "versions": versions(job.world.device),
+    }
+
+
+def _data(data: TrainingData) -> dict[str, Any]:
+    dataset, order = data.dataset, data.order
+    common = {
+        "seq_length": dataset.seq_length,
+        "packing": dataset.packed,
+        "order_seed": order.seed,
+    }
+    if isinstance(order, MixtureOrder):
+        return {**common, MIXTURE: to_json(order)}
+    return {
+        "fingerprint": dataset.fingerprint,
+        "rows": None if dataset.is_endless else len(dataset),
+        **common,
+        "shuffle": order.shuffle,
+        **dataset.settings,
     }
 
 

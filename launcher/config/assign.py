@@ -148,7 +148,20 @@ def _set(tree: Node, key: str, value: Node) -> Node:
     try:
         return put(tree, key, value)
     except NoPlace as error:
-        raise _unknown(key, value.where, str(error)) from None
+        raise _unknown(key, value.where, str(error), _with_index(tree, key)) from None
+
+
+def _with_index(tree: Node, key: str) -> str:
+    """Advice for a key that leads into a list without saying which entry."""
+    names = key.split(".")
+    for end in range(1, len(names)):
+        reached = find(tree, ".".join(names[:end]))
+        if reached is not None and isinstance(reached.value, list) and not names[end].isdecimal():
+            entry = ".".join([*names[:end], "0", *names[end:]])
+            if names[0] == "callbacks" or not place_of(entry).is_known:
+                return ""
+            return f"Write `{entry}=...` for the first entry of the list"
+    return ""
 
 
 def _added(tree: Node, key: str, value: Node) -> Node:
@@ -158,7 +171,10 @@ def _added(tree: Node, key: str, value: Node) -> Node:
     if is_list or (present is not None and isinstance(present.value, list)):
         present = present or Node(value=[], where=value.where)
         if present.is_text or not isinstance(present.value, list):
-            raise _unknown(key, value.where, f"{present.plain()!r} is not a list")
+            raise _unknown(
+                key, value.where, f"{present.plain()!r} is not a list",
+                "`+` adds an entry to a list: write a list in the file, `- ` before each entry",
+            )  # fmt: skip
         entries = value.value if isinstance(value.value, list) else [value]
         return _set(tree, key, dataclasses.replace(present, value=[*present.value, *entries]))
     if place.is_open or key.startswith("callbacks.") or (

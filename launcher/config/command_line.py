@@ -107,6 +107,7 @@ SHORT_NAMES = {"train_dataset": "train_dataset_dir", "train_data": "train_datase
 SWITCHES = {
     "check_config": "check the configuration and exit",
     "print_config": "print the resolved configuration as YAML and exit",
+    "prepare_data": "tokenize the data into the cache and exit; no GPU, one process",
     "migrate": "print a configuration of MindFormers in the keys of Slipway and exit",
     "help": "print this help and exit",
 }
@@ -131,6 +132,7 @@ class CommandLine:
     config: str | None = None
     check_config: bool = False
     print_config: bool = False
+    prepare_data: bool = False
     migrate: bool = False
     help: bool = False
     flags: list[Assignment] = field(default_factory=list)

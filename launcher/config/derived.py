@@ -11,7 +11,7 @@ from math import lcm
 from pathlib import Path
 from typing import Any
 
-from launcher.config.schema import Config
+from launcher.config.schema import Config, DatasetSection
 from launcher.environment import process_environment
 from launcher.errors import UserError
 from launcher.json_text import UNAMBIGUOUS, NotJson, line_and_column, parse
@@ -46,6 +46,17 @@ def degrees(config: Config) -> dict[str, int]:
         "pipeline_stage": parallel.pipeline_stage,
         "context_parallel": parallel.context_parallel,
     }
+
+
+def used_datasets(config: Config) -> dict[str, DatasetSection]:
+    """The data sections that the run mode reads, by name."""
+    trains = config.run_mode in ("train", "finetune")
+    evaluates = config.run_mode == "eval" or (trains and config.do_eval)
+    found = {
+        "train_dataset": config.train_dataset if trains else None,
+        "eval_dataset": config.eval_dataset if evaluates else None,
+    }
+    return {name: section for name, section in found.items() if section is not None}
 
 
 def mesh_of(config: Config) -> Mesh:

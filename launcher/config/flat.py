@@ -26,6 +26,7 @@ OF_ONE_START = (
     *("mindformers_use_gmm", "mindformers_rearranged_rope"),
     *("save_unified_checkpoint", "save_converted_checkpoint", "save_file", "output_dir"),
     *("tensorboard.tensorboard_dir", "callbacks.*.directory"),
+    *("data_cache.*", "*dataset*.num_parallel_workers"),
 )
 """Keys that may differ between two starts of one run."""
 

@@ -100,9 +100,20 @@ def dataset_tasks(tree: Node, problems: list[Problem]) -> Node:
     return tree
 
 
+def row_lengths(tree: Node, problems: list[Problem]) -> Node:
+    """`data_loader.config.seq_length` is train_dataset.seq_length where that is not set."""
+    for name in ("train_dataset", "eval_dataset"):
+        node = find(tree, f"{name}.data_loader.config.seq_length")
+        given = find(tree, f"{name}.seq_length")
+        if node is not None and node.value is not None and (given is None or given.value is None):
+            tree = put(tree, f"{name}.seq_length", node)
+    return tree
+
+
 IMPLIED: tuple[Callable[[Node, list[Problem]], Node], ...] = (
     trust,
     run_mode,
     generation,
     dataset_tasks,
+    row_lengths,
 )

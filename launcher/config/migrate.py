@@ -11,6 +11,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any
 
 from launcher.config.assign import place_of
@@ -64,6 +65,10 @@ def _key(problem: Problem) -> str:
     return getattr(problem, "key", "")
 
 
+def _is_list_of_sections(path: str) -> bool:
+    return path == "callbacks" or path.endswith(".data_loader")
+
+
 def _is_to_be_given(problem: Problem) -> bool:
     return _key(problem).split(".")[0] in _GIVEN
 
@@ -75,7 +80,10 @@ class _Writer:
         self, resolved: Resolved, wrong: dict[str, Problem], second_names: dict[str, str]
     ) -> None:
         self.resolved = resolved
-        self.no_effect = set(resolved.no_effect) - set(EVALUATION_READS_ALL)
+        self.no_effect = {
+            key for key in resolved.no_effect
+            if not any(fnmatchcase(key, pattern) for pattern in EVALUATION_READS_ALL)
+        }  # fmt: skip
         self.second_names = second_names
         self.counts: Counter[str] = Counter()
         self.by_new_key = {
@@ -112,7 +120,7 @@ class _Writer:
             is_live = any(not line.lstrip().startswith("#") for line in lines)
             yield f"{indent}{key}:" if is_live else f"{indent}# {key}:"
             yield from lines
-        elif path == "callbacks" and isinstance(node.value, list) and node.value:
+        elif _is_list_of_sections(path) and isinstance(node.value, list) and node.value:
             yield f"{indent}{key}:"
             for index, item in enumerate(node.value):
                 yield from self._item(item, f"{path}.{index}", depth + 1)

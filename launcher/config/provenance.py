@@ -52,5 +52,9 @@ class Provenance:
         """The problem under the key that the user wrote."""
         key = getattr(problem, "key", "")
         rest = problem.what.removeprefix(key)
-        is_about_it = key in self.names and rest != problem.what and rest[:1] in ("", " ", ":")
-        return replace(problem, what=self.names[key] + rest) if is_about_it else problem
+        renamed = key  # the key, or a section around it
+        while renamed and renamed not in self.names:
+            renamed = renamed.rpartition(".")[0]
+        is_about_it = renamed and rest != problem.what and rest[:1] in ("", " ", ":")
+        name = self.names.get(renamed, "") + key.removeprefix(renamed)
+        return replace(problem, what=name + rest) if is_about_it else problem

@@ -17,6 +17,7 @@ Owns the order of the steps. Problems of single keys are collected in `Resolved.
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -104,7 +105,9 @@ def read_tree(tree: Node, problems: Sequence[Problem] = ()) -> Resolved:
         if change.kind == "no effect" and not asks_for_nothing(change.value)
     ]
     wrong = [key for problem in draft.problems for key in (problem.key, *problem.also)]
-    unread = [key for key in EVALUATION_READS_ALL if key in reader.places]
+    unread = [
+        key for pattern in EVALUATION_READS_ALL for key in fnmatch.filter(reader.places, pattern)
+    ]
     return Resolved(
         config=_without_tasks(reader.config),
         provenance=provenance,
@@ -158,6 +161,7 @@ EVALUATION_READS_ALL = (
     "eval_dataset.seed",
     "eval_dataset.drop_remainder",
     "eval_dataset.data_loader.shuffle",
+    "eval_dataset.data_loader.*.shuffle",
 )
 """Keys of a data section that have no effect where every row is read once."""
 

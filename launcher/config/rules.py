@@ -13,11 +13,13 @@ from pathlib import Path
 from launcher.config.checks import (
     generation,
     memory,
+    mixture,
     model,
     parallel,
     paths,
     pipeline,
     placeholders,
+    records,
     registered,
     streaming,
     tokenizer,
@@ -76,6 +78,14 @@ RULES: tuple[Rule, ...] = (
     generation.bad_words,
     paths.datasets,
     streaming.streams,
+    mixture.mixtures,
+    records.places,
+    records.tables,
+    records.splits,
+    records.columns,
+    records.transforms,
+    records.prompts,
+    records.packing,
     paths.tokenizer,
     tokenizer.tokenizer_files,
     paths.named_paths,
@@ -89,6 +99,20 @@ RULES: tuple[Rule, ...] = (
     registered.callbacks,
     model.model,
 )
+
+DATA_RULES: tuple[Rule, ...] = (
+    paths.run_mode,
+    parallel.rows,
+    training.evaluation_in_training,
+    paths.datasets,
+    paths.tokenizer,
+    tokenizer.tokenizer_files,
+    paths.named_paths,
+    placeholders.hub_files,
+    placeholders.data_files,
+    model.model,
+)
+"""Those of `--prepare_data`, which needs neither weights nor the processes of the run."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +132,7 @@ def check(
     *,
     world: int | None,
     bad_keys: frozenset[str] = frozenset(),
+    rules: tuple[Rule, ...] = RULES,
 ) -> list[Problem]:
     """Every problem that the rules find. `world`: number of processes, None before the start."""
     subject = Check(config=config, provenance=provenance, world_size=world)
@@ -115,7 +140,7 @@ def check(
     if with_nul := list(_nul_characters(subject)):
         return with_nul  # the system raises ValueError for such a path
     found: list[Problem] = []
-    for rule in RULES:
+    for rule in rules:
         try:
             found += [problem for problem in rule(subject) if not _follows(problem, known)]
         except OSError as error:

@@ -75,6 +75,8 @@ _NOT_BUILT = {"model.model_config.pet_config": "LoRA is not built yet"}
 
 _SAME_SECTION = 0.15
 _WITHOUT_EFFECT = 0.05
+_DEPTH = 0.001
+"""Of two keys that are equally near the outer one is meant."""
 _ENOUGH = 0.7
 
 
@@ -150,7 +152,7 @@ def nearest_key(name: str, section: str) -> str:
     matcher = SequenceMatcher(b=word.lower())
     for key in schema_keys():
         bonus = _SAME_SECTION if key.section == section else 0.0
-        bonus -= 0.0 if key.acts else _WITHOUT_EFFECT
+        bonus -= (0.0 if key.acts else _WITHOUT_EFFECT) + _DEPTH * key.path.count(".")
         matcher.set_seq1(key.name.lower())
         if matcher.real_quick_ratio() + bonus <= max(best_score, _ENOUGH):
             continue

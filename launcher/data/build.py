@@ -3,9 +3,10 @@ rank.
 
 Owns the data cache. Invariants:
 
-1. A folder of the cache is named by a hash of everything that decides its content: the files (path,
-   size, modification time), the settings, the tokenizer. It is written under a temporary name and
-   renamed when it is complete.
+1. A folder of the cache is named by a hash of everything that decides its content: the bytes of the
+   files and their kinds, the settings, the tokenizer. Where the files lie is no part of it, so that
+   moved, copied or touched files are not tokenized again. With `num_samples`, which reads only the
+   beginning of the data, path, size and time of the files stand for their bytes.
 2. One rank of each file system reads the sources and writes the cache; every rank ends with the
    same dataset or the same error. No machine needs the cache of another one.
 3. The cache may be deleted at any time between runs; nothing else is kept in it.
@@ -13,22 +14,33 @@ Owns the data cache. Invariants:
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping
+import weakref
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 from xxhash import xxh3_128
 
 from launcher.config.schema import DatasetSection
+from launcher.data.cache import (
+    FACTS,
+    Lease,
+    make_room,
+    only_maker,
+    publish,
+    remove,
+    scratch_folder,
+    take_lease,
+)
+from launcher.data.content import content_hashes
 from launcher.data.files import DataFile
 from launcher.data.loaders import (
     loader_of,
     loader_type,
-    read_samples,
     row_loader_of,
     source_files,
 )
@@ -40,17 +52,20 @@ from launcher.data.packing import (
     StreamRows,
     plan_rows,
 )
+from launcher.data.progress import OnProgress, Progress, ignore_progress
 from launcher.data.rows import RowDataset, Rows
-from launcher.data.store import INDEX_DTYPE, TokenWriter, map_array, open_store, write_array
+from launcher.data.store import INDEX_DTYPE, map_array, open_store, write_array
 from launcher.data.tally import Tally
 from launcher.data.templates import DEFAULT_CHAT_TEMPLATE
+from launcher.data.tokenizing import tokenize_files
 from launcher.data.tokens import backend_of
 from launcher.errors import UserError
 
-CACHE_VERSION = 2
+CACHE_VERSION = 3
 """Part of every key: raise it when the same input would be stored in another way."""
-PROGRESS_SECONDS = 10.0
-LEFTOVER_SECONDS = 86400.0
+
+MAX_PATHS = 10_000
+"""Files whose paths are kept with a dataset, for its warnings."""
 
 Once = Callable[[Callable[[], str]], str]
 
@@ -63,13 +78,18 @@ def build_dataset(
     cache_dir: Path,
     once: Once,
     log: Log,
+    on_progress: OnProgress = ignore_progress,
+    workers: int = 1,
+    max_cache_bytes: int | None = None,
     model_config: Mapping[str, Any] | None = None,
+    phase: str = "train",
 ) -> RowDataset:
     """The rows of one dataset section, tokenized now or read from the cache.
 
-    Every rank calls this with the same arguments; `log` is called on the ranks that prepare the
-    data. `once` runs a function on one of the ranks that share `cache_dir` and returns its result
-    on each of them. Raises UserError, the same on every rank.
+    Every rank calls this with the same arguments; `log` and `on_progress` are called on the ranks
+    that prepare the data, with `workers` processes at most. `once` runs a function on one of the
+    ranks that share `cache_dir` and returns its result on each of them. `max_cache_bytes`: what the
+    cache may have, apart from folders in use. Raises UserError, the same on every rank.
     """
     recipe = Recipe(
         section=section,
@@ -77,38 +97,53 @@ def build_dataset(
         seq_length=seq_length,
         cache_dir=Path(cache_dir),
         log=log,
+        on_progress=on_progress,
+        workers=workers,
         model_config=model_config or {},
+        phase=phase,
     )
     row_loader = row_loader_of(recipe.loader)
     if row_loader is not None:
         return row_loader.open(recipe, once(lambda: row_loader.prepare(recipe)))
-    settings = settings_of(recipe)
-    name = once(lambda: _ensure_folder(recipe, settings).name)
-    return _open(recipe.cache_dir / name, recipe)
+    leases: list[Lease] = []  # of the rank that prepares, until it has opened the folder
+
+    def prepare() -> str:
+        folder, lease = _ensure_folder(recipe)
+        leases.append(lease)
+        if max_cache_bytes is not None:
+            make_room(recipe.cache_dir, max_cache_bytes, keep=folder, log=log)
+        return folder.name
+
+    try:
+        return _open_leased(recipe.cache_dir / once(prepare), recipe)
+    finally:
+        for lease in leases:
+            lease.close()
 
 
-def _ensure_folder(recipe: Recipe, settings: dict[str, Any]) -> Path:
-    """The folder of the cache with this dataset, created where it does not exist."""
+def _open_leased(folder: Path, recipe: Recipe) -> RowDataset:
+    """The dataset in `folder`, which nobody deletes while its rows are used."""
+    lease = take_lease(folder)
+    dataset = _open(folder, recipe)
+    if lease is not None:
+        weakref.finalize(dataset.rows, lease.close)
+    return dataset
+
+
+def _ensure_folder(recipe: Recipe) -> tuple[Path, Lease]:
+    """The folder of the cache with this dataset, created where it does not exist; in use until the
+    lease is closed."""
     started = time.monotonic()
     files = source_files(recipe.loader)
-    key = hash_of([settings, [[str(f.path.resolve()), f.size, f.mtime_ns] for f in files]])
-    folder = recipe.cache_dir / key
     try:
         recipe.cache_dir.mkdir(parents=True, exist_ok=True)
-        if folder.exists() and not _is_complete(folder, recipe):
-            recipe.log(f"warning: the cached tokens in {folder} are damaged and are made again")
-            shutil.rmtree(folder)
-        origin = f"from the cache {folder}"
-        if not folder.exists():
-            _make(folder, recipe, files)
-            origin = f"{time.monotonic() - started:.1f} s"
+        folder = recipe.cache_dir / _key(recipe, files)
+        lease, is_new = _used(folder, recipe), False
+        if lease is None:
+            lease, is_new = _made(folder, recipe, files)
     except OSError as error:
-        raise UserError(
-            f"the data cache cannot be written ({error.strerror or error})",
-            where=str(error.filename or recipe.cache_dir),
-            rule="tokens are cached in a folder that this user may write to",
-            advice="Free some space, give write permission, or set another output_dir",
-        ) from error
+        raise _not_written(recipe, error) from error
+    origin = f"{time.monotonic() - started:.1f} s" if is_new else f"from the cache {folder}"
     metadata = _metadata(folder)
     unit = loader_of(recipe.loader).unit
     rows = len(open_rows(folder, recipe))
@@ -117,51 +152,75 @@ def _ensure_folder(recipe: Recipe, settings: dict[str, Any]) -> Path:
         f"{metadata['tokens']:,} tokens, {rows:,} rows of {recipe.seq_length} ({origin})"
     )
     for line in metadata["warnings"]:
-        recipe.log(line)
-    return folder
+        recipe.log(_with_present_paths(line, metadata["paths"], files))
+    return folder, lease
+
+
+def _used(folder: Path, recipe: Recipe) -> Lease | None:
+    """The use of a folder that exists and is complete."""
+    lease = take_lease(folder)
+    if lease is not None and not _is_complete(folder, recipe):
+        lease.close()
+        return None
+    return lease
+
+
+def _made(folder: Path, recipe: Recipe, files: list[DataFile]) -> tuple[Lease, bool]:
+    """The use of a folder that this job makes, or another one at the same time; and whether it was
+    this one."""
+    waited = False
+
+    def waits(holder: str) -> None:
+        nonlocal waited
+        if not waited:
+            recipe.log(f"data: waiting for {holder}, another job that makes {folder}")
+        waited = True
+        verb = "wait for another job to tokenize"
+        recipe.on_progress(Progress(verb=verb, fraction=None, detail=holder))
+
+    def is_made() -> bool:
+        return _is_complete(folder, recipe)
+
+    while True:
+        with only_maker(recipe.cache_dir, folder.name, is_made, waits):
+            lease, is_new = _used(folder, recipe), False
+            if lease is None:
+                if folder.exists():
+                    recipe.log(f"warning: the cached tokens in {folder} are damaged and are made "
+                               "again")  # fmt: skip
+                    remove(folder)
+                _make(folder, recipe, files)
+                lease, is_new = take_lease(folder), True
+        if lease is not None:  # else another job has deleted the folder already
+            return lease, is_new
 
 
 def _make(folder: Path, recipe: Recipe, files: list[DataFile]) -> None:
     """Read, tokenize, assign samples to rows, write: all of it or nothing."""
-    _remove_leftovers(folder.parent)
-    scratch = folder.parent / f".{folder.name}.{uuid4().hex}.tmp"
-    scratch.mkdir()
+    scratch = scratch_folder(folder.parent, folder.name)
     try:
         tally = Tally()
-        samples = read_samples(recipe.loader, files, recipe.cache_dir, tally)
-        metadata = write_rows(scratch, recipe, samples, tally, files=len(files))
+        metadata = tokenize_files(scratch, recipe, files, tally)
+        metadata |= {
+            "files": len(files),
+            "paths": [str(file.path) for file in files[:MAX_PATHS]],
+            "read": tally.documents,
+            "warnings": tally.warnings(recipe.seq_length),
+        }
+        assign_rows(scratch, recipe, metadata)
         if len(open_rows(scratch, recipe)) == 0:
             raise _nothing_to_train_on(recipe, files, metadata)
-        try:
-            scratch.rename(folder)
-        except OSError:
-            if not folder.exists():  # otherwise another run was faster, with the same content
-                raise
+        _check_unchanged(recipe, files)
+        publish(scratch, folder)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def write_rows(
-    folder: Path,
-    recipe: Recipe,
-    samples: Iterable[Any],
-    tally: Tally,
-    *,
-    files: int = 1,
-    durable: bool = True,
-) -> dict[str, Any]:
-    """Tokenize samples and assign them to rows, in the files that `open_rows` maps.
-
-    `samples` are those of the data loader of `recipe`, which counts what it leaves out in `tally`;
-    `files`: how many they come from. Not `durable`: the files need not outlive a crash of the
-    machine. Returns the metadata of the folder.
-    """
-    metadata = _tokenize(folder, recipe, samples, tally, durable=durable)
-    metadata |= {
-        "files": files,
-        "read": tally.documents,
-        "warnings": tally.warnings(recipe.seq_length),
-    }
+def assign_rows(
+    folder: Path, recipe: Recipe, metadata: dict[str, Any], *, durable: bool = True
+) -> None:
+    """Assign the samples of a token store to rows, in the files that `open_rows` maps. `metadata`
+    of the store is completed; not `durable`: the files need not outlive a crash of the machine."""
     if not _is_stream(recipe):
         store = open_store(folder, metadata)
         plan = plan_rows(store, recipe.seq_length, packed=recipe.section.packing)
@@ -171,42 +230,43 @@ def write_rows(
         for name in PLAN_ARRAYS:
             values = getattr(plan, name).astype(INDEX_DTYPE)
             write_array(folder / f"{name}.bin", values, durable=durable)
-    (folder / "facts.json").write_text(json.dumps(metadata, indent=1) + "\n")
-    return metadata
+    (folder / FACTS).write_text(json.dumps(metadata, indent=1) + "\n")
 
 
-def _tokenize(
-    folder: Path, recipe: Recipe, samples: Iterable[Any], tally: Tally, *, durable: bool
-) -> dict[str, Any]:
-    loader = loader_of(recipe.loader)
-    writer = TokenWriter(folder, with_targets=loader.has_targets, durable=durable)
-    progress = _Progress(tally, writer, recipe.log)
-    try:
-        for batch in loader.tokenize(samples, recipe, tally):
-            writer.add(*batch)
-            progress.report()
-        return writer.finish()
-    finally:
-        writer.close()
+def _check_unchanged(recipe: Recipe, files: list[DataFile]) -> None:
+    """The files are still those whose content the name of the folder is made of."""
+    found = {file.path: file for file in source_files(recipe.loader)}
+    for file in files:
+        if found.get(file.path) != file:
+            raise UserError(
+                "has changed while it was read",
+                where=str(file.path),
+                rule="the files of a dataset must not change while they are tokenized",
+                advice="Start again when the program that writes it has ended",
+            )
 
 
-class _Progress:
-    """A log line every few seconds, for corpora that take long."""
+def _with_present_paths(line: str, before: list[str], files: list[DataFile]) -> str:
+    """A warning with the paths that the same files have now."""
+    for old, file in zip(before, files, strict=False):
+        if old != str(file.path) and old in line:
+            return line.replace(old, str(file.path))
+    return line
 
-    def __init__(self, tally: Tally, writer: TokenWriter, log: Log) -> None:
-        self._tally, self._writer, self._log = tally, writer, log
-        self._started = self._last = time.monotonic()
 
-    def report(self) -> None:
-        now = time.monotonic()
-        if now - self._last < PROGRESS_SECONDS:
-            return
-        self._last = now
-        speed = self._writer.tokens / (now - self._started)
-        self._log(
-            f"tokenizing: {self._tally.documents:,} read, {self._writer.tokens:,} tokens, "
-            f"{speed:,.0f} tokens/s"
-        )
+def _not_written(recipe: Recipe, error: OSError) -> UserError:
+    is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return UserError(
+        f"the data cache cannot be written ({error.strerror or error})",
+        where=str(error.filename or recipe.cache_dir),
+        rule="tokens are cached in a folder that this user may write to, 4 bytes a token"
+        if is_full
+        else "tokens are cached in a folder that this user may write to",
+        advice="Free some space there, set data_cache.dir to another disk or data_cache.max_gb to "
+        "delete old datasets; nothing of this one was left behind"
+        if is_full
+        else "Give write permission, or set data_cache.dir or another output_dir",
+    )
 
 
 def _open(folder: Path, recipe: Recipe) -> RowDataset:
@@ -217,11 +277,12 @@ def _open(folder: Path, recipe: Recipe) -> RowDataset:
         packed=recipe.section.packing,
         content=metadata["content"],
         largest_token=metadata["largest_token"],
+        cached_in=str(folder),
     )
 
 
 def open_rows(folder: Path, recipe: Recipe) -> Rows:
-    """Map the rows in a folder of `write_rows`. Raises OSError or ValueError for damaged files."""
+    """Map the rows in a folder. Raises OSError or ValueError for damaged files."""
     metadata = _metadata(folder)
     store = open_store(folder, metadata)
     if _is_stream(recipe):
@@ -238,7 +299,8 @@ def open_rows(folder: Path, recipe: Recipe) -> Rows:
 
 def _is_stream(recipe: Recipe) -> bool:
     """Whether documents are one stream of tokens, which is cut into rows when they are read."""
-    return recipe.section.packing and not loader_of(recipe.loader).has_targets
+    usual = "first_fit" if loader_of(recipe.loader).has_targets else "concatenate"
+    return recipe.section.packing and (recipe.section.packing_strategy or usual) == "concatenate"
 
 
 def _pad_token(recipe: Recipe) -> int:
@@ -255,8 +317,26 @@ def _is_complete(folder: Path, recipe: Recipe) -> bool:
 
 
 def _metadata(folder: Path) -> dict[str, Any]:
-    metadata: dict[str, Any] = json.loads((folder / "facts.json").read_text())
+    metadata: dict[str, Any] = json.loads((folder / FACTS).read_text())
     return metadata
+
+
+def _key(recipe: Recipe, files: list[DataFile]) -> str:
+    """The name of the folder: a hash of what decides its content."""
+    if recipe.loader.num_samples is not None:
+        content = [[str(f.path.resolve()), f.size, f.mtime_ns] for f in files]
+    else:
+        hashes = content_hashes(files, recipe.cache_dir, recipe.on_progress)
+        kinds = [_kind(file.path) for file in files]
+        content = [list(pair) for pair in zip(kinds, hashes, strict=True)]
+    return hash_of([settings_of(recipe), content])
+
+
+def _kind(path: Path) -> str:
+    """The part of the name of a file that decides how it is read: `.jsonl`, `.jsonl.gz`."""
+    name = path.name.lower()
+    inner = name.removesuffix(".gz")
+    return Path(inner).suffix + name.removeprefix(inner)
 
 
 def settings_of(recipe: Recipe) -> dict[str, Any]:
@@ -265,22 +345,27 @@ def settings_of(recipe: Recipe) -> dict[str, Any]:
     return {
         "version": CACHE_VERSION,
         "type": loader_type(loader),
-        "paths": loader.paths,
-        "suffixes": list(loader.suffixes or ()),
         "text_column": loader.text_column,
+        "record_format": loader.record_format,
+        "delimiter": loader.delimiter,
+        "column_map": loader.column_map,
+        "transforms": loader.transforms,
+        "prompt_template": loader.prompt_template,
         "format": loader.format,
         "strict_fields": loader.strict_fields,
-        "split": loader.split,
+        "split": loader.split,  # perhaps a part of the records of a file
         "num_samples": loader.num_samples,
         "packing": recipe.section.packing,
+        "is_stream": _is_stream(recipe),
         # A stream is cut into rows when it is read, so that one folder serves every length.
         "seq_length": None if _is_stream(recipe) else recipe.seq_length,
-        "tokenizer": _tokenizer_hash(tokenizer),
+        "tokenizer": tokenizer_hash(tokenizer),
         "chat_template": getattr(tokenizer, "chat_template", None) or DEFAULT_CHAT_TEMPLATE,
     }
 
 
-def _tokenizer_hash(tokenizer: Any) -> str:
+def tokenizer_hash(tokenizer: Any) -> str:
+    """A hash of everything that decides the tokens of a text."""
     if getattr(tokenizer, "is_fast", False):
         content = backend_of(tokenizer).to_str()
     else:
@@ -310,10 +395,3 @@ def _nothing_to_train_on(
         nearest=f"The first file is {files[0].path}",
         advice="; ".join(metadata["warnings"]) or "Look into the files",
     )
-
-
-def _remove_leftovers(cache_dir: Path) -> None:
-    """Delete temporary folders of runs that were killed more than a day ago."""
-    for leftover in cache_dir.glob(".*.tmp"):
-        if time.time() - leftover.stat().st_mtime > LEFTOVER_SECONDS:
-            shutil.rmtree(leftover, ignore_errors=True)

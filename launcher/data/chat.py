@@ -70,11 +70,11 @@ def tokenize_conversations(
         rendered = _render(batch, templates, strictness)
         samples = _tokenize_with_spans(rendered, batch, tokenizer)
         for conversation, sample in zip(batch, samples, strict=True):
-            _count(sample, conversation.where, strictness.tally, seq_length)
+            count_without_targets(sample, conversation.where, strictness.tally, seq_length)
         yield samples
 
 
-def _count(sample: Sample, where: str, tally: Tally, seq_length: int | None) -> None:
+def count_without_targets(sample: Sample, where: str, tally: Tally, seq_length: int | None) -> None:
     """Count a sample without targets: its first token is never predicted, and its row predicts
     `seq_length` tokens."""
     if not sample.is_target[1:].any():

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from launcher.data.fields import (
@@ -23,7 +22,8 @@ from launcher.data.fields import (
     TURN_FIELDS,
     WEIGHTS,
 )
-from launcher.data.records import Record, convert_records, read_records, shown
+from launcher.data.record_files import without_null
+from launcher.data.records import Record, convert_records, shown
 from launcher.data.strictness import (
     LENIENT,
     Strictness,
@@ -52,21 +52,14 @@ class Conversation:
     """Answers (indices of `messages`) that do not count for the loss."""
 
 
-def conversations_of_file(
-    path: Path, given_format: str | None, cache_dir: Path, strictness: Strictness
-) -> Iterator[Conversation]:
-    """The conversations of one file, in the given format (of FORMATS) or the detected one."""
-    return conversations_of_records(read_records(path, cache_dir), given_format, strictness)
-
-
-def conversations_of_records(
+def conversations_of(
     records: Iterable[Record | UserError],
     given_format: str | None,
     strictness: Strictness,
-    first: Record | None = None,
+    first_record: Record | None = None,
 ) -> Iterator[Conversation]:
-    """The conversations of consecutive records of a file. The format is detected from `first`, the
-    first record of the file; None: it is among the records."""
+    """The conversations of records, in the given format (of FORMATS) or that of the first record,
+    `first_record` where it is not among them."""
     if given_format is not None and given_format not in FORMATS:
         raise UserError(
             f"data_loader.format = {given_format!r}",
@@ -75,15 +68,15 @@ def conversations_of_records(
             advice="Leave it out to detect it",
         )
     form = given_format
-    if given_format is None and first is not None:
-        form = _detect(first)
+    if given_format is None and first_record is not None:
+        form = _detect(first_record)
 
     def conversation_of(record: Record) -> Conversation:
         nonlocal form
         if given_format is None:
             _refuse_two_formats(record)
         form = form or _detect(record)
-        return _READERS[form](record, strictness)
+        return _READERS[form](without_null(record), strictness)
 
     return convert_records(records, conversation_of)
 
@@ -108,7 +101,7 @@ def _detect(record: Record) -> str:
         rule="instruction data is alpaca (instruction, input, output), messages (messages: role, "
         "content) or sharegpt (conversations: from, value)",
         nearest=_turns_found(record),
-        advice="Rename the keys; plain text is read by HFDataLoader",
+        advice="Name its columns in data_loader.column_map; plain text is read by HFDataLoader",
     )
 
 

@@ -7,12 +7,14 @@ its position is reported. Files named `*.gz` are decompressed.
 from __future__ import annotations
 
 import gzip
+import io
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any, cast
 
 from launcher.data.files import unreadable
+from launcher.data.progress import Meter, active_meter
 
 _MARKS = (
     (b"\xff\xfe\x00\x00", "utf-32"),
@@ -21,6 +23,8 @@ _MARKS = (
     (b"\xfe\xff", "utf-16"),
 )
 """UTF-32 first: its little-endian mark begins with the one of UTF-16."""
+
+_BUFFER_BYTES = 1 << 20
 
 
 class NotText(Exception):
@@ -33,10 +37,38 @@ class NotText(Exception):
 
 
 def open_file(path: Path) -> IO[bytes]:
-    """Open a data file for reading bytes; decompress it if its name ends in .gz."""
-    return cast(
-        IO[bytes], gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb")
-    )
+    """Open a data file for reading bytes; decompress it if its name ends in .gz. An active meter
+    counts the bytes that are read from disk."""
+    meter = active_meter()
+    is_compressed = path.suffix.lower() == ".gz"
+    if meter is None:
+        return cast(IO[bytes], gzip.open(path, "rb") if is_compressed else path.open("rb"))
+    counted = io.BufferedReader(_CountedFile(path, meter), _BUFFER_BYTES)
+    if not is_compressed:
+        return counted
+    unpacked = gzip.GzipFile(fileobj=counted, mode="rb")
+    cast(Any, unpacked).myfileobj = counted  # closed together with it
+    return cast(IO[bytes], unpacked)
+
+
+class _CountedFile(io.FileIO):
+    """A file whose reads are counted by a meter."""
+
+    def __init__(self, path: Path, meter: Meter) -> None:
+        super().__init__(path, "rb")
+        self._meter = meter
+
+    def readinto(self, buffer: Any) -> int | None:
+        """As that of FileIO."""
+        count = super().readinto(buffer)
+        self._meter.add(count or 0)
+        return count
+
+    def readall(self) -> bytes:
+        """As that of FileIO."""
+        content = super().readall()
+        self._meter.add(len(content))
+        return content
 
 
 def read_bytes(path: Path) -> bytes:

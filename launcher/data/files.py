@@ -29,6 +29,8 @@ class DataFile:
     mtime_ns: int
     below: str = ""
     """The path relative to the folder it was found in; empty for a file that the user named."""
+    split: str = ""
+    """The split it was chosen for; empty for files that have none."""
 
 
 def find_files(
@@ -52,7 +54,7 @@ def find_files(
             found.setdefault(path, below)
     if not found:
         raise _nothing_found(places, wanted, skipped, suffix_advice)
-    return [_stat(path, below) for path, below in found.items()]
+    return [data_file(path, below) for path, below in found.items()]
 
 
 def _files_of_place(
@@ -106,7 +108,8 @@ def _walk(
         yield path, path.relative_to(folder).as_posix()
 
 
-def _stat(path: Path, below: str) -> DataFile:
+def data_file(path: Path, below: str = "") -> DataFile:
+    """One file as it is now. Raises UserError when it cannot be read."""
     try:
         status = path.stat()
     except OSError as error:

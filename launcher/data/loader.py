@@ -15,12 +15,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
-from launcher.data.order import SampleOrder
+from launcher.data.order import Order
 from launcher.data.rows import NO_TARGET, Ints, Row, RowDataset
 
 
@@ -38,6 +39,17 @@ class Batch:
     """[batch, seq_length], index of the document in its row; None where a row is one document."""
     sample_ids: torch.Tensor
     """[batch], index of each sample over all epochs of the run; -1: filler."""
+    sources: torch.Tensor | None = None
+    """bool [batch, sources]: whether a row is of a source of the mixture; no source for filler.
+    None where the data is no mixture."""
+
+
+class SourceCounts(NamedTuple):
+    """Of a global batch of a mixture, for each source."""
+
+    samples: list[int]
+    targets: list[int]
+    """Labels other than -100."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +64,8 @@ class StepData:
     """Tokens of the global batch without padding."""
     first_sample: int
     samples: int
+    sources: SourceCounts | None = None
+    """None where the data is no mixture."""
 
 
 class Loader:
@@ -60,7 +74,7 @@ class Loader:
     def __init__(
         self,
         dataset: RowDataset,
-        order: SampleOrder,
+        order: Order,
         *,
         batch_size: int,
         micro_steps: int,
@@ -70,17 +84,32 @@ class Loader:
         pin_memory: bool | None = None,
     ) -> None:
         """`batch_size`: rows per micro step and data rank; `pin_memory` None: if CUDA exists."""
-        if order.size != len(dataset):
-            raise ValueError(f"an order of {order.size} rows for {len(dataset)}")
         if not 0 <= data_rank < data_parallel:
             raise ValueError(f"data rank {data_rank} of {data_parallel}")
-        self._dataset, self._order = dataset, order
+        self._dataset = dataset
+        self.follow(order)
         self._shape = (micro_steps, data_parallel, batch_size)
         self._data_rank = data_rank
         self._pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
         self._prefetch = prefetch
         self._thread: ThreadPoolExecutor | None = None
         self._ahead: tuple[int, Future[StepData]] | None = None
+
+    @property
+    def order(self) -> Order:
+        """The order of the samples."""
+        return self._order
+
+    @property
+    def source_names(self) -> tuple[str, ...]:
+        """The sources of a mixture; none where the data is no mixture."""
+        return tuple(source.name for source in self._dataset.sources)
+
+    def follow(self, order: Order) -> None:
+        """Read the samples in another order of the same rows; not while steps are read ahead."""
+        if order.size != len(self._dataset):
+            raise ValueError(f"an order of {order.size} rows for {len(self._dataset)}")
+        self._order = order
 
     @property
     def global_batch(self) -> int:
@@ -123,13 +152,21 @@ class Loader:
         counts = self._dataset.counts(rows)
         return StepData(
             batches=[
-                _batch([self._dataset.row(int(row)) for row in micro_rows], ids, self._pin_memory)
+                _batch(self._dataset, micro_rows, ids, self._pin_memory)
                 for micro_rows, ids in zip(my_rows, mine, strict=True)
             ],
             target_tokens=int(counts.targets.sum()),
             input_tokens=int(counts.tokens.sum()),
             first_sample=consumed_samples,
             samples=self.global_batch,
+            sources=self._count_sources(rows, counts.targets) if self._dataset.sources else None,
+        )
+
+    def _count_sources(self, rows: Ints, targets: Ints) -> SourceCounts:
+        of_source = self._dataset.source_of(rows)
+        each = [of_source == index for index in range(len(self._dataset.sources))]
+        return SourceCounts(
+            [int(own.sum()) for own in each], [int(targets[own].sum()) for own in each]
         )
 
     def _take_prefetched(self, consumed_samples: int) -> StepData | None:
@@ -163,8 +200,7 @@ def evaluation_batches(
     for begin in range(data_rank * batch_size, -(-len(dataset) // stride) * stride, stride):
         indices = np.arange(begin, begin + batch_size, dtype=np.int64)
         indices[indices >= len(dataset)] = -1
-        rows = [dataset.row(int(i)) if i >= 0 else _filler_row(dataset) for i in indices]
-        yield _batch(rows, indices, pin)
+        yield _batch(dataset, indices, indices, pin)
 
 
 def _filler_row(dataset: RowDataset) -> Row:
@@ -172,12 +208,15 @@ def _filler_row(dataset: RowDataset) -> Row:
     return row._replace(labels=np.full_like(row.labels, NO_TARGET))
 
 
-def _batch(rows: list[Row], sample_ids: Ints, pin_memory: bool) -> Batch:
+def _batch(dataset: RowDataset, indices: Ints, sample_ids: Ints, pin_memory: bool) -> Batch:
+    """The rows `indices`, filler for -1."""
+    rows = [dataset.row(int(i)) if i >= 0 else _filler_row(dataset) for i in indices]
+
     def stack(name: str) -> torch.Tensor | None:
         arrays = [getattr(row, name) for row in rows]
         return None if arrays[0] is None else tensor(np.stack(arrays))
 
-    def tensor(values: Ints) -> torch.Tensor:
+    def tensor(values: npt.NDArray[Any]) -> torch.Tensor:
         made = torch.from_numpy(values)
         return made.pin_memory() if pin_memory else made
 
@@ -190,4 +229,12 @@ def _batch(rows: list[Row], sample_ids: Ints, pin_memory: bool) -> Batch:
         position_ids=stack("position_ids"),
         document_ids=stack("document_ids"),
         sample_ids=tensor(sample_ids.copy()),
+        sources=tensor(_of_sources(dataset, indices)) if dataset.sources else None,
     )
+
+
+def _of_sources(dataset: RowDataset, indices: Ints) -> npt.NDArray[np.bool_]:
+    """[rows, sources]: whether a row is of a source."""
+    of_source = np.where(indices >= 0, dataset.source_of(indices), -1)
+    result: npt.NDArray[np.bool_] = of_source[:, None] == np.arange(len(dataset.sources))
+    return result

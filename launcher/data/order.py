@@ -42,21 +42,18 @@ _GOLDEN = 0x9E3779B97F4A7C15
 Words = npt.NDArray[np.uint64]
 
 
-class SampleOrder(Protocol):
-    """Which row each global sample of a run is."""
+class Order(Protocol):
+    """Which row each sample of a run is: a pure function."""
 
     @property
     def size(self) -> int:
         """Rows of the dataset."""
-        ...
 
     @property
     def seed(self) -> int: ...
-    @property
-    def shuffle(self) -> bool: ...
+
     def rows(self, global_samples: npt.ArrayLike) -> npt.NDArray[np.int64]:
         """The rows of many global samples (any shape, any order): int64 of the same shape."""
-        ...
 
 
 @dataclass(frozen=True)

@@ -2,16 +2,17 @@
 
 Owns the cut of documents into rows, in two ways:
 
-`StreamRows` (text, packed). The documents are concatenated and cut every `seq_length` tokens, at
-the time a row is read. No token is lost: each is an input once and, unless it begins a document, a
-target once, also across the border of two rows.
+`StreamRows` (text, packed; conversations with `packing_strategy: concatenate`). The documents are
+concatenated and cut every `seq_length` tokens, at the time a row is read. No token is lost: each is
+an input once and, unless it begins a document or is context of a conversation, a target once, also
+across the border of two rows. Rows without a target (a long question) are left out.
 
     tokens    a a a a E b b b E c c c c c E          E: the end token of a document
     row 0    [a a a a E b]         labels a a a E - b
     row 1    [b b E c c c]         labels b E - c c c      - : no target (-100)
     row 2    [c c E . . .]         labels c E - - - -      . : padding
 
-`SampleRows` (instruction data, and everything that is not packed). A row has complete samples: one
+`SampleRows` (conversations, and everything that is not packed). A row has complete samples: one
 or, packed, as many as first-fit finds room for. A sample of n tokens takes n - 1 inputs, since its
 last token is only predicted; a longer sample is cut at the end of the row, and counted. A sample
 without a target in its row is dropped, and counted.
@@ -26,6 +27,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from launcher.data.rows import NO_TARGET, Counts, Ints, Row
 from launcher.data.store import TokenStore
@@ -37,16 +39,35 @@ PLAN_ARRAYS = ("row_starts", "samples", "target_counts", "token_counts")
 class StreamRows:
     """The stream of all documents, cut every `seq_length` tokens on the fly."""
 
+    cuts_documents = False
+
     def __init__(self, store: TokenStore, seq_length: int, pad_token: int) -> None:
-        self._store, self._seq_length, self._pad_token = store, seq_length, pad_token
+        self.documents, self._seq_length, self._pad_token = store, seq_length, pad_token
         tokens = len(store.tokens)
         count = max(0, -(-(tokens - 1) // seq_length))  # a last token alone predicts nothing
         self.token_counts = np.full(count, seq_length, dtype=np.int64)
         if count:
             self.token_counts[-1] = min(seq_length, tokens - (count - 1) * seq_length)
-        lasts = store.starts[1:] - 1  # the last token of each document predicts nothing
-        ends = np.bincount(lasts // seq_length, minlength=count)[:count]
-        self.target_counts = self.token_counts - ends
+        self._pieces: Ints | None = None
+        if store.is_target is None:
+            lasts = store.starts[1:] - 1  # the last token of each document predicts nothing
+            ends = np.bincount(lasts // seq_length, minlength=count)[:count]
+            self.target_counts = self.token_counts - ends
+        else:
+            counts = self._masked_targets(store.starts, store.is_target, count)
+            self._pieces = np.flatnonzero(counts)
+            self.target_counts = counts[self._pieces]
+            self.token_counts = self.token_counts[self._pieces]
+
+    def _masked_targets(self, starts: Ints, is_target: npt.NDArray[np.uint8], count: int) -> Ints:
+        """Targets of each of `count` pieces, which are among the tokens after its inputs."""
+        if not count:
+            return np.zeros(0, dtype=np.int64)
+        length = self._seq_length
+        counts = np.add.reduceat(is_target, np.arange(count) * length + 1, dtype=np.int64)
+        begins = starts[1:-1]  # the first token of a document is no target
+        lost = begins[is_target[begins] > 0]
+        return counts - np.bincount((lost - 1) // length, minlength=count)[:count]
 
     def __len__(self) -> int:
         return len(self.token_counts)
@@ -56,8 +77,8 @@ class StreamRows:
 
     def row(self, index: int) -> Row:
         length = self._seq_length
-        tokens, starts = self._store.tokens, self._store.starts
-        begin = index * length
+        tokens, starts = self.documents.tokens, self.documents.starts
+        begin = (index if self._pieces is None else int(self._pieces[index])) * length
         piece = tokens[begin : begin + length + 1].astype(np.int64)
         first, last = (
             np.searchsorted(starts, begin),
@@ -70,13 +91,19 @@ class StreamRows:
         input_ids[: len(piece)] = piece[:length]
         labels = np.full(length, NO_TARGET, dtype=np.int64)
         labels[: len(piece) - 1] = piece[1:]
+        if self.documents.is_target is not None:
+            is_target = self.documents.is_target[begin + 1 : begin + length + 1]
+            labels[: len(is_target)][is_target == 0] = NO_TARGET
         labels[borders[borders > 0] - 1] = NO_TARGET
         begins = borders[(borders > 0) & (borders < length)]
-        return Row(input_ids, labels, *_positions_and_documents(begins, length))
+        return Row(input_ids, labels, *positions_and_documents(begins, length))
 
 
 class SampleRows:
     """Complete samples in rows, by a plan of `plan_rows`."""
+
+    cuts_documents = True
+    """Whether what a row has no room for is lost."""
 
     def __init__(
         self,
@@ -87,7 +114,7 @@ class SampleRows:
         *,
         packed: bool,
     ) -> None:
-        self._store, self._plan, self._packed = store, plan, packed
+        self.documents, self._plan, self._packed = store, plan, packed
         self._seq_length, self._pad_token = seq_length, pad_token
         self.target_counts = plan.target_counts
         self.token_counts = plan.token_counts
@@ -99,7 +126,7 @@ class SampleRows:
         return Counts(self.target_counts[indices], self.token_counts[indices])
 
     def row(self, index: int) -> Row:
-        length, store = self._seq_length, self._store
+        length, store = self._seq_length, self.documents
         input_ids = np.full(length, self._pad_token, dtype=np.int64)
         labels = np.full(length, NO_TARGET, dtype=np.int64)
         begins = []
@@ -120,10 +147,10 @@ class SampleRows:
         if not self._packed:
             return Row(input_ids, labels, None, None)
         borders = np.array([begin for begin in begins if begin < length], dtype=np.int64)
-        return Row(input_ids, labels, *_positions_and_documents(borders, length))
+        return Row(input_ids, labels, *positions_and_documents(borders, length))
 
 
-def _positions_and_documents(begins: Ints, length: int) -> tuple[Ints, Ints]:
+def positions_and_documents(begins: Ints, length: int) -> tuple[Ints, Ints]:
     """Positions and document indices of a row; all documents but the first begin at `begins`.
 
     Padding counts as one more document, so that no token attends to it.

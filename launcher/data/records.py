@@ -1,4 +1,6 @@
-"""Reading records (JSON, JSON lines, Parquet) from files, each with its file and line.
+"""Records of data files, each with its file and line, and reading JSON, JSON lines and Parquet.
+
+`record_files` chooses the reader of a file; `tables` and `arrow_files` have the other ones.
 
 Invariant: a record that cannot be read is an error with the file and, for JSON, the line. Nothing
 is skipped or replaced silently. JSON values keep their type (a string that looks like a date stays
@@ -26,8 +28,6 @@ from launcher.json_text import STRICT, NotJson, line_and_column, parse, parse_at
 
 JSON_LINES = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz")
 JSON = (".json", ".json.gz")
-PARQUET = (".parquet",)
-RECORD_SUFFIXES = (*JSON_LINES, *JSON, *PARQUET)
 
 MAX_PROBLEMS = 10
 """Wrong records that are reported together."""
@@ -48,6 +48,8 @@ class Record:
 
     where: str
     value: dict[str, Any]
+    has_all_columns: bool = False
+    """Whether it is a row of a table: each row has every column of its file."""
 
 
 def convert_records(
@@ -108,18 +110,6 @@ def read_json_records(path: Path) -> Iterator[Record | UserError]:
         yield _of_line(path, number, line)
 
 
-def read_records(path: Path, cache_dir: Path) -> Iterator[Record | UserError]:
-    """The records of a JSON, JSON-lines or Parquet file, by its suffix.
-
-    Null values of Parquet are dropped, since each of its records has every column of the file.
-    """
-    if is_parquet(path):
-        for record in read_parquet_records(path, cache_dir):
-            yield without_null(record)
-    else:
-        yield from read_json_records(path)
-
-
 def records_of_lines(
     path: Path | str, lines: Iterable[bytes], first: int, offset: int
 ) -> Iterator[Record | UserError]:
@@ -127,11 +117,6 @@ def records_of_lines(
     first line has the number `first` and begins at `offset` in bytes."""
     for number, line in lines_of_bytes(lines, first, offset):
         yield _of_line(path, number, line)
-
-
-def is_parquet(path: Path | str) -> bool:
-    """Whether the suffix of a file is that of Parquet."""
-    return str(path).lower().endswith(PARQUET)
 
 
 def read_parquet_records(path: Path, cache_dir: Path) -> Iterator[Record]:
@@ -154,7 +139,7 @@ def read_parquet_records(path: Path, cache_dir: Path) -> Iterator[Record]:
                 cache_dir=str(cache_dir / "huggingface_datasets"),
             )
             for number, row in enumerate(rows, 1):
-                yield Record(f"{path}, record {number}", row)
+                yield Record(f"{path}, record {number}", row, has_all_columns=True)
         except UnicodeDecodeError as error:
             raise UserError(
                 f"has a string that is not UTF-8 (byte 0x{error.object[error.start]:02x} "
@@ -210,7 +195,7 @@ def _text_of(path: Path) -> str:
     try:
         return decode(read_bytes(path))
     except NotText as error:
-        raise _not_text(path, error) from error
+        raise not_text(path, error) from error
 
 
 def _refuse_one_object(path: Path, text: str) -> None:
@@ -270,7 +255,7 @@ def _not_json_item(path: Path, number: int, text: str, begin: int, error: NotJso
 
 def _of_line(path: Path | str, number: int, line: str | NotText) -> Record | UserError:
     if isinstance(line, NotText):
-        return _not_text(path, line)
+        return not_text(path, line)
     where = f"{path}:{number}"
     try:
         value = parse(line.rstrip("\r\n"), STRICT)
@@ -293,9 +278,10 @@ def _not_json(
     )
 
 
-def _not_text(path: Path | str, error: NotText) -> UserError:
+def not_text(path: Path | str, error: NotText, what: str = "is not JSON") -> UserError:
+    """The error for bytes of a data file that cannot be decoded."""
     return UserError(
-        f"is not JSON (not {error.encoding}, column {error.column}): {_excerpt(error.excerpt)}",
+        f"{what} (not {error.encoding}, column {error.column}): {_excerpt(error.excerpt)}",
         where=f"{path}:{error.line}",
         rule="data files are UTF-8, or UTF-16 or UTF-32 with a byte order mark",
         nearest=f"The byte is at offset {error.offset} of the file",
@@ -316,17 +302,6 @@ def _record(where: str, value: Any) -> Record | UserError:
         rule="every record must be a JSON object",
         advice='Write it as {"text": ...}, or in the format of your data_loader.format',
     )
-
-
-def without_null(record: Record) -> Record:
-    """A record of Parquet without the columns that are null in it, at all depths."""
-    return Record(record.where, _without_null(record.value))
-
-
-def _without_null(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_null(item) for key, item in value.items() if item is not None}
-    return [_without_null(item) for item in value] if isinstance(value, list) else value
 
 
 def _excerpt(text: str) -> str:

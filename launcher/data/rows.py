@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -70,6 +71,18 @@ class Streamed(Protocol):
         ...
 
 
+class RowSource(NamedTuple):
+    """A dataset whose rows are a part of those of a mixture."""
+
+    name: str
+    dataset: RowDataset
+
+    @property
+    def rows(self) -> int:
+        """How many they are."""
+        return len(self.dataset)
+
+
 @dataclass(frozen=True, kw_only=True)
 class RowDataset:
     """The rows of a dataset."""
@@ -90,6 +103,10 @@ class RowDataset:
     that have changed."""
     name: str = "the dataset"
     """What error messages call it."""
+    cached_in: str = ""
+    """The folder of the data cache with its tokens; empty where they are read in place."""
+    sources: tuple[RowSource, ...] = ()
+    """Of a mixture: the datasets whose rows these are, one after another."""
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -112,6 +129,14 @@ class RowDataset:
     def counts(self, indices: Ints) -> Counts:
         """Targets and tokens of the rows `indices` (int64 [n])."""
         return self.rows.counts(indices)
+
+    @cached_property
+    def _source_ends(self) -> Ints:
+        return np.cumsum([source.rows for source in self.sources], dtype=np.int64)
+
+    def source_of(self, indices: Ints) -> Ints:
+        """The index in `sources` of the rows `indices` (int64 [n]); of a mixture only."""
+        return np.searchsorted(self._source_ends, indices, "right").astype(np.int64)
 
     def total_targets(self) -> int:
         """Targets of all rows."""

@@ -45,6 +45,10 @@ class TokenStore:
         """Tokens of each document."""
         return np.diff(self.starts)
 
+    def document(self, index: int) -> npt.NDArray[np.int64]:
+        """The tokens of one document."""
+        return self.tokens[self.starts[index] : self.starts[index + 1]].astype(np.int64)
+
 
 class TokenWriter:
     """Writes the arrays of a TokenStore document by document, and hashes them."""
@@ -67,15 +71,24 @@ class TokenWriter:
 
         Documents without tokens are dropped: every offset belongs to a token.
         """
-        for document in documents:
-            if document:
-                self.tokens += len(document)
-                self._starts.append(self.tokens)
+        lengths = np.fromiter(map(len, documents), dtype=INDEX_DTYPE, count=len(documents))
         tokens = np.fromiter(chain.from_iterable(documents), dtype=TOKEN_DTYPE)
+        self.add_arrays(lengths, tokens, np.concatenate(targets) if targets else None)
+
+    def add_arrays(
+        self,
+        lengths: npt.NDArray[np.int64],
+        tokens: npt.NDArray[np.uint32],
+        targets: npt.NDArray[np.bool_] | None = None,
+    ) -> None:
+        """As `add`: tokens of each document, all tokens in a row, and their targets."""
+        ends = self.tokens + np.cumsum(lengths[lengths > 0])
+        self._starts.frombytes(ends.astype(np.int64).tobytes())
+        self.tokens += len(tokens)
         self._largest_token = max(self._largest_token, int(tokens.max(initial=0)))
-        self._write("tokens", tokens)
-        if targets:
-            self._write("targets", np.concatenate(targets).astype(TARGET_DTYPE))
+        self._write("tokens", tokens.astype(TOKEN_DTYPE, copy=False))
+        if targets is not None:
+            self._write("targets", targets.astype(TARGET_DTYPE))
 
     def finish(self) -> dict[str, Any]:
         """Complete the files. Returns the metadata for `open_store`."""

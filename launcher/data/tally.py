@@ -7,7 +7,7 @@ counted here, with the first place where it occurred.
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from launcher.errors import did_you_mean
 from launcher.json_text import printable
@@ -31,6 +31,13 @@ class Places:
             self.first = self.first or where
             self.last = where
 
+    def merge(self, later: Places) -> None:
+        """Count the places of `later`, which were added after those of this one."""
+        if later.count:
+            self.count += later.count - (self.count > 0 and later.first == self.last)
+            self.first = self.first or later.first
+            self.last = later.last
+
     def __len__(self) -> int:
         return self.count
 
@@ -46,6 +53,12 @@ class NamedPlaces:
         """Count `name` at the place `where`."""
         self.all.add(where)
         self.by_name.setdefault(name, Places()).add(where)
+
+    def merge(self, later: NamedPlaces) -> None:
+        """Count what was added to `later` after this one."""
+        self.all.merge(later.all)
+        for name, places in later.by_name.items():
+            self.by_name.setdefault(name, Places()).merge(places)
 
     def line(self, what: str, known: Collection[str] = ()) -> list[str]:
         """One warning with every name, or none; `known`: names to suggest instead."""
@@ -93,6 +106,25 @@ class Tally:
     """Conversations whose answers begin after `seq_length`."""
     too_short: Places = field(default_factory=Places)
     """Documents of fewer than two tokens."""
+
+    def merge(self, later: Tally) -> None:
+        """Count what was counted in `later` after this one: as if both were one tally."""
+        for item in fields(self):
+            mine, other = getattr(self, item.name), getattr(later, item.name)
+            if isinstance(mine, Places | NamedPlaces):
+                mine.merge(other)
+            elif isinstance(mine, set):
+                mine.update(other)
+            else:
+                setattr(self, item.name, mine + other)
+
+    def take(self) -> Tally:
+        """What was counted so far, which is zero from now on."""
+        taken = Tally(**{item.name: getattr(self, item.name) for item in fields(self)})
+        empty = Tally()
+        for item in fields(self):
+            setattr(self, item.name, getattr(empty, item.name))
+        return taken
 
     def warnings(self, seq_length: int = 0) -> list[str]:
         """One line for each kind of loss; `seq_length` is that of the rows."""

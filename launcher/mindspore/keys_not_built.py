@@ -69,20 +69,24 @@ KEYS_NOT_BUILT: dict[str, dict[str, dict[str, tuple[Any, ...]]]] = {
         },
     },
     "train_dataset.data_loader": {
-        "It belongs to BlendedMegatronDatasetDataLoader, which is not built yet": {
-            "datasets_type": (str | None, None)
-        },
-        "Give the data as JSONL with a text column, or use InstructionDataLoader": {
-            "handler": (list[Any] | None, None)
+        "It belongs to HFDataLoader of MindFormers; the keys here are transforms, column_map, "
+        "prompt_template and train_dataset.packing": {
+            "handler": (Any, None),
+            "packing": (Any, None),
+            "adaptor_config": (Any, None),
+            "column_names": (Any, None),
+            "name": (Any, None),
         },
         "Set processor.tokenizer.pretrained_model_dir": {
             "tokenizer": (dict[str, Any] | None, None)
         },
-        "It belongs to BlendedMegatronDatasetDataLoader": {
-            "sizes": (list[int] | None, None),
-            "config": (dict[str, Any] | None, None),
+        "Every row is read, in an order that depends on the seed: remove it": {
+            "sampler": (Any, None),
+            "padded_sample": (Any, None),
+            "num_padded": (int | None, None, 0),
         },
-        "It belongs to TokenFileDataLoader": {"token_dtype": (str | None, None)},
+        "Rows are memory-mapped: remove it": {"cache": (Any, None)},
+        "Use columns": {"columns_list": (list[str] | None, None)},
     },
     "moe_config": {
         "Describe the experts in model.model_config, by the keys of config.json: remove it": {

@@ -160,7 +160,6 @@ KEYS_WITHOUT_EFFECT: dict[str, dict[str, dict[str, Any]]] = {
             "construct_args_key": list[str] | None,
         },
         "rows are prepared once and memory-mapped": {
-            "num_parallel_workers": int,
             "python_multiprocessing": bool,
             "numa_enable": bool,
             "prefetch_size": int,
@@ -177,14 +176,30 @@ KEYS_WITHOUT_EFFECT: dict[str, dict[str, dict[str, Any]]] = {
         "it is for image models": {"mixup_op": Any},
     },
     "train_dataset.data_loader": {
-        "the format follows from the file names": {"path": str},
-        "files are always read by `datasets`": {"load_func": str},
+        "nothing is downloaded": {
+            "revision": str | None,
+            "token": Any,
+            "use_auth_token": Any,
+            "download_config": Any,
+            "download_mode": str | None,
+            "verification_mode": str | None,
+            "ignore_verifications": bool,
+            "save_infos": bool,
+        },
+        "files are read in place, and tokens are cached in output_dir": {
+            "cache_dir": str | None,
+            "keep_in_memory": bool | None,
+            "num_proc": int | None,
+        },
+        "columns have the types of the files": {"features": Any},
+        "only --trust_remote_code on the command line is used": {"trust_remote_code": bool | None},
         "attention follows from the document boundaries": {
             "create_attention_mask": bool,
             "create_compressed_eod_mask": bool,
             "compressed_eod_mask_length": int,
         },
         "rows are prepared once and memory-mapped": {"use_broadcast_data": bool},
+        "the columns are always input_ids and labels": {"column_names": list[str] | None},
         "a checkpoint has the position in a stream; runner_config.max_steps is its length": {
             "size": int | None,
             "dataset_state_dir": str | None,

@@ -28,23 +28,39 @@ def look_up(input_ids: Tensor, weight: Tensor, rank: int) -> Tensor:
     return embeddings.masked_fill(elsewhere[..., None], 0.0)
 
 
-def token_loss_sum(logits: Tensor, labels: Tensor, group: dist.ProcessGroup) -> Tensor:
+def token_loss_sum(
+    logits: Tensor, labels: Tensor, group: dist.ProcessGroup, *, by_row: bool = False
+) -> Tensor:
     """Cross entropy in nats, summed over the labels that are not -100: a float32 scalar, the same
-    on every rank of `group`.
+    on every rank of `group`; with `by_row` the sum of each row, float32 [batch].
 
     `logits` [batch, sequence, n]: this rank's columns, any floating dtype. `labels` [batch,
     sequence] int64, ids of the full vocabulary. Two small collectives: the maxima, then the sums of
     exponentials together with the logits of the labels.
     """
-    total: Tensor = _SummedCrossEntropy.apply(logits.flatten(0, 1), labels.flatten(), group)
+    total: Tensor = _SummedCrossEntropy.apply(
+        logits.flatten(0, 1), labels.flatten(), group, len(labels) if by_row else None
+    )
     return total
+
+
+def scale_rows(gradient: Tensor, scale: Tensor) -> Tensor:
+    """`gradient` [tokens, n], multiplied in place by a scalar, or by the `scale` [batch] of the row
+    that a token is of."""
+    if scale.dim():
+        gradient.unflatten(0, (len(scale), -1)).mul_(scale[:, None, None])
+        return gradient
+    return gradient.mul_(scale)
 
 
 class _SummedCrossEntropy(torch.autograd.Function):
     """Forward also computes the gradient of the logits; backward only scales it."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, labels: Tensor, group: dist.ProcessGroup) -> Tensor:
+    def forward(
+        ctx: Any, logits: Tensor, labels: Tensor, group: dist.ProcessGroup, batch: int | None
+    ) -> Tensor:
+        """`batch`: rows whose sums are returned; None: the sum of all."""
         largest = logits.amax(-1).float()
         dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
         columns = logits.shape[1]
@@ -64,13 +80,13 @@ class _SummedCrossEntropy(torch.autograd.Function):
             hit = (here & counts).to(gradient.dtype)
             ctx.gradient = gradient.scatter_add_(1, own[:, None], -hit[:, None])
             ctx.dtype = logits.dtype
-        return losses.sum()
+        return losses.sum() if batch is None else losses.view(batch, -1).sum(1)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor, None, None, None]:
         gradient, ctx.gradient = ctx.gradient, None
-        return gradient.mul_(scale).to(ctx.dtype), None, None
+        return scale_rows(gradient, scale).to(ctx.dtype), None, None, None
 
 
 def gradient_dtype(logits: Tensor) -> torch.dtype:

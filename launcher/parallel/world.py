@@ -38,6 +38,9 @@ class World:
     """A group with a timeout of a day, for waits while the main process prepares data."""
     group: dist.ProcessGroup | None = None
     """The group of `barrier`, `gather` and `from_main`; None: the default group."""
+    store: dist.Store | None = None
+    """The key-value store of the job, with a prefix for each restart attempt; None in one
+    process."""
 
     def with_new_group(self) -> World:
         """The same world with a new group and a long timeout, for collectives in another thread
@@ -92,6 +95,7 @@ def start(*, force_cpu: bool = False, ends_with_peers: bool = False) -> World:
     """
     environment = process_environment()
     rank, size = environment.rank, environment.world_size
+    store: dist.Store | None = None
     device = torch.device("cpu")
     if torch.cuda.is_available() and not force_cpu:
         device = _cuda_device(environment.local_rank)
@@ -104,7 +108,7 @@ def start(*, force_cpu: bool = False, ends_with_peers: bool = False) -> World:
             backend, store=store, rank=rank, world_size=size, timeout=GROUP_TIMEOUT
         )
     group: Any = dist.new_group(backend="gloo", timeout=LONG_TIMEOUT) if size > 1 else None
-    return World(rank, size, device, long_timeout_group=group)
+    return World(rank, size, device, long_timeout_group=group, store=store if size > 1 else None)
 
 
 @contextmanager

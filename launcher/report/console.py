@@ -41,9 +41,12 @@ class Console:
             print(f"{erase}{text}", file=self.stream, flush=True)
             self._redraw()
 
-    def progress(self, text: str, *, last: bool = False) -> None:
-        """Show progress, at most once per interval; `last` is always shown."""
-        interval = LIVE_INTERVAL_SECONDS if self.live else PLAIN_INTERVAL_SECONDS
+    def progress(
+        self, text: str, *, last: bool = False, plain_seconds: float = PLAIN_INTERVAL_SECONDS
+    ) -> None:
+        """Show progress, at most once per interval (`plain_seconds` where it is plain lines);
+        `last` is always shown."""
+        interval = LIVE_INTERVAL_SECONDS if self.live else plain_seconds
         now = time.monotonic()
         if not self.enabled or (now - self._shown < interval and not last):
             return
@@ -53,6 +56,12 @@ class Console:
             return
         self._line = "" if last else text
         print(f"\r\033[K{text}", end="\n" if last else "", file=self.stream, flush=True)
+
+    def end_progress(self) -> None:
+        """Erase the line of progress of work that is done; plain lines stay."""
+        if self._line:
+            print("\r\033[K", end="", file=self.stream, flush=True)
+        self._line, self._shown = "", -1e9
 
     def _redraw(self) -> None:
         if self._line:

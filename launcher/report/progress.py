@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 BAR_WIDTH = 20
+MAX_SOURCES = 4
+"""Sources whose losses fit into a progress line."""
 
 
 def duration(seconds: float) -> str:
@@ -40,10 +44,14 @@ def progress_line(
     grad_norm: float,
     tokens_per_second: float,
     remaining_seconds: float,
+    source_losses: Mapping[str, float] | None = None,
 ) -> str:
-    """The progress line of one step."""
+    """The progress line of one step; `source_losses`: of the sources of a mixture."""
+    each = ""
+    if source_losses and len(source_losses) <= MAX_SOURCES:
+        each = " (" + ", ".join(f"{name} {own:.2f}" for name, own in source_losses.items()) + ")"
     return (
-        f"{bar(step / total)} step {step}/{total}  loss {loss:.4f}  lr {lr:.3g}  "
+        f"{bar(step / total)} step {step}/{total}  loss {loss:.4f}{each}  lr {lr:.3g}  "
         f"grad norm {grad_norm:.3f}  {tokens_per_second:,.0f} tokens/s  "
         f"{duration(remaining_seconds)} left"
     )

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from launcher.data.loader import Batch
 from launcher.parallel.world import World
+from launcher.train.compute import MicroBatch, by_source
 from launcher.train.loss import IGNORED_LABEL
 
 if TYPE_CHECKING:
@@ -19,11 +20,23 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class EvaluationData:
+    """What a model is evaluated on."""
+
+    batches: Callable[[], Iterable[Batch]]
+    """This rank's share, equally many batches on every rank."""
+    sources: tuple[str, ...] = ()
+    """The names of the sources; none where the data is no mixture."""
+
+
+@dataclass(frozen=True)
 class EvaluationResult:
     """`loss` in nats per target token, over `tokens` of them."""
 
     loss: float
     tokens: int
+    sources: Mapping[str, float] = field(default_factory=dict)
+    """The loss of each source of a mixture that has target tokens."""
 
     @property
     def perplexity(self) -> float:
@@ -32,26 +45,42 @@ class EvaluationResult:
 
     def as_row(self) -> dict[str, Any]:
         """For `metrics.jsonl`."""
-        return {"eval_loss": self.loss, "eval_perplexity": self.perplexity,
-                "eval_tokens": self.tokens}  # fmt: skip
+        row = {"eval_loss": self.loss, "eval_perplexity": self.perplexity,
+               "eval_tokens": self.tokens}  # fmt: skip
+        return row | {f"eval_loss/{name}": loss for name, loss in self.sources.items()}
 
     def __str__(self) -> str:
-        return f"eval loss {self.loss:.4f}, perplexity {self.perplexity:.2f}, {self.tokens} tokens"
+        text = f"eval loss {self.loss:.4f}, perplexity {self.perplexity:.2f}, {self.tokens} tokens"
+        each = ", ".join(f"{name} {loss:.4f}" for name, loss in self.sources.items())
+        return f"{text} ({each})" if each else text
 
 
 @torch.no_grad()
-def evaluate(model: BuiltModel, batches: Iterable[Batch], world: World) -> EvaluationResult:
-    """Token-weighted loss over the batches of all ranks, equally many on each."""
+def evaluate(
+    model: BuiltModel, batches: Iterable[Batch], world: World, sources: Sequence[str] = ()
+) -> EvaluationResult:
+    """Token-weighted loss over the batches of all ranks, equally many on each. `sources`: the names
+    of those in the batches; their losses are computed too."""
     was_training = model.parts.training
     model.parts.train(False)
-    total = torch.zeros(2, dtype=torch.float64, device=world.device)
+    total = torch.zeros(2, max(len(sources), 1), dtype=torch.float64, device=world.device)
     for batch in batches:
         rows = model.batch_sharder(batch)
         total[0] += model.compute.evaluate(rows)
-        total[1] += (rows.labels != IGNORED_LABEL).sum() * int(model.batch_sharder.counts)
+        total[1] += _targets(rows) * int(model.batch_sharder.counts)
     model.parts.train(was_training)
-    loss_sum, tokens = world.sum(total).tolist()
-    return EvaluationResult(loss_sum / max(tokens, 1), int(tokens))
+    loss_sums, tokens = world.sum(total).tolist()
+    found = zip(sources, loss_sums, tokens, strict=False)
+    return EvaluationResult(
+        sum(loss_sums) / max(sum(tokens), 1), int(sum(tokens)),
+        {name: loss_sum / count for name, loss_sum, count in found if count},
+    )  # fmt: skip
+
+
+def _targets(rows: MicroBatch) -> torch.Tensor:
+    """Target tokens of a batch: a scalar, or of each source."""
+    is_target = rows.labels != IGNORED_LABEL
+    return is_target.sum() if rows.sources is None else by_source(is_target.sum(1), rows.sources)
 
 
 def is_evaluation_due(run: TrainRun, records: Sequence[StepRecord]) -> bool:

@@ -16,17 +16,28 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 
+from launcher.data.loader import StepData
+from launcher.data.mixture import MixtureOrder
 from launcher.train.callbacks import Callback, Callbacks
 from launcher.train.evaluate import evaluate, is_evaluation_due
 from launcher.train.interrupts import STOP_REASONS, Interrupted
 from launcher.train.run import TrainRun
 from launcher.train.state import epoch_and_step
-from launcher.train.step import GRADIENT_NORM, LOSS, SIGNALS_FROM, StepRecord, train_step
+from launcher.train.step import (
+    GRADIENT_NORM,
+    LOSS,
+    SIGNALS_FROM,
+    SOURCES_FROM,
+    SourceRecord,
+    StepRecord,
+    train_step,
+)
 
 
 def fit(run: TrainRun, callbacks: Callbacks) -> None:
@@ -79,7 +90,8 @@ def evaluate_run(run: TrainRun, callbacks: Callbacks) -> None:
     """Report the loss on the evaluation data, where there is some."""
     if run.evaluation is None:
         return
-    result = evaluate(run.model, run.evaluation(), run.world)
+    data = run.evaluation
+    result = evaluate(run.model, data.batches(), run.world, data.sources)
     run.log(f"step {run.state.global_step}: {result}")
     for callback in (*callbacks.reports, *callbacks.others):
         callback.on_evaluation(run, result)
@@ -91,8 +103,10 @@ class PendingRecord(NamedTuple):
     step: int
     rate: float
     loss_scale: float
-    tokens: int
+    data: StepData
     consumed_samples: int
+    taken: Sequence[int]
+    """Of a mixture: samples taken from each source so far."""
 
 
 def train_steps(run: TrainRun) -> tuple[list[StepRecord], int]:
@@ -109,8 +123,8 @@ def train_steps(run: TrainRun) -> tuple[list[StepRecord], int]:
         rate, scale = run.schedule(run.state.global_step), run.state.loss_scale
         measured.append(train_step(run, data, rate))
         run.state.advance(data.samples, data.input_tokens)
-        pending.append(PendingRecord(run.state.global_step, rate, scale, data.input_tokens,
-                                     run.state.consumed_samples))  # fmt: skip
+        pending.append(PendingRecord(run.state.global_step, rate, scale, replace(data, batches=[]),
+                                     run.state.consumed_samples, _taken(run)))  # fmt: skip
     values = torch.stack(measured).tolist()  # the one point where the host waits for the device
     seconds = (time.perf_counter() - started) / steps
     records = [
@@ -127,13 +141,36 @@ def _record(
     limits, watches = run.settings.limits, run.gradients.embedding is not None
     return StepRecord(
         step=record.step, epoch=epoch, step_in_epoch=step_in_epoch, loss=row[LOSS], lr=record.rate,
-        grad_norm=norm, tokens=record.tokens, tokens_per_second=record.tokens / seconds,
+        grad_norm=norm, tokens=record.data.input_tokens,
+        tokens_per_second=record.data.input_tokens / seconds,
         consumed_samples=record.consumed_samples, seconds=seconds,
         loss_scale=record.loss_scale if scaled else None,
         overflow=not math.isfinite(norm) if scaled else None,
         skipped=limits.are_passed(norm, row[LOSS]) if limits and limits.skips else None,
         embedding_norm=row[-1] if watches else None,
+        sources=tuple(_source_records(run, record, row[SOURCES_FROM:])),
     )  # fmt: skip
+
+
+def _taken(run: TrainRun) -> Sequence[int]:
+    order = run.loader.order
+    return order.taken(run.state.data_position) if isinstance(order, MixtureOrder) else ()
+
+
+def _source_records(
+    run: TrainRun, record: PendingRecord, parts: Sequence[float]
+) -> Iterator[SourceRecord]:
+    """`parts`: of each source in the loss of the step."""
+    counts = record.data.sources
+    if counts is None:
+        return
+    total = max(record.data.target_tokens, 1)
+    for index, name in enumerate(run.loader.source_names):
+        targets = counts.targets[index]
+        yield SourceRecord(
+            name=name, loss=parts[index] * total / targets if targets else None, targets=targets,
+            samples=counts.samples[index], consumed=record.taken[index],
+        )  # fmt: skip
 
 
 def _stop_reason(last: Sequence[float]) -> int:

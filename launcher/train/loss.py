@@ -15,16 +15,21 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from launcher.parallel.vocabulary import CHUNK_ELEMENTS, IGNORED_LABEL, gradient_dtype
+from launcher.parallel.vocabulary import CHUNK_ELEMENTS, IGNORED_LABEL, gradient_dtype, scale_rows
 
 
-def token_loss_sum(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Cross entropy in nats, summed over the labels that are not -100. A float32 scalar.
+def token_loss_sum(
+    logits: torch.Tensor, labels: torch.Tensor, *, by_row: bool = False
+) -> torch.Tensor:
+    """Cross entropy in nats, summed over the labels that are not -100. A float32 scalar; with
+    `by_row` the sum of each row, float32 [batch].
 
     logits: [batch, sequence, vocabulary], any floating dtype; labels: [batch, sequence] int64,
     already shifted (`labels[b, t]` is the token after position t).
     """
-    total: torch.Tensor = _SummedCrossEntropy.apply(logits.flatten(0, 1), labels.flatten())
+    total: torch.Tensor = _SummedCrossEntropy.apply(
+        logits.flatten(0, 1), labels.flatten(), len(labels) if by_row else None
+    )
     return total
 
 
@@ -32,9 +37,14 @@ class _SummedCrossEntropy(torch.autograd.Function):
     """Forward computes loss and gradient piece by piece; backward only scales the gradient."""
 
     @staticmethod
-    def forward(ctx: Any, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def forward(
+        ctx: Any, logits: torch.Tensor, labels: torch.Tensor, batch: int | None
+    ) -> torch.Tensor:
+        """`batch`: rows whose sums are returned; None: the sum of all."""
         wanted = ctx.needs_input_grad[0]
-        total = torch.zeros((), dtype=torch.float32, device=logits.device)
+        # One number to add to, or one for each token.
+        shape = () if batch is None else labels.shape
+        losses = torch.zeros(shape, dtype=torch.float32, device=logits.device)
         gradient = torch.empty_like(logits, dtype=gradient_dtype(logits)) if wanted else None
         rows = max(CHUNK_ELEMENTS.get(logits.device.type, 1 << 27) // logits.shape[1], 1)
         for begin in range(0, len(logits), rows):
@@ -44,17 +54,18 @@ class _SummedCrossEntropy(torch.autograd.Function):
                 loss = F.cross_entropy(
                     piece.float(),
                     labels[begin : begin + rows],
-                    reduction="sum",
+                    reduction="sum" if batch is None else "none",
                     ignore_index=IGNORED_LABEL,
                 )
-            total += loss.detach()
+                total = loss if batch is None else loss.sum()
+            (losses if batch is None else losses[begin : begin + rows]).add_(loss.detach())
             if gradient is not None:
-                (gradient[begin : begin + rows],) = torch.autograd.grad(loss, piece)
+                (gradient[begin : begin + rows],) = torch.autograd.grad(total, piece)
         ctx.gradient, ctx.dtype = gradient, logits.dtype
-        return total
+        return losses if batch is None else losses.view(batch, -1).sum(1)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, scale: torch.Tensor) -> tuple[torch.Tensor, None]:
+    def backward(ctx: Any, scale: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         gradient, ctx.gradient = ctx.gradient, None
-        return gradient.mul_(scale).to(ctx.dtype), None
+        return scale_rows(gradient, scale).to(ctx.dtype), None, None

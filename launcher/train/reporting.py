@@ -45,6 +45,10 @@ class Reporting(Callback):
                 step=newest.step, total=run.total_steps, loss=newest.loss, lr=newest.lr,
                 grad_norm=newest.grad_norm, tokens_per_second=newest.tokens_per_second,
                 remaining_seconds=left,
+                source_losses={
+                    source.name: source.loss
+                    for source in newest.sources if source.loss is not None
+                },
             ),
             last=newest.step == run.total_steps,
         )  # fmt: skip

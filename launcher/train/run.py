@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +13,7 @@ from torch import nn
 
 from launcher.checkpoint.savable import Origin
 from launcher.config.schema import Config
-from launcher.data.loader import Batch, Loader
+from launcher.data.loader import Loader
 from launcher.layout.box import Shape
 from launcher.layout.layout import Layout
 from launcher.layout.mesh import Mesh
@@ -24,6 +24,7 @@ from launcher.parallel.gradients import Gradients
 from launcher.parallel.model_parts import ModelParts
 from launcher.parallel.world import World
 from launcher.train.compute import BatchSharder, Compute
+from launcher.train.evaluate import EvaluationData
 from launcher.train.interrupts import Interrupts
 from launcher.train.optimizer import Optimizer
 from launcher.train.scaling import LossScaling
@@ -98,8 +99,7 @@ class TrainRun:
     """About data, order and model: in every state file, compared by a resume."""
     write_model_files: Callable[[Path], None]
     """Write config.json and the tokenizer into a folder."""
-    evaluation: Callable[[], Iterable[Batch]] | None
-    """This rank's share of the evaluation data, equally many batches on every rank."""
+    evaluation: EvaluationData | None
     origin: Origin
     state: TrainState
     is_consistent: bool = True

@@ -13,6 +13,7 @@ import torch
 
 from launcher.data.loader import Batch, StepData
 from launcher.train.compute import MicroBatch
+from launcher.train.interrupts import STOP_REASONS
 from launcher.train.optimizer import clip_gradients
 from launcher.train.random import mix, sample_seeds
 from launcher.train.scaling import unscale_gradients
@@ -24,26 +25,29 @@ LOSS, SQUARED_NORM, SIGNALS_FROM = range(3)
 """Indices in the tensor that ranks sum in a step; from `SIGNALS_FROM` on, the number of ranks with
 each of `STOP_REASONS`. A step returns it with the norm in place of its square."""
 GRADIENT_NORM = SQUARED_NORM
+SOURCES_FROM = SIGNALS_FROM + len(STOP_REASONS)
+"""From here on, in a mixture: the part of each source in the loss."""
 
 
 def train_step(run: TrainRun, data: StepData, learning_rate: float) -> torch.Tensor:
     """Train on one global batch. Returns float32 [loss, gradient norm, ranks per reason to stop
-    ...], and last, where it is watched, the norm of the embedding's gradient.
+    ..., part of each source in the loss ...], and last, where it is watched, the norm of the
+    embedding's gradient.
 
-    The loss is the mean over the target tokens of the global batch, the same on every rank. Loss
-    and norm are those without a loss scale. A step that overflows changes no parameter, optimizer
-    state or update count, only the scale. It uses up its data, as in MindFormers, and a step of the
-    learning-rate schedule, unlike there: a step is a position in the data and on the schedule,
-    with or without an update.
+    The loss is the mean over the target tokens of the global batch, the same on every rank; in a
+    mixture it is the sum of the parts of the sources. Loss and norm are those without a loss scale.
+    A step that overflows changes no parameter, optimizer state or update count, only the scale. It
+    uses up its data, as in MindFormers, and a step of the learning-rate schedule, unlike there: a
+    step is a position in the data and on the schedule, with or without an update.
     """
     targets = max(data.target_tokens, 1)
     run.model.parts.train()
     micro_batches = [micro_batch_of(run, batch) for batch in data.batches]
-    loss_sum = run.model.compute.train(micro_batches, run.state.loss_scale / targets)
+    loss_sums = run.model.compute.train(micro_batches, run.state.loss_scale / targets)
     run.gradients.finish()
     if run.settings.scaling is not None:
         unscale_gradients(run.parameters, run.state.loss_scale)
-    measured = _measure(run, loss_sum / targets)
+    measured = _measure(run, loss_sums / targets)
     norm = measured[GRADIENT_NORM]
     if not (_overflowed(run, norm) or _is_skipped(run, measured)):
         _update(run, norm, learning_rate)
@@ -51,10 +55,13 @@ def train_step(run: TrainRun, data: StepData, learning_rate: float) -> torch.Ten
     return measured
 
 
-def _measure(run: TrainRun, loss: torch.Tensor) -> torch.Tensor:
-    """What `train_step` returns: summed over the ranks in one collective."""
+def _measure(run: TrainRun, losses: torch.Tensor) -> torch.Tensor:
+    """What `train_step` returns: summed over the ranks in one collective. `losses`: this rank's
+    part of the loss, a scalar or one number for each source."""
     reasons = torch.tensor(run.interrupts.as_values()).to(run.world.device, non_blocking=True)
-    own = [torch.stack([loss, run.gradients.squared_norm()]), reasons]
+    of_sources = [losses] if losses.dim() else []
+    loss = losses.sum() if of_sources else losses
+    own = [torch.stack([loss, run.gradients.squared_norm()]), reasons, *of_sources]
     watched = run.gradients.squared_norm_of_embedding()
     measured = run.world.sum(torch.cat(own if watched is None else [*own, watched]))
     measured[SQUARED_NORM].sqrt_()
@@ -105,6 +112,30 @@ def micro_batch_of(run: TrainRun, batch: Batch) -> MicroBatch:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SourceRecord:
+    """The part of one source of a mixture in a step."""
+
+    name: str
+    loss: float | None
+    """Mean over its target tokens, nats; None where it has none in this step."""
+    targets: int
+    """Its target tokens: the losses of the sources, weighted by them, add up to that of the
+    step."""
+    samples: int
+    consumed: int
+    """Samples of the source before the present position in the data: those taken from it, and those
+    that a roll-back left out."""
+
+    def as_row(self) -> dict[str, Any]:
+        """For `metrics.jsonl`."""
+        return {
+            f"{key}/{self.name}": value
+            for key, value in asdict(self).items()
+            if key != "name" and value is not None
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
 class StepRecord:
     """The measurements of one optimizer step; one row of `metrics.jsonl`."""
 
@@ -130,6 +161,8 @@ class StepRecord:
     """Whether it was skipped because limits were passed; None: there are none."""
     embedding_norm: float | None = None
     """Norm of the embedding's gradient; None: it is not watched."""
+    sources: tuple[SourceRecord, ...] = ()
+    """Of a mixture, for each source."""
 
     @property
     def changed_nothing(self) -> bool:
@@ -138,4 +171,8 @@ class StepRecord:
 
     def as_row(self) -> dict[str, Any]:
         """For `metrics.jsonl`."""
-        return {key: value for key, value in asdict(self).items() if value is not None}
+        row = {key: value for key, value in asdict(self).items() if value is not None}
+        del row["sources"]
+        for source in self.sources:
+            row |= source.as_row()
+        return row

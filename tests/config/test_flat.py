@@ -57,7 +57,9 @@ def test_another_start_of_the_same_run_has_the_same(workspace: Path) -> None:
 
 
 def test_keys_of_one_start_are_keys_of_the_schema(workspace: Path) -> None:
-    config = resolved("callbacks: [{type: CheckpointMonitor}]\n").config
+    config = resolved(
+        "callbacks: [{type: CheckpointMonitor}]\ntrain_dataset: {packing: True}\n"
+    ).config
     keys = [key for key, _ in _section(config, "")]
     for pattern in OF_ONE_START:
         assert any(fnmatchcase(key, pattern) for key in keys), pattern

@@ -11,10 +11,10 @@ import pytest
 from models.families import DECODERS
 from tests import messages
 from tests.config.interpreter import REPOSITORY, Report, run_many
-from tests.config.tables import TRAIN, Row, combinations, inputs, keys, layouts
+from tests.config.tables import TRAIN, Row, combinations, inputs, keys, layouts, mixtures
 from tests.config.workspace import RIGHT, build
 
-TABLE = (*keys.TABLE, *combinations.TABLE, *inputs.TABLE, *layouts.TABLE)
+TABLE = (*keys.TABLE, *combinations.TABLE, *inputs.TABLE, *layouts.TABLE, *mixtures.TABLE)
 WITH_NEAREST = [row for row in layouts.TABLE if row.errors[0].near]
 
 

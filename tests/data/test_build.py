@@ -98,9 +98,9 @@ def test_the_cache_is_reused_until_a_file_changes(
     assert again.fingerprint == first.fingerprint
 
     path = corpus / "1.txt"
-    os.utime(path, ns=(1, 1))  # the same content at another time: read again, equal
+    os.utime(path, ns=(1, 1))  # the same content at another time
     assert build(dataset_dir=str(corpus)).fingerprint == first.fingerprint
-    assert "(from the cache " not in logged[2]
+    assert "(from the cache " in logged[2]
 
     path.write_text(path.read_text() + "!")
     changed = build(dataset_dir=str(corpus))
@@ -127,10 +127,9 @@ def test_a_stream_serves_every_length_from_one_folder(
     [
         {"packing": False},
         {"num_samples": 3},
-        {"suffixes": [".txt", ".md"]},
         {"tokenizer": train_tokenizer(eos_token="<|im_end|>")},
     ],
-    ids=["packing", "num_samples", "suffixes", "tokenizer"],
+    ids=["packing", "num_samples", "tokenizer"],
 )
 def test_every_setting_has_its_own_folder(
     build: Build, corpus: Path, logged: list[str], change: dict[str, Any]
@@ -204,15 +203,4 @@ def test_a_cache_that_cannot_be_written(build: Build, corpus: Path, tmp_path: Pa
     with pytest.raises(UserError) as caught:
         build(dataset_dir=str(corpus), cache_dir=tmp_path / "file" / "cache")
     assert "the data cache cannot be written (Not a directory)" in str(caught.value)
-    assert "or set another output_dir." in str(caught.value)
-
-
-def test_long_tokenizing_shows_progress(
-    build: Build, corpus: Path, logged: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("launcher.data.build.PROGRESS_SECONDS", 0.0)
-    monkeypatch.setattr("launcher.data.tokens.BATCH_CHARACTERS", 10)
-    build(dataset_dir=str(corpus))
-    assert logged[0].startswith("tokenizing: 1 read, ")
-    assert logged[0].endswith(" tokens/s")
-    assert [line.split(":")[0] for line in logged] == ["tokenizing"] * 6 + ["data"]
+    assert "set data_cache.dir or another output_dir." in str(caught.value)

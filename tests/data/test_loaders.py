@@ -17,11 +17,12 @@ from launcher.data.loaders import ALIASES, LOADERS
 from launcher.data.loaders.base import DataLoader, Document
 from launcher.data.loaders.text import tokenize_texts
 from launcher.data.tally import Tally
+from launcher.extensions import ROW_LOADERS
 
 
 def test_every_type_of_the_schema_has_a_loader() -> None:
     (kind,) = (field for field in fields(DataLoaderSection) if field.name == "type")
-    assert {*LOADERS, *ALIASES} == set(info_of(kind).choices)
+    assert {*LOADERS, *ALIASES, *ROW_LOADERS} == set(info_of(kind).choices)
     assert set(ALIASES.values()) <= set(LOADERS)
 
 

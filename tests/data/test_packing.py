@@ -197,3 +197,39 @@ def test_a_path_is_not_needed(tmp_path: Path) -> None:
             assert left is not None
             assert right is not None
             assert left.tolist() == right.tolist()
+
+
+@given(
+    documents=documents_with_numbers(), seq_length=st.integers(1, 12), mask=st.integers(0, 2**60)
+)
+@settings(max_examples=200, deadline=None)
+def test_a_stream_with_context_is_the_slow_reference(
+    documents: list[list[int]], seq_length: int, mask: int
+) -> None:
+    """Targets are the tokens whose bit is set; rows without one are left out."""
+    targets = [[bool(mask >> (token % 60) & 1) for token in document] for document in documents]
+    rows = StreamRows(store_of(documents, targets), seq_length, PAD)
+    stream = [token for document in documents for token in document]
+    labels = [
+        token if is_target and place else -100
+        for document, marks in zip(documents, targets, strict=True)
+        for place, (token, is_target) in enumerate(zip(document, marks, strict=True))
+    ]
+    expected = []
+    for begin in range(0, max(len(stream) - 1, 0), seq_length):
+        inputs = stream[begin : begin + seq_length]
+        wanted = labels[begin + 1 : begin + 1 + seq_length]
+        if set(wanted) != {-100}:
+            expected.append(
+                (inputs + [PAD] * (seq_length - len(inputs)),
+                 wanted + [-100] * (seq_length - len(wanted)), len(inputs))
+            )  # fmt: skip
+    found = [rows.row(index) for index in range(len(rows))]
+    assert [(row.input_ids.tolist(), row.labels.tolist()) for row in found] == [
+        (inputs, wanted) for inputs, wanted, _ in expected
+    ]
+    counts = rows.counts(np.arange(len(rows)))
+    assert counts.targets.tolist() == [
+        sum(label != -100 for label in wanted) for _, wanted, _ in expected
+    ]
+    assert counts.tokens.tolist() == [length for _, _, length in expected]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from launcher.builders.data import _check_same
+from launcher.builders.open_dataset import _check_same
 from launcher.config.schema import DataLoaderSection, DatasetSection
 from launcher.data.build import build_dataset
 from launcher.errors import UserError

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from launcher.tools import inspect_data
 from tests.end_to_end.test_machines import Machines
 from tests.end_to_end.test_processes import TORCHRUN, start
 from tests.ranks import run_job, start_job
@@ -216,3 +218,14 @@ def test_machines_without_a_shared_folder_have_a_producer_each(
     ended = machines.start("--output_dir", "other", **changes).end()
     assert ended.codes == [2] * 4
     assert "differs from that of rank 0" in ended.output[0]
+
+
+def test_data_are_prepared_but_not_inspected(shop: Workshop) -> None:
+    name = yaml(shop, "prepared")
+    result = run_job(["--config", name, "--run_mode", "train", "--prepare_data"], shop.folder)
+    assert result.code == 0, result.stderr
+    assert "prepared train_dataset: the index of its stream" in result.stdout
+    assert not list((shop.folder / "prepared").rglob("ring-*"))
+    words = ["--config", str(shop.folder / name)]
+    with contextlib.chdir(shop.folder):
+        assert inspect_data.main(words) == 2

@@ -13,6 +13,7 @@ from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 from launcher.tools import convert_weight
+from tests.data.mindrecord_writer import Schema, token_rows, write_mindrecord
 from tests.mindspore.names import write_ranks
 from tests.test_docs import run_page
 from tests.workshop import Workshop
@@ -30,6 +31,9 @@ def folder(materials: Workshop, tmp_path_factory: pytest.TempPathFactory) -> Pat
     """The files that the page speaks of, and the Hugging Face directory they were made from."""
     folder = materials.copy_to(tmp_path_factory.mktemp("page")).folder
     (folder / "corpus").rename(folder / "my_text")
+    record = {"instruction": "Count.", "input": "to two", "output": "one two"}
+    (folder / "alpaca.json").write_text(json.dumps([record] * 20))
+    write_alpaca(folder / "alpaca.mindrecord")
     tokenizer = json.loads((folder / "tokenizer" / "tokenizer.json").read_text())["model"]
     (folder / "vocab.json").write_text(json.dumps(tokenizer["vocab"]))
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in tokenizer["merges"]]
@@ -57,8 +61,17 @@ def folder(materials: Workshop, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return folder
 
 
+def write_alpaca(path: Path) -> None:
+    """Rows of 65 tokens, as MindFormers' script for Qwen2.5 writes them."""
+    rows = np.random.default_rng(2).integers(2, SIZES["vocab_size"], size=(8, 65))
+    names = ("input_ids", "target_ids", "attention_mask")
+    schema: Schema = {name: ("int32", [-1]) for name in names}
+    records = ((row, row, np.ones_like(row)) for row in rows)
+    write_mindrecord(path, schema, token_rows(records, *names))
+
+
 def test_every_command_of_the_page_runs(folder: Path) -> None:
-    assert run_page("mindspore.md", folder) >= 12
+    assert run_page("mindspore.md", folder) >= 13
     texts = {
         name: json.loads((folder / f"output/{name}/text_generation_result.jsonl").read_text())
         for name in ("predict", "two", "one")
@@ -67,10 +80,13 @@ def test_every_command_of_the_page_runs(folder: Path) -> None:
     assert texts["predict"]["tokens"] == _expected(folder, len(texts["predict"]["tokens"]))
     losses = {
         name: [json.loads(row)["loss"] for row in (folder / f"output/{name}/metrics.jsonl").open()]
-        for name in ("finetune", "as_ckpt")
+        for name in ("finetune", "as_ckpt", "records")
     }
     assert len(losses["finetune"]) == 2
     assert losses["finetune"] == losses["as_ckpt"]
+    log = (folder / "output/finetune_alpaca/log/rank_0/info.log").read_text()
+    assert "6 conversations of 1 file(s)" in log
+    assert len(losses["records"]) == 2
     origin = load_file(folder / "origin" / "model.safetensors")
     again = {}
     for file in (folder / "output" / "hugging_face").glob("*.safetensors"):

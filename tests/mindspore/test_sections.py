@@ -121,12 +121,12 @@ EQUAL: dict[str, tuple[str, dict[str, Any]]] = {
         {"model.model_config.params_dtype": "float16"},
     ),
     "what predict does not read": (
-        "run_mode: predict\ntrain_dataset: {data_loader: {type: MindDataset}}\n"
+        "run_mode: predict\ntrain_dataset: {data_loader: {type: TFRecordDataset}}\n"
         "optimizer: {type: Lamb}\ncallbacks: [{type: TopkBiasBalanceCallback}]\n",
         {"train_dataset": None, "optimizer.type": "AdamW", "callbacks": []},
     ),
     "evaluation data that are not read": (
-        "run_mode: train\ndo_eval: False\neval_dataset: {data_loader: {type: MindDataset}}\n",
+        "run_mode: train\ndo_eval: False\neval_dataset: {data_loader: {type: TFRecordDataset}}\n",
         {"eval_dataset": None},
     ),
     "a loader for evaluation that is known": (
@@ -196,19 +196,14 @@ def test_keys_become_keys(name: str) -> None:
 
 REFUSED = {
     "a loader, once": (
-        "run_mode: train\ntrain_dataset: &data {data_loader: {type: "
-        "BlendedMegatronDatasetDataLoader, datasets_type: GPTDataset, sizes: [8, 0, 0], config: "
-        "{seed: 1}}}\ntrain_dataset_task: {dataset_config: *data}\n",
-        ["train_dataset.data_loader.type = 'BlendedMegatronDatasetDataLoader': not built yet"],
-    ),
-    "handlers, once": (
-        "run_mode: train\ntrain_dataset: {data_loader: {type: HFDataLoader, path: json, "
-        "data_files: a.json, create_compressed_eod_mask: False, handler: [{type: take, n: 2}]}}\n",
-        ["train_dataset.data_loader.handler = [{'type': 'take', 'n': 2}]: not built yet"],
+        "run_mode: train\ntrain_dataset: &data {data_loader: {type: TFRecordDataset, "
+        "schema: a.json, handler: [{type: take, n: 2}]}}\n"
+        "train_dataset_task: {dataset_config: *data}\n",
+        ["train_dataset.data_loader.type = 'TFRecordDataset': not built yet"],
     ),
     "evaluation data that are read": (
-        "run_mode: train\ndo_eval: True\neval_dataset: {data_loader: {type: MindDataset}}\n",
-        ["eval_dataset.data_loader.type = 'MindDataset': not built yet"],
+        "run_mode: train\ndo_eval: True\neval_dataset: {data_loader: {type: TFRecordDataset}}\n",
+        ["eval_dataset.data_loader.type = 'TFRecordDataset': not built yet"],
     ),
     "a callback of training": (
         "run_mode: train\ncallbacks: [{type: TopkBiasBalanceCallback}]\n",

@@ -19,9 +19,11 @@ from safetensors.torch import save_file
 
 from launcher.mindspore import ckpt_writer
 from launcher.mindspore.ckpt_values import DTYPES
+from launcher.mindspore.mindrecord.reader import read_rows
 from launcher.weights import ckpt_to_safetensors, safetensors_to_ckpt, unified_safetensors
 from launcher.weights.ranks.saves import open_any_format
 from tests.mindspore.ckpt import CHUNK, EXPECTED, GOLDEN, expected, whole
+from tests.mindspore.records import plain
 from tests.ranks import run_job
 from tests.weights.content import Content, content
 from tests.workshop import Workshop
@@ -113,3 +115,18 @@ def test_rank_files_of_its_own_format(trained: Path, tmp_path: Path) -> None:
     mindspore("merge", tmp_path / "in", trained / "ckpt/strategy", tmp_path)
     assert whole(tmp_path / "complete") == content(open_any_format(root))
     shutil.rmtree(tmp_path)
+
+
+def test_mindrecord_files_are_read_as_minddataset_reads_them(tmp_path: Path) -> None:
+    mindspore("records", tmp_path)
+    rows = 0
+    for file in sorted(tmp_path.glob("*.json")):
+        known = json.loads(file.read_text())
+        reader = read_rows(known["first"])
+        found = [{key: plain(value) for key, value in row.items()} for row in reader.records()]
+        for one, other in zip(found, known["rows"], strict=True):
+            if file.stem == "scalars":  # all are index fields, whose doubles have 15 digits there
+                assert one.pop("d") == pytest.approx(other.pop("d"), rel=1e-14)
+            assert one == other
+        rows += len(found)
+    assert rows == 9000

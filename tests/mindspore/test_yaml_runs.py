@@ -18,7 +18,10 @@ from tests.mindspore.yaml_fixtures import FOLDER, RUNS, Run, prepare, write_weig
 from tests.ranks import run_ranks
 from tests.workshop import Workshop
 
-_MIGRATED = ("eager_qwen3_train", "legacy_llama3_1_finetune", "legacy_qwen2_5_finetune")
+_MIGRATED = (
+    *("eager_qwen3_train", "legacy_common_loader", "legacy_llama3_1_finetune"),
+    *("legacy_qwen2_5_finetune", "mcore_qwen3_alpaca"),
+)
 """Files whose migrated form is run too."""
 
 

@@ -1,7 +1,8 @@
-"""Fifteen YAML files in the styles of MindFormers, and the command line that each is run with.
+"""Seventeen YAML files in the styles of MindFormers, and the command line that each is run with.
 
 Owns what is given on it: paths and a prompt, text in place of data whose readers are not built, and
-sizes. Everything else is used as it is written.
+sizes; the MindRecord files are made. Alpaca records are read through their handlers. All else is
+used as it is written.
 """
 
 from __future__ import annotations
@@ -11,6 +12,9 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
+from tests.data.mindrecord_writer import Schema, write_mindrecord
 from tests.mindspore.yaml_survey import TOKENIZER_FILES
 from tests.workshop import VOCABULARY, Workshop
 
@@ -38,6 +42,12 @@ def _text(section: str = "train_dataset", loader: str = "data_loader") -> tuple[
     return (f"~{key}", f"--{key}.type", "TextDataLoader", f"--{key}.dataset_dir", "corpus")
 
 
+def _records(section: str = "train_dataset") -> tuple[str, ...]:
+    """The MindRecord files of a section."""
+    return (f"--{section}.data_loader.dataset_dir", "a.mindrecord")
+
+
+_POSITIONS = ("--model.model_config.max_position_embeddings", "512")
 _TWO_STEPS = ("--max_steps", "2")
 _TWO_EAGER = ("--training.steps", "2")
 _EAGER = (*_text(loader="dataloader"), *_TOKENIZER)
@@ -60,24 +70,26 @@ class Run:
 
 
 RUNS = (
-    Run("eager_llama_select", (*_EAGER, *_TWO_EAGER)),
+    Run("eager_llama_select", _TWO_EAGER),
     Run("eager_qwen3_muon", (*_EAGER,)),
-    Run("eager_qwen3_train", (*_EAGER, *_TWO_EAGER, "--model.vocab_size", str(VOCABULARY),
-                              "--checkpoint.save_path", "saved")),
+    Run("eager_qwen3_train", (*_TWO_EAGER, "--checkpoint.save_path", "saved")),
+    Run("legacy_common_loader", _TWO_STEPS),
     Run("legacy_deepseek_predict", (*_PROMPT, "--processor.tokenizer.vocab_file",
         "tokenizer/tokenizer.json", "--processor.tokenizer.tokenizer_file",
         "tokenizer/tokenizer.json"), 0),
     Run("legacy_llama2_predict", (*_PROMPT, "--model.model_config.vocab_size", "600",
         "--load_checkpoint", "", "--processor.tokenizer.vocab_file", "unigram.model"), 0),
-    Run("legacy_llama3_1_finetune", (*_text(), *_TOKENIZER, *_TWO_STEPS)),
+    Run("legacy_llama3_1_finetune", (*_records(), *_TWO_STEPS)),
     Run("legacy_mixtral_predict", (*_PROMPT, *_WIDER, *_TOKENIZER, "--load_checkpoint", ""), 0),
-    Run("legacy_qwen2_5_eval", (*_text("eval_dataset"), *_TOKENIZER), -1),
-    Run("legacy_qwen2_5_finetune", (*_text(), *_TOKENIZER, *_WIDER, *_TWO_STEPS,
-                                    "--load_checkpoint", "qwen2/hf")),
+    Run("legacy_qwen2_5_eval", (*_records("eval_dataset"), *_TOKENIZER), -1),
+    Run("legacy_qwen2_5_finetune", (*_records(), *_WIDER, *_TWO_STEPS, "--load_checkpoint",
+                                    "qwen2/hf")),
     Run("legacy_qwen2_5_predict", _PROMPT, 0),
     Run("legacy_telechat2_predict", (*_PROMPT, "--processor.tokenizer.vocab_file",
                                      "telechat.model"), 0),
-    Run("mcore_finetune_template", (*_text(), *_LENGTH, *_TWO_STEPS)),
+    Run("mcore_finetune_template", ("--train_dataset.data_loader.data_files", "alpaca.json",
+        "--train_dataset.seq_length", "512", *_POSITIONS, *_TWO_STEPS)),
+    Run("mcore_qwen3_alpaca", ("--train_dataset_dir", "alpaca.jsonl", *_POSITIONS, *_TWO_STEPS)),
     Run("mcore_qwen3_moe_train", (*_text(), *_TOKENIZER, *_TWO_STEPS)),
     Run("mcore_qwen3_predict", _PROMPT, 0),
     Run("mcore_qwen3_train", (*_text(), *_LENGTH, *_TWO_STEPS)),
@@ -89,13 +101,38 @@ def prepare(materials: Workshop, folder: Path) -> None:
     materials.copy_to(folder)
     for file in (*FOLDER.glob("*.yaml"), *TOKENIZER_FILES.glob("*.model")):
         shutil.copy(file, folder)
+    write_records(folder)
     whole = json.loads((folder / "tokenizer" / "tokenizer.json").read_text())["model"]
+    _write_alpaca(folder)
     pairs = [pair if isinstance(pair, str) else " ".join(pair) for pair in whole["merges"]]
     (folder / "vocab.json").write_text(json.dumps(whole["vocab"]))
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *pairs]))
     for name, config in HUB.items():
         shutil.copytree(folder / "tokenizer", folder / name / "hf")
         (folder / name / "hf" / "config.json").write_text(json.dumps(config))
+
+
+def write_records(folder: Path) -> None:
+    """The MindRecord files that the files name: rows of 33 tokens with labels of their second
+    half, not shifted."""
+    ids = 2 + np.cumsum(np.random.default_rng(0).integers(0, 94, size=(24, 33)), axis=1) % 94
+    rows = [{"input_ids": row, "labels": np.where(np.arange(33) < 16, -100, row)} for row in ids]
+    schema: Schema = {"input_ids": ("int32", [-1]), "labels": ("int32", [-1])}
+    (folder / "train_dataset").mkdir()
+    write_mindrecord(folder / "a.mindrecord", schema, rows)
+    write_mindrecord(folder / "train_dataset" / "b.mindrecord", schema, rows, shards=3)
+
+
+def _write_alpaca(folder: Path) -> None:
+    """24 records as a list of alpaca.json, and with other names of columns as lines."""
+    records = [
+        {"instruction": f"Count from {n} to {n + 3}.", "input": "" if n % 3 else "in words",
+         "output": f"{n} {n + 1} {n + 2} {n + 3}"} for n in range(24)
+    ]  # fmt: skip
+    names = {"instruction": "question", "input": "input", "output": "answer"}
+    renamed = [{names[key]: value for key, value in record.items()} for record in records]
+    (folder / "alpaca.json").write_text(json.dumps(records))
+    (folder / "alpaca.jsonl").write_text("".join(json.dumps(row) + "\n" for row in renamed))
 
 
 def write_weights(folder: Path) -> None:

@@ -23,6 +23,8 @@ from launcher.config.resolve import resolve_command_line
 from launcher.environment import PLANNED_WORLD_SIZE
 from launcher.errors import Problem, UserError
 from tests.config.weight_files import safetensors
+from tests.data.megatron.cases import GOLDEN
+from tests.data.mindrecord_writer import write_mindrecord
 
 TABLE = Path(__file__).parent / "fixtures" / "mindformers_files.tsv"
 TOKENIZER_FILES = TABLE.parent / "tokenizers"
@@ -34,9 +36,12 @@ TOKENIZERS = {
 }
 """Class -> its `vocab_file`; the others have JSON files."""
 
-READERS = frozenset("RGH")
-"""Needs that the readers of data cover."""
+BUILT = frozenset("RHG")
+"""Needs of the table that are met by now."""
+READERS = frozenset[str]()
+"""Needs that readers of data cover that are not built yet."""
 
+MEGATRON = "BlendedMegatronDatasetDataLoader"
 _NO_CONFIGURATION = (".jenkins", ".readthedocs.yaml", "layer_mapping.yaml")
 _DEGREES = ("data_parallel", "model_parallel", "pipeline_stage", "context_parallel")
 _LLAMA = {
@@ -80,13 +85,13 @@ class Known:
     @property
     def level(self) -> int:
         """1: accepted now. 2: with the readers of data. 3: it needs more."""
-        return 1 if not self.needs else 2 if self.needs <= READERS else 3
+        return 1 if self.needs <= BUILT else 2 if self.needs <= BUILT | READERS else 3
 
 
 def known_files() -> dict[str, Known]:
     """The table: path in a checkout -> what the file needs."""
     rows = [line.split("\t") for line in TABLE.read_text().splitlines() if line[0] != "#"]
-    return {path: Known(where, frozenset(needs.replace("-", "").split()))
+    return {path: Known(where, frozenset(needs.replace("-", "").split()) - BUILT)
             for path, where, _, needs in rows}  # fmt: skip
 
 
@@ -107,6 +112,19 @@ class Materials:
     def corpus(self) -> str:
         """A folder of text."""
         return str(self.folder / "corpus")
+
+    def records(self, columns: Sequence[str]) -> str:
+        """A MindRecord file with these columns."""
+        path = self.folder / "-".join(columns) / "some.mindrecord"
+        if not path.exists():
+            path.parent.mkdir()
+            schema = {name: ("int32", [-1]) for name in columns}
+            write_mindrecord(path, schema, [{key: [1, 2, 3] for key in columns}])
+        return str(path)
+
+    def indexed(self) -> str:
+        """A dataset of Megatron, by its path without extension."""
+        return str(GOLDEN / "a_int32")
 
     def hub(self, file: Path) -> str:
         """A directory as from the hub, of the family that `file` is for."""
@@ -204,11 +222,17 @@ def _data(content: dict[str, Any], materials: Materials) -> Iterator[tuple[str, 
         inner = content.get(section)
         for name in ("data_loader", "dataloader"):
             loader = inner.get(name) if isinstance(inner, dict) else None
-            if isinstance(loader, dict):
+            if isinstance(loader, dict) and loader.get("type") == MEGATRON:
+                paths = f"['1', '{materials.indexed()}']"
+                yield f"{section}.{name}.config.data_path", paths
+            elif isinstance(loader, dict):
                 named = [key for key in ("dataset_dir", "dataset_files", "data_files")
                          if key in loader]  # fmt: skip
                 for key in named or ["dataset_dir"]:
-                    yield f"{section}.{name}.{key}", materials.corpus()
+                    records = loader.get("type") == "MindDataset"
+                    columns = inner.get("input_columns") or ["input_ids"]
+                    place = materials.records(columns) if records else materials.corpus()
+                    yield f"{section}.{name}.{key}", place
 
 
 def problems(file: Path, materials: Materials, environment: Any) -> Sequence[Problem]:

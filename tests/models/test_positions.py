@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from launcher.builders.data import seq_length
+from launcher.builders.open_dataset import seq_length
 from launcher.config.schema import DatasetSection
 from launcher.predict import positions_of
 from models.build import build_model

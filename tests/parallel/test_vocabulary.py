@@ -34,6 +34,15 @@ def sharded_losses(dtypes: list[str], chunk_elements: int) -> list[tuple[float, 
         assert own.grad is not None
         assert own.grad.dtype == own.dtype
         found.append((loss.item(), own.grad.float().numpy()))
+        again = own.detach().clone().requires_grad_()
+        sums = vocabulary.token_loss_sum(again, labels, torch.distributed.group.WORLD, by_row=True)
+        (sums.sum() * 0.5).backward()
+        assert torch.equal(again.grad, own.grad)  # type: ignore[arg-type]
+        for row in range(ROWS):
+            alone = vocabulary.token_loss_sum(
+                own.detach()[row : row + 1], labels[row : row + 1], torch.distributed.group.WORLD
+            )
+            assert torch.allclose(sums[row], alone)
         nothing = torch.full_like(labels, -100)
         no_log = vocabulary.token_loss_sum(own, nothing, torch.distributed.group.WORLD)
         assert no_log.item() == 0.0

@@ -10,7 +10,7 @@ import pytest
 from launcher.errors import UserError
 from launcher.report.aside import move_to_numbered_folder, write_new
 from launcher.report.console import Console, close_logs, open_logs
-from launcher.report.curves import draw_loss
+from launcher.report.curves import MAX_SOURCES, draw_loss, source_losses
 from launcher.report.metrics import MetricsLog, Start, read_rows
 from launcher.report.progress import Pace, bar, duration, progress_line
 from launcher.report.trackers import flatten, open_trackers
@@ -66,6 +66,10 @@ def test_the_progress_line() -> None:
                          tokens_per_second=12345.6, remaining_seconds=75)  # fmt: skip
     assert line == ("█████··············· step 3/12  loss 2.5000  lr 0.0001  grad norm 0.500  "
                     "12,346 tokens/s  1:15 left")  # fmt: skip
+    line = progress_line(step=3, total=12, loss=2.5, lr=1e-4, grad_norm=0.5,
+                         tokens_per_second=12345.6, remaining_seconds=75,
+                         source_losses={"code": 1.234, "wiki": 3})  # fmt: skip
+    assert "  loss 2.5000 (code 1.23, wiki 3.00)  lr 0.0001" in line
     assert (bar(0), bar(1)) == ("·" * 20, "█" * 20)
     assert (duration(59), duration(3723)) == ("0:59", "1:02:03")
 
@@ -136,6 +140,15 @@ def test_the_curve_is_a_picture(tmp_path) -> None:
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert [path.name for path in tmp_path.iterdir()] == ["loss.png"]
     assert not draw_loss([], tmp_path / "none.png")
+
+
+def test_sources_of_a_mixture_have_curves(tmp_path) -> None:
+    rows = [{"step": 1, "loss": 2.0, "loss/a": 1.0, "loss/b": 3.0},
+            {"step": 2, "loss": 2.0, "loss/b": 2.5, "loss/c": None}]  # fmt: skip
+    assert source_losses(rows) == {"a": [(1, 1.0)], "b": [(1, 3.0), (2, 2.5)]}
+    assert draw_loss(rows, tmp_path / "loss.png")
+    many = [{"step": 1, "loss": 2.0, **{f"loss/{n}": 1.0 for n in range(MAX_SOURCES + 1)}}]
+    assert source_losses(many) == {}
 
 
 def test_tensorboard_gets_the_numbers(tmp_path) -> None:

@@ -8,6 +8,8 @@ from torch import nn
 
 from launcher.errors import UserError
 from launcher.parallel.gradients import squared_norm
+from launcher.parallel.vocabulary import CHUNK_ELEMENTS
+from launcher.train.compute import by_source
 from launcher.train.loss import token_loss_sum
 from launcher.train.optimizer import clip_gradients
 from launcher.train.random import mix, sample_seeds
@@ -23,6 +25,30 @@ def test_the_loss_is_summed_over_targets_in_float32() -> None:
     assert result.dtype == torch.float32
     assert torch.allclose(result, expected, atol=1e-6)
     assert token_loss_sum(logits, torch.full((2, 3), -100)).item() == 0.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_sums_by_row_have_the_same_total_and_gradient(monkeypatch, dtype) -> None:
+    monkeypatch.setitem(CHUNK_ELEMENTS, "cpu", 20)  # pieces that end inside a row
+    torch.manual_seed(0)
+    logits = torch.randn(4, 3, 5).to(dtype)
+    labels = torch.tensor([[1, -100, 2], [-100, -100, 4], [0, 3, 2], [-100, -100, -100]])
+    one, by_row = (logits.clone().requires_grad_() for _ in range(2))
+    total = token_loss_sum(one, labels)
+    sums = token_loss_sum(by_row, labels, by_row=True)
+    (total * 8).backward()
+    (sums.sum() * 8).backward()
+    assert torch.equal(by_row.grad, one.grad)
+    assert torch.allclose(sums.sum(), total)
+    for row in range(4):
+        alone = token_loss_sum(logits[row : row + 1], labels[row : row + 1])
+        assert torch.allclose(sums[row], alone)
+    assert torch.equal(token_loss_sum(logits, labels, by_row=True), sums)  # without gradients
+    sources = torch.tensor([[True, False], [False, True], [True, False], [False, False]])
+    expected = torch.stack([sums[0] + sums[2], sums[1]])
+    assert torch.equal(by_source(sums, sources), expected)
+    sums = torch.tensor([1.0, float("nan"), 2.0, float("inf")])
+    assert by_source(sums, sources)[0] == 3
 
 
 def model_with_gradients() -> nn.Module:

@@ -115,12 +115,14 @@ def _too_long(check: Check, key: str, limit: PositionLimit) -> KeyProblem:
 def _packing(check: Check, spec: ModelSpec) -> Iterator[KeyProblem]:
     for name in ("train_dataset", "eval_dataset"):
         section = check.value(name)
-        if section is not None and section.packing and not supports_packing(spec):
-            yield check.wrong(
-                f"{name}.packing",
-                f"packing for {spec.family} models is not built yet",
-                advice="Set it to False",
-            )
+        if section is None or supports_packing(spec):
+            continue
+        rule = f"packing for {spec.family} models is not built yet"
+        if section.packing:
+            yield check.wrong(f"{name}.packing", rule, advice="Set it to False")
+        for key, loader in section.loaders.items():
+            if loader.eod_token_id is not None:
+                yield check.wrong(f"{name}.{key}.eod_token_id", rule, advice="Remove it")
 
 
 def _first_values(check: Check, spec: ModelSpec) -> Iterator[KeyProblem]:

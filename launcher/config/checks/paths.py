@@ -21,7 +21,7 @@ from launcher.config.derived import (
 from launcher.config.provenance import KeyProblem
 from launcher.config.schema import DataLoaderSection, DatasetSection
 from launcher.errors import did_you_mean
-from launcher.extensions import TOKENIZER_TYPES
+from launcher.extensions import DATA_CHECKS, TOKENIZER_TYPES, required
 from launcher.json_text import lone_surrogate
 
 NAMES_SHOWN = 5
@@ -32,14 +32,38 @@ TOKEN_LOADERS = frozenset({
 })  # fmt: skip
 """Types of data loaders that read rows of tokens."""
 
-_BY_TYPE = {
+_MEGATRON = "BlendedMegatronDatasetDataLoader"
+_OF_DOCUMENTS = (
+    "TextDataLoader", "HFDataLoader", "CommonDataLoader", "InstructionDataLoader",
+)  # fmt: skip
+_BY_TYPE: dict[str, tuple[str, ...]] = {
     "suffixes": ("TextDataLoader",),
     "text_column": ("HFDataLoader", "CommonDataLoader"),
     "split": ("HFDataLoader", "CommonDataLoader", "InstructionDataLoader"),
+    "path": ("HFDataLoader", "CommonDataLoader", "InstructionDataLoader"),
+    "data_dir": ("HFDataLoader", "CommonDataLoader", "InstructionDataLoader"),
+    "subset": ("HFDataLoader", "CommonDataLoader", "InstructionDataLoader"),
+    "delimiter": ("HFDataLoader", "CommonDataLoader", "InstructionDataLoader"),
+    "load_func": ("HFDataLoader", "CommonDataLoader", "InstructionDataLoader"),
+    "column_map": ("HFDataLoader", "CommonDataLoader", "InstructionDataLoader"),
+    "transforms": ("HFDataLoader", "CommonDataLoader", "InstructionDataLoader"),
+    "prompt_template": ("InstructionDataLoader",),
     "format": ("InstructionDataLoader",),
     "strict_fields": ("InstructionDataLoader",),
     "streaming": ("HFDataLoader", "CommonDataLoader", "InstructionDataLoader"),
+    "columns": ("MindDataset",),
+    "labels": ("MindDataset",),
+    "pad_token_id": ("MindDataset",),
+    "ignore_token_id": ("MindDataset",),
+    "eod_token_id": ("MindDataset",),
+    **dict.fromkeys(
+        ("config", "sizes", "mindformers_sizes", "phase", "datasets_type"), (_MEGATRON,)
+    ),
+    "token_dtype": ("TokenFileDataLoader",),
+    "eod": ("TokenFileDataLoader",),
+    "num_samples": (*_OF_DOCUMENTS, "MindDataset"),
 }
+"""Key to the types of loaders that take it; keys that all take are left out."""
 
 
 def nearest_path(path: str) -> str:
@@ -118,7 +142,6 @@ def _dataset(check: Check, name: str, section: DatasetSection) -> Iterator[KeyPr
 
 
 def _loader(check: Check, prefix: str, loader: DataLoaderSection) -> Iterator[KeyProblem]:
-    keys = tuple(f"{prefix}.{key}" for key in ("dataset_dir", "dataset_files", "data_files"))
     for key, kinds in _BY_TYPE.items():
         default = getattr(DataLoaderSection(), key)
         if getattr(loader, key) != default and loader.type not in kinds:
@@ -128,28 +151,36 @@ def _loader(check: Check, prefix: str, loader: DataLoaderSection) -> Iterator[Ke
                 nearest=f"It belongs to {kinds[0]}",
                 also=(f"{prefix}.type",),
             )
-    if not loader.paths:
+    missing = list(_missing_files(check, prefix, loader))
+    yield from missing
+    if not missing and loader.type in DATA_CHECKS:
+        yield from required(DATA_CHECKS, loader.type, f"{prefix}.type")(check, prefix, loader)
+
+
+def _missing_files(check: Check, prefix: str, loader: DataLoaderSection) -> Iterator[KeyProblem]:
+    keys = tuple(f"{prefix}.{key}" for key in ("dataset_dir", "dataset_files", "data_files"))
+    if not loader.paths and not loader.data_files and loader.type != _MEGATRON:
         yield check.wrong(
             keys[0],
             "a data set needs files",
             what=f"{prefix.removesuffix('.data_loader')} has no files",
             advice=f"Set {keys[0]} to a file, a directory or a glob pattern",
-            also=(*keys, f"{prefix}.type"),
+            also=(*keys, f"{prefix}.type", f"{prefix}.path"),
         )
-    for key in keys:
-        value = check.value(key)
-        for path in [value] if isinstance(value, str) else value or []:
-            if "://" in path:
-                continue  # `streaming` has the rules about URLs
-            if path and not Path(path).exists() and not glob.glob(path, recursive=True):
-                is_glob = glob.has_magic(path)
-                yield check.wrong(
-                    key,
-                    "no file matches this pattern" if is_glob else "no such file or directory",
-                    what=f"{key} = {path!r}",
-                    nearest="" if is_glob else nearest_path(path),
-                    advice="Paths are relative to the current directory",
-                )
+    if loader.path and not loader.record_format and not Path(loader.path).exists():
+        return  # `records.places` reports it
+    for key, path in loader.sources():
+        if "://" in path:
+            continue  # `streaming` has the rules about URLs
+        if not Path(path).exists() and not glob.glob(path, recursive=True):
+            is_glob = glob.has_magic(path)
+            yield check.wrong(
+                f"{prefix}.{key}",
+                "no file matches this pattern" if is_glob else "no such file or directory",
+                what=f"{prefix}.{key} = {path!r}",
+                nearest="" if is_glob else nearest_path(path),
+                advice="Paths are relative to the current directory",
+            )
 
 
 def tokenizer(check: Check) -> Iterator[KeyProblem]:
@@ -257,6 +288,8 @@ def named_paths(check: Check) -> Iterator[KeyProblem]:
         )
     if Path(config.output_dir).is_file():
         yield check.wrong("output_dir", "must be a directory, this is a file")
+    if config.data_cache.dir and Path(config.data_cache.dir).is_file():
+        yield check.wrong("data_cache.dir", "must be a directory, this is a file")
     prompt = config.input_data
     for text in [prompt] if isinstance(prompt, str) else prompt or ():
         if wrong := lone_surrogate(text):

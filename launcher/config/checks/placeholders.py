@@ -25,7 +25,6 @@ _BINARY_OR_JSON = (".json", ".model")
 """Suffixes of files that are never empty or a web page; others can only be pointers."""
 LOOKED_AT = 64
 """How many files of a data set are checked."""
-_DATA_KEYS = ("dataset_dir", "dataset_files", "data_files")
 
 
 def hub_files(check: Check) -> Iterator[KeyProblem]:
@@ -56,17 +55,21 @@ def data_files(check: Check) -> Iterator[KeyProblem]:
     for name, section in sections.items():
         if section is None or config.only_save_strategy:
             continue
-        for key in (f"{name}.{loader}.{key}" for loader in section.loaders for key in _DATA_KEYS):
-            for path in itertools.islice(_files(check.value(key)), LOOKED_AT):
-                if is_pointer(path) and (found := placeholder(path, is_text=True)):
-                    yield _problem(check, key, found)
+        for loader, source in section.loaders.items():
+            named: dict[str, list[str]] = {}
+            for key, path in source.sources():
+                named.setdefault(f"{name}.{loader}.{key}", []).append(path)
+            for key, paths in named.items():
+                for path in itertools.islice(_files(paths), LOOKED_AT):
+                    if is_pointer(path) and (found := placeholder(path, is_text=True)):
+                        yield _problem(check, key, found)
 
 
-def _files(value: str | list[str] | None) -> Iterator[Path]:
+def _files(named: list[str]) -> Iterator[Path]:
     """The files that a key of data names: by themselves, in folders, or by a pattern."""
-    for written in [value] if isinstance(value, str) else value or []:
+    for written in named:
         paths = [written] if Path(written).exists() else glob.iglob(written, recursive=True)
-        for path in map(Path, paths if written else ()):
+        for path in map(Path, paths):
             yield from sorted(path.iterdir()) if path.is_dir() else [path]
 
 

@@ -60,6 +60,8 @@ def _dataset(check: Check, name: str, section: DatasetSection) -> Iterator[KeyPr
                 nearest="Nearest: False",
                 advice="Stream one source, or tokenize the sources of the mixture into the cache",
             )
+        if loader.streaming:
+            yield from _needs_all_records(check, prefix, loader)
         for option in _ONLY_STREAMING:
             default = getattr(DataLoaderSection(), option)
             if getattr(loader, option) != default and not loader.streaming:
@@ -70,6 +72,21 @@ def _dataset(check: Check, name: str, section: DatasetSection) -> Iterator[KeyPr
                     also=(f"{prefix}.streaming",),
                 )
         yield from _urls(check, prefix, loader)
+
+
+def _needs_all_records(
+    check: Check, prefix: str, loader: DataLoaderSection
+) -> Iterator[KeyProblem]:
+    is_part = any(mark in loader.split for mark in "[+")
+    others = ("csv", "arrow", "text")
+    for key, is_wrong, rule in (
+        ("transforms", bool(loader.transforms), "a stream has no steps over all records"),
+        ("split", is_part, "a stream reads one complete split"),
+        ("path", loader.record_format in others, "JSON lines and Parquet can be streamed"),
+    ):
+        if is_wrong:
+            advice = f"Set {prefix}.streaming: False, or prepare the files so before the run"
+            yield check.wrong(f"{prefix}.{key}", rule, advice=advice)
 
 
 def _urls(check: Check, prefix: str, loader: DataLoaderSection) -> Iterator[KeyProblem]:

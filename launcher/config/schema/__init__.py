@@ -20,9 +20,11 @@ from launcher.config.schema.callbacks import (
     TensorboardSection,
 )
 from launcher.config.schema.data import (
+    DataCacheSection,
     DataLoaderSection,
     DatasetSection,
     DatasetTaskSection,
+    MegatronConfigSection,
     MixtureSourceSection,
 )
 from launcher.config.schema.field import FieldInfo, Status, info_of
@@ -72,6 +74,7 @@ __all__ = [
     "CheckpointMonitorSection",
     "Config",
     "ContextSection",
+    "DataCacheSection",
     "DataLoaderSection",
     "DatasetSection",
     "DatasetTaskSection",
@@ -81,6 +84,7 @@ __all__ = [
     "IgnoredCallbackSection",
     "LossMonitorSection",
     "LrScheduleSection",
+    "MegatronConfigSection",
     "MixtureSourceSection",
     "ModelSection",
     "MonitorSection",

@@ -14,7 +14,7 @@ from launcher.config.schema.callbacks import (
     MonitorSection,
     TensorboardSection,
 )
-from launcher.config.schema.data import DatasetSection, DatasetTaskSection
+from launcher.config.schema.data import DataCacheSection, DatasetSection, DatasetTaskSection
 from launcher.config.schema.field import (
     effective,
     optional_section,
@@ -178,6 +178,8 @@ class Config:
     """Evaluation data."""
     eval_dataset_task: DatasetTaskSection = section(DatasetTaskSection)
     """Another place of the evaluation data."""
+    data_cache: DataCacheSection = section(DataCacheSection)
+    """Tokens that are kept for later runs."""
     callbacks: list[CallbackSection] = field(default_factory=list)
     """What is watched and saved, a list of entries with `type`. MFLossMonitor is always there;
     of several entries of one built-in type the last one is used."""

@@ -19,6 +19,8 @@ from launcher.data.loaders.base import DataLoader, RowLoader
 from launcher.data.loaders.instruction import INSTRUCTION_LOADER
 from launcher.data.loaders.text import TEXT_LOADER
 from launcher.data.loaders.text_column import TEXT_COLUMN_LOADER
+from launcher.data.progress import active_meter
+from launcher.data.record_files import needs_all_files
 from launcher.data.tally import Tally
 from launcher.errors import UserError
 from launcher.extensions import ROW_LOADERS, required
@@ -67,8 +69,18 @@ def read_samples(
     section: DataLoaderSection, files: Iterable[DataFile], cache_dir: Path, tally: Tally
 ) -> Iterator[Any]:
     """The samples of `files`, at most `num_samples`; how many is counted in `tally`."""
-    read_file = loader_of(section).read_file
-    found = (sample for file in files for sample in read_file(file.path, section, cache_dir, tally))
+    loader = loader_of(section)
+
+    def each_file() -> Iterator[Any]:
+        for file in files:
+            yield from loader.read_file(file.path, section, cache_dir, tally)
+            if (meter := active_meter()) is not None:
+                meter.finish_file(file.size)
+
+    if loader.read_files is not None and needs_all_files(section):
+        found = loader.read_files(list(files), section, cache_dir, tally)
+    else:
+        found = each_file()
     for sample in islice(found, section.num_samples):
         tally.documents += 1
         yield sample

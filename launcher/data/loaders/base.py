@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from launcher.config.schema import DataLoaderSection, DatasetSection
 from launcher.data.files import DataFile
+from launcher.data.progress import OnProgress, ignore_progress
 from launcher.data.records import Record
 from launcher.data.rows import RowDataset
 from launcher.data.tally import Tally
@@ -47,8 +48,14 @@ class Recipe:
     seq_length: int
     cache_dir: Path
     log: Log
+    on_progress: OnProgress = ignore_progress
+    """Called now and then by work that takes long, in the thread that does it."""
+    workers: int = 1
+    """Processes that may tokenize."""
     model_config: Mapping[str, Any] = field(default_factory=dict)
     """The config.json of the model, for the ids of its special tokens."""
+    phase: str = "train"
+    """`train`, or `valid` for evaluation: which split is read where files have several."""
 
     @property
     def loader(self) -> DataLoaderSection:
@@ -67,7 +74,7 @@ class FromRecords(Generic[SampleT]):
     """The samples of consecutive records of a file, in order, given the section, the counts of what
     is left out, and the first record of the file; None: it is among the records."""
     column: Callable[[DataLoaderSection], str] | None = None
-    """The one column that is used. None: all of them, and null values of Parquet are dropped."""
+    """The one column that is used, without column_map; None: all of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,11 +88,16 @@ class DataLoader(Generic[SampleT]):
     left out."""
     tokenize: Callable[[Iterable[SampleT], Recipe, Tally], Iterator[TokenBatch]]
     """The tokens of samples, in batches, in order."""
-    has_targets: bool = False
-    """Whether only some tokens count for the loss, as in conversations. Such samples are never cut
-    from one stream of tokens."""
+    read_files: (
+        Callable[[list[DataFile], DataLoaderSection, Path, Tally], Iterator[SampleT]] | None
+    ) = None
+    """The samples of all files, where they cannot be read one by one (`record_files.
+    needs_all_files`): a slice, or a step such as a shuffle, goes over all of them."""
     from_records: FromRecords[SampleT] | None = None
     """None: its files cannot be streamed."""
+    has_targets: bool = False
+    """Whether only some tokens count for the loss, as in conversations. Such samples are cut from
+    one stream of tokens only with `packing_strategy: concatenate`."""
     unit: str = "documents"
     """What its samples are, for log lines."""
     paths_key: str = "dataset_dir"

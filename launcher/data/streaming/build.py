@@ -53,6 +53,7 @@ def build_stream(
     machine: MachineRanks,
     log: Log,
     model_config: Mapping[str, Any] | None = None,
+    on_progress: Log = lambda line: None,
     start: StartProducer = start_producer,
 ) -> RowDataset:
     """The endless rows of a section with `streaming`, in the order of `seed`.
@@ -65,9 +66,9 @@ def build_stream(
         section=section, tokenizer=tokenizer, seq_length=seq_length, cache_dir=Path(cache_dir),
         log=log, model_config=model_config or {},
     )  # fmt: skip
-    indexed = cache(lambda: _indexed(recipe))
+    indexed = cache(lambda: _indexed(recipe, on_progress))
     content = once(lambda: indexed()[1])
-    parent = recipe.cache_dir / f"stream-{hash_of([content, seed, recipe.loader.shuffle])}"
+    parent = recipe.cache_dir / f"stream-{hash_of([content, seed, recipe.loader.is_shuffled])}"
     owned: list[OwnedRing] = []
 
     def make_ring() -> str:
@@ -102,13 +103,18 @@ def build_stream(
     )
 
 
-def _indexed(recipe: Recipe) -> tuple[list[ShardIndex], str]:
+def _indexed(recipe: Recipe, on_progress: Log) -> tuple[list[ShardIndex], str]:
     """The source, and the hash of all that decides its rows."""
     loader = recipe.loader
     shards = find_shards(loader)
+
+    def report(line: str) -> None:
+        recipe.log(line)
+        on_progress(line)
+
     try:
         source = index_source(
-            shards, loader.shuffle_buffer, loader.num_samples, recipe.cache_dir, recipe.log
+            shards, loader.shuffle_buffer, loader.num_samples, recipe.cache_dir, report
         )
     except OSError as error:
         raise _not_written(recipe, error) from error
@@ -125,7 +131,7 @@ def _indexed(recipe: Recipe) -> tuple[list[ShardIndex], str]:
         f"in {blocks:,} block(s) of at most {loader.shuffle_buffer:,}"
     )
     settings = settings_of(recipe) | {"stream": STREAM_VERSION, "block": loader.shuffle_buffer}
-    settings |= {"seq_length": recipe.seq_length, "paths": None}
+    settings |= {"seq_length": recipe.seq_length}
     return source, hash_of([settings, [index.content for index in source]])
 
 

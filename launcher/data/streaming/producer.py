@@ -12,7 +12,7 @@ import shutil
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -20,10 +20,12 @@ from pathlib import Path
 from typing import Any
 
 from launcher.config.schema import DatasetSection
-from launcher.data.build import open_rows, write_rows
+from launcher.data.build import assign_rows, open_rows
+from launcher.data.column_map import map_columns
 from launcher.data.loaders import loader_of
 from launcher.data.loaders.base import Log, Recipe
 from launcher.data.records import Record
+from launcher.data.store import TokenWriter
 from launcher.data.streaming.index import ShardIndex
 from launcher.data.streaming.order import Block, BlockOrder
 from launcher.data.streaming.ranges import Ranges
@@ -111,9 +113,9 @@ class _Producer:
         conversion = loader_of(loader).from_records
         assert conversion is not None
         self._conversion = conversion
-        column = conversion.column(loader) if conversion.column else None
-        self._reader = BlockReader(conversion, column, open_shard)
-        self._order = BlockOrder(production.source, production.seed, shuffle=loader.shuffle)
+        column = conversion.column(loader) if conversion.column and not loader.column_map else None
+        self._reader = BlockReader(column, open_shard)
+        self._order = BlockOrder(production.source, production.seed, shuffle=loader.is_shuffled)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="read")
         self._ahead: dict[int, Future[Records]] = {}
         self._limit = int(loader.streaming_cache_gb * 2**30)
@@ -170,11 +172,22 @@ class _Producer:
         samples = list(self._conversion.samples(records, self._recipe.loader, self._tally, first))
         self._tally.documents += len(samples)
         order = self._order.records(block, number, len(samples))
-        metadata = write_rows(
-            folder, self._recipe, (samples[at] for at in order), self._tally, durable=False
-        )
+        metadata = self._tokenized(folder, (samples[at] for at in order))
+        metadata["warnings"] = self._tally.warnings(self._recipe.seq_length)
+        assign_rows(folder, self._recipe, metadata, durable=False)
         self._warnings.count(metadata)
         return metadata
+
+    def _tokenized(self, folder: Path, samples: Iterable[Any]) -> dict[str, Any]:
+        """Write the token store of a block; returns its metadata."""
+        loader = loader_of(self._recipe.loader)
+        writer = TokenWriter(folder, with_targets=loader.has_targets, durable=False)
+        try:
+            for batch in loader.tokenize(samples, self._recipe, self._tally):
+                writer.add(*batch)
+            return writer.finish()
+        finally:
+            writer.close()
 
     def _read(self, number: int) -> Records:
         """The records of a block; those of the next one are read while it is tokenized."""
@@ -187,7 +200,11 @@ class _Producer:
         """Called in one thread alone, which has the readers and the order."""
         block = self._order.block(number)
         first = self._reader.first_record(block)
-        return block, list(self._reader.records(block)), first
+        names = self._recipe.loader.column_map
+        records = list(map_columns(self._reader.records(block), names))
+        if first is not None and names:
+            first = _mapped(first, names)
+        return block, records, first
 
     def close(self) -> None:
         """End the thread that reads."""
@@ -201,6 +218,13 @@ class _Producer:
             rule="a dataset needs at least two tokens of text, or one answer that fits into a row",
             advice="; ".join(metadata["warnings"]) or "Look into the files",
         )
+
+
+def _mapped(first: Record, names: dict[str, str]) -> Record:
+    found = next(iter(map_columns([first], names)))
+    if isinstance(found, UserError):
+        raise found
+    return found
 
 
 class _Warnings:

@@ -20,8 +20,7 @@ from typing import Any, Protocol, TypeVar
 
 from xxhash import xxh3_64
 
-from launcher.data.loaders.base import FromRecords
-from launcher.data.records import Record, records_of_lines, without_null
+from launcher.data.records import Record, records_of_lines
 from launcher.data.streaming.gzip_members import GzipFile
 from launcher.data.streaming.index import ShardIndex, parquet_file
 from launcher.data.streaming.order import SEGMENTS_AT_ONCE, Block
@@ -41,13 +40,10 @@ class BlockReader:
     """Reads blocks in any order; fast in the order of `BlockOrder`."""
 
     def __init__(
-        self,
-        conversion: FromRecords[Any],
-        column: str | None,
-        open_shard: Callable[[Shard], Ranges] = Shard.ranges,
+        self, column: str | None, open_shard: Callable[[Shard], Ranges] = Shard.ranges
     ) -> None:
         """`column`: the one column of Parquet that is read; None: all."""
-        self._conversion, self._column, self._open_shard = conversion, column, open_shard
+        self._column, self._open_shard = column, open_shard
         self._readers: OrderedDict[tuple[str, int], _Sequential] = OrderedDict()
         self._ranges: OrderedDict[str, Ranges] = OrderedDict()
         self._firsts: OrderedDict[str, Record] = OrderedDict()
@@ -92,8 +88,7 @@ class BlockReader:
         reader = self._sequential(
             block, start, lambda: _GroupReader(ranges, group, self._column, before)
         )
-        records = reader.take(start, stop)[: block.records]
-        return map(without_null, records) if self._conversion.column is None else iter(records)
+        return iter(reader.take(start, stop)[: block.records])
 
     def _first_of_parquet(self, block: Block) -> Record:
         if self._column is not None:
@@ -101,7 +96,7 @@ class BlockReader:
             return Record(f"{block.index.shard.name}, record 1", dict.fromkeys(names))
         entry = block.index.blocks[0]
         reader = _GroupReader(self._open_shard(block.index.shard), int(entry["line"]), None, 0)
-        return without_null(reader.take(0, 1)[0])
+        return reader.take(0, 1)[0]
 
     def _sequential(self, block: Block, start: int, make: Callable[[], _Sequential]) -> Any:
         """The reader of the segment of a block, at or before `start`."""
@@ -220,7 +215,10 @@ class _GroupReader:
             rows = batch.to_pylist()
         except UnicodeDecodeError:
             rows = self._one_by_one(batch, number)
-        return [Record(f"{self._name}, record {number + at}", row) for at, row in enumerate(rows)]
+        return [
+            Record(f"{self._name}, record {number + at}", row, has_all_columns=True)
+            for at, row in enumerate(rows)
+        ]
 
     def _one_by_one(self, batch: Any, number: int) -> list[Any]:
         rows = []

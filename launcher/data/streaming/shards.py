@@ -9,16 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 
 from launcher.config.schema import DataLoaderSection
 from launcher.data.files import find_files
 from launcher.data.loaders import loader_type
-from launcher.data.loaders.text_column import of_split
-from launcher.data.records import PARQUET, RECORD_SUFFIXES
+from launcher.data.record_files import SUFFIXES, with_split
 from launcher.data.streaming.ranges import LocalRanges, Ranges
 from launcher.data.streaming.remote import RemoteRanges, find_remote, is_url
 from launcher.errors import UserError, shown_url
 
+STREAMED_SUFFIXES = (*SUFFIXES["json"], *SUFFIXES["parquet"])
 _ADVICE = "JSON lines and Parquet can be streamed"
 
 
@@ -41,8 +42,13 @@ class Shard:
         return shown_url(self.location) if is_url(self.location) else self.location
 
     @property
+    def path(self) -> PurePosixPath:
+        """Its name as a path."""
+        return PurePosixPath(self.name)
+
+    @property
     def is_parquet(self) -> bool:
-        return self.name.lower().endswith(PARQUET)
+        return self.name.lower().endswith(SUFFIXES["parquet"])
 
     @property
     def is_gzip(self) -> bool:
@@ -69,18 +75,18 @@ def find_shards(section: DataLoaderSection) -> list[Shard]:
             rule=f"{loader_type(section)} streams JSON lines and Parquet",
             advice="Give other files",
         )
-    return of_split(shards, section)
+    return with_split(shards, section.split, is_one=True)
 
 
 def _local(place: str) -> Sequence[Shard]:
     return [
         Shard(location=str(file.path), size=file.size, version=str(file.mtime_ns), below=file.below)
-        for file in find_files([place], RECORD_SUFFIXES, suffix_advice=_ADVICE)
+        for file in find_files([place], STREAMED_SUFFIXES, suffix_advice=_ADVICE)
     ]
 
 
 def _remote(place: str) -> Sequence[Shard]:
     return [
         Shard(location=file.url, size=file.size, version=file.version, below=file.below)
-        for file in find_remote(place, RECORD_SUFFIXES)
+        for file in find_remote(place, STREAMED_SUFFIXES)
     ]

@@ -1,7 +1,7 @@
 """The data sections of a MindFormers configuration.
 
 Owns the wrappers around a data set, sections that the run does not read, and loaders that are known
-and not built: such a loader is one problem, and its other keys none.
+and not built: such a loader is one problem, and its other keys none. `hf_loader` has HFDataLoader.
 """
 
 from __future__ import annotations
@@ -10,6 +10,9 @@ from launcher.config.draft import Change, Draft, asks_for_nothing, is_from_comma
 from launcher.config.nodes import Node, without
 from launcher.config.schema import DataLoaderSection, info_of
 from launcher.mindspore.keys_not_built import KEYS_NOT_BUILT
+from launcher.mindspore.sections import records
+from launcher.mindspore.sections.hf_loader import translate_loader
+from launcher.mindspore.sections.sources import translate_sources
 from launcher.mindspore.sections.values import is_on, mode, names, trains, written
 
 _LOADER = DataLoaderSection.__dataclass_fields__["type"]
@@ -20,16 +23,18 @@ def translate(draft: Draft) -> None:
     """Translate train_dataset, eval_dataset and the tasks around them."""
     for name in ("train_dataset", "eval_dataset"):
         _wrapper(draft, name)
-    if not mode(draft):
-        return
+        for section in (name, f"{name}_task.dataset_config"):
+            translate_sources(draft, section, is_evaluation=name == "eval_dataset")
+        records.translate(draft, name)
     evaluates = mode(draft) == "eval" or (trains(draft) and is_on(draft, "do_eval"))
     for name, is_read in (("train_dataset", trains(draft)), ("eval_dataset", evaluates)):
         for section in (name, f"{name}_task.dataset_config"):
-            if not _needs_more(draft, section):
-                continue
-            if is_read:
-                _only_the_type(draft, section)
-            else:
+            if not mode(draft) or is_read:
+                for loader in _loaders(draft, section):
+                    translate_loader(draft, section, loader)
+                if mode(draft) and _needs_more(draft, section):
+                    _only_the_type(draft, section)
+            elif _needs_more(draft, section):
                 draft.drop(section, "it is not read in this mode")
 
 
@@ -57,10 +62,11 @@ def _repeats(inner: Node, outer: Node) -> bool:
 
 def _needs_more(draft: Draft, section: str) -> bool:
     """Whether a data section asks for something that is not built."""
-    loader = f"{section}.data_loader"
-    if written(draft, f"{loader}.type") in _LOADERS_NOT_BUILT:
+    loaders = _loaders(draft, section)
+    if any(written(draft, f"{loader}.type") in _LOADERS_NOT_BUILT for loader in loaders):
         return True
-    tables = ((section, "train_dataset"), (loader, "train_dataset.data_loader"))
+    of_loaders = ((loader, "train_dataset.data_loader") for loader in loaders)
+    tables = ((section, "train_dataset"), *of_loaders)
     return any(
         not asks_for_nothing(written(draft, f"{place}.{name}"))
         for place, table in tables
@@ -69,10 +75,18 @@ def _needs_more(draft: Draft, section: str) -> bool:
     )
 
 
+def _loaders(draft: Draft, section: str) -> list[str]:
+    """The keys of the data loaders of a section: one, or those of a list."""
+    loader = f"{section}.data_loader"
+    node = draft.find(loader)
+    if node is not None and isinstance(node.value, list):
+        return [f"{loader}.{index}" for index in range(len(node.value))]
+    return [loader]
+
+
 def _only_the_type(draft: Draft, section: str) -> None:
     """Leave of a loader that is not built its type alone, which is then the one problem."""
-    loader = f"{section}.data_loader"
-    if written(draft, f"{loader}.type") not in _LOADERS_NOT_BUILT:
-        return
-    others = [f"{loader}.{name}" for name in names(draft, loader) if name != "type"]
-    draft.drop_all(others, "it belongs to the loader")
+    for loader in _loaders(draft, section):
+        if written(draft, f"{loader}.type") in _LOADERS_NOT_BUILT:
+            others = [f"{loader}.{name}" for name in names(draft, loader) if name != "type"]
+            draft.drop_all(others, "it belongs to the loader")

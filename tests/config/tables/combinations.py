@@ -241,8 +241,8 @@ TABLE = (
     ),
     Row(
         name="kinds of data not built yet",
-        replace={"TextDataLoader": "MindDataset"},
-        errors=(Error("train_dataset.data_loader.type = 'MindDataset'", at="type: MindDataset"),),
+        replace={"TextDataLoader": "TFRecordDataset"},
+        errors=(Error("train_dataset.data_loader.type = 'TFRecordDataset'", at="TFRecordDataset"),),
     ),
     Row(
         name="CheckpointMonitor's options not built yet",

@@ -1,0 +1,164 @@
+"""Show what a configuration trains on: counts, lengths, padding, duplicates, decoded samples.
+
+    python -m launcher.tools.inspect_data --config x.yaml [--samples 3] [key.path=value ...]
+
+Takes the command line of `run.py` and the options below. Data are prepared exactly as a run would
+prepare them, into the same cache, but no model is built. The histogram of lengths is also written
+as `data_lengths.png` into output_dir.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from launcher.errors import EXIT_OK, UserError
+from launcher.report.console import Console
+from launcher.tools.command import Parser, answer, count
+
+if TYPE_CHECKING:
+    from launcher.builders.data import TrainingData
+    from launcher.builders.job import Job
+    from launcher.config.schema import DatasetSection
+    from launcher.data.rows import Row, RowDataset
+    from launcher.data.summary import Summary
+    from launcher.report.histogram import Bin
+
+PICTURE = "data_lengths.png"
+MOST_DOCUMENTS = 1_000_000
+SHOWN_CHARACTERS = 600
+
+
+def parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    """The options of this tool, and the command line of `run.py`. Raises `UserError`."""
+    parser = Parser("inspect_data", "Show what a configuration trains on.")
+    add = parser.add_argument
+    add("--config", metavar="YAML", help="the configuration; other options are those of run.py")
+    add("--samples", type=count, default=3, metavar="N", help="decoded samples (3)")
+    add("--most_documents", type=count, default=MOST_DOCUMENTS, metavar="N",
+        help="read only so many documents for lengths and duplicates (1,000,000)")  # fmt: skip
+    options, others = parser.parse_known_args(arguments)
+    if not options.config:
+        raise UserError(
+            "--config is missing", where="command line", rule="the tool inspects a configuration",
+            advice="Write --config x.yaml",
+        )  # fmt: skip
+    return options, ["--config", options.config, *others]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 0, or 2 for a mistake of the user."""
+    return answer(lambda console: _inspect(*parse(arguments), console))
+
+
+def _inspect(options: argparse.Namespace, command_line: list[str], console: Console) -> int:
+    from launcher.builders.data import opened
+    from launcher.builders.data_job import data_job
+    from launcher.config.derived import used_datasets
+    from launcher.data.summary import summarize
+    from launcher.report import histogram
+
+    job = data_job(command_line, console)
+    drawn: dict[str, list[Bin]] = {}
+    for section_name, section in used_datasets(job.config).items():
+        _refuse_stream(section_name, section)
+        data = opened(job, section_name, section)
+        for name, dataset in _parts(section_name, data.dataset):
+            summary = summarize(dataset, options.most_documents)
+            drawn[name] = histogram.bins_of(summary.lengths)
+            for line in (*_numbers(name, summary), *histogram.lines(drawn[name], "tokens")):
+                console.log(line)
+        for line in _samples(job, data, options.samples):
+            console.log(line)
+    path = job.output_dir / PICTURE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    histogram.draw(drawn, path, "tokens of a document", "documents")
+    console.log(f"the lengths as a picture: {path}")
+    return EXIT_OK
+
+
+def _refuse_stream(name: str, section: DatasetSection) -> None:
+    key = next((key for key, loader in section.loaders.items() if loader.streaming), None)
+    if key is not None:
+        raise UserError(
+            f"{name}.{key}.streaming = True",
+            rule="data are counted once all of them are tokenized, which a stream never does",
+            nearest=f"Nearest: {name}.{key}.streaming=False {name}.{key}.num_samples=10000",
+        )
+
+
+def _parts(name: str, dataset: RowDataset) -> Iterator[tuple[str, RowDataset]]:
+    """A dataset, or those of a mixture, with their names."""
+    if not dataset.sources:
+        yield name, dataset
+    yield from ((f"{name}/{source.name}", source.dataset) for source in dataset.sources)
+
+
+def _numbers(name: str, summary: Summary) -> Iterator[str]:
+    """The lines about one dataset, but for its histogram and samples."""
+    import numpy as np
+
+    lengths, positions = summary.lengths, summary.rows * summary.seq_length
+    read = "" if summary.is_complete else " read (see --most_documents)"
+    yield f"{name}:"
+    yield f"  rows        {summary.rows:,} of {summary.seq_length:,} tokens"
+    yield (
+        f"  an epoch    {summary.tokens:,} tokens, {summary.targets:,} of them targets "
+        f"({summary.targets / max(summary.tokens, 1):.1%})"
+    )
+    yield f"  padding     {summary.padding:.1%} of {positions:,} positions"
+    if summary.cut_documents:
+        yield (
+            f"  truncated   {summary.cut_documents:,} of {len(lengths):,} documents, "
+            f"{summary.cut_tokens:,} tokens ({summary.cut_tokens / lengths.sum():.1%})"
+        )
+    else:
+        yield "  truncated   none"
+    yield (
+        f"  duplicates  {summary.duplicates:,} documents equal to an earlier one "
+        f"({summary.duplicates / max(len(lengths), 1):.1%})"
+    )
+    if len(lengths):
+        low, middle, high = np.percentile(lengths, [5, 50, 95])
+        yield (
+            f"  documents   {len(lengths):,}{read}; tokens: mean {lengths.mean():,.0f}, "
+            f"5 % {low:,.0f}, median {middle:,.0f}, 95 % {high:,.0f}, longest {lengths.max():,}"
+        )
+
+
+def _samples(job: Job, data: TrainingData, wanted: int) -> Iterator[str]:
+    """The first samples of a run, decoded where there is a tokenizer."""
+    from launcher.config.derived import has_tokenizer
+
+    folder = job.tokenizer_dir
+    tokenizer = job.tokenizer if folder and has_tokenizer(folder) else None
+    for number in range(min(wanted, len(data.dataset))):
+        index = int(data.order.rows([number])[0])
+        yield from _sample(data.dataset.row(index), f"sample {number} (row {index})", tokenizer)
+
+
+def _sample(row: Row, name: str, tokenizer: Any) -> Iterator[str]:
+    from launcher.data.rows import NO_TARGET
+    from launcher.data.summary import documents_of
+
+    documents = list(documents_of(row))
+    tokens, targets = sum(map(len, documents)), int((row.labels != NO_TARGET).sum())
+    shape = f"{tokens:,} tokens, {targets:,} targets, {len(documents)} document(s)"
+    yield f"{name}: {shape}"
+    left = SHOWN_CHARACTERS
+    for number, document in enumerate(documents):
+        if number:
+            yield "  |---"
+        ids = document.tolist()
+        text = tokenizer.decode(ids) if tokenizer is not None else " ".join(map(str, ids))
+        more = f" ... ({len(text) - left:,} more characters)" if len(text) > left else ""
+        yield from (f"  | {line}" for line in (text[:left] + more).splitlines())
+        left -= len(text)
+        if left <= 0:
+            return
+
+
+if __name__ == "__main__":
+    sys.exit(main())

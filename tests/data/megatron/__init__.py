@@ -1,0 +1,1 @@
+"""Tests of Megatron's indexed datasets."""
