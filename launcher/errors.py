@@ -99,6 +99,14 @@ _PATH_ADVICE = {
 }
 
 
+def shown_url(url: str) -> str:
+    """A URL for a message: without user, password, query and fragment, which may be credentials."""
+    protocol, _, rest = url.partition("://")
+    server, slash, path = rest.partition("/")
+    path = path.partition("?")[0].partition("#")[0]
+    return f"{protocol}://{server.rpartition('@')[2].partition('?')[0]}{slash}{path}"
+
+
 def did_you_mean(word: str, known: Iterable[str], *, cutoff: float = 0.6) -> str:
     """`did you mean `x`?` for the nearest of `known`, or an empty string when none is similar."""
     matches = get_close_matches(word, list(known), n=1, cutoff=cutoff)

@@ -144,6 +144,16 @@ def test_mixtures_page(folder: Path) -> None:
     assert [row["consumed/code"] + row["consumed/chat"] for row in rows] == list(range(4, 40, 4))
 
 
+def test_streaming_page(folder: Path) -> None:
+    assert run_page("streaming.md", folder) == 3
+    rows = [json.loads(line) for line in (folder / "output/stream/metrics.jsonl").open()]
+    assert [row["step"] for row in rows if "loss" in row] == list(range(1, 9))
+    log = (folder / "output/stream/log/rank_0/info.log").read_text()
+    text = (ROOT / "docs/streaming.md").read_text()
+    for line in re.findall(r"```text\n(.*?)```", text, re.DOTALL)[0].splitlines():
+        assert re.sub(r"\d+", "0", line) in re.sub(r"\d+", "0", log)  # the text is the library's
+
+
 def test_checkpoints_page(folder: Path) -> None:
     assert run_page("checkpoints.md", folder) >= 3
     rows = [json.loads(line) for line in (folder / "output/saving/metrics.jsonl").open()]

@@ -46,8 +46,8 @@ def imported(folders: list[str]) -> dict[str, str]:
 @pytest.mark.parametrize(
     ("folders", "extras"),
     [
-        (["launcher", "models"], ["data", "tensorboard"]),
-        (["tests"], ["data", "tensorboard", "dev"]),
+        (["launcher", "models"], ["data", "remote", "tensorboard"]),
+        (["tests"], ["data", "remote", "tensorboard", "dev"]),
     ],
     ids=["package", "tests"],
 )

@@ -8,12 +8,14 @@ from functools import partial
 from launcher.builders.job import Job
 from launcher.builders.mixture import open_mixture
 from launcher.builders.open_dataset import open_dataset, seq_length
+from launcher.config.derived import global_batch_size
 from launcher.config.schema import DatasetSection
 from launcher.data.joined import joined
 from launcher.data.loader import evaluation_batches
 from launcher.data.mixture import MixtureOrder
 from launcher.data.order import GlobalOrder
 from launcher.data.rows import RowDataset
+from launcher.data.streaming.order import StreamOrder
 from launcher.train.evaluate import EvaluationData
 
 EVALUATION_SEED = 0
@@ -25,7 +27,7 @@ class TrainingData:
     """The rows that a run trains on, and their order."""
 
     dataset: RowDataset
-    order: GlobalOrder | MixtureOrder
+    order: GlobalOrder | MixtureOrder | StreamOrder
     epoch_samples: int
     """Samples of one epoch."""
 
@@ -45,6 +47,14 @@ def open_training_data(job: Job, section: DatasetSection) -> TrainingData:
             epoch_samples=order.epoch_samples,
         )
     dataset = open_dataset(job, section, "train_dataset")
+    if dataset.is_endless:
+        steps = job.config.runner_config.max_steps
+        assert steps is not None  # a rule of the configuration
+        return TrainingData(
+            dataset=dataset,
+            order=StreamOrder(seed, section.data_loader.is_shuffled),
+            epoch_samples=steps * global_batch_size(job.config),  # the run is one epoch
+        )
     plain = GlobalOrder(len(dataset), seed, section.data_loader.is_shuffled)
     return TrainingData(dataset=dataset, order=plain, epoch_samples=len(dataset))
 

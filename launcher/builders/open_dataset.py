@@ -18,9 +18,14 @@ from launcher.data.loaders import row_loader_of
 from launcher.data.loaders.base import Log
 from launcher.data.progress import FIRST_SECONDS, Progress
 from launcher.data.rows import RowDataset
+from launcher.data.streaming.build import MachineRanks, build_stream
 from launcher.environment import has_own_log
 from launcher.errors import UserError
-from launcher.parallel.filesystems import find_filesystem_groups
+from launcher.parallel.filesystems import (
+    FilesystemGroups,
+    find_filesystem_groups,
+    one_per_machine,
+)
 from launcher.parallel.long_work import LongWork
 from launcher.report.console import Console, logger
 from launcher.report.progress import bar
@@ -53,6 +58,8 @@ def open_dataset(
         work.report(f"{progress.verb} {name}: {progress.detail}")
         shown.working(progress)
 
+    if section.data_loader.streaming:
+        return _open_stream(job, section, name, filesystems, work, shown.log)
     dataset = build_dataset(
         section,
         tokenizer=None if row_loader_of(section.data_loader) else job.tokenizer,
@@ -69,6 +76,44 @@ def open_dataset(
     shown.end()
     if filesystems.are_several:
         _check_same(world.gather(dataset.content))
+    return _with_vocabulary(job, dataset)
+
+
+def _open_stream(
+    job: Job,
+    section: DatasetSection,
+    name: str,
+    filesystems: FilesystemGroups,
+    work: LongWork,
+    log: Log,
+) -> RowDataset:
+    """The rows of a section with streaming, which are made while they are read."""
+    cache_dir, world = cache_folder(job.config), job.world.with_long_timeout()
+    machines = one_per_machine(cache_dir, world)
+    peers = machines.peers(world)
+    dataset = build_stream(
+        section,
+        tokenizer=job.tokenizer,
+        seq_length=seq_length(job, section),
+        cache_dir=cache_dir,
+        seed=job.config.seed if section.seed is None else section.seed,
+        once=work.on_own,
+        machine=MachineRanks(
+            once=lambda prepare: machines.on_own(world, "", prepare),
+            number=peers.index(world.rank),
+            count=len(peers),
+        ),
+        log=log,
+        on_progress=lambda line: work.report(f"{line} ({name})"),
+        model_config=job.spec.hf_config,
+    )
+    if filesystems.are_several:
+        _check_same(world.gather(dataset.content))
+    return _with_vocabulary(job, dataset)
+
+
+def _with_vocabulary(job: Job, dataset: RowDataset) -> RowDataset:
+    """The dataset, whose tokens must be those of the model. Raises `UserError`."""
     vocabulary = job.spec.hf_config.get("vocab_size")
     if vocabulary is not None and (dataset.largest_token or 0) >= vocabulary:
         raise UserError(

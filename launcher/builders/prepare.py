@@ -22,6 +22,10 @@ def prepare_data(job: Job) -> int:
     for name, section in used_datasets(job.config).items():
         dataset = opened(job, name, section).dataset
         folder = dataset.cached_in or cache_folder(job.config)
+        if dataset.stream is not None:
+            dataset.stream.close()
+            job.log(f"prepared {name}: the index of its stream, in {folder}")
+            continue
         job.log(
             f"prepared {name}: {len(dataset):,} rows of {dataset.seq_length}, "
             f"{_tokens(dataset):,} tokens, in {folder}"

@@ -29,7 +29,7 @@ from launcher.data.mixture import MixtureOrder
 from launcher.errors import UserError
 from launcher.extensions import INFERRED_STATES, required
 from launcher.train.run import TrainRun
-from launcher.train.state import TrainState, from_json
+from launcher.train.state import DATA_CURSOR, TrainState, from_json
 from launcher.weights.joined import apart
 from launcher.weights.optimizer_state import STATE_PREFIXES
 from models.build import tied_names
@@ -56,6 +56,8 @@ DATA_KEYS = {
     "packing": "train_dataset.packing",
     "order_seed": "seed",
     "shuffle": "train_dataset.data_loader.shuffle",
+    "streaming": "train_dataset.data_loader.streaming",
+    "shuffle_buffer": "train_dataset.data_loader.shuffle_buffer",
 }
 """Metadata of the data to the keys that set it; the rest follows from the files."""
 
@@ -81,6 +83,8 @@ def resumed_run(job: Job, chosen: Chosen) -> TrainRun:
     saved = derived.saved if derived is not None else chosen.state
     state = restore(job, run, chosen, saved, export=True)
     run.state, mixture = _data_position(job, run, saved, state)
+    if saved.get("data") == run.metadata["data"]:
+        run.loader.seek(saved.get(DATA_CURSOR))
     run.origin = _origin(job, run, chosen)
     for line in resume_report(_resume_details(job, run, chosen, saved, derived, mixture)):
         job.log(line)

@@ -50,9 +50,10 @@ def _data(data: TrainingData) -> dict[str, Any]:
         return {**common, MIXTURE: to_json(order)}
     return {
         "fingerprint": dataset.fingerprint,
-        "rows": len(dataset),
+        "rows": None if dataset.is_endless else len(dataset),
         **common,
         "shuffle": order.shuffle,
+        **dataset.settings,
     }
 
 

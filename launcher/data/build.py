@@ -146,7 +146,7 @@ def _ensure_folder(recipe: Recipe) -> tuple[Path, Lease]:
     origin = f"{time.monotonic() - started:.1f} s" if is_new else f"from the cache {folder}"
     metadata = _metadata(folder)
     unit = loader_of(recipe.loader).unit
-    rows = len(_rows(folder, recipe))
+    rows = len(open_rows(folder, recipe))
     recipe.log(
         f"data: {metadata['read']:,} {unit} of {metadata['files']:,} file(s), "
         f"{metadata['tokens']:,} tokens, {rows:,} rows of {recipe.seq_length} ({origin})"
@@ -207,20 +207,30 @@ def _make(folder: Path, recipe: Recipe, files: list[DataFile]) -> None:
             "read": tally.documents,
             "warnings": tally.warnings(recipe.seq_length),
         }
-        if not _is_stream(recipe):
-            store = open_store(scratch, metadata)
-            plan = plan_rows(store, recipe.seq_length, packed=recipe.section.packing)
-            metadata |= {"rows": len(plan.target_counts), "row_samples": len(plan.samples)}
-            metadata["warnings"] += _plan_warnings(plan, recipe)
-            for name in PLAN_ARRAYS:
-                write_array(scratch / f"{name}.bin", getattr(plan, name).astype(INDEX_DTYPE))
-        (scratch / FACTS).write_text(json.dumps(metadata, indent=1) + "\n")
-        if len(_rows(scratch, recipe)) == 0:
+        assign_rows(scratch, recipe, metadata)
+        if len(open_rows(scratch, recipe)) == 0:
             raise _nothing_to_train_on(recipe, files, metadata)
         _check_unchanged(recipe, files)
         publish(scratch, folder)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def assign_rows(
+    folder: Path, recipe: Recipe, metadata: dict[str, Any], *, durable: bool = True
+) -> None:
+    """Assign the samples of a token store to rows, in the files that `open_rows` maps. `metadata`
+    of the store is completed; not `durable`: the files need not outlive a crash of the machine."""
+    if not _is_stream(recipe):
+        store = open_store(folder, metadata)
+        plan = plan_rows(store, recipe.seq_length, packed=recipe.section.packing)
+        metadata |= {"rows": len(plan.target_counts), "row_samples": len(plan.samples)}
+        metadata |= {"cut": plan.cut, "dropped": plan.dropped}
+        metadata["warnings"] += _plan_warnings(plan, recipe)
+        for name in PLAN_ARRAYS:
+            values = getattr(plan, name).astype(INDEX_DTYPE)
+            write_array(folder / f"{name}.bin", values, durable=durable)
+    (folder / FACTS).write_text(json.dumps(metadata, indent=1) + "\n")
 
 
 def _check_unchanged(recipe: Recipe, files: list[DataFile]) -> None:
@@ -262,7 +272,7 @@ def _not_written(recipe: Recipe, error: OSError) -> UserError:
 def _open(folder: Path, recipe: Recipe) -> RowDataset:
     metadata = _metadata(folder)
     return RowDataset(
-        rows=_rows(folder, recipe),
+        rows=open_rows(folder, recipe),
         seq_length=recipe.seq_length,
         packed=recipe.section.packing,
         content=metadata["content"],
@@ -271,7 +281,8 @@ def _open(folder: Path, recipe: Recipe) -> RowDataset:
     )
 
 
-def _rows(folder: Path, recipe: Recipe) -> Rows:
+def open_rows(folder: Path, recipe: Recipe) -> Rows:
+    """Map the rows in a folder. Raises OSError or ValueError for damaged files."""
     metadata = _metadata(folder)
     store = open_store(folder, metadata)
     if _is_stream(recipe):
@@ -318,7 +329,7 @@ def _key(recipe: Recipe, files: list[DataFile]) -> str:
         hashes = content_hashes(files, recipe.cache_dir, recipe.on_progress)
         kinds = [_kind(file.path) for file in files]
         content = [list(pair) for pair in zip(kinds, hashes, strict=True)]
-    return _hash([_settings(recipe), content])
+    return hash_of([settings_of(recipe), content])
 
 
 def _kind(path: Path) -> str:
@@ -328,7 +339,7 @@ def _kind(path: Path) -> str:
     return Path(inner).suffix + name.removeprefix(inner)
 
 
-def _settings(recipe: Recipe) -> dict[str, Any]:
+def settings_of(recipe: Recipe) -> dict[str, Any]:
     """What decides the content of a folder of the cache, apart from the data files."""
     loader, tokenizer = recipe.loader, recipe.tokenizer
     return {
@@ -359,10 +370,11 @@ def tokenizer_hash(tokenizer: Any) -> str:
         content = backend_of(tokenizer).to_str()
     else:
         content = [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())]
-    return _hash([content, tokenizer.eos_token_id, str(tokenizer.special_tokens_map)])
+    return hash_of([content, tokenizer.eos_token_id, str(tokenizer.special_tokens_map)])
 
 
-def _hash(value: Any) -> str:
+def hash_of(value: Any) -> str:
+    """The hash of a value that JSON can express."""
     return xxh3_128(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 

@@ -53,9 +53,13 @@ class Conversation:
 
 
 def conversations_of(
-    records: Iterable[Record | UserError], given_format: str | None, strictness: Strictness
+    records: Iterable[Record | UserError],
+    given_format: str | None,
+    strictness: Strictness,
+    first_record: Record | None = None,
 ) -> Iterator[Conversation]:
-    """The conversations of records, in the given format (of FORMATS) or the detected one."""
+    """The conversations of records, in the given format (of FORMATS) or that of the first record,
+    `first_record` where it is not among them."""
     if given_format is not None and given_format not in FORMATS:
         raise UserError(
             f"data_loader.format = {given_format!r}",
@@ -64,6 +68,8 @@ def conversations_of(
             advice="Leave it out to detect it",
         )
     form = given_format
+    if given_format is None and first_record is not None:
+        form = _detect(first_record)
 
     def conversation_of(record: Record) -> Conversation:
         nonlocal form

@@ -9,7 +9,7 @@ from __future__ import annotations
 import gzip
 import io
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -107,16 +107,19 @@ def read_lines(path: Path) -> Iterator[tuple[int, str | NotText]]:
             encoding = encoding_of(file.read(4))
             file.seek(0)
             if encoding == "utf-8":
-                yield from _lines_of_bytes(file)
+                yield from lines_of_bytes(file)
             else:
                 yield from _lines_of_text(file.read())
     except (OSError, EOFError, zlib.error) as error:
         raise unreadable(path, _as_os_error(error)) from error
 
 
-def _lines_of_bytes(file: IO[bytes]) -> Iterator[tuple[int, str | NotText]]:
-    offset = 0
-    for number, line in enumerate(file, 1):
+def lines_of_bytes(
+    file: Iterable[bytes], first: int = 1, offset: int = 0
+) -> Iterator[tuple[int, str | NotText]]:
+    """The lines of UTF-8 that are not blank, with their numbers; the first of `file` is number
+    `first` and begins at `offset`."""
+    for number, line in enumerate(file, first):
         if line.strip():
             text, error = _decoded(line, "utf-8")
             if error is None:

@@ -12,7 +12,7 @@ Owns the mapping from consumed samples to tensors. Invariants:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -125,11 +125,24 @@ class Loader:
         return data
 
     def close(self) -> None:
-        """End the prefetch thread; a later `step` starts a new one."""
+        """End the prefetch thread, and the producer of a stream; without a stream, a later `step`
+        starts a new thread."""
         self._ahead = None
+        if self._dataset.stream is not None:
+            self._dataset.stream.close()
         if self._thread is not None:
             self._thread.shutdown(wait=True, cancel_futures=True)
             self._thread = None
+
+    def cursor(self, data_position: int) -> dict[str, Any] | None:
+        """Where a run that resumes at this sample may start to read a stream; None: no stream."""
+        stream = self._dataset.stream
+        return None if stream is None else stream.cursor(data_position)
+
+    def seek(self, cursor: Mapping[str, Any] | None) -> None:
+        """Learn the cursor of a checkpoint of the same data and order."""
+        if self._dataset.stream is not None:
+            self._dataset.stream.seek(cursor)
 
     def _read(self, consumed_samples: int) -> StepData:
         samples = consumed_samples + np.arange(self.global_batch, dtype=np.int64)

@@ -49,6 +49,9 @@ class Order(Protocol):
     def size(self) -> int:
         """Rows of the dataset."""
 
+    @property
+    def seed(self) -> int: ...
+
     def rows(self, global_samples: npt.ArrayLike) -> npt.NDArray[np.int64]:
         """The rows of many global samples (any shape, any order): int64 of the same shape."""
 

@@ -11,8 +11,8 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from itertools import chain, islice
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePath
+from typing import Any, Protocol, TypeVar
 
 from launcher.config.schema import DataLoaderSection
 from launcher.config.schema.splits import SplitPart, WrongSplit, parse_split
@@ -50,6 +50,21 @@ RECORD_SUFFIXES = tuple(
 )
 """Files that are taken from a folder without a format; text is read by TextDataLoader."""
 
+
+class Found(Protocol):
+    """A file as it was found."""
+
+    @property
+    def path(self) -> PurePath: ...
+
+    @property
+    def below(self) -> str:
+        """Its path relative to the folder it was found in; empty for a file that is named."""
+        ...
+
+
+FoundT = TypeVar("FoundT", bound=Found)
+
 _SPLITS = {"train", "validation", "valid", "dev", "test", "eval"}
 
 
@@ -79,11 +94,11 @@ def _files_of_split(section: DataLoaderSection, split: str, *, is_one: bool) -> 
         suffixes, advice = RECORD_SUFFIXES, "Text files are read by TextDataLoader"
     files = find_files(others, suffixes, suffix_advice=advice)
     if not isinstance(section.data_files, dict):
-        files = _with_split(files, split, is_one=is_one)
+        files = with_split(files, split, is_one=is_one)
     return found + files
 
 
-def _with_split(files: list[DataFile], split: str, *, is_one: bool) -> list[DataFile]:
+def with_split(files: list[FoundT], split: str, *, is_one: bool) -> list[FoundT]:
     """The files of one split, by the rule of the Hugging Face hub: the split is a word in their
     name. Files that the user names are always taken where one split is read; without any split in a
     name all is `train`."""

@@ -22,7 +22,7 @@ from pathlib import Path
 from reprlib import Repr
 from typing import Any, TypeVar
 
-from launcher.data.encoding import NotText, decode, read_bytes, read_lines
+from launcher.data.encoding import NotText, decode, lines_of_bytes, read_bytes, read_lines
 from launcher.errors import Problem, UserError
 from launcher.json_text import STRICT, NotJson, line_and_column, parse, parse_at, printable
 
@@ -107,6 +107,15 @@ def read_json_records(path: Path) -> Iterator[Record | UserError]:
         _refuse_one_object(path, text)
         lines = ((n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip())
     for number, line in lines:
+        yield _of_line(path, number, line)
+
+
+def records_of_lines(
+    path: Path | str, lines: Iterable[bytes], first: int, offset: int
+) -> Iterator[Record | UserError]:
+    """The records of some lines of a file of JSON lines, as `read_json_records` gives them; the
+    first line has the number `first` and begins at `offset` in bytes."""
+    for number, line in lines_of_bytes(lines, first, offset):
         yield _of_line(path, number, line)
 
 
@@ -244,7 +253,7 @@ def _not_json_item(path: Path, number: int, text: str, begin: int, error: NotJso
     return _not_json(f"{path}:{line}", error.reason, place, here, f"It is in record {number}")
 
 
-def _of_line(path: Path, number: int, line: str | NotText) -> Record | UserError:
+def _of_line(path: Path | str, number: int, line: str | NotText) -> Record | UserError:
     if isinstance(line, NotText):
         return not_text(path, line)
     where = f"{path}:{number}"
@@ -269,7 +278,7 @@ def _not_json(
     )
 
 
-def not_text(path: Path, error: NotText, what: str = "is not JSON") -> UserError:
+def not_text(path: Path | str, error: NotText, what: str = "is not JSON") -> UserError:
     """The error for bytes of a data file that cannot be decoded."""
     return UserError(
         f"{what} (not {error.encoding}, column {error.column}): {_excerpt(error.excerpt)}",

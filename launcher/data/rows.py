@@ -7,9 +7,10 @@ shifted (labels[t] is the token after input_ids[t]).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +18,8 @@ from xxhash import xxh3_128
 
 from launcher.errors import UserError
 
+ENDLESS = 1 << 62
+"""The length of rows that never end."""
 NO_TARGET = -100
 """The label of a position without a target."""
 COUNTED_AT_ONCE = 1 << 20
@@ -51,6 +54,23 @@ class Rows(Protocol):
     def counts(self, indices: Ints) -> Counts: ...
 
 
+@runtime_checkable
+class Streamed(Protocol):
+    """What rows that are made while they are read can do, beside `Rows`."""
+
+    def cursor(self, row: int) -> dict[str, Any]:
+        """Where a resumed run that begins with `row` may start to read, as JSON values."""
+        ...
+
+    def seek(self, cursor: Mapping[str, Any] | None) -> None:
+        """Learn the cursor in a checkpoint of the same data and order."""
+        ...
+
+    def close(self) -> None:
+        """End what runs in the background."""
+        ...
+
+
 class RowSource(NamedTuple):
     """A dataset whose rows are a part of those of a mixture."""
 
@@ -78,6 +98,9 @@ class RowDataset:
     is checked when it is read."""
     vocab_size: int | None = None
     """Tokens of the model's vocabulary; None: rows are not checked."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Settings that decide the rows, beside the fields above, as JSON values: a resume names those
+    that have changed."""
     name: str = "the dataset"
     """What error messages call it."""
     cached_in: str = ""
@@ -87,6 +110,16 @@ class RowDataset:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    @property
+    def is_endless(self) -> bool:
+        """Whether its rows are those of the run, epoch after epoch: row n is sample n."""
+        return len(self) == ENDLESS
+
+    @property
+    def stream(self) -> Streamed | None:
+        """The rows where they are made while they are read."""
+        return self.rows if isinstance(self.rows, Streamed) else None
 
     @property
     def fingerprint(self) -> str:

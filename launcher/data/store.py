@@ -7,7 +7,8 @@ Owns the files of one folder of the data cache:
     targets.bin     uint8   [tokens]           1 where a token is a target; absent: all are
 
 and arrays that are added beside them. Invariants: little-endian, without a header (the sizes are in
-the folder's JSON); every file is complete on disk before the folder is renamed to its final name.
+the folder's JSON); every file is complete before the folder is renamed to its final name, and on
+disk where the folder is kept.
 """
 
 from __future__ import annotations
@@ -52,8 +53,9 @@ class TokenStore:
 class TokenWriter:
     """Writes the arrays of a TokenStore document by document, and hashes them."""
 
-    def __init__(self, folder: Path, *, with_targets: bool) -> None:
+    def __init__(self, folder: Path, *, with_targets: bool, durable: bool = True) -> None:
         self.folder = folder
+        self._durable = durable
         self.tokens = 0
         self._largest_token = 0
         self._files: dict[str, BinaryIO] = {"tokens": (folder / "tokens.bin").open("wb")}
@@ -91,10 +93,10 @@ class TokenWriter:
     def finish(self) -> dict[str, Any]:
         """Complete the files. Returns the metadata for `open_store`."""
         for file in self._files.values():
-            _complete(file)
+            _complete(file, durable=self._durable)
         starts = np.array(self._starts, dtype=INDEX_DTYPE)
         self._hashes["starts"].update(starts.tobytes())
-        write_array(self.folder / "starts.bin", starts)
+        write_array(self.folder / "starts.bin", starts, durable=self._durable)
         content = xxh3_128("/".join(h.hexdigest() for h in self._hashes.values()).encode())
         return {
             "tokens": self.tokens,
@@ -127,11 +129,11 @@ def open_store(folder: Path, metadata: dict[str, Any]) -> TokenStore:
     )
 
 
-def write_array(path: Path, values: npt.NDArray[Any]) -> None:
-    """Write one array durably."""
+def write_array(path: Path, values: npt.NDArray[Any], *, durable: bool = True) -> None:
+    """Write one array; `durable`: it is on disk when this returns."""
     with path.open("wb") as file:
         file.write(values.tobytes())
-        _complete(file)
+        _complete(file, durable=durable)
 
 
 def map_array(path: Path, dtype: np.dtype[Any], count: int) -> npt.NDArray[Any]:
@@ -144,7 +146,8 @@ def map_array(path: Path, dtype: np.dtype[Any], count: int) -> npt.NDArray[Any]:
     return np.memmap(path, dtype=dtype, mode="r", shape=(count,)).view(np.ndarray)
 
 
-def _complete(file: BinaryIO) -> None:
+def _complete(file: BinaryIO, *, durable: bool) -> None:
     file.flush()
-    os.fsync(file.fileno())
+    if durable:
+        os.fsync(file.fileno())
     file.close()

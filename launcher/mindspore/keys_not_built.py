@@ -77,7 +77,6 @@ KEYS_NOT_BUILT: dict[str, dict[str, dict[str, tuple[Any, ...]]]] = {
             "column_names": (Any, None),
             "name": (Any, None),
         },
-        "Set it to False: rows are memory-mapped": {"streaming": (bool, False)},
         "Set processor.tokenizer.pretrained_model_dir": {
             "tokenizer": (dict[str, Any] | None, None)
         },

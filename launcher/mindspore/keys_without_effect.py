@@ -200,6 +200,13 @@ KEYS_WITHOUT_EFFECT: dict[str, dict[str, dict[str, Any]]] = {
         },
         "rows are prepared once and memory-mapped": {"use_broadcast_data": bool},
         "the columns are always input_ids and labels": {"column_names": list[str] | None},
+        "a checkpoint has the position in a stream; runner_config.max_steps is its length": {
+            "size": int | None,
+            "dataset_state_dir": str | None,
+            "save_step": int | None,
+            "resume_step": int | None,
+            "batch_size": int | None,
+        },
         "every rank reads exactly its share": {"num_shards": int | None, "shard_id": int | None},
     },
     "train_dataset_task": {

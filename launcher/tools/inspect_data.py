@@ -21,6 +21,7 @@ from launcher.tools.command import Parser, answer, count
 if TYPE_CHECKING:
     from launcher.builders.data import TrainingData
     from launcher.builders.job import Job
+    from launcher.config.schema import DatasetSection
     from launcher.data.rows import Row, RowDataset
     from launcher.data.summary import Summary
     from launcher.report.histogram import Bin
@@ -62,6 +63,7 @@ def _inspect(options: argparse.Namespace, command_line: list[str], console: Cons
     job = data_job(command_line, console)
     drawn: dict[str, list[Bin]] = {}
     for section_name, section in used_datasets(job.config).items():
+        _refuse_stream(section_name, section)
         data = opened(job, section_name, section)
         for name, dataset in _parts(section_name, data.dataset):
             summary = summarize(dataset, options.most_documents)
@@ -75,6 +77,16 @@ def _inspect(options: argparse.Namespace, command_line: list[str], console: Cons
     histogram.draw(drawn, path, "tokens of a document", "documents")
     console.log(f"the lengths as a picture: {path}")
     return EXIT_OK
+
+
+def _refuse_stream(name: str, section: DatasetSection) -> None:
+    key = next((key for key, loader in section.loaders.items() if loader.streaming), None)
+    if key is not None:
+        raise UserError(
+            f"{name}.{key}.streaming = True",
+            rule="data are counted once all of them are tokenized, which a stream never does",
+            nearest=f"Nearest: {name}.{key}.streaming=False {name}.{key}.num_samples=10000",
+        )
 
 
 def _parts(name: str, dataset: RowDataset) -> Iterator[tuple[str, RowDataset]]:
@@ -123,7 +135,7 @@ def _samples(job: Job, data: TrainingData, wanted: int) -> Iterator[str]:
     folder = job.tokenizer_dir
     tokenizer = job.tokenizer if folder and has_tokenizer(folder) else None
     for number in range(min(wanted, len(data.dataset))):
-        index = data.order.row(number)
+        index = int(data.order.rows([number])[0])
         yield from _sample(data.dataset.row(index), f"sample {number} (row {index})", tokenizer)
 
 

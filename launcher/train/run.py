@@ -28,7 +28,7 @@ from launcher.train.evaluate import EvaluationData
 from launcher.train.interrupts import Interrupts
 from launcher.train.optimizer import Optimizer
 from launcher.train.scaling import LossScaling
-from launcher.train.state import TrainState, epoch_and_step, to_json
+from launcher.train.state import DATA_CURSOR, TrainState, epoch_and_step, to_json
 from launcher.weights.ranks.redundancy import file_replicas
 from launcher.weights.tensor_mapping import MappingsOf, mapped, shapes_in_files
 from models.trained import TrainedParameter
@@ -129,7 +129,9 @@ class TrainRun:
 
     def state_record(self) -> dict[str, Any]:
         """The content of a state file."""
-        return to_json(self.state, self.metadata)
+        cursor = self.loader.cursor(self.state.data_position)
+        metadata = self.metadata if cursor is None else self.metadata | {DATA_CURSOR: cursor}
+        return to_json(self.state, metadata)
 
     def epoch_and_step(self) -> tuple[int, int]:
         """(epoch, step inside it) of the newest optimizer step, both from 1."""

@@ -13,6 +13,8 @@ from typing import Any
 from launcher.errors import UserError
 
 STATE_VERSION = 1
+DATA_CURSOR = "data_cursor"
+"""Key of a state file: where to begin reading a stream, so that nothing before is read."""
 _ABSENT_IN_OLDER_FILES = {"good_steps": 0, "skipped_in_a_row": 0}
 
 

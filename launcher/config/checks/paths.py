@@ -50,6 +50,7 @@ _BY_TYPE: dict[str, tuple[str, ...]] = {
     "prompt_template": ("InstructionDataLoader",),
     "format": ("InstructionDataLoader",),
     "strict_fields": ("InstructionDataLoader",),
+    "streaming": ("HFDataLoader", "CommonDataLoader", "InstructionDataLoader"),
     "columns": ("MindDataset",),
     "labels": ("MindDataset",),
     "pad_token_id": ("MindDataset",),
@@ -169,6 +170,8 @@ def _missing_files(check: Check, prefix: str, loader: DataLoaderSection) -> Iter
     if loader.path and not loader.record_format and not Path(loader.path).exists():
         return  # `records.places` reports it
     for key, path in loader.sources():
+        if "://" in path:
+            continue  # `streaming` has the rules about URLs
         if not Path(path).exists() and not glob.glob(path, recursive=True):
             is_glob = glob.has_magic(path)
             yield check.wrong(

@@ -166,6 +166,13 @@ class DataLoaderSection:
     shuffle: bool | None = None
     """Read the rows in a random order that depends on the seed and the epoch. Left out: True, but
     for BlendedMegatronDatasetDataLoader, whose rows are in the random order of Megatron already."""
+    streaming: bool = False
+    """HFDataLoader, InstructionDataLoader: read and tokenize while training, for data larger than
+    the disk; files may be URLs that `fsspec` opens. Needs runner_config.max_steps."""
+    shuffle_buffer: int = effective(1000, minimum=1)
+    """With streaming: records of a block, which is shuffled, and packed into rows, by itself."""
+    streaming_cache_gb: float = effective(4.0, above=0)
+    """With streaming: GiB on disk, on each machine, for blocks that are tokenized ahead."""
     config: MegatronConfigSection | None = optional_section()
     """BlendedMegatronDatasetDataLoader: its data, and how it makes rows."""
     sizes: list[int | None] | None = None
@@ -217,7 +224,7 @@ class DataLoaderSection:
             wanted = splits or names_of_split(self.split)
             files = [path for name in wanted for path in _listed(files.get(name))]
         root = self.root
-        found += [("data_files", str(Path(root, path))) for path in _listed(files)]
+        found += [("data_files", _below(root, path)) for path in _listed(files)]
         if root and not self.data_files:
             names = ("data_dir", "subset", "path") if self.path else ("data_dir",)
             key = next(name for name in names if getattr(self, name))
@@ -228,6 +235,11 @@ class DataLoaderSection:
     def paths(self) -> list[str]:
         """The paths of `sources`."""
         return [path for _, path in self.sources()]
+
+
+def _below(root: str, path: str) -> str:
+    """A path of data_files; a URL is one by itself."""
+    return path if "://" in path else str(Path(root, path))
 
 
 def _listed(value: Any) -> list[str]:

@@ -13,8 +13,10 @@ import numpy.typing as npt
 from launcher.config.schema import DataLoaderSection, DatasetSection
 from launcher.data.files import DataFile
 from launcher.data.progress import OnProgress, ignore_progress
+from launcher.data.records import Record
 from launcher.data.rows import RowDataset
 from launcher.data.tally import Tally
+from launcher.errors import UserError
 
 Log = Callable[[str], None]
 SampleT = TypeVar("SampleT")
@@ -63,6 +65,19 @@ class Recipe:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FromRecords(Generic[SampleT]):
+    """How parts of a file of records become samples, which streaming needs."""
+
+    samples: Callable[
+        [Iterable[Record | UserError], DataLoaderSection, Tally, Record | None], Iterator[SampleT]
+    ]
+    """The samples of consecutive records of a file, in order, given the section, the counts of what
+    is left out, and the first record of the file; None: it is among the records."""
+    column: Callable[[DataLoaderSection], str] | None = None
+    """The one column that is used, without column_map; None: all of them."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataLoader(Generic[SampleT]):
     """How one `data_loader.type` reads its files."""
 
@@ -78,6 +93,8 @@ class DataLoader(Generic[SampleT]):
     ) = None
     """The samples of all files, where they cannot be read one by one (`record_files.
     needs_all_files`): a slice, or a step such as a shuffle, goes over all of them."""
+    from_records: FromRecords[SampleT] | None = None
+    """None: its files cannot be streamed."""
     has_targets: bool = False
     """Whether only some tokens count for the loss, as in conversations. Such samples are cut from
     one stream of tokens only with `packing_strategy: concatenate`."""

@@ -13,7 +13,7 @@ from launcher.config.schema import DataLoaderSection
 from launcher.data.chat import tokenize_conversations
 from launcher.data.conversations import Conversation, conversations_of
 from launcher.data.files import DataFile
-from launcher.data.loaders.base import DataLoader, Recipe, TokenBatch
+from launcher.data.loaders.base import DataLoader, FromRecords, Recipe, TokenBatch
 from launcher.data.prompts import Prompt, prompts_of, template_of, tokenize_prompts
 from launcher.data.record_files import find_record_files, records_of_file, records_of_files
 from launcher.data.records import Record
@@ -38,12 +38,17 @@ def _read_files(
 
 
 def _samples(
-    records: Iterable[Record | UserError], section: DataLoaderSection, tally: Tally
+    records: Iterable[Record | UserError],
+    section: DataLoaderSection,
+    tally: Tally,
+    first_record: Record | None = None,
 ) -> Iterator[Sample]:
+    """The samples of records; `first_record`: the first one of their file, where it is not among
+    them."""
     strictness = Strictness(strict=section.strict_fields, tally=tally)
     if section.prompt_template:
         return prompts_of(records, template_of(section.prompt_template), strictness)
-    return conversations_of(records, section.format, strictness)
+    return conversations_of(records, section.format, strictness, first_record)
 
 
 def _tokenize(samples: Iterable[Sample], recipe: Recipe, tally: Tally) -> Iterator[TokenBatch]:
@@ -71,6 +76,7 @@ INSTRUCTION_LOADER = DataLoader(
     read_file=_read_file,
     read_files=_read_files,
     tokenize=_tokenize,
+    from_records=FromRecords(samples=_samples),
     has_targets=True,
     unit="conversations",
     paths_key="dataset_files",

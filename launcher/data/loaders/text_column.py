@@ -9,7 +9,7 @@ from typing import Any
 
 from launcher.config.schema import DataLoaderSection
 from launcher.data.files import DataFile
-from launcher.data.loaders.base import DataLoader, Document
+from launcher.data.loaders.base import DataLoader, Document, FromRecords
 from launcher.data.loaders.text import tokenize_texts, without_empty
 from launcher.data.record_files import find_record_files, records_of_file, records_of_files
 from launcher.data.records import Record, convert_records, kind_of, shown
@@ -32,11 +32,17 @@ def _read_files(
 
 
 def _documents(
-    records: Iterable[Record | UserError], section: DataLoaderSection, tally: Tally
+    records: Iterable[Record | UserError],
+    section: DataLoaderSection,
+    tally: Tally,
+    first_record: Record | None = None,
 ) -> Iterator[Document]:
-    """The documents of records, the first of which must have the text column."""
+    """The documents of records, the first of which must have the text column; `first_record`: the
+    first one of their file, where it is not among them."""
     column = "text" if "text" in (section.column_map or {}) else section.text_column or "text"
-    is_first = True
+    is_first = first_record is None
+    if first_record is not None:
+        _text_of(first_record, column, first=True)
 
     def document_of(record: Record) -> Document | None:
         nonlocal is_first
@@ -100,4 +106,5 @@ TEXT_COLUMN_LOADER = DataLoader(
     read_file=_read_file,
     read_files=_read_files,
     tokenize=tokenize_texts,
+    from_records=FromRecords(samples=_documents, column=lambda section: section.text_column),
 )
