@@ -63,6 +63,8 @@ def test_streams_that_are_right(changes: dict[str, str | None]) -> None:
          LOADER + "dataset_dir", "https://host/a.jsonl"),
         ({LOADER + "dataset_files": f"[corpus,'ftp://{SECRET}@host/a.jsonl']"},
          LOADER + "dataset_files", "ftp://host/a.jsonl"),
+        ({LOADER + "transforms": "[{type: take, n: 5}]"}, LOADER + "transforms", "streaming"),
+        ({LOADER + "split": "'train[:5]'"}, LOADER + "split", "streaming"),
         ({LOADER + "shuffle_buffer": "0"}, LOADER + "shuffle_buffer", "1"),
     ],
 )  # fmt: skip

@@ -23,7 +23,16 @@ from launcher.parallel.world import World
 from tests.checkpoint.crew import together
 from tests.data.conftest import CHATML, train_tokenizer
 
-from .streams import TOKENIZER, rows_of, section_of, stream, texts, write_lines, write_parquet
+from .streams import (
+    TOKENIZER,
+    equal,
+    rows_of,
+    section_of,
+    stream,
+    texts,
+    write_lines,
+    write_parquet,
+)
 
 
 def lines_of(path: Path, values: list[Any]) -> Path:
@@ -233,6 +242,30 @@ def test_conversations_of_every_block_have_the_format_of_the_file(tmp_path: Path
         rows_of(dataset, 0, 40)
     assert f"{shard}:31" in str(caught.value)
     assert "alpaca" in str(caught.value)
+
+
+@pytest.mark.parametrize("form", ["jsonl", "parquet"])
+def test_columns_are_mapped(tmp_path: Path, form: str) -> None:
+    """As the cache does; a wrong name is found in any block."""
+    write = write_lines if form == "jsonl" else write_parquet
+    shard = write(tmp_path / f"a.{form}", 0, 60)
+    plain = {"shuffle": False, "packing": False}
+    renamed = tmp_path / f"b.{form}"
+    if form == "jsonl":
+        renamed.write_text(shard.read_text().replace('"text"', '"body"'))
+    else:
+        import pyarrow.parquet as pq
+
+        pq.write_table(pq.read_table(shard).rename_columns(["id", "body"]), renamed)
+    with stream([shard], tmp_path / "cache", **plain) as dataset:
+        expected = rows_of(dataset, 0, 60)
+    with stream([renamed], tmp_path / "c", column_map={"text": "body"}, **plain) as dataset:
+        assert equal(rows_of(dataset, 0, 60), expected)
+    with (
+        stream([renamed], tmp_path / "d", column_map={"text": "bodies"}) as dataset,
+        pytest.raises(UserError, match="bodies"),
+    ):
+        rows_of(dataset, 0, 1)
 
 
 def test_whoever_waits_gives_up_when_the_stream_is_closed(tmp_path: Path) -> None:
