@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -67,10 +67,15 @@ class IndexedDataset:
 
     def check(self) -> None:
         """Check lengths, offsets and borders. Raises UserError with the file and the byte."""
-        for begin in range(0, len(self), CHECKED_AT_ONCE):
-            part = slice(begin, begin + CHECKED_AT_ONCE)
-            self._check_sequences(self.lengths[part].copy(), self.offsets[part].copy(), begin)
-        self._check_borders(index_path(self.prefix))
+        header = self.header
+        # Reading costs less than touching every page of a map once.
+        with index_path(self.prefix).open("rb") as file:
+            for begin in range(0, len(self), CHECKED_AT_ONCE):
+                count = min(CHECKED_AT_ONCE, len(self) - begin)
+                lengths = _numbers(file, HEADER.size + 4 * begin, "<i4", count)
+                offsets = _numbers(file, header.offsets_at + 8 * begin, "<i8", count)
+                self._check_sequences(lengths, offsets, begin)
+            self._check_borders(file)
 
     def _check_sequences(
         self, lengths: npt.NDArray[np.int32], offsets: npt.NDArray[np.int64], begin: int
@@ -93,18 +98,25 @@ class IndexedDataset:
                       f"{tokens_path(self.prefix)} has {limit} bytes, {size} for a token",
                       )  # fmt: skip
 
-    def _check_borders(self, index: Path) -> None:
-        at, sequences = self.header.borders_at, len(self)
-        for place, expected in ((0, 0), (self.documents, sequences)):
+    def _check_borders(self, file: BinaryIO) -> None:
+        at, index = self.header.borders_at, index_path(self.prefix)
+        for place, expected in ((0, 0), (self.documents, len(self))):
             if self.borders[place] != expected:
                 raise damaged(index, at + 8 * place, f"document border {self.borders[place]}",
                               f"it must be {expected}")  # fmt: skip
         for begin in range(0, self.documents, CHECKED_AT_ONCE):
-            part = self.borders[begin : begin + CHECKED_AT_ONCE + 1]
+            count = min(CHECKED_AT_ONCE + 1, self.documents + 1 - begin)
+            part = _numbers(file, at + 8 * begin, "<i8", count)
             if (bad := _first(part[1:] < part[:-1])) is not None:
                 raise damaged(index, at + 8 * (begin + bad + 1),
                               f"document border {part[bad + 1]} after {part[bad]}",
                               "borders never decrease")  # fmt: skip
+
+
+def _numbers(file: BinaryIO, begin: int, dtype: str, count: int) -> npt.NDArray[Any]:
+    """Some numbers of a file from byte `begin`."""
+    file.seek(begin)
+    return np.frombuffer(file.read(np.dtype(dtype).itemsize * count), dtype=dtype)
 
 
 def _first(mask: npt.NDArray[np.bool_]) -> int | None:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from launcher.config.schema import DataLoaderSection, MegatronConfigSection
+from launcher.data.array_folder import NewArray, make_array_folder, open_array_folder
 from launcher.data.loader import Loader, evaluation_batches
 from launcher.data.megatron.writer import IndexedWriter
 from launcher.data.order import GlobalOrder
@@ -267,3 +268,36 @@ def test_every_row_is_evaluated_once(tmp_path: Path) -> None:
             targets += int((batch.labels != NO_TARGET).sum())
     masks = golden.content["splits"]["valid"]["loss_mask"]
     assert targets == dataset.total_targets() == sum(map(sum, masks))
+
+
+def test_arrays_larger_than_memory_are_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loader = section([200, 0, 0], data_path=["0.3", A, "0.7", C], seed=7)
+    small = open_loader(loader, LENGTH, tmp_path / "small")
+    monkeypatch.setattr("launcher.data.array_folder.IN_MEMORY", 0)
+    monkeypatch.setattr("launcher.data.megatron.order.COPIED_UP_TO", 0)
+    monkeypatch.setattr("launcher.data.megatron.order.GATHERED_AT_ONCE", 5)
+    large = open_loader(loader, LENGTH, tmp_path / "large")
+    files = sorted(path.relative_to(tmp_path / "small") for path in tmp_path.rglob("small/*/*"))
+    assert len(files) == 2 * 4 + 3
+    for file in files:
+        assert (tmp_path / "small" / file).read_bytes() == (tmp_path / "large" / file).read_bytes()
+    assert small.fingerprint == large.fingerprint
+
+
+def test_the_folder_of_the_first_of_two_jobs_stays(tmp_path: Path) -> None:
+    def fill(value: int) -> Any:
+        def made(new_array: NewArray) -> dict[str, int]:
+            new_array("x", np.int64, 3)[:] = value
+            if value == 1:  # meanwhile the other job is done
+                make_array_folder(tmp_path / "x", fill(2))
+            return {"value": value}
+
+        return made
+
+    make_array_folder(tmp_path / "x", fill(1))
+    found = open_array_folder(tmp_path / "x", verify=True)
+    assert found.metadata == {"value": 2}
+    assert found.arrays["x"].tolist() == [2, 2, 2]
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
