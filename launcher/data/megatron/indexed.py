@@ -7,8 +7,9 @@ Invariants: nothing is copied but what is asked for; after `check` every sequenc
 from __future__ import annotations
 
 from dataclasses import dataclass
+from io import RawIOBase
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -69,7 +70,7 @@ class IndexedDataset:
         """Check lengths, offsets and borders. Raises UserError with the file and the byte."""
         header = self.header
         # Reading costs less than touching every page of a map once.
-        with index_path(self.prefix).open("rb") as file:
+        with index_path(self.prefix).open("rb", buffering=0) as file:
             for begin in range(0, len(self), CHECKED_AT_ONCE):
                 count = min(CHECKED_AT_ONCE, len(self) - begin)
                 lengths = _numbers(file, HEADER.size + 4 * begin, "<i4", count)
@@ -98,7 +99,7 @@ class IndexedDataset:
                       f"{tokens_path(self.prefix)} has {limit} bytes, {size} for a token",
                       )  # fmt: skip
 
-    def _check_borders(self, file: BinaryIO) -> None:
+    def _check_borders(self, file: RawIOBase) -> None:
         at, index = self.header.borders_at, index_path(self.prefix)
         for place, expected in ((0, 0), (self.documents, len(self))):
             if self.borders[place] != expected:
@@ -113,10 +114,13 @@ class IndexedDataset:
                               "borders never decrease")  # fmt: skip
 
 
-def _numbers(file: BinaryIO, begin: int, dtype: str, count: int) -> npt.NDArray[Any]:
+def _numbers(file: RawIOBase, begin: int, dtype: str, count: int) -> npt.NDArray[Any]:
     """Some numbers of a file from byte `begin`."""
+    found = np.empty(count, dtype=dtype)
     file.seek(begin)
-    return np.frombuffer(file.read(np.dtype(dtype).itemsize * count), dtype=dtype)
+    if file.readinto(found.data) != found.nbytes:
+        raise OSError(f"the index became shorter while it was read, at byte {begin}")
+    return found
 
 
 def _first(mask: npt.NDArray[np.bool_]) -> int | None:

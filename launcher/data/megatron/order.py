@@ -211,11 +211,14 @@ def _fill_shuffled(
     is drawn."""
     # numpy moves 64-bit integers faster than others; the order is the same.
     fast = len(array) <= COPIED_UP_TO // 4
-    place = np.empty(len(array), dtype=np.intp) if fast else array
-    place.reshape(times, -1)[:] = np.arange(*numbers, dtype=place.dtype)
-    random.shuffle(place)
     if fast:
+        place = np.arange(*numbers, dtype=np.intp)
+        place = place if times == 1 else np.tile(place, times)
+        random.shuffle(place)
         array[:] = place
+    else:
+        array.reshape(times, -1)[:] = np.arange(*numbers, dtype=array.dtype)
+        random.shuffle(array)
 
 
 def _too_small(settings: OrderSettings, tokens: int) -> UserError:
