@@ -11,6 +11,7 @@ from collections.abc import Callable
 from launcher.config.aliases import moved
 from launcher.config.nodes import Node, find, put, without
 from launcher.config.provenance import KeyProblem
+from launcher.environment import process_environment
 from launcher.errors import Problem
 
 _MOVED_GENERATION_KEYS = (
@@ -110,10 +111,27 @@ def row_lengths(tree: Node, problems: list[Problem]) -> Node:
     return tree
 
 
+def data_parallel(tree: Node, problems: list[Problem]) -> Node:
+    """`data_parallel: auto` is the number of processes divided by the other degrees."""
+    path = "parallel_config.data_parallel"
+    node = find(tree, path)
+    if node is None or node.value != "auto":
+        return tree
+    environment = process_environment()
+    processes = environment.planned_world_size or environment.world_size
+    others = 1
+    for name in ("model_parallel", "pipeline_stage", "context_parallel"):
+        degree = find(tree, f"parallel_config.{name}")
+        value = str(degree.value) if degree is not None else "1"
+        others *= int(value) if value.isdecimal() and int(value) else 1  # reported when it is read
+    return put(tree, path, Node(value=max(processes // others, 1), where=node.where))
+
+
 IMPLIED: tuple[Callable[[Node, list[Problem]], Node], ...] = (
     trust,
     run_mode,
     generation,
     dataset_tasks,
     row_lengths,
+    data_parallel,
 )

@@ -11,6 +11,7 @@ from launcher.config import derived, rules
 from launcher.config.checks.pipeline import corrected
 from launcher.config.resolve import resolve
 from launcher.config.schema import Config
+from launcher.environment import PLANNED_WORLD_SIZE
 from models.families import model_spec
 from tests import messages
 from tests.config.tables import Row
@@ -51,6 +52,35 @@ def problems(name: str, mode: str = "train", world: int | None = None, *words: s
     result = resolve(name, mode, overrides=words)
     found = rules.check(result.config, result.provenance, world=world, bad_keys=result.bad_keys)
     return [str(problem) for problem in (*result.problems, *found)]
+
+
+@pytest.mark.parametrize(
+    ("degrees", "processes", "expected"),
+    [
+        ("data_parallel: auto", None, 1),
+        ("data_parallel: auto", 4, 4),
+        ("data_parallel: auto, model_parallel: 2", 8, 4),
+        ("data_parallel: auto, model_parallel: 2, pipeline_stage: 2, micro_batch_num: 2", 8, 2),
+    ],
+)
+def test_data_parallel_from_the_number_of_processes(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, degrees: str, processes: int | None,
+    expected: int,
+) -> None:  # fmt: skip
+    if processes is not None:
+        monkeypatch.setenv(PLANNED_WORLD_SIZE, str(processes))
+    written(degrees)
+    assert resolve("x.yaml", "train").config.parallel_config.data_parallel == expected
+    assert problems("x.yaml", world=processes) == []
+
+
+def test_processes_that_the_other_degrees_do_not_divide(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(PLANNED_WORLD_SIZE, "6")
+    written("data_parallel: auto, model_parallel: 4")
+    (text,) = problems("x.yaml", world=6)
+    assert "this job has 6" in text
 
 
 def test_one_process_writes_the_strategy_of_any_layout(workspace: Path) -> None:

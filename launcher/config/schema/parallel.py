@@ -15,7 +15,8 @@ class ParallelConfigSection:
     """`parallel_config`: the degree of every axis. Their product is the number of processes."""
 
     data_parallel: int = effective(1, minimum=1)
-    """Data-parallel degree: replicas that each see their own share of the global batch."""
+    """Data-parallel degree: replicas that each see their own share of the global batch. `auto`: the
+    number of processes divided by the other degrees."""
     model_parallel: int = effective(1, minimum=1)
     """Tensor-parallel degree: ranks that share every matrix."""
     pipeline_stage: int = effective(1, minimum=1)
