@@ -182,7 +182,6 @@ REFUSED: dict[str, tuple[str, list[str]]] = {
         "type: HFDataLoader, path: json, load_func: load_from_dik",
         ["load_func = 'load_from_dik'", "did you mean `load_from_disk`?"],
     ),
-    "streams": ("type: HFDataLoader, path: json, streaming: True", ["streaming = True"]),
 }  # fmt: skip
 
 

@@ -58,18 +58,17 @@ def _settings(folder: Path, seed: int) -> dict[str, Any]:
 
 def _theirs(settings: dict[str, Any]) -> list[Any]:
     builder = pytest.importorskip("megatron.core.datasets.blended_megatron_dataset_builder")
-    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
-    from megatron.core.datasets.utils import get_blend_from_list
-
+    gpt = pytest.importorskip("megatron.core.datasets.gpt_dataset")
+    utils = pytest.importorskip("megatron.core.datasets.utils")
     ids = {"eod": EOD, "pad": 99, "vocab_size": 100, "unique_identifiers": {}}
-    config = GPTDatasetConfig(
+    config = gpt.GPTDatasetConfig(
         random_seed=settings["seed"], sequence_length=settings["seq_length"],
-        blend=get_blend_from_list(settings["data_path"]), split=settings["split"],
+        blend=utils.get_blend_from_list(settings["data_path"]), split=settings["split"],
         tokenizer=type("Tokenizer", (), ids)(),
         create_attention_mask=True, **settings["flags"],
     )  # fmt: skip
     make = builder.BlendedMegatronDatasetBuilder
-    return list(make(GPTDataset, settings["sizes"], lambda: True, config).build())
+    return list(make(gpt.GPTDataset, settings["sizes"], lambda: True, config).build())
 
 
 @pytest.mark.parametrize("seed", range(CASES))
