@@ -4,21 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from launcher.mindspore.mindrecord.columns import choose_columns
+from launcher.errors import UserError
+from launcher.mindspore.mindrecord.columns import column_problem
 from launcher.mindspore.mindrecord.files import find_records
 from launcher.mindspore.mindrecord.reader import FileReader
 from launcher.mindspore.mindrecord.walk import Ints
 
 
-def token_arrays(places: Sequence[str], column: str | None = None) -> Iterator[Ints]:
-    """The column of every row (int64 [tokens]) in order, one row after another in memory.
+def token_arrays(places: Sequence[str], name: str) -> Iterator[Ints]:
+    """The column `name` of every row (int64 [tokens]) in order, one row after another in memory.
 
-    places: files with their families, folders or globs. column: left out, `input_ids`. Raises
-    UserError for files that cannot be read, and for a column that is not one of integers.
+    places: files with their families, folders or globs. Raises UserError for files that cannot be
+    read, and for a column that is not one of integers, by the option of a tool that names it.
     """
     headers = find_records(places).headers
-    written = None if column is None else {"input_ids": column}
-    name = choose_columns(written, headers[0]).input_ids
+    if problem := column_problem("input_ids", name, headers[0], option="--column"):
+        raise UserError([problem])
     for header in headers:
         file = FileReader(header)
         for group in header.groups:
