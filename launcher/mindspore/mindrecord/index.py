@@ -38,6 +38,7 @@ from launcher.mindspore.mindrecord.walk import Bytes
 VERSION = 1
 """Part of every key: raise it when the same files would be indexed in another way."""
 COUNT_DTYPE = np.dtype("<i4")
+IGNORED = "Where it marks labels without loss, set data_loader.ignore_token_id"
 _ARRAYS = {"offsets": INDEX_DTYPE, "targets": COUNT_DTYPE, "tokens": COUNT_DTYPE}
 
 
@@ -136,7 +137,7 @@ class Pass:
             counted = targets[targets != NO_TARGET]
             for values in (ids,) if labels is None else (ids, counted):
                 if len(values):
-                    _check_tokens(file, row, values.min())
+                    check_tokens(file, row, values, IGNORED)
                     largest = max(largest, int(values.max()))
             counts.append((len(counted), self.rule.tokens_of(tokens, targets), len(ids)))
         arrays = np.array(counts, dtype=np.int32).T
@@ -160,9 +161,10 @@ class Pass:
         )
 
 
-def _check_tokens(file: FileReader, row: int, smallest: int) -> None:
+def check_tokens(file: FileReader, row: int, values: Ints, advice: str) -> None:
+    """Raise UserError for a value of a row that is no token."""
+    smallest = int(values.min()) if len(values) else 0
     if smallest < 0:
-        advice = "Where it marks labels without loss, set data_loader.ignore_token_id"
         wrong_row(file, row, f"it has the token {smallest}", "tokens are numbered from 0", advice)
 
 
