@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.measure import ROOT, Spread, in_turns, parser, ratios, report, table
-from launcher.data.array_folder import NewArray, make_array_folder, open_array_folder
+from launcher.data.array_folder import NewArray, open_array_folder, write_arrays
 from launcher.data.megatron.header import HEADER, MAGIC, VERSION
 from launcher.data.megatron.indexed import open_indexed
 from launcher.data.megatron.order import OrderSettings, SampleOrder, build_order
@@ -53,6 +53,11 @@ def main() -> None:
         folder = Path(name)
         body = _building(folder, arguments.rounds) + "\n\n" + _seeking(folder, arguments.rounds)
     report("Index of Megatron's datasets", "benchmarks.megatron_index", arguments, body)
+
+
+def _new(folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    return folder
 
 
 def _building(folder: Path, rounds: int) -> str:
@@ -104,7 +109,7 @@ def _seeking(folder: Path, rounds: int) -> str:
     prefix = folder / "far"
     _write_index(prefix, np.full(FAR_DOCUMENTS, FAR_LENGTH, dtype=np.int32))
     samples = FAR_DOCUMENTS * FAR_LENGTH // SEQ_LENGTH
-    make_array_folder(folder / "order", partial(_fill_far, samples))
+    write_arrays(_new(folder / "order"), partial(_fill_far, samples))
     found = [_worker("seek", str(prefix), str(folder / "order")) for _ in range(rounds)]
 
     def spread(key: str, form: str = ",.2f") -> str:
@@ -167,7 +172,7 @@ def _ours(prefix: str, samples: str, cache: str) -> dict[str, Any]:
         build_order(data.lengths, settings, new_array)
         return {}
 
-    make_array_folder(folder, fill)
+    write_arrays(_new(folder), fill)
     rows = _open(prefix, folder)
     rows.row(0)
     seconds = _since(started)

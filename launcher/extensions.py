@@ -160,7 +160,7 @@ anything heavy is imported: (check, key of the section, section) -> problems."""
 TOKEN_READERS: dict[str, str] = {
     "mindrecord": "launcher.mindspore.mindrecord.documents:token_arrays",
 }
-"""Kind of file with tokens that tools convert: (paths, column or None) -> one array a row."""
+"""Kind of file with tokens that tools convert: (paths, column, log) -> one array a row."""
 
 PROMPT_TEMPLATES: dict[str, str] = {
     "mindformers_alpaca": "launcher.mindspore.prompts:ALPACA",

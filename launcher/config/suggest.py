@@ -51,6 +51,9 @@ _SYNONYMS = {
     "logging_steps": "per_print_times",
     "data_path": "dataset_dir",
     "data_dir": "dataset_dir",
+    "columns": "column_map",
+    "eod": "eod_token_id",
+    "eos_token_id": "eod_token_id",
     "warmup": "warmup_steps",
 }
 """Words of other launchers for keys of Slipway."""

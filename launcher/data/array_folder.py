@@ -1,21 +1,18 @@
-"""Folders of arrays in the data cache: made once, complete or absent, checked, memory-mapped.
+"""Folders of arrays in the data cache: written once, checked, memory-mapped.
 
 A folder has a `.npy` file for each array and `arrays.json` with their types, lengths and hashes
-and what else its maker wants to keep. Invariants: it is written under a temporary name and renamed
-when it is complete, so that two jobs may make it at once; arrays may be larger than memory. Nothing
-waits for the disk: what a crash leaves behind is found by the hashes, and is made again.
+and what else its maker wants to keep. Invariants: arrays may be larger than memory. Nothing waits
+for the disk: what a crash leaves behind is found by the hashes. `cache.make_once` decides who makes
+a folder, and when.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import numpy as np
 import numpy.typing as npt
@@ -41,16 +38,13 @@ class ArrayFolder:
     metadata: Mapping[str, Any]
 
 
-def make_array_folder(folder: Path, fill: Callable[[NewArray], Mapping[str, Any]]) -> None:
-    """Make `folder`. `fill` makes and fills the arrays, and returns what is kept with them (JSON
-    values). Raises OSError, and whatever `fill` raises; then nothing is left behind."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = folder.parent / f".{folder.name}.{uuid4().hex}.tmp"
-    scratch.mkdir()
+def write_arrays(folder: Path, fill: Callable[[NewArray], Mapping[str, Any]]) -> None:
+    """Write the files of `folder`, which exists and is empty. `fill` makes and fills the arrays,
+    and returns what is kept with them (JSON values). Raises OSError, and whatever `fill` raises."""
     made: dict[str, npt.NDArray[Any]] = {}
 
     def new_array(name: str, dtype: npt.DTypeLike, length: int) -> npt.NDArray[Any]:
-        path = scratch / f"{name}.npy"
+        path = folder / f"{name}.npy"
         kind = np.dtype(dtype)
         if length * kind.itemsize <= IN_MEMORY:
             made[name] = np.empty(length, dtype=kind)
@@ -58,20 +52,16 @@ def make_array_folder(folder: Path, fill: Callable[[NewArray], Mapping[str, Any]
             made[name] = np.lib.format.open_memmap(path, "w+", kind, (length,)).view(np.ndarray)
         return made[name]
 
-    try:
-        metadata = fill(new_array)
-        described = {
-            name: {"dtype": array.dtype.str, "length": len(array), "hash": _hash(array)}
-            for name, array in made.items()
-        }
-        for name, array in made.items():
-            if array.nbytes <= IN_MEMORY:
-                np.save(scratch / f"{name}.npy", array)
-        index = {"arrays": described, "metadata": dict(metadata)}
-        (scratch / _INDEX).write_text(json.dumps({"hash": _hash_of_json(index), **index}))
-        _rename(scratch, folder)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    metadata = fill(new_array)
+    described = {
+        name: {"dtype": array.dtype.str, "length": len(array), "hash": _hash(array)}
+        for name, array in made.items()
+    }
+    for name, array in made.items():
+        if array.nbytes <= IN_MEMORY:
+            np.save(folder / f"{name}.npy", array)
+    index = {"arrays": described, "metadata": dict(metadata)}
+    (folder / _INDEX).write_text(json.dumps({"hash": _hash_of_json(index), **index}))
 
 
 def open_array_folder(folder: Path, *, verify: bool) -> ArrayFolder:
@@ -114,12 +104,3 @@ def _hash(array: npt.NDArray[Any]) -> str:
 
 def _hash_of_json(value: Any) -> str:
     return xxh3_128(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def _rename(scratch: Path, folder: Path) -> None:
-    """Give a complete folder its name; where another job was first, its folder stays."""
-    try:
-        os.rename(scratch, folder)
-    except OSError:
-        if not (folder / _INDEX).exists():
-            raise

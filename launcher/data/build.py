@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import errno
 import json
-import shutil
 import time
 import weakref
 from collections.abc import Callable, Mapping
@@ -29,11 +28,8 @@ from launcher.config.schema import DatasetSection
 from launcher.data.cache import (
     FACTS,
     Lease,
+    make_once,
     make_room,
-    only_maker,
-    publish,
-    remove,
-    scratch_folder,
     take_lease,
 )
 from launcher.data.content import content_hashes
@@ -52,7 +48,7 @@ from launcher.data.packing import (
     StreamRows,
     plan_rows,
 )
-from launcher.data.progress import OnProgress, Progress, ignore_progress
+from launcher.data.progress import OnProgress, ignore_progress
 from launcher.data.rows import RowDataset, Rows
 from launcher.data.store import INDEX_DTYPE, map_array, open_store, write_array
 from launcher.data.tally import Tally
@@ -168,52 +164,34 @@ def _used(folder: Path, recipe: Recipe) -> Lease | None:
 def _made(folder: Path, recipe: Recipe, files: list[DataFile]) -> tuple[Lease, bool]:
     """The use of a folder that this job makes, or another one at the same time; and whether it was
     this one."""
-    waited = False
-
-    def waits(holder: str) -> None:
-        nonlocal waited
-        if not waited:
-            recipe.log(f"data: waiting for {holder}, another job that makes {folder}")
-        waited = True
-        verb = "wait for another job to tokenize"
-        recipe.on_progress(Progress(verb=verb, fraction=None, detail=holder))
-
-    def is_made() -> bool:
-        return _is_complete(folder, recipe)
-
     while True:
-        with only_maker(recipe.cache_dir, folder.name, is_made, waits):
-            lease, is_new = _used(folder, recipe), False
-            if lease is None:
-                if folder.exists():
-                    recipe.log(f"warning: the cached tokens in {folder} are damaged and are made "
-                               "again")  # fmt: skip
-                    remove(folder)
-                _make(folder, recipe, files)
-                lease, is_new = take_lease(folder), True
+        is_new = make_once(
+            folder,
+            lambda scratch: _fill(scratch, recipe, files),
+            lambda: _is_complete(folder, recipe),
+            verb="tokenize",
+            log=recipe.log,
+            on_progress=recipe.on_progress,
+        )
+        lease = take_lease(folder)
         if lease is not None:  # else another job has deleted the folder already
             return lease, is_new
 
 
-def _make(folder: Path, recipe: Recipe, files: list[DataFile]) -> None:
-    """Read, tokenize, assign samples to rows, write: all of it or nothing."""
-    scratch = scratch_folder(folder.parent, folder.name)
-    try:
-        tally = Tally()
-        metadata = tokenize_files(scratch, recipe, files, tally)
-        metadata |= {
-            "files": len(files),
-            "paths": [str(file.path) for file in files[:MAX_PATHS]],
-            "read": tally.documents,
-            "warnings": tally.warnings(recipe.seq_length),
-        }
-        assign_rows(scratch, recipe, metadata)
-        if len(open_rows(scratch, recipe)) == 0:
-            raise _nothing_to_train_on(recipe, files, metadata)
-        _check_unchanged(recipe, files)
-        publish(scratch, folder)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+def _fill(scratch: Path, recipe: Recipe, files: list[DataFile]) -> None:
+    """Read, tokenize, assign samples to rows, write."""
+    tally = Tally()
+    metadata = tokenize_files(scratch, recipe, files, tally)
+    metadata |= {
+        "files": len(files),
+        "paths": [str(file.path) for file in files[:MAX_PATHS]],
+        "read": tally.documents,
+        "warnings": tally.warnings(recipe.seq_length),
+    }
+    assign_rows(scratch, recipe, metadata)
+    if len(open_rows(scratch, recipe)) == 0:
+        raise _nothing_to_train_on(recipe, files, metadata)
+    _check_unchanged(recipe, files)
 
 
 def assign_rows(

@@ -25,6 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from uuid import uuid4
 
+from launcher.data.progress import OnProgress, Progress
+
 LEASE = "in_use"
 FACTS = "facts.json"
 UNLOCKED_SECONDS = 7 * 86400.0
@@ -117,6 +119,49 @@ def _locked(path: Path, is_made: Callable[[], bool], waits: Callable[[str], None
             os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
             return descriptor
         os.close(descriptor)
+
+
+def make_once(
+    folder: Path,
+    fill: Callable[[Path], None],
+    is_complete: Callable[[], bool],
+    *,
+    verb: str,
+    log: Callable[[str], None],
+    on_progress: OnProgress,
+) -> bool:
+    """Make a folder of the cache unless it is complete: one job makes it, the others wait.
+
+    fill: writes its files into a folder with a temporary name; what it raises is passed on, and
+    nothing is left behind. verb: what `fill` does, `tokenize`. Returns whether this job has made
+    the folder. Raises OSError where the cache cannot be written to.
+    """
+    if is_complete():
+        return False
+    waited = False
+
+    def waits(holder: str) -> None:
+        nonlocal waited
+        if not waited:
+            log(f"data: waiting for {holder}, another job that makes {folder}")
+        waited = True
+        work = f"wait for another job to {verb}"
+        on_progress(Progress(verb=work, fraction=None, detail=holder))
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with only_maker(folder.parent, folder.name, is_complete, waits):
+        if is_complete():
+            return False
+        if folder.exists():
+            log(f"warning: the cached data in {folder} are damaged and are made again")
+            remove(folder)
+        scratch = scratch_folder(folder.parent, folder.name)
+        try:
+            fill(scratch)
+            publish(scratch, folder)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+    return True
 
 
 def scratch_folder(cache_dir: Path, key: str) -> Path:

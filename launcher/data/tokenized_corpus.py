@@ -5,6 +5,8 @@ Owns the folder `<prefix>.parts` while the work is going on:
     job.json                  what decides the result: sources, tokenizer, settings
     part-00000.bin, .idx      the tokens of some consecutive documents
     part-00000.json           its samples, tokens and the hash of their bytes; written last
+    all.bin, all.idx          all parts, until they are verified
+    lock                      locked by the process that writes here
 
 Invariants: a part counts only with its JSON file, so that a run that was killed goes on after the
 last complete part; parts of another job are never used; the dataset appears under its name when it
@@ -13,6 +15,7 @@ is complete and has been read back.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -28,12 +31,13 @@ from xxhash import xxh3_128
 
 from launcher.data.megatron.header import index_path, tokens_path
 from launcher.data.megatron.indexed import open_indexed
-from launcher.data.megatron.writer import IndexedWriter
+from launcher.data.megatron.writer import IndexedWriter, rename_dataset
 from launcher.errors import UserError
 
 PART_TOKENS = 1 << 25
 """Tokens after which a part ends: what a killed run loses at most."""
 _READ_AT_ONCE = 1 << 24
+LOCK = "lock"
 
 Tokens = npt.ArrayLike
 
@@ -71,19 +75,21 @@ def write_corpus(corpus: Corpus, *, overwrite: bool) -> Written:
         for batch in corpus.batches(parts.samples):
             parts.add(batch)
         parts.end()
-    with IndexedWriter(corpus.prefix, dtype=corpus.dtype) as writer:
-        for path in parts.paths():
-            writer.append_dataset(path)
-        documents, tokens = writer.documents, writer.tokens
-        if documents != parts.samples:
-            raise UserError(
-                f"{documents} documents were written, {parts.samples} were read",
-                where=str(folder), rule="every document is kept",
-                advice=f"Delete {folder} and start again",
-            )  # fmt: skip
-        writer.finish()
-    _verify(corpus.prefix, parts.done, corpus.dtype.itemsize)
-    shutil.rmtree(folder)
+        joined = folder / "all"
+        with IndexedWriter(joined, dtype=corpus.dtype) as writer:
+            for path in parts.paths():
+                writer.append_dataset(path)
+            documents, tokens = writer.documents, writer.tokens
+            if documents != parts.samples:
+                raise UserError(
+                    f"{documents} documents were written, {parts.samples} were read",
+                    where=str(folder), rule="every document is kept",
+                    advice=f"Delete {folder} and start again",
+                )  # fmt: skip
+            writer.finish()
+        _verify(joined, parts.done, corpus.dtype.itemsize)
+        rename_dataset(joined, corpus.prefix)
+        shutil.rmtree(folder)
     size = sum(path(corpus.prefix).stat().st_size for path in (index_path, tokens_path))
     return Written(documents=documents, tokens=tokens, total_bytes=size, continued_after=before)
 
@@ -107,6 +113,8 @@ class _Parts:
         self._digest = xxh3_128()
         self._writer: IndexedWriter | None = None
         self.samples = self.tokens = 0
+        folder.mkdir(parents=True, exist_ok=True)
+        self._lock = _locked(folder)
         self._open(json.loads(json.dumps(dict(corpus.job))))
 
     def _open(self, job: Any) -> None:
@@ -116,18 +124,26 @@ class _Parts:
         except (OSError, ValueError):
             same = False
         if not same:
-            if self._folder.exists() and not described.exists() and any(self._folder.iterdir()):
+            names = [path for path in self._folder.iterdir() if path.name != LOCK]
+            if names and not described.exists():
                 raise UserError(
                     "the folder has files that this tool did not write", where=str(self._folder),
                     rule="parts are written there", advice="Move it away",
                 )  # fmt: skip
-            shutil.rmtree(self._folder, ignore_errors=True)
-            self._folder.mkdir(parents=True)
-            described.write_text(json.dumps(job, indent=1))
+            self._delete("*")
+            scratch = self._folder / "job.json.tmp"
+            scratch.write_text(json.dumps(job, indent=1))
+            os.replace(scratch, described)
+        self._delete(".*.tmp")  # of a run that was killed
         while (done := self._described(len(self.done))) is not None:
             self.done.append(done)
         self.samples = sum(part.samples for part in self.done)
         self.tokens = sum(part.tokens for part in self.done)
+
+    def _delete(self, pattern: str) -> None:
+        for path in self._folder.glob(pattern):
+            if path.name != LOCK:
+                path.unlink()
 
     def _described(self, number: int) -> Part | None:
         try:
@@ -165,9 +181,10 @@ class _Parts:
         self.done.append(done)
 
     def close(self) -> None:
-        """Drop the part that is not complete."""
+        """Drop the part that is not complete; another process may write to the folder."""
         if self._writer is not None:
             self._writer.close()
+        os.close(self._lock)
 
     def paths(self) -> Iterator[Path]:
         """The complete parts, in order."""
@@ -177,7 +194,29 @@ class _Parts:
         return self._folder / f"part-{number:05d}{ending}"
 
 
+def _locked(folder: Path) -> int:
+    """The descriptor of the lock of a folder. Raises UserError where another process has it."""
+    descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise UserError(
+            "another process writes this dataset", where=str(folder),
+            rule="one process writes to a folder of parts",
+            advice="Wait until it is done, or give another --output_prefix",
+        ) from None  # fmt: skip
+    except OSError:
+        pass  # a file system without locks
+    return descriptor
+
+
 def _check_new(prefix: Path, *, overwrite: bool) -> None:
+    if prefix.is_dir():
+        raise UserError(
+            f"{prefix} is a directory", rule="the prefix is the path of two files, without .bin "
+            "and .idx", nearest=f"Nearest: {prefix / 'text_document'}",
+        )  # fmt: skip
     existing = [path for path in (index_path(prefix), tokens_path(prefix)) if path.exists()]
     if existing and not overwrite:
         raise UserError(

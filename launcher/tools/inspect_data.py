@@ -117,7 +117,7 @@ def _numbers(name: str, summary: Summary) -> Iterator[str]:
     else:
         yield "  truncated   none"
     yield (
-        f"  duplicates  {summary.duplicates:,} documents equal to an earlier one "
+        f"  duplicates  {_documents(summary.duplicates)} equal to an earlier one "
         f"({summary.duplicates / max(len(lengths), 1):.1%})"
     )
     if len(lengths):
@@ -126,6 +126,10 @@ def _numbers(name: str, summary: Summary) -> Iterator[str]:
             f"  documents   {len(lengths):,}{read}; tokens: mean {lengths.mean():,.0f}, "
             f"5 % {low:,.0f}, median {middle:,.0f}, 95 % {high:,.0f}, longest {lengths.max():,}"
         )
+
+
+def _documents(count: int) -> str:
+    return f"{count:,} document{'' if count == 1 else 's'}"
 
 
 def _samples(job: Job, data: TrainingData, wanted: int) -> Iterator[str]:
@@ -145,7 +149,7 @@ def _sample(row: Row, name: str, tokenizer: Any) -> Iterator[str]:
 
     documents = list(documents_of(row))
     tokens, targets = sum(map(len, documents)), int((row.labels != NO_TARGET).sum())
-    shape = f"{tokens:,} tokens, {targets:,} targets, {len(documents)} document(s)"
+    shape = f"{tokens:,} tokens, {targets:,} targets, {_documents(len(documents))}"
     yield f"{name}: {shape}"
     left = SHOWN_CHARACTERS
     for number, document in enumerate(documents):

@@ -11,6 +11,7 @@ is read back before it gets its name.
 from __future__ import annotations
 
 import argparse
+import glob
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -28,9 +29,10 @@ if TYPE_CHECKING:
     from launcher.data.tally import Tally
     from launcher.data.tokenized_corpus import Corpus
 
-TYPES = ("TextDataLoader", "HFDataLoader", "MindDataset")
-TOKENS = "MindDataset"
-"""The type whose files hold tokens already."""
+TEXT, TOKENS = "TextDataLoader", "MindDataset"
+"""The type of text files, and that whose files hold tokens already."""
+TYPES = (TEXT, "HFDataLoader", TOKENS)
+TOKEN_ENDINGS = (".npy", ".bin", ".idx", ".u16", ".u32", ".uint16", ".uint32", ".int32")
 RECORD_ENDINGS = (".json", ".jsonl", ".parquet", ".csv", ".tsv", ".arrow")
 ROWS_AT_ONCE = 1024
 
@@ -94,7 +96,9 @@ def _corpus(options: argparse.Namespace, console: Console) -> tuple[Corpus, Tall
     from launcher.data.tally import Tally
     from launcher.data.tokenized_corpus import Corpus
 
-    kind, tally = options.type or _type_of(options.input), Tally()
+    _check_inputs(options.input)
+    kind = options.type or (TEXT if options.suffixes else _type_of(options.input))
+    tally = Tally()
     recipe = _recipe(options, kind, console)
     files = _files(recipe)
     vocabulary = len(recipe.tokenizer) if recipe.tokenizer is not None else None
@@ -113,7 +117,7 @@ def _corpus(options: argparse.Namespace, console: Console) -> tuple[Corpus, Tall
 
     def batches(done: int) -> Iterator[list[Any]]:
         if kind == TOKENS:
-            return _rows(recipe, options.column, done)
+            return _rows(recipe, options.column, done, meter)
         return _batches(recipe, files, done, tally, meter)
 
     return Corpus(prefix=options.output_prefix, dtype=dtype, job=job, batches=batches), tally
@@ -123,15 +127,51 @@ def _type_of(inputs: Sequence[str]) -> str:
     """The type of the loader for these names."""
     from launcher.data.files import find_files
 
-    names = [file.path.name.lower() for file in find_files(inputs, [""])]
-    if all(_is_mindrecord(name) for name in names):
+    kinds = dict[str, Path]()
+    for file in find_files(inputs, [""]):
+        if kind := _type_of_file(file):
+            kinds.setdefault(kind, file.path)
+    if len(kinds) > 1:
+        found = " and ".join(f"{path} ({kind})" for kind, path in kinds.items())
+        raise UserError(
+            f"the files are of several kinds: {found}", where="command line",
+            rule="all files of a dataset are read in one way",
+            advice="Choose one with --type, or name only files of one kind",
+        )  # fmt: skip
+    return next(iter(kinds), TEXT)
+
+
+def _type_of_file(file: DataFile) -> str | None:
+    """The type of the loader for a file; None for one in a folder that no loader takes from it.
+    Raises UserError for a file of tokens that the user named."""
+    from launcher.data.loaders.text import TEXT_SUFFIXES
+
+    name = file.path.name.lower()
+    if ".mindrecord" in name:
         return TOKENS
-    is_records = any(name.removesuffix(".gz").endswith(RECORD_ENDINGS) for name in names)
-    return "HFDataLoader" if is_records else "TextDataLoader"
+    plain = name.removesuffix(".gz")
+    if plain.endswith(RECORD_ENDINGS):
+        return "HFDataLoader"
+    if not file.below and name.endswith(TOKEN_ENDINGS):
+        raise UserError(
+            "it is a file of tokens", where=str(file.path),
+            rule="text and records are tokenized, and rows of MindRecord files are converted",
+            advice="Train on it as it is, with TokenFileDataLoader or "
+            "BlendedMegatronDatasetDataLoader",
+        )  # fmt: skip
+    return TEXT if not file.below or plain.endswith(TEXT_SUFFIXES) else None
 
 
-def _is_mindrecord(name: str) -> bool:
-    return ".mindrecord" in name or name.endswith(".db")
+def _check_inputs(inputs: Sequence[str]) -> None:
+    from launcher.config.checks.paths import nearest_path
+
+    for place in inputs:
+        if not Path(place).expanduser().exists() and not glob.glob(place, recursive=True):
+            raise UserError(
+                f"--input {place}: no such file, folder or glob", where="command line",
+                rule="the documents are read from there", nearest=nearest_path(place),
+                advice="Relative paths are relative to the current directory",
+            )  # fmt: skip
 
 
 def _recipe(options: argparse.Namespace, kind: str, console: Console) -> Recipe:
@@ -191,17 +231,20 @@ def _files(recipe: Recipe) -> list[DataFile]:
     return [file for file in found if not file.path.name.endswith(".db")]
 
 
-def _rows(recipe: Recipe, column: str, done: int) -> Iterator[list[Any]]:
+def _rows(recipe: Recipe, column: str, done: int, meter: Meter) -> Iterator[list[Any]]:
     """The rows of files of tokens after the first `done`, each a document."""
     from itertools import islice
 
+    from launcher.data.progress import counting_bytes
     from launcher.extensions import TOKEN_READERS, required
 
     read = required(TOKEN_READERS, "mindrecord", "MindRecord files")
-    rows = islice(read(recipe.loader.paths, column), recipe.loader.num_samples)
+    rows = islice(read(recipe.loader.paths, column, recipe.log), recipe.loader.num_samples)
     rest = islice(rows, done, None)
-    while batch := list(islice(rest, ROWS_AT_ONCE)):
-        yield batch
+    with counting_bytes(meter):
+        while batch := list(islice(rest, ROWS_AT_ONCE)):
+            meter.tokens += sum(map(len, batch))
+            yield batch
 
 
 def _batches(

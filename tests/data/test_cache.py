@@ -16,6 +16,7 @@ import pytest
 from launcher.config.schema import DataLoaderSection, DatasetSection
 from launcher.data import cache, content
 from launcher.data.build import build_dataset
+from launcher.data.progress import ignore_progress
 from launcher.data.store import TokenWriter
 from launcher.errors import UserError
 from tests.data.slow_tokenizers import ByteTokenizer
@@ -248,6 +249,25 @@ def test_a_file_system_without_locks(
     settle(folder / cache.LEASE)
     cache.make_room(tmp_path / "cache", 1, keep=Path("another"), log=print)
     assert not folder.exists()
+
+
+@pytest.mark.usefixtures("without_locks")
+def test_the_folder_of_the_first_of_two_jobs_stays(tmp_path: Path) -> None:
+    folder = tmp_path / "x"
+
+    def make(content: str) -> bool:
+        def fill(scratch: Path) -> None:
+            if content == "mine":  # meanwhile the other job is done
+                assert make("theirs")
+            (scratch / "content").write_text(content)
+
+        return cache.make_once(folder, fill, folder.exists, verb="make", log=print,
+                               on_progress=ignore_progress)  # fmt: skip
+
+    make("mine")
+    assert (folder / "content").read_text() == "theirs"
+    assert list(tmp_path.iterdir()) == [folder]
+    assert not make("again")
 
 
 def test_what_a_killed_job_left_is_removed_by_the_next(

@@ -91,7 +91,7 @@ def test_packed_rows_are_those_of_text(
     for stream in streams:
         stream[-1] = EOD
     paths = [raw(tmp_path / f"{i}.u16", s, "uint16") for i, s in enumerate(streams)]
-    dataset = opened(paths, seq_length, packing=True, eod=EOD)
+    dataset = opened(paths, seq_length, packing=True, eod_token_id=EOD)
     joined = np.array([token for stream in streams for token in stream], dtype=np.uint32)
     starts = np.concatenate([[0], np.flatnonzero(joined == EOD) + 1])
     store = TokenStore(tokens=joined, starts=starts, is_target=None, content="")
@@ -124,7 +124,7 @@ def test_files_are_documents_where_no_end_token_is_known(tmp_path: Path) -> None
 def test_rows_of_an_array(columns: int, packing: bool, tmp_path: Path) -> None:
     array = np.arange(3 * columns, dtype=np.int64).reshape(3, columns)
     array[1, 1] = EOD = 90
-    dataset = opened([saved(tmp_path / "x.npy", array)], packing=packing, eod=90)
+    dataset = opened([saved(tmp_path / "x.npy", array)], packing=packing, eod_token_id=90)
     assert len(dataset) == 3
     row = dataset.row(1)
     assert row.input_ids.tolist() == array[1, :4].tolist()
@@ -251,7 +251,8 @@ def test_the_content_is_that_of_the_files(tmp_path: Path) -> None:
     other = raw(tmp_path / "c.u16", [1, 2, 3, 5], "uint16")
     first, second, third = (opened([path]).content for path in (*same, other))
     assert first == second != third
-    assert opened(same[:1], eod=3, packing=True).fingerprint != opened(same[:1]).fingerprint
+    packed = opened(same[:1], eod_token_id=3, packing=True)
+    assert packed.fingerprint != opened(same[:1]).fingerprint
 
 
 @given(content=st.binary(max_size=200))

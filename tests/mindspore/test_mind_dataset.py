@@ -15,6 +15,7 @@ from launcher.config.schema import DataLoaderSection, DatasetSection
 from launcher.data.build import build_dataset
 from launcher.data.loader import Loader
 from launcher.data.order import GlobalOrder
+from launcher.data.progress import Progress, ignore_progress
 from launcher.data.rows import NO_TARGET, RowDataset
 from launcher.errors import UserError
 from tests.data.mindrecord_writer import Schema, token_rows, write_mindrecord
@@ -44,13 +45,13 @@ def build(tmp_path: Path, lines: list[str]) -> Build:
     def build(
         path: Path, seq_length: int, model: dict[str, Any] | None = None, **keys: Any
     ) -> RowDataset:
-        packing = keys.pop("packing", False)
+        packing, on_progress = keys.pop("packing", False), keys.pop("on_progress", ignore_progress)
         loader = DataLoaderSection(type="MindDataset", dataset_dir=str(path), **keys)
         section = DatasetSection(data_loader=loader, packing=packing)
         return build_dataset(
             section, tokenizer=None, seq_length=seq_length, cache_dir=tmp_path / "cache",
             once=lambda prepare: prepare(), log=lines.append,
-            model_config=model,
+            on_progress=on_progress, model_config=model,
         )  # fmt: skip
 
     return build
@@ -182,9 +183,20 @@ def test_order_without_shuffle_is_that_of_the_original(goldens: Path, build: Bui
 def test_columns_are_chosen_by_name(build: Build, tmp_path: Path, lines: list[str]) -> None:
     rows = [[[5, 6, 7], [6, 7, 8], [9, 9, 9]]]
     path = written(tmp_path, rows, "text", "next", "other")
-    dataset = build(path, 3, columns={"input_ids": "text", "labels": "next"})
+    dataset = build(path, 3, column_map={"input_ids": "text", "labels": "next"})
     assert dataset.row(0).labels.tolist() == [6, 7, 8]
     assert any(line.endswith("not used: other") for line in lines)
+    with pytest.raises(UserError, match=r"no column with tokens.*column_map\.input_ids"):
+        build(path, 3, column_map={"labels": "next"})
+    with pytest.raises(UserError, match="`input_ids: text`"):
+        build(path, 3, column_map={"text": "input_ids"})
+
+
+def test_a_map_without_tokens_takes_those_of_the_usual_name(build: Build, tmp_path: Path) -> None:
+    path = written(tmp_path, [[[5, 6, 7], [1, 2, 3], [6, 7, 8]]], "input_ids", "labels", "next")
+    assert build(path, 3, column_map={"labels": "next"}).row(0).labels.tolist() == [6, 7, 8]
+    alone = build(path, 2, column_map={"input_ids": "input_ids"})
+    assert alone.row(0).labels.tolist() == [6, 7]
 
 
 def test_num_samples_takes_the_first_rows(goldens: Path, build: Build) -> None:
@@ -217,12 +229,11 @@ WRONG: dict[str, tuple[list[list[list[int]]], dict[str, Any], tuple[str, ...]]] 
         [[[5, 6, 7], [5, 6, 7], [1, 2, 1]]], {}, ("loss_mask", "neither 0 nor 1"),
     ),
     "a column that is missing": (
-        [[[5, 6, 7]]], {"columns": {"input_ids": "input_id"}}, ("'input_id'", "`input_ids`"),
+        [[[5, 6, 7]]], {"column_map": {"input_ids": "input_id"}}, ("'input_id'", "`input_ids`"),
     ),
     "a role that is none": (
-        [[[5, 6, 7]]], {"columns": {"label": "input_ids"}}, ("columns.label", "`labels`"),
+        [[[5, 6, 7]]], {"column_map": {"label": "input_ids"}}, ("column_map.label", "`labels`"),
     ),
-    "no tokens": ([[[5, 6, 7]]], {"columns": {"labels": "input_ids"}}, ("no column with tokens",)),
 }  # fmt: skip
 
 
@@ -246,6 +257,20 @@ def test_labels_that_contradict_the_key_are_a_warning(
 ) -> None:
     build(goldens / "alpaca65.mindrecord", 65, labels="shifted")
     assert any(line.startswith("warning: data_loader.labels is shifted") for line in lines)
+
+
+def test_what_a_killed_preparation_left_is_removed(
+    goldens: Path, build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("launcher.data.progress.FIRST_SECONDS", -1.0)
+    monkeypatch.setattr("launcher.data.progress.REPORT_SECONDS", -1.0)
+    build(goldens / "wiki64.mindrecord", 64)
+    (folder,) = (tmp_path / "cache").iterdir()
+    folder.rename(folder.with_name(f".{folder.name}.1234.tmp"))
+    seen = list[Progress]()
+    build(goldens / "wiki64.mindrecord", 64, on_progress=seen.append)
+    assert list((tmp_path / "cache").iterdir()) == [folder]
+    assert seen[-1].fraction == 1
 
 
 def test_the_index_is_made_once_and_again_where_it_is_damaged(

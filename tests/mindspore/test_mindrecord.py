@@ -233,11 +233,14 @@ def test_a_set_without_rows(tmp_path: Path) -> None:
 def test_tokens_for_other_tools(goldens: Path) -> None:
     token_arrays = required(TOKEN_READERS, "mindrecord", "tokens of MindRecord files")
     known = expected(goldens, "qwen_like.mindrecord")["values"]
-    for column in ("input_ids", "target_ids"):
-        found = list(token_arrays([str(goldens / "qwen_like.mindrecord")], column))
-        assert [row.tolist() for row in found] == [row[column] for row in known]
-    with pytest.raises(UserError, match="target_ids"):
-        next(token_arrays([str(goldens / "qwen_like.mindrecord")], "target_id"))
+    lines = list[str]()
+    found = list(token_arrays([str(goldens / "qwen_like.mindrecord")], "input_ids", lines.append))
+    assert [row.tolist() for row in found] == [row["input_ids"] for row in known]
+    assert "not used: attention_mask, target_ids" in lines[0]
+    with pytest.raises(UserError, match=r"row 0(.|\n)*token -100"):
+        list(token_arrays([str(goldens / "qwen_like.mindrecord")], "target_ids", lines.append))
+    with pytest.raises(UserError, match=r"which --column names(.|\n)*target_ids"):
+        next(token_arrays([str(goldens / "qwen_like.mindrecord")], "target_id", lines.append))
 
 
 LONG_BYTES = 206_000_000

@@ -30,39 +30,40 @@ def read(*keys: str, top: str = "") -> Resolved:
 
 
 TRANSLATED: dict[str, tuple[tuple[str, ...], str, dict[str, Any]]] = {
-    "tokens": (("input_columns: [input_ids]",), "", {"columns": {"input_ids": "input_ids"}}),
+    "tokens": (("input_columns: [input_ids]",), "", {"column_map": {"input_ids": "input_ids"}}),
     "by position": (
-        ("input_columns: [text, next]",), "", {"columns": {"input_ids": "text", "labels": "next"}},
+        ("input_columns: [text, next]",), "",
+        {"column_map": {"input_ids": "text", "labels": "next"}},
     ),
     "by name": (
         ("input_columns: [input_ids, target_ids, attention_mask]",), "",
-        {"columns": {"input_ids": "input_ids", "labels": "target_ids"}},
+        {"column_map": {"input_ids": "input_ids", "labels": "target_ids"}},
     ),
     "a mask is no label": (
         ("input_columns: [input_ids, attention_mask]",), "",
-        {"columns": {"input_ids": "input_ids"}},
+        {"column_map": {"input_ids": "input_ids"}},
     ),
     "a loss mask": (
         ("input_columns: [input_ids, labels, loss_mask]",), "",
-        {"columns": {"input_ids": "input_ids", "labels": "labels", "loss_mask": "loss_mask"}},
+        {"column_map": {"input_ids": "input_ids", "labels": "labels", "loss_mask": "loss_mask"}},
     ),
     "names of arguments": (
         ("input_columns: [a, b, c]", "construct_args_key: [input_ids, labels]"), "",
-        {"columns": {"input_ids": "a", "labels": "b"}},
+        {"column_map": {"input_ids": "a", "labels": "b"}},
     ),
     "names of arguments alone": (
         ("construct_args_key: [input_ids, labels]",), "",
-        {"columns": {"input_ids": "input_ids", "labels": "labels"}},
+        {"column_map": {"input_ids": "input_ids", "labels": "labels"}},
     ),
     "projected": (
         ("input_columns: [a, b]", "output_columns: [b, a]"), "",
-        {"columns": {"input_ids": "b", "labels": "a"}},
+        {"column_map": {"input_ids": "b", "labels": "a"}},
     ),
-    "nothing said": ((), "", {"columns": None, "labels": None, "eod_token_id": None}),
+    "nothing said": ((), "", {"column_map": None, "labels": None, "eod_token_id": None}),
     "documents": (
         ("eod_reset: True", "eod_token_id: 7", "input_columns: [input_ids]",
          "output_columns: [input_ids, position_ids, attention_mask]"), "",
-        {"eod_token_id": 7, "columns": {"input_ids": "input_ids"}},
+        {"eod_token_id": 7, "column_map": {"input_ids": "input_ids"}},
     ),
     "a token without eod_reset": (
         ("eod_reset: False", "eod_token_id: 7"), "", {"eod_token_id": None},
@@ -87,11 +88,13 @@ def test_keys_of_a_section_hold_for_every_source_of_a_mixture() -> None:
     resolved = read(
         "input_columns: [a]", "data_loader:", "- {type: MindDataset, dataset_dir: a}",
         "- {type: TextDataLoader, dataset_dir: b}",
-        "- {type: MindDataset, dataset_dir: c, columns: {input_ids: x}}",
+        "- {type: MindDataset, dataset_dir: c, column_map: {input_ids: x}}",
     )  # fmt: skip
     sources = resolved.config.train_dataset.data_loader  # type: ignore[union-attr]
     assert isinstance(sources, list)
-    assert [source.columns for source in sources] == [{"input_ids": "a"}, None, {"input_ids": "x"}]
+    assert [source.column_map for source in sources] == [
+        {"input_ids": "a"}, None, {"input_ids": "x"}
+    ]  # fmt: skip
 
 
 REFUSED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -103,8 +106,8 @@ REFUSED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "dynamic batches": (("dynamic_batch: True",), ("train_dataset.dynamic_batch",)),
     "repeated data": (("repeat: 2",), ("train_dataset.repeat",)),
     "two lists": (
-        ("input_columns: [a]", "data_loader: {type: MindDataset, columns: {input_ids: b}}"),
-        ("train_dataset.input_columns", "data_loader.columns"),
+        ("input_columns: [a]", "data_loader: {type: MindDataset, column_map: {input_ids: b}}"),
+        ("train_dataset.input_columns", "data_loader.column_map"),
     ),
     **{
         name: ((f"data_loader: {{type: MindDataset, {name}: {value}}}",), (f"data_loader.{name}",))
@@ -147,11 +150,11 @@ CHECKED: dict[str, tuple[tuple[str, ...], str, str]] = {
          "seq_length: 32"), "train_dataset.seq_length", "labels: unshifted",
     ),
     "a column that is missing": (
-        ("data_loader: {type: MindDataset, dataset_dir: a.mindrecord, columns: {labels: label, "
-         "input_ids: input_id}}",), "train_dataset.data_loader.columns", "`input_ids`",
+        ("data_loader: {type: MindDataset, dataset_dir: a.mindrecord, column_map: {labels: label, "
+         "input_ids: input_id}}",), "train_dataset.data_loader.column_map", "`input_ids`",
     ),
     "columns of a list that are missing": (
-        (LOADER, "input_columns: [input_ids, label]"), "train_dataset.data_loader.columns",
+        (LOADER, "input_columns: [input_ids, label]"), "train_dataset.data_loader.column_map",
         "`labels`",
     ),
     "a file that is missing": (

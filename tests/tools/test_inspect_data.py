@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from launcher.data.megatron.writer import IndexedWriter
 from launcher.report import histogram
 from launcher.tools import inspect_data
 from tests.data.conftest import train_tokenizer
@@ -55,15 +56,36 @@ def test_numbers_of_a_padded_dataset(folder: Path, capsys: pytest.CaptureFixture
     assert f"padding     {1 - sum(inputs) / (16 * len(TEXTS)):.1%}" in said
     cut = sum(length > 17 for length in lengths)
     assert f"truncated   {cut} of {len(TEXTS)} documents, {lost} tokens" in said
-    assert "duplicates  1 documents" in said
+    assert "duplicates  1 document equal" in said
     assert (folder / "output" / inspect_data.PICTURE).read_bytes().startswith(b"\x89PNG")
 
 
 def test_packed_rows_lose_nothing(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     said = inspect(capsys, "train_dataset.packing=True", "--samples", "1")
     assert "truncated   none" in said
-    assert "duplicates  1 documents" in said
+    assert "duplicates  1 document equal" in said
     assert said.count("sample ") == 1
+
+
+def test_documents_of_files_of_tokens(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    documents = [[5, 6, 0], [7] * 40 + [0], [5, 6, 0], [], [8] * 20 + [0]]
+    with IndexedWriter(folder / "m", dtype="uint16") as writer:
+        writer.add_documents(np.array(tokens, dtype=np.int64) for tokens in documents)
+        writer.finish()
+    np.save("stream.npy", np.array(list(itertools.chain(*documents)), dtype=np.uint16))
+    megatron = "{type: BlendedMegatronDatasetDataLoader, config: {data_path: m}}"
+    for loader, count in (
+        (megatron, 5),
+        ("{type: TokenFileDataLoader, dataset_dir: stream.npy, eod_token_id: 0}", 4),
+        ("{type: TokenFileDataLoader, dataset_dir: stream.npy}", 1),
+    ):
+        text = Path("x.yaml").read_text()
+        before = text[: text.index("  data_loader:")]
+        Path("x.yaml").write_text(f"{before}  data_loader: {loader}\n  seq_length: 16\n")
+        said = inspect(capsys)
+        assert f"documents   {count}; " in said
+        assert f"longest {41 if count > 1 else 68}" in said
+        assert f"duplicates  {1 if count > 1 else 0} document" in said
 
 
 def test_a_layout_for_many_processes_is_inspected_by_one(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import gzip
 import json
 from collections.abc import Iterator
@@ -156,15 +157,20 @@ def test_a_damaged_part_is_made_again(folder: Path, monkeypatch: pytest.MonkeyPa
         (["--input", "texts.jsonl", "--text_colum", "text"], "--text_column"),
         (["--input", "texts.jsonl", "--tokenizer", "books"], "tokenizer.json"),
         (["--input", "texts.jsonl", "--workers", "0"], "--workers"),
+        (["--input", "texts.jsonl", "books"], "--type"),
+        (["--input", "tokens.npy"], "a file of tokens"),
+        (["--input", "texts.jsonl", "--output_prefix", "out"], "out/text_document"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_mistakes(
     folder: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
 ) -> None:
+    np.save("tokens.npy", np.zeros(4, dtype=np.uint16))
+    Path("out").mkdir()
     assert run(*arguments) == 2
     assert said in capsys.readouterr().err
-    assert not list(Path().glob("out/*.bin"))
+    assert not list(Path().glob("**/*.bin"))
 
 
 def test_bytes_that_changed_on_the_disk_are_found(
@@ -181,7 +187,22 @@ def test_bytes_that_changed_on_the_disk_are_found(
 
     monkeypatch.setattr(tokenized_corpus.IndexedWriter, "append_dataset", flips_a_bit)
     assert run("--input", "texts.jsonl") == 2
-    assert "all_document.bin" in capsys.readouterr().err
+    assert "all_document.parts" in capsys.readouterr().err
+    assert not list(Path().glob("out/all_document.*i*"))
+
+
+def test_one_process_writes_a_dataset(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    parts = Path("out/all_document.parts")
+    parts.mkdir(parents=True)
+    with (parts / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert run("--input", "texts.jsonl") == 2
+    assert "another process" in capsys.readouterr().err
+    (parts / ".part-00000.1234.bin.tmp").write_bytes(b"of a run that was killed")
+    (parts / "job.json").write_text("{}")
+    assert run("--input", "texts.jsonl") == 0
+    assert documents() == expected()
+    assert not parts.exists()
 
 
 def test_an_existing_dataset_is_kept(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -45,22 +45,25 @@ _BY_TYPE: dict[str, tuple[str, ...]] = {
     "subset": ("HFDataLoader", "CommonDataLoader", "InstructionDataLoader"),
     "delimiter": ("HFDataLoader", "CommonDataLoader", "InstructionDataLoader"),
     "load_func": ("HFDataLoader", "CommonDataLoader", "InstructionDataLoader"),
-    "column_map": ("HFDataLoader", "CommonDataLoader", "InstructionDataLoader"),
+    "column_map": (
+        "HFDataLoader",
+        "CommonDataLoader",
+        "InstructionDataLoader",
+        "MindDataset",
+    ),
     "transforms": ("HFDataLoader", "CommonDataLoader", "InstructionDataLoader"),
     "prompt_template": ("InstructionDataLoader",),
     "format": ("InstructionDataLoader",),
     "strict_fields": ("InstructionDataLoader",),
     "streaming": ("HFDataLoader", "CommonDataLoader", "InstructionDataLoader"),
-    "columns": ("MindDataset",),
     "labels": ("MindDataset",),
     "pad_token_id": ("MindDataset",),
     "ignore_token_id": ("MindDataset",),
-    "eod_token_id": ("MindDataset",),
+    "eod_token_id": ("MindDataset", "TokenFileDataLoader"),
     **dict.fromkeys(
         ("config", "sizes", "mindformers_sizes", "phase", "datasets_type"), (_MEGATRON,)
     ),
     "token_dtype": ("TokenFileDataLoader",),
-    "eod": ("TokenFileDataLoader",),
     "num_samples": (*_OF_DOCUMENTS, "MindDataset"),
 }
 """Key to the types of loaders that take it; keys that all take are left out."""
@@ -158,8 +161,10 @@ def _loader(check: Check, prefix: str, loader: DataLoaderSection) -> Iterator[Ke
 
 
 def _missing_files(check: Check, prefix: str, loader: DataLoaderSection) -> Iterator[KeyProblem]:
+    if loader.type == _MEGATRON:
+        return  # its files are named in `config`
     keys = tuple(f"{prefix}.{key}" for key in ("dataset_dir", "dataset_files", "data_files"))
-    if not loader.paths and not loader.data_files and loader.type != _MEGATRON:
+    if not loader.paths and not loader.data_files:
         yield check.wrong(
             keys[0],
             "a data set needs files",

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from launcher.config.checks.check import Check
-from launcher.config.checks.paths import nearest_path
+from launcher.config.checks.paths import TOKEN_LOADERS, nearest_path
 from launcher.config.provenance import KeyProblem
 from launcher.config.schema import DataLoaderSection, DatasetSection
 from launcher.config.schema.data import RECORD_FORMATS
@@ -161,8 +161,11 @@ def _files_by_split(
 
 
 def columns(check: Check) -> Iterator[KeyProblem]:
-    """column_map maps fields that are read to names of columns."""
+    """column_map maps fields that are read to names of columns. Files of tokens have rules of their
+    own, in DATA_CHECKS."""
     for prefix, loader in _loaders(check):
+        if loader.type in TOKEN_LOADERS:
+            continue
         for target, source in (loader.column_map or {}).items():
             key = f"{prefix}.column_map.{target}"
             what = f"{key} = {source!r}"  # a name may have dots

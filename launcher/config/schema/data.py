@@ -130,8 +130,11 @@ class DataLoaderSection:
     format: str | None = effective(None, choices=("alpaca", "messages", "sharegpt"))
     """InstructionDataLoader: form of a record. Left out: seen from the first record."""
     column_map: dict[str, str] | None = None
-    """Records: field that is read -> column of the file, as in `{instruction: question, output:
-    answer}`, `{text: body}`. A dotted name (`data.question`) is a field of a nested record."""
+    """Field that is read -> column of the file, as in `{instruction: question, output: answer}`,
+    `{text: body}`. Records: a dotted name (`data.question`) is a field of a nested record.
+    MindDataset: the fields are input_ids, labels and loss_mask; those that are left out of the map
+    are not read, but for input_ids. Without a map columns of these names and target_ids are read,
+    as far as the files have them."""
     transforms: list[dict[str, Any]] | None = None
     """Records: steps in order, such as `{type: take, n: 2000}`: take, skip, select, shuffle, sort,
     shard, flatten, rename_column, rename_columns, remove_columns, select_columns. Arguments are
@@ -147,9 +150,6 @@ class DataLoaderSection:
     split: str = "train"
     """Records: the split to read where the source has several, or a part: `train[:100]`,
     `train[10%:20%]`, `train+test`."""
-    columns: dict[str, str] | None = None
-    """MindDataset: the columns that are input_ids, labels and loss_mask, by these names. Left out:
-    columns of these names and target_ids, as far as the files have them."""
     labels: str | None = effective(None, choices=("unshifted", "shifted"))
     """MindDataset: `unshifted`: labels[t] is input_ids[t] or ignored, so a row has seq_length + 1
     tokens. `shifted`: labels[t] is the token after input_ids[t]. Left out: seen from the rows."""
@@ -159,8 +159,9 @@ class DataLoaderSection:
     ignore_token_id: int = -100
     """MindDataset: labels of this value do not count for the loss (those of -100 never do)."""
     eod_token_id: int | None = effective(None, minimum=0)
-    """MindDataset: the token that ends a document. Documents of a row are kept apart in attention
-    and positions restart. Left out: a row is one document."""
+    """The token that ends a document. MindDataset: documents of a row are kept apart in attention
+    and positions restart; left out: a row is one document. TokenFileDataLoader: with packing they
+    are kept apart; left out: by the file `<name>.json`, else each file is one document."""
     num_samples: int | None = effective(None, minimum=1)
     """Read only this many documents or rows of the source. Left out: all."""
     shuffle: bool | None = None
@@ -191,9 +192,6 @@ class DataLoaderSection:
     )
     """TokenFileDataLoader: the type of the token ids of raw files, little-endian. Left out: by the
     name (`.u16`) or by a file `<name>.json` beside it."""
-    eod: int | None = effective(None, minimum=0)
-    """TokenFileDataLoader: token id at the end of each document; with packing they are kept apart.
-    Left out: by the file `<name>.json`, else each file is one document."""
 
     @property
     def is_shuffled(self) -> bool:

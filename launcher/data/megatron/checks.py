@@ -141,6 +141,14 @@ def _files(
             f"{name}.{key}", problem.rule, nearest=problem.nearest, advice=problem.advice
         )
         return
+    if isinstance(value, str) and " " in value and not index_path(value).exists():
+        yield check.wrong(
+            f"{name}.{key}",
+            "a text is the path of one dataset",
+            what=f"{name}.{key} = {value!r}",
+            nearest=f"Nearest: [{', '.join(value.replace(',', ' ').split())}]",
+        )
+        return
     for path in dict.fromkeys(blend.prefixes):
         yield from _file(check, f"{name}.{key}", path)
     if blend.weights is not None and (len(blend.prefixes) > 1 or key == "data_path"):

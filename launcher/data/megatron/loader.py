@@ -7,11 +7,10 @@ in folders of the cache, named by a hash of everything that decides them; `open`
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +21,15 @@ from launcher.data.array_folder import (
     ArrayFolder,
     DamagedArrays,
     NewArray,
-    make_array_folder,
     open_array_folder,
+    write_arrays,
 )
+from launcher.data.cache import make_once
 from launcher.data.file_hash import file_state, sampled_hash
-from launcher.data.loaders.base import Recipe, RowLoader
+from launcher.data.loaders.base import Log, Recipe, RowLoader
 from launcher.data.megatron.blend import BlendOrder, Requests, build_blend, requests
 from launcher.data.megatron.data_path import BlendSpec, parse_data_path
-from launcher.data.megatron.header import index_path, tokens_path
+from launcher.data.megatron.header import index_path, read_header, tokens_path
 from launcher.data.megatron.indexed import open_indexed
 from launcher.data.megatron.order import (
     SPLITS,
@@ -40,6 +40,7 @@ from launcher.data.megatron.order import (
     token_count,
 )
 from launcher.data.megatron.rows import NO_TOKEN, MegatronRows, Part, RowRules
+from launcher.data.progress import Meter, OnProgress
 from launcher.data.rows import RowDataset
 from launcher.errors import Problem, UserError
 
@@ -117,19 +118,20 @@ def prepare(recipe: Recipe) -> str:
     started = time.monotonic()
     plan, folder = plan_of(recipe), _cache_dir(recipe)
     config = recipe.loader.config or MegatronConfigSection()
-    made: list[Path] = []
+    sizes = [_index_bytes(prefix) for prefix in plan.blend.prefixes]
+    make = _Maker(
+        plan=plan, folder=folder, log=recipe.log, on_progress=recipe.on_progress,
+        meter=Meter("shuffle", sum(sizes), recipe.on_progress),
+    )  # fmt: skip
     each = zip(plan.blend.prefixes, plan.wanted.each, strict=True)
     try:
         with ThreadPoolExecutor(max_workers=config.num_dataset_builder_threads) as threads:
-            tasks = [
-                threads.submit(_ensure_part, plan, prefix, samples, folder, recipe.log, made)
-                for prefix, samples in each
-            ]
+            tasks = [threads.submit(make.part, prefix, samples) for prefix, samples in each]
             parts = [task.result() for task in tasks]
         names = [folder.name for folder, _ in parts]
         blend = None
         if plan.is_blended:
-            blend = _ensure_blend(plan, parts, folder, recipe.log, made).name
+            blend = make.blend(parts).name
     except OSError as error:
         raise UserError(
             f"the order of the samples cannot be written ({error.strerror or error})",
@@ -145,7 +147,7 @@ def prepare(recipe: Recipe) -> str:
             rule="sizes is the length of a blend by weight",
             advice=f"Set entry {SPLITS.index(plan.phase)} of sizes to a number above 0",
         )
-    recipe.log(_summary(plan, [content for _, content in parts], rows, made, started))
+    recipe.log(_summary(plan, [content for _, content in parts], rows, make.made, started))
     return json.dumps(result)
 
 
@@ -206,81 +208,105 @@ PartFolder = tuple[Path, Mapping[str, Any]]
 """A folder with the order of one dataset, and its metadata."""
 
 
-def _ensure_part(
-    plan: Plan,
-    prefix: str,
-    samples: int | None,
-    cache: Path,
-    log: Callable[[str], None],
-    made: list[Path],
-) -> PartFolder:
-    """The folder with the order of one dataset, made where it is not there."""
-    files = index_path(prefix), tokens_path(prefix)
-    open_indexed(prefix, check=False)  # both files are there
-    split = [plan.split, SPLITS.index(plan.phase)] if plan.split is not None else None
-    wanted = asdict(replace(plan.order, samples=samples))
-    key = _key([VERSION, [file_state(file) for file in files], split, wanted])
-
-    def fill(new_array: NewArray) -> Mapping[str, Any]:
-        data = open_indexed(prefix)
-        settings = replace(plan.order, samples=samples, stop=len(data))
-        if plan.split is not None:
-            own = split_sequences(plan.split, len(data))[SPLITS.index(plan.phase)] or (0, 0)
-            settings = replace(settings, first=own[0], stop=own[1])
-        order = _with_file(lambda: build_order(data.lengths, settings, new_array), prefix)
-        tokens = token_count(data.lengths, settings)
-        return {
-            "content": [sampled_hash(file) for file in files],
-            "settings": asdict(settings),
-            "prefix": prefix,
-            "sequences": settings.stop - settings.first,
-            "tokens": tokens,
-            "epochs": round(int(order.ends[-1]) / tokens),
-            "samples": len(order),
-        }
-
-    folder = cache / f"megatron-{key}"
-    return folder, _ensure(folder, fill, log, made).metadata
+def _index_bytes(prefix: str) -> int:
+    read_header(prefix)  # both files are there
+    return index_path(prefix).stat().st_size
 
 
-def _ensure_blend(
-    plan: Plan,
-    parts: Sequence[PartFolder],
-    cache: Path,
-    log: Callable[[str], None],
-    made: list[Path],
-) -> Path:
-    """The folder with the order of the blend, made where it is not there."""
-    lengths = [metadata["samples"] for _, metadata in parts]
+@dataclass(frozen=True, kw_only=True)
+class _Maker:
+    """Makes the folders of a plan, as far as the cache does not have them. Several threads may."""
 
-    def fill(new_array: NewArray) -> Mapping[str, Any]:
-        order = build_blend(plan.wanted, lengths, plan.blend.prefixes)
-        new_array("dataset", order.dataset.dtype, len(order))[:] = order.dataset
-        new_array("sample", order.sample.dtype, len(order))[:] = order.sample
-        return {"prefixes": plan.blend.prefixes, **asdict(plan.wanted)}
+    plan: Plan
+    folder: Path
+    """The cache."""
+    log: Log
+    on_progress: OnProgress
+    meter: Meter
+    """Counts the bytes of the `.idx` files of all datasets."""
+    made: list[Path] = field(default_factory=list)
+    """The folders that were made."""
 
-    folder = cache / f"megatron-blend-{_key([VERSION, lengths, asdict(plan.wanted)])}"
-    _ensure(folder, fill, log, made)
-    return folder
+    def part(self, prefix: str, samples: int | None) -> PartFolder:
+        """The folder with the order of one dataset."""
+        plan, files = self.plan, (index_path(prefix), tokens_path(prefix))
+        split = [plan.split, SPLITS.index(plan.phase)] if plan.split is not None else None
+        wanted = asdict(replace(plan.order, samples=samples))
+        key = _key([VERSION, [file_state(file) for file in files], split, wanted])
+        report = self._share_of(files[0].stat().st_size)
+
+        def fill(new_array: NewArray) -> Mapping[str, Any]:
+            data = open_indexed(prefix)
+            settings = replace(plan.order, samples=samples, stop=len(data))
+            if plan.split is not None:
+                own = split_sequences(plan.split, len(data))[SPLITS.index(plan.phase)] or (0, 0)
+                settings = replace(settings, first=own[0], stop=own[1])
+            order = _with_file(
+                lambda: build_order(data.lengths, settings, new_array, report), prefix
+            )
+            tokens = token_count(data.lengths, settings)
+            return {
+                "content": [sampled_hash(file) for file in files],
+                "settings": asdict(settings),
+                "prefix": prefix,
+                "sequences": settings.stop - settings.first,
+                "tokens": tokens,
+                "epochs": round(int(order.ends[-1]) / tokens),
+                "samples": len(order),
+            }
+
+        folder = self.folder / f"megatron-{key}"
+        found = self._ensure(folder, fill).metadata
+        report(1.0)
+        return folder, found
+
+    def blend(self, parts: Sequence[PartFolder]) -> Path:
+        """The folder with the order of the blend of these datasets."""
+        plan, lengths = self.plan, [metadata["samples"] for _, metadata in parts]
+
+        def fill(new_array: NewArray) -> Mapping[str, Any]:
+            order = build_blend(plan.wanted, lengths, plan.blend.prefixes)
+            new_array("dataset", order.dataset.dtype, len(order))[:] = order.dataset
+            new_array("sample", order.sample.dtype, len(order))[:] = order.sample
+            return {"prefixes": plan.blend.prefixes, **asdict(plan.wanted)}
+
+        folder = self.folder / f"megatron-blend-{_key([VERSION, lengths, asdict(plan.wanted)])}"
+        self._ensure(folder, fill)
+        return folder
+
+    def _ensure(self, folder: Path, fill: Callable[[NewArray], Mapping[str, Any]]) -> ArrayFolder:
+        """A folder of the cache, checked; it is made where it is not there or damaged."""
+        is_new = make_once(
+            folder,
+            lambda scratch: write_arrays(scratch, fill),
+            lambda: _is_undamaged(folder),
+            verb="shuffle",
+            log=self.log,
+            on_progress=self.on_progress,
+        )
+        if is_new:
+            self.made.append(folder)
+        return open_array_folder(folder, verify=False)
+
+    def _share_of(self, size: int) -> Callable[[float], None]:
+        """A function that reports how much of one dataset, with `size` bytes, is done."""
+        done = 0
+
+        def report(fraction: float) -> None:
+            nonlocal done
+            now = int(fraction * size)
+            self.meter.add(now - done)
+            done = now
+
+        return report
 
 
-def _ensure(
-    folder: Path,
-    fill: Callable[[NewArray], Mapping[str, Any]],
-    log: Callable[[str], None],
-    made: list[Path],
-) -> ArrayFolder:
-    """A folder of the cache, checked; it is made where it is not there or damaged."""
+def _is_undamaged(folder: Path) -> bool:
     try:
-        return open_array_folder(folder, verify=True)
-    except FileNotFoundError:
-        pass
-    except DamagedArrays as error:
-        log(f"warning: a cached order of samples is damaged and is made again ({error})")
-        shutil.rmtree(folder)
-    make_array_folder(folder, fill)
-    made.append(folder)
-    return open_array_folder(folder, verify=False)
+        open_array_folder(folder, verify=True)
+    except (FileNotFoundError, DamagedArrays):
+        return False
+    return True
 
 
 def _with_file(build: Callable[[], SampleOrder], prefix: str) -> SampleOrder:

@@ -20,6 +20,7 @@ samples are requested) this is an error.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -152,12 +153,15 @@ def token_count(lengths: npt.NDArray[np.int32], settings: OrderSettings) -> int:
 
 
 def build_order(
-    lengths: npt.NDArray[np.int32], settings: OrderSettings, new_array: NewArray
+    lengths: npt.NDArray[np.int32],
+    settings: OrderSettings,
+    new_array: NewArray,
+    report: Callable[[float], None] = lambda fraction: None,
 ) -> SampleOrder:
     """The order of a dataset whose sequences have these lengths (int32 [sequences]).
 
-    `new_array` makes the arrays, in memory or in files. Raises UserError where the split has too
-    few tokens for one sample.
+    `new_array` makes the arrays, in memory or in files; `report` hears from time to time which part
+    of the work is done. Raises UserError where the split has too few tokens for one sample.
     """
     tokens = token_count(lengths, settings)
     if tokens == 0:
@@ -171,12 +175,14 @@ def build_order(
     if settings.stop - settings.first <= COPIED_UP_TO:
         lengths = lengths.copy()  # in a file they are not aligned
     ends = new_array("ends", np.int64, len(documents))
+    report(0.4)
     done = 0
     for begin in range(0, len(documents), GATHERED_AT_ONCE):
         part = slice(begin, begin + GATHERED_AT_ONCE)
         np.cumsum(lengths[documents[part]], dtype=np.int64, out=ends[part])
         ends[part] += done
         done = int(ends[part][-1])
+        report(0.4 + 0.3 * begin / len(documents))
     is_small = plan.samples < np.iinfo(np.uint32).max - 1
     shuffle = new_array("shuffle", np.uint32 if is_small else np.int64, plan.samples)
     first = plan.before_last if plan.separate_last else plan.samples

@@ -64,6 +64,29 @@ class Part:
         return np.concatenate(found).astype(np.int64) if found else np.zeros(0, np.int64)
 
 
+class Sequences:
+    """The sequences of the splits of some datasets, one dataset after another: the documents that
+    rows are cut from, once each."""
+
+    def __init__(self, parts: Sequence[Part]) -> None:
+        orders = [part.order.documents for part in parts]
+        self._firsts = [int(order.min()) for order in orders]
+        found = [
+            part.data.lengths[first : int(order.max()) + 1]
+            for part, order, first in zip(parts, orders, self._firsts, strict=True)
+        ]
+        self._data = [part.data for part in parts]
+        self._ends = np.cumsum([len(part) for part in found])
+        self.lengths: Ints = np.concatenate(found).astype(np.int64)
+
+    def document(self, index: int) -> Ints:
+        """The tokens of a sequence."""
+        part = int(np.searchsorted(self._ends, index, side="right"))
+        before = int(self._ends[part - 1]) if part else 0
+        sequence: Ints = self._data[part].sequence(self._firsts[part] + index - before)
+        return sequence
+
+
 class MegatronRows:
     """The rows of one dataset, or of a blend of several."""
 
@@ -74,6 +97,11 @@ class MegatronRows:
 
     def __len__(self) -> int:
         return len(self.parts[0].order) if self.blend is None else len(self.blend)
+
+    @property
+    def documents(self) -> Sequences:
+        """What rows are cut from."""
+        return Sequences(self.parts)
 
     def row(self, index: int) -> Row:
         rules = self._rules

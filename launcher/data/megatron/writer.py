@@ -157,10 +157,7 @@ class IndexedWriter:
         with self._scratch_path(".idx").open("wb") as file:
             self._write_index(file)
             _complete(file)
-        # An older index is never beside the new tokens.
-        index_path(self.prefix).unlink(missing_ok=True)
-        os.replace(self._scratch_path(".bin"), tokens_path(self.prefix))
-        os.replace(self._scratch_path(".idx"), index_path(self.prefix))
+        _rename(self._scratch_path(".bin"), self._scratch_path(".idx"), self.prefix)
         return self.prefix
 
     def close(self) -> None:
@@ -220,6 +217,17 @@ class IndexedWriter:
 
 
 _NONE = np.zeros(0, np.intc)
+
+
+def rename_dataset(prefix: Path, new_prefix: Path) -> None:
+    """Give a complete dataset another name in the same file system, replacing an older one."""
+    _rename(tokens_path(prefix), index_path(prefix), new_prefix)
+
+
+def _rename(tokens: Path, index: Path, prefix: Path) -> None:
+    index_path(prefix).unlink(missing_ok=True)  # an older one is never beside the new tokens
+    os.replace(tokens, tokens_path(prefix))
+    os.replace(index, index_path(prefix))
 
 
 def _complete(file: BinaryIO) -> None:

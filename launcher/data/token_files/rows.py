@@ -11,7 +11,7 @@ next one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from launcher.data.packing import positions_and_documents
 from launcher.data.rows import NO_TARGET, Counts, Ints, Row
 from launcher.data.token_files.header import TokenFile
 
+_READ_AT_ONCE = 1 << 24
 PADDING = 0
 """The input of positions after the end of the stream; they have no target."""
 
@@ -70,6 +71,21 @@ class TokenFileRows:
                 targets[place] -= np.count_nonzero(inside)
         return Counts(targets, np.minimum(sizes, length))
 
+    @property
+    def documents(self) -> TokenDocuments:
+        """What rows are cut from: all tokens are read for the end tokens."""
+        return TokenDocuments(self._read, self._document_ends())
+
+    def _document_ends(self) -> Ints:
+        if self._columns is not None:
+            return np.arange(self._columns, self.tokens + 1, self._columns, dtype=np.int64)
+        ends = [self._ends]
+        if self._eod is not None:
+            for begin in range(0, self.tokens, _READ_AT_ONCE):
+                part = self._read(begin, min(begin + _READ_AT_ONCE, self.tokens))
+                ends.append(np.flatnonzero(part == self._eod) + begin + 1)
+        return np.unique(np.concatenate(ends))
+
     def _piece(self, index: int) -> tuple[Ints, Ints]:
         """The tokens of a row (int64, up to seq_length + 1) and, packed, where documents begin in
         them (0 to seq_length), the end of the stream being one of those places."""
@@ -99,6 +115,20 @@ class TokenFileRows:
             parts.append(self._arrays[file][begin - first : end - first])
             begin, file = end, file + 1
         return np.concatenate(parts).astype(np.int64) if parts else np.zeros(0, dtype=np.int64)
+
+
+class TokenDocuments:
+    """The documents of a stream, or the rows of an array, by where each ends."""
+
+    def __init__(self, read: Callable[[int, int], Ints], ends: Ints) -> None:
+        """`read`: tokens from one place to another."""
+        self._read, self._ends = read, ends
+        self.lengths: Ints = np.diff(ends, prepend=0)
+
+    def document(self, index: int) -> Ints:
+        """The tokens of a document."""
+        end = int(self._ends[index])
+        return self._read(end - int(self.lengths[index]), end)
 
 
 def _mapped(file: TokenFile) -> npt.NDArray[Any]:

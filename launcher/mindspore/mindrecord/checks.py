@@ -55,9 +55,9 @@ def problems(
         yield from ((key, problem) for problem in error.problems)
         return
     try:
-        columns = choose_columns(loader.columns, headers[0])
+        columns = choose_columns(loader.column_map, headers[0])
     except UserError as error:
-        yield from (("columns", problem) for problem in error.problems)
+        yield from (("column_map", problem) for problem in error.problems)
         return
     if not any(header.rows for header in headers):
         yield (

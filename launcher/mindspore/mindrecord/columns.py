@@ -1,6 +1,7 @@
 """Which columns of MindRecord files are the tokens, labels and loss mask of a row.
 
-Owns the names that need no configuration. Standard library only.
+Owns the names that need no configuration, and the meaning of `data_loader.column_map` here: where
+it is set, no other labels or loss mask are read. Standard library only.
 """
 
 from __future__ import annotations
@@ -11,12 +12,13 @@ from dataclasses import dataclass
 from launcher.errors import Problem, UserError, did_you_mean
 from launcher.mindspore.mindrecord.header import Header, nearest_field
 
+KEY = "data_loader.column_map"
 KNOWN = {
     "input_ids": ("input_ids",),
     "labels": ("labels", "target_ids"),
     "loss_mask": ("loss_mask",),
 }
-"""What a row is made of -> the columns that are taken for it where `columns` is not set."""
+"""What a row is made of -> the columns that are taken for it where no map is given."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,55 +39,61 @@ class Columns:
         return [name for name in header.by_name if name not in self.names]
 
 
-def choose_columns(written: Mapping[str, str] | None, header: Header) -> Columns:
-    """The columns that `data_loader.columns` names, else those of known names.
+def choose_columns(column_map: Mapping[str, str] | None, header: Header) -> Columns:
+    """The columns that `data_loader.column_map` names; without it those of known names.
 
     Raises UserError for a column that the file does not have, or whose type does not fit.
     """
-    chosen = dict(written or _found(header))
-    if found := [problem for item in chosen.items() if (problem := _problem(*item, header))]:
-        raise UserError(found)
+    found = {
+        field: next((name for name in names if name in header.by_name), None)
+        for field, names in KNOWN.items()
+    }
+    chosen = {field: name for field, name in found.items() if name is not None}
+    if column_map:
+        own = {field: name for field, name in chosen.items() if field == "input_ids"}
+        chosen = own | dict(column_map)
+    wrong = [column_problem(field, name, header) for field, name in chosen.items()]
+    if problems := [problem for problem in wrong if problem is not None]:
+        raise UserError(problems)
     if "input_ids" not in chosen:
         raise UserError(
             "no column with tokens is known",
             where=str(header.path),
             rule="a row needs input_ids",
             nearest=f"Its columns: {', '.join(header.by_name)}",
-            advice="Set data_loader.columns.input_ids to one of them",
+            advice=f"Set {KEY}.input_ids to one of them",
         )
     return Columns(**chosen)
 
 
-def _found(header: Header) -> dict[str, str]:
-    found = {
-        argument: next((name for name in names if name in header.by_name), None)
-        for argument, names in KNOWN.items()
-    }
-    return {argument: name for argument, name in found.items() if name is not None}
-
-
-def _problem(argument: str, name: str, header: Header) -> Problem | None:
-    """What is wrong with a column for a part of a row."""
-    field = header.by_name.get(name)
-    if argument not in KNOWN:
+def column_problem(
+    field: str, name: str, header: Header, option: str | None = None
+) -> Problem | None:
+    """What is wrong with the column `name` for a field of a row. `option`: where it was written;
+    left out, in `column_map`."""
+    key = option or f"{KEY}.{field}"
+    if field not in KNOWN:
+        is_turned = name in KNOWN and field in header.by_name
         return Problem(
-            what=f"data_loader.columns.{argument}: a row has no {argument}",
+            what=f"{key}: a row has no {field}",
             rule=f"a row is made of {', '.join(KNOWN)}",
-            nearest=did_you_mean(argument, KNOWN),
+            nearest=f"did you mean `{name}: {field}`?" if is_turned else did_you_mean(field, KNOWN),
+            advice="Write `field that is read: column of the file`",
         )
-    if field is None:
+    column = header.by_name.get(name)
+    if column is None:
         return Problem(
-            what=f"the file has no column {name!r}, which data_loader.columns.{argument} names",
+            what=f"the file has no column {name!r}, which {key} names",
             where=str(header.path),
-            rule="every column that is asked for is in the files",
+            rule="every column that is named is in the files",
             nearest=nearest_field(name, header),
         )
-    if field.is_integers or (argument == "loss_mask" and field.shape is not None):
+    if column.is_integers or (field == "loss_mask" and column.shape is not None):
         return None
-    shape = "" if field.shape is None else f" {list(field.shape)}"
+    shape = "" if column.shape is None else f" {list(column.shape)}"
     return Problem(
-        what=f"the column {name!r} for {argument} is {field.type}{shape}",
+        what=f"the column {name!r} for {field} is {column.type}{shape}",
         where=str(header.path),
         rule="tokens and labels are arrays of int32 or int64, a loss mask is an array of numbers",
-        advice="Choose another column with data_loader.columns",
+        advice=f"Choose another column with {key}",
     )

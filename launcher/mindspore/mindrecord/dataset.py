@@ -7,13 +7,13 @@ a run is Slipway's own (or that of the files without `shuffle`), never MindSpore
 
 from __future__ import annotations
 
-import shutil
 import time
 from bisect import bisect_right
 from pathlib import Path
 from typing import Any
 
 from launcher.config.schema import DataLoaderSection
+from launcher.data.cache import make_once
 from launcher.data.loaders.base import Recipe, RowLoader
 from launcher.data.rows import NO_TARGET, Counts, Ints, Row, RowDataset
 from launcher.errors import UserError
@@ -23,9 +23,9 @@ from launcher.mindspore.mindrecord.index import (
     Index,
     Pass,
     index_name,
-    make_index,
     open_index,
     values_of,
+    write_index,
 )
 from launcher.mindspore.mindrecord.reader import FileReader
 from launcher.mindspore.mindrecord.row_rule import RowRule, is_shifted
@@ -74,17 +74,22 @@ def prepare(recipe: Recipe) -> str:
     records, files, columns, settings = _plan(recipe)
     folder = recipe.cache_dir / index_name(settings, files)
     shifted = _labels_are_shifted(recipe, files, columns)
-    origin = f"from the index {folder}"
+    work = Pass(
+        files=files,
+        columns=columns,
+        rule=_rule(recipe, shifted),
+        most=recipe.loader.num_samples,
+        on_progress=recipe.on_progress,
+    )
     try:
-        if folder.exists() and _opened(folder) is None:
-            recipe.log(f"warning: the index in {folder} is damaged and is made again")
-            shutil.rmtree(folder)
-        if not folder.exists():
-            most = recipe.loader.num_samples
-            rule = _rule(recipe, shifted)
-            work = Pass(files=files, columns=columns, rule=rule, most=most, log=recipe.log)
-            make_index(folder, settings | {"shifted": shifted}, work)
-            origin = f"{time.monotonic() - started:.1f} s"
+        is_new = make_once(
+            folder,
+            lambda scratch: write_index(scratch, settings | {"shifted": shifted}, work),
+            lambda: _opened(folder) is not None,
+            verb="read",
+            log=recipe.log,
+            on_progress=recipe.on_progress,
+        )
     except OSError as error:
         raise UserError(
             f"the data cache cannot be written ({error.strerror or error})",
@@ -93,6 +98,7 @@ def prepare(recipe: Recipe) -> str:
             advice="Free some space, give write permission, or set another output_dir",
         ) from error
     facts = open_index(folder).facts
+    origin = f"{time.monotonic() - started:.1f} s" if is_new else f"from the index {folder}"
     _report(recipe, records, columns, facts, origin)
     return folder.name
 
@@ -118,7 +124,7 @@ LOADER = RowLoader(prepare=prepare, open=open_rows)
 def _plan(recipe: Recipe) -> tuple[RecordFiles, list[FileReader], Columns, dict[str, Any]]:
     """The files, opened; the columns; and the settings that decide the index."""
     records = files_of(recipe.loader)
-    columns = choose_columns(recipe.loader.columns, records.headers[0])
+    columns = choose_columns(recipe.loader.column_map, records.headers[0])
     settings = {
         "columns": [columns.input_ids, columns.labels, columns.loss_mask],
         "labels": recipe.loader.labels,

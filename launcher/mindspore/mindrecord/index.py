@@ -9,26 +9,22 @@ Owns a folder of the data cache:
 
 The pass reads every row once, so that a damaged row, a row that is too long or a token that is no
 token is found before the first step, and any row can be read directly afterwards. Invariants: the
-folder is named by a hash of the files and settings, and renamed when it is complete; of the rows
-themselves nothing is kept.
+folder is named by a hash of the files and settings; of the rows themselves nothing is kept.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
-from uuid import uuid4
 
 import numpy as np
 import numpy.typing as npt
 from xxhash import xxh3_128
 
-from launcher.data.loaders.base import Log
+from launcher.data.progress import Meter, OnProgress
 from launcher.data.rows import NO_TARGET, Ints
 from launcher.data.store import INDEX_DTYPE, map_array, write_array
 from launcher.errors import UserError
@@ -42,7 +38,7 @@ from launcher.mindspore.mindrecord.walk import Bytes
 VERSION = 1
 """Part of every key: raise it when the same files would be indexed in another way."""
 COUNT_DTYPE = np.dtype("<i4")
-PROGRESS_SECONDS = 10.0
+IGNORED = "Where it marks labels without loss, set data_loader.ignore_token_id"
 _ARRAYS = {"offsets": INDEX_DTYPE, "targets": COUNT_DTYPE, "tokens": COUNT_DTYPE}
 
 
@@ -105,12 +101,13 @@ class Pass:
     columns: Columns
     rule: RowRule
     most: int | None
-    log: Log
+    on_progress: OnProgress
 
     def run(self, folder: Path) -> dict[str, Any]:
         """Write the arrays, and return the facts. Raises UserError for a row that is wrong."""
         groups, starts, rows = list[GroupIndex](), list[int](), 0
-        progress = _Progress(sum(len(file) for file in self.files), self.log)
+        size = sum(_bytes(group) for file in self.files for group in file.header.groups)
+        meter = Meter("read", size, self.on_progress)
         for file in self.files:
             starts.append(rows)
             for group in file.header.groups:
@@ -119,7 +116,8 @@ class Pass:
                     groups.append(self.index_group(file, group, room))
                     file.release(group)
                     rows += room
-                    progress.report(groups[-1])
+                    meter.tokens += int(groups[-1].lengths.sum(dtype=np.int64))
+                    meter.add(_bytes(group))
         for name, dtype in _ARRAYS.items():
             parts = [getattr(group, name) for group in groups]
             write_array(folder / f"{name}.bin", np.concatenate([np.zeros(0, dtype=dtype), *parts]))
@@ -139,7 +137,7 @@ class Pass:
             counted = targets[targets != NO_TARGET]
             for values in (ids,) if labels is None else (ids, counted):
                 if len(values):
-                    _check_tokens(file, row, values.min())
+                    check_tokens(file, row, values, IGNORED)
                     largest = max(largest, int(values.max()))
             counts.append((len(counted), self.rule.tokens_of(tokens, targets), len(ids)))
         arrays = np.array(counts, dtype=np.int32).T
@@ -163,10 +161,15 @@ class Pass:
         )
 
 
-def _check_tokens(file: FileReader, row: int, smallest: int) -> None:
+def check_tokens(file: FileReader, row: int, values: Ints, advice: str) -> None:
+    """Raise UserError for a value of a row that is no token."""
+    smallest = int(values.min()) if len(values) else 0
     if smallest < 0:
-        advice = "Where it marks labels without loss, set data_loader.ignore_token_id"
         wrong_row(file, row, f"it has the token {smallest}", "tokens are numbered from 0", advice)
+
+
+def _bytes(group: RowGroup) -> int:
+    return group.blob[1] - group.blob[0]
 
 
 def _totals(groups: Sequence[GroupIndex]) -> dict[str, Any]:
@@ -180,26 +183,6 @@ def _totals(groups: Sequence[GroupIndex]) -> dict[str, Any]:
         "largest_token": max((group.largest_token for group in groups), default=0),
         "content": xxh3_128("".join(group.content for group in groups).encode()).hexdigest(),
     }
-
-
-class _Progress:
-    """A log line every few seconds, for files that take long."""
-
-    def __init__(self, rows: int, log: Log) -> None:
-        self._all, self._log = rows, log
-        self._rows = self._tokens = 0
-        self._started = self._last = time.monotonic()
-
-    def report(self, group: GroupIndex) -> None:
-        self._rows += len(group.lengths)
-        self._tokens += int(group.lengths.sum(dtype=np.int64))
-        now = time.monotonic()
-        if now - self._last >= PROGRESS_SECONDS:
-            self._last = now
-            self._log(
-                f"reading MindRecord files: {self._rows:,} of {self._all:,} rows, "
-                f"{self._tokens / (now - self._started):,.0f} tokens/s"
-            )
 
 
 def _longest(file: FileReader, name: str) -> int:
@@ -216,20 +199,10 @@ def _longest(file: FileReader, name: str) -> int:
     return longest
 
 
-def make_index(folder: Path, settings: dict[str, Any], work: Pass) -> None:
-    """Fill `folder`, which appears when it is complete. Raises UserError and OSError."""
-    scratch = folder.parent / f".{folder.name}.{uuid4().hex}.tmp"
-    scratch.mkdir(parents=True)
-    try:
-        facts = settings | work.run(scratch)
-        (scratch / "facts.json").write_text(json.dumps(facts, indent=1) + "\n")
-        try:
-            scratch.rename(folder)
-        except OSError:
-            if not folder.exists():  # otherwise another run was faster, with the same content
-                raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+def write_index(folder: Path, settings: dict[str, Any], work: Pass) -> None:
+    """Write the files of `folder`, which exists. Raises UserError and OSError."""
+    facts = settings | work.run(folder)
+    (folder / "facts.json").write_text(json.dumps(facts, indent=1) + "\n")
 
 
 def open_index(folder: Path) -> Index:

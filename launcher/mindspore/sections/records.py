@@ -2,8 +2,8 @@
 
 Owns what their keys about columns, documents and labels become here. MindFormers gives the columns
 to the network by position (`input_ids, labels, ...`), or by the names of `construct_args_key`; here
-`data_loader.columns` names those that a row is made of. Columns of known names count by their name,
-whatever their position.
+`data_loader.column_map` names those that a row is made of. Columns of known names count by their
+name, whatever their position.
 """
 
 from __future__ import annotations
@@ -83,10 +83,10 @@ def _columns(draft: Draft, section: str, loaders: Sequence[str], *, resets: bool
     why = "the columns that a row is made of"
     if others:
         why += f"; a training does not use {', '.join(others)}"
-    own = [loader for loader in loaders if draft.find(f"{loader}.columns") is None]
-    draft.replace(source, {f"{loader}.columns": columns for loader in own or loaders[:1]}, why)
+    own = [loader for loader in loaders if draft.find(f"{loader}.column_map") is None]
+    draft.replace(source, {f"{loader}.column_map": columns for loader in own or loaders[:1]}, why)
     others_of_them = [key for key in keys.values() if key != source]
-    draft.drop_all(others_of_them, "it is part of data_loader.columns")
+    draft.drop_all(others_of_them, "it is part of data_loader.column_map")
 
 
 def _are_names(value: Any) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 from launcher.config.schema import DataLoaderSection, DatasetSection, MegatronConfigSection
 from launcher.data.build import build_dataset
 from launcher.data.megatron.rows import MegatronRows
+from launcher.data.progress import OnProgress, ignore_progress
 from launcher.data.rows import RowDataset
 
 GOLDEN = Path(__file__).parents[2] / "fixtures" / "data" / "megatron"
@@ -81,7 +82,7 @@ def case(name: str) -> Case:
 
 def open_loader(
     loader: DataLoaderSection, seq_length: int, cache_dir: Path, *, phase: str = "train",
-    log: list[str] | None = None,
+    log: list[str] | None = None, on_progress: OnProgress = ignore_progress,
 ) -> RowDataset:  # fmt: skip
     """The rows of a section, as one process opens them."""
     return build_dataset(
@@ -91,6 +92,7 @@ def open_loader(
         cache_dir=cache_dir,
         once=lambda prepare: prepare(),
         log=(log if log is not None else []).append,
+        on_progress=on_progress,
         phase=phase,
     )
 

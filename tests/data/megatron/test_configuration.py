@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from launcher.config import rules
@@ -174,6 +175,14 @@ def test_keys_of_one_loader_are_not_those_of_another(kind: str, place: Path) -> 
     assert "not an argument of" in problem.rule
 
 
+def test_files_are_named_in_data_path(place: Path) -> None:
+    (problem,) = found(f"type: {MEGATRON}\ndataset_dir: a\nconfig: {{data_path: a_int32}}")
+    assert "config.data_path" in problem.nearest
+    text = f"type: {MEGATRON}\nsizes: [9, 0, 0]\nconfig: {{data_path: '0.3 a_int32, 0.7 b'}}"
+    (problem,) = found(text)
+    assert "[0.3, a_int32, 0.7, b]" in problem.nearest
+
+
 def test_row_length_of_the_loader_is_that_of_the_data_set(place: Path) -> None:
     text = f"type: {MEGATRON}\nconfig: {{data_path: a_int32, seq_length: 32}}"
     assert found(text, "", "train_dataset.seq_length=32") == []
@@ -185,11 +194,14 @@ def test_row_length_of_the_loader_is_that_of_the_data_set(place: Path) -> None:
 
 TOKEN_FILES: dict[str, tuple[str, str]] = {
     "no files": ("", "no files"),
-    "missing": ("dataset_dir: y.u16", "no such file"),
+    "missing": ("dataset_dir: z.u16", "no such file"),
     "type": ("dataset_dir: x.bin", "token_dtype: uint16"),
     "odd": ("dataset_dir: odd.u32", "byte 8"),
     "unknown type": ("dataset_dir: x.bin\ntoken_dtype: float32", "uint16"),
     "empty folder": ("dataset_dir: corpus", "no file ending in"),
+    "streams and rows": ("dataset_files: [x.u16, rows.npy]", "rows.npy"),
+    "rows of another length": ("dataset_dir: rows.npy", "seq_length: 31"),
+    "two end tokens": ("dataset_files: [x.u16, y.u32]", "eod_token_id"),
 }
 
 
@@ -199,6 +211,9 @@ def test_token_files(name: str, place: Path) -> None:
     (place / "x.bin").write_bytes(bytes(8))
     (place / "x.u16").write_bytes(bytes(8))
     (place / "odd.u32").write_bytes(bytes(10))
+    (place / "y.u32").write_bytes(bytes(8))
+    (place / "y.u32.json").write_text('{"eod": 3}')
+    np.save(place / "rows.npy", np.zeros((2, 32), dtype=np.uint16))
     (problem,) = found(f"type: TokenFileDataLoader\n{text}")
     assert part in str(problem)
     assert found("type: TokenFileDataLoader\ndataset_dir: x.bin\ntoken_dtype: uint16") == []

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from launcher.config.schema import DataLoaderSection, MegatronConfigSection
-from launcher.data.array_folder import NewArray, make_array_folder, open_array_folder
 from launcher.data.loader import Loader, evaluation_batches
 from launcher.data.megatron.writer import IndexedWriter
 from launcher.data.order import GlobalOrder
+from launcher.data.progress import Progress
 from launcher.data.rows import NO_TARGET, RowDataset
 from launcher.errors import UserError
 from tests.data.megatron.cases import GOLDEN, case, megatron_rows, open_loader
@@ -280,24 +280,29 @@ def test_arrays_larger_than_memory_are_the_same(
     monkeypatch.setattr("launcher.data.megatron.order.GATHERED_AT_ONCE", 5)
     large = open_loader(loader, LENGTH, tmp_path / "large")
     files = sorted(path.relative_to(tmp_path / "small") for path in tmp_path.rglob("small/*/*"))
-    assert len(files) == 2 * 4 + 3
+    assert len(files) == 2 * 5 + 4
     for file in files:
         assert (tmp_path / "small" / file).read_bytes() == (tmp_path / "large" / file).read_bytes()
     assert small.fingerprint == large.fingerprint
 
 
-def test_the_folder_of_the_first_of_two_jobs_stays(tmp_path: Path) -> None:
-    def fill(value: int) -> Any:
-        def made(new_array: NewArray) -> dict[str, int]:
-            new_array("x", np.int64, 3)[:] = value
-            if value == 1:  # meanwhile the other job is done
-                make_array_folder(tmp_path / "x", fill(2))
-            return {"value": value}
+def test_what_a_killed_preparation_left_is_removed(tmp_path: Path) -> None:
+    loader = section([200, 0, 0], data_path=["0.3", A, "0.7", C])
+    open_loader(loader, LENGTH, tmp_path)
+    folders = sorted(tmp_path.iterdir())
+    assert len(folders) == 3
+    for folder in folders:
+        folder.rename(folder.with_name(f".{folder.name}.1234.tmp"))
+    open_loader(loader, LENGTH, tmp_path)
+    assert sorted(tmp_path.iterdir()) == folders
 
-        return made
 
-    make_array_folder(tmp_path / "x", fill(1))
-    found = open_array_folder(tmp_path / "x", verify=True)
-    assert found.metadata == {"value": 2}
-    assert found.arrays["x"].tolist() == [2, 2, 2]
-    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+def test_preparation_reports_how_far_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("launcher.data.progress.FIRST_SECONDS", -1.0)
+    monkeypatch.setattr("launcher.data.progress.REPORT_SECONDS", -1.0)
+    seen = list[Progress]()
+    loader = section([200, 0, 0], data_path=["0.3", A, "0.7", C])
+    open_loader(loader, LENGTH, tmp_path, on_progress=seen.append)
+    fractions = [progress.fraction or 0.0 for progress in seen]
+    assert fractions == sorted(fractions)
+    assert 0 < fractions[0] < fractions[-1] == 1
