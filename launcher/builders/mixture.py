@@ -44,7 +44,7 @@ class Mixture:
         sources = [
             SourceOrder(
                 name, len(self.datasets[name]), self.datasets[name].content,
-                source_seed(self.seed, name), section.is_shuffled,
+                source_seed(self.seed, name), section.is_shuffled, self.datasets[name].settings,
             )
             for name, section in self.sections.items()
         ]  # fmt: skip

@@ -2,7 +2,7 @@
 
 Owns the entry `data.mixture` of state files:
 
-    sources    name -> rows, content (a hash of the rows), shuffle
+    sources    name -> rows, content (a hash of the rows), shuffle, settings (where there are some)
     segments   from_sample, weights (name -> integer), taken (name -> samples before from_sample)
 
 Sources are matched by name. With the weights of the save, the order is that of the run that saved.
@@ -29,9 +29,12 @@ _LIST = "train_dataset.data_loader"
 def to_json(order: MixtureOrder, known: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The entry of a state file. `known`: sources of earlier segments, by name."""
     present = {
-        source.name: {"rows": source.rows, "content": source.content, "shuffle": source.shuffle}
+        source.name: {
+            "rows": source.rows, "content": source.content, "shuffle": source.shuffle,
+            **({"settings": dict(source.settings)} if source.settings else {}),
+        }
         for source in order.sources
-    }
+    }  # fmt: skip
     return {
         "sources": {**(known or {}), **present},
         "segments": [segment._asdict() for segment in order.segments],
@@ -90,6 +93,12 @@ def _check_content(
             changed = f"{rows} rows -> {source.rows}" if rows != source.rows else "the content"
         elif before.get("shuffle") != source.shuffle:
             changed = f"shuffle: {before.get('shuffle')} -> {source.shuffle}"
+        elif (settings := before.get("settings", {})) != source.settings:
+            changed = ", ".join(
+                f"{key}: {settings.get(key)} -> {source.settings.get(key)}"
+                for key in sorted(settings.keys() | source.settings.keys())
+                if settings.get(key) != source.settings.get(key)
+            )
         else:
             continue
         problems.append(

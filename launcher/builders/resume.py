@@ -54,6 +54,7 @@ def find_resume(job: Job) -> Chosen | None:
 DATA_KEYS = {
     "seq_length": "train_dataset.seq_length",
     "packing": "train_dataset.packing",
+    "packing_strategy": "train_dataset.packing_strategy",
     "order_seed": "seed",
     "shuffle": "train_dataset.data_loader.shuffle",
     "streaming": "train_dataset.data_loader.streaming",
@@ -232,7 +233,8 @@ def _data_position(
         skipped = (job.config.data_skip_steps or 0) * run.loader.global_batch
         return replace(state, data_position=skipped), []
     before, present = saved.get("data", {}), run.metadata["data"]
-    changed = [key for key in present if key != MIXTURE and before.get(key) != present[key]]
+    keys = dict.fromkeys([*present, *before])
+    changed = [key for key in keys if key != MIXTURE and before.get(key) != present.get(key)]
     if (MIXTURE in before) != (MIXTURE in present):
         forms = ("a mixture" if MIXTURE in data else "one source" for data in (before, present))
         raise _other_data(
@@ -240,7 +242,7 @@ def _data_position(
         )
     if changed:
         settings = [key for key in changed if key in DATA_KEYS]
-        listing = ", ".join(f"{DATA_KEYS[k]}: {before.get(k)} -> {present[k]}" for k in settings)
+        listing = ", ".join(f"{DATA_KEYS[k]}: {before.get(k)} -> {present.get(k)}" for k in settings)
         raise _other_data(job, listing, DATA_KEYS[settings[0]] if settings else "")
     order = run.loader.order
     if not isinstance(order, MixtureOrder):

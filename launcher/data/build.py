@@ -4,7 +4,7 @@ rank.
 Owns the data cache. Invariants:
 
 1. A folder of the cache is named by a hash of everything that decides its content: the bytes of the
-   files and their kinds, the settings, the tokenizer. Where the files lie is no part of it, so that
+   files, their kinds and splits, the settings, the tokenizer. Where the files lie is no part of it, so that
    moved, copied or touched files are not tokenized again. With `num_samples`, which reads only the
    beginning of the data, path, size and time of the files stand for their bytes.
 2. One rank of each file system reads the sources and writes the cache; every rank ends with the
@@ -255,6 +255,7 @@ def _open(folder: Path, recipe: Recipe) -> RowDataset:
         packed=recipe.section.packing,
         content=metadata["content"],
         largest_token=metadata["largest_token"],
+        settings=_unusual_strategy(recipe),
         cached_in=str(folder),
     )
 
@@ -277,8 +278,18 @@ def open_rows(folder: Path, recipe: Recipe) -> Rows:
 
 def _is_stream(recipe: Recipe) -> bool:
     """Whether documents are one stream of tokens, which is cut into rows when they are read."""
-    usual = "first_fit" if loader_of(recipe.loader).has_targets else "concatenate"
-    return recipe.section.packing and (recipe.section.packing_strategy or usual) == "concatenate"
+    strategy = recipe.section.packing_strategy or _usual_strategy(recipe)
+    return recipe.section.packing and strategy == "concatenate"
+
+
+def _usual_strategy(recipe: Recipe) -> str:
+    return "first_fit" if loader_of(recipe.loader).has_targets else "concatenate"
+
+
+def _unusual_strategy(recipe: Recipe) -> dict[str, str]:
+    """`packing_strategy` where it makes other rows of the same tokens than without it."""
+    strategy = recipe.section.packing_strategy
+    return {"packing_strategy": strategy} if strategy not in (None, _usual_strategy(recipe)) else {}
 
 
 def _pad_token(recipe: Recipe) -> int:
@@ -302,11 +313,10 @@ def _metadata(folder: Path) -> dict[str, Any]:
 def _key(recipe: Recipe, files: list[DataFile]) -> str:
     """The name of the folder: a hash of what decides its content."""
     if recipe.loader.num_samples is not None:
-        content = [[str(f.path.resolve()), f.size, f.mtime_ns] for f in files]
+        content = [[f.split, str(f.path.resolve()), f.size, f.mtime_ns] for f in files]
     else:
         hashes = content_hashes(files, recipe.cache_dir, recipe.on_progress)
-        kinds = [_kind(file.path) for file in files]
-        content = [list(pair) for pair in zip(kinds, hashes, strict=True)]
+        content = [[f.split, _kind(f.path), digest] for f, digest in zip(files, hashes, strict=True)]
     return hash_of([settings_of(recipe), content])
 
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -39,6 +39,8 @@ class SourceOrder(NamedTuple):
     """Hash of its rows."""
     seed: int
     shuffle: bool
+    settings: Mapping[str, Any] = {}
+    """Settings that decide its rows beside `content`, as JSON values."""
 
 
 class Segment(NamedTuple):
@@ -198,7 +200,7 @@ def mixture_order(
     sources: Sequence[SourceOrder], portions: Mapping[str, Portion], seed: int
 ) -> MixtureOrder:
     """The order of a run that begins with these sources. `portions`: by name of the source."""
-    sources = sorted(sources)
+    sources = sorted(sources, key=lambda source: source.name)
     found, epoch = shares([portions[source.name] for source in sources])
     weights = integer_weights(found)
     names = [source.name for source in sources]

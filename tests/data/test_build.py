@@ -123,6 +123,22 @@ def test_a_stream_serves_every_length_from_one_folder(
 
 
 @pytest.mark.parametrize(
+    ("strategy", "settings"),
+    [
+        (None, {}),
+        ("concatenate", {}),
+        ("first_fit", {"packing_strategy": "first_fit"}),
+    ],
+)
+def test_a_resume_can_tell_how_the_same_tokens_were_packed(
+    build: Build, corpus: Path, strategy: str | None, settings: dict[str, str]
+) -> None:
+    usual, built = (build(dataset_dir=str(corpus), packing_strategy=s) for s in (None, strategy))
+    assert built.content == usual.content
+    assert built.settings == settings
+
+
+@pytest.mark.parametrize(
     "change",
     [
         {"packing": False},

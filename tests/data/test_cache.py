@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import gc
+import json
 import os
 import shutil
 import time
@@ -109,6 +110,17 @@ def test_another_content_is_another_dataset(
     change(corpus)
     build(dataset_dir=str(corpus), suffixes=["txt", "md"])
     assert made_again(logged)
+
+
+def test_a_file_of_another_split_is_another_dataset(build: Build, tmp_path: Path) -> None:
+    for name in "abc":
+        rows = ({"text": f"{name} {number} on the slipway"} for number in range(4))
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    a, b, c = (str(tmp_path / f"{name}.jsonl") for name in "abc")
+    settings = {"type": "HFDataLoader", "split": "train[:2]+test[:2]", "path": "json"}
+    one = build(data_files={"train": [a, b], "test": [c]}, **settings)
+    other = build(data_files={"train": [a], "test": [b, c]}, **settings)
+    assert one.content != other.content
 
 
 @pytest.mark.usefixtures("settled")

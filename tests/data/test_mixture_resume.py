@@ -140,6 +140,7 @@ Change = Callable[[dict[str, Any]], Any]
         ({"a": {"content": "other"}}, "a", "the content"),
         ({"b": {"content": "other", "rows": 31}}, "b", "30 rows -> 31"),
         ({"b": {"shuffle": False}}, "b", "shuffle: True -> False"),
+        ({"b": {"settings": {"packing_strategy": "concatenate"}}}, "b", "None -> concatenate"),
     ],
 )
 def test_other_data_of_a_source_is_an_error(changes, named: str, why: str) -> None:
