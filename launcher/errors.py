@@ -8,6 +8,7 @@ project.
 from __future__ import annotations
 
 import errno
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -20,7 +21,8 @@ EXIT_SIGINT = 130
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """One error with its four parts. Only `what` is required; empty parts are left out."""
+    """One error with its four parts. Only `what` is required; empty parts are left out. URLs are
+    shown by `shown_url`, whoever wrote them into the parts."""
 
     what: str
     """What is wrong, with the offending value: `runner_config.batch_size = -1`."""
@@ -42,7 +44,7 @@ class Problem:
             for part in (head, self.nearest, self.advice)
             if part
         ]
-        return " ".join(tail).rstrip("\n")
+        return _with_shown_urls(" ".join(tail).rstrip("\n"))
 
 
 class UserError(Exception):
@@ -105,6 +107,15 @@ def shown_url(url: str) -> str:
     server, slash, path = rest.partition("/")
     path = path.partition("?")[0].partition("#")[0]
     return f"{protocol}://{server.rpartition('@')[2].partition('?')[0]}{slash}{path}"
+
+
+def _with_shown_urls(text: str) -> str:
+    """A text with each URL in it as `shown_url` gives it."""
+    return _URL.sub(lambda found: shown_url(found[0]), text)
+
+
+_URL = re.compile(r"""\w+://(?:(?!,\w+://|::\w+://)[^\s'"`])*""")
+"""A URL in a text, up to a space or a quote, or the next one of a list or a chain."""
 
 
 def did_you_mean(word: str, known: Iterable[str], *, cutoff: float = 0.6) -> str:

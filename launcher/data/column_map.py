@@ -22,22 +22,62 @@ _ABSENT = object()
 def map_columns(
     records: Iterable[Record | UserError], column_map: Mapping[str, str] | None
 ) -> Iterator[Record | UserError]:
-    """Records with the fields of `column_map` in place of the columns they are taken from.
+    """The records of a file with the fields of `column_map` in place of the columns they are taken
+    from.
 
     Errors are passed on. Raises UserError for a column that is in no record.
     """
     if not column_map:
         yield from records
         return
-    columns = RequiredColumns(column_map.values(), "data_loader.column_map")
-    always = [source for target, source in column_map.items() if target in _REQUIRED]
-    for record in records:
-        if isinstance(record, UserError):
-            yield record
-            continue
-        columns.see(record, always)
-        yield _mapped(record, column_map)
+    columns = MappedColumns(column_map)
+    yield from columns.map(records, begins_file=True)
     columns.finish()
+
+
+class MappedColumns:
+    """Maps records of which it sees some at a time, and knows which columns none of them had."""
+
+    def __init__(self, column_map: Mapping[str, str]) -> None:
+        self._map = column_map
+        self._always = [source for target, source in column_map.items() if target in _REQUIRED]
+        self._columns = self._required()
+
+    def map(
+        self, records: Iterable[Record | UserError], *, begins_file: bool
+    ) -> Iterator[Record | UserError]:
+        """The records with the fields of the map; errors are passed on. Raises UserError where the
+        first record of a file lacks a column that every record has."""
+        for record in records:
+            if isinstance(record, UserError):
+                yield record
+                continue
+            if begins_file:
+                self._required().see(record, self._always)
+                begins_file = False
+            self._columns.see(record)
+            yield _mapped(record, self._map)
+
+    def first(self, record: Record) -> Record:
+        """The first record of a file, as `map` gives it, without counting it as seen. Raises
+        UserError where it is wrong."""
+        self._required().see(record, self._always)
+        mapped = _mapped(record, self._map)
+        if isinstance(mapped, UserError):
+            raise mapped
+        return mapped
+
+    @property
+    def unseen(self) -> list[str]:
+        """The columns that no record had."""
+        return self._columns.unseen
+
+    def finish(self) -> None:
+        """Raise UserError for a column that no record had."""
+        self._columns.finish()
+
+    def _required(self) -> RequiredColumns:
+        return RequiredColumns(self._map.values(), "data_loader.column_map")
 
 
 def _mapped(record: Record, column_map: Mapping[str, str]) -> Record | UserError:
@@ -77,26 +117,27 @@ class RequiredColumns:
 
     def __init__(self, names: Iterable[str], key: str) -> None:
         self._key = key
-        self._unseen = list(dict.fromkeys(names))
+        self.unseen = list(dict.fromkeys(names))
+        """The columns that no record had."""
         self._first: Record | None = None
 
     def see(self, record: Record, always: Iterable[str] = ()) -> None:
         """Note the columns of a record. Raises UserError where the first record lacks one of
         `always`, or any of a table."""
-        if not self._unseen and self._first is not None:
+        if not self.unseen and self._first is not None:
             return
-        self._unseen = [name for name in self._unseen if _look_up(record.value, name) is _ABSENT]
+        self.unseen = [name for name in self.unseen if _look_up(record.value, name) is _ABSENT]
         if self._first is None:
             self._first = record
             needed = set(always)
-            missing = [name for name in self._unseen if record.has_all_columns or name in needed]
+            missing = [name for name in self.unseen if record.has_all_columns or name in needed]
             if missing:
                 raise self._error(missing[0], record)
 
     def finish(self) -> None:
         """Raise UserError for a column that no record had."""
-        if self._unseen and self._first is not None:
-            raise self._error(self._unseen[0], self._first)
+        if self.unseen and self._first is not None:
+            raise self._error(self.unseen[0], self._first)
 
     def _error(self, name: str, record: Record) -> UserError:
         near = printable(did_you_mean(name, record.value))

@@ -124,7 +124,7 @@ def with_split(files: list[FoundT], split: str, *, is_one: bool) -> list[FoundT]
     )
 
 
-def format_of(path: Path, given: str) -> str:
+def format_of(path: Path | str, given: str) -> str:
     """The format of a file: by its suffix, else the given one, else JSON lines.
 
     Raises UserError where the two contradict each other.

@@ -63,6 +63,10 @@ def test_streams_that_are_right(changes: dict[str, str | None]) -> None:
          LOADER + "dataset_dir", "https://host/a.jsonl"),
         ({LOADER + "dataset_files": f"[corpus,'ftp://{SECRET}@host/a.jsonl']"},
          LOADER + "dataset_files", "ftp://host/a.jsonl"),
+        ({LOADER + "dataset_dir": f"https://me:{SECRET}@host/a.jsonl?key={SECRET}"},
+         LOADER + "dataset_dir", "https://host/a.jsonl"),  # not Hydra's grammar
+        ({LOADER + "dataset_dir": f"'zip://a.jsonl::http://me:{SECRET}@host/a.zip'"},
+         LOADER + "dataset_dir", "protocol"),
         ({LOADER + "transforms": "[{type: take, n: 5}]"}, LOADER + "transforms", "streaming"),
         ({LOADER + "split": "'train[:5]'"}, LOADER + "split", "streaming"),
         ({LOADER + "shuffle_buffer": "0"}, LOADER + "shuffle_buffer", "1"),
@@ -73,6 +77,15 @@ def test_streams_that_are_wrong(changes: dict[str, str | None], key: str, words:
     assert key in str(problem)
     assert words in str(problem)
     assert SECRET not in str(problem)
+
+
+@pytest.mark.parametrize("kind", ["MindDataset", "BlendedMegatronDatasetDataLoader"])
+def test_credentials_are_in_no_message_of_other_loaders(kind: str) -> None:
+    url = f"'https://me:{SECRET}@host/a?key={SECRET}'"
+    changes = {LOADER + "type": kind, LOADER + "streaming": None, LOADER + "dataset_dir": url}
+    found = problems(changes)
+    assert found
+    assert not any(SECRET in str(problem) for problem in found)
 
 
 def test_an_evaluation_is_no_stream() -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
-from dataclasses import replace
 
 from launcher.config.checks.check import Check
 from launcher.config.provenance import KeyProblem
@@ -11,6 +11,8 @@ from launcher.config.schema import DataLoaderSection, DatasetSection
 from launcher.errors import shown_url
 
 _ONLY_STREAMING = ("shuffle_buffer", "streaming_cache_gb")
+_CHAIN = re.compile(r"^\w+::|::\w+://")
+"""Of fsspec: `simplecache::https://...`, `zip://...::https://...`."""
 
 
 def streams(check: Check) -> Iterator[KeyProblem]:
@@ -96,8 +98,16 @@ def _urls(check: Check, prefix: str, loader: DataLoaderSection) -> Iterator[KeyP
             if "://" not in path:
                 continue
             shown, server = shown_url(path), path.partition("://")[2].partition("/")[0]
-            if "@" in server:
-                problem = check.wrong(
+            if _CHAIN.search(path):
+                yield check.wrong(
+                    f"{prefix}.{key}",
+                    "a URL has one protocol",
+                    what=f"{prefix}.{key} = a chain of URLs",
+                    nearest="Nearest: the URL of a file, a folder or a glob, as in https://host/*",
+                    advice="Unpack archives; files need no cache, because they are read in ranges",
+                )
+            elif "@" in server:
+                yield check.wrong(
                     f"{prefix}.{key}",
                     "a URL must not hold credentials: the configuration is written to the output "
                     "and to every checkpoint",
@@ -106,8 +116,6 @@ def _urls(check: Check, prefix: str, loader: DataLoaderSection) -> Iterator[KeyP
                     advice="Give credentials by the environment variables of the storage, or in "
                     "~/.config/fsspec",
                 )
-                is_shown = server in problem.where  # an argument of the command line
-                yield replace(problem, where="command line") if is_shown else problem
             elif not loader.streaming:
                 yield check.wrong(
                     f"{prefix}.{key}",

@@ -35,6 +35,7 @@ from launcher.data.streaming.gzip_members import GzipFile
 from launcher.data.streaming.ranges import SEQUENTIAL_BYTES, RangeFile, Ranges
 from launcher.data.streaming.shards import Shard
 from launcher.errors import UserError
+from launcher.json_text import printable
 
 INDEX_VERSION = 1
 """Part of every key: raise it when blocks would be divided in another way."""
@@ -153,7 +154,7 @@ def _index_of(
     shard: Shard, block_records: int, limit: int | None, folder: Path, progress: _Progress
 ) -> ShardIndex:
     key = [INDEX_VERSION, BLOCK_BYTES, shard.location, shard.size, shard.version,
-           block_records, limit]  # fmt: skip
+           shard.form, block_records, limit]  # fmt: skip
     path = folder / f"{xxh3_128(repr(key).encode()).hexdigest()}.npz"
     cached = _cached(path, shard)
     if cached is not None:
@@ -200,7 +201,9 @@ def _store(path: Path, index: ShardIndex) -> None:
 
 def _index_parquet(shard: Shard, block_records: int) -> ShardIndex:
     ranges = shard.ranges()
-    metadata = parquet_file(ranges).metadata
+    file = parquet_file(ranges)
+    _refuse_double_columns(file.schema_arrow.names, ranges.name)
+    metadata = file.metadata
     parts, first = [], 0
     for number in range(metadata.num_row_groups):
         group = metadata.row_group(number)
@@ -224,6 +227,18 @@ def _index_parquet(shard: Shard, block_records: int) -> ShardIndex:
         first_line=b"",
         content=xxh3_128(b"%d/" % ranges.size + footer).hexdigest(),
     )
+
+
+def _refuse_double_columns(names: list[str], where: str) -> None:
+    """Raise UserError for two columns of one name: a record would have the last of them."""
+    double = next((name for at, name in enumerate(names) if name in names[:at]), None)
+    if double is not None:
+        raise UserError(
+            f"has two columns {printable(double)!r}",
+            where=where,
+            rule="each column of a Parquet file has a name of its own",
+            advice="Rename or drop one of them with pyarrow",
+        )
 
 
 def parquet_file(ranges: Ranges) -> Any:

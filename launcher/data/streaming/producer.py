@@ -21,7 +21,7 @@ from typing import Any
 
 from launcher.config.schema import DatasetSection
 from launcher.data.build import assign_rows, open_rows
-from launcher.data.column_map import map_columns
+from launcher.data.column_map import MappedColumns
 from launcher.data.loaders import loader_of
 from launcher.data.loaders.base import Log, Recipe
 from launcher.data.records import Record
@@ -34,6 +34,7 @@ from launcher.data.streaming.ring import Ring
 from launcher.data.streaming.shards import Shard
 from launcher.data.tally import Tally
 from launcher.errors import Problem, UserError
+from launcher.json_text import printable
 
 BLOCKS_AHEAD = 32
 POLL_SECONDS = 0.02
@@ -121,8 +122,10 @@ class _Producer:
         self._limit = int(loader.streaming_cache_gb * 2**30)
         self._bytes: dict[int, int] = {}
         """Of the blocks that are in the ring."""
-        self._without_rows = 0
-        """Consecutive blocks without a row, up to the newest."""
+        self._columns = MappedColumns(loader.column_map) if loader.column_map else None
+        self._with_unseen = _Passes(len(self._order))
+        """Blocks while a column of column_map was in no record."""
+        self._without_rows = _Passes(len(self._order))
         self._tally = Tally()
         self._warnings = _Warnings(log)
 
@@ -160,10 +163,10 @@ class _Producer:
         rows = len(open_rows(scratch, self._recipe))
         self._bytes[number] = sum(file.stat().st_size for file in scratch.iterdir())
         scratch.rename(self._ring.block(number))
-        self._without_rows = 0 if rows else self._without_rows + 1
-        if self._without_rows >= len(self._order):
+        if self._without_rows.is_complete(number, not rows):
             raise self._nothing_to_train_on(metadata)
         lines = self._tally.warnings(self._recipe.seq_length) + self._warnings.of_rows()
+        lines += self._unseen_columns()
         self._warnings.report(lines, (number + 1) % len(self._order) == 0)
 
     def _write(self, number: int, folder: Path) -> dict[str, Any]:
@@ -199,12 +202,20 @@ class _Producer:
     def _records(self, number: int) -> Records:
         """Called in one thread alone, which has the readers and the order."""
         block = self._order.block(number)
-        first = self._reader.first_record(block)
-        names = self._recipe.loader.column_map
-        records = list(map_columns(self._reader.records(block), names))
-        if first is not None and names:
-            first = _mapped(first, names)
-        return block, records, first
+        first, columns = self._reader.first_record(block), self._columns
+        if columns is None:
+            return block, list(self._reader.records(block)), first
+        found = columns.map(self._reader.records(block), begins_file=first is None)
+        records = list(found)
+        if self._with_unseen.is_complete(number, bool(columns.unseen)):
+            columns.finish()
+        return block, records, None if first is None else columns.first(first)
+
+    def _unseen_columns(self) -> list[str]:
+        """The warning of columns that no record had until now."""
+        unseen = self._columns.unseen if self._columns is not None else []
+        names = ", ".join(f"`{printable(name)}`" for name in unseen)
+        return [f"warning: no record has {names} of column_map"] if names else []
 
     def close(self) -> None:
         """End the thread that reads."""
@@ -220,11 +231,18 @@ class _Producer:
         )
 
 
-def _mapped(first: Record, names: dict[str, str]) -> Record:
-    found = next(iter(map_columns([first], names)))
-    if isinstance(found, UserError):
-        raise found
-    return found
+class _Passes:
+    """Whether something was so in all blocks of an epoch."""
+
+    def __init__(self, blocks: int) -> None:
+        self._blocks, self._count, self._newest = blocks, 0, -1
+
+    def is_complete(self, number: int, is_so: bool) -> bool:
+        """Whether it was so in each block of an epoch that ends with the block `number`."""
+        self._count = (self._count if number == self._newest + 1 else 0) + 1 if is_so else 0
+        self._newest = number
+        is_end = (number + 1) % self._blocks == 0
+        return is_so and is_end and self._count >= self._blocks
 
 
 class _Warnings:

@@ -44,13 +44,20 @@ def is_url(place: str) -> bool:
     return "://" in place
 
 
+def has_glob(url: str) -> bool:
+    """Whether a URL names several files; brackets of an IPv6 address do not."""
+    _, mark, rest = url.rpartition("://")
+    below = rest.partition("/")[2] if mark else rest
+    return any(mark in below for mark in "*[")
+
+
 def find_remote(place: str, suffixes: Sequence[str]) -> list[RemoteFile]:
     """The files of a URL: a file, a folder or a glob, sorted by path. Raises UserError."""
     system, path = _opened(place)
     wanted = tuple(suffixes)
 
     def listed() -> list[tuple[str, str]]:
-        if any(mark in path for mark in "*["):
+        if has_glob(path):
             return [(found, "") for found in sorted(system.glob(path))]
         if shown_url(place).lower().endswith(wanted) or not system.isdir(path):
             return [(path, "")]
@@ -169,7 +176,7 @@ def _is_permanent(error: BaseException) -> bool:
 def _failed(url: str, error: BaseException, attempts: int) -> UserError:
     name, status = shown_url(url), getattr(error, "status", None)
     reason = f"HTTP status {status}" if status else type(error).__name__
-    text = (str(error) or "").partition("\n")[0]
+    text = " ".join(str(error).split())
     for secret in (url, *_secrets(url)):
         text = text.replace(secret, name if secret == url else "...")
     if text and not status:
@@ -214,6 +221,8 @@ def _opened(url: str) -> tuple[Any, str]:
             rule="a URL needs a protocol that fsspec knows",
             nearest="Known: http, https, s3, gs, abfs, hf, memory, ...",
         ) from error
+    except Exception as error:  # what a package needs to open a place: an account, a configuration
+        raise _failed(url, _origin(error), 1) from None
     return system, str(path)
 
 

@@ -2,7 +2,8 @@
 
 Owns a folder of one job on one machine:
 
-    owner.lock              locked by the leading rank while the job runs
+    owner.lock              has the name of the machine, locked by the leading rank while the job
+                            runs
     reader_<n>              two numbers of rank n of the machine: the first block that it still
                             needs, and the last one that it waits for
     000000000017/           the rows of a block, complete (renamed when they are)
@@ -18,6 +19,8 @@ import fcntl
 import json
 import os
 import shutil
+import socket
+import time
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import asdict
@@ -28,6 +31,7 @@ from uuid import uuid4
 from launcher.errors import Problem, UserError
 
 PREFIX = "ring-"
+ABANDONED_SECONDS = 7 * 86400.0
 _LOCK = "owner.lock"
 _ERROR = "error.json"
 
@@ -78,12 +82,14 @@ class OwnedRing(Ring):
 
     def __init__(self, parent: Path) -> None:
         parent.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(parent)
+        _remove_abandoned(parent.parent)
         name = uuid4().hex
         scratch = parent / f".{name}.tmp"
         scratch.mkdir()
         self._lock: IO[Any] = (scratch / _LOCK).open("w")
         fcntl.flock(self._lock, fcntl.LOCK_EX)
+        self._lock.write(socket.gethostname())
+        self._lock.flush()
         super().__init__(parent / f"{PREFIX}{name}")
         scratch.rename(self.folder)
 
@@ -93,12 +99,23 @@ class OwnedRing(Ring):
         self._lock.close()
 
 
-def _remove_abandoned(parent: Path) -> None:
-    """Delete the rings of jobs that were killed: their lock is free."""
-    for folder in parent.glob(f"{PREFIX}*"):
-        with suppress(OSError), (folder / _LOCK).open("w") as lock:
+def _remove_abandoned(cache_dir: Path) -> None:
+    """Delete the rings of jobs that were killed, of all streams: their lock is free.
+
+    Not every shared file system knows the locks of other machines: a ring of another one is
+    deleted only when it has not changed for ABANDONED_SECONDS.
+    """
+    for folder in cache_dir.glob(f"stream-*/{PREFIX}*"):
+        with suppress(OSError), (folder / _LOCK).open("a+") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(folder, ignore_errors=True)
+            lock.seek(0)
+            is_own = lock.read() == socket.gethostname()
+            if is_own or time.time() - folder.stat().st_mtime > ABANDONED_SECONDS:
+                shutil.rmtree(folder, ignore_errors=True)
+    for scratch in cache_dir.glob("stream-*/.*.tmp"):  # a job was killed while it made a ring
+        with suppress(OSError):
+            if time.time() - scratch.stat().st_mtime > ABANDONED_SECONDS:
+                shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _replace(path: Path, text: str) -> None:

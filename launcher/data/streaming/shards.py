@@ -8,18 +8,18 @@ reports it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 
 from launcher.config.schema import DataLoaderSection
 from launcher.data.files import find_files
 from launcher.data.loaders import loader_type
-from launcher.data.record_files import SUFFIXES, with_split
+from launcher.data.record_files import RECORD_SUFFIXES, SUFFIXES, format_of, with_split
 from launcher.data.streaming.ranges import LocalRanges, Ranges
 from launcher.data.streaming.remote import RemoteRanges, find_remote, is_url
 from launcher.errors import UserError, shown_url
 
-STREAMED_SUFFIXES = (*SUFFIXES["json"], *SUFFIXES["parquet"])
+_STREAMED = ("json", "parquet")
 _ADVICE = "JSON lines and Parquet can be streamed"
 
 
@@ -35,6 +35,8 @@ class Shard:
     """Modification time in ns, or the version that a server reports."""
     below: str = ""
     """The path relative to the folder it was found in; empty for a file that the user named."""
+    form: str = "json"
+    """Its format, a key of `SUFFIXES`."""
 
     @property
     def name(self) -> str:
@@ -48,7 +50,7 @@ class Shard:
 
     @property
     def is_parquet(self) -> bool:
-        return self.name.lower().endswith(SUFFIXES["parquet"])
+        return self.form == "parquet"
 
     @property
     def is_gzip(self) -> bool:
@@ -62,10 +64,15 @@ class Shard:
 
 
 def find_shards(section: DataLoaderSection) -> list[Shard]:
-    """The shards that a section names, of its split. Raises UserError."""
+    """The shards that a section names, of its split: the files that are read without streaming.
+
+    Raises UserError, also for a file of a format that is not streamed.
+    """
     found: dict[str, Shard] = {}
+    given = section.record_format
+    suffixes = SUFFIXES[given] if given else RECORD_SUFFIXES
     for place in section.paths:
-        shards = _remote(place) if is_url(place) else _local(place)
+        shards = _remote(place, suffixes) if is_url(place) else _local(place, suffixes)
         for shard in shards:
             found.setdefault(shard.location, shard)
     shards = [shard for shard in found.values() if shard.size]
@@ -75,18 +82,32 @@ def find_shards(section: DataLoaderSection) -> list[Shard]:
             rule=f"{loader_type(section)} streams JSON lines and Parquet",
             advice="Give other files",
         )
-    return with_split(shards, section.split, is_one=True)
+    chosen = with_split(shards, section.split, is_one=True)
+    return [_with_format(shard, given) for shard in chosen]
 
 
-def _local(place: str) -> Sequence[Shard]:
+def _with_format(shard: Shard, given: str) -> Shard:
+    form = format_of(shard.name, given)
+    if form not in _STREAMED:
+        raise UserError(
+            f"is a file of the format {form!r}",
+            where=shard.name,
+            rule=_ADVICE,
+            advice="Set data_loader.path to json or parquet to read such files of a folder alone, "
+            "convert this one, or set streaming: False",
+        )
+    return replace(shard, form=form)
+
+
+def _local(place: str, suffixes: Sequence[str]) -> Sequence[Shard]:
     return [
         Shard(location=str(file.path), size=file.size, version=str(file.mtime_ns), below=file.below)
-        for file in find_files([place], STREAMED_SUFFIXES, suffix_advice=_ADVICE)
+        for file in find_files([place], suffixes, suffix_advice=_ADVICE)
     ]
 
 
-def _remote(place: str) -> Sequence[Shard]:
+def _remote(place: str, suffixes: Sequence[str]) -> Sequence[Shard]:
     return [
         Shard(location=file.url, size=file.size, version=file.version, below=file.below)
-        for file in find_remote(place, STREAMED_SUFFIXES)
+        for file in find_remote(place, suffixes)
     ]

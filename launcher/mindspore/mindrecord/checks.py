@@ -48,6 +48,8 @@ def problems(
             ),
         )
     key = "dataset_dir" if loader.dataset_dir else "dataset_files"
+    if any("://" in path for path in loader.paths):  # a URL, which is refused by another rule
+        return
     try:
         is_list = not isinstance(loader.dataset_files, str | None)
         headers = find_records(loader.paths, is_list=is_list).headers

@@ -98,11 +98,13 @@ def stream(
         dataset.stream.close()
 
 
-def cached(places: list[Any], cache_dir: Path, **settings: Any) -> RowDataset:
+def cached(
+    places: list[Any], cache_dir: Path, *, seq_length: int = 16, **settings: Any
+) -> RowDataset:
     """The same section without streaming."""
     section = section_of(places, **(settings | {"streaming": False}))
     return build_dataset(
-        section, tokenizer=TOKENIZER, seq_length=16, cache_dir=cache_dir,
+        section, tokenizer=TOKENIZER, seq_length=seq_length, cache_dir=cache_dir,
         once=lambda prepare: prepare(), log=lambda line: None,
     )  # fmt: skip
 

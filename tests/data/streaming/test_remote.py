@@ -228,3 +228,20 @@ def test_a_missing_package_is_named(
 def test_an_unknown_protocol_is_an_error() -> None:
     with pytest.raises(UserError, match="protocol"):
         find_shards(section_of(["nowhere://x/a.jsonl"]).loaders["data_loader"])
+
+
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [("http://[::1]:80/a.jsonl", False), ("http://[::1]:80/[ab].jsonl", True),
+     ("http://host/*.jsonl", True), ("bucket/*.jsonl", True), ("bucket/a.jsonl", False)],
+)  # fmt: skip
+def test_brackets_of_an_address_are_no_glob(url: str, expected: bool) -> None:
+    assert remote.has_glob(url) is expected
+
+
+def test_a_place_that_cannot_be_opened_is_an_error(tmp_path: Path) -> None:
+    """File systems of fsspec may read a place when they are made."""
+    with pytest.raises(UserError, match=r"absent\.zip"):
+        find_shards(
+            section_of([f"zip://a.jsonl::file://{tmp_path}/absent.zip"]).loaders["data_loader"]
+        )

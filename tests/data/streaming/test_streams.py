@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import gzip
+import os
+import socket
+import time
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,7 @@ from launcher.data.streaming.build import MachineRanks, build_stream
 from launcher.data.streaming.index import index_source
 from launcher.data.streaming.order import BlockOrder, StreamOrder
 from launcher.data.streaming.ranges import Ranges
+from launcher.data.streaming.ring import ABANDONED_SECONDS
 from launcher.data.streaming.rows import StreamingRows
 from launcher.data.streaming.shards import Shard, find_shards
 from launcher.data.streaming.worker import ThreadProducer
@@ -208,12 +212,25 @@ def test_two_runs_share_a_cache_folder(shards: list[Path], tmp_path: Path) -> No
         assert len(list(cache.glob("stream-*/ring-*"))) == 2
         assert one.fingerprint == other.fingerprint
         assert equal(rows_of(one, 0, 100), rows_of(other, 0, 100))
-    abandoned = next(cache.glob("stream-*")) / "ring-abandoned"
-    abandoned.mkdir()
-    (abandoned / "owner.lock").touch()
-    with stream(shards, cache) as one, stream(shards, cache):
-        assert not abandoned.exists()
-        assert len(list(cache.glob("stream-*/ring-*"))) == 2
+
+
+def test_rings_of_killed_jobs_are_deleted(shards: list[Path], tmp_path: Path) -> None:
+    """Those of any stream; of another machine, whose locks may be unknown here, when they are
+    old."""
+    cache = tmp_path / "cache"
+    old = time.time() - 2 * ABANDONED_SECONDS
+    rings = {}
+    for host, is_old in (("here", False), ("there", False), ("there", True)):
+        ring = cache / f"stream-{host}" / f"ring-{is_old}"
+        ring.mkdir(parents=True)
+        (ring / "owner.lock").write_text(socket.gethostname() if host == "here" else "another")
+        if is_old:
+            os.utime(ring, (old, old))
+        rings[host, is_old] = ring
+    with stream(shards, cache), stream(shards, cache):  # the first one is in use
+        found = [key for key, ring in rings.items() if ring.exists()]
+        assert found == [("there", False)]
+        assert len(list(cache.glob("stream-*/ring-*"))) == 3
 
 
 def test_shards_elsewhere_are_the_same_data(shards: list[Path], tmp_path: Path) -> None:
