@@ -97,7 +97,7 @@ WRONG: dict[str, tuple[str, str, str]] = {
         "config: {data_path: a_int32}\nsizes: [-5, 1, 0]", f"{LOADER}.sizes", "Nearest: [0, 1, 0]",
     ),
     "weights without size": (
-        "config: {data_path: [1, a_int32]}", f"{LOADER}.sizes", "train has None samples",
+        "config: {data_path: [1, a_int32]}", f"{LOADER}.sizes", "no samples of train",
     ),
     "split without numbers": (
         "config: {data_path: a_int32, split: all}", f"{CONFIG}.split", "'90, 8, 2'",
@@ -163,6 +163,12 @@ def test_damage_is_found_with_file_and_byte(place: Path) -> None:
     (place / "a_int32.idx").write_bytes((place / "a_int32.idx").read_bytes()[:-1])
     (problem,) = found(f"type: {MEGATRON}\nconfig: {{data_path: a_int32}}")
     assert "a_int32.idx: byte 501" in problem.what
+
+
+def test_a_copy_that_was_interrupted_is_found_before_the_run(place: Path) -> None:
+    (place / "a_int32.bin").write_bytes((place / "a_int32.bin").read_bytes()[:-40])
+    (problem,) = found(f"type: {MEGATRON}\nconfig: {{data_path: a_int32}}")
+    assert "a_int32.bin: byte" in problem.what
 
 
 @pytest.mark.parametrize("kind", [f"{MEGATRON}\nconfig:\n  data_path: a_int32",
