@@ -204,6 +204,11 @@ WRONG: dict[str, tuple[str, Callable[[Path], Any], dict[str, Any], str]] = {
         {}, "did you mean `uint16`?",
     ),
     "side file that is no object": (
+        "x.bin", lambda p: (p.write_bytes(bytes(8)), p.with_name("x.bin.json").write_text(
+            '{"dtype": "uint16", "eod": 0, "eod_token_id": 5}')),
+        {}, "eod_token_id = 5",
+    ),
+    "side list": (
         "x.bin", lambda p: (p.write_bytes(bytes(8)), p.with_name("x.bin.json").write_text("[1]")),
         {}, "it is a list",
     ),
