@@ -14,6 +14,7 @@ import pytest
 from launcher.config import rules
 from launcher.config.provenance import KeyProblem
 from launcher.config.resolve import resolve
+from launcher.config.suggest import nearest_key
 from launcher.errors import Problem
 from tests.config.workspace import RIGHT, build
 from tests.data.megatron.cases import GOLDEN
@@ -235,3 +236,8 @@ def test_the_rules_import_nothing_heavy() -> None:
         cwd=Path(__file__).parents[3],
     )  # fmt: skip
     assert done.stdout.strip() == "[]", done.stderr
+
+
+@pytest.mark.parametrize(("word", "key"), [("eod_token_id", "eod"), ("pad_token_id", "pad")])
+def test_keys_of_other_loaders_are_known_by_their_name_here(word: str, key: str) -> None:
+    assert nearest_key(word, CONFIG) == f"{CONFIG}.{key}"
