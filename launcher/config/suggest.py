@@ -74,6 +74,12 @@ _PATHS = {
     **dict.fromkeys(("lr_scheduler", "lr_scheduler_type", "scheduler"), "lr_schedule.type"),
 }  # fmt: skip
 """Words of other launchers for a key of one section, wherever they are written."""
+_OF_SECTION = {
+    ("data_loader.config", "eod_token_id"): "eod",
+    ("data_loader.config", "eos_token_id"): "eod",
+    ("data_loader.config", "pad_token_id"): "pad",
+}
+"""Words that are keys elsewhere, and have another name in the section of this ending."""
 _NOT_BUILT = {"model.model_config.pet_config": "LoRA is not built yet"}
 
 _SAME_SECTION = 0.15
@@ -150,6 +156,9 @@ def nearest_key(name: str, section: str) -> str:
     """The full dotted key nearest to `name` written in `section`; empty when none is near."""
     if name in _PATHS:
         return _PATHS[name]
+    for (ending, word), own in _OF_SECTION.items():
+        if name == word and section.endswith(ending):
+            return f"{section}.{own}"
     word = _SYNONYMS.get(name, name)
     best, best_score = "", 0.0
     matcher = SequenceMatcher(b=word.lower())

@@ -75,6 +75,9 @@ def write_corpus(corpus: Corpus, *, overwrite: bool) -> Written:
         for batch in corpus.batches(parts.samples):
             parts.add(batch)
         parts.end()
+        if not parts.samples:
+            raise UserError("there are no documents", rule="a dataset has a document",
+                            advice="Look into the files")  # fmt: skip
         joined = folder / "all"
         with IndexedWriter(joined, dtype=corpus.dtype) as writer:
             for path in parts.paths():
@@ -156,6 +159,8 @@ class _Parts:
 
     def add(self, batch: list[Tokens]) -> None:
         """Append documents, one for each sample."""
+        if not batch:
+            return
         if self._writer is None:
             self._writer = IndexedWriter(self._path(len(self.done)), dtype=self._dtype)
         self._writer.add_documents(batch)
@@ -184,6 +189,8 @@ class _Parts:
         """Drop the part that is not complete; another process may write to the folder."""
         if self._writer is not None:
             self._writer.close()
+        if not self.done:
+            shutil.rmtree(self._folder, ignore_errors=True)  # nothing to go on from
         os.close(self._lock)
 
     def paths(self) -> Iterator[Path]:

@@ -50,12 +50,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add(
         "--text_column",
         "--json-keys",
-        default="text",
         metavar="NAME",
         help="column of the text (text)",
     )
     add("--suffixes", nargs="+", metavar="SUFFIX", help="endings of text files taken from folders")
-    add("--column", default="input_ids", metavar="NAME",
+    add("--column", metavar="NAME",
         help="column of MindRecord files that has the tokens (input_ids)")  # fmt: skip
     add(
         "--dtype", choices=("uint16", "int32"), help="default: uint16 for a vocabulary below 65,500"
@@ -99,6 +98,7 @@ def _corpus(options: argparse.Namespace, console: Console) -> tuple[Corpus, Tall
     _check_inputs(options.input)
     kind = options.type or (TEXT if options.suffixes else _type_of(options.input))
     tally = Tally()
+    _check_columns(options, kind)
     recipe = _recipe(options, kind, console)
     files = _files(recipe)
     vocabulary = len(recipe.tokenizer) if recipe.tokenizer is not None else None
@@ -106,8 +106,8 @@ def _corpus(options: argparse.Namespace, console: Console) -> tuple[Corpus, Tall
     job = {
         "type": kind,
         "files": [[str(f.path.resolve()), f.size, f.mtime_ns] for f in files],
-        "text_column": options.text_column,
-        "column": options.column,
+        "text_column": recipe.loader.text_column,
+        "column": options.column or "input_ids",
         "num_samples": options.num_samples,
         "dtype": dtype.name,
         "tokenizer": _tokenizer_key(recipe.tokenizer),
@@ -117,7 +117,7 @@ def _corpus(options: argparse.Namespace, console: Console) -> tuple[Corpus, Tall
 
     def batches(done: int) -> Iterator[list[Any]]:
         if kind == TOKENS:
-            return _rows(recipe, options.column, done, meter)
+            return _rows(recipe, options.column or "input_ids", done, meter)
         return _batches(recipe, files, done, tally, meter)
 
     return Corpus(prefix=options.output_prefix, dtype=dtype, job=job, batches=batches), tally
@@ -162,6 +162,18 @@ def _type_of_file(file: DataFile) -> str | None:
     return TEXT if not file.below or plain.endswith(TEXT_SUFFIXES) else None
 
 
+def _check_columns(options: argparse.Namespace, kind: str) -> None:
+    """Columns are named for files that have them."""
+    kinds = {"text_column": "HFDataLoader", "column": TOKENS}
+    for option, its_kind in kinds.items():
+        if getattr(options, option) and kind != its_kind:
+            raise UserError(
+                f"--{option} {getattr(options, option)}: the files are read by {kind}",
+                where="command line", rule=f"it is an option of {its_kind}",
+                advice="Remove it, or choose how files are read with --type",
+            )  # fmt: skip
+
+
 def _check_inputs(inputs: Sequence[str]) -> None:
     from launcher.config.checks.paths import nearest_path
 
@@ -184,7 +196,7 @@ def _recipe(options: argparse.Namespace, kind: str, console: Console) -> Recipe:
             advice="Write --tokenizer DIR, a Hugging Face directory",
         )  # fmt: skip
     section = DataLoaderSection(
-        type=kind, dataset_files=list(options.input), text_column=options.text_column,
+        type=kind, dataset_files=list(options.input), text_column=options.text_column or "text",
         suffixes=options.suffixes, num_samples=options.num_samples,
     )  # fmt: skip
     return Recipe(

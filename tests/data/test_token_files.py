@@ -203,6 +203,11 @@ WRONG: dict[str, tuple[str, Callable[[Path], Any], dict[str, Any], str]] = {
                             p.with_name("x.bin.json").write_text('{"dtype": "unit16"}')),
         {}, "did you mean `uint16`?",
     ),
+    "side file with two end tokens": (
+        "x.bin", lambda p: (p.write_bytes(bytes(8)), p.with_name("x.bin.json").write_text(
+            '{"dtype": "uint16", "eod": 0, "eod_token_id": 5}')),
+        {}, "eod_token_id = 5",
+    ),
     "side file that is no object": (
         "x.bin", lambda p: (p.write_bytes(bytes(8)), p.with_name("x.bin.json").write_text("[1]")),
         {}, "it is a list",

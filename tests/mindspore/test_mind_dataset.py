@@ -199,6 +199,15 @@ def test_a_map_without_tokens_takes_those_of_the_usual_name(build: Build, tmp_pa
     assert alone.row(0).labels.tolist() == [6, 7]
 
 
+def test_an_end_token_that_ends_nothing_is_said(
+    build: Build, tmp_path: Path, lines: list[str]
+) -> None:
+    path = written(tmp_path, [[[5, 6, 7, 8]]], "input_ids")
+    for eod, count in ((6, 0), (9, 1)):
+        build(path, 3, eod_token_id=eod)
+        assert sum("data_loader.eod_token_id" in line for line in lines) == count
+
+
 def test_num_samples_takes_the_first_rows(goldens: Path, build: Build) -> None:
     dataset = build(goldens / "shards.mindrecord0", 32, num_samples=8)
     assert len(dataset) == 8

@@ -158,6 +158,9 @@ def test_a_damaged_part_is_made_again(folder: Path, monkeypatch: pytest.MonkeyPa
         (["--input", "texts.jsonl", "--tokenizer", "books"], "tokenizer.json"),
         (["--input", "texts.jsonl", "--workers", "0"], "--workers"),
         (["--input", "texts.jsonl", "books"], "--type"),
+        (["--input", "books", "--text_column", "body"], "--text_column"),
+        (["--input", "texts.jsonl", "--column", "text"], "--column"),
+        (["--input", "empty.txt"], "no documents"),
         (["--input", "tokens.npy"], "a file of tokens"),
         (["--input", "texts.jsonl", "--output_prefix", "out"], "out/text_document"),
     ],
@@ -166,11 +169,13 @@ def test_a_damaged_part_is_made_again(folder: Path, monkeypatch: pytest.MonkeyPa
 def test_mistakes(
     folder: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
 ) -> None:
+    Path("empty.txt").touch()
     np.save("tokens.npy", np.zeros(4, dtype=np.uint16))
     Path("out").mkdir()
     assert run(*arguments) == 2
     assert said in capsys.readouterr().err
     assert not list(Path().glob("**/*.bin"))
+    assert not list(Path("out").iterdir())
 
 
 def test_bytes_that_changed_on_the_disk_are_found(

@@ -76,6 +76,13 @@ class MegatronConfigSection:
     s3_cache_path: str | None = not_built(None, "Copy the files to a local directory")
     """Directory for files of an object store."""
 
+    @property
+    def needs_eod(self) -> list[str]:
+        """The keys that are on and mean nothing without `eod`."""
+        keys = ("eod_mask_loss", "reset_position_ids", "reset_attention_mask",
+                "create_compressed_eod_mask")  # fmt: skip
+        return [key for key in keys if getattr(self, key)]
+
     def paths_of(self, phase: str) -> tuple[str, str | list[str] | None]:
         """The key of this section with the data of `train`, `valid` or `test`, and its value."""
         own = f"{phase}_data_path"

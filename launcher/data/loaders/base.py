@@ -14,7 +14,7 @@ from launcher.config.schema import DataLoaderSection, DatasetSection
 from launcher.data.files import DataFile
 from launcher.data.progress import OnProgress, ignore_progress
 from launcher.data.records import Record
-from launcher.data.rows import RowDataset
+from launcher.data.rows import RowDataset, Rows
 from launcher.data.tally import Tally
 from launcher.errors import UserError
 
@@ -102,6 +102,23 @@ class DataLoader(Generic[SampleT]):
     """What its samples are, for log lines."""
     paths_key: str = "dataset_dir"
     """The key that a user sets to name the files."""
+
+
+LOOKED_AT = 256
+"""Rows in which an end token is looked for."""
+
+
+def warn_without_end_token(rows: Rows, token: int, key: str, log: Log) -> None:
+    """Log a warning where `token`, the value of `key`, ends no document in a sample of rows: they
+    are then not kept apart. Rows are spread over all of the data."""
+    step = max(len(rows) // LOOKED_AT, 1)
+    indices = range(0, len(rows), step)
+    if any((rows.row(index).input_ids == token).any() for index in indices):
+        return
+    log(
+        f"warning: none of {len(indices)} rows that were looked at has the token {token} of {key}, "
+        "so no document ends in them"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

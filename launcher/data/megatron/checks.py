@@ -17,9 +17,6 @@ from launcher.errors import UserError
 from models.families import supports_packing
 
 PHASES = ("train", "valid", "test")
-_NEED_EOD = (
-    "eod_mask_loss", "reset_position_ids", "reset_attention_mask", "create_compressed_eod_mask",
-)  # fmt: skip
 _APART = ("reset_attention_mask", "create_compressed_eod_mask")
 
 
@@ -70,7 +67,7 @@ def _sizes(check: Check, prefix: str, loader: DataLoaderSection) -> Iterator[Key
 
 
 def _documents(check: Check, prefix: str, config: MegatronConfigSection) -> Iterator[KeyProblem]:
-    on = [key for key in _NEED_EOD if getattr(config, key)]
+    on = config.needs_eod
     if on and config.eod is None:
         known = _end_token(check)
         yield check.wrong(
@@ -205,7 +202,7 @@ def _blend_size(check: Check, prefix: str, phase: str) -> Iterator[KeyProblem]:
     if not size:
         yield check.wrong(
             f"{prefix}.sizes",
-            f"sizes is the length of a data_path with weights, and {phase} has {size} samples",
+            f"sizes is the length of a data_path with weights, and it has no samples of {phase}",
             nearest=f"Nearest: set entry {PHASES.index(phase)} of sizes to a number above 0",
             advice="Or remove the weights, to read all samples",
             also=(f"{prefix}.type",),

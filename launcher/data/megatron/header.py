@@ -109,6 +109,8 @@ def read_header(prefix: str | Path) -> IndexHeader:
     header = _parsed(raw, index, size)
     if header.sequences and tokens.stat().st_size == 0:
         _check_not_empty(header, index, tokens)
+    elif header.sequences:
+        _check_complete(header, index, tokens)
     return header
 
 
@@ -153,6 +155,22 @@ def _check_not_empty(header: IndexHeader, index: Path, tokens: Path) -> None:
             if any(block):
                 raise damaged(tokens, 0, "has no tokens", f"{index} has sequences with tokens")
             left -= len(block)
+
+
+def _check_complete(header: IndexHeader, index: Path, tokens: Path) -> None:
+    """The `.bin` file has the last sequence: a copy that was interrupted has not."""
+    last = header.sequences - 1
+    with index.open("rb") as file:
+        file.seek(HEADER.size + 4 * last)
+        length = int.from_bytes(file.read(4), "little", signed=True)
+        file.seek(header.offsets_at + 8 * last)
+        begin = int.from_bytes(file.read(8), "little", signed=True)
+    size, needed = tokens.stat().st_size, begin + max(length, 0) * header.token_bytes
+    if rest := size % header.token_bytes:
+        raise damaged(tokens, size - rest, f"{size} bytes",
+                      f"by {index} a token has {header.token_bytes} bytes")  # fmt: skip
+    if begin >= 0 and needed > size:
+        raise damaged(tokens, size, f"has {size} bytes", f"by {index} it has {needed}")
 
 
 def damaged(path: Path, byte: int, what: str, rule: str) -> UserError:

@@ -144,9 +144,6 @@ def open_indexed(prefix: str | Path, *, check: bool = True) -> IndexedDataset:
     def part(begin: int, stop: int, dtype: str) -> npt.NDArray[Any]:
         return raw[begin:stop].view(dtype)
 
-    if rest := data.stat().st_size % header.token_bytes:
-        raise damaged(data, data.stat().st_size - rest, f"{data.stat().st_size} bytes",
-                      f"by {index} a token has {header.token_bytes} bytes")  # fmt: skip
     dtype = np.dtype(header.dtype).newbyteorder("<")
     tokens = np.zeros(0, dtype)
     if data.stat().st_size:

@@ -26,7 +26,7 @@ from launcher.data.array_folder import (
 )
 from launcher.data.cache import make_once
 from launcher.data.file_hash import file_state, sampled_hash
-from launcher.data.loaders.base import Log, Recipe, RowLoader
+from launcher.data.loaders.base import Log, Recipe, RowLoader, warn_without_end_token
 from launcher.data.megatron.blend import BlendOrder, Requests, build_blend, requests
 from launcher.data.megatron.data_path import BlendSpec, parse_data_path
 from launcher.data.megatron.header import index_path, read_header, tokens_path
@@ -140,7 +140,8 @@ def prepare(recipe: Recipe) -> str:
             advice="Free some space, give write permission, or set config.path_to_cache",
         ) from error
     result = {"parts": names, "blend": blend}
-    rows = len(_open_rows(plan, folder, result))
+    opened = _open_rows(plan, folder, result)
+    rows = len(opened)
     if rows == 0:
         raise UserError(
             f"data_loader.sizes: the {plan.phase} split has no samples",
@@ -148,6 +149,8 @@ def prepare(recipe: Recipe) -> str:
             advice=f"Set entry {SPLITS.index(plan.phase)} of sizes to a number above 0",
         )
     recipe.log(_summary(plan, [content for _, content in parts], rows, make.made, started))
+    if config.eod is not None and config.eod != NO_TOKEN and any(config.needs_eod):
+        warn_without_end_token(opened, config.eod, "data_loader.config.eod", recipe.log)
     return json.dumps(result)
 
 

@@ -6,8 +6,9 @@ Three kinds of files:
     x.u16, x.int32  raw little-endian integers; the name has the type
     x.bin           the same; `token_dtype` or a file `x.bin.json` beside it has the type
 
-The side file is `{"dtype": "uint16", "eod": 50256}`; `eos` is another name of `eod`. Invariants: a
-pickled array is never opened; a file has exactly the bytes that its header or type requires.
+The side file is `{"dtype": "uint16", "eod": 50256}`; `eos` and `eod_token_id` are other names of
+`eod`. Invariants: a pickled array is never opened; a file has exactly the bytes that its header or
+type requires.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ _NPY_MAGIC = b"\x93NUMPY"
 _LONGEST_HEADER = 1 << 16
 _LETTERS = {"u1": "uint8", "u2": "uint16", "u4": "uint32", "i2": "int16", "i4": "int32",
             "i8": "int64"}  # fmt: skip
-_SIDE_KEYS = ("dtype", "eod", "eos")
+_END_KEYS = ("eod", "eos", "eod_token_id")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,8 +80,8 @@ def describe(path: Path, token_dtype: str | None) -> TokenFile:
                 rule="a file has tokens of one type",
                 advice="Remove the wrong one of the two",
             )
-    eod = side.get("eod", side.get("eos"))
-    unknown = tuple(key for key in side if key not in _SIDE_KEYS)
+    eod = next((side[key] for key in _END_KEYS if side.get(key) is not None), None)
+    unknown = tuple(key for key in side if key not in ("dtype", *_END_KEYS))
     return replace(found, eod=eod, unknown_keys=unknown)
 
 
@@ -216,7 +217,7 @@ def _read_side(path: Path) -> dict[str, Any]:
         raise UserError(f"dtype = {dtype!r}", where=str(side),
                         rule=f"token ids are one of {', '.join(TYPE_BYTES)}",
                         nearest=did_you_mean(str(dtype), TYPE_BYTES))  # fmt: skip
-    for key in ("eod", "eos"):
+    for key in _END_KEYS:
         eod = content.get(key)
         if eod is not None and (type(eod) is not int or eod < 0):
             raise UserError(
@@ -224,6 +225,14 @@ def _read_side(path: Path) -> dict[str, Any]:
                 where=str(side),
                 rule="it is the id of the token at the end of each document",
             )
+    ends = {key: content[key] for key in _END_KEYS if content.get(key) is not None}
+    if len(set(ends.values())) > 1:
+        raise UserError(
+            ", ".join(f"{key} = {eod}" for key, eod in ends.items()),
+            where=str(side),
+            rule="these are names of one thing, the token at the end of each document",
+            advice="Remove the wrong ones",
+        )
     return content
 
 

@@ -12,7 +12,7 @@ import json
 from xxhash import xxh3_128
 
 from launcher.data.file_hash import sampled_hash
-from launcher.data.loaders.base import Recipe, RowLoader
+from launcher.data.loaders.base import Recipe, RowLoader, warn_without_end_token
 from launcher.data.rows import RowDataset
 from launcher.data.token_files.files import check_shapes, end_token, token_files
 from launcher.data.token_files.header import TokenFile, side_path
@@ -23,7 +23,6 @@ from launcher.errors import UserError
 def prepare(recipe: Recipe) -> str:
     """Check the files. Raises UserError."""
     files, rows = _rows(recipe)
-    end_token(recipe.loader, files)
     if len(rows) == 0:
         raise UserError(
             f"data_loader: {len(files)} file(s) with {rows.tokens} token(s)",
@@ -34,6 +33,9 @@ def prepare(recipe: Recipe) -> str:
         f"data: {len(files):,} file(s) of tokens, {rows.tokens:,} tokens, {len(rows):,} rows of "
         f"{recipe.seq_length}"
     )
+    end = end_token(recipe.loader, files)
+    if end is not None and recipe.section.packing:
+        warn_without_end_token(rows, end, "data_loader.eod_token_id", recipe.log)
     for file in files:
         if file.unknown_keys:
             recipe.log(

@@ -14,7 +14,7 @@ from typing import Any
 
 from launcher.config.schema import DataLoaderSection
 from launcher.data.cache import make_once
-from launcher.data.loaders.base import Recipe, RowLoader
+from launcher.data.loaders.base import Recipe, RowLoader, warn_without_end_token
 from launcher.data.rows import NO_TARGET, Counts, Ints, Row, RowDataset
 from launcher.errors import UserError
 from launcher.mindspore.mindrecord.columns import Columns, choose_columns
@@ -97,9 +97,13 @@ def prepare(recipe: Recipe) -> str:
             rule="an index of the rows is kept in a folder that this user may write to",
             advice="Free some space, give write permission, or set another output_dir",
         ) from error
-    facts = open_index(folder).facts
+    index = open_index(folder)
+    facts = index.facts
     origin = f"{time.monotonic() - started:.1f} s" if is_new else f"from the index {folder}"
     _report(recipe, records, columns, facts, origin)
+    if (end := recipe.loader.eod_token_id) is not None:
+        rows = MindRecordRows(files, index, columns, work.rule)
+        warn_without_end_token(rows, end, "data_loader.eod_token_id", recipe.log)
     return folder.name
 
 

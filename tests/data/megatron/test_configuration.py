@@ -14,6 +14,7 @@ import pytest
 from launcher.config import rules
 from launcher.config.provenance import KeyProblem
 from launcher.config.resolve import resolve
+from launcher.config.suggest import nearest_key
 from launcher.errors import Problem
 from tests.config.workspace import RIGHT, build
 from tests.data.megatron.cases import GOLDEN
@@ -97,7 +98,7 @@ WRONG: dict[str, tuple[str, str, str]] = {
         "config: {data_path: a_int32}\nsizes: [-5, 1, 0]", f"{LOADER}.sizes", "Nearest: [0, 1, 0]",
     ),
     "weights without size": (
-        "config: {data_path: [1, a_int32]}", f"{LOADER}.sizes", "train has None samples",
+        "config: {data_path: [1, a_int32]}", f"{LOADER}.sizes", "no samples of train",
     ),
     "split without numbers": (
         "config: {data_path: a_int32, split: all}", f"{CONFIG}.split", "'90, 8, 2'",
@@ -165,6 +166,12 @@ def test_damage_is_found_with_file_and_byte(place: Path) -> None:
     assert "a_int32.idx: byte 501" in problem.what
 
 
+def test_a_copy_that_was_interrupted_is_found_before_the_run(place: Path) -> None:
+    (place / "a_int32.bin").write_bytes((place / "a_int32.bin").read_bytes()[:-40])
+    (problem,) = found(f"type: {MEGATRON}\nconfig: {{data_path: a_int32}}")
+    assert "a_int32.bin: byte" in problem.what
+
+
 @pytest.mark.parametrize("kind", [f"{MEGATRON}\nconfig:\n  data_path: a_int32",
                                   "TokenFileDataLoader\ndataset_dir: x.u16"])  # fmt: skip
 def test_keys_of_one_loader_are_not_those_of_another(kind: str, place: Path) -> None:
@@ -229,3 +236,8 @@ def test_the_rules_import_nothing_heavy() -> None:
         cwd=Path(__file__).parents[3],
     )  # fmt: skip
     assert done.stdout.strip() == "[]", done.stderr
+
+
+@pytest.mark.parametrize(("word", "key"), [("eod_token_id", "eod"), ("pad_token_id", "pad")])
+def test_keys_of_other_loaders_are_known_by_their_name_here(word: str, key: str) -> None:
+    assert nearest_key(word, CONFIG) == f"{CONFIG}.{key}"

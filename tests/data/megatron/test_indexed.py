@@ -146,7 +146,7 @@ DAMAGE: dict[str, tuple[Edit, str, int | None, str]] = {
     "idx_extra_bytes": (_index(lambda content: content + bytes(5)), ".idx", 502, "507 bytes"),
     "bin_cut": (
         lambda prefix: tokens_path(prefix).write_bytes(tokens_path(prefix).read_bytes()[:-4]),
-        ".idx", OFFSETS + 8 * (SEQUENCES - 1), "1900 bytes",
+        ".bin", 1900, "it has 1904",
     ),
     "bin_empty": (lambda prefix: tokens_path(prefix).write_bytes(b""), ".bin", 0, "no tokens"),
     "sequence_count_too_big": (_set(18, "<Q", 10**6), ".idx", 502, "1000000 sequences"),

@@ -306,3 +306,13 @@ def test_preparation_reports_how_far_it_is(tmp_path: Path, monkeypatch: pytest.M
     fractions = [progress.fraction or 0.0 for progress in seen]
     assert fractions == sorted(fractions)
     assert 0 < fractions[0] < fractions[-1] == 1
+
+
+def test_an_end_token_that_ends_nothing_is_said(tmp_path: Path) -> None:
+    for eod, count in ((EOD, 0), (12345, 1)):
+        log = list[str]()
+        open_loader(section(reset_attention_mask=True, eod=eod), LENGTH, tmp_path, log=log)
+        assert sum(f"token {eod} of data_loader.config.eod" in line for line in log) == count
+    log = list[str]()
+    open_loader(section(eod=12345), LENGTH, tmp_path, log=log)
+    assert not any("warning" in line for line in log), "nothing depends on it"
