@@ -338,7 +338,9 @@ def _key(recipe: Recipe, files: list[DataFile]) -> str:
         content = [[f.split, str(f.path.resolve()), f.size, f.mtime_ns] for f in files]
     else:
         hashes = content_hashes(files, recipe.cache_dir, recipe.on_progress)
-        content = [[f.split, _kind(f.path), digest] for f, digest in zip(files, hashes, strict=True)]
+        content = [
+            [f.split, _kind(f.path), digest] for f, digest in zip(files, hashes, strict=True)
+        ]
     return hash_of([settings_of(recipe), content])
 
 
