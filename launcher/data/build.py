@@ -4,9 +4,9 @@ rank.
 Owns the data cache. Invariants:
 
 1. A folder of the cache is named by a hash of everything that decides its content: the bytes of the
-   files, their kinds and splits, the settings, the tokenizer. Where the files lie is no part of it, so that
-   moved, copied or touched files are not tokenized again. With `num_samples`, which reads only the
-   beginning of the data, path, size and time of the files stand for their bytes.
+   files, their kinds and splits, the settings, the tokenizer. Where the files lie is no part of it,
+   so that moved, copied or touched files are not tokenized again. With `num_samples`, which reads
+   only the beginning of the data, path, size and time of the files stand for their bytes.
 2. One rank of each file system reads the sources and writes the cache; every rank ends with the
    same dataset or the same error. No machine needs the cache of another one.
 3. The cache may be deleted at any time between runs; nothing else is kept in it.
@@ -310,8 +310,8 @@ def _usual_strategy(recipe: Recipe) -> str:
 
 def _unusual_strategy(recipe: Recipe) -> dict[str, str]:
     """`packing_strategy` where it makes other rows of the same tokens than without it."""
-    strategy = recipe.section.packing_strategy
-    return {"packing_strategy": strategy} if strategy not in (None, _usual_strategy(recipe)) else {}
+    strategy = recipe.section.packing_strategy or _usual_strategy(recipe)
+    return {"packing_strategy": strategy} if strategy != _usual_strategy(recipe) else {}
 
 
 def _pad_token(recipe: Recipe) -> int:
@@ -405,5 +405,14 @@ def _nothing_to_train_on(
         f"{metadata['read']} document(s), {metadata['tokens']} token(s))",
         rule="a dataset needs at least two tokens of text, or one answer that fits into a row",
         nearest=f"The first file is {files[0].path}",
-        advice="; ".join(metadata["warnings"]) or "Look into the files",
+        advice=_why_nothing(recipe, metadata["warnings"]),
     )
+
+
+def _why_nothing(recipe: Recipe, warnings: list[str]) -> str:
+    """What may have left nothing of the data."""
+    if warnings:
+        return "; ".join(line.removeprefix("warning: ") for line in warnings)
+    if recipe.loader.split != "train" or recipe.loader.transforms:
+        return "Look into the files, data_loader.split and data_loader.transforms"
+    return "Look into the files"
