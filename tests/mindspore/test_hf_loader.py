@@ -166,7 +166,7 @@ REFUSED: dict[str, tuple[str, list[str]]] = {
     ),
     "labels that are ignored otherwise": (
         hf("{type: AlpacaInstructDataHandler, seq_length: 8, ignore_token_id: 0}"),
-        ["handler.0.ignore_token_id = 0"],
+        ["handler.0.ignore_token_id = 0", "Nearest: -100"],
     ),
     "a handler that is a number": ("type: HFDataLoader, path: json, handler: 3",
                                    ["handler = 3", "a list of steps"]),
@@ -182,7 +182,6 @@ REFUSED: dict[str, tuple[str, list[str]]] = {
         "type: HFDataLoader, path: json, load_func: load_from_dik",
         ["load_func = 'load_from_dik'", "did you mean `load_from_disk`?"],
     ),
-    "streams": ("type: HFDataLoader, path: json, streaming: True", ["streaming = True"]),
 }  # fmt: skip
 
 
