@@ -89,7 +89,7 @@ def build_dataset(
     Every rank calls this with the same arguments; `log` and `on_progress` are called on the ranks
     that prepare the data, with `workers` processes at most. `once` runs a function on one of the
     ranks that share `cache_dir` and returns its result on each of them. `max_cache_bytes`: what the
-    cache may have, apart from folders in use. Raises UserError, the same on every rank.
+    cache may have when a folder is added, apart from those in use. Raises UserError, the same on every rank.
     """
     recipe = Recipe(
         section=section,
@@ -108,9 +108,9 @@ def build_dataset(
     leases: list[Lease] = []  # of the rank that prepares, until it has opened the folder
 
     def prepare() -> str:
-        folder, lease = _ensure_folder(recipe)
+        folder, lease, is_new = _ensure_folder(recipe)
         leases.append(lease)
-        if max_cache_bytes is not None:
+        if is_new and max_cache_bytes is not None:
             make_room(recipe.cache_dir, max_cache_bytes, keep=folder, log=log)
         return folder.name
 
@@ -130,9 +130,9 @@ def _open_leased(folder: Path, recipe: Recipe) -> RowDataset:
     return dataset
 
 
-def _ensure_folder(recipe: Recipe) -> tuple[Path, Lease]:
-    """The folder of the cache with this dataset, created where it does not exist; in use until the
-    lease is closed."""
+def _ensure_folder(recipe: Recipe) -> tuple[Path, Lease, bool]:
+    """The folder of the cache with this dataset, created where it does not exist, in use until the
+    lease is closed; and whether this job has made it."""
     started = time.monotonic()
     files = source_files(recipe.loader)
     try:
@@ -153,7 +153,7 @@ def _ensure_folder(recipe: Recipe) -> tuple[Path, Lease]:
     )
     for line in metadata["warnings"]:
         recipe.log(_with_present_paths(line, metadata["paths"], files))
-    return folder, lease
+    return folder, lease, is_new
 
 
 def _used(folder: Path, recipe: Recipe) -> Lease | None:
