@@ -18,16 +18,16 @@ from launcher.report.console import Console
 def data_job(arguments: Sequence[str], console: Console) -> Job:
     """The job of a command line of `run.py`, in this process alone whatever its layout.
 
-    Raises `UserError` with all problems of the configuration; without a run mode it is that of
-    training.
+    Raises `UserError` with all problems of its data; without a run mode it is that of training.
     """
     named = any(word.partition("=")[0].lstrip("+-") == "run_mode" for word in arguments)
     resolved = resolve_command_line(
         parse([*arguments, *([] if named else ["--run_mode", "train"])])
     )
     found = rules.check(
-        resolved.config, resolved.provenance, world=None, bad_keys=resolved.bad_keys
-    )
+        resolved.config, resolved.provenance, world=None, bad_keys=resolved.bad_keys,
+        rules=rules.DATA_RULES,
+    )  # fmt: skip
     if problems := (*resolved.problems, *found):
         raise UserError(problems)
     alone = World(rank=0, size=1, device=torch.device("cpu"))

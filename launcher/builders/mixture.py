@@ -80,6 +80,8 @@ def open_mixture(
     }
     for name, source in sections.items():
         if source.max_samples is not None:
+            if source.max_samples > len(datasets[name]):
+                log(f"note: {name}: has {len(datasets[name]):,} rows, fewer than max_samples")
             own = source_seed(seed, name)
             datasets[name] = limited(
                 datasets[name], source.max_samples, own, shuffle=source.is_shuffled

@@ -242,7 +242,9 @@ def _data_position(
         )
     if changed:
         settings = [key for key in changed if key in DATA_KEYS]
-        listing = ", ".join(f"{DATA_KEYS[k]}: {before.get(k)} -> {present.get(k)}" for k in settings)
+        listing = ", ".join(
+            f"{DATA_KEYS[k]}: {before.get(k)} -> {present.get(k)}" for k in settings
+        )
         raise _other_data(job, listing, DATA_KEYS[settings[0]] if settings else "")
     order = run.loader.order
     if not isinstance(order, MixtureOrder):

@@ -41,6 +41,24 @@ __all__ = [
     "world_size",
 ]
 
+_ABOUT_DATA: tuple[Rule, ...] = (
+    paths.datasets,
+    streaming.streams,
+    mixture.mixtures,
+    records.places,
+    records.tables,
+    records.splits,
+    records.columns,
+    records.transforms,
+    records.prompts,
+    records.packing,
+    paths.tokenizer,
+    tokenizer.tokenizer_files,
+    paths.named_paths,
+    placeholders.hub_files,
+    placeholders.data_files,
+)
+
 RULES: tuple[Rule, ...] = (
     paths.run_mode,
     parallel.processes,
@@ -76,21 +94,7 @@ RULES: tuple[Rule, ...] = (
     generation.numbers,
     generation.generation_file,
     generation.bad_words,
-    paths.datasets,
-    streaming.streams,
-    mixture.mixtures,
-    records.places,
-    records.tables,
-    records.splits,
-    records.columns,
-    records.transforms,
-    records.prompts,
-    records.packing,
-    paths.tokenizer,
-    tokenizer.tokenizer_files,
-    paths.named_paths,
-    placeholders.hub_files,
-    placeholders.data_files,
+    *_ABOUT_DATA,
     weights.weights,
     weights.file_format,
     weights.damage,
@@ -104,15 +108,10 @@ DATA_RULES: tuple[Rule, ...] = (
     paths.run_mode,
     parallel.rows,
     training.evaluation_in_training,
-    paths.datasets,
-    paths.tokenizer,
-    tokenizer.tokenizer_files,
-    paths.named_paths,
-    placeholders.hub_files,
-    placeholders.data_files,
+    *_ABOUT_DATA,
     model.model,
 )
-"""Those of `--prepare_data`, which needs neither weights nor the processes of the run."""
+"""Those of jobs that only open the data: they need neither weights nor the processes of the run."""
 
 
 @dataclass(frozen=True)

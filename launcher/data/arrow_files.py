@@ -13,7 +13,7 @@ from typing import Any
 
 from launcher.data.encoding import read_bytes
 from launcher.data.files import DataFile, data_file
-from launcher.data.records import Record
+from launcher.data.records import Record, shown
 from launcher.errors import UserError, did_you_mean
 from launcher.json_text import NotJson, parse
 
@@ -53,7 +53,19 @@ def files_of_saved_dataset(folder: Path, split: str) -> list[DataFile]:
             rule="a saved data set has its rows in order, as `datasets` writes it since 2.0",
             advice="Load it with `datasets.load_from_disk`, and save it again",
         )
-    return [data_file(folder / str(entry["filename"])) for entry in entries]
+    return [data_file(folder / _name_in(state, entry)) for entry in entries]
+
+
+def _name_in(state: Path, entry: Any) -> str:
+    """The name of a file beside `state.json`, of an entry of it."""
+    name = entry.get("filename") if isinstance(entry, dict) else None
+    if not isinstance(name, str) or Path(name).name != name:
+        raise UserError(
+            f"`_data_files` has {shown(entry)}", where=str(state),
+            rule="an entry has the filename of a file in this folder",
+            advice="Copy the data set again",
+        )  # fmt: skip
+    return name
 
 
 def read_arrow_records(path: Path) -> Iterator[Record]:

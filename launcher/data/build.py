@@ -4,9 +4,9 @@ rank.
 Owns the data cache. Invariants:
 
 1. A folder of the cache is named by a hash of everything that decides its content: the bytes of the
-   files, their kinds and splits, the settings, the tokenizer. Where the files lie is no part of it, so that
-   moved, copied or touched files are not tokenized again. With `num_samples`, which reads only the
-   beginning of the data, path, size and time of the files stand for their bytes.
+   files, their kinds and splits, the settings, the tokenizer. Where the files lie is no part of it,
+   so that moved, copied or touched files are not tokenized again. With `num_samples`, which reads
+   only the beginning of the data, path, size and time of the files stand for their bytes.
 2. One rank of each file system reads the sources and writes the cache; every rank ends with the
    same dataset or the same error. No machine needs the cache of another one.
 3. The cache may be deleted at any time between runs; nothing else is kept in it.
@@ -22,8 +22,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from xxhash import xxh3_128
-
 from launcher.config.schema import DatasetSection
 from launcher.data.cache import (
     FACTS,
@@ -32,11 +30,10 @@ from launcher.data.cache import (
     make_room,
     take_lease,
 )
-from launcher.data.content import content_hashes
+from launcher.data.cache_key import folder_key, is_stream, unusual_strategy
 from launcher.data.files import DataFile
 from launcher.data.loaders import (
     loader_of,
-    loader_type,
     row_loader_of,
     source_files,
 )
@@ -52,13 +49,8 @@ from launcher.data.progress import OnProgress, ignore_progress
 from launcher.data.rows import RowDataset, Rows
 from launcher.data.store import INDEX_DTYPE, map_array, open_store, write_array
 from launcher.data.tally import Tally
-from launcher.data.templates import DEFAULT_CHAT_TEMPLATE
 from launcher.data.tokenizing import tokenize_files
-from launcher.data.tokens import backend_of
 from launcher.errors import UserError
-
-CACHE_VERSION = 3
-"""Part of every key: raise it when the same input would be stored in another way."""
 
 MAX_PATHS = 10_000
 """Files whose paths are kept with a dataset, for its warnings."""
@@ -85,7 +77,8 @@ def build_dataset(
     Every rank calls this with the same arguments; `log` and `on_progress` are called on the ranks
     that prepare the data, with `workers` processes at most. `once` runs a function on one of the
     ranks that share `cache_dir` and returns its result on each of them. `max_cache_bytes`: what the
-    cache may have, apart from folders in use. Raises UserError, the same on every rank.
+    cache may have when a folder is added, apart from those in use. Raises UserError, the same on
+    every rank.
     """
     recipe = Recipe(
         section=section,
@@ -104,9 +97,9 @@ def build_dataset(
     leases: list[Lease] = []  # of the rank that prepares, until it has opened the folder
 
     def prepare() -> str:
-        folder, lease = _ensure_folder(recipe)
+        folder, lease, is_new = _ensure_folder(recipe)
         leases.append(lease)
-        if max_cache_bytes is not None:
+        if is_new and max_cache_bytes is not None:
             make_room(recipe.cache_dir, max_cache_bytes, keep=folder, log=log)
         return folder.name
 
@@ -126,14 +119,14 @@ def _open_leased(folder: Path, recipe: Recipe) -> RowDataset:
     return dataset
 
 
-def _ensure_folder(recipe: Recipe) -> tuple[Path, Lease]:
-    """The folder of the cache with this dataset, created where it does not exist; in use until the
-    lease is closed."""
+def _ensure_folder(recipe: Recipe) -> tuple[Path, Lease, bool]:
+    """The folder of the cache with this dataset, created where it does not exist, in use until the
+    lease is closed; and whether this job has made it."""
     started = time.monotonic()
     files = source_files(recipe.loader)
     try:
         recipe.cache_dir.mkdir(parents=True, exist_ok=True)
-        folder = recipe.cache_dir / _key(recipe, files)
+        folder = recipe.cache_dir / folder_key(recipe, files)
         lease, is_new = _used(folder, recipe), False
         if lease is None:
             lease, is_new = _made(folder, recipe, files)
@@ -149,7 +142,7 @@ def _ensure_folder(recipe: Recipe) -> tuple[Path, Lease]:
     )
     for line in metadata["warnings"]:
         recipe.log(_with_present_paths(line, metadata["paths"], files))
-    return folder, lease
+    return folder, lease, is_new
 
 
 def _used(folder: Path, recipe: Recipe) -> Lease | None:
@@ -199,7 +192,7 @@ def assign_rows(
 ) -> None:
     """Assign the samples of a token store to rows, in the files that `open_rows` maps. `metadata`
     of the store is completed; not `durable`: the files need not outlive a crash of the machine."""
-    if not _is_stream(recipe):
+    if not is_stream(recipe):
         store = open_store(folder, metadata)
         plan = plan_rows(store, recipe.seq_length, packed=recipe.section.packing)
         metadata |= {"rows": len(plan.target_counts), "row_samples": len(plan.samples)}
@@ -255,7 +248,7 @@ def _open(folder: Path, recipe: Recipe) -> RowDataset:
         packed=recipe.section.packing,
         content=metadata["content"],
         largest_token=metadata["largest_token"],
-        settings=_unusual_strategy(recipe),
+        settings=unusual_strategy(recipe),
         cached_in=str(folder),
     )
 
@@ -264,7 +257,7 @@ def open_rows(folder: Path, recipe: Recipe) -> Rows:
     """Map the rows in a folder. Raises OSError or ValueError for damaged files."""
     metadata = _metadata(folder)
     store = open_store(folder, metadata)
-    if _is_stream(recipe):
+    if is_stream(recipe):
         return StreamRows(store, recipe.seq_length, _pad_token(recipe))
     lengths = {"row_starts": metadata["rows"] + 1, "samples": metadata["row_samples"]}
     plan = RowPlan.of_arrays(
@@ -274,22 +267,6 @@ def open_rows(folder: Path, recipe: Recipe) -> Rows:
     return SampleRows(
         store, plan, recipe.seq_length, _pad_token(recipe), packed=recipe.section.packing
     )
-
-
-def _is_stream(recipe: Recipe) -> bool:
-    """Whether documents are one stream of tokens, which is cut into rows when they are read."""
-    strategy = recipe.section.packing_strategy or _usual_strategy(recipe)
-    return recipe.section.packing and strategy == "concatenate"
-
-
-def _usual_strategy(recipe: Recipe) -> str:
-    return "first_fit" if loader_of(recipe.loader).has_targets else "concatenate"
-
-
-def _unusual_strategy(recipe: Recipe) -> dict[str, str]:
-    """`packing_strategy` where it makes other rows of the same tokens than without it."""
-    strategy = recipe.section.packing_strategy
-    return {"packing_strategy": strategy} if strategy not in (None, _usual_strategy(recipe)) else {}
 
 
 def _pad_token(recipe: Recipe) -> int:
@@ -310,62 +287,6 @@ def _metadata(folder: Path) -> dict[str, Any]:
     return metadata
 
 
-def _key(recipe: Recipe, files: list[DataFile]) -> str:
-    """The name of the folder: a hash of what decides its content."""
-    if recipe.loader.num_samples is not None:
-        content = [[f.split, str(f.path.resolve()), f.size, f.mtime_ns] for f in files]
-    else:
-        hashes = content_hashes(files, recipe.cache_dir, recipe.on_progress)
-        content = [[f.split, _kind(f.path), digest] for f, digest in zip(files, hashes, strict=True)]
-    return hash_of([settings_of(recipe), content])
-
-
-def _kind(path: Path) -> str:
-    """The part of the name of a file that decides how it is read: `.jsonl`, `.jsonl.gz`."""
-    name = path.name.lower()
-    inner = name.removesuffix(".gz")
-    return Path(inner).suffix + name.removeprefix(inner)
-
-
-def settings_of(recipe: Recipe) -> dict[str, Any]:
-    """What decides the content of a folder of the cache, apart from the data files."""
-    loader, tokenizer = recipe.loader, recipe.tokenizer
-    return {
-        "version": CACHE_VERSION,
-        "type": loader_type(loader),
-        "text_column": loader.text_column,
-        "record_format": loader.record_format,
-        "delimiter": loader.delimiter,
-        "column_map": loader.column_map,
-        "transforms": loader.transforms,
-        "prompt_template": loader.prompt_template,
-        "format": loader.format,
-        "strict_fields": loader.strict_fields,
-        "split": loader.split,  # perhaps a part of the records of a file
-        "num_samples": loader.num_samples,
-        "packing": recipe.section.packing,
-        "is_stream": _is_stream(recipe),
-        # A stream is cut into rows when it is read, so that one folder serves every length.
-        "seq_length": None if _is_stream(recipe) else recipe.seq_length,
-        "tokenizer": tokenizer_hash(tokenizer),
-        "chat_template": getattr(tokenizer, "chat_template", None) or DEFAULT_CHAT_TEMPLATE,
-    }
-
-
-def tokenizer_hash(tokenizer: Any) -> str:
-    """A hash of everything that decides the tokens of a text."""
-    if getattr(tokenizer, "is_fast", False):
-        content = backend_of(tokenizer).to_str()
-    else:
-        content = [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())]
-    return hash_of([content, tokenizer.eos_token_id, str(tokenizer.special_tokens_map)])
-
-
-def hash_of(value: Any) -> str:
-    """The hash of a value that JSON can express."""
-    return xxh3_128(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
 def _plan_warnings(plan: RowPlan, recipe: Recipe) -> list[str]:
     if not plan.cut:
         return []
@@ -381,5 +302,14 @@ def _nothing_to_train_on(
         f"{metadata['read']} document(s), {metadata['tokens']} token(s))",
         rule="a dataset needs at least two tokens of text, or one answer that fits into a row",
         nearest=f"The first file is {files[0].path}",
-        advice="; ".join(metadata["warnings"]) or "Look into the files",
+        advice=_why_nothing(recipe, metadata["warnings"]),
     )
+
+
+def _why_nothing(recipe: Recipe, warnings: list[str]) -> str:
+    """What may have left nothing of the data."""
+    if warnings:
+        return "; ".join(line.removeprefix("warning: ") for line in warnings)
+    if recipe.loader.split != "train" or recipe.loader.transforms:
+        return "Look into the files, data_loader.split and data_loader.transforms"
+    return "Look into the files"

@@ -39,7 +39,8 @@ PLAN_ARRAYS = ("row_starts", "samples", "target_counts", "token_counts")
 class StreamRows:
     """The stream of all documents, cut every `seq_length` tokens on the fly."""
 
-    cuts_documents = False
+    kept_documents = None
+    """No document is cut at the end of a row."""
 
     def __init__(self, store: TokenStore, seq_length: int, pad_token: int) -> None:
         self.documents, self._seq_length, self._pad_token = store, seq_length, pad_token
@@ -102,9 +103,6 @@ class StreamRows:
 class SampleRows:
     """Complete samples in rows, by a plan of `plan_rows`."""
 
-    cuts_documents = True
-    """Whether what a row has no room for is lost."""
-
     def __init__(
         self,
         store: TokenStore,
@@ -118,6 +116,11 @@ class SampleRows:
         self._seq_length, self._pad_token = seq_length, pad_token
         self.target_counts = plan.target_counts
         self.token_counts = plan.token_counts
+
+    @property
+    def kept_documents(self) -> Ints:
+        """The documents that are in rows, each from its beginning as far as it fits."""
+        return self._plan.samples
 
     def __len__(self) -> int:
         return len(self.token_counts)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from xxhash import xxh3_64_intdigest
@@ -31,6 +31,21 @@ class HasDocuments(Protocol):
 
     @property
     def documents(self) -> Documents: ...
+    @property
+    def kept_documents(self) -> Ints | None:
+        """Those that rows have, cut where they are longer than a row; None: all, uncut."""
+        ...
+
+
+class Losses(NamedTuple):
+    """What no row has, of documents that were read."""
+
+    cut: int = 0
+    """Documents longer than a row, which end with it."""
+    cut_tokens: int = 0
+    left_out: int = 0
+    """Documents that are in no row, as they would have no target there."""
+    left_out_tokens: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,10 +61,8 @@ class Summary:
     """Tokens of each document that was read, the end token included."""
     duplicates: int
     """Documents equal to an earlier one."""
-    cut_documents: int
-    """Documents longer than a row, where rows hold complete documents."""
-    cut_tokens: int
-    """The tokens they lose."""
+    losses: Losses | None
+    """None where the documents are known from their rows alone."""
     is_complete: bool
     """Whether all documents were read."""
 
@@ -76,14 +89,23 @@ def summarize(dataset: RowDataset, most_documents: int) -> Summary:
         documents = (part for i in range(read) for part in documents_of(dataset.row(i)))
         is_complete = read == len(dataset)
     lengths, duplicates = _measure(documents)
-    beyond = np.maximum(lengths - 1 - dataset.seq_length, 0)
-    keeps_complete = getattr(rows, "cuts_documents", False)
     return Summary(
         rows=len(dataset), seq_length=dataset.seq_length, tokens=tokens, targets=targets,
-        lengths=lengths, duplicates=duplicates,
-        cut_documents=int(np.count_nonzero(beyond)) if keeps_complete else 0,
-        cut_tokens=int(beyond.sum()) if keeps_complete else 0, is_complete=is_complete,
+        lengths=lengths, duplicates=duplicates, is_complete=is_complete,
+        losses=_losses(rows.kept_documents, lengths, dataset.seq_length)
+        if isinstance(rows, HasDocuments)
+        else None,
     )  # fmt: skip
+
+
+def _losses(kept: Ints | None, lengths: Ints, seq_length: int) -> Losses:
+    if kept is None:
+        return Losses()
+    is_kept = np.zeros(len(lengths), dtype=bool)
+    is_kept[kept[kept < len(lengths)]] = True
+    beyond = np.maximum(lengths[is_kept] - 1 - seq_length, 0)  # the last token is only predicted
+    others = lengths[~is_kept]
+    return Losses(int(np.count_nonzero(beyond)), int(beyond.sum()), len(others), int(others.sum()))
 
 
 def documents_of(row: Row) -> Iterator[Ints]:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from launcher.builders.data import TrainingData
     from launcher.builders.job import Job
     from launcher.config.schema import DatasetSection
-    from launcher.data.rows import Row, RowDataset
+    from launcher.data.rows import Ints, Row, RowDataset
     from launcher.data.summary import Summary
     from launcher.report.histogram import Bin
 
@@ -109,13 +109,12 @@ def _numbers(name: str, summary: Summary) -> Iterator[str]:
         f"({summary.targets / max(summary.tokens, 1):.1%})"
     )
     yield f"  padding     {summary.padding:.1%} of {positions:,} positions"
-    if summary.cut_documents:
-        yield (
-            f"  truncated   {summary.cut_documents:,} of {len(lengths):,} documents, "
-            f"{summary.cut_tokens:,} tokens ({summary.cut_tokens / lengths.sum():.1%})"
-        )
+    if (losses := summary.losses) is None:
+        yield "  truncated   not known: documents are counted as they are in the rows"
     else:
-        yield "  truncated   none"
+        yield f"  truncated   {_part(losses.cut, losses.cut_tokens, lengths)}"
+        if losses.left_out:
+            yield f"  left out    {_part(losses.left_out, losses.left_out_tokens, lengths)}"
     yield (
         f"  duplicates  {_documents(summary.duplicates)} equal to an earlier one "
         f"({summary.duplicates / max(len(lengths), 1):.1%})"
@@ -130,6 +129,14 @@ def _numbers(name: str, summary: Summary) -> Iterator[str]:
 
 def _documents(count: int) -> str:
     return f"{count:,} document{'' if count == 1 else 's'}"
+
+
+def _part(documents: int, tokens: int, lengths: Ints) -> str:
+    """Some of the documents with these lengths."""
+    if not documents:
+        return "none"
+    share = tokens / lengths.sum()
+    return f"{documents:,} of {len(lengths):,} documents, {tokens:,} tokens ({share:.1%})"
 
 
 def _samples(job: Job, data: TrainingData, wanted: int) -> Iterator[str]:

@@ -228,7 +228,7 @@ def _shown(console: Console) -> OnProgress:
 
 
 def _tokenizer_key(tokenizer: Any) -> str | None:
-    from launcher.data.build import tokenizer_hash
+    from launcher.data.cache_key import tokenizer_hash
 
     return None if tokenizer is None else tokenizer_hash(tokenizer)
 

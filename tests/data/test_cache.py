@@ -222,8 +222,11 @@ def test_the_oldest_unused_datasets_are_deleted(
     lines.clear()
 
     first = build("deep/er/2.txt", None)
-    in_all = [*places.values(), Path(first.cached_in)]
-    first = build("deep/er/2.txt", sum(map(size_of, in_all)) - 1)
+    limit = sum(map(size_of, [*places.values(), Path(first.cached_in)])) - 1
+    build("1.txt", 1)
+    assert all(place.exists() for place in places.values()), "nothing was added"
+    shutil.rmtree(first.cached_in)
+    first = build("deep/er/2.txt", limit)
     assert [places[name].exists() for name in "135"] == [True, False, True]
     assert "1 dataset(s) last used until 2001-09-0" in lines[-1]
     assert "data_cache.max_gb = " in lines[-1]

@@ -321,8 +321,10 @@ def test_max_samples_are_the_same_rows_in_every_epoch(open_sources: Open) -> Non
     assert some.datasets["text"].content != full.datasets["text"].content
     assert open_sources(**keys).datasets["text"].content == some.datasets["text"].content
     assert open_sources(**keys, seed=6).datasets["text"].content != some.datasets["text"].content
-    limited = open_sources(text={"max_samples": 10**6}).datasets["text"]
+    logged: list[str] = []
+    limited = open_sources(text={"max_samples": 10**6}, log=logged.append).datasets["text"]
     assert limited.content == full.datasets["text"].content
+    assert "fewer than max_samples" in logged[-1]
     counts = some.datasets["text"].counts(np.arange(3))
     rows = [some.datasets["text"].row(n) for n in range(3)]
     assert counts.targets.tolist() == [int((row.labels != -100).sum()) for row in rows]

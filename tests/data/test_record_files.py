@@ -216,6 +216,9 @@ DAMAGED: dict[str, tuple[str, str | None, str]] = {
     "no files": ("train/state.json", "{}", "_data_files"),
     "an index": ("train/state.json", '{"_data_files": [{"filename": "a"}], "_indices_files": [1]}',
                  "index file"),
+    "an entry without a name": ("train/state.json", '{"_data_files": [{"file": "a"}]}', "filename"),
+    "an entry that is a name": ("train/state.json", '{"_data_files": ["a"]}', "filename"),
+    "a file elsewhere": ("train/state.json", '{"_data_files": [{"filename": "../a"}]}', "filename"),
     "a file is missing": ("train/data-00000-of-00001.arrow", None, "cannot be read"),
 }  # fmt: skip
 

@@ -73,6 +73,15 @@ def test_what_is_wrong_with_the_data_is_an_error(workshop: Workshop) -> None:
     assert "train_dataset.data_loader.dataset_dir = 'corpse'" in done.stderr
     assert "did you mean `corpus`?" in done.stderr
     assert "data_parallel" not in done.stderr
+    source = {"name": "a", "type": "HFDataLoader", "dataset_files": "x.jsonl", "weight": 2}
+    steps = [{"type": "shufle"}]
+    (workshop.folder / "x.jsonl").write_text('{"text": "ships"}\n')
+    sources = [{**source, "transforms": steps}, {**source, "weight": None}]
+    name = workshop.yaml(train_dataset={"data_loader": sources})
+    done = run_job(["--config", name, "--prepare_data"], workshop.folder)
+    assert done.code == 2
+    for problem in ("did you mean `shuffle`?", "0 has this name too", "the weights add up to 2"):
+        assert problem in done.stderr
     done = run_job(["--config", name, "--prepare_data"], workshop.folder.parent)
     assert done.code == 2
 

@@ -166,7 +166,7 @@ REFUSED: dict[str, tuple[str, list[str]]] = {
     ),
     "labels that are ignored otherwise": (
         hf("{type: AlpacaInstructDataHandler, seq_length: 8, ignore_token_id: 0}"),
-        ["handler.0.ignore_token_id = 0"],
+        ["handler.0.ignore_token_id = 0", "Nearest: -100"],
     ),
     "a handler that is a number": ("type: HFDataLoader, path: json, handler: 3",
                                    ["handler = 3", "a list of steps"]),

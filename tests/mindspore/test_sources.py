@@ -143,6 +143,12 @@ def test_what_means_something_else_is_refused_by_name(case: str) -> None:
     assert f"train_dataset.data_loader.{key}" in problem.what
 
 
+def test_a_misspelled_argument_is_not_one_of_the_sources() -> None:
+    (problem,) = read("nums_per_datset: [1, 2, 3]").problems
+    assert "train_dataset.data_loader.nums_per_datset" in problem.what
+    assert "`nums_per_dataset`" in problem.nearest
+
+
 @pytest.mark.parametrize("sources", ["", "    sub_data_loader: []", "    sub_data_loader: [a]"])
 def test_sources_are_a_list_of_sections(sources: str) -> None:
     text = f"train_dataset:\n  data_loader:\n    type: MultiSourceDataLoader\n{sources}\n"

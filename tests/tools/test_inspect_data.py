@@ -60,6 +60,24 @@ def test_numbers_of_a_padded_dataset(folder: Path, capsys: pytest.CaptureFixture
     assert (folder / "output" / inspect_data.PICTURE).read_bytes().startswith(b"\x89PNG")
 
 
+def test_samples_without_a_target_are_left_out(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of three conversations in rows of 48 tokens one fits, one is cut in its answer, and of one no
+    answer is left. Of a part of the rows it is not known what they have lost."""
+    words = [("Ships", "Ramps"), ("Ships", "ramp " * 30), ("ramp " * 30, "Ships")]
+    turns = [{"instruction": question, "output": answer} for question, answer in words]
+    (folder / "chat.json").write_text(json.dumps(turns))
+    source = "{name: chat, type: InstructionDataLoader, dataset_files: chat.json}"
+    said = inspect(capsys, f"train_dataset.data_loader=[{source}]", "train_dataset.seq_length=48")
+    assert "rows        2 of 48 tokens" in said
+    assert "truncated   1 of 3 documents" in said
+    assert "left out    1 of 3 documents" in said
+    limited = source.replace("chat.json", "chat.json, max_samples: 1")
+    said = inspect(capsys, f"train_dataset.data_loader=[{limited}]", "train_dataset.seq_length=48")
+    assert "truncated   not known" in said
+
+
 def test_packed_rows_lose_nothing(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     said = inspect(capsys, "train_dataset.packing=True", "--samples", "1")
     assert "truncated   none" in said

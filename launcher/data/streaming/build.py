@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from launcher.config.schema import DatasetSection
-from launcher.data.build import Once, hash_of, settings_of
+from launcher.data.build import Once
+from launcher.data.cache_key import hash_of, settings_of
 from launcher.data.loaders import loader_of
 from launcher.data.loaders.base import Log, Recipe
 from launcher.data.rows import RowDataset

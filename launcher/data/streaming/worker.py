@@ -20,7 +20,7 @@ import threading
 from contextlib import suppress
 from typing import IO, Any
 
-from launcher.data.build import settings_of
+from launcher.data.cache_key import settings_of
 from launcher.data.loaders.base import Log
 from launcher.data.streaming.producer import Production, produce
 from launcher.data.streaming.ring import Ring

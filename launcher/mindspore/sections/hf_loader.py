@@ -165,6 +165,9 @@ def _arguments(draft: Draft, section: str, step: str, kind: str) -> None:
     for name in ("ignore_token_id", "ignore_token"):
         if written(draft, f"{step}.{name}", _IGNORED_LABEL) == _IGNORED_LABEL:
             draft.drop(f"{step}.{name}", "labels without a target are -100")
+        else:
+            refuse(draft, f"{step}.{name}", f"labels without a target are {_IGNORED_LABEL}",
+                   nearest=f"Nearest: {_IGNORED_LABEL}")  # fmt: skip
     if kind == PACKING:
         if is_on(draft, f"{step}.dataset_shuffle"):
             draft.rename(f"{step}.dataset_shuffle", f"{loader}.shuffle", "rows are shuffled")

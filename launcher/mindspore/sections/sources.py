@@ -14,12 +14,15 @@ or `infile`) and indices from a file are refused.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Iterable
+from dataclasses import fields, replace
 from typing import Any
 
 from launcher.config.draft import Change, Draft
 from launcher.config.key_checks import plain_value
 from launcher.config.nodes import Node, from_plain, put
+from launcher.config.schema import MixtureSourceSection
+from launcher.errors import did_you_mean
 from launcher.mindspore.sections.hf_loader import LOADERS as HF_LOADERS
 from launcher.mindspore.sections.values import refuse, written
 
@@ -31,6 +34,7 @@ _NO_EFFECT = {
     "num_shards": "every rank reads exactly its share",
     "shard_id": "every rank reads exactly its share",
 }
+_OF_A_SOURCE = frozenset(field.name for field in fields(MixtureSourceSection))
 _REFUSED = ("load_indices_npz_path", "save_indices_npz_path")
 _OWN = (
     *("type", "sub_data_loader", "sub_data_loader_args", "shuffle"),
@@ -57,6 +61,10 @@ def translate_sources(draft: Draft, section: str, *, is_evaluation: bool) -> Non
     node = draft.find(key)
     assert node is not None
     common = {name: child for name, child in node.value.items() if name not in _OWN}
+    _check_names(draft, key, common)
+    if len(draft.problems) > refused:
+        _leave_the_problems(draft, key)
+        return
     inner = node.value.get("sub_data_loader_args")
     if inner is not None and isinstance(inner.value, dict):
         common = {**inner.value, **common}  # as MindFormers, which applies them last
@@ -73,6 +81,13 @@ def translate_sources(draft: Draft, section: str, *, is_evaluation: bool) -> Non
         for index, source in enumerate(sources) if numbers[index] == 0
     ]  # fmt: skip
     _write(draft, key, node, entries)
+
+
+def _check_names(draft: Draft, key: str, common: Iterable[str]) -> None:
+    """Arguments of every source are those of their loaders, not a misspelled one of TYPE."""
+    for name in common:
+        if name not in _OF_A_SOURCE and (near := did_you_mean(name, _OWN, cutoff=0.8)):
+            draft.refuse(f"{key}.{name}", f"not an argument of {TYPE}", nearest=near)
 
 
 def _entry(values: dict[str, Node], number: int | None, where: str) -> dict[str, Node]:
