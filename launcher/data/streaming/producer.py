@@ -140,11 +140,16 @@ class _Producer:
         for number in range(low, max(wanted + 1, low + BLOCKS_AHEAD)):
             if number in self._bytes:
                 continue
-            if number > wanted and sum(self._bytes.values()) >= self._limit:
+            if number > wanted and not self._has_room():
                 return False
             self._make(number)
             return True
         return False
+
+    def _has_room(self) -> bool:
+        """Whether one more block fits, as large as the largest that is there."""
+        sizes = self._bytes.values()
+        return not sizes or sum(sizes) + max(sizes) <= self._limit
 
     def _delete_before(self, low: int) -> None:
         for number in [number for number in self._bytes if number < low]:
