@@ -224,7 +224,11 @@ def _tokenizer(folder: Path) -> Any:
 
 def _shown(console: Console) -> OnProgress:
     """Progress as a line of the console."""
-    return lambda progress: console.progress(f"{progress.gerund}: {progress.detail}")
+    from launcher.report.progress import bar
+
+    return lambda progress: console.progress(
+        f"{bar(progress.fraction or 0.0)} {progress.gerund}: {progress.detail}"
+    )
 
 
 def _tokenizer_key(tokenizer: Any) -> str | None:

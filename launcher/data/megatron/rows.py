@@ -90,6 +90,9 @@ class Sequences:
 class MegatronRows:
     """The rows of one dataset, or of a blend of several."""
 
+    kept_documents: Ints | None = None
+    """All of them: rows are cut from a stream."""
+
     def __init__(self, parts: Sequence[Part], blend: BlendOrder | None, rules: RowRules) -> None:
         """`blend` None: the one dataset of `parts`."""
         self.parts, self.blend, self._rules = parts, blend, rules

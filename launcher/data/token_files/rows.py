@@ -29,6 +29,9 @@ PADDING = 0
 class TokenFileRows:
     """The rows of some files of one shape."""
 
+    kept_documents: Ints | None = None
+    """All of them: rows are cut from a stream."""
+
     def __init__(
         self, files: Sequence[TokenFile], seq_length: int, *, packed: bool, eod: int | None
     ) -> None:
