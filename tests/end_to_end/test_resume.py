@@ -188,9 +188,11 @@ def test_changed_data_is_an_error_until_a_position_is_configured(workshop: Works
     refused = run_job(arguments, workshop.folder)
     assert refused.code == 2
     assert "not that of the checkpoint (the content of the files differs)" in refused.stderr
-    other = run_job([*arguments, "--train_dataset.seq_length", "16"], workshop.folder)
+    flags = ["--train_dataset.seq_length", "16", "--train_dataset.packing_strategy", "first_fit"]
+    other = run_job([*arguments, *flags], workshop.folder)
     assert "command line: --train_dataset.seq_length: the training data is not" in other.stderr
-    assert "(train_dataset.seq_length: 32 -> 16)" in other.stderr
+    assert "train_dataset.seq_length: 32 -> 16" in other.stderr
+    assert "train_dataset.packing_strategy: None -> first_fit" in other.stderr
     assert "ignore_data_skip" in refused.stderr
     fresh = run_job(
         [*arguments, "--ignore_data_skip", "True", "--max_steps", "12"], workshop.folder
