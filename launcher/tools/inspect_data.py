@@ -63,7 +63,7 @@ def _inspect(options: argparse.Namespace, command_line: list[str], console: Cons
     job = data_job(command_line, console)
     drawn: dict[str, list[Bin]] = {}
     for section_name, section in used_datasets(job.config).items():
-        _refuse_stream(section_name, section)
+        _refuse_stream(job, section_name, section)
         data = opened(job, section_name, section)
         for name, dataset in _parts(section_name, data.dataset):
             summary = summarize(dataset, options.most_documents)
@@ -79,11 +79,12 @@ def _inspect(options: argparse.Namespace, command_line: list[str], console: Cons
     return EXIT_OK
 
 
-def _refuse_stream(name: str, section: DatasetSection) -> None:
+def _refuse_stream(job: Job, name: str, section: DatasetSection) -> None:
     key = next((key for key, loader in section.loaders.items() if loader.streaming), None)
     if key is not None:
         raise UserError(
             f"{name}.{key}.streaming = True",
+            where=job.provenance.nearest(f"{name}.{key}.streaming"),
             rule="data are counted once all of them are tokenized, which a stream never does",
             nearest=f"Nearest: {name}.{key}.streaming=False {name}.{key}.num_samples=10000",
         )

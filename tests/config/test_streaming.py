@@ -43,6 +43,7 @@ def problems(changes: dict[str, str | None], add: str = "", mode: str = "train")
         {LOADER + "type": "InstructionDataLoader", LOADER + "format": "alpaca"},
         {LOADER + "shuffle_buffer": "5", LOADER + "streaming_cache_gb": "0.5"},
         {LOADER + "dataset_dir": "s3://bucket/corpus/*.parquet"},
+        {LOADER + "shuffle_buffer": "5", LOADER + "streaming": "False"},
         {LOADER + "size": "100", LOADER + "dataset_state_dir": "state"},
     ],
 )

@@ -64,9 +64,11 @@ def _dataset(check: Check, name: str, section: DatasetSection) -> Iterator[KeyPr
             )
         if loader.streaming:
             yield from _needs_all_records(check, prefix, loader)
+        # `streaming: False` turns a stream off, and its settings may stay.
+        is_off = not loader.streaming and not check.provenance.is_written(f"{prefix}.streaming")
         for option in _ONLY_STREAMING:
             default = getattr(DataLoaderSection(), option)
-            if getattr(loader, option) != default and not loader.streaming:
+            if getattr(loader, option) != default and is_off:
                 yield check.wrong(
                     f"{prefix}.{option}",
                     "it acts with streaming alone",

@@ -138,7 +138,8 @@ class _Producer:
         if len(readers) == self._production.readers:
             self._delete_before(low)
         for number in range(low, max(wanted + 1, low + BLOCKS_AHEAD)):
-            if number in self._bytes:
+            # What a rank waits for is looked at: it may have been deleted by somebody.
+            if number in self._bytes and (number > wanted or self._ring.block(number).exists()):
                 continue
             if number > wanted and not self._has_room():
                 return False

@@ -48,7 +48,8 @@ class Ring:
 
     def publish_reader(self, reader: int, low: int, wanted: int) -> None:
         """Reader `reader` needs the blocks from `low` on, and waits for those up to `wanted`."""
-        _replace(self.folder / f"reader_{reader}", f"{low} {wanted}")
+        with suppress(FileNotFoundError):  # the job has ended
+            _replace(self.folder / f"reader_{reader}", f"{low} {wanted}")
 
     def readers(self, count: int) -> list[tuple[int, int]]:
         """What the readers published, those that have."""
@@ -95,7 +96,7 @@ class OwnedRing(Ring):
 
     def close(self) -> None:
         """Delete the ring."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        _remove(self.folder)
         self._lock.close()
 
 
@@ -111,11 +112,19 @@ def _remove_abandoned(cache_dir: Path) -> None:
             lock.seek(0)
             is_own = lock.read() == socket.gethostname()
             if is_own or time.time() - folder.stat().st_mtime > ABANDONED_SECONDS:
-                shutil.rmtree(folder, ignore_errors=True)
+                _remove(folder)
     for scratch in cache_dir.glob("stream-*/.*.tmp"):  # a job was killed while it made a ring
         with suppress(OSError):
             if time.time() - scratch.stat().st_mtime > ABANDONED_SECONDS:
                 shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _remove(folder: Path) -> None:
+    """Delete a ring. It is renamed first, so that no rank adds a file meanwhile."""
+    gone = folder.with_name(f".{folder.name}.tmp")
+    with suppress(OSError):
+        folder.rename(gone)
+        shutil.rmtree(gone, ignore_errors=True)
 
 
 def _replace(path: Path, text: str) -> None:

@@ -175,6 +175,14 @@ class StreamingRows:
             raise
 
     def _error(self) -> Exception | None:
+        is_gone = self._leads and not self._ring.folder.exists()
+        if is_gone and not self._closed.is_set():  # this rank deletes it when it closes
+            return UserError(
+                "was deleted while the job runs",
+                where=str(self._ring.folder),
+                rule="blocks that are tokenized ahead are kept in the data cache",
+                advice="Resume the run",
+            )
         error = None if self._producer is None else self._producer.error()
         return self._ring.error() or error
 

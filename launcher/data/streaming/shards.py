@@ -75,15 +75,15 @@ def find_shards(section: DataLoaderSection) -> list[Shard]:
         shards = _remote(place, suffixes) if is_url(place) else _local(place, suffixes)
         for shard in shards:
             found.setdefault(shard.location, shard)
-    shards = [shard for shard in found.values() if shard.size]
+    chosen = with_split(list(found.values()), section.split, is_one=True) if found else []
+    shards = [shard for shard in chosen if shard.size]
     if not shards:
         raise UserError(
             "data_loader: all files are empty" if found else "data_loader: there is no file",
             rule=f"{loader_type(section)} streams JSON lines and Parquet",
             advice="Give other files",
         )
-    chosen = with_split(shards, section.split, is_one=True)
-    return [_with_format(shard, given) for shard in chosen]
+    return [_with_format(shard, given) for shard in shards]
 
 
 def _with_format(shard: Shard, given: str) -> Shard:

@@ -268,6 +268,28 @@ def test_columns_are_mapped(tmp_path: Path, form: str) -> None:
         rows_of(dataset, 0, 1)
 
 
+def test_a_ring_that_is_deleted_ends_the_run(tmp_path: Path) -> None:
+    shard = write_lines(tmp_path / "a.jsonl", 0, 600)
+    with stream([shard], tmp_path / "cache", shuffle_buffer=1) as dataset:
+        rows_of(dataset, 0, 1)
+        ring = next((tmp_path / "cache").glob("stream-*/ring-*"))
+        ring.rename(tmp_path / "gone")
+        with pytest.raises(UserError, match="deleted"):
+            rows_of(dataset, 1, 600)
+
+
+def test_a_block_that_is_deleted_is_made_again(tmp_path: Path) -> None:
+    shard = write_lines(tmp_path / "a.jsonl", 0, 100)
+    with stream([shard], tmp_path / "other") as dataset:
+        expected = rows_of(dataset, 0, 40)
+    with stream([shard], tmp_path / "cache") as dataset:
+        rows_of(dataset, 0, 1)
+        ring = next((tmp_path / "cache").glob("stream-*/ring-*"))
+        for block in ring.glob("0*"):
+            block.rename(tmp_path / block.name)
+        assert equal(rows_of(dataset, 0, 40), expected)
+
+
 def test_whoever_waits_gives_up_when_the_stream_is_closed(tmp_path: Path) -> None:
     shard = write_lines(tmp_path / "a.jsonl", 0, 20)
 

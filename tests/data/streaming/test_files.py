@@ -48,6 +48,13 @@ def test_no_file_is_passed_over(tmp_path: Path) -> None:
         pass
 
 
+def test_an_empty_file_is_the_split_too(tmp_path: Path) -> None:
+    write_folder(tmp_path / "files")
+    (tmp_path / "files" / "train.jsonl").touch()
+    with pytest.raises(UserError, match="empty"), stream([tmp_path / "files"], tmp_path / "cache"):
+        pass
+
+
 def test_a_name_that_contradicts_path_is_an_error(tmp_path: Path) -> None:
     shard = write_parquet(tmp_path / "a.parquet", 0, 10)
     with (
