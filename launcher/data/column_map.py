@@ -11,6 +11,7 @@ from typing import Any
 
 from launcher.data.records import Record
 from launcher.data.strictness import is_absent, names_of
+from launcher.data.tables import delimiter_advice
 from launcher.errors import UserError, did_you_mean
 from launcher.json_text import printable
 
@@ -147,5 +148,5 @@ class RequiredColumns:
             where=record.where,
             rule=f"{self._key} names columns of the files",
             nearest=near or found,
-            advice=found if near else "",
+            advice=delimiter_advice(record.value) or (found if near else ""),
         )

@@ -12,7 +12,7 @@ import io
 import sys
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from launcher.data.encoding import NotText, decode, encoding_of, open_file, read_bytes, read_lines
@@ -96,6 +96,14 @@ def _header(where: str, row: list[str], separator: str) -> list[str]:
             advice="Fix the header",
         )
     return names
+
+
+def delimiter_advice(columns: Collection[str]) -> str:
+    """Advice where the only column of a table looks like a header with another separator."""
+    name = next(iter(columns)) if len(columns) == 1 else ""
+    sign = next((sign for sign in _SEPARATORS if sign in name), "")
+    seems = f"The header looks as if it was separated by {_SEPARATORS[sign]}" if sign else ""
+    return f'{seems}: set data_loader.delimiter: "{printable(sign)}"' if sign else ""
 
 
 def _wrong_length(where: str, row: list[str], header: list[str], separator: str) -> UserError:

@@ -179,6 +179,13 @@ WRONG: dict[str, tuple[str, str, dict[str, Any], list[str]]] = {
     "text after a quote": ("a.csv", 'text\n"a"b\n', {}, ["a.csv:2", "after the closing quote"]),
     "a column twice": ("a.csv", "text,text\na,b\n", {}, ["a.csv:1", "'text' 2 times"]),
     "a column without name": ("a.csv", "text,\na,b\n", {}, ["a.csv:1", "column 2"]),
+    "one column": ("a.csv", "text;n\na;1\n", {}, ["a.csv:2", 'delimiter: ";"']),
+    "one mapped column": (
+        "a.csv",
+        "body|n\na|1\n",
+        {"column_map": {"text": "body"}},
+        ["a.csv:2", 'delimiter: "|"'],
+    ),
     "semicolons": ("a.csv", "text;n\na,b;1\n", {}, ["a.csv:2", 'delimiter: ";"']),
     "latin 1": ("a.csv", "text\nsh\xefp\n", {"encoding": "latin1"}, ["a.csv:2", "offset 7"]),
     "another column": ("a.csv", "txet,n\na,1\n", {}, ["a.csv:2", "did you mean `txet`?"]),

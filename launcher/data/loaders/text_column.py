@@ -14,6 +14,7 @@ from launcher.data.loaders.text import tokenize_texts, without_empty
 from launcher.data.record_files import find_record_files, records_of_file, records_of_files
 from launcher.data.records import Record, convert_records, kind_of, shown
 from launcher.data.strictness import names_of, surrogate_error
+from launcher.data.tables import delimiter_advice
 from launcher.data.tally import Tally
 from launcher.errors import UserError, did_you_mean
 from launcher.json_text import lone_surrogate, printable
@@ -77,7 +78,7 @@ def _text_of(record: Record, column: str, *, first: bool) -> str | None:
             where=record.where,
             rule="HFDataLoader reads its documents from data_loader.text_column",
             nearest=near or f"Columns found: {names_of(row)}",
-            advice=f"Columns found: {names_of(row)}" if near else "",
+            advice=delimiter_advice(row) or (f"Columns found: {names_of(row)}" if near else ""),
         )
     value = row[column]
     if value is None:
