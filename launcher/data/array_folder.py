@@ -1,9 +1,9 @@
 """Folders of arrays in the data cache: written once, checked, memory-mapped.
 
-A folder has a `.npy` file for each array and `arrays.json` with their types, lengths and hashes
-and what else its maker wants to keep. Invariants: arrays may be larger than memory. Nothing waits
-for the disk: what a crash leaves behind is found by the hashes. `cache.make_once` decides who makes
-a folder, and when.
+A folder has a `.npy` file for each array and `arrays.json` with their types, lengths and hashes and
+further values of its kind of data. Invariants: arrays may be larger than memory. Files are not
+flushed to the disk: what a crash leaves incomplete is found by the hashes. `cache.make_once`
+decides who makes a folder, and when.
 """
 
 from __future__ import annotations
