@@ -187,13 +187,14 @@ def _option(line: CommandLine, word: str, words: list[str]) -> None:
     many = flag is not None and flag.type == "texts"
     values = [text] if equals else (_take_values(words) if many else _take_one(words))
     if not values:
+        nearest = "" if flag or name == "config" else nearest_flag(name)
         line.problems.append(
             Problem(
                 what=f"`--{name}` has no value",
                 where=where,
                 rule=f"it takes {_takes(flag)}",
-                nearest="" if flag or name == "config" else nearest_flag(name),
-                advice=f"Write `--{name} value`",
+                nearest=nearest,
+                advice="" if nearest else f"Write `--{name} value`",
             )
         )
     elif name == "config":

@@ -196,3 +196,11 @@ def test_rules_name_the_place_on_the_command_line(workspace: Path) -> None:
     result = resolve("right.yaml", "train", {"train_dataset_dir": "nowhere"})
     (problem,) = check(result.config, result.provenance, world=1)
     assert str(problem).startswith("command line: --train_dataset_dir: train_dataset.data_loader")
+
+
+def test_a_misspelt_switch_is_not_asked_for_a_value() -> None:
+    (problem,) = parse(["--config", "x.yaml", "--prepare_dta"]).problems
+    assert "`--prepare_data`" in problem.nearest
+    assert not problem.advice
+    (problem,) = parse(["--config", "x.yaml", "--max_steps"]).problems
+    assert "`--max_steps value`" in problem.advice
