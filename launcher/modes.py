@@ -35,7 +35,8 @@ from launcher.parallel import world as worlds
 from launcher.parallel.consistency import check_same
 from launcher.parallel.model_parts import ModelParts
 from launcher.parallel.world import World
-from launcher.predict import check_writable, read_prompts, result_text, write_results
+from launcher.predict.prompts import read_prompts
+from launcher.predict.results import check_writable, result_text, write_results
 from launcher.report.aside import make_way, write_new
 from launcher.report.console import Console, close_logs, open_logs
 from launcher.train.callbacks import Callbacks

@@ -13,9 +13,10 @@ from launcher.builders.job import Job
 from launcher.builders.model import predict_mesh
 from launcher.config.checks.check import Check
 from launcher.config.checks.generation import read_generation_file
-from launcher.generation import GenerationSettings, generation_settings
+from launcher.generation.settings import GenerationSettings, generation_settings
 from launcher.parallel.consistency import check_same
-from launcher.predict import RESULT_FILE, Generation, generate
+from launcher.predict.generate import Generation, generate
+from launcher.predict.results import RESULT_FILE
 
 PREDICT_BATCH = 8
 """Prompts in a batch when predict_batch_size is not set."""

@@ -12,7 +12,7 @@ import torch
 
 from launcher.builders.open_dataset import seq_length
 from launcher.config.schema import DatasetSection
-from launcher.predict import positions_of
+from launcher.predict.generate import positions_of
 from models.build import build_model
 from models.families import ModelConfigError, model_spec
 from models.module_table import LEARNED_POSITIONS

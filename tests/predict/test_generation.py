@@ -9,13 +9,9 @@ import torch
 from torch import nn
 
 from launcher.errors import UserError
-from launcher.generation import (
-    GenerationSettings,
-    _processors,
-    continue_tokens,
-    generation_settings,
-    token_limits,
-)
+from launcher.generation.loop import continue_tokens
+from launcher.generation.sampling import processors_of
+from launcher.generation.settings import GenerationSettings, generation_settings, token_limits
 from models.build import build_model
 from tests.models.tiny import EXPERTS, GLM, dense_spec, module_spec, oracle, pair
 
@@ -127,7 +123,7 @@ def test_scores_are_changed_in_the_order_of_transformers() -> None:
                               **WARPED)  # fmt: skip
     module._prepare_special_tokens(config, kwargs_has_attention_mask=True, device="cpu")
     expected = module._get_logits_processor(config, input_ids_seq_length=4, device="cpu")
-    own = _processors(GenerationSettings(do_sample=True, eos_token_ids=(2,), **WARPED), 4, "cpu")
+    own = processors_of(GenerationSettings(do_sample=True, eos_token_ids=(2,), **WARPED), 4, "cpu")
     assert [type(step) for step in own] == [type(step) for step in expected]
     ids = torch.tensor([[5, 9, 7, 33]])
     scores = torch.randn(1, 96, generator=torch.Generator().manual_seed(1))

@@ -10,15 +10,10 @@ from typing import Any
 import pytest
 
 from launcher.errors import UserError
-from launcher.generation import GenerationSettings
-from launcher.predict import (
-    Generation,
-    continued_text,
-    generate,
-    read_prompts,
-    result_text,
-    write_results,
-)
+from launcher.generation.settings import GenerationSettings
+from launcher.predict.generate import Generation, continued_text, generate
+from launcher.predict.prompts import read_prompts
+from launcher.predict.results import result_text, write_results
 from models.build import build_model
 from tests.models.tiny import dense_spec, pair
 from tests.predict.tiny_tokenizer import tiny_tokenizer

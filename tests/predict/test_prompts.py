@@ -10,7 +10,7 @@ from launcher.config import rules
 from launcher.config.command_line import parse
 from launcher.config.resolve import resolve_command_line
 from launcher.errors import UserError
-from launcher.predict import read_prompts
+from launcher.predict.prompts import read_prompts
 
 BYTE = b"caf\xe9".decode(errors="surrogateescape")
 """What Python makes of a word of the command line that is not UTF-8."""

@@ -1,0 +1,1 @@
+"""Generation: from the tokens of prompts to new tokens."""

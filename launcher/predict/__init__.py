@@ -1,0 +1,1 @@
+"""Prediction: from prompts to text and result files."""
