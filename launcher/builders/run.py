@@ -188,6 +188,8 @@ def _balance(job: Job, global_batch: int) -> torch.Tensor | None:
 
 
 def _has_dropout(spec: ModelSpec) -> bool:
+    if spec.lora is not None and spec.lora.dropout > 0:
+        return True
     if spec.decoder is not None:
         return spec.decoder.attention_dropout > 0 or spec.decoder.hidden_dropout > 0
     return any("drop" in key and value for key, value in complete_config(spec).to_dict().items())

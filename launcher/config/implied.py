@@ -127,6 +127,14 @@ def data_parallel(tree: Node, problems: list[Problem]) -> Node:
     return put(tree, path, Node(value=max(processes // others, 1), where=node.where))
 
 
+def pet_type(tree: Node, problems: list[Problem]) -> Node:
+    """A written pet_config without its type is that of LoRA."""
+    node = find(tree, "pet_config")
+    if node is None or not isinstance(node.value, dict) or "pet_type" in node.value:
+        return tree
+    return put(tree, "pet_config.pet_type", Node(value="lora", where=node.where))
+
+
 IMPLIED: tuple[Callable[[Node, list[Problem]], Node], ...] = (
     trust,
     run_mode,
@@ -134,4 +142,5 @@ IMPLIED: tuple[Callable[[Node, list[Problem]], Node], ...] = (
     dataset_tasks,
     row_lengths,
     data_parallel,
+    pet_type,
 )

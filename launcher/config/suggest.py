@@ -63,9 +63,23 @@ _PATHS = {
                     "train_dataset"),
     **dict.fromkeys(("eval_data", "eval_datasets", "val_dataset", "validation_dataset"),
                     "eval_dataset"),
-    **dict.fromkeys(("pet_config", "peft", "peft_config", "pet", "lora", "lora_config", "lora_r",
-                     "lora_rank", "lora_alpha", "lora_dropout", "lora_target_modules", "qlora"),
-                    "model.model_config.pet_config"),
+    **dict.fromkeys(("peft", "peft_config", "pet", "lora", "lora_config", "adapter_config"),
+                    "pet_config"),
+    **dict.fromkeys(("finetuning_type", "adapter", "peft_type", "use_lora", "use_peft"),
+                    "pet_config.pet_type"),
+    **dict.fromkeys(("lora_r", "lora_rank", "r"), "pet_config.lora_rank"),
+    "lora_alpha": "pet_config.lora_alpha",
+    "lora_dropout": "pet_config.lora_dropout",
+    **dict.fromkeys(("lora_target_modules", "lora_target", "lora_target_linear", "target_modules"),
+                    "pet_config.target_modules"),
+    **dict.fromkeys(("lora_modules_to_save", "additional_target", "modules_to_save"),
+                    "pet_config.modules_to_save"),
+    **dict.fromkeys(("use_dora", "peft_use_dora", "lora_use_dora"), "pet_config.use_dora"),
+    **dict.fromkeys(("use_rslora", "peft_use_rslora", "lora_use_rslora"), "pet_config.use_rslora"),
+    **dict.fromkeys(("lora_model_dir", "adapter_name_or_path", "adapter_path", "resume_adapter"),
+                    "pet_config.load_adapter"),
+    **dict.fromkeys(("unfrozen_parameters", "freeze_trainable_modules", "frozen_parameters",
+                     "freeze_modules"), "freeze"),
     **dict.fromkeys(("bf16", "fp16", "torch_dtype", "dtype", "mixed_precision"),
                     "model.model_config.compute_dtype"),
     **dict.fromkeys(("gradient_checkpointing", "activation_checkpointing"),
@@ -80,7 +94,7 @@ _OF_SECTION = {
     ("data_loader.config", "pad_token_id"): "pad",
 }
 """Words that are keys elsewhere, and have another name in the section of this ending."""
-_NOT_BUILT = {"model.model_config.pet_config": "LoRA is not built yet"}
+_NOT_BUILT: dict[str, str] = {}
 
 _SAME_SECTION = 0.15
 _WITHOUT_EFFECT = 0.05

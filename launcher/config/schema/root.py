@@ -33,6 +33,7 @@ from launcher.config.schema.parallel import (
     RecomputeSection,
     SwapSection,
 )
+from launcher.config.schema.pet import PetSection
 from launcher.config.schema.training import (
     LrScheduleSection,
     OptimizerSection,
@@ -154,6 +155,11 @@ class Config:
     """The task."""
     model: ModelSection = section(ModelSection)
     """What is trained."""
+    pet_config: PetSection = section(PetSection)
+    """A low-rank adapter that is trained instead of the model."""
+    freeze: list[str] = effective([])
+    """Parameters that are not trained: names of parameters or modules, endings of names
+    (`embed_tokens`), or regular expressions for full names. Checkpoints still hold them."""
     processor: ProcessorSection = section(ProcessorSection)
     """From text to tokens and back."""
     runner_config: RunnerSection = section(RunnerSection)
