@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from launcher.generation.forward import Forward
 from launcher.generation.module_generate import continue_with_transformers
 from launcher.generation.sampling import Chooser
 from launcher.generation.settings import GenerationSettings
@@ -20,7 +21,7 @@ from models.transformers_model import TransformersModel
 
 @torch.no_grad()
 def continue_tokens(
-    model: nn.Module,
+    model: nn.Module | Forward,
     prompts: Sequence[Sequence[int]],
     settings: GenerationSettings,
     *,
@@ -31,9 +32,12 @@ def continue_tokens(
 ) -> list[list[int]]:
     """The new tokens of each prompt of one batch, with the end token where there is one.
 
-    `indices`: the indices of the prompts among all, for random draws. A module of transformers
-    continues its prompts one by one, with its own `generate`; it must not be sharded.
+    `model`: a complete model, or the forward of one that is spread over ranks, which then all call
+    this together. `indices`: the indices of the prompts among all, for random draws. A module of
+    transformers continues its prompts one by one, with its own `generate`; it must not be sharded.
     """
+    forward = model if isinstance(model, Forward) else Forward(model)
+    model = forward.model
     training = model.training
     model.eval()
     try:
@@ -42,13 +46,13 @@ def continue_tokens(
                 continue_with_transformers(model, prompt, settings, limit, index, seed, device)
                 for prompt, limit, index in zip(prompts, limits, indices, strict=True)
             ]
-        return _continue_batch(model, prompts, settings, limits, indices, seed, device)
+        return _continue_batch(forward, prompts, settings, limits, indices, seed, device)
     finally:
         model.train(training)
 
 
 def _continue_batch(
-    model: nn.Module, prompts: Sequence[Sequence[int]], settings: GenerationSettings,
+    forward: Forward, prompts: Sequence[Sequence[int]], settings: GenerationSettings,
     limits: Sequence[int], indices: Sequence[int], seed: int, device: torch.device | str,
 ) -> list[list[int]]:  # fmt: skip
     """Prompts padded on the left, one token each a step, until every text has ended."""
@@ -67,17 +71,19 @@ def _continue_batch(
     cache = KVCache(capacity=longest + max(rooms))
     running = list(range(len(prompts)))
     while True:
-        logits = model(ids, attention_mask=mask if padded else None, cache=cache, last_only=True)
-        scores = logits[:, -1].float()
-        likeliest = scores.argmax(dim=-1).tolist()
-        next_ids = [settings.pad_token_id] * len(prompts)
-        for row in list(running):
-            next_ids[row] = choosers[row].choose(scores[row : row + 1], likeliest[row])
-            ended = next_ids[row] in settings.eos_token_ids
-            if ended or len(choosers[row].tokens) >= limits[row]:
-                running.remove(row)
+        scores = forward(ids, mask if padded else None, cache)
+        next_ids = torch.full((len(prompts),), settings.pad_token_id, device=device)
+        if scores is not None:
+            for row in running:
+                next_ids[row] = choosers[row].choose(scores[row : row + 1])
+        next_ids = forward.share(next_ids)
+        for row, token in enumerate(next_ids.tolist()):
+            if row in running:
+                choosers[row].append(token)
+                if token in settings.eos_token_ids or len(choosers[row].tokens) >= limits[row]:
+                    running.remove(row)
         if not running:
             break
-        ids = torch.tensor(next_ids, device=device)[:, None]
+        ids = next_ids[:, None]
         mask = torch.cat((mask, mask.new_ones(len(prompts), 1)), dim=1)
     return [c.tokens[len(p) :] for c, p in zip(choosers, prompts, strict=True)]
