@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from launcher.config.schema.callbacks import (
     CallbackSection,
@@ -118,6 +118,17 @@ class Config:
     """Optimizer steps between evaluations; -1 or 0: never by steps."""
     eval_epoch_interval: int = effective(-1, minimum=-1)
     """Epochs between evaluations; -1 or 0: never by epochs."""
+    chat_template: str | None = None
+    """How conversations become text, in training and in predict: the name of one of several
+    templates of the tokenizer, a file, or Jinja text. Left out: the template of the tokenizer.
+    `none`: predict gives prompts to the model as they are. A `prompt_template` of a data loader
+    takes its place for that data set."""
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Arguments of the chat template, such as `{enable_thinking: False}`; those of a record
+    (`chat_template_kwargs`) win."""
+    tools: str | list[dict[str, Any]] | None = None
+    """Tools that conversations may call, shown to the model by the chat template: a JSON file with
+    a list, or the list. Those of a record win."""
     input_data: str | list[str] | None = None
     """Prompts of predict: a text, several, or a file with one a line."""
     predict_batch_size: int | None = effective(None, minimum=1)
