@@ -90,7 +90,7 @@ def build_run(job: Job) -> TrainRun:
         sink_size=_sink_size(config, per_epoch),
         metadata=run_metadata(job, data, loader.global_batch, scaling),
         write_model_files=partial(_write_model_files, job, next(built.parts.parameters()).dtype),
-        evaluation=evaluation_data(job) if config.do_eval else None,
+        evaluation=evaluation_data(job) if config.do_eval else [],
         origin=Origin(inputs=_inputs(config)),
         state=TrainState(loss_scale=scaling.first if scaling is not None else 1.0),
         log=job.log,

@@ -103,7 +103,10 @@ def dataset_tasks(tree: Node, problems: list[Problem]) -> Node:
 
 def row_lengths(tree: Node, problems: list[Problem]) -> Node:
     """`data_loader.config.seq_length` is train_dataset.seq_length where that is not set."""
-    for name in ("train_dataset", "eval_dataset"):
+    named = find(tree, "eval_datasets")
+    entries = named.value if named is not None and isinstance(named.value, list) else []
+    names = [f"eval_datasets.{index}" for index in range(len(entries))]
+    for name in ("train_dataset", "eval_dataset", *names):
         node = find(tree, f"{name}.data_loader.config.seq_length")
         given = find(tree, f"{name}.seq_length")
         if node is not None and node.value is not None and (given is None or given.value is None):

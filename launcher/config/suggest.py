@@ -61,8 +61,18 @@ _SYNONYMS = {
 _PATHS = {
     **dict.fromkeys(("dataset", "datasets", "data", "train_data", "train_datasets"),
                     "train_dataset"),
-    **dict.fromkeys(("eval_data", "eval_datasets", "val_dataset", "validation_dataset"),
-                    "eval_dataset"),
+    **dict.fromkeys(("eval_data", "val_dataset", "validation_dataset"), "eval_dataset"),
+    **dict.fromkeys(("load_best_model_at_end", "save_best", "save_best_only", "save_top_k"),
+                    "callbacks[CheckpointMonitor].keep_best"),
+    **dict.fromkeys(("metric_for_best_model", "best_model_metric", "monitor_metric"),
+                    "callbacks[CheckpointMonitor].best_metric"),
+    "greater_is_better": "callbacks[CheckpointMonitor].best_mode",
+    **dict.fromkeys(("early_stopping", "early_stop", "early_stopping_patience",
+                     "early_stopping_steps"), "callbacks[EarlyStopping].patience"),
+    **dict.fromkeys(("early_stopping_threshold", "early_stopping_delta"),
+                    "callbacks[EarlyStopping].min_delta"),
+    **dict.fromkeys(("eval_steps", "evaluation_interval", "eval_interval", "eval_every"),
+                    "eval_step_interval"),
     **dict.fromkeys(("peft", "peft_config", "pet", "lora", "lora_config", "adapter_config"),
                     "pet_config"),
     **dict.fromkeys(("finetuning_type", "adapter", "peft_type", "use_lora", "use_peft"),
@@ -140,7 +150,7 @@ def _keys(kind: type, section: str) -> Iterator[SchemaKey]:
         if inner is not None and key.name != "dataset_config":
             yield from _keys(inner, path)
         entry = list_section_of(hints(kind)[key.name])
-        if entry is not None and inner is not None:
+        if entry is not None and key.name != "callbacks":  # by type, in CALLBACKS
             yield from _keys(entry, f"{path}[]")
     yield from _extra(section)
 
