@@ -65,7 +65,7 @@ class Job:
         spec = model_spec(self.config.model.model_config, self._config_json())
         for note in spec.notes:
             self.log(f"accepted, no effect: {note}")
-        return with_adapters(spec, lora_of(self.config), self.config.freeze)
+        return with_adapters(spec, lora_of(self.config, spec.family), self.config.freeze)
 
     def _config_json(self) -> dict[str, Any] | None:
         return read_config_json(self.config)

@@ -31,6 +31,7 @@ from launcher.train.loss import token_loss_sum
 from launcher.train.run import BuiltModel
 from models.build import blocks, build_model, mappings_of, materialize, parameter_count
 from models.decoder import Decoder
+from models.lora_config import is_saved
 from models.stage import keep_stage
 from models.trained import trained_parameters
 
@@ -94,7 +95,7 @@ def build_parallel(job: Job, *, training: bool) -> BuiltModel:
     return BuiltModel(
         parts=parts, layout=layout, trained=trained,
         mappings_of=mappings_of(parts.modules[-1]), compute=_compute(job, parts, modules),
-        batch_sharder=batch_sharder,
+        batch_sharder=batch_sharder, saves=partial(is_saved, lora=job.spec.lora),
     )  # fmt: skip
 
 
