@@ -3,8 +3,8 @@ standard library to its signature.
 
     python -m launcher.tools.prepare_signatures --output_dir data/signatures
 
-Owns the folder it makes: `train.jsonl` and `heldout.jsonl`, one conversation a line (`messages` of a
-user and an assistant). Files of the library that the quickstart holds out are held out here.
+Owns the folder it makes: `train.jsonl` and `heldout.jsonl`, one conversation a line (`messages` of
+a user and an assistant). Files of the library that the quickstart holds out are held out here.
 Invariants: the folder appears complete or not at all, and an existing one is never changed.
 """
 
