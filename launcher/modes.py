@@ -183,10 +183,10 @@ def predict(job: Job) -> int:
         advice="Copy the file of prompts to every machine",
     )  # fmt: skip
     check_writable(result_path(job))
-    model, layout = build_predicting(job)
-    load_or_init(job, ModelParts([model]), layout, find_weights(job))
+    forward, layout = build_predicting(job)
+    load_or_init(job, ModelParts([forward.model]), layout, find_weights(job))
     batch_size = job.config.predict_batch_size or min(len(prompts), PREDICT_BATCH)
-    generations = continue_prompts(job, model, prompts, batch_size)
+    generations = continue_prompts(job, forward, prompts, batch_size)
     if job.world.is_main:
         path = write_results(generations, result_path(job), batch_size)
         job.log(result_text(generations, batch_size))

@@ -7,23 +7,24 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from launcher.builders.job import Job
 from launcher.builders.model import predict_mesh
 from launcher.config.checks.check import Check
 from launcher.config.checks.generation import read_generation_file
+from launcher.generation.forward import Forward
 from launcher.generation.settings import GenerationSettings, generation_settings
+from launcher.layout.mesh import Mesh
 from launcher.parallel.consistency import check_same
 from launcher.predict.generate import Generation, generate
 from launcher.predict.results import RESULT_FILE
 
+Share = list[tuple[int, Generation]]
 PREDICT_BATCH = 8
 """Prompts in a batch when predict_batch_size is not set."""
 
 
 def continue_prompts(
-    job: Job, model: nn.Module, prompts: Sequence[str], batch_size: int
+    job: Job, forward: Forward, prompts: Sequence[str], batch_size: int
 ) -> list[Generation]:
     """Every prompt with its continuation, on the main rank; each rank continues its share.
 
@@ -38,9 +39,9 @@ def continue_prompts(
         rule="all ranks need the same settings, which each machine reads from its own files",
         advice="Copy the same model folder and the same tokenizer to every machine",
     )  # fmt: skip
-    model.eval()
+    forward.model.eval()
     return generate(
-        model,
+        forward,
         job.tokenizer,
         prompts,
         chosen,
@@ -49,8 +50,14 @@ def continue_prompts(
         seed=job.config.seed if seed is None else seed,
         rank=mesh.data_rank(job.world.rank),
         data_parallel=mesh.data_parallel,
-        gather=lambda done: job.world.gather(done)[:: mesh.tp],
+        gather=lambda done: _one_of_each_replica(job.world.gather(done), mesh),
     )
+
+
+def _one_of_each_replica(shares: list[Share], mesh: Mesh) -> list[Share]:
+    """What one rank of each replica has: all ranks of a replica have the same."""
+    at = map(mesh.coordinates, range(mesh.world_size))
+    return [share for share, a in zip(shares, at, strict=True) if a["tp"] == a["pp"] == 0]
 
 
 def settings(job: Job) -> GenerationSettings:

@@ -1,7 +1,8 @@
-"""From prompts to text, over the data-parallel ranks.
+"""From prompts to text, over the replicas of the model.
 
-Each data-parallel rank (of one or more tensor-parallel ranks) has the full model: rank r of n
-continues prompts r, r + n, r + 2n, ...; rank 0 gathers them.
+Each replica (of one rank, or the tensor- and pipeline-parallel ranks of one copy of the model)
+continues its share of the prompts: replica r of n has the prompts r, r + n, r + 2n, ...; rank 0
+gathers them.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from launcher.generation.forward import Forward
 from launcher.generation.loop import continue_tokens
 from launcher.generation.settings import GenerationSettings, token_limits
 from models.decoder import Decoder
@@ -35,7 +37,7 @@ class Generation:
 
 
 def generate(
-    model: nn.Module,
+    model: nn.Module | Forward,
     tokenizer: Any,
     prompts: Sequence[str],
     settings: GenerationSettings,
@@ -49,23 +51,24 @@ def generate(
 ) -> list[Generation]:
     """Continue every prompt; in the order of the prompts on rank 0, empty on the others.
 
-    With `data_parallel` > 1 each rank continues its share, and `gather` collects them: the model
-    must not communicate with ranks of other shares, which take other numbers of steps. Raises
+    With `data_parallel` > 1 replica `rank` continues its share, and `gather` collects them. Raises
     UserError for a prompt that is too long, before anything is computed.
     """
+    forward = model if isinstance(model, Forward) else Forward(model)
     encoded = [_encode(tokenizer, prompt, settings) for prompt in prompts]
-    limits = token_limits([len(ids) for ids in encoded], settings, positions_of(model))
+    limits = token_limits([len(ids) for ids in encoded], settings, positions_of(forward.model))
     mine = list(range(rank, len(prompts), data_parallel))
     done: list[tuple[int, Generation]] = []
     for start in range(0, len(mine), batch_size):
         batch = mine[start : start + batch_size]
         news = continue_tokens(
-            model, [encoded[i] for i in batch], settings, limits=[limits[i] for i in batch],
+            forward, [encoded[i] for i in batch], settings, limits=[limits[i] for i in batch],
             indices=batch, seed=seed, device=device,
         )  # fmt: skip
         for index, new in zip(batch, news, strict=True):
             text = continued_text(tokenizer, prompts[index], encoded[index], new)
             done.append((index, Generation(prompt=prompts[index], text=text, tokens=tuple(new))))
+    forward.finish()
     if data_parallel > 1 and gather is not None:
         shares = gather(done)
         done = [pair for share in shares or [] for pair in share]
