@@ -104,7 +104,7 @@ def run_mode(check: Check) -> Iterator[KeyProblem]:
         "train": ("train_dataset", "Add a train_dataset section"),
         "finetune": ("train_dataset", "Add a train_dataset section"),
         "eval": ("eval_dataset", "Add an eval_dataset section"),
-        "predict": ("input_data", "Write `--predict_data 'a prompt'`"),
+        "predict": ("input_data", "Write `--predict_data 'a prompt'`, or --interactive"),
     }
     if not check.mode:
         yield check.wrong(
@@ -124,6 +124,8 @@ def run_mode(check: Check) -> Iterator[KeyProblem]:
             )
         return
     key, advice = needs[check.mode]
+    if key == "input_data" and check.config.interactive:
+        return
     if check.value(key) in (None, "", []):
         yield check.wrong(key, f"{check.mode} requires it", what=f"{key} is missing", advice=advice)
 
