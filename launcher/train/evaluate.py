@@ -1,4 +1,7 @@
-"""Evaluation: the loss per target token and the perplexity over a data set, and when it is due."""
+"""Evaluation: the loss per target token and the perplexity over data sets, and when it is due.
+
+Invariant: results are sums over all ranks, so that every rank has the same ones.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +23,11 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class EvaluationData:
-    """What a model is evaluated on."""
+class EvaluationSet:
+    """One data set that a model is evaluated on."""
 
+    name: str
+    """Empty for `eval_dataset`, which is the only set."""
     batches: Callable[[], Iterable[Batch]]
     """This rank's share, equally many batches on every rank."""
     sources: tuple[str, ...] = ()
@@ -37,6 +42,8 @@ class EvaluationResult:
     tokens: int
     sources: Mapping[str, float] = field(default_factory=dict)
     """The loss of each source of a mixture that has target tokens."""
+    sets: Mapping[str, EvaluationResult] = field(default_factory=dict)
+    """The result of each named evaluation set, of which this one is the mean over all tokens."""
 
     @property
     def perplexity(self) -> float:
@@ -45,14 +52,35 @@ class EvaluationResult:
 
     def as_row(self) -> dict[str, Any]:
         """For `metrics.jsonl`."""
-        row = {"eval_loss": self.loss, "eval_perplexity": self.perplexity,
-               "eval_tokens": self.tokens}  # fmt: skip
-        return row | {f"eval_loss/{name}": loss for name, loss in self.sources.items()}
+        return self._row("")
+
+    def _row(self, name: str) -> dict[str, Any]:
+        """`name`: empty, or `/` and the name of the set."""
+        row = {f"eval_loss{name}": self.loss, f"eval_perplexity{name}": self.perplexity,
+               f"eval_tokens{name}": self.tokens}  # fmt: skip
+        row |= {f"eval_loss{name}/{source}": loss for source, loss in self.sources.items()}
+        for inner, result in self.sets.items():
+            row |= result._row(f"/{inner}")
+        return row
 
     def __str__(self) -> str:
         text = f"eval loss {self.loss:.4f}, perplexity {self.perplexity:.2f}, {self.tokens} tokens"
-        each = ", ".join(f"{name} {loss:.4f}" for name, loss in self.sources.items())
+        losses = {**self.sources, **{name: one.loss for name, one in self.sets.items()}}
+        each = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
         return f"{text} ({each})" if each else text
+
+
+def evaluate_sets(
+    model: BuiltModel, sets: Sequence[EvaluationSet], world: World
+) -> EvaluationResult:
+    """The result over all target tokens of `sets`, with that of each where they are named."""
+    results = [evaluate(model, data.batches(), world, data.sources) for data in sets]
+    if len(sets) == 1 and not sets[0].name:
+        return results[0]
+    tokens = sum(result.tokens for result in results)
+    loss = sum(result.loss * result.tokens for result in results) / max(tokens, 1)
+    named = {data.name: result for data, result in zip(sets, results, strict=True)}
+    return EvaluationResult(loss, tokens, sets=named)
 
 
 @torch.no_grad()

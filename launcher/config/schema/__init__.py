@@ -27,6 +27,7 @@ from launcher.config.schema.data import (
     MegatronConfigSection,
     MixtureSourceSection,
 )
+from launcher.config.schema.evaluation import EarlyStoppingSection, NamedDatasetSection
 from launcher.config.schema.field import FieldInfo, Status, info_of
 from launcher.config.schema.model import (
     GenerationSection,
@@ -78,6 +79,7 @@ __all__ = [
     "DataLoaderSection",
     "DatasetSection",
     "DatasetTaskSection",
+    "EarlyStoppingSection",
     "EvalCallbackSection",
     "FieldInfo",
     "GenerationSection",
@@ -88,6 +90,7 @@ __all__ = [
     "MixtureSourceSection",
     "ModelSection",
     "MonitorSection",
+    "NamedDatasetSection",
     "OnRequestExitSection",
     "OptimizerSection",
     "ParallelConfigSection",
