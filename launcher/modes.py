@@ -197,12 +197,12 @@ def predict(job: Job) -> int:
     check_writable(result_path(job))
     source = find_weights(job)
     setup, encoded = prepare_prompts(job, source, prompts, strictness)
-    model, layout = build_predicting(job)
-    load_or_init(job, ModelParts([model]), layout, source)
+    forward, layout = build_predicting(job)
+    load_or_init(job, ModelParts([forward.model]), layout, source)
     batch_size = job.config.predict_batch_size or min(len(prompts), PREDICT_BATCH)
     stream = open_stream(job, encoded)
     generations = continue_prompts(
-        job, model, setup, encoded, batch_size, stream.watch if stream else None
+        job, forward, setup, encoded, batch_size, stream.watch if stream else None
     )
     if stream:
         stream.close()

@@ -10,8 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from torch import nn
-
 from launcher.builders.chat_template import ChatSetup, chat_setup
 from launcher.builders.job import Job
 from launcher.builders.load_weights import find_weights, load_or_init
@@ -21,6 +19,7 @@ from launcher.data.conversations import Conversation
 from launcher.data.strictness import Strictness
 from launcher.data.tally import Tally
 from launcher.errors import UserError
+from launcher.generation.forward import Forward
 from launcher.generation.loop import Watch
 from launcher.generation.settings import GenerationSettings
 from launcher.parallel.all_ranks import on_all_ranks
@@ -65,12 +64,12 @@ def chat(job: Job) -> int:
             rule="a chat renders its turns with a chat template",
             advice="Leave it out to use the template of the tokenizer",
         )
-    model, layout = build_predicting(job)
-    load_or_init(job, ModelParts([model]), layout, source)
-    model.eval()
+    forward, layout = build_predicting(job)
+    load_or_init(job, ModelParts([forward.model]), layout, source)
+    forward.model.eval()
     if not job.world.is_main:
-        return _follow(job, model, setup.settings)
-    return _lead(job, model, setup, free_path(path), start)
+        return _follow(job, forward, setup.settings)
+    return _lead(job, forward, setup, free_path(path), start)
 
 
 def _start(job: Job, strictness: Strictness) -> Conversation:
@@ -84,7 +83,7 @@ def _start(job: Job, strictness: Strictness) -> Conversation:
     return Conversation(where=_WHERE, messages=[{"role": "user", "content": first.text}])
 
 
-def _lead(job: Job, model: nn.Module, setup: ChatSetup, path: Path, start: Conversation) -> int:
+def _lead(job: Job, forward: Forward, setup: ChatSetup, path: Path, start: Conversation) -> int:
     """The chat on the main rank."""
     world, answers = job.world.with_long_timeout(), 0
 
@@ -93,9 +92,9 @@ def _lead(job: Job, model: nn.Module, setup: ChatSetup, path: Path, start: Conve
         turn = _Turn(prompt=prompt, limit=limit, number=answers)
         answers += 1
         world.from_main(turn)
-        return _generated(job, model, setup.settings, turn, watch)
+        return _generated(job, forward, setup.settings, turn, watch)
 
-    limits = Limits(settings=setup.settings, positions=positions_of(model), room=answer_room(job))
+    limits = Limits(settings=setup.settings, positions=positions_of(forward.model), room=answer_room(job))
     terminal = Terminal(handles_signals=world.size == 1)
     session = Session(path, start, job.config.system)
     job.log(f"chat with {setup.encoder.renderer.name}; /help lists the commands, Ctrl-D ends it")
@@ -108,24 +107,24 @@ def _lead(job: Job, model: nn.Module, setup: ChatSetup, path: Path, start: Conve
     return code
 
 
-def _follow(job: Job, model: nn.Module, chosen: GenerationSettings) -> int:
+def _follow(job: Job, forward: Forward, chosen: GenerationSettings) -> int:
     """The part of another rank, until the main one ends the chat with its exit code."""
     world = job.world.with_long_timeout()
     while True:
         turn = world.from_main(None)
         if not isinstance(turn, _Turn):
             return int(turn)
-        _generated(job, model, chosen, turn, lambda tokens: False)
+        _generated(job, forward, chosen, turn, lambda tokens: False)
 
 
 def _generated(
-    job: Job, model: nn.Module, chosen: GenerationSettings, turn: _Turn, watch: Watch
+    job: Job, forward: Forward, chosen: GenerationSettings, turn: _Turn, watch: Watch
 ) -> Sequence[int]:
     """The new tokens of an answer on the main rank; each rank does its part."""
     seed, mesh = job.config.generation_config.seed, predict_mesh(job)
     seed = job.config.seed if seed is None else seed
     found = generate(
-        model,
+        forward,
         job.tokenizer,
         [turn.prompt],
         chosen,

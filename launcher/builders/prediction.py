@@ -7,8 +7,6 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from launcher.builders.chat_template import (
     ANSWER_TOKENS,
     ChatSetup,
@@ -20,8 +18,10 @@ from launcher.builders.model import predict_mesh
 from launcher.config.checks.check import Check
 from launcher.config.checks.generation import read_generation_file
 from launcher.data.strictness import Strictness
+from launcher.generation.forward import Forward
 from launcher.generation.loop import Watch
 from launcher.generation.settings import GenerationSettings, generation_settings
+from launcher.layout.mesh import Mesh
 from launcher.parallel.consistency import check_same
 from launcher.predict.answers import answer_message, with_answer
 from launcher.predict.encode import EncodedPrompt
@@ -31,6 +31,7 @@ from launcher.predict.results import RESULT_FILE
 from launcher.predict.stream import Stream
 from launcher.weights.source import Source
 
+Share = list[tuple[int, Generation]]
 PREDICT_BATCH = 8
 """Prompts in a batch when predict_batch_size is not set."""
 
@@ -56,7 +57,7 @@ def prepare_prompts(
 
 
 def continue_prompts(
-    job: Job, model: nn.Module, setup: ChatSetup, prompts: Sequence[EncodedPrompt],
+    job: Job, forward: Forward, setup: ChatSetup, prompts: Sequence[EncodedPrompt],
     batch_size: int, watch: Watch | None = None,
 ) -> list[Generation]:  # fmt: skip
     """Every prompt with its continuation, on the main rank; each rank continues its share.
@@ -65,9 +66,9 @@ def continue_prompts(
     """
     seed, mesh = job.config.generation_config.seed, predict_mesh(job)
     answers = any(prompt.conversation is not None for prompt in prompts)
-    model.eval()
+    forward.model.eval()
     found = generate(
-        model,
+        forward,
         job.tokenizer,
         prompts,
         setup.settings if answers else settings(job),
@@ -76,7 +77,7 @@ def continue_prompts(
         seed=job.config.seed if seed is None else seed,
         rank=mesh.data_rank(job.world.rank),
         data_parallel=mesh.data_parallel,
-        gather=lambda done: job.world.gather(done)[:: mesh.tp],
+        gather=lambda done: _one_of_each_replica(job.world.gather(done), mesh),
         room=answer_room(job) if answers else None,
         watch=watch,
     )
@@ -115,6 +116,12 @@ def _sets(job: Job, keys: Sequence[str]) -> bool:
     written, model, file = _sources(job)
     sources = (written, model, file) if keys == _LENGTHS else (written, model)
     return any(source.get(key) is not None for source in sources for key in keys)
+
+
+def _one_of_each_replica(shares: list[Share], mesh: Mesh) -> list[Share]:
+    """What one rank of each replica has: all ranks of a replica have the same."""
+    at = map(mesh.coordinates, range(mesh.world_size))
+    return [share for share, a in zip(shares, at, strict=True) if a["tp"] == a["pp"] == 0]
 
 
 def settings(job: Job) -> GenerationSettings:

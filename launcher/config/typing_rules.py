@@ -10,6 +10,7 @@ import functools
 import math
 import types
 import typing
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Union
 

@@ -1,7 +1,8 @@
-"""From prompts to text, over the data-parallel ranks.
+"""From prompts to text, over the replicas of the model.
 
-Each data-parallel rank (of one or more tensor-parallel ranks) has the full model: rank r of n
-continues prompts r, r + n, r + 2n, ...; rank 0 gathers them.
+Each replica (of one rank, or the tensor- and pipeline-parallel ranks of one copy of the model)
+continues its share of the prompts: replica r of n has the prompts r, r + n, r + 2n, ...; rank 0
+gathers them.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from torch import nn
 
 from launcher.data.conversations import Conversation
+from launcher.generation.forward import Forward
 from launcher.generation.loop import Watch, continue_tokens
 from launcher.generation.settings import GenerationSettings, token_limits
 from launcher.predict.encode import EncodedPrompt
@@ -39,7 +41,7 @@ class Generation:
 
 
 def generate(
-    model: nn.Module,
+    model: nn.Module | Forward,
     tokenizer: Any,
     prompts: Sequence[str | EncodedPrompt],
     settings: GenerationSettings,
@@ -55,26 +57,28 @@ def generate(
 ) -> list[Generation]:
     """Continue every prompt; in the order of the prompts on rank 0, empty on the others.
 
-    With `data_parallel` > 1 each rank continues its share, and `gather` collects them: the model
-    must not communicate with ranks of other shares, which take other numbers of steps. Raises
+    With `data_parallel` > 1 replica `rank` continues its share, and `gather` collects them. Raises
     UserError for a prompt that is too long, before anything is computed. `room`: new tokens of a
     prompt, fewer where the model has no positions for them, in place of the lengths of `settings`.
-    `watch` sees each step of each batch of this rank.
+    `watch` sees each step of each batch of this replica.
     """
+    forward = model if isinstance(model, Forward) else Forward(model)
     encoded = [_encoded(tokenizer, prompt, settings) for prompt in prompts]
-    limits = _limits([len(prompt.ids) for prompt in encoded], settings, positions_of(model), room)
+    positions = positions_of(forward.model)
+    limits = _limits([len(prompt.ids) for prompt in encoded], settings, positions, room)
     mine = list(range(rank, len(prompts), data_parallel))
     done: list[tuple[int, Generation]] = []
     for start in range(0, len(mine), batch_size):
         batch = mine[start : start + batch_size]
         news = continue_tokens(
-            model, [encoded[i].ids for i in batch], settings, limits=[limits[i] for i in batch],
+            forward, [encoded[i].ids for i in batch], settings, limits=[limits[i] for i in batch],
             indices=batch, seed=seed, device=device, watch=watch,
         )  # fmt: skip
         for index, new in zip(batch, news, strict=True):
             prompt = encoded[index]
             text = continued_text(tokenizer, prompt.text, prompt.ids, new)
             done.append((index, Generation(prompt=prompt.text, text=text, tokens=tuple(new))))
+    forward.finish()
     if data_parallel > 1 and gather is not None:
         shares = gather(done)
         done = [pair for share in shares or [] for pair in share]
