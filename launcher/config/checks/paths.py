@@ -109,7 +109,7 @@ def run_mode(check: Check) -> Iterator[KeyProblem]:
             "eval_datasets" if check.config.eval_datasets else "eval_dataset",
             "Add an eval_dataset section",
         ),
-        "predict": ("input_data", "Write `--predict_data 'a prompt'`"),
+        "predict": ("input_data", "Write `--predict_data 'a prompt'`, or --interactive"),
     }
     if not check.mode:
         yield check.wrong(
@@ -129,6 +129,8 @@ def run_mode(check: Check) -> Iterator[KeyProblem]:
             )
         return
     key, advice = needs[check.mode]
+    if key == "input_data" and check.config.interactive:
+        return
     if check.value(key) in (None, "", []):
         yield check.wrong(key, f"{check.mode} requires it", what=f"{key} is missing", advice=advice)
 
