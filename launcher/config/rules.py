@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from launcher.config.checks import (
+    chat,
     generation,
     memory,
     mixture,
@@ -41,6 +42,8 @@ __all__ = [
     "world_size",
 ]
 
+_ABOUT_CHAT: tuple[Rule, ...] = (chat.templates, chat.arguments, chat.tools)
+
 _ABOUT_DATA: tuple[Rule, ...] = (
     paths.datasets,
     streaming.streams,
@@ -52,6 +55,8 @@ _ABOUT_DATA: tuple[Rule, ...] = (
     records.transforms,
     records.prompts,
     records.packing,
+    chat.learnt_turns,
+    *_ABOUT_CHAT,
     paths.tokenizer,
     tokenizer.tokenizer_files,
     paths.named_paths,
@@ -208,6 +213,6 @@ def warnings(config: Config, provenance: Provenance) -> list[str]:
     if config.last_callback(EvalCallbackSection) is not None and not config.do_eval:
         lines.append("callbacks: EvalCallBack has no effect without do_eval: True")
     subject = Check(config=config, provenance=provenance, world_size=world_size())
-    for room in (parallel, pipeline, memory, weights, generation):
+    for room in (parallel, pipeline, memory, weights, generation, chat):
         lines += room.warnings(subject)
     return lines
