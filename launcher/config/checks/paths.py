@@ -55,6 +55,8 @@ _BY_TYPE: dict[str, tuple[str, ...]] = {
     ),
     "transforms": ("HFDataLoader", "CommonDataLoader", "InstructionDataLoader"),
     "prompt_template": ("InstructionDataLoader",),
+    "train_on_roles": ("InstructionDataLoader",),
+    "train_on_turns": ("InstructionDataLoader",),
     "format": ("InstructionDataLoader",),
     "strict_fields": ("InstructionDataLoader",),
     "streaming": ("HFDataLoader", "CommonDataLoader", "InstructionDataLoader"),
