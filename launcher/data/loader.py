@@ -30,7 +30,7 @@ class Batch:
     """Rows for one forward pass; int64 tensors on the CPU."""
 
     input_ids: torch.Tensor
-    """[batch, seq_length]"""
+    """[batch, seq_length]; of preferences [batch, 2, seq_length], as labels are."""
     labels: torch.Tensor
     """[batch, seq_length], already shifted: the next token of each input; -100 is ignored."""
     position_ids: torch.Tensor | None
@@ -39,6 +39,10 @@ class Batch:
     """[batch, seq_length], index of the document in its row; None where a row is one document."""
     sample_ids: torch.Tensor
     """[batch], index of each sample over all epochs of the run; -1: filler."""
+    rows: torch.Tensor | None = None
+    """[batch], index of each row in the dataset; -1: filler. None where nobody asks for it."""
+    is_desirable: torch.Tensor | None = None
+    """bool [batch]: whether an answer was judged good; None where answers were not judged."""
     sources: torch.Tensor | None = None
     """bool [batch, sources]: whether a row is of a source of the mixture; no source for filler.
     None where the data is no mixture."""
@@ -229,6 +233,10 @@ def _batch(dataset: RowDataset, indices: Ints, sample_ids: Ints, pin_memory: boo
         position_ids=stack("position_ids"),
         document_ids=stack("document_ids"),
         sample_ids=tensor(sample_ids.copy()),
+        rows=tensor(indices.copy()) if dataset.sequences > 1 else None,
+        is_desirable=None
+        if rows[0].is_desirable is None
+        else tensor(np.array([row.is_desirable for row in rows])),
         sources=tensor(_of_sources(dataset, indices)) if dataset.sources else None,
     )
 

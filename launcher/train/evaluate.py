@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,8 +13,10 @@ from launcher.data.loader import Batch
 from launcher.parallel.world import World
 from launcher.train.compute import MicroBatch, by_source
 from launcher.train.loss import IGNORED_LABEL
+from launcher.train.preference import summary_of
 
 if TYPE_CHECKING:
+    from launcher.train.preference_task import PreferenceTask
     from launcher.train.run import BuiltModel, TrainRun
     from launcher.train.step import StepRecord
 
@@ -27,16 +29,23 @@ class EvaluationData:
     """This rank's share, equally many batches on every rank."""
     sources: tuple[str, ...] = ()
     """The names of the sources; none where the data is no mixture."""
+    reference: torch.Tensor | None = None
+    """Of preferences: as that of `TrainRun`, for the rows of this data."""
 
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """`loss` in nats per target token, over `tokens` of them."""
+    """`loss` in nats per target token, over `tokens` of them; of preferences per sample, over
+    `samples` of them."""
 
     loss: float
     tokens: int
     sources: Mapping[str, float] = field(default_factory=dict)
     """The loss of each source of a mixture that has target tokens."""
+    samples: int | None = None
+    """Of preferences; None for the loss on tokens."""
+    preference: Mapping[str, float] = field(default_factory=dict)
+    """Rewards and log-probabilities, by the names of TRL."""
 
     @property
     def perplexity(self) -> float:
@@ -45,12 +54,19 @@ class EvaluationResult:
 
     def as_row(self) -> dict[str, Any]:
         """For `metrics.jsonl`."""
-        row = {"eval_loss": self.loss, "eval_perplexity": self.perplexity,
-               "eval_tokens": self.tokens}  # fmt: skip
+        if self.samples is None:
+            row = {"eval_loss": self.loss, "eval_perplexity": self.perplexity,
+                   "eval_tokens": self.tokens}  # fmt: skip
+        else:
+            row = {"eval_loss": self.loss, "eval_samples": self.samples}
+            row |= {f"eval_{name}": value for name, value in self.preference.items()}
         return row | {f"eval_loss/{name}": loss for name, loss in self.sources.items()}
 
     def __str__(self) -> str:
         text = f"eval loss {self.loss:.4f}, perplexity {self.perplexity:.2f}, {self.tokens} tokens"
+        if self.samples is not None:
+            shown = ", ".join(f"{k} {v:.4f}" for k, v in self.preference.items() if "rewards" in k)
+            text = f"eval loss {self.loss:.4f}, {shown}, {self.samples} samples"
         each = ", ".join(f"{name} {loss:.4f}" for name, loss in self.sources.items())
         return f"{text} ({each})" if each else text
 
@@ -74,6 +90,39 @@ def evaluate(
     return EvaluationResult(
         sum(loss_sums) / max(sum(tokens), 1), int(sum(tokens)),
         {name: loss_sum / count for name, loss_sum, count in found if count},
+    )  # fmt: skip
+
+
+def evaluate_data(model: BuiltModel, data: EvaluationData, world: World) -> EvaluationResult:
+    """The loss over all of `data`: on tokens, or on preferences."""
+    if model.preference is None:
+        return evaluate(model, data.batches(), world, data.sources)
+    return _evaluate_preferences(model, model.preference, data, world)
+
+
+@torch.no_grad()
+def _evaluate_preferences(
+    model: BuiltModel, task: PreferenceTask, data: EvaluationData, world: World
+) -> EvaluationResult:
+    """The mean over samples. k of kto is that of all of the data: a pass of its own."""
+    was_training = model.parts.training
+    model.parts.train(False)
+    total, divergence = None, None
+    if not task.settings.is_paired:
+        divergence = task.divergence_of_data(model, world, data.batches(), data.reference)
+    for batch in data.batches():
+        part = task.prepared(model, batch, data.reference)
+        rows = replace(model.batch_sharder(part.batch), given=part.given(divergence))
+        sums = model.compute.evaluate(rows).double()
+        total = sums if total is None else total + sums
+    model.parts.train(was_training)
+    assert total is not None
+    table = world.sum(total).cpu()
+    loss, samples, *measures = table.sum(0).tolist()
+    each = zip(data.sources, table[:, :2].tolist(), strict=False)
+    return EvaluationResult(
+        loss / max(samples, 1), 0, {name: part / n for name, (part, n) in each if n},
+        samples=int(samples), preference=summary_of(task.settings, measures, samples),
     )  # fmt: skip
 
 

@@ -25,8 +25,9 @@ import torch
 from launcher.data.loader import StepData
 from launcher.data.mixture import MixtureOrder
 from launcher.train.callbacks import Callback, Callbacks
-from launcher.train.evaluate import evaluate, is_evaluation_due
+from launcher.train.evaluate import evaluate_data, is_evaluation_due
 from launcher.train.interrupts import STOP_REASONS, Interrupted
+from launcher.train.preference import summary_of
 from launcher.train.run import TrainRun
 from launcher.train.state import epoch_and_step
 from launcher.train.step import (
@@ -90,8 +91,7 @@ def evaluate_run(run: TrainRun, callbacks: Callbacks) -> None:
     """Report the loss on the evaluation data, where there is some."""
     if run.evaluation is None:
         return
-    data = run.evaluation
-    result = evaluate(run.model, data.batches(), run.world, data.sources)
+    result = evaluate_data(run.model, run.evaluation, run.world)
     run.log(f"step {run.state.global_step}: {result}")
     for callback in (*callbacks.reports, *callbacks.others):
         callback.on_evaluation(run, result)
@@ -149,7 +149,16 @@ def _record(
         skipped=limits.are_passed(norm, row[LOSS]) if limits and limits.skips else None,
         embedding_norm=row[-1] if watches else None,
         sources=tuple(_source_records(run, record, row[SOURCES_FROM:])),
+        preference=_preference_metrics(run, row[SOURCES_FROM + len(run.loader.source_names):]),
     )  # fmt: skip
+
+
+def _preference_metrics(run: TrainRun, measured: Sequence[float]) -> dict[str, float]:
+    """`measured`: the share of samples, then the measures, of the mean over the global batch."""
+    if run.model.preference is None:
+        return {}
+    settings = run.model.preference.settings
+    return summary_of(settings, measured[1 : len(settings.measures) + 1], measured[0])
 
 
 def _taken(run: TrainRun) -> Sequence[int]:

@@ -33,6 +33,7 @@ from launcher.config.schema.parallel import (
     RecomputeSection,
     SwapSection,
 )
+from launcher.config.schema.preference import PREFERENCE_TRAINERS, PreferenceSection
 from launcher.config.schema.training import (
     LrScheduleSection,
     OptimizerSection,
@@ -152,6 +153,8 @@ class Config:
 
     trainer: TrainerSection = section(TrainerSection)
     """The task."""
+    preference: PreferenceSection = section(PreferenceSection)
+    """Training on preferences."""
     model: ModelSection = section(ModelSection)
     """What is trained."""
     processor: ProcessorSection = section(ProcessorSection)
@@ -201,6 +204,12 @@ class Config:
     def loss_monitor(self) -> LossMonitorSection:
         """The MFLossMonitor that counts; the default one when none is written."""
         return self.last_callback(LossMonitorSection) or LossMonitorSection()
+
+    @property
+    def preference_loss(self) -> str | None:
+        """The loss on preferences; None for the loss on the next token."""
+        losses = PREFERENCE_TRAINERS.get(self.trainer.type)
+        return None if losses is None else self.preference.loss or losses[0]
 
     @property
     def checkpoint_monitor(self) -> CheckpointMonitorSection | None:
