@@ -40,7 +40,7 @@ from launcher.predict.results import check_writable, result_text, write_results
 from launcher.report.aside import make_way, write_new
 from launcher.report.console import Console, close_logs, open_logs
 from launcher.train.callbacks import Callbacks
-from launcher.train.evaluate import evaluate
+from launcher.train.evaluate import evaluate_sets
 from launcher.train.interrupts import Interrupted
 from launcher.train.run import TrainRun
 
@@ -163,10 +163,10 @@ def finetune(job: Job) -> int:
 def evaluate_only(job: Job) -> int:
     """Compute loss and perplexity on the evaluation data."""
     weights = find_weights(job)
-    data = evaluation_data(job)
+    sets = evaluation_data(job)
     built = build_parallel(job, training=False)
     load_or_init(job, built.parts, built.layout, weights)
-    result = evaluate(built, data.batches(), job.world, data.sources)
+    result = evaluate_sets(built, sets, job.world)
     job.log(str(result))
     if job.world.is_main:
         path, row = job.output_dir / "eval_result.json", result.as_row()
@@ -212,8 +212,9 @@ MODES = {
 
 def train_to_the_end(job: Job, run: TrainRun, callbacks: Callbacks) -> int:
     """Train to the last step; metrics and the loss curve are finished even after an error."""
-    if run.state.global_step >= run.total_steps:
-        job.log(f"nothing to do: step {run.state.global_step} of {run.total_steps} is done")
+    if run.is_finished:
+        early = ", where EarlyStopping ended the run" if run.is_stopped_early else ""
+        job.log(f"nothing to do: step {run.state.global_step} of {run.total_steps} is done{early}")
         if isinstance(callbacks.saving, CheckpointMonitor):
             callbacks.saving.finish_interrupted_save(run)
         return EXIT_OK

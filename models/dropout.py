@@ -10,8 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Dropout sites of a layer: attention probabilities, outputs of attention and of the MLP.
-ATTENTION_PROBABILITIES, ATTENTION_OUTPUT, MLP_OUTPUT = 0, 1, 2
+# Dropout sites of a layer: attention probabilities, outputs of attention and of the MLP, inputs of
+# adapters (each module is then a site within that one).
+ATTENTION_PROBABILITIES, ATTENTION_OUTPUT, MLP_OUTPUT, ADAPTER = 0, 1, 2, 3
 
 
 def dropout(

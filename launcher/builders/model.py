@@ -69,10 +69,15 @@ def build_parallel(job: Job, *, training: bool) -> BuiltModel:
                 offload=offload,
             )  # fmt: skip
         materialize_all(module, job.world.device, offload)
+    trained = trained_parameters(full)
+    sizes = {name: parameter.numel() for name, parameter in full.named_parameters()}
     job.log(
         f"model: {job.spec.family}, {count:,} parameters "
         f"({_name(dtype)}, computing in {_name(job.compute_dtype)})"
     )
+    if training and len(trained) < len(sizes):
+        part = sum(sizes[name] for name in trained)
+        job.log(f"trained: {part:,} parameters ({part / count:.2%}), the others are frozen")
     if job.mesh.world_size > 1:
         job.log(f"layout: {_layout_text(job)}")
     parts = ModelParts(
@@ -87,7 +92,7 @@ def build_parallel(job: Job, *, training: bool) -> BuiltModel:
         counts=at["tp"] == 0 and at["pp"] == 0,
     )
     return BuiltModel(
-        parts=parts, layout=layout, trained=trained_parameters(full),
+        parts=parts, layout=layout, trained=trained,
         mappings_of=mappings_of(parts.modules[-1]), compute=_compute(job, parts, modules),
         batch_sharder=batch_sharder,
     )  # fmt: skip

@@ -90,7 +90,7 @@ def build_run(job: Job) -> TrainRun:
         sink_size=_sink_size(config, per_epoch),
         metadata=run_metadata(job, data, loader.global_batch, scaling),
         write_model_files=partial(_write_model_files, job, next(built.parts.parameters()).dtype),
-        evaluation=evaluation_data(job) if config.do_eval else None,
+        evaluation=evaluation_data(job) if config.do_eval else [],
         origin=Origin(inputs=_inputs(config)),
         state=TrainState(loss_scale=scaling.first if scaling is not None else 1.0),
         log=job.log,
@@ -188,6 +188,8 @@ def _balance(job: Job, global_batch: int) -> torch.Tensor | None:
 
 
 def _has_dropout(spec: ModelSpec) -> bool:
+    if spec.lora is not None and spec.lora.dropout > 0:
+        return True
     if spec.decoder is not None:
         return spec.decoder.attention_dropout > 0 or spec.decoder.hidden_dropout > 0
     return any("drop" in key and value for key, value in complete_config(spec).to_dict().items())

@@ -52,11 +52,26 @@ def used_datasets(config: Config) -> dict[str, DatasetSection]:
     """The data sections that the run mode reads, by name."""
     trains = config.run_mode in ("train", "finetune")
     evaluates = config.run_mode == "eval" or (trains and config.do_eval)
-    found = {
-        "train_dataset": config.train_dataset if trains else None,
-        "eval_dataset": config.eval_dataset if evaluates else None,
-    }
-    return {name: section for name, section in found.items() if section is not None}
+    training = {"train_dataset": config.train_dataset} if trains and config.train_dataset else {}
+    return {**training, **(evaluation_datasets(config) if evaluates else {})}
+
+
+def evaluation_datasets(config: Config) -> dict[str, DatasetSection]:
+    """The sections of evaluation data, by key: `eval_dataset`, `eval_datasets.0` and so on."""
+    single = {"eval_dataset": config.eval_dataset} if config.eval_dataset else {}
+    named = {f"eval_datasets.{i}": section for i, section in enumerate(config.eval_datasets)}
+    return {**single, **named}
+
+
+def written_datasets(config: Config) -> dict[str, DatasetSection]:
+    """Every data section of the configuration, also those that the run mode does not read."""
+    training = {"train_dataset": config.train_dataset} if config.train_dataset else {}
+    return {**training, **evaluation_datasets(config)}
+
+
+def is_evaluation(key: str) -> bool:
+    """Whether a data section is one of evaluation, by its key."""
+    return key.startswith("eval_dataset")
 
 
 def mesh_of(config: Config) -> Mesh:

@@ -11,12 +11,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from launcher.config.checks import (
+    evaluation,
     generation,
     memory,
     mixture,
     model,
     parallel,
     paths,
+    pet,
     pipeline,
     placeholders,
     preference,
@@ -80,6 +82,8 @@ RULES: tuple[Rule, ...] = (
     pipeline.split,
     pipeline.compiled,
     pipeline.recomputed,
+    pet.adapters,
+    pet.frozen,
     memory.recompute,
     memory.select_recompute,
     memory.swap,
@@ -93,6 +97,9 @@ RULES: tuple[Rule, ...] = (
     training.loss_scale,
     training.half_weights,
     training.evaluation_in_training,
+    evaluation.named_sets,
+    evaluation.early_stopping,
+    evaluation.best_save,
     training.trackers_installed,
     preference.trainer,
     preference.arguments,
@@ -114,6 +121,7 @@ DATA_RULES: tuple[Rule, ...] = (
     paths.run_mode,
     parallel.rows,
     training.evaluation_in_training,
+    evaluation.named_sets,
     *_ABOUT_DATA,
     model.model,
 )

@@ -28,12 +28,13 @@ import numpy as np
 import numpy.typing as npt
 
 from launcher.data.answers import answer_not_found, answer_span, common_prefix
+from launcher.data.chat_rendering import ChatRenderer, ChatSettings
 from launcher.data.conversations import Conversation
 from launcher.data.records import MAX_PROBLEMS
-from launcher.data.rendering_check import check_rendering
+from launcher.data.rendering_check import Rendering
 from launcher.data.strictness import Strictness
 from launcher.data.tally import Tally
-from launcher.data.templates import ChatTemplate, ChatTemplates, Span
+from launcher.data.templates import ChatTemplate, Span
 from launcher.data.tokens import backend_of, exact_offsets
 from launcher.errors import Problem, UserError
 
@@ -54,6 +55,7 @@ def tokenize_conversations(
     log: Callable[[str], None],
     strictness: Strictness | None = None,
     seq_length: int | None = None,
+    settings: ChatSettings | None = None,
 ) -> Iterator[list[Sample]]:
     """The samples of conversations, in batches, in order.
 
@@ -61,16 +63,15 @@ def tokenize_conversations(
     `strictness`. Raises UserError where the chat template rejects a conversation or omits a turn,
     and where an answer cannot be found.
     """
-    strictness = strictness or Strictness(strict=True, tally=Tally())
-    templates = ChatTemplates(tokenizer)
-    if templates.is_default:
+    renderer = ChatRenderer(tokenizer, settings, strictness)
+    if renderer.templates.is_default:
         log("the tokenizer has no chat template: using a ChatML-like one")
     iterator = iter(conversations)
     while batch := list(islice(iterator, _BATCH)):
-        rendered = _render(batch, templates, strictness)
+        rendered = _render(batch, renderer)
         samples = _tokenize_with_spans(rendered, batch, tokenizer)
         for conversation, sample in zip(batch, samples, strict=True):
-            count_without_targets(sample, conversation.where, strictness.tally, seq_length)
+            count_without_targets(sample, conversation.where, renderer.strictness.tally, seq_length)
         yield samples
 
 
@@ -83,16 +84,12 @@ def count_without_targets(sample: Sample, where: str, tally: Tally, seq_length: 
         tally.answer_beyond_row.add(where)
 
 
-def _render(
-    batch: list[Conversation], templates: ChatTemplates, strictness: Strictness
-) -> list[tuple[str, list[Span]]]:
+def _render(batch: list[Conversation], renderer: ChatRenderer) -> list[tuple[str, list[Span]]]:
     rendered = []
     problems: list[Problem] = []
     for conversation in batch:
         try:
-            template = templates.of(conversation)
-            text, spans = _with_spans(conversation, template)
-            check_rendering(conversation, template, text, strictness)
+            text, spans = _with_spans(renderer.row(conversation))
         except UserError as error:
             problems += (found for found in error.problems if found not in problems)
             if len(problems) >= MAX_PROBLEMS:
@@ -104,10 +101,11 @@ def _render(
     return rendered
 
 
-def _with_spans(conversation: Conversation, template: ChatTemplate) -> tuple[str, list[Span]]:
+def _with_spans(rendering: Rendering) -> tuple[str, list[Span]]:
     """The rendered conversation and the character spans of its target answers and their marks."""
+    conversation, template = rendering.conversation, rendering.template
     if not template.marks_answers:
-        return _with_answer_spans(conversation, template)
+        return rendering.text, _answer_spans(rendering)
     text, spans = template.render_marked(conversation, conversation.messages)
     if conversation.context_turns:
         turns = _turns_of_blocks(conversation, template, len(spans))
@@ -131,14 +129,11 @@ def _turns_of_blocks(conversation: Conversation, template: ChatTemplate, blocks:
     return turns
 
 
-def _with_answer_spans(
-    conversation: Conversation, template: ChatTemplate
-) -> tuple[str, list[Span]]:
-    messages = conversation.messages
-    text = template.render(conversation, messages)
-    return text, [
-        answer_span(text, conversation, template, index)
-        for index, message in enumerate(messages)  # a first answer, without a question, is context
+def _answer_spans(rendering: Rendering) -> list[Span]:
+    conversation = rendering.conversation
+    return [  # a first answer, without a question, is context
+        answer_span(rendering.text, conversation, rendering.template, index)
+        for index, message in enumerate(conversation.messages)
         if message["role"] == "assistant" and index and index not in conversation.context_turns
     ]
 

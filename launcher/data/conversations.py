@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from launcher.data.fields import (
@@ -48,6 +48,9 @@ class Conversation:
     where: str
     messages: list[Turn]
     tools: list[Any] | None = None
+    """Its own tools; an empty list: none, whatever the configuration has."""
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    """Arguments of the chat template."""
     context_turns: frozenset[int] = frozenset()
     """Answers (indices of `messages`) that do not count for the loss."""
 

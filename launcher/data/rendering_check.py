@@ -7,6 +7,8 @@ rendered again with a part removed.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from launcher.data.conversations import Conversation, Turn
 from launcher.data.fields import METADATA
 from launcher.data.records import shown
@@ -19,18 +21,46 @@ _TAIL = 40
 _SYSTEM = ("system", "developer")
 
 
-def check_rendering(
-    conversation: Conversation, template: ChatTemplate, text: str, strictness: Strictness
-) -> None:
-    """Check that `text`, the conversation rendered by `template`, has all turns and fields.
+@dataclass(frozen=True, kw_only=True)
+class Rendering:
+    """A rendered conversation, and how it ends."""
+
+    conversation: Conversation
+    template: ChatTemplate
+    text: str
+    prompt: bool = False
+    """With the generation prompt."""
+    continues: bool = False
+    """Within the last turn."""
+
+    @property
+    def messages(self) -> list[Turn]:
+        """The turns of the conversation."""
+        return self.conversation.messages
+
+    def is_unchanged_by(self, messages: list[Turn], *, with_tools: bool = True) -> bool:
+        """Whether other messages render as the same text."""
+        try:
+            found = self.template.render(
+                self.conversation, messages, prompt=self.prompt, continues=self.continues,
+                with_tools=with_tools,
+            )  # fmt: skip
+        except UserError:
+            return False  # the template depends on what was changed
+        return found == self.text
+
+
+def check_rendering(rendering: Rendering, strictness: Strictness) -> None:
+    """Check that a rendered conversation has all turns and fields.
 
     Raises UserError for a turn that is left out, unless `strictness` only counts it.
     """
-    for index in _suspects(conversation.messages, text):
-        if _is_left_out(conversation, template, text, index):
+    conversation = rendering.conversation
+    for index in _suspects(conversation.messages, rendering.text):
+        if _is_left_out(rendering, index):
             _left_out(conversation, index, strictness)
     if conversation.tools or any(len(message) > 2 for message in conversation.messages):
-        _check_fields(conversation, template, text, strictness)
+        _check_fields(rendering, strictness)
 
 
 def _suspects(messages: list[Turn], text: str) -> list[int]:
@@ -50,32 +80,18 @@ def _suspects(messages: list[Turn], text: str) -> list[int]:
     return found
 
 
-def _is_left_out(conversation: Conversation, template: ChatTemplate, text: str, index: int) -> bool:
+def _is_left_out(rendering: Rendering, index: int) -> bool:
     """Whether the text stays the same when the content of turn `index` changes."""
-    messages = list(conversation.messages)
+    messages, shown = list(rendering.messages), rendering.template.shown
     message = messages[index]
-    if (message["role"], "content") in template.shown:
+    if (message["role"], "content") in shown:
         return False
     messages[index] = {**message, "content": message["content"] + " x"}
-    if _renders_as(conversation, template, messages, text):
+    if rendering.is_unchanged_by(messages):
         return True
     if message["role"] not in (*_SYSTEM, "user"):  # a template may show only some of these
-        template.shown.add((message["role"], "content"))
+        shown.add((message["role"], "content"))
     return False
-
-
-def _renders_as(
-    conversation: Conversation,
-    template: ChatTemplate,
-    messages: list[Turn],
-    text: str,
-    *,
-    with_tools: bool = True,
-) -> bool:
-    try:
-        return template.render(conversation, messages, with_tools=with_tools) == text
-    except UserError:
-        return False  # the template depends on what was changed
 
 
 def _left_out(conversation: Conversation, index: int, strictness: Strictness) -> None:
@@ -95,29 +111,28 @@ def _left_out(conversation: Conversation, index: int, strictness: Strictness) ->
     strictness.wrong(error, f"content of {role} turns", conversation.where)
 
 
-def _check_fields(
-    conversation: Conversation, template: ChatTemplate, text: str, strictness: Strictness
-) -> None:
-    messages = conversation.messages
+def _check_fields(rendering: Rendering, strictness: Strictness) -> None:
+    conversation, messages = rendering.conversation, rendering.messages
+    shown_before = rendering.template.shown
     fields = {
         (message["role"], name)
         for message in messages
         for name, value in message.items()
         if name not in ("role", "content", *METADATA) and not is_absent(value)
     }
-    for role, name in sorted(fields - template.shown):
+    for role, name in sorted(fields - shown_before):
         without = [
             {key: value for key, value in message.items() if key != name}
             if message["role"] == role
             else message
             for message in messages
         ]
-        if _renders_as(conversation, template, without, text):
+        if rendering.is_unchanged_by(without):
             strictness.tally.hidden_fields.add(f"messages[].{name}", conversation.where)
         else:
-            template.shown.add((role, name))
-    if conversation.tools and ("", "tools") not in template.shown:
-        if _renders_as(conversation, template, messages, text, with_tools=False):
+            shown_before.add((role, name))
+    if conversation.tools and ("", "tools") not in shown_before:
+        if rendering.is_unchanged_by(messages, with_tools=False):
             strictness.tally.hidden_fields.add("tools", conversation.where)
         else:
-            template.shown.add(("", "tools"))
+            shown_before.add(("", "tools"))

@@ -28,16 +28,16 @@ class Chooser:
         self.prompt_length = len(prompt)
         self.processors = processors_of(settings, len(prompt), device)
 
-    def choose(self, scores: Tensor, likeliest: int) -> int:
-        """The next token from `scores` [1, vocabulary], of which `likeliest` is the argmax."""
-        token = likeliest
+    def choose(self, scores: Tensor) -> int:
+        """The next token from `scores` [1, vocabulary]; it is not appended."""
+        scores = scores.float()
         if self.processors:
             scores = self.processors(torch.tensor([self.tokens], device=self.device), scores)
-            token = int(scores.argmax())
-        if self.settings.do_sample:
-            token = self._draw(scores)
+        return self._draw(scores) if self.settings.do_sample else int(scores.argmax())
+
+    def append(self, token: int) -> None:
+        """Append the token that was chosen, here or on another rank."""
         self.tokens.append(token)
-        return token
 
     def _draw(self, scores: Tensor) -> int:
         step = len(self.tokens) - self.prompt_length

@@ -1,4 +1,7 @@
-"""Evaluation: the loss per target token and the perplexity over a data set, and when it is due."""
+"""Evaluation: the loss per target token and the perplexity over data sets, and when it is due.
+
+Invariant: results are sums over all ranks, so that every rank has the same ones.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from launcher.data.loader import Batch
+from launcher.data.rows import RowDataset
 from launcher.parallel.world import World
 from launcher.train.compute import MicroBatch, by_source
 from launcher.train.loss import IGNORED_LABEL
@@ -22,30 +26,34 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class EvaluationData:
-    """What a model is evaluated on."""
+class EvaluationSet:
+    """One data set that a model is evaluated on."""
 
+    name: str
+    """Empty for `eval_dataset`, which is the only set."""
     batches: Callable[[], Iterable[Batch]]
     """This rank's share, equally many batches on every rank."""
     sources: tuple[str, ...] = ()
     """The names of the sources; none where the data is no mixture."""
+    dataset: RowDataset | None = None
+    """The rows of the batches of all ranks; None where nobody asks for them."""
     reference: torch.Tensor | None = None
     """Of preferences: as that of `TrainRun`, for the rows of this data."""
 
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """`loss` in nats per target token, over `tokens` of them; of preferences per sample, over
-    `samples` of them."""
+    """`loss` in nats per target token, over `tokens` of them; of preferences the loss of a sample,
+    over `tokens` samples."""
 
     loss: float
     tokens: int
     sources: Mapping[str, float] = field(default_factory=dict)
     """The loss of each source of a mixture that has target tokens."""
-    samples: int | None = None
-    """Of preferences; None for the loss on tokens."""
-    preference: Mapping[str, float] = field(default_factory=dict)
-    """Rewards and log-probabilities, by the names of TRL."""
+    sets: Mapping[str, EvaluationResult] = field(default_factory=dict)
+    """The result of each named evaluation set, of which this one is the mean over all tokens."""
+    preference: Mapping[str, float] | None = None
+    """Rewards and log-probabilities, by the names of TRL; None for the loss on tokens."""
 
     @property
     def perplexity(self) -> float:
@@ -54,21 +62,78 @@ class EvaluationResult:
 
     def as_row(self) -> dict[str, Any]:
         """For `metrics.jsonl`."""
-        if self.samples is None:
-            row = {"eval_loss": self.loss, "eval_perplexity": self.perplexity,
-                   "eval_tokens": self.tokens}  # fmt: skip
+        return self._row("")
+
+    def _row(self, name: str) -> dict[str, Any]:
+        """`name`: empty, or `/` and the name of the set."""
+        row: dict[str, Any] = {f"eval_loss{name}": self.loss}
+        if self.preference is None:
+            row |= {f"eval_perplexity{name}": self.perplexity, f"eval_tokens{name}": self.tokens}
         else:
-            row = {"eval_loss": self.loss, "eval_samples": self.samples}
-            row |= {f"eval_{name}": value for name, value in self.preference.items()}
-        return row | {f"eval_loss/{name}": loss for name, loss in self.sources.items()}
+            row[f"eval_samples{name}"] = self.tokens
+            row |= {f"eval_{metric}{name}": value for metric, value in self.preference.items()}
+        row |= {f"eval_loss{name}/{source}": loss for source, loss in self.sources.items()}
+        for inner, result in self.sets.items():
+            row |= result._row(f"/{inner}")
+        return row
 
     def __str__(self) -> str:
         text = f"eval loss {self.loss:.4f}, perplexity {self.perplexity:.2f}, {self.tokens} tokens"
-        if self.samples is not None:
-            shown = ", ".join(f"{k} {v:.4f}" for k, v in self.preference.items() if "rewards" in k)
-            text = f"eval loss {self.loss:.4f}, {shown}, {self.samples} samples"
-        each = ", ".join(f"{name} {loss:.4f}" for name, loss in self.sources.items())
+        if self.preference is not None:
+            shown = (f", {name} {value:.4f}" for name, value in self.preference.items())
+            text = f"eval loss {self.loss:.4f}{''.join(shown)}, {self.tokens} samples"
+        losses = {**self.sources, **{name: one.loss for name, one in self.sets.items()}}
+        each = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
         return f"{text} ({each})" if each else text
+
+
+def evaluate_sets(
+    model: BuiltModel, sets: Sequence[EvaluationSet], world: World
+) -> EvaluationResult:
+    """The result over all target tokens of `sets`, with that of each where they are named."""
+    results = [_evaluate_set(model, data, world) for data in sets]
+    if len(sets) == 1 and not sets[0].name:
+        return results[0]
+    tokens = sum(result.tokens for result in results)
+    loss = sum(result.loss * result.tokens for result in results) / max(tokens, 1)
+    named = {data.name: result for data, result in zip(sets, results, strict=True)}
+    return EvaluationResult(
+        loss, tokens, sets=named, preference=None if model.preference is None else {}
+    )
+
+
+def _evaluate_set(model: BuiltModel, data: EvaluationSet, world: World) -> EvaluationResult:
+    if model.preference is None:
+        return evaluate(model, data.batches(), world, data.sources)
+    return _evaluate_preferences(model, model.preference, data, world)
+
+
+@torch.no_grad()
+def _evaluate_preferences(
+    model: BuiltModel, task: PreferenceTask, data: EvaluationSet, world: World
+) -> EvaluationResult:
+    """The mean over samples. The divergence of kto is that over all of the data, in a pass of its
+    own."""
+    was_training = model.parts.training
+    model.parts.train(False)
+    divergence = None
+    if not task.settings.is_paired:
+        divergence = task.divergence_of_data(model, world, data.batches(), data.reference)
+    shape = (max(len(data.sources), 1), 2 + len(task.settings.measures))
+    total = torch.zeros(shape, dtype=torch.float64, device=world.device)
+    for batch in data.batches():
+        part = task.prepared(model, batch, data.reference)
+        rows = replace(model.batch_sharder(part.batch), given=part.given(divergence))
+        total += model.compute.evaluate(rows)
+    model.parts.train(was_training)
+    table = world.sum(total).cpu()
+    loss, samples, *measures = table.sum(0).tolist()
+    each = zip(data.sources, table[:, :2].tolist(), strict=False)
+    return EvaluationResult(
+        loss / max(samples, 1), int(samples),
+        {name: part / count for name, (part, count) in each if count},
+        preference=summary_of(task.settings, measures, samples),
+    )  # fmt: skip
 
 
 @torch.no_grad()
@@ -90,39 +155,6 @@ def evaluate(
     return EvaluationResult(
         sum(loss_sums) / max(sum(tokens), 1), int(sum(tokens)),
         {name: loss_sum / count for name, loss_sum, count in found if count},
-    )  # fmt: skip
-
-
-def evaluate_data(model: BuiltModel, data: EvaluationData, world: World) -> EvaluationResult:
-    """The loss over all of `data`: on tokens, or on preferences."""
-    if model.preference is None:
-        return evaluate(model, data.batches(), world, data.sources)
-    return _evaluate_preferences(model, model.preference, data, world)
-
-
-@torch.no_grad()
-def _evaluate_preferences(
-    model: BuiltModel, task: PreferenceTask, data: EvaluationData, world: World
-) -> EvaluationResult:
-    """The mean over samples. k of kto is that of all of the data: a pass of its own."""
-    was_training = model.parts.training
-    model.parts.train(False)
-    total, divergence = None, None
-    if not task.settings.is_paired:
-        divergence = task.divergence_of_data(model, world, data.batches(), data.reference)
-    for batch in data.batches():
-        part = task.prepared(model, batch, data.reference)
-        rows = replace(model.batch_sharder(part.batch), given=part.given(divergence))
-        sums = model.compute.evaluate(rows).double()
-        total = sums if total is None else total + sums
-    model.parts.train(was_training)
-    assert total is not None
-    table = world.sum(total).cpu()
-    loss, samples, *measures = table.sum(0).tolist()
-    each = zip(data.sources, table[:, :2].tolist(), strict=False)
-    return EvaluationResult(
-        loss / max(samples, 1), 0, {name: part / n for name, (part, n) in each if n},
-        samples=int(samples), preference=summary_of(task.settings, measures, samples),
     )  # fmt: skip
 
 

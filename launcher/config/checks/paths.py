@@ -16,7 +16,9 @@ from launcher.config.derived import (
     named_tokenizer_files,
     tokenizer_dir,
     tokenizer_json_of,
+    used_datasets,
     uses_named_tokenizer,
+    written_datasets,
 )
 from launcher.config.provenance import KeyProblem
 from launcher.config.schema import DataLoaderSection, DatasetSection
@@ -98,7 +100,10 @@ def run_mode(check: Check) -> Iterator[KeyProblem]:
     needs = {
         "train": ("train_dataset", "Add a train_dataset section"),
         "finetune": ("train_dataset", "Add a train_dataset section"),
-        "eval": ("eval_dataset", "Add an eval_dataset section"),
+        "eval": (
+            "eval_datasets" if check.config.eval_datasets else "eval_dataset",
+            "Add an eval_dataset section",
+        ),
         "predict": ("input_data", "Write `--predict_data 'a prompt'`"),
     }
     if not check.mode:
@@ -127,11 +132,8 @@ def datasets(check: Check) -> Iterator[KeyProblem]:
     """The data of this mode is set and exists."""
     if check.config.only_save_strategy:
         return
-    if check.trains and check.config.train_dataset is not None:
-        yield from _dataset(check, "train_dataset", check.config.train_dataset)
-    evaluates = check.mode == "eval" or (check.trains and check.config.do_eval)
-    if evaluates and check.config.eval_dataset is not None:
-        yield from _dataset(check, "eval_dataset", check.config.eval_dataset)
+    for name, section in used_datasets(check.config).items():
+        yield from _dataset(check, name, section)
 
 
 def _dataset(check: Check, name: str, section: DatasetSection) -> Iterator[KeyProblem]:
@@ -217,23 +219,23 @@ def tokenizer(check: Check) -> Iterator[KeyProblem]:
 
 def _reads_tokens(check: Check) -> bool:
     """Whether a training needs no tokenizer: its data are tokens already."""
-    section = check.config.train_dataset
-    evaluates = check.config.do_eval and check.config.eval_dataset is not None
-    sections = [section, *([check.config.eval_dataset] if evaluates else [])]
-    return check.trains and all(
-        found is not None and all(loader.type in TOKEN_LOADERS for loader in found.loaders.values())
-        for found in sections
+    return (
+        check.trains
+        and check.config.train_dataset is not None
+        and all(
+            loader.type in TOKEN_LOADERS
+            for section in used_datasets(check.config).values()
+            for loader in section.loaders.values()
+        )
     )
 
 
 def _loaders(check: Check) -> tuple[str, ...]:
     """Keys of a training that decide whether it needs a tokenizer."""
-    names = ("train_dataset", "eval_dataset") if check.trains else ()
-    sections = {name: check.value(name) for name in names}
+    sections = written_datasets(check.config) if check.trains else {}
     return tuple(
-        f"{name}.{key}.type" for name, section in sections.items() if section is not None
-        for key in section.loaders
-    )  # fmt: skip
+        f"{name}.{key}.type" for name, section in sections.items() for key in section.loaders
+    )
 
 
 def _named_tokenizer(check: Check) -> Iterator[KeyProblem]:

@@ -16,6 +16,7 @@ from launcher.config.derived import (
     row_unit,
     stages_per_rank,
     ulysses_degree,
+    used_datasets,
 )
 from launcher.config.schema import Config
 from models.families import DecoderConfig
@@ -57,13 +58,10 @@ def plan_of(check: Check, *, predicts: bool = False) -> Plan | None:
 
 
 def _rows(check: Check, decoder: DecoderConfig) -> Iterator[tuple[str, int]]:
-    evaluates = check.mode == "eval" or check.config.do_eval
-    for name, is_read in (("train_dataset", check.trains), ("eval_dataset", evaluates)):
-        section = check.value(name)
-        if section is not None and is_read:
-            length = section.seq_length or (check.spec.seq_length if check.spec else None)
-            usual = min(decoder.max_position_embeddings, _USUAL_LENGTH)
-            yield f"{name}.seq_length", length or usual
+    for name, section in used_datasets(check.config).items():
+        length = section.seq_length or (check.spec.seq_length if check.spec else None)
+        usual = min(decoder.max_position_embeddings, _USUAL_LENGTH)
+        yield f"{name}.seq_length", length or usual
 
 
 def tensor_reasons(plan: Plan) -> list[str]:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from launcher.config.checks.check import Check
 from launcher.config.checks.paths import TOKEN_LOADERS, nearest_path
+from launcher.config.derived import used_datasets
 from launcher.config.provenance import KeyProblem
 from launcher.config.schema import JUDGED, PAIRS, DataLoaderSection, DatasetSection
 from launcher.config.schema.data import RECORD_FORMATS
@@ -50,13 +51,8 @@ _LOADED_FROM_DISK = ("state.json", "dataset_dict.json")
 
 def _sections(check: Check) -> Iterator[tuple[str, DatasetSection]]:
     """The data sections that this mode reads."""
-    config = check.config
-    if config.only_save_strategy:
-        return
-    if check.trains and config.train_dataset is not None:
-        yield "train_dataset", config.train_dataset
-    if (check.mode == "eval" or (check.trains and config.do_eval)) and config.eval_dataset:
-        yield "eval_dataset", config.eval_dataset
+    if not check.config.only_save_strategy:
+        yield from used_datasets(check.config).items()
 
 
 def _loaders(check: Check) -> Iterator[tuple[str, DataLoaderSection]]:

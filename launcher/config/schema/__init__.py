@@ -27,6 +27,7 @@ from launcher.config.schema.data import (
     MegatronConfigSection,
     MixtureSourceSection,
 )
+from launcher.config.schema.evaluation import EarlyStoppingSection, NamedDatasetSection
 from launcher.config.schema.field import FieldInfo, Status, info_of
 from launcher.config.schema.model import (
     GenerationSection,
@@ -92,6 +93,7 @@ __all__ = [
     "DataLoaderSection",
     "DatasetSection",
     "DatasetTaskSection",
+    "EarlyStoppingSection",
     "EvalCallbackSection",
     "FieldInfo",
     "GenerationSection",
@@ -102,6 +104,7 @@ __all__ = [
     "MixtureSourceSection",
     "ModelSection",
     "MonitorSection",
+    "NamedDatasetSection",
     "OnRequestExitSection",
     "OptimizerSection",
     "ParallelConfigSection",

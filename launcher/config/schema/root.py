@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from launcher.config.schema.callbacks import (
     CallbackSection,
@@ -15,6 +15,7 @@ from launcher.config.schema.callbacks import (
     TensorboardSection,
 )
 from launcher.config.schema.data import DataCacheSection, DatasetSection, DatasetTaskSection
+from launcher.config.schema.evaluation import NamedDatasetSection
 from launcher.config.schema.field import (
     effective,
     optional_section,
@@ -33,6 +34,7 @@ from launcher.config.schema.parallel import (
     RecomputeSection,
     SwapSection,
 )
+from launcher.config.schema.pet import PetSection
 from launcher.config.schema.preference import PREFERENCE_TRAINERS, PreferenceSection
 from launcher.config.schema.training import (
     LrScheduleSection,
@@ -113,11 +115,22 @@ class Config:
     generation_config: GenerationSection = section(GenerationSection)
     """How predict continues a prompt; `generation` is the same section."""
     do_eval: bool = False
-    """Evaluate on eval_dataset during training."""
+    """Evaluate on eval_dataset or eval_datasets during training."""
     eval_step_interval: int = effective(100, minimum=-1)
     """Optimizer steps between evaluations; -1 or 0: never by steps."""
     eval_epoch_interval: int = effective(-1, minimum=-1)
     """Epochs between evaluations; -1 or 0: never by epochs."""
+    chat_template: str | None = None
+    """How conversations become text, in training and in predict: the name of one of several
+    templates of the tokenizer, a file, or Jinja text. Left out: the template of the tokenizer.
+    `none`: predict gives prompts to the model as they are. A `prompt_template` of a data loader
+    takes its place for that data set."""
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Arguments of the chat template, such as `{enable_thinking: False}`; those of a record
+    (`chat_template_kwargs`) win."""
+    tools: str | list[dict[str, Any]] | None = None
+    """Tools that conversations may call, shown to the model by the chat template: a JSON file with
+    a list, or the list. Those of a record win."""
     input_data: str | list[str] | None = None
     """Prompts of predict: a text, several, or a file with one a line."""
     predict_batch_size: int | None = effective(None, minimum=1)
@@ -157,6 +170,11 @@ class Config:
     """Training on preferences."""
     model: ModelSection = section(ModelSection)
     """What is trained."""
+    pet_config: PetSection = section(PetSection)
+    """A low-rank adapter that is trained instead of the model."""
+    freeze: list[str] = effective([])
+    """Parameters that are not trained: names of parameters or modules, endings of names
+    (`embed_tokens`), or regular expressions for full names. Checkpoints still hold them."""
     processor: ProcessorSection = section(ProcessorSection)
     """From text to tokens and back."""
     runner_config: RunnerSection = section(RunnerSection)
@@ -179,6 +197,9 @@ class Config:
     """Another place of the training data."""
     eval_dataset: DatasetSection | None = optional_section()
     """Evaluation data."""
+    eval_datasets: list[NamedDatasetSection] = field(default_factory=list)
+    """Instead of eval_dataset: several evaluation sets, each with a `name`. `eval_loss` is then the
+    loss per target token of all of them together, `eval_loss/<name>` that of one."""
     eval_dataset_task: DatasetTaskSection = section(DatasetTaskSection)
     """Another place of the evaluation data."""
     data_cache: DataCacheSection = section(DataCacheSection)

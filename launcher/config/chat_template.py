@@ -1,0 +1,30 @@
+"""What a value of `chat_template` is: a name, a file, Jinja itself, or none.
+
+Owns that decision, which the rules and the data need. Nothing is read here.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+NO_TEMPLATE = "none"
+TEMPLATE_SUFFIXES = (".jinja", ".jinja2", ".j2", ".txt")
+
+Kind = Literal["tokenizer", "none", "inline", "file", "name"]
+
+
+def kind_of_template(value: str | None) -> Kind:
+    """The kind of a value of `chat_template`; `tokenizer` where it is not set.
+
+    Text with `{{` or `{%` is Jinja; a path has a separator, an ending of TEMPLATE_SUFFIXES, or is
+    that of a file.
+    """
+    if value is None:
+        return "tokenizer"
+    if value.strip().lower() == NO_TEMPLATE:
+        return "none"
+    if "{{" in value or "{%" in value or "\n" in value:
+        return "inline"
+    is_path = "/" in value or value.lower().endswith(TEMPLATE_SUFFIXES) or Path(value).is_file()
+    return "file" if is_path else "name"
