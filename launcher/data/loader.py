@@ -100,6 +100,11 @@ class Loader:
         self._ahead: tuple[int, Future[StepData]] | None = None
 
     @property
+    def dataset(self) -> RowDataset:
+        """The rows."""
+        return self._dataset
+
+    @property
     def order(self) -> Order:
         """The order of the samples."""
         return self._order
@@ -193,17 +198,35 @@ def evaluation_batches(
     *,
     pin_memory: bool | None = None,
 ) -> Iterator[Batch]:
-    """Every row of a dataset exactly once over all ranks, in order.
+    """Every row of a dataset exactly once over all ranks, in order, as `batches_of_rows`. The
+    number of targets over all ranks is `dataset.total_targets()`."""
+    every = np.arange(len(dataset), dtype=np.int64)
+    return batches_of_rows(
+        dataset, every, batch_size, data_parallel, data_rank, pin_memory=pin_memory
+    )
+
+
+def batches_of_rows(
+    dataset: RowDataset,
+    rows: Ints,
+    batch_size: int,
+    data_parallel: int,
+    data_rank: int,
+    *,
+    pin_memory: bool | None = None,
+) -> Iterator[Batch]:
+    """The rows `rows` of a dataset exactly once over all ranks, in this order.
 
     All ranks get the same number of batches of the same shape, so that collectives match: the last
-    ones are filled with rows whose labels are all -100 (sample id -1). The number of targets over
-    all ranks is `dataset.total_targets()`.
+    ones are filled with rows whose labels are all -100 (sample id -1). Batch b of data rank r has
+    the rows from (b * data_parallel + r) * batch_size on.
     """
     pin = torch.cuda.is_available() if pin_memory is None else pin_memory
     stride = data_parallel * batch_size
-    for begin in range(data_rank * batch_size, -(-len(dataset) // stride) * stride, stride):
-        indices = np.arange(begin, begin + batch_size, dtype=np.int64)
-        indices[indices >= len(dataset)] = -1
+    for begin in range(data_rank * batch_size, -(-len(rows) // stride) * stride, stride):
+        indices = np.full(batch_size, -1, dtype=np.int64)
+        there = rows[begin : begin + batch_size]
+        indices[: len(there)] = there
         yield _batch(dataset, indices, indices, pin)
 
 

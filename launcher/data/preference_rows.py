@@ -77,7 +77,7 @@ class JudgedRows:
         prompt, answer = int(np.argmax(marks > 0)), int(np.argmax(other_marks > 0))
         mismatch = np.concatenate([tokens[:prompt], others[answer:]])
         is_target = np.concatenate([np.zeros_like(marks[:prompt]), other_marks[answer:]])
-        is_desirable = int(marks.max()) != UNDESIRABLE
+        is_desirable = not bool((marks == UNDESIRABLE).any())
         both = [(tokens, marks), (mismatch, is_target)]
         return _row(both, self._length, self._pad_token, is_desirable)
 

@@ -175,7 +175,11 @@ def _shape_of_sums(rows: MicroBatch, preference: PreferenceLoss | None) -> tuple
 
 
 def _preferences(
-    preference: PreferenceLoss, logits: Tensor, labels: Tensor, given: Tensor, sources: Tensor | None
+    preference: PreferenceLoss,
+    logits: Tensor,
+    labels: Tensor,
+    given: Tensor,
+    sources: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """The summed loss of the samples of a micro-batch, and without gradients the sums of each
     source, [sources or 1, columns]. `sources` are those of every row."""

@@ -273,5 +273,3 @@ def as_integers(given: Tensor) -> Tensor:
 def from_integers(carried: Tensor) -> Tensor:
     """The inverse of `as_integers`."""
     return carried.to(torch.int32).view(torch.float32)
-
-

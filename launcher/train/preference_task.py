@@ -1,4 +1,4 @@
-"""What a step on preferences does before its forward pass: the reference, and the divergence of KTO.
+"""What a step on preferences does before its forward pass: reference and divergence.
 
 Owns where the log-probabilities of the reference come from: computed before training, by row of the
 data; or, below adapters, computed in the step by the model without them, so that there is no second
