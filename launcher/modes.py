@@ -25,6 +25,7 @@ from launcher.builders.prediction import (
     result_path,
 )
 from launcher.builders.prepare import prepare_data
+from launcher.builders.reference import with_reference
 from launcher.builders.reporting import open_reporting
 from launcher.builders.resume import find_resume, own_root, resumed_run
 from launcher.builders.roll_back import fit_with_roll_back
@@ -181,6 +182,7 @@ def evaluate_only(job: Job) -> int:
     weights = find_weights(job)
     sets = evaluation_data(job)
     built = build_parallel(job, training=False)
+    sets = with_reference(job, built, sets)
     load_or_init(job, built.parts, built.layout, weights)
     result = evaluate_sets(built, sets, job.world)
     job.log(str(result))
