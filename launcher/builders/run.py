@@ -22,6 +22,7 @@ from launcher.config.schema import Config
 from launcher.data.loader import Loader
 from launcher.errors import UserError
 from launcher.parallel.matrices import MatrixExchange, matrix_exchange
+from launcher.report.run_record import INITIAL_WEIGHTS
 from launcher.train.health import limits_of
 from launcher.train.optimizer import Optimizer, build_optimizer
 from launcher.train.run import BuiltModel, StepSettings, TrainRun
@@ -37,6 +38,7 @@ def fresh_run(job: Job, weights: Source | None) -> TrainRun:
     """A run before its first step, from `weights` or from random ones."""
     run = build_run(job)
     load_or_init(job, run.model.parts, run.model.layout, weights)
+    run.metadata[INITIAL_WEIGHTS] = str(weights.path) if weights else None
     files = {file.resolve() for file in weights.headers} if weights else set()
     run.origin = replace(run.origin, inputs=run.origin.inputs | files)
     return run
