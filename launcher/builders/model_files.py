@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launcher.config.derived import named_tokenizer_files, uses_named_tokenizer
-from launcher.data.chat_rendering import ChatRenderer, ChatSettings, chat_settings
+from launcher.data.chat_rendering import ChatRenderer, ChatSettings
 from launcher.data.conversations import Conversation
 from launcher.data.named_tokenizer import files_of_tokenizer
 from launcher.weights.formats.tokenizer_files import TOKENIZER_FILES
@@ -70,7 +70,7 @@ def _generation(job: Job, found: dict[str, bytes]) -> dict[str, bytes]:
 
 def _template(job: Job, found: dict[str, bytes]) -> dict[str, bytes]:
     """With the chat template of the job, where it is not that of the tokenizer."""
-    settings = chat_settings(job.config)
+    settings = job.chat
     if settings.is_raw or not (_sets_one(settings) or _trains_conversations(job)):
         return found
     renderer = ChatRenderer(job.tokenizer, settings)
