@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from models.attention import KVCache
+from models.cache import KVCache
 from models.build import (
     build_model,
     hf_directory_files,
