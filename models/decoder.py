@@ -221,15 +221,18 @@ class Decoder(Module):
             document_ids=document_ids,
             key_mask=attention_mask,
         )
+        dtype = states.dtype
         wide_rotary = rows_of_cache is not None and position_ids is None and self.rotary.by_position
-        tables = partial(self._rotary, states.dtype)
         if wide_rotary:
             assert rows_of_cache is not None
-            cos, sin = rows_of_cache.rotary(
-                lambda positions: widened(*tables(positions)), length, inputs.device
-            )
+            tables = partial(self._wide_rotary, dtype)
+            cos, sin = rows_of_cache.rotary(tables, length, inputs.device)
         else:
-            cos, sin = tables(_positions(mask) if position_ids is None else position_ids)
+            if position_ids is None and rows_of_cache is not None:
+                position_ids = rows_of_cache.positions(length, inputs.device)
+            elif position_ids is None:
+                position_ids = _positions(mask)
+            cos, sin = self._rotary(dtype, position_ids)
         part, parts = self.stream_part
         context = StepContext(
             cos=cos,
@@ -253,6 +256,9 @@ class Decoder(Module):
         """Tables of `positions` for hidden states of `dtype`."""
         configured = self.precision.rotary_dtype
         return self.rotary.tables(positions, dtype_of(configured) if configured else dtype)
+
+    def _wide_rotary(self, dtype: torch.dtype, positions: Tensor) -> tuple[Tensor, Tensor]:
+        return widened(*self._rotary(dtype, positions))
 
     def run_layers(self, states: Tensor, context: StepContext) -> Tensor:
         """Run the layers on hidden states [rows, length of the stream part, hidden].

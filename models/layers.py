@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.products import linear
+from models.products import infers, linear
 from models.spec import DecoderConfig, Precision
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ class RMSNorm(Leaf):
         self.eps, self.compute_dtype = eps, compute_dtype
 
     def forward(self, states: Tensor) -> Tensor:
-        if torch.is_inference_mode_enabled() and self.compute_dtype == _opmath(states.dtype):
+        if infers() and self.compute_dtype == _opmath(states.dtype):
             # The same operations in one call; the gradient of this one has other roundings.
             normed = F.rms_norm(states, states.shape[-1:], None, self.eps)
             return self.held("weight") * normed

@@ -22,9 +22,14 @@ _ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_l
 def linear(states: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`states` [..., inputs] times `weight` [outputs, inputs], plus `bias` [outputs]: [...,
     outputs]. All have one dtype."""
-    if torch.is_inference_mode_enabled() and _by_onednn(states, weight, bias):
+    if infers() and _by_onednn(states, weight, bias):
         return torch.ops.mkldnn._linear_pointwise(states, weight, bias, "none", [], "")
     return F.linear(states, weight, bias)
+
+
+def infers() -> bool:
+    """Whether nothing is differentiated now or later, nor traced."""
+    return not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
 
 
 def _by_onednn(states: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
@@ -36,5 +41,4 @@ def _by_onednn(states: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and type(weight) in (Tensor, nn.Parameter)  # no shard of FSDP or other subclass
         and weight.is_contiguous()
         and states.numel() > 0
-        and not torch.compiler.is_compiling()
     )

@@ -1,7 +1,8 @@
 """How the next token of a prompt is chosen from its scores.
 
-Owns the logits processors and the random draws. Invariant: a choice depends on the tokens of its
-prompt alone; a draw is a function of (seed, prompt index, step).
+Owns the logits processors, and which of them see one text and which all rows of a batch at once.
+Invariant: a choice depends on the tokens of its prompt alone; a draw is a function of (seed, prompt
+index, step).
 """
 
 from __future__ import annotations
@@ -10,10 +11,18 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import xxhash
 from torch import Tensor
 
+from launcher.generation.draw import draw, draw_seed
 from launcher.generation.settings import GenerationSettings
+
+_OF_SCORES_ALONE = frozenset({
+    "SuppressTokensLogitsProcessor", "TemperatureLogitsWarper", "TopHLogitsWarper",
+    "TopKLogitsWarper", "TopPLogitsWarper", "MinPLogitsWarper", "TypicalLogitsWarper",
+    "EpsilonLogitsWarper", "EtaLogitsWarper",
+})  # fmt: skip
+"""Processors of transformers that do not look at the tokens of a text, and treat each row of scores
+by itself."""
 
 
 class Chooser:
@@ -27,9 +36,10 @@ class Chooser:
         self.settings, self.indices, self.seed, self.device = settings, indices, seed, device
         self.tokens = [list(prompt) for prompt in prompts]
         self.prompt_lengths = [len(prompt) for prompt in prompts]
-        self.by_text, self.by_scores = [], []
-        """The processors that look at the tokens of a text, of each text; and those behind them,
-        which look at its scores alone."""
+        self.by_text: list[Any] = []
+        """Of each text the processors that look at its tokens, and those between them."""
+        self.by_scores: Any = []
+        """The processors behind them, which are applied to all rows at once."""
         for length in self.prompt_lengths:
             processors = processors_of(settings, length, device)
             first = len(processors)
@@ -77,16 +87,10 @@ class Chooser:
 
     def _drawn(self, scores: Tensor, rows: Sequence[int]) -> Tensor:
         steps = [len(self.tokens[row]) - self.prompt_lengths[row] for row in rows]
-        numbers = [
-            uniform(self.seed, self.indices[row], step)
+        return draw(scores, [
+            draw_seed(self.seed, self.indices[row], step)
             for row, step in zip(rows, steps, strict=True)
-        ]
-        return draw(scores, torch.tensor(numbers, dtype=torch.float64, device=scores.device))
-
-
-def draw_seed(seed: int, index: int, step: int) -> int:
-    """The seed of one random draw."""
-    return xxhash.xxh3_64_intdigest(f"generation/{seed}/{index}/{step}".encode())
+        ])  # fmt: skip
 
 
 def processors_of(settings: GenerationSettings, prompt_length: int, device: Any) -> Any:
