@@ -158,4 +158,4 @@ def test_a_turn_that_the_template_moves_is_an_error(build: Build, tmp_path: Path
     moves = CHATML.replace("message['content'] +", "message['content'] | reverse | join +")
     with pytest.raises(UserError) as caught:
         learnt(build, tmp_path, moves, marked(*NONE), train_on_roles=["user"], strict_fields=False)
-    assert caught.value.problems
+    assert "turn 2 (user)" in caught.value.problems[0].what
