@@ -164,10 +164,13 @@ def _checked(line: CommandLine) -> Resolved:
 def _for_its_data(resolved: Resolved) -> Resolved:
     """The configuration in the mode that reads its data: its own, else training or evaluation by
     the section it has."""
+    from launcher.config.derived import evaluation_datasets
+
     config = resolved.config
     if config.run_mode in ("train", "finetune", "eval"):
         return resolved
-    mode = "eval" if config.train_dataset is None and config.eval_dataset is not None else "train"
+    evaluates = config.train_dataset is None and bool(evaluation_datasets(config))
+    mode = "eval" if evaluates else "train"
     return replace(resolved, config=replace(config, run_mode=mode, only_save_strategy=False))
 
 

@@ -13,11 +13,19 @@ import torch
 
 from launcher.builders.callbacks import build_callbacks
 from launcher.builders.data import evaluation_data
+from launcher.builders.interactive import chat
 from launcher.builders.job import Job
 from launcher.builders.load_weights import find_weights, load_or_init
 from launcher.builders.model import build_parallel, build_predicting
-from launcher.builders.prediction import PREDICT_BATCH, continue_prompts, result_path
+from launcher.builders.prediction import (
+    PREDICT_BATCH,
+    continue_prompts,
+    open_stream,
+    prepare_prompts,
+    result_path,
+)
 from launcher.builders.prepare import prepare_data
+from launcher.builders.reference import with_reference
 from launcher.builders.reporting import open_reporting
 from launcher.builders.resume import find_resume, own_root, resumed_run
 from launcher.builders.roll_back import fit_with_roll_back
@@ -29,6 +37,8 @@ from launcher.checkpoint.monitor import CheckpointMonitor
 from launcher.config.provenance import Provenance
 from launcher.config.schema import Config
 from launcher.config.shared import shared_settings
+from launcher.data.strictness import Strictness
+from launcher.data.tally import Tally
 from launcher.environment import process_environment
 from launcher.errors import EXIT_OK, UserError
 from launcher.extensions import STRATEGY_WRITERS, installed, required
@@ -41,7 +51,7 @@ from launcher.predict.results import check_writable, result_text, write_results
 from launcher.report.aside import make_way, write_new
 from launcher.report.console import Console, close_logs, open_logs
 from launcher.train.callbacks import Callbacks
-from launcher.train.evaluate import evaluate
+from launcher.train.evaluate import evaluate_sets
 from launcher.train.interrupts import Interrupted
 from launcher.train.run import TrainRun
 
@@ -170,10 +180,11 @@ def finetune(job: Job) -> int:
 def evaluate_only(job: Job) -> int:
     """Compute loss and perplexity on the evaluation data."""
     weights = find_weights(job)
-    data = evaluation_data(job)
+    sets = evaluation_data(job)
     built = build_parallel(job, training=False)
+    sets = with_reference(job, built, sets)
     load_or_init(job, built.parts, built.layout, weights)
-    result = evaluate(built, data.batches(), job.world, data.sources)
+    result = evaluate_sets(built, sets, job.world)
     job.log(str(result))
     if job.world.is_main:
         path, row = job.output_dir / "eval_result.json", result.as_row()
@@ -183,17 +194,27 @@ def evaluate_only(job: Job) -> int:
 
 
 def predict(job: Job) -> int:
-    """Generate text from prompts, print it and write it to files."""
-    prompts = read_prompts(job.config.input_data)
+    """Generate text from prompts, print it and write it to files; or chat."""
+    if job.config.interactive:
+        return chat(job)
+    strictness = Strictness(strict=True, tally=Tally())
+    prompts = read_prompts(job.config.input_data, strictness)
     check_same(
         job.world, {"--predict_data": prompts}, rule="all ranks need the same prompts",
         advice="Copy the file of prompts to every machine",
     )  # fmt: skip
     check_writable(result_path(job))
-    model, layout = build_predicting(job)
-    load_or_init(job, ModelParts([model]), layout, find_weights(job))
+    source = find_weights(job)
+    setup, encoded = prepare_prompts(job, source, prompts, strictness)
+    forward, layout = build_predicting(job)
+    load_or_init(job, ModelParts([forward.model]), layout, source)
     batch_size = job.config.predict_batch_size or min(len(prompts), PREDICT_BATCH)
-    generations = continue_prompts(job, model, prompts, batch_size)
+    stream = open_stream(job, encoded)
+    generations = continue_prompts(
+        job, forward, setup, encoded, batch_size, stream.watch if stream else None
+    )
+    if stream:
+        stream.close()
     if job.world.is_main:
         path = write_results(generations, result_path(job), batch_size)
         job.log(result_text(generations, batch_size))
@@ -219,8 +240,9 @@ MODES = {
 
 def train_to_the_end(job: Job, run: TrainRun, callbacks: Callbacks) -> int:
     """Train to the last step; metrics and the loss curve are finished even after an error."""
-    if run.state.global_step >= run.total_steps:
-        job.log(f"nothing to do: step {run.state.global_step} of {run.total_steps} is done")
+    if run.is_finished:
+        early = ", where EarlyStopping ended the run" if run.is_stopped_early else ""
+        job.log(f"nothing to do: step {run.state.global_step} of {run.total_steps} is done{early}")
         if isinstance(callbacks.saving, CheckpointMonitor):
             callbacks.saving.finish_interrupted_save(run)
         return EXIT_OK

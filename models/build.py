@@ -27,6 +27,7 @@ from models.decoder import Decoder
 from models.families.table import DECODERS
 from models.initial import initial_std, initialize_shard, no_weight_decay
 from models.json_floats import tagged_floats
+from models.lora import attach_adapters
 from models.plan import EMBEDDING, rule_of
 from models.spec import ModelSpec
 from models.transformers_model import TransformersModel, build_transformers, complete_config
@@ -60,6 +61,7 @@ def build_model(
             rule_of(name, spec.decoder.parameters)
         # Not .to(dtype): buffers keep their dtype.
         model._apply(lambda t: t.to(dtype) if isinstance(t, nn.Parameter) else t)
+    attach_adapters(model, spec, dtype)
     if torch.device(device).type != "meta":
         materialize(model, device)
     return model

@@ -48,8 +48,8 @@ class Attention(BaseAttention):
         self.k_norm: RMSNorm | None = norm() if config.qk_norm else None
 
     def forward(self, states: Tensor, context: StepContext) -> Tensor:
-        query = self._heads(self.q_proj(states), self.q_norm)
-        key, value = self._keys_and_values(states)
+        query = self._heads(self.q_proj(states, context), self.q_norm)
+        key, value = self._keys_and_values(states, context)
         query, key = (
             rotate(heads, context.cos, context.sin, interleaved=self.rope_interleave)
             for heads in (query, key)
@@ -57,7 +57,7 @@ class Attention(BaseAttention):
         if context.cache is not None:
             key, value = context.cache.append(self.layer, key, value)
         output = self.attend(query, key, value, context, self.window, self.held("sinks"))
-        return self.o_proj(output.transpose(1, 2).flatten(2))
+        return self.o_proj(output.transpose(1, 2).flatten(2), context)
 
     def key_value_projections(self) -> list[tuple[Linear, int]]:
         """The projections to keys and values, each with its number of outputs a KV head."""
@@ -65,12 +65,12 @@ class Attention(BaseAttention):
             return [(self.kv_proj, 2 * self.head_dim)]
         return [(self.k_proj, self.head_dim), (self.v_proj, self.head_dim)]
 
-    def _keys_and_values(self, states: Tensor) -> tuple[Tensor, Tensor]:
+    def _keys_and_values(self, states: Tensor, context: StepContext) -> tuple[Tensor, Tensor]:
         """Keys and values [rows, KV heads, length, head_dim], not rotated."""
         if self.kv_proj is None:
-            key = self._heads(self.k_proj(states), self.k_norm)
-            return key, self._heads(self.v_proj(states), None)
-        heads = self.kv_proj(states).unflatten(-1, (-1, 2 * self.head_dim)).transpose(1, 2)
+            key = self._heads(self.k_proj(states, context), self.k_norm)
+            return key, self._heads(self.v_proj(states, context), None)
+        heads = self.kv_proj(states, context).unflatten(-1, (-1, 2 * self.head_dim)).transpose(1, 2)
         key, value = heads.split(self.head_dim, dim=-1)
         return (key if self.k_norm is None else self.k_norm(key)), value
 
@@ -110,7 +110,7 @@ class DecoderLayer(Module):
             attended = self.post_self_attn_layernorm(attended)
         states = states + self._dropped(attended, context, ATTENTION_OUTPUT)
         block, normed = getattr(self, self.block_name), self.post_attention_layernorm(states)
-        transformed = block(normed, context) if isinstance(block, MoE) else block(normed)
+        transformed = block(normed, context)
         if self.post_mlp_layernorm is not None:
             transformed = self.post_mlp_layernorm(transformed)
         return states + self._dropped(transformed, context, MLP_OUTPUT)
@@ -236,7 +236,7 @@ class Decoder(Module):
             cache.advance(length)
         if not self.ends:
             return states
-        return self.head_module(self.model.norm(states[:, -1:] if last_only else states))
+        return self.head_module(self.model.norm(states[:, -1:] if last_only else states), context)
 
     def run_layers(self, states: Tensor, context: StepContext) -> Tensor:
         """Run the layers on hidden states [rows, length of the stream part, hidden].

@@ -52,15 +52,15 @@ class LatentAttention(BaseAttention):
         if context.cache is not None:
             key, value = context.cache.append(self.layer, key, value)
         output = self.attend(query, key, value, context, self.window)
-        return self.o_proj(output.transpose(1, 2).flatten(2))
+        return self.o_proj(output.transpose(1, 2).flatten(2), context)
 
     def _queries(self, states: Tensor, context: StepContext) -> Tensor:
         """[rows, heads, length, key size]"""
         latent = self.latent
         if latent.q_lora_rank is None:
-            projected = self.q_proj(states)
+            projected = self.q_proj(states, context)
         else:
-            projected = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(states)))
+            projected = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(states, context)), context)
         sizes = [latent.qk_nope_head_dim, latent.qk_rope_head_dim]
         heads = projected.unflatten(-1, (-1, sum(sizes))).transpose(1, 2)
         no_rope, rope = heads.split(sizes, dim=-1)
@@ -69,12 +69,12 @@ class LatentAttention(BaseAttention):
     def _keys_and_values(self, states: Tensor, context: StepContext) -> tuple[Tensor, Tensor]:
         """[rows, heads, length, key size] and [rows, heads, length, value size]"""
         latent = self.latent
-        low_rank, rope = self.kv_a_proj_with_mqa(states).split(
+        low_rank, rope = self.kv_a_proj_with_mqa(states, context).split(
             [latent.kv_lora_rank, latent.qk_rope_head_dim], dim=-1
         )
         rope = self._rotated(rope[:, None], context)
         sizes = [latent.qk_nope_head_dim, latent.v_head_dim]
-        projected = self.kv_b_proj(self.kv_a_layernorm(low_rank))
+        projected = self.kv_b_proj(self.kv_a_layernorm(low_rank), context)
         heads = projected.unflatten(-1, (-1, sum(sizes))).transpose(1, 2)
         no_rope, value = heads.split(sizes, dim=-1)
         key = torch.cat((no_rope, rope.expand(-1, no_rope.shape[1], -1, -1)), dim=-1)

@@ -8,6 +8,7 @@ are those on disk: an expert's matrix is the same on every rank.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from math import prod
 
 import torch
@@ -40,9 +41,10 @@ def initialize_shard(
 ) -> Tensor:
     """Values [box_size] in float32 of one box of one parameter, on the CPU.
 
-    Biases are zeros and norm weights ones (zeros where the family multiplies by 1 + weight);
-    everything else, and parameters with `Rule.drawn`, normal(0, initializer_range). A stacked
-    expert parameter is the stack of its experts, each of which may also be requested by its name on
+    Biases are zeros and norm weights ones (zeros where the family multiplies by 1 + weight); B of
+    an adapter is zeros, A uniform in +-1 / sqrt(inputs); everything else, and parameters with
+    `Rule.drawn`, normal(0, initializer_range). A stacked expert parameter is the stack of its
+    experts, each of which may also be requested by its name on
     disk.
     """
     parameters = spec.decoder.parameters if spec.decoder is not None else {}
@@ -62,7 +64,9 @@ def initialize_shard(
     values = torch.empty(tuple(box_size))
     if values.numel() == 0:
         return values
-    std = initial_std(spec, name)
+    draw = partial(_normal, initial_std(spec, name))
+    if name.endswith(".lora_A.weight"):
+        draw = partial(_uniform, global_shape[1] ** -0.5)
     width = prod(global_shape[1:])
     columns = tuple(slice(o, o + n) for o, n in zip(box_offset[1:], box_size[1:], strict=True))
     full_rows = list(box_size[1:]) == list(global_shape[1:])
@@ -72,12 +76,21 @@ def initialize_shard(
         generator = torch.Generator().manual_seed(_block_seed(seed, name, block))
         target = values[first - box_offset[0] : last - box_offset[0]]
         if full_rows and last - first == rows:
-            target.view(rows * width).normal_(0.0, std, generator=generator)
+            draw(target.view(rows * width), generator)
         else:
-            drawn = torch.empty(rows * width).normal_(0.0, std, generator=generator)
+            drawn = draw(torch.empty(rows * width), generator)
             drawn = drawn.view(rows, *global_shape[1:])
             target.copy_(drawn[(slice(first - begin, last - begin), *columns)])
     return values
+
+
+def _normal(std: float, values: Tensor, generator: torch.Generator) -> Tensor:
+    return values.normal_(0.0, std, generator=generator)
+
+
+def _uniform(bound: float, values: Tensor, generator: torch.Generator) -> Tensor:
+    """With bound 1 / sqrt(inputs): kaiming_uniform_(a=sqrt(5)), as in PEFT."""
+    return values.uniform_(-bound, bound, generator=generator)
 
 
 def initial_std(spec: ModelSpec, name: str = "") -> float:
@@ -102,7 +115,7 @@ def no_weight_decay(name: str, ndim: int) -> bool:
 
 
 def _constant(name: str, ndim: int, family: str) -> float | None:
-    if name.endswith("bias"):
+    if name.endswith(("bias", ".lora_B.weight")):
         return 0.0
     if ndim <= 1:
         return 0.0 if family in _ZERO_CENTRED_NORMS else 1.0

@@ -88,7 +88,6 @@ STAGES: frozenset[str] = frozenset({"offset", "pp_interleave_num"})
 """Keys that divide the layers over pipeline stages, read by `launcher.config.derived`."""
 
 NOT_BUILT: dict[str, str] = {
-    "pet_config": "low-rank adapters (LoRA)",
     "quantization_config": "quantized weights",
     "mtp_num_layers": "multi-token prediction",
     "num_nextn_predict_layers": "multi-token prediction",

@@ -17,6 +17,10 @@ from torch import Tensor, nn
 
 from models.spec import DecoderConfig, Precision
 
+if TYPE_CHECKING:
+    from models.attention import StepContext
+    from models.lora import LowRank
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "swish": F.silu,
@@ -57,9 +61,15 @@ class Linear(Leaf):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(outputs, inputs))
         self.register_parameter("bias", nn.Parameter(torch.empty(outputs)) if bias else None)
+        self.adapter: LowRank | None = None
+        """The low-rank adapter, whose matrices are `lora_A` and `lora_B`."""
+        self.lora_A: Linear | None = None
+        self.lora_B: Linear | None = None
 
-    def forward(self, states: Tensor) -> Tensor:
-        return F.linear(states, self.held("weight"), self.held("bias"))
+    def forward(self, states: Tensor, context: StepContext | None = None) -> Tensor:
+        """`context` of the step, for the dropout of an adapter."""
+        output = F.linear(states, self.held("weight"), self.held("bias"))
+        return output if self.adapter is None else self.adapter.add(self, states, output, context)
 
 
 class Embedding(Leaf):
@@ -86,7 +96,8 @@ class TiedHead(Leaf):
         """The embedding's current parameter, even if it was replaced."""
         return self._embedding[0].weight
 
-    def forward(self, states: Tensor) -> Tensor:
+    def forward(self, states: Tensor, context: StepContext | None = None) -> Tensor:
+        """As `Linear.forward`."""
         return F.linear(states, self.held("weight"))
 
 
@@ -118,13 +129,14 @@ class MLP(Module):
         self.down_proj = Linear(inner, hidden, bias=bias or down_bias)
         self.activation = ACTIVATIONS[activation]
 
-    def forward(self, states: Tensor) -> Tensor:
-        return self.activated(self.gate_proj(states), self.up_proj(states))
+    def forward(self, states: Tensor, context: StepContext) -> Tensor:
+        gate, up = self.gate_proj(states, context), self.up_proj(states, context)
+        return self.activated(gate, up, context)
 
-    def activated(self, gate: Tensor, up: Tensor) -> Tensor:
+    def activated(self, gate: Tensor, up: Tensor, context: StepContext) -> Tensor:
         """From both projections [..., inner] to the output. Parallelism may replace this attribute
         of an instance by a function of the same arguments, which may call this one."""
-        return self.down_proj(self.activation(gate) * up)
+        return self.down_proj(self.activation(gate) * up, context)
 
 
 def norm_of(config: DecoderConfig, precision: Precision, size: int) -> RMSNorm:

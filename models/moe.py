@@ -10,7 +10,7 @@ from outside.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,9 @@ from torch import Tensor, nn
 from models.attention import StepContext
 from models.layers import ACTIVATIONS, MLP, Leaf, Module
 from models.spec import ClampedGate, DecoderConfig, ExpertsConfig
+
+if TYPE_CHECKING:
+    from models.lora import LowRank
 
 
 class Router(Leaf):
@@ -78,19 +81,29 @@ class Experts(Leaf):
         bias = nn.Parameter(torch.empty(count, hidden)) if down_bias else None
         self.register_parameter("down_proj_bias", bias)
         self.activation = ACTIVATIONS[activation]
+        self.adapters: dict[str, LowRank] = {}
+        """The low-rank adapter of each projection that has one, whose matrices are stacks
+        `gate_proj_lora_A` [experts, rank, hidden], `gate_proj_lora_B` [experts, inner, rank]."""
 
     def forward(self, tokens: Tensor, counts: Tensor) -> Tensor:
         """Each token [n, hidden] through its expert: the first `counts[0]` through the first, and
         so on. `counts` [experts] int64 sums to n; zeros, and n = 0, are allowed."""
-        gate = grouped_linear(tokens, self.held("gate_proj"), counts)
-        up = grouped_linear(tokens, self.held("up_proj"), counts)
+        gate = self._projected(tokens, "gate_proj", counts)
+        up = self._projected(tokens, "up_proj", counts)
         return self.activated(gate, up, counts)
 
     def activated(self, gate: Tensor, up: Tensor, counts: Tensor) -> Tensor:
         """From both projections [n, inner] to the output; replaceable, as `MLP.activated`."""
-        product = grouped_linear(self.activation(gate) * up, self.held("down_proj"), counts)
+        product = self._projected(self.activation(gate) * up, "down_proj", counts)
         bias = self.held("down_proj_bias")
         return product if bias is None else product + _of_expert(bias, counts, len(product))
+
+    def _projected(self, tokens: Tensor, name: str, counts: Tensor) -> Tensor:
+        product, adapter = grouped_linear(tokens, self.held(name), counts), self.adapters.get(name)
+        if adapter is None or not adapter.enabled:
+            return product
+        low = grouped_linear(tokens, self.held(f"{name}_lora_A"), counts)
+        return product + grouped_linear(low, self.held(f"{name}_lora_B"), counts) * adapter.scaling
 
 
 class ClampedExperts(Experts):
@@ -99,6 +112,7 @@ class ClampedExperts(Experts):
 
     def __init__(self, count: int, hidden: int, inner: int, gate: ClampedGate) -> None:
         Leaf.__init__(self)
+        self.adapters = {}
         self.gate_up_proj = nn.Parameter(torch.empty(count, hidden, 2 * inner))
         self.gate_up_proj_bias = nn.Parameter(torch.empty(count, 2 * inner))
         self.down_proj = nn.Parameter(torch.empty(count, inner, hidden))
@@ -157,7 +171,9 @@ class MoE(Module):
             scale = context.balance_scale * self.balance_grad_scale
             weights = _AttachLoss.apply(weights, loss, scale)
         routed = self._routed(tokens, weights, chosen).view_as(states)
-        return routed if self.shared_experts is None else routed + self.shared_experts(states)
+        return (
+            routed if self.shared_experts is None else routed + self.shared_experts(states, context)
+        )
 
     def _routed(self, tokens: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
         """The sum [n, hidden] of the outputs of each token's experts, weighted in float32."""

@@ -9,9 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from launcher.errors import Problem, UserError
+
+if TYPE_CHECKING:
+    from models.lora_config import LoraConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,6 +196,10 @@ class ModelSpec:
     seq_length: int | None
     generation: dict[str, Any] = field(default_factory=dict)
     """Generation settings in `model_config`; the section `generation_config` overrides them."""
+    lora: LoraConfig | None = None
+    """The low-rank adapter that is trained instead of the model; None: there is none."""
+    frozen: tuple[str, ...] = ()
+    """Patterns of parameters that are not trained (`models.lora_config.is_frozen`)."""
     notes: tuple[str, ...] = ()
     """Keys accepted without effect, and why: `model.model_config.use_past = False: ...`."""
 

@@ -15,9 +15,13 @@ from typing import Any
 
 from launcher.builders.job import Job
 from launcher.checkpoint.monitor import LAST_STEP_ONLY, CheckpointMonitor
-from launcher.config.schema import OnRequestExitSection, RegisteredCallbackSection
+from launcher.config.schema import (
+    EarlyStoppingSection,
+    OnRequestExitSection,
+    RegisteredCallbackSection,
+)
 from launcher.errors import UserError, did_you_mean
-from launcher.train.callbacks import Callback, Callbacks, LossMonitor, RequestFile
+from launcher.train.callbacks import Callback, Callbacks, EarlyStopping, LossMonitor, RequestFile
 from launcher.train.health import FiniteCheck, LimitCheck, limits_of
 
 
@@ -40,10 +44,16 @@ def _request_file(job: Job) -> Callback:
     return RequestFile(section.config_file) if section and section.config_file else Callback()
 
 
+def _early_stopping(job: Job) -> Callback:
+    section = job.config.last_callback(EarlyStoppingSection)
+    return EarlyStopping(section) if section else Callback()
+
+
 CALLBACKS: dict[str, Callable[[Job], Callback]] = {
     "MFLossMonitor": _loss_monitor,
     "CheckpointMonitor": _checkpoint_monitor,
     "OnRequestExit": _request_file,
+    "EarlyStopping": _early_stopping,
 }
 """`type` of an entry of `callbacks` to what builds it: the last entry counts, or the default.
 EvalCallBack has no entry: the loop evaluates itself."""
@@ -59,7 +69,7 @@ def build_callbacks(job: Job) -> Callbacks:
         checks.append(LimitCheck(limits, most))
     return Callbacks(
         reports=[built["MFLossMonitor"]],
-        checks=checks,
+        checks=[*checks, built["EarlyStopping"]],
         saving=built["CheckpointMonitor"],
         others=[built["OnRequestExit"], *_registered(job)],
     )

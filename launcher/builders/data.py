@@ -8,18 +8,18 @@ from functools import partial
 from launcher.builders.job import Job
 from launcher.builders.mixture import open_mixture
 from launcher.builders.open_dataset import open_dataset, seq_length
-from launcher.config.derived import global_batch_size
-from launcher.config.schema import DatasetSection
+from launcher.config.derived import evaluation_datasets, global_batch_size, is_evaluation
+from launcher.config.schema import DatasetSection, NamedDatasetSection
 from launcher.data.joined import joined
 from launcher.data.loader import evaluation_batches
 from launcher.data.mixture import MixtureOrder
 from launcher.data.order import GlobalOrder
 from launcher.data.rows import RowDataset
 from launcher.data.streaming.order import StreamOrder
-from launcher.train.evaluate import EvaluationData
+from launcher.train.evaluate import EvaluationSet
 
 EVALUATION_SEED = 0
-"""Chooses the rows of `max_samples` in `eval_dataset`: the same in every run, to be compared."""
+"""Chooses the rows of `max_samples` in evaluation data: the same in every run, to be compared."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,10 +60,10 @@ def open_training_data(job: Job, section: DatasetSection) -> TrainingData:
 
 
 def opened(job: Job, name: str, section: DatasetSection) -> TrainingData:
-    """The data of `train_dataset`, or of `eval_dataset` with the order of an evaluation."""
-    if name == "train_dataset":
+    """The data of `train_dataset`, or of evaluation data with the order of an evaluation."""
+    if not is_evaluation(name):
         return open_training_data(job, section)
-    rows = open_evaluation_rows(job, section)
+    rows = open_evaluation_rows(job, name, section)
     order = GlobalOrder(max(len(rows), 1), seed=0, shuffle=False)
     return TrainingData(dataset=rows, order=order, epoch_samples=len(rows))
 
@@ -74,20 +74,24 @@ def steps_per_epoch(rows: int, global_batch: int, *, drop_remainder: bool) -> in
     return max(full + (rest > 0 and not drop_remainder), 1)
 
 
-def open_evaluation_rows(job: Job, section: DatasetSection) -> RowDataset:
-    """The rows of `eval_dataset`, those of a mixture source after source. Raises `UserError`."""
+def open_evaluation_rows(job: Job, name: str, section: DatasetSection) -> RowDataset:
+    """The rows of a section of evaluation data with the key `name`, those of a mixture source after
+    source. Raises `UserError`."""
     if not isinstance(section.data_loader, list):
-        return open_dataset(job, section, "eval_dataset")
-    open_source = partial(open_dataset, job, name="eval_dataset")
+        return open_dataset(job, section, name)
+    open_source = partial(open_dataset, job, name=name)
     mixture = open_mixture(section, EVALUATION_SEED, job.log, open_source)
     return joined(mixture.datasets, seq_length(job, section))
 
 
-def evaluation_data(job: Job) -> EvaluationData:
-    """The data of `eval_dataset`, every row once. Raises `UserError`."""
-    section = job.config.eval_dataset
-    assert section is not None
-    dataset = open_evaluation_rows(job, section)
+def evaluation_data(job: Job) -> list[EvaluationSet]:
+    """The data of `eval_dataset`, or of each of `eval_datasets`, every row once. Raises
+    `UserError`."""
+    return [_set(job, *entry) for entry in evaluation_datasets(job.config).items()]
+
+
+def _set(job: Job, key: str, section: DatasetSection) -> EvaluationSet:
+    dataset = open_evaluation_rows(job, key, section)
     batches = partial(
         evaluation_batches,
         dataset,
@@ -96,4 +100,6 @@ def evaluation_data(job: Job) -> EvaluationData:
         job.mesh.data_rank(job.world.rank),
         pin_memory=job.world.device.type == "cuda",
     )
-    return EvaluationData(batches, tuple(source.name for source in dataset.sources))
+    name = section.name if isinstance(section, NamedDatasetSection) else ""
+    sources = tuple(source.name for source in dataset.sources)
+    return EvaluationSet(name, batches, sources, dataset)

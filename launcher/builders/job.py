@@ -21,6 +21,7 @@ from launcher.config.derived import (
     ulysses_degree,
     uses_named_tokenizer,
 )
+from launcher.config.pet import lora_of
 from launcher.config.provenance import Provenance
 from launcher.config.schema import Config
 from launcher.data.chat_rendering import ChatSettings, chat_settings
@@ -32,6 +33,7 @@ from launcher.parallel.world import World
 from launcher.report.console import Console
 from models.build import hf_directory_files
 from models.families import model_spec
+from models.lora_config import with_adapters
 from models.spec import ModelSpec
 from models.stage import StageSplit
 
@@ -64,7 +66,7 @@ class Job:
         spec = model_spec(self.config.model.model_config, self._config_json())
         for note in spec.notes:
             self.log(f"accepted, no effect: {note}")
-        return spec
+        return with_adapters(spec, lora_of(self.config), self.config.freeze)
 
     def _config_json(self) -> dict[str, Any] | None:
         return read_config_json(self.config)

@@ -22,6 +22,7 @@ from launcher.layout.shard import Shard
 from launcher.parallel.all_ranks import on_all_ranks
 from launcher.parallel.apply import shards
 from launcher.parallel.consistency import Unquoted, check_same
+from launcher.parallel.lora import initialize_magnitudes
 from launcher.parallel.model_parts import ModelParts
 from launcher.parallel.tied import broadcast_tied
 from launcher.weights.content import content_of
@@ -39,6 +40,7 @@ from models.build import (
     named_as_model,
     tied_names,
 )
+from models.lora_config import is_adapter
 
 
 def find_weights(job: Job) -> Source | None:
@@ -65,6 +67,22 @@ def find_weights(job: Job) -> Source | None:
     if job.config.save_unified_checkpoint or job.config.save_converted_checkpoint:
         export_on_load(job, source)
     return source
+
+
+def weights_at(job: Job, path: Path) -> Source:
+    """Weights at a path that is not that of the job's own. Called by all ranks together."""
+    source = open_weights(path, job.world, job.log, strategy="")
+    if source.kind != "distributed" and job.world.size > 1:
+        _check_same_content(job, source)
+    return under_model_names(job, source)
+
+
+def pretrained_weights(job: Job) -> Source | None:
+    """The weights in pretrained_model_dir, if there are some. Called by all ranks together."""
+    folder = Path(job.config.pretrained_model_dir)
+    holds = bool(job.config.pretrained_model_dir) and holds_complete(folder)
+    _check_same(job, {"weights": Unquoted("found" if holds else "none")})
+    return weights_at(job, folder) if holds else None
 
 
 def under_model_names(job: Job, source: Source) -> Source:
@@ -179,7 +197,9 @@ def _load(job: Job, parts: ModelParts, layout: Layout, source: Source, rank: int
     expected = shapes_in_files(layout.shapes, mappings)
     check_cuts(job, source, held)
     named = named_as_model(source, model, expected)
-    spared = {n for n in expected if n not in named.tensors and may_be_missing(model, n)}
+    missing = {n for n in expected if n not in named.tensors}
+    new = {n for n in missing if is_adapter(n)}
+    spared = new | {n for n in missing if may_be_missing(model, n)}
     is_ignorable = ignorable(model, job.spec, expected)
     report = load_job(
         job, {n: shard for n, shard in held.items() if n not in spared}, layout, mappings, named,
@@ -189,6 +209,11 @@ def _load(job: Job, parts: ModelParts, layout: Layout, source: Source, rank: int
         leave=lambda name: is_ignorable(name, named.shape(name), named.dtype(name)),
     )  # fmt: skip
     _report(job, source, report)
+    if new:
+        _initialize(job, {n: shard for n, shard in held.items() if n in new})
+        for module in parts.modules:
+            initialize_magnitudes(module, layout.shapes)
+        job.log(f"adapter: {len(new)} tensors, initialized from seed {job.config.seed}")
 
 
 def initialize(job: Job, parts: ModelParts, layout: Layout, rank: int) -> None:
@@ -196,14 +221,20 @@ def initialize(job: Job, parts: ModelParts, layout: Layout, rank: int) -> None:
     # The buffers of a transformers module already have their values.
     own = job.spec.decoder is not None
     tensors = parts.named_tensors() if own else dict(parts.named_parameters())
-    held = mapped(shards(tensors, layout, rank), mappings_of(parts.modules[-1]))
-    with torch.no_grad():
-        for name, shard in held.items():
-            box = shard.box
-            values = initialize_shard(
-                name, shard.shape, box.offset, box.size, job.spec, job.config.seed
-            )
-            shard.tensor.copy_(values)
+    _initialize(job, mapped(shards(tensors, layout, rank), mappings_of(parts.modules[-1])))
+    for module in parts.modules:
+        initialize_magnitudes(module, layout.shapes)
+
+
+@torch.no_grad()
+def _initialize(job: Job, held: Mapping[str, Shard]) -> None:
+    """Random values of tensors in files."""
+    for name, shard in held.items():
+        box = shard.box
+        values = initialize_shard(
+            name, shard.shape, box.offset, box.size, job.spec, job.config.seed
+        )
+        shard.tensor.copy_(values)
 
 
 def _report(job: Job, source: Source, report: LoadReport) -> None:

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from launcher.builders.job import Job
+from launcher.config.derived import is_evaluation
 from launcher.config.schema import Config, DatasetSection
 from launcher.data.build import build_dataset
 from launcher.data.loaders import row_loader_of
@@ -72,7 +73,7 @@ def open_dataset(
         max_cache_bytes=_max_bytes(job.config),
         model_config=job.spec.hf_config,
         chat=job.chat,
-        phase="valid" if name == "eval_dataset" else "train",
+        phase="valid" if is_evaluation(name) else "train",
     )
     shown.end()
     if filesystems.are_several:

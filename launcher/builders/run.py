@@ -15,6 +15,8 @@ from launcher.builders.gradients import gradients_of
 from launcher.builders.job import Job
 from launcher.builders.load_weights import load_or_init
 from launcher.builders.model import build_parallel
+from launcher.builders.preference import preference_settings
+from launcher.builders.reference import add_other_reference, add_reference
 from launcher.builders.run_metadata import run_metadata
 from launcher.checkpoint.savable import Origin
 from launcher.config.derived import global_batch_size
@@ -36,7 +38,10 @@ from models.transformers_model import complete_config
 def fresh_run(job: Job, weights: Source | None) -> TrainRun:
     """A run before its first step, from `weights` or from random ones."""
     run = build_run(job)
+    is_other = add_other_reference(job, run)
     load_or_init(job, run.model.parts, run.model.layout, weights)
+    if not is_other:
+        add_reference(job, run)
     files = {file.resolve() for file in weights.headers} if weights else set()
     run.origin = replace(run.origin, inputs=run.origin.inputs | files)
     return run
@@ -90,7 +95,7 @@ def build_run(job: Job) -> TrainRun:
         sink_size=_sink_size(config, per_epoch),
         metadata=run_metadata(job, data, loader.global_batch, scaling),
         write_model_files=partial(_write_model_files, job, next(built.parts.parameters()).dtype),
-        evaluation=evaluation_data(job) if config.do_eval else None,
+        evaluation=evaluation_data(job) if config.do_eval else [],
         origin=Origin(inputs=_inputs(config)),
         state=TrainState(loss_scale=scaling.first if scaling is not None else 1.0),
         log=job.log,
@@ -183,11 +188,15 @@ def _balance(job: Job, global_batch: int) -> torch.Tensor | None:
     experts = job.spec.decoder.experts if job.spec.decoder is not None else None
     if experts is None or not experts.balance_on:
         return None
-    weight = experts.balance_coefficient / (global_batch * sum(experts.layers))
+    settings = preference_settings(job.config)
+    sequences = global_batch * (2 if settings is not None and settings.is_paired else 1)
+    weight = experts.balance_coefficient / (sequences * sum(experts.layers))
     return torch.tensor(weight, dtype=torch.float32, device=job.world.device)
 
 
 def _has_dropout(spec: ModelSpec) -> bool:
+    if spec.lora is not None and spec.lora.dropout > 0:
+        return True
     if spec.decoder is not None:
         return spec.decoder.attention_dropout > 0 or spec.decoder.hidden_dropout > 0
     return any("drop" in key and value for key, value in complete_config(spec).to_dict().items())

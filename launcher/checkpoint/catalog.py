@@ -16,7 +16,13 @@ from typing import Any
 from launcher.checkpoint.files import TEMPORARY_SUFFIX, temporary
 from launcher.checkpoint.integrated import integrated_names
 from launcher.checkpoint.names import FORMATS, SaveName, parse_rank_file, rank_file_paths
-from launcher.weights.ranks.manifests import DISKS, MANIFEST_FOLDER, STATE_FOLDER, read_manifest
+from launcher.weights.ranks.manifests import (
+    DISKS,
+    EVALUATION,
+    MANIFEST_FOLDER,
+    STATE_FOLDER,
+    read_manifest,
+)
 from launcher.weights.reading.checksums import file_faults
 
 
@@ -78,7 +84,8 @@ class Published:
     def without_files(self) -> Published:
         """The same without the manifest's records of files, to send to other ranks."""
         files = [None] * len(self.manifest["files"])
-        short = {"sequence": self.sequence, "saved_at": self.saved_at, "files": files}
+        short = {"sequence": self.sequence, "saved_at": self.saved_at, "files": files,
+                 EVALUATION: self.manifest.get(EVALUATION)}  # fmt: skip
         return replace(self, manifest=short)
 
     @property

@@ -39,6 +39,7 @@ from launcher.parallel.world import World
 from launcher.weights.formats.rank_metadata import Inventory
 from launcher.weights.ranks.manifests import (
     DISKS,
+    EVALUATION,
     MANIFEST_FOLDER,
     STATE_FOLDER,
     digest_of,
@@ -149,6 +150,7 @@ class Commit:
                 errno.EBUSY, "another run in this folder removed this save", str(self.root)
             )
         state_text = json_bytes(inputs[0].state)
+        evaluation = inputs[0].state.get(EVALUATION)
         manifest = {
             "sequence": max(one.newest for one in inputs) + 1,
             "saved_at": inputs[0].saved_at,
@@ -157,6 +159,7 @@ class Commit:
             "world_size": self.mesh.world_size,
             "mesh": self.mesh.sizes(),
             "files": files,
+            **({EVALUATION: evaluation} if evaluation is not None else {}),
             **({DISKS: self.filesystems.groups} if self.filesystems.are_several else {}),
             "state_xxh3_64": digest_of(state_text),
         }

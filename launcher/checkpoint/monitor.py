@@ -72,11 +72,20 @@ class CheckpointMonitor:
         self._saver = open_saver(self.config, run, self._contents)
         if run.origin.resumed_from is not None:
             self._catch_up(run, self._saver.complete)
+        self._publish_best(run, self._saver)
         if self.config.async_save:
             self._save_world = run.world.with_new_group()
         for line in no_effect_lines(self.config):
             run.log(line)
         self._log_space_needed(run)
+
+    def _publish_best(self, run: Savable, saver: Saver) -> None:
+        """Name the best of the saves that are there: a crash may have come before."""
+        try:
+            for store in saver.stores.values():
+                store.publish_best(run.world)
+        except UserError as error:
+            run.log(f"warning: {error}")
 
     def finish_interrupted_save(self, run: Savable) -> None:
         """Finish the last save of a resumed run that has no steps left."""
@@ -103,7 +112,7 @@ class CheckpointMonitor:
         kept = kept_saves(
             steps=self.config.save_checkpoint_steps, seconds=self.config.save_checkpoint_seconds,
             limit=self.config.keep_checkpoint_max or 0,
-            done=run.global_step, last=run.total_steps,
+            done=run.global_step, last=run.total_steps, with_best=self.config.keep_best,
         )  # fmt: skip
         forecasts = forecast(stores[FULL], sizes, kept, run.world)
         run.log(str(forecasts[0]))

@@ -30,11 +30,18 @@ def superseded(saves: Sequence[Published], keep_max: int, keep_minutes: int) -> 
 
 
 def kept_saves(
-    *, steps: int | None, seconds: int = 0, limit: int, done: int, last: int
+    *,
+    steps: int | None,
+    seconds: int = 0,
+    limit: int,
+    done: int,
+    last: int,
+    with_best: bool = False,
 ) -> int | None:
     """How many saves a run from step `done` to step `last` keeps, with one every `steps` steps or
     `seconds` and one of the last step; None where it depends on the time of the run. `limit` 0:
-    all."""
+    all. `with_best`: the best one is kept beside the newest."""
+    limit += limit > 0 and with_best
     if not steps:
         return (limit or None) if seconds else 1
     saves = max(math.ceil(last / steps) - done // steps, 1)

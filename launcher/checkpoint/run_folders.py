@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from pathlib import Path
 
+from launcher.checkpoint.best import best_rule
 from launcher.checkpoint.catalog import next_counter, unfinished
 from launcher.checkpoint.cleanup import remove_unfinished, unpublish_partial
 from launcher.checkpoint.contents import Contents
@@ -71,6 +72,7 @@ def _open_store(
         keep_minutes=config.keep_checkpoint_per_n_minutes,
         filesystems=filesystems,
         file_format=config.checkpoint_format,
+        best=best_rule(config),
         resumed_label=run.origin.came_from.rpartition("-")[0] if root.name == FULL else "",
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from launcher.checkpoint import health
+from launcher.checkpoint.best import EVALUATION
 from launcher.checkpoint.saver import SaveResult
 from launcher.config.schema import CheckpointMonitorSection
 
@@ -26,11 +27,14 @@ def result_lines(result: SaveResult, config: CheckpointMonitorSection, ranks: in
     verdict = request.record.get(health.KEY, {})
     if not verdict.get("is_healthy", True):
         yield f"warning: {name}: {health.health_issue({health.KEY: verdict})}"
+    value = request.record.get(EVALUATION, {}).get(config.best_metric)
+    best = f", the best so far: {config.best_metric} {value:.6g}" if result.is_best else ""
     waited = f" in the background, training waited {request.waited_seconds:.2f} s"
     yield (
         f"saved step {request.step} as {name}: {ranks} rank{'' if ranks == 1 else 's'}, "
         f"{result.nbytes / 1e6:.1f} MB, {result.seconds:.2f} s"
         f"{waited if request.waited_seconds else ''}"
+        f"{best}"
     )
 
 

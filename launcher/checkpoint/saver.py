@@ -49,6 +49,8 @@ class SaveResult:
     """In the first folder."""
     seconds: float = 0.0
     nbytes: int = 0
+    is_best: bool = False
+    """Whether `keep_best` is on, and it is the best save of the run so far."""
     removed: list[SaveName] = field(default_factory=list)
     """Deleted saves of the run that this one resumes."""
     warnings: list[str] = field(default_factory=list)
@@ -65,6 +67,8 @@ class SaveResult:
         others = [name for name in saved.removed if name.label != store.label]
         self.removed += [name for name in others if name not in self.removed]
         self.warnings += [saved.warning] if saved.warning else []
+        if store.root.name == FULL:
+            self.is_best = saved.best == self.name
 
 
 class Saver:

@@ -3,8 +3,9 @@
     checkpoint/rank_0/CKP_rank_0-1_10.safetensors      1. `commit`: rank files,
     checkpoint/state/CKP-1_10.json                        the state of the run,
     checkpoint/manifest/CKP-1_10.json                     the manifest
-    checkpoint/rank_0/meta.json                        2. every rank, for readers of MindFormers
-    older saves                                        3. removed, their manifests first
+    checkpoint/best.json                               2. with keep_best: the name of the best save
+    checkpoint/rank_0/meta.json                        3. every rank, for readers of MindFormers
+    older saves                                        4. removed, their manifests first
 
 Invariants: a save is removed only after a newer one is published; only saves of this run, or of the
 run it resumes, are removed, and never an input of the run.
@@ -17,6 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from launcher.checkpoint.best import BestRule, publish_best, withdraw_best
 from launcher.checkpoint.catalog import Published, in_progress_marker, published
 from launcher.checkpoint.cleanup import remove_files, unpublish
 from launcher.checkpoint.commit import Commit
@@ -33,6 +35,7 @@ from launcher.parallel.world import World
 from launcher.weights.formats.rank_metadata import Inventory
 
 NO_META = "meta.json was not written"
+NO_BEST = "best.json was not written"
 NOT_REMOVED = "older checkpoints were not removed"
 
 
@@ -42,6 +45,8 @@ class Saved:
 
     bytes_written: int
     removed: tuple[SaveName, ...]
+    best: SaveName | None = None
+    """With `keep_best`, the best save of the run now."""
     warning: str = ""
     """What failed after it was published; older ones stay then."""
 
@@ -65,6 +70,8 @@ class Store:
     """The ranks that share the folder `root`."""
     file_format: str = DEFAULT_FORMAT
     """Of the rank files."""
+    best: BestRule | None = None
+    """The best save by this rule is not removed, and `best.json` names it."""
     resumed_label: str = ""
     """The run that this one resumes under another name: its saves count for retention."""
 
@@ -99,9 +106,10 @@ class Store:
         )  # fmt: skip
         nbytes = commit.run(shards, state)
         try:
-            return Saved(nbytes, self._finish(name, world))
+            best = self.publish_best(world)
+            return Saved(nbytes, self._finish(name, world), best)
         except UserError as error:
-            return Saved(nbytes, (), error.problems[0].what)
+            return Saved(nbytes, (), warning=error.problems[0].what)
 
     def finish_interrupted_save(self, world: World) -> None:
         """Do what was left to do after the newest save was published. Called by all ranks together.
@@ -110,7 +118,21 @@ class Store:
         """
         own = [save for save in world.from_main(published(self.root)) if self.is_own(save.name)]
         if own:
+            self.publish_best(world)
             self._finish(own[-1].name, world)
+
+    def publish_best(self, world: World) -> SaveName | None:
+        """Make `best.json` name the best save of this run, which is returned. Called by all ranks
+        together. Raises `UserError` on every rank."""
+        if self.best is None:
+            return None
+        return self.filesystems.on_each(world, NO_BEST, self._publish_best)[0]
+
+    def _publish_best(self) -> SaveName | None:
+        assert self.best is not None
+        own = [save for save in published(self.root) if self.is_own(save.name)]
+        best = publish_best(self.root, self.best, own)
+        return best.name if best is not None else None
 
     def _finish(self, name: SaveName, world: World) -> tuple[SaveName, ...]:
         """Write meta.json and remove old saves. Returns those that were removed."""
@@ -152,7 +174,8 @@ class Store:
         inputs = {save.name for saves in found for save, is_input in saves if is_input}
         in_order = sorted(known.values(), key=lambda save: save.sequence)
         old = superseded(in_order, self.keep_max, self.keep_minutes)
-        return [save for save in old if save.name not in inputs]
+        best = self.best.best(in_order) if self.best is not None else None
+        return [save for save in old if save.name not in inputs and save is not best]
 
     def _own_saves(self) -> list[tuple[Published, bool]]:
         """The saves of this run on this file system, and whether they are inputs of the run."""
@@ -163,4 +186,5 @@ class Store:
         ]
 
     def _unpublish(self, old: Sequence[Published]) -> None:
+        withdraw_best(self.root, [str(save.name) for save in old])
         unpublish(self.root, [save.name.record for save in old if save.manifest_path.exists()])

@@ -12,7 +12,8 @@ from typing import Literal
 
 from launcher.errors import Problem, did_you_mean
 
-FlagType = Literal["text", "int", "bool", "bool or text", "texts"]
+FlagType = Literal["text", "int", "bool", "switch", "bool or text", "texts"]
+"""`switch`: true or false; without a value, true."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,9 +86,15 @@ FLAGS: dict[str, Flag] = {
             help="read at most this many documents",
             only_present=True,
         ),
-        _flag("chat_template", "text", "", "template of conversations: a name, a file or Jinja"),
+        _flag(
+            *("predict_data", "texts", "input_data"),
+            "one or more prompts, messages as JSON, or a file of them",
+        ),
+        _flag("system", "text", "", "system prompt of conversations"),
+        _flag("chat_template", "text", "", "chat template: a name, a file, Jinja text or none"),
+        _flag("stream", "bool", "", "print a text while it is generated"),
+        _flag("interactive", "switch", "", "chat at the terminal, with --run_mode predict"),
         _flag("tools", "text", "", "JSON file of the tools that conversations may call"),
-        _flag("predict_data", "texts", "input_data", "one or more prompts, or a file of them"),
         _flag("predict_batch_size", "int", "", "prompts generated together"),
         _flag(
             "do_sample", "bool", "model.model_config.do_sample", "sample instead of greedy decoding"
@@ -201,6 +208,8 @@ def _option(line: CommandLine, word: str, words: list[str]) -> None:
     flag = FLAGS.get(SHORT_NAMES.get(name, name))
     many = flag is not None and flag.type == "texts"
     values = [text] if equals else (_take_values(words) if many else _take_one(words))
+    if flag is not None and flag.type == "switch" and not equals:
+        values = _switch_value(words, values)
     if not values:
         nearest = "" if flag or name == "config" else nearest_flag(name)
         line.problems.append(
@@ -242,6 +251,14 @@ def _take_values(words: list[str]) -> list[str]:
     return values
 
 
+def _switch_value(words: list[str], values: list[str]) -> list[str]:
+    """The value of a switch: true where the next word, which is put back, is none."""
+    if values and values[0].lower() in ("true", "false"):
+        return values
+    words[:0] = values
+    return ["true"]
+
+
 def _switch(line: CommandLine, name: str, text: str, where: str) -> None:
     if text.lower() not in ("true", "false"):
         line.problems.append(
@@ -268,9 +285,9 @@ def _show_data(line: CommandLine, values: list[str], where: str) -> None:
 
 def _named(line: CommandLine, flag: Flag, values: list[str], where: str) -> None:
     text: str | list[str] = values[0] if len(values) == 1 else values
-    if flag.name == "predict_data" and isinstance(text, str):
+    if flag.name == "predict_data" and isinstance(text, str) and text.lstrip()[:1] not in "[{":
         text = text.replace("\\n", "\n")
-    if flag.type == "bool" and str(text).lower() not in ("true", "false"):
+    if flag.type in ("bool", "switch") and str(text).lower() not in ("true", "false"):
         line.problems.append(
             Problem(
                 what=f"`--{flag.name}` = {text!r}",
@@ -324,7 +341,8 @@ def help_text() -> str:
     lines += [f"  {f'--{name}':<34} {text}" for name, text in SWITCHES.items()]
     shown_data = "print so many samples of the data, with marks around what carries loss"
     lines += [f"  {f'--{SHOW_DATA} [N]':<34} {shown_data}"]
-    shown = {"text": "TEXT", "int": "N", "bool": "true|false", "bool or text": "true|false|NAME"}
+    shown = {"text": "TEXT", "int": "N", "bool": "true|false", "switch": "",
+             "bool or text": "true|false|NAME"}  # fmt: skip
     lines += [
         f"  {f'--{flag.name} ' + shown.get(flag.type, 'TEXT ...'):<34} {flag.help}"
         for flag in FLAGS.values()

@@ -7,7 +7,7 @@ environment and one JSON file.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from math import lcm
+from math import lcm, prod
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from launcher.json_text import UNAMBIGUOUS, NotJson, line_and_column, parse
 from launcher.layout.mesh import Mesh, training_mesh
 from launcher.weights.formats.placeholders import placeholder
 from launcher.weights.formats.tokenizer_files import TOKENIZER_FILES
+from models.spec import DecoderConfig
 
 _CONTEXT_ALGORITHMS = {
     "colossalai_cp": "ring",
@@ -52,11 +53,26 @@ def used_datasets(config: Config) -> dict[str, DatasetSection]:
     """The data sections that the run mode reads, by name."""
     trains = config.run_mode in ("train", "finetune")
     evaluates = config.run_mode == "eval" or (trains and config.do_eval)
-    found = {
-        "train_dataset": config.train_dataset if trains else None,
-        "eval_dataset": config.eval_dataset if evaluates else None,
-    }
-    return {name: section for name, section in found.items() if section is not None}
+    training = {"train_dataset": config.train_dataset} if trains and config.train_dataset else {}
+    return {**training, **(evaluation_datasets(config) if evaluates else {})}
+
+
+def evaluation_datasets(config: Config) -> dict[str, DatasetSection]:
+    """The sections of evaluation data, by key: `eval_dataset`, `eval_datasets.0` and so on."""
+    single = {"eval_dataset": config.eval_dataset} if config.eval_dataset else {}
+    named = {f"eval_datasets.{i}": section for i, section in enumerate(config.eval_datasets)}
+    return {**single, **named}
+
+
+def written_datasets(config: Config) -> dict[str, DatasetSection]:
+    """Every data section of the configuration, also those that the run mode does not read."""
+    training = {"train_dataset": config.train_dataset} if config.train_dataset else {}
+    return {**training, **evaluation_datasets(config)}
+
+
+def is_evaluation(key: str) -> bool:
+    """Whether a data section is one of evaluation, by its key."""
+    return key.startswith("eval_dataset")
 
 
 def mesh_of(config: Config) -> Mesh:
@@ -71,6 +87,18 @@ def mesh_of(config: Config) -> Mesh:
         shard_optimizer=parallel.enable_parallel_optimizer,
         shard_size=parallel.parallel_optimizer_config.optimizer_weight_shard_size,
     )
+
+
+def predict_mesh_of(config: Config, decoder: DecoderConfig | None) -> Mesh:
+    """The mesh of prediction: tensor, pipeline and expert parallelism as configured; all other
+    ranks replicate the weights and divide the prompts. `decoder` None: a model that is never
+    split."""
+    sizes, ranks = config.parallel_config, prod(degrees(config).values())
+    if decoder is None:
+        return Mesh(dp_replicate=ranks)
+    replicas = ranks // (sizes.model_parallel * sizes.pipeline_stage)
+    ep = sizes.expert_parallel if decoder.experts is not None else 1
+    return Mesh(pp=sizes.pipeline_stage, dp_replicate=replicas, tp=sizes.model_parallel, ep=ep)
 
 
 def global_batch_size(config: Config) -> int:

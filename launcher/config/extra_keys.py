@@ -67,6 +67,8 @@ _SAME_KEYS = {
     "eval_dataset.data_loader[]": "train_dataset.data_loader",
     "train_dataset_task.dataset_config": "train_dataset",
     "eval_dataset_task.dataset_config": "train_dataset",
+    "eval_datasets[].data_loader[]": "train_dataset.data_loader",
+    "eval_datasets[]": "train_dataset",
     "eval_dataset_task": "train_dataset_task",
     "eval_dataset": "train_dataset",
 }

@@ -103,7 +103,10 @@ def dataset_tasks(tree: Node, problems: list[Problem]) -> Node:
 
 def row_lengths(tree: Node, problems: list[Problem]) -> Node:
     """`data_loader.config.seq_length` is train_dataset.seq_length where that is not set."""
-    for name in ("train_dataset", "eval_dataset"):
+    named = find(tree, "eval_datasets")
+    entries = named.value if named is not None and isinstance(named.value, list) else []
+    names = [f"eval_datasets.{index}" for index in range(len(entries))]
+    for name in ("train_dataset", "eval_dataset", *names):
         node = find(tree, f"{name}.data_loader.config.seq_length")
         given = find(tree, f"{name}.seq_length")
         if node is not None and node.value is not None and (given is None or given.value is None):
@@ -127,6 +130,14 @@ def data_parallel(tree: Node, problems: list[Problem]) -> Node:
     return put(tree, path, Node(value=max(processes // others, 1), where=node.where))
 
 
+def pet_type(tree: Node, problems: list[Problem]) -> Node:
+    """A written pet_config without its type is that of LoRA."""
+    node = find(tree, "pet_config")
+    if node is None or not isinstance(node.value, dict) or "pet_type" in node.value:
+        return tree
+    return put(tree, "pet_config.pet_type", Node(value="lora", where=node.where))
+
+
 IMPLIED: tuple[Callable[[Node, list[Problem]], Node], ...] = (
     trust,
     run_mode,
@@ -134,4 +145,5 @@ IMPLIED: tuple[Callable[[Node, list[Problem]], Node], ...] = (
     dataset_tasks,
     row_lengths,
     data_parallel,
+    pet_type,
 )

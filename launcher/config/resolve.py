@@ -162,6 +162,10 @@ EVALUATION_READS_ALL = (
     "eval_dataset.drop_remainder",
     "eval_dataset.data_loader.shuffle",
     "eval_dataset.data_loader.*.shuffle",
+    "eval_datasets.*.seed",
+    "eval_datasets.*.drop_remainder",
+    "eval_datasets.*.data_loader.shuffle",
+    "eval_datasets.*.data_loader.*.shuffle",
 )
 """Keys of a data section that have no effect where every row is read once."""
 

@@ -69,11 +69,35 @@ _SYNONYMS = {
 _PATHS = {
     **dict.fromkeys(("dataset", "datasets", "data", "train_data", "train_datasets"),
                     "train_dataset"),
-    **dict.fromkeys(("eval_data", "eval_datasets", "val_dataset", "validation_dataset"),
-                    "eval_dataset"),
-    **dict.fromkeys(("pet_config", "peft", "peft_config", "pet", "lora", "lora_config", "lora_r",
-                     "lora_rank", "lora_alpha", "lora_dropout", "lora_target_modules", "qlora"),
-                    "model.model_config.pet_config"),
+    **dict.fromkeys(("eval_data", "val_dataset", "validation_dataset"), "eval_dataset"),
+    **dict.fromkeys(("load_best_model_at_end", "save_best", "save_best_only", "save_top_k"),
+                    "callbacks[CheckpointMonitor].keep_best"),
+    **dict.fromkeys(("metric_for_best_model", "best_model_metric", "monitor_metric"),
+                    "callbacks[CheckpointMonitor].best_metric"),
+    "greater_is_better": "callbacks[CheckpointMonitor].best_mode",
+    **dict.fromkeys(("early_stopping", "early_stop", "early_stopping_patience",
+                     "early_stopping_steps"), "callbacks[EarlyStopping].patience"),
+    **dict.fromkeys(("early_stopping_threshold", "early_stopping_delta"),
+                    "callbacks[EarlyStopping].min_delta"),
+    **dict.fromkeys(("eval_steps", "evaluation_interval", "eval_interval", "eval_every"),
+                    "eval_step_interval"),
+    **dict.fromkeys(("peft", "peft_config", "pet", "lora", "lora_config", "adapter_config"),
+                    "pet_config"),
+    **dict.fromkeys(("finetuning_type", "adapter", "peft_type", "use_lora", "use_peft"),
+                    "pet_config.pet_type"),
+    **dict.fromkeys(("lora_r", "lora_rank", "r"), "pet_config.lora_rank"),
+    "lora_alpha": "pet_config.lora_alpha",
+    "lora_dropout": "pet_config.lora_dropout",
+    **dict.fromkeys(("lora_target_modules", "lora_target", "lora_target_linear", "target_modules"),
+                    "pet_config.target_modules"),
+    **dict.fromkeys(("lora_modules_to_save", "additional_target", "modules_to_save"),
+                    "pet_config.modules_to_save"),
+    **dict.fromkeys(("use_dora", "peft_use_dora", "lora_use_dora"), "pet_config.use_dora"),
+    **dict.fromkeys(("use_rslora", "peft_use_rslora", "lora_use_rslora"), "pet_config.use_rslora"),
+    **dict.fromkeys(("lora_model_dir", "adapter_name_or_path", "adapter_path", "resume_adapter"),
+                    "pet_config.load_adapter"),
+    **dict.fromkeys(("unfrozen_parameters", "freeze_trainable_modules", "frozen_parameters",
+                     "freeze_modules"), "freeze"),
     **dict.fromkeys(("bf16", "fp16", "torch_dtype", "dtype", "mixed_precision"),
                     "model.model_config.compute_dtype"),
     **dict.fromkeys(("gradient_checkpointing", "activation_checkpointing"),
@@ -100,7 +124,7 @@ _REMARKS = {
     "mask_history": "True is `last`",
 }
 """How a value of another launcher is written here."""
-_NOT_BUILT = {"model.model_config.pet_config": "LoRA is not built yet"}
+_NOT_BUILT: dict[str, str] = {}
 
 _SAME_SECTION = 0.15
 _WITHOUT_EFFECT = 0.05
@@ -146,7 +170,7 @@ def _keys(kind: type, section: str) -> Iterator[SchemaKey]:
         if inner is not None and key.name != "dataset_config":
             yield from _keys(inner, path)
         entry = list_section_of(hints(kind)[key.name])
-        if entry is not None and inner is not None:
+        if entry is not None and key.name != "callbacks":  # by type, in CALLBACKS
             yield from _keys(entry, f"{path}[]")
     yield from _extra(section)
 

@@ -110,6 +110,8 @@ class Tally:
     """Conversations without an answer to train on."""
     answer_beyond_row: Places = field(default_factory=Places)
     """Conversations whose answers begin after `seq_length`."""
+    equal_answers: Places = field(default_factory=Places)
+    """Pairs whose two answers are the same."""
     too_short: Places = field(default_factory=Places)
     """Documents of fewer than two tokens."""
 
@@ -146,6 +148,7 @@ class Tally:
                 self.answer_beyond_row,
                 f"with no answer within seq_length {seq_length} were left out",
             ),
+            *_samples(self.equal_answers, "have the same answer as chosen and as rejected"),
             *_samples(self.too_short, "with fewer than two tokens have no target"),
         ]
 

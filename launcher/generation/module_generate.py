@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
 
-from launcher.generation.sampling import draw_seed
+from launcher.generation.draw import draw_seed
 from launcher.generation.settings import GenerationSettings
 from models.transformers_model import TransformersModel
 
@@ -15,9 +15,13 @@ from models.transformers_model import TransformersModel
 def continue_with_transformers(
     model: TransformersModel, prompt: Sequence[int], settings: GenerationSettings, limit: int,
     index: int, seed: int, device: torch.device | str,
+    watch: Callable[[int], bool] | None = None,
 ) -> list[int]:  # fmt: skip
-    """The new tokens of one prompt; `index` is its index among all, for random draws."""
-    from transformers import GenerationConfig
+    """The new tokens of one prompt; `index` is its index among all, for random draws.
+
+    `watch` is called with each new token and returns whether to stop.
+    """
+    from transformers import GenerationConfig, StoppingCriteriaList
 
     sampling: dict[str, Any] = {}
     if settings.do_sample:
@@ -40,9 +44,21 @@ def continue_with_transformers(
         **sampling,
     )
     ids = torch.tensor([list(prompt)], device=device)
+    stoppers: list[Any] = [_stopper(watch)] if watch else []
     with torch.random.fork_rng():
         torch.manual_seed(draw_seed(seed, index, 0))
         text = cast(Any, model.wrapped).generate(
-            ids, attention_mask=torch.ones_like(ids), generation_config=config
-        )
+            ids, attention_mask=torch.ones_like(ids), generation_config=config,
+            stopping_criteria=StoppingCriteriaList(stoppers),
+        )  # fmt: skip
     return text[0, len(prompt) :].tolist()
+
+
+def _stopper(watch: Callable[[int], bool]) -> Callable[..., torch.Tensor]:
+    """A stopping criterion of transformers: called with the ids [1, length] after each step."""
+
+    def stop(ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        stopped = watch(int(ids[0, -1]))
+        return torch.full((len(ids),), stopped, dtype=torch.bool, device=ids.device)
+
+    return stop

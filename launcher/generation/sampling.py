@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import xxhash
 from torch import Tensor
 
+from launcher.generation.draw import draw, draw_seed
 from launcher.generation.settings import GenerationSettings
 
 
@@ -28,26 +28,20 @@ class Chooser:
         self.prompt_length = len(prompt)
         self.processors = processors_of(settings, len(prompt), device)
 
-    def choose(self, scores: Tensor, likeliest: int) -> int:
-        """The next token from `scores` [1, vocabulary], of which `likeliest` is the argmax."""
-        token = likeliest
+    def choose(self, scores: Tensor) -> int:
+        """The next token from `scores` [1, vocabulary]; it is not appended."""
+        scores = scores.float()
         if self.processors:
             scores = self.processors(torch.tensor([self.tokens], device=self.device), scores)
-            token = int(scores.argmax())
-        if self.settings.do_sample:
-            token = self._draw(scores)
+        return self._draw(scores) if self.settings.do_sample else int(scores.argmax())
+
+    def append(self, token: int) -> None:
+        """Append the token that was chosen, here or on another rank."""
         self.tokens.append(token)
-        return token
 
     def _draw(self, scores: Tensor) -> int:
         step = len(self.tokens) - self.prompt_length
-        generator = torch.Generator().manual_seed(draw_seed(self.seed, self.index, step))
-        return int(torch.multinomial(scores.softmax(-1).cpu(), 1, generator=generator))
-
-
-def draw_seed(seed: int, index: int, step: int) -> int:
-    """The seed of one random draw."""
-    return xxhash.xxh3_64_intdigest(f"generation/{seed}/{index}/{step}".encode())
+        return int(draw(scores, [draw_seed(self.seed, self.index, step)]))
 
 
 def processors_of(settings: GenerationSettings, prompt_length: int, device: Any) -> Any:

@@ -9,6 +9,8 @@ ALIASES = {
     "parallel_config.micro_batch_interleave_num": "micro_batch_interleave_num",
     "generation_config.max_decode_length": "generation_config.max_length",
     "lr_schedule.base_lr": "lr_schedule.learning_rate",
+    "model.model_config.pet_config": "pet_config",
+    "pet_config.exclude_layers": "pet_config.exclude_modules",
     "checkpoint.reshard_worker_number": "checkpoint.reshard_worker_num",
 }
 """Alias to key; a section before its keys."""

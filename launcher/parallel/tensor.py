@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from launcher.layout.layout import ShardSpec
 from launcher.parallel.collectives import all_reduce, copy_to_tp, gather, reduce_scatter, split
+from launcher.parallel.lora import repeat_rows, shard_adapters
 from launcher.parallel.vocabulary import look_up
 from models.attention import BaseAttention
 from models.decoder import Attention, Decoder
@@ -72,6 +73,7 @@ def apply_tensor_parallel(
     model: Decoder, specs: Mapping[str, ShardSpec], tp: TensorParallel
 ) -> None:
     """Apply tensor parallelism to `model`, whose parameters are sharded already."""
+    shard_adapters(model, specs, tp.group)
     for layer in model.decoder_layers():
         _shard_attention(layer.self_attn, model, tp)
         _add_biases_once(layer, model.config.parameters, tp)
@@ -104,9 +106,7 @@ def _shard_attention(attention: BaseAttention, model: Decoder, tp: TensorParalle
     assert isinstance(attention, Attention)  # latent attention has no KV heads to repeat
     head = tp.rank * heads * model.config.num_key_value_heads // model.config.num_attention_heads
     for projection, size in attention.key_value_projections():
-        rows = slice(head * size, (head + 1) * size)
-        for name, _ in projection.named_parameters(recurse=False):
-            projection.views[name] = partial(_rows, rows)
+        repeat_rows(projection, slice(head * size, (head + 1) * size))
 
 
 def _rows(rows: slice, parameter: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import shutil
+from collections.abc import Mapping
 from enum import Enum
 from itertools import takewhile
 from pathlib import Path
@@ -69,11 +70,7 @@ class MetricsLog:
 
     def add(self, row: dict[str, Any]) -> None:
         """Write and flush one row. Values that JSON cannot represent (NaN, inf) become null."""
-        clean = {
-            key: None if isinstance(value, float) and not math.isfinite(value) else value
-            for key, value in row.items()
-        }
-        self._file.write(json.dumps(clean) + "\n")
+        self._file.write(json.dumps(finite(row)) + "\n")
         self._file.flush()
 
     def close(self) -> None:
@@ -90,6 +87,14 @@ class MetricsLog:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def finite(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The row with None for the values that JSON cannot represent (NaN, inf)."""
+    return {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in row.items()
+    }
 
 
 def _drop_after(path: Path, consumed_samples: int) -> None:

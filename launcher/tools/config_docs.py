@@ -106,12 +106,14 @@ def sections(kind: type = Config, path: str = "") -> Iterator[tuple[str, type]]:
     yield path, kind
     for key in dataclasses.fields(kind):
         inner = section_of(hints(kind)[key.name])
-        if inner is not None and key.name not in ("dataset_config", "callbacks"):
-            inner_path = f"{path}.{key.name}" if path else key.name
+        if key.name in ("dataset_config", "callbacks"):
+            continue
+        inner_path = f"{path}.{key.name}" if path else key.name
+        if inner is not None:
             yield from sections(inner, inner_path)
-            entry = list_section_of(hints(kind)[key.name])
-            if entry is not None:
-                yield f"{inner_path}[]", entry
+        entry = list_section_of(hints(kind)[key.name])
+        if entry is not None:
+            yield f"{inner_path}[]", entry
     if kind is Config:
         for name, callback in CALLBACKS.items():
             yield f"callbacks: {name}", callback

@@ -2,7 +2,8 @@
 
     python -m launcher.tools.list_checkpoints output
 
-Takes the output_dir of a run or a folder of checkpoints. `>` marks the save that a resume takes.
+Takes the output_dir of a run or a folder of checkpoints. `>` marks the save that a resume takes,
+`*` the one with the best evaluation (`keep_best`).
 Without `--verify` sizes, headers, manifests and states are checked, but no data. Exits with 1 when
 a save is damaged. The same in Python: `launcher.weights.list_checkpoints(path)`.
 """
@@ -53,7 +54,7 @@ def table(rows: Sequence[Listed]) -> list[str]:
     cells = [["", "name", "step", "size", "layout", "saved", "state"]]
     cells += [
         [
-            ">" if row.is_next else "",
+            ">" * row.is_next + "*" * row.is_best,
             row.name,
             "?" if row.step is None else str(row.step),
             f"{row.nbytes / 1e6:,.1f} MB",

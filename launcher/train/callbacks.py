@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from launcher.config.schema import EarlyStoppingSection
 from launcher.train.evaluate import EvaluationResult
 from launcher.train.run import TrainRun
 from launcher.train.step import StepRecord
@@ -76,6 +77,27 @@ def loss_line(run: TrainRun, record: StepRecord) -> str:
         f"global_norm: [{record.grad_norm:.6f}], "
         f"train_throughput_per_npu: {samples_per_second:.3f} samples/s/p }}"
     )
+
+
+class EarlyStopping(Callback):
+    """Ends the run, which is saved, when an evaluation metric no longer improves. What it has seen
+    is in the state of the run."""
+
+    def __init__(self, section: EarlyStoppingSection) -> None:
+        self.section = section
+
+    def on_evaluation(self, run: TrainRun, result: EvaluationResult) -> None:
+        step, metric = run.state.global_step, self.section.metric
+        value = result.as_row().get(metric)
+        run.state.stopping = run.state.stopping.after(self.section, step, value)
+        state = run.state.stopping
+        if state.is_due(self.section) and step < run.total_steps:
+            best = "no finite value yet" if state.best is None else (
+                f"the best value is {state.best:.6g}, of step {state.best_step}")  # fmt: skip
+            run.log(
+                f"EarlyStopping: {metric} has not improved in {state.without} evaluations ({best}):"
+                f" the run ends after step {step} of {run.total_steps}"
+            )
 
 
 class RequestFile(Callback):

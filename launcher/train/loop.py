@@ -4,10 +4,10 @@
         train      a sink of `sink_size` steps; the host does not wait in it, but for a loss scale
         report     what the steps measured: metrics, progress, the loss line
         check      an unsound step ends the run before it is saved
+        evaluate   when an evaluation is due, before the save: a save knows its metrics
         save       when a checkpoint is due
         callbacks  requests to stop, and the user's own
-        evaluate   when an evaluation is due
-        stop       after a signal, once a checkpoint is saved
+        stop       after a signal, once a checkpoint is saved; or early, after an evaluation
 
 Without sinking (the default, or `sink_size: 1`) a sink is one step.
 """
@@ -25,8 +25,9 @@ import torch
 from launcher.data.loader import StepData
 from launcher.data.mixture import MixtureOrder
 from launcher.train.callbacks import Callback, Callbacks
-from launcher.train.evaluate import evaluate, is_evaluation_due
+from launcher.train.evaluate import evaluate_sets, is_evaluation_due
 from launcher.train.interrupts import STOP_REASONS, Interrupted
+from launcher.train.preference import summary_of
 from launcher.train.run import TrainRun
 from launcher.train.state import epoch_and_step
 from launcher.train.step import (
@@ -41,7 +42,7 @@ from launcher.train.step import (
 
 
 def fit(run: TrainRun, callbacks: Callbacks) -> None:
-    """Train until `run.total_steps`. Raises `Interrupted` after a signal or a request to stop."""
+    """Train until the run is finished. Raises `Interrupted` after a signal or a request to stop."""
     with run.interrupts:
         try:
             _fit(run, callbacks)
@@ -54,27 +55,24 @@ def fit(run: TrainRun, callbacks: Callbacks) -> None:
 
 
 def _fit(run: TrainRun, callbacks: Callbacks) -> None:
-    evaluated_step = -1
     for callback in callbacks:
         callback.on_train_begin(run)
-    while run.state.global_step < run.total_steps:
+    while not run.is_finished:
         records, stop_reason = train_steps(run)
         for callback in (*callbacks.reports, *callbacks.checks):
             callback.on_steps_end(run, records)
+        is_last = run.state.global_step >= run.total_steps and not stop_reason
+        if is_last or is_evaluation_due(run, records):
+            evaluate_run(run, callbacks)
         callbacks.saving.on_steps_end(run, records)
         for callback in callbacks.others:
             callback.on_steps_end(run, records)
-        if is_evaluation_due(run, records):
-            evaluate_run(run, callbacks)
-            evaluated_step = run.state.global_step
         if stop_reason:
             for callback in callbacks:
                 callback.on_interrupt(run)
             raise Interrupted(stop_reason)
     for callback in callbacks:
         callback.on_train_end(run)
-    if evaluated_step != run.state.global_step:
-        evaluate_run(run, callbacks)
 
 
 def _report_exception(run: TrainRun, callback: Callback, error: Exception) -> None:
@@ -88,12 +86,12 @@ def _report_exception(run: TrainRun, callback: Callback, error: Exception) -> No
 
 def evaluate_run(run: TrainRun, callbacks: Callbacks) -> None:
     """Report the loss on the evaluation data, where there is some."""
-    if run.evaluation is None:
+    if not run.evaluation:
         return
-    data = run.evaluation
-    result = evaluate(run.model, data.batches(), run.world, data.sources)
+    result = evaluate_sets(run.model, run.evaluation, run.world)
+    run.evaluated = run.state.global_step, result
     run.log(f"step {run.state.global_step}: {result}")
-    for callback in (*callbacks.reports, *callbacks.others):
+    for callback in (*callbacks.reports, *callbacks.checks, *callbacks.others):
         callback.on_evaluation(run, result)
 
 
@@ -149,7 +147,16 @@ def _record(
         skipped=limits.are_passed(norm, row[LOSS]) if limits and limits.skips else None,
         embedding_norm=row[-1] if watches else None,
         sources=tuple(_source_records(run, record, row[SOURCES_FROM:])),
+        preference=_preference_metrics(run, row[SOURCES_FROM + len(run.loader.source_names):]),
     )  # fmt: skip
+
+
+def _preference_metrics(run: TrainRun, measured: Sequence[float]) -> dict[str, float]:
+    """`measured`: the share of samples, then the measures, of the mean over the global batch."""
+    if run.model.preference is None:
+        return {}
+    settings = run.model.preference.settings
+    return summary_of(settings, measured[1 : len(settings.measures) + 1], measured[0])
 
 
 def _taken(run: TrainRun) -> Sequence[int]:

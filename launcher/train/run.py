@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from launcher.checkpoint.savable import Origin
-from launcher.config.schema import Config
+from launcher.config.schema import Config, EarlyStoppingSection
 from launcher.data.loader import Loader
 from launcher.layout.box import Shape
 from launcher.layout.layout import Layout
@@ -23,12 +23,15 @@ from launcher.parallel.apply import shards
 from launcher.parallel.gradients import Gradients
 from launcher.parallel.model_parts import ModelParts
 from launcher.parallel.world import World
+from launcher.report.metrics import finite
 from launcher.train.compute import BatchSharder, Compute
-from launcher.train.evaluate import EvaluationData
+from launcher.train.evaluate import EvaluationResult, EvaluationSet
 from launcher.train.interrupts import Interrupts
 from launcher.train.optimizer import Optimizer
+from launcher.train.preference_task import PreferenceTask
 from launcher.train.scaling import LossScaling
 from launcher.train.state import DATA_CURSOR, TrainState, epoch_and_step, to_json
+from launcher.weights.ranks.manifests import EVALUATION
 from launcher.weights.ranks.redundancy import file_replicas
 from launcher.weights.tensor_mapping import MappingsOf, mapped, shapes_in_files
 from models.trained import TrainedParameter
@@ -46,6 +49,8 @@ class BuiltModel:
     """What tensors of the model are in files."""
     compute: Compute
     batch_sharder: BatchSharder
+    preference: PreferenceTask | None = None
+    """Training on preferences; None: on the next token."""
 
 
 @dataclass(frozen=True)
@@ -99,9 +104,15 @@ class TrainRun:
     """About data, order and model: in every state file, compared by a resume."""
     write_model_files: Callable[[Path], None]
     """Write config.json and the tokenizer into a folder."""
-    evaluation: EvaluationData | None
+    evaluation: Sequence[EvaluationSet]
+    """What it is evaluated on; empty: it is not."""
+    reference: torch.Tensor | None = None
+    """float32 [rows of the data, 2] on the CPU: log-probabilities of both sequences of each row
+    under the reference of a loss on preferences; None where they are not computed before."""
     origin: Origin
     state: TrainState
+    evaluated: tuple[int, EvaluationResult] | None = None
+    """The newest evaluation, and the step it was made after."""
     is_consistent: bool = True
     """Whether weights and optimizer state belong to one step: not during an update."""
     interrupts: Interrupts = field(default_factory=Interrupts)
@@ -127,10 +138,24 @@ class TrainRun:
         """Optimizer steps done."""
         return self.state.global_step
 
+    @property
+    def is_finished(self) -> bool:
+        """Whether no steps are left: the last one is done, or EarlyStopping has ended the run."""
+        return self.state.global_step >= self.total_steps or self.is_stopped_early
+
+    @property
+    def is_stopped_early(self) -> bool:
+        """Whether EarlyStopping has ended the run."""
+        section = self.config.last_callback(EarlyStoppingSection)
+        return section is not None and self.state.stopping.is_due(section)
+
     def state_record(self) -> dict[str, Any]:
         """The content of a state file."""
-        cursor = self.loader.cursor(self.state.data_position)
-        metadata = self.metadata if cursor is None else self.metadata | {DATA_CURSOR: cursor}
+        metadata = dict(self.metadata)
+        if (cursor := self.loader.cursor(self.state.data_position)) is not None:
+            metadata[DATA_CURSOR] = cursor
+        if self.evaluated is not None and self.evaluated[0] == self.state.global_step:
+            metadata[EVALUATION] = finite(self.evaluated[1].as_row())
         return to_json(self.state, metadata)
 
     def epoch_and_step(self) -> tuple[int, int]:

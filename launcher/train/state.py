@@ -7,14 +7,17 @@ need no entry: they are functions of (seed, step, sample, layer).
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from launcher.errors import UserError
+from launcher.train.stopping import StoppingState, stopping_from_json
 
 STATE_VERSION = 1
 DATA_CURSOR = "data_cursor"
 """Key of a state file: where to begin reading a stream, so that nothing before is read."""
+STOPPING = "stopping"
+"""Key of a state file: what EarlyStopping has seen."""
 _ABSENT_IN_OLDER_FILES = {"good_steps": 0, "skipped_in_a_row": 0}
 
 
@@ -39,6 +42,8 @@ class TrainState:
     """Steps without overflow since a dynamic loss scale last moved."""
     skipped_in_a_row: int = 0
     """How many of the newest steps were skipped because limits were passed."""
+    stopping: StoppingState = field(default_factory=StoppingState)
+    """What EarlyStopping has seen."""
 
     def advance(self, samples: int, tokens: int) -> None:
         """Count one optimizer step; `updates` is counted by the step itself."""
@@ -54,23 +59,29 @@ class TrainState:
 
 def to_json(state: TrainState, metadata: dict[str, Any]) -> dict[str, Any]:
     """The content of a state file: the state, and metadata of the run that a resume compares."""
-    return {"version": STATE_VERSION, **asdict(state), **metadata}
+    content = asdict(state)
+    if not state.stopping.metric:
+        del content[STOPPING]
+    return {"version": STATE_VERSION, **content, **metadata}
 
 
 def from_json(content: dict[str, Any], where: str) -> TrainState:
     """The state in a state file. Raises `UserError` for a missing value, or one that is not a
     number."""
     values: dict[str, Any] = {}
-    for field in fields(TrainState):
-        value = content.get(field.name, _ABSENT_IN_OLDER_FILES.get(field.name))
+    for key in fields(TrainState):
+        if key.name == STOPPING:
+            values[key.name] = stopping_from_json(content.get(STOPPING), where)
+            continue
+        value = content.get(key.name, _ABSENT_IN_OLDER_FILES.get(key.name))
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise UserError(
-                f"{field.name} = {value!r}",
+                f"{key.name} = {value!r}",
                 where=where,
                 rule="it must be a number",
                 advice="Resume from another checkpoint",
             )
-        values[field.name] = value
+        values[key.name] = value
     return TrainState(**values)
 
 

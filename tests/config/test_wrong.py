@@ -11,10 +11,22 @@ import pytest
 from models.families import DECODERS
 from tests import messages
 from tests.config.interpreter import REPOSITORY, Report, run_many
-from tests.config.tables import TRAIN, Row, combinations, inputs, keys, layouts, mixtures
+from tests.config.tables import (
+    TRAIN,
+    Row,
+    combinations,
+    evaluation,
+    inputs,
+    keys,
+    layouts,
+    mixtures,
+)
 from tests.config.workspace import RIGHT, build
 
-TABLE = (*keys.TABLE, *combinations.TABLE, *inputs.TABLE, *layouts.TABLE, *mixtures.TABLE)
+TABLE = (
+    *keys.TABLE, *combinations.TABLE, *inputs.TABLE, *layouts.TABLE, *mixtures.TABLE,
+    *evaluation.TABLE,
+)  # fmt: skip
 WITH_NEAREST = [row for row in layouts.TABLE if row.errors[0].near]
 
 

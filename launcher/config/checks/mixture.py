@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from fractions import Fraction
 
 from launcher.config.checks.check import Check
+from launcher.config.derived import is_evaluation, written_datasets
 from launcher.config.mixture import NAME, source_names
 from launcher.config.provenance import KeyProblem
 from launcher.config.schema import MixtureSourceSection
@@ -16,13 +17,12 @@ ALL_OR_PART = "Give every source a weight, or weights below 1 together, which ar
 
 def mixtures(check: Check) -> Iterator[KeyProblem]:
     """The sources of a mixture have names and weights that fit together."""
-    for name in ("train_dataset", "eval_dataset"):
-        section = check.value(name)
-        if section is None or not isinstance(section.data_loader, list):
+    for name, section in written_datasets(check.config).items():
+        if not isinstance(section.data_loader, list):
             continue
         key, sources = f"{name}.data_loader", section.data_loader
         yield from _names(check, key, sources)
-        if name == "eval_dataset":
+        if is_evaluation(name):
             yield from _without_weights(check, key, sources)
         else:
             yield from _weights(check, key, sources)

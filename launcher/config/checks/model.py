@@ -8,7 +8,12 @@ from typing import Any
 
 from launcher.config.checks.check import Check
 from launcher.config.checks.found import files_of
-from launcher.config.derived import read_config_json, read_json_object, tokenizer_dir
+from launcher.config.derived import (
+    read_config_json,
+    read_json_object,
+    tokenizer_dir,
+    written_datasets,
+)
 from launcher.config.provenance import KeyProblem
 from launcher.errors import UserError
 from launcher.weights.formats.placeholders import placeholder
@@ -83,10 +88,8 @@ def _row_length(check: Check, spec: ModelSpec) -> Iterator[KeyProblem]:
     written = check.config.model.model_config.get("seq_length")
     limit = position_limit(spec.family, spec.hf_config)
     longest = limit.longest_row if limit is not None else None
-    for name in ("train_dataset", "eval_dataset"):
-        section = check.value(name)
-        key = f"{name}.seq_length"
-        length = section.seq_length if section is not None else None
+    for name, section in written_datasets(check.config).items():
+        key, length = f"{name}.seq_length", section.seq_length
         if length is None:
             continue
         if written is not None and length != written:
@@ -113,10 +116,9 @@ def _too_long(check: Check, key: str, limit: PositionLimit) -> KeyProblem:
 
 
 def _packing(check: Check, spec: ModelSpec) -> Iterator[KeyProblem]:
-    for name in ("train_dataset", "eval_dataset"):
-        section = check.value(name)
-        if section is None or supports_packing(spec):
-            continue
+    if supports_packing(spec):
+        return
+    for name, section in written_datasets(check.config).items():
         rule = f"packing for {spec.family} models is not built yet"
         if section.packing:
             yield check.wrong(f"{name}.packing", rule, advice="Set it to False")

@@ -16,7 +16,9 @@ from launcher.config.derived import (
     named_tokenizer_files,
     tokenizer_dir,
     tokenizer_json_of,
+    used_datasets,
     uses_named_tokenizer,
+    written_datasets,
 )
 from launcher.config.provenance import KeyProblem
 from launcher.config.schema import DataLoaderSection, DatasetSection
@@ -33,30 +35,25 @@ TOKEN_LOADERS = frozenset({
 """Types of data loaders that read rows of tokens."""
 
 _MEGATRON = "BlendedMegatronDatasetDataLoader"
-_OF_DOCUMENTS = (
-    "TextDataLoader", "HFDataLoader", "CommonDataLoader", "InstructionDataLoader",
-)  # fmt: skip
+_OF_CONVERSATIONS = ("InstructionDataLoader", "PreferenceDataLoader", "FeedbackDataLoader")
+_OF_RECORDS = ("HFDataLoader", "CommonDataLoader", *_OF_CONVERSATIONS)
+_OF_DOCUMENTS = ("TextDataLoader", *_OF_RECORDS)
 _BY_TYPE: dict[str, tuple[str, ...]] = {
     "suffixes": ("TextDataLoader",),
     "text_column": ("HFDataLoader", "CommonDataLoader"),
-    "split": ("HFDataLoader", "CommonDataLoader", "InstructionDataLoader"),
-    "path": ("HFDataLoader", "CommonDataLoader", "InstructionDataLoader"),
-    "data_dir": ("HFDataLoader", "CommonDataLoader", "InstructionDataLoader"),
-    "subset": ("HFDataLoader", "CommonDataLoader", "InstructionDataLoader"),
-    "delimiter": ("HFDataLoader", "CommonDataLoader", "InstructionDataLoader"),
-    "load_func": ("HFDataLoader", "CommonDataLoader", "InstructionDataLoader"),
-    "column_map": (
-        "HFDataLoader",
-        "CommonDataLoader",
-        "InstructionDataLoader",
-        "MindDataset",
-    ),
-    "transforms": ("HFDataLoader", "CommonDataLoader", "InstructionDataLoader"),
+    "split": _OF_RECORDS,
+    "path": _OF_RECORDS,
+    "data_dir": _OF_RECORDS,
+    "subset": _OF_RECORDS,
+    "delimiter": _OF_RECORDS,
+    "load_func": _OF_RECORDS,
+    "column_map": (*_OF_RECORDS, "MindDataset"),
+    "transforms": _OF_RECORDS,
     "prompt_template": ("InstructionDataLoader",),
     "train_on_roles": ("InstructionDataLoader",),
     "train_on_turns": ("InstructionDataLoader",),
-    "format": ("InstructionDataLoader",),
-    "strict_fields": ("InstructionDataLoader",),
+    "format": _OF_CONVERSATIONS,
+    "strict_fields": _OF_CONVERSATIONS,
     "streaming": ("HFDataLoader", "CommonDataLoader", "InstructionDataLoader"),
     "labels": ("MindDataset",),
     "pad_token_id": ("MindDataset",),
@@ -105,8 +102,11 @@ def run_mode(check: Check) -> Iterator[KeyProblem]:
     needs = {
         "train": ("train_dataset", "Add a train_dataset section"),
         "finetune": ("train_dataset", "Add a train_dataset section"),
-        "eval": ("eval_dataset", "Add an eval_dataset section"),
-        "predict": ("input_data", "Write `--predict_data 'a prompt'`"),
+        "eval": (
+            "eval_datasets" if check.config.eval_datasets else "eval_dataset",
+            "Add an eval_dataset section",
+        ),
+        "predict": ("input_data", "Write `--predict_data 'a prompt'`, or --interactive"),
     }
     if not check.mode:
         yield check.wrong(
@@ -126,6 +126,8 @@ def run_mode(check: Check) -> Iterator[KeyProblem]:
             )
         return
     key, advice = needs[check.mode]
+    if key == "input_data" and check.config.interactive:
+        return
     if check.value(key) in (None, "", []):
         yield check.wrong(key, f"{check.mode} requires it", what=f"{key} is missing", advice=advice)
 
@@ -134,11 +136,8 @@ def datasets(check: Check) -> Iterator[KeyProblem]:
     """The data of this mode is set and exists."""
     if check.config.only_save_strategy:
         return
-    if check.trains and check.config.train_dataset is not None:
-        yield from _dataset(check, "train_dataset", check.config.train_dataset)
-    evaluates = check.mode == "eval" or (check.trains and check.config.do_eval)
-    if evaluates and check.config.eval_dataset is not None:
-        yield from _dataset(check, "eval_dataset", check.config.eval_dataset)
+    for name, section in used_datasets(check.config).items():
+        yield from _dataset(check, name, section)
 
 
 def _dataset(check: Check, name: str, section: DatasetSection) -> Iterator[KeyProblem]:
@@ -224,23 +223,23 @@ def tokenizer(check: Check) -> Iterator[KeyProblem]:
 
 def _reads_tokens(check: Check) -> bool:
     """Whether a training needs no tokenizer: its data are tokens already."""
-    section = check.config.train_dataset
-    evaluates = check.config.do_eval and check.config.eval_dataset is not None
-    sections = [section, *([check.config.eval_dataset] if evaluates else [])]
-    return check.trains and all(
-        found is not None and all(loader.type in TOKEN_LOADERS for loader in found.loaders.values())
-        for found in sections
+    return (
+        check.trains
+        and check.config.train_dataset is not None
+        and all(
+            loader.type in TOKEN_LOADERS
+            for section in used_datasets(check.config).values()
+            for loader in section.loaders.values()
+        )
     )
 
 
 def _loaders(check: Check) -> tuple[str, ...]:
     """Keys of a training that decide whether it needs a tokenizer."""
-    names = ("train_dataset", "eval_dataset") if check.trains else ()
-    sections = {name: check.value(name) for name in names}
+    sections = written_datasets(check.config) if check.trains else {}
     return tuple(
-        f"{name}.{key}.type" for name, section in sections.items() if section is not None
-        for key in section.loaders
-    )  # fmt: skip
+        f"{name}.{key}.type" for name, section in sections.items() for key in section.loaders
+    )
 
 
 def _named_tokenizer(check: Check) -> Iterator[KeyProblem]:

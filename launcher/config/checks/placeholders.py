@@ -13,9 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from launcher.config.checks.check import Check
-from launcher.config.derived import tokenizer_dir
+from launcher.config.derived import tokenizer_dir, used_datasets
 from launcher.config.provenance import KeyProblem
-from launcher.config.schema import DatasetSection
 from launcher.errors import Problem
 from launcher.weights.formats.placeholders import is_pointer, placeholder
 from launcher.weights.formats.tokenizer_files import TOKENIZER_EXTRA_FILES, TOKENIZER_FILES
@@ -46,15 +45,8 @@ def hub_files(check: Check) -> Iterator[KeyProblem]:
 
 def data_files(check: Check) -> Iterator[KeyProblem]:
     """The files of data are downloaded."""
-    config = check.config
-    sections: dict[str, DatasetSection | None] = {}
-    if check.trains:
-        sections["train_dataset"] = config.train_dataset
-    if check.mode == "eval" or (check.trains and config.do_eval):
-        sections["eval_dataset"] = config.eval_dataset
+    sections = {} if check.config.only_save_strategy else used_datasets(check.config)
     for name, section in sections.items():
-        if section is None or config.only_save_strategy:
-            continue
         for loader, source in section.loaders.items():
             named: dict[str, list[str]] = {}
             for key, path in source.sources():

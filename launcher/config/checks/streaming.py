@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 
 from launcher.config.checks.check import Check
+from launcher.config.derived import is_evaluation, used_datasets
 from launcher.config.provenance import KeyProblem
 from launcher.config.schema import DataLoaderSection, DatasetSection
 from launcher.errors import shown_url
@@ -19,13 +20,12 @@ def streams(check: Check) -> Iterator[KeyProblem]:
     """A stream is the one source of a training of known length; only streams read URLs."""
     if check.config.only_save_strategy:
         return
-    if check.trains and check.config.train_dataset is not None:
-        yield from _dataset(check, "train_dataset", check.config.train_dataset)
-        yield from _length(check, check.config.train_dataset)
-    evaluates = check.mode == "eval" or (check.trains and check.config.do_eval)
-    if evaluates and check.config.eval_dataset is not None:
-        yield from _dataset(check, "eval_dataset", check.config.eval_dataset)
-        yield from _evaluation(check, check.config.eval_dataset)
+    for name, section in used_datasets(check.config).items():
+        yield from _dataset(check, name, section)
+        if is_evaluation(name):
+            yield from _evaluation(check, name, section)
+        else:
+            yield from _length(check, section)
 
 
 def _length(check: Check, section: DatasetSection) -> Iterator[KeyProblem]:
@@ -41,11 +41,11 @@ def _length(check: Check, section: DatasetSection) -> Iterator[KeyProblem]:
         )
 
 
-def _evaluation(check: Check, section: DatasetSection) -> Iterator[KeyProblem]:
+def _evaluation(check: Check, name: str, section: DatasetSection) -> Iterator[KeyProblem]:
     for key, loader in section.loaders.items():
         if loader.streaming:
             yield check.wrong(
-                f"eval_dataset.{key}.streaming",
+                f"{name}.{key}.streaming",
                 "an evaluation reads all of its rows, equally many on every rank",
                 nearest="Nearest: False, with num_samples for a part of large files",
             )

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from launcher.config.checks.check import Check
+from launcher.config.derived import evaluation_datasets
 from launcher.config.provenance import KeyProblem
 from launcher.config.schema import (
     DYNAMIC_LOSS_SCALE,
@@ -273,12 +274,12 @@ def evaluation_in_training(check: Check) -> Iterator[KeyProblem]:
     config = check.config
     if not (check.trains and config.do_eval):
         return
-    if config.eval_dataset is None:
+    if not evaluation_datasets(config):
         yield check.wrong(
             "do_eval",
             "requires eval_dataset",
             advice="Add an eval_dataset section, or set do_eval to False",
-            also=("eval_dataset",),
+            also=("eval_dataset", "eval_datasets"),
         )
     if config.eval_step_interval < 1 and config.eval_epoch_interval < 1:
         yield check.wrong(

@@ -27,6 +27,7 @@ from launcher.config.schema.data import (
     MegatronConfigSection,
     MixtureSourceSection,
 )
+from launcher.config.schema.evaluation import EarlyStoppingSection, NamedDatasetSection
 from launcher.config.schema.field import FieldInfo, Status, info_of
 from launcher.config.schema.model import (
     GenerationSection,
@@ -43,6 +44,15 @@ from launcher.config.schema.parallel import (
     PipelineConfigSection,
     RecomputeSection,
     SwapSection,
+)
+from launcher.config.schema.preference import (
+    JUDGED,
+    PAIRS,
+    PREFERENCE_ARGUMENTS,
+    PREFERENCE_TRAINERS,
+    WITH_REFERENCE,
+    PreferenceSection,
+    ReferenceSection,
 )
 from launcher.config.schema.root import RUN_MODES, TRACKERS, Config
 from launcher.config.schema.training import (
@@ -62,14 +72,19 @@ from launcher.config.schema.training import (
 __all__ = [
     "CALLBACKS",
     "DYNAMIC_LOSS_SCALE",
+    "JUDGED",
     "LARGEST_LOSS_SCALE",
     "LOSS_SCALES",
     "OPTIMIZER_ARGUMENTS",
+    "PAIRS",
+    "PREFERENCE_ARGUMENTS",
+    "PREFERENCE_TRAINERS",
     "RUN_MODES",
     "SCHEDULES_WITHOUT_WARMUP",
     "SCHEDULE_ARGUMENTS",
     "TRACKERS",
     "WARMUP_ARGUMENTS",
+    "WITH_REFERENCE",
     "CallbackSection",
     "CheckpointMonitorSection",
     "Config",
@@ -78,6 +93,7 @@ __all__ = [
     "DataLoaderSection",
     "DatasetSection",
     "DatasetTaskSection",
+    "EarlyStoppingSection",
     "EvalCallbackSection",
     "FieldInfo",
     "GenerationSection",
@@ -88,14 +104,17 @@ __all__ = [
     "MixtureSourceSection",
     "ModelSection",
     "MonitorSection",
+    "NamedDatasetSection",
     "OnRequestExitSection",
     "OptimizerSection",
     "ParallelConfigSection",
     "ParallelOptimizerConfigSection",
     "ParallelSection",
     "PipelineConfigSection",
+    "PreferenceSection",
     "ProcessorSection",
     "RecomputeSection",
+    "ReferenceSection",
     "RegisteredCallbackSection",
     "RunnerSection",
     "RunnerWrapperSection",

@@ -7,6 +7,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from launcher.config.schema.evaluation import METRIC_MODES, EarlyStoppingSection
 from launcher.config.schema.field import effective, no_effect, open_keys
 
 
@@ -35,6 +36,13 @@ class CheckpointMonitorSection:
     keep_checkpoint_max: int | None = effective(5, minimum=0)
     """Checkpoints kept, the newest ones; 0 or null: all, or those of
     keep_checkpoint_per_n_minutes."""
+    keep_best: bool = False
+    """Keep the save with the best `best_metric` beside the newest ones, and name it in `best.json`.
+    A save counts whose step was evaluated."""
+    best_metric: str = "eval_loss"
+    """With keep_best: key of the evaluation rows of `metrics.jsonl`."""
+    best_mode: str = effective("min", choices=METRIC_MODES)
+    """With keep_best: whether lower (`min`) or higher (`max`) values are better."""
     save_network_params: bool = False
     """Also write the weights alone, without optimizer state."""
     save_optimizer: bool = True
@@ -107,6 +115,7 @@ CallbackSection = (
     | CheckpointMonitorSection
     | EvalCallbackSection
     | OnRequestExitSection
+    | EarlyStoppingSection
     | RegisteredCallbackSection
     | IgnoredCallbackSection
 )
@@ -116,6 +125,7 @@ CALLBACKS: dict[str, type] = {
     "CheckpointMonitor": CheckpointMonitorSection,
     "EvalCallBack": EvalCallbackSection,
     "OnRequestExit": OnRequestExitSection,
+    "EarlyStopping": EarlyStoppingSection,
     "ObsMonitor": IgnoredCallbackSection,
 }
 """The values of `type` in callbacks; any other callback comes from register_path."""

@@ -105,6 +105,8 @@ class DataLoaderSection:
             "TextDataLoader",
             "HFDataLoader",
             "InstructionDataLoader",
+            "PreferenceDataLoader",
+            "FeedbackDataLoader",
             "MindDataset",
             "BlendedMegatronDatasetDataLoader",
             "TokenFileDataLoader",
@@ -113,9 +115,11 @@ class DataLoaderSection:
         planned=("TFRecordDataset", "ADGenDataLoader", "CLUEDataset"),
     )
     """`TextDataLoader`: text files. `HFDataLoader` (or `CommonDataLoader`): records (JSON, JSONL,
-    CSV, Parquet, Arrow) with a text column. `InstructionDataLoader`: questions with answers. The
-    others read tokens in place: `MindDataset` MindRecord files, `BlendedMegatronDatasetDataLoader`
-    `.bin`/`.idx` files of Megatron, `TokenFileDataLoader` plain files of token ids."""
+    CSV, Parquet, Arrow) with a text column. `InstructionDataLoader`: questions with answers.
+    `PreferenceDataLoader`: questions with a better and a worse answer. `FeedbackDataLoader`:
+    questions with one answer, judged good or bad. The others read tokens in place: `MindDataset`
+    MindRecord files, `BlendedMegatronDatasetDataLoader` `.bin`/`.idx` files of Megatron,
+    `TokenFileDataLoader` plain files of token ids."""
     dataset_dir: str = ""
     """A file, a folder or a glob. Equal to dataset_files with one entry."""
     dataset_files: str | list[str] | None = None
@@ -138,8 +142,10 @@ class DataLoaderSection:
     """TextDataLoader: endings of the files taken from a folder. Left out: all usual ones."""
     text_column: str = "text"
     """HFDataLoader: the column that holds the text."""
-    format: str | None = effective(None, choices=("alpaca", "messages", "sharegpt"))
-    """InstructionDataLoader: form of a record. Left out: seen from the first record."""
+    format: str | None = effective(None, choices=("alpaca", "messages", "sharegpt", "text"))
+    """InstructionDataLoader, PreferenceDataLoader, FeedbackDataLoader: form of a record. `text`, of
+    the last two, is prompt and answers as plain strings, without a chat template. Left out: seen
+    from the first record."""
     column_map: dict[str, str] | None = None
     """Field that is read -> column of the file, as in `{instruction: question, output: answer}`,
     `{text: body}`. Records: a dotted name (`data.question`) is a field of a nested record.

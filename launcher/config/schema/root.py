@@ -15,6 +15,7 @@ from launcher.config.schema.callbacks import (
     TensorboardSection,
 )
 from launcher.config.schema.data import DataCacheSection, DatasetSection, DatasetTaskSection
+from launcher.config.schema.evaluation import NamedDatasetSection
 from launcher.config.schema.field import (
     effective,
     optional_section,
@@ -33,6 +34,8 @@ from launcher.config.schema.parallel import (
     RecomputeSection,
     SwapSection,
 )
+from launcher.config.schema.pet import PetSection
+from launcher.config.schema.preference import PREFERENCE_TRAINERS, PreferenceSection
 from launcher.config.schema.training import (
     LrScheduleSection,
     OptimizerSection,
@@ -112,7 +115,7 @@ class Config:
     generation_config: GenerationSection = section(GenerationSection)
     """How predict continues a prompt; `generation` is the same section."""
     do_eval: bool = False
-    """Evaluate on eval_dataset during training."""
+    """Evaluate on eval_dataset or eval_datasets during training."""
     eval_step_interval: int = effective(100, minimum=-1)
     """Optimizer steps between evaluations; -1 or 0: never by steps."""
     eval_epoch_interval: int = effective(-1, minimum=-1)
@@ -129,7 +132,14 @@ class Config:
     """Tools that conversations may call, shown to the model by the chat template: a JSON file with
     a list, or the list. Those of a record win."""
     input_data: str | list[str] | None = None
-    """Prompts of predict: a text, several, or a file with one a line."""
+    """Prompts of predict: a text, several, messages as JSON, or a file with one a line."""
+    system: str | None = None
+    """System prompt of the conversations that predict answers; those with their own keep it. Plain
+    prompts are then rendered with the chat template."""
+    stream: bool | None = None
+    """predict prints the text of a single prompt while it is generated. Left out: on a terminal."""
+    interactive: bool = False
+    """predict is a chat at the terminal."""
     predict_batch_size: int | None = effective(None, minimum=1)
     """Prompts generated together. Left out: all of them, at most eight."""
     save_file: str | None = None
@@ -163,8 +173,15 @@ class Config:
 
     trainer: TrainerSection = section(TrainerSection)
     """The task."""
+    preference: PreferenceSection = section(PreferenceSection)
+    """Training on preferences."""
     model: ModelSection = section(ModelSection)
     """What is trained."""
+    pet_config: PetSection = section(PetSection)
+    """A low-rank adapter that is trained instead of the model."""
+    freeze: list[str] = effective([])
+    """Parameters that are not trained: names of parameters or modules, endings of names
+    (`embed_tokens`), or regular expressions for full names. Checkpoints still hold them."""
     processor: ProcessorSection = section(ProcessorSection)
     """From text to tokens and back."""
     runner_config: RunnerSection = section(RunnerSection)
@@ -187,6 +204,9 @@ class Config:
     """Another place of the training data."""
     eval_dataset: DatasetSection | None = optional_section()
     """Evaluation data."""
+    eval_datasets: list[NamedDatasetSection] = field(default_factory=list)
+    """Instead of eval_dataset: several evaluation sets, each with a `name`. `eval_loss` is then the
+    loss per target token of all of them together, `eval_loss/<name>` that of one."""
     eval_dataset_task: DatasetTaskSection = section(DatasetTaskSection)
     """Another place of the evaluation data."""
     data_cache: DataCacheSection = section(DataCacheSection)
@@ -212,6 +232,12 @@ class Config:
     def loss_monitor(self) -> LossMonitorSection:
         """The MFLossMonitor that counts; the default one when none is written."""
         return self.last_callback(LossMonitorSection) or LossMonitorSection()
+
+    @property
+    def preference_loss(self) -> str | None:
+        """The loss on preferences; None for the loss on the next token."""
+        losses = PREFERENCE_TRAINERS.get(self.trainer.type)
+        return None if losses is None else self.preference.loss or losses[0]
 
     @property
     def checkpoint_monitor(self) -> CheckpointMonitorSection | None:

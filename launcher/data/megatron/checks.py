@@ -43,7 +43,7 @@ def _other_keys(check: Check, prefix: str, loader: DataLoaderSection) -> Iterato
 
 
 def _row_length(check: Check, prefix: str, config: MegatronConfigSection) -> Iterator[KeyProblem]:
-    section = prefix.partition(".")[0]
+    section = prefix.partition(".data_loader")[0]
     length = check.value(f"{section}.seq_length")
     if config.seq_length is not None and length is not None and config.seq_length != length:
         yield check.wrong(

@@ -7,6 +7,7 @@ each rank file has the size and header digest of the manifest. Torch-free.
 from __future__ import annotations
 
 import itertools
+import json
 import os
 from collections.abc import Sequence
 from contextlib import suppress
@@ -20,6 +21,7 @@ from launcher.weights.formats import rank_header_of
 from launcher.weights.optimizer_state import is_optimizer_state
 from launcher.weights.ranks.distributed import open_rank_files
 from launcher.weights.ranks.manifests import (
+    BEST_FILE,
     MANIFEST_FOLDER,
     STATE_FOLDER,
     ranks_elsewhere,
@@ -56,6 +58,8 @@ class Listed:
     can_be_opened: bool = False
     """Whether a resume would find all tensors."""
     has_optimizer: bool = False
+    is_best: bool = False
+    """Whether `best.json` names it."""
     is_next: bool = False
     """Whether a resume takes this one."""
 
@@ -107,8 +111,19 @@ def _of(folder: Path, data: bool) -> list[Listed]:
             rows.append(_unpublished(folder, save, UNFINISHED))
         else:
             rows.append(_unpublished(folder, save, "no manifest: only its files are known"))
+    best = _best(folder)
+    rows = [replace(row, is_best=row.name == best) for row in rows]
     rows.sort(key=lambda row: (row.sequence, row.saved_at, row.name))
     return _with_next(rows)
+
+
+def _best(folder: Path) -> str | None:
+    """The name of the save that `best.json` names; None without one."""
+    try:
+        content = json.loads((folder / BEST_FILE).read_bytes())
+        return str(content["save"])
+    except (OSError, ValueError, RecursionError, KeyError, TypeError):
+        return None
 
 
 def _with_next(rows: Sequence[Listed]) -> list[Listed]:

@@ -1,0 +1,27 @@
+"""What evaluation rows of a configuration have: the names of their sets and of their metrics.
+
+Imports nothing heavy.
+"""
+
+from __future__ import annotations
+
+from launcher.config.mixture import source_names
+from launcher.config.schema import Config, DatasetSection
+
+METRICS = ("eval_loss", "eval_perplexity")
+"""Of all evaluation data together, and with `/<name>` of one set."""
+
+
+def metric_names(config: Config) -> list[str]:
+    """The metrics that early stopping and `keep_best` may follow."""
+    names = list(METRICS)
+    if config.eval_dataset is not None:
+        names += [f"eval_loss/{source}" for source in _sources(config.eval_dataset)]
+    for section in config.eval_datasets:
+        names += [f"{metric}/{section.name}" for metric in METRICS]
+        names += [f"eval_loss/{section.name}/{source}" for source in _sources(section)]
+    return names
+
+
+def _sources(section: DatasetSection) -> list[str]:
+    return source_names(section.data_loader) if isinstance(section.data_loader, list) else []

@@ -1,0 +1,44 @@
+"""One forward of all rows of a batch: from token ids to the scores of the next token.
+
+Owns what the loop over steps does not know: on which ranks the model is. A *replica* is the ranks
+that hold one copy of the model (tensor and pipeline parallelism); they continue the same rows.
+Invariants: every rank of a replica makes the same calls in the same order; one rank of it chooses
+the tokens, and the others get them from it, so that they never depend on the last bits of a rank.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from models.attention import KVCache
+
+
+class Forward:
+    """The forward of a model that this process holds completely."""
+
+    chooses = True
+    """Whether this rank gets the scores and chooses the tokens of its replica."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __call__(self, ids: Tensor, mask: Tensor | None, cache: KVCache) -> Tensor | None:
+        """Scores [rows, vocabulary] of the token after `ids` [rows, n], on the rank that chooses;
+        None elsewhere.
+
+        `mask` [rows, past + n] is False for padding; None: there is none. `cache` has the keys and
+        values of the past and is extended.
+        """
+        logits: Tensor = self.model(ids, attention_mask=mask, cache=cache, last_only=True)
+        return logits[:, -1]
+
+    def share(self, tokens: Tensor) -> Tensor:
+        """`tokens` [rows] int64 of the rank that chooses, on every rank of the replica."""
+        return tokens
+
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` is True on any rank of the replica."""
+        return flag
+
+    def finish(self) -> None:
+        """Called after the last batch of this rank: it helps ranks that still have some."""
