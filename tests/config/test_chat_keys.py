@@ -64,6 +64,7 @@ NAMED = [{"name": "default", "template": "{{ a }}"}, {"name": "rag", "template":
         ("chat_template: own.jinja\nchat_template_kwargs: {tone: calm}\ntools: tools.json\n", CHAT),
         ("chat_template: '{% for m in messages %}{{ m }}{% break %}{% endfor %}'\n", CHAT),
         ("tools: [{type: function}]\n", CHAT),
+        ("chat_template: default\n", CHAT),
         ("", f"{CHAT}train_on_roles: [user, assistant]\ntrain_on_turns: last"),
         ("chat_template: none\n", "type: TextDataLoader\ndataset_dir: corpus"),
         ("chat_template: none\n", f"{CHAT}format: alpaca\nprompt_template: mindformers_alpaca"),
