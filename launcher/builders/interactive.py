@@ -94,7 +94,9 @@ def _lead(job: Job, forward: Forward, setup: ChatSetup, path: Path, start: Conve
         world.from_main(turn)
         return _generated(job, forward, setup.settings, turn, watch)
 
-    limits = Limits(settings=setup.settings, positions=positions_of(forward.model), room=answer_room(job))
+    limits = Limits(
+        settings=setup.settings, positions=positions_of(forward.model), room=answer_room(job)
+    )
     terminal = Terminal(handles_signals=world.size == 1)
     session = Session(path, start, job.config.system)
     job.log(f"chat with {setup.encoder.renderer.name}; /help lists the commands, Ctrl-D ends it")
