@@ -25,10 +25,12 @@ from launcher.builders.prediction import (
     result_path,
 )
 from launcher.builders.prepare import prepare_data
+from launcher.builders.reference import with_reference
 from launcher.builders.reporting import open_reporting
 from launcher.builders.resume import find_resume, own_root, resumed_run
 from launcher.builders.roll_back import fit_with_roll_back
 from launcher.builders.run import fresh_run
+from launcher.builders.show_data import show_data
 from launcher.checkpoint.files import json_bytes, write_json
 from launcher.checkpoint.in_use import in_use
 from launcher.checkpoint.monitor import CheckpointMonitor
@@ -99,6 +101,12 @@ def prepare(config: Config, provenance: Provenance) -> int:
     """Prepare the data of `config` in this process alone. Returns the exit code."""
     world = World(0, 1, torch.device("cpu"))
     return prepare_data(Job(config, provenance, world, Console(enabled=True)))
+
+
+def show(config: Config, provenance: Provenance, count: int) -> int:
+    """Print samples of the data of `config`. Returns the exit code."""
+    world = World(0, 1, torch.device("cpu"))
+    return show_data(Job(config, provenance, world, Console(enabled=True)), count)
 
 
 def world_without_group() -> World:
@@ -174,6 +182,7 @@ def evaluate_only(job: Job) -> int:
     weights = find_weights(job)
     sets = evaluation_data(job)
     built = build_parallel(job, training=False)
+    sets = with_reference(job, built, sets)
     load_or_init(job, built.parts, built.layout, weights)
     result = evaluate_sets(built, sets, job.world)
     job.log(str(result))

@@ -19,6 +19,7 @@ from launcher.builders.load_weights import (
     under_model_names,
 )
 from launcher.builders.mixture_resume import MIXTURE, continued
+from launcher.builders.reference import restore_reference
 from launcher.builders.resume_report import InferredState, ResumeDetails, resume_report
 from launcher.builders.run import build_run
 from launcher.checkpoint.names import SaveName
@@ -82,6 +83,7 @@ def resumed_run(job: Job, chosen: Chosen) -> TrainRun:
     run = build_run(job)
     derived = None if chosen.state else _inferred(run, chosen)
     saved = derived.saved if derived is not None else chosen.state
+    restore_reference(job, run, saved)
     state = restore(job, run, chosen, saved, export=True)
     run.state, mixture = _data_position(job, run, saved, state)
     if saved.get("data") == run.metadata["data"]:

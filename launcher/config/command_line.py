@@ -94,6 +94,7 @@ FLAGS: dict[str, Flag] = {
         _flag("chat_template", "text", "", "chat template: a name, a file, Jinja text or none"),
         _flag("stream", "bool", "", "print a text while it is generated"),
         _flag("interactive", "switch", "", "chat at the terminal, with --run_mode predict"),
+        _flag("tools", "text", "", "JSON file of the tools that conversations may call"),
         _flag("predict_batch_size", "int", "", "prompts generated together"),
         _flag(
             "do_sample", "bool", "model.model_config.do_sample", "sample instead of greedy decoding"
@@ -120,6 +121,9 @@ SWITCHES = {
     "help": "print this help and exit",
 }
 
+SHOW_DATA = "show_data"
+SAMPLES_SHOWN = 3
+
 
 @dataclass(frozen=True, kw_only=True)
 class Assignment:
@@ -141,11 +145,18 @@ class CommandLine:
     check_config: bool = False
     print_config: bool = False
     prepare_data: bool = False
+    show_data: int = 0
+    """Samples of the data that are printed; 0: none."""
     migrate: bool = False
     help: bool = False
     flags: list[Assignment] = field(default_factory=list)
     overrides: list[Assignment] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
+
+    @property
+    def opens_data_alone(self) -> bool:
+        """Whether the data are opened by this process, without a run."""
+        return self.prepare_data or self.show_data > 0
 
 
 def parse(argv: Sequence[str]) -> CommandLine:
@@ -187,6 +198,9 @@ def _option(line: CommandLine, word: str, words: list[str]) -> None:
     if name in SWITCHES:
         _switch(line, name, text if equals else "true", where)
         return
+    if name == SHOW_DATA:
+        _show_data(line, [text] if equals else _take_one(words), where)
+        return
     if name == "options":
         pairs = ([text] if equals else []) + _take_values(words)
         line.flags += list(_options(line, pairs))
@@ -217,7 +231,7 @@ def _option(line: CommandLine, word: str, words: list[str]) -> None:
 
 def nearest_flag(name: str) -> str:
     """`did you mean `--epochs`?` for a misspelt flag, or an empty string."""
-    names = [*FLAGS, *SHORT_NAMES, *SWITCHES, "config", "options"]
+    names = [*FLAGS, *SHORT_NAMES, *SWITCHES, SHOW_DATA, "config", "options"]
     return did_you_mean(f"--{name}", [f"--{known}" for known in names], cutoff=0.75)
 
 
@@ -252,6 +266,21 @@ def _switch(line: CommandLine, name: str, text: str, where: str) -> None:
         )
         return
     setattr(line, name, text.lower() == "true")
+
+
+def _show_data(line: CommandLine, values: list[str], where: str) -> None:
+    text = values[0] if values else str(SAMPLES_SHOWN)
+    if not text.isdecimal() or int(text) < 1:
+        line.problems.append(
+            Problem(
+                what=f"`--{SHOW_DATA}` = {text!r}",
+                where=where,
+                rule="it takes how many samples are shown",
+                nearest=f"Nearest: --{SHOW_DATA} {SAMPLES_SHOWN}",
+            )
+        )
+        return
+    line.show_data = int(text)
 
 
 def _named(line: CommandLine, flag: Flag, values: list[str], where: str) -> None:
@@ -310,6 +339,8 @@ def help_text() -> str:
         f"  {'--config FILE':<34} the YAML file (current directory, then configs/)",
     ]
     lines += [f"  {f'--{name}':<34} {text}" for name, text in SWITCHES.items()]
+    shown_data = "print so many samples of the data, with marks around what carries loss"
+    lines += [f"  {f'--{SHOW_DATA} [N]':<34} {shown_data}"]
     shown = {"text": "TEXT", "int": "N", "bool": "true|false", "switch": "",
              "bool or text": "true|false|NAME"}  # fmt: skip
     lines += [

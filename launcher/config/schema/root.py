@@ -35,6 +35,7 @@ from launcher.config.schema.parallel import (
     SwapSection,
 )
 from launcher.config.schema.pet import PetSection
+from launcher.config.schema.preference import PREFERENCE_TRAINERS, PreferenceSection
 from launcher.config.schema.training import (
     LrScheduleSection,
     OptimizerSection,
@@ -172,6 +173,8 @@ class Config:
 
     trainer: TrainerSection = section(TrainerSection)
     """The task."""
+    preference: PreferenceSection = section(PreferenceSection)
+    """Training on preferences."""
     model: ModelSection = section(ModelSection)
     """What is trained."""
     pet_config: PetSection = section(PetSection)
@@ -229,6 +232,12 @@ class Config:
     def loss_monitor(self) -> LossMonitorSection:
         """The MFLossMonitor that counts; the default one when none is written."""
         return self.last_callback(LossMonitorSection) or LossMonitorSection()
+
+    @property
+    def preference_loss(self) -> str | None:
+        """The loss on preferences; None for the loss on the next token."""
+        losses = PREFERENCE_TRAINERS.get(self.trainer.type)
+        return None if losses is None else self.preference.loss or losses[0]
 
     @property
     def checkpoint_monitor(self) -> CheckpointMonitorSection | None:
