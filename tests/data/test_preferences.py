@@ -95,7 +95,9 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         {"chosen": [*EARLIER[:2], ASK[0]], "rejected": [*EARLIER[:2], *TURNS["rejected"]]},
         "ends with a turn of user",
     ),
-    "half a character": ({"prompt": "a", "chosen": "\ud800", "rejected": "b"}, "chosen"),
+    "half a character": (
+        {"prompt": "a", "chosen": "c\ud800", "rejected": "b"}, "half of a surrogate pair"
+    ),
     "an unknown speaker": (
         {"prompt": [{"role": "boss", "content": "a"}], **TURNS}, "messages[0].role",
     ),
@@ -151,9 +153,9 @@ def test_text_is_used_as_it_is_unless_the_format_says_messages() -> None:
     found = pair(value)
     assert found.chosen == PlainText("data.jsonl:1", "What is a ship?", GOOD)
     assert pair(value, "messages") == pair(CHAT_PAIRS["trl"])
-    whole = {"chosen": "Why? Yes it is", "rejected": "Why? You are wrong"}
+    whole = {"chosen": "Why? Yes it is", "rejected": "Why? No, wrong"}
     assert pair(whole).chosen[1:] == ("Why?", " Yes it is")
-    assert pair(whole).rejected[1:] == ("Why?", " You are wrong")
+    assert pair(whole).rejected[1:] == ("Why?", " No, wrong")
     hh = {"chosen": HH + GOOD, "rejected": HH + BAD}
     assert isinstance(pair(hh, "text").chosen, PlainText)
 
@@ -191,9 +193,9 @@ def decoded(tokenizer: PreTrainedTokenizerFast, row: Row, line: int) -> tuple[st
 def test_a_row_is_a_pair_with_its_answers_as_targets(
     rows_of: Rows, chat_tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    rows = rows_of([LONG_PAIRS["trl"]], tokenizer=chat_tokenizer, seq_length=40)
+    rows = rows_of([LONG_PAIRS["trl"]], tokenizer=chat_tokenizer, seq_length=64)
     row = rows.row(0)
-    assert row.input_ids.shape == row.labels.shape == (2, 40)
+    assert row.input_ids.shape == row.labels.shape == (2, 64)
     chosen, targets = decoded(chat_tokenizer, row, 0)
     assert chosen.startswith("<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\nHi")
     assert targets == GOOD + "<|im_end|>"
