@@ -16,7 +16,7 @@ draws from torch's generator).
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from launcher.errors import UserError
+from launcher.errors import UserError, did_you_mean
 from models.dropout import ADAPTER, dropout, dropout_seeds
 from models.layers import Linear
 from models.lora_config import (
@@ -129,6 +129,8 @@ def attach_adapters(model: nn.Module, spec: ModelSpec, dtype: torch.dtype) -> No
         added = [_attach(module, name, spec, spec.lora, dtype) for name, module in modules]
         if not any(added):
             raise _no_target(model, spec.lora)
+        _check_names(model, "pet_config.modules_to_save", spec.lora.modules_to_save)
+    _check_names(model, "freeze", spec.frozen)
     if spec.lora is None and not spec.frozen:
         return
     for name, parameter in model.named_parameters():
@@ -250,6 +252,20 @@ def _add_to_module(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> T
         b=module.lora_B.weight,
         magnitude=getattr(module, MAGNITUDE),
     )
+
+
+def _check_names(model: nn.Module, key: str, entries: Sequence[str]) -> None:
+    """Raise UserError for an entry that names no parameter of the model."""
+    names = [name for name, _ in model.named_parameters()]
+    for entry in entries:
+        if not any(is_frozen(name, (entry,)) for name in names):
+            parts = {part for name in names for part in name.split(".") if not part.isdecimal()}
+            raise UserError(
+                f"{key}: {entry}",
+                rule="it names no parameter of the model",
+                nearest=did_you_mean(entry, parts),
+                advice="Write the name of a module or parameter, or its ending",
+            )
 
 
 def _no_target(model: nn.Module, lora: LoraConfig) -> UserError:

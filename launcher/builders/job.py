@@ -24,6 +24,7 @@ from launcher.config.derived import (
 from launcher.config.pet import lora_of
 from launcher.config.provenance import Provenance
 from launcher.config.schema import Config
+from launcher.data.chat_rendering import ChatSettings, chat_settings
 from launcher.data.named_tokenizer import build_named_tokenizer, files_of_tokenizer
 from launcher.errors import UserError
 from launcher.layout.mesh import Mesh
@@ -111,6 +112,11 @@ class Job:
                 nearest=f"Set model.model_config.vocab_size to {len(tokenizer)} or more",
             )
         return tokenizer
+
+    @cached_property
+    def chat(self) -> ChatSettings:
+        """How conversations are rendered, in training and in predict. Raises `UserError`."""
+        return chat_settings(self.config)
 
     def _log_unused(self, files: Mapping[str, Path]) -> None:
         """Log the keys of `processor.tokenizer` that a directory makes useless."""

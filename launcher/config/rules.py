@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from launcher.config.checks import (
+    chat,
     evaluation,
     generation,
     memory,
@@ -22,6 +23,7 @@ from launcher.config.checks import (
     pipeline,
     placeholders,
     preference,
+    prompts,
     records,
     registered,
     streaming,
@@ -44,6 +46,8 @@ __all__ = [
     "world_size",
 ]
 
+_ABOUT_CHAT: tuple[Rule, ...] = (chat.templates, chat.arguments, chat.tools)
+
 _ABOUT_DATA: tuple[Rule, ...] = (
     paths.datasets,
     streaming.streams,
@@ -55,6 +59,8 @@ _ABOUT_DATA: tuple[Rule, ...] = (
     records.transforms,
     records.prompts,
     records.packing,
+    chat.learnt_turns,
+    *_ABOUT_CHAT,
     preference.loaders,
     preference.packing,
     paths.tokenizer,
@@ -107,6 +113,8 @@ RULES: tuple[Rule, ...] = (
     generation.numbers,
     generation.generation_file,
     generation.bad_words,
+    prompts.messages,
+    prompts.chat,
     *_ABOUT_DATA,
     weights.weights,
     weights.file_format,
@@ -222,6 +230,6 @@ def warnings(config: Config, provenance: Provenance) -> list[str]:
     if config.last_callback(EvalCallbackSection) is not None and not config.do_eval:
         lines.append("callbacks: EvalCallBack has no effect without do_eval: True")
     subject = Check(config=config, provenance=provenance, world_size=world_size())
-    for room in (parallel, pipeline, memory, weights, generation):
+    for room in (parallel, pipeline, memory, weights, generation, chat):
         lines += room.warnings(subject)
     return lines

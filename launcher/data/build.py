@@ -31,6 +31,7 @@ from launcher.data.cache import (
     take_lease,
 )
 from launcher.data.cache_key import folder_key, is_stream, unusual_strategy
+from launcher.data.chat_rendering import ChatSettings
 from launcher.data.files import DataFile
 from launcher.data.loaders import (
     loader_of,
@@ -70,6 +71,7 @@ def build_dataset(
     workers: int = 1,
     max_cache_bytes: int | None = None,
     model_config: Mapping[str, Any] | None = None,
+    chat: ChatSettings | None = None,
     phase: str = "train",
 ) -> RowDataset:
     """The rows of one dataset section, tokenized now or read from the cache.
@@ -89,6 +91,7 @@ def build_dataset(
         on_progress=on_progress,
         workers=workers,
         model_config=model_config or {},
+        chat=chat or ChatSettings(),
         phase=phase,
     )
     row_loader = row_loader_of(recipe.loader)

@@ -106,7 +106,8 @@ def _continue_batch(
         if scores is not None:
             for row in running:
                 next_ids[row] = choosers[row].choose(scores[row : row + 1])
-        tokens = forward.share(next_ids).tolist()
+        next_ids = forward.share(next_ids)
+        tokens = next_ids.tolist()
         for row in running:
             choosers[row].append(tokens[row])
         stepped = [tokens[row] if row in running else None for row in range(len(prompts))]

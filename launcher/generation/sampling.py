@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import xxhash
 from torch import Tensor
 
+from launcher.generation.draw import draw, draw_seed
 from launcher.generation.settings import GenerationSettings
 
 
@@ -41,13 +41,7 @@ class Chooser:
 
     def _draw(self, scores: Tensor) -> int:
         step = len(self.tokens) - self.prompt_length
-        generator = torch.Generator().manual_seed(draw_seed(self.seed, self.index, step))
-        return int(torch.multinomial(scores.softmax(-1).cpu(), 1, generator=generator))
-
-
-def draw_seed(seed: int, index: int, step: int) -> int:
-    """The seed of one random draw."""
-    return xxhash.xxh3_64_intdigest(f"generation/{seed}/{index}/{step}".encode())
+        return int(draw(scores, [draw_seed(self.seed, self.index, step)]))
 
 
 def processors_of(settings: GenerationSettings, prompt_length: int, device: Any) -> Any:

@@ -60,6 +60,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
                      "num_experts_per_tok": 2},
     "telechat tied": {"type": "TelechatConfig", **_SIZES, "tie_word_embeddings": True},
 }  # fmt: skip
+MODULES: dict[str, dict[str, Any]] = {
+    "gpt2": {"type": "GPT2Config", "vocab_size": VOCABULARY, "n_embd": 64, "n_layer": 3,
+             "n_head": 4, "n_positions": 64, "resid_pdrop": 0.0, "embd_pdrop": 0.0,
+             "attn_pdrop": 0.0, "initializer_range": 0.08},
+    "gemma": {"type": "GemmaConfig", **_SIZES, "head_dim": 16},
+}  # fmt: skip
+"""Families that run through their transformers module."""
 MIXTURES = ("qwen3 moe", "mixtral", "deepseek", "glm", "gpt-oss", "telechat moe")
 """Families with experts."""
 EPSILON = dict.fromkeys(
@@ -124,7 +131,7 @@ class Case:
             },
         }  # fmt: skip
         config = merged(BASE, changes)
-        config["model"]["model_config"] = {**FAMILIES[self.family], **self.model}
+        config["model"]["model_config"] = {**(FAMILIES | MODULES)[self.family], **self.model}
         return merged(config, dict(self.more))
 
     def alone(self) -> Case:

@@ -50,6 +50,8 @@ _BY_TYPE: dict[str, tuple[str, ...]] = {
     "column_map": (*_OF_RECORDS, "MindDataset"),
     "transforms": _OF_RECORDS,
     "prompt_template": ("InstructionDataLoader",),
+    "train_on_roles": ("InstructionDataLoader",),
+    "train_on_turns": ("InstructionDataLoader",),
     "format": _OF_CONVERSATIONS,
     "strict_fields": _OF_CONVERSATIONS,
     "streaming": ("HFDataLoader", "CommonDataLoader", "InstructionDataLoader"),
@@ -104,7 +106,7 @@ def run_mode(check: Check) -> Iterator[KeyProblem]:
             "eval_datasets" if check.config.eval_datasets else "eval_dataset",
             "Add an eval_dataset section",
         ),
-        "predict": ("input_data", "Write `--predict_data 'a prompt'`"),
+        "predict": ("input_data", "Write `--predict_data 'a prompt'`, or --interactive"),
     }
     if not check.mode:
         yield check.wrong(
@@ -124,6 +126,8 @@ def run_mode(check: Check) -> Iterator[KeyProblem]:
             )
         return
     key, advice = needs[check.mode]
+    if key == "input_data" and check.config.interactive:
+        return
     if check.value(key) in (None, "", []):
         yield check.wrong(key, f"{check.mode} requires it", what=f"{key} is missing", advice=advice)
 

@@ -32,6 +32,13 @@ def adapters(check: Check) -> Iterator[KeyProblem]:
     if problems or lora is None or decoder is None:
         return
     modules = linear_modules(decoder.parameters, decoder.num_hidden_layers)
+    beyond = [n for n in lora.layers or () if not 0 <= n < decoder.num_hidden_layers]
+    if beyond:
+        last = decoder.num_hidden_layers - 1
+        yield check.wrong(
+            f"{_SECTION}.layers_to_transform", f"the layers of the model are 0 to {last}"
+        )
+        return
     yield from _targets(check, lora, modules)
     yield from _experts(check, lora, modules)
     yield from _saved(check, lora, decoder)
@@ -43,6 +50,11 @@ def frozen(check: Check) -> Iterator[KeyProblem]:
     if not check.config.freeze or decoder is None:
         return
     names = _parameters(decoder)
+    if all(is_frozen(name, check.config.freeze) for name in names):
+        yield check.wrong(
+            "freeze", "it names all parameters of the model, and nothing is left to train",
+            advice="Name fewer of them",
+        )  # fmt: skip
     for pattern in check.config.freeze:
         if not any(is_frozen(name, (pattern,)) for name in names):
             yield check.wrong(

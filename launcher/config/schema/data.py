@@ -17,6 +17,10 @@ from launcher.config.schema.field import (
 )
 from launcher.config.schema.splits import names_of_split
 
+CHAT_ROLES = (
+    *("system", "developer", "user", "assistant", "tool", "function", "ipython", "observation"),
+)
+"""Roles of the turns of a conversation."""
 RECORD_FORMATS = ("json", "csv", "parquet", "text", "arrow")
 """Values of `data_loader.path` that name a format instead of a folder."""
 
@@ -157,6 +161,12 @@ class DataLoaderSection:
     )
     """InstructionDataLoader, alpaca records: a prompt of fixed text, tokenized in parts as the data
     handlers of MindFormers do, instead of the chat template of the tokenizer."""
+    train_on_roles: list[str] = effective(["assistant"], choices=CHAT_ROLES)
+    """InstructionDataLoader: roles whose turns carry loss: their text and the end mark behind it.
+    A turn with `train: false` or `weight: 0` never does."""
+    train_on_turns: str = effective("all", choices=("all", "last"))
+    """InstructionDataLoader: `last`: only the last turn of these roles carries loss, and turns
+    with `train: true`."""
     strict_fields: bool = True
     """InstructionDataLoader: a field of a record with a wrong value, or one of another kind of data
     (`rejected`, `images`), is an error. False: the record is skipped and counted."""

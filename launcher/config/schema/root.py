@@ -132,7 +132,14 @@ class Config:
     """Tools that conversations may call, shown to the model by the chat template: a JSON file with
     a list, or the list. Those of a record win."""
     input_data: str | list[str] | None = None
-    """Prompts of predict: a text, several, or a file with one a line."""
+    """Prompts of predict: a text, several, messages as JSON, or a file with one a line."""
+    system: str | None = None
+    """System prompt of the conversations that predict answers; those with their own keep it. Plain
+    prompts are then rendered with the chat template."""
+    stream: bool | None = None
+    """predict prints the text of a single prompt while it is generated. Left out: on a terminal."""
+    interactive: bool = False
+    """predict is a chat at the terminal."""
     predict_batch_size: int | None = effective(None, minimum=1)
     """Prompts generated together. Left out: all of them, at most eight."""
     save_file: str | None = None

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from launcher.config.schema import DataLoaderSection, DatasetSection
+from launcher.data.chat_rendering import ChatSettings
 from launcher.data.files import DataFile
 from launcher.data.packing import RowPlan
 from launcher.data.progress import OnProgress, ignore_progress
@@ -56,6 +57,8 @@ class Recipe:
     """Processes that may tokenize."""
     model_config: Mapping[str, Any] = field(default_factory=dict)
     """The config.json of the model, for the ids of its special tokens."""
+    chat: ChatSettings = field(default_factory=ChatSettings)
+    """How conversations are rendered."""
     phase: str = "train"
     """`train`, or `valid` for evaluation: which split is read where files have several."""
 
