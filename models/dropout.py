@@ -34,8 +34,8 @@ def dropout(
         lines = torch.arange(states[0].numel() // width, device=device)
     if columns is None:
         columns = torch.arange(width, device=device)
-    line_keys = _mix(seeds[:, None] ^ _mix(lines.flatten() + 1))
-    bits = _mix(line_keys[:, :, None] ^ _mix(columns + (1 << 24) + 1))
+    line_keys = mix(seeds[:, None] ^ mix(lines.flatten() + 1))
+    bits = mix(line_keys[:, :, None] ^ mix(columns + (1 << 24) + 1))
     kept = bits.view(rows, *states.shape[1:]) >= int(probability * 2**32)
     return states * kept * (1.0 / (1.0 - probability))
 
@@ -44,10 +44,10 @@ def dropout_seeds(sample_seeds: Tensor, layer: int, site: int) -> Tensor:
     """One 32-bit seed a sample for one site of one layer. `sample_seeds` [rows]: any int64."""
     low, high = sample_seeds & 0xFFFFFFFF, (sample_seeds >> 32) & 0xFFFFFFFF
     salt = (layer * 4 + site + 1) * 0x9E3779B1 & 0xFFFFFFFF
-    return _mix(_mix(_mix(low) ^ high) ^ salt)
+    return mix(mix(mix(low) ^ high) ^ salt)
 
 
-def _mix(numbers: Tensor) -> Tensor:
+def mix(numbers: Tensor) -> Tensor:
     """A bijective hash of 32-bit integers in int64: shift and multiply, twice. No product overflows
     int64."""
     mixed = numbers ^ (numbers >> 15)

@@ -38,6 +38,16 @@ class Weights:
     """What checkpoints record about `source`, where there is an adapter."""
 
     @property
+    def trained(self) -> Source | None:
+        """Of the two, what was trained last."""
+        return self.adapter or self.source
+
+    @property
+    def path(self) -> Path | None:
+        """Where they are; None for random ones."""
+        return None if self.trained is None else self.trained.path
+
+    @property
     def inputs(self) -> set[Path]:
         """Their files."""
         sources = [source for source in (self.source, self.adapter) if source is not None]

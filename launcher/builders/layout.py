@@ -37,6 +37,19 @@ def split_of(config: Config, spec: ModelSpec) -> StageSplit | None:
     )
 
 
+def predict_split(config: Config, spec: ModelSpec) -> StageSplit | None:
+    """The stages of prediction: one a pipeline rank, of as many layers as the rank has in training;
+    None without a pipeline."""
+    split = split_of(config, spec)
+    if split is None or spec.decoder is None:
+        return None
+    ranks = config.parallel_config.pipeline_stage
+    counts = [
+        sum(len(split.layers[stage]) for stage in split.stages_of(rank)) for rank in range(ranks)
+    ]
+    return stage_split(spec.decoder, ranks, counts=counts)
+
+
 def model_layout(
     model: nn.Module, spec: ModelSpec, mesh: Mesh, *, split: StageSplit | None, vocab_emb_dp: bool
 ) -> Layout:

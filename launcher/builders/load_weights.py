@@ -14,7 +14,6 @@ from launcher.builders.export_on_load import export_on_load
 from launcher.builders.job import Job
 from launcher.builders.model import predict_mesh
 from launcher.checkpoint.resolve import open_complete_weights, open_weights
-from launcher.config.pet import adapter_of
 from launcher.environment import process_environment
 from launcher.errors import UserError
 from launcher.extensions import JOINED_MODULES
@@ -54,7 +53,7 @@ def find_weights(job: Job) -> Weights | None:
     Called by all ranks together. Raises `UserError`, also where the weights of a machine differ
     from those of rank 0.
     """
-    path, found = _weights_path(job), adapter_of(job.config)
+    path, found = _weights_path(job), job.adapter
     check_same_model(job)
     _check_same(job, {"weights": Unquoted("none" if path is None else "found")})
     if found is None:
@@ -101,6 +100,22 @@ def _prepared(job: Job, source: Source) -> Source:
     if job.config.save_unified_checkpoint or job.config.save_converted_checkpoint:
         export_on_load(job, source)
     return source
+
+
+def weights_at(job: Job, path: Path) -> Source:
+    """Weights at a path that is not that of the job's own. Called by all ranks together."""
+    source = open_weights(path, job.world, job.log, strategy="")
+    if source.kind != "distributed" and job.world.size > 1:
+        _check_same_content(job, source)
+    return under_model_names(job, source)
+
+
+def pretrained_weights(job: Job) -> Source | None:
+    """The weights in pretrained_model_dir, if there are some. Called by all ranks together."""
+    folder = Path(job.config.pretrained_model_dir)
+    holds = bool(job.config.pretrained_model_dir) and holds_complete(folder)
+    _check_same(job, {"weights": Unquoted("found" if holds else "none")})
+    return weights_at(job, folder) if holds else None
 
 
 def under_model_names(job: Job, source: Source) -> Source:

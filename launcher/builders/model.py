@@ -14,8 +14,11 @@ from launcher.builders.layer_memory import (
     offload_policy,
     prepare_layers,
 )
-from launcher.builders.layout import model_layout
-from launcher.config.derived import pipeline_schedule
+from launcher.builders.layout import model_layout, predict_split
+from launcher.builders.preference import preference_loss, preference_task
+from launcher.config.derived import pipeline_schedule, predict_mesh_of
+from launcher.generation.distributed import DistributedForward
+from launcher.generation.forward import Forward
 from launcher.layout.layout import Layout
 from launcher.layout.mesh import Mesh
 from launcher.parallel import vocabulary
@@ -26,13 +29,14 @@ from launcher.parallel.meshes import Meshes
 from launcher.parallel.model_parts import ModelParts
 from launcher.parallel.pipeline import Pipeline
 from launcher.parallel.tensor import gather_logits
-from launcher.train.compute import BatchSharder, Compute, FullModel, Loss, PipelinedModel
-from launcher.train.loss import token_loss_sum
+from launcher.parallel.world import World
+from launcher.train.compute import BatchSharder, Compute, FullModel, PipelinedModel
+from launcher.train.loss import Loss, token_loss_sum
 from launcher.train.run import BuiltModel
 from models.build import blocks, build_model, mappings_of, materialize, parameter_count
 from models.decoder import Decoder
 from models.lora_config import is_saved
-from models.stage import keep_stage
+from models.stage import StageSplit, keep_stage
 from models.trained import trained_parameters
 
 
@@ -95,7 +99,8 @@ def build_parallel(job: Job, *, training: bool) -> BuiltModel:
     return BuiltModel(
         parts=parts, layout=layout, trained=trained,
         mappings_of=mappings_of(parts.modules[-1]), compute=_compute(job, parts, modules),
-        batch_sharder=batch_sharder, saves=partial(is_saved, lora=job.spec.lora),
+        batch_sharder=batch_sharder, preference=preference_task(job, parts.modules),
+        saves=partial(is_saved, lora=job.spec.lora),
     )  # fmt: skip
 
 
@@ -140,11 +145,13 @@ def _stages(job: Job, full: nn.Module, dtype: torch.dtype) -> dict[int, nn.Modul
 
 def _compute(job: Job, parts: ModelParts, modules: dict[int, nn.Module]) -> Compute:
     loss = loss_of(job)
+    preference = preference_loss(job, loss)
     at = job.mesh.coordinates(job.world.rank)
-    counts = at["tp"] == 0
+    # Ranks with other tokens of the same sequences all have the loss of a sample.
+    counts = at["tp"] == 0 and (preference is None or at["cp"] == 0)
     if job.split is None:
         own = isinstance(parts.modules[0], Decoder)
-        return FullModel(parts, loss, counts, own)
+        return FullModel(parts, loss, counts, own, preference)
     group = job.meshes.group("pp")
     assert group is not None
     pipeline = Pipeline(
@@ -156,7 +163,7 @@ def _compute(job: Job, parts: ModelParts, modules: dict[int, nn.Module]) -> Comp
         device=job.world.device,
         dtype=job.compute_dtype,
     )
-    return PipelinedModel(pipeline, loss, counts)
+    return PipelinedModel(pipeline, loss, counts, preference)
 
 
 def loss_of(job: Job) -> Loss:
@@ -176,16 +183,14 @@ def context_parallel(job: Job) -> ContextParallel | None:
 
 
 def predict_mesh(job: Job) -> Mesh:
-    """The axes of prediction: tensor parallelism as configured, prompts over all other ranks."""
-    tp = job.mesh.tp if job.spec.decoder is not None else 1
-    return Mesh(dp_replicate=job.world.size // tp, tp=tp)
+    """The axes of prediction and their sizes."""
+    return predict_mesh_of(job.config, job.spec.decoder)
 
 
-def build_predicting(job: Job) -> tuple[nn.Module, Layout]:
-    """This rank's model for prediction, and its layout; values are undefined.
+def build_predicting(job: Job) -> tuple[Forward, Layout]:
+    """This rank's part of the model for prediction, and its layout; values are undefined.
 
-    In the configured compute dtype, else the dtype in config.json, else the default one. Every rank
-    gets the logits of the full vocabulary.
+    In the configured compute dtype, else the dtype in config.json, else the default one.
     """
     written = job.spec.hf_config.get("dtype") or job.spec.hf_config.get("torch_dtype")
     if job.spec.precision.compute_dtype is None and written in DTYPES:
@@ -193,21 +198,37 @@ def build_predicting(job: Job) -> tuple[nn.Module, Layout]:
     else:
         dtype = job.compute_dtype
     model, mesh = build_model(job.spec, dtype=dtype), predict_mesh(job)
-    count = parameter_count(model)
+    count, split = parameter_count(model), predict_split(job.config, job.spec)
     layout = model_layout(
-        model, job.spec, mesh, split=None, vocab_emb_dp=job.config.parallel_config.vocab_emb_dp
+        model, job.spec, mesh, split=split, vocab_emb_dp=job.config.parallel_config.vocab_emb_dp
     )
-    if isinstance(model, Decoder) and mesh.tp > 1:
-        meshes = Meshes(mesh, job.world.device.type)
-        parallelize(model, layout.specs, meshes, sequence=False, context=None)
-        group = meshes.group("tp")
-        assert group is not None
-        gather_logits(model, group)
-    materialize(model, job.world.device)
+    if isinstance(model, Decoder) and mesh.tp * mesh.pp * mesh.ep > 1:
+        forward: Forward = distribute(model, layout, split, job.world)
+    else:
+        forward = Forward(model)
+        materialize(model, job.world.device)
     job.log(f"model: {job.spec.family}, {count:,} parameters ({_name(dtype)})")
     if mesh.world_size > 1:
-        job.log(f"layout: {_axes_text(mesh)}")
-    return model, layout
+        counts = ", ".join(str(len(layers)) for layers in split.layers) if split else ""
+        job.log(f"layout: {_axes_text(mesh)}{f' (stages of {counts} layers)' if split else ''}")
+    return forward, layout
+
+
+def distribute(
+    model: Decoder, layout: Layout, split: StageSplit | None, world: World
+) -> DistributedForward:
+    """The forward of this rank's shards of its stage of `model`, which is complete and on the meta
+    device; values are undefined. Called by all ranks of the layout together."""
+    meshes = Meshes(layout.mesh, world.device.type)
+    meshes.make(experts=model.config.experts is not None)
+    if split is not None:
+        keep_stage(model, split, layout.mesh.coordinates(world.rank)["pp"])
+    parallelize(model, layout.specs, meshes, sequence=False, context=None)
+    group = meshes.group("tp")
+    if group is not None and model.ends:
+        gather_logits(model, group)
+    materialize(model, world.device)
+    return DistributedForward(model, meshes, world.device)
 
 
 def _name(dtype: torch.dtype) -> str:

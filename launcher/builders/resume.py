@@ -22,6 +22,7 @@ from launcher.builders.load_weights import (
     under_model_names,
 )
 from launcher.builders.mixture_resume import MIXTURE, continued
+from launcher.builders.reference import restore_reference
 from launcher.builders.resume_report import InferredState, ResumeDetails, resume_report
 from launcher.builders.run import build_run
 from launcher.checkpoint.names import SaveName
@@ -31,6 +32,7 @@ from launcher.config.schema import Config
 from launcher.data.mixture import MixtureOrder
 from launcher.errors import UserError
 from launcher.extensions import INFERRED_STATES, required
+from launcher.report.run_record import INITIAL_WEIGHTS
 from launcher.train.run import BuiltModel, TrainRun
 from launcher.train.state import DATA_CURSOR, TrainState, from_json
 from launcher.weights.joined import apart
@@ -87,6 +89,7 @@ def resumed_run(job: Job, chosen: Chosen) -> TrainRun:
     run = build_run(job)
     derived = None if chosen.state else _inferred(run, chosen)
     saved = derived.saved if derived is not None else chosen.state
+    restore_reference(job, run, saved)
     if weights is not None:
         record_adapter(run, job, weights.base)
         check_same_adapter(job, run, saved, chosen.label)
@@ -96,6 +99,7 @@ def resumed_run(job: Job, chosen: Chosen) -> TrainRun:
     run.state, mixture = _data_position(job, run, saved, state)
     if saved.get("data") == run.metadata["data"]:
         run.loader.seek(saved.get(DATA_CURSOR))
+    run.metadata[INITIAL_WEIGHTS] = saved.get(INITIAL_WEIGHTS)
     run.origin = _origin(job, run, chosen)
     for line in resume_report(_resume_details(job, run, chosen, saved, derived, mixture)):
         job.log(line)

@@ -7,7 +7,7 @@ environment and one JSON file.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from math import lcm
+from math import lcm, prod
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from launcher.json_text import UNAMBIGUOUS, NotJson, line_and_column, parse
 from launcher.layout.mesh import Mesh, training_mesh
 from launcher.weights.formats.placeholders import placeholder
 from launcher.weights.formats.tokenizer_files import TOKENIZER_FILES
+from models.spec import DecoderConfig
 
 _CONTEXT_ALGORITHMS = {
     "colossalai_cp": "ring",
@@ -86,6 +87,18 @@ def mesh_of(config: Config) -> Mesh:
         shard_optimizer=parallel.enable_parallel_optimizer,
         shard_size=parallel.parallel_optimizer_config.optimizer_weight_shard_size,
     )
+
+
+def predict_mesh_of(config: Config, decoder: DecoderConfig | None) -> Mesh:
+    """The mesh of prediction: tensor, pipeline and expert parallelism as configured; all other
+    ranks replicate the weights and divide the prompts. `decoder` None: a model that is never
+    split."""
+    sizes, ranks = config.parallel_config, prod(degrees(config).values())
+    if decoder is None:
+        return Mesh(dp_replicate=ranks)
+    replicas = ranks // (sizes.model_parallel * sizes.pipeline_stage)
+    ep = sizes.expert_parallel if decoder.experts is not None else 1
+    return Mesh(pp=sizes.pipeline_stage, dp_replicate=replicas, tp=sizes.model_parallel, ep=ep)
 
 
 def global_batch_size(config: Config) -> int:

@@ -14,11 +14,14 @@ from launcher.weights.adapters.found import FoundAdapter, find_adapter
 from models.lora_config import LoraConfig
 
 
-def lora_of(config: Config, family: str = "") -> LoraConfig | None:
+def lora_of(
+    config: Config, family: str = "", found: FoundAdapter | None = None
+) -> LoraConfig | None:
     """The adapter of the configuration; None: the full model is trained, or loaded. That of files
     has the values in these; `family` (model_type) is needed to understand their names of modules.
-    Raises `UserError` for files that cannot be read."""
-    found = adapter_of(config)
+    `found`: `adapter_of(config)`, where it is known. Raises `UserError` for files that cannot be
+    read."""
+    found = found or adapter_of(config)
     if found is not None:
         return lora_from(checked(found.config, str(found.file)), family)
     return written_lora(config)

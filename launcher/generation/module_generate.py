@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import torch
 
-from launcher.generation.sampling import draw_seed
+from launcher.generation.draw import draw_seed
 from launcher.generation.settings import GenerationSettings
 from models.transformers_model import TransformersModel
 

@@ -130,17 +130,14 @@ def layout_text(ranks: int, mesh: Mapping[str, int] | None) -> str:
     return f"{ranks} ranks ({axes})" if axes else f"{ranks} ranks"
 
 
-def other_layout(
-    ranks: int, sizes: Mapping[str, int] | None, mesh: Mesh, *, axes: bool = True
-) -> str:
+def other_layout(ranks: int, sizes: Mapping[str, int] | None, mesh: Mesh) -> str:
     """How a layout of `ranks` ranks and axes of `sizes` differs from `mesh`; empty where it does
-    not, as far as is known. Axes of size 1 are ignored; `axes` False compares only the number of
-    ranks."""
+    not, as far as is known. Axes of size 1 are ignored."""
     written, here = (
         {axis: size for axis, size in found.items() if size > 1}
         for found in (sizes or {}, mesh.sizes())
     )
-    if ranks == mesh.world_size and not (axes and written and written != here):
+    if ranks == mesh.world_size and not (written and written != here):
         return ""
     return (
         f"was written by {layout_text(ranks, written)}, "

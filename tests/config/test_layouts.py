@@ -91,17 +91,37 @@ def test_one_process_writes_the_strategy_of_any_layout(workspace: Path) -> None:
     assert "data_parallel 2 x model_parallel 4 = 8 processes" in text
 
 
-def test_predict_cuts_matrices_only(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+PREDICTS = {
+    "heads": ("model_parallel: 3", 3, "model_parallel = 3: ", ("2", "4")),
+    "stages": ("pipeline_stage: 7", 7, "pipeline_stage = 7: ", ("6",)),
+    "a dense model": ("data_parallel: 2, expert_parallel: 2", 2, "expert_parallel = 2: ", ("1",)),
+    "stage_layers": (
+        "pipeline_stage: 2", 2, "parallel.pipeline_config.stage_layers = [1, 2]: ", ("[3, 3]",),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PREDICTS)
+def test_layouts_that_predict_refuses(workspace: Path, name: str) -> None:
+    degrees, world, says, near = PREDICTS[name]
+    more = "parallel: {pipeline_config: {stage_layers: [1, 2]}}\n" if name == "stage_layers" else ""
+    written(degrees, more)
+    (text,) = problems("x.yaml", "predict", world, "input_data=hello")
+    assert text.startswith("x.yaml:")
+    assert says in text
+    assert nearest(text) == near
+
+
+def test_predict_needs_neither_micro_batches_nor_pieces_of_rows(workspace: Path) -> None:
     words = ["input_data=hello"]
-    written("model_parallel: 3")
-    (text,) = problems("x.yaml", "predict", 3, *words)
-    assert "8 attention heads" in text
-    written("pipeline_stage: 3")
-    assert problems("x.yaml", "predict", 3, *words) == []
+    written("pipeline_stage: 2")
+    assert problems("x.yaml", "predict", 2, *words) == []
+    written("context_parallel: 2", "parallel: {enable_parallel_optimizer: True}\n")
+    assert problems("x.yaml", "predict", 2, *words) == []
     result = resolve("x.yaml", "predict", overrides=words)
     (warning,) = rules.warnings(result.config, result.provenance)
-    assert warning.startswith("x.yaml:45: pipeline_stage: ")
-    messages.check("layouts", "predict with pipeline_stage", warning)
+    assert warning.startswith("x.yaml:45: parallel_config.context_parallel: ")
+    messages.check("layouts", "predict with context_parallel", warning)
 
 
 def test_evaluation_is_laid_out_too(workspace: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 from safetensors import safe_open
 
 from launcher.weights.adapters.found import ADAPTER
+from launcher.weights.optimizer_state import parameter_of
 from tests.end_to_end.adapters import LORA, SAVED, STEPS, lora_yaml, run_jobs, write_base
 from tests.workshop import Workshop
 
@@ -67,9 +68,7 @@ def test_a_checkpoint_holds_the_adapter_alone(shop: Workshop) -> None:
     names = set()
     for file in (shop.folder / "tp/checkpoint").glob(f"rank_*/*-1_{STEPS}.safetensors"):
         with safe_open(file, "pt") as opened:
-            names |= {
-                name.removeprefix("adam_m.").removeprefix("adam_v.") for name in opened.keys()
-            }
+            names |= {parameter_of(name) for name in opened.keys()}  # noqa: SIM118
     others = {name for name in names if "lora_" not in name}
     assert others == {"model.embed_tokens.weight"}
     assert "model.layers.1.mlp.up_proj.lora_magnitude_vector" in names

@@ -30,6 +30,11 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "dp2 ep2": {"parallel_config": {"data_parallel": 2, "expert_parallel": 2},
                 "runner_config": {"batch_size": 4},
                 "parallel": {"enable_parallel_optimizer": True}},
+    "ep2 tp2 pp2": {
+        "parallel_config": {"data_parallel": 2, "expert_parallel": 2, "model_parallel": 2,
+                            "pipeline_stage": 2, "micro_batch_num": 2},
+        "runner_config": {"batch_size": 2},
+    },
     "cp2 tp2": {"parallel_config": {"context_parallel": 2, "model_parallel": 2}},
 }  # fmt: skip
 MODELS: dict[str, dict[str, Any]] = {
@@ -126,22 +131,32 @@ def test_what_a_layout_saved_merges_into_a_directory_transformers_opens(
     assert losses["cut"]["eval_tokens"] == losses["alone"]["eval_tokens"]
 
 
-@pytest.mark.parametrize(("model", "ranks_", "tp"), [("qwen3 tied", 4, 2), ("qwen3 moe", 2, 2)])
-def test_tensor_parallel_prediction_is_that_of_one_process(
-    workshop: Workshop, model: str, ranks_: int, tp: int
+PREDICTIONS = [
+    ("qwen3 tied", "pp2 tp2", ["pp2 tp2", "cp2 tp2"]),
+    ("qwen3 moe", "dp2 ep2", ["dp2 ep2"]),
+    pytest.param("qwen3 tied", "alone", ["dp2 tp2 pp2", "dp4"], marks=pytest.mark.long),
+    pytest.param("qwen3 moe", "alone", ["ep2 tp2 pp2", "pp2 tp2"], marks=pytest.mark.long),
+]
+
+
+@pytest.mark.parametrize(("model", "trained", "layouts"), PREDICTIONS)
+def test_predictions_from_a_checkpoint_are_the_same_on_every_layout(
+    workshop: Workshop, model: str, trained: str, layouts: list[str]
 ) -> None:
-    train(workshop, model, "alone", "output", "--max_steps", "4")
-    texts = []
-    for output, world, degrees in (("one", 1, []), ("cut", ranks_, [
-        "--parallel_config.model_parallel", str(tp),
-        "--parallel_config.data_parallel", str(ranks_ // tp),
-    ])):  # fmt: skip
+    train(workshop, model, trained, "output", "--max_steps", "4")
+    texts = {}
+    for layout in ("alone", *layouts):
+        name = workshop.yaml(
+            "predict.yaml",
+            **{**LAYOUTS[layout], "output_dir": layout, "model": {"model_config": MODELS[model]}},
+        )
         result = run_job(
-            ["--config", "output.yaml", "--run_mode", "predict", "--output_dir", output,
-             "--load_checkpoint", "output/checkpoint", "--predict_data", "def f", "import", "a b c",
-             "generation_config.max_new_tokens=12", "generation_config.do_sample=True", *degrees],
-            workshop.folder, world,
+            ["--config", name, "--run_mode", "predict", "--load_checkpoint", "output/checkpoint",
+             "--predict_data", "def f", "import", "a b c", "--predict_batch_size", "2",
+             "generation_config.max_new_tokens=12", "generation_config.do_sample=True"],
+            workshop.folder, ranks(layout),
         )  # fmt: skip
         assert result.code == 0, result.stderr + result.stdout
-        texts.append((workshop.folder / output / "text_generation_result.jsonl").read_text())
-    assert texts[0] == texts[1]
+        texts[layout] = (workshop.folder / layout / "text_generation_result.jsonl").read_text()
+        assert len(texts[layout].splitlines()) == 3
+    assert set(texts.values()) == {texts["alone"]}

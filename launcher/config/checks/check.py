@@ -35,9 +35,14 @@ class Check:
 
     @property
     def lays_out(self) -> bool:
-        """Whether the model is spread over the processes along all axes; predict supports tensor
-        parallel only."""
+        """Whether the model is spread over the processes along all axes; see `predicts`."""
         return self.trains or self.mode == "eval"
+
+    @property
+    def predicts(self) -> bool:
+        """Whether the run continues prompts: with tensor, pipeline and expert parallelism as
+        configured, and a replica of the weights for each share of the prompts."""
+        return self.mode == "predict"
 
     @cached_property
     def spec(self) -> ModelSpec | None:
@@ -49,7 +54,8 @@ class Check:
 
     @property
     def decoder(self) -> DecoderConfig | None:
-        """The sizes of a native decoder that is spread over the processes, else None."""
+        """The sizes of a native decoder that is spread over the processes along all axes, else
+        None."""
         return self.spec.decoder if self.spec is not None and self.lays_out else None
 
     def value(self, key: str) -> Any:

@@ -211,7 +211,7 @@ def dynamic_rope(check: Check) -> Iterator[KeyProblem]:
 
 def experts(check: Check) -> Iterator[KeyProblem]:
     """expert_parallel divides the experts and the data-parallel ranks."""
-    plan = plan_of(check)
+    plan = plan_of(check, predicts=True)
     reasons = expert_reasons(plan) if plan else []
     if plan and reasons:
         most = plan.decoder.experts.num_experts if plan.decoder.experts else 1
@@ -235,12 +235,25 @@ def warnings(check: Check) -> Iterator[str]:
     key = "parallel_config.context_parallel_algo"
     if check.provenance.is_written(key) and parallel.context_parallel == 1:
         yield f"{where(key)}: {key}: no effect without context_parallel"
-    copied = [axis for axis in _MODEL_AXES if axis != "model_parallel" or _is_foreign(check)]
-    cut = [axis for axis in copied if getattr(parallel, axis) > 1]
-    if check.mode == "predict" and cut:
+    if check.predicts:
+        yield from _of_predict(check)
+
+
+def _of_predict(check: Check) -> Iterator[str]:
+    """Axes that predict replaces by replicas of the weights."""
+    parallel, where = check.config.parallel_config, check.provenance.where
+    key = "parallel_config.context_parallel"
+    if parallel.context_parallel > 1 and not _is_foreign(check):
+        yield f"{where(key)}: {key}: predict divides the prompts over these ranks, not their tokens"
+    key = "parallel.enable_parallel_optimizer"
+    if check.config.parallel.enable_parallel_optimizer and parallel.data_parallel > 1:
+        yield f"{where(key)}: {key}: predict does not shard weights over data_parallel"
+    cut = [axis for axis in _MODEL_AXES if getattr(parallel, axis) > 1]
+    if cut and check.spec is not None and check.spec.decoder is None:
         yield (
-            f"{where(f'parallel_config.{cut[0]}')}: {', '.join(cut)}: predict supports "
-            "model_parallel only; these processes each hold the model and split the prompts"
+            f"{where(f'parallel_config.{cut[0]}')}: {', '.join(cut)}: the transformers "
+            f"implementation of {check.spec.family} is not split: these processes each hold the "
+            "model and divide the prompts"
         )
 
 

@@ -36,12 +36,13 @@ _SPLIT_BACKWARD = ("zero_bubble_v", "interleaved_zero_bubble")
 
 
 def _has_pipeline(check: Check) -> bool:
-    return check.lays_out and check.config.parallel_config.pipeline_stage > 1
+    runs = check.lays_out or check.predicts
+    return runs and check.config.parallel_config.pipeline_stage > 1
 
 
 def stages(check: Check) -> Iterator[KeyProblem]:
     """Every stage has a layer."""
-    plan = plan_of(check)
+    plan = plan_of(check, predicts=True)
     reasons = stage_reasons(plan) if plan else []
     if plan and reasons:
         layers = plan.decoder.num_hidden_layers
@@ -119,7 +120,7 @@ def interleaving(check: Check) -> Iterator[KeyProblem]:
 
 def split(check: Check) -> Iterator[KeyProblem]:
     """stage_layers or offset assigns every layer, and at least one to each stage."""
-    decoder = check.decoder
+    decoder = check.spec.decoder if check.spec is not None else None
     if decoder is None or not _has_pipeline(check):
         return
     ranks, each = check.config.parallel_config.pipeline_stage, stages_per_rank(check.config)

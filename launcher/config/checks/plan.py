@@ -35,6 +35,8 @@ class Plan:
     config: Config
     decoder: DecoderConfig
     rows: tuple[tuple[str, int], ...]
+    predicts: bool = False
+    """Whether only what prediction uses has to fit: matrices, stages and experts."""
 
     def with_degree(self, axis: str, value: int) -> Plan:
         """The layout with another value of `parallel_config.<axis>`."""
@@ -51,10 +53,12 @@ def plan_of(check: Check, *, predicts: bool = False) -> Plan | None:
     """The layout of a run; None where the model is not spread over processes, or has no native
     decoder.
 
-    `predicts`: also for predict, which supports tensor parallel only.
+    `predicts`: also for predict.
     """
     decoder = check.spec.decoder if check.spec and predicts else check.decoder
-    return None if decoder is None else Plan(check.config, decoder, tuple(_rows(check, decoder)))
+    if decoder is None:
+        return None
+    return Plan(check.config, decoder, tuple(_rows(check, decoder)), check.predicts)
 
 
 def _rows(check: Check, decoder: DecoderConfig) -> Iterator[tuple[str, int]]:
@@ -96,7 +100,7 @@ def context_reasons(plan: Plan) -> list[str]:
     """Why ranks cannot exchange sequence for heads."""
     parallel, degree = plan.config.parallel_config, ulysses_degree(plan.config)
     ranks, tensor = parallel.context_parallel, parallel.model_parallel
-    if ranks == 1 or degree == 1:
+    if ranks == 1 or degree == 1 or plan.predicts:
         return []
     if ranks % degree:
         return [f"must divide context_parallel ({ranks})"]
@@ -124,6 +128,7 @@ def expert_reasons(plan: Plan) -> list[str]:
     """Why this many ranks cannot split the experts."""
     parallel, experts = plan.config.parallel_config, plan.decoder.experts
     ranks, data = parallel.expert_parallel, parallel.data_parallel
+    data *= parallel.context_parallel if plan.predicts else 1
     if ranks == 1:
         return []
     if experts is None:
@@ -134,7 +139,7 @@ def expert_reasons(plan: Plan) -> list[str]:
     if data % ranks:
         reasons.append(f"data_parallel {data} is not divisible by {ranks}")
     shard = shard_size(plan.config)
-    if not reasons and shard % ranks and ranks % shard:
+    if not reasons and not plan.predicts and shard % ranks and ranks % shard:
         reasons.append(
             f"it is neither a multiple nor a divisor of the {shard} ranks that shard weights"
         )
@@ -163,6 +168,8 @@ def micro_batch_reasons(plan: Plan) -> list[str]:
     """Why the schedule cannot run with this many micro-batches."""
     parallel, schedule = plan.config.parallel_config, pipeline_schedule(plan.config)
     ranks, batches = parallel.pipeline_stage, parallel.micro_batch_num
+    if plan.predicts:
+        return []
     if ranks > 1 and batches < ranks:
         return [f"a pipeline of {ranks} ranks needs at least {ranks} micro-batches"]
     if ranks > 1 and schedule in _ROUNDS and batches % ranks:

@@ -13,7 +13,7 @@ from pathlib import Path
 from launcher.config.checks.check import Check
 from launcher.config.checks.found import Files, files_of, is_safetensors
 from launcher.config.checks.paths import nearest_path
-from launcher.config.derived import mesh_of
+from launcher.config.derived import mesh_of, predict_mesh_of
 from launcher.config.provenance import KeyProblem
 from launcher.environment import process_environment
 from launcher.errors import UserError
@@ -192,6 +192,8 @@ def cutting(check: Check) -> Iterator[KeyProblem]:
 
 def _mesh(check: Check) -> Mesh | None:
     try:
+        if check.predicts and check.spec is not None:
+            return predict_mesh_of(check.config, check.spec.decoder)
         return mesh_of(check.config)
     except ValueError:
         return None  # reported by another rule
@@ -206,7 +208,7 @@ def _other_layout(check: Check, found: Files, mesh: Mesh) -> str:
         return ""
     sizes = found.rank_metadata.mesh if found.rank_metadata else None
     # Where axes are unknown, boxes are compared later.
-    difference = other_layout(found.ranks, sizes, mesh, axes=check.lays_out)
+    difference = other_layout(found.ranks, sizes, mesh)
     return f"{found.path} {difference}" if difference else ""
 
 
