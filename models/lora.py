@@ -173,6 +173,11 @@ def adapters_of(module: nn.Module) -> list[LowRank]:
     return [adapter] if isinstance(adapter, LowRank) else []
 
 
+def has_transposed_adapters(model: nn.Module) -> bool:
+    """Whether layers with an adapter have weights [inputs, outputs]."""
+    return any(is_conv1d(module) and bool(adapters_of(module)) for module in model.modules())
+
+
 def _attach(module: Any, name: str, spec: ModelSpec, lora: LoraConfig, dtype: torch.dtype) -> bool:
     """Add the adapter of one module, if it gets one."""
     if isinstance(module, Experts):

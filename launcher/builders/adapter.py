@@ -24,6 +24,8 @@ from launcher.weights.adapters.found import ADAPTER, Base, FoundAdapter, entry_o
 from launcher.weights.adapters.peft_files import open_peft
 from launcher.weights.content import content_of
 from launcher.weights.source import Source, holds_complete
+from models.build import tied_names
+from models.lora import has_transposed_adapters
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,10 +152,17 @@ def _base(path: Path, source: Source, content: str) -> Base:
 def record_adapter(run: TrainRun, job: Job, base: Base) -> None:
     """Put the entry of the adapter, if there is one, into the metadata for the state files of a
     run."""
-    if job.spec.lora is not None:
-        named = {"base_model_name_or_path": base.path or None}
-        config = adapter_config(job.spec, run.model) | named
-        run.metadata[ADAPTER] = {"config": config, "base": base.as_json()}
+    if job.spec.lora is None:
+        return
+    built, saved = run.model, run.shapes_in_files(optimizer=False)
+    names = tied_names(built.parts.modules[-1])
+    tied = {alias: name for alias, name in names.items() if name in saved}
+    config = adapter_config(
+        job.spec, built.layout.shapes, built.mappings_of, tied=tied,
+        transposed=any(map(has_transposed_adapters, built.parts.modules)),
+    )  # fmt: skip
+    named = {"base_model_name_or_path": base.path or None}
+    run.metadata[ADAPTER] = {"config": config | named, "base": base.as_json(), "tied": tied}
 
 
 def saved_base(job: Job, state: Mapping[str, Any], where: str) -> Base | None:

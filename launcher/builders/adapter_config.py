@@ -6,13 +6,12 @@ program, whatever it takes `all-linear` for.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-from launcher.train.run import BuiltModel
+from launcher.layout.box import Shape
 from launcher.weights.adapters.config import LORA
-from launcher.weights.tensor_mapping import shapes_in_files
-from models.lora import adapters_of, is_conv1d
+from launcher.weights.tensor_mapping import MappingsOf, shapes_in_files
 from models.lora_config import (
     MAGNITUDE,
     LoraConfig,
@@ -25,12 +24,28 @@ from models.lora_config import (
 from models.spec import ModelSpec
 
 
-def adapter_config(spec: ModelSpec, built: BuiltModel) -> dict[str, Any]:
-    """The adapter of a model. Each layer with one is named: by the ending of its name where all
-    layers with that ending have one, else by its full name."""
-    lora, stored = spec.lora, _stored(built)
+def adapter_config(
+    spec: ModelSpec,
+    shapes: Mapping[str, Shape],
+    mappings_of: MappingsOf,
+    *,
+    transposed: bool,
+    tied: Mapping[str, str],
+) -> dict[str, Any]:
+    """The adapter of a model with tensors of these global `shapes`. Each layer with one is named:
+    by the ending of its name where all layers with that ending have one, else by its full name.
+
+    `transposed`: the weights of its layers are [inputs, outputs]. `tied`: names in files of tied
+    weights that are saved in full, to those they are tied to.
+    """
+    lora = spec.lora
     assert lora is not None
-    names = _adapted(spec, built)
+    stored = {
+        name: own
+        for own, shape in shapes.items()
+        for name in shapes_in_files({own: shape}, mappings_of)
+    }
+    names = _adapted(spec, shapes, mappings_of)
     ranks = {module: lora.rank_of(own) for module, own in names.items()}
     alphas = {
         module: round(lora.scaling_of(own) * _divisor(lora, ranks[module]), 6)
@@ -45,40 +60,30 @@ def adapter_config(spec: ModelSpec, built: BuiltModel) -> dict[str, Any]:
         "lora_alpha": _number(lora.alpha),
         "lora_dropout": lora.dropout,
         "target_modules": _short(names, modules),
-        "modules_to_save": _saved(lora, kept) or None,
+        "modules_to_save": _saved(lora, kept, stored) or None,
         "use_rslora": lora.use_rslora,
         "use_dora": lora.use_dora,
         "rank_pattern": _patterns(ranks, lora.rank),
         "alpha_pattern": _patterns(alphas, lora.alpha),
         "bias": "none",
-        "fan_in_fan_out": any(
-            is_conv1d(module) and bool(adapters_of(module))
-            for part in built.parts.modules for module in part.modules()
-        ),
+        "fan_in_fan_out": transposed,
         # Without it, PEFT would leave the other end of tied embeddings as it is.
-        "ensure_weight_tying": bool(kept and spec.hf_config.get("tie_word_embeddings")),
+        "ensure_weight_tying": bool(tied),
         "init_lora_weights": True,
         "inference_mode": True,
-    }  # fmt: skip
-
-
-def _stored(built: BuiltModel) -> dict[str, str]:
-    """Every tensor in files to the tensor of the model that has it."""
-    return {
-        stored: name
-        for name, shape in built.layout.shapes.items()
-        for stored in shapes_in_files({name: shape}, built.mappings_of)
     }
 
 
-def _adapted(spec: ModelSpec, built: BuiltModel) -> dict[str, Names]:
+def _adapted(
+    spec: ModelSpec, shapes: Mapping[str, Shape], mappings_of: MappingsOf
+) -> dict[str, Names]:
     """Every module with an adapter, by its name in files, to its names for patterns."""
     parameters = spec.decoder.parameters if spec.decoder is not None else {}
     found: dict[str, Names] = {}
-    for name, shape in built.layout.shapes.items():
+    for name, shape in shapes.items():
         if is_adapter(name):
             own = module_names(_weight(name), shape, parameters)
-            for stored in shapes_in_files({name: shape}, built.mappings_of):
+            for stored in shapes_in_files({name: shape}, mappings_of):
                 found[_module(stored)] = own
     return found
 
@@ -130,12 +135,16 @@ def _number(value: float) -> float:
     return int(value) if value == int(value) else value
 
 
-def _saved(lora: LoraConfig, kept: Iterable[str]) -> list[str]:
-    """modules_to_save, as names in files."""
+def _saved(lora: LoraConfig, kept: Sequence[str], everything: Iterable[str]) -> list[str]:
+    """modules_to_save, as names in files. PEFT takes every module whose name ends in one of them,
+    also in the middle of a word: full names are written where that is another one."""
+    modules = {module for name in everything for module in parents(name)}
     entries = []
     for name in kept:
-        modules = parents(name)
-        fits = (entry for entry in lora.modules_to_save
-                if any(is_named(module, (entry,)) for module in modules))  # fmt: skip
-        entries.append(next(fits, _leaf(modules[0])))
+        own = parents(name)
+        fitting = [entry for entry in lora.modules_to_save
+                   if any(is_named(module, (entry,)) for module in own)
+                   and all(is_named(module, (entry,)) for module in modules
+                           if module.endswith(entry))]  # fmt: skip
+        entries.append(fitting[0] if fitting else own[0])
     return list(dict.fromkeys(entries))

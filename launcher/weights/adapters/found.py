@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,8 @@ class FoundAdapter:
     config: Mapping[str, Any]
     """As in adapter_config.json. Not checked."""
     base: Base
+    tied: Mapping[str, str] = field(default_factory=dict)
+    """Names of tied weights that are saved in full, to those they are tied to."""
 
 
 def find_adapter(path: Path) -> FoundAdapter | None:
@@ -96,7 +98,11 @@ def entry_of(state: Mapping[str, Any], path: Path, file: Path) -> FoundAdapter |
         path=str(base.get("path") or ""), content=str(base.get("content") or ""),
         seed=seed if isinstance(seed, int) else None,
     )  # fmt: skip
-    return FoundAdapter(path=path, file=file, is_peft=False, config=entry["config"], base=known)
+    tied = entry.get("tied")
+    return FoundAdapter(
+        path=path, file=file, is_peft=False, config=entry["config"], base=known,
+        tied={str(k): str(v) for k, v in tied.items()} if isinstance(tied, dict) else {},
+    )  # fmt: skip
 
 
 def _in_checkpoint(path: Path) -> FoundAdapter | None:

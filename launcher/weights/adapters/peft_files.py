@@ -112,11 +112,16 @@ def _place(name: str, family: str) -> tuple[str, tuple[str, ...], str] | None:
     return None
 
 
-def write_peft(source: Source, config: Content, family: str, directory: Path) -> list[str]:
+def write_peft(
+    source: Source, config: Content, family: str, directory: Path,
+    tied: Mapping[str, str] | None = None,
+) -> list[str]:  # fmt: skip
     """Write the adapter of `source`, which has the names of rank files, into `directory`, which
-    exists. Optimizer state is left out. Returns the names of its tensors. Raises `UserError`, also
-    where what is read does not have its checksum."""
+    exists. Optimizer state is left out. `tied`: names of tied weights to those they are tied to;
+    PEFT reads both. Returns the names of its tensors. Raises `UserError`, also where what is read
+    does not have its checksum."""
     tensors = read_tensors(source, lambda name: not is_optimizer_state(name))
+    tensors |= {alias: tensors[name] for alias, name in (tied or {}).items() if name in tensors}
     tensors, content = _in_form_of_peft(tensors, config, family)
     parts = [
         Part(f"{PREFIX}{name}", one.dtype, one.words.shape, _reader(one.words))
