@@ -122,7 +122,7 @@ def write_peft(
     does not have its checksum."""
     tensors = read_tensors(source, lambda name: not is_optimizer_state(name))
     tensors |= {alias: tensors[name] for alias, name in (tied or {}).items() if name in tensors}
-    tensors, content = _in_form_of_peft(tensors, config, family)
+    tensors, content = in_form_of_peft(tensors, config, family)
     parts = [
         Part(f"{PREFIX}{name}", one.dtype, one.words.shape, _reader(one.words))
         for name, one in tensors.items()
@@ -138,7 +138,7 @@ def _reader(words: Words) -> Callable[[int, int], memoryview]:
     return lambda start, stop: flat[start:stop]
 
 
-def _in_form_of_peft(
+def in_form_of_peft(
     tensors: Mapping[str, Tensor], config: Content, family: str
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors with names of rank files, and their description, with modules as files have them."""
