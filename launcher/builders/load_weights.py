@@ -216,7 +216,8 @@ def load_or_init(job: Job, parts: ModelParts, layout: Layout, weights: Weights |
     else:
         if not job.config.strict_load:
             initialize(job, parts, layout, rank)
-        _load(job, parts, layout, source, rank)
+        is_new = weights is None or weights.adapter is None
+        _load(job, parts, layout, source, rank, is_new=is_new)
     if weights is not None and weights.adapter is not None:
         _load_adapter(job, parts, layout, weights.adapter, rank)
     sync_tied_weights(parts)
@@ -246,7 +247,10 @@ def sync_tied_weights(parts: ModelParts) -> None:
     broadcast_tied([first for first, _ in copies], [second for _, second in copies])
 
 
-def _load(job: Job, parts: ModelParts, layout: Layout, source: Source, rank: int) -> None:
+def _load(
+    job: Job, parts: ModelParts, layout: Layout, source: Source, rank: int, *, is_new: bool
+) -> None:
+    """Load the weights of a model; `is_new`: those of an adapter are initialized, and stay so."""
     model = parts.modules[-1]
     mappings = mappings_of(model)
     held = mapped(shards(parts.named_tensors(), layout, rank), mappings)
@@ -269,6 +273,7 @@ def _load(job: Job, parts: ModelParts, layout: Layout, source: Source, rank: int
         _initialize(job, {n: s for n, s in held.items() if n in new}, job.config.seed)
         for module in parts.modules:
             initialize_magnitudes(module, layout.shapes)
+    if new and is_new:
         job.log(f"adapter: {len(new)} tensors, initialized from seed {job.config.seed}")
 
 

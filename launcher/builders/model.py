@@ -49,6 +49,7 @@ def build_parallel(job: Job, *, training: bool) -> BuiltModel:
     dtype = job.dtype(job.spec.precision.params_dtype, otherwise=usual)
     full = build_model(job.spec, dtype=dtype)
     count = parameter_count(full)
+    sizes = {name: parameter.numel() for name, parameter in full.named_parameters()}
     layout = model_layout(
         full, job.spec, job.mesh, split=job.split,
         vocab_emb_dp=job.config.parallel_config.vocab_emb_dp,
@@ -75,7 +76,6 @@ def build_parallel(job: Job, *, training: bool) -> BuiltModel:
             )  # fmt: skip
         materialize_all(module, job.world.device, offload)
     trained = trained_parameters(full)
-    sizes = {name: parameter.numel() for name, parameter in full.named_parameters()}
     job.log(
         f"model: {job.spec.family}, {count:,} parameters "
         f"({_name(dtype)}, computing in {_name(job.compute_dtype)})"

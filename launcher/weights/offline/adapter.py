@@ -139,7 +139,7 @@ def merge_adapter(
 
 
 def _tokenizer(adapter: OpenAdapter, place: Path | None) -> Path | None:
-    """The directory with the tokenizer that the adapter was trained with; None: that of the base."""
+    """The directory of the tokenizer that the adapter was trained with; None: that of the base."""
     folder = adapter.found.path if place is None else place
     return folder if any((folder / name).is_file() for name in TOKENIZER_FILES) else None
 
