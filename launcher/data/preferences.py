@@ -320,7 +320,7 @@ def _answer(record: Record, variant: _Variant, strictness: Strictness) -> Answer
         )  # fmt: skip
     first = len(messages) - variant.answer_turns
     context = {i for i, turn in enumerate(messages[:first]) if turn["role"] == "assistant"}
-    return replace(conversation, context_turns=frozenset(context))
+    return replace(conversation, context_turns=conversation.context_turns | context)
 
 
 def _plain(record: Record, value: Mapping[str, Any], strictness: Strictness) -> PlainText:
