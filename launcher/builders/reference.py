@@ -255,8 +255,7 @@ def _key(job: Job, digest: str, dataset: RowDataset) -> str:
 @torch.no_grad()
 def _digest(job: Job, model: BuiltModel) -> str:
     """A hash of the weights in memory that does not depend on their layout: of each tensor the sums
-    of its bits, as integers, and of their squares, modulo 2^64. It tells weights of a run apart,
-    and is no protection against an attack."""
+    of its bits, as integers, and of their squares, modulo 2^64. Weights of a run differ in it; it is no protection against an attack."""
     rank = job.world.rank
     names = sorted(shapes_in_files(model.layout.shapes, model.mappings_of))
     held = mapped(shards(model.parts.named_tensors(), model.layout, rank), model.mappings_of)

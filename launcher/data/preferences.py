@@ -289,7 +289,7 @@ def _hh_turns(text: str) -> list[dict[str, Any]]:
     if parts[0].strip() or len(parts) < 3 or parts[1] != "Human":
         return []
     pairs = zip(parts[1::2], parts[2::2], strict=True)
-    return [{"role": _HH_ROLES[who], "content": said.removeprefix(" ")} for who, said in pairs]
+    return [{"role": _HH_ROLES[who], "content": text.removeprefix(" ")} for who, text in pairs]
 
 
 def _shared_text(chosen: str, rejected: str) -> int:

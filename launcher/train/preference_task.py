@@ -63,7 +63,7 @@ class PreferenceTask:
         return self.needs_reference and self.without_adapters is None
 
     def prepared(self, model: BuiltModel, batch: Batch, reference: Tensor | None) -> Prepared:
-        """A batch with what the reference says of it. `reference`: as that of `TrainRun`."""
+        """A batch with its log-probabilities under the reference. `reference`: as that of `TrainRun`."""
         if not self.needs_reference:
             ids = batch.input_ids
             zeros = torch.zeros(ids.shape[:-1].numel(), device=model.batch_sharder.device)
