@@ -83,7 +83,7 @@ def pairs_of(
     """The pairs of records, in the given format or that which each one has. Raises UserError."""
 
     def pair_of(raw: Record) -> Pair:
-        record = without_null(raw)
+        record = _without_labels(without_null(raw), strictness)
         chosen, rejected = (
             _answer(record, variant, strictness) for variant in _variants(record, given_format)
         )
@@ -100,6 +100,7 @@ def judged_of(
     def answers_of(raw: Record) -> list[Judged]:
         record = without_null(raw)
         if _is_pair(record.value):
+            record = _without_labels(record, strictness)
             variants = _variants(record, given_format)
             return [
                 Judged(_answer(record, variant, strictness), verdict)
@@ -110,6 +111,14 @@ def judged_of(
 
     for answers in convert_records(records, answers_of):
         yield from answers
+
+
+def _without_labels(record: Record, strictness: Strictness) -> Record:
+    """A pair without judgements beside it, which are counted as not used."""
+    for name in _LABELS:
+        if name in record.value:
+            strictness.tally.unused_fields.add(name, record.where)
+    return replace(record, value=_without(record.value, *_LABELS))
 
 
 def _is_pair(value: Mapping[str, Any]) -> bool:
