@@ -112,6 +112,19 @@ def test_tokens_page(folder: Path) -> None:
         assert sum("loss" in json.loads(row) for row in rows) == 4
 
 
+def test_preference_page(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_page("preference.md", folder) == 6
+    rows = {
+        name: [json.loads(line) for line in (folder / f"output/{name}/metrics.jsonl").open()]
+        for name in ("dpo", "simpo", "kto")
+    }
+    assert all(sum("loss" in row for row in found) == 6 for found in rows.values())
+    assert rows["dpo"][-1]["eval_rewards/margins"] > 0
+    evaluated = json.loads((folder / "output/dpo/eval_result.json").read_text())
+    last = {key: value for key, value in rows["dpo"][-1].items() if key.startswith("eval_")}
+    assert evaluated == pytest.approx(last, rel=1e-4, abs=1e-5)
+
+
 def test_training_page(folder: Path) -> None:
     assert run_page("training.md", folder) >= 12
     log = (folder / "output/callbacks/log/rank_0/info.log").read_text()
