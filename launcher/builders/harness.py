@@ -65,6 +65,7 @@ def evaluate_tasks(options: argparse.Namespace, files: Sequence[Path], console: 
 def _resolved(options: argparse.Namespace) -> Resolved:
     """The configuration of a prediction with the weights. Raises `UserError` with all problems."""
     if options.config is not None:
+        _check_unused(options)
         words = ["--config", options.config, "--run_mode", "predict", "--predict_data", "-",
                  "--load_checkpoint", str(options.load_checkpoint)]  # fmt: skip
         resolved = resolve_command_line(parse(words))
@@ -87,6 +88,17 @@ def _resolved(options: argparse.Namespace) -> Resolved:
     if problems := (*resolved.problems, *found):
         raise UserError(problems)
     return resolved
+
+
+def _check_unused(options: argparse.Namespace) -> None:
+    """Raises `UserError` for options that a configuration has keys for."""
+    for name, key in {"compute_dtype": "model.model_config.compute_dtype",
+                      "tokenizer": "processor.tokenizer.pretrained_model_dir"}.items():  # fmt: skip
+        if getattr(options, name) is not None:
+            raise UserError(
+                f"--{name} and --config are both given", where="command line",
+                rule="the configuration describes the model", nearest=f"Set {key} in it",
+            )  # fmt: skip
 
 
 def folder_of_model(path: Path) -> Path:
