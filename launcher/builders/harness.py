@@ -37,7 +37,7 @@ from launcher.weights.source import detect
 USUAL_LENGTH = 2048
 """Tokens of a row where the model has no limit."""
 USUAL_NEW_TOKENS = 256
-"""Of a task that generates and does not say how many."""
+"""Of a task that generates without a limit of its own."""
 _SETTINGS = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty", "min_p")
 """Keys of `generation_kwargs` of a task that are honoured."""
 _LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
