@@ -204,6 +204,30 @@ def test_weights_page(folder: Path) -> None:
     assert all((folder / "output" / copy).is_file() for copy in copies)
 
 
+def test_evaluation_page(folder: Path) -> None:
+    assert run_page("evaluation.md", folder) >= 4
+    log = (folder / "output/evaluated/log/rank_0/info.log").read_text()
+    page = (ROOT / "docs/evaluation.md").read_text()
+    for line in ("step 2: eval loss", "saved step 2 as", "EarlyStopping:"):
+        (shown,) = re.findall(rf"^{line}.*$", page, re.MULTILINE)
+        assert re.sub(r"\d+", "0", shown) in re.sub(r"\d+", "0", log), shown
+    rows = [json.loads(line) for line in (folder / "output/evaluated/metrics.jsonl").open()]
+    newest = [row for row in rows if "eval_loss" in row][-1]
+    for again in ("evaluated_again", "evaluated_resolved"):
+        row = json.loads((folder / f"output/{again}/eval_result.json").read_text())
+        assert row.items() <= newest.items()
+
+
+def test_export_page(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_page("export.md", folder) == 5
+    page, said = (ROOT / "docs/export.md").read_text(), capsys.readouterr().out
+    for line in re.findall(r"```text\n(.*?)```", page, re.DOTALL)[0].splitlines():
+        assert line in said, line
+    files = {path.name for path in (folder / "hf").iterdir()}
+    assert files >= {"README.md", "config.json", "chat_template.jinja", "tokenizer.json",
+                     "generation_config.json", "model.safetensors.index.json"}  # fmt: skip
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.name)
 def test_every_shipped_configuration_is_right(path: Path, materials: Workshop, tmp_path) -> None:
     """Checked with the folders it names made of the materials, then trained for two steps."""
