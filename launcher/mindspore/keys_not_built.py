@@ -28,9 +28,6 @@ KEYS_NOT_BUILT: dict[str, dict[str, dict[str, tuple[Any, ...]]]] = {
             "pipeline": (dict[str, Any] | None, None)
         },
     },
-    "generation_config": {
-        "Remove it": {"parallel_decoding": (str | None, None)},
-    },
     "parallel": {
         "Checkpoints describe their own layout: remove it": {"strategy_ckpt_load_file": (str, "")},
     },

@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from launcher.generation.draw import FURTHER
 from launcher.generation.forward import Forward
 from launcher.generation.loop import continue_tokens
 from launcher.generation.settings import GenerationSettings, token_limits
@@ -51,23 +52,27 @@ def generate(
 ) -> list[Generation]:
     """Continue every prompt; in the order of the prompts on rank 0, empty on the others.
 
-    With `data_parallel` > 1 replica `rank` continues its share, and `gather` collects them. Raises
-    UserError for a prompt that is too long, before anything is computed.
+    A prompt has `settings.num_return_sequences` texts, one after the other. With `data_parallel` > 1
+    replica `rank` continues its share, and `gather` collects them. Raises UserError for a prompt
+    that is too long, before anything is computed.
     """
     forward = model if isinstance(model, Forward) else Forward(model)
     encoded = [_encode(tokenizer, prompt, settings) for prompt in prompts]
     limits = token_limits([len(ids) for ids in encoded], settings, positions_of(forward.model))
-    mine = list(range(rank, len(prompts), data_parallel))
+    copies = settings.num_return_sequences
+    mine = range(rank, len(prompts) * copies, data_parallel)
     done: list[tuple[int, Generation]] = []
     for start in range(0, len(mine), batch_size):
         batch = mine[start : start + batch_size]
+        of = [text // copies for text in batch]
         news = continue_tokens(
-            forward, [encoded[i] for i in batch], settings, limits=[limits[i] for i in batch],
-            indices=batch, seed=seed, device=device,
+            forward, [encoded[i] for i in of], settings, limits=[limits[i] for i in of],
+            indices=[i + text % copies * FURTHER for i, text in zip(of, batch, strict=True)],
+            seed=seed, device=device, tokenizer=tokenizer,
         )  # fmt: skip
-        for index, new in zip(batch, news, strict=True):
-            text = continued_text(tokenizer, prompts[index], encoded[index], new)
-            done.append((index, Generation(prompt=prompts[index], text=text, tokens=tuple(new))))
+        for index, i, new in zip(batch, of, news, strict=True):
+            text = continued_text(tokenizer, prompts[i], encoded[i], new)
+            done.append((index, Generation(prompt=prompts[i], text=text, tokens=tuple(new))))
     forward.finish()
     if data_parallel > 1 and gather is not None:
         shares = gather(done)
