@@ -136,17 +136,17 @@ def _checked(line: CommandLine) -> Resolved:
     from launcher.config.resolve import resolve_command_line
 
     resolved = resolve_command_line(line)
-    if line.prepare_data:
+    if line.opens_data_alone:
         resolved = _for_its_data(resolved)
     config, provenance = resolved.config, resolved.provenance
-    only_checks = line.check_config or line.print_config or line.prepare_data
+    only_checks = line.check_config or line.print_config or line.opens_data_alone
     started = "WORLD_SIZE" in os.environ or not only_checks
     found = rules.check(
         config,
         provenance,
         world=rules.world_size() if started else rules.planned_world_size(),
         bad_keys=resolved.bad_keys,
-        rules=rules.DATA_RULES if line.prepare_data else rules.RULES,
+        rules=rules.DATA_RULES if line.opens_data_alone else rules.RULES,
     )
     problems = (*resolved.problems, *found)
     if problems:
@@ -210,6 +210,8 @@ def _run(line: CommandLine, resolved: Resolved, *, ends_with_peers: bool) -> int
 
     if line.prepare_data:
         return modes.prepare(resolved.config, resolved.provenance)
+    if line.show_data:
+        return modes.show(resolved.config, resolved.provenance, line.show_data)
     return modes.run(resolved.config, resolved.provenance, text, ends_with_peers=ends_with_peers)
 
 

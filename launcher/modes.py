@@ -5,6 +5,7 @@ Called on every rank, after the configuration has been checked; the first module
 
 from __future__ import annotations
 
+import shlex
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -13,21 +14,33 @@ import torch
 
 from launcher.builders.callbacks import build_callbacks
 from launcher.builders.data import evaluation_data
+from launcher.builders.interactive import chat
 from launcher.builders.job import Job
 from launcher.builders.load_weights import find_weights, load_or_init
 from launcher.builders.model import build_parallel, build_predicting
-from launcher.builders.prediction import PREDICT_BATCH, continue_prompts, result_path
+from launcher.builders.prediction import (
+    PREDICT_BATCH,
+    continue_prompts,
+    open_stream,
+    prepare_prompts,
+    result_path,
+)
 from launcher.builders.prepare import prepare_data
+from launcher.builders.reference import with_reference
 from launcher.builders.reporting import open_reporting
 from launcher.builders.resume import find_resume, own_root, resumed_run
 from launcher.builders.roll_back import fit_with_roll_back
 from launcher.builders.run import fresh_run
+from launcher.builders.show_data import show_data
 from launcher.checkpoint.files import json_bytes, write_json
 from launcher.checkpoint.in_use import in_use
 from launcher.checkpoint.monitor import CheckpointMonitor
+from launcher.config.pet import lora_of
 from launcher.config.provenance import Provenance
 from launcher.config.schema import Config
 from launcher.config.shared import shared_settings
+from launcher.data.strictness import Strictness
+from launcher.data.tally import Tally
 from launcher.environment import process_environment
 from launcher.errors import EXIT_OK, UserError
 from launcher.extensions import STRATEGY_WRITERS, installed, required
@@ -90,6 +103,12 @@ def prepare(config: Config, provenance: Provenance) -> int:
     """Prepare the data of `config` in this process alone. Returns the exit code."""
     world = World(0, 1, torch.device("cpu"))
     return prepare_data(Job(config, provenance, world, Console(enabled=True)))
+
+
+def show(config: Config, provenance: Provenance, count: int) -> int:
+    """Print samples of the data of `config`. Returns the exit code."""
+    world = World(0, 1, torch.device("cpu"))
+    return show_data(Job(config, provenance, world, Console(enabled=True)), count)
 
 
 def world_without_group() -> World:
@@ -165,6 +184,7 @@ def evaluate_only(job: Job) -> int:
     weights = find_weights(job)
     sets = evaluation_data(job)
     built = build_parallel(job, training=False)
+    sets = with_reference(job, built, sets)
     load_or_init(job, built.parts, built.layout, weights)
     result = evaluate_sets(built, sets, job.world)
     job.log(str(result))
@@ -176,17 +196,27 @@ def evaluate_only(job: Job) -> int:
 
 
 def predict(job: Job) -> int:
-    """Generate text from prompts, print it and write it to files."""
-    prompts = read_prompts(job.config.input_data)
+    """Generate text from prompts, print it and write it to files; or chat."""
+    if job.config.interactive:
+        return chat(job)
+    strictness = Strictness(strict=True, tally=Tally())
+    prompts = read_prompts(job.config.input_data, strictness)
     check_same(
         job.world, {"--predict_data": prompts}, rule="all ranks need the same prompts",
         advice="Copy the file of prompts to every machine",
     )  # fmt: skip
     check_writable(result_path(job))
+    source = find_weights(job)
+    setup, encoded = prepare_prompts(job, source, prompts, strictness)
     forward, layout = build_predicting(job)
-    load_or_init(job, ModelParts([forward.model]), layout, find_weights(job))
+    load_or_init(job, ModelParts([forward.model]), layout, source)
     batch_size = job.config.predict_batch_size or min(len(prompts), PREDICT_BATCH)
-    generations = continue_prompts(job, forward, prompts, batch_size)
+    stream = open_stream(job, encoded)
+    generations = continue_prompts(
+        job, forward, setup, encoded, batch_size, stream.watch if stream else None
+    )
+    if stream:
+        stream.close()
     if job.world.is_main:
         path = write_results(generations, result_path(job), batch_size)
         job.log(result_text(generations, batch_size))
@@ -234,4 +264,19 @@ def train_to_the_end(job: Job, run: TrainRun, callbacks: Callbacks) -> int:
         run.loader.close()
         if reporting:
             reporting.close(run)
+    if isinstance(callbacks.saving, CheckpointMonitor):
+        job.log(next_steps(job))
     return EXIT_OK
+
+
+def next_steps(job: Job) -> str:
+    """The line after a training: how to chat with the model, and how to export it."""
+    root = shlex.quote(str(own_root(job.config)))
+    config = shlex.quote(str(job.output_dir / resolved_name("train")))
+    export = shlex.quote(str(job.output_dir / "hf"))
+    tool = "export" if lora_of(job.config) is None else "merge_lora"
+    return (
+        f"next: python run.py --config {config} --run_mode predict --load_checkpoint {root} "
+        f"--interactive   or: python -m launcher.tools.{tool} --load_checkpoint {root} "
+        f"--output_dir {export}"
+    )

@@ -101,4 +101,5 @@ def _set(job: Job, key: str, section: DatasetSection) -> EvaluationSet:
         pin_memory=job.world.device.type == "cuda",
     )
     name = section.name if isinstance(section, NamedDatasetSection) else ""
-    return EvaluationSet(name, batches, tuple(source.name for source in dataset.sources))
+    sources = tuple(source.name for source in dataset.sources)
+    return EvaluationSet(name, batches, sources, dataset)

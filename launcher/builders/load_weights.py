@@ -69,6 +69,22 @@ def find_weights(job: Job) -> Source | None:
     return source
 
 
+def weights_at(job: Job, path: Path) -> Source:
+    """Weights at a path that is not that of the job's own. Called by all ranks together."""
+    source = open_weights(path, job.world, job.log, strategy="")
+    if source.kind != "distributed" and job.world.size > 1:
+        _check_same_content(job, source)
+    return under_model_names(job, source)
+
+
+def pretrained_weights(job: Job) -> Source | None:
+    """The weights in pretrained_model_dir, if there are some. Called by all ranks together."""
+    folder = Path(job.config.pretrained_model_dir)
+    holds = bool(job.config.pretrained_model_dir) and holds_complete(folder)
+    _check_same(job, {"weights": Unquoted("found" if holds else "none")})
+    return weights_at(job, folder) if holds else None
+
+
 def under_model_names(job: Job, source: Source) -> Source:
     """`source` under the names that rank files have: from those of Hugging Face, or of another
     program. Raises `UserError`."""

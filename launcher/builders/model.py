@@ -15,6 +15,7 @@ from launcher.builders.layer_memory import (
     prepare_layers,
 )
 from launcher.builders.layout import model_layout, predict_split
+from launcher.builders.preference import preference_loss, preference_task
 from launcher.config.derived import pipeline_schedule, predict_mesh_of
 from launcher.generation.distributed import DistributedForward
 from launcher.generation.forward import Forward
@@ -29,8 +30,8 @@ from launcher.parallel.model_parts import ModelParts
 from launcher.parallel.pipeline import Pipeline
 from launcher.parallel.tensor import gather_logits
 from launcher.parallel.world import World
-from launcher.train.compute import BatchSharder, Compute, FullModel, Loss, PipelinedModel
-from launcher.train.loss import token_loss_sum
+from launcher.train.compute import BatchSharder, Compute, FullModel, PipelinedModel
+from launcher.train.loss import Loss, token_loss_sum
 from launcher.train.run import BuiltModel
 from models.build import blocks, build_model, mappings_of, materialize, parameter_count
 from models.decoder import Decoder
@@ -97,7 +98,7 @@ def build_parallel(job: Job, *, training: bool) -> BuiltModel:
     return BuiltModel(
         parts=parts, layout=layout, trained=trained,
         mappings_of=mappings_of(parts.modules[-1]), compute=_compute(job, parts, modules),
-        batch_sharder=batch_sharder,
+        batch_sharder=batch_sharder, preference=preference_task(job, parts.modules),
     )  # fmt: skip
 
 
@@ -142,11 +143,13 @@ def _stages(job: Job, full: nn.Module, dtype: torch.dtype) -> dict[int, nn.Modul
 
 def _compute(job: Job, parts: ModelParts, modules: dict[int, nn.Module]) -> Compute:
     loss = loss_of(job)
+    preference = preference_loss(job, loss)
     at = job.mesh.coordinates(job.world.rank)
-    counts = at["tp"] == 0
+    # Ranks with other tokens of the same sequences all have the loss of a sample.
+    counts = at["tp"] == 0 and (preference is None or at["cp"] == 0)
     if job.split is None:
         own = isinstance(parts.modules[0], Decoder)
-        return FullModel(parts, loss, counts, own)
+        return FullModel(parts, loss, counts, own, preference)
     group = job.meshes.group("pp")
     assert group is not None
     pipeline = Pipeline(
@@ -158,7 +161,7 @@ def _compute(job: Job, parts: ModelParts, modules: dict[int, nn.Module]) -> Comp
         device=job.world.device,
         dtype=job.compute_dtype,
     )
-    return PipelinedModel(pipeline, loss, counts)
+    return PipelinedModel(pipeline, loss, counts, preference)
 
 
 def loss_of(job: Job) -> Loss:

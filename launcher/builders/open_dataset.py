@@ -72,6 +72,7 @@ def open_dataset(
         workers=_workers(section),
         max_cache_bytes=_max_bytes(job.config),
         model_config=job.spec.hf_config,
+        chat=job.chat,
         phase="valid" if is_evaluation(name) else "train",
     )
     shown.end()
@@ -107,6 +108,7 @@ def _open_stream(
         log=log,
         on_progress=lambda line: work.report(f"{line} ({name})"),
         model_config=job.spec.hf_config,
+        chat=job.chat,
     )
     if filesystems.are_several:
         _check_same(world.gather(dataset.content))

@@ -1,57 +1,123 @@
-"""Prediction: the generation settings, and generating from the prompts on every rank."""
+"""Prediction: the generation settings, the prompts as tokens, and generating on every rank."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
+from launcher.builders.chat_template import (
+    ANSWER_TOKENS,
+    ChatSetup,
+    chat_setup,
+    encode_prompts,
+)
 from launcher.builders.job import Job
 from launcher.builders.model import predict_mesh
 from launcher.config.checks.check import Check
 from launcher.config.checks.generation import read_generation_file
+from launcher.data.strictness import Strictness
 from launcher.generation.forward import Forward
+from launcher.generation.loop import Watch
 from launcher.generation.settings import GenerationSettings, generation_settings
 from launcher.layout.mesh import Mesh
 from launcher.parallel.consistency import check_same
+from launcher.predict.answers import answer_message, with_answer
+from launcher.predict.encode import EncodedPrompt
 from launcher.predict.generate import Generation, generate
+from launcher.predict.prompts import Prompt
 from launcher.predict.results import RESULT_FILE
+from launcher.predict.stream import Stream
+from launcher.weights.source import Source
 
 Share = list[tuple[int, Generation]]
 PREDICT_BATCH = 8
 """Prompts in a batch when predict_batch_size is not set."""
 
 
-def continue_prompts(
-    job: Job, forward: Forward, prompts: Sequence[str], batch_size: int
-) -> list[Generation]:
-    """Every prompt with its continuation, on the main rank; each rank continues its share.
+def prepare_prompts(
+    job: Job, source: Source | None, prompts: Sequence[Prompt], strictness: Strictness
+) -> tuple[ChatSetup, list[EncodedPrompt]]:
+    """The prompts as the model reads them, and how they were encoded; the log has how. Called by
+    all ranks together. Raises `UserError`, also where machines differ in their tokenizers.
 
-    Called by all ranks together. Raises `UserError`, also where machines differ in
-    generation_config.json or in the tokenizer.
+    `source`: the weights. `strictness`: that of `read_prompts`.
     """
-    seed, mesh = job.config.generation_config.seed, predict_mesh(job)
-    chosen = settings(job)
-    ids = [job.tokenizer(prompt)["input_ids"] for prompt in prompts]
+    setup = chat_setup(job, source, settings(job), strictness, ends_are_set=ends_are_set(job))
+    encoded = encode_prompts(setup, prompts)
     check_same(
-        job.world, {**asdict(chosen), "tokens of the prompts": ids},
+        job.world, {**asdict(setup.settings), "tokens of the prompts": [p.ids for p in encoded]},
         rule="all ranks need the same settings, which each machine reads from its own files",
         advice="Copy the same model folder and the same tokenizer to every machine",
     )  # fmt: skip
+    for line in setup.describe(encoded):
+        job.log(line)
+    return setup, encoded
+
+
+def continue_prompts(
+    job: Job, forward: Forward, setup: ChatSetup, prompts: Sequence[EncodedPrompt],
+    batch_size: int, watch: Watch | None = None,
+) -> list[Generation]:  # fmt: skip
+    """Every prompt with its continuation, on the main rank; each rank continues its share.
+
+    Called by all ranks together. Raises `UserError` for a prompt that is too long.
+    """
+    seed, mesh = job.config.generation_config.seed, predict_mesh(job)
+    answers = any(prompt.conversation is not None for prompt in prompts)
     forward.model.eval()
-    return generate(
+    found = generate(
         forward,
         job.tokenizer,
         prompts,
-        chosen,
+        setup.settings if answers else settings(job),
         batch_size=batch_size,
         device=job.world.device,
         seed=job.config.seed if seed is None else seed,
         rank=mesh.data_rank(job.world.rank),
         data_parallel=mesh.data_parallel,
         gather=lambda done: _one_of_each_replica(job.world.gather(done), mesh),
+        room=answer_room(job) if answers else None,
+        watch=watch,
     )
+    # Other ranks have none, or their share.
+    copies = setup.settings.num_return_sequences
+    of_each = [prompt for prompt in prompts for _ in range(copies)]
+    return [answered(setup, *pair) for pair in zip(found, of_each, strict=False)]
+
+
+def answered(setup: ChatSetup, generation: Generation, prompt: EncodedPrompt) -> Generation:
+    """The generation of a rendered prompt with its conversation, which ends with the answer."""
+    if prompt.conversation is None:
+        return generation
+    renderer, ends = setup.encoder.renderer, setup.settings.eos_token_ids
+    template = renderer.templates.of(prompt.conversation)
+    tokens = [token for token in generation.tokens if token not in ends]
+    answer = answer_message(renderer.tokenizer, template, prompt.text, tokens)
+    return replace(generation, conversation=with_answer(prompt.conversation, answer))
+
+
+def answer_room(job: Job) -> int | None:
+    """New tokens of an answer where no length is configured; None where one is."""
+    return None if _sets(job, _LENGTHS) else ANSWER_TOKENS
+
+
+def ends_are_set(job: Job) -> bool:
+    """Whether the user configured the end tokens."""
+    return _sets(job, _ENDS)
+
+
+_LENGTHS = ("max_length", "max_new_tokens")
+_ENDS = ("eos_token_id",)
+
+
+def _sets(job: Job, keys: Sequence[str]) -> bool:
+    """Whether the user configured one of some generation settings; lengths also by the file of the
+    model."""
+    written, model, file = _sources(job)
+    sources = (written, model, file) if keys == _LENGTHS else (written, model)
+    return any(source.get(key) is not None for source in sources for key in keys)
 
 
 def _one_of_each_replica(shares: list[Share], mesh: Mesh) -> list[Share]:
@@ -62,6 +128,14 @@ def _one_of_each_replica(shares: list[Share], mesh: Mesh) -> list[Share]:
 
 def settings(job: Job) -> GenerationSettings:
     """The settings in YAML, else those in generation_config.json, else the defaults."""
+    return generation_settings(
+        *_sources(job), tokenizer=job.tokenizer, hf_config=job.spec.hf_config
+    )
+
+
+def _sources(job: Job) -> tuple[Mapping[str, Any], Mapping[str, Any], Mapping[str, Any]]:
+    """Generation settings, highest priority first: in generation_config, in model_config, in
+    generation_config.json."""
     section = job.config.generation_config
     written: dict[str, Any] = {
         field.name: getattr(section, field.name)
@@ -69,13 +143,21 @@ def settings(job: Job) -> GenerationSettings:
         if job.provenance.is_written(f"generation_config.{field.name}")
     }
     check = Check(config=job.config, provenance=job.provenance, world_size=None)
-    return generation_settings(
-        written,
-        job.spec.generation,
-        read_generation_file(check).values,
-        tokenizer=job.tokenizer,
-        hf_config=job.spec.hf_config,
-    )
+    return written, job.spec.generation, read_generation_file(check).values
+
+
+def open_stream(job: Job, prompts: Sequence[EncodedPrompt]) -> Stream | None:
+    """Where the only text is printed while it is generated; None: nowhere. Called by
+    all ranks together: those that do not print watch too."""
+    wanted, texts = job.config.stream, len(prompts) * settings(job).num_return_sequences
+    if wanted is None:
+        wanted = bool(job.world.from_main(job.console.live)) and texts == 1
+    elif wanted and texts > 1:
+        job.log(f"stream: True has no effect: {texts} texts are generated together")
+        wanted = False
+    if not wanted:
+        return None
+    return Stream(job.tokenizer, prompts[0], job.console.write if job.world.is_main else None)
 
 
 def result_path(job: Job) -> Path:

@@ -19,6 +19,7 @@ from launcher.builders.load_weights import (
     under_model_names,
 )
 from launcher.builders.mixture_resume import MIXTURE, continued
+from launcher.builders.reference import restore_reference
 from launcher.builders.resume_report import InferredState, ResumeDetails, resume_report
 from launcher.builders.run import build_run
 from launcher.checkpoint.names import SaveName
@@ -28,6 +29,7 @@ from launcher.config.schema import Config
 from launcher.data.mixture import MixtureOrder
 from launcher.errors import UserError
 from launcher.extensions import INFERRED_STATES, required
+from launcher.report.run_record import INITIAL_WEIGHTS
 from launcher.train.run import TrainRun
 from launcher.train.state import DATA_CURSOR, TrainState, from_json
 from launcher.weights.joined import apart
@@ -82,10 +84,12 @@ def resumed_run(job: Job, chosen: Chosen) -> TrainRun:
     run = build_run(job)
     derived = None if chosen.state else _inferred(run, chosen)
     saved = derived.saved if derived is not None else chosen.state
+    restore_reference(job, run, saved)
     state = restore(job, run, chosen, saved, export=True)
     run.state, mixture = _data_position(job, run, saved, state)
     if saved.get("data") == run.metadata["data"]:
         run.loader.seek(saved.get(DATA_CURSOR))
+    run.metadata[INITIAL_WEIGHTS] = saved.get(INITIAL_WEIGHTS)
     run.origin = _origin(job, run, chosen)
     for line in resume_report(_resume_details(job, run, chosen, saved, derived, mixture)):
         job.log(line)

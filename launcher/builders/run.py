@@ -15,6 +15,8 @@ from launcher.builders.gradients import gradients_of
 from launcher.builders.job import Job
 from launcher.builders.load_weights import load_or_init
 from launcher.builders.model import build_parallel
+from launcher.builders.preference import preference_settings
+from launcher.builders.reference import add_other_reference, add_reference
 from launcher.builders.run_metadata import run_metadata
 from launcher.checkpoint.savable import Origin
 from launcher.config.derived import global_batch_size
@@ -22,6 +24,7 @@ from launcher.config.schema import Config
 from launcher.data.loader import Loader
 from launcher.errors import UserError
 from launcher.parallel.matrices import MatrixExchange, matrix_exchange
+from launcher.report.run_record import INITIAL_WEIGHTS
 from launcher.train.health import limits_of
 from launcher.train.optimizer import Optimizer, build_optimizer
 from launcher.train.run import BuiltModel, StepSettings, TrainRun
@@ -36,7 +39,11 @@ from models.transformers_model import complete_config
 def fresh_run(job: Job, weights: Source | None) -> TrainRun:
     """A run before its first step, from `weights` or from random ones."""
     run = build_run(job)
+    is_other = add_other_reference(job, run)
     load_or_init(job, run.model.parts, run.model.layout, weights)
+    if not is_other:
+        add_reference(job, run)
+    run.metadata[INITIAL_WEIGHTS] = str(weights.path) if weights else None
     files = {file.resolve() for file in weights.headers} if weights else set()
     run.origin = replace(run.origin, inputs=run.origin.inputs | files)
     return run
@@ -183,7 +190,9 @@ def _balance(job: Job, global_batch: int) -> torch.Tensor | None:
     experts = job.spec.decoder.experts if job.spec.decoder is not None else None
     if experts is None or not experts.balance_on:
         return None
-    weight = experts.balance_coefficient / (global_batch * sum(experts.layers))
+    settings = preference_settings(job.config)
+    sequences = global_batch * (2 if settings is not None and settings.is_paired else 1)
+    weight = experts.balance_coefficient / (sequences * sum(experts.layers))
     return torch.tensor(weight, dtype=torch.float32, device=job.world.device)
 
 

@@ -11,6 +11,17 @@ from typing import Literal
 NO_TEMPLATE = "none"
 TEMPLATE_SUFFIXES = (".jinja", ".jinja2", ".j2", ".txt")
 
+RESERVED_ARGUMENTS = frozenset(
+    {
+        *("messages", "conversation", "conversations", "tools", "chat_template", "tokenize"),
+        *("add_generation_prompt", "continue_final_message", "padding", "truncation", "max_length"),
+        *("return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs"),
+        "sanitize_control_tokens",
+    }
+)
+"""Arguments of `apply_chat_template` that are not those of a template, or have a place of their
+own."""
+
 Kind = Literal["tokenizer", "none", "inline", "file", "name"]
 
 

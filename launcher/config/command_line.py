@@ -12,7 +12,8 @@ from typing import Literal
 
 from launcher.errors import Problem, did_you_mean
 
-FlagType = Literal["text", "int", "bool", "bool or text", "texts"]
+FlagType = Literal["text", "int", "bool", "switch", "bool or text", "texts"]
+"""`switch`: true or false; without a value, true."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +86,15 @@ FLAGS: dict[str, Flag] = {
             help="read at most this many documents",
             only_present=True,
         ),
-        _flag("predict_data", "texts", "input_data", "one or more prompts, or a file of them"),
+        _flag(
+            *("predict_data", "texts", "input_data"),
+            "one or more prompts, messages as JSON, or a file of them",
+        ),
+        _flag("system", "text", "", "system prompt of conversations"),
+        _flag("chat_template", "text", "", "chat template: a name, a file, Jinja text or none"),
+        _flag("stream", "bool", "", "print a text while it is generated"),
+        _flag("interactive", "switch", "", "chat at the terminal, with --run_mode predict"),
+        _flag("tools", "text", "", "JSON file of the tools that conversations may call"),
         _flag("predict_batch_size", "int", "", "prompts generated together"),
         _flag(
             "do_sample", "bool", "model.model_config.do_sample", "sample instead of greedy decoding"
@@ -112,6 +121,9 @@ SWITCHES = {
     "help": "print this help and exit",
 }
 
+SHOW_DATA = "show_data"
+SAMPLES_SHOWN = 3
+
 
 @dataclass(frozen=True, kw_only=True)
 class Assignment:
@@ -133,11 +145,18 @@ class CommandLine:
     check_config: bool = False
     print_config: bool = False
     prepare_data: bool = False
+    show_data: int = 0
+    """Samples of the data that are printed; 0: none."""
     migrate: bool = False
     help: bool = False
     flags: list[Assignment] = field(default_factory=list)
     overrides: list[Assignment] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
+
+    @property
+    def opens_data_alone(self) -> bool:
+        """Whether the data are opened by this process, without a run."""
+        return self.prepare_data or self.show_data > 0
 
 
 def parse(argv: Sequence[str]) -> CommandLine:
@@ -179,6 +198,9 @@ def _option(line: CommandLine, word: str, words: list[str]) -> None:
     if name in SWITCHES:
         _switch(line, name, text if equals else "true", where)
         return
+    if name == SHOW_DATA:
+        _show_data(line, [text] if equals else _take_one(words), where)
+        return
     if name == "options":
         pairs = ([text] if equals else []) + _take_values(words)
         line.flags += list(_options(line, pairs))
@@ -186,6 +208,8 @@ def _option(line: CommandLine, word: str, words: list[str]) -> None:
     flag = FLAGS.get(SHORT_NAMES.get(name, name))
     many = flag is not None and flag.type == "texts"
     values = [text] if equals else (_take_values(words) if many else _take_one(words))
+    if flag is not None and flag.type == "switch" and not equals:
+        values = _switch_value(words, values)
     if not values:
         nearest = "" if flag or name == "config" else nearest_flag(name)
         line.problems.append(
@@ -207,7 +231,7 @@ def _option(line: CommandLine, word: str, words: list[str]) -> None:
 
 def nearest_flag(name: str) -> str:
     """`did you mean `--epochs`?` for a misspelt flag, or an empty string."""
-    names = [*FLAGS, *SHORT_NAMES, *SWITCHES, "config", "options"]
+    names = [*FLAGS, *SHORT_NAMES, *SWITCHES, SHOW_DATA, "config", "options"]
     return did_you_mean(f"--{name}", [f"--{known}" for known in names], cutoff=0.75)
 
 
@@ -227,6 +251,14 @@ def _take_values(words: list[str]) -> list[str]:
     return values
 
 
+def _switch_value(words: list[str], values: list[str]) -> list[str]:
+    """The value of a switch: true where the next word, which is put back, is none."""
+    if values and values[0].lower() in ("true", "false"):
+        return values
+    words[:0] = values
+    return ["true"]
+
+
 def _switch(line: CommandLine, name: str, text: str, where: str) -> None:
     if text.lower() not in ("true", "false"):
         line.problems.append(
@@ -236,11 +268,26 @@ def _switch(line: CommandLine, name: str, text: str, where: str) -> None:
     setattr(line, name, text.lower() == "true")
 
 
+def _show_data(line: CommandLine, values: list[str], where: str) -> None:
+    text = values[0] if values else str(SAMPLES_SHOWN)
+    if not text.isdecimal() or int(text) < 1:
+        line.problems.append(
+            Problem(
+                what=f"`--{SHOW_DATA}` = {text!r}",
+                where=where,
+                rule="it takes how many samples are shown",
+                nearest=f"Nearest: --{SHOW_DATA} {SAMPLES_SHOWN}",
+            )
+        )
+        return
+    line.show_data = int(text)
+
+
 def _named(line: CommandLine, flag: Flag, values: list[str], where: str) -> None:
     text: str | list[str] = values[0] if len(values) == 1 else values
-    if flag.name == "predict_data" and isinstance(text, str):
+    if flag.name == "predict_data" and isinstance(text, str) and text.lstrip()[:1] not in "[{":
         text = text.replace("\\n", "\n")
-    if flag.type == "bool" and str(text).lower() not in ("true", "false"):
+    if flag.type in ("bool", "switch") and str(text).lower() not in ("true", "false"):
         line.problems.append(
             Problem(
                 what=f"`--{flag.name}` = {text!r}",
@@ -292,7 +339,10 @@ def help_text() -> str:
         f"  {'--config FILE':<34} the YAML file (current directory, then configs/)",
     ]
     lines += [f"  {f'--{name}':<34} {text}" for name, text in SWITCHES.items()]
-    shown = {"text": "TEXT", "int": "N", "bool": "true|false", "bool or text": "true|false|NAME"}
+    shown_data = "print so many samples of the data, with marks around what carries loss"
+    lines += [f"  {f'--{SHOW_DATA} [N]':<34} {shown_data}"]
+    shown = {"text": "TEXT", "int": "N", "bool": "true|false", "switch": "",
+             "bool or text": "true|false|NAME"}  # fmt: skip
     lines += [
         f"  {f'--{flag.name} ' + shown.get(flag.type, 'TEXT ...'):<34} {flag.help}"
         for flag in FLAGS.values()

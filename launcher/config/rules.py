@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from launcher.config.checks import (
+    chat,
     evaluation,
     generation,
     memory,
@@ -21,6 +22,8 @@ from launcher.config.checks import (
     pet,
     pipeline,
     placeholders,
+    preference,
+    prompts,
     records,
     registered,
     streaming,
@@ -43,6 +46,8 @@ __all__ = [
     "world_size",
 ]
 
+_ABOUT_CHAT: tuple[Rule, ...] = (chat.templates, chat.arguments, chat.tools)
+
 _ABOUT_DATA: tuple[Rule, ...] = (
     paths.datasets,
     streaming.streams,
@@ -54,6 +59,10 @@ _ABOUT_DATA: tuple[Rule, ...] = (
     records.transforms,
     records.prompts,
     records.packing,
+    chat.learnt_turns,
+    *_ABOUT_CHAT,
+    preference.loaders,
+    preference.packing,
     paths.tokenizer,
     tokenizer.tokenizer_files,
     paths.named_paths,
@@ -98,11 +107,16 @@ RULES: tuple[Rule, ...] = (
     evaluation.early_stopping,
     evaluation.best_save,
     training.trackers_installed,
+    preference.trainer,
+    preference.arguments,
+    preference.reference,
     generation.numbers,
     generation.generation_file,
     generation.lists,
     generation.model_tokens,
     generation.several_texts,
+    prompts.messages,
+    prompts.chat,
     *_ABOUT_DATA,
     weights.weights,
     weights.file_format,
@@ -218,6 +232,6 @@ def warnings(config: Config, provenance: Provenance) -> list[str]:
     if config.last_callback(EvalCallbackSection) is not None and not config.do_eval:
         lines.append("callbacks: EvalCallBack has no effect without do_eval: True")
     subject = Check(config=config, provenance=provenance, world_size=world_size())
-    for room in (parallel, pipeline, memory, weights, generation):
+    for room in (parallel, pipeline, memory, weights, generation, chat):
         lines += room.warnings(subject)
     return lines

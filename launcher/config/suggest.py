@@ -52,6 +52,14 @@ _SYNONYMS = {
     "data_path": "dataset_dir",
     "data_dir": "dataset_dir",
     "columns": "column_map",
+    "roles_to_train": "train_on_roles",
+    "train_on_inputs": "train_on_roles",
+    "train_on_prompt": "train_on_roles",
+    "assistant_only_loss": "train_on_roles",
+    "completion_only_loss": "train_on_roles",
+    "train_on_eos": "train_on_roles",
+    "mask_history": "train_on_turns",
+    "train_on_last_turn": "train_on_turns",
     "eod": "eod_token_id",
     "eos_token_id": "eod_token_id",
     "warmup": "warmup_steps",
@@ -94,6 +102,9 @@ _PATHS = {
                     "model.model_config.compute_dtype"),
     **dict.fromkeys(("gradient_checkpointing", "activation_checkpointing"),
                     "recompute_config.recompute"),
+    **dict.fromkeys(("template", "chat_template_jinja", "chat_template_path"), "chat_template"),
+    "enable_thinking": "chat_template_kwargs.enable_thinking",
+    "tools_file": "tools",
     **dict.fromkeys(("optim", "optimizer_type"), "optimizer.type"),
     **dict.fromkeys(("lr_scheduler", "lr_scheduler_type", "scheduler"), "lr_schedule.type"),
 }  # fmt: skip
@@ -104,6 +115,15 @@ _OF_SECTION = {
     ("data_loader.config", "pad_token_id"): "pad",
 }
 """Words that are keys elsewhere, and have another name in the section of this ending."""
+_REMARKS = {
+    "train_on_inputs": "True is [system, user, assistant], False is [assistant]",
+    "train_on_prompt": "True is [system, user, assistant], False is [assistant]",
+    "assistant_only_loss": "True is [assistant], which is the default",
+    "completion_only_loss": "True is [assistant], which is the default",
+    "train_on_eos": "The end mark of a turn that is learnt is always learnt",
+    "mask_history": "True is `last`",
+}
+"""How a value of another launcher is written here."""
 _NOT_BUILT: dict[str, str] = {}
 
 _SAME_SECTION = 0.15
@@ -203,5 +223,6 @@ def nearest_key(name: str, section: str) -> str:
 def did_you_mean_key(name: str, section: str) -> str:
     """`did you mean `optimizer.weight_decay`?`, or an empty string."""
     key = nearest_key(name, section)
-    remark = f" {_NOT_BUILT[key]}" if key in _NOT_BUILT else ""
+    remark = _NOT_BUILT.get(key) or _REMARKS.get(name, "")
+    remark = f" {remark}" if remark else ""
     return f"did you mean `{key}`?{remark}" if key else ""

@@ -10,6 +10,7 @@ import functools
 import math
 import types
 import typing
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Union
 
@@ -110,7 +111,8 @@ def convert_text(annotation: Any, text: str) -> Any:
         wants_list = any(typing.get_origin(kind) is list for kind in alternatives)
         as_yaml = parse_value(text)
         if wants_list and isinstance(as_yaml, list):
-            return convert(annotation, as_yaml)
+            with suppress(WrongType):  # a list of other things is a text: messages as JSON
+                return convert(annotation, as_yaml)
         if isinstance(as_yaml, (bool, int)) and type(as_yaml) in alternatives:
             return as_yaml
         return convert(annotation, text)

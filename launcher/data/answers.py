@@ -1,8 +1,8 @@
-"""Where an answer begins and ends in a rendered conversation.
+"""Where a turn begins and ends in a rendered conversation.
 
-Owns that search, for templates without `{% generation %}` blocks. The template is rendered again
-with other turns, and the results are compared; the text of an answer is never searched for, since
-it may occur twice.
+Owns that search, for answers of templates without `{% generation %}` blocks and for turns of other
+roles. The template is rendered again with other turns, and the results are compared; the text of a
+turn is never searched for, since it may occur twice.
 
 Some templates render the end of a conversation differently (Phi-3 adds a token, gpt-oss ends only
 the last answer with `<|return|>`, Qwen3 keeps only the last reasoning). There an answer ends before
@@ -26,8 +26,11 @@ _TAIL = 8
 """Characters of a prompt that are compared with the end of a conversation."""
 
 
-def answer_span(text: str, conversation: Conversation, template: ChatTemplate, index: int) -> Span:
-    """The span of the answer in turn `index` in the rendered conversation."""
+def answer_span(
+    text: str, conversation: Conversation, template: ChatTemplate, index: int
+) -> tuple[Span, bool]:
+    """The span of the answer in turn `index` in the rendered conversation, and whether the text
+    before it is what predict renders for the turns before it."""
     messages = conversation.messages
 
     def render(turns: int, *, prompt: bool = False) -> str:
@@ -49,7 +52,38 @@ def answer_span(text: str, conversation: Conversation, template: ChatTemplate, i
         end = _end_by_mark(text, around.after(len(messages)), around)
     if start is None or end is None or end < start:
         raise answer_not_found(conversation.where, index)
-    return start, _without_space(text, start, end, messages[index]["content"], around)
+    span = start, _without_space(text, start, end, messages[index]["content"], around)
+    return span, text.startswith(prompt)
+
+
+def turn_span(text: str, conversation: Conversation, template: ChatTemplate, index: int) -> Span:
+    """The span of the content of turn `index`, with the end mark where one follows it."""
+    before, after = _Around(conversation, template, index).split(len(conversation.messages))
+    start, end = len(before), len(text) - len(after)
+    is_there = before or after
+    if not is_there or not text.startswith(before) or not text.endswith(after) or end < start:
+        raise turn_not_found(conversation, index)
+    space = len(after) - len(after.lstrip())
+    mark = mark_at(after, space, template)
+    return start, end + space + len(mark) if mark else end
+
+
+def block_span(text: str, span: Span, template: ChatTemplate) -> Span:
+    """The span of a generation block without white space behind its end mark, and with the mark
+    where the block ends before it: a model that never learns the mark never stops."""
+    start, end = span
+    body = text[start:end].rstrip()
+    if any(body.endswith(token) for token in template.special_tokens):
+        return start, start + len(body)
+    mark = mark_at(text, end, template)
+    ends = mark and (mark == template.tokenizer.eos_token or text.rstrip().endswith(mark))
+    return start, end + len(mark) if ends else end
+
+
+def mark_at(text: str, place: int, template: ChatTemplate) -> str:
+    """The longest special token at a place of the text; empty where there is none."""
+    found = [token for token in template.special_tokens if token and text.startswith(token, place)]
+    return max(found, key=len, default="")
 
 
 @dataclass(frozen=True)
@@ -155,6 +189,18 @@ def common_prefix(left: Any, right: Any) -> int:
     """Length of the common prefix of two sequences."""
     pairs = enumerate(zip(left, right, strict=False))
     return next((i for i, (a, b) in pairs if a != b), min(len(left), len(right)))
+
+
+def turn_not_found(conversation: Conversation, index: int) -> UserError:
+    """The error for a turn of another role that was not found in the rendered text."""
+    role = conversation.messages[index]["role"]
+    return UserError(
+        f"turn {index + 1} ({role}) cannot be found in the rendered conversation",
+        where=conversation.where,
+        rule="loss is computed on the roles of data_loader.train_on_roles, so each of their turns "
+        "must be a part of the rendered conversation",
+        advice=f"Take {role} out of train_on_roles, or set `train: false` in the turn",
+    )
 
 
 def answer_not_found(where: str, index: int) -> UserError:

@@ -31,6 +31,7 @@ from launcher.data.cache import (
     take_lease,
 )
 from launcher.data.cache_key import folder_key, is_stream, unusual_strategy
+from launcher.data.chat_rendering import ChatSettings
 from launcher.data.files import DataFile
 from launcher.data.loaders import (
     loader_of,
@@ -70,6 +71,7 @@ def build_dataset(
     workers: int = 1,
     max_cache_bytes: int | None = None,
     model_config: Mapping[str, Any] | None = None,
+    chat: ChatSettings | None = None,
     phase: str = "train",
 ) -> RowDataset:
     """The rows of one dataset section, tokenized now or read from the cache.
@@ -89,6 +91,7 @@ def build_dataset(
         on_progress=on_progress,
         workers=workers,
         model_config=model_config or {},
+        chat=chat or ChatSettings(),
         phase=phase,
     )
     row_loader = row_loader_of(recipe.loader)
@@ -194,7 +197,11 @@ def assign_rows(
     of the store is completed; not `durable`: the files need not outlive a crash of the machine."""
     if not is_stream(recipe):
         store = open_store(folder, metadata)
-        plan = plan_rows(store, recipe.seq_length, packed=recipe.section.packing)
+        own = loader_of(recipe.loader).plan
+        if own is not None:
+            plan = own(store, recipe.seq_length)
+        else:
+            plan = plan_rows(store, recipe.seq_length, packed=recipe.section.packing)
         metadata |= {"rows": len(plan.target_counts), "row_samples": len(plan.samples)}
         metadata |= {"cut": plan.cut, "dropped": plan.dropped}
         metadata["warnings"] += _plan_warnings(plan, recipe)
@@ -249,6 +256,7 @@ def _open(folder: Path, recipe: Recipe) -> RowDataset:
         content=metadata["content"],
         largest_token=metadata["largest_token"],
         settings=unusual_strategy(recipe),
+        sequences=loader_of(recipe.loader).sequences,
         cached_in=str(folder),
     )
 
@@ -264,6 +272,9 @@ def open_rows(folder: Path, recipe: Recipe) -> Rows:
         map_array(folder / f"{name}.bin", INDEX_DTYPE, lengths.get(name, metadata["rows"]))
         for name in PLAN_ARRAYS
     )
+    own = loader_of(recipe.loader).rows
+    if own is not None:
+        return own(store, plan, recipe.seq_length, _pad_token(recipe))
     return SampleRows(
         store, plan, recipe.seq_length, _pad_token(recipe), packed=recipe.section.packing
     )

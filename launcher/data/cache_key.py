@@ -19,7 +19,7 @@ from launcher.data.loaders.base import Recipe
 from launcher.data.templates import DEFAULT_CHAT_TEMPLATE
 from launcher.data.tokens import backend_of
 
-CACHE_VERSION = 3
+CACHE_VERSION = 4
 """Part of every key: raise it when the same input would be stored in another way."""
 
 
@@ -71,6 +71,7 @@ def settings_of(recipe: Recipe) -> dict[str, Any]:
         "transforms": loader.transforms,
         "prompt_template": loader.prompt_template,
         "format": loader.format,
+        "train_on": [sorted(loader.train_on_roles), loader.train_on_turns],
         "strict_fields": loader.strict_fields,
         "split": loader.split,  # perhaps a part of the records of a file
         "num_samples": loader.num_samples,
@@ -79,8 +80,19 @@ def settings_of(recipe: Recipe) -> dict[str, Any]:
         # A stream is cut into rows when it is read, so that one folder serves every length.
         "seq_length": None if is_stream(recipe) else recipe.seq_length,
         "tokenizer": tokenizer_hash(tokenizer),
-        "chat_template": getattr(tokenizer, "chat_template", None) or DEFAULT_CHAT_TEMPLATE,
+        "chat_template": _chat(recipe),
     }
+
+
+def _chat(recipe: Recipe) -> Any:
+    """What decides how conversations are rendered."""
+    chat, own = recipe.chat, getattr(recipe.tokenizer, "chat_template", None)
+    template = own or DEFAULT_CHAT_TEMPLATE
+    if not loader_of(recipe.loader).has_targets:
+        return template
+    if chat.text is not None:
+        template = chat.text
+    return [template, chat.name, dict(chat.kwargs), chat.tools and list(chat.tools)]
 
 
 def tokenizer_hash(tokenizer: Any) -> str:

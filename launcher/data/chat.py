@@ -1,11 +1,12 @@
 """Conversations to tokens, with a mask of the tokens that count for the loss (the targets).
 
-Owns which tokens are targets (`answers` finds the answers in the text). Invariants:
+Owns which tokens are targets (`target_spans` finds the characters). Invariants:
 
 1. The rendered conversation is tokenized in one piece, as in inference.
-2. A token is a target only if it has a character of an assistant's answer or of the end-of-turn
-   mark after it; headers, questions and system prompts are context. A token across the beginning of
-   an answer (` Yes` after `ASSISTANT: `) belongs to the answer.
+2. A token is a target only if it has a character of a learnt turn (by default an assistant's
+   answer) or of the end-of-turn mark after it; headers and the other turns are context. A token
+   across the beginning of an answer (` Yes` after `ASSISTANT: `) belongs to the answer, and is
+   counted, since predict ends its prompt with another one.
 3. An answer whose place is not certain is an error, never a guess.
 
 `{% generation %}` blocks mark the answers of a template that has them. For any other template, the
@@ -27,14 +28,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from launcher.data.answers import answer_not_found, answer_span, common_prefix
+from launcher.data.answers import common_prefix
 from launcher.data.chat_rendering import ChatRenderer, ChatSettings
 from launcher.data.conversations import Conversation
 from launcher.data.records import MAX_PROBLEMS
-from launcher.data.rendering_check import Rendering
 from launcher.data.strictness import Strictness
 from launcher.data.tally import Tally
-from launcher.data.templates import ChatTemplate, Span
+from launcher.data.target_spans import INSIDE_TOKEN, target_spans
+from launcher.data.templates import Span
 from launcher.data.tokens import backend_of, exact_offsets
 from launcher.errors import Problem, UserError
 
@@ -69,7 +70,7 @@ def tokenize_conversations(
     iterator = iter(conversations)
     while batch := list(islice(iterator, _BATCH)):
         rendered = _render(batch, renderer)
-        samples = _tokenize_with_spans(rendered, batch, tokenizer)
+        samples = _tokenize_with_spans(rendered, batch, tokenizer, renderer.strictness.tally)
         for conversation, sample in zip(batch, samples, strict=True):
             count_without_targets(sample, conversation.where, renderer.strictness.tally, seq_length)
         yield samples
@@ -89,7 +90,7 @@ def _render(batch: list[Conversation], renderer: ChatRenderer) -> list[tuple[str
     problems: list[Problem] = []
     for conversation in batch:
         try:
-            text, spans = _with_spans(renderer.row(conversation))
+            text, spans = target_spans(renderer.row(conversation), renderer.strictness.tally)
         except UserError as error:
             problems += (found for found in error.problems if found not in problems)
             if len(problems) >= MAX_PROBLEMS:
@@ -101,67 +102,35 @@ def _render(batch: list[Conversation], renderer: ChatRenderer) -> list[tuple[str
     return rendered
 
 
-def _with_spans(rendering: Rendering) -> tuple[str, list[Span]]:
-    """The rendered conversation and the character spans of its target answers and their marks."""
-    conversation, template = rendering.conversation, rendering.template
-    if not template.marks_answers:
-        return rendering.text, _answer_spans(rendering)
-    text, spans = template.render_marked(conversation, conversation.messages)
-    if conversation.context_turns:
-        turns = _turns_of_blocks(conversation, template, len(spans))
-        spans = [
-            span
-            for span, turn in zip(spans, turns, strict=True)
-            if turn not in conversation.context_turns
-        ]
-    return text, spans
-
-
-def _turns_of_blocks(conversation: Conversation, template: ChatTemplate, blocks: int) -> list[int]:
-    """The turn (index of `messages`) that adds each generation block."""
-    turns: list[int] = []
-    for index, message in enumerate(conversation.messages):
-        if message["role"] == "assistant":
-            _, spans = template.render_marked(conversation, conversation.messages[: index + 1])
-            turns += [index] * (len(spans) - len(turns))
-    if len(turns) != blocks:
-        raise answer_not_found(conversation.where, max(conversation.context_turns))
-    return turns
-
-
-def _answer_spans(rendering: Rendering) -> list[Span]:
-    conversation = rendering.conversation
-    return [  # a first answer, without a question, is context
-        answer_span(rendering.text, conversation, rendering.template, index)
-        for index, message in enumerate(conversation.messages)
-        if message["role"] == "assistant" and index and index not in conversation.context_turns
-    ]
-
-
 def _tokenize_with_spans(
-    rendered: list[tuple[str, list[Span]]], conversations: list[Conversation], tokenizer: Any
+    rendered: list[tuple[str, list[Span]]],
+    conversations: list[Conversation],
+    tokenizer: Any,
+    tally: Tally,
 ) -> list[Sample]:
     texts = [text for text, _ in rendered]
     if not getattr(tokenizer, "is_fast", False):
         return [
-            _by_prefixes(text, spans, conversation.where, tokenizer)
+            _by_prefixes(text, spans, conversation.where, tokenizer, tally)
             for (text, spans), conversation in zip(rendered, conversations, strict=True)
         ]
     samples = []
     with exact_offsets(backend_of(tokenizer)) as backend:
         encodings = backend.encode_batch(texts, add_special_tokens=False)
-    for encoding, (_, spans) in zip(encodings, rendered, strict=True):
+    for encoding, (_, spans), talk in zip(encodings, rendered, conversations, strict=True):
         flat = np.fromiter(chain.from_iterable(encoding.offsets), dtype=np.int64)
         begins, ends = flat[0::2], flat[1::2]
         is_target = np.zeros(len(begins), dtype=bool)
         for start, end in spans:
             # A token without characters (a prefix that the tokenizer adds) counts as nothing.
             is_target |= (begins < end) & ((ends > start) | (begins >= start))
+            if ((begins < start) & (ends > start)).any():
+                tally.other_context.add(INSIDE_TOKEN, talk.where)
         samples.append(Sample(tokens=encoding.ids, is_target=is_target))
     return samples
 
 
-def _by_prefixes(text: str, spans: list[Span], where: str, tokenizer: Any) -> Sample:
+def _by_prefixes(text: str, spans: list[Span], where: str, tokenizer: Any, tally: Tally) -> Sample:
     """For a tokenizer without offsets: the tokens of the text before a position equal those of the
     full text, except for a token across the position."""
 
@@ -185,7 +154,9 @@ def _by_prefixes(text: str, spans: list[Span], where: str, tokenizer: Any) -> Sa
     tokens = tokens_of(text)
     is_target = np.zeros(len(tokens), dtype=bool)
     for start, end in spans:
-        first, _ = before(start)
+        first, is_inside = before(start)
+        if is_inside:
+            tally.other_context.add(INSIDE_TOKEN, where)
         last, is_across = before(end)
         is_target[first : last + is_across] = True
     return Sample(tokens=tokens, is_target=is_target)

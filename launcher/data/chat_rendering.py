@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 from launcher.config.chat_template import NO_TEMPLATE, kind_of_template
 from launcher.config.schema import Config
 from launcher.data.conversations import Conversation
+from launcher.data.fields import TEMPLATE_KWARGS
 from launcher.data.rendering_check import Rendering, check_rendering
 from launcher.data.strictness import Strictness
 from launcher.data.tally import Tally
@@ -103,6 +104,9 @@ class ChatRenderer:
     ) -> Rendering:
         prepared = self._prepared(conversation)
         template = self.templates.of(prepared)
+        for name in sorted(conversation.template_kwargs.keys() - template.names):
+            hidden = self.strictness.tally.hidden_fields
+            hidden.add(f"{TEMPLATE_KWARGS}.{name}", conversation.where)
         rendering = Rendering(
             conversation=prepared,
             template=template,

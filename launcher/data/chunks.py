@@ -41,7 +41,7 @@ class EncodedChunk:
     lengths: npt.NDArray[np.int64]
     """Tokens of each sample."""
     tokens: npt.NDArray[np.uint32]
-    targets: npt.NDArray[np.bool_] | None
+    targets: npt.NDArray[np.bool_ | np.uint8] | None
     tally: Tally
     lines: list[str]
     """For the log."""

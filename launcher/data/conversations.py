@@ -13,15 +13,18 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+from launcher.config.chat_template import RESERVED_ARGUMENTS
 from launcher.data.fields import (
-    ASSISTANT_FIELDS,
     OTHER_DATA,
     RECORD_FIELDS,
     ROLES,
     SHAREGPT_ROLES,
+    TEMPLATE_KWARGS,
     TURN_FIELDS,
     WEIGHTS,
 )
+from launcher.data.learnt import ASSISTANT_ANSWERS, LearntTurns, marks_of
+from launcher.data.message_fields import FORMATS, Turn, message_content, string_of, wrong_key
 from launcher.data.record_files import without_null
 from launcher.data.records import Record, convert_records, shown
 from launcher.data.strictness import (
@@ -36,9 +39,7 @@ from launcher.data.strictness import (
 from launcher.errors import UserError, did_you_mean
 from launcher.json_text import NotJson, lone_surrogate, parse, printable
 
-FORMATS = ("alpaca", "messages", "sharegpt")
-
-Turn = dict[str, Any]
+__all__ = ["FORMATS", "Conversation", "Turn", "conversations_of"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,8 +52,19 @@ class Conversation:
     """Its own tools; an empty list: none, whatever the configuration has."""
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     """Arguments of the chat template."""
+    learnt_roles: frozenset[str] = ASSISTANT_ANSWERS.roles
+    """Roles whose turns count for the loss."""
     context_turns: frozenset[int] = frozenset()
-    """Answers (indices of `messages`) that do not count for the loss."""
+    """Turns of these roles (indices of `messages`) that do not count."""
+
+    @property
+    def learnt_turns(self) -> list[int]:
+        """The turns that count for the loss."""
+        return [
+            index
+            for index, message in enumerate(self.messages)
+            if message["role"] in self.learnt_roles and index not in self.context_turns
+        ]
 
 
 def conversations_of(
@@ -60,9 +72,10 @@ def conversations_of(
     given_format: str | None,
     strictness: Strictness,
     first_record: Record | None = None,
+    learnt: LearntTurns = ASSISTANT_ANSWERS,
 ) -> Iterator[Conversation]:
     """The conversations of records, in the given format (of FORMATS) or that of the first record,
-    `first_record` where it is not among them."""
+    `first_record` where it is not among them. Raises UserError for the first wrong records."""
     if given_format is not None and given_format not in FORMATS:
         raise UserError(
             f"data_loader.format = {given_format!r}",
@@ -79,7 +92,9 @@ def conversations_of(
         if given_format is None:
             _refuse_two_formats(record)
         form = form or _detect(record)
-        return _READERS[form](without_null(record), strictness)
+        record = without_null(record)
+        turns, marks = _READERS[form](record, strictness, learnt)
+        return _conversation(record, turns, marks, strictness, learnt)
 
     return convert_records(records, conversation_of)
 
@@ -133,19 +148,25 @@ def _has_turns(value: Any, key: str) -> bool:
     )
 
 
-def _alpaca(record: Record, strictness: Strictness) -> Conversation:
+Marks = list[bool | None]
+"""For each turn, whether its weight makes it count for the loss; None without a weight."""
+
+
+def _alpaca(
+    record: Record, strictness: Strictness, learnt: LearntTurns
+) -> tuple[list[Turn], Marks]:
     strictness.check_fields(record, record.value, RECORD_FIELDS["alpaca"])
     question = [
-        _string(record, record.value, "instruction", "alpaca"),
-        _string(record, record.value, "input", "alpaca", optional=True),
+        string_of(record, record.value, "instruction", "alpaca"),
+        string_of(record, record.value, "input", "alpaca", optional=True),
     ]
-    answer = _string(record, record.value, "output", "alpaca")
+    answer = string_of(record, record.value, "output", "alpaca")
     messages = [
         *_history(record, strictness),
         {"role": "user", "content": "\n\n".join(part for part in question if part)},
         {"role": "assistant", "content": answer},
     ]
-    return _conversation(record, messages, [None] * len(messages), strictness)
+    return messages, [None] * len(messages)
 
 
 def _history(record: Record, strictness: Strictness) -> list[Turn]:
@@ -173,13 +194,14 @@ def _is_pair(value: Any) -> bool:
     )
 
 
-def _messages(record: Record, strictness: Strictness) -> Conversation:
+def _messages(
+    record: Record, strictness: Strictness, learnt: LearntTurns
+) -> tuple[list[Turn], Marks]:
     strictness.check_fields(record, record.value, RECORD_FIELDS["messages"])
     turns = _turns(record, "messages", "messages")
     messages = [_message(record, index, turn, strictness) for index, turn in enumerate(turns)]
-    return _conversation(
-        record, messages, _weights(record, messages, turns, strictness), strictness
-    )
+    roles = [message["role"] for message in messages]
+    return messages, marks_of(record, roles, turns, strictness, learnt)
 
 
 def _message(record: Record, index: int, turn: Turn, strictness: Strictness) -> Turn:
@@ -187,7 +209,7 @@ def _message(record: Record, index: int, turn: Turn, strictness: Strictness) -> 
     # Other fields are passed to the template; `rendering_check` counts those it does not use.
     if not OTHER_DATA.keys().isdisjoint(turn):
         strictness.check_fields(record, turn, turn.keys() - OTHER_DATA.keys(), "messages[].")
-    role = _string(record, turn, "role", "messages", inside)
+    role = string_of(record, turn, "role", "messages", inside)
     if role not in ROLES:
         error = UserError(
             f"'{inside}role' = {shown(role)}",
@@ -200,7 +222,7 @@ def _message(record: Record, index: int, turn: Turn, strictness: Strictness) -> 
     message = {
         name: value for name, value in turn.items() if value is not None and name not in WEIGHTS
     }
-    return message | {"role": role} | _content(record, turn, role, inside, strictness)
+    return message | {"role": role} | message_content(record, turn, role, inside)
 
 
 def _nearest_role(role: str) -> str:
@@ -208,74 +230,16 @@ def _nearest_role(role: str) -> str:
     return f"did you mean `{name}`?" if name else did_you_mean(role.lower(), ROLES)
 
 
-def _content(
-    record: Record, turn: Turn, role: str, inside: str, strictness: Strictness
-) -> dict[str, Any]:
-    """The content of a message as one string, and its tool calls as templates expect them."""
-    content = turn.get("content")
-    if isinstance(content, list):
-        content = "".join(_part(record, part, inside) for part in content)
-    elif content is None and role == "assistant" and any(map(turn.get, ASSISTANT_FIELDS)):
-        content = ""
-    elif not isinstance(content, str):
-        raise _wrong_key(record, turn, "content", "messages", "a string", inside)
-    more = {name: value for name, value in turn.items() if name not in ("role", "content")}
-    if more:
-        check_encodable(record, more, inside.removesuffix("."))
-    if wrong := lone_surrogate(content):
-        raise surrogate_error(record.where, f"{inside}content", wrong)
-    if is_absent(turn.get("tool_calls")):
-        return {"content": content}
-    return {"content": content, "tool_calls": _calls(record, turn["tool_calls"], inside)}
-
-
-def _part(record: Record, part: Any, inside: str) -> str:
-    """The text of one part of a content that is a list, as in OpenAI's format."""
-    if isinstance(part, str):
-        return part
-    if isinstance(part, dict) and part.get("type", "text") == "text":
-        text = part.get("text")
-        if isinstance(text, str):
-            return text
-    raise UserError(
-        f"'{inside}content' has the part {shown(part)}",
-        where=record.where,
-        rule='only text is supported: a content part must be {"type": "text", "text": ...}',
-        advice="Fix or remove the record",
-    )
-
-
-def _calls(record: Record, calls: Any, inside: str) -> list[Any]:
-    """Tool calls with their arguments as objects: OpenAI has JSON in a string, which templates
-    would encode as JSON once more."""
-    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
-        rule = "it must be a list of objects"
-        raise wrong_field(record.where, f"{inside}tool_calls", calls, rule)
-    return [_call(record, call, f"{inside}tool_calls[{n}]") for n, call in enumerate(calls)]
-
-
-def _call(record: Record, call: dict[str, Any], place: str) -> dict[str, Any]:
-    function = call.get("function")
-    if isinstance(function, dict):
-        return {**call, "function": _call(record, function, f"{place}.function")}
-    arguments = call.get("arguments")
-    if not isinstance(arguments, str) or not arguments.strip():
-        return call
-    try:
-        return {**call, "arguments": parse(arguments)}
-    except NotJson as error:
-        rule = f"it must be JSON ({error.reason})"
-        raise wrong_field(record.where, f"{place}.arguments", arguments, rule) from None
-
-
-def _sharegpt(record: Record, strictness: Strictness) -> Conversation:
+def _sharegpt(
+    record: Record, strictness: Strictness, learnt: LearntTurns
+) -> tuple[list[Turn], Marks]:
     strictness.check_fields(record, record.value, RECORD_FIELDS["sharegpt"])
     turns = _turns(record, "conversations", "sharegpt")
     messages = []
     for index, turn in enumerate(turns):
         inside = f"conversations[{index}]."
         strictness.check_fields(record, turn, TURN_FIELDS["sharegpt"], "conversations[].")
-        speaker = _string(record, turn, "from", "sharegpt", inside)
+        speaker = string_of(record, turn, "from", "sharegpt", inside)
         role = SHAREGPT_ROLES.get(speaker.lower())
         if role is None:
             raise UserError(
@@ -285,57 +249,38 @@ def _sharegpt(record: Record, strictness: Strictness) -> Conversation:
                 nearest=did_you_mean(speaker.lower(), SHAREGPT_ROLES),
                 advice="Fix or remove the record",
             )
-        content = _string(record, turn, "value", "sharegpt", inside)
+        content = string_of(record, turn, "value", "sharegpt", inside)
         messages.append({"role": role, "content": content})
-    return _conversation(
-        record, messages, _weights(record, messages, turns, strictness), strictness
-    )
+    roles = [message["role"] for message in messages]
+    return messages, marks_of(record, roles, turns, strictness, learnt)
 
 
-_READERS: dict[str, Callable[[Record, Strictness], Conversation]] = {
+_READERS: dict[str, Callable[[Record, Strictness, LearntTurns], tuple[list[Turn], Marks]]] = {
     "alpaca": _alpaca,
     "messages": _messages,
     "sharegpt": _sharegpt,
 }
 
 
-def _weights(
-    record: Record, messages: list[Turn], turns: list[Turn], strictness: Strictness
-) -> list[bool | None]:
-    """For each turn, whether its weight makes it a target; None without a weight."""
-    found = []
-    for index, (message, turn) in enumerate(zip(messages, turns, strict=True)):
-        inside = f"turn {index + 1}: "
-        is_target = strictness.is_target(record, turn, inside)
-        if is_target and message["role"] != "assistant":
-            error = UserError(
-                f"{inside}a turn with the role {shown(message['role'])} has a weight of 1",
-                where=record.where,
-                rule="loss is computed on answers of the assistant only",
-                advice=LENIENT,
-            )
-            strictness.wrong(error, "weight", record.where)
-        found.append(is_target)
-    return found
-
-
 def _conversation(
-    record: Record, messages: list[Turn], targets: list[bool | None], strictness: Strictness
+    record: Record,
+    messages: list[Turn],
+    marks: Marks,
+    strictness: Strictness,
+    learnt: LearntTurns,
 ) -> Conversation:
     """The conversation of turns, with the system prompt, tools and weight of the record."""
-    default = strictness.is_target(record, record.value)
     system = _system(record, messages, strictness)
     if system:
-        messages, targets = [{"role": "system", "content": system}, *messages], [None, *targets]
+        messages, marks = [{"role": "system", "content": system}, *messages], [None, *marks]
+    roles = [message["role"] for message in messages]
     return Conversation(
         where=record.where,
         messages=messages,
         tools=_tools(record, strictness),
-        context_turns=frozenset(
-            index
-            for index, (message, weight) in enumerate(zip(messages, targets, strict=True))
-            if message["role"] == "assistant" and (default if weight is None else weight) is False
-        ),
+        template_kwargs=_template_kwargs(record, strictness),
+        learnt_roles=learnt.roles,
+        context_turns=learnt.context(roles, marks, strictness.is_target(record, record.value)),
     )
 
 
@@ -367,48 +312,13 @@ def _turns(record: Record, key: str, form: str) -> list[Turn]:
     turns = record.value.get(key)
     if isinstance(turns, list) and turns and all(isinstance(turn, dict) for turn in turns):
         return turns
-    raise _wrong_key(record, record.value, key, form, "a list of turns that is not empty")
-
-
-def _string(
-    record: Record,
-    owner: Mapping[str, Any],
-    key: str,
-    form: str,
-    inside: str = "",
-    *,
-    optional: bool = False,
-) -> str:
-    value = owner.get(key)
-    if isinstance(value, str):
-        if wrong := lone_surrogate(value):
-            raise surrogate_error(record.where, f"{inside}{key}", wrong)
-        return value
-    if value is None and optional:
-        return ""
-    raise _wrong_key(record, owner, key, form, "a string", inside)
-
-
-def _wrong_key(
-    record: Record, owner: Mapping[str, Any], key: str, form: str, rule: str, inside: str = ""
-) -> UserError:
-    name = f"'{inside}{key}'"
-    text = f"{name} = {shown(owner[key])}" if key in owner else f"{name} is missing"
-    return UserError(
-        text if len(text) < 80 else text[:77] + "...",
-        where=record.where,
-        rule=f"in the {form} format it must be {rule}",
-        nearest=f"Keys found: {names_of(owner)}",
-        advice=f"Fix the record, or set data_loader.format ({', '.join(FORMATS)})",
-    )
+    raise wrong_key(record, record.value, key, form, "a list of turns that is not empty")
 
 
 def _tools(record: Record, strictness: Strictness) -> list[Any] | None:
-    tools = record.value.get("tools")
-    if isinstance(tools, str) and tools.strip():  # Parquet data sets often keep them as a string
-        with suppress(NotJson):  # a wrong value, which the error below shows
-            tools = parse(tools)
-    if is_absent(tools.strip() if isinstance(tools, str) else tools):
+    """The tools of a record; an empty list: it has none; None: that is open."""
+    tools = _parsed(record.value.get("tools"))
+    if tools is None or tools == "":
         return None
     if isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools):
         check_encodable(record, tools, "tools")
@@ -417,3 +327,30 @@ def _tools(record: Record, strictness: Strictness) -> list[Any] | None:
     error = wrong_field(record.where, "tools", record.value["tools"], rule)
     strictness.wrong(error, "tools", record.where)
     return None
+
+
+def _template_kwargs(record: Record, strictness: Strictness) -> dict[str, Any]:
+    """The arguments of the chat template that a record has of its own."""
+    value = _parsed(record.value.get(TEMPLATE_KWARGS))
+    if is_absent(value):
+        return {}
+    name, rule = TEMPLATE_KWARGS, "it must be an object with arguments of the chat template"
+    if isinstance(value, dict):
+        check_encodable(record, value, name)
+        given = {key: item for key, item in value.items() if item is not None}
+        wrong = sorted(RESERVED_ARGUMENTS.intersection(given))
+        if not wrong:
+            return given
+        name, value = f"{name}.{wrong[0]}", given[wrong[0]]
+        rule = "this argument is set by the launcher"
+    strictness.wrong(wrong_field(record.where, name, value, rule), name, record.where)
+    return {}
+
+
+def _parsed(value: Any) -> Any:
+    """A value that Parquet data sets often keep as a string of JSON; one that is not JSON stays as
+    it is."""
+    if isinstance(value, str):
+        with suppress(NotJson):
+            return parse(value) if value.strip() else ""
+    return value

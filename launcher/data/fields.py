@@ -14,10 +14,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from launcher.config.schema.data import CHAT_ROLES
+
+TEMPLATE_KWARGS = "chat_template_kwargs"
+"""Arguments of the chat template, for one record."""
+
+_OF_EACH = ("system", "tools", TEMPLATE_KWARGS)
 RECORD_FIELDS = {
-    "alpaca": frozenset({"instruction", "input", "output", "system", "history", "tools", "text"}),
-    "messages": frozenset({"messages", "system", "tools"}),
-    "sharegpt": frozenset({"conversations", "system", "tools"}),
+    "alpaca": frozenset({"instruction", "input", "output", "history", "text", *_OF_EACH}),
+    "messages": frozenset({"messages", *_OF_EACH}),
+    "sharegpt": frozenset({"conversations", *_OF_EACH}),
 }
 """Fields of a record. All are read but `text` of alpaca, the formatted prompt that datasets of the
 Hub repeat in each record."""
@@ -47,9 +53,7 @@ WEIGHTS = ("weight", "loss_weight", "loss_scale", "loss_mask", "loss", "train", 
 ASSISTANT_FIELDS = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
 """Fields an answer may have instead of `content`."""
 
-ROLES = frozenset(
-    {"system", "developer", "user", "assistant", "tool", "function", "ipython", "observation"}
-)
+ROLES = frozenset(CHAT_ROLES)
 """Roles of the messages format."""
 
 SHAREGPT_ROLES = {
@@ -84,7 +88,6 @@ OTHER_DATA: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "label": (_PREFERENCE, _is_verdict),
     **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), (_MEDIA, _any)),
     "functions": ("the older spelling of `tools`", _any),
-    "chat_template_kwargs": ("not built yet: arguments for the chat template", _any),
     "train_detail": ("not built yet: weights for parts of an answer", _any),
     "training_detail": ("not built yet: weights for parts of an answer", _any),
 }

@@ -103,6 +103,7 @@ def joined(datasets: Mapping[str, RowDataset], seq_length: int) -> RowDataset:
         seq_length=seq_length,
         packed=any(dataset.packed for dataset in datasets.values()),
         content=xxh3_128(content.encode()).hexdigest(),
+        sequences=max(dataset.sequences for dataset in datasets.values()),
         name="the mixture",
         sources=tuple(RowSource(name, dataset) for name, dataset in datasets.items()),
     )

@@ -30,7 +30,7 @@ class Batch:
     """Rows for one forward pass; int64 tensors on the CPU."""
 
     input_ids: torch.Tensor
-    """[batch, seq_length]"""
+    """[batch, seq_length]; of preferences [batch, 2, seq_length], as labels are."""
     labels: torch.Tensor
     """[batch, seq_length], already shifted: the next token of each input; -100 is ignored."""
     position_ids: torch.Tensor | None
@@ -39,6 +39,10 @@ class Batch:
     """[batch, seq_length], index of the document in its row; None where a row is one document."""
     sample_ids: torch.Tensor
     """[batch], index of each sample over all epochs of the run; -1: filler."""
+    rows: torch.Tensor | None = None
+    """[batch], index of each row in the dataset; -1: filler. None where nobody asks for it."""
+    is_desirable: torch.Tensor | None = None
+    """bool [batch]: whether an answer was judged good; None where answers were not judged."""
     sources: torch.Tensor | None = None
     """bool [batch, sources]: whether a row is of a source of the mixture; no source for filler.
     None where the data is no mixture."""
@@ -94,6 +98,11 @@ class Loader:
         self._prefetch = prefetch
         self._thread: ThreadPoolExecutor | None = None
         self._ahead: tuple[int, Future[StepData]] | None = None
+
+    @property
+    def dataset(self) -> RowDataset:
+        """The rows."""
+        return self._dataset
 
     @property
     def order(self) -> Order:
@@ -189,17 +198,35 @@ def evaluation_batches(
     *,
     pin_memory: bool | None = None,
 ) -> Iterator[Batch]:
-    """Every row of a dataset exactly once over all ranks, in order.
+    """Every row of a dataset exactly once over all ranks, in order, as `batches_of_rows`. The
+    number of targets over all ranks is `dataset.total_targets()`."""
+    every = np.arange(len(dataset), dtype=np.int64)
+    return batches_of_rows(
+        dataset, every, batch_size, data_parallel, data_rank, pin_memory=pin_memory
+    )
+
+
+def batches_of_rows(
+    dataset: RowDataset,
+    rows: Ints,
+    batch_size: int,
+    data_parallel: int,
+    data_rank: int,
+    *,
+    pin_memory: bool | None = None,
+) -> Iterator[Batch]:
+    """The rows `rows` of a dataset exactly once over all ranks, in this order.
 
     All ranks get the same number of batches of the same shape, so that collectives match: the last
-    ones are filled with rows whose labels are all -100 (sample id -1). The number of targets over
-    all ranks is `dataset.total_targets()`.
+    ones are filled with rows whose labels are all -100 (sample id -1). Batch b of data rank r has
+    the rows from (b * data_parallel + r) * batch_size on.
     """
     pin = torch.cuda.is_available() if pin_memory is None else pin_memory
     stride = data_parallel * batch_size
-    for begin in range(data_rank * batch_size, -(-len(dataset) // stride) * stride, stride):
-        indices = np.arange(begin, begin + batch_size, dtype=np.int64)
-        indices[indices >= len(dataset)] = -1
+    for begin in range(data_rank * batch_size, -(-len(rows) // stride) * stride, stride):
+        indices = np.full(batch_size, -1, dtype=np.int64)
+        there = rows[begin : begin + batch_size]
+        indices[: len(there)] = there
         yield _batch(dataset, indices, indices, pin)
 
 
@@ -229,6 +256,10 @@ def _batch(dataset: RowDataset, indices: Ints, sample_ids: Ints, pin_memory: boo
         position_ids=stack("position_ids"),
         document_ids=stack("document_ids"),
         sample_ids=tensor(sample_ids.copy()),
+        rows=tensor(indices.copy()) if dataset.sequences > 1 else None,
+        is_desirable=None
+        if rows[0].is_desirable is None
+        else tensor(np.array([row.is_desirable for row in rows])),
         sources=tensor(_of_sources(dataset, indices)) if dataset.sources else None,
     )
 

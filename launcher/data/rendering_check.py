@@ -7,13 +7,14 @@ rendered again with a part removed.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 from launcher.data.conversations import Conversation, Turn
 from launcher.data.fields import METADATA
 from launcher.data.records import shown
 from launcher.data.strictness import Strictness, is_absent
-from launcher.data.templates import ChatTemplate
+from launcher.data.templates import THOUGHTS, ChatTemplate
 from launcher.errors import UserError
 
 _TAIL = 40
@@ -59,6 +60,7 @@ def check_rendering(rendering: Rendering, strictness: Strictness) -> None:
     for index in _suspects(conversation.messages, rendering.text):
         if _is_left_out(rendering, index):
             _left_out(conversation, index, strictness)
+    _count_thoughts(rendering, strictness)
     if conversation.tools or any(len(message) > 2 for message in conversation.messages):
         _check_fields(rendering, strictness)
 
@@ -111,16 +113,43 @@ def _left_out(conversation: Conversation, index: int, strictness: Strictness) ->
     strictness.wrong(error, f"content of {role} turns", conversation.where)
 
 
+def _count_thoughts(rendering: Rendering, strictness: Strictness) -> None:
+    """Count answers whose thoughts the template knows and leaves out, as many do in earlier turns;
+    fields that it does not know at all are counted as fields."""
+    thoughts = Counter(_thought(message, rendering.template) for message in rendering.messages)
+    thoughts.pop("", None)
+    dropped = sum(
+        max(count - rendering.text.count(thought), 0) for thought, count in thoughts.items()
+    )
+    if dropped:
+        strictness.tally.dropped_thoughts.add(rendering.conversation.where)
+        strictness.tally.dropped_thoughts_turns += dropped
+
+
+def _thought(message: Turn, template: ChatTemplate) -> str:
+    """The thoughts before an answer: a field, or the text before `</think>`."""
+    if message["role"] != "assistant":
+        return ""
+    if template.thoughts_name and len(message) > 2:
+        given = next((message[name] for name in THOUGHTS if message.get(name)), "")
+        if isinstance(given, str) and given.strip():
+            return given.strip()
+    before, mark, _ = message["content"].partition("</think>")
+    return before.rpartition("<think>")[2].strip() if mark else ""
+
+
 def _check_fields(rendering: Rendering, strictness: Strictness) -> None:
     conversation, messages = rendering.conversation, rendering.messages
-    shown_before = rendering.template.shown
+    known = rendering.template.shown
     fields = {
         (message["role"], name)
         for message in messages
         for name, value in message.items()
         if name not in ("role", "content", *METADATA) and not is_absent(value)
     }
-    for role, name in sorted(fields - shown_before):
+    if rendering.template.thoughts_name:  # counted by turn
+        fields = {(role, name) for role, name in fields if name not in THOUGHTS}
+    for role, name in sorted(fields - known):
         without = [
             {key: value for key, value in message.items() if key != name}
             if message["role"] == role
@@ -130,9 +159,9 @@ def _check_fields(rendering: Rendering, strictness: Strictness) -> None:
         if rendering.is_unchanged_by(without):
             strictness.tally.hidden_fields.add(f"messages[].{name}", conversation.where)
         else:
-            shown_before.add((role, name))
-    if conversation.tools and ("", "tools") not in shown_before:
+            known.add((role, name))
+    if conversation.tools and ("", "tools") not in known:
         if rendering.is_unchanged_by(messages, with_tools=False):
             strictness.tally.hidden_fields.add("tools", conversation.where)
         else:
-            shown_before.add(("", "tools"))
+            known.add(("", "tools"))

@@ -29,19 +29,22 @@ Ints = npt.NDArray[np.int64]
 
 
 class Row(NamedTuple):
-    """One row: int64 arrays of seq_length; the last two are None where a row is one document."""
+    """One row: int64 arrays of seq_length; positions and documents are None where a row is one
+    document. Of preferences: [2, seq_length], two sequences that belong together."""
 
     input_ids: Ints
     labels: Ints
     position_ids: Ints | None
     document_ids: Ints | None
+    is_desirable: bool | None = None
+    """Whether an answer was judged good; None where it was not judged."""
 
 
 class Counts(NamedTuple):
     """Of some rows: int64 arrays with one entry for each."""
 
     targets: Ints
-    """Labels other than NO_TARGET."""
+    """Labels other than NO_TARGET; of preferences: 1 for each sample."""
     tokens: Ints
     """Tokens without padding."""
 
@@ -103,6 +106,8 @@ class RowDataset:
     that have changed."""
     name: str = "the dataset"
     """What error messages call it."""
+    sequences: int = 1
+    """Sequences of a row: two in data of preferences."""
     cached_in: str = ""
     """The folder of the data cache with its tokens; empty where they are read in place."""
     sources: tuple[RowSource, ...] = ()

@@ -4,7 +4,7 @@ Owns the files of one folder of the data cache:
 
     tokens.bin      uint32  [tokens]           all documents, concatenated
     starts.bin      int64   [documents + 1]    offset of each document; the last is the end
-    targets.bin     uint8   [tokens]           1 where a token is a target; absent: all are
+    targets.bin     uint8   [tokens]           not 0 where a token is a target; absent: all are
 
 and arrays that are added beside them. Invariants: little-endian, without a header (the sizes are in
 the folder's JSON); every file is complete before the folder is renamed to its final name, and on
@@ -65,7 +65,9 @@ class TokenWriter:
         self._starts = array("q", [0])
 
     def add(
-        self, documents: Sequence[list[int]], targets: Sequence[npt.NDArray[np.bool_]] = ()
+        self,
+        documents: Sequence[list[int]],
+        targets: Sequence[npt.NDArray[np.bool_ | np.uint8]] = (),
     ) -> None:
         """Append documents (lists of token ids) and, where the store has them, their targets.
 
@@ -79,7 +81,7 @@ class TokenWriter:
         self,
         lengths: npt.NDArray[np.int64],
         tokens: npt.NDArray[np.uint32],
-        targets: npt.NDArray[np.bool_] | None = None,
+        targets: npt.NDArray[np.bool_ | np.uint8] | None = None,
     ) -> None:
         """As `add`: tokens of each document, all tokens in a row, and their targets."""
         ends = self.tokens + np.cumsum(lengths[lengths > 0])

@@ -54,6 +54,8 @@ class Summary:
 
     rows: int
     seq_length: int
+    sequences: int = 1
+    """Sequences of a row."""
     tokens: int
     """Inputs of all rows, without padding."""
     targets: int
@@ -69,7 +71,7 @@ class Summary:
     @property
     def padding(self) -> float:
         """Share of all positions."""
-        return 1 - self.tokens / (self.rows * self.seq_length)
+        return 1 - self.tokens / (self.rows * self.sequences * self.seq_length)
 
 
 def summarize(dataset: RowDataset, most_documents: int) -> Summary:
@@ -90,7 +92,8 @@ def summarize(dataset: RowDataset, most_documents: int) -> Summary:
         is_complete = read == len(dataset)
     lengths, duplicates = _measure(documents)
     return Summary(
-        rows=len(dataset), seq_length=dataset.seq_length, tokens=tokens, targets=targets,
+        rows=len(dataset), seq_length=dataset.seq_length, sequences=dataset.sequences,
+        tokens=tokens, targets=targets,
         lengths=lengths, duplicates=duplicates, is_complete=is_complete,
         losses=_losses(rows.kept_documents, lengths, dataset.seq_length)
         if isinstance(rows, HasDocuments)
@@ -110,6 +113,10 @@ def _losses(kept: Ints | None, lengths: Ints, seq_length: int) -> Losses:
 
 def documents_of(row: Row) -> Iterator[Ints]:
     """The documents of a row, without padding: positions without a target at its end."""
+    if row.labels.ndim == 2:
+        for sequence in zip(row.input_ids, row.labels, strict=True):
+            yield from documents_of(Row(*sequence, None, None))
+        return
     targets = np.flatnonzero(row.labels != NO_TARGET)
     if not len(targets):
         return

@@ -98,12 +98,20 @@ class Tally:
     """Fields of the formats that were read, to suggest instead of the unused ones."""
     hidden_fields: NamedPlaces = field(default_factory=NamedPlaces)
     """Fields that the chat template does not show."""
+    dropped_thoughts: Places = field(default_factory=Places)
+    """Conversations with thoughts that the chat template leaves out."""
+    dropped_thoughts_turns: int = 0
+    """Answers whose thoughts these are."""
+    other_context: NamedPlaces = field(default_factory=NamedPlaces)
+    """Answers behind other tokens than predict feeds before them, by reason."""
     skipped_checks: NamedPlaces = field(default_factory=NamedPlaces)
     """Fields with wrong values that `strict_fields: False` ignores."""
     without_target: Places = field(default_factory=Places)
     """Conversations without an answer to train on."""
     answer_beyond_row: Places = field(default_factory=Places)
     """Conversations whose answers begin after `seq_length`."""
+    equal_answers: Places = field(default_factory=Places)
+    """Pairs whose two answers are the same."""
     too_short: Places = field(default_factory=Places)
     """Documents of fewer than two tokens."""
 
@@ -132,13 +140,25 @@ class Tally:
             *self._about_files(),
             *self.unused_fields.line("have fields that are not used", self.known_fields),
             *self.hidden_fields.line("have fields that the chat template does not show"),
+            *self._about_thoughts(),
+            *self.other_context.line("train on an answer behind other tokens than in predict"),
             *self.skipped_checks.line("have wrong fields, ignored with strict_fields: False"),
             *_samples(self.without_target, "without an answer to train on were left out"),
             *_samples(
                 self.answer_beyond_row,
                 f"with no answer within seq_length {seq_length} were left out",
             ),
+            *_samples(self.equal_answers, "have the same answer as chosen and as rejected"),
             *_samples(self.too_short, "with fewer than two tokens have no target"),
+        ]
+
+    def _about_thoughts(self) -> list[str]:
+        if not self.dropped_thoughts:
+            return []
+        return [
+            f"warning: the chat template leaves out the thoughts of {self.dropped_thoughts_turns} "
+            f"answer(s) in {self.dropped_thoughts.count} record(s); the first is "
+            f"{self.dropped_thoughts.first}"
         ]
 
     def _about_files(self) -> list[str]:

@@ -250,6 +250,8 @@ def _named(found: Any, name: str) -> Any:
     """The template `name` of those of a tokenizer. Raises UserError when there is none."""
     if isinstance(found, dict) and name in found:
         return found[name]
+    if isinstance(found, str) and name == "default":
+        return found
     names = sorted(found) if isinstance(found, dict) else []
     near = did_you_mean(name, names) or (f"Templates found: {', '.join(names)}" if names else "")
     raise UserError(

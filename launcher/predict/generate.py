@@ -8,16 +8,18 @@ gathers them.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
 from torch import nn
 
+from launcher.data.conversations import Conversation
 from launcher.generation.draw import FURTHER
 from launcher.generation.forward import Forward
-from launcher.generation.loop import continue_tokens
+from launcher.generation.loop import Watch, continue_tokens
 from launcher.generation.settings import GenerationSettings, token_limits
+from launcher.predict.encode import EncodedPrompt
 from models.decoder import Decoder
 from models.positions import position_limit, stretched
 from models.transformers_model import TransformersModel
@@ -35,12 +37,14 @@ class Generation:
     """The prompt and its continuation."""
     tokens: tuple[int, ...]
     """The new tokens, with the end token where there is one."""
+    conversation: Conversation | None = None
+    """Of a prompt that was rendered: its turns, the answer the last of them."""
 
 
 def generate(
     model: nn.Module | Forward,
     tokenizer: Any,
-    prompts: Sequence[str],
+    prompts: Sequence[str | EncodedPrompt],
     settings: GenerationSettings,
     *,
     batch_size: int = 1,
@@ -49,16 +53,21 @@ def generate(
     rank: int = 0,
     data_parallel: int = 1,
     gather: Gather | None = None,
+    room: int | None = None,
+    watch: Watch | None = None,
 ) -> list[Generation]:
     """Continue every prompt; in the order of the prompts on rank 0, empty on the others.
 
-    A prompt has `settings.num_return_sequences` texts, one after the other. With `data_parallel` > 1
-    replica `rank` continues its share, and `gather` collects them. Raises UserError for a prompt
-    that is too long, before anything is computed.
+    A prompt has `settings.num_return_sequences` texts, one after the other. With several replicas
+    (`data_parallel`) replica `rank` continues its share, and `gather` collects them. Raises
+    UserError for a prompt that is too long, before anything is computed. `room`: new tokens of a
+    prompt, fewer where the model has no positions for them, in place of the lengths of `settings`.
+    `watch` sees each step of each batch of this replica.
     """
     forward = model if isinstance(model, Forward) else Forward(model)
-    encoded = [_encode(tokenizer, prompt, settings) for prompt in prompts]
-    limits = token_limits([len(ids) for ids in encoded], settings, positions_of(forward.model))
+    encoded = [_encoded(tokenizer, prompt, settings) for prompt in prompts]
+    positions = positions_of(forward.model)
+    limits = _limits([len(prompt.ids) for prompt in encoded], settings, positions, room)
     copies = settings.num_return_sequences
     mine = range(rank, len(prompts) * copies, data_parallel)
     done: list[tuple[int, Generation]] = []
@@ -66,13 +75,14 @@ def generate(
         batch = mine[start : start + batch_size]
         of = [text // copies for text in batch]
         news = continue_tokens(
-            forward, [encoded[i] for i in of], settings, limits=[limits[i] for i in of],
+            forward, [encoded[i].ids for i in of], settings, limits=[limits[i] for i in of],
             indices=[i + text % copies * FURTHER for i, text in zip(of, batch, strict=True)],
-            seed=seed, device=device, tokenizer=tokenizer,
+            seed=seed, device=device, watch=watch, tokenizer=tokenizer,
         )  # fmt: skip
         for index, i, new in zip(batch, of, news, strict=True):
-            text = continued_text(tokenizer, prompts[i], encoded[i], new)
-            done.append((index, Generation(prompt=prompts[i], text=text, tokens=tuple(new))))
+            prompt = encoded[i]
+            text = continued_text(tokenizer, prompt.text, prompt.ids, new)
+            done.append((index, Generation(prompt=prompt.text, text=text, tokens=tuple(new))))
     forward.finish()
     if data_parallel > 1 and gather is not None:
         shares = gather(done)
@@ -102,8 +112,22 @@ def positions_of(model: nn.Module) -> int | None:
     return limit.longest_row if limit is not None else None
 
 
-def _encode(tokenizer: Any, prompt: str, settings: GenerationSettings) -> list[int]:
-    ids = list(tokenizer(prompt)["input_ids"])
+def _encoded(
+    tokenizer: Any, prompt: str | EncodedPrompt, settings: GenerationSettings
+) -> EncodedPrompt:
+    if isinstance(prompt, EncodedPrompt):
+        return prompt
+    ids = tuple(tokenizer(prompt)["input_ids"])
     if not ids and settings.bos_token_id is not None:
-        return [settings.bos_token_id]
-    return ids
+        ids = (settings.bos_token_id,)
+    return EncodedPrompt(text=prompt, ids=ids)
+
+
+def _limits(
+    lengths: Sequence[int], settings: GenerationSettings, positions: int | None, room: int | None
+) -> list[int]:
+    """The longest length of each text, in tokens."""
+    if room is None:
+        return token_limits(lengths, settings, positions)
+    token_limits(lengths, replace(settings, max_new_tokens=1), positions)  # none is too long
+    return [min(length + room, positions or length + room) for length in lengths]

@@ -7,7 +7,9 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from launcher.data.conversations import Conversation
 from launcher.errors import UserError
 from launcher.predict.generate import Generation
 from launcher.report.aside import make_way
@@ -31,14 +33,33 @@ def write_results(generations: Sequence[Generation], path: Path | str, batch_siz
     path = Path(path)
     if path.suffix == ".jsonl":
         path = path.with_suffix(".txt")
-    lines = [
-        json.dumps({"prompt": g.prompt, "text": g.text, "tokens": list(g.tokens)},
-                   ensure_ascii=False)
-        for g in generations
-    ]  # fmt: skip
-    _write(path, result_text(generations, batch_size))
-    _write(path.with_suffix(".jsonl"), "".join(f"{line}\n" for line in lines))
+    lines = [json.dumps(_row(g), ensure_ascii=False) for g in generations]
+    write_file(path, result_text(generations, batch_size), keeps_earlier=True)
+    rows = "".join(f"{line}\n" for line in lines)
+    write_file(path.with_suffix(".jsonl"), rows, keeps_earlier=True)
     return path.with_suffix(".jsonl")
+
+
+def _row(generation: Generation) -> dict[str, Any]:
+    """One JSON line: of a conversation also its messages, in the form of training data."""
+    conversation = generation.conversation
+    row: dict[str, Any] = {} if conversation is None else as_record(conversation)
+    return {
+        **row,
+        "prompt": generation.prompt,
+        "text": generation.text,
+        "tokens": list(generation.tokens),
+    }
+
+
+def as_record(conversation: Conversation) -> dict[str, Any]:
+    """A conversation as a record of the messages format."""
+    record: dict[str, Any] = {"messages": conversation.messages}
+    if conversation.tools:
+        record["tools"] = conversation.tools
+    if conversation.template_kwargs:
+        record["chat_template_kwargs"] = dict(conversation.template_kwargs)
+    return record
 
 
 def check_writable(path: Path) -> None:
@@ -58,13 +79,16 @@ def check_writable(path: Path) -> None:
         ) from error
 
 
-def _write(path: Path, text: str) -> None:
+def write_file(path: Path, text: str, *, keeps_earlier: bool = False) -> None:
+    """Write a text file, which appears complete. One of the same name is replaced, or renamed
+    before where its content differs (`keeps_earlier`)."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     content = text.encode("utf-8", errors="backslashreplace")
     try:
         partial.write_bytes(content)
-        make_way(path, content)
+        if keeps_earlier:
+            make_way(path, content)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

@@ -41,6 +41,11 @@ class Console:
             print(f"{erase}{text}", file=self.stream, flush=True)
             self._redraw()
 
+    def write(self, text: str) -> None:
+        """Write a piece of a line to the console, not to the log."""
+        if self.enabled and text:
+            print(text, end="", file=self.stream, flush=True)
+
     def progress(
         self, text: str, *, last: bool = False, plain_seconds: float = PLAIN_INTERVAL_SECONDS
     ) -> None:

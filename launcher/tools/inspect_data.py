@@ -12,23 +12,21 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from launcher.errors import EXIT_OK, UserError
 from launcher.report.console import Console
 from launcher.tools.command import Parser, answer, count
 
 if TYPE_CHECKING:
-    from launcher.builders.data import TrainingData
     from launcher.builders.job import Job
     from launcher.config.schema import DatasetSection
-    from launcher.data.rows import Ints, Row, RowDataset
+    from launcher.data.rows import Ints, RowDataset
     from launcher.data.summary import Summary
     from launcher.report.histogram import Bin
 
 PICTURE = "data_lengths.png"
 MOST_DOCUMENTS = 1_000_000
-SHOWN_CHARACTERS = 600
 
 
 def parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
@@ -56,6 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _inspect(options: argparse.Namespace, command_line: list[str], console: Console) -> int:
     from launcher.builders.data import opened
     from launcher.builders.data_job import data_job
+    from launcher.builders.show_data import sample_lines
     from launcher.config.derived import used_datasets
     from launcher.data.summary import summarize
     from launcher.report import histogram
@@ -70,7 +69,7 @@ def _inspect(options: argparse.Namespace, command_line: list[str], console: Cons
             drawn[name] = histogram.bins_of(summary.lengths)
             for line in (*_numbers(name, summary), *histogram.lines(drawn[name], "tokens")):
                 console.log(line)
-        for line in _samples(job, data, options.samples):
+        for line in sample_lines(job, data, options.samples):
             console.log(line)
     path = job.output_dir / PICTURE
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -138,38 +137,6 @@ def _part(documents: int, tokens: int, lengths: Ints) -> str:
         return "none"
     share = tokens / lengths.sum()
     return f"{documents:,} of {len(lengths):,} documents, {tokens:,} tokens ({share:.1%})"
-
-
-def _samples(job: Job, data: TrainingData, wanted: int) -> Iterator[str]:
-    """The first samples of a run, decoded where there is a tokenizer."""
-    from launcher.config.derived import has_tokenizer
-
-    folder = job.tokenizer_dir
-    tokenizer = job.tokenizer if folder and has_tokenizer(folder) else None
-    for number in range(min(wanted, len(data.dataset))):
-        index = int(data.order.rows([number])[0])
-        yield from _sample(data.dataset.row(index), f"sample {number} (row {index})", tokenizer)
-
-
-def _sample(row: Row, name: str, tokenizer: Any) -> Iterator[str]:
-    from launcher.data.rows import NO_TARGET
-    from launcher.data.summary import documents_of
-
-    documents = list(documents_of(row))
-    tokens, targets = sum(map(len, documents)), int((row.labels != NO_TARGET).sum())
-    shape = f"{tokens:,} tokens, {targets:,} targets, {_documents(len(documents))}"
-    yield f"{name}: {shape}"
-    left = SHOWN_CHARACTERS
-    for number, document in enumerate(documents):
-        if number:
-            yield "  |---"
-        ids = document.tolist()
-        text = tokenizer.decode(ids) if tokenizer is not None else " ".join(map(str, ids))
-        more = f" ... ({len(text) - left:,} more characters)" if len(text) > left else ""
-        yield from (f"  | {line}" for line in (text[:left] + more).splitlines())
-        left -= len(text)
-        if left <= 0:
-            return
 
 
 if __name__ == "__main__":

@@ -58,14 +58,15 @@ def run_once(launch: Launch, arguments: Sequence[str]) -> int:
 def check(launch: Launch) -> int | None:
     """Check the configuration. None: it is valid; else the exit code, errors having been printed.
 
-    --help, --check_config, --print_config and --prepare_data are handled here, without workers.
+    --help, --check_config, --print_config, --prepare_data and --show_data are handled here, without
+    workers.
     """
     from launcher.config.command_line import parse
 
     if launch.script.resolve() != run_script():
         return None
     line = parse(launch.arguments)
-    if line.help or line.check_config or line.print_config or line.prepare_data:
+    if line.help or line.check_config or line.print_config or line.opens_data_alone:
         return run_once(launch, launch.arguments)
     errors = io.StringIO()  # rank 0 prints the warnings
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(errors):

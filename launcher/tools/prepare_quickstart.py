@@ -16,36 +16,22 @@ changed, and one that it made is replaced only with --overwrite.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
-import re
 import shutil
 import sys
-import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from launcher.errors import EXIT_OK, EXIT_USER, UserError
+from launcher.tools.standard_library import is_held_out, sources, standard_library
 
 LARGEST_CORPUS = 9_000_000
 """Bytes: enough for a model of a few million parameters, small enough to tokenize in seconds."""
-LARGEST_FILE = 400_000
-"""Bytes: larger files of the standard library are tables."""
-HELDOUT_IN = 20
 END = "<|endoftext|>"
 PAD = "<|pad|>"
 MARKER = "prepared.json"
-
-SKIPPED_FOLDERS = frozenset(
-    {
-        *("site-packages", "dist-packages", "ensurepip", "__pycache__", "__phello__"),
-        *("test", "tests", "idle_test", "lib2to3", "encodings", "pydoc_data"),
-    }
-)
-"""Other people's code, tests with broken files on purpose, and tables of character codes."""
-SKIPPED_FILE = re.compile(r"_sysconfigdata|^badsyntax")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -81,7 +67,7 @@ def prepare(output_dir: Path, vocab_size: int = 4096, *, overwrite: bool = False
     scratch = output_dir.parent / f".{output_dir.name}.{os.getpid()}.tmp"
     output_dir.parent.mkdir(parents=True, exist_ok=True)
     try:
-        facts = _copy_corpus(_standard_library(), scratch)
+        facts = _copy_corpus(standard_library(), scratch)
         facts |= {"requested_vocab_size": vocab_size}
         facts["vocab_size"] = _train_tokenizer(scratch, vocab_size)
         (scratch / MARKER).write_text(json.dumps(facts, indent=1) + "\n")
@@ -125,25 +111,14 @@ def _in_words(facts: dict[str, Any]) -> str:
     )
 
 
-def _standard_library() -> Path:
-    folder = Path(sysconfig.get_path("stdlib"))
-    if not (folder / "argparse.py").is_file():
-        raise UserError(
-            f"this Python has no standard library source in {str(folder)!r}",
-            rule="the quickstart trains on it",
-            advice="Run it with a Python that was installed as files (python.org, pyenv, apt, uv)",
-        )
-    return folder
-
-
 def _copy_corpus(library: Path, target: Path) -> dict[str, Any]:
     parts = {name: {"files": 0, "bytes": 0} for name in ("train", "heldout")}
     total = 0
-    for path in sorted(_sources(library), key=lambda path: _number(path, library)):
+    for path in sources(library):
         content = path.read_bytes()
         if not content.strip() or total + len(content) > LARGEST_CORPUS:
             continue
-        part = "heldout" if _number(path, library) % HELDOUT_IN == 0 else "train"
+        part = "heldout" if is_held_out(path, library) else "train"
         copy = target / part / path.relative_to(library)
         copy.parent.mkdir(parents=True, exist_ok=True)
         copy.write_bytes(content)
@@ -151,30 +126,6 @@ def _copy_corpus(library: Path, target: Path) -> dict[str, Any]:
         parts[part]["bytes"] += len(content)
         total += len(content)
     return {"python": sys.version.split()[0], **parts}
-
-
-def _sources(library: Path) -> Iterator[Path]:
-    for folder, folders, names in os.walk(library):
-        folders[:] = sorted(set(folders) - SKIPPED_FOLDERS)
-        for name in names:
-            path = Path(folder, name)
-            wanted = name.endswith(".py") and not SKIPPED_FILE.search(name)
-            if wanted and path.stat().st_size <= LARGEST_FILE and _is_text(path):
-                yield path
-
-
-def _is_text(path: Path) -> bool:
-    try:
-        path.read_bytes().decode("utf-8")
-    except (OSError, UnicodeDecodeError):
-        return False
-    return True
-
-
-def _number(path: Path, library: Path) -> int:
-    """A number that depends on the name of a file in the library and on nothing else."""
-    name = path.relative_to(library).as_posix()
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
 
 
 def _train_tokenizer(folder: Path, vocab_size: int) -> int:

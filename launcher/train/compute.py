@@ -18,13 +18,8 @@ from launcher.data.loader import Batch
 from launcher.parallel.model_parts import ModelParts
 from launcher.parallel.pipeline import BY_ROW, Pipeline
 from launcher.parallel.world import repeatable_backward
-
-
-class Loss(Protocol):
-    """From logits and labels to the sum over the target tokens."""
-
-    def __call__(self, logits: Tensor, labels: Tensor, *, by_row: bool = False) -> Tensor:
-        """A float32 scalar; with `by_row` the sum of each row, float32 [batch]."""
+from launcher.train.loss import Loss
+from launcher.train.preference import PreferenceLoss, as_integers, from_integers
 
 
 @dataclass(frozen=True)
@@ -39,6 +34,9 @@ class MicroBatch:
     """For modules of transformers, whose dropout uses torch's global generator."""
     sources: Tensor | None = None
     """bool [batch, sources]: whether a row is of a source; None where the data is no mixture."""
+    given: Tensor | None = None
+    """float32 [batch, columns]: what a loss on preferences needs beside logits and labels
+    (`preference.given_of`); None for the loss on tokens."""
 
 
 @dataclass(frozen=True)
@@ -56,10 +54,16 @@ class BatchSharder:
     def __call__(
         self, batch: Batch, *, seeds: Tensor | None = None, seed: int | None = None, **more: Any
     ) -> MicroBatch:
-        """The rows of `batch` on the device, with the tokens of this rank alone."""
+        """The rows of `batch` on the device, with the tokens of this rank alone; the sequences of a
+        sample of preferences are rows one after another. `seeds`: of every row."""
         tensors = {"position_ids": batch.position_ids, "document_ids": batch.document_ids,
                    "sample_seeds": seeds}  # fmt: skip
         ids, labels = self._moved(batch.input_ids), self._moved(batch.labels)
+        sources = None if batch.sources is None else self._moved(batch.sources)
+        if ids.dim() == 3:
+            if sources is not None:
+                sources = sources.repeat_interleave(ids.shape[1], 0)
+            ids, labels = ids.flatten(0, 1), labels.flatten(0, 1)
         arguments = {k: self._moved(v) for k, v in tensors.items() if v is not None}
         if self.token_indices is not None:
             total = ids.shape[1]
@@ -68,7 +72,6 @@ class BatchSharder:
             if "position_ids" in arguments:
                 arguments["position_ids"] = arguments["position_ids"][:, token_indices]
             more |= {"token_indices": token_indices, "total": total}
-        sources = None if batch.sources is None else self._moved(batch.sources)
         return MicroBatch(ids, labels, arguments | more, seed, sources)
 
     def _moved(self, tensor: Tensor) -> Tensor:
@@ -78,13 +81,22 @@ class BatchSharder:
 class Compute(Protocol):
     """Computes losses and gradients."""
 
+    @property
+    def has_loss(self) -> bool:
+        """Whether this rank has the last layers, and so the loss."""
+        ...
+
     def train(self, rows: Sequence[MicroBatch], scale: float | Tensor) -> Tensor:
         """Forward and backward of all micro-batches; gradients are those of `scale` times the sum
         of losses. Returns this rank's part of the sum, without the scale: a float32 scalar, or
-        the sum of each source, [sources]."""
+        the sum of each source, [sources]; of preferences [sources or 1, PreferenceLoss.columns]."""
 
     def evaluate(self, rows: MicroBatch) -> Tensor:
         """This rank's part of the summed loss of one batch, as from `train`; no gradients."""
+
+    def score(self, rows: MicroBatch) -> Tensor:
+        """The summed log-probability of the targets of each row, float32 [batch], in evaluation
+        mode, without gradients; zeros on ranks without the last stage. For preferences only."""
 
 
 def by_source(row_losses: Tensor, sources: Tensor) -> Tensor:
@@ -107,9 +119,16 @@ class FullModel:
     """Whether this rank counts the loss: all tensor-parallel ranks have it, and one counts."""
     own_kernels: bool
     """The model is Slipway's decoder, whose backward pass has deterministic kernels only."""
+    preference: PreferenceLoss | None = None
+    """The loss on preferences; None: that on tokens."""
+
+    @property
+    def has_loss(self) -> bool:
+        return True
 
     def train(self, rows: Sequence[MicroBatch], scale: float | Tensor) -> Tensor:
-        total = torch.zeros(_shape_of_sums(rows[0]), device=rows[0].input_ids.device)
+        shape = _shape_of_sums(rows[0], self.preference)
+        total = torch.zeros(shape, device=rows[0].input_ids.device)
         for index, batch in enumerate(rows):
             self.parts.sync_gradients(index == len(rows) - 1)
             loss, sums = self._loss(batch)
@@ -124,18 +143,55 @@ class FullModel:
 
     def _loss(self, rows: MicroBatch) -> tuple[Tensor, Tensor]:
         """The summed loss of a batch, and without gradients what `train` adds up."""
-        if rows.seed is not None:
-            torch.manual_seed(rows.seed)
-        logits = self.parts.modules[0](rows.input_ids, **rows.arguments)
+        logits = self._logits(rows)
+        if self.preference is not None:
+            assert rows.given is not None
+            return _preferences(self.preference, logits, rows.labels, rows.given, rows.sources)
         if rows.sources is None:
             loss = self.loss(logits, rows.labels)
             return loss, loss.detach()
         by_row = self.loss(logits, rows.labels, by_row=True)
         return by_row.sum(), by_source(by_row, rows.sources)
 
+    @torch.no_grad()
+    def score(self, rows: MicroBatch) -> Tensor:
+        assert self.preference is not None
+        was_training = self.parts.training
+        self.parts.train(False)
+        scores, _ = self.preference.log_probabilities(self._logits(rows), rows.labels)
+        self.parts.train(was_training)
+        return scores
 
-def _shape_of_sums(rows: MicroBatch) -> tuple[int, ...]:
-    return () if rows.sources is None else (rows.sources.shape[1],)
+    def _logits(self, rows: MicroBatch) -> Tensor:
+        if rows.seed is not None:
+            torch.manual_seed(rows.seed)
+        logits: Tensor = self.parts.modules[0](rows.input_ids, **rows.arguments)
+        return logits
+
+
+def _shape_of_sums(rows: MicroBatch, preference: PreferenceLoss | None) -> tuple[int, ...]:
+    sources = () if rows.sources is None else (rows.sources.shape[1],)
+    return sources if preference is None else (*(sources or (1,)), preference.columns)
+
+
+def _preferences(
+    preference: PreferenceLoss,
+    logits: Tensor,
+    labels: Tensor,
+    given: Tensor,
+    sources: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The summed loss of the samples of a micro-batch, and without gradients the sums of each
+    source, [sources or 1, columns]. `sources` are those of every row."""
+    found = preference(logits, labels, given)
+    own = torch.cat(
+        [found.losses.detach()[:, None], found.is_sample.float()[:, None], found.measures], 1
+    )
+    if sources is None:
+        return found.losses.sum(), own.sum(0, keepdim=True)
+    of_samples = sources[:: preference.sequences]
+    sums = torch.stack([by_source(column, of_samples) for column in own.T], 1)
+    return found.losses.sum(), sums
 
 
 @dataclass(frozen=True)
@@ -145,10 +201,15 @@ class PipelinedModel:
     pipeline: Pipeline
     loss: Loss
     counts: bool
+    preference: PreferenceLoss | None = None
+
+    @property
+    def has_loss(self) -> bool:
+        return self.pipeline.is_last
 
     def train(self, rows: Sequence[MicroBatch], scale: float | Tensor) -> Tensor:
         together = _concatenated(rows)
-        losses = _Losses(self.loss, together, scale)
+        losses = _Losses(self.loss, together, scale, self.preference)
         with repeatable_backward(together.input_ids.device, strict=True):
             total = self.pipeline.train(
                 together.input_ids, losses.targets, losses, together.arguments
@@ -157,37 +218,71 @@ class PipelinedModel:
         return sums * float(self.counts)
 
     def evaluate(self, rows: MicroBatch) -> Tensor:
-        losses = _Losses(self.loss, rows, None)
+        losses = _Losses(self.loss, rows, None, self.preference)
         total = self.pipeline.evaluate(rows.input_ids, losses.targets, losses, rows.arguments)
         return (total if losses.sums is None else losses.sums) * float(self.counts)
+
+    def score(self, rows: MicroBatch) -> Tensor:
+        assert self.preference is not None
+        log_probabilities = self.preference.log_probabilities
+        scores = torch.zeros(len(rows.input_ids), device=rows.input_ids.device)
+
+        def keep(logits: Tensor, labels: Tensor) -> Tensor:
+            scores.copy_(log_probabilities(logits, labels)[0])
+            return scores.sum()
+
+        self.pipeline.evaluate(rows.input_ids, rows.labels, keep, rows.arguments)
+        return scores
 
 
 class _Losses:
     """The loss of the micro-batches of one pass, as a pipeline calls it.
 
-    The schedule splits the labels into micro-batches. In a mixture the sources of a row go with its
-    labels: as further columns in front of them.
+    The schedule splits the labels into micro-batches. What goes with the labels of a row is in
+    further columns in front of them: in a mixture its sources, then what is given to a loss on
+    preferences.
     """
 
-    def __init__(self, loss: Loss, rows: MicroBatch, scale: float | Tensor | None) -> None:
-        self._loss, self._scale = loss, scale
-        self.targets = rows.labels
-        self.sums: Tensor | None = None
-        """[sources], of the micro-batches so far, without `scale`; zeros where the last stage is on
-        another rank. None where the data is no mixture."""
+    def __init__(
+        self,
+        loss: Loss,
+        rows: MicroBatch,
+        scale: float | Tensor | None,
+        preference: PreferenceLoss | None,
+    ) -> None:
+        self._loss, self._scale, self._preference = loss, scale, preference
+        self._sources = 0 if rows.sources is None else rows.sources.shape[1]
+        self._given = 0 if preference is None or rows.given is None else rows.given.shape[1]
+        columns = [rows.labels]
+        if rows.given is not None:
+            columns.insert(0, as_integers(rows.given))
         if rows.sources is not None:
-            self.targets = torch.cat([rows.sources.to(rows.labels.dtype), rows.labels], 1)
-            self.sums = torch.zeros(rows.sources.shape[1], device=rows.labels.device)
+            columns.insert(0, rows.sources.to(rows.labels.dtype))
+        self.targets = torch.cat(columns, 1) if len(columns) > 1 else rows.labels
+        self.sums: Tensor | None = None
+        """Those that `Compute.train` returns, of the micro-batches so far; zeros where the last
+        stage is on another rank. None where there is one sum alone."""
+        shape = _shape_of_sums(rows, preference)
+        if shape:
+            self.sums = torch.zeros(shape, device=rows.labels.device)
 
     def __call__(self, logits: Tensor, targets: Tensor) -> Tensor:
         if self.sums is None:
             loss = self._loss(logits, targets)
         else:
-            count = len(self.sums)
-            by_row = self._loss(logits, targets[:, count:], by_row=True)
-            self.sums += by_source(by_row, targets[:, :count].bool())
-            loss = by_row.sum()
+            loss, sums = self._summed(logits, targets)
+            self.sums += sums
         return loss if self._scale is None else loss * self._scale
+
+    def _summed(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        widths = (self._sources, self._given, targets.shape[1] - self._sources - self._given)
+        of_sources, given, labels = targets.split(widths, 1)
+        sources = of_sources.bool() if self._sources else None
+        if self._preference is not None:
+            return _preferences(self._preference, logits, labels, from_integers(given), sources)
+        assert sources is not None
+        by_row = self._loss(logits, labels, by_row=True)
+        return by_row.sum(), by_source(by_row, sources)
 
 
 def _concatenated(rows: Sequence[MicroBatch]) -> MicroBatch:
@@ -197,7 +292,9 @@ def _concatenated(rows: Sequence[MicroBatch]) -> MicroBatch:
     joined = {key: torch.cat([batch.arguments[key] for batch in rows]) for key in by_row}
     ids, labels = ([getattr(b, name) for b in rows] for name in ("input_ids", "labels"))
     sources = [batch.sources for batch in rows if batch.sources is not None]
+    given = [batch.given for batch in rows if batch.given is not None]
     return MicroBatch(
         torch.cat(ids), torch.cat(labels), first | joined,
         sources=torch.cat(sources) if sources else None,
+        given=torch.cat(given) if given else None,
     )  # fmt: skip

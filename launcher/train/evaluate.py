@@ -7,17 +7,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from launcher.data.loader import Batch
+from launcher.data.rows import RowDataset
 from launcher.parallel.world import World
 from launcher.train.compute import MicroBatch, by_source
 from launcher.train.loss import IGNORED_LABEL
+from launcher.train.preference import summary_of
 
 if TYPE_CHECKING:
+    from launcher.train.preference_task import PreferenceTask
     from launcher.train.run import BuiltModel, TrainRun
     from launcher.train.step import StepRecord
 
@@ -32,11 +35,16 @@ class EvaluationSet:
     """This rank's share, equally many batches on every rank."""
     sources: tuple[str, ...] = ()
     """The names of the sources; none where the data is no mixture."""
+    dataset: RowDataset | None = None
+    """The rows of the batches of all ranks; None where nobody asks for them."""
+    reference: torch.Tensor | None = None
+    """Of preferences: as that of `TrainRun`, for the rows of this data."""
 
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """`loss` in nats per target token, over `tokens` of them."""
+    """`loss` in nats per target token, over `tokens` of them; of preferences the loss of a sample,
+    over `tokens` samples."""
 
     loss: float
     tokens: int
@@ -44,6 +52,8 @@ class EvaluationResult:
     """The loss of each source of a mixture that has target tokens."""
     sets: Mapping[str, EvaluationResult] = field(default_factory=dict)
     """The result of each named evaluation set, of which this one is the mean over all tokens."""
+    preference: Mapping[str, float] | None = None
+    """Rewards and log-probabilities, by the names of TRL; None for the loss on tokens."""
 
     @property
     def perplexity(self) -> float:
@@ -56,8 +66,12 @@ class EvaluationResult:
 
     def _row(self, name: str) -> dict[str, Any]:
         """`name`: empty, or `/` and the name of the set."""
-        row = {f"eval_loss{name}": self.loss, f"eval_perplexity{name}": self.perplexity,
-               f"eval_tokens{name}": self.tokens}  # fmt: skip
+        row: dict[str, Any] = {f"eval_loss{name}": self.loss}
+        if self.preference is None:
+            row |= {f"eval_perplexity{name}": self.perplexity, f"eval_tokens{name}": self.tokens}
+        else:
+            row[f"eval_samples{name}"] = self.tokens
+            row |= {f"eval_{metric}{name}": value for metric, value in self.preference.items()}
         row |= {f"eval_loss{name}/{source}": loss for source, loss in self.sources.items()}
         for inner, result in self.sets.items():
             row |= result._row(f"/{inner}")
@@ -65,6 +79,9 @@ class EvaluationResult:
 
     def __str__(self) -> str:
         text = f"eval loss {self.loss:.4f}, perplexity {self.perplexity:.2f}, {self.tokens} tokens"
+        if self.preference is not None:
+            shown = (f", {name} {value:.4f}" for name, value in self.preference.items())
+            text = f"eval loss {self.loss:.4f}{''.join(shown)}, {self.tokens} samples"
         losses = {**self.sources, **{name: one.loss for name, one in self.sets.items()}}
         each = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
         return f"{text} ({each})" if each else text
@@ -74,13 +91,49 @@ def evaluate_sets(
     model: BuiltModel, sets: Sequence[EvaluationSet], world: World
 ) -> EvaluationResult:
     """The result over all target tokens of `sets`, with that of each where they are named."""
-    results = [evaluate(model, data.batches(), world, data.sources) for data in sets]
+    results = [_evaluate_set(model, data, world) for data in sets]
     if len(sets) == 1 and not sets[0].name:
         return results[0]
     tokens = sum(result.tokens for result in results)
     loss = sum(result.loss * result.tokens for result in results) / max(tokens, 1)
     named = {data.name: result for data, result in zip(sets, results, strict=True)}
-    return EvaluationResult(loss, tokens, sets=named)
+    return EvaluationResult(
+        loss, tokens, sets=named, preference=None if model.preference is None else {}
+    )
+
+
+def _evaluate_set(model: BuiltModel, data: EvaluationSet, world: World) -> EvaluationResult:
+    if model.preference is None:
+        return evaluate(model, data.batches(), world, data.sources)
+    return _evaluate_preferences(model, model.preference, data, world)
+
+
+@torch.no_grad()
+def _evaluate_preferences(
+    model: BuiltModel, task: PreferenceTask, data: EvaluationSet, world: World
+) -> EvaluationResult:
+    """The mean over samples. The divergence of kto is that over all of the data, in a pass of its
+    own."""
+    was_training = model.parts.training
+    model.parts.train(False)
+    divergence = None
+    if not task.settings.is_paired:
+        divergence = task.divergence_of_data(model, world, data.batches(), data.reference)
+    shape = (max(len(data.sources), 1), 2 + len(task.settings.measures))
+    total = torch.zeros(shape, dtype=torch.float64, device=world.device)
+    for batch in data.batches():
+        part = task.prepared(model, batch, data.reference)
+        rows = replace(model.batch_sharder(part.batch), given=part.given(divergence))
+        total += model.compute.evaluate(rows)
+    model.parts.train(was_training)
+    table = world.sum(total).cpu()
+    loss, samples, *measures = table.sum(0).tolist()
+    each = zip(data.sources, table[:, :2].tolist(), strict=False)
+    return EvaluationResult(
+        loss / max(samples, 1), int(samples),
+        {name: part / count for name, (part, count) in each if count},
+        preference=summary_of(task.settings, measures, samples),
+    )  # fmt: skip
 
 
 @torch.no_grad()

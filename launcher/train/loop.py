@@ -27,6 +27,7 @@ from launcher.data.mixture import MixtureOrder
 from launcher.train.callbacks import Callback, Callbacks
 from launcher.train.evaluate import evaluate_sets, is_evaluation_due
 from launcher.train.interrupts import STOP_REASONS, Interrupted
+from launcher.train.preference import summary_of
 from launcher.train.run import TrainRun
 from launcher.train.state import epoch_and_step
 from launcher.train.step import (
@@ -146,7 +147,16 @@ def _record(
         skipped=limits.are_passed(norm, row[LOSS]) if limits and limits.skips else None,
         embedding_norm=row[-1] if watches else None,
         sources=tuple(_source_records(run, record, row[SOURCES_FROM:])),
+        preference=_preference_metrics(run, row[SOURCES_FROM + len(run.loader.source_names):]),
     )  # fmt: skip
+
+
+def _preference_metrics(run: TrainRun, measured: Sequence[float]) -> dict[str, float]:
+    """`measured`: the share of samples, then the measures, of the mean over the global batch."""
+    if run.model.preference is None:
+        return {}
+    settings = run.model.preference.settings
+    return summary_of(settings, measured[1 : len(settings.measures) + 1], measured[0])
 
 
 def _taken(run: TrainRun) -> Sequence[int]:

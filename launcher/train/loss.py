@@ -9,13 +9,22 @@ on the way, without a float32 copy or a second tensor of log-probabilities.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from launcher.parallel.vocabulary import CHUNK_ELEMENTS, IGNORED_LABEL, gradient_dtype, scale_rows
+
+
+class Loss(Protocol):
+    """From logits and labels to the sum over the target tokens."""
+
+    def __call__(
+        self, logits: torch.Tensor, labels: torch.Tensor, *, by_row: bool = False
+    ) -> torch.Tensor:
+        """A float32 scalar; with `by_row` the sum of each row, float32 [batch]."""
 
 
 def token_loss_sum(

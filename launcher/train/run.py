@@ -28,6 +28,7 @@ from launcher.train.compute import BatchSharder, Compute
 from launcher.train.evaluate import EvaluationResult, EvaluationSet
 from launcher.train.interrupts import Interrupts
 from launcher.train.optimizer import Optimizer
+from launcher.train.preference_task import PreferenceTask
 from launcher.train.scaling import LossScaling
 from launcher.train.state import DATA_CURSOR, TrainState, epoch_and_step, to_json
 from launcher.weights.ranks.manifests import EVALUATION
@@ -48,6 +49,8 @@ class BuiltModel:
     """What tensors of the model are in files."""
     compute: Compute
     batch_sharder: BatchSharder
+    preference: PreferenceTask | None = None
+    """Training on preferences; None: on the next token."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +106,9 @@ class TrainRun:
     """Write config.json and the tokenizer into a folder."""
     evaluation: Sequence[EvaluationSet]
     """What it is evaluated on; empty: it is not."""
+    reference: torch.Tensor | None = None
+    """float32 [rows of the data, 2] on the CPU: log-probabilities of both sequences of each row
+    under the reference of a loss on preferences; None where they are not computed before."""
     origin: Origin
     state: TrainState
     evaluated: tuple[int, EvaluationResult] | None = None

@@ -6,7 +6,8 @@ or with limits. What the step measured is returned as one small tensor on the de
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,23 +27,28 @@ LOSS, SQUARED_NORM, SIGNALS_FROM = range(3)
 each of `STOP_REASONS`. A step returns it with the norm in place of its square."""
 GRADIENT_NORM = SQUARED_NORM
 SOURCES_FROM = SIGNALS_FROM + len(STOP_REASONS)
-"""From here on, in a mixture: the part of each source in the loss."""
+"""From here on, in a mixture: the part of each source in the loss; then, in training on
+preferences, the share of samples and `PreferenceSettings.measures`."""
 
 
 def train_step(run: TrainRun, data: StepData, learning_rate: float) -> torch.Tensor:
     """Train on one global batch. Returns float32 [loss, gradient norm, ranks per reason to stop
-    ..., part of each source in the loss ...], and last, where it is watched, the norm of the
-    embedding's gradient.
+    ..., part of each source in the loss ..., measures of preferences ...], and last, where it is
+    watched, the norm of the embedding's gradient.
 
-    The loss is the mean over the target tokens of the global batch, the same on every rank; in a
-    mixture it is the sum of the parts of the sources. Loss and norm are those without a loss scale.
-    A step that overflows changes no parameter, optimizer state or update count, only the scale. It
-    uses up its data, as in MindFormers, and a step of the learning-rate schedule, unlike there: a
-    step is a position in the data and on the schedule, with or without an update.
+    The loss is the mean over the target tokens of the global batch (of preferences: over its
+    samples), the same on every rank; in a mixture it is the sum of the parts of the sources. Loss
+    and norm are those without a loss scale. A step that overflows changes no parameter, optimizer
+    state or update count, only the scale. It uses up its data, as in MindFormers, and a step of the
+    learning-rate schedule, unlike there: a step is a position in the data and on the schedule, with
+    or without an update.
     """
     targets = max(data.target_tokens, 1)
     run.model.parts.train()
-    micro_batches = [micro_batch_of(run, batch) for batch in data.batches]
+    if run.model.preference is None:
+        micro_batches = [micro_batch_of(run, batch) for batch in data.batches]
+    else:
+        micro_batches = preference_batches(run, data)
     loss_sums = run.model.compute.train(micro_batches, run.state.loss_scale / targets)
     run.gradients.finish()
     if run.settings.scaling is not None:
@@ -57,11 +63,13 @@ def train_step(run: TrainRun, data: StepData, learning_rate: float) -> torch.Ten
 
 def _measure(run: TrainRun, losses: torch.Tensor) -> torch.Tensor:
     """What `train_step` returns: summed over the ranks in one collective. `losses`: this rank's
-    part of the loss, a scalar or one number for each source."""
+    part of the loss, as `Compute.train` returns it."""
     reasons = torch.tensor(run.interrupts.as_values()).to(run.world.device, non_blocking=True)
-    of_sources = [losses] if losses.dim() else []
-    loss = losses.sum() if of_sources else losses
-    own = [torch.stack([loss, run.gradients.squared_norm()]), reasons, *of_sources]
+    measures = [losses[:, 1:].sum(0)] if losses.dim() == 2 else []
+    losses = losses[:, 0] if measures else losses
+    of_sources = [losses] if run.loader.source_names else []
+    own = [torch.stack([losses.sum(), run.gradients.squared_norm()]), reasons, *of_sources]
+    own += measures
     watched = run.gradients.squared_norm_of_embedding()
     measured = run.world.sum(torch.cat(own if watched is None else [*own, watched]))
     measured[SQUARED_NORM].sqrt_()
@@ -99,6 +107,17 @@ def _update(run: TrainRun, norm: torch.Tensor, learning_rate: float) -> None:
     run.is_consistent = True
 
 
+def preference_batches(run: TrainRun, data: StepData) -> list[MicroBatch]:
+    """The micro-batches of a step on preferences, with what their loss needs beside them."""
+    assert run.model.preference is not None
+    task, model, world = run.model.preference, run.model, run.world
+    parts = [task.prepared(model, batch, run.reference) for batch in data.batches]
+    divergence = task.divergence(model, world, parts, data.samples)
+    return [
+        replace(micro_batch_of(run, part.batch), given=part.given(divergence)) for part in parts
+    ]
+
+
 def micro_batch_of(run: TrainRun, batch: Batch) -> MicroBatch:
     """One micro-batch on the device, with what training adds: seeds and the balance loss."""
     more: dict[str, Any] = {}
@@ -106,9 +125,17 @@ def micro_batch_of(run: TrainRun, batch: Batch) -> MicroBatch:
         more["balance_scale"] = run.settings.balance * run.state.loss_scale
     if run.settings.has_dropout:
         seed, step = run.config.seed, run.state.global_step
-        more["seeds"] = sample_seeds(seed, step, batch.sample_ids)
+        more["seeds"] = sample_seeds(seed, step, row_ids(batch))
         more["seed"] = mix(seed, step, int(batch.sample_ids[0]))
     return run.model.batch_sharder(batch, **more)
+
+
+def row_ids(batch: Batch) -> torch.Tensor:
+    """A number of each row, int64: that of its sample, apart for the sequences of one sample."""
+    if batch.input_ids.dim() == 2:
+        return batch.sample_ids
+    count = batch.input_ids.shape[1]
+    return (batch.sample_ids[:, None] * count + torch.arange(count)).flatten()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,6 +190,8 @@ class StepRecord:
     """Norm of the embedding's gradient; None: it is not watched."""
     sources: tuple[SourceRecord, ...] = ()
     """Of a mixture, for each source."""
+    preference: Mapping[str, float] = field(default_factory=dict)
+    """Rewards and log-probabilities of training on preferences, by the names of TRL."""
 
     @property
     def changed_nothing(self) -> bool:
@@ -172,7 +201,8 @@ class StepRecord:
     def as_row(self) -> dict[str, Any]:
         """For `metrics.jsonl`."""
         row = {key: value for key, value in asdict(self).items() if value is not None}
-        del row["sources"]
+        del row["sources"], row["preference"]
+        row |= self.preference
         for source in self.sources:
             row |= source.as_row()
         return row

@@ -158,7 +158,7 @@ WRONG: list[tuple[str, dict[str, Any], str, bool]] = [
     (
         "a question with a weight",
         {"messages": [{**USER, "train": True}, ANSWER]},
-        "a turn with the role 'user' has a weight of 1: loss is computed on answers",
+        "turn 1: a turn with the role 'user' has a weight of 1",
         True,
     ),
     ("flat history", {**ALPACA, "history": ["q", "a"]}, "'history' = ['q', 'a']: in the", True),
@@ -190,7 +190,13 @@ WRONG: list[tuple[str, dict[str, Any], str, bool]] = [
         "the older spelling of `tools`",
         True,
     ),
-    ("arguments for the template", messages(ANSWER, chat_template_kwargs={"a": 1}), "built", True),
+    ("arguments as a list", messages(ANSWER, chat_template_kwargs=["a"]), "an object", True),
+    (
+        "an argument of the launcher",
+        {**ALPACA, "chat_template_kwargs": {"a": 1, "tokenize": False}},
+        "'chat_template_kwargs.tokenize' = False",
+        True,
+    ),
     (
         "image in a content",
         messages({**ANSWER, "content": [{"type": "image_url", "image_url": "a"}]}),

@@ -21,7 +21,7 @@ from tests.workshop import Workshop
 
 def lora(**keys: Any) -> dict[str, Any]:
     # A larger epsilon of Adam: B begins as zeros and becomes the sum of its steps.
-    return {"pet_config": {"lora_rank": 4, "lora_alpha": 8, **keys}, "optimizer": {"eps": 1e-3}}
+    return {"pet_config": {"lora_rank": 4, "lora_alpha": 8, **keys}, "optimizer": {"eps": 1e-2}}
 
 
 DROPOUT = lora(lora_dropout=0.2)

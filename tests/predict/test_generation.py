@@ -101,18 +101,24 @@ PROCESSED: dict[str, dict[str, Any]] = {
     "begin_suppress_tokens": {"max_new_tokens": 6, "begin_suppress_tokens": list(range(80))},
     "encoder_repetition_penalty": {"max_new_tokens": 10, "encoder_repetition_penalty": 3.0},
     "encoder_no_repeat_ngram_size": {
-        "max_new_tokens": 12, "encoder_no_repeat_ngram_size": 1,
+        "max_new_tokens": 12,
+        "encoder_no_repeat_ngram_size": 1,
         "sequence_bias": [[[token], 9.0] for prompt in PROMPTS for token in prompt],
     },
     "sequence_bias": {
-        "max_new_tokens": 10, "sequence_bias": [[[9], 8.0], [[9, 12], 20.0], [[33, 40, 7], -5.0]],
+        "max_new_tokens": 10,
+        "sequence_bias": [[[9], 8.0], [[9, 12], 20.0], [[33, 40, 7], -5.0]],
     },
-    "forced_bos_token_id": {"max_new_tokens": 6, "forced_bos_token_id": 11,
-                            "begin_suppress_tokens": [60, 61]},
+    "forced_bos_token_id": {
+        "max_new_tokens": 6,
+        "forced_bos_token_id": 11,
+        "begin_suppress_tokens": [60, 61],
+    },
     "forced_eos_token_id": {"max_new_tokens": 6, "forced_eos_token_id": [12, 13]},
     "forced_eos_token_id, max_length": {"max_length": 10, "forced_eos_token_id": 12},
     "exponential_decay_length_penalty": {
-        "max_new_tokens": 20, "exponential_decay_length_penalty": (2, 1.6),
+        "max_new_tokens": 20,
+        "exponential_decay_length_penalty": (2, 1.6),
     },
     "renormalize_logits": {"max_new_tokens": 10, "renormalize_logits": True},
 }

@@ -24,14 +24,20 @@ OWN, MODULE = pair(dense_spec(type="LlamaConfig", max_position_embeddings=64))
 PROMPTS = ["def f(x):", "a", "import os, sys", "return", "for i in"]
 
 
+def texts(given: Any) -> list[str]:
+    prompts = read_prompts(given)
+    assert all(prompt.conversation is None for prompt in prompts)
+    return [prompt.text for prompt in prompts]
+
+
 def test_one_prompt_several_and_a_file(tmp_path: Path) -> None:
     file = tmp_path / "prompts.txt"
     file.write_text("first \\n line\n\nsecond\n", encoding="utf-8")
-    assert read_prompts("I love Beijing, because") == ["I love Beijing, because"]
-    assert read_prompts("a\\nb") == read_prompts(["a\\nb"]) == ["a\nb"]
-    assert read_prompts(["a\\nb", "c"]) == ["a\\nb", "c"]
-    assert read_prompts(str(file)) == ["first \\n line", "second"]
-    assert read_prompts("x" * 300) == ["x" * 300]  # no file system takes it for a name
+    assert texts("I love Beijing, because") == ["I love Beijing, because"]
+    assert texts("a\\nb") == texts(["a\\nb"]) == ["a\nb"]
+    assert texts(["a\\nb", "c"]) == ["a\\nb", "c"]
+    assert texts(str(file)) == ["first \\n line", "second"]
+    assert texts("x" * 300) == ["x" * 300]  # no file system takes it for a name
 
 
 def test_results_of_an_earlier_run_are_kept(tmp_path: Path) -> None:

@@ -47,7 +47,11 @@ def test_the_configuration_names_the_place_before_anything_heavy(
 def test_a_file_of_prompts_is_read_line_by_line(tmp_path: Path, encoding: str) -> None:
     path = tmp_path / "prompts.txt"
     path.write_bytes("caf\u00e9\r\n\n \nline\u2028of\x0cone\n\U0001f6a2".encode(encoding))
-    assert read_prompts(str(path)) == ["caf\u00e9", "line\u2028of\x0cone", "\U0001f6a2"]
+    assert [prompt.text for prompt in read_prompts(str(path))] == [
+        "caf\u00e9",
+        "line\u2028of\x0cone",
+        "\U0001f6a2",
+    ]
 
 
 def test_a_file_of_prompts_in_latin_1_is_an_error_with_line_and_offset(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from transformers import AutoTokenizer
 
 from launcher.tools import prepare_quickstart
 from launcher.tools.prepare_quickstart import LARGEST_CORPUS, main
+from launcher.tools.standard_library import is_held_out
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +57,7 @@ def test_the_split_depends_on_names_only() -> None:
     heldout = [
         name
         for name in ("argparse.py", "sysconfig.py", "asyncio/locks.py", "json/decoder.py")
-        if prepare_quickstart._number(library / name, library) % prepare_quickstart.HELDOUT_IN == 0
+        if is_held_out(library / name, library)
     ]
     assert heldout == ["sysconfig.py", "asyncio/locks.py"]
 

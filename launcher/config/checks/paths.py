@@ -35,28 +35,25 @@ TOKEN_LOADERS = frozenset({
 """Types of data loaders that read rows of tokens."""
 
 _MEGATRON = "BlendedMegatronDatasetDataLoader"
-_OF_DOCUMENTS = (
-    "TextDataLoader", "HFDataLoader", "CommonDataLoader", "InstructionDataLoader",
-)  # fmt: skip
+_OF_CONVERSATIONS = ("InstructionDataLoader", "PreferenceDataLoader", "FeedbackDataLoader")
+_OF_RECORDS = ("HFDataLoader", "CommonDataLoader", *_OF_CONVERSATIONS)
+_OF_DOCUMENTS = ("TextDataLoader", *_OF_RECORDS)
 _BY_TYPE: dict[str, tuple[str, ...]] = {
     "suffixes": ("TextDataLoader",),
     "text_column": ("HFDataLoader", "CommonDataLoader"),
-    "split": ("HFDataLoader", "CommonDataLoader", "InstructionDataLoader"),
-    "path": ("HFDataLoader", "CommonDataLoader", "InstructionDataLoader"),
-    "data_dir": ("HFDataLoader", "CommonDataLoader", "InstructionDataLoader"),
-    "subset": ("HFDataLoader", "CommonDataLoader", "InstructionDataLoader"),
-    "delimiter": ("HFDataLoader", "CommonDataLoader", "InstructionDataLoader"),
-    "load_func": ("HFDataLoader", "CommonDataLoader", "InstructionDataLoader"),
-    "column_map": (
-        "HFDataLoader",
-        "CommonDataLoader",
-        "InstructionDataLoader",
-        "MindDataset",
-    ),
-    "transforms": ("HFDataLoader", "CommonDataLoader", "InstructionDataLoader"),
+    "split": _OF_RECORDS,
+    "path": _OF_RECORDS,
+    "data_dir": _OF_RECORDS,
+    "subset": _OF_RECORDS,
+    "delimiter": _OF_RECORDS,
+    "load_func": _OF_RECORDS,
+    "column_map": (*_OF_RECORDS, "MindDataset"),
+    "transforms": _OF_RECORDS,
     "prompt_template": ("InstructionDataLoader",),
-    "format": ("InstructionDataLoader",),
-    "strict_fields": ("InstructionDataLoader",),
+    "train_on_roles": ("InstructionDataLoader",),
+    "train_on_turns": ("InstructionDataLoader",),
+    "format": _OF_CONVERSATIONS,
+    "strict_fields": _OF_CONVERSATIONS,
     "streaming": ("HFDataLoader", "CommonDataLoader", "InstructionDataLoader"),
     "labels": ("MindDataset",),
     "pad_token_id": ("MindDataset",),
@@ -109,7 +106,7 @@ def run_mode(check: Check) -> Iterator[KeyProblem]:
             "eval_datasets" if check.config.eval_datasets else "eval_dataset",
             "Add an eval_dataset section",
         ),
-        "predict": ("input_data", "Write `--predict_data 'a prompt'`"),
+        "predict": ("input_data", "Write `--predict_data 'a prompt'`, or --interactive"),
     }
     if not check.mode:
         yield check.wrong(
@@ -129,6 +126,8 @@ def run_mode(check: Check) -> Iterator[KeyProblem]:
             )
         return
     key, advice = needs[check.mode]
+    if key == "input_data" and check.config.interactive:
+        return
     if check.value(key) in (None, "", []):
         yield check.wrong(key, f"{check.mode} requires it", what=f"{key} is missing", advice=advice)
 

@@ -13,7 +13,7 @@ from launcher.config.checks.check import Check
 from launcher.config.checks.paths import TOKEN_LOADERS, nearest_path
 from launcher.config.derived import used_datasets
 from launcher.config.provenance import KeyProblem
-from launcher.config.schema import DataLoaderSection, DatasetSection
+from launcher.config.schema import JUDGED, PAIRS, DataLoaderSection, DatasetSection
 from launcher.config.schema.data import RECORD_FORMATS
 from launcher.config.schema.splits import WrongSplit, names_of_split, parse_split
 from launcher.config.schema.transforms import WrongTransform, parse_transform
@@ -25,6 +25,18 @@ TARGETS = {
     "sharegpt": ("conversations", "system", "tools"),
 }
 """Format -> the fields that column_map may name."""
+
+PREFERENCE_TARGETS = {
+    PAIRS: (
+        *("prompt", "chosen", "rejected", "instruction", "input", "system", "history", "tools"),
+        *("messages", "rejected_response", "rejected_messages", "conversations"),
+    ),
+    JUDGED: (
+        *("prompt", "completion", "label", "kto_tag", "chosen", "rejected", "instruction", "input"),
+        *("output", "system", "history", "tools", "messages", "conversations"),
+    ),
+}
+"""Type of a loader of preferences -> the fields that column_map may name."""
 
 _OTHER_WORDS = {
     "prompt": "instruction", "question": "instruction", "query": "input", "context": "input",
@@ -194,6 +206,8 @@ def _turned(target: str, source: object, known: tuple[str, ...]) -> str:
 
 
 def _targets(loader: DataLoaderSection) -> tuple[str, ...]:
+    if loader.type in PREFERENCE_TARGETS:
+        return PREFERENCE_TARGETS[loader.type]
     if loader.type != "InstructionDataLoader":
         return ("text",)
     if loader.format:
@@ -202,7 +216,8 @@ def _targets(loader: DataLoaderSection) -> tuple[str, ...]:
 
 
 def _reader(loader: DataLoaderSection) -> str:
-    return f"the format {loader.format}" if loader.format else loader.type
+    named = loader.format and loader.type not in PREFERENCE_TARGETS
+    return f"the format {loader.format}" if named else loader.type
 
 
 def transforms(check: Check) -> Iterator[KeyProblem]:

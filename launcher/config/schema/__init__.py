@@ -45,6 +45,15 @@ from launcher.config.schema.parallel import (
     RecomputeSection,
     SwapSection,
 )
+from launcher.config.schema.preference import (
+    JUDGED,
+    PAIRS,
+    PREFERENCE_ARGUMENTS,
+    PREFERENCE_TRAINERS,
+    WITH_REFERENCE,
+    PreferenceSection,
+    ReferenceSection,
+)
 from launcher.config.schema.root import RUN_MODES, TRACKERS, Config
 from launcher.config.schema.training import (
     DYNAMIC_LOSS_SCALE,
@@ -63,14 +72,19 @@ from launcher.config.schema.training import (
 __all__ = [
     "CALLBACKS",
     "DYNAMIC_LOSS_SCALE",
+    "JUDGED",
     "LARGEST_LOSS_SCALE",
     "LOSS_SCALES",
     "OPTIMIZER_ARGUMENTS",
+    "PAIRS",
+    "PREFERENCE_ARGUMENTS",
+    "PREFERENCE_TRAINERS",
     "RUN_MODES",
     "SCHEDULES_WITHOUT_WARMUP",
     "SCHEDULE_ARGUMENTS",
     "TRACKERS",
     "WARMUP_ARGUMENTS",
+    "WITH_REFERENCE",
     "CallbackSection",
     "CheckpointMonitorSection",
     "Config",
@@ -97,8 +111,10 @@ __all__ = [
     "ParallelOptimizerConfigSection",
     "ParallelSection",
     "PipelineConfigSection",
+    "PreferenceSection",
     "ProcessorSection",
     "RecomputeSection",
+    "ReferenceSection",
     "RegisteredCallbackSection",
     "RunnerSection",
     "RunnerWrapperSection",

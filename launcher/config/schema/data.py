@@ -17,6 +17,10 @@ from launcher.config.schema.field import (
 )
 from launcher.config.schema.splits import names_of_split
 
+CHAT_ROLES = (
+    *("system", "developer", "user", "assistant", "tool", "function", "ipython", "observation"),
+)
+"""Roles of the turns of a conversation."""
 RECORD_FORMATS = ("json", "csv", "parquet", "text", "arrow")
 """Values of `data_loader.path` that name a format instead of a folder."""
 
@@ -101,6 +105,8 @@ class DataLoaderSection:
             "TextDataLoader",
             "HFDataLoader",
             "InstructionDataLoader",
+            "PreferenceDataLoader",
+            "FeedbackDataLoader",
             "MindDataset",
             "BlendedMegatronDatasetDataLoader",
             "TokenFileDataLoader",
@@ -109,9 +115,11 @@ class DataLoaderSection:
         planned=("TFRecordDataset", "ADGenDataLoader", "CLUEDataset"),
     )
     """`TextDataLoader`: text files. `HFDataLoader` (or `CommonDataLoader`): records (JSON, JSONL,
-    CSV, Parquet, Arrow) with a text column. `InstructionDataLoader`: questions with answers. The
-    others read tokens in place: `MindDataset` MindRecord files, `BlendedMegatronDatasetDataLoader`
-    `.bin`/`.idx` files of Megatron, `TokenFileDataLoader` plain files of token ids."""
+    CSV, Parquet, Arrow) with a text column. `InstructionDataLoader`: questions with answers.
+    `PreferenceDataLoader`: questions with a better and a worse answer. `FeedbackDataLoader`:
+    questions with one answer, judged good or bad. The others read tokens in place: `MindDataset`
+    MindRecord files, `BlendedMegatronDatasetDataLoader` `.bin`/`.idx` files of Megatron,
+    `TokenFileDataLoader` plain files of token ids."""
     dataset_dir: str = ""
     """A file, a folder or a glob. Equal to dataset_files with one entry."""
     dataset_files: str | list[str] | None = None
@@ -134,8 +142,10 @@ class DataLoaderSection:
     """TextDataLoader: endings of the files taken from a folder. Left out: all usual ones."""
     text_column: str = "text"
     """HFDataLoader: the column that holds the text."""
-    format: str | None = effective(None, choices=("alpaca", "messages", "sharegpt"))
-    """InstructionDataLoader: form of a record. Left out: seen from the first record."""
+    format: str | None = effective(None, choices=("alpaca", "messages", "sharegpt", "text"))
+    """InstructionDataLoader, PreferenceDataLoader, FeedbackDataLoader: form of a record. `text`, of
+    the last two, is prompt and answers as plain strings, without a chat template. Left out: seen
+    from the first record."""
     column_map: dict[str, str] | None = None
     """Field that is read -> column of the file, as in `{instruction: question, output: answer}`,
     `{text: body}`. Records: a dotted name (`data.question`) is a field of a nested record.
@@ -151,6 +161,12 @@ class DataLoaderSection:
     )
     """InstructionDataLoader, alpaca records: a prompt of fixed text, tokenized in parts as the data
     handlers of MindFormers do, instead of the chat template of the tokenizer."""
+    train_on_roles: list[str] = effective(["assistant"], choices=CHAT_ROLES)
+    """InstructionDataLoader: roles whose turns carry loss: their text and the end mark behind it.
+    A turn with `train: false` or `weight: 0` never does."""
+    train_on_turns: str = effective("all", choices=("all", "last"))
+    """InstructionDataLoader: `last`: only the last turn of these roles carries loss, and turns
+    with `train: true`."""
     strict_fields: bool = True
     """InstructionDataLoader: a field of a record with a wrong value, or one of another kind of data
     (`rejected`, `images`), is an error. False: the record is skipped and counted."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from launcher.config.schema.field import effective, no_effect, not_built, section
+from launcher.config.schema.preference import PREFERENCE_TRAINERS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,7 +161,7 @@ class TrainerSection:
 
     type: str = effective(
         "CausalLanguageModelingTrainer",
-        choices=("CausalLanguageModelingTrainer",),
+        choices=("CausalLanguageModelingTrainer", *PREFERENCE_TRAINERS),
         planned=(
             *("GeneralTaskTrainer", "MaskedLanguageModelingTrainer", "QuestionAnsweringTrainer"),
             *("TextClassificationTrainer", "TokenClassificationTrainer"),
@@ -168,7 +169,7 @@ class TrainerSection:
             *("MaskedImageModelingTrainer", "VisualQuestionAnsweringTrainer"),
         ),
     )
-    """The task."""
+    """The task: the next token of text, or preferences between answers (`preference`)."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -35,6 +35,7 @@ from launcher.config.schema.parallel import (
     SwapSection,
 )
 from launcher.config.schema.pet import PetSection
+from launcher.config.schema.preference import PREFERENCE_TRAINERS, PreferenceSection
 from launcher.config.schema.training import (
     LrScheduleSection,
     OptimizerSection,
@@ -131,7 +132,14 @@ class Config:
     """Tools that conversations may call, shown to the model by the chat template: a JSON file with
     a list, or the list. Those of a record win."""
     input_data: str | list[str] | None = None
-    """Prompts of predict: a text, several, or a file with one a line."""
+    """Prompts of predict: a text, several, messages as JSON, or a file with one a line."""
+    system: str | None = None
+    """System prompt of the conversations that predict answers; those with their own keep it. Plain
+    prompts are then rendered with the chat template."""
+    stream: bool | None = None
+    """predict prints the text of a single prompt while it is generated. Left out: on a terminal."""
+    interactive: bool = False
+    """predict is a chat at the terminal."""
     predict_batch_size: int | None = effective(None, minimum=1)
     """Prompts generated together. Left out: all of them, at most eight."""
     save_file: str | None = None
@@ -165,6 +173,8 @@ class Config:
 
     trainer: TrainerSection = section(TrainerSection)
     """The task."""
+    preference: PreferenceSection = section(PreferenceSection)
+    """Training on preferences."""
     model: ModelSection = section(ModelSection)
     """What is trained."""
     pet_config: PetSection = section(PetSection)
@@ -222,6 +232,12 @@ class Config:
     def loss_monitor(self) -> LossMonitorSection:
         """The MFLossMonitor that counts; the default one when none is written."""
         return self.last_callback(LossMonitorSection) or LossMonitorSection()
+
+    @property
+    def preference_loss(self) -> str | None:
+        """The loss on preferences; None for the loss on the next token."""
+        losses = PREFERENCE_TRAINERS.get(self.trainer.type)
+        return None if losses is None else self.preference.loss or losses[0]
 
     @property
     def checkpoint_monitor(self) -> CheckpointMonitorSection | None:

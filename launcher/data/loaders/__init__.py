@@ -18,6 +18,7 @@ from launcher.config.schema import DataLoaderSection
 from launcher.data.files import DataFile
 from launcher.data.loaders.base import DataLoader, RowLoader
 from launcher.data.loaders.instruction import INSTRUCTION_LOADER
+from launcher.data.loaders.preference import FEEDBACK_LOADER, PREFERENCE_LOADER
 from launcher.data.loaders.text import TEXT_LOADER
 from launcher.data.loaders.text_column import TEXT_COLUMN_LOADER
 from launcher.data.progress import active_meter
@@ -30,6 +31,8 @@ LOADERS: dict[str, DataLoader[Any]] = {
     "TextDataLoader": TEXT_LOADER,
     "HFDataLoader": TEXT_COLUMN_LOADER,
     "InstructionDataLoader": INSTRUCTION_LOADER,
+    "PreferenceDataLoader": PREFERENCE_LOADER,
+    "FeedbackDataLoader": FEEDBACK_LOADER,
 }
 ALIASES = {"CommonDataLoader": "HFDataLoader"}
 """Names that MindFormers uses for the same data."""

@@ -11,10 +11,13 @@ import numpy as np
 import numpy.typing as npt
 
 from launcher.config.schema import DataLoaderSection, DatasetSection
+from launcher.data.chat_rendering import ChatSettings
 from launcher.data.files import DataFile
+from launcher.data.packing import RowPlan
 from launcher.data.progress import OnProgress, ignore_progress
 from launcher.data.records import Record
 from launcher.data.rows import RowDataset, Rows
+from launcher.data.store import TokenStore
 from launcher.data.tally import Tally
 from launcher.errors import UserError
 
@@ -34,8 +37,8 @@ class TokenBatch(NamedTuple):
     """Some samples as token ids."""
 
     tokens: list[list[int]]
-    is_target: Sequence[npt.NDArray[np.bool_]] = ()
-    """For each token whether it counts for the loss; empty: all of them do."""
+    is_target: Sequence[npt.NDArray[np.bool_ | np.uint8]] = ()
+    """For each token whether it counts for the loss (0: it does not); empty: all of them do."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +57,8 @@ class Recipe:
     """Processes that may tokenize."""
     model_config: Mapping[str, Any] = field(default_factory=dict)
     """The config.json of the model, for the ids of its special tokens."""
+    chat: ChatSettings = field(default_factory=ChatSettings)
+    """How conversations are rendered."""
     phase: str = "train"
     """`train`, or `valid` for evaluation: which split is read where files have several."""
 
@@ -98,6 +103,12 @@ class DataLoader(Generic[SampleT]):
     has_targets: bool = False
     """Whether only some tokens count for the loss, as in conversations. Such samples are cut from
     one stream of tokens only with `packing_strategy: concatenate`."""
+    plan: Callable[[TokenStore, int], RowPlan] | None = None
+    """How its documents are assigned to rows of a length; None: by `packing`."""
+    rows: Callable[[TokenStore, RowPlan, int, int], Rows] | None = None
+    """With `plan`: the rows of a store, given their length and the padding token."""
+    sequences: int = 1
+    """Sequences of a row."""
     unit: str = "documents"
     """What its samples are, for log lines."""
     paths_key: str = "dataset_dir"

@@ -13,6 +13,7 @@ from launcher.config.schema import DataLoaderSection
 from launcher.data.chat import tokenize_conversations
 from launcher.data.conversations import Conversation, conversations_of
 from launcher.data.files import DataFile
+from launcher.data.learnt import learnt_turns
 from launcher.data.loaders.base import DataLoader, FromRecords, Recipe, TokenBatch
 from launcher.data.prompts import Prompt, prompts_of, template_of, tokenize_prompts
 from launcher.data.record_files import find_record_files, records_of_file, records_of_files
@@ -48,7 +49,8 @@ def _samples(
     strictness = Strictness(strict=section.strict_fields, tally=tally)
     if section.prompt_template:
         return prompts_of(records, template_of(section.prompt_template), strictness)
-    return conversations_of(records, section.format, strictness, first_record)
+    learnt = learnt_turns(section)
+    return conversations_of(records, section.format, strictness, first_record, learnt)
 
 
 def _tokenize(samples: Iterable[Sample], recipe: Recipe, tally: Tally) -> Iterator[TokenBatch]:
@@ -63,7 +65,7 @@ def _tokenize(samples: Iterable[Sample], recipe: Recipe, tally: Tally) -> Iterat
     else:
         conversations = (sample for sample in samples if isinstance(sample, Conversation))
         found = tokenize_conversations(
-            conversations, recipe.tokenizer, recipe.log, strictness, seq_length
+            conversations, recipe.tokenizer, recipe.log, strictness, seq_length, recipe.chat
         )
     for batch in found:
         kept = [s for s in batch if s.is_target[1:].any()] if is_stream else batch

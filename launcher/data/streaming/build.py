@@ -16,6 +16,7 @@ from typing import Any
 from launcher.config.schema import DatasetSection
 from launcher.data.build import Once
 from launcher.data.cache_key import hash_of, settings_of
+from launcher.data.chat_rendering import ChatSettings
 from launcher.data.loaders import loader_of
 from launcher.data.loaders.base import Log, Recipe
 from launcher.data.rows import RowDataset
@@ -54,6 +55,7 @@ def build_stream(
     machine: MachineRanks,
     log: Log,
     model_config: Mapping[str, Any] | None = None,
+    chat: ChatSettings | None = None,
     on_progress: Log = lambda line: None,
     start: StartProducer = start_producer,
 ) -> RowDataset:
@@ -65,7 +67,7 @@ def build_stream(
     """
     recipe = Recipe(
         section=section, tokenizer=tokenizer, seq_length=seq_length, cache_dir=Path(cache_dir),
-        log=log, model_config=model_config or {},
+        log=log, model_config=model_config or {}, chat=chat or ChatSettings(),
     )  # fmt: skip
     indexed = cache(lambda: _indexed(recipe, on_progress))
     content = once(lambda: indexed()[1])
@@ -84,7 +86,7 @@ def build_stream(
     def started() -> Producer:
         production = Production(
             section=section, tokenizer=tokenizer, seq_length=seq_length,
-            model_config=recipe.model_config, source=indexed()[0], seed=seed,
+            model_config=recipe.model_config, chat=recipe.chat, source=indexed()[0], seed=seed,
             ring=ring.folder, readers=machine.count,
         )  # fmt: skip
         return start(production, log)

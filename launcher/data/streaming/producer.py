@@ -21,6 +21,7 @@ from typing import Any
 
 from launcher.config.schema import DatasetSection
 from launcher.data.build import assign_rows, open_rows
+from launcher.data.chat_rendering import ChatSettings
 from launcher.data.column_map import MappedColumns
 from launcher.data.loaders import loader_of
 from launcher.data.loaders.base import Log, Recipe
@@ -53,6 +54,7 @@ class Production:
     tokenizer: Any
     seq_length: int
     model_config: Mapping[str, Any]
+    chat: ChatSettings
     source: Sequence[ShardIndex]
     seed: int
     ring: Path
@@ -67,6 +69,7 @@ class Production:
             cache_dir=self.ring.parent,
             log=log,
             model_config=self.model_config,
+            chat=self.chat,
         )
 
 
