@@ -6,6 +6,7 @@ import os
 import select
 import sys
 import termios
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,13 +22,11 @@ class TerminalJob:
         self._master, slave = os.openpty()
         termios.tcsetwinsize(self._master, (50, 200))
         name, port = os.ttyname(slave), free_port()
+        of_ranks = [(name if rank == 0 else "", rank, world_size, port) for rank in range(world_size)]
         self._processes = [
-            _context().Process(
-                target=_started,
-                args=(list(arguments), str(folder), name if rank == 0 else "", rank, world_size, port),
-            )
-            for rank in range(world_size)
-        ]  # fmt: skip
+            _context().Process(target=_started, args=(list(arguments), str(folder), *of_rank))
+            for of_rank in of_ranks
+        ]
         for process in self._processes:
             process.start()
         self._slave = slave
