@@ -23,9 +23,10 @@ class TerminalJob:
         termios.tcsetwinsize(self._master, (50, 200))
         name, port = os.ttyname(slave), free_port()
         of_ranks = [(name if rank == 0 else "", rank, world_size, port) for rank in range(world_size)]
+        given = [(name if rank == 0 else "", rank, world_size, port) for rank in range(world_size)]
         self._processes = [
             _context().Process(target=_started, args=(list(arguments), str(folder), *of_rank))
-            for of_rank in of_ranks
+            for of_rank in given
         ]
         for process in self._processes:
             process.start()
