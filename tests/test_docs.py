@@ -76,6 +76,7 @@ def run_line(line: str, folder: Path) -> None:
     assert words[:2] == ["python", "run.py"], f"the test does not know how to run: {line}"
     result = run_job(words[2:], folder, world)
     assert result.code == 0, f"{line}\n{result.stderr}"
+    print(result.stdout)
 
 
 def run_page(name: str, folder: Path) -> int:
@@ -131,6 +132,15 @@ def test_data_page(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         for line in text.splitlines():
             assert re.sub(r"[\d,.]+", "0", line) in re.sub(r"[\d,.]+", "0", said), line
     assert (folder / "output/look/data_lengths.png").exists()
+
+
+def test_chat_page(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_page("chat.md", folder) == 3
+    page, printed = (ROOT / "docs/chat.md").read_text(), capsys.readouterr().out
+    (shown,) = re.findall(r"```text\n(.*?)```", page, re.DOTALL)
+    assert re.sub(r"[\d.]+ s", "0 s", shown) in re.sub(r"[\d.]+ s", "0 s", printed)
+    rows = [json.loads(line) for line in (folder / "output/chat/metrics.jsonl").open()]
+    assert sum("loss" in row for row in rows) == 2
 
 
 def test_mixtures_page(folder: Path) -> None:

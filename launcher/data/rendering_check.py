@@ -7,6 +7,7 @@ rendered again with a part removed.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 from launcher.data.conversations import Conversation, Turn
@@ -115,11 +116,14 @@ def _left_out(conversation: Conversation, index: int, strictness: Strictness) ->
 def _count_thoughts(rendering: Rendering, strictness: Strictness) -> None:
     """Count answers whose thoughts the template knows and leaves out, as many do in earlier turns;
     fields that it does not know at all are counted as fields."""
-    for message in rendering.messages:
-        thought = _thought(message, rendering.template)
-        if thought and thought not in rendering.text:
-            strictness.tally.dropped_thoughts.add(rendering.conversation.where)
-            strictness.tally.dropped_thoughts_turns += 1
+    thoughts = Counter(_thought(message, rendering.template) for message in rendering.messages)
+    thoughts.pop("", None)
+    dropped = sum(
+        max(count - rendering.text.count(thought), 0) for thought, count in thoughts.items()
+    )
+    if dropped:
+        strictness.tally.dropped_thoughts.add(rendering.conversation.where)
+        strictness.tally.dropped_thoughts_turns += dropped
 
 
 def _thought(message: Turn, template: ChatTemplate) -> str:

@@ -19,7 +19,7 @@ from launcher.config.schema import DataLoaderSection
 from launcher.errors import UserError, did_you_mean
 from launcher.json_text import NotJson, line_and_column, parse
 
-_CONVERSATIONS = "InstructionDataLoader"
+_CONVERSATIONS = ("InstructionDataLoader", "PreferenceDataLoader", "FeedbackDataLoader")
 _LARGEST_BYTES = 4 * 2**20
 _NAMES = re.compile(r"[A-Za-z_]\w*")
 
@@ -27,7 +27,7 @@ _NAMES = re.compile(r"[A-Za-z_]\w*")
 def _conversation_loaders(check: Check) -> Iterator[tuple[str, DataLoaderSection]]:
     for name, section in used_datasets(check.config).items():
         for key, loader in section.loaders.items():
-            if loader.type == _CONVERSATIONS:
+            if loader.type in _CONVERSATIONS:
                 yield f"{name}.{key}", loader
 
 
@@ -65,7 +65,7 @@ def _without_template(check: Check) -> Iterator[KeyProblem]:
 
 def _name_of_template(check: Check, value: str) -> Iterator[KeyProblem]:
     found = tokenizer_templates(tokenizer_dir(check.config))
-    if found is None or value in found:
+    if found is None or value in found or (value == "default" and "" in found):
         return
     names = [name for name in found if name]
     shown = f"Its templates: {', '.join(names)}" if names else ""

@@ -95,7 +95,7 @@ def _tokenize(answers: Sequence[Answer], recipe: Recipe, tally: Tally) -> list[S
     rendered = iter(
         sample
         for batch in tokenize_conversations(
-            conversations, recipe.tokenizer, recipe.log, strictness, recipe.seq_length
+            conversations, recipe.tokenizer, recipe.log, strictness, recipe.seq_length, recipe.chat
         )
         for sample in batch
     )
