@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from launcher.generation.forward import Forward
 from launcher.generation.module_generate import continue_with_transformers
+from launcher.generation.prefix import PrefixCache
 from launcher.generation.sampling import Chooser
 from launcher.generation.settings import GenerationSettings
 from models.cache import BLOCK, KVCache
@@ -35,13 +36,15 @@ def continue_tokens(
     seed: int,
     device: torch.device | str,
     watch: Watch | None = None,
+    prefix: PrefixCache | None = None,
 ) -> list[list[int]]:
     """The new tokens of each prompt of one batch, with the end token where there is one.
 
     `model`: a complete model, or the forward of one that is spread over ranks, which then all call
     this together. `indices`: the indices of the prompts among all, for random draws. A module of
     transformers continues its prompts one by one, with its own `generate`; it must not be sharded.
-    `watch` sees every step and may stop; what there is then is returned.
+    `watch` sees every step and may stop; what there is then is returned. `prefix`: keys and values
+    of an earlier text, of which a single prompt takes those of its beginning, and to which it adds.
     """
     forward = model if isinstance(model, Forward) else Forward(model)
     model = forward.model
@@ -50,7 +53,10 @@ def continue_tokens(
     try:
         if isinstance(model, TransformersModel):
             return _continue_each(model, prompts, settings, limits, indices, seed, device, watch)
-        return _continue_batch(forward, prompts, settings, limits, indices, seed, device, watch)
+        return _continue_batch(
+            forward, prompts, settings, limits, indices, seed, device, watch,
+            prefix if prefix is not None and prefix.fits(model) else None,
+        )  # fmt: skip
     finally:
         model.train(training)
 
@@ -83,10 +89,15 @@ def _continue_each(
 def _continue_batch(
     forward: Forward, prompts: Sequence[Sequence[int]], settings: GenerationSettings,
     limits: Sequence[int], indices: Sequence[int], seed: int, device: torch.device | str,
-    watch: Watch | None,
+    watch: Watch | None, prefix: PrefixCache | None,
 ) -> list[list[int]]:  # fmt: skip
     """Prompts padded on the left, one token each a step, until every text has ended."""
-    ids, cache = _padded(prompts, limits, settings.pad_token_id, device)
+    if prefix is not None:
+        (prompt,), (limit,) = prompts, limits
+        cache = prefix.begin(prompt, limit)
+        ids = torch.tensor([list(prompt[prefix.reused :])], device=device)
+    else:
+        ids, cache = _padded(prompts, limits, settings.pad_token_id, device)
     chooser = Chooser(settings, prompts, indices, seed, device)
     running = list(range(len(prompts)))
     """The prompts whose texts have not ended."""
@@ -108,7 +119,10 @@ def _continue_batch(
         ]  # fmt: skip
         stopped = watch is not None and forward.any(watch(stepped))
         if stopped or not running:
-            return chooser.news()
+            news = chooser.news()
+            if prefix is not None:
+                prefix.end([*prompts[0], *news[0]])
+            return news
         if len(running) <= len(rows) // 2:
             kept = torch.tensor([rows.index(row) for row in running], device=device)
             cache.keep(kept)

@@ -17,6 +17,7 @@ from torch import nn
 from launcher.data.conversations import Conversation
 from launcher.generation.forward import Forward
 from launcher.generation.loop import Watch, continue_tokens
+from launcher.generation.prefix import PrefixCache
 from launcher.generation.settings import GenerationSettings, token_limits
 from launcher.predict.encode import EncodedPrompt
 from models.decoder import Decoder
@@ -54,13 +55,15 @@ def generate(
     gather: Gather | None = None,
     room: int | None = None,
     watch: Watch | None = None,
+    prefix: PrefixCache | None = None,
 ) -> list[Generation]:
     """Continue every prompt; in the order of the prompts on rank 0, empty on the others.
 
     With `data_parallel` > 1 replica `rank` continues its share, and `gather` collects them. Raises
     UserError for a prompt that is too long, before anything is computed. `room`: new tokens of a
     prompt, fewer where the model has no positions for them, in place of the lengths of `settings`.
-    `watch` sees each step of each batch of this replica.
+    `watch` sees each step of each batch of this replica. `prefix`: of a single prompt, the keys and
+    values of an earlier text that are used again.
     """
     forward = model if isinstance(model, Forward) else Forward(model)
     encoded = [_encoded(tokenizer, prompt, settings) for prompt in prompts]
@@ -72,7 +75,7 @@ def generate(
         batch = mine[start : start + batch_size]
         news = continue_tokens(
             forward, [encoded[i].ids for i in batch], settings, limits=[limits[i] for i in batch],
-            indices=batch, seed=seed, device=device, watch=watch,
+            indices=batch, seed=seed, device=device, watch=watch, prefix=prefix,
         )  # fmt: skip
         for index, new in zip(batch, news, strict=True):
             prompt = encoded[index]
