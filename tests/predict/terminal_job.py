@@ -22,7 +22,6 @@ class TerminalJob:
         self._master, slave = os.openpty()
         termios.tcsetwinsize(self._master, (50, 200))
         name, port = os.ttyname(slave), free_port()
-        of_ranks = [(name if rank == 0 else "", rank, world_size, port) for rank in range(world_size)]
         given = [(name if rank == 0 else "", rank, world_size, port) for rank in range(world_size)]
         self._processes = [
             _context().Process(target=_started, args=(list(arguments), str(folder), *of_rank))
@@ -45,9 +44,11 @@ class TerminalJob:
 
     def expect(self, text: str) -> None:
         """Wait until `text` is printed, after what was expected before."""
-        sought = text.encode()
+        sought, deadline = text.encode(), time.monotonic() + PATIENCE
         while (at := self._bytes.find(sought, self._seen)) < 0:
-            assert self._read(PATIENCE), f"{text!r} is not in {self._bytes[self._seen :]!r}"
+            waits = self._processes[0].is_alive() and time.monotonic() < deadline
+            found = self._read(0.5)
+            assert found or waits, f"{text!r} is not in {self._bytes[self._seen :].decode()}"
         self._seen = at + len(sought)
 
     def end(self) -> list[int]:

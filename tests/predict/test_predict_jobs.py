@@ -26,7 +26,11 @@ def folder(materials: Workshop, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 def predict(folder: Path, output: str, *words: str, world: int = 1) -> JobResult:
-    words = ("generation_config.max_new_tokens=99", f"parallel_config.data_parallel={world}", *words)
+    words = (
+        "generation_config.max_new_tokens=99",
+        f"parallel_config.data_parallel={world}",
+        *words,
+    )
     result = run_job(["--config", "chat.yaml", "--output_dir", output, *words], folder, world)
     assert result.code == 0, result.stderr
     return result
@@ -92,9 +96,8 @@ def test_a_terminal_shows_the_text_while_it_is_generated(folder: Path) -> None:
 
 def test_a_checkpoint_is_asked_as_it_was_trained(folder: Path) -> None:
     workshop = Workshop(folder)
-    records = [{"messages": [{"role": "user", "content": f"Is {n} a number?"},
-                             {"role": "assistant", "content": "Yes."}]} for n in range(16)]  # fmt: skip
-    (folder / "chats.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in records))
+    turns = [{"role": "user", "content": "Is 3 a number?"}, {"role": "assistant", "content": "Yes"}]
+    (folder / "chats.jsonl").write_text(f"{json.dumps({'messages': turns})}\n" * 16)
     common: dict[str, Any] = {
         "processor": {"tokenizer": {"pretrained_model_dir": "model"}},
         "runner_config": {"max_steps": 1}, "generation_config": {"max_new_tokens": 4},
