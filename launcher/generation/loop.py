@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from launcher.generation.forward import Forward
 from launcher.generation.module_generate import continue_with_transformers
+from launcher.generation.prefix import PrefixCache
 from launcher.generation.sampling import Chooser
 from launcher.generation.settings import GenerationSettings
 from launcher.generation.stopping import Stopping
@@ -39,6 +40,7 @@ def continue_tokens(
     device: torch.device | str,
     watch: Watch | None = None,
     tokenizer: Any = None,
+    prefix: PrefixCache | None = None,
 ) -> list[list[int]]:
     """The new tokens of each prompt of one batch, with the end token where there is one.
 
@@ -46,6 +48,8 @@ def continue_tokens(
     this together. `indices`: see `launcher.generation.draw`. A module of transformers continues its
     prompts one by one, with its own `generate`; it must not be sharded. `watch` sees every step and
     may stop; what there is then is returned. `tokenizer`: needed with `settings.stop_strings`.
+    `prefix`: keys and values of an earlier text, of which a single prompt takes those of its
+    beginning, and to which it adds.
     """
     forward = model if isinstance(model, Forward) else Forward(model)
     model = forward.model
@@ -56,8 +60,10 @@ def continue_tokens(
             return _continue_each(model, prompts, settings, limits, indices, seed, device, watch,
                                   tokenizer)  # fmt: skip
         stopping = Stopping(settings, tokenizer)
-        return _continue_batch(forward, prompts, settings, limits, indices, seed, device, watch,
-                               stopping)  # fmt: skip
+        return _continue_batch(
+            forward, prompts, settings, limits, indices, seed, device, watch, stopping,
+            prefix if prefix is not None and prefix.fits(model) else None,
+        )  # fmt: skip
     finally:
         model.train(training)
 
@@ -90,10 +96,15 @@ def _continue_each(
 def _continue_batch(
     forward: Forward, prompts: Sequence[Sequence[int]], settings: GenerationSettings,
     limits: Sequence[int], indices: Sequence[int], seed: int, device: torch.device | str,
-    watch: Watch | None, stopping: Stopping,
+    watch: Watch | None, stopping: Stopping, prefix: PrefixCache | None,
 ) -> list[list[int]]:  # fmt: skip
     """Prompts padded on the left, one token each a step, until every text has ended."""
-    ids, cache = _padded(prompts, limits, settings.pad_token_id, device)
+    if prefix is not None:
+        (prompt,), (limit,) = prompts, limits
+        cache = prefix.begin(prompt, limit)
+        ids = torch.tensor([list(prompt[prefix.reused :])], device=device)
+    else:
+        ids, cache = _padded(prompts, limits, settings.pad_token_id, device)
     chooser = Chooser(settings, prompts, limits, indices, seed, device)
     began = time.monotonic()
     running = list(range(len(prompts)))
@@ -119,7 +130,10 @@ def _continue_batch(
         if watch is not None or settings.max_time is not None:
             stopped = forward.any(stopped)
         if stopped or not running:
-            return chooser.news()
+            news = chooser.news()
+            if prefix is not None:
+                prefix.end([*prompts[0], *news[0]])
+            return news
         if len(running) <= len(rows) // 2:
             kept = torch.tensor([rows.index(row) for row in running], device=device)
             cache.keep(kept)

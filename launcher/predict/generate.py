@@ -18,6 +18,7 @@ from launcher.data.conversations import Conversation
 from launcher.generation.draw import FURTHER
 from launcher.generation.forward import Forward
 from launcher.generation.loop import Watch, continue_tokens
+from launcher.generation.prefix import PrefixCache
 from launcher.generation.settings import GenerationSettings, token_limits
 from launcher.predict.encode import EncodedPrompt
 from models.decoder import Decoder
@@ -55,6 +56,7 @@ def generate(
     gather: Gather | None = None,
     room: int | None = None,
     watch: Watch | None = None,
+    prefix: PrefixCache | None = None,
 ) -> list[Generation]:
     """Continue every prompt; in the order of the prompts on rank 0, empty on the others.
 
@@ -62,7 +64,8 @@ def generate(
     (`data_parallel`) replica `rank` continues its share, and `gather` collects them. Raises
     UserError for a prompt that is too long, before anything is computed. `room`: new tokens of a
     prompt, fewer where the model has no positions for them, in place of the lengths of `settings`.
-    `watch` sees each step of each batch of this replica.
+    `watch` sees each step of each batch of this replica. `prefix`: of a single prompt, the keys and
+    values of an earlier text that are used again.
     """
     forward = model if isinstance(model, Forward) else Forward(model)
     encoded = [_encoded(tokenizer, prompt, settings) for prompt in prompts]
@@ -77,7 +80,7 @@ def generate(
         news = continue_tokens(
             forward, [encoded[i].ids for i in of], settings, limits=[limits[i] for i in of],
             indices=[i + text % copies * FURTHER for i, text in zip(of, batch, strict=True)],
-            seed=seed, device=device, watch=watch, tokenizer=tokenizer,
+            seed=seed, device=device, watch=watch, tokenizer=tokenizer, prefix=prefix,
         )  # fmt: skip
         for index, i, new in zip(batch, of, news, strict=True):
             prompt = encoded[i]
