@@ -206,6 +206,7 @@ PYTHON_CALLS: dict[str, str] = {
     "safetensors_to_ckpt": "launcher.weights.offline.convert:safetensors_to_ckpt",
     "verify": "launcher.weights.offline.inspection:verify",
     "list_checkpoints": "launcher.weights.offline.listing:list_checkpoints",
+    "export_directory": "launcher.weights.offline.directory:export_directory",
     "diff": "launcher.weights.offline.compare:diff",
     "load_distributed_checkpoint": "launcher.mindspore.slicing:load_distributed_checkpoint",
     "merge_pipeline_strategys": "launcher.mindspore.strategy_files:merge_pipeline_strategys",

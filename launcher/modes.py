@@ -5,6 +5,7 @@ Called on every rank, after the configuration has been checked; the first module
 
 from __future__ import annotations
 
+import shlex
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -34,6 +35,7 @@ from launcher.builders.show_data import show_data
 from launcher.checkpoint.files import json_bytes, write_json
 from launcher.checkpoint.in_use import in_use
 from launcher.checkpoint.monitor import CheckpointMonitor
+from launcher.config.pet import lora_of
 from launcher.config.provenance import Provenance
 from launcher.config.schema import Config
 from launcher.config.shared import shared_settings
@@ -262,4 +264,19 @@ def train_to_the_end(job: Job, run: TrainRun, callbacks: Callbacks) -> int:
         run.loader.close()
         if reporting:
             reporting.close(run)
+    if isinstance(callbacks.saving, CheckpointMonitor):
+        job.log(next_steps(job))
     return EXIT_OK
+
+
+def next_steps(job: Job) -> str:
+    """The line after a training: how to chat with the model, and how to export it."""
+    root = shlex.quote(str(own_root(job.config)))
+    config = shlex.quote(str(job.output_dir / resolved_name("train")))
+    export = shlex.quote(str(job.output_dir / "hf"))
+    tool = "export" if lora_of(job.config) is None else "merge_lora"
+    return (
+        f"next: python run.py --config {config} --run_mode predict --load_checkpoint {root} "
+        f"--interactive   or: python -m launcher.tools.{tool} --load_checkpoint {root} "
+        f"--output_dir {export}"
+    )

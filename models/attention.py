@@ -1,8 +1,11 @@
-"""Attention: masks, the key/value cache, and the step from queries, keys and values to outputs.
+"""Attention: masks, and the step from queries, keys and values to outputs.
 
 Plain causal attention builds no mask tensor; anything else is one boolean mask a forward and window
 size, shared by the layers. A rank may have any tokens of its rows (`AttentionMask.token_indices`)
 and any heads of a layer (`BaseAttention.first_head`): mask and dropout are the same as on one rank.
+In a decoding step, one query a row over the cache, the queries of a KV head are the rows of one
+product, and nothing is copied: keys that a query does not see are cut off, or masked by a mask that
+is computed once a generation.
 """
 
 from __future__ import annotations
@@ -13,44 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.cache import KVCache
 from models.dropout import ATTENTION_PROBABILITIES, dropout, dropout_seeds
 from models.layers import Leaf, dtype_of
+from models.rope import rotate, rotate_wide
 from models.spec import DecoderConfig, Precision
-
-
-class KVCache:
-    """Past keys and values of every layer, in preallocated tensors that double when full."""
-
-    def __init__(self, capacity: int = 64) -> None:
-        self.capacity = capacity
-        self.length = 0
-        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Append `key` and `value` [rows, heads, new, size]; returns all those of the layer.
-
-        Their heads and sizes may differ.
-        """
-        end = self.length + key.shape[2]
-        if layer not in self._layers or end > self._layers[layer][0].shape[2]:
-            self._grow(layer, (key, value), end)
-        keys, values = self._layers[layer]
-        keys[:, :, self.length : end] = key
-        values[:, :, self.length : end] = value
-        return keys[:, :, :end], values[:, :, :end]
-
-    def advance(self, count: int) -> None:
-        """Advance the length by `count`: called once a forward, after the last layer."""
-        self.length += count
-
-    def _grow(self, layer: int, like: tuple[Tensor, Tensor], needed: int) -> None:
-        while self.capacity < needed:
-            self.capacity *= 2
-        key, value = (t.new_empty(*t.shape[:2], self.capacity, t.shape[3]) for t in like)
-        if layer in self._layers:
-            for new, old in zip((key, value), self._layers[layer], strict=True):
-                new[:, :, : self.length] = old[:, :, : self.length]
-        self._layers[layer] = (key, value)
 
 
 class AttentionMask:
@@ -161,9 +131,18 @@ class StepContext:
     dropout_seeds: Tensor | None = None
     """One seed a row [rows], or None: no dropout."""
     cache: KVCache | None = None
+    decodes: bool = False
+    """Whether every row has one query, the last token of the cache."""
+    wide_rotary: bool = False
+    """Whether `cos` and `sin` are those of `models.rope.widened`."""
     balance_scale: Tensor | None = None
     """d(total loss) / d(sum over rows of a layer's balance loss), a float32 scalar; None: no
     balance loss."""
+
+    def rotate(self, states: Tensor, *, interleaved: bool) -> Tensor:
+        """`states` [rows, heads, length, head_dim] rotated, as by `models.rope.rotate`."""
+        rotated = rotate_wide if self.wide_rotary else rotate
+        return rotated(states, self.cos, self.sin, interleaved=interleaved)
 
 
 class BaseAttention(Leaf):
@@ -195,6 +174,9 @@ class BaseAttention(Leaf):
         function of the same arguments, which may call this one.
         """
         mask = context.mask
+        if context.decodes and context.cache is not None:
+            key, value, bias = context.cache.visible(key, value, window)
+            return attend_last(query, key, value, bias, scale=self.scale, sinks=sinks)
         if context.dropout_seeds is None or not self.dropout:
             return attend(query, key, value, mask.mask(window), scale=self.scale, sinks=sinks)
         heads = torch.arange(query.shape[1], device=query.device) + self.first_head
@@ -238,6 +220,41 @@ def attend(
         scale=scale,
         enable_gqa=groups > 1,
     )
+
+
+def attend_last(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, *, scale: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """As `attend`, for one query a row that attends to all keys; `bias` [rows or 1, 1, 1, keys] is
+    added to the scores.
+
+    The queries that share a KV head are taken together: they become queries of one head.
+    """
+    rows, heads, _, size = query.shape
+    kv_heads = key.shape[1]
+    grouped = query.reshape(rows, kv_heads, heads // kv_heads, size)
+    if sinks is not None:
+        sinks = sinks.view(kv_heads, -1, 1)
+        output = _softmax_with_sinks(grouped, key, value, bias, sinks, scale)
+    else:
+        output = F.scaled_dot_product_attention(grouped, key, value, attn_mask=bias, scale=scale)
+    return output.reshape(rows, heads, 1, value.shape[-1])
+
+
+def _softmax_with_sinks(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, sinks: Tensor,
+    scale: float | None,
+) -> Tensor:  # fmt: skip
+    """Attention [rows, KV heads, queries, value size] without a kernel, `sinks` [KV heads, queries,
+    1]: keys are not copied to add one, as `_attend_with_sinks` does."""
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    scores = torch.matmul(query * scale, key.transpose(2, 3)).float()
+    if bias is not None:
+        scores = scores + bias
+    column = sinks.float().expand(*scores.shape[:3], 1)
+    shares = torch.cat((scores, column), dim=-1).softmax(-1)[..., :-1]
+    return torch.matmul(shares.to(value.dtype), value)
 
 
 _SINK_SIZE = 8

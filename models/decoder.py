@@ -16,14 +16,16 @@ from __future__ import annotations
 from functools import partial
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 
-from models.attention import AttentionMask, BaseAttention, KVCache, StepContext
+from models.attention import AttentionMask, BaseAttention, StepContext
+from models.cache import KVCache
 from models.deepseek import LatentAttention
 from models.dropout import ATTENTION_OUTPUT, MLP_OUTPUT, dropout, dropout_seeds
 from models.layers import MLP, Embedding, Linear, Module, RMSNorm, TiedHead, dtype_of, norm_of
 from models.moe import MoE
-from models.rope import RotaryTables, rotate
+from models.rope import RotaryTables, widened
 from models.spec import DecoderConfig, Precision
 
 
@@ -51,8 +53,7 @@ class Attention(BaseAttention):
         query = self._heads(self.q_proj(states, context), self.q_norm)
         key, value = self._keys_and_values(states, context)
         query, key = (
-            rotate(heads, context.cos, context.sin, interleaved=self.rope_interleave)
-            for heads in (query, key)
+            context.rotate(heads, interleaved=self.rope_interleave) for heads in (query, key)
         )
         if context.cache is not None:
             key, value = context.cache.append(self.layer, key, value)
@@ -195,8 +196,9 @@ class Decoder(Module):
         `position_ids` [rows, length] default to the order in the row, not counting padding.
         `document_ids` [rows, total] restrict attention to the same document. `sample_seeds` [rows]
         int64 enable dropout in training: its pattern is a function of (seed of the sample, layer).
-        `attention_mask` [rows, past + length] is False for padding on the left. `cache` holds the
-        past keys and values of a generation and is extended. `balance_scale`: see `StepContext`.
+        `cache` holds the past keys and values of a generation, and the padding of its rows; it is
+        extended. `attention_mask` [rows, past + length] is False for padding on the left, where
+        the cache does not know it. `balance_scale`: see `StepContext`.
 
         `token_indices` [length] are the indices of the local tokens in rows of `total` tokens; by
         default the tokens are full rows. A stage without `embeds` takes hidden states [rows, length
@@ -207,6 +209,10 @@ class Decoder(Module):
         past = cache.length if cache is not None else 0
         if total is None:
             total = past + length
+        rows_of_cache = None if self.training or attention_mask is not None else cache
+        decodes = rows_of_cache is not None and length == 1 and document_ids is None
+        if rows_of_cache is not None and not decodes:
+            attention_mask = rows_of_cache.key_mask(total, inputs.device)
         mask = AttentionMask(
             length=length,
             total=total,
@@ -215,16 +221,24 @@ class Decoder(Module):
             document_ids=document_ids,
             key_mask=attention_mask,
         )
-        if position_ids is None:
-            position_ids = _positions(mask)
-        rotary_dtype = self.precision.rotary_dtype
-        cos, sin = self.rotary.tables(
-            position_ids, dtype_of(rotary_dtype) if rotary_dtype else states.dtype
-        )
+        dtype = states.dtype
+        wide_rotary = rows_of_cache is not None and position_ids is None and self.rotary.by_position
+        if wide_rotary:
+            assert rows_of_cache is not None
+            tables = partial(self._wide_rotary, dtype)
+            cos, sin = rows_of_cache.rotary(tables, length, inputs.device)
+        else:
+            if position_ids is None and rows_of_cache is not None:
+                position_ids = rows_of_cache.positions(length, inputs.device)
+            elif position_ids is None:
+                position_ids = _positions(mask)
+            cos, sin = self._rotary(dtype, position_ids)
         part, parts = self.stream_part
         context = StepContext(
             cos=cos,
             sin=sin,
+            wide_rotary=wide_rotary,
+            decodes=decodes,
             mask=mask,
             stream_indices=mask.token_indices.chunk(parts)[part],
             dropout_seeds=sample_seeds if self.training else None,
@@ -237,6 +251,14 @@ class Decoder(Module):
         if not self.ends:
             return states
         return self.head_module(self.model.norm(states[:, -1:] if last_only else states), context)
+
+    def _rotary(self, dtype: torch.dtype, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Tables of `positions` for hidden states of `dtype`."""
+        configured = self.precision.rotary_dtype
+        return self.rotary.tables(positions, dtype_of(configured) if configured else dtype)
+
+    def _wide_rotary(self, dtype: torch.dtype, positions: Tensor) -> tuple[Tensor, Tensor]:
+        return widened(*self._rotary(dtype, positions))
 
     def run_layers(self, states: Tensor, context: StepContext) -> Tensor:
         """Run the layers on hidden states [rows, length of the stream part, hidden].

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from models.attention import BaseAttention, StepContext
 from models.layers import Linear, RMSNorm, dtype_of
-from models.rope import rotate, score_factor
+from models.rope import score_factor
 from models.spec import DecoderConfig, Precision
 
 _NORM_EPS = 1e-6
@@ -81,4 +81,4 @@ class LatentAttention(BaseAttention):
         return key, value
 
     def _rotated(self, states: Tensor, context: StepContext) -> Tensor:
-        return rotate(states, context.cos, context.sin, interleaved=self.latent.rope_interleave)
+        return context.rotate(states, interleaved=self.latent.rope_interleave)

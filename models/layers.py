@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.products import infers, linear
 from models.spec import DecoderConfig, Precision
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ class Linear(Leaf):
 
     def forward(self, states: Tensor, context: StepContext | None = None) -> Tensor:
         """`context` of the step, for the dropout of an adapter."""
-        output = F.linear(states, self.held("weight"), self.held("bias"))
+        output = linear(states, self.held("weight"), self.held("bias"))
         return output if self.adapter is None else self.adapter.add(self, states, output, context)
 
 
@@ -98,7 +99,7 @@ class TiedHead(Leaf):
 
     def forward(self, states: Tensor, context: StepContext | None = None) -> Tensor:
         """As `Linear.forward`."""
-        return F.linear(states, self.held("weight"))
+        return linear(states, self.held("weight"))
 
 
 class RMSNorm(Leaf):
@@ -110,6 +111,10 @@ class RMSNorm(Leaf):
         self.eps, self.compute_dtype = eps, compute_dtype
 
     def forward(self, states: Tensor) -> Tensor:
+        if infers() and self.compute_dtype == _opmath(states.dtype):
+            # The same operations in one call; the gradient of this one has other roundings.
+            normed = F.rms_norm(states, states.shape[-1:], None, self.eps)
+            return self.held("weight") * normed
         wide = states.to(self.compute_dtype)
         wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
         return self.held("weight") * wide.to(states.dtype)
@@ -137,6 +142,11 @@ class MLP(Module):
         """From both projections [..., inner] to the output. Parallelism may replace this attribute
         of an instance by a function of the same arguments, which may call this one."""
         return self.down_proj(self.activation(gate) * up, context)
+
+
+def _opmath(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which kernels of torch compute with floating-point `dtype`."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def norm_of(config: DecoderConfig, precision: Precision, size: int) -> RMSNorm:

@@ -40,6 +40,7 @@ from models.lora_config import (
 )
 from models.moe import Experts
 from models.plan import kind_of
+from models.products import linear
 
 if TYPE_CHECKING:
     from models.attention import StepContext
@@ -85,12 +86,12 @@ class LowRank:
     ) -> Tensor:  # fmt: skip
         """`output` of a layer with `weight` [outputs, inputs] for `states`, with the adapter;
         `dropped` are the states after dropout."""
-        low = F.linear(F.linear(dropped, a), b) * self.scaling
+        low = linear(linear(dropped, a), b) * self.scaling
         if magnitude is None:
             return output + low
         factor = magnitude / self.row_norms(weight, a, b)
         if dropped is not states:
-            plain = F.linear(dropped, weight)
+            plain = linear(dropped, weight)
         else:
             plain = output if bias is None else output - bias
         return output + (factor - 1) * plain + factor * low

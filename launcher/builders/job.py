@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from launcher.builders.layout import split_of
+from launcher.builders.model_files import model_files
 from launcher.config.derived import (
     TOKENIZER_FILE_KEYS,
     mesh_of,
@@ -25,20 +26,17 @@ from launcher.config.pet import lora_of
 from launcher.config.provenance import Provenance
 from launcher.config.schema import Config
 from launcher.data.chat_rendering import ChatSettings, chat_settings
-from launcher.data.named_tokenizer import build_named_tokenizer, files_of_tokenizer
+from launcher.data.named_tokenizer import build_named_tokenizer
 from launcher.errors import UserError
 from launcher.layout.mesh import Mesh
 from launcher.parallel.meshes import Meshes
 from launcher.parallel.world import World
 from launcher.report.console import Console
-from models.build import hf_directory_files
 from models.families import model_spec
 from models.lora_config import with_adapters
 from models.spec import ModelSpec
 from models.stage import StageSplit
 
-OTHER_FILES = ("config.json", "generation_config.json")
-"""Files of a model beside its weights that are not of its tokenizer."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -161,17 +159,8 @@ class Job:
             logger.setLevel(level)
 
     def model_files(self, dtype: torch.dtype | str | None) -> dict[str, bytes]:
-        """The files next to exported weights of `dtype`, by name: config.json, tokenizer and
-        generation settings."""
-        if not uses_named_tokenizer(self.config):
-            folder = self.tokenizer_dir if Path(self.tokenizer_dir).is_dir() else ""
-            return hf_directory_files(self.spec, folder or None, dtype=dtype)
-        if not all(path.is_file() for path in named_tokenizer_files(self.config).values()):
-            return hf_directory_files(self.spec, None, dtype=dtype)  # a training on tokens
-        folder = self.config.pretrained_model_dir
-        found = hf_directory_files(self.spec, folder or None, dtype=dtype)
-        kept = {name: found[name] for name in OTHER_FILES if name in found}
-        return kept | files_of_tokenizer(self.tokenizer)
+        """The files next to exported weights of `dtype`, by name."""
+        return model_files(self, dtype)
 
     def dtype(self, name: str | None, *, otherwise: torch.dtype) -> torch.dtype:
         """The torch dtype of a configured name."""

@@ -45,11 +45,14 @@ def preference_loss(job: Job, token_loss: Loss) -> PreferenceLoss | None:
     settings = preference_settings(job.config)
     if settings is None:
         return None
-    return PreferenceLoss(settings, token_loss, _context_group(job))
+    return PreferenceLoss(settings, token_loss, _context_groups(job))
 
 
-def _context_group(job: Job) -> dist.ProcessGroup | None:
-    return None if job.mesh.cp == 1 else job.meshes.group("cp")
+def _context_groups(job: Job) -> tuple[dist.ProcessGroup, ...]:
+    if job.mesh.cp == 1:
+        return ()
+    groups = (job.meshes.context_group(axis) for axis in ("ulysses", "ring"))
+    return tuple(group for group in groups if group is not None)
 
 
 def preference_task(job: Job, modules: Sequence[nn.Module]) -> PreferenceTask | None:

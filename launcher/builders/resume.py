@@ -29,6 +29,7 @@ from launcher.config.schema import Config
 from launcher.data.mixture import MixtureOrder
 from launcher.errors import UserError
 from launcher.extensions import INFERRED_STATES, required
+from launcher.report.run_record import INITIAL_WEIGHTS
 from launcher.train.run import TrainRun
 from launcher.train.state import DATA_CURSOR, TrainState, from_json
 from launcher.weights.joined import apart
@@ -88,6 +89,7 @@ def resumed_run(job: Job, chosen: Chosen) -> TrainRun:
     run.state, mixture = _data_position(job, run, saved, state)
     if saved.get("data") == run.metadata["data"]:
         run.loader.seek(saved.get(DATA_CURSOR))
+    run.metadata[INITIAL_WEIGHTS] = saved.get(INITIAL_WEIGHTS)
     run.origin = _origin(job, run, chosen)
     for line in resume_report(_resume_details(job, run, chosen, saved, derived, mixture)):
         job.log(line)

@@ -24,6 +24,7 @@ from launcher.config.schema import Config
 from launcher.data.loader import Loader
 from launcher.errors import UserError
 from launcher.parallel.matrices import MatrixExchange, matrix_exchange
+from launcher.report.run_record import INITIAL_WEIGHTS
 from launcher.train.health import limits_of
 from launcher.train.optimizer import Optimizer, build_optimizer
 from launcher.train.run import BuiltModel, StepSettings, TrainRun
@@ -42,6 +43,7 @@ def fresh_run(job: Job, weights: Source | None) -> TrainRun:
     load_or_init(job, run.model.parts, run.model.layout, weights)
     if not is_other:
         add_reference(job, run)
+    run.metadata[INITIAL_WEIGHTS] = str(weights.path) if weights else None
     files = {file.resolve() for file in weights.headers} if weights else set()
     run.origin = replace(run.origin, inputs=run.origin.inputs | files)
     return run

@@ -93,7 +93,9 @@ class Reader:
         if path == "callbacks":
             values[key.name] = self._callbacks(node, path)
         elif (entry := list_section_of(annotation)) is not None and is_list(node):
-            values[key.name] = self._list_of_sections(entry, node, path, label)
+            values[key.name] = self._list_of_sections(
+                entry, node, path, label, may_be_empty=inner is None
+            )
         elif inner is not None:
             if not (node.value is None and info.none_means_absent):
                 values[key.name] = self._section(inner, node, path, label)
@@ -152,10 +154,12 @@ class Reader:
         if values:
             self.extra[path] = values
 
-    def _list_of_sections(self, kind: type, node: Node, path: str, label: str) -> list[Any]:
+    def _list_of_sections(
+        self, kind: type, node: Node, path: str, label: str, *, may_be_empty: bool
+    ) -> list[Any]:
         if node.is_text:
             node = from_plain(parse_value(node.value), node.where)
-        if not node.value:
+        if not node.value and not may_be_empty:
             self._add(wrong_type(path, node, "a section, or a list of at least one section"))
         return [
             self._section(kind, entry, f"{path}.{i}", f"{label}[]")

@@ -117,14 +117,15 @@ def _plan(store: TokenStore, seq_length: int, sequences: int) -> RowPlan:
     """`sequences`: documents of a sample."""
     inputs = np.minimum(store.lengths - 1, seq_length)
     has_target = np.array([_has_target(store, i, int(n)) for i, n in enumerate(inputs)], dtype=bool)
-    is_cut = store.lengths - 1 > seq_length
+    is_cut: npt.NDArray[np.bool_] = np.greater(store.lengths - 1, seq_length)
+    is_cut = np.logical_or.reduce(is_cut.reshape(-1, sequences), axis=1)
     kept = np.flatnonzero(has_target.reshape(-1, sequences).all(1)).astype(np.int64)
     return RowPlan(
         row_starts=np.arange(len(kept) + 1, dtype=np.int64),
         samples=kept,
         target_counts=np.ones(len(kept), dtype=np.int64),
         token_counts=inputs.reshape(-1, sequences).sum(1)[kept].astype(np.int64),
-        cut=int(is_cut.reshape(-1, sequences).any(1)[kept].sum()),
+        cut=int(is_cut[kept].sum()),
         dropped=len(store.lengths) // sequences - len(kept),
     )
 

@@ -242,7 +242,9 @@ def _prompted(
     prompt = value.get("prompt")
     rest = _without(value, "prompt")
     if isinstance(prompt, str) and isinstance(answer, str) and given != "messages":
-        return _Variant("text", {**rest, "prompt": prompt, "completion": answer})
+        return _Variant(
+            "text", {**rest, "prompt": prompt, "completion": _text(record, name, answer)}
+        )
     if given == "text":
         wrong = name if isinstance(prompt, str) else "prompt"
         raise _wrong(record, wrong, prompt if wrong == "prompt" else answer, "must be a string")

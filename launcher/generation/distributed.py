@@ -22,7 +22,7 @@ from torch import Tensor
 
 from launcher.generation.forward import Forward
 from launcher.parallel.meshes import Meshes
-from models.attention import KVCache
+from models.cache import KVCache
 from models.decoder import Decoder
 from models.moe import MoE
 
@@ -45,10 +45,10 @@ class DistributedForward(Forward):
             # NCCL needs all ranks of a group in its first call, and a send involves only two.
             dist.all_reduce(torch.zeros(1, device=device), group=self.pipeline)
 
-    def __call__(self, ids: Tensor, mask: Tensor | None, cache: KVCache) -> Tensor | None:
+    def __call__(self, ids: Tensor, cache: KVCache) -> Tensor | None:
         self._steps(True)
         inputs = ids if self.decoder.embeds else self._received(ids)
-        output = self.decoder(inputs, attention_mask=mask, cache=cache, last_only=True)
+        output = self.decoder(inputs, cache=cache, last_only=True)
         if not self.decoder.ends:
             dist.send(output.contiguous(), group=self.pipeline, group_dst=self.stage + 1)
         return output[:, -1] if self.chooses else None
@@ -81,7 +81,7 @@ class DistributedForward(Forward):
         dist.recv(states, group=self.pipeline, group_src=self.stage - 1)
         return states
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def _exchange_nothing(self) -> None:
         """The exchanges of one forward, layer after layer, without tokens of this replica."""
         nothing = torch.empty(

@@ -32,11 +32,11 @@ def draw_seed(seed: int, index: int, step: int) -> int:
 def draw(scores: Tensor, seeds: list[int]) -> Tensor:
     """One token of each row [rows] int64, from `scores` [rows, vocabulary] and a seed of 64 bits
     for each row. Tokens with a score of -inf are never drawn."""
-    scores = scores.double()
-    # No noise makes up for more than this distance from the likeliest token.
-    reach = _LARGEST_NOISE - _SMALLEST_NOISE
+    # No noise makes up for more than this distance from the likeliest token (one more for the
+    # roundings of scores in 16 bits), so that only a few columns are copied.
+    reach = _LARGEST_NOISE - _SMALLEST_NOISE + 1
     columns = (scores > scores.amax(-1, keepdim=True) - reach).any(0).nonzero()[:, 0]
-    found = (scores[:, columns] + gumbel(seeds, columns)).argmax(-1)
+    found = (scores[:, columns].double() + gumbel(seeds, columns)).argmax(-1)
     return columns[found]
 
 

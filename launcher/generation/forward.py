@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from models.attention import KVCache
+from models.cache import KVCache
 
 
 class Forward:
@@ -22,14 +22,13 @@ class Forward:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
 
-    def __call__(self, ids: Tensor, mask: Tensor | None, cache: KVCache) -> Tensor | None:
+    def __call__(self, ids: Tensor, cache: KVCache) -> Tensor | None:
         """Scores [rows, vocabulary] of the token after `ids` [rows, n], on the rank that chooses;
         None elsewhere.
 
-        `mask` [rows, past + n] is False for padding; None: there is none. `cache` has the keys and
-        values of the past and is extended.
+        `cache` knows the padding of the rows, has the keys and values of the past, and is extended.
         """
-        logits: Tensor = self.model(ids, attention_mask=mask, cache=cache, last_only=True)
+        logits: Tensor = self.model(ids, cache=cache, last_only=True)
         return logits[:, -1]
 
     def share(self, tokens: Tensor) -> Tensor:

@@ -10,13 +10,13 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from launcher.generation.forward import Forward
 from launcher.generation.module_generate import continue_with_transformers
 from launcher.generation.sampling import Chooser
 from launcher.generation.settings import GenerationSettings
-from models.attention import KVCache
+from models.cache import BLOCK, KVCache
 from models.transformers_model import TransformersModel
 
 Watch = Callable[[Sequence[int | None]], bool]
@@ -24,7 +24,7 @@ Watch = Callable[[Sequence[int | None]], bool]
 whether to stop. Ranks that step together must all return the same."""
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def continue_tokens(
     model: nn.Module | Forward,
     prompts: Sequence[Sequence[int]],
@@ -86,38 +86,44 @@ def _continue_batch(
     watch: Watch | None,
 ) -> list[list[int]]:  # fmt: skip
     """Prompts padded on the left, one token each a step, until every text has ended."""
-    longest = max(map(len, prompts))
-    ids = torch.full((len(prompts), longest), settings.pad_token_id, device=device)
-    mask = torch.zeros(len(prompts), longest, dtype=torch.bool, device=device)
-    for row, prompt in enumerate(prompts):
-        ids[row, longest - len(prompt) :] = torch.tensor(prompt, device=device)
-        mask[row, longest - len(prompt) :] = True
-    padded = not bool(mask.all())
-    choosers = [
-        Chooser(settings, prompt, index, seed, device)
-        for prompt, index in zip(prompts, indices, strict=True)
-    ]
-    rooms = [limit - len(prompt) for prompt, limit in zip(prompts, limits, strict=True)]
-    cache = KVCache(capacity=longest + max(rooms))
+    ids, cache = _padded(prompts, limits, settings.pad_token_id, device)
+    chooser = Chooser(settings, prompts, indices, seed, device)
     running = list(range(len(prompts)))
+    """The prompts whose texts have not ended."""
+    rows = running
+    """The prompts of the rows of the cache."""
     while True:
-        scores = forward(ids, mask if padded else None, cache)
-        next_ids = torch.full((len(prompts),), settings.pad_token_id, device=device)
+        scores = forward(ids, cache)
+        next_ids = torch.full((len(rows),), settings.pad_token_id, device=device)
         if scores is not None:
-            for row in running:
-                next_ids[row] = choosers[row].choose(scores[row : row + 1])
+            next_ids = chooser.choose(scores, rows)
         next_ids = forward.share(next_ids)
-        tokens = next_ids.tolist()
+        tokens = dict(zip(rows, next_ids.tolist(), strict=True))
         for row in running:
-            choosers[row].append(tokens[row])
+            chooser.append(row, tokens[row])
         stepped = [tokens[row] if row in running else None for row in range(len(prompts))]
         running = [
-            row for row in running if tokens[row] not in settings.eos_token_ids
-            and len(choosers[row].tokens) < limits[row]
+            row for row in running
+            if tokens[row] not in settings.eos_token_ids and chooser.length(row) < limits[row]
         ]  # fmt: skip
         stopped = watch is not None and forward.any(watch(stepped))
         if stopped or not running:
-            break
+            return chooser.news()
+        if len(running) <= len(rows) // 2:
+            kept = torch.tensor([rows.index(row) for row in running], device=device)
+            cache.keep(kept)
+            rows, next_ids = running, next_ids[kept]
         ids = next_ids[:, None]
-        mask = torch.cat((mask, mask.new_ones(len(prompts), 1)), dim=1)
-    return [c.tokens[len(p) :] for c, p in zip(choosers, prompts, strict=True)]
+
+
+def _padded(
+    prompts: Sequence[Sequence[int]], limits: Sequence[int], pad: int, device: torch.device | str
+) -> tuple[Tensor, KVCache]:
+    """The ids of `prompts` [rows, longest], padded on the left, and a cache for their texts."""
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[pad] * (longest - len(p)) + list(p) for p in prompts], device=device)
+    short = [longest - len(prompt) for prompt in prompts]
+    padding = torch.tensor(short, device=device) if any(short) else None
+    room = max(limit - len(prompt) for prompt, limit in zip(prompts, limits, strict=True))
+    limit = longest + room
+    return ids, KVCache(min(limit, longest + BLOCK), limit=limit, padding=padding)

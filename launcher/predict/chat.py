@@ -21,7 +21,7 @@ from launcher.predict.answers import answer_message
 from launcher.predict.encode import EncodedPrompt, Encoder
 from launcher.predict.session import Session
 from launcher.predict.terminal import Terminal
-from launcher.predict.text_stream import TextStream
+from launcher.predict.text_stream import TextStream, for_terminal
 
 HELP = """\
 /help          this text
@@ -162,7 +162,7 @@ class Chat:
         def watch(tokens: Sequence[int | None]) -> bool:
             if tokens[0] is not None and tokens[0] not in self.limits.settings.eos_token_ids:
                 new.append(tokens[0])
-                self.terminal.write(text.push(tokens[0]))
+                self.terminal.write(for_terminal(text.push(tokens[0])))
             return self.terminal.is_stopped()
 
         new: list[int] = []
@@ -171,7 +171,7 @@ class Chat:
                 tokens = self.respond(prompt, limit, watch)
                 is_stopped = self.terminal.is_stopped()
         finally:  # also what there is of an answer when the job ends
-            self.terminal.write(text.finish())
+            self.terminal.write(for_terminal(text.finish()))
             self._record(prompt, new)
         self._print("")
         ended = bool(tokens) and tokens[-1] in self.limits.settings.eos_token_ids

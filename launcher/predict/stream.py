@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from launcher.predict.encode import EncodedPrompt
-from launcher.predict.text_stream import TextStream
+from launcher.predict.text_stream import TextStream, for_terminal
 
 Write = Callable[[str], None]
 
@@ -23,10 +23,10 @@ class Stream:
     def watch(self, tokens: Sequence[int | None]) -> bool:
         """The watch of `continue_tokens`: takes the token of the first row, and never stops."""
         if tokens[0] is not None:
-            self._write(self._waiting + self._text.push(tokens[0]))
+            self._write(for_terminal(self._waiting + self._text.push(tokens[0])))
             self._waiting = ""
         return False
 
     def close(self) -> None:
         """Print the rest, and end the line."""
-        self._write(self._text.finish() + "\n")
+        self._write(for_terminal(self._text.finish()) + "\n")

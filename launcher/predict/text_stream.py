@@ -62,6 +62,13 @@ class TextStream:
         return self._tokenizer.decode(list(ids), skip_special_tokens=True)
 
 
+def for_terminal(text: str) -> str:
+    """A text without characters that control a terminal: they are shown as `\\x1b`."""
+    return "".join(
+        c if (c >= " " and c != "\x7f") or c in "\n\t" else f"\\x{ord(c):02x}" for c in text
+    )
+
+
 def _complete(text: str) -> str:
     """`text` without what may be the beginning of a character at its end."""
     held = 0

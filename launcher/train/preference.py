@@ -220,8 +220,8 @@ class PreferenceLoss:
     settings: PreferenceSettings
     token_loss: Loss
     """Sums of cross entropy: of all columns of the logits, or those of this rank."""
-    context_group: dist.ProcessGroup | None = None
-    """The ranks with the other tokens of the same sequences."""
+    context_groups: tuple[dist.ProcessGroup, ...] = ()
+    """The axes of the ranks with the other tokens of the same sequences."""
 
     @property
     def sequences(self) -> int:
@@ -238,9 +238,9 @@ class PreferenceLoss:
         gradients; and the number of targets, int64 [rows]. Over all tokens and all columns."""
         sums = -self.token_loss(logits, labels, by_row=True)
         counts = (labels != IGNORED_LABEL).sum(1)
-        if self.context_group is not None:
-            sums = all_reduce(sums, self.context_group)
-            dist.all_reduce(counts, group=self.context_group)
+        for group in self.context_groups:
+            sums = all_reduce(sums, group)
+            dist.all_reduce(counts, group=group)
         return sums, counts
 
     def __call__(self, logits: Tensor, labels: Tensor, given: Tensor) -> Measured:

@@ -38,9 +38,10 @@ def train_step(run: TrainRun, data: StepData, learning_rate: float) -> torch.Ten
 
     The loss is the mean over the target tokens of the global batch (of preferences: over its
     samples), the same on every rank; in a mixture it is the sum of the parts of the sources. Loss
-    and norm are those without a loss scale. A step that overflows changes no parameter, optimizer state or update count, only the scale. It
-    uses up its data, as in MindFormers, and a step of the learning-rate schedule, unlike there: a
-    step is a position in the data and on the schedule, with or without an update.
+    and norm are those without a loss scale. A step that overflows changes no parameter, optimizer
+    state or update count, only the scale. It uses up its data, as in MindFormers, and a step of the
+    learning-rate schedule, unlike there: a step is a position in the data and on the schedule, with
+    or without an update.
     """
     targets = max(data.target_tokens, 1)
     run.model.parts.train()

@@ -14,6 +14,7 @@ not load torch:
     safetensors_to_ckpt(file_path, save_path, ...)       and back, to files of MindSpore
     verify(path)                                                  checks all files
     list_checkpoints(path)                                        the saves in a folder
+    export_directory(path, output_dir, ...)                       a complete Hugging Face directory
     diff(a, b)                                                    tensors that differ
 """
 

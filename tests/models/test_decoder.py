@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.attention import KVCache
 from models.build import build_model, initialize
+from models.cache import KVCache
 from models.decoder import Decoder
 from models.dropout import dropout, dropout_seeds
 from models.rope import inverse_frequencies

@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from models.attention import KVCache
 from models.build import (
     build_model,
     hf_directory_files,
@@ -19,6 +18,7 @@ from models.build import (
     no_weight_decay,
     parameter_count,
 )
+from models.cache import KVCache
 from models.decoder import Decoder
 from models.families import model_spec
 from models.moe import Experts, MoE, Router, grouped_linear, row_balance

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.attention import AttentionMask, BaseAttention, KVCache, StepContext
+from models.attention import AttentionMask, BaseAttention, StepContext
+from models.cache import KVCache
 from models.decoder import Attention, Decoder, DecoderLayer
 from models.dropout import ATTENTION_OUTPUT
 from models.layers import Leaf, TiedHead
