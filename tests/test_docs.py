@@ -105,6 +105,15 @@ def test_layouts_page(folder: Path) -> None:
     }
     for layout in ("tensor", "pipeline", "zero", "context", "recompute"):
         assert losses[layout] == pytest.approx(losses["layout"], rel=1e-4), layout
+    name = "text_generation_result.jsonl"
+    texts = [(folder / "output" / of / name).read_text() for of in ("predict_one", "predict_tp_pp")]
+    assert texts[0] == texts[1]
+
+
+def test_generation_page(folder: Path) -> None:
+    assert run_page("generation.md", folder) >= 1
+    texts = (folder / "output/settings/text_generation_result.jsonl").read_text().splitlines()
+    assert len({json.loads(line)["text"] for line in texts}) == 3
 
 
 def test_tokens_page(folder: Path) -> None:

@@ -132,7 +132,7 @@ def _generated(
         forward,
         job.tokenizer,
         [turn.prompt],
-        chosen,
+        replace(chosen, num_return_sequences=1),
         device=job.world.device,
         seed=seed + turn.number,
         rank=mesh.data_rank(job.world.rank),
