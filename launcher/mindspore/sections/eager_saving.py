@@ -1,4 +1,4 @@
-"""Files in the eager style: `checkpoint`, `monitor`, `profiler` and `lora_config`.
+"""Files in the eager style: `checkpoint`, `monitor` and `profiler`.
 
 Owns the CheckpointMonitor that `checkpoint` is, with the defaults of the style.
 """
@@ -47,7 +47,6 @@ def translate(draft: Draft) -> None:
         draft.drop("profiler", "it is off")
     else:
         off_or_refused(draft, "profiler", "a profiler")
-    off_or_refused(draft, "lora_config", "adapters")
 
 
 def _loading(draft: Draft) -> None:
