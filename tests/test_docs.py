@@ -121,6 +121,19 @@ def test_tokens_page(folder: Path) -> None:
         assert sum("loss" in json.loads(row) for row in rows) == 4
 
 
+def test_preference_page(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_page("preference.md", folder) == 6
+    rows = {
+        name: [json.loads(line) for line in (folder / f"output/{name}/metrics.jsonl").open()]
+        for name in ("dpo", "simpo", "kto")
+    }
+    assert all(sum("loss" in row for row in found) == 6 for found in rows.values())
+    assert rows["dpo"][-1]["eval_rewards/margins"] > 0
+    evaluated = json.loads((folder / "output/dpo/eval_result.json").read_text())
+    last = {key: value for key, value in rows["dpo"][-1].items() if key.startswith("eval_")}
+    assert evaluated == pytest.approx(last, rel=1e-4, abs=1e-5)
+
+
 def test_training_page(folder: Path) -> None:
     assert run_page("training.md", folder) >= 12
     log = (folder / "output/callbacks/log/rank_0/info.log").read_text()
@@ -198,6 +211,30 @@ def test_weights_page(folder: Path) -> None:
         "changed/unified_checkpoint/config.json",
     )
     assert all((folder / "output" / copy).is_file() for copy in copies)
+
+
+def test_evaluation_page(folder: Path) -> None:
+    assert run_page("evaluation.md", folder) >= 4
+    log = (folder / "output/evaluated/log/rank_0/info.log").read_text()
+    page = (ROOT / "docs/evaluation.md").read_text()
+    for line in ("step 2: eval loss", "saved step 2 as", "EarlyStopping:"):
+        (shown,) = re.findall(rf"^{line}.*$", page, re.MULTILINE)
+        assert re.sub(r"\d+", "0", shown) in re.sub(r"\d+", "0", log), shown
+    rows = [json.loads(line) for line in (folder / "output/evaluated/metrics.jsonl").open()]
+    newest = [row for row in rows if "eval_loss" in row][-1]
+    for again in ("evaluated_again", "evaluated_resolved"):
+        row = json.loads((folder / f"output/{again}/eval_result.json").read_text())
+        assert row.items() <= newest.items()
+
+
+def test_export_page(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_page("export.md", folder) == 5
+    page, said = (ROOT / "docs/export.md").read_text(), capsys.readouterr().out
+    for line in re.findall(r"```text\n(.*?)```", page, re.DOTALL)[0].splitlines():
+        assert line in said, line
+    files = {path.name for path in (folder / "hf").iterdir()}
+    assert files >= {"README.md", "config.json", "chat_template.jinja", "tokenizer.json",
+                     "generation_config.json", "model.safetensors.index.json"}  # fmt: skip
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.name)

@@ -55,8 +55,9 @@ def chat(job: Job) -> int:
     start = on_all_ranks(job.world, lambda: _start(job, strictness))
     path = Path(job.config.save_file or job.output_dir / CHAT_FILE).with_suffix(".jsonl")
     check_writable(path)
-    source, chosen = find_weights(job), settings(job)
-    setup = chat_setup(job, source, chosen, strictness, ends_are_set=ends_are_set(job))
+    weights, chosen = find_weights(job), settings(job)
+    trained = None if weights is None else weights.trained
+    setup = chat_setup(job, trained, chosen, strictness, ends_are_set=ends_are_set(job))
     if setup.encoder.renderer.settings.is_raw:
         raise UserError(
             "chat_template = 'none'",
@@ -65,7 +66,7 @@ def chat(job: Job) -> int:
             advice="Leave it out to use the template of the tokenizer",
         )
     forward, layout = build_predicting(job)
-    load_or_init(job, ModelParts([forward.model]), layout, source)
+    load_or_init(job, ModelParts([forward.model]), layout, weights)
     forward.model.eval()
     if not job.world.is_main:
         return _follow(job, forward, setup.settings)

@@ -16,6 +16,7 @@ from launcher.builders.data import TrainingData, opened
 from launcher.builders.job import Job
 from launcher.config.derived import has_tokenizer, used_datasets, uses_named_tokenizer
 from launcher.data.decoded_rows import DecodedDocument, Piece, decoded_documents
+from launcher.data.rows import NO_TARGET
 from launcher.environment import process_environment
 from launcher.errors import EXIT_OK
 
@@ -77,14 +78,15 @@ def sample_lines(job: Job, data: TrainingData, count: int) -> Iterator[str]:
         index = int(data.order.rows([number])[0])
         row = dataset.row(index)
         counts = dataset.counts(np.array([index], dtype=np.int64))
-        tokens, targets = int(counts.tokens[0]), int(counts.targets[0])
+        tokens, targets = int(counts.tokens[0]), int((row.labels != NO_TARGET).sum())
         documents = list(decoded_documents(row, tokens, tokenizer))
         has_marks = any(document.has_context for document in documents)
         if number == 0 and has_marks:
             yield marks.legend
+        padding = dataset.seq_length * dataset.sequences - tokens
         yield (
             f"sample {number} ({_place(data, index)}): {tokens:,} tokens, {targets:,} targets, "
-            f"{_documents(len(documents))}, {dataset.seq_length - tokens:,} padding"
+            f"{_documents(len(documents))}, {padding:,} padding"
         )
         for place, document in enumerate(documents):
             if place:

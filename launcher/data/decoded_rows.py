@@ -40,6 +40,10 @@ class DecodedDocument(NamedTuple):
 def decoded_documents(row: Row, tokens: int, tokenizer: Any) -> Iterator[DecodedDocument]:
     """The documents of a row with `tokens` inputs before its padding; the ids as text where
     `tokenizer` is None."""
+    if row.labels.ndim == 2:  # of preferences: each sequence to its last target
+        for sequence in zip(row.input_ids, row.labels, strict=True):
+            yield from decoded_documents(Row(*sequence, None, None), 0, tokenizer)
+        return
     for ids, is_learnt in _documents(row, tokens):
         yield _decoded(ids, is_learnt, tokenizer)
 

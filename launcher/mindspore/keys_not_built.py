@@ -14,7 +14,9 @@ KEYS_NOT_BUILT: dict[str, dict[str, dict[str, tuple[Any, ...]]]] = {
             "resume_by_last_timestamp_ckpt": (bool, False)
         },
         "Only text is predicted: remove it": {"modal_type": (str | list[str] | None, None)},
-        "Remove it: adapters are not built": {"adapter_id": (str | list[str] | None, None)},
+        "Only one adapter at a time: set pet_config.load_adapter": {
+            "adapter_id": (str | list[str] | None, None)
+        },
         "The loss is always the mean over the tokens: remove it": {
             "calculate_per_token_loss": (bool | None, None, True)
         },
@@ -26,6 +28,12 @@ KEYS_NOT_BUILT: dict[str, dict[str, dict[str, tuple[Any, ...]]]] = {
         },
         "Use model and train_dataset: there is no pipeline object": {
             "pipeline": (dict[str, Any] | None, None)
+        },
+    },
+    "pet_config": {
+        "Use the top-level key freeze": {
+            "freeze_include": (list[str] | None, None, []),
+            "freeze_exclude": (list[str] | None, None, []),
         },
     },
     "parallel": {

@@ -9,6 +9,16 @@ from __future__ import annotations
 from typing import Any
 
 KEYS_WITHOUT_EFFECT: dict[str, dict[str, dict[str, Any]]] = {
+    "pet_config": {
+        "A is uniform in +-1 / sqrt(inputs) and B is zeros, as in PEFT": {
+            "lora_a_init": str,
+            "lora_b_init": str,
+        },
+        "adapters have the dtypes of their layer": {
+            "param_init_type": str | None,
+            "compute_dtype": str | None,
+        },
+    },
     "": {
         "every rank reads its own slices": {
             "transform_process_num": int,

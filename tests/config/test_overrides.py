@@ -104,6 +104,7 @@ SAMPLES: dict[str, list[tuple[list[str], Any]]] = {
     "text": [(["a b,c=[d] {e}: 'f' \"g\" #h"], "a b,c=[d] {e}: 'f' \"g\" #h"), (["12"], "12")],
     "int": [(["7"], 7), (["0"], 0)],
     "bool": [(["True"], True), (["false"], False)],
+    "switch": [(["True"], True), (["false"], False)],
     "bool or text": [(["True"], True), (["CKP_rank_0-1_10"], "CKP_rank_0-1_10")],
     "texts": [(["I love Beijing, because", "1"], ["I love Beijing, because", "1"])],
 }

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -89,12 +90,15 @@ def test_the_nearest_key_is_searched_everywhere(written: str, section: str, expe
 
 def test_every_key_suggests_itself_when_one_letter_is_lost() -> None:
     """In its own section a key with a letter dropped is always recognised."""
-    for key in schema_keys():
-        if len(key.name) < 6:
-            continue
-        broken = key.name[: len(key.name) // 2] + key.name[len(key.name) // 2 + 1 :]
-        found = nearest_key(broken, key.section)
-        assert found == key.path or found.rpartition(".")[2] == broken, (broken, found)
+    broken = {
+        key: key.name[: len(key.name) // 2] + key.name[len(key.name) // 2 + 1 :]
+        for key in schema_keys() if len(key.name) >= 6
+    }  # fmt: skip
+    ambiguous = Counter((key.section, name) for key, name in broken.items())
+    for key, name in broken.items():
+        found = nearest_key(name, key.section)
+        if ambiguous[key.section, name] == 1:  # lora_a_init and lora_b_init lose the same
+            assert found == key.path or found.rpartition(".")[2] == name, (name, found)
 
 
 PAGES = {config_docs.PAGE: config_docs.render, config_docs.OTHER_PAGE: config_docs.render_others}

@@ -14,6 +14,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
+
 def test_draws_are_those_of_the_cpu() -> None:
     scores = torch.randn(500, 300, generator=torch.Generator().manual_seed(0))
     seeds = [draw_seed(1, index, 2) for index in range(len(scores))]

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from launcher.errors import UserError
+from launcher.generation.forward import Forward
 from launcher.generation.loop import continue_tokens
 from launcher.generation.sampling import processors_of
 from launcher.generation.settings import GenerationSettings, generation_settings, token_limits
 from models.build import build_model
+from models.cache import KVCache
 from tests.models.tiny import EXPERTS, GLM, dense_spec, module_spec, oracle, pair
 from tests.predict.tiny_tokenizer import tiny_tokenizer
 
@@ -37,7 +40,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 
 def run(
-    model: nn.Module, settings: GenerationSettings, prompts: list[list[int]] = PROMPTS,
+    model: nn.Module | Forward, settings: GenerationSettings, prompts: list[list[int]] = PROMPTS,
     *, batch_size: int = 4, seed: int = 0, tokenizer: Any = None,
 ) -> list[list[int]]:  # fmt: skip
     limits = token_limits([len(p) for p in prompts], settings, None)
@@ -49,6 +52,18 @@ def run(
                                 indices=indices, seed=seed, device="cpu",
                                 tokenizer=tokenizer)  # fmt: skip
     return news
+
+
+class CountedForward(Forward):
+    """Notes the rows of each step."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self.rows: list[int] = []
+
+    def __call__(self, ids: Tensor, cache: KVCache) -> Tensor | None:
+        self.rows.append(len(ids))
+        return super().__call__(ids, cache)
 
 
 def generated(
@@ -220,6 +235,22 @@ def test_samples_follow_the_distribution() -> None:
     draws = torch.tensor(run(own, settings, [PROMPTS[0]] * 3000, batch_size=500)).flatten()
     counted = torch.bincount(draws, minlength=len(shares)) / len(draws)
     assert (counted - shares).abs().max() < 0.03
+
+
+@pytest.mark.parametrize("settings", [GenerationSettings(max_new_tokens=16), SAMPLED])
+def test_rows_that_have_ended_leave_the_batch(settings: GenerationSettings) -> None:
+    own, _ = pair(dense_spec(**FAMILIES["mistral window"]))
+    free = run(own, settings, batch_size=1)
+    ends = (free[0][1], free[2][3], free[3][6])
+    settings = replace(settings, eos_token_ids=ends)
+    forward = CountedForward(own)
+    found = run(forward, settings)
+    assert found == run(own, settings, batch_size=1)
+    assert {len(new) for new in found} != {len(found[0])}
+    assert forward.rows[0] == len(PROMPTS)
+    assert forward.rows[-1] < len(PROMPTS)
+    assert forward.rows == sorted(forward.rows, reverse=True)
+    assert own.training
 
 
 @pytest.mark.parametrize("family", ["gpt_neox", "gpt2"])

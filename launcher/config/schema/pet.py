@@ -6,9 +6,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from launcher.config.schema.field import effective, no_effect, not_built
-
-_FREEZE = "Use the top-level key freeze"
+from launcher.config.schema.field import effective
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,19 +45,10 @@ class PetSection:
     """Ending of a module name, or a regular expression for it -> its lora_alpha."""
     load_adapter: str = ""
     """Adapter to start from: a directory of PEFT, or a checkpoint with an adapter. Its own rank,
-    alpha and layers count."""
-    freeze_include: list[str] | None = not_built(None, _FREEZE, harmless=([],))
-    """Modules that are not trained."""
-    freeze_exclude: list[str] | None = not_built(None, _FREEZE, harmless=([],))
-    """Modules that are trained after all."""
-    lora_a_init: str = no_effect("normal", "A is uniform in +-1 / sqrt(inputs), as in PEFT")
-    """Initial values of the first matrix."""
-    lora_b_init: str = no_effect("zero", "B is zeros: the adapted model begins as the base")
-    """Initial values of the second matrix."""
-    param_init_type: str | None = no_effect(None, "adapters have params_dtype of the model")
-    """Dtype of the adapter."""
-    compute_dtype: str | None = no_effect(None, "adapters compute in the dtype of their layer")
-    """Dtype of the computation."""
+    alpha, dropout and layers count."""
+    save_peft_adapter: bool = True
+    """At the end of training also write the adapter to {output_dir}/adapter, as a directory that
+    PEFT opens."""
 
     @property
     def is_on(self) -> bool:
