@@ -19,7 +19,7 @@ from launcher.data.conversations import Conversation
 from launcher.data.strictness import Strictness
 from launcher.data.tally import Tally
 from launcher.errors import UserError
-from launcher.generation.forward import Forward
+from launcher.generation.forward import Forward, LastText
 from launcher.generation.loop import Watch
 from launcher.generation.settings import GenerationSettings
 from launcher.parallel.all_ranks import on_all_ranks
@@ -67,6 +67,7 @@ def chat(job: Job) -> int:
     forward, layout = build_predicting(job)
     load_or_init(job, ModelParts([forward.model]), layout, source)
     forward.model.eval()
+    forward.last_text = LastText()  # a turn begins with the turns before it
     if not job.world.is_main:
         return _follow(job, forward, setup.settings)
     return _lead(job, forward, setup, free_path(path), start)

@@ -8,9 +8,37 @@ the tokens, and the others get them from it, so that they never depend on the la
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import takewhile
+
 from torch import Tensor, nn
 
 from models.cache import KVCache
+
+
+class LastText:
+    """The tokens of the last text and their keys and values, for a prompt that begins as it does:
+    the next turn of a chat."""
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self.cache: KVCache | None = None
+
+    def take(self, prompt: Sequence[int], limit: int) -> KVCache | None:
+        """The cache of the tokens that `prompt` begins with, for a text of at most `limit` tokens;
+        None if there are none. The last token of a prompt is always left: its scores are needed."""
+        cache, self.cache = self.cache, None
+        pairs = zip(self.tokens, prompt[:-1], strict=False)
+        common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+        if cache is None or common == 0:
+            return None
+        cache.truncate(common)
+        cache.limit = limit
+        return cache
+
+    def keep(self, tokens: Sequence[int], cache: KVCache) -> None:
+        """Keep the cache of a text, of which the last tokens may not have been fed."""
+        self.tokens, self.cache = list(tokens[: cache.length]), cache
 
 
 class Forward:
@@ -21,6 +49,8 @@ class Forward:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
+        self.last_text: LastText | None = None
+        """Where single prompts continue the text before them, that text; None: it is not kept."""
 
     def __call__(self, ids: Tensor, cache: KVCache) -> Tensor | None:
         """Scores [rows, vocabulary] of the token after `ids` [rows, n], on the rank that chooses;

@@ -17,6 +17,7 @@ from launcher.generation.module_generate import continue_with_transformers
 from launcher.generation.sampling import Chooser
 from launcher.generation.settings import GenerationSettings
 from models.cache import BLOCK, KVCache
+from models.decoder import Decoder
 from models.transformers_model import TransformersModel
 
 Watch = Callable[[Sequence[int | None]], bool]
@@ -86,7 +87,12 @@ def _continue_batch(
     watch: Watch | None,
 ) -> list[list[int]]:  # fmt: skip
     """Prompts padded on the left, one token each a step, until every text has ended."""
-    ids, cache = _padded(prompts, limits, settings.pad_token_id, device)
+    last = forward.last_text if len(prompts) == 1 and _keeps_keys(forward.model) else None
+    cache = None if last is None else last.take(prompts[0], limits[0])
+    if cache is not None:
+        ids = torch.tensor([list(prompts[0][cache.length :])], device=device)
+    else:
+        ids, cache = _padded(prompts, limits, settings.pad_token_id, device)
     chooser = Chooser(settings, prompts, indices, seed, device)
     running = list(range(len(prompts)))
     """The prompts whose texts have not ended."""
@@ -108,12 +114,19 @@ def _continue_batch(
         ]  # fmt: skip
         stopped = watch is not None and forward.any(watch(stepped))
         if stopped or not running:
+            if last is not None:
+                last.keep(chooser.tokens[0], cache)
             return chooser.news()
         if len(running) <= len(rows) // 2:
             kept = torch.tensor([rows.index(row) for row in running], device=device)
             cache.keep(kept)
             rows, next_ids = running, next_ids[kept]
         ids = next_ids[:, None]
+
+
+def _keeps_keys(model: nn.Module) -> bool:
+    """Whether keys in the cache stay right in a longer text: not with dynamic rotary scaling."""
+    return isinstance(model, Decoder) and model.rotary.by_position
 
 
 def _padded(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from launcher.errors import UserError
-from launcher.generation.forward import Forward
+from launcher.generation.forward import Forward, LastText
 from launcher.generation.loop import continue_tokens
 from launcher.generation.sampling import processors_of
 from launcher.generation.settings import GenerationSettings, generation_settings, token_limits
@@ -53,14 +53,16 @@ def run(
 
 
 class CountedForward(Forward):
-    """Notes the rows of each step."""
+    """Notes the shape of the tokens of each step."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
         self.rows: list[int] = []
+        self.lengths: list[int] = []
 
     def __call__(self, ids: Tensor, cache: KVCache) -> Tensor | None:
         self.rows.append(len(ids))
+        self.lengths.append(ids.shape[1])
         return super().__call__(ids, cache)
 
 
@@ -187,6 +189,26 @@ def test_rows_that_have_ended_leave_the_batch(settings: GenerationSettings) -> N
     assert forward.rows[-1] < len(PROMPTS)
     assert forward.rows == sorted(forward.rows, reverse=True)
     assert own.training
+
+
+@pytest.mark.parametrize("name", ["mistral window", "llama dynamic", "gpt-oss"])
+def test_the_turns_of_a_chat_use_the_keys_of_the_text_before(name: str) -> None:
+    own, _ = pair(dense_spec(**FAMILIES[name]))
+    settings = GenerationSettings(max_new_tokens=8)
+    forward = CountedForward(own)
+    forward.last_text = LastText()
+    fed, prompt = [], [5, 9, 33, 40]
+    for turn in ([7, 8], [3], [60, 61, 62]):
+        found = run(forward, settings, [prompt])
+        assert found == run(own, settings, [prompt])
+        fed.append(forward.lengths[-len(found[0])])
+        prompt = [*prompt, *found[0], *turn]
+    assert fed[0] == 4
+    # The last token of an answer and those of the turn, where keys do not depend on the length.
+    assert fed[1:] == ([3, 2] if name != "llama dynamic" else [14, 23])
+    edited = [*prompt[:6], 1, 2]
+    assert run(forward, settings, [edited]) == run(own, settings, [edited])
+    assert run(forward, settings, PROMPTS) == run(own, settings, PROMPTS)
 
 
 @pytest.mark.parametrize("family", ["gpt_neox", "gpt2"])
