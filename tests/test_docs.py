@@ -167,6 +167,12 @@ def test_chat_page(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert sum("loss" in row for row in rows) == 2
 
 
+def test_decoding_page(folder: Path) -> None:
+    assert run_page("decoding.md", folder) == 1
+    rows = (folder / "output/decoding/text_generation_result.jsonl").read_text().splitlines()
+    assert len(rows) == 3
+
+
 def test_mixtures_page(folder: Path) -> None:
     assert run_page("mixtures.md", folder) == 2
     log = (folder / "output/mixture/log/rank_0/info.log").read_text()

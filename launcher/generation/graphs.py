@@ -3,12 +3,13 @@
 A decoding step of a small batch is hundreds of short kernels, and launching them one by one takes
 longer than running them. A graph launches all of them at once. Invariants: what is recorded reads
 and writes the same memory in every step (the token ids, the column of the new token and the cache);
-it is recorded anew when the cache has grown or rows have left; scores are those of the steps that
+it is recorded again when the cache has grown or rows have left; scores are those of the steps that
 are not recorded, up to the order of sums.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 
 import torch
@@ -52,7 +53,7 @@ class GraphedForward(Forward):
     def __init__(self, model: Decoder, recorder: Recorder = record_cuda) -> None:
         super().__init__(model)
         self.recorder = recorder
-        self._recorded_for: tuple[object, ...] = ()
+        self._recorded: tuple[object, ...] = ()
         self._ids = self._index = self._scores = torch.empty(0)
         self._replay: Callable[[], None] = lambda: None
 
@@ -60,10 +61,11 @@ class GraphedForward(Forward):
         if ids.shape[1] != 1 or cache.length == 0:
             return super().__call__(ids, cache)
         cache.reserve(1)
-        needs = (id(cache), len(ids), cache.storage())
-        if needs != self._recorded_for:
+        # A reference that keeps no memory; a dead one equals only itself.
+        recorded = (weakref.ref(cache), len(ids), cache.storage())
+        if recorded != self._recorded:
             self._record(ids, cache)
-            self._recorded_for = needs
+            self._recorded = recorded
         self._ids.copy_(ids)
         self._index.fill_(cache.length)
         self._replay()

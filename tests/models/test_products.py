@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.layers import Linear, RMSNorm
+from models.moe import grouped_linear
 from models.products import linear
 from models.rope import rotate, rotate_wide, widened
 
@@ -44,6 +45,16 @@ def test_weights_that_are_views_of_others() -> None:
         torch.testing.assert_close(inferred(weight, None, states), F.linear(states, weight))
     transposed = torch.randn(32, 16).T
     torch.testing.assert_close(inferred(transposed, None, states), F.linear(states, transposed))
+
+
+@pytest.mark.parametrize("counts", [[2, 0, 3, 1], [0, 0, 0, 0], [0, 6, 0, 0]])
+def test_experts_without_tokens_are_left_out_in_inference(counts: list[int]) -> None:
+    torch.manual_seed(0)
+    tokens, weight = torch.randn(sum(counts), 16), torch.randn(4, 24, 16)
+    expected = grouped_linear(tokens, weight, torch.tensor(counts))
+    with torch.inference_mode():
+        found = grouped_linear(tokens, weight, torch.tensor(counts))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_views_of_a_layer_are_used_in_inference() -> None:

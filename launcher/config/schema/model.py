@@ -105,6 +105,9 @@ class GenerationSection:
     """Sample among tokens of at least this probability; 0: off."""
     eta_cutoff: float = effective(0.0, minimum=0, maximum=1)
     """As epsilon_cutoff, lowered where probabilities are spread; 0: off."""
+    cuda_graphs: bool = True
+    """Launch the kernels of a decoding step together, where the model is on one CUDA device and has
+    no experts. False: one by one."""
     num_beams: int = not_built(1, "Set it to 1: greedy or sampled", minimum=1)
     """Beams of beam search."""
     num_beam_groups: int = not_built(1, "Set it to 1", minimum=1)
