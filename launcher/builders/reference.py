@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from launcher.builders.adapter import Weights
 from launcher.builders.job import Job
 from launcher.builders.load_weights import load_or_init, pretrained_weights, weights_at
 from launcher.builders.open_dataset import cache_folder
@@ -131,7 +132,8 @@ def _load_reference(job: Job, model: BuiltModel) -> None:
     path = job.config.preference.reference.weights
     source = weights_at(job, Path(path)) if path else pretrained_weights(job)
     job.log("reference: " + (f"the weights of {source.path}" if source else "the first weights"))
-    load_or_init(job, model.parts, model.layout, source)
+    weights = None if source is None else Weights(source=source)
+    load_or_init(job, model.parts, model.layout, weights)
 
 
 def _add(job: Job, run: TrainRun, digest: str, samples: range, *, can_compute: bool) -> bool:
