@@ -60,9 +60,20 @@ class _Wanted(NamedTuple):
 
 def add_reference(job: Job, run: TrainRun) -> None:
     """The reference of a fresh run, from the weights in its model. Called by all ranks together."""
+    _log_base(job, run.model)
     if _is_needed(run.model):
         samples = range(run.total_steps * run.loader.global_batch)
         _add(job, run, _digest(job, run.model), samples, can_compute=True)
+
+
+def _log_base(job: Job, model: BuiltModel) -> None:
+    """Log that the base below an adapter is the reference, and not the adapter it starts with."""
+    task = model.preference
+    if task is None or not task.needs_reference or task.scores_before:
+        return
+    given = job.config.pet_config.load_adapter
+    without = f", without {given} (merge it first to compare with both)" if given else ""
+    job.log(f"reference: the base model below the adapter{without}")
 
 
 def add_other_reference(job: Job, run: TrainRun) -> bool:
