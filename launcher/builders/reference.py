@@ -27,6 +27,7 @@ from launcher.builders.job import Job
 from launcher.builders.load_weights import load_or_init, pretrained_weights, weights_at
 from launcher.builders.open_dataset import cache_folder
 from launcher.checkpoint.files import write_bytes
+from launcher.config.pet import adapter_of
 from launcher.data.cache_key import hash_of
 from launcher.data.loader import batches_of_rows
 from launcher.data.order import GlobalOrder
@@ -71,8 +72,8 @@ def _log_base(job: Job, model: BuiltModel) -> None:
     task = model.preference
     if task is None or not task.needs_reference or task.scores_before:
         return
-    given = job.config.pet_config.load_adapter
-    without = f", without {given} (merge it first to compare with both)" if given else ""
+    given = adapter_of(job.config)
+    without = f", without {given.path} (merge it first to compare with both)" if given else ""
     job.log(f"reference: the base model below the adapter{without}")
 
 
