@@ -27,6 +27,7 @@ from launcher.builders.job import Job
 from launcher.builders.load_weights import load_or_init, pretrained_weights, weights_at
 from launcher.builders.open_dataset import cache_folder
 from launcher.checkpoint.files import write_bytes
+from launcher.config.pet import adapter_of
 from launcher.data.cache_key import hash_of
 from launcher.data.loader import batches_of_rows
 from launcher.data.order import GlobalOrder
@@ -60,9 +61,20 @@ class _Wanted(NamedTuple):
 
 def add_reference(job: Job, run: TrainRun) -> None:
     """The reference of a fresh run, from the weights in its model. Called by all ranks together."""
+    _log_base(job, run.model)
     if _is_needed(run.model):
         samples = range(run.total_steps * run.loader.global_batch)
         _add(job, run, _digest(job, run.model), samples, can_compute=True)
+
+
+def _log_base(job: Job, model: BuiltModel) -> None:
+    """Log that the base below an adapter is the reference, and not the adapter it starts with."""
+    task = model.preference
+    if task is None or not task.needs_reference or task.scores_before:
+        return
+    given = adapter_of(job.config)
+    without = f", without {given.path} (merge it first to compare with both)" if given else ""
+    job.log(f"reference: the base model below the adapter{without}")
 
 
 def add_other_reference(job: Job, run: TrainRun) -> bool:

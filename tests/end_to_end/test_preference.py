@@ -125,6 +125,7 @@ def test_below_an_adapter_the_base_is_the_reference(shop: Workshop, layout: str,
         base = merged(base, {"model": {"model_config": MOE}})
     alone = train(shop, "alone", "alone", base)
     assert "reference: log-probabilities" not in alone.stdout
+    assert "reference: the base model below the adapter" in alone.stdout
     train(shop, layout, "laid_out", base)
     assert_equal(shop, "laid_out", "alone")
     assert shop.rows("alone")[0]["rewards/chosen"] == 0
@@ -152,6 +153,15 @@ def test_a_run_resumes_bitwise_with_the_first_reference(shop: Workshop) -> None:
     assert shop.losses("whole") == shop.losses("parts")
     whole, parts = (shop.saved(output, "1_4") for output in ("whole", "parts"))
     assert [key for key in whole if whole[key] != parts[key]] == []
+
+
+@pytest.mark.long
+def test_a_run_with_an_adapter_resumes_bitwise(shop: Workshop) -> None:
+    base = merged(merged(settings("kto"), LORA), {"do_eval": False})
+    train(shop, "alone", "whole", base)
+    train(shop, "alone", "parts", base, "--runner_config.stop_step", "2")
+    train(shop, "alone", "parts", base, "--resume_training", "True")
+    assert shop.losses("whole") == shop.losses("parts")
 
 
 @pytest.mark.long
