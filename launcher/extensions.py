@@ -207,6 +207,8 @@ PYTHON_CALLS: dict[str, str] = {
     "verify": "launcher.weights.offline.inspection:verify",
     "list_checkpoints": "launcher.weights.offline.listing:list_checkpoints",
     "export_directory": "launcher.weights.offline.directory:export_directory",
+    "export_adapter": "launcher.weights.offline.adapter:export_adapter",
+    "merge_adapter": "launcher.weights.offline.adapter:merge_adapter",
     "diff": "launcher.weights.offline.compare:diff",
     "load_distributed_checkpoint": "launcher.mindspore.slicing:load_distributed_checkpoint",
     "merge_pipeline_strategys": "launcher.mindspore.strategy_files:merge_pipeline_strategys",

@@ -14,6 +14,7 @@ import torch
 
 from launcher.builders.callbacks import build_callbacks
 from launcher.builders.data import evaluation_data
+from launcher.builders.final_adapter import write_final_adapter
 from launcher.builders.interactive import chat
 from launcher.builders.job import Job
 from launcher.builders.load_weights import find_weights, load_or_init
@@ -35,7 +36,6 @@ from launcher.builders.show_data import show_data
 from launcher.checkpoint.files import json_bytes, write_json
 from launcher.checkpoint.in_use import in_use
 from launcher.checkpoint.monitor import CheckpointMonitor
-from launcher.config.pet import lora_of
 from launcher.config.provenance import Provenance
 from launcher.config.schema import Config
 from launcher.config.shared import shared_settings
@@ -206,10 +206,11 @@ def predict(job: Job) -> int:
         advice="Copy the file of prompts to every machine",
     )  # fmt: skip
     check_writable(result_path(job))
-    source = find_weights(job)
-    setup, encoded = prepare_prompts(job, source, prompts, strictness)
+    weights = find_weights(job)
+    trained = None if weights is None else weights.trained
+    setup, encoded = prepare_prompts(job, trained, prompts, strictness)
     forward, layout = build_predicting(job)
-    load_or_init(job, ModelParts([forward.model]), layout, source)
+    load_or_init(job, ModelParts([forward.model]), layout, weights)
     batch_size = job.config.predict_batch_size or min(len(prompts), PREDICT_BATCH)
     stream = open_stream(job, encoded)
     generations = continue_prompts(
@@ -247,6 +248,7 @@ def train_to_the_end(job: Job, run: TrainRun, callbacks: Callbacks) -> int:
         job.log(f"nothing to do: step {run.state.global_step} of {run.total_steps} is done{early}")
         if isinstance(callbacks.saving, CheckpointMonitor):
             callbacks.saving.finish_interrupted_save(run)
+        write_final_adapter(job, run)
         return EXIT_OK
     if write := installed(STRATEGY_WRITERS).get("own"):
         write(job, run.model.layout, run.model.mappings_of, run.optimizer.state_names)
@@ -264,6 +266,7 @@ def train_to_the_end(job: Job, run: TrainRun, callbacks: Callbacks) -> int:
         run.loader.close()
         if reporting:
             reporting.close(run)
+    write_final_adapter(job, run)
     if isinstance(callbacks.saving, CheckpointMonitor):
         job.log(next_steps(job))
     return EXIT_OK
@@ -274,7 +277,7 @@ def next_steps(job: Job) -> str:
     root = shlex.quote(str(own_root(job.config)))
     config = shlex.quote(str(job.output_dir / resolved_name("train")))
     export = shlex.quote(str(job.output_dir / "hf"))
-    tool = "export" if lora_of(job.config) is None else "merge_lora"
+    tool = "export" if job.spec.lora is None else "merge_lora"
     return (
         f"next: python run.py --config {config} --run_mode predict --load_checkpoint {root} "
         f"--interactive   or: python -m launcher.tools.{tool} --load_checkpoint {root} "

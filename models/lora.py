@@ -173,6 +173,11 @@ def adapters_of(module: nn.Module) -> list[LowRank]:
     return [adapter] if isinstance(adapter, LowRank) else []
 
 
+def has_transposed_adapters(model: nn.Module) -> bool:
+    """Whether layers with an adapter have weights [inputs, outputs]."""
+    return any(is_conv1d(module) and bool(adapters_of(module)) for module in model.modules())
+
+
 def _attach(module: Any, name: str, spec: ModelSpec, lora: LoraConfig, dtype: torch.dtype) -> bool:
     """Add the adapter of one module, if it gets one."""
     if isinstance(module, Experts):
@@ -221,18 +226,18 @@ def _attach_to_stack(
 def base_weight(module: nn.Module) -> Tensor:
     """The weight [outputs, inputs] of a linear layer."""
     weight: Tensor = module.weight  # type: ignore[assignment]
-    return weight.T if _is_conv1d(module) else weight
+    return weight.T if is_conv1d(module) else weight
 
 
 def _sizes(module: nn.Module) -> tuple[int, int] | None:
     """Inputs and outputs of a linear layer; None for other modules."""
-    if isinstance(module, Linear | nn.Linear) or _is_conv1d(module):
+    if isinstance(module, Linear | nn.Linear) or is_conv1d(module):
         outputs, inputs = base_weight(module).shape
         return inputs, outputs
     return None
 
 
-def _is_conv1d(module: nn.Module) -> bool:
+def is_conv1d(module: nn.Module) -> bool:
     """Whether a module is the linear layer of GPT-2, whose weight is [inputs, outputs]."""
     return type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers")
 

@@ -95,6 +95,12 @@ def is_adapter(parameter: str) -> bool:
     )
 
 
+def is_saved(parameter: str, lora: LoraConfig | None) -> bool:
+    """Whether checkpoints hold a tensor of the model: with an adapter, only its own and those of
+    `modules_to_save`."""
+    return lora is None or is_adapter(parameter) or lora.saves(parameter)
+
+
 def is_frozen(parameter: str, patterns: Iterable[str]) -> bool:
     """Whether one of `patterns` names a parameter: by its name or that of a module with it, by the
     ending of such a name, or by a regular expression for all of it."""

@@ -25,6 +25,7 @@ from launcher.weights.ranks.saves import copy_model_files
 from launcher.weights.reading.tensor_bytes import TORCH_DTYPES
 from launcher.weights.source import Source
 from launcher.weights.streaming.new_folder import folder_aside
+from models.lora_config import is_adapter
 
 Result = TypeVar("Result")
 
@@ -33,6 +34,11 @@ def export_on_load(job: Job, source: Source) -> None:
     """Write the configured copies of `source`. Called on every rank; raises `UserError` on every
     rank when one could not write."""
     config, distributed = job.config, source.kind == "distributed"
+    if any(map(is_adapter, source.tensors)):
+        for key in (key for key in FOLDERS if getattr(config, key)):
+            job.log(f"{key}: no effect, {source.path} holds an adapter (see launcher.tools."
+                    "merge_lora)")  # fmt: skip
+        return
     if config.save_unified_checkpoint and source.is_spread:
         raise UserError(
             f"save_unified_checkpoint: True: no rank can access all files of {source.path}",

@@ -22,7 +22,7 @@ from launcher.config.derived import (
     ulysses_degree,
     uses_named_tokenizer,
 )
-from launcher.config.pet import lora_of
+from launcher.config.pet import adapter_of, lora_of
 from launcher.config.provenance import Provenance
 from launcher.config.schema import Config
 from launcher.data.chat_rendering import ChatSettings, chat_settings
@@ -32,6 +32,7 @@ from launcher.layout.mesh import Mesh
 from launcher.parallel.meshes import Meshes
 from launcher.parallel.world import World
 from launcher.report.console import Console
+from launcher.weights.adapters.found import FoundAdapter
 from models.families import model_spec
 from models.lora_config import with_adapters
 from models.spec import ModelSpec
@@ -64,7 +65,14 @@ class Job:
         spec = model_spec(self.config.model.model_config, self._config_json())
         for note in spec.notes:
             self.log(f"accepted, no effect: {note}")
-        return with_adapters(spec, lora_of(self.config), self.config.freeze)
+        return with_adapters(
+            spec, lora_of(self.config, spec.family, self.adapter), self.config.freeze
+        )
+
+    @cached_property
+    def adapter(self) -> FoundAdapter | None:
+        """The adapter on disk that the job starts from; None without one."""
+        return adapter_of(self.config)
 
     def _config_json(self) -> dict[str, Any] | None:
         return read_config_json(self.config)

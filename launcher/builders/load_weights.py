@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from launcher.builders.adapter import Weights, base_of, base_record, open_adapter
 from launcher.builders.balanced_load import load_job
 from launcher.builders.export_on_load import export_on_load
 from launcher.builders.job import Job
@@ -25,6 +26,7 @@ from launcher.parallel.consistency import Unquoted, check_same
 from launcher.parallel.lora import initialize_magnitudes
 from launcher.parallel.model_parts import ModelParts
 from launcher.parallel.tied import broadcast_tied
+from launcher.weights.adapters.found import Base
 from launcher.weights.content import content_of
 from launcher.weights.foreign_names import KEYS, under_hugging_face_names
 from launcher.weights.forms import may_be_foreign
@@ -40,26 +42,57 @@ from models.build import (
     named_as_model,
     tied_names,
 )
-from models.lora_config import is_adapter
+from models.lora_config import is_adapter, is_saved
 
 
-def find_weights(job: Job) -> Source | None:
-    """The weights of load_checkpoint, else those in pretrained_model_dir, else None.
+def find_weights(job: Job) -> Weights | None:
+    """The weights of load_checkpoint, else those in pretrained_model_dir, else None. Where they are
+    an adapter, or pet_config.load_adapter names one, also those of its base.
 
     Copies of them are written where save_unified_checkpoint or save_converted_checkpoint is set.
     Called by all ranks together. Raises `UserError`, also where the weights of a machine differ
     from those of rank 0.
     """
-    path = _weights_path(job)
+    path, found = _weights_path(job), job.adapter
     check_same_model(job)
     _check_same(job, {"weights": Unquoted("none" if path is None else "found")})
-    if path is None:
-        return None
+    if found is None:
+        source = None if path is None else _open(job, path)
+        if source is None or job.spec.lora is None:
+            return None if source is None else Weights(source=_prepared(job, source))
+        return Weights(source=_prepared(job, source), base=base_record(job, source))
+    adapter = open_adapter(job, found)
+    is_base = bool(job.config.pet_config.load_adapter)
+    source, base = base_of(job, found.base, _base_places(job, path if is_base else None))
+    return Weights(
+        source=None if source is None else _prepared(job, source), adapter=adapter, base=base
+    )
+
+
+def resumed_base(job: Job, base: Base) -> Weights:
+    """The base under the adapter of a checkpoint. Called by all ranks together; raises
+    `UserError`."""
+    source, known = base_of(job, base, _base_places(job, None))
+    return Weights(source=None if source is None else _prepared(job, source), base=known)
+
+
+def _base_places(job: Job, given: Path | None) -> list[Path]:
+    """Where the base of an adapter may be: at the path `given`, else in pretrained_model_dir."""
+    pretrained = Path(job.config.pretrained_model_dir)
+    if given is None and job.config.pretrained_model_dir and holds_complete(pretrained):
+        return [pretrained]
+    return [] if given is None else [given]
+
+
+def _open(job: Job, path: Path) -> Source:
     if path == Path(job.config.load_checkpoint):
         strategy = job.config.src_strategy_path_or_dir
-        source = open_weights(path, job.world, job.log, strategy=strategy)
-    else:
-        source = open_complete_weights(path, job.world, job.log)
+        return open_weights(path, job.world, job.log, strategy=strategy)
+    return open_complete_weights(path, job.world, job.log)
+
+
+def _prepared(job: Job, source: Source) -> Source:
+    """`source` checked, under the names of rank files, and copied where that is configured."""
     if source.kind != "distributed" and job.world.size > 1:
         _check_same_content(job, source)
     check_layout(job, source)
@@ -168,20 +201,44 @@ def _other_layout(job: Job, what: str) -> UserError:
     )
 
 
-def load_or_init(job: Job, parts: ModelParts, layout: Layout, source: Source | None) -> None:
-    """Load the weights of `source`, or initialize them at random, and log which.
+def load_or_init(job: Job, parts: ModelParts, layout: Layout, weights: Weights | None) -> None:
+    """Load `weights`, or initialize them at random, and log which.
 
     `layout` is how the model is sharded: the layout of the job, or that of one rank.
     """
     rank = job.world.rank if layout.mesh.world_size > 1 else 0
+    source = None if weights is None else weights.source
     if source is None:
-        initialize(job, parts, layout, rank)
-        job.log(f"weights: none given, initialized at random from seed {job.config.seed}")
+        seed = job.config.seed if weights is None else weights.base.seed
+        initialize(job, parts, layout, rank, seed)
+        given = "none given, " if weights is None else "the base of the adapter is "
+        job.log(f"weights: {given}initialized at random from seed {seed}")
     else:
         if not job.config.strict_load:
             initialize(job, parts, layout, rank)
-        _load(job, parts, layout, source, rank)
+        is_new = weights is None or weights.adapter is None
+        _load(job, parts, layout, source, rank, is_new=is_new)
+    if weights is not None and weights.adapter is not None:
+        _load_adapter(job, parts, layout, weights.adapter, rank)
     sync_tied_weights(parts)
+
+
+def _load_adapter(job: Job, parts: ModelParts, layout: Layout, source: Source, rank: int) -> None:
+    """Load an adapter, and the modules that are saved with it, over those of the base."""
+    model = parts.modules[-1]
+    mappings = mappings_of(model)
+    tensors = {n: t for n, t in parts.named_tensors().items() if is_saved(n, job.spec.lora)}
+    held = mapped(shards(tensors, layout, rank), mappings)
+    saved = {n: shape for n, shape in layout.shapes.items() if is_saved(n, job.spec.lora)}
+    expected = shapes_in_files(saved, mappings)
+    check_layout(job, source)
+    check_cuts(job, source, held)
+    tied = {alias: name for alias, name in tied_names(model).items() if name in expected}
+    report = load_job(
+        job, held, layout, mappings, source, tied=tied, strict=job.config.strict_load,
+        expected=expected,
+    )  # fmt: skip
+    _report(job, source, report)
 
 
 def sync_tied_weights(parts: ModelParts) -> None:
@@ -190,7 +247,10 @@ def sync_tied_weights(parts: ModelParts) -> None:
     broadcast_tied([first for first, _ in copies], [second for _, second in copies])
 
 
-def _load(job: Job, parts: ModelParts, layout: Layout, source: Source, rank: int) -> None:
+def _load(
+    job: Job, parts: ModelParts, layout: Layout, source: Source, rank: int, *, is_new: bool
+) -> None:
+    """Load the weights of a model; `is_new`: those of an adapter are initialized, and stay so."""
     model = parts.modules[-1]
     mappings = mappings_of(model)
     held = mapped(shards(parts.named_tensors(), layout, rank), mappings)
@@ -210,30 +270,33 @@ def _load(job: Job, parts: ModelParts, layout: Layout, source: Source, rank: int
     )  # fmt: skip
     _report(job, source, report)
     if new:
-        _initialize(job, {n: shard for n, shard in held.items() if n in new})
+        _initialize(job, {n: s for n, s in held.items() if n in new}, job.config.seed)
         for module in parts.modules:
             initialize_magnitudes(module, layout.shapes)
+    if new and is_new:
         job.log(f"adapter: {len(new)} tensors, initialized from seed {job.config.seed}")
 
 
-def initialize(job: Job, parts: ModelParts, layout: Layout, rank: int) -> None:
-    """Random weights: a function of (seed, name in files), the same on any layout."""
+def initialize(
+    job: Job, parts: ModelParts, layout: Layout, rank: int, seed: int | None = None
+) -> None:
+    """Random weights: a function of (seed, name in files), the same on any layout. `seed`: by
+    default that of the configuration."""
     # The buffers of a transformers module already have their values.
     own = job.spec.decoder is not None
     tensors = parts.named_tensors() if own else dict(parts.named_parameters())
-    _initialize(job, mapped(shards(tensors, layout, rank), mappings_of(parts.modules[-1])))
+    held = mapped(shards(tensors, layout, rank), mappings_of(parts.modules[-1]))
+    _initialize(job, held, job.config.seed if seed is None else seed)
     for module in parts.modules:
         initialize_magnitudes(module, layout.shapes)
 
 
 @torch.no_grad()
-def _initialize(job: Job, held: Mapping[str, Shard]) -> None:
+def _initialize(job: Job, held: Mapping[str, Shard], seed: int) -> None:
     """Random values of tensors in files."""
     for name, shard in held.items():
         box = shard.box
-        values = initialize_shard(
-            name, shard.shape, box.offset, box.size, job.spec, job.config.seed
-        )
+        values = initialize_shard(name, shard.shape, box.offset, box.size, job.spec, seed)
         shard.tensor.copy_(values)
 
 

@@ -35,6 +35,7 @@ from launcher.train.loss import Loss, token_loss_sum
 from launcher.train.run import BuiltModel
 from models.build import blocks, build_model, mappings_of, materialize, parameter_count
 from models.decoder import Decoder
+from models.lora_config import is_saved
 from models.stage import StageSplit, keep_stage
 from models.trained import trained_parameters
 
@@ -48,6 +49,7 @@ def build_parallel(job: Job, *, training: bool) -> BuiltModel:
     dtype = job.dtype(job.spec.precision.params_dtype, otherwise=usual)
     full = build_model(job.spec, dtype=dtype)
     count = parameter_count(full)
+    sizes = {name: parameter.numel() for name, parameter in full.named_parameters()}
     layout = model_layout(
         full, job.spec, job.mesh, split=job.split,
         vocab_emb_dp=job.config.parallel_config.vocab_emb_dp,
@@ -74,7 +76,6 @@ def build_parallel(job: Job, *, training: bool) -> BuiltModel:
             )  # fmt: skip
         materialize_all(module, job.world.device, offload)
     trained = trained_parameters(full)
-    sizes = {name: parameter.numel() for name, parameter in full.named_parameters()}
     job.log(
         f"model: {job.spec.family}, {count:,} parameters "
         f"({_name(dtype)}, computing in {_name(job.compute_dtype)})"
@@ -99,6 +100,7 @@ def build_parallel(job: Job, *, training: bool) -> BuiltModel:
         parts=parts, layout=layout, trained=trained,
         mappings_of=mappings_of(parts.modules[-1]), compute=_compute(job, parts, modules),
         batch_sharder=batch_sharder, preference=preference_task(job, parts.modules),
+        saves=partial(is_saved, lora=job.spec.lora),
     )  # fmt: skip
 
 

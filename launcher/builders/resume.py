@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from launcher.builders.adapter import check_same_adapter, record_adapter, saved_base
 from launcher.builders.balanced_load import load_job
 from launcher.builders.export_on_load import export_on_load
 from launcher.builders.gradients import watches_health
@@ -15,6 +16,8 @@ from launcher.builders.load_weights import (
     check_cuts,
     check_layout,
     check_same_model,
+    load_or_init,
+    resumed_base,
     sync_tied_weights,
     under_model_names,
 )
@@ -30,7 +33,7 @@ from launcher.data.mixture import MixtureOrder
 from launcher.errors import UserError
 from launcher.extensions import INFERRED_STATES, required
 from launcher.report.run_record import INITIAL_WEIGHTS
-from launcher.train.run import TrainRun
+from launcher.train.run import BuiltModel, TrainRun
 from launcher.train.state import DATA_CURSOR, TrainState, from_json
 from launcher.weights.joined import apart
 from launcher.weights.optimizer_state import STATE_PREFIXES
@@ -81,10 +84,17 @@ def own_root(config: Config) -> Path:
 def resumed_run(job: Job, chosen: Chosen) -> TrainRun:
     """A run with the weights, optimizer state, step and data position of a checkpoint."""
     check_same_model(job)
+    base = saved_base(job, chosen.state, chosen.label)
+    weights = None if base is None else resumed_base(job, base)
     run = build_run(job)
     derived = None if chosen.state else _inferred(run, chosen)
     saved = derived.saved if derived is not None else chosen.state
     restore_reference(job, run, saved)
+    if weights is not None:
+        record_adapter(run, job, weights.base)
+        check_same_adapter(job, run, saved, chosen.label)
+        load_or_init(job, run.model.parts, run.model.layout, weights)
+        run.origin = replace(run.origin, inputs=run.origin.inputs | weights.inputs)
     state = restore(job, run, chosen, saved, export=True)
     run.state, mixture = _data_position(job, run, saved, state)
     if saved.get("data") == run.metadata["data"]:
@@ -195,12 +205,19 @@ def _restore_tensors(job: Job, run: TrainRun, chosen: Chosen, *, export: bool) -
         export_on_load(job, chosen.source)
     load_job(
         job, targets, model.layout, model.mappings_of, chosen.source,
-        tied=tied_names(model.parts.modules[-1]),
+        tied=_tied(run, model),
         ignore_prefixes=STATE_PREFIXES,  # what an optimizer does not use may be there
         expected=run.shapes_in_files(optimizer=True),
     )  # fmt: skip
     sync_tied_weights(model.parts)
     run.optimizer.copy_state(model.parts.replicas())
+
+
+def _tied(run: TrainRun, model: BuiltModel) -> dict[str, str]:
+    """Names of tied weights, where they are saved."""
+    saved = run.shapes_in_files(optimizer=False)
+    names = tied_names(model.parts.modules[-1])
+    return {alias: name for alias, name in names.items() if name in saved}
 
 
 def _check_optimizer_state(job: Job, run: TrainRun, chosen: Chosen) -> None:

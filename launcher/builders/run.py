@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from launcher.builders.adapter import Weights, record_adapter
 from launcher.builders.data import evaluation_data, open_training_data, steps_per_epoch
 from launcher.builders.gradients import gradients_of
 from launcher.builders.job import Job
@@ -31,20 +32,21 @@ from launcher.train.run import BuiltModel, StepSettings, TrainRun
 from launcher.train.scaling import LossScaling, loss_scaling
 from launcher.train.schedule import build_schedule, warmup_steps
 from launcher.train.state import TrainState
-from launcher.weights.source import Source
+from launcher.weights.adapters.found import Base
 from models.spec import ModelSpec
 from models.transformers_model import complete_config
 
 
-def fresh_run(job: Job, weights: Source | None) -> TrainRun:
+def fresh_run(job: Job, weights: Weights | None) -> TrainRun:
     """A run before its first step, from `weights` or from random ones."""
     run = build_run(job)
     is_other = add_other_reference(job, run)
     load_or_init(job, run.model.parts, run.model.layout, weights)
     if not is_other:
         add_reference(job, run)
+    record_adapter(run, job, Base(seed=job.config.seed) if weights is None else weights.base)
     run.metadata[INITIAL_WEIGHTS] = str(weights.path) if weights else None
-    files = {file.resolve() for file in weights.headers} if weights else set()
+    files = {file.resolve() for file in weights.inputs} if weights else set()
     run.origin = replace(run.origin, inputs=run.origin.inputs | files)
     return run
 

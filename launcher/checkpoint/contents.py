@@ -70,7 +70,8 @@ class Contents:
                 total += sum(len(states[n]) * _nbytes({n: s}) for n, s in trained.items())
         if self._config.integrated_save and run.world.is_main:
             numbers = sum(map(math.prod, run.shapes_in_files(optimizer=False).values()))
-            total += numbers * next(iter(weights.values())).tensor.element_size()
+            first = next(iter(weights.values()), None)
+            total += numbers * (first.tensor.element_size() if first is not None else 0)
         return total
 
     def _own(

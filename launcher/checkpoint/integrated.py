@@ -1,6 +1,7 @@
 """Integrated saves: complete weights beside the rank files of a save, as `transformers` opens them.
 
     checkpoint_integrated/CKP-1_10/model.safetensors, config.json, ...
+    checkpoint_integrated/CKP-1_10/adapter_model.safetensors, ...       of a run with an adapter
 
 Owns that folder. The weights are streamed from the rank files that were just written, a few tensors
 at a time, so that no process has the full model in memory. The folder appears when it is complete,
@@ -14,7 +15,9 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from launcher.errors import UserError
+from launcher.weights.adapters.found import entry_of, state_of_save
 from launcher.weights.joined import together
+from launcher.weights.offline.adapter import open_adapter, write_adapter
 from launcher.weights.offline.described import described
 from launcher.weights.offline.export import write_complete
 from launcher.weights.optimizer_state import STATE_PREFIXES
@@ -42,6 +45,9 @@ def write_integrated(
         )
     folder.parent.mkdir(parents=True, exist_ok=True)
     with folder_aside(folder, root, overwrite=True) as aside:
+        if entry_of(state_of_save(files[0]), root, files[0]) is not None:
+            write_adapter(open_adapter(files[0]), aside)
+            return folder
         model = described(None, model_folder(files[0]))
         source = together(open_save(root, files), model.config if model else None)
         write_complete(source, aside, keep=lambda n: not n.startswith(STATE_PREFIXES))

@@ -7,12 +7,14 @@ to the list that it is given.
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 from launcher.config.aliases import moved
 from launcher.config.nodes import Node, find, put, without
 from launcher.config.provenance import KeyProblem
 from launcher.environment import process_environment
-from launcher.errors import Problem
+from launcher.errors import Problem, UserError
+from launcher.weights.adapters.found import find_adapter
 
 _MOVED_GENERATION_KEYS = (
     *("max_length", "max_decode_length", "max_new_tokens", "min_length", "min_new_tokens"),
@@ -138,6 +140,30 @@ def pet_type(tree: Node, problems: list[Problem]) -> Node:
     return put(tree, "pet_config.pet_type", Node(value="lora", where=node.where))
 
 
+def base_of_adapter(tree: Node, problems: list[Problem]) -> Node:
+    """The directory of the model under the adapter that is loaded is pretrained_model_dir, where
+    that is not set: config.json and the tokenizer are found there."""
+    nodes = {
+        key: find(tree, key) for key in ("pretrained_model_dir", "load_checkpoint", "run_mode",
+                                         "resume_training", "pet_config.load_adapter")
+    }  # fmt: skip
+    value = {key: None if node is None else node.value for key, node in nodes.items()}
+    resumes = str(value["resume_training"] or "false").lower() != "false"
+    if value["run_mode"] not in ("train", "finetune"):
+        resumes = False
+    path = value["pet_config.load_adapter"] or (None if resumes else value["load_checkpoint"])
+    if value["pretrained_model_dir"] or not isinstance(path, str):
+        return tree
+    try:
+        found = find_adapter(Path(path))
+    except (UserError, OSError, ValueError):
+        return tree  # reported by a rule
+    if found is None or not (Path(found.base.path or ".nothing") / "config.json").is_file():
+        return tree
+    node = Node(value=found.base.path, where=str(found.file))
+    return put(tree, "pretrained_model_dir", node)
+
+
 IMPLIED: tuple[Callable[[Node, list[Problem]], Node], ...] = (
     trust,
     run_mode,
@@ -146,4 +172,5 @@ IMPLIED: tuple[Callable[[Node, list[Problem]], Node], ...] = (
     row_lengths,
     data_parallel,
     pet_type,
+    base_of_adapter,
 )

@@ -153,7 +153,22 @@ def _local_ids(tp: TensorParallel, module: nn.Module, inputs: tuple[Tensor]) -> 
 
 
 def _without_gradient(parameter: Tensor) -> Tensor:
-    return parameter.detach()
+    result: Tensor = _WithoutGradient.apply(parameter)
+    return result
+
+
+class _WithoutGradient(torch.autograd.Function):
+    """The tensor itself, which gets no gradient. Unlike `detach`, what is computed from it takes
+    part in the backward pass, whose collectives all ranks need to reach: where the layers are
+    frozen, nothing else leads there."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> None:
+        return None
 
 
 def _split_states(tp: TensorParallel, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:

@@ -58,7 +58,7 @@ def _export(options: argparse.Namespace, console: Console) -> int:
     from launcher.weights.offline.merge import size_in_bytes
 
     def finish(folder: Path, chosen: Chosen, directory: Directory) -> None:
-        (folder / CARD).write_text(_card(options, chosen, directory), encoding="utf-8")
+        (folder / CARD).write_text(card(options, chosen, directory), encoding="utf-8")
 
     directory = export_directory(
         options.load_checkpoint,
@@ -76,11 +76,12 @@ def _export(options: argparse.Namespace, console: Console) -> int:
         finish=finish,
         log=console.log,
     )
-    _report(options, directory, console)
+    report(options, directory, console)
     return EXIT_OK
 
 
-def _card(options: argparse.Namespace, chosen: Chosen, directory: Directory) -> str:
+def card(options: argparse.Namespace, chosen: Chosen, directory: Directory) -> str:
+    """The model card of a directory that a tool with these options writes."""
     from launcher.report.model_card import CardSubject, model_card
     from launcher.report.run_record import read_run_record
 
@@ -99,7 +100,8 @@ def _card(options: argparse.Namespace, chosen: Chosen, directory: Directory) -> 
     return model_card(subject, record)
 
 
-def _report(options: argparse.Namespace, directory: Directory, console: Console) -> None:
+def report(options: argparse.Namespace, directory: Directory, console: Console) -> None:
+    """Log what was written, and what it lacks."""
     exported, files = directory.exported, len(directory.exported.files)
     template = "its chat template" if directory.has_template else "no chat template"
     tokenizer = f"the tokenizer, {template}" if directory.has_tokenizer else "no tokenizer"

@@ -155,6 +155,8 @@ class Optimizer:
     def copy_state(self, copies: Iterable[tuple[nn.Parameter, nn.Parameter]]) -> None:
         """Give each second parameter the state of the first."""
         for first, second in copies:
+            if first not in self._part_of:
+                continue  # not trained
             state = self._part_of[first].state[first]
             self._part_of[second].state[second] = {k: v.clone() for k, v in state.items()}
 

@@ -51,6 +51,13 @@ class BuiltModel:
     batch_sharder: BatchSharder
     preference: PreferenceTask | None = None
     """Training on preferences; None: on the next token."""
+    saves: Callable[[str], bool] = lambda name: True
+    """Whether checkpoints hold a tensor of the model: not those of the base of an adapter."""
+
+    @cached_property
+    def saved_shapes(self) -> dict[str, Shape]:
+        """The tensors that checkpoints hold, of the full model, to their shapes."""
+        return {name: shape for name, shape in self.layout.shapes.items() if self.saves(name)}
 
 
 @dataclass(frozen=True)
@@ -163,8 +170,9 @@ class TrainRun:
         return epoch_and_step(max(self.state.global_step, 1), self.steps_per_epoch)
 
     def weights(self) -> dict[str, Shard]:
-        """This rank's shards of the weights, by Hugging Face name."""
-        return self._in_files(self.model.parts.named_tensors())
+        """This rank's shards of the weights that are saved, by Hugging Face name."""
+        tensors = self.model.parts.named_tensors()
+        return self._in_files({n: tensor for n, tensor in tensors.items() if self.model.saves(n)})
 
     def optimizer_state(self) -> dict[str, Shard]:
         """This rank's shards of the optimizer's state, by file name."""
@@ -186,9 +194,9 @@ class TrainRun:
         }
 
     def shapes_in_files(self, *, optimizer: bool) -> dict[str, Shape]:
-        """Every tensor of the full model in files, to its shape; with the state of the optimizer if
-        `optimizer`."""
-        result = shapes_in_files(self.model.layout.shapes, self.model.mappings_of)
+        """Every tensor of the full model that is saved, by its name in files, to its shape; with
+        the state of the optimizer if `optimizer`."""
+        result = shapes_in_files(self.model.saved_shapes, self.model.mappings_of)
         if optimizer:
             for name, prefixes in self.state_names().items():
                 result |= {prefix + name: result[name] for prefix in prefixes}

@@ -1,7 +1,7 @@
 """Weights: from files on disk to the part of them that each rank holds, and back.
 
 Packages, each built on those before it: `formats` (one file), `source` (a checkpoint), `reading`
-(into memory), `streaming` (from disk to disk), `ranks` (rank files), `offline` (tools).
+(into memory), `streaming` (from disk to disk), `ranks` (rank files), `adapters`, `offline` (tools).
 
 The functions of the tools can be called from Python under the names of the commands, and those
 that MindSpore has under its names. Each is imported at its first use, so that reading files does
@@ -15,6 +15,8 @@ not load torch:
     verify(path)                                                  checks all files
     list_checkpoints(path)                                        the saves in a folder
     export_directory(path, output_dir, ...)                       a complete Hugging Face directory
+    export_adapter(path, output_dir, ...)                         an adapter as PEFT opens it
+    merge_adapter(path, output_dir, base=, ...)                   a model with its adapter merged in
     diff(a, b)                                                    tensors that differ
 """
 

@@ -113,7 +113,9 @@ def test_ten_files_from_a_folder_to_the_tensors(tmp_path: Path, key: str) -> Non
     model = sharded(tmp_path / "model")
     job = job_of(tmp_path, **KEYS[key](tmp_path / "model"))
     with traced() as opening:
-        source = find_weights(job)
+        weights = find_weights(job)
+    assert weights is not None
+    source = weights.source
     assert source is not None
     assert opening == OPEN
 

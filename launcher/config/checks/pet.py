@@ -6,9 +6,10 @@ import re
 from collections.abc import Iterator, Sequence
 
 from launcher.config.checks.check import Check
-from launcher.config.pet import lora_of
+from launcher.config.pet import adapter_of, lora_of, written_lora
 from launcher.config.provenance import KeyProblem
-from launcher.errors import did_you_mean
+from launcher.errors import UserError, did_you_mean
+from launcher.weights.adapters.config import checked
 from models.lora_config import (
     LoraConfig,
     Names,
@@ -25,13 +26,19 @@ _SECTION = "pet_config"
 
 def adapters(check: Check) -> Iterator[KeyProblem]:
     """The adapter has layers to be on, and is one that can be computed there."""
-    problems = list(_expressions(check))
+    problems = [*_expressions(check), *_files(check)]
     yield from problems
-    lora = lora_of(check.config)
-    decoder = check.spec.decoder if check.spec is not None else None
-    if problems or lora is None or decoder is None:
+    spec = check.spec
+    decoder = spec.decoder if spec is not None else None
+    if problems or spec is None or decoder is None:
+        return
+    lora = lora_of(check.config, spec.family)
+    if lora is None:
         return
     modules = linear_modules(decoder.parameters, decoder.num_hidden_layers)
+    if adapter_of(check.config) is not None:
+        yield from _contradictions(check, lora, modules)
+        return  # where it does not fit the model, its tensors do not either
     beyond = [n for n in lora.layers or () if not 0 <= n < decoder.num_hidden_layers]
     if beyond:
         last = decoder.num_hidden_layers - 1
@@ -75,6 +82,86 @@ def _expressions(check: Check) -> Iterator[KeyProblem]:
                 f"{_SECTION}.{key}", f"not a regular expression: {error}",
                 advice="Write a list of names, or a regular expression for full names",
             )  # fmt: skip
+
+
+def _files(check: Check) -> Iterator[KeyProblem]:
+    """The adapter on disk that is named can be read, and is one that can be computed."""
+    key = f"{_SECTION}.load_adapter" if check.config.pet_config.load_adapter else "load_checkpoint"
+    try:
+        found = adapter_of(check.config)
+        if found is None:
+            return
+        checked(found.config, str(found.file))
+        if check.trains and is_off(check):
+            yield check.wrong(
+                f"{_SECTION}.pet_type", f"{found.path} holds an adapter, which is trained further",
+                nearest=f"Nearest: {'dora' if found.config.get('use_dora') else 'lora'}",
+                advice="Or merge it into its base (python -m launcher.tools.merge_lora), and train "
+                "the full model from the result",
+            )  # fmt: skip
+    except UserError as error:
+        for problem in error.problems:
+            what = f"{problem.where}: {problem.what}" if problem.where else problem.what
+            yield check.wrong(
+                key, problem.rule, what=what, nearest=problem.nearest, advice=problem.advice,
+                also=("load_checkpoint",),
+            )  # fmt: skip
+
+
+def is_off(check: Check) -> bool:
+    """Whether the configuration writes that there is no adapter."""
+    written = check.provenance.is_written(f"{_SECTION}.pet_type")
+    return written and not check.config.pet_config.is_on
+
+
+def _contradictions(
+    check: Check, files: LoraConfig, modules: Sequence[Names]
+) -> Iterator[KeyProblem]:
+    """What `pet_config` writes about an adapter on disk is what that is."""
+    written = written_lora(check.config)
+    found = adapter_of(check.config)
+    if written is None or found is None:
+        return
+    common = [names for names in modules if files.targets(names)]
+    differs = {
+        "lora_rank": any(written.rank_of(n) != files.rank_of(n) for n in common),
+        "lora_alpha": any(
+            _alpha(written, n) != _alpha(files, n) for n in common
+        ),
+        "lora_dropout": written.dropout != files.dropout,
+        "target_modules": any(written.targets(n) != files.targets(n) for n in modules),
+        "use_rslora": written.use_rslora != files.use_rslora,
+        "use_dora": written.use_dora != files.use_dora,
+        "pet_type": check.config.pet_config.pet_type == "dora" and not files.use_dora,
+        "modules_to_save": set(written.modules_to_save) != set(files.modules_to_save),
+    }  # fmt: skip
+    for key, is_other in differs.items():
+        if is_other and check.provenance.is_written(f"{_SECTION}.{key}"):
+            field = _IN_FILES[key]
+            yield check.wrong(
+                f"{_SECTION}.{key}", f"the adapter in {found.path} has its own",
+                nearest=f"{found.file} has {field} = {_shown(found.config.get(field))}",
+                advice="Remove the key, or write the same",
+            )  # fmt: skip
+
+
+_IN_FILES = {
+    "lora_rank": "r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout",
+    "target_modules": "target_modules", "use_rslora": "use_rslora", "use_dora": "use_dora",
+    "pet_type": "use_dora", "modules_to_save": "modules_to_save",
+}  # fmt: skip
+"""Key of pet_config to the field of adapter_config.json."""
+
+
+def _alpha(lora: LoraConfig, names: Names) -> float:
+    """lora_alpha of a module."""
+    rank = lora.rank_of(names)
+    return round(lora.scaling_of(names) * (rank**0.5 if lora.use_rslora else rank), 6)
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _targets(check: Check, lora: LoraConfig, modules: Sequence[Names]) -> Iterator[KeyProblem]:

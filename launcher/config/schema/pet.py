@@ -45,7 +45,10 @@ class PetSection:
     """Ending of a module name, or a regular expression for it -> its lora_alpha."""
     load_adapter: str = ""
     """Adapter to start from: a directory of PEFT, or a checkpoint with an adapter. Its own rank,
-    alpha and layers count."""
+    alpha, dropout and layers count."""
+    save_peft_adapter: bool = True
+    """At the end of training also write the adapter to {output_dir}/adapter, as a directory that
+    PEFT opens."""
 
     @property
     def is_on(self) -> bool:

@@ -35,7 +35,7 @@ from launcher.weights.ranks.rank_folders import first_file, save_of, saves
 from launcher.weights.ranks.saves import copy_model_files, model_folder, open_save, rank_files
 from launcher.weights.source import Source, check_one_kind, detect, no_weights, open_complete
 from launcher.weights.streaming.new_folder import folder_aside
-from launcher.weights.streaming.stream import WORKERS, Progress
+from launcher.weights.streaming.stream import WORKERS, Edit, Progress
 
 GENERATION_NAME = "generation_config.json"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -94,12 +94,16 @@ def choose_weights(
             )  # fmt: skip
         chosen = Chosen(open_complete(path), None, str(path))
     else:
-        chosen = _save(path, suffix, best, log)
+        chosen = choose_save(path, suffix, best=best, log=log)
     _check_weights(path, chosen.source)
     return chosen
 
 
-def _save(path: Path, suffix: str | None, best: bool, log: Log) -> Chosen:
+def choose_save(
+    path: Path, suffix: str | None = None, *, best: bool = False, log: Log = no_log
+) -> Chosen:
+    """A save of the folder of checkpoints at `path`, or that of a rank file, whatever it holds: as
+    `choose_weights`."""
     check_one_kind(path)
     root = path.parent.parent if path.is_file() else path
     if root.name == TRAINABLE and (root.parent / "checkpoint").is_dir():
@@ -152,6 +156,7 @@ def _adapter(path: Path) -> UserError:
         f"{path} holds an adapter",
         rule="a complete directory has the weights of the base with the adapter merged into them",
         nearest=f"python -m launcher.tools.merge_lora --load_checkpoint {path} --output_dir DIR",
+        advice="python -m launcher.tools.export_adapter writes the adapter alone, as PEFT opens it",
     )
 
 
@@ -166,13 +171,15 @@ def write_directory(
     keys: Mapping[str, Any] | None = None,
     workers: int = WORKERS,
     progress: Progress | None = None,
+    edits: Callable[[Source], Edit] | None = None,
     log: Log = no_log,
 ) -> Directory:
     """Write the directory into the empty `folder`. Optimizer state is left out.
 
     `dtype`: a key of `DTYPES`, that floating weights are cast to. `tokenizer`: a directory whose
     tokenizer is taken instead of that of the run. `config`: config.json or YAML of the model, where
-    none lies with the weights. `keys`: about the orders of rows, see `foreign_names.KEYS`. Raises
+    none lies with the weights. `keys`: about the orders of rows, see `foreign_names.KEYS`.
+    `edits`: the weights, under the names they get, to what is written instead of them. Raises
     `UserError`, also without a config.json.
     """
     places = [_model_folder(chosen)]
@@ -190,7 +197,7 @@ def write_directory(
     exported = write_complete(
         source, folder, keep=lambda name: not is_optimizer_state(name), workers=workers,
         max_shard_bytes=max_shard_bytes, dtype=None if dtype is None else DTYPES[dtype],
-        progress=progress,
+        progress=progress, edit=None if edits is None else edits(source),
     )  # fmt: skip
     _copy_files(chosen, folder, tokenizer)
     write_description(folder, model)

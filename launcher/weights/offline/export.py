@@ -19,7 +19,7 @@ from launcher.weights.forms import EXTRAS_NAME, CompleteForm
 from launcher.weights.optimizer_state import is_optimizer_state
 from launcher.weights.source import Source
 from launcher.weights.streaming.cast import CASTS
-from launcher.weights.streaming.stream import WORKERS, Output, Progress, stream
+from launcher.weights.streaming.stream import WORKERS, Edit, Output, Progress, stream
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
 
@@ -45,6 +45,7 @@ def write_complete(
     progress: Progress | None = None,
     share: tuple[int, int] = (0, 1),
     metadata: Mapping[str, str] | None = None,
+    edit: Edit | None = None,
 ) -> Exported:
     """Write the tensors of `source` whose name passes `keep` as complete weights.
 
@@ -54,7 +55,7 @@ def write_complete(
     `form`: a key of `SAVE_FORMATS`. `share` = (k, n): write every n-th file from the k-th on, so
     that n processes write a directory together; the first also writes the index. `workers`:
     portions in flight. `dtype`: safetensors dtype that floating model weights are cast to.
-    `metadata`: of the files, beside that of the form.
+    `metadata`: of the files, beside that of the form. `edit`: see `stream`.
     """
     target: CompleteForm = required(SAVE_FORMATS, form, f"the format {form!r} of complete weights")
     everything = source.with_extras()
@@ -85,7 +86,7 @@ def write_complete(
         boxes = {name: (name, full_box(everything.shape(name))) for name in groups["extra"]}
         outputs.append(Output(directory / EXTRAS_NAME, boxes, metadata))
     first, step = share
-    stream(everything, outputs[first::step], progress, workers=workers)
+    stream(everything, outputs[first::step], progress, workers=workers, edit=edit)
     if weight_map and first == 0:
         _write_index(directory, target, weight_map, sum(sizes[name] for name in weight_map))
     return Exported(

@@ -11,6 +11,7 @@ from typing import Any
 
 from launcher.errors import UserError
 from launcher.extensions import NAME_WRITERS, RUN_NUMBERS, installed, required
+from launcher.weights.adapters.found import entry_of, state_of_save
 from launcher.weights.foreign_names import COMPLETE, Named, under_hugging_face_names
 from launcher.weights.forms import EXTRAS_NAME
 from launcher.weights.joined import together
@@ -118,6 +119,14 @@ def merge(
     rows, see `foreign_names.KEYS`. Raises `UserError`.
     """
     files = rank_files(directory, suffix)
+    if entry_of(state_of_save(files[0]), directory, files[0]) is not None:
+        raise UserError(
+            f"{directory}: the save {suffix} holds an adapter",
+            rule="complete weights are those of its base with the adapter merged into them",
+            nearest=f"python -m launcher.tools.merge_lora --load_checkpoint {directory} "
+            f"--file_suffix {suffix} --output_dir {output_dir}",
+            advice="python -m launcher.tools.export_adapter writes the adapter alone",
+        )
     source = open_save(directory, files, strategy, log)
     _note_redundancy(source, has_redundancy, log)
     given = {**(keys or {}), "naming": naming, "qkv_concat": qkv_concat}

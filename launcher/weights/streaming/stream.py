@@ -27,7 +27,7 @@ from launcher.weights.source import Source
 from launcher.weights.streaming.audit import Audit
 from launcher.weights.streaming.cast import CASTS, cast
 from launcher.weights.streaming.new_files import NewFiles
-from launcher.weights.streaming.portion import Portion, PortionReader, slices
+from launcher.weights.streaming.portion import Portion, PortionReader, Words, slices
 from launcher.weights.threads import in_parallel
 
 WORKERS = 4
@@ -40,6 +40,10 @@ PORTION_BYTES = 16 << 20
 
 Progress = Callable[[int, int], None]
 """Called with (bytes written, total bytes)."""
+
+Edit = Callable[[str, Box, Words, str], tuple[Words, str]]
+"""(tensor of the source, box of it, bits of the box, their safetensors dtype) -> other bits of the
+box and their dtype, which new files get instead. Called from several threads."""
 
 
 @dataclass(frozen=True)
@@ -65,11 +69,12 @@ class Output:
 
 def stream(
     source: Source, outputs: Sequence[Output], progress: Progress | None = None, *,
-    workers: int = WORKERS,
+    workers: int = WORKERS, edit: Edit | None = None,
 ) -> int:  # fmt: skip
     """Write `outputs`, whose folders exist, from `source`. Returns the bytes of tensors written.
 
-    `workers`: portions in flight, at most `MOST_WORKERS`. Raises `UserError` when the source does
+    `workers`: portions in flight, at most `MOST_WORKERS`. `edit`: what is written instead of what
+    is read. Raises `UserError` when the source does
     not hold what an output is to get, before anything is written; when what was read does not have
     the checksums of its file; or when a file cannot be written.
     """
@@ -83,7 +88,7 @@ def stream(
     workers = min(workers, MOST_WORKERS)
     try:
         with Files() as files, NewFiles() as new_files:
-            job = _Stream(source, wanted, files, new_files, progress)
+            job = _Stream(source, wanted, files, new_files, progress, edit)
             job.run(sorted(wanted, key=lambda name: _order(source, name)), workers)
             in_parallel(lambda writer: writer.finish(new_files), writers, workers)
     except OSError as error:
@@ -175,9 +180,10 @@ class _Stream:
 
     def __init__(
         self, source: Source, wanted: Mapping[str, list[tuple[_Writer, Slot]]], files: Files,
-        new_files: NewFiles, progress: Progress | None,
+        new_files: NewFiles, progress: Progress | None, edit: Edit | None,
     ) -> None:  # fmt: skip
         self._source, self._wanted, self._new_files = source, wanted, new_files
+        self._edit = edit
         self._reader = PortionReader(source, files)
         self._audit = Audit(source, self._reader.descriptor)
         self._total = sum(slot.nbytes for slots in wanted.values() for _, slot in slots)
@@ -219,14 +225,16 @@ class _Stream:
     def _cut(self, name: str, box: Box, portion: Portion) -> list[_Part]:
         """What each new file gets of a portion; files that get the same share the memory."""
         parts, known = [], dict[tuple[Box, str], memoryview]()
-        dtype = self._source.dtype(name)
+        values, dtype = portion.values, self._source.dtype(name)
+        if self._edit is not None:
+            values, dtype = self._edit(name, box, values, dtype)
         for writer, slot in self._wanted[name]:
             own = writer.output.boxes[slot.name][1]
             common = box.intersect(own)
             if common is None:
                 continue
             if (common, slot.dtype) not in known:
-                cut = np.ascontiguousarray(portion.values[slices(common.inside(box))])
+                cut = np.ascontiguousarray(values[slices(common.inside(box))])
                 bits = cast(cut.reshape(-1), dtype, slot.dtype)
                 known[common, slot.dtype] = bits.view(np.uint8).data
             start = _linear(common.inside(own).offset, own.size) * ITEM_BYTES[slot.dtype]

@@ -1,0 +1,1 @@
+"""Adapters on disk: their description and tensors, in the form of PEFT and in rank files."""

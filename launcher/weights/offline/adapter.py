@@ -1,0 +1,182 @@
+"""Adapters offline: a directory of PEFT from a checkpoint, and a model with an adapter merged in.
+
+Torch-free; memory: the adapter, and a few portions of the base. Invariants: a folder appears
+complete or not at all, an input is never written to.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from launcher.errors import UserError
+from launcher.weights.adapters.config import Content, checked
+from launcher.weights.adapters.found import FoundAdapter, entry_of, find_adapter, state_of_save
+from launcher.weights.adapters.merging import merging
+from launcher.weights.adapters.peft_files import in_form_of_peft, open_peft, write_peft
+from launcher.weights.adapters.tensors import Tensor, read_tensors
+from launcher.weights.content import content_of
+from launcher.weights.formats.tokenizer_files import TOKENIZER_EXTRA_FILES, TOKENIZER_FILES
+from launcher.weights.log import Log, no_log
+from launcher.weights.offline.described import described
+from launcher.weights.offline.directory import (
+    Chosen,
+    Directory,
+    choose_save,
+    choose_weights,
+    write_directory,
+)
+from launcher.weights.optimizer_state import is_optimizer_state
+from launcher.weights.ranks.saves import model_folder
+from launcher.weights.source import Source, detect
+from launcher.weights.streaming.new_folder import folder_aside
+
+
+@dataclass(frozen=True)
+class OpenAdapter:
+    """An adapter whose files are known."""
+
+    found: FoundAdapter
+    source: Source
+    """Names of rank files; those of a directory of PEFT without their prefix."""
+    family: str
+    """`model_type` of the model, as far as the adapter shows it; empty for a directory of PEFT."""
+    rank_file: Path | None = None
+    """One of the rank files; None for a directory of PEFT."""
+
+    def tensors(self) -> tuple[dict[str, Tensor], Content]:
+        """Its tensors and description, with the modules that files of the model have."""
+        read = read_tensors(self.source, lambda name: not is_optimizer_state(name))
+        read |= {alias: read[name] for alias, name in self.found.tied.items() if name in read}
+        if self.found.is_peft:
+            return read, self.found.config
+        return in_form_of_peft(read, self.found.config, self.family)
+
+
+def open_adapter(
+    path: Path, suffix: str | None = None, *, best: bool = False, log: Log = no_log
+) -> OpenAdapter:
+    """The adapter at `path`: a directory of PEFT, a folder of checkpoints (the newest save, or the
+    one that `suffix` or `best` choose) or one of its rank files. Raises `UserError`."""
+    found = find_adapter(path)
+    if found is not None and found.is_peft:
+        checked(found.config, str(found.file))
+        return OpenAdapter(found, open_peft(found.path, ""), "")
+    if detect(path) != "distributed":
+        raise _no_adapter(path)
+    chosen = choose_save(path, suffix, best=best, log=log)
+    assert chosen.rank_file is not None
+    entry = entry_of(state_of_save(chosen.rank_file), path, chosen.rank_file)
+    if entry is None:
+        raise _no_adapter(path)
+    model = described(None, model_folder(chosen.rank_file))
+    family = str((model.config if model else {}).get("model_type", ""))
+    return OpenAdapter(entry, chosen.source, family, chosen.rank_file)
+
+
+def _no_adapter(path: Path) -> UserError:
+    return UserError(
+        f"{path} holds no adapter" if path.exists() else f"{path}: there is no such path",
+        rule="an adapter is a directory of PEFT (adapter_config.json and adapter_model.safetensors)"
+        ", or a folder of checkpoints of a run with pet_config",
+        nearest="" if not path.exists() or detect(path) == "nothing" else
+        f"python -m launcher.tools.export --load_checkpoint {path} --output_dir DIR",
+    )  # fmt: skip
+
+
+def export_adapter(
+    path: Path, output_dir: Path, *, suffix: str | None = None, best: bool = False,
+    overwrite: bool = False, log: Log = no_log,
+) -> list[str]:  # fmt: skip
+    """Write the adapter of a checkpoint as a directory of PEFT, with the tokenizer of its run.
+    Returns the names of its tensors. Raises `UserError`."""
+    adapter = open_adapter(path, suffix, best=best, log=log)
+    with folder_aside(output_dir, path, overwrite=overwrite) as folder:
+        return write_adapter(adapter, folder)
+
+
+def write_adapter(adapter: OpenAdapter, folder: Path) -> list[str]:
+    """Write an adapter into the empty `folder` as a directory of PEFT. Returns the names of its
+    tensors. Raises `UserError`."""
+    found = adapter.found
+    names = write_peft(adapter.source, found.config, adapter.family, folder, found.tied)
+    if adapter.rank_file is not None:
+        _copy_tokenizer(model_folder(adapter.rank_file), folder)
+    return names
+
+
+def _copy_tokenizer(origin: Path, folder: Path) -> None:
+    for name in (*TOKENIZER_FILES, *TOKENIZER_EXTRA_FILES):
+        if (origin / name).is_file():
+            shutil.copy2(origin / name, folder / name)
+
+
+def merge_adapter(
+    path: Path, output_dir: Path, *, base: Path | None = None, suffix: str | None = None,
+    best: bool = False, overwrite: bool = False, log: Log = no_log,
+    finish: Callable[[Path, Chosen, Directory], None] | None = None, **options: Any,
+) -> Directory:  # fmt: skip
+    """Write the model under the adapter at `path`, with the adapter merged in, as a complete
+    Hugging Face directory. `base`: the directory of the model; None: where the adapter says it is.
+    `finish`: called with the folder before it appears. Other options: `write_directory`. Raises
+    `UserError`."""
+    adapter = open_adapter(path, suffix, best=best, log=log)
+    chosen = _base(adapter.found, base, log)
+    tensors, config = adapter.tensors()
+    place = None if adapter.rank_file is None else model_folder(adapter.rank_file)
+    options = {"tokenizer": _tokenizer(adapter, place), "config": _config(chosen, place), **options}
+    with folder_aside(output_dir, path, overwrite=overwrite) as folder:
+        directory = write_directory(
+            chosen, folder, edits=lambda source: merging(source, tensors, config), log=log,
+            **{key: value for key, value in options.items() if value is not None},
+        )  # fmt: skip
+        if finish is not None:
+            finish(folder, Chosen(chosen.source, adapter.rank_file, chosen.name), directory)
+    return directory
+
+
+def _tokenizer(adapter: OpenAdapter, place: Path | None) -> Path | None:
+    """The directory of the tokenizer that the adapter was trained with; None: that of the base."""
+    folder = adapter.found.path if place is None else place
+    return folder if any((folder / name).is_file() for name in TOKENIZER_FILES) else None
+
+
+def _config(chosen: Chosen, place: Path | None) -> Path | None:
+    """The config.json of the run, where none lies with the base."""
+    folder = chosen.source.path if chosen.source.path.is_dir() else chosen.source.path.parent
+    own = model_folder(chosen.rank_file) if chosen.rank_file is not None else folder
+    if (own / "config.json").is_file() or place is None:
+        return None
+    return place / "config.json"
+
+
+def _base(found: FoundAdapter, given: Path | None, log: Log) -> Chosen:
+    """The weights of the base, compared with those that the adapter was trained on."""
+    path = given or (Path(found.base.path) if found.base.path else None)
+    if path is None or (given is None and not path.exists()):
+        known = (
+            f"it was drawn from seed {found.base.seed}" if found.base.seed is not None else
+            f"{path} is not there" if path is not None else "the adapter does not name it"
+        )  # fmt: skip
+        raise UserError(
+            f"no base for the adapter in {found.path}: {known}",
+            rule="an adapter is merged into the weights that it was trained on",
+            advice="Give their directory: --pretrained_model_dir DIR",
+        )
+    chosen = choose_weights(path, log=log)
+    content = content_of(chosen.source) if found.base.content else ""
+    if content != found.base.content:
+        problem = (
+            f"{path} has {content}, the adapter was trained on {found.base.path} with "
+            f"{found.base.content}"
+        )
+        if given is None:
+            raise UserError(
+                problem, rule="the base has changed since",
+                advice="Give the directory of that base: --pretrained_model_dir DIR",
+            )  # fmt: skip
+        log(f"warning: {problem}")
+    return chosen

@@ -1,0 +1,166 @@
+"""Adapters in the form of PEFT: what is written opens in `peft` with the same logits, and what
+`peft` writes is read with the same tensors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from launcher.errors import UserError
+from launcher.weights.adapters.config import checked, read_config, unknown_fields
+from launcher.weights.adapters.peft_files import open_peft, write_peft
+from launcher.weights.adapters.tensors import read_tensors
+from launcher.weights.offline.adapter import merge_adapter
+from tests.models.tiny import GLM, dense_spec, experts_spec, module_spec
+from tests.weights.peft_models import IDS, Adapted, adapted
+
+QWEN = {"type": "Qwen3Config", "head_dim": 24}
+TIED = {**QWEN, "tie_word_embeddings": True}
+CASES: dict[str, tuple[Any, dict[str, Any]]] = {
+    "dense": (lambda: dense_spec(**QWEN), {"target_modules": ("q_proj", "down_proj")}),
+    "dora, rank-stabilized, some layers": (
+        lambda: dense_spec(type="LlamaConfig"),
+        {"use_dora": True, "use_rslora": True, "layers": (0, 2)},
+    ),
+    "ranks by pattern": (
+        lambda: dense_spec(type="Qwen2Config"),
+        {"rank_pattern": {"q_proj": 3, r"layers\.1\.mlp\.up_proj": 5},
+         "alpha_pattern": {"down_proj": 1.5}},
+    ),
+    "tied embeddings in full": (lambda: dense_spec(**TIED), {"modules_to_save": ("embed_tokens",)}),
+    "head and norms in full": (
+        lambda: dense_spec(type="LlamaConfig"), {"modules_to_save": ("lm_head", "norm")}
+    ),
+    "attention of a mixture": (
+        lambda: experts_spec("qwen3_moe"), {"target_modules": ("q_proj", "o_proj")}
+    ),
+    "experts": (
+        lambda: experts_spec("mixtral"), {"target_modules": ("w1", "w2", "w3", "v_proj")}
+    ),
+    "experts of another family": (
+        lambda: experts_spec("qwen3_moe", mlp_only_layers=[]),
+        {"target_modules": ("gate_proj", "up_proj", "down_proj", "q_proj")},
+    ),
+    "gate and up in one module": (lambda: dense_spec(**GLM["glm"]), {"use_dora": True}),
+    "gate alone of the two": (
+        lambda: dense_spec(**GLM["glm4"]), {"target_modules": ("gate_proj", "k_proj")}
+    ),
+    "gate and up of other ranks": (
+        lambda: dense_spec(**GLM["glm4"]),
+        {"rank_pattern": {"up_proj": 3}, "alpha_pattern": {"up_proj": 5}, "use_rslora": True},
+    ),
+    "transposed weights": (lambda: module_spec("gpt2"), {"use_dora": True}),
+    "a module of transformers": (lambda: module_spec("gemma2"), {}),
+}  # fmt: skip
+
+
+def in_peft(case: Adapted, directory: Path) -> Tensor:
+    from peft import PeftModel
+
+    model = PeftModel.from_pretrained(case.base_copy(), directory).eval()
+    with torch.no_grad():
+        logits: Tensor = model(IDS).logits
+    return logits
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_is_written_opens_in_peft_with_the_same_logits(name: str, tmp_path: Path) -> None:
+    make, lora = CASES[name]
+    case = adapted(make(), **lora)
+    directory = tmp_path / "adapter"
+    directory.mkdir()
+    source = case.source(tmp_path)
+    write_peft(source, case.config, case.spec.family, directory, case.tied)
+    expected = case.logits(IDS)
+    with torch.no_grad():
+        assert not torch.allclose(case.base(IDS).logits, expected, atol=1e-2)
+    torch.testing.assert_close(in_peft(case, directory), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if "gate" not in name])
+def test_what_is_written_is_read_again(name: str, tmp_path: Path) -> None:
+    make, lora = CASES[name]
+    case = adapted(make(), **lora)
+    write_peft(case.source(tmp_path), case.config, case.spec.family, tmp_path, case.tied)
+    found = read_tensors(open_peft(tmp_path, case.spec.family), lambda _: True)
+    saved = case.saved()
+    saved |= {alias: saved[own] for alias, own in case.tied.items()}
+    assert found.keys() == saved.keys()
+    for key, tensor in saved.items():
+        assert torch.equal(torch.from_numpy(found[key].numbers), tensor), key
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_merged_weights_are_those_of_peft(name: str, tmp_path: Path) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    make, lora = CASES[name]
+    case = adapted(make(), **lora)
+    directory, base, merged = (tmp_path / part for part in ("adapter", "base", "merged"))
+    directory.mkdir()
+    write_peft(case.source(tmp_path), case.config, case.spec.family, directory, case.tied)
+    case.base_copy().save_pretrained(base)
+    merge_adapter(directory, merged, base=base)
+    found = AutoModelForCausalLM.from_pretrained(merged).eval()
+    with torch.no_grad():
+        logits = found(IDS).logits
+    torch.testing.assert_close(logits, case.logits(IDS), rtol=1e-4, atol=1e-4)
+    theirs = PeftModel.from_pretrained(case.base_copy(), directory).merge_and_unload().state_dict()
+    assert found.state_dict().keys() == theirs.keys()
+    for key, tensor in theirs.items():
+        torch.testing.assert_close(found.state_dict()[key], tensor, rtol=1e-5, atol=1e-5, msg=key)
+
+
+WRONG = {
+    '{"peft_type": "IA3"}': ["peft_type", "IA3", "LORA", "target_modules"],
+    '{"peft_type": "LORA", "target_modules": ["q_proj"], "r": 0}': ["r = 0"],
+    '{"peft_type": "LORA", "target_modules": ["q_proj"], "r": "8"}': ["r = '8'"],
+    '{"peft_type": "LORA", "target_modules": ["q_proj"], "bias": "all"}': ["bias", "'all'"],
+    '{"peft_type": "LORA", "target_modules": [], "target_parameters": ["experts"]}': [
+        "target_parameters", "experts",
+    ],
+    '{"peft_type": "LORA", "target_modules": ["q_proj"], "trainable_token_indices": [1]}': [
+        "trainable_token_indices"
+    ],
+    '{"peft_type": "LORA", "target_modules": ["q_proj"], "megatron_config": {"a": 1}}': [
+        "megatron_config"
+    ],
+    '{"peft_type": "LORA", "target_modules": ["q_proj"], "init_lora_weights": "pissa_niter_4"}': [
+        "init_lora_weights", "pissa_niter_4",
+    ],
+    '{"peft_type": "LORA", "target_modules": ["q_proj"], "rank_pattern": {"(": 2}}': [
+        "rank_pattern", "(",
+    ],
+    '{"peft_type": "LORA", "target_modules": ["q_proj"], "rank_pattern": {"a": "b"}}': [
+        "rank_pattern", "'b'",
+    ],
+    "[]": ["adapter_config.json"],
+    '{"peft_type": "LORA",\n': ["adapter_config.json:2"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", WRONG)
+def test_descriptions_that_are_refused(text: str, tmp_path: Path) -> None:
+    file = tmp_path / "adapter_config.json"
+    file.write_text(text)
+    with pytest.raises(UserError) as raised:
+        checked(read_config(file), str(file))
+    for word in WRONG[text]:
+        assert word in str(raised.value)
+    assert str(file) in str(raised.value)
+
+
+def test_fields_of_older_and_newer_versions() -> None:
+    old = {"peft_type": "LORA", "target_modules": ["q_proj"], "r": 4, "lora_alpha": 8,
+           "fan_in_fan_out": False, "base_model_name_or_path": "x", "bias": "none"}  # fmt: skip
+    assert checked(old, "x")["use_dora"] is False
+    assert checked({**old, "new": None, "newer": 3}, "x")["r"] == 4
+    assert unknown_fields({**old, "new": None, "newer": 3}) == ["newer"]
+    from peft import LoraConfig as Theirs
+
+    assert unknown_fields(Theirs(r=4, target_modules=["q_proj"]).to_dict()) == []
