@@ -88,7 +88,7 @@ def _begin(stack: ExitStack, target: Path, source: Source, key: str) -> Path:
             advice="Move it away, or give another output_dir",
         )
     return stack.enter_context(
-        folder_aside(target, source.path, overwrite=True, option="output_dir")
+        folder_aside(target, source.path, overwrite=True, owned=True, option="output_dir")
     )
 
 

@@ -49,7 +49,7 @@ def _write(job: Job, run: TrainRun) -> None:
         raise UserError("the run started from it", advice="Use launcher.tools.export_adapter with "
                         "another folder")  # fmt: skip
     adapter = open_adapter(save.files[0])
-    with folder_aside(target, root, overwrite=True, option="output_dir") as folder:
+    with folder_aside(target, root, overwrite=True, owned=True, option="output_dir") as folder:
         names = write_adapter(adapter, folder)
         write_record(folder, KEY)
     job.log(f"adapter: {len(names)} tensors in the form of PEFT in {target}")

@@ -18,6 +18,7 @@ from typing import Any
 
 from launcher.checkpoint.catalog import Published
 from launcher.checkpoint.files import read_json, write_json
+from launcher.config.evaluation import mode_of
 from launcher.config.schema import CheckpointMonitorSection
 from launcher.weights.ranks.manifests import BEST_FILE, EVALUATION
 
@@ -59,7 +60,9 @@ class BestRule:
 
 def best_rule(config: CheckpointMonitorSection) -> BestRule | None:
     """The rule of the configuration; None: no save is kept for its metric."""
-    return BestRule(config.best_metric, config.best_mode) if config.keep_best else None
+    if not config.keep_best:
+        return None
+    return BestRule(config.best_metric, mode_of(config.best_metric, config.best_mode))
 
 
 def publish_best(root: Path, rule: BestRule, saves: Iterable[Published]) -> Published | None:

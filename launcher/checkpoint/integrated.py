@@ -44,7 +44,7 @@ def write_integrated(
             advice="Give another output_dir",
         )
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with folder_aside(folder, root, overwrite=True) as aside:
+    with folder_aside(folder, root, overwrite=True, owned=True) as aside:
         if entry_of(state_of_save(files[0]), root, files[0]) is not None:
             write_adapter(open_adapter(files[0]), aside)
             return folder

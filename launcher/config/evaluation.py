@@ -1,4 +1,5 @@
-"""What evaluation rows of a configuration have: the names of their sets and of their metrics.
+"""What evaluation rows of a configuration have: the names of their metrics, and which values of
+them are better.
 
 Imports nothing heavy.
 """
@@ -12,7 +13,24 @@ METRICS = ("eval_loss", "eval_perplexity")
 """Of all evaluation data together, and with `/<name>` of one set."""
 REWARDS = ("eval_rewards/chosen", "eval_rewards/rejected", "eval_rewards/margins")
 """Of one set of preferences, which has no perplexity; of pairs also `ACCURACY`."""
+_REJECTED = "eval_rewards/rejected"
 ACCURACY = "eval_rewards/accuracies"
+
+
+_EITHER = ("eval_rewards/chosen", _REJECTED)
+"""Metrics that may be followed in both directions."""
+
+
+def mode_of(metric: str, given: str | None) -> str:
+    """`min` where lower values of a metric are better, `max` where higher ones are; `given`: what
+    the configuration says."""
+    is_reward = metric.startswith((*REWARDS, ACCURACY)) and not metric.startswith(_REJECTED)
+    return given or ("max" if is_reward else "min")
+
+
+def is_contradiction(metric: str, given: str | None) -> bool:
+    """Whether the worst value of a metric would count as its best."""
+    return not metric.startswith(_EITHER) and mode_of(metric, given) != mode_of(metric, None)
 
 
 def metric_names(config: Config) -> list[str]:

@@ -79,13 +79,16 @@ def _wrong_choice(path: str, node: Node, word: Any, info: FieldInfo, shown: str)
         what=shown,
         where=node.where,
         rule=f"must be one of: {choices}",
-        nearest=_nearest_word(word, (*info.choices, *info.planned)),
+        nearest=_nearest_word(word, info),
         key=path,
     )
 
 
-def _nearest_word(word: Any, known: tuple[Any, ...]) -> str:
-    texts = [choice for choice in known if isinstance(choice, str)]
+def _nearest_word(word: Any, info: FieldInfo) -> str:
+    same = info.words.get(str(word).lower())
+    if same is not None:
+        return f"did you mean `{same}`?" if same else ""
+    texts = [choice for choice in (*info.choices, *info.planned) if isinstance(choice, str)]
     by_lower = {text.lower(): text for text in reversed(texts)}
     found = did_you_mean(str(word).lower(), by_lower, cutoff=0.5)
     for lower, text in by_lower.items():

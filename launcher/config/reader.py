@@ -29,7 +29,7 @@ from launcher.config.schema import (
     RegisteredCallbackSection,
     info_of,
 )
-from launcher.config.suggest import list_section_of, nearest_key, section_of
+from launcher.config.suggest import list_section_of, nearest_key, section_of, word_elsewhere
 from launcher.config.typing_rules import WrongType, describe, hints
 from launcher.config.yaml_reader import parse_value
 from launcher.errors import did_you_mean
@@ -276,13 +276,16 @@ def _unknown_callback(path: str, name: str, where: str) -> KeyProblem:
 
 
 def _unknown_flag(name: str, key: str) -> KeyProblem:
-    as_key = f"did you mean `--{key}`?" if key and not key.startswith("callbacks[") else ""
+    is_known, is_in_list = bool(word_elsewhere(name)), key.startswith("callbacks[")
+    as_key = f"did you mean `{'' if is_in_list else '--'}{key}`?" if key else ""
+    if is_in_list and not is_known:
+        as_key = ""
     is_its_name = key.rpartition(".")[2] == name
     return KeyProblem(
         what=f"unknown flag `--{name}`",
         where="command line",
         rule="it is neither a flag nor a key at the top level",
-        nearest=as_key if is_its_name and as_key else nearest_flag(name) or as_key,
+        nearest=as_key if as_key and (is_its_name or is_known) else nearest_flag(name) or as_key,
         advice="See `python run.py --help`",
         key=name,
     )

@@ -238,6 +238,11 @@ def nearest_key(name: str, section: str) -> str:
     return best
 
 
+def word_elsewhere(name: str) -> str:
+    """The key for a word of other tools; empty where it is none of their known ones."""
+    return _PATHS.get(name, "")
+
+
 def did_you_mean_key(name: str, section: str) -> str:
     """`did you mean `optimizer.weight_decay`?`, or an empty string."""
     key = nearest_key(name, section)

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from launcher.config.evaluation import mode_of
 from launcher.config.schema import EarlyStoppingSection
 from launcher.errors import UserError
 
@@ -44,7 +45,7 @@ class StoppingState:
 
 def is_better(value: float, best: float, section: EarlyStoppingSection) -> bool:
     """Whether `value` improves on `best` by more than `min_delta`."""
-    gain = best - value if section.mode == "min" else value - best
+    gain = best - value if mode_of(section.metric, section.mode) == "min" else value - best
     return gain > section.min_delta
 
 

@@ -69,3 +69,5 @@ def test_only_keep_best_has_a_rule() -> None:
     assert best_rule(CheckpointMonitorSection()) is None
     section = CheckpointMonitorSection(keep_best=True, best_metric="eval_loss/x", best_mode="max")
     assert best_rule(section) == BestRule("eval_loss/x", "max")
+    section = CheckpointMonitorSection(keep_best=True, best_metric="eval_rewards/accuracies/x")
+    assert best_rule(section) == BestRule("eval_rewards/accuracies/x", "max")

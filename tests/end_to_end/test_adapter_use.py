@@ -54,6 +54,7 @@ def shop(materials: Workshop, tmp_path_factory: pytest.TempPathFactory) -> Works
     ])  # fmt: skip
     tool = ["--load_checkpoint", f"{shop.folder}/run/checkpoint"]
     assert merge_lora.main([*tool, "--output_dir", f"{shop.folder}/merged"]) == 0
+    assert merge_lora.main([*tool, "--output_dir", f"{shop.folder}/base", "--overwrite"]) == 2
     assert export_adapter.main([*tool, "--output_dir", f"{shop.folder}/exported"]) == 0
     shop.on_two = run_jobs(shop, 2, [  # type: ignore[attr-defined]
         predict("tp", *peft, *TP), evaluate("eval_tp", *checkpoint, *TP), go_on("on_tp", *TP),

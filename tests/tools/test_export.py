@@ -271,7 +271,10 @@ def test_existing_folders_and_inputs_are_not_overwritten(
     (trained.folder / "mine/notes.txt").write_text("keep me")
     assert run_export(trained, "mine") == 2
     assert "--overwrite" in capsys.readouterr().err
-    assert run_export(trained, "output", "--overwrite") == 2
+    for target, *more in (["output"], ["mine"], ["tokenizer", "--tokenizer", "tokenizer"]):
+        words = [str(trained.folder / word) if word == "tokenizer" else word for word in more]
+        assert run_export(trained, target, "--overwrite", *words) == 2, target
+    assert (trained.folder / "tokenizer/tokenizer.json").is_file()
     assert (trained.folder / "mine/notes.txt").read_text() == "keep me"
     capsys.readouterr()
     (trained.folder / "unrated").mkdir(exist_ok=True)

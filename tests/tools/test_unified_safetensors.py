@@ -108,8 +108,11 @@ def test_a_folder_is_replaced_on_request_only(ranks: Path, capsys) -> None:
     assert merge(ranks) == 2
     assert "out is not empty: existing files are not replaced by default" in capsys.readouterr().err
     assert [path.name for path in out.iterdir()] == ["mine.txt"]
+    assert merge(ranks, "--overwrite") == 2
+    assert "mine.txt" in capsys.readouterr().err
+    (out / "mine.txt").rename(out / "model.safetensors")
     assert merge(ranks, "--overwrite") == 0
-    assert not (out / "mine.txt").exists()
+    assert not (out / "model.safetensors").exists()
 
 
 def test_what_another_process_writes_is_left_to_it(ranks: Path, capsys) -> None:

@@ -14,7 +14,7 @@ from launcher.train.state import TrainState, from_json, to_json
 from launcher.train.stopping import StoppingState
 
 LOWER = EarlyStoppingSection(patience=2)
-HIGHER = EarlyStoppingSection(patience=2, mode="max")
+HIGHER = EarlyStoppingSection(patience=2, metric="eval_rewards/accuracies")
 BY_A_TENTH = EarlyStoppingSection(patience=2, min_delta=0.1)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from launcher.config.checks.check import Check
-from launcher.config.evaluation import metric_names
+from launcher.config.evaluation import is_contradiction, metric_names, mode_of
 from launcher.config.mixture import NAME
 from launcher.config.provenance import KeyProblem
 from launcher.config.schema import CheckpointMonitorSection, EarlyStoppingSection
@@ -59,6 +59,7 @@ def early_stopping(check: Check) -> Iterator[KeyProblem]:
     for index, entry in enumerate(check.config.callbacks):
         if isinstance(entry, EarlyStoppingSection):
             yield from _metric(check, f"callbacks.{index}", "metric", entry.metric)
+            yield from _mode(check, f"callbacks.{index}", "mode", entry.metric, entry.mode)
 
 
 def best_save(check: Check) -> Iterator[KeyProblem]:
@@ -68,6 +69,20 @@ def best_save(check: Check) -> Iterator[KeyProblem]:
             key = f"callbacks.{index}"
             found = list(_metric(check, key, "best_metric", entry.best_metric))
             yield from found or _intervals(check, key, entry)
+            yield from _mode(check, key, "best_mode", entry.best_metric, entry.best_mode)
+
+
+def _mode(
+    check: Check, entry: str, name: str, metric: str, mode: str | None
+) -> Iterator[KeyProblem]:
+    if is_contradiction(metric, mode):
+        right = mode_of(metric, None)
+        better = "lower" if right == "min" else "higher"
+        yield check.wrong(
+            f"{entry}.{name}", f"{better} values of {metric} are better",
+            nearest=f"Nearest: {right}", advice=f"Remove {entry}.{name}",
+            also=(f"{entry}.{name.removesuffix('mode')}metric",),
+        )  # fmt: skip
 
 
 def _metric(check: Check, entry: str, name: str, metric: str) -> Iterator[KeyProblem]:

@@ -58,7 +58,7 @@ def arguments(check: Check) -> Iterator[KeyProblem]:
         key = f"preference.{name}"
         if loss not in losses and _is_written(check, key):
             yield check.wrong(
-                key, f"the loss {loss} does not use it; {', '.join(losses)} does",
+                key, f"the loss {loss} does not use it; it is for {', '.join(losses)}",
                 what=f"{key} is set" if name == "reference" else "", advice="Remove it",
                 nearest=f"Nearest: {', '.join(_arguments_of(loss))}",
                 also=("preference.loss", "trainer.type"),

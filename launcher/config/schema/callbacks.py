@@ -41,8 +41,9 @@ class CheckpointMonitorSection:
     A save counts whose step was evaluated."""
     best_metric: str = "eval_loss"
     """With keep_best: key of the evaluation rows of `metrics.jsonl`."""
-    best_mode: str = effective("min", choices=METRIC_MODES)
-    """With keep_best: whether lower (`min`) or higher (`max`) values are better."""
+    best_mode: str | None = effective(None, choices=METRIC_MODES)
+    """With keep_best: whether lower (`min`) or higher (`max`) values are better. Left out: as
+    `mode` of EarlyStopping."""
     save_network_params: bool = False
     """Also write the weights alone, without optimizer state."""
     save_optimizer: bool = True

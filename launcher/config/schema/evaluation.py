@@ -31,5 +31,6 @@ class EarlyStoppingSection:
     """Evaluations in a row without improvement after which the run ends."""
     min_delta: float = effective(0.0, minimum=0)
     """A value improves on the best one only if it is better by more than this."""
-    mode: str = effective("min", choices=METRIC_MODES)
-    """Whether lower (`min`) or higher (`max`) values are better."""
+    mode: str | None = effective(None, choices=METRIC_MODES)
+    """Whether lower (`min`) or higher (`max`) values are better. Left out: `min` for losses and
+    perplexities, `max` for rewards, margins and accuracies."""

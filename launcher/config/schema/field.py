@@ -8,7 +8,7 @@ so that a key is classified in one place.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -29,6 +29,8 @@ class FieldInfo:
     """The values allowed; empty: any value of the type."""
     planned: tuple[str, ...] = ()
     """Values that MindFormers has and this version does not: refused as not built yet."""
+    words: Mapping[str, str] = field(default_factory=dict)
+    """Values of other tools, in lower case, to the choice that means the same; empty: none does."""
     minimum: float | None = None
     above: float | None = None
     maximum: float | None = None
@@ -50,6 +52,7 @@ def effective(
     *,
     choices: Sequence[Any] = (),
     planned: Sequence[str] = (),
+    words: Mapping[str, str] | None = None,
     minimum: float | None = None,
     above: float | None = None,
     maximum: float | None = None,
@@ -60,6 +63,7 @@ def effective(
         FieldInfo(
             choices=tuple(choices),
             planned=tuple(planned),
+            words=dict(words or {}),
             minimum=minimum,
             above=above,
             maximum=maximum,

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from launcher.config.schema.field import effective, no_effect, not_built, section
-from launcher.config.schema.preference import PREFERENCE_TRAINERS
+from launcher.config.schema.preference import PREFERENCE_TRAINERS, TRAINERS_ELSEWHERE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,6 +171,8 @@ class TrainerSection:
             *("ImageClassificationTrainer", "ImageToTextGenerationTrainer"),
             *("MaskedImageModelingTrainer", "VisualQuestionAnsweringTrainer"),
         ),
+        words=TRAINERS_ELSEWHERE
+        | dict.fromkeys(("sft", "pt", "sfttrainer"), "CausalLanguageModelingTrainer"),
     )
     """The task: the next token of text, or preferences between answers (`preference`)."""
 

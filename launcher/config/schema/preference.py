@@ -16,6 +16,18 @@ PREFERENCE_TRAINERS: dict[str, tuple[str, ...]] = {
     "CPOTrainer": ("cpo", "simpo"),
 }
 """Trainers of preferences to the losses they may have, the usual one first."""
+TRAINERS_ELSEWHERE = {
+    **{loss: kind for kind, (loss, *_) in PREFERENCE_TRAINERS.items()},
+    **dict.fromkeys(("ppo", "grpo", "rlhf", "reward", "rm"), ""),
+    **dict.fromkeys(
+        ("ppotrainer", "grpotrainer", "rlootrainer", "rewardtrainer", "prmtrainer"), ""
+    ),
+}
+"""Other words for trainers, in lower case, to the trainer; empty: there is none of this kind."""
+_LOSSES_ELSEWHERE = {
+    "sigmoid": "dpo", "cdpo": "dpo", "slic": "hinge", "kto_pair": "kto",
+    **dict.fromkeys(("exo_pair", "nca_pair", "bco_pair", "apo_zero", "apo_down"), ""),
+}  # fmt: skip
 PREFERENCE_LOSSES = PREFERENCE_TRAINERS["DPOTrainer"]
 WITH_REFERENCE = ("dpo", "robust", "ipo", "hinge", "kto")
 """Losses that compare the model with the one that training started from."""
@@ -46,7 +58,7 @@ class PreferenceSection:
     """`preference`: the loss of trainer.type DPOTrainer, ORPOTrainer, KTOTrainer, SimPOTrainer and
     CPOTrainer."""
 
-    loss: str | None = effective(None, choices=PREFERENCE_LOSSES)
+    loss: str | None = effective(None, choices=PREFERENCE_LOSSES, words=_LOSSES_ELSEWHERE)
     """`dpo` (with label_smoothing: conservative DPO), `robust` (DPO, unbiased under swapped pairs),
     `ipo`, `hinge`, `orpo`, `simpo`, `cpo`: on pairs. `kto`: on single answers, judged good or bad.
     Left out: that of trainer.type."""

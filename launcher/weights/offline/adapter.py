@@ -32,7 +32,7 @@ from launcher.weights.offline.directory import (
 from launcher.weights.optimizer_state import is_optimizer_state
 from launcher.weights.ranks.saves import model_folder
 from launcher.weights.source import Source, detect
-from launcher.weights.streaming.new_folder import folder_aside
+from launcher.weights.streaming.new_folder import check_apart, folder_aside
 
 
 @dataclass(frozen=True)
@@ -125,6 +125,7 @@ def merge_adapter(
     `UserError`."""
     adapter = open_adapter(path, suffix, best=best, log=log)
     chosen = _base(adapter.found, base, log)
+    check_apart(output_dir, chosen.source.path)
     tensors, config = adapter.tensors()
     place = None if adapter.rank_file is None else model_folder(adapter.rank_file)
     options = {"tokenizer": _tokenizer(adapter, place), "config": _config(chosen, place), **options}

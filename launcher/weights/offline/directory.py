@@ -34,7 +34,7 @@ from launcher.weights.ranks.manifests import BEST_FILE
 from launcher.weights.ranks.rank_folders import first_file, save_of, saves
 from launcher.weights.ranks.saves import copy_model_files, model_folder, open_save, rank_files
 from launcher.weights.source import Source, check_one_kind, detect, no_weights, open_complete
-from launcher.weights.streaming.new_folder import folder_aside
+from launcher.weights.streaming.new_folder import check_apart, folder_aside
 from launcher.weights.streaming.stream import WORKERS, Edit, Progress
 
 GENERATION_NAME = "generation_config.json"
@@ -220,6 +220,9 @@ def export_directory(
     Raises `UserError`: an existing `output_dir` that is not empty needs `overwrite`.
     """
     chosen = choose_weights(path, suffix=suffix, best=best, log=log)
+    for given in (options.get("tokenizer"), options.get("config")):
+        if given is not None and given.is_dir():
+            check_apart(output_dir, given)
     with folder_aside(output_dir, path, overwrite=overwrite) as folder:
         directory = write_directory(chosen, folder, log=log, **options)
         if finish is not None:

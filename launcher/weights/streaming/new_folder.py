@@ -1,14 +1,16 @@
 """Folders that appear complete: written under a temporary name, then renamed.
 
 Owns how a tool makes its output. Invariants: an input is never written to; a non-empty folder is
-replaced only with `overwrite`, and only after the new one is complete; what an interrupted writer
-left is removed by the next one.
+replaced only with `overwrite`, and only after the new one is complete; a folder with files that no
+tool writes, or that a process works in, is not replaced; what an interrupted writer left is removed
+by the next one.
 """
 
 from __future__ import annotations
 
 import fcntl
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,18 +18,31 @@ from pathlib import Path
 
 from launcher.errors import UserError
 
+_OWN_FILE = re.compile(
+    r"[^.].*\.(safetensors|json|jinja|model|ckpt|bin|pt|pth)|README\.md|(merges|vocab)\.txt|LICENSE.*"
+)
+_OWN_FOLDER = re.compile(r"rank_\d+|additional_chat_templates")
+
 
 @contextmanager
 def folder_aside(
-    target: Path, source: Path, *, overwrite: bool, option: str = "--output_dir"
+    target: Path,
+    source: Path,
+    *,
+    overwrite: bool,
+    owned: bool = False,
+    option: str = "--output_dir",
 ) -> Iterator[Path]:
     """An empty folder that becomes `target` when the block succeeds, and is removed when it fails.
 
-    `source`: the input, which must not overlap `target`. `option`: the option that sets `target`.
+    `source`: the input, which must not overlap `target`. `owned`: the folder is that of a run,
+    which nobody else writes to. `option`: the option that sets `target`.
     Raises `UserError` when `target` may not be written, or cannot.
     """
-    _check_apart(target, source, option)
+    check_apart(target, source, option)
     _check_free(target, overwrite, option)
+    if not owned:
+        _check_replaceable(target, option)
     place = Path(os.path.realpath(target))
     scratch = place.with_name(f".{place.name}.tmp")
     try:
@@ -49,7 +64,8 @@ def folder_aside(
         os.close(descriptor)
 
 
-def _check_apart(target: Path, source: Path, option: str) -> None:
+def check_apart(target: Path, source: Path, option: str = "--output_dir") -> None:
+    """Raise `UserError` where an output overlaps an input, which would be replaced."""
     inside, outside = (Path(os.path.realpath(path)) for path in (source, target))
     if inside.is_relative_to(outside) or outside.is_relative_to(inside):
         raise UserError(
@@ -70,6 +86,34 @@ def _check_free(target: Path, overwrite: bool, option: str) -> None:
             rule="existing files are not replaced by default",
             advice=f"Give another {option}, or --overwrite",
         )
+
+
+def _check_replaceable(target: Path, option: str) -> None:
+    """`--overwrite` removes a folder with all that is in it: only one that a tool has written."""
+    if not target.is_dir():
+        return
+    if Path.cwd().is_relative_to(os.path.realpath(target)):
+        raise UserError(
+            f"{target} is, or contains, the current directory",
+            rule="it would be replaced with all that is in it",
+            advice=f"Give another {option}",
+        )
+    foreign = next(_foreign(target), None)
+    if foreign is not None:
+        raise UserError(
+            f"{target} has other files than weights and a tokenizer: {foreign}",
+            rule="--overwrite replaces the folder with all that is in it",
+            advice=f"Give another {option}, or move the files away",
+        )
+
+
+def _foreign(folder: Path) -> Iterator[Path]:
+    """Files below a folder that no tool for weights writes."""
+    for child in sorted(folder.iterdir()):
+        if child.is_dir() and not child.is_symlink() and _OWN_FOLDER.fullmatch(child.name):
+            yield from _foreign(child)
+        elif child.is_dir() or not _OWN_FILE.fullmatch(child.name):
+            yield child
 
 
 def _lock(descriptor: int, target: Path) -> None:

@@ -76,6 +76,12 @@ TABLE = (
         ),
     ),
     Row(
+        name="the worst loss as the best",
+        replace=stopping("mode: max"),
+        add=ONE,
+        errors=(Error("callbacks.2.mode = 'max'", at="mode: max", near="min"),),
+    ),
+    Row(
         name="the best save by a metric that is not computed",
         replace=monitor("keep_best: True", "best_metric: loss"),
         add=ONE,

@@ -43,6 +43,15 @@ TABLE = (
         ),
     ),
     Row(
+        name="a trainer and a loss in the words of other tools",
+        replace=trained("DPO"),
+        add="preference: {loss: sigmoid}\n",
+        errors=(
+            Error("trainer.type = 'DPO'", at="type: DPO", near="DPOTrainer"),
+            Error("preference.loss = 'sigmoid'", at="preference:", near="dpo"),
+        ),
+    ),
+    Row(
         name="arguments that a loss does not use",
         replace=trained("SimPOTrainer"),
         add="preference: {desirable_weight: 2, reference: {weights: corpus}}\n",
