@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from launcher.weights.ranks.rank_folders import first_file
 from launcher.weights.ranks.saves import model_folder
 from launcher.weights.source import detect
 
+_PACKAGE = Path(__file__).parents[1]
 USUAL_LENGTH = 2048
 """Tokens of a row where the model has no limit."""
 USUAL_NEW_TOKENS = 256
@@ -218,20 +220,36 @@ def generation_of(given: dict[str, Any], scorer: Scorer) -> tuple[GenerationSett
 def _results(options: argparse.Namespace, files: Sequence[Path], scorer: Scorer) -> dict[str, Any]:
     evaluator: Any = importlib.import_module("lm_eval.evaluator")
     manager: Any = importlib.import_module("lm_eval.tasks").TaskManager(include_defaults=False)
-    found: dict[str, Any] = evaluator.simple_evaluate(
-        model=as_harness_model(scorer),
-        tasks=[str(file.resolve()) for file in files],
-        task_manager=manager,
-        num_fewshot=options.num_fewshot,
-        limit=options.limit,
-        apply_chat_template=options.apply_chat_template,
-        log_samples=False,
-        random_seed=options.seed,
-        numpy_random_seed=options.seed,
-        torch_random_seed=options.seed,
-        fewshot_random_seed=options.seed,
-    )
+    try:
+        found: dict[str, Any] = evaluator.simple_evaluate(
+            model=as_harness_model(scorer),
+            tasks=[str(file.resolve()) for file in files],
+            task_manager=manager,
+            num_fewshot=options.num_fewshot,
+            limit=options.limit,
+            apply_chat_template=options.apply_chat_template,
+            log_samples=False,
+            random_seed=options.seed,
+            numpy_random_seed=options.seed,
+            torch_random_seed=options.seed,
+            fewshot_random_seed=options.seed,
+        )
+    except Exception as error:
+        if _is_of_the_model(error):
+            raise
+        raise UserError(
+            f"lm-eval: {type(error).__name__}: {error}", where=", ".join(map(str, files)),
+            rule="a task names local data, fields of its records, and metrics that lm-eval knows",
+            advice="Fix the task: "
+            "https://github.com/EleutherAI/lm-evaluation-harness/blob/main/docs/task_guide.md",
+        ) from error  # fmt: skip
     return found
+
+
+def _is_of_the_model(error: Exception) -> bool:
+    """Whether an error was raised while the model computed, and not by what a task says."""
+    _, *inner = traceback.extract_tb(error.__traceback__)
+    return any(Path(frame.filename).is_relative_to(_PACKAGE) for frame in inner)
 
 
 def _table(results: dict[str, Any]) -> str:

@@ -1,8 +1,9 @@
 """The reference of a loss on preferences: its log-probabilities, computed before training.
 
 Owns the files `reference-KEY.bin` of the data cache: float32 [rows, 2], the log-probabilities of
-both sequences of each row of a data set, NaN where they are not known yet. KEY is a hash of the
-weights, the rows, the model and its precision. Invariants: a file appears under its name complete
+both sequences of each row of a data set, NaN where they are not known yet, and a hash of these
+bytes: a damaged file is computed again. KEY is a hash of the weights, the rows, the model and its
+precision. Invariants: a file appears under its name complete
 (rows that are known stay known); every rank has the values that rank 0 has, so that a resumed run
 continues with the same bits on any layout; the model in memory is used, there is no second one.
 
@@ -21,6 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
+import xxhash
 
 from launcher.builders.adapter import Weights
 from launcher.builders.job import Job
@@ -44,6 +46,7 @@ from launcher.weights.tensor_mapping import mapped, shapes_in_files
 REFERENCE = "reference"
 """The key in the metadata of a run: the hash of the weights of the reference."""
 FLUSH_SECONDS = 60.0
+_HASH_BYTES = 8
 _ELEMENTS_AT_ONCE = 1 << 24
 _SAMPLES_AT_ONCE = 1 << 20
 
@@ -250,10 +253,13 @@ class _CachedFile:
     def _known(self) -> Values:
         shape = (self._rows, 2)
         try:
-            values = np.fromfile(self.path, dtype="<f4").astype(np.float32)
-            return values.reshape(shape)
+            content = self.path.read_bytes()
+            values = np.frombuffer(content[:-_HASH_BYTES], dtype="<f4").astype(np.float32)
+            if content[-_HASH_BYTES:] == _hash(content[:-_HASH_BYTES]):
+                return values.reshape(shape)
         except (OSError, ValueError):  # not there, or of another program
-            return np.full(shape, np.nan, dtype=np.float32)
+            pass
+        return np.full(shape, np.nan, dtype=np.float32)
 
     def write(self, values: Values) -> None:
         """Add what is known here to what another job may have written meanwhile."""
@@ -262,12 +268,17 @@ class _CachedFile:
         known = np.where(np.isnan(values), self._known(), values)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            write_bytes(self.path, known.astype("<f4").tobytes())
+            content = known.astype("<f4").tobytes()
+            write_bytes(self.path, content + _hash(content))
         except OSError as error:
             self._job.log(
                 f"warning: {self.path} cannot be written ({error.strerror}): a resumed run will "
                 "compute the reference again"
             )
+
+
+def _hash(content: bytes) -> bytes:
+    return xxhash.xxh3_64(content).digest()
 
 
 def _key(job: Job, digest: str, dataset: RowDataset) -> str:

@@ -126,6 +126,19 @@ def test_folders_of_tasks_and_code_in_them(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"part\.yaml:1: .*!function.*--trust_task_code"):
         check_tasks(files, trusted=False)
     check_tasks(files, trusted=True)
+    for text in (
+        "task: x\nmetric_list: [' #', !function code.f]\n",
+        "include: [other.yaml, part.yaml]\ntask: x\n",
+        "group: g\ntask: [{task: x, include: part.yaml}]\n",
+        "task: x\ndoc_to_text: !!python/name:os.system\n",
+    ):
+        (folder / "next.yaml").write_text(text)
+        with pytest.raises(UserError, match="Python code"):
+            check_tasks(files, trusted=False)
+    for text, says in (("task: [x", r"next\.yaml:\d: .*YAML"), ("output_type: x", "`task`")):
+        (folder / "next.yaml").write_text(text)
+        with pytest.raises(UserError, match=says):
+            check_tasks(files, trusted=True)
     for wrong in (tmp_path / "nothing", tmp_path):
         with pytest.raises(UserError, match="--tasks"):
             task_files([wrong / "none.yaml"])
