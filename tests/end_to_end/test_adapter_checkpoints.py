@@ -59,8 +59,18 @@ def shop(materials: Workshop, tmp_path_factory: pytest.TempPathFactory) -> Works
             train(f"{kind}.yaml", "--output_dir", f"{kind}_parts", *RESUME),
         )),
     ])  # fmt: skip
-    run_jobs(shop, 2, [train("frozen_tp.yaml", *RESUME, "--load_checkpoint",
-                             f"frozen_parts/checkpoint/rank_0/CKP_rank_0-1_{SAVED}.safetensors")])
+    run_jobs(
+        shop,
+        2,
+        [
+            train(
+                "frozen_tp.yaml",
+                *RESUME,
+                "--load_checkpoint",
+                f"frozen_parts/checkpoint/rank_0/CKP_rank_0-1_{SAVED}.safetensors",
+            )
+        ],
+    )
     return shop
 
 

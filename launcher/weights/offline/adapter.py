@@ -16,7 +16,12 @@ from launcher.errors import UserError
 from launcher.weights.adapters.config import Content, checked
 from launcher.weights.adapters.found import FoundAdapter, entry_of, find_adapter, state_of_save
 from launcher.weights.adapters.merging import merging
-from launcher.weights.adapters.peft_files import in_form_of_peft, open_peft, write_peft
+from launcher.weights.adapters.peft_files import (
+    in_form_of_peft,
+    modules_of,
+    open_peft,
+    write_peft,
+)
 from launcher.weights.adapters.tensors import Tensor, read_tensors
 from launcher.weights.content import content_of
 from launcher.weights.formats.tokenizer_files import TOKENIZER_EXTRA_FILES, TOKENIZER_FILES
@@ -34,6 +39,11 @@ from launcher.weights.ranks.saves import model_folder
 from launcher.weights.source import Source, detect
 from launcher.weights.streaming.new_folder import folder_aside
 
+_OF_EXPERTS = (".gate_proj", ".up_proj", ".down_proj")
+"""Layers that PEFT moves to the routed experts of a model that has some."""
+_EXPERTS = ("num_experts", "n_routed_experts", "num_local_experts")
+"""Keys of config.json."""
+
 
 @dataclass(frozen=True)
 class OpenAdapter:
@@ -46,6 +56,21 @@ class OpenAdapter:
     """`model_type` of the model, as far as the adapter shows it; empty for a directory of PEFT."""
     rank_file: Path | None = None
     """One of the rank files; None for a directory of PEFT."""
+    has_experts: bool = False
+    """Whether the model has routed experts, as far as it is known."""
+
+    @property
+    def warning(self) -> str:
+        """Why PEFT would compute something else with it; empty where it does not."""
+        dense = [module for module in modules_of(self.source.tensors)
+                 if module.endswith(_OF_EXPERTS) and ".experts." not in module]  # fmt: skip
+        if not self.has_experts or not dense:
+            return ""
+        return (
+            f"PEFT (0.21) takes the adapter of `{dense[0]}` and {len(dense) - 1} others for one of "
+            "routed experts, and computes something else: merge it (launcher.tools.merge_lora), or "
+            "leave dense MLPs out of target_modules"
+        )
 
     def tensors(self) -> tuple[dict[str, Tensor], Content]:
         """Its tensors and description, with the modules that files of the model have."""
@@ -73,8 +98,11 @@ def open_adapter(
     if entry is None:
         raise _no_adapter(path)
     model = described(None, model_folder(chosen.rank_file))
-    family = str((model.config if model else {}).get("model_type", ""))
-    return OpenAdapter(entry, chosen.source, family, chosen.rank_file)
+    config = model.config if model else {}
+    return OpenAdapter(
+        entry, chosen.source, str(config.get("model_type", "")), chosen.rank_file,
+        has_experts=any(bool(config.get(key)) for key in _EXPERTS),
+    )  # fmt: skip
 
 
 def _no_adapter(path: Path) -> UserError:
@@ -94,6 +122,8 @@ def export_adapter(
     """Write the adapter of a checkpoint as a directory of PEFT, with the tokenizer of its run.
     Returns the names of its tensors. Raises `UserError`."""
     adapter = open_adapter(path, suffix, best=best, log=log)
+    if adapter.warning:
+        log(f"warning: {adapter.warning}")
     with folder_aside(output_dir, path, overwrite=overwrite) as folder:
         return write_adapter(adapter, folder)
 
