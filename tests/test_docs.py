@@ -173,6 +173,15 @@ def test_decoding_page(folder: Path) -> None:
     assert len(rows) == 3
 
 
+def test_adapters_page(folder: Path) -> None:
+    assert run_page("adapters.md", folder) == 6
+    rows = (folder / "output/adapter/metrics.jsonl").read_text().splitlines()
+    assert sum("loss" in json.loads(row) for row in rows) == 6
+    for name in ("output/further/adapter/adapter_model.safetensors", "merged_model/config.json",
+                 "exported_adapter/adapter_config.json"):  # fmt: skip
+        assert (folder / name).is_file()
+
+
 def test_mixtures_page(folder: Path) -> None:
     assert run_page("mixtures.md", folder) == 2
     log = (folder / "output/mixture/log/rank_0/info.log").read_text()

@@ -103,8 +103,8 @@ def _files(check: Check) -> Iterator[KeyProblem]:
         for problem in error.problems:
             what = f"{problem.where}: {problem.what}" if problem.where else problem.what
             yield check.wrong(
-                key, problem.rule, what=what, nearest=problem.nearest, advice=problem.advice,
-                also=("load_checkpoint",),
+                key, problem.rule, what=f"{key}: {what}", nearest=problem.nearest,
+                advice=problem.advice, also=("load_checkpoint",),
             )  # fmt: skip
 
 
