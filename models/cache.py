@@ -6,11 +6,16 @@ and never above `limit`, so that at most a quarter of the memory is unused, a lo
 there twice, and the copies of a generation are linear in its length. Padding of rows is on the
 left, and known from the start: positions and masks of a step are views of tensors that are computed
 when the cache grows.
+
+A step can be recorded once and replayed (CUDA graphs): in `recordable` steps every operation is the
+same on the same memory. Where the new token goes is then a tensor, `index`, and keys that are not
+there yet are masked.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -33,6 +38,9 @@ class KVCache:
         self._positions: Tensor | None = None
         self._rotary: tuple[Tensor, Tensor] | None = None
         self._bias: Tensor | None = None
+        self.index: Tensor | None = None
+        """In a recordable step: the column of the new token [1] int64."""
+        self._step_bias: dict[int | None, Tensor] = {}
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Append `key` and `value` [rows, heads, new, size]; returns all those of the layer.
@@ -43,6 +51,8 @@ class KVCache:
         if layer not in self._layers or end > self._layers[layer][0].shape[2]:
             self._grow(layer, (key, value), end)
         keys, values = self._layers[layer]
+        if self.index is not None:
+            return keys.index_copy_(2, self.index, key), values.index_copy_(2, self.index, value)
         keys[:, :, self.length : end] = key
         values[:, :, self.length : end] = value
         return keys[:, :, :end], values[:, :, :end]
@@ -50,6 +60,28 @@ class KVCache:
     def advance(self, count: int) -> None:
         """Advance the length by `count`: called once a forward, after the last layer."""
         self.length += count
+
+    def reserve(self, count: int) -> None:
+        """Grow the layers that have no room for `count` more tokens."""
+        for layer, tensors in list(self._layers.items()):
+            if self.length + count > tensors[0].shape[2]:
+                self._grow(layer, tensors, self.length + count)
+
+    def storage(self) -> tuple[int, ...]:
+        """Addresses of the keys of the layers: a recorded step is only right for these."""
+        return tuple(keys.data_ptr() for keys, _ in self._layers.values())
+
+    @contextmanager
+    def recordable(self, index: Tensor) -> Iterator[None]:
+        """In this context steps of one token use `index` [1] int64, which must have the value
+        `length`, and change nothing else: the length does not advance."""
+        length = self.length
+        self._all_positions(1, index.device)
+        self.index, self._step_bias = index, {}
+        try:
+            yield
+        finally:
+            self.length, self.index, self._step_bias = length, None, {}
 
     def truncate(self, length: int) -> None:
         """Forget the tokens from index `length` on, for a continuation of the same beginning."""
@@ -67,7 +99,7 @@ class KVCache:
             self.padding = self.padding - start
             if not self.padding.any():
                 self.padding = None
-        for layer, tensors in self._layers.items():
+        for layer, tensors in list(self._layers.items()):
             key, value = (t[rows, :, start:] for t in tensors)
             self._layers[layer] = (key, value)
         self.length -= start
@@ -78,6 +110,8 @@ class KVCache:
     def positions(self, count: int, device: torch.device) -> Tensor:
         """Positions [rows or 1, count] int64 of the next tokens: their indices, not counting
         padding."""
+        if self.index is not None:
+            return self._all_positions(count, device).index_select(1, self.index)
         return self._all_positions(count, device)[:, self.length : self.length + count]
 
     def rotary(
@@ -88,6 +122,9 @@ class KVCache:
         positions = self._all_positions(count, device)
         if self._rotary is None:
             self._rotary = tables(positions)
+        if self.index is not None:
+            cos, sin = (table.index_select(2, self.index) for table in self._rotary)
+            return cos, sin
         cos, sin = (table[:, :, self.length : self.length + count] for table in self._rotary)
         return cos, sin
 
@@ -102,6 +139,8 @@ class KVCache:
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Of `key` and `value` [rows, heads, total, size] those that the last token may see, and
         what is added to their scores [rows, 1, 1, keys]; None: nothing, there is no padding."""
+        if self.index is not None:
+            return key, value, self._recordable_bias(key, window)
         total = key.shape[2]
         start = 0 if window is None else max(0, total - window)
         if start:
@@ -114,6 +153,21 @@ class KVCache:
             bias = torch.zeros(seen.shape, dtype=key.dtype, device=key.device)
             self._bias = bias.masked_fill(~seen, float("-inf"))[:, None, None]
         return key, value, self._bias[..., start:total]
+
+    def _recordable_bias(self, key: Tensor, window: int | None) -> Tensor:
+        """As that of `visible`, for all columns of the layers; computed once a step."""
+        assert self.index is not None
+        if window not in self._step_bias:
+            columns = torch.arange(key.shape[2], device=key.device)
+            seen = columns <= self.index
+            if window is not None:
+                seen = seen & (columns > self.index - window)
+            if self.padding is not None:
+                seen = seen & (columns >= self.padding[:, None])
+            bias = torch.zeros(seen.shape, dtype=key.dtype, device=key.device)
+            bias = bias.masked_fill(~seen, float("-inf"))
+            self._step_bias[window] = bias.view(-1, 1, 1, len(columns))
+        return self._step_bias[window]
 
     def _all_positions(self, count: int, device: torch.device) -> Tensor:
         """Positions of all columns [rows or 1, columns]."""
@@ -129,7 +183,8 @@ class KVCache:
         if needed > self.capacity:
             blocks = -(-max(needed, self.capacity * 5 // 4) // BLOCK) * BLOCK
             self.capacity = blocks if self.limit is None else max(needed, min(blocks, self.limit))
-        key, value = (t.new_empty(*t.shape[:2], self.capacity, t.shape[3]) for t in like)
+        # Zeros: a recorded step reads all columns, and NaN times a share of zero is NaN.
+        key, value = (t.new_zeros(*t.shape[:2], self.capacity, t.shape[3]) for t in like)
         if layer in self._layers:
             for new, old in zip((key, value), self._layers[layer], strict=True):
                 new[:, :, : self.length] = old[:, :, : self.length]

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from models.attention import StepContext
 from models.layers import ACTIVATIONS, MLP, Leaf, Module
+from models.products import infers, linear
 from models.spec import ClampedGate, DecoderConfig, ExpertsConfig
 
 if TYPE_CHECKING:
@@ -208,6 +209,8 @@ def row_balance(
 def grouped_linear(tokens: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     """Grouped matrix product: `tokens` [n, inputs], sorted by group, times `weight` [groups,
     outputs, inputs]. Sizes that the kernel cannot align run in a loop, with a device sync."""
+    if infers() and weight.device.type == "cpu":
+        return _each_group(tokens, weight, counts)
     aligned = all(size * weight.element_size() % 16 == 0 for size in weight.shape[1:])
     traced = torch.compiler.is_compiling() and weight.dtype != torch.bfloat16
     if aligned and not traced:
@@ -215,6 +218,14 @@ def grouped_linear(tokens: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
         return F.grouped_mm(tokens, weight.transpose(-2, -1), offs=offsets)
     groups = zip(tokens.split(counts.tolist()), weight.unbind(), strict=True)
     return torch.cat([F.linear(rows, matrix) for rows, matrix in groups])
+
+
+def _each_group(tokens: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    """As `grouped_linear`, group by group: in a decoding step few experts have a token, and the
+    weights of the others are not read."""
+    groups = zip(tokens.split(counts.tolist()), weight.unbind(), strict=True)
+    parts = [linear(rows, matrix) for rows, matrix in groups if len(rows)]
+    return torch.cat(parts) if parts else tokens.new_empty(0, weight.shape[1])
 
 
 def _of_expert(biases: Tensor, counts: Tensor, length: int) -> Tensor:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
+from launcher.predict.chat import HELP
 from launcher.tools.launch import read
 from tests.ranks import run_job
 from tests.workshop import VOCABULARY, Workshop
@@ -21,7 +22,7 @@ from tests.workshop import VOCABULARY, Workshop
 ROOT = Path(__file__).parents[1]
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 NAMED_SAMPLES = re.compile(r"^```yaml\n# (\S+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-NAMED = re.compile(r"# (\S+\.(?:yaml|py))\n")
+NAMED = re.compile(r"# (\S+\.(?:yaml|py|jsonl))\n")
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +86,8 @@ def run_page(name: str, folder: Path) -> int:
     for language, text in FENCE.findall((ROOT / "docs" / name).read_text()):
         named = NAMED.match(text)
         if named:
-            (folder / named[1]).write_text(text)
+            lines = text.removeprefix(named[0]) if language == "json" else text
+            (folder / named[1]).write_text(lines)
         elif language == "bash":
             for line in text.strip().splitlines():
                 run_line(line, folder)
@@ -103,6 +105,15 @@ def test_layouts_page(folder: Path) -> None:
     }
     for layout in ("tensor", "pipeline", "zero", "context", "recompute"):
         assert losses[layout] == pytest.approx(losses["layout"], rel=1e-4), layout
+    name = "text_generation_result.jsonl"
+    texts = [(folder / "output" / of / name).read_text() for of in ("predict_one", "predict_tp_pp")]
+    assert texts[0] == texts[1]
+
+
+def test_generation_page(folder: Path) -> None:
+    assert run_page("generation.md", folder) >= 1
+    texts = (folder / "output/settings/text_generation_result.jsonl").read_text().splitlines()
+    assert len({json.loads(line)["text"] for line in texts}) == 3
 
 
 def test_tokens_page(folder: Path) -> None:
@@ -110,6 +121,19 @@ def test_tokens_page(folder: Path) -> None:
     for name in ("megatron", "stream"):
         rows = (folder / f"output/{name}/metrics.jsonl").read_text().splitlines()
         assert sum("loss" in json.loads(row) for row in rows) == 4
+
+
+def test_preference_page(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_page("preference.md", folder) == 6
+    rows = {
+        name: [json.loads(line) for line in (folder / f"output/{name}/metrics.jsonl").open()]
+        for name in ("dpo", "simpo", "kto")
+    }
+    assert all(sum("loss" in row for row in found) == 6 for found in rows.values())
+    assert rows["dpo"][-1]["eval_rewards/margins"] > 0
+    evaluated = json.loads((folder / "output/dpo/eval_result.json").read_text())
+    last = {key: value for key, value in rows["dpo"][-1].items() if key.startswith("eval_")}
+    assert evaluated == pytest.approx(last, rel=1e-4, abs=1e-5)
 
 
 def test_training_page(folder: Path) -> None:
@@ -143,6 +167,12 @@ def test_chat_page(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert sum("loss" in row for row in rows) == 2
 
 
+def test_decoding_page(folder: Path) -> None:
+    assert run_page("decoding.md", folder) == 1
+    rows = (folder / "output/decoding/text_generation_result.jsonl").read_text().splitlines()
+    assert len(rows) == 3
+
+
 def test_adapters_page(folder: Path) -> None:
     assert run_page("adapters.md", folder) == 6
     rows = (folder / "output/adapter/metrics.jsonl").read_text().splitlines()
@@ -173,6 +203,22 @@ def test_streaming_page(folder: Path) -> None:
         assert re.sub(r"\d+", "0", line) in re.sub(r"\d+", "0", log)  # the text is the library's
 
 
+def test_predict_page(folder: Path) -> None:
+    assert run_page("predict.md", folder) == 7
+    page = (ROOT / "docs/predict.md").read_text()
+    line, helps = re.findall(r"```text\n(.*?)```", page, re.DOTALL)
+    assert helps == HELP
+    assert line in (folder / "output/brief/log/rank_0/info.log").read_text()
+    rows = [
+        json.loads((folder / f"output/{name}/text_generation_result.jsonl").read_text())
+        for name in ("brief", "text")
+    ]
+    assert [turn["role"] for turn in rows[0]["messages"]] == ["system", "user", "assistant"]
+    assert rows[1]["prompt"] == "What is a slipway?"
+    assert "messages" not in rows[1]
+    assert not (folder / "output/chat/chat.jsonl").exists()  # nobody has asked anything
+
+
 def test_checkpoints_page(folder: Path) -> None:
     assert run_page("checkpoints.md", folder) >= 3
     rows = [json.loads(line) for line in (folder / "output/saving/metrics.jsonl").open()]
@@ -198,6 +244,30 @@ def test_weights_page(folder: Path) -> None:
         "changed/unified_checkpoint/config.json",
     )
     assert all((folder / "output" / copy).is_file() for copy in copies)
+
+
+def test_evaluation_page(folder: Path) -> None:
+    assert run_page("evaluation.md", folder) >= 4
+    log = (folder / "output/evaluated/log/rank_0/info.log").read_text()
+    page = (ROOT / "docs/evaluation.md").read_text()
+    for line in ("step 2: eval loss", "saved step 2 as", "EarlyStopping:"):
+        (shown,) = re.findall(rf"^{line}.*$", page, re.MULTILINE)
+        assert re.sub(r"\d+", "0", shown) in re.sub(r"\d+", "0", log), shown
+    rows = [json.loads(line) for line in (folder / "output/evaluated/metrics.jsonl").open()]
+    newest = [row for row in rows if "eval_loss" in row][-1]
+    for again in ("evaluated_again", "evaluated_resolved"):
+        row = json.loads((folder / f"output/{again}/eval_result.json").read_text())
+        assert row.items() <= newest.items()
+
+
+def test_export_page(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_page("export.md", folder) == 5
+    page, said = (ROOT / "docs/export.md").read_text(), capsys.readouterr().out
+    for line in re.findall(r"```text\n(.*?)```", page, re.DOTALL)[0].splitlines():
+        assert line in said, line
+    files = {path.name for path in (folder / "hf").iterdir()}
+    assert files >= {"README.md", "config.json", "chat_template.jinja", "tokenizer.json",
+                     "generation_config.json", "model.safetensors.index.json"}  # fmt: skip
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.name)

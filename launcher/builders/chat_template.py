@@ -9,6 +9,7 @@ from typing import Any
 from launcher.builders.job import Job
 from launcher.checkpoint.files import read_json
 from launcher.checkpoint.names import parse_rank_file
+from launcher.config.schema import Config
 from launcher.data.chat_rendering import ChatRenderer, chat_settings
 from launcher.data.strictness import Strictness
 from launcher.errors import UserError
@@ -88,10 +89,7 @@ def chat_setup(
     """
     config = job.config
     trained = job.world.from_main(saved_configuration(source))
-    template = (trained or {}).get("chat_template")
-    is_of_training = config.chat_template is None and template is not None
-    if is_of_training:
-        config = replace(config, chat_template=str(template))
+    config = with_chat_of_training(config, trained or {})
     chosen = on_all_ranks(job.world, lambda: chat_settings(config))
     renderer = ChatRenderer(job.tokenizer, chosen, strictness)
     if config.system is not None and chosen.is_raw:
@@ -116,6 +114,23 @@ def chat_setup(
         bos_token_id=settings.bos_token_id,
     )
     return ChatSetup(encoder=encoder, settings=ending, reason=reason, end_mark=mark)
+
+
+def with_chat_of_training(config: Config, trained: Mapping[str, Any]) -> Config:
+    """The configuration with the chat template of the run that trained the weights, and with its
+    arguments, where it has no template of its own; `trained` by dotted key."""
+    if config.chat_template is not None:
+        return config
+    template = trained.get("chat_template")
+    prefix = "chat_template_kwargs."
+    kwargs = {
+        key.removeprefix(prefix): value for key, value in trained.items() if key.startswith(prefix)
+    }
+    return replace(
+        config,
+        chat_template=None if template is None else str(template),
+        chat_template_kwargs={**kwargs, **config.chat_template_kwargs},
+    )
 
 
 def encode_prompts(setup: ChatSetup, prompts: Sequence[Prompt]) -> list[EncodedPrompt]:

@@ -21,6 +21,7 @@ from launcher.data.tally import Tally
 from launcher.errors import UserError
 from launcher.generation.forward import Forward
 from launcher.generation.loop import Watch
+from launcher.generation.prefix import PrefixCache
 from launcher.generation.settings import GenerationSettings
 from launcher.parallel.all_ranks import on_all_ranks
 from launcher.parallel.model_parts import ModelParts
@@ -86,14 +87,14 @@ def _start(job: Job, strictness: Strictness) -> Conversation:
 
 def _lead(job: Job, forward: Forward, setup: ChatSetup, path: Path, start: Conversation) -> int:
     """The chat on the main rank."""
-    world, answers = job.world.with_long_timeout(), 0
+    world, prefix, answers = job.world.with_long_timeout(), PrefixCache(), 0
 
     def respond(prompt: EncodedPrompt, limit: int, watch: Watch) -> Sequence[int]:
         nonlocal answers
         turn = _Turn(prompt=prompt, limit=limit, number=answers)
         answers += 1
         world.from_main(turn)
-        return _generated(job, forward, setup.settings, turn, watch)
+        return _generated(job, forward, setup.settings, turn, watch, prefix)
 
     limits = Limits(
         settings=setup.settings, positions=positions_of(forward.model), room=answer_room(job)
@@ -112,17 +113,18 @@ def _lead(job: Job, forward: Forward, setup: ChatSetup, path: Path, start: Conve
 
 def _follow(job: Job, forward: Forward, chosen: GenerationSettings) -> int:
     """The part of another rank, until the main one ends the chat with its exit code."""
-    world = job.world.with_long_timeout()
+    world, prefix = job.world.with_long_timeout(), PrefixCache()
     while True:
         turn = world.from_main(None)
         if not isinstance(turn, _Turn):
             return int(turn)
-        _generated(job, forward, chosen, turn, lambda tokens: False)
+        _generated(job, forward, chosen, turn, lambda tokens: False, prefix)
 
 
 def _generated(
-    job: Job, forward: Forward, chosen: GenerationSettings, turn: _Turn, watch: Watch
-) -> Sequence[int]:
+    job: Job, forward: Forward, chosen: GenerationSettings, turn: _Turn, watch: Watch,
+    prefix: PrefixCache,
+) -> Sequence[int]:  # fmt: skip
     """The new tokens of an answer on the main rank; each rank does its part."""
     seed, mesh = job.config.generation_config.seed, predict_mesh(job)
     seed = job.config.seed if seed is None else seed
@@ -130,12 +132,13 @@ def _generated(
         forward,
         job.tokenizer,
         [turn.prompt],
-        chosen,
+        replace(chosen, num_return_sequences=1),
         device=job.world.device,
         seed=seed + turn.number,
         rank=mesh.data_rank(job.world.rank),
         data_parallel=mesh.data_parallel,
         room=turn.limit - len(turn.prompt.ids),
         watch=watch,
+        prefix=prefix,
     )
     return found[0].tokens if found else ()

@@ -19,6 +19,7 @@ from launcher.builders.preference import preference_loss, preference_task
 from launcher.config.derived import pipeline_schedule, predict_mesh_of
 from launcher.generation.distributed import DistributedForward
 from launcher.generation.forward import Forward
+from launcher.generation.graphs import GraphedForward, can_be_recorded
 from launcher.layout.layout import Layout
 from launcher.layout.mesh import Mesh
 from launcher.parallel import vocabulary
@@ -205,13 +206,21 @@ def build_predicting(job: Job) -> tuple[Forward, Layout]:
     if isinstance(model, Decoder) and mesh.tp * mesh.pp * mesh.ep > 1:
         forward: Forward = distribute(model, layout, split, job.world)
     else:
-        forward = Forward(model)
+        forward = _forward_of(job, model)
         materialize(model, job.world.device)
     job.log(f"model: {job.spec.family}, {count:,} parameters ({_name(dtype)})")
     if mesh.world_size > 1:
         counts = ", ".join(str(len(layers)) for layers in split.layers) if split else ""
         job.log(f"layout: {_axes_text(mesh)}{f' (stages of {counts} layers)' if split else ''}")
     return forward, layout
+
+
+def _forward_of(job: Job, model: nn.Module) -> Forward:
+    """The forward of a complete model."""
+    graphs = job.config.generation_config.cuda_graphs and job.world.device.type == "cuda"
+    if graphs and isinstance(model, Decoder) and can_be_recorded(model):
+        return GraphedForward(model)
+    return Forward(model)
 
 
 def distribute(

@@ -30,7 +30,7 @@ OTHER_FILES = ("config.json", "generation_config.json")
 GENERATION_FILE = "generation_config.json"
 TEMPLATE_FILE = "chat_template.jinja"
 TOKENIZER_CONFIG = "tokenizer_config.json"
-_OF_SLIPWAY = ("seed",)
+_OF_SLIPWAY = ("seed", "cuda_graphs")
 """Keys of `generation_config` that transformers does not have."""
 
 

@@ -82,7 +82,9 @@ def continue_prompts(
         watch=watch,
     )
     # Other ranks have none, or their share.
-    return [answered(setup, *pair) for pair in zip(found, prompts, strict=False)]
+    copies = setup.settings.num_return_sequences
+    of_each = [prompt for prompt in prompts for _ in range(copies)]
+    return [answered(setup, *pair) for pair in zip(found, of_each, strict=False)]
 
 
 def answered(setup: ChatSetup, generation: Generation, prompt: EncodedPrompt) -> Generation:
@@ -145,13 +147,13 @@ def _sources(job: Job) -> tuple[Mapping[str, Any], Mapping[str, Any], Mapping[st
 
 
 def open_stream(job: Job, prompts: Sequence[EncodedPrompt]) -> Stream | None:
-    """Where the text of the only prompt is printed while it is generated; None: nowhere. Called by
+    """Where the only text is printed while it is generated; None: nowhere. Called by
     all ranks together: those that do not print watch too."""
-    wanted = job.config.stream
+    wanted, texts = job.config.stream, len(prompts) * settings(job).num_return_sequences
     if wanted is None:
-        wanted = bool(job.world.from_main(job.console.live)) and len(prompts) == 1
-    elif wanted and len(prompts) > 1:
-        job.log(f"stream: True has no effect: {len(prompts)} prompts are continued together")
+        wanted = bool(job.world.from_main(job.console.live)) and texts == 1
+    elif wanted and texts > 1:
+        job.log(f"stream: True has no effect: {texts} texts are generated together")
         wanted = False
     if not wanted:
         return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 
 import torch.distributed as dist
@@ -61,13 +61,17 @@ def preference_task(job: Job, modules: Sequence[nn.Module]) -> PreferenceTask | 
     settings = preference_settings(job.config)
     if settings is None:
         return None
-    is_adapted = job.spec.lora is not None and not job.config.preference.reference.weights
+    lora, needs_reference = job.spec.lora, settings.loss in WITH_REFERENCE
+    # Modules that are trained in full below an adapter leave the base with the first step.
+    keeps_base = lora is not None and not lora.modules_to_save
+    is_other = bool(job.config.preference.reference.weights)
     at = job.mesh.coordinates(job.world.rank)
     return PreferenceTask(
         settings,
-        needs_reference=settings.loss in WITH_REFERENCE,
+        needs_reference=needs_reference,
         counts=at["tp"] == 0 and at["cp"] == 0,
-        without_adapters=partial(_adapters_off, modules) if is_adapted else None,
+        scores_before=needs_reference and (is_other or not keeps_base),
+        without_adapters=nullcontext if lora is None else partial(_adapters_off, modules),
     )
 
 

@@ -27,6 +27,7 @@ from launcher.builders.job import Job
 from launcher.builders.load_weights import load_or_init, pretrained_weights, weights_at
 from launcher.builders.open_dataset import cache_folder
 from launcher.checkpoint.files import write_bytes
+from launcher.config.pet import adapter_of
 from launcher.data.cache_key import hash_of
 from launcher.data.loader import batches_of_rows
 from launcher.data.order import GlobalOrder
@@ -36,6 +37,7 @@ from launcher.parallel.all_ranks import on_all_ranks
 from launcher.parallel.apply import shards
 from launcher.train.evaluate import EvaluationSet
 from launcher.train.run import BuiltModel, TrainRun
+from launcher.train.state import from_json
 from launcher.weights.ranks.redundancy import file_replicas
 from launcher.weights.tensor_mapping import mapped, shapes_in_files
 
@@ -59,8 +61,20 @@ class _Wanted(NamedTuple):
 
 def add_reference(job: Job, run: TrainRun) -> None:
     """The reference of a fresh run, from the weights in its model. Called by all ranks together."""
+    _log_base(job, run.model)
     if _is_needed(run.model):
-        _add(job, run, _digest(job, run.model), can_compute=True)
+        samples = range(run.total_steps * run.loader.global_batch)
+        _add(job, run, _digest(job, run.model), samples, can_compute=True)
+
+
+def _log_base(job: Job, model: BuiltModel) -> None:
+    """Log that the base below an adapter is the reference, and not the adapter it starts with."""
+    task = model.preference
+    if task is None or not task.needs_reference or task.scores_before:
+        return
+    given = adapter_of(job.config)
+    without = f", without {given.path} (merge it first to compare with both)" if given else ""
+    job.log(f"reference: the base model below the adapter{without}")
 
 
 def add_other_reference(job: Job, run: TrainRun) -> bool:
@@ -78,8 +92,8 @@ def restore_reference(job: Job, run: TrainRun, saved: Mapping[str, Any]) -> None
     Raises `UserError` where it is neither in the cache nor can be computed again."""
     if not _is_needed(run.model):
         return
-    digest = saved.get(REFERENCE)
-    if digest is not None and _add(job, run, digest, can_compute=False):
+    digest, samples = saved.get(REFERENCE), _samples_left(job, run, saved)
+    if digest is not None and _add(job, run, digest, samples, can_compute=False):
         return
     _load_reference(job, run.model)
     found = _digest(job, run.model)
@@ -92,7 +106,19 @@ def restore_reference(job: Job, run: TrainRun, saved: Mapping[str, Any]) -> None
             advice="Name the first weights in preference.reference.weights, or give data_cache.dir "
             "of the first run",
         )
-    _add(job, run, found, can_compute=True)
+    _add(job, run, found, samples, can_compute=True)
+
+
+def _samples_left(job: Job, run: TrainRun, saved: Mapping[str, Any]) -> range:
+    """The samples that a resumed run reads."""
+    batch, config = run.loader.global_batch, job.config
+    state = from_json(dict(saved), "the checkpoint")
+    if saved.get("global_batch_size") != batch:
+        state = state.with_global_batch(batch)
+    begin = state.data_position
+    if config.ignore_data_skip or config.data_skip_steps is not None:
+        begin = (config.data_skip_steps or 0) * batch
+    return range(begin, begin + (run.total_steps - state.global_step) * batch)
 
 
 def with_reference(
@@ -122,10 +148,10 @@ def _load_reference(job: Job, model: BuiltModel) -> None:
     load_or_init(job, model.parts, model.layout, weights)
 
 
-def _add(job: Job, run: TrainRun, digest: str, *, can_compute: bool) -> bool:
-    """Add the reference to the data of a run. Returns False where it would have to be computed, and
-    cannot."""
-    wanted = _Wanted("train_dataset", run.loader.dataset, _rows_of(job, run))
+def _add(job: Job, run: TrainRun, digest: str, samples: range, *, can_compute: bool) -> bool:
+    """Add the reference to the data of a run, which reads `samples`. Returns False where it would
+    have to be computed, and cannot."""
+    wanted = _Wanted("train_dataset", run.loader.dataset, _rows_of(job, run, samples))
     each = [wanted, *_wanted_by_evaluation(run.evaluation)]
     found = [_values(job, run.model, digest, one, can_compute=can_compute) for one in each]
     if any(values is None for values in found):
@@ -144,18 +170,17 @@ def _wanted_by_evaluation(sets: Sequence[EvaluationSet]) -> Iterator[_Wanted]:
         yield _Wanted(one.name or "eval_dataset", one.dataset, np.arange(len(one.dataset)))
 
 
-def _rows_of(job: Job, run: TrainRun) -> Ints:
-    """The rows that a run may read: those of its samples where these are known, else all."""
-    order, dataset, config = run.loader.order, run.loader.dataset, job.config
-    samples = run.total_steps * run.loader.global_batch
-    is_known = isinstance(order, GlobalOrder) and not (
-        config.monitor_config.roll_back or config.data_skip_steps or config.resume_training
-    )
-    if not is_known or samples >= len(dataset):
+def _rows_of(job: Job, run: TrainRun, samples: range) -> Ints:
+    """The rows of the samples; all rows where a roll-back may leave out samples, or the shares of a
+    mixture may change."""
+    order, dataset = run.loader.order, run.loader.dataset
+    is_known = isinstance(order, GlobalOrder) and not job.config.monitor_config.roll_back
+    if not is_known or len(samples) >= len(dataset):
         return np.arange(len(dataset))
     needed = np.zeros(len(dataset), dtype=bool)
-    for first in range(0, samples, _SAMPLES_AT_ONCE):
-        needed[order.rows(np.arange(first, min(first + _SAMPLES_AT_ONCE, samples)))] = True
+    for first in range(samples.start, samples.stop, _SAMPLES_AT_ONCE):
+        part = np.arange(first, min(first + _SAMPLES_AT_ONCE, samples.stop))
+        needed[order.rows(part)] = True
     return np.flatnonzero(needed)
 
 
@@ -257,8 +282,8 @@ def _key(job: Job, digest: str, dataset: RowDataset) -> str:
 @torch.no_grad()
 def _digest(job: Job, model: BuiltModel) -> str:
     """A hash of the weights in memory that does not depend on their layout: of each tensor the sums
-    of its bits, as integers, and of their squares, modulo 2^64. It tells weights of a run apart,
-    and is no protection against an attack."""
+    of its bits, as integers, and of their squares, modulo 2^64. It differs between the weights of
+    runs; it is no protection against an attack."""
     rank = job.world.rank
     names = sorted(shapes_in_files(model.layout.shapes, model.mappings_of))
     held = mapped(shards(model.parts.named_tensors(), model.layout, rank), model.mappings_of)

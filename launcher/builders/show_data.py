@@ -9,13 +9,15 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from launcher.builders.data import TrainingData, opened
 from launcher.builders.job import Job
 from launcher.config.derived import has_tokenizer, used_datasets, uses_named_tokenizer
-from launcher.data.decoded_rows import DecodedDocument, Piece, decoded_documents
+from launcher.data.decoded_rows import DecodedDocument, Piece, decoded_documents, sequences_of
+from launcher.data.rows import NO_TARGET
 from launcher.environment import process_environment
 from launcher.errors import EXIT_OK
 
@@ -69,27 +71,56 @@ def marks_of(job: Job) -> Marks:
 def sample_lines(job: Job, data: TrainingData, count: int) -> Iterator[str]:
     """The first samples of a run over `data`: for each its counts and its documents, decoded where
     there is a tokenizer."""
-    dataset, marks = data.dataset, marks_of(job)
     folder = job.tokenizer_dir
     is_known = uses_named_tokenizer(job.config) or (folder and has_tokenizer(folder))
     tokenizer = job.tokenizer if is_known else None
-    for number in range(min(count, len(dataset))):
-        index = int(data.order.rows([number])[0])
-        row = dataset.row(index)
-        counts = dataset.counts(np.array([index], dtype=np.int64))
-        tokens, targets = int(counts.tokens[0]), int(counts.targets[0])
-        documents = list(decoded_documents(row, tokens, tokenizer))
-        has_marks = any(document.has_context for document in documents)
-        if number == 0 and has_marks:
+    marks, is_explained = marks_of(job), False
+    for number in range(min(count, len(data.dataset))):
+        sample = _sample(data, number, tokenizer)
+        if sample.has_context and not is_explained:
+            is_explained = True
             yield marks.legend
-        yield (
-            f"sample {number} ({_place(data, index)}): {tokens:,} tokens, {targets:,} targets, "
-            f"{_documents(len(documents))}, {dataset.seq_length - tokens:,} padding"
-        )
+        yield sample.head
+        yield from _sequences(sample, marks if sample.has_context else Marks("", ""))
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """A decoded row: its line of counts, and the documents of each of its sequences by name."""
+
+    head: str
+    sequences: list[tuple[str, list[DecodedDocument]]]
+
+    @property
+    def has_context(self) -> bool:
+        """Whether a part of it carries no loss."""
+        return any(document.has_context for _, found in self.sequences for document in found)
+
+
+def _sample(data: TrainingData, number: int, tokenizer: Any) -> _Sample:
+    dataset = data.dataset
+    index = int(data.order.rows([number])[0])
+    tokens = int(dataset.counts(np.array([index], dtype=np.int64)).tokens[0])
+    sequences = sequences_of(dataset.row(index), tokens)
+    targets = sum(int((row.labels != NO_TARGET).sum()) for _, row, _ in sequences)
+    decoded = [
+        (name, list(decoded_documents(row, inputs, tokenizer))) for name, row, inputs in sequences
+    ]
+    documents = sum(len(found) for _, found in decoded)
+    padding = len(sequences) * dataset.seq_length - tokens
+    head = (
+        f"sample {number} ({_place(data, index)}): {tokens:,} tokens, {targets:,} targets, "
+        f"{documents:,} document{'' if documents == 1 else 's'}, {padding:,} padding"
+    )
+    return _Sample(head, decoded)
+
+
+def _sequences(sample: _Sample, marks: Marks) -> Iterator[str]:
+    for name, documents in sample.sequences:
+        yield from [f"  {name}:"] if name else []
         for place, document in enumerate(documents):
-            if place:
-                yield "  |---"
-            yield from _lines(document, marks if has_marks else Marks("", ""))
+            yield from ["  |---"] if place else []
+            yield from _lines(document, marks)
 
 
 def _place(data: TrainingData, index: int) -> str:
@@ -100,10 +131,6 @@ def _place(data: TrainingData, index: int) -> str:
     number = int(data.dataset.source_of(np.array([index], dtype=np.int64))[0])
     before = sum(source.rows for source in sources[:number])
     return f"row {index - before} of {sources[number].name}"
-
-
-def _documents(count: int) -> str:
-    return f"{count:,} document{'' if count == 1 else 's'}"
 
 
 def _lines(document: DecodedDocument, marks: Marks) -> Iterator[str]:

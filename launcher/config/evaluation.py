@@ -10,15 +10,21 @@ from launcher.config.schema import Config, DatasetSection
 
 METRICS = ("eval_loss", "eval_perplexity")
 """Of all evaluation data together, and with `/<name>` of one set."""
+REWARDS = ("eval_rewards/chosen", "eval_rewards/rejected", "eval_rewards/margins")
+"""Of one set of preferences, which has no perplexity; of pairs also `ACCURACY`."""
+ACCURACY = "eval_rewards/accuracies"
 
 
 def metric_names(config: Config) -> list[str]:
     """The metrics that early stopping and `keep_best` may follow."""
-    names = list(METRICS)
+    loss = config.preference_loss
+    rewards = [] if loss is None else [*REWARDS, *([] if loss == "kto" else [ACCURACY])]
+    metrics = METRICS if loss is None else ("eval_loss", *rewards)
+    names = list(metrics if config.eval_dataset is not None or loss is None else ("eval_loss",))
     if config.eval_dataset is not None:
         names += [f"eval_loss/{source}" for source in _sources(config.eval_dataset)]
     for section in config.eval_datasets:
-        names += [f"{metric}/{section.name}" for metric in METRICS]
+        names += [f"{metric}/{section.name}" for metric in metrics]
         names += [f"eval_loss/{section.name}/{source}" for source in _sources(section)]
     return names
 

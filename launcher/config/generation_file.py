@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -84,6 +84,7 @@ def check_generation(
 
 
 _NOT_BUILT = "not built yet, and it would change the output"
+_TEXTS = hints(GenerationSection)["stop_strings"]
 _TYPE_RULES = {f"must be {describe(hints(GenerationSection)[name])}" for name in _FIELDS}
 
 
@@ -106,12 +107,15 @@ def _problem(key: str, value: Any, info: FieldInfo) -> Problem | None:
         converted = convert(annotation, value)
     except WrongType:
         return Problem(what=what, rule=f"must be {describe(annotation)}", advice=_advice(key))
-    rule = out_of_bounds(converted, info) or _LISTS.get(key, lambda value: "")(converted)
+    rule = out_of_bounds(converted, info) or list_problem(key, converted)
     return Problem(what=what, rule=rule, advice=_advice(key)) if rule else None
 
 
 def _is_of_another_type(value: Any, annotation: Any) -> bool:
     """Stricter than YAML: in JSON a string is never a number, and a boolean never an integer."""
+    if annotation == _TEXTS:
+        items = value if isinstance(value, list) else [value]
+        return not all(isinstance(item, str) for item in items)
     if isinstance(value, list):
         return any(isinstance(item, str | bool) for item in value)
     if isinstance(value, str):
@@ -146,10 +150,39 @@ def _suppressed(value: Any) -> str:
     return "" if all(token >= 0 for token in value) else "must be token ids"
 
 
-_LISTS = {
+def _biases(value: Any) -> str:
+    right = all(
+        isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], list)
+        and not _token_lists([pair[0]]) and type(pair[1]) in (int, float)
+        and math.isfinite(pair[1]) for pair in value
+    )  # fmt: skip
+    return "" if right and value else "must be pairs of token ids and a number: [[[5, 9], -2.0]]"
+
+
+def _decay(value: Any) -> str:
+    right = (
+        len(value) == 2 and type(value[0]) is int and value[0] >= 0
+        and type(value[1]) in (int, float) and math.isfinite(value[1]) and value[1] > 0
+    )  # fmt: skip
+    return "" if right else "must be a number of new tokens and a factor above 0, such as [20, 1.1]"
+
+
+def _stops(value: Any) -> str:
+    values = [value] if isinstance(value, str) else value
+    return "" if values and all(values) else "must be texts that are not empty"
+
+
+_LISTS: dict[str, Callable[[Any], str]] = {
     "bad_words_ids": _token_lists, "suppress_tokens": _suppressed,
     "begin_suppress_tokens": _suppressed, "eos_token_id": _tokens,
+    "forced_eos_token_id": _tokens, "sequence_bias": _biases,
+    "exponential_decay_length_penalty": _decay, "stop_strings": _stops,
 }  # fmt: skip
+
+
+def list_problem(key: str, value: Any) -> str:
+    """The rule that the content of a list breaks; empty where it is right, or `key` has no list."""
+    return "" if value is None or key not in _LISTS else _LISTS[key](value)
 
 
 def _resolved_values(key: str, value: Any) -> Any:

@@ -2,7 +2,8 @@
 
 Owns that search, for answers of templates without `{% generation %}` blocks and for turns of other
 roles. The template is rendered again with other turns, and the results are compared; the text of a
-turn is never searched for, since it may occur twice.
+turn is never searched for, since it may occur twice. What ends a turn is its end mark: a special
+token behind it, or where the template writes none the one that begins the next turn.
 
 Some templates render the end of a conversation differently (Phi-3 adds a token, gpt-oss ends only
 the last answer with `<|return|>`, Qwen3 keeps only the last reasoning). There an answer ends before
@@ -19,7 +20,7 @@ from itertools import count
 from typing import Any
 
 from launcher.data.conversations import Conversation
-from launcher.data.templates import ChatTemplate, Span
+from launcher.data.templates import THOUGHTS, ChatTemplate, Span
 from launcher.errors import UserError
 
 _TAIL = 8
@@ -52,32 +53,60 @@ def answer_span(
         end = _end_by_mark(text, around.after(len(messages)), around)
     if start is None or end is None or end < start:
         raise answer_not_found(conversation.where, index)
-    span = start, _without_space(text, start, end, messages[index]["content"], around)
-    return span, text.startswith(prompt)
+    end = _without_space(text, start, end, messages[index]["content"], around)
+    end = _at_first_mark(text, start, end, around)
+    return (start, _with_next_mark(text, start, end, template)), text.startswith(prompt)
 
 
 def turn_span(text: str, conversation: Conversation, template: ChatTemplate, index: int) -> Span:
     """The span of the content of turn `index`, with the end mark where one follows it."""
-    before, after = _Around(conversation, template, index).split(len(conversation.messages))
+    around = _Around(conversation, template, index)
+    before, after = around.split(len(conversation.messages))
     start, end = len(before), len(text) - len(after)
     is_there = before or after
     if not is_there or not text.startswith(before) or not text.endswith(after) or end < start:
         raise turn_not_found(conversation, index)
     space = len(after) - len(after.lstrip())
     mark = mark_at(after, space, template)
-    return start, end + space + len(mark) if mark else end
+    if not mark or not (text.rstrip().endswith(mark) or _is_end_mark(mark, around)):
+        return start, end
+    return start, end + space + len(mark)
+
+
+def _is_end_mark(mark: str, around: _Around) -> bool:
+    """Whether the special token behind a turn ends it, and does not begin an answer: the generation
+    prompt then has another one behind it."""
+    if mark == around.template.tokenizer.eos_token:
+        return True
+    prompt = around.split(around.index + 1, prompt=True)[1]
+    rest = prompt.partition(mark)[2]
+    return any(token in rest for token in around.template.special_tokens if token)
 
 
 def block_span(text: str, span: Span, template: ChatTemplate) -> Span:
     """The span of a generation block without white space behind its end mark, and with the mark
     where the block ends before it: a model that never learns the mark never stops."""
     start, end = span
-    body = text[start:end].rstrip()
-    if any(body.endswith(token) for token in template.special_tokens):
-        return start, start + len(body)
-    mark = mark_at(text, end, template)
-    ends = mark and (mark == template.tokenizer.eos_token or text.rstrip().endswith(mark))
-    return start, end + len(mark) if ends else end
+    if has_end_mark(text, span, template):
+        return start, start + len(text[start:end].rstrip())
+    return start, _with_next_mark(text, start, end, template)
+
+
+def has_end_mark(text: str, span: Span, template: ChatTemplate) -> bool:
+    """Whether the text of a span ends with a special token, apart from white space."""
+    start, end = span
+    end = start + len(text[start:end].rstrip())
+    return start < end and any(
+        text.endswith(token, 0, end) for token in template.special_tokens if token
+    )
+
+
+def _with_next_mark(text: str, start: int, end: int, template: ChatTemplate) -> int:
+    """The end of an answer with the special token right behind it, where it has none of its own
+    (GLM-4 ends an answer with the token that begins the next turn)."""
+    if has_end_mark(text, (start, end), template):
+        return end
+    return end + len(mark_at(text, end, template))
 
 
 def mark_at(text: str, place: int, template: ChatTemplate) -> str:
@@ -183,6 +212,20 @@ def _without_space(text: str, start: int, end: int, content: str, around: _Aroun
     else:
         is_marked = bool(answer and around.mark.strip())
     return start + len(answer) if is_marked else end  # else the white space is the mark
+
+
+def _at_first_mark(text: str, start: int, end: int, around: _Around) -> int:
+    """The end behind the first mark after the content that white space follows: what comes then (a
+    token that ends the conversation, as in Phi-3) is written after generation has stopped."""
+    marks = around.template.mark_before_space
+    message = around.conversation.messages[around.index]
+    if not marks.search(text, start, end) or message.keys() - {"role", "content", *THOUGHTS}:
+        return end
+    after = around.after(len(around.conversation.messages))
+    if not after or not text.endswith(after):
+        return end
+    found = marks.search(text, max(start, len(text) - len(after)), end)
+    return found.end(1) if found else end
 
 
 def common_prefix(left: Any, right: Any) -> int:

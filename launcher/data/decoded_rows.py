@@ -37,9 +37,21 @@ class DecodedDocument(NamedTuple):
     """Whether a token beside the first one, which is never predicted, carries no loss."""
 
 
+def sequences_of(row: Row, tokens: int) -> list[tuple[str, Row, int]]:
+    """The sequences of a row, what each is called, and its inputs before padding: of most data one
+    without a name, with `tokens` inputs; of preferences those that are compared."""
+    if row.input_ids.ndim == 1:
+        return [("", row, tokens)]
+    names = ["chosen", "rejected"]
+    if row.is_desirable is not None:  # the other one is made of other answers
+        names = ["desirable" if row.is_desirable else "undesirable"]
+    both = zip(names, row.input_ids, row.labels, strict=False)
+    return [(name, Row(inputs, labels, None, None), 0) for name, inputs, labels in both]
+
+
 def decoded_documents(row: Row, tokens: int, tokenizer: Any) -> Iterator[DecodedDocument]:
-    """The documents of a row with `tokens` inputs before its padding; the ids as text where
-    `tokenizer` is None."""
+    """The documents of a sequence with `tokens` inputs before its padding (at least those up to the
+    last target); the ids as text where `tokenizer` is None."""
     for ids, is_learnt in _documents(row, tokens):
         yield _decoded(ids, is_learnt, tokenizer)
 

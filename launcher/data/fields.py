@@ -71,7 +71,7 @@ SHAREGPT_ROLES = {
     "function": "tool",
 }
 
-_PREFERENCE = "preference data, which supervised fine-tuning does not use"
+_PREFERENCE = "preference data, which PreferenceDataLoader and FeedbackDataLoader read"
 _MEDIA = "data with images, video or audio; only text is supported"
 
 

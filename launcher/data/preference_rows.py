@@ -14,6 +14,9 @@ samples.
 
 from __future__ import annotations
 
+from itertools import pairwise
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
@@ -67,14 +70,14 @@ class JudgedRows:
         return len(self._plan.samples)
 
     def counts(self, indices: Ints) -> Counts:
-        """As those of `Rows`; tokens are those of the answers with their prompts."""
+        """As those of `Rows`; a sample is one target."""
         return Counts(self._plan.target_counts[indices], self._plan.token_counts[indices])
 
     def row(self, index: int) -> Row:
         """input_ids and labels are int64 [2, seq_length]."""
         tokens, marks = _document(self.documents, int(self._plan.samples[index]))
         others, other_marks = _document(self.documents, int(self._plan.samples[index - 1]))
-        prompt, answer = int(np.argmax(marks > 0)), int(np.argmax(other_marks > 0))
+        prompt, answer = (1 + int(np.argmax(found[1:] > 0)) for found in (marks, other_marks))
         mismatch = np.concatenate([tokens[:prompt], others[answer:]])
         is_target = np.concatenate([np.zeros_like(marks[:prompt]), other_marks[answer:]])
         is_desirable = not bool((marks == UNDESIRABLE).any())
@@ -105,32 +108,45 @@ def _row(
 
 def plan_pairs(store: TokenStore, seq_length: int) -> RowPlan:
     """One row for each pair with a target on both sides."""
-    return _plan(store, seq_length, 2)
+    inputs = np.minimum(store.lengths - 1, seq_length)
+    begins = _answer_begins(store)
+    has_target = np.all(((begins >= 0) & (begins <= inputs)).reshape(-1, 2), axis=-1)
+    is_cut = np.any((store.lengths - 1 > seq_length).reshape(-1, 2), axis=-1)
+    return _plan(has_target, is_cut, inputs.reshape(-1, 2).sum(1)[has_target])
 
 
 def plan_judged(store: TokenStore, seq_length: int) -> RowPlan:
     """One row for each answer with a target."""
-    return _plan(store, seq_length, 1)
-
-
-def _plan(store: TokenStore, seq_length: int, sequences: int) -> RowPlan:
-    """`sequences`: documents of a sample."""
     inputs = np.minimum(store.lengths - 1, seq_length)
-    has_target = np.array([_has_target(store, i, int(n)) for i, n in enumerate(inputs)], dtype=bool)
-    is_cut: npt.NDArray[np.bool_] = np.greater(store.lengths - 1, seq_length)
-    is_cut = np.logical_or.reduce(is_cut.reshape(-1, sequences), axis=1)
-    kept = np.flatnonzero(has_target.reshape(-1, sequences).all(1)).astype(np.int64)
+    begins = _answer_begins(store)
+    has_target = (begins >= 0) & (begins <= inputs)
+    is_cut = store.lengths - 1 > seq_length
+    kept = np.flatnonzero(has_target)
+    answers = np.roll((store.lengths - begins)[kept], 1)
+    mismatches = np.minimum(begins[kept] + answers - 1, seq_length)
+    return _plan(has_target, is_cut, inputs[kept] + mismatches)
+
+
+def _plan(is_kept: Any, is_cut: Any, tokens: Ints) -> RowPlan:
+    """One row for each sample that is kept, given bool [samples]; `tokens` of each of these."""
+    kept = np.flatnonzero(is_kept).astype(np.int64)
     return RowPlan(
         row_starts=np.arange(len(kept) + 1, dtype=np.int64),
         samples=kept,
         target_counts=np.ones(len(kept), dtype=np.int64),
-        token_counts=inputs.reshape(-1, sequences).sum(1)[kept].astype(np.int64),
+        token_counts=tokens.astype(np.int64),
         cut=int(is_cut[kept].sum()),
-        dropped=len(store.lengths) // sequences - len(kept),
+        dropped=len(is_kept) - len(kept),
     )
 
 
-def _has_target(store: TokenStore, index: int, inputs: int) -> bool:
+def _answer_begins(store: TokenStore) -> Ints:
+    """The index of the first target of each document that is predicted (the first token is not); -1
+    without one."""
     assert store.is_target is not None
-    start = int(store.starts[index])
-    return bool(store.is_target[start + 1 : start + 1 + inputs].any())
+    begins = np.full(len(store.lengths), -1, dtype=np.int64)
+    for index, (start, stop) in enumerate(pairwise(store.starts.tolist())):
+        marks = store.is_target[start + 1 : stop] > 0
+        if marks.any():
+            begins[index] = 1 + int(marks.argmax())
+    return begins

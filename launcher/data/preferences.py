@@ -83,7 +83,7 @@ def pairs_of(
     """The pairs of records, in the given format or that which each one has. Raises UserError."""
 
     def pair_of(raw: Record) -> Pair:
-        record = without_null(raw)
+        record = _without_labels(without_null(raw), strictness)
         chosen, rejected = (
             _answer(record, variant, strictness) for variant in _variants(record, given_format)
         )
@@ -100,6 +100,7 @@ def judged_of(
     def answers_of(raw: Record) -> list[Judged]:
         record = without_null(raw)
         if _is_pair(record.value):
+            record = _without_labels(record, strictness)
             variants = _variants(record, given_format)
             return [
                 Judged(_answer(record, variant, strictness), verdict)
@@ -110,6 +111,14 @@ def judged_of(
 
     for answers in convert_records(records, answers_of):
         yield from answers
+
+
+def _without_labels(record: Record, strictness: Strictness) -> Record:
+    """A pair without judgements beside it, which are counted as not used."""
+    for name in _LABELS:
+        if name in record.value:
+            strictness.tally.unused_fields.add(name, record.where)
+    return replace(record, value=_without(record.value, *_LABELS))
 
 
 def _is_pair(value: Mapping[str, Any]) -> bool:
@@ -289,7 +298,7 @@ def _hh_turns(text: str) -> list[dict[str, Any]]:
     if parts[0].strip() or len(parts) < 3 or parts[1] != "Human":
         return []
     pairs = zip(parts[1::2], parts[2::2], strict=True)
-    return [{"role": _HH_ROLES[who], "content": said.removeprefix(" ")} for who, said in pairs]
+    return [{"role": _HH_ROLES[who], "content": text.removeprefix(" ")} for who, text in pairs]
 
 
 def _shared_text(chosen: str, rejected: str) -> int:
@@ -320,7 +329,7 @@ def _answer(record: Record, variant: _Variant, strictness: Strictness) -> Answer
         )  # fmt: skip
     first = len(messages) - variant.answer_turns
     context = {i for i, turn in enumerate(messages[:first]) if turn["role"] == "assistant"}
-    return replace(conversation, context_turns=frozenset(context))
+    return replace(conversation, context_turns=conversation.context_turns | context)
 
 
 def _plain(record: Record, value: Mapping[str, Any], strictness: Strictness) -> PlainText:

@@ -104,6 +104,8 @@ class Tally:
     """Answers whose thoughts these are."""
     other_context: NamedPlaces = field(default_factory=NamedPlaces)
     """Answers behind other tokens than predict feeds before them, by reason."""
+    without_end_mark: Places = field(default_factory=Places)
+    """Conversations with an answer behind which the chat template writes no special token."""
     skipped_checks: NamedPlaces = field(default_factory=NamedPlaces)
     """Fields with wrong values that `strict_fields: False` ignores."""
     without_target: Places = field(default_factory=Places)
@@ -142,6 +144,11 @@ class Tally:
             *self.hidden_fields.line("have fields that the chat template does not show"),
             *self._about_thoughts(),
             *self.other_context.line("train on an answer behind other tokens than in predict"),
+            *_samples(
+                self.without_end_mark,
+                "have an answer behind which the chat template writes no end token: that "
+                "generation stops there is not learnt",
+            ),
             *self.skipped_checks.line("have wrong fields, ignored with strict_fields: False"),
             *_samples(self.without_target, "without an answer to train on were left out"),
             *_samples(

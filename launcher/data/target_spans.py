@@ -7,7 +7,13 @@ is context; an answer behind other text than predict renders before it is counte
 
 from __future__ import annotations
 
-from launcher.data.answers import answer_not_found, answer_span, block_span, turn_span
+from launcher.data.answers import (
+    answer_not_found,
+    answer_span,
+    block_span,
+    has_end_mark,
+    turn_span,
+)
 from launcher.data.conversations import Conversation
 from launcher.data.rendering_check import Rendering
 from launcher.data.tally import Tally
@@ -31,6 +37,9 @@ def target_spans(rendering: Rendering, tally: Tally) -> tuple[str, list[Span]]:
         text, spans = _block_spans(rendering, answers, tally)
     else:
         text, spans = rendering.text, _answer_spans(rendering, answers, tally)
+    unmarked = sum(not has_end_mark(text, span, template) for span in spans)
+    if unmarked:
+        tally.without_end_mark.add(conversation.where)
     spans += [
         turn_span(text, conversation, template, index)
         for index in learnt
@@ -66,6 +75,11 @@ def _block_spans(rendering: Rendering, answers: list[int], tally: Tally) -> tupl
         prompt = template.render(conversation, conversation.messages[:index], prompt=True)
         if not text.startswith(prompt):
             tally.other_context.add(REWRITTEN, conversation.where)
+        else:  # what predict feeds is context, also where a block begins with a part of it
+            spans = [
+                (len(prompt), end) if begin < len(prompt) < end else (begin, end)
+                for begin, end in spans
+            ]
     return text, [block_span(text, span, template) for span in spans]
 
 

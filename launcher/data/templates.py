@@ -7,6 +7,7 @@ marks its answers with `{% generation %}` blocks, and under which name it reads 
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
@@ -96,6 +97,12 @@ class ChatTemplate:
         added = getattr(self.tokenizer, "added_tokens_decoder", {}).values()
         special = {token.content for token in added if token.special}
         return frozenset(special | set(self.tokenizer.all_special_tokens))
+
+    @cached_property
+    def mark_before_space(self) -> re.Pattern[str]:
+        """Matches a special token (group 1) that white space and other text follow."""
+        tokens = sorted(filter(None, self.special_tokens), key=len, reverse=True)
+        return re.compile(rf"({'|'.join(map(re.escape, tokens)) or '(?!)'})\s+\S")
 
     def render(
         self,

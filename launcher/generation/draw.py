@@ -4,7 +4,9 @@ Owns the noise: the token with the largest sum of score and Gumbel noise is a sa
 of the scores (Gumbel, 1954; Maddison et al., https://arxiv.org/abs/1411.0030). Invariant: the
 noise of a token is a function of (seed of the draw, token) alone. It is computed by integer
 arithmetic: no generator, and nothing that depends on the device, the batch, the other tokens or how
-many of them the processors have left.
+many of them the processors have left. The index of a text is that of its prompt among all, plus
+`FURTHER` for each further text of the same prompt: the first text of a prompt is the same however
+many there are.
 
 Scores differ between layouts in their last bits, as sums are added in another order. Here such a
 difference changes a draw only where the two largest sums differ by less than it. (With the inverse
@@ -19,13 +21,14 @@ from torch import Tensor
 
 from models.dropout import mix
 
+FURTHER = 1 << 32
+"""See above."""
 _LARGEST_NOISE, _SMALLEST_NOISE = 22.9, -3.2
 """Of 32 random bits: bounds of -log(-log(u)) for u from 2**-33 to 1 - 2**-33."""
 
 
 def draw_seed(seed: int, index: int, step: int) -> int:
-    """The seed of one draw, 64 bits. `index`: of the prompt among all; `step`: new tokens before
-    it."""
+    """The seed of one draw, 64 bits. `index`: of the text; `step`: new tokens before it."""
     return xxhash.xxh3_64_intdigest(f"generation/{seed}/{index}/{step}".encode())
 
 

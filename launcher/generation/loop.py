@@ -6,16 +6,20 @@ penalties and random draws are per prompt); greedy continuations are those of `t
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from launcher.generation.forward import Forward
 from launcher.generation.module_generate import continue_with_transformers
+from launcher.generation.prefix import PrefixCache
 from launcher.generation.sampling import Chooser
 from launcher.generation.settings import GenerationSettings
+from launcher.generation.stopping import Stopping
 from models.cache import BLOCK, KVCache
 from models.transformers_model import TransformersModel
 
@@ -35,13 +39,17 @@ def continue_tokens(
     seed: int,
     device: torch.device | str,
     watch: Watch | None = None,
+    tokenizer: Any = None,
+    prefix: PrefixCache | None = None,
 ) -> list[list[int]]:
     """The new tokens of each prompt of one batch, with the end token where there is one.
 
     `model`: a complete model, or the forward of one that is spread over ranks, which then all call
-    this together. `indices`: the indices of the prompts among all, for random draws. A module of
-    transformers continues its prompts one by one, with its own `generate`; it must not be sharded.
-    `watch` sees every step and may stop; what there is then is returned.
+    this together. `indices`: see `launcher.generation.draw`. A module of transformers continues its
+    prompts one by one, with its own `generate`; it must not be sharded. `watch` sees every step and
+    may stop; what there is then is returned. `tokenizer`: needed with `settings.stop_strings`.
+    `prefix`: keys and values of an earlier text, of which a single prompt takes those of its
+    beginning, and to which it adds.
     """
     forward = model if isinstance(model, Forward) else Forward(model)
     model = forward.model
@@ -49,8 +57,13 @@ def continue_tokens(
     model.eval()
     try:
         if isinstance(model, TransformersModel):
-            return _continue_each(model, prompts, settings, limits, indices, seed, device, watch)
-        return _continue_batch(forward, prompts, settings, limits, indices, seed, device, watch)
+            return _continue_each(model, prompts, settings, limits, indices, seed, device, watch,
+                                  tokenizer)  # fmt: skip
+        stopping = Stopping(settings, tokenizer)
+        return _continue_batch(
+            forward, prompts, settings, limits, indices, seed, device, watch, stopping,
+            prefix if prefix is not None and prefix.fits(model) else None,
+        )  # fmt: skip
     finally:
         model.train(training)
 
@@ -58,7 +71,7 @@ def continue_tokens(
 def _continue_each(
     model: TransformersModel, prompts: Sequence[Sequence[int]], settings: GenerationSettings,
     limits: Sequence[int], indices: Sequence[int], seed: int, device: torch.device | str,
-    watch: Watch | None,
+    watch: Watch | None, tokenizer: Any,
 ) -> list[list[int]]:  # fmt: skip
     """One prompt after the other; a stop leaves those behind it without new tokens."""
     news: list[list[int]] = [[] for _ in prompts]
@@ -73,7 +86,7 @@ def _continue_each(
     for row, (prompt, limit, index) in enumerate(zip(prompts, limits, indices, strict=True)):
         news[row] = continue_with_transformers(
             model, prompt, settings, limit, index, seed, device,
-            watch=None if watch is None else partial(watch_row, row),
+            watch=None if watch is None else partial(watch_row, row), tokenizer=tokenizer,
         )  # fmt: skip
         if stopped:
             break
@@ -83,11 +96,17 @@ def _continue_each(
 def _continue_batch(
     forward: Forward, prompts: Sequence[Sequence[int]], settings: GenerationSettings,
     limits: Sequence[int], indices: Sequence[int], seed: int, device: torch.device | str,
-    watch: Watch | None,
+    watch: Watch | None, stopping: Stopping, prefix: PrefixCache | None,
 ) -> list[list[int]]:  # fmt: skip
     """Prompts padded on the left, one token each a step, until every text has ended."""
-    ids, cache = _padded(prompts, limits, settings.pad_token_id, device)
-    chooser = Chooser(settings, prompts, indices, seed, device)
+    if prefix is not None:
+        (prompt,), (limit,) = prompts, limits
+        cache = prefix.begin(prompt, limit)
+        ids = torch.tensor([list(prompt[prefix.reused :])], device=device)
+    else:
+        ids, cache = _padded(prompts, limits, settings.pad_token_id, device)
+    chooser = Chooser(settings, prompts, limits, indices, seed, device)
+    began = time.monotonic()
     running = list(range(len(prompts)))
     """The prompts whose texts have not ended."""
     rows = running
@@ -103,12 +122,18 @@ def _continue_batch(
             chooser.append(row, tokens[row])
         stepped = [tokens[row] if row in running else None for row in range(len(prompts))]
         running = [
-            row for row in running
-            if tokens[row] not in settings.eos_token_ids and chooser.length(row) < limits[row]
+            row for row in running if not stopping.has_ended(chooser.tokens[row], limits[row])
         ]  # fmt: skip
-        stopped = watch is not None and forward.any(watch(stepped))
+        stopped = watch is not None and watch(stepped)
+        if settings.max_time is not None:
+            stopped = stopped or time.monotonic() - began > settings.max_time
+        if watch is not None or settings.max_time is not None:
+            stopped = forward.any(stopped)
         if stopped or not running:
-            return chooser.news()
+            news = chooser.news()
+            if prefix is not None:
+                prefix.end([*prompts[0], *news[0]])
+            return news
         if len(running) <= len(rows) // 2:
             kept = torch.tensor([rows.index(row) for row in running], device=device)
             cache.keep(kept)

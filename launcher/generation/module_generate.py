@@ -11,37 +11,36 @@ from launcher.generation.draw import draw_seed
 from launcher.generation.settings import GenerationSettings
 from models.transformers_model import TransformersModel
 
+_ALWAYS = (
+    "min_length", "min_new_tokens", "do_sample", "repetition_penalty", "no_repeat_ngram_size",
+    "encoder_repetition_penalty", "encoder_no_repeat_ngram_size", "bad_words_ids", "sequence_bias",
+    "suppress_tokens", "begin_suppress_tokens", "forced_bos_token_id", "forced_eos_token_id",
+    "exponential_decay_length_penalty", "max_time", "pad_token_id",
+)  # fmt: skip
+_SAMPLED = (
+    "temperature", "top_h", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff",
+)  # fmt: skip
+"""Settings that `GenerationConfig` has under the same name."""
+
 
 def continue_with_transformers(
     model: TransformersModel, prompt: Sequence[int], settings: GenerationSettings, limit: int,
     index: int, seed: int, device: torch.device | str,
-    watch: Callable[[int], bool] | None = None,
+    watch: Callable[[int], bool] | None = None, tokenizer: Any = None,
 ) -> list[int]:  # fmt: skip
-    """The new tokens of one prompt; `index` is its index among all, for random draws.
+    """The new tokens of one prompt; `index`: see `launcher.generation.draw`.
 
-    `watch` is called with each new token and returns whether to stop.
+    `watch` is called with each new token and returns whether to stop. `tokenizer`: needed with
+    `settings.stop_strings`.
     """
     from transformers import GenerationConfig, StoppingCriteriaList
 
-    sampling: dict[str, Any] = {}
-    if settings.do_sample:
-        sampling = {"temperature": settings.temperature, "top_k": settings.top_k,
-                    "top_p": settings.top_p, "min_p": settings.min_p,
-                    "typical_p": settings.typical_p, "epsilon_cutoff": settings.epsilon_cutoff,
-                    "eta_cutoff": settings.eta_cutoff}  # fmt: skip
+    names = _ALWAYS + (_SAMPLED if settings.do_sample else ())
     config = GenerationConfig(
         max_length=limit,
-        min_length=settings.min_length,
-        min_new_tokens=settings.min_new_tokens,
-        do_sample=settings.do_sample,
-        repetition_penalty=settings.repetition_penalty,
-        no_repeat_ngram_size=settings.no_repeat_ngram_size,
-        bad_words_ids=settings.bad_words_ids,
-        suppress_tokens=settings.suppress_tokens,
-        begin_suppress_tokens=settings.begin_suppress_tokens,
         eos_token_id=list(settings.eos_token_ids) or None,
-        pad_token_id=settings.pad_token_id,
-        **sampling,
+        stop_strings=list(settings.stop_strings) or None,
+        **{name: getattr(settings, name) for name in names},
     )
     ids = torch.tensor([list(prompt)], device=device)
     stoppers: list[Any] = [_stopper(watch)] if watch else []
@@ -50,6 +49,7 @@ def continue_with_transformers(
         text = cast(Any, model.wrapped).generate(
             ids, attention_mask=torch.ones_like(ids), generation_config=config,
             stopping_criteria=StoppingCriteriaList(stoppers),
+            tokenizer=tokenizer,
         )  # fmt: skip
     return text[0, len(prompt) :].tolist()
 

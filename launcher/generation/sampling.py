@@ -1,13 +1,13 @@
 """How the next token of a prompt is chosen from its scores.
 
 Owns the logits processors, and which of them see one text and which all rows of a batch at once.
-Invariant: a choice depends on the tokens of its prompt alone; a draw is a function of (seed, prompt
-index, step).
+Invariant: a choice depends on the scores and the tokens of its text alone; a draw also on seed,
+index and step (`launcher.generation.draw`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -30,9 +30,9 @@ class Chooser:
 
     def __init__(
         self, settings: GenerationSettings, prompts: Sequence[Sequence[int]],
-        indices: Sequence[int], seed: int, device: torch.device | str,
+        limits: Sequence[int], indices: Sequence[int], seed: int, device: torch.device | str,
     ) -> None:  # fmt: skip
-        """`indices` of the prompts among all, for random draws."""
+        """`limits`: of the texts, in tokens. `indices`: see `launcher.generation.draw`."""
         self.settings, self.indices, self.seed, self.device = settings, indices, seed, device
         self.tokens = [list(prompt) for prompt in prompts]
         self.prompt_lengths = [len(prompt) for prompt in prompts]
@@ -40,8 +40,8 @@ class Chooser:
         """Of each text the processors that look at its tokens, and those between them."""
         self.by_scores: Any = []
         """The processors behind them, which are applied to all rows at once."""
-        for length in self.prompt_lengths:
-            processors = processors_of(settings, length, device)
+        for prompt, limit in zip(prompts, limits, strict=True):
+            processors = processors_of(settings, prompt, limit, device)
             first = len(processors)
             while first and type(processors[first - 1]).__name__ in _OF_SCORES_ALONE:
                 first -= 1
@@ -59,10 +59,6 @@ class Chooser:
     def append(self, row: int, token: int) -> None:
         """Append the token that was chosen, here or on another rank, to a text."""
         self.tokens[row].append(token)
-
-    def length(self, row: int) -> int:
-        """Tokens of a text, with its prompt."""
-        return len(self.tokens[row])
 
     def news(self) -> list[list[int]]:
         """The new tokens of each text."""
@@ -93,47 +89,94 @@ class Chooser:
         ])  # fmt: skip
 
 
-def processors_of(settings: GenerationSettings, prompt_length: int, device: Any) -> Any:
-    """The logits processors, in the order of transformers."""
+def processors_of(
+    settings: GenerationSettings, prompt: Sequence[int], limit: int, device: torch.device | str
+) -> Any:
+    """The logits processors of one prompt, in the order of transformers. `limit`: of the text, in
+    tokens. (`renormalize_logits` needs none: adding a constant to all scores changes no choice.)"""
+    from transformers.generation import LogitsProcessorList
+
+    warpers = _warpers(settings, device) if settings.do_sample else []
+    return LogitsProcessorList([
+        *_penalties(settings, prompt, device),
+        *_bounds(settings, prompt, limit, device),
+        *warpers,
+    ])  # fmt: skip
+
+
+def _penalties(settings: GenerationSettings, prompt: Sequence[int], device: Any) -> Iterator[Any]:
+    """What makes tokens more or less likely, or forbids them."""
     from transformers.generation import logits_process as process
 
-    ends, found = list(settings.eos_token_ids), process.LogitsProcessorList()
+    ids: Any = torch.tensor([list(prompt)], device=device)
+    if settings.sequence_bias:
+        yield process.SequenceBiasLogitsProcessor(settings.sequence_bias)
+    if settings.encoder_repetition_penalty != 1.0:
+        yield process.EncoderRepetitionPenaltyLogitsProcessor(
+            settings.encoder_repetition_penalty, ids
+        )
     if settings.repetition_penalty != 1.0:
-        found.append(process.RepetitionPenaltyLogitsProcessor(settings.repetition_penalty))
+        yield process.RepetitionPenaltyLogitsProcessor(settings.repetition_penalty)
     if settings.no_repeat_ngram_size > 0:
-        found.append(process.NoRepeatNGramLogitsProcessor(settings.no_repeat_ngram_size))
+        yield process.NoRepeatNGramLogitsProcessor(settings.no_repeat_ngram_size)
+    if settings.encoder_no_repeat_ngram_size > 0:
+        yield process.EncoderNoRepeatNGramLogitsProcessor(
+            settings.encoder_no_repeat_ngram_size, ids
+        )
     if settings.bad_words_ids:
-        words = process.NoBadWordsLogitsProcessor(settings.bad_words_ids, ends or None)
-        found.append(words)
+        ends = list(settings.eos_token_ids) or None
+        yield process.NoBadWordsLogitsProcessor(settings.bad_words_ids, ends)
+
+
+def _bounds(
+    settings: GenerationSettings, prompt: Sequence[int], limit: int, device: Any
+) -> Iterator[Any]:
+    """What concerns the beginning and the end of the new tokens."""
+    from transformers.generation import logits_process as process
+
+    ends, length = list(settings.eos_token_ids), len(prompt)
     if ends and settings.min_length > 0:
-        found.append(process.MinLengthLogitsProcessor(settings.min_length, ends, device=device))
+        yield process.MinLengthLogitsProcessor(settings.min_length, ends, device=device)
     if ends and settings.min_new_tokens:
-        found.append(
-            process.MinNewTokensLengthLogitsProcessor(
-                prompt_length, settings.min_new_tokens, ends, device=device
-            )
+        yield process.MinNewTokensLengthLogitsProcessor(
+            length, settings.min_new_tokens, ends, device=device
+        )
+    if settings.forced_bos_token_id is not None:
+        yield process.ForcedBOSTokenLogitsProcessor(settings.forced_bos_token_id)
+    if settings.forced_eos_token_id is not None:
+        yield process.ForcedEOSTokenLogitsProcessor(
+            limit, settings.forced_eos_token_id, device=device
+        )
+    if ends and settings.exponential_decay_length_penalty is not None:
+        yield process.ExponentialDecayLengthPenalty(
+            settings.exponential_decay_length_penalty, ends, length
         )
     if settings.suppress_tokens:
-        found.append(process.SuppressTokensLogitsProcessor(settings.suppress_tokens, device))
+        yield process.SuppressTokensLogitsProcessor(settings.suppress_tokens, device)
     if settings.begin_suppress_tokens:
-        found.append(
-            process.SuppressTokensAtBeginLogitsProcessor(
-                settings.begin_suppress_tokens, prompt_length, device
-            )
+        forced = length == 1 and settings.forced_bos_token_id is not None
+        yield process.SuppressTokensAtBeginLogitsProcessor(
+            settings.begin_suppress_tokens, length + forced, device
         )
-    if settings.do_sample:
-        if settings.temperature != 1.0:
-            found.append(process.TemperatureLogitsWarper(settings.temperature))
-        if settings.top_k > 0:
-            found.append(process.TopKLogitsWarper(settings.top_k))
-        if settings.top_p < 1.0:
-            found.append(process.TopPLogitsWarper(settings.top_p))
-        if settings.min_p is not None:
-            found.append(process.MinPLogitsWarper(settings.min_p))
-        if settings.typical_p < 1.0:
-            found.append(process.TypicalLogitsWarper(settings.typical_p))
-        if 0.0 < settings.epsilon_cutoff < 1.0:
-            found.append(process.EpsilonLogitsWarper(settings.epsilon_cutoff))
-        if 0.0 < settings.eta_cutoff < 1.0:
-            found.append(process.EtaLogitsWarper(settings.eta_cutoff, device=device))
-    return found
+
+
+def _warpers(settings: GenerationSettings, device: Any) -> Iterator[Any]:
+    """What changes the distribution that tokens are drawn from."""
+    from transformers.generation import logits_process as process
+
+    if settings.temperature != 1.0:
+        yield process.TemperatureLogitsWarper(settings.temperature)
+    if settings.top_h is not None:
+        yield process.TopHLogitsWarper(settings.top_h)
+    if settings.top_k > 0:
+        yield process.TopKLogitsWarper(settings.top_k)
+    if settings.top_p < 1.0:
+        yield process.TopPLogitsWarper(settings.top_p)
+    if settings.min_p is not None:
+        yield process.MinPLogitsWarper(settings.min_p)
+    if settings.typical_p < 1.0:
+        yield process.TypicalLogitsWarper(settings.typical_p)
+    if 0.0 < settings.epsilon_cutoff < 1.0:
+        yield process.EpsilonLogitsWarper(settings.epsilon_cutoff)
+    if 0.0 < settings.eta_cutoff < 1.0:
+        yield process.EtaLogitsWarper(settings.eta_cutoff, device=device)

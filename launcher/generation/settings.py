@@ -13,7 +13,10 @@ _DEFAULTS: dict[str, Any] = {
     "do_sample": False, "temperature": 1.0, "top_k": 50, "top_p": 1.0, "repetition_penalty": 1.0,
     "no_repeat_ngram_size": 0, "bad_words_ids": None, "suppress_tokens": None,
     "begin_suppress_tokens": None, "min_p": None, "typical_p": 1.0, "epsilon_cutoff": 0.0,
-    "eta_cutoff": 0.0,
+    "eta_cutoff": 0.0, "top_h": None, "encoder_repetition_penalty": 1.0,
+    "encoder_no_repeat_ngram_size": 0, "sequence_bias": None, "forced_bos_token_id": None,
+    "forced_eos_token_id": None, "exponential_decay_length_penalty": None, "stop_strings": None,
+    "max_time": None, "num_return_sequences": 1,
     "eos_token_id": None, "bos_token_id": None, "pad_token_id": None,
 }  # fmt: skip
 
@@ -44,6 +47,18 @@ class GenerationSettings:
     typical_p: float = 1.0
     epsilon_cutoff: float = 0.0
     eta_cutoff: float = 0.0
+    top_h: float | None = None
+    encoder_repetition_penalty: float = 1.0
+    encoder_no_repeat_ngram_size: int = 0
+    sequence_bias: list[list[Any]] | None = None
+    """Pairs of token ids and a number."""
+    forced_bos_token_id: int | None = None
+    forced_eos_token_id: int | list[int] | None = None
+    exponential_decay_length_penalty: tuple[int, float] | None = None
+    stop_strings: tuple[str, ...] = ()
+    max_time: float | None = None
+    """Seconds."""
+    num_return_sequences: int = 1
     eos_token_ids: tuple[int, ...] = ()
     bos_token_id: int | None = None
     pad_token_id: int = 0
@@ -70,10 +85,13 @@ def generation_settings(
         value = in_config if in_config is not None else getattr(tokenizer, key, None)
         merged.setdefault(key, value)
     settings = _DEFAULTS | merged
-    for key in ("temperature", "repetition_penalty"):
+    for key in ("temperature", "repetition_penalty", "encoder_repetition_penalty"):
         settings[key] = max(settings[key], _SMALLEST_DIVISOR)
     end, padding = settings.pop("eos_token_id"), settings.pop("pad_token_id")
     ends = () if end is None else (end,) if isinstance(end, int) else tuple(end)
+    stops, decay = settings["stop_strings"], settings["exponential_decay_length_penalty"]
+    settings["stop_strings"] = (stops,) if isinstance(stops, str) else tuple(stops or ())
+    settings["exponential_decay_length_penalty"] = tuple(decay) if decay else None
     vocabulary = (hf_config or {}).get("vocab_size")
     if padding is None:
         padding = ends[0] if ends else 0

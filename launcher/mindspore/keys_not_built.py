@@ -36,9 +36,6 @@ KEYS_NOT_BUILT: dict[str, dict[str, dict[str, tuple[Any, ...]]]] = {
             "freeze_exclude": (list[str] | None, None, []),
         },
     },
-    "generation_config": {
-        "Remove it": {"parallel_decoding": (str | None, None)},
-    },
     "parallel": {
         "Checkpoints describe their own layout: remove it": {"strategy_ckpt_load_file": (str, "")},
     },

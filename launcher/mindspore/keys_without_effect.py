@@ -71,7 +71,12 @@ KEYS_WITHOUT_EFFECT: dict[str, dict[str, dict[str, Any]]] = {
     },
     "generation_config": {
         "keys and values are always kept": {"use_past": bool},
-        "speculative decoding is off": {"window_size": int, "level": int, "guess_set_size": int},
+        "speculative decoding changes no token, and is off": {
+            "parallel_decoding": str | None,
+            "window_size": int,
+            "level": int,
+            "guess_set_size": int,
+        },
     },
     "optimizer": {
         "AdamW is always fused": {"use_fused_adamw": bool},

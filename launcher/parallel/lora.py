@@ -25,7 +25,8 @@ from models.lora_config import MAGNITUDE
 def shard_adapters(
     model: nn.Module, specs: Mapping[str, ShardSpec], group: dist.ProcessGroup
 ) -> None:
-    """Tell the adapters of a decoder, whose parameters are sharded already, about their shards."""
+    """Set what each adapter of a decoder, whose parameters are sharded already, must know of its
+    shards."""
     for name, module in model.named_modules():
         if not isinstance(module, Linear) or module.adapter is None:
             continue

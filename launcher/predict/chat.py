@@ -177,8 +177,10 @@ class Chat:
         ended = bool(tokens) and tokens[-1] in self.limits.settings.eos_token_ids
         if is_stopped and not ended:
             self._print("(stopped; what there is of the answer stays in the history)")
-        elif not ended:
+        elif not ended and length + len(tokens) >= limit:
             self._print(self._cut(limit))
+        elif not ended and self.limits.settings.max_time is not None:
+            self._print("(cut after generation_config.max_time, unless it ends at a stop string)")
         self._warn()
 
     def _record(self, prompt: EncodedPrompt, tokens: list[int]) -> None:

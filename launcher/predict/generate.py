@@ -15,8 +15,10 @@ import torch
 from torch import nn
 
 from launcher.data.conversations import Conversation
+from launcher.generation.draw import FURTHER
 from launcher.generation.forward import Forward
 from launcher.generation.loop import Watch, continue_tokens
+from launcher.generation.prefix import PrefixCache
 from launcher.generation.settings import GenerationSettings, token_limits
 from launcher.predict.encode import EncodedPrompt
 from models.decoder import Decoder
@@ -54,28 +56,34 @@ def generate(
     gather: Gather | None = None,
     room: int | None = None,
     watch: Watch | None = None,
+    prefix: PrefixCache | None = None,
 ) -> list[Generation]:
     """Continue every prompt; in the order of the prompts on rank 0, empty on the others.
 
-    With `data_parallel` > 1 replica `rank` continues its share, and `gather` collects them. Raises
+    A prompt has `settings.num_return_sequences` texts, one after the other. With several replicas
+    (`data_parallel`) replica `rank` continues its share, and `gather` collects them. Raises
     UserError for a prompt that is too long, before anything is computed. `room`: new tokens of a
     prompt, fewer where the model has no positions for them, in place of the lengths of `settings`.
-    `watch` sees each step of each batch of this replica.
+    `watch` sees each step of each batch of this replica. `prefix`: of a single prompt, the keys and
+    values of an earlier text that are used again.
     """
     forward = model if isinstance(model, Forward) else Forward(model)
     encoded = [_encoded(tokenizer, prompt, settings) for prompt in prompts]
     positions = positions_of(forward.model)
     limits = _limits([len(prompt.ids) for prompt in encoded], settings, positions, room)
-    mine = list(range(rank, len(prompts), data_parallel))
+    copies = settings.num_return_sequences
+    mine = range(rank, len(prompts) * copies, data_parallel)
     done: list[tuple[int, Generation]] = []
     for start in range(0, len(mine), batch_size):
         batch = mine[start : start + batch_size]
+        of = [text // copies for text in batch]
         news = continue_tokens(
-            forward, [encoded[i].ids for i in batch], settings, limits=[limits[i] for i in batch],
-            indices=batch, seed=seed, device=device, watch=watch,
+            forward, [encoded[i].ids for i in of], settings, limits=[limits[i] for i in of],
+            indices=[i + text % copies * FURTHER for i, text in zip(of, batch, strict=True)],
+            seed=seed, device=device, watch=watch, tokenizer=tokenizer, prefix=prefix,
         )  # fmt: skip
-        for index, new in zip(batch, news, strict=True):
-            prompt = encoded[index]
+        for index, i, new in zip(batch, of, news, strict=True):
+            prompt = encoded[i]
             text = continued_text(tokenizer, prompt.text, prompt.ids, new)
             done.append((index, Generation(prompt=prompt.text, text=text, tokens=tuple(new))))
     forward.finish()

@@ -40,10 +40,12 @@ class Terminal:
         self.is_terminal = os.isatty(_KEYBOARD)
         self._readline = _readline() if self.is_terminal else None
         if self.is_terminal and has_own_log():  # standard output is the log of a worker
+            sys.stdout.flush()
             os.dup2(_KEYBOARD, 1)
-        for stream in (sys.stdin, sys.stdout):
+            sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+        for stream, errors in ((sys.stdin, "replace"), (sys.stdout, "backslashreplace")):
             if hasattr(stream, "reconfigure"):
-                stream.reconfigure(errors="backslashreplace" if stream is sys.stdout else "replace")
+                stream.reconfigure(errors=errors)
 
     def write(self, text: str) -> None:
         """Write text, at once."""

@@ -23,7 +23,7 @@ _PLACE_KEYS = (
     *("dataset_dir", "dataset_files", "data_files", "path"),
     *("config.data_path", "config.train_data_path"),
 )
-"""Keys of a data loader that say where its data is, the first that is set counts."""
+"""Keys of a data loader for the place of its data; the first that is set counts."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -62,8 +62,9 @@ def _fit(run: TrainRun, callbacks: Callbacks) -> None:
         for callback in (*callbacks.reports, *callbacks.checks):
             callback.on_steps_end(run, records)
         is_last = run.state.global_step >= run.total_steps and not stop_reason
-        if is_last or is_evaluation_due(run, records):
-            evaluate_run(run, callbacks)
+        is_due = is_evaluation_due(run, records)
+        if is_last or is_due:
+            evaluate_run(run, callbacks, is_due=is_due)
         callbacks.saving.on_steps_end(run, records)
         for callback in callbacks.others:
             callback.on_steps_end(run, records)
@@ -84,14 +85,16 @@ def _report_exception(run: TrainRun, callback: Callback, error: Exception) -> No
         run.log(f"warning: {name}.on_exception: {type(other).__name__}: {other}")
 
 
-def evaluate_run(run: TrainRun, callbacks: Callbacks) -> None:
-    """Report the loss on the evaluation data, where there is some."""
+def evaluate_run(run: TrainRun, callbacks: Callbacks, *, is_due: bool) -> None:
+    """Report the loss on the evaluation data, where there is some. Checks see only evaluations that
+    are due: another one, at the end of a part of a run, does not count for early stopping."""
     if not run.evaluation:
         return
     result = evaluate_sets(run.model, run.evaluation, run.world)
     run.evaluated = run.state.global_step, result
     run.log(f"step {run.state.global_step}: {result}")
-    for callback in (*callbacks.reports, *callbacks.checks, *callbacks.others):
+    checks = callbacks.checks if is_due else ()
+    for callback in (*callbacks.reports, *checks, *callbacks.others):
         callback.on_evaluation(run, result)
 
 

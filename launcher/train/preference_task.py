@@ -9,7 +9,7 @@ is a mean over the global batch (in an evaluation over all of the data).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -54,16 +54,14 @@ class PreferenceTask:
     needs_reference: bool
     counts: bool
     """Whether this rank counts scores: one of the ranks that compute the same ones does."""
-    without_adapters: Callable[[], AbstractContextManager[None]] | None = None
-    """A context in which the model is its base alone; None: the model has no adapters."""
-
-    @property
-    def scores_before(self) -> bool:
-        """Whether the reference is computed once, before training."""
-        return self.needs_reference and self.without_adapters is None
+    scores_before: bool
+    """Whether the reference is computed once, before training."""
+    without_adapters: Callable[[], AbstractContextManager[None]] = nullcontext
+    """A context in which the model is its base alone."""
 
     def prepared(self, model: BuiltModel, batch: Batch, reference: Tensor | None) -> Prepared:
-        """A batch with what the reference says of it. `reference`: as that of `TrainRun`."""
+        """A batch with its log-probabilities under the reference; `reference`: that of
+        `TrainRun`."""
         if not self.needs_reference:
             ids = batch.input_ids
             zeros = torch.zeros(ids.shape[:-1].numel(), device=model.batch_sharder.device)
@@ -71,7 +69,6 @@ class PreferenceTask:
         if self.scores_before:
             log_q = _looked_up(batch, reference, model.batch_sharder.device)
         else:
-            assert self.without_adapters is not None
             with self.without_adapters():
                 log_q = self._scores(model, batch)
         if self.settings.is_paired:
@@ -92,9 +89,10 @@ class PreferenceTask:
         return torch.stack([model.compute.score(model.batch_sharder(one)) for one in each], 1)
 
     def score(self, model: BuiltModel, batch: Batch) -> Tensor:
-        """As `_scores`, zeros on ranks that do not count: the sum over the ranks of one data rank
-        are the log-probabilities."""
-        return self._scores(model, batch) * float(self.counts)
+        """The same of the base of the model, zeros on ranks that do not count: the sum over the
+        ranks of one data rank are the log-probabilities."""
+        with self.without_adapters():
+            return self._scores(model, batch) * float(self.counts)
 
     def divergence(
         self, model: BuiltModel, world: World, parts: Sequence[Prepared], samples: int

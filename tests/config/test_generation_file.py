@@ -62,8 +62,20 @@ def test_an_ordinary_file_is_right_and_ints_become_floats() -> None:
         {"bad_words_ids": [[]]},
         {"num_beams": 4},
         {"guidance_scale": 1.5},
-        {"stop_strings": ["\n"]},
-        {"forced_eos_token_id": 2},
+        {"stop_strings": [2]},
+        {"stop_strings": []},
+        {"stop_strings": ["a", ""]},
+        {"forced_eos_token_id": "2"},
+        {"sequence_bias": [[5, 1.0]]},
+        {"sequence_bias": [[[5], "1"]]},
+        {"exponential_decay_length_penalty": [20]},
+        {"exponential_decay_length_penalty": [20, 0]},
+        {"num_return_sequences": 0},
+        {"max_time": 0},
+        {"encoder_repetition_penalty": 0.0},
+        {"do_sample": True, "top_h": 0.0},
+        {"prefix_allowed_tokens": 1, "dola_layers": "high"},
+        {"penalty_alpha": 0.6},
         {"watermarking_config": {"greenlist_ratio": 0.5}},
     ],
     ids=str,
@@ -73,6 +85,22 @@ def test_every_wrong_value_is_reported_with_file_and_key(content: dict[str, Any]
     key, value = list(content.items())[-1]
     assert found.startswith(f"m/generation_config.json: {key} = {value!r}: ")
     messages.check("generation_config.json", str(content), found)
+
+
+FURTHER = {
+    "stop_strings": "\n", "forced_eos_token_id": [2, 3], "forced_bos_token_id": -1,
+    "sequence_bias": [[[5, 9], -2], [[7], 1.5]], "exponential_decay_length_penalty": [20, 1.1],
+    "num_return_sequences": 2, "max_time": 3, "encoder_repetition_penalty": 2,
+    "encoder_no_repeat_ngram_size": 3, "top_h": 0.4, "renormalize_logits": True,
+}  # fmt: skip
+
+
+def test_further_keys_of_transformers_act() -> None:
+    found = check_generation({"do_sample": True, **FURTHER}, "f")
+    assert (found.problems, found.notes) == ([], [])
+    expected = {"do_sample": True, **FURTHER, "forced_bos_token_id": None}
+    del expected["renormalize_logits"]
+    assert found.values == expected
 
 
 def test_all_problems_are_reported_at_once() -> None:
@@ -138,6 +166,39 @@ def found_in(name: str, content: str | bytes) -> list[str]:
         path.unlink()
         if before is not None:
             path.write_bytes(before)
+
+
+SECTIONS = {
+    "lists": ("sequence_bias: [[5, 1.0]]", "generation_config.sequence_bias = ", None),
+    "decay": ("exponential_decay_length_penalty: [1, 2, 3]", "[1, 2, 3]: ", None),
+    "stop strings": ("stop_strings: ['']", "generation_config.stop_strings = ['']: ", None),
+    "words": ("bad_words_ids: [5]", "generation_config.bad_words_ids = [5]: ", None),
+    "tokens": ("forced_eos_token_id: [3, 99999]", "contains token 99999: ", None),
+    "greedy": ("num_return_sequences: 2", "num_return_sequences = 2: ", ("1",)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SECTIONS)
+@pytest.mark.usefixtures("_folder")
+def test_rules_of_the_section(name: str) -> None:
+    line, says, near = SECTIONS[name]
+    Path("run.yaml").write_text(
+        RIGHT + f"run_mode: predict\ninput_data: hello\ngeneration_config:\n  {line}\n"
+    )
+    (found,) = found_in("unused.json", "{}")
+    at = len(Path("run.yaml").read_text().splitlines())
+    assert found.startswith(f"run.yaml:{at}: ")
+    assert says in found
+    assert near is None or messages.nearest(found) == near
+    messages.check("generation_config", name, found)
+
+
+@pytest.mark.usefixtures("_folder")
+def test_several_texts_with_do_sample_of_the_file() -> None:
+    several = '{"num_return_sequences": 2, "do_sample": %s}'
+    assert found_in("generation_config.json", several % "true") == []
+    (found,) = found_in("generation_config.json", several % "false")
+    assert "num_return_sequences = 2: " in found
 
 
 @pytest.mark.parametrize(

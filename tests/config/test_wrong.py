@@ -20,12 +20,13 @@ from tests.config.tables import (
     keys,
     layouts,
     mixtures,
+    preferences,
 )
 from tests.config.workspace import RIGHT, build
 
 TABLE = (
     *keys.TABLE, *combinations.TABLE, *inputs.TABLE, *layouts.TABLE, *mixtures.TABLE,
-    *evaluation.TABLE,
+    *evaluation.TABLE, *preferences.TABLE,
 )  # fmt: skip
 WITH_NEAREST = [row for row in layouts.TABLE if row.errors[0].near]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from launcher.generation.draw import draw, draw_seed
 from tests.end_to_end.test_processes import start
 from tests.workshop import Workshop
 
@@ -12,6 +13,13 @@ pytestmark = [
     pytest.mark.cuda,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
+
+
+def test_draws_are_those_of_the_cpu() -> None:
+    scores = torch.randn(500, 300, generator=torch.Generator().manual_seed(0))
+    seeds = [draw_seed(1, index, 2) for index in range(len(scores))]
+    assert torch.equal(draw(scores.cuda(), seeds).cpu(), draw(scores, seeds))
+
 
 ON_CUDA = {"context": {"device_target": "GPU"}}
 

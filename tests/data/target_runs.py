@@ -11,7 +11,11 @@ from launcher.data.conversations import Conversation
 
 def target_runs(tokenizer: Any, turns: list[dict[str, Any]]) -> list[list[int]]:
     """The runs of target tokens of one conversation, under the tokenizer's chat template."""
-    talk = Conversation(where="d.jsonl:1", messages=turns)
+    return runs_of_talk(tokenizer, Conversation(where="d.jsonl:1", messages=turns))
+
+
+def runs_of_talk(tokenizer: Any, talk: Conversation) -> list[list[int]]:
+    """The runs of target tokens of a conversation."""
     ((sample,),) = tokenize_conversations([talk], tokenizer, lambda _: None)
     pairs = zip(sample.is_target, sample.tokens, strict=True)
     runs = groupby(pairs, key=lambda pair: bool(pair[0]))

@@ -6,9 +6,13 @@ from typing import Any
 
 import pytest
 
+from launcher.data.chat import tokenize_conversations
+from launcher.data.conversations import Conversation
+from launcher.data.strictness import Strictness
+from launcher.data.tally import Tally
 from launcher.errors import UserError
 
-from .target_runs import target_runs
+from .target_runs import runs_of_talk, target_runs
 from .tokenizers_of_kinds import byte_level
 
 MARKS = ["<|end|>", "<|return|>", "<|user|>", "<|assistant|>", "<|message|>"]
@@ -59,7 +63,7 @@ def talk_of(*contents: str, system: str = "") -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize(
     ("template", "last"),
-    [(PHI3, "<|end|>\n<|im_end|>"), (PROMPTS, "<|end|>"), (HARMONY, "<|return|>")],
+    [(PHI3, "<|end|>"), (PROMPTS, "<|end|>"), (HARMONY, "<|return|>")],
     ids=["end of the conversation", "always prompts", "another mark"],
 )
 @pytest.mark.parametrize(
@@ -104,3 +108,44 @@ def test_the_same_end_in_prompts_and_marks_is_not_a_prompt(tokenizer: Any) -> No
     )
     expected = ["Yes[END_TURN]", "No[END_TURN]"]
     assert runs_of(tokenizer, template, talk_of("a", "Yes", "b", "No")) == expected
+
+
+GLM = (  # an answer ends with the token that begins the next turn
+    "{% for m in messages %}{{ '<|' + m.role + '|>\\n' + m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"
+)
+HEADERS = (  # a question has no mark: the token behind it begins the answer, as in DeepSeek's
+    "{% for m in messages %}{% if m.role == 'user' %}{{ '<|user|>' + m.content }}"
+    "{% else %}{{ '<|assistant|>' + m.content + '<|end|>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+
+
+def test_the_token_of_the_next_turn_ends_an_answer_without_a_mark(tokenizer: Any) -> None:
+    """Behind the last answer there is none, which is counted."""
+    tokenizer.chat_template = GLM
+    talk = Conversation(where="d.jsonl:1", messages=talk_of("Why?", "Yes", "How?", "So"))
+    assert runs_of(tokenizer, GLM, talk.messages) == ["Yes<|user|>", "So"]
+    tally = Tally()
+    list(tokenize_conversations([talk], tokenizer, print, Strictness(strict=True, tally=tally)))
+    (line,) = tally.warnings()
+    assert "end token" in line
+    assert line.endswith("d.jsonl:1")
+
+
+@pytest.mark.parametrize(
+    ("template", "runs"),
+    [
+        (HEADERS, ["Why?", "Yes<|end|>", "How?", "So<|end|>"]),
+        (HARMONY, ["Why?<|end|>", "Yes<|end|>", "How?<|end|>", "So<|return|>"]),
+        (PHI3, ["Why?<|end|>", "Yes<|end|>", "How?<|end|>", "So<|end|>"]),
+    ],
+)
+def test_questions_end_at_their_own_mark(tokenizer: Any, template: str, runs: list[str]) -> None:
+    tokenizer.chat_template = template
+    talk = Conversation(
+        where="d.jsonl:1",
+        messages=talk_of("Why?", "Yes", "How?", "So"),
+        learnt_roles=frozenset({"user", "assistant"}),
+    )
+    assert [tokenizer.decode(run) for run in runs_of_talk(tokenizer, talk)] == runs

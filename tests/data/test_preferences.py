@@ -148,6 +148,16 @@ def test_a_pair_is_a_good_and_a_bad_answer() -> None:
     assert [one.answer for one in found] == list(pair(CHAT_PAIRS["swift"])[1:])
 
 
+def test_fields_that_are_not_used_are_counted() -> None:
+    counted = Tally()
+    lenient = Strictness(strict=True, tally=counted)
+    value = {**CHAT_PAIRS["trl"], "label": 1, "score_chosen": 0.4}
+    (found,) = pairs_of([Record("data.jsonl:1", value)], None, lenient)
+    assert found == pair(CHAT_PAIRS["trl"])
+    assert set(counted.unused_fields.by_name) == {"label", "score_chosen"}
+    assert counted.unused_fields.all.count == 1
+
+
 def test_text_is_used_as_it_is_unless_the_format_says_messages() -> None:
     value = {"prompt": "What is a ship?", "chosen": GOOD, "rejected": BAD}
     found = pair(value)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from launcher.data.chat_rendering import ChatRenderer, ChatSettings, chat_settin
 from launcher.data.conversations import Conversation
 from launcher.data.strictness import Strictness
 from launcher.data.tally import Tally
+from launcher.errors import UserError
 
 from .conftest import CHATML, train_tokenizer
 
@@ -86,6 +89,12 @@ def row_of(
     return sample, strictness.tally.warnings()
 
 
+def starts_of(sample: Sample) -> list[int]:
+    """Where learnt tokens begin."""
+    pairs = zip([False, *sample.is_target], sample.is_target, strict=False)
+    return [place for place, (before, learnt) in enumerate(pairs) if learnt and not before]
+
+
 SHAPES = {  # template, configuration, turns, tools, whether all answers have the context of predict
     "thinking": (THINKING, {}, TALK, None, True),
     "thinking off": (THINKING, {"enable_thinking": False}, [QUESTION, ANSWER], None, True),
@@ -110,13 +119,7 @@ def test_a_row_up_to_an_answer_is_what_predict_feeds(
     tokenizer.chat_template = template
     settings = ChatSettings(kwargs=kwargs, tools=tools)
     sample, warnings = row_of(tokenizer, Conversation(where="d:1", messages=turns), settings)
-    starts = [
-        place
-        for place, (before, learnt) in enumerate(
-            zip([False, *sample.is_target], sample.is_target, strict=False)
-        )
-        if learnt and not before
-    ]
+    starts = starts_of(sample)
     answers = [index for index, turn in enumerate(turns) if turn["role"] == "assistant"]
     assert len(starts) == len(answers)
     renderer = ChatRenderer(tokenizer, settings)
@@ -228,3 +231,55 @@ def test_the_configuration_chooses_a_template(
     )
     assert row.text.startswith(expected)
     assert chat_settings(Config(chat_template="none")).is_raw
+
+
+def templates_of_trl() -> list[Path]:
+    """The chat templates that trl ships, those of many models; none where it is not installed."""
+    spec = importlib.util.find_spec("trl")
+    folders = (spec.submodule_search_locations or []) if spec else []
+    return sorted(
+        path for folder in folders for path in Path(folder).glob("chat_templates/*.jinja")
+    )
+
+
+SPECIAL = re.compile(
+    r"<[|｜][^|｜<>' ]+[|｜]>|<[|]?(?:start_of_|end_of_)?turn[|]?>|</?s>|\[/?INST\]"
+)
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not templates_of_trl(), reason="trl is not installed")
+def test_templates_of_many_models() -> None:
+    """Wherever a row differs from what predict feeds it is counted; ends are learnt, once."""
+    checked = 0
+    for path in templates_of_trl():
+        text = path.read_text()
+        tokenizer = train_tokenizer(bos_token="<|endoftext|>")
+        tokenizer.add_special_tokens(
+            {"additional_special_tokens": sorted({*SPECIAL.findall(text)})}
+        )
+        settings = ChatSettings(text=text)
+        for turns in ([QUESTION, ANSWER], [QUESTION, ANSWER, AGAIN, THOUGHT]):
+            talk = Conversation(where="d:1", messages=turns)
+            try:
+                sample, warnings = row_of(tokenizer, talk, settings)
+            except UserError:
+                continue  # a template for pictures, or with other rules about turns
+            starts = starts_of(sample)
+            renderer = ChatRenderer(tokenizer, settings)
+            prompts = [
+                renderer.prompt(Conversation(where="d:1", messages=turns[:index])).ids
+                for index in range(1, len(turns), 2)
+            ]
+            same = len(starts) == len(prompts) and all(
+                sample.tokens[:start] == ids for start, ids in zip(starts, prompts, strict=True)
+            )
+            has_marks = "phi3" in path.name and "training" in path.name  # two blocks an answer
+            assert same or has_marks or any("than in predict" in line for line in warnings), path
+            answer = tokenizer.decode(
+                [new for new, learnt in zip(sample.tokens, sample.is_target, strict=True) if learnt]
+            )
+            assert ANSWER["content"] in answer, path
+            assert answer == answer.rstrip() or "end token" in str(warnings), path
+            checked += 1
+    assert checked > 50

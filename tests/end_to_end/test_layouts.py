@@ -140,23 +140,29 @@ PREDICTIONS = [
 
 
 @pytest.mark.parametrize(("model", "trained", "layouts"), PREDICTIONS)
-def test_predictions_from_a_checkpoint_are_the_same_on_every_layout(
+def test_predictions_from_files_of_any_layout_are_the_same_on_every_layout(
     workshop: Workshop, model: str, trained: str, layouts: list[str]
 ) -> None:
     train(workshop, model, trained, "output", "--max_steps", "4")
+    code = merge(["--mindspore_ckpt_dir", str(workshop.folder / "output/checkpoint"),
+                  "--output_dir", str(workshop.folder / "merged"), "--file_suffix", "1_4",
+                  "--filter_out_param_prefix", "adam_"])  # fmt: skip
+    assert code == 0
     texts = {}
-    for layout in ("alone", *layouts):
+    sources = [(layout, "output/checkpoint") for layout in ("alone", *layouts)]
+    for layout, weights in (*sources, (layouts[0], "merged")):
         name = workshop.yaml(
             "predict.yaml",
             **{**LAYOUTS[layout], "output_dir": layout, "model": {"model_config": MODELS[model]}},
         )
         result = run_job(
-            ["--config", name, "--run_mode", "predict", "--load_checkpoint", "output/checkpoint",
+            ["--config", name, "--run_mode", "predict", "--load_checkpoint", weights,
              "--predict_data", "def f", "import", "a b c", "--predict_batch_size", "2",
              "generation_config.max_new_tokens=12", "generation_config.do_sample=True"],
             workshop.folder, ranks(layout),
         )  # fmt: skip
         assert result.code == 0, result.stderr + result.stdout
-        texts[layout] = (workshop.folder / layout / "text_generation_result.jsonl").read_text()
-        assert len(texts[layout].splitlines()) == 3
-    assert set(texts.values()) == {texts["alone"]}
+        text = (workshop.folder / layout / "text_generation_result.jsonl").read_text()
+        assert len(text.splitlines()) == 3
+        texts[layout, weights] = text
+    assert set(texts.values()) == {texts["alone", "output/checkpoint"]}

@@ -125,6 +125,7 @@ def test_below_an_adapter_the_base_is_the_reference(shop: Workshop, layout: str,
         base = merged(base, {"model": {"model_config": MOE}})
     alone = train(shop, "alone", "alone", base)
     assert "reference: log-probabilities" not in alone.stdout
+    assert "reference: the base model below the adapter" in alone.stdout
     train(shop, layout, "laid_out", base)
     assert_equal(shop, "laid_out", "alone")
     assert shop.rows("alone")[0]["rewards/chosen"] == 0
@@ -143,12 +144,75 @@ def test_a_run_resumes_bitwise_with_the_first_reference(shop: Workshop) -> None:
     base = merged(settings("dpo"), {"do_eval": False})
     train(shop, "alone", "whole", base)
     train(shop, "alone", "parts", base, "--runner_config.stop_step", "2")
-    for file in (shop.folder / "cache").glob("reference-*"):
-        file.unlink()  # computed again, from the first weights
-    train(shop, "alone", "parts", base, "--resume_training", "True")
+    stops = (["--runner_config.stop_step", "3"], [])
+    for stop in stops:
+        resumed = train(shop, "alone", "parts", base, "--resume_training", "True", *stop)
+        assert ("reference: the first weights" in resumed.stdout) is (stop == [])
+        for file in (shop.folder / "cache").glob("reference-*"):
+            file.unlink()  # to be computed again, from the first weights
     assert shop.losses("whole") == shop.losses("parts")
     whole, parts = (shop.saved(output, "1_4") for output in ("whole", "parts"))
     assert [key for key in whole if whole[key] != parts[key]] == []
+
+
+@pytest.mark.long
+def test_a_run_with_an_adapter_resumes_bitwise(shop: Workshop) -> None:
+    base = merged(merged(settings("kto"), LORA), {"do_eval": False})
+    train(shop, "alone", "whole", base)
+    train(shop, "alone", "parts", base, "--runner_config.stop_step", "2")
+    train(shop, "alone", "parts", base, "--resume_training", "True")
+    assert shop.losses("whole") == shop.losses("parts")
+
+
+@pytest.mark.long
+def test_a_reference_that_is_gone_is_not_another_one(shop: Workshop) -> None:
+    base = merged(settings("dpo"), {"do_eval": False})
+    train(shop, "alone", "output", base, "--runner_config.stop_step", "2")
+    (file,) = (shop.folder / "cache").glob("reference-*")
+    file.unlink()
+    name = shop.yaml("other.yaml", **merged(base, {"seed": 8}))
+    result = run_job(["--config", name, "--run_mode", "train", "--resume_training", "True",
+                      "--ignore_data_skip", "True"], shop.folder)  # fmt: skip
+    assert result.code == 2
+    assert "preference.reference.weights" in result.stderr
+
+
+@pytest.mark.long
+def test_adapters_beside_modules_that_are_trained_in_full(shop: Workshop) -> None:
+    """The base leaves with the first step, so that its log-probabilities are computed before it."""
+    base = merged(merged(settings("dpo"), LORA), {
+        "pet_config": {"modules_to_save": ["lm_head"]},
+        "model": {"model_config": {"tie_word_embeddings": False}},
+    })  # fmt: skip
+    alone = train(shop, "alone", "alone", base)
+    assert "reference: log-probabilities" in alone.stdout
+    train(shop, "pp2", "laid_out", merged(base, {"data_cache": {"dir": "cache2"}}))
+    assert_equal(shop, "laid_out", "alone")
+    assert shop.rows("alone")[0]["rewards/chosen"] == 0
+
+
+@pytest.mark.long
+def test_named_weights_are_the_reference_below_an_adapter_too(shop: Workshop) -> None:
+    base = merged(settings("dpo"), {"do_eval": False})
+    train(shop, "alone", "other", merged(base, {"seed": 8, "runner_config": {"stop_step": 1}}))
+    named = {"preference": {"reference": {"weights": "other/checkpoint"}}}
+    found = {}
+    for output, more in (("full", {}), ("adapter", LORA)):
+        train(shop, "alone", output, merged(merged(base, named), more))
+        found[output] = shop.rows(output)[0]["rewards/chosen"]
+    assert found["full"] == pytest.approx(found["adapter"], rel=1e-5)
+    assert found["full"] != 0
+
+
+@pytest.mark.long
+def test_the_best_save_is_that_with_the_widest_margin(shop: Workshop) -> None:
+    monitor = {"type": "CheckpointMonitor", "save_checkpoint_steps": 2, "keep_best": True,
+               "best_metric": "eval_rewards/margins", "best_mode": "max"}  # fmt: skip
+    base = settings("dpo") | {"callbacks": [monitor], "eval_step_interval": 2}
+    train(shop, "alone", "output", base)
+    margins = [row["eval_rewards/margins"] for row in shop.rows() if "eval_loss" in row]
+    assert len(margins) == 2
+    assert margins[1] > margins[0]
 
 
 @pytest.mark.long

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from itertools import pairwise
 from pathlib import Path
 from string import ascii_lowercase
 
@@ -49,7 +50,7 @@ def write_chat_model(materials: Workshop, folder: Path) -> str:
         chains = ("?" + ANSWER, "~" + ascii_lowercase + "a")
         for chain in chains:
             ids = [i for character in chain for i in tokenizer(character)["input_ids"]]
-            for token, successor in zip(ids, ids[1:], strict=False):
+            for token, successor in pairwise(ids):
                 state["lm_head.weight"][successor, token] = 1
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.save_pretrained(folder / "model")

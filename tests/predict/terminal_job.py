@@ -6,6 +6,7 @@ import os
 import select
 import sys
 import termios
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,13 +22,11 @@ class TerminalJob:
         self._master, slave = os.openpty()
         termios.tcsetwinsize(self._master, (50, 200))
         name, port = os.ttyname(slave), free_port()
+        given = [(name if rank == 0 else "", rank, world_size, port) for rank in range(world_size)]
         self._processes = [
-            _context().Process(
-                target=_started,
-                args=(list(arguments), str(folder), name if rank == 0 else "", rank, world_size, port),
-            )
-            for rank in range(world_size)
-        ]  # fmt: skip
+            _context().Process(target=_started, args=(list(arguments), str(folder), *of_rank))
+            for of_rank in given
+        ]
         for process in self._processes:
             process.start()
         self._slave = slave
@@ -45,9 +44,11 @@ class TerminalJob:
 
     def expect(self, text: str) -> None:
         """Wait until `text` is printed, after what was expected before."""
-        sought = text.encode()
+        sought, deadline = text.encode(), time.monotonic() + PATIENCE
         while (at := self._bytes.find(sought, self._seen)) < 0:
-            assert self._read(PATIENCE), f"{text!r} is not in {self._bytes[self._seen :]!r}"
+            waits = self._processes[0].is_alive() and time.monotonic() < deadline
+            found = self._read(0.5)
+            assert found or waits, f"{text!r} is not in {self._bytes[self._seen :].decode()}"
         self._seen = at + len(sought)
 
     def end(self) -> list[int]:

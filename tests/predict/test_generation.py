@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from launcher.errors import UserError
+from launcher.generation.forward import Forward
 from launcher.generation.loop import continue_tokens
 from launcher.generation.sampling import processors_of
 from launcher.generation.settings import GenerationSettings, generation_settings, token_limits
 from models.build import build_model
+from models.cache import KVCache
 from tests.models.tiny import EXPERTS, GLM, dense_spec, module_spec, oracle, pair
+from tests.predict.tiny_tokenizer import tiny_tokenizer
 
 PROMPTS = [[5, 9, 33, 40], [7], [50, 51, 52, 53, 54, 55, 56], [80, 3, 11]]
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -36,8 +40,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 
 def run(
-    model: nn.Module, settings: GenerationSettings, prompts: list[list[int]] = PROMPTS,
-    *, batch_size: int = 4, seed: int = 0,
+    model: nn.Module | Forward, settings: GenerationSettings, prompts: list[list[int]] = PROMPTS,
+    *, batch_size: int = 4, seed: int = 0, tokenizer: Any = None,
 ) -> list[list[int]]:  # fmt: skip
     limits = token_limits([len(p) for p in prompts], settings, None)
     news: list[list[int]] = []
@@ -45,11 +49,26 @@ def run(
         part = slice(start, start + batch_size)
         indices = range(len(prompts))[part]
         news += continue_tokens(model, prompts[part], settings, limits=limits[part],
-                                indices=indices, seed=seed, device="cpu")  # fmt: skip
+                                indices=indices, seed=seed, device="cpu",
+                                tokenizer=tokenizer)  # fmt: skip
     return news
 
 
-def generated(module: Any, prompt: list[int], **settings: Any) -> list[int]:
+class CountedForward(Forward):
+    """Notes the rows of each step."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self.rows: list[int] = []
+
+    def __call__(self, ids: Tensor, cache: KVCache) -> Tensor | None:
+        self.rows.append(len(ids))
+        return super().__call__(ids, cache)
+
+
+def generated(
+    module: Any, prompt: list[int], *, tokenizer: Any = None, **settings: Any
+) -> list[int]:
     """What transformers makes of one prompt: its new tokens, the end token included."""
     from transformers import GenerationConfig
 
@@ -57,7 +76,7 @@ def generated(module: Any, prompt: list[int], **settings: Any) -> list[int]:
     module.eval()
     text = module.generate(
         ids, attention_mask=torch.ones_like(ids),
-        generation_config=GenerationConfig(pad_token_id=0, **settings),
+        generation_config=GenerationConfig(pad_token_id=0, **settings), tokenizer=tokenizer,
     )  # fmt: skip
     return text[0, len(prompt) :].tolist()
 
@@ -92,9 +111,31 @@ PROCESSED: dict[str, dict[str, Any]] = {
     "min_length": {"max_new_tokens": 12, "min_length": 11, "repetition_penalty": 1.2},
     "min_new_tokens": {"max_new_tokens": 10, "min_new_tokens": 8},
     "no_repeat_ngram_size": {"max_new_tokens": 16, "no_repeat_ngram_size": 2},
-    "bad_words_ids": {"max_new_tokens": 10, "bad_words_ids": [[9], [5, 9], [33, 40, 7]]},
+    "bad_words_ids": {"max_new_tokens": 10, "bad_words_ids": [[25], [71, 71], [33, 40, 7]]},
     "suppress_tokens": {"max_new_tokens": 10, "suppress_tokens": list(range(0, 96, 2))},
     "begin_suppress_tokens": {"max_new_tokens": 6, "begin_suppress_tokens": list(range(80))},
+    "encoder_repetition_penalty": {"max_new_tokens": 10, "encoder_repetition_penalty": 3.0},
+    "encoder_no_repeat_ngram_size": {
+        "max_new_tokens": 12,
+        "encoder_no_repeat_ngram_size": 1,
+        "sequence_bias": [[[token], 9.0] for prompt in PROMPTS for token in prompt],
+    },
+    "sequence_bias": {
+        "max_new_tokens": 10,
+        "sequence_bias": [[[9], 8.0], [[9, 12], 20.0], [[33, 40, 7], -5.0]],
+    },
+    "forced_bos_token_id": {
+        "max_new_tokens": 6,
+        "forced_bos_token_id": 11,
+        "begin_suppress_tokens": [60, 61],
+    },
+    "forced_eos_token_id": {"max_new_tokens": 6, "forced_eos_token_id": [12, 13]},
+    "forced_eos_token_id, max_length": {"max_length": 10, "forced_eos_token_id": 12},
+    "exponential_decay_length_penalty": {
+        "max_new_tokens": 20,
+        "exponential_decay_length_penalty": (2, 1.6),
+    },
+    "renormalize_logits": {"max_new_tokens": 10, "renormalize_logits": True},
 }
 
 
@@ -104,14 +145,47 @@ def test_processed_scores_equal_transformers(name: str) -> None:
     end = run(own, GenerationSettings(max_new_tokens=4))[0][2]
     given = PROCESSED[name]
     expected = [generated(module, p, do_sample=False, eos_token_id=[end], **given) for p in PROMPTS]
-    assert run(own, GenerationSettings(eos_token_ids=(end,), **given)) == expected
+    kept = {key: value for key, value in given.items() if key != "renormalize_logits"}
+    found = run(own, GenerationSettings(eos_token_ids=(end,), **kept))
+    assert found == expected
+    lengths = {key: given[key] for key in ("max_length", "max_new_tokens") if key in given}
+    plain = run(own, GenerationSettings(eos_token_ids=(end,), **lengths))
+    assert (found == plain) == (name in ("max_length", "renormalize_logits"))
+
+
+def test_a_text_ends_with_a_stop_string_as_in_transformers() -> None:
+    tokenizer = tiny_tokenizer()
+    own, module = pair(dense_spec(**FAMILIES["llama"], vocab_size=len(tokenizer)))
+    free = run(own, GenerationSettings(max_new_tokens=12))
+    # The second one begins in one token and ends in the next, or in the prompt.
+    stops = [tokenizer.decode(free[0][3:4]), tokenizer.decode(free[2][5:7])]
+    across = tokenizer.decode([PROMPTS[3][-1], free[3][0]])
+    expected = [
+        generated(module, p, max_new_tokens=12, stop_strings=[*stops, across], tokenizer=tokenizer)
+        for p in PROMPTS
+    ]
+    settings = GenerationSettings(max_new_tokens=12, stop_strings=(*stops, across))
+    found = run(own, settings, tokenizer=tokenizer)
+    assert found == expected
+    assert [len(new) < 12 for new in found].count(True) >= 3
+    assert len(found[3]) == 1
+
+
+def test_texts_end_after_a_time() -> None:
+    own, _ = pair(dense_spec(**FAMILIES["llama"]))
+    free = run(own, GenerationSettings(max_new_tokens=12))
+    found = run(own, GenerationSettings(max_new_tokens=12, max_time=1e-9))
+    assert found == [new[:1] for new in free]
+    assert run(own, GenerationSettings(max_new_tokens=12, max_time=1e6)) == free
 
 
 WARPED: dict[str, Any] = {
     "temperature": 1.5, "top_k": 20, "top_p": 0.95, "min_p": 0.01, "typical_p": 0.9,
     "epsilon_cutoff": 0.001, "eta_cutoff": 0.001, "repetition_penalty": 1.1,
     "no_repeat_ngram_size": 3, "bad_words_ids": [[7, 8]], "suppress_tokens": [3],
-    "begin_suppress_tokens": [4], "min_new_tokens": 2,
+    "begin_suppress_tokens": [4], "min_new_tokens": 2, "top_h": 0.9, "sequence_bias": [[[5], 1.0]],
+    "encoder_repetition_penalty": 1.2, "encoder_no_repeat_ngram_size": 2, "forced_bos_token_id": 6,
+    "forced_eos_token_id": 7, "exponential_decay_length_penalty": (1, 1.2),
 }  # fmt: skip
 
 
@@ -121,11 +195,16 @@ def test_scores_are_changed_in_the_order_of_transformers() -> None:
     _, module = pair(dense_spec(**FAMILIES["llama"]))
     config = GenerationConfig(do_sample=True, max_new_tokens=5, eos_token_id=[2], pad_token_id=0,
                               **WARPED)  # fmt: skip
+    config.max_length = 9
     module._prepare_special_tokens(config, kwargs_has_attention_mask=True, device="cpu")
-    expected = module._get_logits_processor(config, input_ids_seq_length=4, device="cpu")
-    own = processors_of(GenerationSettings(do_sample=True, eos_token_ids=(2,), **WARPED), 4, "cpu")
+    prompt = torch.tensor([[5, 9, 7, 33]])
+    expected = module._get_logits_processor(
+        config, input_ids_seq_length=4, encoder_input_ids=prompt, device="cpu"
+    )
+    settings = GenerationSettings(do_sample=True, eos_token_ids=(2,), **WARPED)
+    own = processors_of(settings, [5, 9, 7, 33], 9, "cpu")
     assert [type(step) for step in own] == [type(step) for step in expected]
-    ids = torch.tensor([[5, 9, 7, 33]])
+    ids = torch.tensor([[5, 9, 7, 33, 8, 1]])
     scores = torch.randn(1, 96, generator=torch.Generator().manual_seed(1))
     assert torch.equal(own(ids, scores.clone()), expected(ids, scores.clone()))
 
@@ -158,6 +237,22 @@ def test_samples_follow_the_distribution() -> None:
     assert (counted - shares).abs().max() < 0.03
 
 
+@pytest.mark.parametrize("settings", [GenerationSettings(max_new_tokens=16), SAMPLED])
+def test_rows_that_have_ended_leave_the_batch(settings: GenerationSettings) -> None:
+    own, _ = pair(dense_spec(**FAMILIES["mistral window"]))
+    free = run(own, settings, batch_size=1)
+    ends = (free[0][1], free[2][3], free[3][6])
+    settings = replace(settings, eos_token_ids=ends)
+    forward = CountedForward(own)
+    found = run(forward, settings)
+    assert found == run(own, settings, batch_size=1)
+    assert {len(new) for new in found} != {len(found[0])}
+    assert forward.rows[0] == len(PROMPTS)
+    assert forward.rows[-1] < len(PROMPTS)
+    assert forward.rows == sorted(forward.rows, reverse=True)
+    assert own.training
+
+
 @pytest.mark.parametrize("family", ["gpt_neox", "gpt2"])
 def test_modules_of_transformers_continue_with_their_own_loop(family: str) -> None:
     spec = module_spec(family)
@@ -182,8 +277,6 @@ def test_settings_take_each_key_from_the_source_of_highest_priority() -> None:
 
 
 def test_special_tokens_come_from_config_json_then_from_the_tokenizer() -> None:
-    from tests.predict.tiny_tokenizer import tiny_tokenizer
-
     tokenizer = tiny_tokenizer()
     settings = generation_settings(tokenizer=tokenizer, hf_config={"eos_token_id": 9})
     assert (settings.eos_token_ids, settings.bos_token_id, settings.pad_token_id) == ((9,), 1, 0)

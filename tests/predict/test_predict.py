@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,16 @@ def test_ranks_share_the_prompts_and_rank_0_has_all() -> None:
                          data_parallel=2, gather=gather)  # fmt: skip
         assert found == (alone if rank == 0 else [])
     assert [index for index, _ in shares[1]] == [1, 3]
+
+
+def test_several_texts_of_a_prompt_begin_with_the_one_that_it_has_alone() -> None:
+    settings = GenerationSettings(max_new_tokens=8, do_sample=True, temperature=1.5)
+    alone = generate(OWN, TOKENIZER, PROMPTS, settings, batch_size=2)
+    several = replace(settings, num_return_sequences=3)
+    found = generate(OWN, TOKENIZER, PROMPTS, several, batch_size=4)
+    assert [g.prompt for g in found] == [prompt for prompt in PROMPTS for _ in range(3)]
+    assert found[::3] == alone
+    assert len({g.tokens for g in found[:3]}) == 3
 
 
 def test_an_empty_prompt_begins_with_the_bos_token_where_there_is_one() -> None:

@@ -12,6 +12,7 @@ import gc
 import json
 import os
 import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -140,12 +141,40 @@ def train_all(folder: str, configs: dict[str, Any]) -> None:
     worlds.stop()
 
 
+SAMPLE = ("qwen3", "deepseek_v3", "gpt_oss")
+"""Families of a quick test: dense; experts apart; experts in one tensor."""
+EACH = [
+    family if family in SAMPLE else pytest.param(family, marks=pytest.mark.long)
+    for family in READERS
+]
+IN_TRANSFORMERS = [
+    entry for family, entry in zip(READERS, EACH, strict=True) if DECODERS[family].in_transformers
+]
+
+
 @pytest.fixture(scope="module")
-def exported(materials: Workshop, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the exported directory of every family."""
-    workshop = materials.copy_to(tmp_path_factory.mktemp("readers"))
+def exported(
+    materials: Workshop, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Path]:
+    """The exported directory of a family, made with those of its group."""
+    others = tuple(family for family in OF_PARITY if family not in SAMPLE)
+    folders: dict[tuple[str, ...], Path] = {}
+
+    def directory(family: str) -> Path:
+        group = SAMPLE if family in SAMPLE else others
+        if group not in folders:
+            workshop = materials.copy_to(tmp_path_factory.mktemp("readers"))
+            folders[group] = export_all(workshop, group)
+        return folders[group] / family
+
+    return directory
+
+
+def export_all(workshop: Workshop, families: Sequence[str]) -> Path:
+    """Train and export `families`, in one process. Returns the folder with their directories."""
     configs = {}
-    for family, known in OF_PARITY.items():
+    for family in families:
+        known = OF_PARITY[family]
         sizes = {**FAMILIES[known], "num_hidden_layers": 2}
         if family in TYPES:
             sizes["type"] = TYPES[family]
@@ -168,9 +197,11 @@ def test_every_family_has_a_reader() -> None:
     assert READERS.keys() == DECODERS.keys() == OF_PARITY.keys()
 
 
-@pytest.mark.parametrize("family", READERS)
-def test_names_and_configuration_are_those_that_loaders_know(exported: Path, family: str) -> None:
-    reader, folder = READERS[family], exported / family
+@pytest.mark.parametrize("family", EACH)
+def test_names_and_configuration_are_those_that_loaders_know(
+    exported: Callable[[str], Path], family: str
+) -> None:
+    reader, folder = READERS[family], exported(family)
     config = json.loads((folder / "config.json").read_text())
     assert config["architectures"] == [reader.architecture]
     assert config["model_type"] == family
@@ -193,25 +224,27 @@ def test_names_and_configuration_are_those_that_loaders_know(exported: Path, fam
     assert index["weight_map"].keys() == names.keys()
 
 
-@pytest.mark.parametrize("family", [f for f, own in DECODERS.items() if own.in_transformers])
-def test_transformers_opens_every_family(exported: Path, family: str) -> None:
+@pytest.mark.parametrize("family", IN_TRANSFORMERS)
+def test_transformers_opens_every_family(exported: Callable[[str], Path], family: str) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    _, report = AutoModelForCausalLM.from_pretrained(exported / family, output_loading_info=True)
+    _, report = AutoModelForCausalLM.from_pretrained(exported(family), output_loading_info=True)
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
     assert not report["mismatched_keys"]
-    assert len(AutoTokenizer.from_pretrained(exported / family)) <= 512
+    assert len(AutoTokenizer.from_pretrained(exported(family))) <= 512
 
 
-def test_the_tokenizer_is_of_a_kind_that_the_converter_reads(exported: Path) -> None:
+def test_the_tokenizer_is_of_a_kind_that_the_converter_reads(
+    exported: Callable[[str], Path],
+) -> None:
     """A byte-level BPE in tokenizer.json, with its merges, and special tokens by name."""
-    tokenizer = json.loads((exported / "qwen3/tokenizer.json").read_text())
+    tokenizer = json.loads((exported("qwen3") / "tokenizer.json").read_text())
     assert tokenizer["model"]["type"] == "BPE"
     assert tokenizer["model"]["merges"]
     assert tokenizer["model"]["vocab"]
     assert tokenizer["pre_tokenizer"]["type"] == "ByteLevel"
-    settings = json.loads((exported / "qwen3/tokenizer_config.json").read_text())
+    settings = json.loads((exported("qwen3") / "tokenizer_config.json").read_text())
     assert settings["eos_token"] == "<|endoftext|>"
-    generation = json.loads((exported / "qwen3/generation_config.json").read_text())
+    generation = json.loads((exported("qwen3") / "generation_config.json").read_text())
     assert generation["eos_token_id"] == tokenizer["model"]["vocab"]["<|endoftext|>"]

@@ -101,6 +101,33 @@ def test_every_kind_of_data(
     assert "\x1b" not in shown
 
 
+PAIRS = [
+    {"prompt": "What?", "chosen": "A ship.", "rejected": "No."},
+    {"prompt": "Why?", "chosen": "It slides.", "rejected": "No."},
+]
+JUDGED = [{"prompt": "What?", "completion": "A ship.", "label": False}]
+
+
+@pytest.mark.parametrize(
+    ("kind", "loss", "records", "parts"),
+    [
+        ("PreferenceDataLoader", "dpo", PAIRS,
+         ["  chosen:\n  | What?{+A ship.", "  rejected:\n  | What?{+No."]),
+        ("FeedbackDataLoader", "kto", JUDGED, ["  undesirable:\n  | What?{+A ship."]),
+    ],
+)  # fmt: skip
+def test_preferences(
+    folder: Path, capsys: pytest.CaptureFixture[str], kind: str, loss: str, records: Any,
+    parts: list[str],
+) -> None:  # fmt: skip
+    Path("pairs.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    write(f"{{type: {kind}, dataset_files: pairs.jsonl, shuffle: False}}",
+          f"trainer: {{type: {loss.upper()}Trainer}}\npreference: {{loss: {loss}}}\n")  # fmt: skip
+    shown = show(capsys, "--show_data", "1")
+    for part in parts:
+        assert part in shown, shown
+
+
 def test_both_sections_are_shown(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = "{type: TextDataLoader, dataset_dir: poem.txt}"
     write(CHAT, f"do_eval: True\neval_dataset:\n  data_loader: {text}\n  seq_length: 64\n")

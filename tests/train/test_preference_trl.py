@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from launcher.train.preference import PreferenceSettings, kto_losses, pair_losses
-from tests.preferences import PAIRS, settings, write_preferences
+from launcher.train.preference import PreferenceSettings, pair_losses
+from tests.preferences import JUDGED, PAIRS, settings, write_preferences, write_records
 from tests.ranks import run_job
 from tests.workshop import VOCABULARY, Workshop
 
@@ -38,8 +38,10 @@ def shop(workshop: Workshop) -> Workshop:
     return workshop
 
 
-def their_losses(shop: Workshop, *, lora: bool, beta: float) -> tuple[list[float], list[float]]:
-    """Losses and margins of TRL's DPOTrainer, in the order of the data."""
+def their_rows(
+    shop: Workshop, kind: str, records: list[dict[str, Any]], *, lora: bool = False, **numbers: Any
+) -> list[dict[str, float]]:
+    """What TRL's trainer logs, in the order of the data. `kind`: DPO or KTO."""
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -51,25 +53,23 @@ def their_losses(shop: Workshop, *, lora: bool, beta: float) -> tuple[list[float
             r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"],
             init_lora_weights=True, task_type="CAUSAL_LM",
         )  # fmt: skip
-    arguments = trl.DPOConfig(
-        output_dir=str(shop.folder / "trl"), per_device_train_batch_size=BATCH, max_steps=STEPS,
-        learning_rate=1e-2, lr_scheduler_type="constant", beta=beta, logging_steps=1,
-        max_grad_norm=1.0, adam_epsilon=1e-4, adam_beta2=0.999, weight_decay=0.0, report_to=[],
-        disable_tqdm=True, train_sampling_strategy="sequential", bf16=False, fp16=False,
-        use_cpu=True, gradient_checkpointing=False, save_strategy="no", disable_dropout=False,
-        dataset_num_proc=None,
+    arguments = getattr(trl, f"{kind}Config")(
+        output_dir=str(shop.folder / "trl"), max_steps=STEPS, learning_rate=1e-2,
+        lr_scheduler_type="constant", logging_steps=1, max_grad_norm=1.0, adam_epsilon=1e-4,
+        adam_beta2=0.999, weight_decay=0.0, report_to=[], disable_tqdm=True,
+        train_sampling_strategy="sequential", bf16=False, fp16=False, use_cpu=True,
+        gradient_checkpointing=False, save_strategy="no", disable_dropout=False, **numbers,
     )  # fmt: skip
     with contextlib.redirect_stdout(io.StringIO()):
-        trainer = trl.DPOTrainer(
+        trainer = getattr(trl, f"{kind}Trainer")(
             model=AutoModelForCausalLM.from_pretrained(shop.folder / "model", dtype="float32"),
-            args=arguments, train_dataset=Dataset.from_list(PAIRS), peft_config=peft_config,
+            args=arguments, train_dataset=Dataset.from_list(records), peft_config=peft_config,
             processing_class=AutoTokenizer.from_pretrained(shop.folder / "tokenizer"),
         )  # fmt: skip
         if lora:
             _save_adapter_as_ours(trainer.model, shop.folder)
         trainer.train()
-    rows = [row for row in trainer.state.log_history if "rewards/margins" in row]
-    return [row["loss"] for row in rows], [row["rewards/margins"] for row in rows]
+    return [row for row in trainer.state.log_history if "loss" in row]
 
 
 def _save_adapter_as_ours(model: Any, folder: Path) -> None:
@@ -88,12 +88,14 @@ def _save_adapter_as_ours(model: Any, folder: Path) -> None:
     )
 
 
-def our_rows(shop: Workshop, *, lora: bool, beta: float) -> list[dict[str, Any]]:
-    changes = settings("dpo", beta=beta) | {
+def our_rows(
+    shop: Workshop, loss: str, batch_size: int, *, lora: bool = False, **numbers: Any
+) -> list[dict[str, Any]]:
+    changes = settings(loss, **numbers) | {
         "model": None,
         "pretrained_model_dir": "model",
         "do_eval": False,
-        "runner_config": {"batch_size": BATCH, "max_steps": STEPS},
+        "runner_config": {"batch_size": batch_size, "max_steps": STEPS, "epochs": STEPS},
         "optimizer": {"type": "AdamW", "eps": 1e-4, "weight_decay": 0.0},
         "lr_schedule": {
             "type": "ConstantWarmUpLR", "learning_rate": 1e-2, "warmup_steps": 0,
@@ -102,7 +104,7 @@ def our_rows(shop: Workshop, *, lora: bool, beta: float) -> list[dict[str, Any]]
     changes["train_dataset"]["data_loader"]["shuffle"] = False
     if lora:
         changes |= {"pet_config": {"pet_type": "lora", **LORA}, "load_checkpoint": "with_adapter"}
-    name = shop.yaml("dpo.yaml", **changes)
+    name = shop.yaml("ours.yaml", **changes)
     result = run_job(["--config", name, "--run_mode", "finetune"], shop.folder)
     assert result.code == 0, result.stderr + result.stdout
     return shop.rows()
@@ -110,11 +112,29 @@ def our_rows(shop: Workshop, *, lora: bool, beta: float) -> list[dict[str, Any]]
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 def test_dpo_has_the_losses_of_trl(shop: Workshop, lora: bool) -> None:
-    losses, margins = their_losses(shop, lora=lora, beta=0.5)
-    rows = our_rows(shop, lora=lora, beta=0.5)
-    assert [row["loss"] for row in rows] == pytest.approx(losses, abs=1e-5)
-    assert [row["rewards/margins"] for row in rows] == pytest.approx(margins, abs=1e-4)
-    assert losses[-1] < losses[0]
+    theirs = their_rows(shop, "DPO", PAIRS, lora=lora, beta=0.5, per_device_train_batch_size=BATCH)
+    ours = our_rows(shop, "dpo", BATCH, lora=lora, beta=0.5)
+    assert len(theirs) == len(ours) == STEPS
+    for row, expected in zip(ours, theirs, strict=True):
+        assert row["loss"] == pytest.approx(expected["loss"], abs=1e-5)
+        for name in ("rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected"):
+            assert row[name] == pytest.approx(expected[name], abs=1e-3), name
+    assert ours[-1]["loss"] < ours[0]["loss"]
+
+
+@pytest.mark.long
+def test_kto_has_the_losses_of_trl(shop: Workshop) -> None:
+    """With one batch an epoch: TRL rotates the answers within a batch, we over the data."""
+    records = JUDGED[:6]
+    write_records(shop.folder / "judged.jsonl", records)
+    numbers = {"beta": 0.5, "desirable_weight": 1.5}
+    theirs = their_rows(shop, "KTO", records, per_device_train_batch_size=6, **numbers)
+    ours = our_rows(shop, "kto", 6, **numbers)
+    for row, expected in zip(ours, theirs, strict=True):
+        assert row["loss"] == pytest.approx(expected["loss"], abs=1e-5)
+        for name in ("kl", "rewards/chosen", "rewards/rejected", "rewards/margins"):
+            assert row[name] == pytest.approx(expected[name], abs=1e-4), name
+    assert any(row["kl"] > 0 for row in ours)
 
 
 def scores(samples: int = 6) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -157,18 +177,3 @@ def test_orpo_has_the_loss_of_trl() -> None:
     sums = dict(zip(ours.measures, found.measures.mean(0), strict=True))
     torch.testing.assert_close(sums["log_odds_ratio"], log_ratio)
     torch.testing.assert_close(sums["log_odds_chosen"], log_odds)
-
-
-def test_kto_has_the_loss_of_trl() -> None:
-    """Its trainer has no function for the loss: the data are given to the trainer's own method."""
-    log_p, counts, log_q = scores(8)
-    desirable = torch.tensor([True, False, True, True, False, False, True, False])
-    divergence = torch.tensor(0.3)
-    ours = PreferenceSettings(loss="kto", beta=0.4, desirable_weight=1.5, undesirable_weight=0.5)
-    found = kto_losses(
-        ours, log_p[:, 0], counts[:, 0], log_q[:, 0], desirable, divergence.expand(8)
-    )
-    ratios = log_p[:, 0] - log_q[:, 0]
-    good = 1.5 * (1 - torch.sigmoid(0.4 * (ratios - divergence)))
-    bad = 0.5 * (1 - torch.sigmoid(0.4 * (divergence - ratios)))
-    torch.testing.assert_close(found.losses, torch.where(desirable, good, bad))

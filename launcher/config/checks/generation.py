@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import fields
+from typing import Any
 
 from launcher.config.checks.check import Check
 from launcher.config.derived import read_json_object, tokenizer_dir
@@ -12,6 +13,7 @@ from launcher.config.generation_file import (
     GenerationFile,
     check_generation,
     generation_path,
+    list_problem,
 )
 from launcher.config.provenance import KeyProblem
 from launcher.errors import Problem, UserError
@@ -39,7 +41,7 @@ def numbers(check: Check) -> Iterator[KeyProblem]:
 
 def generation_file(check: Check) -> Iterator[KeyProblem]:
     """Every key of generation_config.json is right and used."""
-    if check.mode not in ("predict", "predict_with_train_model"):
+    if not check.predicts:
         return
     try:
         found = read_generation_file(check)
@@ -49,29 +51,77 @@ def generation_file(check: Check) -> Iterator[KeyProblem]:
     yield from map(_about_the_file, found.problems)
 
 
-def bad_words(check: Check) -> Iterator[KeyProblem]:
-    """Tokens of bad_words_ids are tokens of the model, as `transformers` requires."""
-    key, section = "bad_words_ids", check.config.generation_config
-    if check.mode not in ("predict", "predict_with_train_model") or check.spec is None:
+def lists(check: Check) -> Iterator[KeyProblem]:
+    """The lists of the section have the right content."""
+    section = check.config.generation_config
+    for key in (field.name for field in fields(section)):
+        if rule := list_problem(key, getattr(section, key)):
+            yield check.wrong(f"generation_config.{key}", rule)
+
+
+def model_tokens(check: Check) -> Iterator[KeyProblem]:
+    """Tokens that get a score of their own are tokens of the model, as `transformers` requires."""
+    if not check.predicts or check.spec is None:
         return
-    written, size = section.bad_words_ids, check.spec.hf_config.get("vocab_size")
-    try:
-        words = written or read_generation_file(check).values.get(key) or []
-    except UserError:
-        return  # reported by `generation_file`
-    token = max((token for word in words for token in word), default=0)
-    if isinstance(size, int) and token >= size:
+    size = check.spec.hf_config.get("vocab_size")
+    for key, tokens_of in _SCORED_TOKENS.items():
+        written = getattr(check.config.generation_config, key)
+        value = written if written is not None else _in_file(check, key)
+        if not isinstance(size, int) or value is None or list_problem(key, value):
+            continue
+        wrong = [token for token in tokens_of(value) if not 0 <= token < size]
+        if wrong:
+            yield check.wrong(
+                f"generation_config.{key}",
+                f"vocab_size of the model is {size}",
+                what=f"{key} contains token {max(wrong, key=abs)}",
+                advice="" if written else f"Correct {FILE_NAME}, or set generation_config.{key}",
+            )
+
+
+_SCORED_TOKENS: dict[str, Callable[[Any], list[int]]] = {
+    "bad_words_ids": lambda words: [token for word in words for token in word],
+    "sequence_bias": lambda pairs: [token for tokens, _ in pairs for token in tokens],
+    "forced_bos_token_id": lambda token: [token],
+    "forced_eos_token_id": lambda value: value if isinstance(value, list) else [value],
+}
+"""Key -> its tokens."""
+
+
+def several_texts(check: Check) -> Iterator[KeyProblem]:
+    """Several texts of a prompt are drawn: greedy ones would all be the same."""
+    key, number = "num_return_sequences", _value(check, "num_return_sequences")
+    if check.predicts and number > 1 and not _value(check, "do_sample"):
         yield check.wrong(
             f"generation_config.{key}",
-            f"vocab_size of the model is {size}",
-            what=f"{key} contains token {token}",
-            advice="" if written else f"Correct {FILE_NAME}, or set generation_config.{key}",
+            "greedy decoding has one text a prompt",
+            what=f"generation_config.{key} = {number}",
+            nearest="Nearest: 1",
+            advice="Or set generation_config.do_sample: True",
+            also=("generation_config.do_sample",),
         )
+
+
+def _value(check: Check, key: str) -> Any:
+    """The value that acts: of the section if written, else of model_config, else of the file."""
+    if not check.provenance.is_written(f"generation_config.{key}"):
+        in_model = check.spec.generation.get(key) if check.spec is not None else None
+        for value in (in_model, _in_file(check, key)):
+            if value is not None:
+                return value
+    return getattr(check.config.generation_config, key)
+
+
+def _in_file(check: Check, key: str) -> Any:
+    try:
+        return read_generation_file(check).values.get(key)
+    except UserError:
+        return None  # reported by `generation_file`
 
 
 def warnings(check: Check) -> list[str]:
     """Keys of the file that have no effect."""
-    if check.mode not in ("predict", "predict_with_train_model"):
+    if not check.predicts:
         return []
     return read_generation_file(check).notes
 

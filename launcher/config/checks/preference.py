@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 from launcher.config.checks.check import Check
+from launcher.config.checks.paths import nearest_path
 from launcher.config.derived import used_datasets
 from launcher.config.provenance import KeyProblem
 from launcher.config.schema import (
@@ -81,12 +83,18 @@ def _is_written(check: Check, key: str) -> bool:
 
 
 def reference(check: Check) -> Iterator[KeyProblem]:
-    """An evaluation by itself has no start of training to compare with."""
+    """Its weights exist. An evaluation by itself has no start of training to compare with."""
     config = check.config
+    weights = config.preference.reference.weights
+    if weights and not Path(weights).exists():
+        yield check.wrong(
+            "preference.reference.weights", "no such file or directory",
+            nearest=nearest_path(weights), advice="Give a local file or directory of weights",
+        )  # fmt: skip
     if (
         check.mode == "eval"
         and config.preference_loss in WITH_REFERENCE
-        and not config.preference.reference.weights
+        and not weights
         and not (config.load_checkpoint and config.pretrained_model_dir)
     ):
         yield check.wrong(

@@ -105,38 +105,43 @@ class GenerationSection:
     """Sample among tokens of at least this probability; 0: off."""
     eta_cutoff: float = effective(0.0, minimum=0, maximum=1)
     """As epsilon_cutoff, lowered where probabilities are spread; 0: off."""
+    cuda_graphs: bool = True
+    """Launch the kernels of a decoding step together, where the model is on one CUDA device and has
+    no experts. False: one by one."""
     num_beams: int = not_built(1, "Set it to 1: greedy or sampled", minimum=1)
     """Beams of beam search."""
     num_beam_groups: int = not_built(1, "Set it to 1", minimum=1)
     """Groups of beams."""
-    num_return_sequences: int = not_built(1, "Set it to 1", minimum=1)
-    """Texts of each prompt."""
-    encoder_repetition_penalty: float = not_built(1.0, "Set it to 1.0")
+    num_return_sequences: int = effective(1, minimum=1)
+    """Texts of each prompt; more than one with do_sample only."""
+    encoder_repetition_penalty: float = effective(1.0, above=0)
     """Above 1: makes tokens of the prompt likelier."""
-    encoder_no_repeat_ngram_size: int = not_built(0, "Set it to 0")
-    """No sequence of this many tokens of the prompt occurs again."""
-    top_h: float | None = not_built(None, "Remove it")
-    """Sample among tokens that have this share of the entropy."""
+    encoder_no_repeat_ngram_size: int = effective(0, minimum=0)
+    """No sequence of this many tokens of the prompt occurs again; 0: off."""
+    top_h: float | None = effective(None, above=0, maximum=1)
+    """Sample among the most likely tokens that have this share of the entropy."""
     penalty_alpha: float | None = not_built(None, "Remove it", harmless=(0, 0.0))
     """Contrastive search."""
     guidance_scale: float | None = not_built(None, "Remove it", harmless=(1, 1.0))
     """Classifier-free guidance."""
-    sequence_bias: Any = not_built(None, "Remove it")
-    """Added to the scores of token sequences."""
-    forced_bos_token_id: int | None = not_built(None, "Remove it")
-    """The first token, whatever the scores."""
-    forced_eos_token_id: Any = not_built(None, "Remove it")
-    """The last token of a text of greatest length."""
-    exponential_decay_length_penalty: Any = not_built(None, "Remove it")
-    """Makes the end likelier with the length."""
+    sequence_bias: list[Any] | None = None
+    """Pairs of a list of token ids and a number that is added to the score of the last of them
+    where it would follow the others."""
+    forced_bos_token_id: int | None = None
+    """The token after a prompt of one token, whatever the scores."""
+    forced_eos_token_id: int | list[int] | None = None
+    """The last token of a text of maximum length, the likeliest of several."""
+    exponential_decay_length_penalty: list[Any] | None = None
+    """A number of new tokens and a factor: after that many, the score of the end tokens grows by
+    the factor with each further one."""
     constraints: Any = not_built(None, "Remove it")
     """Constrained beam search."""
     force_words_ids: Any = not_built(None, "Remove it")
     """Words that must occur."""
-    stop_strings: Any = not_built(None, "Remove it: eos_token_id ends a text")
-    """Texts that end a text."""
-    max_time: float | None = not_built(None, "Remove it")
-    """Seconds after which a text ends."""
+    stop_strings: str | list[str] | None = None
+    """A text ends with the token that completes one of these; it is kept."""
+    max_time: float | None = effective(None, above=0)
+    """Seconds after which the texts of a batch end, at the next token."""
     watermarking_config: Any = not_built(None, "Remove it")
     """Marks texts as generated."""
     token_healing: bool = not_built(False, "Set it to False")

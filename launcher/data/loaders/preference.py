@@ -128,15 +128,15 @@ def _first_token(tokenizer: Any) -> list[int]:
 def _encode(texts: Sequence[PlainText], tokenizer: Any) -> Iterator[tuple[list[int], int]]:
     """The tokens of prompt and completion as one text, and how many of them are the prompt's; a
     token across the border belongs to the completion."""
-    whole = [text.prompt + text.completion for text in texts]
+    full = [text.prompt + text.completion for text in texts]
     if getattr(tokenizer, "is_fast", False):
         with exact_offsets(backend_of(tokenizer)) as backend:
-            encodings = backend.encode_batch(whole, add_special_tokens=False)
+            encodings = backend.encode_batch(full, add_special_tokens=False)
         for text, encoding in zip(texts, encodings, strict=True):
             ends = (end for _, end in encoding.offsets)
             yield encoding.ids, sum(end <= len(text.prompt) for end in ends)
         return
-    for text, joined in zip(texts, whole, strict=True):
+    for text, joined in zip(texts, full, strict=True):
         tokens = list(tokenizer(joined, add_special_tokens=False)["input_ids"])
         alone = list(tokenizer(text.prompt, add_special_tokens=False)["input_ids"])
         pairs = enumerate(zip(tokens, alone, strict=False))

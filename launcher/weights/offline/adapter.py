@@ -150,7 +150,7 @@ def merge_adapter(
     finish: Callable[[Path, Chosen, Directory], None] | None = None, **options: Any,
 ) -> Directory:  # fmt: skip
     """Write the model under the adapter at `path`, with the adapter merged in, as a complete
-    Hugging Face directory. `base`: the directory of the model; None: where the adapter says it is.
+    Hugging Face directory. `base`: the directory of the model; None: that the adapter names.
     `finish`: called with the folder before it appears. Other options: `write_directory`. Raises
     `UserError`."""
     adapter = open_adapter(path, suffix, best=best, log=log)

@@ -186,7 +186,7 @@ def write_directory(
     model = described(config, *places)
     if model is None:
         raise UserError(
-            f"{chosen.name} has no config.json", rule="it says which model the weights are of",
+            f"{chosen.name} has no config.json", rule="it describes the model of the weights",
             advice="Give --config: a config.json, its folder, or the YAML file of the run",
         )  # fmt: skip
     given = {**model.keys, **{key: value for key, value in (keys or {}).items()
