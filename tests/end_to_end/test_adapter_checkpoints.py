@@ -10,7 +10,7 @@ from safetensors import safe_open
 
 from launcher.weights.adapters.found import ADAPTER
 from launcher.weights.optimizer_state import parameter_of
-from tests.end_to_end.adapters import LORA, SAVED, STEPS, lora_yaml, run_jobs, write_base
+from tests.end_to_end.adapters import LORA, MODEL, SAVED, STEPS, lora_yaml, run_jobs, write_base
 from tests.workshop import Workshop
 
 DORA = {**LORA, "pet_type": "dora", "lora_dropout": 0.1, "modules_to_save": ["embed_tokens"]}
@@ -21,7 +21,8 @@ RESUME = ["--resume_training", "True"]
 
 
 def train(name: str, *more: str) -> list[str]:
-    return ["--config", name, "--run_mode", "finetune", *more]
+    mode = "train" if name == "half.yaml" else "finetune"
+    return ["--config", name, "--run_mode", mode, *more]
 
 
 @pytest.fixture(scope="module")
@@ -37,8 +38,11 @@ def shop(materials: Workshop, tmp_path_factory: pytest.TempPathFactory) -> Works
         shop, "dp.yaml", DORA, output_dir="dp", parallel_config={"data_parallel": 2}, **batch,
         parallel={"enable_parallel_optimizer": True},
     )  # fmt: skip
-    half = {"model": {"model_config": {"params_dtype": "bfloat16", "compute_dtype": "bfloat16"}}}
-    lora_yaml(shop, "half.yaml", {**LORA, "lora_dropout": 0.1}, **half)
+    half = {"params_dtype": "bfloat16", "compute_dtype": "bfloat16"}  # on a random base
+    lora_yaml(
+        shop, "half.yaml", {**LORA, "lora_dropout": 0.1}, pretrained_model_dir=None,
+        model={"model_config": {**MODEL, **half}},
+    )  # fmt: skip
     lora_yaml(shop, "frozen.yaml", {"pet_type": None}, freeze=["embed_tokens", "layers.0"])
     lora_yaml(
         shop, "frozen_tp.yaml", {"pet_type": None}, freeze=["embed_tokens", "layers.0"],
@@ -79,6 +83,11 @@ def test_a_resumed_run_is_the_uninterrupted_run(shop: Workshop, kind: str) -> No
     parts, whole = f"{kind}parts", f"{kind}whole"
     assert shop.saved(parts, f"1_{STEPS}") == shop.saved(whole, f"1_{STEPS}")
     assert shop.losses(parts) == shop.losses(whole)
+
+
+def test_a_random_base_is_named_by_its_seed(shop: Workshop) -> None:
+    state = shop.folder / f"half_parts/checkpoint/state/CKP-1_{STEPS}.json"
+    assert json.loads(state.read_text())[ADAPTER]["base"] == {"seed": 7}
 
 
 def test_frozen_parameters_are_saved_without_optimizer_state(shop: Workshop) -> None:
