@@ -133,6 +133,9 @@ REFUSED = {
     "pet_config: {load_adapter: fitting, target_modules: [k_proj]}\n": [
         "pet_config.target_modules", "q_proj",
     ],
+    "load_checkpoint: other\npet_config: {load_adapter: fitting}\n": [
+        "load_checkpoint = 'other'", "pet_config.load_adapter",
+    ],
     "pet_config: {load_adapter: fitting, pet_type: null}\n": ["pet_config.pet_type", "merge_lora"],
 }  # fmt: skip
 
