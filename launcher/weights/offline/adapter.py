@@ -28,6 +28,7 @@ from launcher.weights.formats.tokenizer_files import TOKENIZER_EXTRA_FILES, TOKE
 from launcher.weights.log import Log, no_log
 from launcher.weights.offline.described import described
 from launcher.weights.offline.directory import (
+    GENERATION_NAME,
     Chosen,
     Directory,
     choose_save,
@@ -157,7 +158,10 @@ def merge_adapter(
     chosen = _base(adapter.found, base, log)
     tensors, config = adapter.tensors()
     place = None if adapter.rank_file is None else model_folder(adapter.rank_file)
-    options = {"tokenizer": _tokenizer(adapter, place), "config": _config(chosen, place), **options}
+    options = {
+        "tokenizer": _tokenizer(adapter, place), "generation": _generation(place),
+        "config": _config(chosen, place), **options,
+    }  # fmt: skip
     with folder_aside(output_dir, path, overwrite=overwrite) as folder:
         directory = write_directory(
             chosen, folder, edits=lambda source: merging(source, tensors, config), log=log,
@@ -172,6 +176,12 @@ def _tokenizer(adapter: OpenAdapter, place: Path | None) -> Path | None:
     """The directory of the tokenizer that the adapter was trained with; None: that of the base."""
     folder = adapter.found.path if place is None else place
     return folder if any((folder / name).is_file() for name in TOKENIZER_FILES) else None
+
+
+def _generation(place: Path | None) -> Path | None:
+    """The settings of generation of the run that trained the adapter; None: those of the base."""
+    path = None if place is None else place / GENERATION_NAME
+    return path if path is not None and path.is_file() else None
 
 
 def _config(chosen: Chosen, place: Path | None) -> Path | None:
