@@ -5,7 +5,6 @@ Called on every rank, after the configuration has been checked; the first module
 
 from __future__ import annotations
 
-import shlex
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from launcher.builders.interactive import chat
 from launcher.builders.job import Job
 from launcher.builders.load_weights import find_weights, load_or_init
 from launcher.builders.model import build_parallel, build_predicting
+from launcher.builders.next_steps import next_steps
 from launcher.builders.prediction import (
     PREDICT_BATCH,
     continue_prompts,
@@ -268,18 +268,5 @@ def train_to_the_end(job: Job, run: TrainRun, callbacks: Callbacks) -> int:
             reporting.close(run)
     write_final_adapter(job, run)
     if isinstance(callbacks.saving, CheckpointMonitor):
-        job.log(next_steps(job))
+        job.log(next_steps(job, resolved_name("train")))
     return EXIT_OK
-
-
-def next_steps(job: Job) -> str:
-    """The line after a training: how to chat with the model, and how to export it."""
-    root = shlex.quote(str(own_root(job.config)))
-    config = shlex.quote(str(job.output_dir / resolved_name("train")))
-    export = shlex.quote(str(job.output_dir / "hf"))
-    tool = "export" if job.spec.lora is None else "merge_lora"
-    return (
-        f"next: python run.py --config {config} --run_mode predict --load_checkpoint {root} "
-        f"--interactive   or: python -m launcher.tools.{tool} --load_checkpoint {root} "
-        f"--output_dir {export}"
-    )

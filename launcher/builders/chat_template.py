@@ -9,6 +9,7 @@ from typing import Any
 from launcher.builders.job import Job
 from launcher.checkpoint.files import read_json
 from launcher.checkpoint.names import parse_rank_file
+from launcher.config.chat_template import trains_on_conversations
 from launcher.config.schema import Config
 from launcher.data.chat_rendering import ChatRenderer, chat_settings
 from launcher.data.strictness import Strictness
@@ -29,8 +30,6 @@ from launcher.weights.source import Source
 
 ANSWER_TOKENS = 2048
 """New tokens of an answer where no length is configured; fewer where the model has less room."""
-_CONVERSATION_LOADERS = ("Instruction", "Preference")
-"""In the types of data loaders that read conversations."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +101,7 @@ def chat_setup(
         renderer,
         settings.eos_token_ids,
         is_set=job.config.chat_template is not None or config.system is not None,
-        trained_on_conversations=None if trained is None else _on_conversations(trained),
+        trained_on_conversations=None if trained is None else trains_on_conversations(trained),
     )
     ending, mark = settings, ""
     if not ends_are_set and not chosen.is_raw:
@@ -150,15 +149,6 @@ def saved_configuration(source: Source | None) -> Mapping[str, Any] | None:
             found = (state or {}).get("configuration")
             return found if isinstance(found, dict) else None
     return None
-
-
-def _on_conversations(configuration: Mapping[str, Any]) -> bool:
-    """Whether a training run has read conversations."""
-    return any(
-        key.startswith("train_dataset.") and key.endswith(".type")
-        and any(word in str(value) for word in _CONVERSATION_LOADERS)
-        for key, value in configuration.items()
-    )  # fmt: skip
 
 
 def _had_system(prompt: EncodedPrompt, encoder: Encoder) -> bool:

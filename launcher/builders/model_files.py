@@ -13,7 +13,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from launcher.config.chat_template import trains_on_conversations
 from launcher.config.derived import named_tokenizer_files, uses_named_tokenizer
+from launcher.config.flat import flat
 from launcher.data.chat_rendering import ChatRenderer, ChatSettings
 from launcher.data.conversations import Conversation
 from launcher.data.named_tokenizer import files_of_tokenizer
@@ -71,7 +73,7 @@ def _generation(job: Job, found: dict[str, bytes]) -> dict[str, bytes]:
 def _template(job: Job, found: dict[str, bytes]) -> dict[str, bytes]:
     """With the chat template of the job, where it is not that of the tokenizer."""
     settings = job.chat
-    if settings.is_raw or not (_sets_one(settings) or _trains_conversations(job)):
+    if settings.is_raw or not (_sets_one(settings) or trains_on_conversations(flat(job.config))):
         return found
     renderer = ChatRenderer(job.tokenizer, settings)
     if not (_sets_one(settings) or renderer.templates.is_default):
@@ -88,15 +90,6 @@ def _template(job: Job, found: dict[str, bytes]) -> dict[str, bytes]:
 
 def _sets_one(settings: ChatSettings) -> bool:
     return settings.text is not None or settings.name is not None
-
-
-def _trains_conversations(job: Job) -> bool:
-    """Whether the run renders conversations with a chat template."""
-    section = job.config.train_dataset
-    return section is not None and any(
-        loader.type == "InstructionDataLoader" and not loader.prompt_template
-        for loader in section.loaders.values()
-    )
 
 
 def _json(content: Mapping[str, Any]) -> bytes:

@@ -93,15 +93,18 @@ class _Sample:
 
     @property
     def has_context(self) -> bool:
-        """Whether a part of it carries no loss."""
-        return any(document.has_context for _, found in self.sequences for document in found)
+        """Whether a part of it carries no loss; answers that are compared always follow one."""
+        return any(
+            name or document.has_context for name, found in self.sequences for document in found
+        )
 
 
 def _sample(data: TrainingData, number: int, tokenizer: Any) -> _Sample:
     dataset = data.dataset
     index = int(data.order.rows([number])[0])
-    tokens = int(dataset.counts(np.array([index], dtype=np.int64)).tokens[0])
-    sequences = sequences_of(dataset.row(index), tokens)
+    in_row = int(dataset.counts(np.array([index], dtype=np.int64)).tokens[0])
+    sequences = sequences_of(dataset.row(index), in_row)
+    tokens = sum(inputs for _, _, inputs in sequences)
     targets = sum(int((row.labels != NO_TARGET).sum()) for _, row, _ in sequences)
     decoded = [
         (name, list(decoded_documents(row, inputs, tokenizer))) for name, row, inputs in sequences

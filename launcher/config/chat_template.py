@@ -1,12 +1,16 @@
-"""What a value of `chat_template` is: a name, a file, Jinja itself, or none.
+"""What a value of `chat_template` is (a name, a file, Jinja itself, or none), and whether a
+training renders conversations with a template.
 
-Owns that decision, which the rules and the data need. Nothing is read here.
+Owns these decisions, which the rules, the data and prediction need. Nothing is read here.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
+
+from launcher.config.schema import CONVERSATION_LOADERS
 
 NO_TEMPLATE = "none"
 TEMPLATE_SUFFIXES = (".jinja", ".jinja2", ".j2", ".txt")
@@ -39,3 +43,14 @@ def kind_of_template(value: str | None) -> Kind:
         return "inline"
     is_path = "/" in value or value.lower().endswith(TEMPLATE_SUFFIXES) or Path(value).is_file()
     return "file" if is_path else "name"
+
+
+def trains_on_conversations(configuration: Mapping[str, Any]) -> bool:
+    """Whether a run of this configuration (dotted key to value, as `launcher.config.flat`) is
+    trained on conversations that a chat template renders."""
+    return any(
+        key.startswith("train_dataset.data_loader.") and key.endswith(".type")
+        and value in CONVERSATION_LOADERS
+        and not configuration.get(f"{key.removesuffix('type')}prompt_template")
+        for key, value in configuration.items()
+    )  # fmt: skip

@@ -1,7 +1,7 @@
 """Finding and reading configuration files, with their `base_config` chain.
 
 Owns the search for `--config` (the current directory, then configs/ of Slipway), and how several
-files become one tree.
+files become one tree. Defaults of a printed configuration are not in that tree.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from pathlib import Path
 
 from launcher.config.aliases import ALIASES, without_aliases
 from launcher.config.nodes import Node, find, merge, without
+from launcher.config.printed import without_defaults
 from launcher.config.yaml_reader import read_text
 from launcher.errors import UserError, did_you_mean, path_problem
 from launcher.project_files import configs
@@ -78,7 +79,8 @@ def _shown(path: Path) -> str:
 
 
 def _load(path: Path, name: str, chain: tuple[Path, ...]) -> Node:
-    own = read_text(_read(path, name), name)
+    text = _read(path, name)
+    own = without_defaults(read_text(text, name), text)
     if own.value is None:
         own = Node(value={}, where=own.where)
     if not isinstance(own.value, dict):

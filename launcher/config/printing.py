@@ -1,8 +1,8 @@
 """A resolved configuration as YAML, with the origin of every value.
 
-Invariant: read again, the text gives an equal configuration. Keys without effect or not built yet
-are in it only where the user set them. `trust_remote_code` stays a comment: a file cannot give that
-permission.
+Invariant: read again, the text gives an equal configuration, in which the same values are defaults
+(`launcher.config.printed`). Keys without effect or not built yet are in it only where the user set
+them. `trust_remote_code` stays a comment: a file cannot give that permission.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+from launcher.config.printed import HEADER
 from launcher.config.provenance import DEFAULT, Provenance
 from launcher.config.schema import (
     Config,
@@ -21,13 +22,12 @@ from launcher.config.schema import (
 )
 from launcher.config.yaml_reader import parse_value
 
-_HEADER = "# A resolved configuration: every value with the place it came from.\n"
 _COMMAND_LINE_ONLY = "trust_remote_code"
 
 
 def to_yaml(config: Config, provenance: Provenance) -> str:
     """The configuration as YAML, one key a line with its origin as a comment."""
-    return _HEADER + "\n".join(_Printer(provenance).section(config, "", 0)) + "\n"
+    return HEADER + "\n".join(_Printer(provenance).section(config, "", 0)) + "\n"
 
 
 class _Printer:

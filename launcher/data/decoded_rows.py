@@ -46,7 +46,16 @@ def sequences_of(row: Row, tokens: int) -> list[tuple[str, Row, int]]:
     if row.is_desirable is not None:  # the other one is made of other answers
         names = ["desirable" if row.is_desirable else "undesirable"]
     both = zip(names, row.input_ids, row.labels, strict=False)
-    return [(name, Row(inputs, labels, None, None), 0) for name, inputs, labels in both]
+    return [
+        (name, Row(inputs, labels, None, None), _end_of_targets(labels))
+        for name, inputs, labels in both
+    ]
+
+
+def _end_of_targets(labels: Ints) -> int:
+    """The number of inputs up to the last target."""
+    targets = np.flatnonzero(labels != NO_TARGET)
+    return int(targets[-1]) + 1 if len(targets) else 0
 
 
 def decoded_documents(row: Row, tokens: int, tokenizer: Any) -> Iterator[DecodedDocument]:
@@ -58,8 +67,7 @@ def decoded_documents(row: Row, tokens: int, tokenizer: Any) -> Iterator[Decoded
 
 def _documents(row: Row, tokens: int) -> Iterator[tuple[list[int], list[bool]]]:
     """The tokens of each document, and for each of them whether it carries loss."""
-    targets = np.flatnonzero(row.labels != NO_TARGET)
-    end = max(tokens, int(targets[-1]) + 1 if len(targets) else 0)
+    end = max(tokens, _end_of_targets(row.labels))
     borders: Ints = np.array([], dtype=np.int64)
     if row.document_ids is not None:
         borders = np.flatnonzero(np.diff(row.document_ids[:end])) + 1

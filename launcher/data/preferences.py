@@ -22,11 +22,13 @@ from launcher.data.conversations import Conversation, conversations_of
 from launcher.data.record_files import without_null
 from launcher.data.records import Record, convert_records, kind_of, shown
 from launcher.data.strictness import Strictness, is_absent, names_of, surrogate_error
-from launcher.errors import UserError
+from launcher.errors import UserError, did_you_mean
 from launcher.json_text import lone_surrogate
 
 _PAIR_FIELDS = ("chosen", "rejected", "rejected_response", "rejected_messages")
 _LABELS = ("label", "kto_tag")
+_PROMPT_WORDS = ("question", "query", "input", "user", "context")
+"""Fields that have the prompt in data sets of plain text."""
 _LABEL_WORDS = {"true": True, "false": False, "1": True, "0": False}
 _HH_TURN = re.compile(r"\n\n(Human|Assistant):")
 _HH_ROLES = {"Human": "user", "Assistant": "assistant"}
@@ -219,6 +221,8 @@ def _of_trl(record: Record, given: str | None) -> tuple[_Variant, _Variant]:
         if given != "text" and all(dialogues):
             return _conversational(record, rest, *dialogues)
         start = _shared_text(chosen, rejected)
+        if not start or _prompt_elsewhere(rest):
+            raise _without_prompt(record, _prompt_elsewhere(rest))
         rest["prompt"], chosen, rejected = chosen[:start], chosen[start:], rejected[start:]
     elif isinstance(chosen, list) and not isinstance(value.get("prompt"), list):
         asked = value.get("prompt")
@@ -226,11 +230,31 @@ def _of_trl(record: Record, given: str | None) -> tuple[_Variant, _Variant]:
             turn = {"role": "user", "content": _text(record, "prompt", asked)}
             chosen, rejected = [turn, *chosen], [turn, *rejected]
         return _conversational(record, _without_repeated(rest, chosen), chosen, rejected)
-    owner = Record(record.where, rest)
     return (
-        _prompted(owner, rest, chosen, given, "chosen"),
-        _prompted(owner, rest, rejected, given, "rejected"),
+        _prompted(record, rest, chosen, given, "chosen"),
+        _prompted(record, rest, rejected, given, "rejected"),
     )
+
+
+def _prompt_elsewhere(rest: Mapping[str, Any]) -> str:
+    """The name of a field that seems to be the prompt of a record without `prompt`; else empty."""
+    found = (
+        name for name, value in rest.items()
+        if isinstance(value, str) and value.strip()
+        and (name.lower() in _PROMPT_WORDS or did_you_mean(name, ["prompt"]))
+    )  # fmt: skip
+    return next(found, "")
+
+
+def _without_prompt(record: Record, elsewhere: str) -> UserError:
+    return UserError(
+        "there is no 'prompt'", where=record.where,
+        rule="an answer follows a prompt: chosen and rejected begin with it, or it is a field of "
+        "its own",
+        nearest=f"Keys found: {names_of(record.value)}",
+        advice=f"Set data_loader.column_map: {{prompt: {elsewhere}}}" if elsewhere else
+        "Name its column in data_loader.column_map, or write `prompt` with an empty text for none",
+    )  # fmt: skip
 
 
 def _without_repeated(rest: dict[str, Any], chosen: list[Any]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from launcher.config.schema import PREFERENCE_ARGUMENTS, PREFERENCE_TRAINERS, WITH_REFERENCE
 from launcher.report.run_record import INITIAL_WEIGHTS, RunRecord
 
 EVALUATIONS_SHOWN = 12
@@ -24,6 +25,10 @@ _PLACE_KEYS = (
     *("config.data_path", "config.train_data_path"),
 )
 """Keys of a data loader for the place of its data; the first that is set counts."""
+_NOT_OF_GENERATION = ("_", "output_", "return_dict", "transformers_version", "use_cache")
+"""Beginnings of keys of generation_config.json that change no text."""
+_METRICS = ("eval_loss", "eval_perplexity", "eval_rewards/accuracies", "eval_rewards/margins")
+"""Beginnings of the metrics in the table of evaluations."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,13 +74,12 @@ def _metadata() -> str:
 def _introduction(subject: CardSubject, record: RunRecord | None) -> str:
     if record is None:
         return f"Exported by Slipway from `{subject.source}`, which records no training run.\n"
-    step = f"step {record.step:,} of " if record.step is not None else ""
+    step = f"step {record.step:,}, " if record.step is not None else ""
     start = record.state.get(INITIAL_WEIGHTS)
     how = ""
     if INITIAL_WEIGHTS in record.state:
-        how = f", which began with the weights in `{start}`" if start else (
-            ", which began with random weights")  # fmt: skip
-    return f"Trained with Slipway: {step}a run{how} (save `{record.name}`).\n"
+        how = f" that began with {f'the weights in `{start}`' if start else 'random weights'}"
+    return f"Trained with Slipway: {step}save `{record.name}`, of a run{how}.\n"
 
 
 def _model_rows(subject: CardSubject) -> Iterator[tuple[str, str]]:
@@ -91,8 +95,9 @@ def _model_rows(subject: CardSubject) -> Iterator[tuple[str, str]]:
     yield "tokenizer", "included" if subject.has_tokenizer else "not included"
     yield "chat template", "included" if subject.has_template else "none"
     if subject.generation:
-        shown = {k: v for k, v in subject.generation.items() if k != "transformers_version"}
-        yield "generation", ", ".join(f"{key} {value}" for key, value in sorted(shown.items()))
+        shown = (f"{key} {value}" for key, value in sorted(subject.generation.items())
+                 if not key.startswith(_NOT_OF_GENERATION))  # fmt: skip
+        yield "generation", ", ".join(shown)
 
 
 def _training_rows(record: RunRecord) -> Iterator[tuple[str, str]]:
@@ -107,7 +112,7 @@ def _training_rows(record: RunRecord) -> Iterator[tuple[str, str]]:
         if isinstance(state.get(key), int):
             yield label, f"{state[key]:,}"
     yield from _present({
-        "objective": config.get("trainer.type"),
+        "objective": _objective(config),
         "optimizer": _optimizer(state, config),
         "schedule": state.get("schedule"),
         "seed": state.get("seed"),
@@ -115,6 +120,25 @@ def _training_rows(record: RunRecord) -> Iterator[tuple[str, str]]:
         "ranks": record.layout,
         "saved": _date(record.manifest.get("saved_at")),
     })  # fmt: skip
+
+
+def _objective(config: Mapping[str, Any]) -> str:
+    """The trainer; of preferences with the loss and the numbers that it used."""
+    kind, loss = str(config.get("trainer.type") or ""), preference_loss_of(config)
+    if loss is None:
+        return kind
+    used = ("beta", *(key for key, losses in PREFERENCE_ARGUMENTS.items() if loss in losses))
+    values = ((key, config.get(f"preference.{key}")) for key in used)
+    numbers = "".join(f", {key} {value:g}" for key, value in values if value is not None)
+    weights = config.get("preference.reference.weights")
+    compared = f", compared with `{weights}`" if weights and loss in WITH_REFERENCE else ""
+    return f"{kind}, loss {loss}{numbers}{compared}"
+
+
+def preference_loss_of(config: Mapping[str, Any]) -> str | None:
+    """The loss on preferences of a configuration by dotted key; None: another training."""
+    losses = PREFERENCE_TRAINERS.get(str(config.get("trainer.type")))
+    return None if losses is None else str(config.get("preference.loss") or losses[0])
 
 
 def _optimizer(state: Mapping[str, Any], config: Mapping[str, Any]) -> str:
@@ -142,7 +166,10 @@ def _data(record: RunRecord) -> str:
         rows = [("train_dataset", *_place(only), _count(data.get("rows")), samples)]
     length = data.get("seq_length")
     packed = "several documents in a row" if data.get("packing") else "one document in a row"
-    note = f"A row has {length:,} tokens, {packed}.\n" if isinstance(length, int) else ""
+    what = "A row has"
+    if preference_loss_of(config) is not None:
+        what, packed = "A row has two sequences of", "the answers that are compared"
+    note = f"{what} {length:,} tokens, {packed}.\n" if isinstance(length, int) else ""
     head = ("source", "place", "loader", "rows", "samples trained on")
     return f"{_grid(head, rows)}\n{note}"
 
@@ -180,14 +207,16 @@ def _evaluation(record: RunRecord) -> str:
     if not rows:
         return ""
     shown = _shown(rows)
-    metrics = [key for key in rows[-1] if key.startswith(("eval_loss", "eval_perplexity"))]
+    metrics = [key for key in rows[-1] if key.startswith(_METRICS)]
     head = ["step", *metrics]
     lines = [[_count(row.get("step")), *(_number(row.get(key)) for key in metrics)]
              for row in shown]  # fmt: skip
     left = len(rows) - len(shown)
     note = f"{left} more evaluations are not shown.\n" if left else ""
-    tokens = _count(rows[-1].get("eval_tokens"))
+    tokens, samples = (_count(rows[-1].get(f"eval_{what}")) for what in ("tokens", "samples"))
     unit = f"Losses are in nats for each of {tokens or 'the'} target tokens.\n"
+    if samples:
+        unit = f"Losses are means over {samples} samples.\n"
     return f"{_grid(head, lines)}\n{unit}{note}"
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from launcher.config import rules
+from launcher.config.chat_template import trains_on_conversations
 from launcher.config.resolve import resolve
 from launcher.config.suggest import did_you_mean_key
 from tests.config.workspace import RIGHT
@@ -176,3 +177,19 @@ def test_arguments_are_typed_on_the_command_line(data: Path) -> None:
 )
 def test_words_of_other_launchers(word: str, section: str, key: str) -> None:
     assert did_you_mean_key(word, section).startswith(f"did you mean `{key}`?")
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ({"type": "InstructionDataLoader"}, True),
+        ({"type": "PreferenceDataLoader"}, True),
+        ({"type": "FeedbackDataLoader"}, True),
+        ({"type": "TextDataLoader"}, False),
+        ({"type": "InstructionDataLoader", "prompt_template": "alpaca"}, False),
+        ({"0.type": "TextDataLoader", "1.type": "FeedbackDataLoader"}, True),
+    ],
+)
+def test_which_trainings_render_conversations(keys: dict[str, str], expected: bool) -> None:
+    found = {f"train_dataset.data_loader.{key}": value for key, value in keys.items()}
+    assert trains_on_conversations({**found, "model.model_config.type": "x"}) is expected

@@ -47,10 +47,11 @@ trackers: [wandb]
 
 
 def again(result: Resolved) -> Resolved:
-    """The configuration of the printed text."""
+    """The configuration of the printed text, in which the same keys are written."""
     Path("printed.yaml").write_text(to_yaml(result.config, result.provenance), encoding="utf-8")
     back = resolve("printed.yaml")
     assert not back.problems, "\n".join(map(str, back.problems))
+    assert back.provenance.places.keys() <= result.provenance.places.keys()
     return back
 
 
@@ -67,6 +68,19 @@ def test_the_printed_configuration_is_the_same(workspace: Path, text: str, mode:
 def test_the_right_configuration_survives(workspace: Path) -> None:
     result = resolve("right.yaml", "train", {"epochs": 3}, ["callbacks.1.prefix=x"])
     assert again(result).config == result.config
+
+
+def test_a_default_that_was_edited_is_written(workspace: Path) -> None:
+    result = resolved("runner_config: {max_steps: 9}")
+    assert not again(result).provenance.is_written("generation_config.max_length")
+    printed = Path("printed.yaml")
+    text = printed.read_text().replace("max_length: 20", "max_length: 50")
+    printed.write_text(text.replace("  epochs: 1  # default", "  epochs: 1"))
+    back = resolve("printed.yaml")
+    assert back.config.generation_config.max_length == 50
+    for key in ("generation_config.max_length", "runner_config.epochs"):
+        assert back.provenance.where(key).startswith("printed.yaml:"), key
+    assert not back.provenance.is_written("generation_config.top_k")
 
 
 def test_every_line_says_where_its_value_came_from(workspace: Path) -> None:

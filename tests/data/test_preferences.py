@@ -101,6 +101,13 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "an unknown speaker": (
         {"prompt": [{"role": "boss", "content": "a"}], **TURNS}, "messages[0].role",
     ),
+    "no prompt at all": ({"chosen": GOOD, "rejected": BAD}, "column_map, or write `prompt`"),
+    "the prompt in another column": (
+        {"question": "What is a ship?", "chosen": f"A {GOOD}", "rejected": f"A {BAD}"},
+        "data_loader.column_map: {prompt: question}",
+    ),
+    "a typo": ({"promt": "Why", "chosen": GOOD, "rejected": BAD}, "{prompt: promt}"),
+    "null": ({"prompt": "Why", "chosen": GOOD, "rejected": None}, "Keys found: prompt, chosen"),
 }  # fmt: skip
 
 

@@ -35,9 +35,9 @@ def test_a_card_without_a_run_has_the_model_alone() -> None:
 @pytest.mark.parametrize(
     ("start", "expected"),
     [
-        ({}, "step 30 of a run (save"),
-        ({"initial_weights": None}, "a run, which began with random weights (save"),
-        ({"initial_weights": "base"}, "which began with the weights in `base` (save"),
+        ({}, "step 30, save `CKP-1_30`, of a run."),
+        ({"initial_weights": None}, "of a run that began with random weights."),
+        ({"initial_weights": "base"}, "of a run that began with the weights in `base`."),
     ],
 )
 def test_where_a_run_began(start: dict[str, Any], expected: str) -> None:
@@ -65,6 +65,23 @@ def test_sources_of_a_mixture_have_their_own_rows() -> None:
     assert "| code | corpora/code | TextDataLoader | 1,000 | 180 |" in text
     assert "| chat | a\\|b.jsonl, c.jsonl | InstructionDataLoader | 50 | 60 |" in text
     assert "A row has 64 tokens, one document in a row." in text
+
+
+def test_a_run_on_preferences_has_its_loss_and_its_metrics() -> None:
+    configuration = {
+        "trainer.type": "SimPOTrainer", "preference.beta": 2.5, "preference.simpo_gamma": 0.5,
+        "preference.desirable_weight": 1.0, "preference.reference.weights": "",
+    }  # fmt: skip
+    row = {"step": 30, "eval_loss": 0.25, "eval_samples": 6, "eval_logps/chosen": -9.5,
+           "eval_rewards/accuracies": 0.75}  # fmt: skip
+    found = RunRecord(name="x", evaluations=(row,), state={
+        "configuration": configuration, "data": {"seq_length": 64, "rows": 6},
+    })  # fmt: skip
+    text = model_card(SUBJECT, found)
+    assert "| objective | SimPOTrainer, loss simpo, beta 2.5, simpo_gamma 0.5 |" in text
+    assert "A row has two sequences of 64 tokens, the answers that are compared." in text
+    assert "| 30 | 0.2500 | 0.7500 |" in text
+    assert "Losses are means over 6 samples." in text
 
 
 def test_of_many_evaluations_the_first_the_best_and_the_newest_are_shown() -> None:

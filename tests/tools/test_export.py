@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -130,7 +131,7 @@ def test_the_card_says_how_the_model_was_trained(trained: Workshop) -> None:
     loss = next(row["loss"] for row in rows if row["step"] == 6 and "loss" in row)
     evaluation = [row for row in rows if "eval_loss" in row][-1]
     for fact in (
-        "step 6 of a run, which began with random weights (save `CKP-1_6`)",
+        "step 6, save `CKP-1_6`, of a run that began with random weights.",
         "| architecture | Qwen3ForCausalLM |",
         f"| tokens | {state['consumed_tokens']:,} |",
         f"| loss at this step | {loss:.4f} |",
@@ -149,8 +150,16 @@ def test_the_card_says_how_the_model_was_trained(trained: Workshop) -> None:
 
 def test_a_run_says_at_its_end_how_to_chat_and_export(trained: Workshop) -> None:
     line = (trained.folder / "train.log").read_text().splitlines()[-1]
-    assert "launcher.tools.export --load_checkpoint output/checkpoint" in line
-    assert "run.py --config output/resolved.yaml --run_mode predict" in line
+    first, second = line.removeprefix("next: ").split("   or: ")
+    assert second == (
+        "python -m launcher.tools.export --load_checkpoint output/checkpoint --output_dir output/hf"
+    )
+    launch = "torchrun --nproc_per_node 2 run.py "
+    assert first.startswith(launch)
+    words = [*shlex.split(first.removeprefix(launch)), "generation_config.max_new_tokens=2"]
+    result = run_job(words, trained.folder, 2)  # the standard input has no question
+    assert result.code == 0, result.stderr
+    assert "chat with" in result.stdout
 
 
 @pytest.mark.parametrize("how", ["--best", "--file_suffix", "rank file"])
@@ -164,7 +173,7 @@ def test_another_save_is_chosen(trained: Workshop, how: str) -> None:
         "rank file": ([], "output/checkpoint/rank_1/CKP_rank_1-1_4.safetensors"),
     }[how]
     assert run_export(trained, "other", *more, "--overwrite", source=source) == 0
-    assert f"(save `{label}`)" in (trained.folder / "other/README.md").read_text()
+    assert f"save `{label}`" in (trained.folder / "other/README.md").read_text()
 
 
 def test_complete_weights_are_exported_again(trained: Workshop) -> None:

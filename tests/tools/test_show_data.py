@@ -113,7 +113,8 @@ JUDGED = [{"prompt": "What?", "completion": "A ship.", "label": False}]
     [
         ("PreferenceDataLoader", "dpo", PAIRS,
          ["  chosen:\n  | What?{+A ship.", "  rejected:\n  | What?{+No."]),
-        ("FeedbackDataLoader", "kto", JUDGED, ["  undesirable:\n  | What?{+A ship."]),
+        ("FeedbackDataLoader", "kto", JUDGED,
+         [" 1 document, ", "  undesirable:\n  | What?{+A ship."]),
     ],
 )  # fmt: skip
 def test_preferences(
@@ -126,6 +127,7 @@ def test_preferences(
     shown = show(capsys, "--show_data", "1")
     for part in parts:
         assert part in shown, shown
+    assert "-" not in shown.partition("sample 0 (")[2].partition(" padding")[0]
 
 
 def test_both_sections_are_shown(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,11 +15,10 @@ from launcher.config.checks.check import Check
 from launcher.config.checks.paths import nearest_path
 from launcher.config.derived import read_json_object, tokenizer_dir, used_datasets
 from launcher.config.provenance import KeyProblem
-from launcher.config.schema import DataLoaderSection
+from launcher.config.schema import CONVERSATION_LOADERS, DataLoaderSection
 from launcher.errors import UserError, did_you_mean
 from launcher.json_text import NotJson, line_and_column, parse
 
-_CONVERSATIONS = ("InstructionDataLoader", "PreferenceDataLoader", "FeedbackDataLoader")
 _LARGEST_BYTES = 4 * 2**20
 _NAMES = re.compile(r"[A-Za-z_]\w*")
 
@@ -27,7 +26,7 @@ _NAMES = re.compile(r"[A-Za-z_]\w*")
 def _conversation_loaders(check: Check) -> Iterator[tuple[str, DataLoaderSection]]:
     for name, section in used_datasets(check.config).items():
         for key, loader in section.loaders.items():
-            if loader.type in _CONVERSATIONS:
+            if loader.type in CONVERSATION_LOADERS:
                 yield f"{name}.{key}", loader
 
 

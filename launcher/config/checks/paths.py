@@ -21,7 +21,7 @@ from launcher.config.derived import (
     written_datasets,
 )
 from launcher.config.provenance import KeyProblem
-from launcher.config.schema import DataLoaderSection, DatasetSection
+from launcher.config.schema import CONVERSATION_LOADERS, DataLoaderSection, DatasetSection
 from launcher.errors import did_you_mean
 from launcher.extensions import DATA_CHECKS, TOKENIZER_TYPES, required
 from launcher.json_text import lone_surrogate
@@ -35,8 +35,7 @@ TOKEN_LOADERS = frozenset({
 """Types of data loaders that read rows of tokens."""
 
 _MEGATRON = "BlendedMegatronDatasetDataLoader"
-_OF_CONVERSATIONS = ("InstructionDataLoader", "PreferenceDataLoader", "FeedbackDataLoader")
-_OF_RECORDS = ("HFDataLoader", "CommonDataLoader", *_OF_CONVERSATIONS)
+_OF_RECORDS = ("HFDataLoader", "CommonDataLoader", *CONVERSATION_LOADERS)
 _OF_DOCUMENTS = ("TextDataLoader", *_OF_RECORDS)
 _BY_TYPE: dict[str, tuple[str, ...]] = {
     "suffixes": ("TextDataLoader",),
@@ -52,8 +51,8 @@ _BY_TYPE: dict[str, tuple[str, ...]] = {
     "prompt_template": ("InstructionDataLoader",),
     "train_on_roles": ("InstructionDataLoader",),
     "train_on_turns": ("InstructionDataLoader",),
-    "format": _OF_CONVERSATIONS,
-    "strict_fields": _OF_CONVERSATIONS,
+    "format": CONVERSATION_LOADERS,
+    "strict_fields": CONVERSATION_LOADERS,
     "streaming": ("HFDataLoader", "CommonDataLoader", "InstructionDataLoader"),
     "labels": ("MindDataset",),
     "pad_token_id": ("MindDataset",),

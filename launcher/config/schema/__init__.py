@@ -20,6 +20,7 @@ from launcher.config.schema.callbacks import (
     TensorboardSection,
 )
 from launcher.config.schema.data import (
+    CONVERSATION_LOADERS,
     DataCacheSection,
     DataLoaderSection,
     DatasetSection,
@@ -71,6 +72,7 @@ from launcher.config.schema.training import (
 
 __all__ = [
     "CALLBACKS",
+    "CONVERSATION_LOADERS",
     "DYNAMIC_LOSS_SCALE",
     "JUDGED",
     "LARGEST_LOSS_SCALE",

@@ -95,6 +95,10 @@ class MegatronConfigSection:
         return "data_path", self.data_path
 
 
+CONVERSATION_LOADERS = ("InstructionDataLoader", "PreferenceDataLoader", "FeedbackDataLoader")
+"""Types of data loaders that read conversations."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class DataLoaderSection:
     """`train_dataset.data_loader`: the source of the samples."""
@@ -104,9 +108,7 @@ class DataLoaderSection:
         choices=(
             "TextDataLoader",
             "HFDataLoader",
-            "InstructionDataLoader",
-            "PreferenceDataLoader",
-            "FeedbackDataLoader",
+            *CONVERSATION_LOADERS,
             "MindDataset",
             "BlendedMegatronDatasetDataLoader",
             "TokenFileDataLoader",
