@@ -8,6 +8,7 @@ import json
 import re
 import runpy
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -80,8 +81,9 @@ def run_line(line: str, folder: Path) -> None:
     print(result.stdout)
 
 
-def run_page(name: str, folder: Path) -> int:
-    """Write the named samples of a page, run its commands; how many those were."""
+def run_page(name: str, folder: Path, endings: Mapping[str, str] | None = None) -> int:
+    """Write the named samples of a page, run its commands; how many those were. `endings`: last
+    words of commands that are replaced by others."""
     ran = 0
     for language, text in FENCE.findall((ROOT / "docs" / name).read_text()):
         named = NAMED.match(text)
@@ -90,7 +92,8 @@ def run_page(name: str, folder: Path) -> int:
             (folder / named[1]).write_text(lines)
         elif language == "bash":
             for line in text.strip().splitlines():
-                run_line(line, folder)
+                start, _, last = line.rpartition(" ")
+                run_line(f"{start} {(endings or {}).get(last, last)}", folder)
                 ran += 1
         elif language != "text":
             raise AssertionError(f"a {language} sample without a name: {text[:40]}")
@@ -171,6 +174,15 @@ def test_decoding_page(folder: Path) -> None:
     assert run_page("decoding.md", folder) == 1
     rows = (folder / "output/decoding/text_generation_result.jsonl").read_text().splitlines()
     assert len(rows) == 3
+
+
+def test_adapters_page(folder: Path) -> None:
+    assert run_page("adapters.md", folder) == 6
+    rows = (folder / "output/adapter/metrics.jsonl").read_text().splitlines()
+    assert sum("loss" in json.loads(row) for row in rows) == 6
+    for name in ("output/further/adapter/adapter_model.safetensors", "merged_model/config.json",
+                 "exported_adapter/adapter_config.json"):  # fmt: skip
+        assert (folder / name).is_file()
 
 
 def test_mixtures_page(folder: Path) -> None:
@@ -261,18 +273,36 @@ def test_export_page(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
                      "generation_config.json", "model.safetensors.index.json"}  # fmt: skip
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.name)
-def test_every_shipped_configuration_is_right(path: Path, materials: Workshop, tmp_path) -> None:
-    """Checked with the folders it names made of the materials, then trained for two steps."""
+def test_the_shipped_configurations_and_the_walk_through_them(
+    materials: Workshop, tmp_path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The quickstart, and the page that fine-tunes its model: with the folders they name made of
+    the materials, and a few steps of training."""
     workshop = materials.copy_to(tmp_path)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
     for name in ("train", "heldout"):
         (tmp_path / "data/quickstart").mkdir(parents=True, exist_ok=True)
         (tmp_path / "data/quickstart" / name).symlink_to(workshop.folder / "corpus")
     (tmp_path / "data/quickstart/tokenizer").symlink_to(workshop.folder / "tokenizer")
-    result = run_job(["--config", str(path), "--run_mode", "train", "--max_steps", "2",
-                      "--eval_dataset.data_loader.num_samples", "1"], tmp_path)  # fmt: skip
-    assert result.code == 0, result.stderr
-    assert "eval loss" in result.stdout
+    short = "--max_steps 2 --eval_dataset.data_loader.num_samples 1"
+    quickstart = f"python run.py --config configs/quickstart.yaml --run_mode train {short}"
+    run_line(quickstart, tmp_path)
+    assert "eval loss" in capsys.readouterr().out
+    page = (ROOT / "docs/finetuning.md").read_text()
+    assert {path.name for path in (ROOT / "configs").glob("*.yaml")} == {
+        "quickstart.yaml", *re.findall(r"configs/(\S+\.yaml)", page)
+    }  # fmt: skip
+    shorter = f"finetune {short} --train_dataset.data_loader.num_samples 64"
+    assert run_page("finetuning.md", tmp_path, {"finetune": shorter}) == 7
+    printed = capsys.readouterr().out
+    for line in ("  | {+def ", "trained: 299,008 parameters (6.95%)",
+                 "prompts are rendered with a ChatML-like template"):  # fmt: skip
+        assert line in printed
+    row = json.loads((tmp_path / "output/signatures/text_generation_result.jsonl").read_text())
+    assert printed.endswith(f"{row['messages'][-1]['content']}\n")
+    card = (tmp_path / "output/signatures/hf/README.md").read_text()
+    assert "train.jsonl" in card
+    assert (tmp_path / "output/signatures/peft/adapter_config.json").is_file()
 
 
 FOLDERS = "launcher|models|tests|configs|docs|benchmarks"

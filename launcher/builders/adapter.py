@@ -1,4 +1,4 @@
-"""An adapter and its base: which weights a job starts from, and what its checkpoints say of them.
+"""An adapter and its base: the weights a job starts from, and what its checkpoints record of them.
 
 Owns the choice of the base and the entry `adapter` of state files. Checkpoints of a run with an
 adapter hold the adapter alone; the base is named there, by its path and a fingerprint, and found

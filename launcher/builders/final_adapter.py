@@ -52,6 +52,8 @@ def _write(job: Job, run: TrainRun) -> None:
     with folder_aside(target, root, overwrite=True, owned=True, option="output_dir") as folder:
         names = write_adapter(adapter, folder)
         write_record(folder, KEY)
+    if adapter.warning:
+        job.log(f"warning: {adapter.warning}")
     job.log(f"adapter: {len(names)} tensors in the form of PEFT in {target}")
 
 

@@ -92,6 +92,7 @@ _PATHS = {
                     "pet_config.target_modules"),
     **dict.fromkeys(("lora_modules_to_save", "additional_target", "modules_to_save"),
                     "pet_config.modules_to_save"),
+    **dict.fromkeys(("bnb_4bit_compute_dtype", "qlora", "quantization_method"), "load_in_4bit"),
     **dict.fromkeys(("use_dora", "peft_use_dora", "lora_use_dora"), "pet_config.use_dora"),
     **dict.fromkeys(("use_rslora", "peft_use_rslora", "lora_use_rslora"), "pet_config.use_rslora"),
     **dict.fromkeys(("lora_model_dir", "adapter_name_or_path", "adapter_path", "resume_adapter"),

@@ -3,8 +3,8 @@
     python -m launcher.tools.merge_lora --load_checkpoint output/checkpoint --output_dir merged
 
 Takes a folder of checkpoints of a run with pet_config (the newest save; --best or --file_suffix
-choose another), one of its rank files, or a directory of PEFT. The base is found where the adapter
-says that it is, or given. In Python: `launcher.weights.merge_adapter(path, output_dir)`.
+choose another), one of its rank files, or a directory of PEFT. The base is the one that the adapter
+names, or given. In Python: `launcher.weights.merge_adapter(path, output_dir)`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--load_checkpoint", type=Path, required=True, metavar="PATH",
         help="folder of checkpoints, a rank file, or a directory of PEFT")  # fmt: skip
     add("--pretrained_model_dir", type=Path, metavar="DIR",
-        help="the base (default: where the adapter says that it is)")  # fmt: skip
+        help="the base (default: the one that the adapter names)")  # fmt: skip
     add("--output_dir", type=Path, required=True, metavar="DIR", help="the new directory")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--file_suffix", metavar="E_S", help="the save *-E_S (default: the newest)")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -117,3 +118,38 @@ def test_adapters_of_experts(more: str, workspace: Path) -> None:
     problems, _ = found(more, MOE)
     assert len(problems) == bool(EXPERTS[more]), problems
     assert not problems or f"pet_config.{EXPERTS[more]}" in problems[0]
+
+
+REFUSED = {
+    "load_in_4bit: true\n": ["load_in_4bit", "bfloat16"],
+    "load_in_8bit: true\n": ["load_in_8bit", "bfloat16"],
+    "quantization_bit: 4\n": ["quantization_bit", "bfloat16"],
+    "pet_config: {pet_type: qlora}\n": ["pet_config.pet_type", "qlora"],
+    "pet_config: {load_adapter: nowhere}\n": ["pet_config.load_adapter", "nowhere"],
+    "pet_config: {load_adapter: other}\n": ["adapter_config.json", "peft_type"],
+    "pet_config: {load_adapter: fitting, lora_rank: 8, lora_alpha: 3}\n": [
+        "pet_config.lora_rank = 8", "r = 2", "pet_config.lora_alpha = 3", "lora_alpha = 6",
+    ],
+    "pet_config: {load_adapter: fitting, target_modules: [k_proj]}\n": [
+        "pet_config.target_modules", "q_proj",
+    ],
+    "load_checkpoint: other\npet_config: {load_adapter: fitting}\n": [
+        "load_checkpoint = 'other'", "pet_config.load_adapter",
+    ],
+    "pet_config: {load_adapter: fitting, pet_type: null}\n": ["pet_config.pet_type", "merge_lora"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("more", REFUSED)
+def test_adapters_on_disk_and_bits(more: str, workspace: Path) -> None:
+    for name, content in {"other": {"peft_type": "IA3"}, "fitting": PEFT}.items():
+        Path(name).mkdir()
+        Path(name, "adapter_config.json").write_text(json.dumps(content))
+    problems, _ = found(more)
+    for word in REFUSED[more]:
+        assert any(word in problem for problem in problems), problems
+    problems, _ = found("load_in_4bit: false\npet_config: {load_adapter: fitting, lora_rank: 2}\n")
+    assert problems == []
+
+
+PEFT = {"peft_type": "LORA", "target_modules": ["q_proj"], "r": 2, "lora_alpha": 6}

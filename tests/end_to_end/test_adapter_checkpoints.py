@@ -10,7 +10,7 @@ from safetensors import safe_open
 
 from launcher.weights.adapters.found import ADAPTER
 from launcher.weights.optimizer_state import parameter_of
-from tests.end_to_end.adapters import LORA, SAVED, STEPS, lora_yaml, run_jobs, write_base
+from tests.end_to_end.adapters import LORA, MODEL, SAVED, STEPS, lora_yaml, run_jobs, write_base
 from tests.workshop import Workshop
 
 DORA = {**LORA, "pet_type": "dora", "lora_dropout": 0.1, "modules_to_save": ["embed_tokens"]}
@@ -21,7 +21,8 @@ RESUME = ["--resume_training", "True"]
 
 
 def train(name: str, *more: str) -> list[str]:
-    return ["--config", name, "--run_mode", "finetune", *more]
+    mode = "train" if name == "half.yaml" else "finetune"
+    return ["--config", name, "--run_mode", mode, *more]
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +38,16 @@ def shop(materials: Workshop, tmp_path_factory: pytest.TempPathFactory) -> Works
         shop, "dp.yaml", DORA, output_dir="dp", parallel_config={"data_parallel": 2}, **batch,
         parallel={"enable_parallel_optimizer": True},
     )  # fmt: skip
+    half = {"params_dtype": "bfloat16", "compute_dtype": "bfloat16"}  # on a random base
+    lora_yaml(
+        shop, "half.yaml", {**LORA, "lora_dropout": 0.1}, pretrained_model_dir=None,
+        model={"model_config": {**MODEL, **half}},
+    )  # fmt: skip
+    lora_yaml(shop, "frozen.yaml", {"pet_type": None}, freeze=["embed_tokens", "layers.0"])
+    lora_yaml(
+        shop, "frozen_tp.yaml", {"pet_type": None}, freeze=["embed_tokens", "layers.0"],
+        output_dir="frozen_tp", parallel_config=TP,
+    )  # fmt: skip
     shop.on_two = run_jobs(shop, 2, [  # type: ignore[attr-defined]
         train(tp, *STOP), train(dp, *STOP), train(tp, *RESUME),
         train(pp, *RESUME, "--load_checkpoint", "tp/checkpoint/rank_0/"
@@ -46,13 +57,49 @@ def shop(materials: Workshop, tmp_path_factory: pytest.TempPathFactory) -> Works
         train(one), train(one, "--output_dir", "parts", *STOP),
         train(one, "--output_dir", "parts", *RESUME),
         train(one, "--output_dir", "alone", *RESUME, "--load_checkpoint", "dp/checkpoint"),
+        *(job for kind in ("half", "frozen") for job in (
+            train(f"{kind}.yaml", "--output_dir", f"{kind}_whole"),
+            train(f"{kind}.yaml", "--output_dir", f"{kind}_parts", *STOP),
+            train(f"{kind}.yaml", "--output_dir", f"{kind}_parts", *RESUME),
+        )),
     ])  # fmt: skip
+    run_jobs(
+        shop,
+        2,
+        [
+            train(
+                "frozen_tp.yaml",
+                *RESUME,
+                "--load_checkpoint",
+                f"frozen_parts/checkpoint/rank_0/CKP_rank_0-1_{SAVED}.safetensors",
+            )
+        ],
+    )
     return shop
 
 
-def test_a_resumed_run_is_the_uninterrupted_run(shop: Workshop) -> None:
-    assert shop.saved("parts", f"1_{STEPS}") == shop.saved("whole", f"1_{STEPS}")
-    assert shop.losses("parts") == shop.losses("whole")
+@pytest.mark.parametrize("kind", ["", "half_", "frozen_"])
+def test_a_resumed_run_is_the_uninterrupted_run(shop: Workshop, kind: str) -> None:
+    parts, whole = f"{kind}parts", f"{kind}whole"
+    assert shop.saved(parts, f"1_{STEPS}") == shop.saved(whole, f"1_{STEPS}")
+    assert shop.losses(parts) == shop.losses(whole)
+
+
+def test_a_random_base_is_named_by_its_seed(shop: Workshop) -> None:
+    state = shop.folder / f"half_parts/checkpoint/state/CKP-1_{STEPS}.json"
+    assert json.loads(state.read_text())[ADAPTER]["base"] == {"seed": 7}
+
+
+def test_frozen_parameters_are_saved_without_optimizer_state(shop: Workshop) -> None:
+    file = shop.folder / f"frozen_whole/checkpoint/rank_0/CKP_rank_0-1_{STEPS}.safetensors"
+    with safe_open(file, "pt") as opened:
+        names = set(opened.keys())
+    assert "model.embed_tokens.weight" in names
+    assert "adam_m.model.layers.1.mlp.up_proj.weight" in names
+    assert not {name for name in names if name.startswith("adam_") and (
+        "embed_tokens" in name or "layers.0" in name)}  # fmt: skip
+    losses = shop.losses("frozen_tp")
+    assert losses == pytest.approx(shop.losses("frozen_whole")[SAVED:], rel=TOLERANCE)
 
 
 @pytest.mark.parametrize("output", ["tp", "pp", "alone"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -299,6 +300,16 @@ def test_older_spellings_of_rotary_embeddings() -> None:
     }
     assert older_spellings({"rope_parameters": {"full_attention": partial}}) == {}
     assert older_spellings({"rope_theta": 1e4}) == {}
+
+
+def test_a_tokenizer_that_is_given_replaces_that_of_the_run(trained: Workshop, tmp_path) -> None:
+    given = tmp_path / "given"
+    shutil.copytree(trained.folder / "tokenizer", given)
+    content = json.loads((given / "tokenizer_config.json").read_text())
+    (given / "tokenizer_config.json").write_text(json.dumps(content | {"model_max_length": 77}))
+    assert run_export(trained, "given", "--tokenizer", str(given), source="hf") == 0
+    exported = json.loads((trained.folder / "given/tokenizer_config.json").read_text())
+    assert exported["model_max_length"] == 77
 
 
 def test_special_tokens_of_every_form_of_a_tokenizer(tmp_path: Path) -> None:

@@ -8,13 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from launcher.errors import UserError
 from launcher.weights.adapters.config import checked, read_config, unknown_fields
+from launcher.weights.adapters.found import Base, FoundAdapter
 from launcher.weights.adapters.peft_files import open_peft, write_peft
 from launcher.weights.adapters.tensors import read_tensors
-from launcher.weights.offline.adapter import merge_adapter
+from launcher.weights.offline.adapter import OpenAdapter, merge_adapter
 from tests.models.tiny import GLM, dense_spec, experts_spec, module_spec
 from tests.weights.peft_models import IDS, Adapted, adapted
 
@@ -116,6 +118,20 @@ def test_merged_weights_are_those_of_peft(name: str, tmp_path: Path) -> None:
         torch.testing.assert_close(found.state_dict()[key], tensor, rtol=1e-5, atol=1e-5, msg=key)
 
 
+def test_what_peft_would_compute_otherwise_is_said(tmp_path: Path) -> None:
+    case = adapted(experts_spec("qwen3_moe"))  # a layer without experts
+    source = case.source(tmp_path)
+    base = Base(path="base")
+    found = FoundAdapter(
+        path=tmp_path, file=tmp_path, is_peft=False, config=case.config, base=base
+    )  # fmt: skip
+    warning = OpenAdapter(found, source, case.spec.family, has_experts=True).warning
+    assert "model.layers.1.mlp.down_proj" in warning
+    assert not OpenAdapter(found, source, case.spec.family).warning
+    write_peft(source, case.config, case.spec.family, tmp_path)
+    assert not torch.allclose(in_peft(case, tmp_path), case.logits(IDS), atol=1e-2)
+
+
 WRONG = {
     '{"peft_type": "IA3"}': ["peft_type", "IA3", "LORA", "target_modules"],
     '{"peft_type": "LORA", "target_modules": ["q_proj"], "r": 0}': ["r = 0"],
@@ -164,3 +180,43 @@ def test_fields_of_older_and_newer_versions() -> None:
     from peft import LoraConfig as Theirs
 
     assert unknown_fields(Theirs(r=4, target_modules=["q_proj"]).to_dict()) == []
+
+
+def test_a_file_of_torch(tmp_path: Path) -> None:
+    case = adapted(dense_spec(**QWEN), target_modules=("q_proj",))
+    torch.save(
+        {f"base_model.model.{name}": t.clone() for name, t in case.saved().items()},
+        tmp_path / "adapter_model.bin",
+    )
+    found = read_tensors(open_peft(tmp_path, "qwen3"), lambda _: True)
+    for key, tensor in case.saved().items():
+        assert torch.equal(torch.from_numpy(found[key].numbers), tensor), key
+
+
+def test_files_that_hold_something_else(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"adapter_model\.safetensors"):
+        open_peft(tmp_path, "qwen3")
+    for name, word in {
+        "model.q_proj.lora_A.weight": "base_model",
+        "base_model.model.embed_tokens.lora_embedding_A": "modules_to_save",
+    }.items():
+        save_file({name: torch.ones(2, 2)}, tmp_path / "adapter_model.safetensors")
+        with pytest.raises(UserError) as raised:
+            open_peft(tmp_path, "qwen3")
+        assert name in str(raised.value)
+        assert word in str(raised.value)
+
+
+def test_a_base_that_does_not_fit_is_not_merged(tmp_path: Path) -> None:
+    case = adapted(dense_spec(**QWEN), target_modules=("q_proj",))
+    directory, base = tmp_path / "adapter", tmp_path / "base"
+    directory.mkdir()
+    write_peft(case.source(tmp_path), case.config, "qwen3", directory)
+    with pytest.raises(UserError, match="--pretrained_model_dir"):
+        merge_adapter(directory, tmp_path / "merged")
+    other = adapted(dense_spec(**{**QWEN, "head_dim": 16}), target_modules=("q_proj",))
+    other.base_copy().save_pretrained(base)
+    with pytest.raises(UserError) as raised:
+        merge_adapter(directory, tmp_path / "merged", base=base)
+    assert "model.layers.0.self_attn.q_proj.weight" in str(raised.value)
+    assert not (tmp_path / "merged").exists()

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from launcher.layout.box import Box, full_box
 from launcher.layout.shard import Shard
+from launcher.weights.content import content_of
 from launcher.weights.formats import rank_metadata
 from launcher.weights.formats.rank_metadata import RankFileMetadata
 from launcher.weights.offline.export import write_complete
@@ -109,7 +110,9 @@ def check_exported(
     for name, shard in wanted.items():
         assert torch.equal(bits(found[alias if name == "t0" else name]), bits(shard.tensor)), name
     model = {name for name in found if not name.startswith(MOMENTS)}
-    assert set(open_complete(folder).tensors) == model
+    complete = open_complete(folder)
+    assert set(complete.tensors) == model
+    assert content_of(complete) == content_of(source)
 
 
 def check_round_trip(folder: Path, world: World, seed: int) -> None:

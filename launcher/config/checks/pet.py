@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from launcher.config.checks.check import Check
-from launcher.config.pet import adapter_of, lora_of, written_lora
+from launcher.config.pet import adapter_of, lora_of, resumes, written_lora
 from launcher.config.provenance import KeyProblem
 from launcher.errors import UserError, did_you_mean
 from launcher.weights.adapters.config import checked
+from launcher.weights.adapters.found import find_adapter
 from models.lora_config import (
     LoraConfig,
     Names,
@@ -92,6 +94,13 @@ def _files(check: Check) -> Iterator[KeyProblem]:
         if found is None:
             return
         checked(found.config, str(found.file))
+        path = check.config.load_checkpoint
+        is_other = check.config.pet_config.load_adapter and path and not resumes(check.config)
+        if is_other and find_adapter(Path(path)) is not None:
+            yield check.wrong(
+                "load_checkpoint", "it holds an adapter, and pet_config.load_adapter names one too",
+                advice="Name one of them; beside load_adapter, load_checkpoint is the base",
+            )  # fmt: skip
         if check.trains and is_off(check):
             yield check.wrong(
                 f"{_SECTION}.pet_type", f"{found.path} holds an adapter, which is trained further",
@@ -103,8 +112,8 @@ def _files(check: Check) -> Iterator[KeyProblem]:
         for problem in error.problems:
             what = f"{problem.where}: {problem.what}" if problem.where else problem.what
             yield check.wrong(
-                key, problem.rule, what=what, nearest=problem.nearest, advice=problem.advice,
-                also=("load_checkpoint",),
+                key, problem.rule, what=f"{key}: {what}", nearest=problem.nearest,
+                advice=problem.advice, also=("load_checkpoint",),
             )  # fmt: skip
 
 

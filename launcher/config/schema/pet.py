@@ -15,7 +15,7 @@ class PetSection:
     while the weights of the model stay as they are. Its checkpoints hold the adapter alone."""
 
     pet_type: str | None = effective(
-        None, choices=("lora", "dora"), planned=("slora", "ptuning2", "prefixtuning")
+        None, choices=("lora", "dora"), planned=("qlora", "slora", "ptuning2", "prefixtuning")
     )
     """`lora`, or `dora`: also the lengths of the rows of the weights are trained. Left out:
     lora, if another key of this section is written; else the full model is trained."""

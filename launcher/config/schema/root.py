@@ -18,6 +18,7 @@ from launcher.config.schema.data import DataCacheSection, DatasetSection, Datase
 from launcher.config.schema.evaluation import NamedDatasetSection
 from launcher.config.schema.field import (
     effective,
+    not_built,
     optional_section,
     section,
 )
@@ -44,6 +45,10 @@ from launcher.config.schema.training import (
 )
 
 RUN_MODES = ("train", "finetune", "eval", "predict", "resume", "predict_with_train_model")
+_QUANTIZED = (
+    "No library for it that runs on CUDA and CPU is a dependency: hold the base in bfloat16 "
+    "(model.model_config.params_dtype), and shard it (parallel.enable_parallel_optimizer)"
+)
 TRACKERS = (
     *("tensorboard", "wandb", "mlflow", "comet_ml", "aim", "swanlab", "trackio", "clearml"),
     "dvclive",
@@ -182,6 +187,12 @@ class Config:
     freeze: list[str] = effective([])
     """Parameters that are not trained: names of parameters or modules, endings of names
     (`embed_tokens`), or regular expressions for full names. Checkpoints still hold them."""
+    load_in_4bit: bool = not_built(False, _QUANTIZED)
+    """Whether the frozen base of an adapter is held in 4 bits (QLoRA)."""
+    load_in_8bit: bool = not_built(False, _QUANTIZED)
+    """Whether the frozen base of an adapter is held in 8 bits."""
+    quantization_bit: int | None = not_built(None, _QUANTIZED, harmless=(0,))
+    """Bits in which the frozen base of an adapter is held."""
     processor: ProcessorSection = section(ProcessorSection)
     """From text to tokens and back."""
     runner_config: RunnerSection = section(RunnerSection)

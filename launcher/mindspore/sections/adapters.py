@@ -61,11 +61,9 @@ def _targets(draft: Draft) -> bool:
         known = {name: own for name, own in known.items() if name not in ("w1", "w2", "w3")}
     alternatives = value.split("|") if isinstance(value, str) else value or []
     names = [re.sub(r"^\.\*\.?|\.?\*$", "", str(part).strip()) for part in alternatives]
-    if not any(name in known or name in _EMBEDDINGS for name in names):
+    if not names or not all(name in known or name in _EMBEDDINGS for name in names):
         return False
-    if not all(re.fullmatch(r"\w+", name) for name in names):
-        return False  # an expression for names, which a rule checks
-    own = [part for name in names for part in known.get(name, (name,)) if name not in _EMBEDDINGS]
+    own = [part for name in names for part in known.get(name, ())]
     embeddings = [name for name in names if name in _EMBEDDINGS]
     why = "names in files of Hugging Face"
     if embeddings:

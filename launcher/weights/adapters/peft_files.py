@@ -93,10 +93,10 @@ def _apart(source: Source, family: str) -> Source:
         shape = source.shape(name)
         rows = shape[0] // len(parts)
         for number, part in enumerate(parts):
-            whole = full_side((rows, *shape[1:]))
+            full_part = full_side((rows, *shape[1:]))
             cut = full_side(shape)
             cut = cut._replace(index=(Span(number * rows, rows), *cut.index[1:]))
-            own = pieces if kind == A else Pieces(moved(pieces, cut, whole, range(len(shape))))
+            own = pieces if kind == A else Pieces(moved(pieces, cut, full_part, range(len(shape))))
             tensors[f"{place}{part}{kind}"] = own
     return replace(source, tensors=tensors)
 

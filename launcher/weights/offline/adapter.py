@@ -16,13 +16,19 @@ from launcher.errors import UserError
 from launcher.weights.adapters.config import Content, checked
 from launcher.weights.adapters.found import FoundAdapter, entry_of, find_adapter, state_of_save
 from launcher.weights.adapters.merging import merging
-from launcher.weights.adapters.peft_files import in_form_of_peft, open_peft, write_peft
+from launcher.weights.adapters.peft_files import (
+    in_form_of_peft,
+    modules_of,
+    open_peft,
+    write_peft,
+)
 from launcher.weights.adapters.tensors import Tensor, read_tensors
 from launcher.weights.content import content_of
 from launcher.weights.formats.tokenizer_files import TOKENIZER_EXTRA_FILES, TOKENIZER_FILES
 from launcher.weights.log import Log, no_log
 from launcher.weights.offline.described import described
 from launcher.weights.offline.directory import (
+    GENERATION_NAME,
     Chosen,
     Directory,
     choose_save,
@@ -33,6 +39,11 @@ from launcher.weights.optimizer_state import is_optimizer_state
 from launcher.weights.ranks.saves import model_folder
 from launcher.weights.source import Source, detect
 from launcher.weights.streaming.new_folder import check_apart, folder_aside
+
+_OF_EXPERTS = (".gate_proj", ".up_proj", ".down_proj")
+"""Layers that PEFT moves to the routed experts of a model that has some."""
+_EXPERTS = ("num_experts", "n_routed_experts", "num_local_experts")
+"""Keys of config.json."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +57,21 @@ class OpenAdapter:
     """`model_type` of the model, as far as the adapter shows it; empty for a directory of PEFT."""
     rank_file: Path | None = None
     """One of the rank files; None for a directory of PEFT."""
+    has_experts: bool = False
+    """Whether the model has routed experts, as far as it is known."""
+
+    @property
+    def warning(self) -> str:
+        """Why PEFT would compute something else with it; empty where it does not."""
+        dense = [module for module in modules_of(self.source.tensors)
+                 if module.endswith(_OF_EXPERTS) and ".experts." not in module]  # fmt: skip
+        if not self.has_experts or not dense:
+            return ""
+        return (
+            f"PEFT (0.21) takes the adapter of `{dense[0]}` and {len(dense) - 1} others for one of "
+            "routed experts, and computes something else: merge it (launcher.tools.merge_lora), or "
+            "leave dense MLPs out of target_modules"
+        )
 
     def tensors(self) -> tuple[dict[str, Tensor], Content]:
         """Its tensors and description, with the modules that files of the model have."""
@@ -73,8 +99,11 @@ def open_adapter(
     if entry is None:
         raise _no_adapter(path)
     model = described(None, model_folder(chosen.rank_file))
-    family = str((model.config if model else {}).get("model_type", ""))
-    return OpenAdapter(entry, chosen.source, family, chosen.rank_file)
+    config = model.config if model else {}
+    return OpenAdapter(
+        entry, chosen.source, str(config.get("model_type", "")), chosen.rank_file,
+        has_experts=any(bool(config.get(key)) for key in _EXPERTS),
+    )  # fmt: skip
 
 
 def _no_adapter(path: Path) -> UserError:
@@ -94,6 +123,8 @@ def export_adapter(
     """Write the adapter of a checkpoint as a directory of PEFT, with the tokenizer of its run.
     Returns the names of its tensors. Raises `UserError`."""
     adapter = open_adapter(path, suffix, best=best, log=log)
+    if adapter.warning:
+        log(f"warning: {adapter.warning}")
     with folder_aside(output_dir, path, overwrite=overwrite) as folder:
         return write_adapter(adapter, folder)
 
@@ -120,7 +151,7 @@ def merge_adapter(
     finish: Callable[[Path, Chosen, Directory], None] | None = None, **options: Any,
 ) -> Directory:  # fmt: skip
     """Write the model under the adapter at `path`, with the adapter merged in, as a complete
-    Hugging Face directory. `base`: the directory of the model; None: where the adapter says it is.
+    Hugging Face directory. `base`: the directory of the model; None: that the adapter names.
     `finish`: called with the folder before it appears. Other options: `write_directory`. Raises
     `UserError`."""
     adapter = open_adapter(path, suffix, best=best, log=log)
@@ -128,7 +159,10 @@ def merge_adapter(
     check_apart(output_dir, chosen.source.path)
     tensors, config = adapter.tensors()
     place = None if adapter.rank_file is None else model_folder(adapter.rank_file)
-    options = {"tokenizer": _tokenizer(adapter, place), "config": _config(chosen, place), **options}
+    options = {
+        "tokenizer": _tokenizer(adapter, place), "generation": _generation(place),
+        "config": _config(chosen, place), **options,
+    }  # fmt: skip
     with folder_aside(output_dir, path, overwrite=overwrite) as folder:
         directory = write_directory(
             chosen, folder, edits=lambda source: merging(source, tensors, config), log=log,
@@ -143,6 +177,12 @@ def _tokenizer(adapter: OpenAdapter, place: Path | None) -> Path | None:
     """The directory of the tokenizer that the adapter was trained with; None: that of the base."""
     folder = adapter.found.path if place is None else place
     return folder if any((folder / name).is_file() for name in TOKENIZER_FILES) else None
+
+
+def _generation(place: Path | None) -> Path | None:
+    """The settings of generation of the run that trained the adapter; None: those of the base."""
+    path = None if place is None else place / GENERATION_NAME
+    return path if path is not None and path.is_file() else None
 
 
 def _config(chosen: Chosen, place: Path | None) -> Path | None:

@@ -167,6 +167,7 @@ def write_directory(
     dtype: str | None = None,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     tokenizer: Path | None = None,
+    generation: Path | None = None,
     config: Path | None = None,
     keys: Mapping[str, Any] | None = None,
     workers: int = WORKERS,
@@ -177,8 +178,9 @@ def write_directory(
     """Write the directory into the empty `folder`. Optimizer state is left out.
 
     `dtype`: a key of `DTYPES`, that floating weights are cast to. `tokenizer`: a directory whose
-    tokenizer is taken instead of that of the run. `config`: config.json or YAML of the model, where
-    none lies with the weights. `keys`: about the orders of rows, see `foreign_names.KEYS`.
+    tokenizer is taken instead of that of the run. `generation`: a generation_config.json that is
+    taken instead of that of the run. `config`: config.json or YAML of the model, where none lies
+    with the weights. `keys`: about the orders of rows, see `foreign_names.KEYS`.
     `edits`: the weights, under the names they get, to what is written instead of them. Raises
     `UserError`, also without a config.json.
     """
@@ -199,13 +201,14 @@ def write_directory(
         max_shard_bytes=max_shard_bytes, dtype=None if dtype is None else DTYPES[dtype],
         progress=progress, edit=None if edits is None else edits(source),
     )  # fmt: skip
-    _copy_files(chosen, folder, tokenizer)
     write_description(folder, model)
+    _copy_files(chosen, folder, tokenizer)
+    if generation is not None:
+        shutil.copy2(generation, folder / GENERATION_NAME)
     written = _finish_config(folder / CONFIG_NAME, dtype or _dtype_of(source))
-    generation = _write_generation(folder, written)
     return Directory(
-        exported, written, generation, _parameters(source), _has_tokenizer(folder),
-        _has_template(folder),
+        exported, written, _write_generation(folder, written), _parameters(source),
+        _has_tokenizer(folder), _has_template(folder),
     )  # fmt: skip
 
 
