@@ -247,7 +247,7 @@ def _results(options: argparse.Namespace, files: Sequence[Path], scorer: Scorer)
 
 
 def _is_of_the_model(error: Exception) -> bool:
-    """Whether an error was raised while the model computed, and not by what a task says."""
+    """Whether an error was raised while the model computed, and not by the content of a task."""
     _, *inner = traceback.extract_tb(error.__traceback__)
     return any(Path(frame.filename).is_relative_to(_PACKAGE) for frame in inner)
 

@@ -22,8 +22,8 @@ _EITHER = ("eval_rewards/chosen", _REJECTED)
 
 
 def mode_of(metric: str, given: str | None) -> str:
-    """`min` where lower values of a metric are better, `max` where higher ones are; `given`: what
-    the configuration says."""
+    """`min` where lower values of a metric are better, `max` where higher ones are. `given`: the
+    configured one, which decides."""
     is_reward = metric.startswith((*REWARDS, ACCURACY)) and not metric.startswith(_REJECTED)
     return given or ("max" if is_reward else "min")
 

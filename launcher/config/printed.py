@@ -2,8 +2,8 @@
 
 Owns that step. `launcher.config.printing` writes every value, with `# default` behind those that
 nobody set. Some keys that are left out mean something else than their default: a generation setting
-is that of the model's file, `epochs` does not limit `max_steps`. Invariant: only a line that says
-`# default` and has the default of this version is left out; a value that was edited is written.
+is that of the model's file, `epochs` does not limit `max_steps`. Invariant: only a line with the
+comment `# default` and the default of this version is left out; a value that was edited is written.
 """
 
 from __future__ import annotations
