@@ -20,13 +20,13 @@ from launcher.mindspore.rank_files import ADVICE, Run, open_run
 from launcher.mindspore.strategy import Strategy
 from launcher.mindspore.strategy_files import holds_strategies, read_strategy
 from launcher.weights.formats import rank_header_of
+from launcher.weights.formats.rank_metadata import REDUNDANCY
 from launcher.weights.forms import is_scalar
 from launcher.weights.log import Log
 from launcher.weights.optimizer_state import is_optimizer_state
 from launcher.weights.pieces import Piece, Pieces, pieces_of
 from launcher.weights.ranks.distributed import (
     NAMED,
-    REDUNDANCY,
     OpenFiles,
     check_complete,
     without,

@@ -175,3 +175,16 @@ def test_help_needs_neither_schema_nor_yaml() -> None:
         [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True
     )
     assert done.stdout.strip().splitlines()[-1] == "[]"
+
+
+def test_a_check_imports_nothing_heavy(workspace: Path) -> None:
+    code = (
+        "import sys; from launcher import cli; "
+        "cli.main(['--config', 'right.yaml', '--run_mode', 'train', '--check_config']); "
+        "print([m for m in ('torch', 'numpy', 'transformers', 'pyarrow') if m in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+    )  # fmt: skip
+    assert done.stdout.splitlines()[-1] == "[]"

@@ -20,9 +20,9 @@ from launcher.errors import UserError
 from launcher.layout.mesh import Mesh, other_layout
 from launcher.weights.formats import header_of, rank_header_of
 from launcher.weights.formats.placeholders import unfinished_download
+from launcher.weights.formats.rank_metadata import REDUNDANCY
 from launcher.weights.formats.safetensors import ZIP
 from launcher.weights.offline.copy_record import FOLDERS, foreign
-from launcher.weights.ranks.distributed import REDUNDANCY
 from launcher.weights.source import check_one_kind, detect, is_rank_folder, weights_below
 
 _PLACES = ("load_checkpoint", "pretrained_model_dir")

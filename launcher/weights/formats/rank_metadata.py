@@ -32,6 +32,9 @@ BLOCK_BYTES = 4 << 20
 LARGEST_BLOCK_BYTES = 64 << 20
 """Limit: a block is in memory while it is checked."""
 
+REDUNDANCY = "remove_redundancy"
+"""Key of the metadata: whether replicas were left to other ranks."""
+
 
 @dataclass(frozen=True)
 class Checksums:

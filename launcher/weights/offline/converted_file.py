@@ -14,11 +14,10 @@ from pathlib import Path
 from launcher.errors import UserError
 from launcher.extensions import FILE_FORMATS, required
 from launcher.weights.formats import header_of
-from launcher.weights.formats.rank_metadata import RankFileMetadata
+from launcher.weights.formats.rank_metadata import REDUNDANCY, RankFileMetadata
 from launcher.weights.formats.safetensors import Header, in_file_order
 from launcher.weights.log import Log
 from launcher.weights.offline.stored import is_empty, layout_of, stored_parts
-from launcher.weights.ranks.distributed import REDUNDANCY
 from launcher.weights.reading.checksums import check_file
 from launcher.weights.reading.transfer import Files
 from launcher.weights.streaming.write import Container, Part, check_dtypes, write_file

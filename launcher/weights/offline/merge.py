@@ -13,12 +13,12 @@ from launcher.errors import UserError
 from launcher.extensions import NAME_WRITERS, RUN_NUMBERS, installed, required
 from launcher.weights.adapters.found import entry_of, state_of_save
 from launcher.weights.foreign_names import COMPLETE, Named, under_hugging_face_names
+from launcher.weights.formats.rank_metadata import REDUNDANCY
 from launcher.weights.forms import EXTRAS_NAME
 from launcher.weights.joined import together
 from launcher.weights.log import Log, no_log
 from launcher.weights.offline.described import described, write_description
 from launcher.weights.offline.export import DEFAULT_SHARD_BYTES, Exported, write_complete
-from launcher.weights.ranks.distributed import REDUNDANCY
 from launcher.weights.ranks.manifests import STATE_FOLDER
 from launcher.weights.ranks.rank_folders import label_of
 from launcher.weights.ranks.saves import (

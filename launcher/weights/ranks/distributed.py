@@ -20,6 +20,7 @@ from launcher.layout.box import Box
 from launcher.layout.mesh import layout_text
 from launcher.weights.formats import rank_header_of
 from launcher.weights.formats.rank_metadata import (
+    REDUNDANCY,
     RankFileMetadata,
     inventory_of,
     read_rank_metadata,
@@ -31,8 +32,6 @@ from launcher.weights.reading.transfer import Files, read_exactly
 from launcher.weights.source import HEADER_THREADS, Source
 from launcher.weights.threads import in_parallel
 
-REDUNDANCY = "remove_redundancy"
-"""Key of the metadata: whether replicas were left to other ranks."""
 NAMED = 5
 """Ranks or tensors named in a message."""
 COMPARED_BYTES = 1 << 20
