@@ -84,6 +84,8 @@ WRONG: dict[str, tuple[str, list[str]]] = {
     "role": ('[{"role": "usr", "content": "a"}]', ["chats.jsonl:2", "did you mean `user`?"]),
     "no content": ('[{"role": "user"}]', ["chats.jsonl:2", "messages[0].content"]),
     "number": ("12", ["chats.jsonl:2", "is a number"]),
+    "number as prompt": ('{"prompt": 3}', ["chats.jsonl:2", "`prompt` is a number"]),
+    "prompt of turns": ('{"prompt": [{"role": "usr"}]}', ["chats.jsonl:2", "'prompt[0].role'"]),
     "empty": ('{"messages": []}', ["chats.jsonl:2", "'messages' = []"]),
     "image": ('[{"role": "user", "content": [{"type": "image_url"}]}]', ["only text"]),
     "surrogate": ('"\\ud83d"', ["chats.jsonl:2", "UTF-8"]),
