@@ -65,8 +65,7 @@ def generate(
     (`data_parallel`) replica `rank` continues its share, and `gather` collects them. Raises
     UserError for a prompt that is too long, before anything is computed. `room`: new tokens of a
     prompt, fewer where the model has no positions for them, in place of the lengths of `settings`.
-    `numbers`: of the prompts among those of the whole prediction, which draws depend on; None: 0,
-    1, 2, ...
+    `numbers`: of the prompts among all of the prediction, which draws depend on; None: 0, 1, 2, ...
     `watch` sees each step of each batch of this replica. `prefix`: of a single prompt, the keys and
     values of an earlier text that are used again.
     """

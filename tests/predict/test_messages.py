@@ -124,6 +124,8 @@ def test_mistakes_in_one_json_value_have_line_and_column(tmp_path: Path) -> None
          ["--system", "chat_template is none"]),
         (["--interactive", "maybe"], ["unexpected argument `maybe`"]),
         (["--interactve"], ["did you mean `--interactive`?"]),
+        (["--predict_data", "a", "generation_config.topk=3"],
+         ["did you mean `generation_config.top_k`?"]),
         ([], ["input_data is missing", "--interactive"]),
     ],
 )  # fmt: skip
