@@ -16,7 +16,6 @@ from launcher.config.schema import (
     PREFERENCE_TRAINERS,
     WITH_REFERENCE,
     DataLoaderSection,
-    PreferenceSection,
 )
 
 _KEYS = ("loss", "beta", *PREFERENCE_ARGUMENTS)
@@ -27,12 +26,7 @@ def trainer(check: Check) -> Iterator[KeyProblem]:
     kind, loss = check.config.trainer.type, check.config.preference.loss
     losses = PREFERENCE_TRAINERS.get(kind)
     if losses is None:
-        usual = PreferenceSection()  # a printed configuration writes every key
-        written = [
-            key for key in _KEYS
-            if _is_written(check, f"preference.{key}")
-            and getattr(check.config.preference, key) != getattr(usual, key)
-        ]  # fmt: skip
+        written = [key for key in _KEYS if _is_written(check, f"preference.{key}")]
         if written:
             key = f"preference.{written[0]}"
             yield check.wrong(
