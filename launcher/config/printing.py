@@ -1,9 +1,8 @@
 """A resolved configuration as YAML, with the origin of every value.
 
-Invariant: read again, the text gives an equal configuration that acts the same. Keys without effect
-or not built yet are in it only where the user set them; defaults that act otherwise than a key that
-is left out (`absent_differs`) are comments. `trust_remote_code` stays a comment: a file cannot give
-that permission.
+Invariant: read again, the text gives an equal configuration. Keys without effect or not built yet
+are in it only where the user set them. `trust_remote_code` stays a comment: a file cannot give that
+permission.
 """
 
 from __future__ import annotations
@@ -35,33 +34,33 @@ class _Printer:
     def __init__(self, provenance: Provenance) -> None:
         self.provenance = provenance
 
-    def section(self, section: Any, path: str, depth: int, *, shows: bool = False) -> Iterator[str]:
-        """The lines of one dataclass. `shows`: its defaults are comments."""
+    def section(self, section: Any, path: str, depth: int) -> Iterator[str]:
+        """The lines of one dataclass."""
         for key in dataclasses.fields(section):
             value, info = getattr(section, key.name), info_of(key)
             key_path = f"{path}.{key.name}" if path else key.name
-            is_shown = shows or info.absent_differs
             if info.open_keys:
                 yield from self._map(value, path, depth)
             elif key_path == _COMMAND_LINE_ONLY:
                 if value:
                     yield f"# {key_path}: true  # {self.provenance.where(key_path)}; only there"
             elif dataclasses.is_dataclass(value):
-                lines = list(self.section(value, key_path, depth + 1, shows=is_shown))
-                header = f"{'  ' * depth}{key.name}:{self._origin(key_path)}"
-                if lines:
-                    is_empty = is_shown and all(line.lstrip().startswith("#") for line in lines)
-                    yield _comment(header) if is_empty else header
-                    yield from lines
-            elif self.provenance.is_written(key_path):
+                yield from self._inner(
+                    key.name, list(self.section(value, key_path, depth + 1)), key_path, depth
+                )
+            elif self.provenance.is_written(key_path) or (
+                info.status == "effective" and not info.none_means_absent
+            ):
                 yield from self._entry(key.name, value, key_path, depth)
-            elif info.status == "effective" and not info.none_means_absent:
-                lines = self._entry(key.name, value, key_path, depth)
-                yield from map(_comment, lines) if is_shown else lines
         for extra_path, value in self.provenance.extra.items():
             parent, _, name = extra_path.rpartition(".")
             if parent == path:
                 yield from self._entry(name, value, extra_path, depth)
+
+    def _inner(self, name: str, lines: list[str], path: str, depth: int) -> Iterator[str]:
+        if lines:
+            yield f"{'  ' * depth}{name}:{self._origin(path)}"
+            yield from lines
 
     def _origin(self, path: str) -> str:
         return f"  # {self.provenance.where(path)}".replace("\n", " ")
@@ -108,11 +107,6 @@ class _Printer:
             lines = [f"{'  ' * (depth + 1)}{flow(item)}{self._open_origin(path)}"]
         yield f"{'  ' * depth}- {lines[0].lstrip()}"
         yield from lines[1:]
-
-
-def _comment(line: str) -> str:
-    indent = len(line) - len(line.lstrip())
-    return f"{line[:indent]}# {line[indent:]}"
 
 
 def _is_scalar(value: Any) -> bool:

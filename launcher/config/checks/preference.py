@@ -16,6 +16,7 @@ from launcher.config.schema import (
     PREFERENCE_TRAINERS,
     WITH_REFERENCE,
     DataLoaderSection,
+    PreferenceSection,
 )
 
 _KEYS = ("loss", "beta", *PREFERENCE_ARGUMENTS)
@@ -26,7 +27,12 @@ def trainer(check: Check) -> Iterator[KeyProblem]:
     kind, loss = check.config.trainer.type, check.config.preference.loss
     losses = PREFERENCE_TRAINERS.get(kind)
     if losses is None:
-        written = [key for key in _KEYS if _is_written(check, f"preference.{key}")]
+        usual = PreferenceSection()  # a printed configuration writes every key
+        written = [
+            key for key in _KEYS
+            if _is_written(check, f"preference.{key}")
+            and getattr(check.config.preference, key) != getattr(usual, key)
+        ]  # fmt: skip
         if written:
             key = f"preference.{written[0]}"
             yield check.wrong(

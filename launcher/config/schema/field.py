@@ -36,9 +36,6 @@ class FieldInfo:
     """The field collects the keys of an open section that have no field of their own."""
     none_means_absent: bool = False
     """An empty section in YAML means that the section is absent."""
-    absent_differs: bool = False
-    """A default that the user wrote acts otherwise than a key that is left out, in a section all of
-    them: left out, it gives way to another key or file."""
 
 
 def _with(default: Any, info: FieldInfo) -> Any:
@@ -56,10 +53,8 @@ def effective(
     minimum: float | None = None,
     above: float | None = None,
     maximum: float | None = None,
-    absent_differs: bool = False,
 ) -> Any:
-    """A key that acts, with bounds or choices (a plain default means no bounds).
-    `absent_differs`: see `FieldInfo`."""
+    """A key that acts, with bounds or choices (a plain default means no bounds)."""
     return _with(
         default,
         FieldInfo(
@@ -68,7 +63,6 @@ def effective(
             minimum=minimum,
             above=above,
             maximum=maximum,
-            absent_differs=absent_differs,
         ),
     )
 
@@ -97,10 +91,9 @@ def not_built(
     return _with(default, info)
 
 
-def section(kind: type, *, absent_differs: bool = False) -> Any:
-    """A section that is always there: what the user writes is merged over its defaults.
-    `absent_differs`: see `FieldInfo`."""
-    return field(default_factory=kind, metadata={_KEY: FieldInfo(absent_differs=absent_differs)})
+def section(kind: type) -> Any:
+    """A section that is always there: what the user writes is merged over its defaults."""
+    return field(default_factory=kind, metadata={_KEY: FieldInfo()})
 
 
 def optional_section() -> Any:

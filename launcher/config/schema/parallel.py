@@ -26,7 +26,6 @@ class ParallelConfigSection:
     context_parallel_algo: str = effective(
         "colossalai_cp",
         choices=("colossalai_cp", "ulysses_cp", "hybrid_cp", "hybird_cp", "ring", "ulysses"),
-        absent_differs=True,
     )
     """How a sequence is shared: `colossalai_cp` and `ring` are ring attention,
     `ulysses_cp` and `ulysses` exchange sequence for heads, `hybrid_cp` combines both

@@ -112,7 +112,7 @@ class Config:
     """Run code found in pretrained_model_dir. Can be set on the command line only."""
     register_path: str | None = None
     """Directory or file with your own callbacks, relative to the current directory."""
-    generation_config: GenerationSection = section(GenerationSection, absent_differs=True)
+    generation_config: GenerationSection = section(GenerationSection)
     """How predict continues a prompt; `generation` is the same section."""
     do_eval: bool = False
     """Evaluate on eval_dataset or eval_datasets during training."""
@@ -173,11 +173,11 @@ class Config:
 
     trainer: TrainerSection = section(TrainerSection)
     """The task."""
-    preference: PreferenceSection = section(PreferenceSection, absent_differs=True)
+    preference: PreferenceSection = section(PreferenceSection)
     """Training on preferences."""
     model: ModelSection = section(ModelSection)
     """What is trained."""
-    pet_config: PetSection = section(PetSection, absent_differs=True)
+    pet_config: PetSection = section(PetSection)
     """A low-rank adapter that is trained instead of the model."""
     freeze: list[str] = effective([])
     """Parameters that are not trained: names of parameters or modules, endings of names

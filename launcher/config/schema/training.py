@@ -14,7 +14,7 @@ from launcher.config.schema.field import effective
 class RunnerSection:
     """`runner_config`: how long a run is and how large its steps are."""
 
-    epochs: int = effective(1, minimum=1, absent_differs=True)
+    epochs: int = effective(1, minimum=1)
     """Passes over the training data; max_steps may end the run earlier."""
     batch_size: int = effective(1, minimum=1)
     """Samples of one micro step and one data-parallel rank."""
