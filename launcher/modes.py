@@ -20,11 +20,12 @@ from launcher.builders.load_weights import find_weights, load_or_init
 from launcher.builders.model import build_parallel, build_predicting
 from launcher.builders.next_steps import next_steps
 from launcher.builders.prediction import (
-    PREDICT_BATCH,
+    check_lengths,
     continue_prompts,
     open_stream,
     prepare_prompts,
     result_path,
+    texts_in_batch,
 )
 from launcher.builders.prepare import prepare_data
 from launcher.builders.reference import with_reference
@@ -210,8 +211,9 @@ def predict(job: Job) -> int:
     trained = None if weights is None else weights.trained
     setup, encoded = prepare_prompts(job, trained, prompts, strictness)
     forward, layout = build_predicting(job)
+    check_lengths(job, forward, setup, encoded)
     load_or_init(job, ModelParts([forward.model]), layout, weights)
-    batch_size = job.config.predict_batch_size or min(len(prompts), PREDICT_BATCH)
+    batch_size = texts_in_batch(job, encoded)
     stream = open_stream(job, encoded)
     generations = continue_prompts(
         job, forward, setup, encoded, batch_size, stream.watch if stream else None

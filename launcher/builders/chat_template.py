@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from launcher.builders.job import Job
+from launcher.builders.run_metadata import CHAT
 from launcher.checkpoint.files import read_json
 from launcher.checkpoint.names import parse_rank_file
 from launcher.config.chat_template import trains_on_conversations
 from launcher.config.schema import Config
-from launcher.data.chat_rendering import ChatRenderer, chat_settings
+from launcher.data.chat_rendering import ChatRenderer, ChatSettings, chat_settings
 from launcher.data.strictness import Strictness
 from launcher.errors import UserError
 from launcher.generation.settings import GenerationSettings
@@ -87,9 +88,8 @@ def chat_setup(
     Raises `UserError`.
     """
     config = job.config
-    trained = job.world.from_main(saved_configuration(source))
-    config = with_chat_of_training(config, trained or {})
-    chosen = on_all_ranks(job.world, lambda: chat_settings(config))
+    trained = job.world.from_main(saved_run(source))
+    chosen = on_all_ranks(job.world, lambda: settings_with_training(config, trained))
     renderer = ChatRenderer(job.tokenizer, chosen, strictness)
     if config.system is not None and chosen.is_raw:
         raise UserError(
@@ -101,7 +101,9 @@ def chat_setup(
         renderer,
         settings.eos_token_ids,
         is_set=job.config.chat_template is not None or config.system is not None,
-        trained_on_conversations=None if trained is None else trains_on_conversations(trained),
+        trained_on_conversations=None
+        if trained is None
+        else trains_on_conversations(trained["configuration"]),
     )
     ending, mark = settings, ""
     if not ends_are_set and not chosen.is_raw:
@@ -115,21 +117,14 @@ def chat_setup(
     return ChatSetup(encoder=encoder, settings=ending, reason=reason, end_mark=mark)
 
 
-def with_chat_of_training(config: Config, trained: Mapping[str, Any]) -> Config:
-    """The configuration with the chat template of the run that trained the weights, and with its
-    arguments, where it has no template of its own; `trained` by dotted key."""
-    if config.chat_template is not None:
-        return config
-    template = trained.get("chat_template")
-    prefix = "chat_template_kwargs."
-    kwargs = {
-        key.removeprefix(prefix): value for key, value in trained.items() if key.startswith(prefix)
-    }
-    return replace(
-        config,
-        chat_template=None if template is None else str(template),
-        chat_template_kwargs={**kwargs, **config.chat_template_kwargs},
-    )
+def settings_with_training(config: Config, trained: Mapping[str, Any] | None) -> ChatSettings:
+    """How the conversations of a job are rendered: as in the run that trained the weights, where
+    the configuration has no template of its own. `trained`: see `saved_run`. Raises `UserError`."""
+    own = chat_settings(config)
+    saved = (trained or {}).get(CHAT)
+    if config.chat_template is not None or not isinstance(saved, dict):
+        return own
+    return ChatSettings.from_json(saved).updated_by(own)
 
 
 def encode_prompts(setup: ChatSetup, prompts: Sequence[Prompt]) -> list[EncodedPrompt]:
@@ -137,17 +132,18 @@ def encode_prompts(setup: ChatSetup, prompts: Sequence[Prompt]) -> list[EncodedP
     return [setup.encoder.encode(prompt) for prompt in prompts]
 
 
-def saved_configuration(source: Source | None) -> Mapping[str, Any] | None:
-    """The configuration of the training run that saved rank files, by dotted key; None for other
-    weights, and where its state file is not there."""
+def saved_run(source: Source | None) -> Mapping[str, Any] | None:
+    """What the training run that saved rank files has recorded: its `configuration` by dotted key,
+    and how it rendered conversations (`CHAT`), if that was configured. None for other weights, and
+    where its state file is not there."""
     if source is None or source.kind != "distributed":
         return None
     for file in source.headers:
         parsed = parse_rank_file(file.name)
         if parsed is not None:
-            state = read_json(file.parent.parent / STATE_FOLDER / parsed[0].record)
-            found = (state or {}).get("configuration")
-            return found if isinstance(found, dict) else None
+            state = read_json(file.parent.parent / STATE_FOLDER / parsed[0].record) or {}
+            kept = {key: state[key] for key in ("configuration", CHAT) if key in state}
+            return kept if isinstance(kept.get("configuration"), dict) else None
     return None
 
 

@@ -26,7 +26,7 @@ from launcher.generation.settings import GenerationSettings
 from launcher.parallel.all_ranks import on_all_ranks
 from launcher.parallel.model_parts import ModelParts
 from launcher.predict.chat import Chat, Limits
-from launcher.predict.encode import EncodedPrompt
+from launcher.predict.encode import EncodedPrompt, has_system
 from launcher.predict.generate import generate, positions_of
 from launcher.predict.prompts import read_prompts
 from launcher.predict.results import check_writable
@@ -54,6 +54,8 @@ def chat(job: Job) -> int:
     """
     strictness = Strictness(strict=True, tally=Tally())
     start = on_all_ranks(job.world, lambda: _start(job, strictness))
+    if start.messages and job.config.system is not None and has_system(start):
+        job.log("--system: the conversation has its own system prompt, which is used instead")
     path = Path(job.config.save_file or job.output_dir / CHAT_FILE).with_suffix(".jsonl")
     check_writable(path)
     weights, chosen = find_weights(job), settings(job)
@@ -79,10 +81,12 @@ def _start(job: Job, strictness: Strictness) -> Conversation:
     if not job.world.is_main or not job.config.input_data:
         return Conversation(where=_WHERE, messages=[])
     prompts = read_prompts(job.config.input_data, strictness)
-    first = prompts[-1]  # the last one of a file that a chat has written
-    if first.conversation is not None:
-        return replace(first.conversation, where=_WHERE)
-    return Conversation(where=_WHERE, messages=[{"role": "user", "content": first.text}])
+    last = prompts[-1]  # of a file that a chat has written
+    if len(prompts) > 1:
+        job.log(f"the last of {len(prompts)} conversations is continued, without those before it")
+    if last.conversation is not None:
+        return replace(last.conversation, where=_WHERE)
+    return Conversation(where=_WHERE, messages=[{"role": "user", "content": last.text}])
 
 
 def _lead(job: Job, forward: Forward, setup: ChatSetup, path: Path, start: Conversation) -> int:

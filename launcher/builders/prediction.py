@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from launcher.layout.mesh import Mesh
 from launcher.parallel.consistency import check_same
 from launcher.predict.answers import answer_message, with_answer
 from launcher.predict.encode import EncodedPrompt
-from launcher.predict.generate import Generation, generate
+from launcher.predict.generate import Generation, generate, positions_of, text_limits
 from launcher.predict.prompts import Prompt
 from launcher.predict.results import RESULT_FILE
 from launcher.predict.stream import Stream
@@ -33,7 +33,7 @@ from launcher.weights.source import Source
 
 Share = list[tuple[int, Generation]]
 PREDICT_BATCH = 8
-"""Prompts in a batch when predict_batch_size is not set."""
+"""Texts in a batch when predict_batch_size is not set."""
 
 
 def prepare_prompts(
@@ -56,6 +56,43 @@ def prepare_prompts(
     return setup, encoded
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Group:
+    """The prompts that are continued alike: the texts, or the conversations."""
+
+    numbers: list[int]
+    """Of its prompts, among all."""
+    prompts: list[EncodedPrompt]
+    settings: GenerationSettings
+    room: int | None
+    """New tokens of each where no length is configured; None: `settings` has the length."""
+
+
+def _groups(job: Job, setup: ChatSetup, prompts: Sequence[EncodedPrompt]) -> list[_Group]:
+    """Texts and conversations apart, as they end differently: how a prompt is continued must not
+    depend on the others."""
+    groups = []
+    for answers in (False, True):
+        numbers = [n for n, p in enumerate(prompts) if (p.conversation is not None) == answers]
+        if numbers:
+            groups.append(_Group(
+                numbers=numbers,
+                prompts=[prompts[number] for number in numbers],
+                settings=setup.settings if answers else settings(job),
+                room=answer_room(job) if answers else None,
+            ))  # fmt: skip
+    return groups
+
+
+def check_lengths(
+    job: Job, forward: Forward, setup: ChatSetup, prompts: Sequence[EncodedPrompt]
+) -> None:
+    """Check that the model has room for every prompt and its continuation; no weights are needed.
+    Raises `UserError`."""
+    for group in _groups(job, setup, prompts):
+        text_limits(group.prompts, group.settings, positions_of(forward.model), group.room)
+
+
 def continue_prompts(
     job: Job, forward: Forward, setup: ChatSetup, prompts: Sequence[EncodedPrompt],
     batch_size: int, watch: Watch | None = None,
@@ -65,26 +102,38 @@ def continue_prompts(
     Called by all ranks together. Raises `UserError` for a prompt that is too long.
     """
     seed, mesh = job.config.generation_config.seed, predict_mesh(job)
-    answers = any(prompt.conversation is not None for prompt in prompts)
-    forward.model.eval()
-    found = generate(
-        forward,
-        job.tokenizer,
-        prompts,
-        setup.settings if answers else settings(job),
-        batch_size=batch_size,
-        device=job.world.device,
-        seed=job.config.seed if seed is None else seed,
-        rank=mesh.data_rank(job.world.rank),
-        data_parallel=mesh.data_parallel,
-        gather=lambda done: _one_of_each_replica(job.world.gather(done), mesh),
-        room=answer_room(job) if answers else None,
-        watch=watch,
-    )
-    # Other ranks have none, or their share.
     copies = setup.settings.num_return_sequences
-    of_each = [prompt for prompt in prompts for _ in range(copies)]
-    return [answered(setup, *pair) for pair in zip(found, of_each, strict=False)]
+    forward.model.eval()
+    done: list[tuple[int, Generation]] = []
+    for group in _groups(job, setup, prompts):
+        found = generate(
+            forward,
+            job.tokenizer,
+            group.prompts,
+            group.settings,
+            batch_size=batch_size,
+            device=job.world.device,
+            seed=job.config.seed if seed is None else seed,
+            rank=mesh.data_rank(job.world.rank),
+            data_parallel=mesh.data_parallel,
+            gather=lambda done: _one_of_each_replica(job.world.gather(done), mesh),
+            room=group.room,
+            numbers=group.numbers,
+            watch=watch,
+        )
+        # Other ranks have none, or their share.
+        of_each = [number for number in group.numbers for _ in range(copies)]
+        done += [
+            (number, answered(setup, generation, prompts[number]))
+            for number, generation in zip(of_each, found, strict=False)
+        ]
+    return [generation for _, generation in sorted(done, key=lambda pair: pair[0])]
+
+
+def texts_in_batch(job: Job, prompts: Sequence[EncodedPrompt]) -> int:
+    """How many texts are generated together."""
+    every = len(prompts) * settings(job).num_return_sequences
+    return job.config.predict_batch_size or min(every, PREDICT_BATCH)
 
 
 def answered(setup: ChatSetup, generation: Generation, prompt: EncodedPrompt) -> Generation:

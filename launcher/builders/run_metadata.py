@@ -16,9 +16,12 @@ from launcher.builders.data import TrainingData
 from launcher.builders.job import Job
 from launcher.builders.mixture_resume import MIXTURE, to_json
 from launcher.config.flat import flat
+from launcher.data.chat_rendering import ChatSettings
 from launcher.data.mixture import MixtureOrder
 from launcher.train.scaling import LossScaling
 
+CHAT = "chat"
+"""How conversations were rendered, for predict; left out where nothing about it is configured."""
 _NOT_OF_THE_MODEL = {"transformers_version", "_name_or_path"}
 
 
@@ -34,6 +37,7 @@ def run_metadata(
         "schedule": job.config.lr_schedule.type,
         "loss_scaling": scaling.kind if scaling is not None else None,
         "configuration": flat(job.config),
+        **({CHAT: job.chat.to_json()} if job.chat != ChatSettings() else {}),
         "model": _model(job),
         "versions": versions(job.world.device),
     }

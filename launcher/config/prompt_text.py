@@ -11,10 +11,13 @@ from typing import Any
 from launcher.json_text import STRICT, parse
 
 _BEGINNING = re.compile(
-    r"""\s*(?:\[\s*\{\s*["']|\{\s*["'](?:messages|conversations|prompt|system|tools)["']\s*:)"""
+    r"""\s*(?:\[\s*\{\s*["']
+    |\{\s*["'](?:messages|conversations|prompt|system|tools|role)["']\s*:
+    |\{\s*["']\w+["']\s*:\s*\[\s*\{\s*["'](?:role|from|content|value)["']\s*:)""",
+    re.VERBOSE,
 )
-"""Of a list of objects, or of an object with a field of prompts. Single quotes are a mistake that
-is reported, not a text."""
+"""Of a list of objects, or of an object with a field of prompts, or with turns in another field.
+Single quotes and another field are mistakes that are reported, not texts."""
 
 
 def looks_like_messages(text: str) -> bool:

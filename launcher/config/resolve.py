@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -184,9 +185,15 @@ def _in_order(line: CommandLine) -> list[Assignment]:
     return [*flags, *overrides]
 
 
+_KEY_OF_SECTION = re.compile(r"\w+(?:\.\w+)*")
+
+
 def _sets_a_key(word: str) -> bool:
+    """Also where only the section of the key is known: a typing error is no prompt."""
     key, equals, _ = word.lstrip("+~").partition("=")
-    return bool(equals or word.startswith("~")) and place_of(canonical(key)).is_known
+    section, dot, rest = key.partition(".")
+    known = key if not (dot and _KEY_OF_SECTION.fullmatch(rest)) else section
+    return bool(equals or word.startswith("~")) and place_of(canonical(known)).is_known
 
 
 def _without_tasks(config: Config) -> Config:

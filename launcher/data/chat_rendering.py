@@ -17,7 +17,7 @@ what the template leaves out is counted in the tally of `strictness`, or is an e
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,6 +50,21 @@ class ChatSettings:
     """The tools of conversations that have none of their own."""
     origin: str = TOKENIZER_TEMPLATE
     """What the template is called in messages."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The settings as JSON values, with the text of a template that is in a file."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, saved: Mapping[str, Any]) -> ChatSettings:
+        """The settings that `to_json` gave; fields of another version are left out."""
+        names = {own.name for own in fields(cls)}
+        return cls(**{name: value for name, value in saved.items() if name in names})
+
+    def updated_by(self, newer: ChatSettings) -> ChatSettings:
+        """These settings with the arguments and the tools of `newer`, where it has some."""
+        tools = self.tools if newer.tools is None else newer.tools
+        return replace(self, kwargs={**self.kwargs, **newer.kwargs}, tools=tools)
 
 
 class RenderedPrompt(NamedTuple):

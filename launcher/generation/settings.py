@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from launcher.errors import UserError
+from launcher.errors import Problem, UserError
 
 _DEFAULTS: dict[str, Any] = {
     "max_length": 20, "max_new_tokens": None, "min_length": 0, "min_new_tokens": None,
@@ -23,6 +23,8 @@ _DEFAULTS: dict[str, Any] = {
 _SMALLEST_DIVISOR = 1e-30
 """Of logits: a smaller one makes them infinite in float32. Such a temperature draws the most likely
 token either way."""
+_MOST_PROBLEMS = 10
+"""Prompts that are reported together."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,35 +103,50 @@ def generation_settings(
 
 
 def token_limits(
-    lengths: Sequence[int], settings: GenerationSettings, positions: int | None
-) -> list[int]:
-    """The longest length of each text, in tokens. Raises UserError for prompts that are too long.
+    lengths: Sequence[int], settings: GenerationSettings, positions: int | None,
+    places: Sequence[str] = (),
+) -> list[int]:  # fmt: skip
+    """The longest length of each text, in tokens. Raises UserError with the first prompts that are
+    too long.
 
-    `positions`: how many the model has; None: no limit.
+    `positions`: how many the model has; None: no limit. `places`: where each prompt was read, for
+    the errors; empty where nobody knows.
     """
-    limits = []
+    limits, problems = list[int](), list[Problem]()
     for index, length in enumerate(lengths):
-        what = f"prompt {index + 1} has {length} tokens"
-        if length == 0:
-            raise UserError(
-                f"prompt {index + 1} is empty", rule="generation needs a first token",
-                advice="Write a prompt, or set generation_config.bos_token_id",
-            )  # fmt: skip
-        if positions is not None and length >= positions:
-            raise UserError(what, rule=f"the model has {positions} positions",
-                            advice="Shorten the prompt")  # fmt: skip
         new = settings.max_new_tokens
-        limit = settings.max_length if new is None else length + new
-        if length >= limit:
-            raise UserError(what, rule=f"max_length = {limit} counts the prompt",
-                            nearest=f"Nearest: generation_config.max_length: {length + 1}",
-                            advice="Or set generation_config.max_new_tokens")  # fmt: skip
-        if positions is not None and limit > positions:
-            key = "max_length" if new is None else "max_new_tokens"
-            nearest = positions if new is None else positions - length
-            raise UserError(
-                f"{what}, generation_config.{key} = {settings.max_length if new is None else new}",
-                rule=f"the model has {positions} positions", nearest=f"Nearest: {nearest}",
-            )  # fmt: skip
-        limits.append(limit)
+        limits.append(settings.max_length if new is None else length + new)
+        problem = _problem_of_length(length, limits[-1], settings, positions)
+        if problem is not None:
+            place = places[index] if index < len(places) else ""
+            problems.append(replace(problem, where=place or f"prompt {index + 1}"))
+        if len(problems) == _MOST_PROBLEMS:
+            break
+    if problems:
+        raise UserError(problems)
     return limits
+
+
+def _problem_of_length(
+    length: int, limit: int, settings: GenerationSettings, positions: int | None
+) -> Problem | None:
+    """Why a prompt of `length` tokens has no text of at most `limit`; None where it has one."""
+    if length == 0:
+        return Problem(what="is empty", rule="generation needs a first token",
+                       advice="Write a prompt, or set generation_config.bos_token_id")  # fmt: skip
+    what, new = f"has {length} tokens", settings.max_new_tokens
+    if positions is not None and length >= positions:
+        return Problem(what=what, rule=f"the model has {positions} positions",
+                       advice="Shorten the prompt")  # fmt: skip
+    if length >= limit:
+        return Problem(what=what, rule=f"max_length = {limit} counts the prompt",
+                       nearest=f"Nearest: generation_config.max_length: {length + 1}",
+                       advice="Or set generation_config.max_new_tokens")  # fmt: skip
+    if positions is not None and limit > positions:
+        key = "max_length" if new is None else "max_new_tokens"
+        nearest = positions if new is None else positions - length
+        return Problem(
+            what=f"{what}, generation_config.{key} = {limit if new is None else new}",
+            rule=f"the model has {positions} positions", nearest=f"Nearest: {nearest}",
+        )  # fmt: skip
+    return None

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Protocol
 
 from launcher.data.conversations import Turn
@@ -103,7 +104,7 @@ class Chat:
     def run(self) -> int:
         """Chat until the user ends it. Returns the exit code: 130 after Ctrl-C, else 0."""
         if self.session.waits_for_answer:
-            self._answer()
+            self._report_mistakes(self._answer)
         while True:
             try:
                 text = self.terminal.read()
@@ -115,10 +116,14 @@ class Chat:
                 return EXIT_SIGINT
             if text.strip() == "/exit":
                 return EXIT_OK
-            try:
-                self._take(text)
-            except UserError as error:
-                self._print("\n".join(f"error: {problem}" for problem in error.problems))
+            self._report_mistakes(partial(self._take, text))
+
+    def _report_mistakes(self, action: Callable[[], None]) -> None:
+        """Do something; a mistake is printed, and the chat goes on."""
+        try:
+            action()
+        except UserError as error:
+            self._print("\n".join(f"error: {problem}" for problem in error.problems))
 
     def _take(self, text: str) -> None:
         command = _COMMAND.fullmatch(text.rstrip())

@@ -53,6 +53,8 @@ class EncodedPrompt:
     ids: tuple[int, ...]
     conversation: Conversation | None = None
     """What was rendered; None: a text that is continued."""
+    where: str = ""
+    """Where it was read, for errors."""
 
 
 def reason_to_render(
@@ -138,11 +140,12 @@ class Encoder:
             return self.encode_conversation(prompt.conversation)
         if self.renders_text:
             turns: list[Turn] = [{"role": "user", "content": prompt.text}]
-            return self.encode_conversation(Conversation(where="a prompt", messages=turns))
+            where = prompt.where or "a prompt"
+            return self.encode_conversation(Conversation(where=where, messages=turns))
         ids = tuple(self.tokenizer(prompt.text)["input_ids"])
         if not ids and self.bos_token_id is not None:
             ids = (self.bos_token_id,)
-        return EncodedPrompt(text=prompt.text, ids=ids)
+        return EncodedPrompt(text=prompt.text, ids=ids, where=prompt.where)
 
     def encode_conversation(self, conversation: Conversation) -> EncodedPrompt:
         """The tokens of a conversation with the generation prompt; an answer at its end is
@@ -159,7 +162,12 @@ class Encoder:
         if conversation.tools is None and self.renderer.settings.tools is not None:
             conversation = replace(conversation, tools=list(self.renderer.settings.tools))
         rendered = self.renderer.prompt(conversation)
-        return EncodedPrompt(text=rendered.text, ids=tuple(rendered.ids), conversation=conversation)
+        return EncodedPrompt(
+            text=rendered.text,
+            ids=tuple(rendered.ids),
+            conversation=conversation,
+            where=conversation.where,
+        )
 
 
 def has_system(conversation: Conversation) -> bool:

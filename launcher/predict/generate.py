@@ -55,6 +55,7 @@ def generate(
     data_parallel: int = 1,
     gather: Gather | None = None,
     room: int | None = None,
+    numbers: Sequence[int] | None = None,
     watch: Watch | None = None,
     prefix: PrefixCache | None = None,
 ) -> list[Generation]:
@@ -64,13 +65,14 @@ def generate(
     (`data_parallel`) replica `rank` continues its share, and `gather` collects them. Raises
     UserError for a prompt that is too long, before anything is computed. `room`: new tokens of a
     prompt, fewer where the model has no positions for them, in place of the lengths of `settings`.
+    `numbers`: of the prompts among all of the prediction, which draws depend on; None: 0, 1, 2, ...
     `watch` sees each step of each batch of this replica. `prefix`: of a single prompt, the keys and
     values of an earlier text that are used again.
     """
     forward = model if isinstance(model, Forward) else Forward(model)
     encoded = [_encoded(tokenizer, prompt, settings) for prompt in prompts]
-    positions = positions_of(forward.model)
-    limits = _limits([len(prompt.ids) for prompt in encoded], settings, positions, room)
+    limits = text_limits(encoded, settings, positions_of(forward.model), room)
+    numbers = range(len(prompts)) if numbers is None else numbers
     copies = settings.num_return_sequences
     mine = range(rank, len(prompts) * copies, data_parallel)
     done: list[tuple[int, Generation]] = []
@@ -79,7 +81,9 @@ def generate(
         of = [text // copies for text in batch]
         news = continue_tokens(
             forward, [encoded[i].ids for i in of], settings, limits=[limits[i] for i in of],
-            indices=[i + text % copies * FURTHER for i, text in zip(of, batch, strict=True)],
+            indices=[
+                numbers[i] + text % copies * FURTHER for i, text in zip(of, batch, strict=True)
+            ],
             seed=seed, device=device, watch=watch, tokenizer=tokenizer, prefix=prefix,
         )  # fmt: skip
         for index, i, new in zip(batch, of, news, strict=True):
@@ -126,11 +130,15 @@ def _encoded(
     return EncodedPrompt(text=prompt, ids=ids)
 
 
-def _limits(
-    lengths: Sequence[int], settings: GenerationSettings, positions: int | None, room: int | None
-) -> list[int]:
-    """The longest length of each text, in tokens."""
+def text_limits(
+    prompts: Sequence[EncodedPrompt], settings: GenerationSettings, positions: int | None,
+    room: int | None,
+) -> list[int]:  # fmt: skip
+    """The longest length of the text of each prompt, in tokens. Raises UserError for prompts that
+    are too long. `positions`: of the model; `room`: see `generate`."""
+    lengths, places = [len(prompt.ids) for prompt in prompts], [prompt.where for prompt in prompts]
     if room is None:
-        return token_limits(lengths, settings, positions)
-    token_limits(lengths, replace(settings, max_new_tokens=1), positions)  # none is too long
+        return token_limits(lengths, settings, positions, places)
+    one = replace(settings, max_new_tokens=1)
+    token_limits(lengths, one, positions, places)  # none is too long
     return [min(length + room, positions or length + room) for length in lengths]

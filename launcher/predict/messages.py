@@ -52,10 +52,12 @@ def conversation_of(value: Any, where: str, strictness: Strictness) -> Conversat
     `prompt`. Raises UserError with `where`."""
     record = _record(value, where)
     form = next(_FORMS[name] for name in _FORMS if name in record)
+    is_prompt = isinstance(value, dict) and not any(name in value for name in _FORMS)
     try:
         (found,) = conversations_of([Record(where, record)], form, strictness)
     except UserError as error:
-        raise UserError(map(_of_prompt, error.problems)) from None
+        renamed = is_prompt and "prompt" in value
+        raise UserError(_of_prompt(problem, renamed) for problem in error.problems) from None
     return found
 
 
@@ -78,6 +80,13 @@ def _record(value: Any, where: str) -> dict[str, Any]:
         raise _without_prompt(value, where)
     others = {name: inner for name, inner in value.items() if name != "prompt"}
     prompt = value["prompt"]
+    if not isinstance(prompt, str | list):
+        raise UserError(
+            f"`prompt` is {kind_of(prompt)}",
+            where=where,
+            rule="it is a string, or a list of messages",
+            advice=_EXAMPLE,
+        )
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
     return {"messages": prompt, **others}
@@ -102,7 +111,10 @@ def _encodable(text: str, where: str, name: str) -> str:
     return text
 
 
-def _of_prompt(problem: Problem) -> Problem:
-    """A problem of a record of training as one of a prompt: predict has no data_loader."""
+def _of_prompt(problem: Problem, renamed: bool) -> Problem:
+    """A problem of a record of training as one of a prompt: predict has no data_loader. `renamed`:
+    its turns are in the field `prompt`."""
     advice = "Fix the conversation" if "data_loader" in problem.advice else problem.advice
-    return replace(problem, advice=advice)
+    what = problem.what.replace("'messages", "'prompt") if renamed else problem.what
+    nearest = "" if renamed and problem.nearest.startswith("Keys found") else problem.nearest
+    return replace(problem, what=what, nearest=nearest, advice=advice)

@@ -34,12 +34,14 @@ class Prompt:
     text: str = ""
     conversation: Conversation | None = None
     """In place of a text."""
+    where: str = ""
+    """The file and line, or the option, for errors."""
 
 
 def read_prompts(
     input_data: str | Sequence[str] | None, strictness: Strictness | None = None
 ) -> list[Prompt]:
-    """The prompts of `--predict_data`: one text, several, or a file with one prompt a line.
+    """The prompts of `--predict_data`: texts, and files with one prompt a line.
 
     A text that is JSON with messages is a conversation; files ending in .jsonl or .json have
     conversations and texts as JSON. In a single text the two characters backslash and n mean a new
@@ -58,25 +60,51 @@ def read_prompts(
             )
     if len(given) > 1:
         places = [f"--predict_data, prompt {n}" for n in range(1, len(given) + 1)]
-        return [_of_text(*pair, strictness) for pair in zip(given, places, strict=True)]
+        return [
+            prompt
+            for text, place in zip(given, places, strict=True)
+            for prompt in _of_one_of_several(text, place, strictness)
+        ]
     text = given[0]
-    path = Path(text) if len(text) < 4096 and "\n" not in text and "\0" not in text else Path()
+    path = _path(text)
     if _is(path, Path.is_file):
         return _read_file(path, strictness)
     if path != Path() and _is(path, Path.is_dir) and (os.sep in text or text in (".", "..")):
         raise UserError(f"--predict_data {text} is a directory", rule="prompts are text, or a file",
                         advice=_ADVICE)  # fmt: skip
-    if path.suffix in _FILE_ENDINGS and len(text.split()) == 1:
-        raise UserError(f"--predict_data {text}: there is no such file", advice=_ADVICE)
+    if _names_file(text):
+        raise _no_file(text)
     if looks_like_messages(text):
         return [_of_text(text, "--predict_data", strictness)]
-    return [Prompt(text=text.replace("\\n", "\n"))]
+    return [Prompt(text=text.replace("\\n", "\n"), where="--predict_data")]
+
+
+def _of_one_of_several(text: str, where: str, strictness: Strictness) -> list[Prompt]:
+    """The prompt that a text is, or those of the file that it names by an ending of prompts."""
+    if not _names_file(text):
+        return [_of_text(text, where, strictness)]
+    if not _is(_path(text), Path.is_file):
+        raise _no_file(text)
+    return _read_file(_path(text), strictness)
+
+
+def _path(text: str) -> Path:
+    """The path that a prompt may be; the empty one for a text that cannot be one."""
+    return Path(text) if len(text) < 4096 and "\n" not in text and "\0" not in text else Path()
+
+
+def _names_file(text: str) -> bool:
+    return _path(text).suffix in _FILE_ENDINGS and len(text.split()) == 1
+
+
+def _no_file(text: str) -> UserError:
+    return UserError(f"--predict_data {text}: there is no such file", advice=_ADVICE)
 
 
 def _of_text(text: str, where: str, strictness: Strictness) -> Prompt:
     """A prompt of the command line."""
     if not looks_like_messages(text):
-        return Prompt(text=text)
+        return Prompt(text=text, where=where)
     return _of_value(_parsed(text, where), where, strictness)
 
 
@@ -84,8 +112,8 @@ def _of_value(value: object, where: str, strictness: Strictness) -> Prompt:
     """The prompt of a JSON value. Raises UserError."""
     text = text_of(value, where, strictness)
     if text is not None:
-        return Prompt(text=text)
-    return Prompt(conversation=conversation_of(value, where, strictness))
+        return Prompt(text=text, where=where)
+    return Prompt(conversation=conversation_of(value, where, strictness), where=where)
 
 
 def _parsed(text: str, where: str) -> object:
@@ -126,15 +154,18 @@ def _read_file(path: Path, strictness: Strictness) -> list[Prompt]:
             advice="Convert the file (iconv -f LATIN1 -t UTF-8)",
         ) from None
     is_json = path.suffix.lower() in (*_JSON_LINES, ".json")
-    prompts = _of_json(path, text, strictness) if is_json else _of_lines(text)
+    prompts = _of_json(path, text, strictness) if is_json else _of_lines(path, text)
     if not prompts:
         raise UserError(f"--predict_data {path} is empty", advice="Write one prompt a line")
     return prompts
 
 
-def _of_lines(text: str) -> list[Prompt]:
-    lines = text.split("\n")
-    return [Prompt(text=line.removesuffix("\r")) for line in lines if line.strip()]
+def _of_lines(path: Path, text: str) -> list[Prompt]:
+    return [
+        Prompt(text=line.removesuffix("\r"), where=f"{path}:{number}")
+        for number, line in enumerate(text.split("\n"), 1)
+        if line.strip()
+    ]
 
 
 def _of_json(path: Path, text: str, strictness: Strictness) -> list[Prompt]:

@@ -287,16 +287,16 @@ def test_special_tokens_come_from_config_json_then_from_the_tokenizer() -> None:
 NO_ROOM: dict[str, tuple[list[int], dict[str, Any], int | None, str]] = {
     "max_length": (
         [3, 25], {}, None,
-        "prompt 2 has 25 tokens: max_length = 20 counts the prompt. Nearest: "
+        "prompt 2: has 25 tokens: max_length = 20 counts the prompt. Nearest: "
         "generation_config.max_length: 26. Or set generation_config.max_new_tokens.",
     ),
-    "positions": ([70], {}, 64, "prompt 1 has 70 tokens: the model has 64 positions. Shorten"),
+    "positions": ([70], {}, 64, "prompt 1: has 70 tokens: the model has 64 positions. Shorten"),
     "new tokens": (
         [10], {"max_new_tokens": 100}, 64,
         "generation_config.max_new_tokens = 100: the model has 64 positions. Nearest: 54.",
     ),
     "long max_length": ([10], {"max_length": 100}, 64, "max_length = 100: the model has 64 "),
-    "empty": ([0], {}, None, "prompt 1 is empty: generation needs a first token."),
+    "empty": ([0], {}, None, "prompt 1: is empty: generation needs a first token."),
 }  # fmt: skip
 
 

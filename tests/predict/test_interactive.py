@@ -102,3 +102,22 @@ def test_several_ranks_chat_at_the_terminal_of_one(folder: Path, jobs: list[Term
     assert [role for role, _ in before] == ["system", "user", "assistant"]
     assert last == [("system", "Be brief"), ("user", "And now?"), ("assistant", ANSWER)]
     assert conversations(folder / "both/kept.jsonl") == [last]
+
+
+def test_a_conversation_that_is_too_long_from_the_start_can_be_shortened(
+    folder: Path, jobs: list[TerminalJob]
+) -> None:
+    record = json.loads((folder / "before.jsonl").read_text())
+    record["messages"].append({"role": "user", "content": "Ready?"})
+    (folder / "waits.jsonl").write_text(f"{json.dumps(record)}\n")
+    job = TerminalJob(["--config", "chat.yaml", "--interactive", "--predict_data", "waits.jsonl",
+                       "--output_dir", "waits"], folder)  # fmt: skip
+    jobs.append(job)
+    job.expect("Your question is kept")
+    job.expect("> ")
+    job.type("/drop\r")
+    job.expect(ANSWER)
+    job.expect("> ")
+    job.type(CTRL_D)
+    job.expect("written: waits/chat.jsonl")
+    assert job.end() == [0]

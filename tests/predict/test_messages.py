@@ -84,6 +84,8 @@ WRONG: dict[str, tuple[str, list[str]]] = {
     "role": ('[{"role": "usr", "content": "a"}]', ["chats.jsonl:2", "did you mean `user`?"]),
     "no content": ('[{"role": "user"}]', ["chats.jsonl:2", "messages[0].content"]),
     "number": ("12", ["chats.jsonl:2", "is a number"]),
+    "number as prompt": ('{"prompt": 3}', ["chats.jsonl:2", "`prompt` is a number"]),
+    "prompt of turns": ('{"prompt": [{"role": "usr"}]}', ["chats.jsonl:2", "'prompt[0].role'"]),
     "empty": ('{"messages": []}', ["chats.jsonl:2", "'messages' = []"]),
     "image": ('[{"role": "user", "content": [{"type": "image_url"}]}]', ["only text"]),
     "surrogate": ('"\\ud83d"', ["chats.jsonl:2", "UTF-8"]),
@@ -122,6 +124,8 @@ def test_mistakes_in_one_json_value_have_line_and_column(tmp_path: Path) -> None
          ["--system", "chat_template is none"]),
         (["--interactive", "maybe"], ["unexpected argument `maybe`"]),
         (["--interactve"], ["did you mean `--interactive`?"]),
+        (["--predict_data", "a", "generation_config.topk=3"],
+         ["did you mean `generation_config.top_k`?"]),
         ([], ["input_data is missing", "--interactive"]),
     ],
 )  # fmt: skip

@@ -37,6 +37,8 @@ def test_one_prompt_several_and_a_file(tmp_path: Path) -> None:
     assert texts("a\\nb") == texts(["a\\nb"]) == ["a\nb"]
     assert texts(["a\\nb", "c"]) == ["a\\nb", "c"]
     assert texts(str(file)) == ["first \\n line", "second"]
+    assert texts(["a", str(file), "b"]) == ["a", "first \\n line", "second", "b"]
+    assert [prompt.where for prompt in read_prompts(str(file))] == [f"{file}:1", f"{file}:3"]
     assert texts("x" * 300) == ["x" * 300]  # no file system takes it for a name
 
 
@@ -59,6 +61,7 @@ def refused(tmp_path: Path) -> dict[str, tuple[Any, str]]:
         "nothing": (None, "predict needs prompts. Give --predict_data"),
         "empty text": ("", "predict needs prompts"),
         "absent file": (str(tmp_path / "absent.txt"), "there is no such file"),
+        "one of several": (["a", str(tmp_path / "absent.txt")], "there is no such file"),
         "empty file": (str(tmp_path / "empty.txt"), "is empty. Write one prompt a line."),
         "binary file": (str(tmp_path / "binary.bin"), "is not UTF-8 text"),
         "directory": (str(tmp_path), "is a directory: prompts are text, or a file"),
@@ -116,7 +119,7 @@ def test_an_empty_prompt_begins_with_the_bos_token_where_there_is_one() -> None:
     settings = GenerationSettings(max_new_tokens=3, bos_token_id=1)
     (found,) = generate(OWN, TOKENIZER, [""], settings)
     assert len(found.tokens) == 3
-    with pytest.raises(UserError, match="prompt 1 is empty"):
+    with pytest.raises(UserError, match="prompt 1: is empty"):
         generate(OWN, TOKENIZER, [""], GenerationSettings())
 
 

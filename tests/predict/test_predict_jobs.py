@@ -5,11 +5,12 @@ from __future__ import annotations
 import ast
 import json
 from pathlib import Path
+from string import ascii_lowercase
 from typing import Any
 
 import pytest
 
-from tests.predict.chat_model import ANSWER, write_chat_model
+from tests.predict.chat_model import ANSWER, POSITIONS, write_chat_model
 from tests.predict.terminal_job import TerminalJob
 from tests.ranks import JobResult, run_job
 from tests.workshop import Workshop
@@ -81,6 +82,29 @@ def test_conversations_of_a_file_on_two_ranks(folder: Path) -> None:
     ]  # fmt: skip
     assert found[0]["tools"] == [{"name": "t"}]
     assert [row["text"] for row in found] == [row["prompt"] + ANSWER for row in found]
+
+
+def test_a_text_beside_a_conversation_is_continued_as_it_is_alone(folder: Path) -> None:
+    (folder / "mixed.jsonl").write_text(
+        '{"messages": [{"role": "user", "content": "One?"}]}\n{"prompt": "go~"}\n'
+    )
+    predict(folder, "mixed", "--predict_data", "mixed.jsonl", "generation_config.eos_token_id=1",
+            "generation_config.max_new_tokens=null", world=2)  # fmt: skip
+    answer, text = rows(folder, "mixed")
+    assert ANSWER in answer["text"]
+    assert "messages" not in text
+    assert text["text"] == "go~" + (ascii_lowercase * 2)[: len(text["tokens"])]
+    assert len(text["tokens"]) < 20  # the default of max_length; answers are longer
+
+
+def test_prompts_without_room_are_found_before_weights_are_read(folder: Path) -> None:
+    (folder / "long.txt").write_text(f"short\n\n{'é' * POSITIONS}\n")
+    arguments = ["--config", "chat.yaml", "--output_dir", "long", "--predict_data", "long.txt",
+                 "generation_config.max_new_tokens=9"]  # fmt: skip
+    result = run_job(arguments, folder)
+    assert result.code == 2
+    assert "long.txt:3: has " in result.stderr
+    assert "loaded: " not in result.stdout
 
 
 def test_a_terminal_shows_the_text_while_it_is_generated(folder: Path) -> None:
