@@ -130,7 +130,8 @@ def attach_adapters(model: nn.Module, spec: ModelSpec, dtype: torch.dtype) -> No
         added = [_attach(module, name, spec, spec.lora, dtype) for name, module in modules]
         if not any(added):
             raise _no_target(model, spec.lora)
-        _check_names(model, "pet_config.modules_to_save", spec.lora.modules_to_save)
+        if not isinstance(spec.lora.modules_to_save, str):  # a text is that of files
+            _check_names(model, "pet_config.modules_to_save", spec.lora.modules_to_save)
     _check_names(model, "freeze", spec.frozen)
     if spec.lora is None and not spec.frozen:
         return

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,10 +68,12 @@ def lora_from(content: Mapping[str, Any], family: str = "") -> LoraConfig:
         dropout=float(content["lora_dropout"]),
         target_modules=names(content["target_modules"]),
         exclude_modules=names(content["exclude_modules"]),
-        modules_to_save=tuple(names(content["modules_to_save"])),
+        modules_to_save=_pattern(_ending_in(content["modules_to_save"] or ()), apart) or (),
         use_rslora=content["use_rslora"],
         use_dora=content["use_dora"],
-        layers=None if layers is None else tuple([layers] if isinstance(layers, int) else layers),
+        layers=None
+        if layers is None or layers == []
+        else tuple([layers] if isinstance(layers, int) else layers),
         rank_pattern={_pattern(k, apart): v for k, v in content["rank_pattern"].items()},
         alpha_pattern={_pattern(k, apart): v for k, v in content["alpha_pattern"].items()},
     )
@@ -87,6 +90,12 @@ def _parts(name: str, apart: Mapping[str, list[str]]) -> list[str]:
     """A name of modules in files, as names of modules of the model."""
     found = next((joined for joined in apart if joined in name), None)
     return [name] if found is None else [name.replace(found, part) for part in apart[found]]
+
+
+def _ending_in(names: Sequence[str]) -> str:
+    """The modules that PEFT takes for those of modules_to_save: it compares endings of names, also
+    within a word (`norm` is `input_layernorm` too), and passes over what names no module."""
+    return f".*({'|'.join(map(re.escape, names))})" if names else ""
 
 
 def _pattern(pattern: str, apart: Mapping[str, list[str]]) -> str:
