@@ -253,7 +253,7 @@ def _without_copies(
     job: Job, adapter: Source, base: Source | None, wanted: Collection[str]
 ) -> Source:
     """`adapter` without the weights of the base that were copied into its files."""
-    copies = [n for n in adapter.tensors if n not in wanted and not is_adapter(n)]
+    copies = [n for n in adapter.tensors if n not in wanted and ".lora_" not in n]
     if not copies:
         return adapter
     on_all_ranks(

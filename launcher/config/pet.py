@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from launcher.config.schema import Config
-from launcher.errors import UserError
 from launcher.extensions import JOINED_MODULES, installed
 from launcher.weights.adapters.config import checked
-from launcher.weights.adapters.found import FoundAdapter, find_adapter
+from launcher.weights.adapters.found import FoundAdapter, find_adapter, no_adapter
 from models.lora_config import LoraConfig
 
 
@@ -122,14 +121,3 @@ def adapter_of(config: Config) -> FoundAdapter | None:
 def resumes(config: Config) -> bool:
     """Whether load_checkpoint is the folder of the checkpoints that a run resumes from."""
     return config.run_mode in ("train", "finetune") and config.resume_training is not False
-
-
-def no_adapter(path: Path) -> UserError:
-    """The error for a path that should hold an adapter."""
-    inside = find_adapter(path / "adapter") or find_adapter(path / "checkpoint")
-    return UserError(
-        f"{path} holds no adapter" if path.exists() else f"{path}: there is no such path",
-        rule="an adapter is a directory of PEFT (adapter_config.json and adapter_model.safetensors)"
-        ", or a folder of checkpoints of a run with pet_config",
-        nearest=f"did you mean `{inside.path}`?" if inside is not None else "",
-    )

@@ -25,7 +25,7 @@ import numpy as np
 
 from launcher.errors import UserError
 from launcher.extensions import JOINED_MODULES, installed
-from launcher.weights.adapters.config import CONFIG_NAME, Content, scaling_of
+from launcher.weights.adapters.config import CONFIG_NAME, Content, is_target, rank_of, scaling_of
 from launcher.weights.adapters.found import WEIGHT_NAMES
 from launcher.weights.adapters.tensors import Tensor, read_tensors
 from launcher.weights.formats.safetensors import in_file_order
@@ -43,10 +43,11 @@ _BELOW = ".base_layer"
 _EMBEDDING = (".lora_embedding_A", ".lora_embedding_B")
 
 
-def open_peft(directory: Path, family: str) -> Source:
+def open_peft(directory: Path, family: str, config: Content | None = None) -> Source:
     """The tensors of a directory of PEFT under the names of rank files of a `family` (model_type).
 
-    Raises `UserError` for files that are damaged, or hold something else.
+    Raises `UserError` for files that are damaged, or hold something else; also where they are not
+    those of the description `config`, whose types are checked.
     """
     file = next((directory / name for name in WEIGHT_NAMES if (directory / name).is_file()), None)
     if file is None:
@@ -58,7 +59,24 @@ def open_peft(directory: Path, family: str) -> Source:
     source = open_complete(file)
     _check_names(source)
     names = {name: name.removeprefix(PREFIX).replace(_BELOW, "") for name in source.tensors}
-    return _apart(source.renamed(names), family)
+    renamed = source.renamed(names)
+    if config is not None:
+        _check_described(renamed, config)
+    return _apart(renamed, family)
+
+
+def _check_described(source: Source, config: Content) -> None:
+    """Check that the modules with matrices are those of target_modules, of the described ranks."""
+    for module in modules_of(source.tensors):
+        rank, shape = rank_of(config, module), source.shape(module + A)
+        if not is_target(config, module) or shape[:1] != (rank,):
+            what = f"`{module}{A}` is {list(shape)}, "
+            raise UserError(
+                what + (f"of rank {rank} in {CONFIG_NAME}" if is_target(config, module) else
+                        f"and target_modules in {CONFIG_NAME} does not name this layer"),
+                where=str(source.path), rule="both files describe one adapter",
+                advice="Copy the directory again",
+            )  # fmt: skip
 
 
 def _check_names(source: Source) -> None:

@@ -15,7 +15,13 @@ from typing import Any
 from launcher.errors import UserError
 from launcher.weights.adapters.config import Content, checked
 from launcher.weights.adapters.copies import check_copies, without_copies
-from launcher.weights.adapters.found import FoundAdapter, entry_of, find_adapter, state_of_save
+from launcher.weights.adapters.found import (
+    FoundAdapter,
+    entry_of,
+    find_adapter,
+    no_adapter,
+    state_of_save,
+)
 from launcher.weights.adapters.merging import merging
 from launcher.weights.adapters.peft_files import (
     check_ties,
@@ -91,29 +97,19 @@ def open_adapter(
     found = find_adapter(path)
     if found is not None and found.is_peft:
         checked(found.config, str(found.file))
-        return OpenAdapter(found, open_peft(found.path, ""), "")
+        return OpenAdapter(found, open_peft(found.path, "", found.config), "")
     if detect(path) != "distributed":
-        raise _no_adapter(path)
+        raise no_adapter(path)
     chosen = choose_save(path, suffix, best=best, log=log)
     assert chosen.rank_file is not None
     entry = entry_of(state_of_save(chosen.rank_file), path, chosen.rank_file)
     if entry is None:
-        raise _no_adapter(path)
+        raise no_adapter(path)
     model = described(None, model_folder(chosen.rank_file))
     config = model.config if model else {}
     return OpenAdapter(
         entry, chosen.source, str(config.get("model_type", "")), chosen.rank_file,
         has_experts=any(bool(config.get(key)) for key in _EXPERTS),
-    )  # fmt: skip
-
-
-def _no_adapter(path: Path) -> UserError:
-    return UserError(
-        f"{path} holds no adapter" if path.exists() else f"{path}: there is no such path",
-        rule="an adapter is a directory of PEFT (adapter_config.json and adapter_model.safetensors)"
-        ", or a folder of checkpoints of a run with pet_config",
-        nearest="" if not path.exists() or detect(path) == "nothing" else
-        f"python -m launcher.tools.export --load_checkpoint {path} --output_dir DIR",
     )  # fmt: skip
 
 

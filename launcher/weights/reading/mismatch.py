@@ -47,7 +47,8 @@ class Foreign(NamedTuple):
 
 FOREIGN: tuple[Foreign, ...] = (
     Foreign(re.compile(r"\blora_(A|B|embedding)"), "an adapter of PEFT (LoRA)",
-            "Merge it into its base model first: `PeftModel.from_pretrained(base, folder)"
+            "Give its directory, with adapter_config.json, or merge it into its base model first: "
+            "`PeftModel.from_pretrained(base, folder)"
             ".merge_and_unload().save_pretrained(new_folder)`"),
     Foreign(re.compile(r"\.(qweight|qzeros|g_idx)$"), "weights quantized by GPTQ or AWQ",
             "Give weights that are not quantized"),
