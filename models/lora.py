@@ -130,7 +130,8 @@ def attach_adapters(model: nn.Module, spec: ModelSpec, dtype: torch.dtype) -> No
         added = [_attach(module, name, spec, spec.lora, dtype) for name, module in modules]
         if not any(added):
             raise _no_target(model, spec.lora)
-        _check_names(model, "pet_config.modules_to_save", spec.lora.modules_to_save)
+        if not isinstance(spec.lora.modules_to_save, str):  # a text is that of files
+            _check_names(model, "pet_config.modules_to_save", spec.lora.modules_to_save)
     _check_names(model, "freeze", spec.frozen)
     if spec.lora is None and not spec.frozen:
         return
@@ -280,8 +281,11 @@ def _no_target(model: nn.Module, lora: LoraConfig) -> UserError:
         name.rpartition(".")[2] for name, module in model.named_modules() if _sizes(module)
     })  # fmt: skip
     shown = wanted if isinstance(wanted, str) else list(wanted)
+    limits = {"exclude_modules": lora.exclude_modules, "modules_to_save": lora.modules_to_save,
+              "layers_to_transform": lora.layers}  # fmt: skip
+    limited = "".join(f", with {key} = {value!r}" for key, value in limits.items() if value)
     return UserError(
-        f"pet_config.target_modules = {shown!r} matches no linear layer of the model",
+        f"pet_config.target_modules = {shown!r}{limited} matches no linear layer of the model",
         rule="it is all-linear, a regular expression for full names of linear layers, or a list "
         "of names or their endings",
         nearest=f"The linear layers are {', '.join(names)}",

@@ -20,7 +20,7 @@ ALL_LINEAR = "all-linear"
 PARTS = ("lora_A", "lora_B")
 MAGNITUDE = "lora_magnitude_vector"
 _NOT_ADAPTED = re.compile(r"norm|embed_tokens|(^|\.)(gate|router)\.weight$")
-_HEAD = "lm_head"
+HEAD = "lm_head"
 
 Value = TypeVar("Value")
 Names = tuple[str, ...]
@@ -39,13 +39,15 @@ class LoraConfig:
     target_modules: str | tuple[str, ...] = ALL_LINEAR
     """`all-linear`, a regular expression for full module names, or names and endings of names."""
     exclude_modules: str | tuple[str, ...] = ()
-    modules_to_save: tuple[str, ...] = ()
-    """Modules that are trained and saved in full."""
+    modules_to_save: str | tuple[str, ...] = ()
+    """Modules that are trained and saved in full, by names and endings, or by a regular expression
+    for full names. They and the modules in them get no adapter."""
     use_rslora: bool = False
     """Scaling alpha / sqrt(rank) instead of alpha / rank (https://arxiv.org/abs/2312.03732)."""
     use_dora: bool = False
     layers: tuple[int, ...] | None = None
-    """Numbers of the layers with adapters; None: all."""
+    """Numbers of the layers with adapters; None: all. A full name in `target_modules` counts in any
+    layer."""
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     """Ending of a module name, or a regular expression for it -> another value than the default."""
@@ -54,10 +56,13 @@ class LoraConfig:
         """Whether the linear layer of these names gets an adapter."""
         if self.exclude_modules and any(is_named(name, self.exclude_modules) for name in names):
             return False
-        if self.layers is not None and layer_of(names[0]) not in self.layers:
+        if any(self.saves(f"{name}.weight") for name in names):
             return False
+        if self.layers is not None and layer_of(names[0]) not in self.layers:
+            wanted = self.target_modules
+            return not isinstance(wanted, str) and any(name in wanted for name in names)
         if self.target_modules == ALL_LINEAR:
-            return names[0].rpartition(".")[2] != _HEAD and not is_expert(names[0])
+            return names[0].rpartition(".")[2] != HEAD and not is_expert(names[0])
         return any(is_named(name, self.target_modules) for name in names)
 
     def saves(self, parameter: str) -> bool:
@@ -146,7 +151,7 @@ def linear_modules(parameters: Mapping[str, Rule], layers: int) -> list[tuple[st
     for kind, rule in parameters.items():
         if not _has_adapter(kind, rule):
             continue
-        numbers = range(layers) if kind != f"{_HEAD}.weight" else (None,)
+        numbers = range(layers) if kind != f"{HEAD}.weight" else (None,)
         for number in numbers:
             name = kind if number is None else f"model.layers.{number}.{kind}"
             found.append(module_names(name, (1,), parameters))
@@ -160,9 +165,9 @@ def module_names(weight: str, shape: Sequence[int], parameters: Mapping[str, Rul
     return tuple(dict.fromkeys(name.removesuffix(".weight") for name in (weight, stored)))
 
 
-def unmatched(lora: LoraConfig, modules: Iterable[Names]) -> list[str]:
-    """The entries of `target_modules` that name none of `modules`."""
-    wanted, names = lora.target_modules, [name for module in modules for name in module]
+def unmatched(wanted: str | Sequence[str], modules: Iterable[Names]) -> list[str]:
+    """The entries of `target_modules` or `exclude_modules` that name none of `modules`."""
+    names = [name for module in modules for name in module]
     if isinstance(wanted, str):
         found = wanted == ALL_LINEAR or any(is_named(name, wanted) for name in names)
         return [] if found else [wanted]
@@ -223,9 +228,14 @@ def layer_of(name: str) -> int | None:
     return next((int(part) for part in name.split(".") if part.isdecimal()), None)
 
 
+def matches_end(pattern: str, names: Names) -> bool:
+    """Whether a pattern of `rank_pattern` or `alpha_pattern` is for the module of these names."""
+    return any(re.fullmatch(rf"(.*\.)?({pattern})", name) for name in names)
+
+
 def _by_pattern(patterns: Mapping[str, Value], names: Names, otherwise: Value) -> Value:
     for pattern, value in patterns.items():
-        if any(re.fullmatch(rf"(.*\.)?({pattern})", name) for name in names):
+        if matches_end(pattern, names):
             return value
     return otherwise
 

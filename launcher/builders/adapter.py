@@ -60,7 +60,9 @@ def open_adapter(job: Job, found: FoundAdapter) -> Source:
     """The tensors of an adapter on disk, by the names of rank files. Called by all ranks together;
     raises `UserError`."""
     if found.is_peft:
-        source = on_all_ranks(job.world, lambda: open_peft(found.path, job.spec.family))
+        source = on_all_ranks(
+            job.world, lambda: open_peft(found.path, job.spec.family, found.config)
+        )
         if unknown := unknown_fields(found.config):
             job.log(f"{found.file}: not known, no effect: {', '.join(unknown)}")
     else:

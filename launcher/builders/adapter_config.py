@@ -139,10 +139,11 @@ def _saved(lora: LoraConfig, kept: Sequence[str], everything: Iterable[str]) -> 
     """modules_to_save, as names in files. PEFT takes every module whose name ends in one of them,
     also in the middle of a word: full names are written where that is another one."""
     modules = {module for name in everything for module in parents(name)}
-    entries = []
+    is_pattern, entries = isinstance(lora.modules_to_save, str), []
     for name in kept:
         own = parents(name)
-        fitting = [entry for entry in lora.modules_to_save
+        wanted = [_leaf(own[0])] if is_pattern else lora.modules_to_save
+        fitting = [entry for entry in wanted
                    if any(is_named(module, (entry,)) for module in own)
                    and all(is_named(module, (entry,)) for module in modules
                            if module.endswith(entry))]  # fmt: skip

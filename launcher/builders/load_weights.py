@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,9 @@ from launcher.parallel.consistency import Unquoted, check_same
 from launcher.parallel.lora import initialize_magnitudes
 from launcher.parallel.model_parts import ModelParts
 from launcher.parallel.tied import broadcast_tied
+from launcher.weights.adapters.copies import check_copies, without_copies
 from launcher.weights.adapters.found import Base
+from launcher.weights.adapters.peft_files import check_ties
 from launcher.weights.content import content_of
 from launcher.weights.foreign_names import KEYS, under_hugging_face_names
 from launcher.weights.forms import may_be_foreign
@@ -219,11 +221,13 @@ def load_or_init(job: Job, parts: ModelParts, layout: Layout, weights: Weights |
         is_new = weights is None or weights.adapter is None
         _load(job, parts, layout, source, rank, is_new=is_new)
     if weights is not None and weights.adapter is not None:
-        _load_adapter(job, parts, layout, weights.adapter, rank)
+        _load_adapter(job, parts, layout, weights.adapter, source, rank)
     sync_tied_weights(parts)
 
 
-def _load_adapter(job: Job, parts: ModelParts, layout: Layout, source: Source, rank: int) -> None:
+def _load_adapter(
+    job: Job, parts: ModelParts, layout: Layout, source: Source, base: Source | None, rank: int
+) -> None:
     """Load an adapter, and the modules that are saved with it, over those of the base."""
     model = parts.modules[-1]
     mappings = mappings_of(model)
@@ -233,12 +237,30 @@ def _load_adapter(job: Job, parts: ModelParts, layout: Layout, source: Source, r
     expected = shapes_in_files(saved, mappings)
     check_layout(job, source)
     check_cuts(job, source, held)
-    tied = {alias: name for alias, name in tied_names(model).items() if name in expected}
+    found, ties = job.adapter, tied_names(model)
+    if found is not None and found.is_peft:
+        check_ties(source.tensors, found.config, ties.items(), str(source.path))
+        source = _without_copies(job, source, base, {*expected, *ties})
+    tied = {alias: name for alias, name in ties.items() if name in expected}
     report = load_job(
         job, held, layout, mappings, source, tied=tied, strict=job.config.strict_load,
         expected=expected,
     )  # fmt: skip
     _report(job, source, report)
+
+
+def _without_copies(
+    job: Job, adapter: Source, base: Source | None, wanted: Collection[str]
+) -> Source:
+    """`adapter` without the weights of the base that were copied into its files."""
+    copies = [n for n in adapter.tensors if n not in wanted and ".lora_" not in n]
+    if not copies:
+        return adapter
+    on_all_ranks(
+        job.world, lambda: check_copies(adapter, base, copies) if job.world.is_main else None
+    )
+    job.log(f"in the files, as in the base: {_listed(copies)}")
+    return without_copies(adapter, copies)
 
 
 def sync_tied_weights(parts: ModelParts) -> None:

@@ -135,7 +135,9 @@ def data_parallel(tree: Node, problems: list[Problem]) -> Node:
 def pet_type(tree: Node, problems: list[Problem]) -> Node:
     """A written pet_config without its type is that of LoRA."""
     node = find(tree, "pet_config")
-    if node is None or not isinstance(node.value, dict) or "pet_type" in node.value:
+    if node is None or not isinstance(node.value, dict) or not node.value:
+        return tree
+    if "pet_type" in node.value:
         return tree
     return put(tree, "pet_config.pet_type", Node(value="lora", where=node.where))
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from launcher.config.schema import Config
-from launcher.errors import UserError
 from launcher.extensions import JOINED_MODULES, installed
 from launcher.weights.adapters.config import checked
-from launcher.weights.adapters.found import FoundAdapter, find_adapter
+from launcher.weights.adapters.found import FoundAdapter, find_adapter, no_adapter
 from models.lora_config import LoraConfig
 
 
@@ -67,10 +67,12 @@ def lora_from(content: Mapping[str, Any], family: str = "") -> LoraConfig:
         dropout=float(content["lora_dropout"]),
         target_modules=names(content["target_modules"]),
         exclude_modules=names(content["exclude_modules"]),
-        modules_to_save=tuple(names(content["modules_to_save"])),
+        modules_to_save=_pattern(_ending_in(content["modules_to_save"] or ()), apart) or (),
         use_rslora=content["use_rslora"],
         use_dora=content["use_dora"],
-        layers=None if layers is None else tuple([layers] if isinstance(layers, int) else layers),
+        layers=None
+        if layers is None or layers == []
+        else tuple([layers] if isinstance(layers, int) else layers),
         rank_pattern={_pattern(k, apart): v for k, v in content["rank_pattern"].items()},
         alpha_pattern={_pattern(k, apart): v for k, v in content["alpha_pattern"].items()},
     )
@@ -87,6 +89,12 @@ def _parts(name: str, apart: Mapping[str, list[str]]) -> list[str]:
     """A name of modules in files, as names of modules of the model."""
     found = next((joined for joined in apart if joined in name), None)
     return [name] if found is None else [name.replace(found, part) for part in apart[found]]
+
+
+def _ending_in(names: Sequence[str]) -> str:
+    """The modules that PEFT takes for those of modules_to_save: it compares endings of names, also
+    within a word (`norm` is `input_layernorm` too), and passes over what names no module."""
+    return f".*({'|'.join(map(re.escape, names))})" if names else ""
 
 
 def _pattern(pattern: str, apart: Mapping[str, list[str]]) -> str:
@@ -113,14 +121,3 @@ def adapter_of(config: Config) -> FoundAdapter | None:
 def resumes(config: Config) -> bool:
     """Whether load_checkpoint is the folder of the checkpoints that a run resumes from."""
     return config.run_mode in ("train", "finetune") and config.resume_training is not False
-
-
-def no_adapter(path: Path) -> UserError:
-    """The error for a path that should hold an adapter."""
-    inside = find_adapter(path / "adapter") or find_adapter(path / "checkpoint")
-    return UserError(
-        f"{path} holds no adapter" if path.exists() else f"{path}: there is no such path",
-        rule="an adapter is a directory of PEFT (adapter_config.json and adapter_model.safetensors)"
-        ", or a folder of checkpoints of a run with pet_config",
-        nearest=f"did you mean `{inside.path}`?" if inside is not None else "",
-    )

@@ -132,6 +132,7 @@ _OF_SECTION = {
     ("data_loader.config", "eod_token_id"): "eod",
     ("data_loader.config", "eos_token_id"): "eod",
     ("data_loader.config", "pad_token_id"): "pad",
+    ("pet_config", "layers"): "layers_to_transform",
 }
 """Words that are keys elsewhere, and have another name in the section of this ending."""
 _REMARKS = {
@@ -141,6 +142,8 @@ _REMARKS = {
     "completion_only_loss": "True is [assistant], which is the default",
     "train_on_eos": "The end mark of a turn that is learnt is always learnt",
     "mask_history": "True is `last`",
+    "unfrozen_parameters": "It names what is not trained",
+    "freeze_trainable_modules": "It names what is not trained",
 }
 """How a value of another launcher is written here."""
 _NOT_BUILT: dict[str, str] = {}

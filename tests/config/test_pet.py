@@ -33,6 +33,7 @@ def found(more: str, config: str = RIGHT, mode: str = "train") -> tuple[list[str
 RIGHT_ONES = {
     "": None,
     "pet_config: {pet_type: null}\n": None,
+    "pet_config: {}\n": None,
     "pet_config: {lora_rank: 4}\n": LoraConfig(rank=4, alpha=16.0),
     "pet_config: {pet_type: dora, target_modules: [q_proj, mlp.up_proj]}\n": LoraConfig(
         rank=8, alpha=16.0, use_dora=True, target_modules=("q_proj", "mlp.up_proj")
@@ -42,6 +43,9 @@ RIGHT_ONES = {
                    exclude_modules=("layers.0.self_attn.q_proj",)),
     "pet_config: {modules_to_save: [lm_head, norm], layers_to_transform: [1]}\n": LoraConfig(
         rank=8, alpha=16.0, modules_to_save=("lm_head", "norm"), layers=(1,)
+    ),
+    "pet_config: {lora_rank: 2, modules_to_save: [mlp]}\nfreeze: [lora_A]\n": LoraConfig(
+        rank=2, alpha=16.0, modules_to_save=("mlp",)
     ),
     "pet_config: {lora_rank: 2, rank_pattern: {q_proj: 4}, alpha_pattern: {q_proj: 1}}\n":
         LoraConfig(rank=2, alpha=16.0, rank_pattern={"q_proj": 4}, alpha_pattern={"q_proj": 1}),
@@ -81,6 +85,23 @@ WRONG = {
     "pet_config: {modules_to_save: [embed_token]}\n": ("embed_token", "embed_tokens"),
     "pet_config: {layers_to_transform: [7]}\n": ("layers_to_transform", "0 to 1"),
     "pet_config: {lora_rank: 0}\n": ("lora_rank", "1"),
+    "pet_config: {target_modules: 'q_proj, v_proj'}\n": ("target_modules", "[q_proj, v_proj]"),
+    "pet_config: {target_modules: all}\n": ("target_modules: all", "all-linear"),
+    "pet_config: {target_modules: [embed_tokens]}\n": ("embed_tokens", "modules_to_save"),
+    "pet_config: {target_modules: [q_proj], modules_to_save: [self_attn]}\n":
+        ("modules_to_save", "no layer"),
+    "pet_config: {layers_to_transform: []}\n": ("layers_to_transform", "no layer"),
+    "pet_config: {exclude_modules: [q_porj]}\n": ("exclude_modules: q_porj", "q_proj"),
+    "pet_config: {rank_pattern: {q_porj: 2}}\n": ("rank_pattern: q_porj", "q_proj"),
+    "pet_config: {rank_pattern: {q_proj: 0}}\n": ("rank_pattern: q_proj: 0", "above 0"),
+    "pet_config: {alpha_pattern: {q_proj: -1}}\n": ("alpha_pattern: q_proj: -1", "above 0"),
+    "pet_config: {alpha_pattern: {'(q_proj': 2}}\n": ("alpha_pattern", "regular expression"),
+    "pet_config: {pet_type: dora, use_dora: False}\n": ("use_dora", "dora"),
+    "pet_config: {layers: [0]}\n": ("layers", "pet_config.layers_to_transform"),
+    "pet_config: {lora_rank: 2, modules_to_save: [norm]}\nfreeze: [norm]\n":
+        ("freeze", "modules_to_save"),
+    "pet_config: {lora_rank: 2}\nfreeze: ['.*lora.*']\n": ("freeze", "all parameters"),
+    "freeze: ['*embed*']\n": ("freeze: *embed*", ".*embed.*"),
     "pet_config: {lora_r: 4}\n": ("lora_r", "pet_config.lora_rank"),
     "pet_config: {pet_type: qlora}\n": ("pet_type", "lora"),
     "pet_config: {pet_type: ptuning2}\n": ("pet_type", "not built"),
@@ -99,9 +120,21 @@ def test_what_is_wrong(more: str, workspace: Path) -> None:
     key, word = WRONG[more]
     problems, _ = found(more)
     assert len(problems) == 1, problems
-    assert f"x.yaml:{RIGHT.count(chr(10)) + 1}" in problems[0]
+    line = RIGHT.count("\n") + 1 + ("\nfreeze" in more)
+    assert f"x.yaml:{line}" in problems[0]
     assert key in problems[0]
     assert word in problems[0]
+
+
+TIED = RIGHT.replace("    vocab_size: 64\n", "    vocab_size: 64\n    tie_word_embeddings: True\n")
+
+
+@pytest.mark.parametrize("key", ["modules_to_save", "target_modules"])
+def test_a_tied_head_is_no_module(key: str, workspace: Path) -> None:
+    assert found(f"pet_config: {{{key}: [lm_head]}}\n")[0] == []
+    problems, _ = found(f"pet_config: {{{key}: [lm_head]}}\n", TIED)
+    assert len(problems) == 1, problems
+    assert f"pet_config.{key}: lm_head" in problems[0]
 
 
 EXPERTS = {

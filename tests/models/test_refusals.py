@@ -100,10 +100,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "must be at least 1",
     ),
     "theta": (LLAMA | {"theta": -1}, "model.model_config.theta: rope_theta = -1"),
-    "adapters": (
-        LLAMA | {"pet_config": {"pet_type": "lora"}},
-        "pet_config needs low-rank adapters (LoRA): not built yet",
-    ),
     "experts": (
         LLAMA | {"expert_num": 8},
         "model.model_config.expert_num needs mixture of experts: LlamaForCausalLM has no experts. "

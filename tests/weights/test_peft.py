@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from launcher.errors import UserError
@@ -155,6 +155,14 @@ WRONG = {
     '{"peft_type": "LORA", "target_modules": ["q_proj"], "rank_pattern": {"a": "b"}}': [
         "rank_pattern", "'b'",
     ],
+    '{"peft_type": "LORA", "target_modules": "(q_proj"}': ["target_modules", "regular expression"],
+    '{"peft_type": "LORA", "target_modules": ["a"], "exclude_modules": "(b"}': ["exclude_modules"],
+    '{"peft_type": "LORA", "target_modules": ["a"], "lora_alpha": NaN}': ["lora_alpha", "finite"],
+    '{"peft_type": "LORA", "target_modules": ["a"], "lora_dropout": 2}': ["lora_dropout = 2"],
+    '{"peft_type": "LORA", "target_modules": ["a"], "layers_to_transform": [-1]}': [
+        "layers_to_transform", "from 0",
+    ],
+    '{"peft_type": "LORA", "target_modules": ["a"], "rank_pattern": {"a": 2.5}}': ["rank_pattern"],
     "[]": ["adapter_config.json"],
     '{"peft_type": "LORA",\n': ["adapter_config.json:2"],
 }  # fmt: skip
@@ -205,6 +213,31 @@ def test_files_that_hold_something_else(tmp_path: Path) -> None:
             open_peft(tmp_path, "qwen3")
         assert name in str(raised.value)
         assert word in str(raised.value)
+
+
+@pytest.mark.parametrize("change", [{"r": 3}, {"target_modules": ["k_proj"]}, {"r": 10**12}])
+def test_a_description_of_another_adapter(change: dict[str, Any], tmp_path: Path) -> None:
+    case = adapted(dense_spec(**QWEN), target_modules=("q_proj",))
+    write_peft(case.source(tmp_path), case.config, "qwen3", tmp_path)
+    config = checked({**read_config(tmp_path / "adapter_config.json"), **change}, "x")
+    with pytest.raises(UserError) as raised:
+        open_peft(tmp_path, "qwen3", config)
+    assert "adapter_config.json" in str(raised.value)
+    assert "q_proj.lora_A.weight" in str(raised.value)
+
+
+def test_one_matrix_of_two_is_not_merged(tmp_path: Path) -> None:
+    case = adapted(dense_spec(**QWEN), target_modules=("q_proj",))
+    directory = tmp_path / "adapter"
+    directory.mkdir()
+    write_peft(case.source(tmp_path), case.config, "qwen3", directory)
+    file = directory / "adapter_model.safetensors"
+    tensors = load_file(file)
+    del tensors["base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"]
+    save_file(tensors, file)
+    case.base_copy().save_pretrained(tmp_path / "base")
+    with pytest.raises(UserError, match=r"layers\.1\.self_attn\.q_proj\.lora_B"):
+        merge_adapter(directory, tmp_path / "merged", base=tmp_path / "base")
 
 
 def test_a_base_that_does_not_fit_is_not_merged(tmp_path: Path) -> None:

@@ -32,13 +32,15 @@ class PetSection:
     exclude_modules: str | list[str] = effective([])
     """Layers without an adapter, written as target_modules; `exclude_layers` is the same key."""
     modules_to_save: list[str] = effective([])
-    """Modules that are trained in full and saved with the adapter, by name: `embed_tokens`."""
+    """Modules that are trained in full and saved with the adapter, by name: `embed_tokens`. They
+    get no adapter."""
     use_rslora: bool = False
     """Multiply by lora_alpha / sqrt(lora_rank) instead."""
     use_dora: bool = False
     """The same as pet_type: dora."""
     layers_to_transform: list[int] | None = None
-    """Numbers of the layers with adapters. Left out: all."""
+    """Numbers of the layers with adapters. Left out: all. A full name in target_modules counts in
+    any layer."""
     rank_pattern: dict[str, int] = effective({})
     """Ending of a module name, or a regular expression for it -> its rank."""
     alpha_pattern: dict[str, float] = effective({})

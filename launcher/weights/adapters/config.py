@@ -9,7 +9,8 @@ adapter in the state files of checkpoints. Imports nothing heavy.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,14 @@ def unknown_fields(content: Content) -> list[str]:
     return sorted(name for name, value in content.items() if name not in known and value)
 
 
+def is_target(config: Content, module: str) -> bool:
+    """Whether target_modules names a module, by its name in files: as in PEFT."""
+    wanted = config["target_modules"]
+    if isinstance(wanted, str):
+        return wanted == "all-linear" or re.fullmatch(wanted, module) is not None
+    return any(module == name or module.endswith(f".{name}") for name in wanted)
+
+
 def rank_of(config: Content, module: str) -> int:
     """The rank of the adapter of a module, by its name in files."""
     return int(_by_pattern(config.get("rank_pattern") or {}, module, config.get("r", 8)))
@@ -158,24 +167,47 @@ def _types(content: Content, where: str) -> list[Problem]:
             problems.append(_problem(name, value, where, f"it must be {forms}"))
         elif isinstance(value, list | dict):
             problems += _items(name, value, where)
-        elif name == "r" and value is not None and value < 1:
-            problems.append(_problem(name, value, where, "a rank is at least 1"))
+        elif isinstance(value, str):
+            problems += _expressions(name, [value], where)
+        elif value is not None and (rule := _out_of_range(name, value)):
+            problems.append(_problem(name, value, where, rule))
     return problems
+
+
+def _out_of_range(name: str, value: float) -> str:
+    """The rule that a number breaks; empty for none."""
+    if name == "r" and value < 1:
+        return "a rank is at least 1"
+    if name == "lora_alpha" and not isfinite(value):
+        return "it must be a finite number"
+    if name == "lora_dropout" and not 0 <= value < 1:
+        return "a dropout is at least 0 and below 1"
+    return "layers are counted from 0" if name == "layers_to_transform" and value < 0 else ""
+
+
+_ENTRIES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "layers_to_transform": (lambda n: isinstance(n, int) and n >= 0, "integers, from 0"),
+    "rank_pattern": (lambda n: isinstance(n, int) and n >= 1, "integers above 0"),
+    "alpha_pattern": (lambda n: isinstance(n, int | float) and isfinite(n), "finite numbers"),
+}
+"""Field to what its entries are; texts in the others."""
 
 
 def _items(name: str, value: list[Any] | dict[str, Any], where: str) -> list[Problem]:
     """The problems of the entries of one field."""
-    is_number = name in ("layers_to_transform", "rank_pattern", "alpha_pattern")
+    fits, kind = _ENTRIES.get(name, (lambda entry: isinstance(entry, str), "texts"))
     for entry in value.values() if isinstance(value, dict) else value:
-        fits = isinstance(entry, int | float) if is_number else isinstance(entry, str)
-        if not fits or isinstance(entry, bool) or (name == "rank_pattern" and entry < 1):
-            kind = "numbers above 0" if is_number else "texts"
+        if isinstance(entry, bool) or not fits(entry):
             return [_problem(name, entry, where, f"its entries are {kind}")]
-    for pattern in value if isinstance(value, dict) else ():
+    return _expressions(name, value, where) if isinstance(value, dict) else []
+
+
+def _expressions(name: str, texts: Iterable[str], where: str) -> list[Problem]:
+    for text in texts:
         try:
-            re.compile(pattern)
+            re.compile(text)
         except re.error as error:
-            return [_problem(name, pattern, where, f"not a regular expression: {error}")]
+            return [_problem(name, text, where, f"not a regular expression: {error}")]
     return []
 
 

@@ -105,6 +105,20 @@ def entry_of(state: Mapping[str, Any], path: Path, file: Path) -> FoundAdapter |
     )  # fmt: skip
 
 
+def no_adapter(path: Path) -> UserError:
+    """The error for a path that should hold an adapter."""
+    inside = find_adapter(path / "adapter") or find_adapter(path / "checkpoint")
+    return UserError(
+        f"{path} holds no adapter" if path.exists() else f"{path}: there is no such path",
+        rule=f"an adapter is a directory of PEFT ({CONFIG_NAME} and {WEIGHT_NAMES[0]}), or a folder"
+        " of checkpoints of a run with pet_config",
+        nearest=f"did you mean `{inside.path}`?" if inside is not None else "",
+        advice="" if inside is not None or detect(path) != "distributed" else
+        f"python -m launcher.tools.export --load_checkpoint {path} --output_dir DIR exports "
+        "complete weights",
+    )  # fmt: skip
+
+
 def _in_checkpoint(path: Path) -> FoundAdapter | None:
     with suppress(UserError, OSError):
         file = first_file(path) if detect(path) == "distributed" else None

@@ -104,6 +104,12 @@ def merging(source: Source, tensors: Mapping[str, Tensor], config: Content) -> M
         parts = {kind: tensors.get(module + kind) for kind in (A, B, MAGNITUDE)}
         own |= {module + kind for kind in parts}
         changes[f"{module}.weight"] = _change(module, parts, config)
+    for name in tensors.keys() - own:
+        if ".lora_" in name:
+            raise UserError(
+                f"the adapter has `{name}`, and not both matrices of this layer",
+                rule=f"a layer has `{A}` and `{B}`", advice="Copy the adapter again",
+            )  # fmt: skip
     replaced = {name: tensor for name, tensor in tensors.items() if name not in own}
     optional = [
         name for name in replaced if _is_alias(name, replaced) and name not in source.tensors

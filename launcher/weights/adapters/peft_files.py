@@ -16,7 +16,7 @@ module stays.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ import numpy as np
 
 from launcher.errors import UserError
 from launcher.extensions import JOINED_MODULES, installed
-from launcher.weights.adapters.config import CONFIG_NAME, Content, scaling_of
+from launcher.weights.adapters.config import CONFIG_NAME, Content, is_target, rank_of, scaling_of
 from launcher.weights.adapters.found import WEIGHT_NAMES
 from launcher.weights.adapters.tensors import Tensor, read_tensors
 from launcher.weights.formats.safetensors import in_file_order
@@ -38,13 +38,16 @@ from launcher.weights.streaming.write import Part, write_file
 
 PREFIX = "base_model.model."
 A, B, MAGNITUDE = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"
+_BELOW = ".base_layer"
+"""In the name of a weight that has an adapter."""
 _EMBEDDING = (".lora_embedding_A", ".lora_embedding_B")
 
 
-def open_peft(directory: Path, family: str) -> Source:
+def open_peft(directory: Path, family: str, config: Content | None = None) -> Source:
     """The tensors of a directory of PEFT under the names of rank files of a `family` (model_type).
 
-    Raises `UserError` for files that are damaged, or hold something else.
+    Raises `UserError` for files that are damaged, or hold something else; also where they are not
+    those of the description `config`, whose types are checked.
     """
     file = next((directory / name for name in WEIGHT_NAMES if (directory / name).is_file()), None)
     if file is None:
@@ -55,8 +58,25 @@ def open_peft(directory: Path, family: str) -> Source:
         )
     source = open_complete(file)
     _check_names(source)
-    names = {name: name.removeprefix(PREFIX) for name in source.tensors}
-    return _apart(source.renamed(names), family)
+    names = {name: name.removeprefix(PREFIX).replace(_BELOW, "") for name in source.tensors}
+    renamed = source.renamed(names)
+    if config is not None:
+        _check_described(renamed, config)
+    return _apart(renamed, family)
+
+
+def _check_described(source: Source, config: Content) -> None:
+    """Check that the modules with matrices are those of target_modules, of the described ranks."""
+    for module in modules_of(source.tensors):
+        rank, shape = rank_of(config, module), source.shape(module + A)
+        if not is_target(config, module) or shape[:1] != (rank,):
+            what = f"`{module}{A}` is {list(shape)}, "
+            raise UserError(
+                what + (f"of rank {rank} in {CONFIG_NAME}" if is_target(config, module) else
+                        f"and target_modules in {CONFIG_NAME} does not name this layer"),
+                where=str(source.path), rule="both files describe one adapter",
+                advice="Copy the directory again",
+            )  # fmt: skip
 
 
 def _check_names(source: Source) -> None:
@@ -74,6 +94,23 @@ def _check_names(source: Source) -> None:
             rule=f"names in files of PEFT begin with {PREFIX}",
             advice="Save the adapter with PEFT (save_pretrained)",
         )
+
+
+def check_ties(
+    names: Collection[str], config: Content, ties: Iterable[Collection[str]], where: str
+) -> None:
+    """Check that an adapter of PEFT, with tensors of these `names`, leaves tied weights the same:
+    PEFT unties them where one end alone is in modules_to_save, unless its ensure_weight_tying is
+    set. `ties`: names of weights that are one in the model. Raises `UserError`."""
+    for ends in ties:
+        held = [name for name in ends if name in names]
+        if len(held) == 1 and not config.get("ensure_weight_tying"):
+            raise UserError(
+                f"of the tied embeddings it holds `{held[0]}` alone", where=where,
+                rule="PEFT unties them then, and the model has one tensor for both",
+                advice="Train it with ensure_weight_tying (PEFT), or merge it into its base with "
+                "PEFT (merge_and_unload), save that with tie_word_embeddings false, and load it",
+            )  # fmt: skip
 
 
 def _joined(family: str) -> Mapping[str, tuple[str, ...]]:
@@ -152,6 +189,14 @@ def in_form_of_peft(
         }  # fmt: skip
         leaves = [part.rpartition(".")[2] for part in parts]
         names = dict.fromkeys(n for n in names if n.rpartition(".")[2] not in leaves)
+        ranks, alphas = (
+            {
+                name: value
+                for name, value in patterns.items()
+                if name.rpartition(".")[2] not in leaves
+            }
+            for patterns in (ranks, alphas)
+        )
         factors = {}
         for place in sorted(places):
             module = f"{place}{joined}"

@@ -7,16 +7,24 @@ complete or not at all, an input is never written to.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from launcher.errors import UserError
 from launcher.weights.adapters.config import Content, checked
-from launcher.weights.adapters.found import FoundAdapter, entry_of, find_adapter, state_of_save
+from launcher.weights.adapters.copies import check_copies, without_copies
+from launcher.weights.adapters.found import (
+    FoundAdapter,
+    entry_of,
+    find_adapter,
+    no_adapter,
+    state_of_save,
+)
 from launcher.weights.adapters.merging import merging
 from launcher.weights.adapters.peft_files import (
+    check_ties,
     in_form_of_peft,
     modules_of,
     open_peft,
@@ -90,29 +98,19 @@ def open_adapter(
     found = find_adapter(path)
     if found is not None and found.is_peft:
         checked(found.config, str(found.file))
-        return OpenAdapter(found, open_peft(found.path, ""), "")
+        return OpenAdapter(found, open_peft(found.path, "", found.config), "")
     if detect(path) != "distributed":
-        raise _no_adapter(path)
+        raise no_adapter(path)
     chosen = choose_save(path, suffix, best=best, log=log)
     assert chosen.rank_file is not None
     entry = entry_of(state_of_save(chosen.rank_file), path, chosen.rank_file)
     if entry is None:
-        raise _no_adapter(path)
+        raise no_adapter(path)
     model = described(None, model_folder(chosen.rank_file))
     config = model.config if model else {}
     return OpenAdapter(
         entry, chosen.source, str(config.get("model_type", "")), chosen.rank_file,
         has_experts=any(bool(config.get(key)) for key in _EXPERTS),
-    )  # fmt: skip
-
-
-def _no_adapter(path: Path) -> UserError:
-    return UserError(
-        f"{path} holds no adapter" if path.exists() else f"{path}: there is no such path",
-        rule="an adapter is a directory of PEFT (adapter_config.json and adapter_model.safetensors)"
-        ", or a folder of checkpoints of a run with pet_config",
-        nearest="" if not path.exists() or detect(path) == "nothing" else
-        f"python -m launcher.tools.export --load_checkpoint {path} --output_dir DIR",
     )  # fmt: skip
 
 
@@ -157,7 +155,13 @@ def merge_adapter(
     adapter = open_adapter(path, suffix, best=best, log=log)
     chosen = _base(adapter.found, base, log)
     check_apart(output_dir, chosen.source.path)
+    copies = [f"{module}.weight" for module in modules_of(adapter.source.tensors)
+              if f"{module}.weight" in adapter.source.tensors]  # fmt: skip
+    check_copies(adapter.source, chosen.source, copies)
+    adapter = replace(adapter, source=without_copies(adapter.source, copies))
     tensors, config = adapter.tensors()
+    if adapter.found.is_peft:
+        check_ties(tensors, config, [_tied(chosen, tensors)], str(adapter.source.path))
     place = None if adapter.rank_file is None else model_folder(adapter.rank_file)
     options = {
         "tokenizer": _tokenizer(adapter, place), "generation": _generation(place),
@@ -171,6 +175,22 @@ def merge_adapter(
         if finish is not None:
             finish(folder, Chosen(chosen.source, adapter.rank_file, chosen.name), directory)
     return directory
+
+
+def _tied(chosen: Chosen, tensors: Mapping[str, Tensor]) -> list[str]:
+    """The embedding and the head, where the base ties them and the adapter has them in full: two
+    names, or one. Known by their rows: config.json has no names of tensors."""
+    source = chosen.source
+    folder = source.path if source.path.is_dir() else source.path.parent
+    model = described(None, folder)
+    rows = None if model is None else model.config.get("vocab_size")
+    if model is None or rows is None:
+        return []
+    ends = [name for name in source.tensors if source.shape(name)[:1] == (rows,)]
+    if len(ends) > 1 and not model.config.get("tie_word_embeddings"):
+        return []
+    return [name for name, tensor in tensors.items() if name.endswith(".weight")
+            and tensor.words.shape[:1] == (rows,) and ".lora_" not in name]  # fmt: skip
 
 
 def _tokenizer(adapter: OpenAdapter, place: Path | None) -> Path | None:

@@ -47,7 +47,8 @@ class Foreign(NamedTuple):
 
 FOREIGN: tuple[Foreign, ...] = (
     Foreign(re.compile(r"\blora_(A|B|embedding)"), "an adapter of PEFT (LoRA)",
-            "Merge it into its base model first: `PeftModel.from_pretrained(base, folder)"
+            "Give its directory, with adapter_config.json, or merge it into its base model first: "
+            "`PeftModel.from_pretrained(base, folder)"
             ".merge_and_unload().save_pretrained(new_folder)`"),
     Foreign(re.compile(r"\.(qweight|qzeros|g_idx)$"), "weights quantized by GPTQ or AWQ",
             "Give weights that are not quantized"),
@@ -84,9 +85,13 @@ def mismatch(source: Source, differences: Differences) -> UserError:
     """The error for weights of `source` that do not fit the model."""
     missing, extra, unfit = differences.missing, differences.extra, differences.unfit
     counts = f"{len(missing)} missing, {len(extra)} extra, {len(unfit)} of another shape or dtype"
-    explained = _explained(missing, extra)
+    is_adapter = any(".lora_" in name for name in differences.expected) and differences.found
+    explained = None if is_adapter else _explained(missing, extra)
     usual = "Give the weights of this model, or correct model.model_config"
-    if explained:
+    if is_adapter:
+        nearest = "They are an adapter, of another model or of other layers"
+        advice = "Give the model that the adapter was trained on (pretrained_model_dir)"
+    elif explained:
         nearest, advice = explained
     elif differences.fit_none:
         nearest = "No tensor of the model is in the files: these are weights of another model"
