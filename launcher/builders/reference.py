@@ -90,6 +90,19 @@ def add_other_reference(job: Job, run: TrainRun) -> bool:
     return True
 
 
+def add_base_as_reference(job: Job, run: TrainRun, weights: Weights | None) -> bool:
+    """The reference of a fresh run that trains an adapter of `weights` further, where that has
+    modules in full: the base without them, which is in the model afterwards. Returns whether it is
+    so."""
+    has_modules = job.spec.lora is not None and bool(job.spec.lora.modules_to_save)
+    if weights is None or weights.adapter is None or not has_modules or not _is_needed(run.model):
+        return False
+    load_or_init(job, run.model.parts, run.model.layout, replace(weights, adapter=None))
+    job.log(f"reference: the base model below the adapter, without {weights.adapter.path}")
+    add_reference(job, run)
+    return True
+
+
 def restore_reference(job: Job, run: TrainRun, saved: Mapping[str, Any]) -> None:
     """The reference of a resumed run, before its own weights are loaded: that of the checkpoint.
     Raises `UserError` where it is neither in the cache nor can be computed again."""

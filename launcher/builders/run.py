@@ -17,7 +17,7 @@ from launcher.builders.job import Job
 from launcher.builders.load_weights import load_or_init
 from launcher.builders.model import build_parallel
 from launcher.builders.preference import preference_settings
-from launcher.builders.reference import add_other_reference, add_reference
+from launcher.builders.reference import add_base_as_reference, add_other_reference, add_reference
 from launcher.builders.run_metadata import run_metadata
 from launcher.checkpoint.savable import Origin
 from launcher.config.derived import global_batch_size
@@ -40,7 +40,7 @@ from models.transformers_model import complete_config
 def fresh_run(job: Job, weights: Weights | None) -> TrainRun:
     """A run before its first step, from `weights` or from random ones."""
     run = build_run(job)
-    is_other = add_other_reference(job, run)
+    is_other = add_other_reference(job, run) or add_base_as_reference(job, run, weights)
     load_or_init(job, run.model.parts, run.model.layout, weights)
     if not is_other:
         add_reference(job, run)

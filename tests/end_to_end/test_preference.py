@@ -197,6 +197,24 @@ def test_adapters_beside_modules_that_are_trained_in_full(shop: Workshop) -> Non
 
 
 @pytest.mark.long
+def test_modules_of_a_loaded_adapter_are_not_in_the_reference(shop: Workshop) -> None:
+    """It is the base, as where that is named."""
+    base = merged(settings("dpo"), {
+        "do_eval": False, "model": {"model_config": {"tie_word_embeddings": False}},
+    })  # fmt: skip
+    train(shop, "alone", "first", merged(base, {"runner_config": {"stop_step": 1}}))
+    base["load_checkpoint"] = "first/checkpoint"
+    pet = merged(LORA, {"pet_config": {"modules_to_save": ["lm_head"]}})
+    train(shop, "alone", "tuned", merged(base, pet), mode="finetune")
+    base["pet_config"] = {"load_adapter": "tuned/adapter"}
+    named = {"preference": {"reference": {"weights": "first/checkpoint"}}}
+    for output, more in (("on", {}), ("named", named)):
+        train(shop, "alone", output, merged(base, more), mode="finetune")
+    assert shop.losses("on") == pytest.approx(shop.losses("named"), rel=1e-5)
+    assert shop.rows("on")[0]["rewards/chosen"] != 0
+
+
+@pytest.mark.long
 def test_named_weights_are_the_reference_below_an_adapter_too(shop: Workshop) -> None:
     base = merged(settings("dpo"), {"do_eval": False})
     train(shop, "alone", "other", merged(base, {"seed": 8, "runner_config": {"stop_step": 1}}))
