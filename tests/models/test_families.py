@@ -144,7 +144,7 @@ def test_mindformers_spellings() -> None:
             "param_init_type": "float32", "layernorm_compute_type": "float32",
             "rotary_dtype": "bf16",
             "softmax_compute_type": "float32", "top_k": 3, "max_decode_length": 64,
-            "tie_word_embeddings": True, "qkv_has_bias": False, "pet_config": None, "expert_num": 1,
+            "tie_word_embeddings": True, "qkv_has_bias": False, "expert_num": 1,
             "attention_dropout_rate": 0.1, "hidden_dropout_rate": 0.2,
         },
         None,
