@@ -203,8 +203,8 @@ def predict(job: Job) -> int:
     strictness = Strictness(strict=True, tally=Tally())
     prompts = read_prompts(job.config.input_data, strictness)
     check_same(
-        job.world, {"--predict_data": prompts}, rule="all ranks need the same prompts",
-        advice="Copy the file of prompts to every machine",
+        job.world, {"--predict_data": [prompt.content for prompt in prompts]},
+        rule="all ranks need the same prompts", advice="Copy the file of prompts to every machine",
     )  # fmt: skip
     check_writable(result_path(job))
     weights = find_weights(job)

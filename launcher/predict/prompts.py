@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from launcher.config.prompt_text import looks_like_messages, parse_messages
 from launcher.data.conversations import Conversation
@@ -36,6 +37,15 @@ class Prompt:
     """In place of a text."""
     where: str = ""
     """The file and line, or the option, for errors."""
+
+    @property
+    def content(self) -> Any:
+        """What is asked, wherever it was read: the text, or the turns with what goes with them."""
+        talk = self.conversation
+        if talk is None:
+            return self.text
+        more = [part for part in (talk.tools, dict(talk.template_kwargs)) if part]
+        return [talk.messages, *more] if more else talk.messages
 
 
 def read_prompts(
