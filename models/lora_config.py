@@ -9,8 +9,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
 
+from launcher.weights.adapters.matching import by_pattern, is_named
 from models.names import in_files, unstacked
 from models.plan import kind_of, rule_of
 from models.spec import ModelSpec, Rule
@@ -22,7 +22,6 @@ MAGNITUDE = "lora_magnitude_vector"
 _NOT_ADAPTED = re.compile(r"norm|embed_tokens|(^|\.)(gate|router)\.weight$")
 HEAD = "lm_head"
 
-Value = TypeVar("Value")
 Names = tuple[str, ...]
 """The names of one module: in the decoder and, where it differs, in files."""
 
@@ -71,20 +70,12 @@ class LoraConfig:
 
     def rank_of(self, names: Names) -> int:
         """The rank of the adapter of a module."""
-        return _by_pattern(self.rank_pattern, names, self.rank)
+        return by_pattern(self.rank_pattern, names, self.rank)
 
     def scaling_of(self, names: Names) -> float:
         """The factor of the adapter of a module."""
-        alpha, rank = _by_pattern(self.alpha_pattern, names, self.alpha), self.rank_of(names)
+        alpha, rank = by_pattern(self.alpha_pattern, names, self.alpha), self.rank_of(names)
         return alpha / rank**0.5 if self.use_rslora else alpha / rank
-
-
-def is_named(name: str, wanted: str | Sequence[str]) -> bool:
-    """Whether a module name is one of `wanted`, or ends in one; a text is a regular expression for
-    the full name. As in PEFT."""
-    if isinstance(wanted, str):
-        return re.fullmatch(wanted, name) is not None
-    return any(name == ending or name.endswith(f".{ending}") for ending in wanted)
 
 
 def parents(parameter: str) -> list[str]:
@@ -226,18 +217,6 @@ def _of_part(name: str, part: str) -> str:
 def layer_of(name: str) -> int | None:
     """The number of the layer of a module; None outside of layers."""
     return next((int(part) for part in name.split(".") if part.isdecimal()), None)
-
-
-def matches_end(pattern: str, names: Names) -> bool:
-    """Whether a pattern of `rank_pattern` or `alpha_pattern` is for the module of these names."""
-    return any(re.fullmatch(rf"(.*\.)?({pattern})", name) for name in names)
-
-
-def _by_pattern(patterns: Mapping[str, Value], names: Names, otherwise: Value) -> Value:
-    for pattern, value in patterns.items():
-        if matches_end(pattern, names):
-            return value
-    return otherwise
 
 
 def _matches(pattern: str, name: str) -> bool:

@@ -84,6 +84,14 @@ class Parser(argparse.ArgumentParser):
         add("--processes_num", type=count, default=1, metavar="N", help="files at a time (1)")
         add("--overwrite", action="store_true", help="replace existing files")
 
+    def add_save_choice(self) -> None:
+        """`--file_suffix` or `--best`: which save of a folder of checkpoints."""
+        which = self.add_mutually_exclusive_group()
+        which.add_argument("--file_suffix", metavar="E_S",
+                           help="the save *-E_S (default: the newest)")  # fmt: skip
+        which.add_argument("--best", action="store_true",
+                           help="the save with the best evaluation (keep_best)")  # fmt: skip
+
     def add_orders(self) -> None:
         """The orders of rows that files do not show."""
         add = self.add_argument

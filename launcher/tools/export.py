@@ -13,7 +13,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from launcher.errors import EXIT_OK
 from launcher.report.console import Console
@@ -32,10 +32,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--load_checkpoint", type=Path, required=True, metavar="PATH",
         help="folder of checkpoints, a rank file, or complete weights")  # fmt: skip
     add("--output_dir", type=Path, required=True, metavar="DIR", help="the new directory")
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument("--file_suffix", metavar="E_S", help="the save *-E_S (default: the newest)")
-    which.add_argument("--best", action="store_true",
-                       help="the save with the best evaluation (keep_best)")  # fmt: skip
+    parser.add_save_choice()
     add("--dtype", choices=("float32", "bfloat16", "float16"),
         help="cast the weights (default: unchanged)")  # fmt: skip
     add("--max_shard_size", default="5GB", metavar="SIZE", help="maximum bytes of a file (5GB)")
@@ -55,29 +52,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _export(options: argparse.Namespace, console: Console) -> int:
     from launcher.weights.offline.directory import export_directory
+
+    directory = export_directory(
+        options.load_checkpoint, options.output_dir, tokenizer=options.tokenizer,
+        config=options.config, **directory_arguments(options, console, "exported"),
+    )  # fmt: skip
+    report(options, directory, console)
+    return EXIT_OK
+
+
+def directory_arguments(options: argparse.Namespace, console: Console, verb: str) -> dict[str, Any]:
+    """What every tool that writes a complete directory passes on: its options, the progress (bytes
+    `verb` so far), and the model card."""
     from launcher.weights.offline.merge import size_in_bytes
 
     def finish(folder: Path, chosen: Chosen, directory: Directory) -> None:
         (folder / CARD).write_text(card(options, chosen, directory), encoding="utf-8")
 
-    directory = export_directory(
-        options.load_checkpoint,
-        options.output_dir,
-        suffix=options.file_suffix,
-        best=options.best,
-        dtype=options.dtype,
-        max_shard_bytes=size_in_bytes(options.max_shard_size),
-        tokenizer=options.tokenizer,
-        config=options.config,
-        keys=orders_in(options),
-        workers=options.max_process_num,
-        overwrite=options.overwrite,
-        progress=progress(console, "exported"),
-        finish=finish,
-        log=console.log,
-    )
-    report(options, directory, console)
-    return EXIT_OK
+    return {
+        "suffix": options.file_suffix, "best": options.best, "dtype": options.dtype,
+        "max_shard_bytes": size_in_bytes(options.max_shard_size), "keys": orders_in(options),
+        "workers": options.max_process_num, "overwrite": options.overwrite,
+        "progress": progress(console, verb), "finish": finish, "log": console.log,
+    }  # fmt: skip
 
 
 def card(options: argparse.Namespace, chosen: Chosen, directory: Directory) -> str:

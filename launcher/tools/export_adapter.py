@@ -25,10 +25,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--load_checkpoint", type=Path, required=True, metavar="PATH",
         help="folder of checkpoints, or a rank file")  # fmt: skip
     add("--output_dir", type=Path, required=True, metavar="DIR", help="the new directory")
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument("--file_suffix", metavar="E_S", help="the save *-E_S (default: the newest)")
-    which.add_argument("--best", action="store_true",
-                       help="the save with the best evaluation (keep_best)")  # fmt: skip
+    parser.add_save_choice()
     add("--overwrite", action="store_true", help="replace an existing output_dir")
     return parser.parse(arguments)
 

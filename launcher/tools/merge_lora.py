@@ -13,15 +13,11 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from launcher.errors import EXIT_OK
 from launcher.report.console import Console
-from launcher.tools.command import Parser, answer, orders_in, progress
-from launcher.tools.export import CARD, card, report
-
-if TYPE_CHECKING:
-    from launcher.weights.offline.directory import Chosen, Directory
+from launcher.tools.command import Parser, answer
+from launcher.tools.export import directory_arguments, report
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -33,10 +29,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--pretrained_model_dir", type=Path, metavar="DIR",
         help="the base (default: the one that the adapter names)")  # fmt: skip
     add("--output_dir", type=Path, required=True, metavar="DIR", help="the new directory")
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument("--file_suffix", metavar="E_S", help="the save *-E_S (default: the newest)")
-    which.add_argument("--best", action="store_true",
-                       help="the save with the best evaluation (keep_best)")  # fmt: skip
+    parser.add_save_choice()
     add("--dtype", choices=("float32", "bfloat16", "float16"),
         help="cast the weights (default: that of the base)")  # fmt: skip
     add("--max_shard_size", default="5GB", metavar="SIZE", help="maximum bytes of a file (5GB)")
@@ -53,26 +46,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _merge(options: argparse.Namespace, console: Console) -> int:
     from launcher.weights.offline.adapter import merge_adapter
-    from launcher.weights.offline.merge import size_in_bytes
-
-    def finish(folder: Path, chosen: Chosen, directory: Directory) -> None:
-        (folder / CARD).write_text(card(options, chosen, directory), encoding="utf-8")
 
     directory = merge_adapter(
-        options.load_checkpoint,
-        options.output_dir,
-        base=options.pretrained_model_dir,
-        suffix=options.file_suffix,
-        best=options.best,
-        dtype=options.dtype,
-        max_shard_bytes=size_in_bytes(options.max_shard_size),
-        keys=orders_in(options),
-        workers=options.max_process_num,
-        overwrite=options.overwrite,
-        progress=progress(console, "merged"),
-        finish=finish,
-        log=console.log,
-    )
+        options.load_checkpoint, options.output_dir, base=options.pretrained_model_dir,
+        **directory_arguments(options, console, "merged"),
+    )  # fmt: skip
     report(options, directory, console)
     return EXIT_OK
 

@@ -248,7 +248,6 @@ SPECIAL = re.compile(
 
 
 @pytest.mark.long
-@pytest.mark.skipif(not templates_of_trl(), reason="trl is not installed")
 def test_templates_of_many_models() -> None:
     """Wherever a row differs from what predict feeds it is counted; ends are learnt, once."""
     checked = 0

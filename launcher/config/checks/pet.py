@@ -12,6 +12,7 @@ from launcher.config.provenance import KeyProblem
 from launcher.errors import UserError, did_you_mean
 from launcher.weights.adapters.config import checked
 from launcher.weights.adapters.found import find_adapter
+from launcher.weights.adapters.matching import matches_end
 from models.lora_config import (
     ALL_LINEAR,
     HEAD,
@@ -23,7 +24,6 @@ from models.lora_config import (
     is_frozen,
     is_named,
     linear_modules,
-    matches_end,
     parents,
     unmatched,
 )

@@ -16,6 +16,7 @@ from typing import Any
 
 from launcher.errors import Problem, UserError
 from launcher.json_text import UNAMBIGUOUS, NotJson, line_and_column, parse
+from launcher.weights.adapters.matching import by_pattern, is_named
 from launcher.weights.formats.placeholders import placeholder
 
 CONFIG_NAME = "adapter_config.json"
@@ -116,29 +117,19 @@ def unknown_fields(content: Content) -> list[str]:
 def is_target(config: Content, module: str) -> bool:
     """Whether target_modules names a module, by its name in files: as in PEFT."""
     wanted = config["target_modules"]
-    if isinstance(wanted, str):
-        return wanted == "all-linear" or re.fullmatch(wanted, module) is not None
-    return any(module == name or module.endswith(f".{name}") for name in wanted)
+    return wanted == "all-linear" or is_named(module, wanted)
 
 
 def rank_of(config: Content, module: str) -> int:
     """The rank of the adapter of a module, by its name in files."""
-    return int(_by_pattern(config.get("rank_pattern") or {}, module, config.get("r", 8)))
+    return int(by_pattern(config.get("rank_pattern") or {}, (module,), config.get("r", 8)))
 
 
 def scaling_of(config: Content, module: str) -> float:
     """The factor of the adapter of a module, by its name in files."""
-    alpha = _by_pattern(config.get("alpha_pattern") or {}, module, config.get("lora_alpha", 8))
+    alpha = by_pattern(config.get("alpha_pattern") or {}, (module,), config.get("lora_alpha", 8))
     rank = rank_of(config, module)
     return float(alpha) / (rank**0.5 if config.get("use_rslora") else rank)
-
-
-def _by_pattern(patterns: Mapping[str, Any], module: str, otherwise: Any) -> Any:
-    """The value of the first pattern that matches the end of a module name, as in PEFT."""
-    for pattern, value in patterns.items():
-        if re.fullmatch(rf"(.*\.)?({pattern})", module):
-            return value
-    return otherwise
 
 
 def _kind(content: Content, where: str) -> list[Problem]:
