@@ -1,8 +1,8 @@
-"""The start of a job: this process joins the others, its kernels are chosen, and a line says which.
+"""The start of a job: this process joins the others, its kernels are chosen, and a line lists them.
 
 Owns the order that CUDA needs: environment variables, then the device, then the kernels, all before
 the first operation; and the line at the start of a run. A part of the line is a function in
-`PARTS`, which gives an empty text where there is nothing to say.
+`PARTS`, which gives an empty text where it has nothing to report.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def chosen_kernels(job: Job) -> Iterator[None]:
 
 
 def start_line(job: Job) -> str:
-    """Which kernels and modes a job uses: `kernels: ...`; empty where there is nothing to say."""
+    """Which kernels and modes a job uses: `kernels: ...`; empty where it has nothing to report."""
     parts = [text for part in PARTS if (text := part(job))]
     return f"kernels: {'; '.join(parts)}" if parts else ""
 
@@ -93,7 +93,7 @@ def _attention(job: Job) -> str:
 
 
 def _float32(job: Job) -> str:
-    """Said where products of float32 matrices are rounded to TF32."""
+    """Reported where products of float32 matrices are rounded to TF32."""
     if job.world.device.type != "cuda" or torch.get_float32_matmul_precision() == "highest":
         return ""
     return "float32 products in TF32"
