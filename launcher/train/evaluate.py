@@ -126,6 +126,7 @@ def _evaluate_preferences(
         rows = replace(model.batch_sharder(part.batch), given=part.given(divergence))
         total += model.compute.evaluate(rows)
     model.parts.train(was_training)
+    model.parts.free_gathered()
     table = world.sum(total).cpu()
     loss, samples, *measures = table.sum(0).tolist()
     each = zip(data.sources, table[:, :2].tolist(), strict=False)
@@ -150,6 +151,7 @@ def evaluate(
         total[0] += model.compute.evaluate(rows)
         total[1] += _targets(rows) * int(model.batch_sharder.counts)
     model.parts.train(was_training)
+    model.parts.free_gathered()
     loss_sums, tokens = world.sum(total).tolist()
     found = zip(sources, loss_sums, tokens, strict=False)
     return EvaluationResult(
