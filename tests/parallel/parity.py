@@ -195,7 +195,7 @@ def run_on_rank(folder: str, cases: Sequence[Case]) -> list[Outcome]:
     for number, case in enumerate(cases):
         outcome = None
         try:
-            outcome = _run(case, world, f"{len(cases)}_{world.size}_{number}")
+            outcome = run_case(case, world, f"{len(cases)}_{world.size}_{number}")
         except Exception:
             if world.size == 1 or number == 0:
                 raise
@@ -210,7 +210,8 @@ def run_on_rank(folder: str, cases: Sequence[Case]) -> list[Outcome]:
     return outcomes
 
 
-def _run(case: Case, world: Any, tag: str) -> Outcome:
+def run_case(case: Case, world: Any, tag: str) -> Outcome:
+    """Train `case` on this rank; `tag` is part of the names of its files."""
     import yaml
 
     from launcher.builders.job import Job
