@@ -180,6 +180,14 @@ class StepRecord:
     """Over all ranks."""
     consumed_samples: int
     seconds: float
+    data_wait_seconds: float = 0.0
+    """Of `seconds`: the step waited for its data."""
+    mfu: float | None = None
+    """Model FLOPs utilisation, 0 to 1; None: the peak of the device is not known."""
+    peak_memory_bytes: int | None = None
+    """Of the device of this rank since the last row; on the CPU of the process since it began."""
+    reserved_memory_bytes: int | None = None
+    """Held by the allocator of the device, as the above; None on the CPU."""
     loss_scale: float | None = None
     """The loss was multiplied by this; None: the loss is not scaled."""
     overflow: bool | None = None

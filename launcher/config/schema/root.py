@@ -151,6 +151,9 @@ class Config:
     """Where predict writes. Left out: {output_dir}/text_generation_result.txt."""
     trackers: list[str] = effective([], choices=TRACKERS)
     """Trackers of accelerate that get the metrics."""
+    device_peak_tflops: float | None = effective(None, above=0)
+    """Peak speed of one device in dense matrix products of the compute dtype, for `mfu` in the
+    metrics. Left out: that of the data sheet for GPUs that are known, else there is no `mfu`."""
     compile: bool | str = effective(False, choices=(True, False, "inductor", "aot_eager", "eager"))
     """Compile every layer with torch.compile: True for its usual backend, or the name of one."""
     micro_batch_interleave_num: int = effective(1, minimum=1)
