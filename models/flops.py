@@ -74,7 +74,7 @@ class _Used:
 
 def training_flops(model: nn.Module, spec: ModelSpec) -> TokenFlops | None:
     """The operations of training the full `model` of `spec`, which may be on the meta device; None
-    where its configuration does not say the sizes of attention."""
+    where its configuration does not have the sizes of attention."""
     heads = list(_attention(spec))
     if not heads:
         return None

@@ -18,6 +18,8 @@ from launcher.data.loader import Batch
 from launcher.parallel.model_parts import ModelParts
 from launcher.parallel.pipeline import BY_ROW, Pipeline
 from launcher.parallel.world import repeatable_backward
+from launcher.report import ranges
+from launcher.report.ranges import named_range
 from launcher.train.loss import Loss
 from launcher.train.preference import PreferenceLoss, as_integers, from_integers
 
@@ -131,8 +133,12 @@ class FullModel:
         total = torch.zeros(shape, device=rows[0].input_ids.device)
         for index, batch in enumerate(rows):
             self.parts.sync_gradients(index == len(rows) - 1)
-            loss, sums = self._loss(batch)
-            with repeatable_backward(total.device, strict=self.own_kernels):
+            with named_range(ranges.FORWARD):
+                loss, sums = self._loss(batch)
+            with (
+                named_range(ranges.BACKWARD),
+                repeatable_backward(total.device, strict=self.own_kernels),
+            ):
                 (loss * scale).backward()
             total += sums
         return total * float(self.counts)
@@ -210,7 +216,8 @@ class PipelinedModel:
     def train(self, rows: Sequence[MicroBatch], scale: float | Tensor) -> Tensor:
         together = _concatenated(rows)
         losses = _Losses(self.loss, together, scale, self.preference)
-        with repeatable_backward(together.input_ids.device, strict=True):
+        device = together.input_ids.device
+        with named_range(ranges.PIPELINE), repeatable_backward(device, strict=True):
             total = self.pipeline.train(
                 together.input_ids, losses.targets, losses, together.arguments
             )

@@ -24,6 +24,8 @@ import torch
 
 from launcher.data.loader import StepData
 from launcher.data.mixture import MixtureOrder
+from launcher.report import ranges
+from launcher.report.ranges import named_range
 from launcher.train.callbacks import Callback, Callbacks
 from launcher.train.evaluate import evaluate_sets, is_evaluation_due
 from launcher.train.interrupts import STOP_REASONS, Interrupted
@@ -69,6 +71,8 @@ def _fit(run: TrainRun, callbacks: Callbacks) -> None:
         callbacks.saving.on_steps_end(run, records)
         for callback in callbacks.others:
             callback.on_steps_end(run, records)
+        if run.profiler is not None and not run.is_finished:  # the last save is of the last step
+            run.profiler.end_steps(run.state.global_step)
         if stop_reason:
             for callback in callbacks:
                 callback.on_interrupt(run)
@@ -91,7 +95,8 @@ def evaluate_run(run: TrainRun, callbacks: Callbacks, *, is_due: bool) -> None:
     are due: another one, at the end of a part of a run, does not count for early stopping."""
     if not run.evaluation:
         return
-    result = evaluate_sets(run.model, run.evaluation, run.world)
+    with named_range(ranges.EVALUATE):
+        result = evaluate_sets(run.model, run.evaluation, run.world)
     run.evaluated = run.state.global_step, result
     run.log(f"step {run.state.global_step}: {result}")
     checks = callbacks.checks if is_due else ()
@@ -130,7 +135,9 @@ def train_steps(run: TrainRun) -> tuple[list[StepRecord], int]:
     steps = min(run.sink_size - done % run.sink_size, run.total_steps - done)
     measured, pending = [], []
     for _ in range(steps):
-        with run.meter.waiting_for_data():
+        if run.profiler is not None:
+            run.profiler.begin_step(run.state.global_step + 1)
+        with run.meter.waiting_for_data(), named_range(ranges.DATA):
             data = run.loader.step(run.state.data_position)
         rate, scale = run.schedule(run.state.global_step), run.state.loss_scale
         measured.append(train_step(run, data, rate))

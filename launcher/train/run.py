@@ -30,6 +30,7 @@ from launcher.train.interrupts import Interrupts
 from launcher.train.meter import StepMeter
 from launcher.train.optimizer import Optimizer
 from launcher.train.preference_task import PreferenceTask
+from launcher.train.profiling import StepProfiler
 from launcher.train.scaling import LossScaling
 from launcher.train.state import DATA_CURSOR, TrainState, epoch_and_step, to_json
 from launcher.weights.ranks.manifests import EVALUATION
@@ -127,6 +128,8 @@ class TrainRun:
     is_consistent: bool = True
     """Whether weights and optimizer state belong to one step: not during an update."""
     meter: StepMeter
+    profiler: StepProfiler | None = None
+    """None: this rank records no steps."""
     interrupts: Interrupts = field(default_factory=Interrupts)
     log: Callable[[str], None] = print
 

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from launcher.data.loader import Batch, StepData
+from launcher.report import ranges
+from launcher.report.ranges import named_range
 from launcher.train.compute import MicroBatch
 from launcher.train.interrupts import STOP_REASONS
 from launcher.train.optimizer import clip_gradients
@@ -100,9 +102,11 @@ def _is_skipped(run: TrainRun, measured: torch.Tensor) -> bool:
 def _update(run: TrainRun, norm: torch.Tensor, learning_rate: float) -> None:
     """Clip the gradients and update the parameters."""
     if run.settings.max_gradient_norm is not None:
-        clip_gradients(run.parameters, norm, run.settings.max_gradient_norm)
+        with named_range(ranges.CLIP):
+            clip_gradients(run.parameters, norm, run.settings.max_gradient_norm)
     run.is_consistent = False
-    run.optimizer.step(learning_rate)
+    with named_range(ranges.OPTIMIZER):
+        run.optimizer.step(learning_rate)
     run.state.updates += 1
     run.is_consistent = True
 

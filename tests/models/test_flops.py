@@ -116,9 +116,8 @@ def counting() -> FlopCounterMode:
     """Torch's counter, which has no formula for the grouped product of experts."""
 
     def grouped(a: Sequence[int], b: Sequence[int], *_: Any, **__: Any) -> int:
-        return (
-            2 * a[0] * a[1] * b[-1]
-        )  # [tokens, k] x [experts, k, n], or [k, tokens] x [tokens, n]
+        # [tokens, k] x [experts, k, n], or for the weights [k, tokens] x [tokens, n].
+        return 2 * a[0] * a[1] * b[-1]
 
     return FlopCounterMode(display=False, custom_mapping={torch.ops.aten._grouped_mm: grouped})
 
