@@ -37,6 +37,7 @@ from launcher.train.loss import Loss, token_loss_sum
 from launcher.train.run import BuiltModel
 from models.build import blocks, build_model, mappings_of, materialize, parameter_count
 from models.decoder import Decoder
+from models.flops import training_flops
 from models.lora_config import is_saved
 from models.stage import StageSplit, keep_stage
 from models.trained import trained_parameters
@@ -51,6 +52,7 @@ def build_parallel(job: Job, *, training: bool) -> BuiltModel:
     dtype = job.dtype(job.spec.precision.params_dtype, otherwise=usual)
     full = build_model(job.spec, dtype=dtype)
     count = parameter_count(full)
+    flops = training_flops(full, job.spec) if training else None
     sizes = {name: parameter.numel() for name, parameter in full.named_parameters()}
     layout = model_layout(
         full, job.spec, job.mesh, split=job.split,
@@ -104,7 +106,7 @@ def build_parallel(job: Job, *, training: bool) -> BuiltModel:
     return BuiltModel(
         parts=parts, layout=layout, trained=trained,
         mappings_of=mappings_of(parts.modules[-1]), compute=_compute(job, parts, modules),
-        batch_sharder=batch_sharder, preference=preference_task(job, parts.modules),
+        batch_sharder=batch_sharder, flops=flops, preference=preference_task(job, parts.modules),
         saves=partial(is_saved, lora=job.spec.lora),
     )  # fmt: skip
 
