@@ -151,8 +151,7 @@ def _compute(job: Job, parts: ModelParts, modules: dict[int, nn.Module]) -> Comp
     # Ranks with other tokens of the same sequences all have the loss of a sample.
     counts = at["tp"] == 0 and (preference is None or at["cp"] == 0)
     if job.split is None:
-        own = isinstance(parts.modules[0], Decoder)
-        return FullModel(parts, loss, counts, own, preference)
+        return FullModel(parts, loss, counts, preference)
     group = job.meshes.group("pp")
     assert group is not None
     pipeline = Pipeline(

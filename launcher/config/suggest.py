@@ -115,6 +115,13 @@ _PATHS = {
                     "preference.reference.weights"),
     **dict.fromkeys(("bf16", "fp16", "torch_dtype", "dtype", "mixed_precision"),
                     "model.model_config.compute_dtype"),
+    **dict.fromkeys(("full_determinism", "deterministic_mode", "use_deterministic_algorithms",
+                     "deterministic_warn_only", "cudnn_deterministic", "determinism"),
+                    "deterministic"),
+    **dict.fromkeys(("manual_gc", "manual_gc_interval", "gc_steps", "gc_interval",
+                     "garbage_collection_steps"), "gc_freq"),
+    **dict.fromkeys(("pytorch_alloc_conf", "pytorch_cuda_alloc_conf", "cuda_alloc_conf",
+                     "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"), "expandable_segments"),
     **dict.fromkeys(("gradient_checkpointing", "activation_checkpointing"),
                     "recompute_config.recompute"),
     **dict.fromkeys(("template", "chat_template_jinja", "chat_template_path"), "chat_template"),
@@ -136,6 +143,8 @@ _OF_SECTION = {
 }
 """Words that are keys elsewhere, and have another name in the section of this ending."""
 _REMARKS = {
+    "deterministic_warn_only": "`auto` warns only where the model is of transformers",
+    "manual_gc": "0 is off",
     "train_on_inputs": "True is [system, user, assistant], False is [assistant]",
     "train_on_prompt": "True is [system, user, assistant], False is [assistant]",
     "assistant_only_loss": "True is [assistant], which is the default",

@@ -24,6 +24,7 @@ import torch
 
 from launcher.data.loader import StepData
 from launcher.data.mixture import MixtureOrder
+from launcher.host_reads import host_read
 from launcher.train.callbacks import Callback, Callbacks
 from launcher.train.evaluate import evaluate_sets, is_evaluation_due
 from launcher.train.interrupts import STOP_REASONS, Interrupted
@@ -126,7 +127,8 @@ def train_steps(run: TrainRun) -> tuple[list[StepRecord], int]:
         run.state.advance(data.samples, data.input_tokens)
         pending.append(PendingRecord(run.state.global_step, rate, scale, replace(data, batches=[]),
                                      run.state.consumed_samples, _taken(run)))  # fmt: skip
-    values = torch.stack(measured).tolist()  # the one point where the host waits for the device
+    with host_read("step values"):
+        values = torch.stack(measured).tolist()
     seconds = (time.perf_counter() - started) / steps
     records = [
         _record(run, record, row, seconds) for record, row in zip(pending, values, strict=True)

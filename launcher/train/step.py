@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from launcher.data.loader import Batch, StepData
+from launcher.host_reads import host_read
 from launcher.train.compute import MicroBatch
 from launcher.train.interrupts import STOP_REASONS
 from launcher.train.optimizer import clip_gradients
@@ -93,7 +94,8 @@ def _is_skipped(run: TrainRun, measured: torch.Tensor) -> bool:
     limits = run.settings.limits
     if limits is None or not limits.skips:
         return False
-    loss, norm = measured[: GRADIENT_NORM + 1].tolist()
+    with host_read("step limits"):
+        loss, norm = measured[: GRADIENT_NORM + 1].tolist()
     return limits.are_passed(norm, loss)
 
 

@@ -153,6 +153,19 @@ class Config:
     """Trackers of accelerate that get the metrics."""
     compile: bool | str = effective(False, choices=(True, False, "inductor", "aot_eager", "eager"))
     """Compile every layer with torch.compile: True for its usual backend, or the name of one."""
+    deterministic: bool | str = effective(
+        "auto", choices=("auto", True, False),
+        words={"on": "True", "strict": "True", "off": "False", "warn": "auto", "exact": "auto"},
+    )  # fmt: skip
+    """Whether two runs give the same bits on GPUs. True: only deterministic kernels, and an error
+    at an operation that has none. False: the fastest kernels. auto: as True for the decoders of
+    Slipway; for models of transformers a warning in place of the error."""
+    expandable_segments: bool = True
+    """Let the CUDA allocator grow its blocks, which fragments less memory. PYTORCH_ALLOC_CONF in
+    the environment wins."""
+    gc_freq: int = effective(50, minimum=0)
+    """Steps between two passes of Python's garbage collector, on all ranks at the same step.
+    0: whenever Python decides."""
     micro_batch_interleave_num: int = effective(1, minimum=1)
     """Multiplies the samples of a micro step, which is computed in this many parts. Also accepted
     under parallel_config."""
