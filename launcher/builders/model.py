@@ -6,6 +6,7 @@ from functools import lru_cache, partial
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from launcher.builders.job import DTYPES, Job
 from launcher.builders.layer_memory import (
@@ -62,6 +63,7 @@ def build_parallel(job: Job, *, training: bool) -> BuiltModel:
     if training:
         check_layers(job, full)
     sharded = job.mesh.dp_shard > 1 or job.compute_dtype != dtype or offload is not None
+    kept: list[FSDPModule] = []
     for module in modules.values():
         if isinstance(module, Decoder):
             sequence = job.config.parallel_config.use_seq_parallel and job.mesh.tp > 1
@@ -69,11 +71,11 @@ def build_parallel(job: Job, *, training: bool) -> BuiltModel:
         if training:
             prepare_layers(job, module, full)
         if sharded:
-            shard_model(
+            kept += shard_model(
                 module, blocks(module), job.meshes,
                 precisions=Precisions(job.compute_dtype, dtype),
                 blocks_together=job.config.parallel_config.gradient_aggregation_group,
-                offload=offload,
+                offload=offload, reshard_after_forward=_resharding(job),
             )  # fmt: skip
         materialize_all(module, job.world.device, offload)
     trained = trained_parameters(full)
@@ -87,7 +89,9 @@ def build_parallel(job: Job, *, training: bool) -> BuiltModel:
     if job.mesh.world_size > 1:
         job.log(f"layout: {_layout_text(job)}")
     parts = ModelParts(
-        list(modules.values()), _grad_all_reduce(job, modules) if training and not sharded else None
+        list(modules.values()),
+        _grad_all_reduce(job, modules) if training and not sharded else None,
+        kept=kept,
     )
     at = job.mesh.coordinates(job.world.rank)
     batch_sharder = BatchSharder(
@@ -103,6 +107,12 @@ def build_parallel(job: Job, *, training: bool) -> BuiltModel:
         batch_sharder=batch_sharder, preference=preference_task(job, parts.modules),
         saves=partial(is_saved, lora=job.spec.lora),
     )  # fmt: skip
+
+
+def _resharding(job: Job) -> bool | None:
+    """`reshard_after_forward` as `shard_model` takes it."""
+    written = job.config.parallel_config.reshard_after_forward
+    return None if isinstance(written, str) else written
 
 
 def _layout_text(job: Job) -> str:

@@ -16,7 +16,6 @@ from launcher.data.loader import Batch, StepData
 from launcher.host_reads import host_read
 from launcher.train.compute import MicroBatch
 from launcher.train.interrupts import STOP_REASONS
-from launcher.train.optimizer import clip_gradients
 from launcher.train.random import mix, sample_seeds
 from launcher.train.scaling import unscale_gradients
 
@@ -102,7 +101,7 @@ def _is_skipped(run: TrainRun, measured: torch.Tensor) -> bool:
 def _update(run: TrainRun, norm: torch.Tensor, learning_rate: float) -> None:
     """Clip the gradients and update the parameters."""
     if run.settings.max_gradient_norm is not None:
-        clip_gradients(run.parameters, norm, run.settings.max_gradient_norm)
+        run.optimizer.clip(norm, run.settings.max_gradient_norm)
     run.is_consistent = False
     run.optimizer.step(learning_rate)
     run.state.updates += 1
