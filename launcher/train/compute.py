@@ -17,12 +17,8 @@ from torch import Tensor
 from launcher.data.loader import Batch
 from launcher.parallel.model_parts import ModelParts
 from launcher.parallel.pipeline import BY_ROW, Pipeline
-<<<<<<< HEAD
-=======
-from launcher.parallel.world import repeatable_backward
 from launcher.report import ranges
 from launcher.report.ranges import named_range
->>>>>>> w20-G
 from launcher.train.loss import Loss
 from launcher.train.preference import PreferenceLoss, as_integers, from_integers
 
@@ -134,18 +130,10 @@ class FullModel:
         total = torch.zeros(shape, device=rows[0].input_ids.device)
         for index, batch in enumerate(rows):
             self.parts.sync_gradients(index == len(rows) - 1)
-<<<<<<< HEAD
-            loss, sums = self._loss(batch)
-            (loss * scale).backward()
-=======
             with named_range(ranges.FORWARD):
                 loss, sums = self._loss(batch)
-            with (
-                named_range(ranges.BACKWARD),
-                repeatable_backward(total.device, strict=self.own_kernels),
-            ):
+            with named_range(ranges.BACKWARD):
                 (loss * scale).backward()
->>>>>>> w20-G
             total += sums
         return total * float(self.counts)
 
@@ -222,15 +210,10 @@ class PipelinedModel:
     def train(self, rows: Sequence[MicroBatch], scale: float | Tensor) -> Tensor:
         together = _concatenated(rows)
         losses = _Losses(self.loss, together, scale, self.preference)
-<<<<<<< HEAD
-        total = self.pipeline.train(together.input_ids, losses.targets, losses, together.arguments)
-=======
-        device = together.input_ids.device
-        with named_range(ranges.PIPELINE), repeatable_backward(device, strict=True):
+        with named_range(ranges.PIPELINE):
             total = self.pipeline.train(
                 together.input_ids, losses.targets, losses, together.arguments
             )
->>>>>>> w20-G
         sums = total / scale if losses.sums is None else losses.sums
         return sums * float(self.counts)
 

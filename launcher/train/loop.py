@@ -24,12 +24,9 @@ import torch
 
 from launcher.data.loader import StepData
 from launcher.data.mixture import MixtureOrder
-<<<<<<< HEAD
 from launcher.host_reads import host_read
-=======
 from launcher.report import ranges
 from launcher.report.ranges import named_range
->>>>>>> w20-G
 from launcher.train.callbacks import Callback, Callbacks
 from launcher.train.evaluate import evaluate_sets, is_evaluation_due
 from launcher.train.interrupts import STOP_REASONS, Interrupted
@@ -148,22 +145,14 @@ def train_steps(run: TrainRun) -> tuple[list[StepRecord], int]:
         run.state.advance(data.samples, data.input_tokens)
         pending.append(PendingRecord(run.state.global_step, rate, scale, replace(data, batches=[]),
                                      run.state.consumed_samples, _taken(run)))  # fmt: skip
-<<<<<<< HEAD
     with host_read("step values"):
         values = torch.stack(measured).tolist()
-    seconds = (time.perf_counter() - started) / steps
-    records = [
-        _record(run, record, row, seconds) for record, row in zip(pending, values, strict=True)
-    ]
-=======
-    values = torch.stack(measured).tolist()  # the one point where the host waits for the device
     cost = StepCost(
         seconds=(time.perf_counter() - started) / steps,
         waited=run.meter.take_waited() / steps,
         memory=run.meter.take_memory(),
     )
     records = [_record(run, record, row, cost) for record, row in zip(pending, values, strict=True)]
->>>>>>> w20-G
     return records, _stop_reason(values[-1])
 
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from launcher.host_reads import host_read
 from torch import Tensor
 
+from launcher.host_reads import host_read
 from tests.dry_run.cuda_calls import fake_cuda
 from tests.dry_run.virtual_cuda import DEVICE, DeviceError, VirtualCuda
 

@@ -28,7 +28,6 @@ from typing import Any, Self
 from unittest.mock import patch
 
 import torch
-from launcher.host_reads import current_host_read
 from torch import Tensor
 from torch._ops import OpOverload
 from torch.distributed.tensor import DTensor
@@ -37,6 +36,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from launcher.host_reads import current_host_read
 from tests.dry_run.torch_tables import (
     STAND_INS,
     name_of,

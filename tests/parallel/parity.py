@@ -211,7 +211,8 @@ def run_on_rank(folder: str, cases: Sequence[Case]) -> list[Outcome]:
 
 
 def run_case(case: Case, world: Any, tag: str, step: Any = None) -> Outcome:
-    """Train and evaluate; `tag` is part of the names of files. `step`: in place of `train_step`; gradients are then not kept."""
+    """Train and evaluate; `tag` is part of the names of files. `step`: in place of `train_step`;
+    gradients are then not kept."""
     import yaml
 
     from launcher.builders.job import Job
