@@ -7,6 +7,7 @@ from functools import lru_cache, partial
 import torch
 from torch import nn
 
+from launcher.builders.compile_mode import compiler_of
 from launcher.builders.job import DTYPES, Job
 from launcher.builders.layer_memory import (
     check_layers,
@@ -59,15 +60,17 @@ def build_parallel(job: Job, *, training: bool) -> BuiltModel:
     context = context_parallel(job)
     modules = _stages(job, full, dtype)
     offload = offload_policy(job) if training else None
+    compiler = None
     if training:
         check_layers(job, full)
+        compiler = compiler_of(job, is_decoder=isinstance(full, Decoder))
     sharded = job.mesh.dp_shard > 1 or job.compute_dtype != dtype or offload is not None
     for module in modules.values():
         if isinstance(module, Decoder):
             sequence = job.config.parallel_config.use_seq_parallel and job.mesh.tp > 1
             parallelize(module, layout.specs, job.meshes, sequence=sequence, context=context)
         if training:
-            prepare_layers(job, module, full)
+            prepare_layers(job, module, full, compiler)
         if sharded:
             shard_model(
                 module, blocks(module), job.meshes,

@@ -151,8 +151,12 @@ class Config:
     """Where predict writes. Left out: {output_dir}/text_generation_result.txt."""
     trackers: list[str] = effective([], choices=TRACKERS)
     """Trackers of accelerate that get the metrics."""
-    compile: bool | str = effective(False, choices=(True, False, "inductor", "aot_eager", "eager"))
-    """Compile every layer with torch.compile: True for its usual backend, or the name of one."""
+    compile: bool | str = effective(
+        "auto", choices=("auto", True, False, "inductor", "aot_eager", "eager")
+    )
+    """Compile every layer with torch.compile when training: True for its usual backend, or the name
+    of one. `auto`: inductor on CUDA where it works, nothing on the CPU; a layer that does not
+    compile then runs eagerly, with a line in the log."""
     micro_batch_interleave_num: int = effective(1, minimum=1)
     """Multiplies the samples of a micro step, which is computed in this many parts. Also accepted
     under parallel_config."""
