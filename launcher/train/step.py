@@ -101,6 +101,7 @@ def _update(run: TrainRun, norm: torch.Tensor, learning_rate: float) -> None:
     """Clip the gradients and update the parameters."""
     if run.settings.max_gradient_norm is not None:
         clip_gradients(run.parameters, norm, run.settings.max_gradient_norm)
+    run.wait_for_reads()
     run.is_consistent = False
     run.optimizer.step(learning_rate)
     run.state.updates += 1
