@@ -28,6 +28,7 @@ from launcher.builders.prediction import (
     texts_in_batch,
 )
 from launcher.builders.prepare import prepare_data
+from launcher.builders.profiling import open_profiler
 from launcher.builders.reference import with_reference
 from launcher.builders.reporting import open_reporting
 from launcher.builders.resume import find_resume, own_root, resumed_run
@@ -153,9 +154,11 @@ def resolved_name(mode: str) -> str:
 def train(job: Job) -> int:
     """Train: resumed from a checkpoint, or from weights, or from random ones."""
     callbacks = build_callbacks(job)
-    resume = find_resume(job)
-    run = resumed_run(job, resume) if resume else fresh_run(job, find_weights(job))
-    return train_to_the_end(job, run, callbacks)
+    with open_profiler(job) as profiler:
+        resume = find_resume(job)
+        run = resumed_run(job, resume) if resume else fresh_run(job, find_weights(job))
+        run.profiler = profiler
+        return train_to_the_end(job, run, callbacks)
 
 
 def finetune(job: Job) -> int:
@@ -164,16 +167,18 @@ def finetune(job: Job) -> int:
     With resume_training the run resumes from its own checkpoint once there is one.
     """
     callbacks = build_callbacks(job)
-    resume = find_resume(job)
-    weights = None if resume else find_weights(job)
-    if resume is None and weights is None:
-        raise UserError(
-            "finetune has no weights to start from",
-            rule="it requires weights",
-            advice="Set load_checkpoint or pretrained_model_dir",
-        )
-    run = resumed_run(job, resume) if resume else fresh_run(job, weights)
-    return train_to_the_end(job, run, callbacks)
+    with open_profiler(job) as profiler:
+        resume = find_resume(job)
+        weights = None if resume else find_weights(job)
+        if resume is None and weights is None:
+            raise UserError(
+                "finetune has no weights to start from",
+                rule="it requires weights",
+                advice="Set load_checkpoint or pretrained_model_dir",
+            )
+        run = resumed_run(job, resume) if resume else fresh_run(job, weights)
+        run.profiler = profiler
+        return train_to_the_end(job, run, callbacks)
 
 
 def evaluate_only(job: Job) -> int:

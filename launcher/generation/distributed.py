@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from launcher.generation.forward import Forward
+from launcher.host_reads import host_read
 from launcher.parallel.meshes import Meshes
 from models.cache import KVCache
 from models.decoder import Decoder
@@ -95,4 +96,5 @@ def _any(flag: bool, group: dist.ProcessGroup, device: torch.device) -> bool:
     """Whether `flag` is True on any rank of `group`."""
     found = torch.tensor(int(flag), device=device)
     dist.all_reduce(found, dist.ReduceOp.MAX, group=group)
-    return bool(found.item())
+    with host_read("stop of one rank"):
+        return bool(found.item())

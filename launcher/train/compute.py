@@ -16,7 +16,9 @@ from torch import Tensor
 
 from launcher.data.loader import Batch
 from launcher.parallel.model_parts import ModelParts
-from launcher.parallel.pipeline import BY_ROW, Pipeline
+from launcher.parallel.pipeline import BY_ROW, Pipeline, kept_on_host
+from launcher.report import ranges
+from launcher.report.ranges import named_range
 from launcher.train.loss import Loss
 from launcher.train.preference import PreferenceLoss, as_integers, from_integers
 
@@ -64,6 +66,8 @@ class BatchSharder:
                 sources = sources.repeat_interleave(ids.shape[1], 0)
             ids, labels = ids.flatten(0, 1), labels.flatten(0, 1)
         arguments = {k: self._moved(v) for k, v in tensors.items() if v is not None}
+        if batch.document_lengths is not None:
+            arguments["document_lengths"] = batch.document_lengths  # stays on the host
         if self.token_indices is not None:
             total = ids.shape[1]
             token_indices = self.token_indices(total)
@@ -128,8 +132,10 @@ class FullModel:
         total = torch.zeros(shape, device=rows[0].input_ids.device)
         for index, batch in enumerate(rows):
             self.parts.sync_gradients(index == len(rows) - 1)
-            loss, sums = self._loss(batch)
-            (loss * scale).backward()
+            with named_range(ranges.FORWARD):
+                loss, sums = self._loss(batch)
+            with named_range(ranges.BACKWARD):
+                (loss * scale).backward()
             total += sums
         return total * float(self.counts)
 
@@ -161,7 +167,7 @@ class FullModel:
     def _logits(self, rows: MicroBatch) -> Tensor:
         if rows.seed is not None:
             torch.manual_seed(rows.seed)
-        logits: Tensor = self.parts.modules[0](rows.input_ids, **rows.arguments)
+        logits: Tensor = self.parts.modules[0](rows.input_ids, **kept_on_host(rows.arguments))
         return logits
 
 
@@ -206,7 +212,10 @@ class PipelinedModel:
     def train(self, rows: Sequence[MicroBatch], scale: float | Tensor) -> Tensor:
         together = _concatenated(rows)
         losses = _Losses(self.loss, together, scale, self.preference)
-        total = self.pipeline.train(together.input_ids, losses.targets, losses, together.arguments)
+        with named_range(ranges.PIPELINE):
+            total = self.pipeline.train(
+                together.input_ids, losses.targets, losses, together.arguments
+            )
         sums = total / scale if losses.sums is None else losses.sums
         return sums * float(self.counts)
 
