@@ -26,6 +26,7 @@ from launcher.parallel.kernels import (
     versions,
 )
 from launcher.parallel.world import World
+from models.packed_attention import kernel_of
 
 KEY = "deterministic"
 
@@ -92,6 +93,23 @@ def _attention(job: Job) -> str:
     return f"attention by {', '.join(names.get(n, n) for n in job.kernels.attention)}"
 
 
+def _documents(job: Job) -> str:
+    """How the decoders of Slipway attend within documents and windows, which SDPA does not do."""
+    decoder = job.spec.decoder
+    if job.world.device.type != "cuda" or decoder is None or job.config.run_mode == "predict":
+        return ""
+    latent = decoder.latent
+    size = (
+        decoder.head_dim if latent is None
+        else max(latent.qk_nope_head_dim + latent.qk_rope_head_dim, latent.v_head_dim)
+    )  # fmt: skip
+    kernel = kernel_of(job.world.device, job.compute_dtype, size)
+    return {
+        "varlen": "packed rows by flash of variable lengths",
+        "tiles": "packed rows by matrix products (flash takes bfloat16 and float16 alone)",
+    }.get(kernel, "")
+
+
 def _float32(job: Job) -> str:
     """Reported where products of float32 matrices are rounded to TF32."""
     if job.world.device.type != "cuda" or torch.get_float32_matmul_precision() == "highest":
@@ -104,5 +122,7 @@ def _allocator(job: Job) -> str:
     return f"allocator {setting}" if setting else ""
 
 
-PARTS: tuple[Callable[[Job], str], ...] = (_determinism, _attention, _float32, _allocator)
+PARTS: tuple[Callable[[Job], str], ...] = (
+    _determinism, _attention, _documents, _float32, _allocator,
+)  # fmt: skip
 """The parts of the line, in order."""
