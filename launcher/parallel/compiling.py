@@ -27,6 +27,13 @@ Names = Mapping[int, Collection[str]]
 """Layer number -> names of modules in it."""
 
 
+def backend_of(written: bool | str) -> str | None:
+    """The backend of a value of `compile`; None: nothing is compiled."""
+    if isinstance(written, str):
+        return written
+    return DEFAULT_BACKEND if written else None
+
+
 def compile_layers(layers: Mapping[int, nn.Module], backend: str, separate: Names) -> None:
     """Compile the forward and backward pass of each layer on its first run; the modules `separate`
     on their own. Must be called before layers and modules are wrapped by anything else."""

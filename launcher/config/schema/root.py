@@ -153,6 +153,10 @@ class Config:
     """Trackers of accelerate that get the metrics."""
     compile: bool | str = effective(False, choices=(True, False, "inductor", "aot_eager", "eager"))
     """Compile every layer with torch.compile: True for its usual backend, or the name of one."""
+    loss_chunk_tokens: int | None = effective(None, minimum=0)
+    """Apply the head and the loss to this many tokens at a time, so that the logits of a whole
+    micro-batch never exist; 0: to all at once. Left out: in chunks where that saves memory, which
+    depends on tokens and vocabulary."""
     micro_batch_interleave_num: int = effective(1, minimum=1)
     """Multiplies the samples of a micro step, which is computed in this many parts. Also accepted
     under parallel_config."""
