@@ -67,7 +67,7 @@ def tokens_of_batch(job: Job) -> int:
     """Tokens of a micro-batch on this rank, after sequence parallelism has gathered them: of
     training, or of evaluation where there is no training data."""
     config = job.config
-    sections = [config.train_dataset, *(section for _, section in evaluation_datasets(config))]
+    sections = (config.train_dataset, *evaluation_datasets(config).values())
     section = next((section for section in sections if section is not None), None)
     if section is None:
         return 0
