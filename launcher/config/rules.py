@@ -94,6 +94,7 @@ RULES: tuple[Rule, ...] = (
     memory.recompute,
     memory.select_recompute,
     memory.swap,
+    training.loss_chunks,
     training.sinking,
     training.checkpoint_names,
     training.norm_checks,
