@@ -208,8 +208,10 @@ class BaseAttention(Leaf):
         """Build what `attend` caches in `context` for all layers of a forward, if this one is the
         first: a compiled layer then is the same graph, first or not. Replaced together with
         `attend`."""
-        if context.cache is None:
-            drops = context.dropout_seeds is not None and bool(self.dropout)
+        if context.cache is not None:
+            return
+        drops = context.dropout_seeds is not None and bool(self.dropout)
+        if context.mask.documents(self.window, always=drops) is None:
             context.mask.mask(self.window, always=drops)
 
     def attend(
