@@ -162,22 +162,17 @@ def tiny(**changes: Any) -> Decoder:
     return model
 
 
-def context_of(given: Operands, **more: Any) -> StepContext:
-    return StepContext(
-        cos=torch.empty(0), sin=torch.empty(0), mask=given.mask_object, **more
-    )  # fmt: skip
-
-
 @pytest.mark.parametrize(
-    ("case", "more", "expected"),
+    ("case", "by_documents", "expected"),
     [
-        ({}, {}, "documents"),
-        ({"borders": 0.0, "window": 20}, {}, "documents"),
-        ({"total": models.attention.MASK_UP_TO}, {}, "mask"),
+        ({}, True, "documents"),
+        ({"borders": 0.0, "window": 20}, True, "documents"),
+        ({"total": models.attention.MASK_UP_TO}, True, "mask"),
+        ({}, False, "mask"),
     ],
 )
 def test_what_is_used_when(
-    case: dict[str, Any], more: dict[str, Any], expected: str, monkeypatch: pytest.MonkeyPatch
+    case: dict[str, Any], by_documents: bool, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     used = []
     for name, ways in (("attend_documents", "documents"), ("attend", "mask")):
@@ -190,7 +185,12 @@ def test_what_is_used_when(
         monkeypatch.setattr(models.attention, name, note)
     given = Operands(heads=4, kv_heads=2, **case)
     layer = tiny().decoder_layers()[0].self_attn
-    layer.attend(*given.tensors, context_of(given, **more), given.window)
+    mask = AttentionMask(
+        length=given.mask_object.length, total=given.mask_object.total, device=given.ids.device,
+        document_ids=given.ids, by_documents=by_documents,
+    )  # fmt: skip
+    context = StepContext(cos=torch.empty(0), sin=torch.empty(0), mask=mask)
+    layer.attend(*given.tensors, context, given.window)
     assert used == [expected]
 
 
