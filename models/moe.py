@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from launcher.host_reads import host_read
 from models.attention import StepContext
 from models.layers import ACTIVATIONS, MLP, Leaf, Module
 from models.products import infers, linear
@@ -216,16 +217,22 @@ def grouped_linear(tokens: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     if aligned and not traced:
         offsets = counts.cumsum(0, dtype=torch.int32)
         return F.grouped_mm(tokens, weight.transpose(-2, -1), offs=offsets)
-    groups = zip(tokens.split(counts.tolist()), weight.unbind(), strict=True)
+    groups = zip(tokens.split(_on_host(counts)), weight.unbind(), strict=True)
     return torch.cat([F.linear(rows, matrix) for rows, matrix in groups])
 
 
 def _each_group(tokens: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     """As `grouped_linear`, group by group: in a decoding step few experts have a token, and the
     weights of the others are not read."""
-    groups = zip(tokens.split(counts.tolist()), weight.unbind(), strict=True)
+    groups = zip(tokens.split(_on_host(counts)), weight.unbind(), strict=True)
     parts = [linear(rows, matrix) for rows, matrix in groups if len(rows)]
     return torch.cat(parts) if parts else tokens.new_empty(0, weight.shape[1])
+
+
+def _on_host(counts: Tensor) -> list[int]:
+    with host_read("group sizes"):
+        sizes: list[int] = counts.tolist()
+    return sizes
 
 
 def _of_expert(biases: Tensor, counts: Tensor, length: int) -> Tensor:

@@ -31,6 +31,7 @@ from launcher.config.schema import CheckpointMonitorSection
 from launcher.errors import UserError
 from launcher.parallel.all_ranks import capture_error
 from launcher.parallel.world import World
+from launcher.report.ranges import SAVE, named_range
 
 LAST_STEP_ONLY = CheckpointMonitorSection(save_checkpoint_steps=0)
 """For a run without CheckpointMonitor: only the last step is saved."""
@@ -126,7 +127,8 @@ class CheckpointMonitor:
                 self._embedding_norm = record.embedding_norm
         self._poll(run)
         if self._is_due(run):
-            self._save(run)
+            with named_range(SAVE):
+                self._save(run)
 
     def _is_due(self, run: Savable) -> bool:
         interval = self.config.save_checkpoint_steps
@@ -180,7 +182,8 @@ class CheckpointMonitor:
         self._wait(run)
         if self._saved_step == run.global_step:
             return
-        result = self._open_saver.write(self._request(run), run.world)
+        with named_range(SAVE):
+            result = self._open_saver.write(self._request(run), run.world)
         self._log_result(run, result)
         if result.error is not None:
             raise result.error

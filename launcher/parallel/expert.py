@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from launcher.host_reads import host_read
 from launcher.parallel.collectives import all_reduce, all_to_all_rows
 from models.decoder import Decoder
 from models.moe import Experts, MoE
@@ -67,7 +68,8 @@ def _dispatch(compute: Compute, group: dist.ProcessGroup, tokens: Tensor, counts
     counts_sent = counts.view(dist.get_world_size(group), -1)
     counts_received = torch.empty_like(counts_sent)
     dist.all_to_all_single(counts_received, counts_sent, group=group)
-    sent, received = torch.stack((counts_sent.sum(1), counts_received.sum(1))).tolist()
+    with host_read("expert counts"):
+        sent, received = torch.stack((counts_sent.sum(1), counts_received.sum(1))).tolist()
     order, inverse = by_expert(counts_received, sum(received))
     dispatched = all_to_all_rows(tokens, sent, received, group)
     outputs = compute(_Reorder.apply(dispatched, order, inverse), counts_received.sum(0))

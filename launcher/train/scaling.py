@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from launcher.config.schema import DYNAMIC_LOSS_SCALE, LARGEST_LOSS_SCALE, LOSS_SCALES
+from launcher.host_reads import host_read
 from launcher.parallel.local import local_gradients
 from launcher.train.state import TrainState
 
@@ -40,7 +41,8 @@ class LossScaling:
 
     def overflowed(self, norm: torch.Tensor) -> bool:
         """Whether a step with this gradient norm is skipped. The host waits for `norm`."""
-        return not math.isfinite(norm.item())
+        with host_read("loss scale"):
+            return not math.isfinite(norm.item())
 
     def move(self, state: TrainState, overflow: bool) -> None:
         """Set the scale of the next step."""
