@@ -3,8 +3,8 @@
 torch's fused AdamW wants the moments in the dtype of the weights. Here the arithmetic is float32
 whatever the dtypes are, and what is stored is rounded stochastically: bfloat16 has 8 bits, so that
 rounding to nearest would leave a moment as it is wherever a step changes it by less than 1/512 of
-its value, which is every step of a second moment with beta2 = 0.999. Stochastic rounding is right in
-the mean.
+its value, which is every step of a second moment with beta2 = 0.999. Stochastic rounding is right
+in the mean.
 
 Invariants: the update of a step uses the moments before they are rounded; the random bits are a
 hash of (name of the parameter, number of updates, index in the local shard), no generator is used,
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from launcher.parallel.local import local, local_gradient
+from launcher.parallel.local import local
 from models.dropout import mix
 
 CHUNK = 1 << 24
@@ -50,10 +50,6 @@ class StoredMoments(torch.optim.Optimizer):
         for group in self.param_groups:
             for name, parameter in zip(group["param_names"], group["params"], strict=True):
                 yield group, name, parameter
-
-    def seed(self, name: str) -> int:
-        """The seed of a parameter in this update: 32 bits."""
-        return (zlib.crc32(name.encode()) + self.updates * 0x9E3779B1) & 0xFFFFFFFF
 
 
 class Adam(StoredMoments):
@@ -85,7 +81,7 @@ class Adam(StoredMoments):
                 values = torch.tensor([group["lr"], group["weight_decay"], *corrections])
                 numbers[key] = values.to(held.device, non_blocking=True)
             moments = (self.moment(parameter, "exp_avg"), self.moment(parameter, "exp_avg_sq"))
-            seed = torch.tensor(self.seed(name)).to(held.device, non_blocking=True)
+            seed = torch.tensor(seed_of(name, self.updates)).to(held.device, non_blocking=True)
             for start, pieces in _pieces(held, gradient, *moments):
                 index = torch.arange(start, start + len(pieces[0]), device=held.device)
                 self._update(*pieces, numbers[key], index, seed)
@@ -118,7 +114,7 @@ class SGD(StoredMoments):
                 velocity = moment.float() * self._momentum + slope * share
                 direction = slope + self._momentum * velocity if self._nesterov else velocity
                 weight.copy_(wide - group["lr"] * direction)
-                store(moment, velocity, start, self.seed(name))
+                store(moment, velocity, start, seed_of(name, self.updates))
 
 
 def store(moment: Tensor, values: Tensor, start: int, seed: int | Tensor) -> None:
@@ -129,6 +125,11 @@ def store(moment: Tensor, values: Tensor, start: int, seed: int | Tensor) -> Non
         return
     index = torch.arange(start, start + len(values), device=values.device)
     moment.copy_(rounded(values, moment.dtype, random_bits(index, seed)))
+
+
+def seed_of(name: str, updates: int) -> int:
+    """The seed of a parameter in an update: 32 bits."""
+    return (zlib.crc32(name.encode()) + updates * 0x9E3779B1) & 0xFFFFFFFF
 
 
 def random_bits(index: Tensor, seed: int | Tensor) -> Tensor:
