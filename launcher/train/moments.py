@@ -63,7 +63,7 @@ class Adam(StoredMoments):
         """`compiled` makes one kernel of the update of a chunk."""
         super().__init__(groups, dtype)
         self._betas = betas
-        update = partial(_adam, betas=betas, eps=eps, decoupled=decoupled)
+        update: Callable[..., Any] = partial(_adam, betas=betas, eps=eps, decoupled=decoupled)
         self._update = update if compiled is None else compiled(update)
 
     @torch.no_grad()

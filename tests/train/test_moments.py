@@ -25,8 +25,7 @@ WITH_STATE = [setting for setting in SETTINGS if setting != "SGD"]
 
 
 def adam_in_a_loop(module: nn.Module, steps: int, *, decoupled: bool) -> dict[str, Tensor]:
-    """Adam in float64 whose moments are bfloat16, a number at a time where it matters: the neighbour
-    that each moment is rounded to is that of `rounded`."""
+    """Adam in float64 whose moments are rounded to bfloat16."""
     weights = {name: p.detach().double() for name, p in module.named_parameters()}
     first = {name: torch.zeros_like(w) for name, w in weights.items()}
     second = {name: torch.zeros_like(w) for name, w in weights.items()}
