@@ -238,7 +238,7 @@ def _run(case: Case, world: Any, tag: str) -> Outcome:
     outcome = Outcome([], [], math.nan, gradients, {})
     for _ in range(STEPS):
         data = run.loader.step(run.state.data_position)
-        measured = train_step(run, data, run.schedule(run.state.global_step)).tolist()
+        measured = train_step(run, data, run.schedule(run.state.global_step)).read("step values")
         run.state.advance(data.samples, data.input_tokens)
         outcome.losses.append(measured[LOSS])
         outcome.norms.append(measured[GRADIENT_NORM])
