@@ -6,7 +6,9 @@ from functools import lru_cache, partial
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
+from launcher.builders.compile_mode import compiler_of
 from launcher.builders.job import DTYPES, Job
 from launcher.builders.layer_memory import (
     check_layers,
@@ -36,6 +38,7 @@ from launcher.train.loss import Loss, token_loss_sum
 from launcher.train.run import BuiltModel
 from models.build import blocks, build_model, mappings_of, materialize, parameter_count
 from models.decoder import Decoder
+from models.flops import training_flops
 from models.lora_config import is_saved
 from models.stage import StageSplit, keep_stage
 from models.trained import trained_parameters
@@ -50,6 +53,7 @@ def build_parallel(job: Job, *, training: bool) -> BuiltModel:
     dtype = job.dtype(job.spec.precision.params_dtype, otherwise=usual)
     full = build_model(job.spec, dtype=dtype)
     count = parameter_count(full)
+    flops = training_flops(full, job.spec) if training else None
     sizes = {name: parameter.numel() for name, parameter in full.named_parameters()}
     layout = model_layout(
         full, job.spec, job.mesh, split=job.split,
@@ -59,21 +63,24 @@ def build_parallel(job: Job, *, training: bool) -> BuiltModel:
     context = context_parallel(job)
     modules = _stages(job, full, dtype)
     offload = offload_policy(job) if training else None
+    compiler = None
     if training:
         check_layers(job, full)
+        compiler = compiler_of(job, is_decoder=isinstance(full, Decoder))
     sharded = job.mesh.dp_shard > 1 or job.compute_dtype != dtype or offload is not None
+    kept: list[FSDPModule] = []
     for module in modules.values():
         if isinstance(module, Decoder):
             sequence = job.config.parallel_config.use_seq_parallel and job.mesh.tp > 1
             parallelize(module, layout.specs, job.meshes, sequence=sequence, context=context)
         if training:
-            prepare_layers(job, module, full)
+            prepare_layers(job, module, full, compiler)
         if sharded:
-            shard_model(
+            kept += shard_model(
                 module, blocks(module), job.meshes,
                 precisions=Precisions(job.compute_dtype, dtype),
                 blocks_together=job.config.parallel_config.gradient_aggregation_group,
-                offload=offload,
+                offload=offload, reshard_after_forward=_resharding(job),
             )  # fmt: skip
         materialize_all(module, job.world.device, offload)
     trained = trained_parameters(full)
@@ -87,7 +94,9 @@ def build_parallel(job: Job, *, training: bool) -> BuiltModel:
     if job.mesh.world_size > 1:
         job.log(f"layout: {_layout_text(job)}")
     parts = ModelParts(
-        list(modules.values()), _grad_all_reduce(job, modules) if training and not sharded else None
+        list(modules.values()),
+        _grad_all_reduce(job, modules) if training and not sharded else None,
+        kept=kept,
     )
     at = job.mesh.coordinates(job.world.rank)
     batch_sharder = BatchSharder(
@@ -100,9 +109,15 @@ def build_parallel(job: Job, *, training: bool) -> BuiltModel:
     return BuiltModel(
         parts=parts, layout=layout, trained=trained,
         mappings_of=mappings_of(parts.modules[-1]), compute=_compute(job, parts, modules),
-        batch_sharder=batch_sharder, preference=preference_task(job, parts.modules),
+        batch_sharder=batch_sharder, flops=flops, preference=preference_task(job, parts.modules),
         saves=partial(is_saved, lora=job.spec.lora),
     )  # fmt: skip
+
+
+def _resharding(job: Job) -> bool | None:
+    """`reshard_after_forward` as `shard_model` takes it."""
+    written = job.config.parallel_config.reshard_after_forward
+    return None if isinstance(written, str) else written
 
 
 def _layout_text(job: Job) -> str:
@@ -151,8 +166,7 @@ def _compute(job: Job, parts: ModelParts, modules: dict[int, nn.Module]) -> Comp
     # Ranks with other tokens of the same sequences all have the loss of a sample.
     counts = at["tp"] == 0 and (preference is None or at["cp"] == 0)
     if job.split is None:
-        own = isinstance(parts.modules[0], Decoder)
-        return FullModel(parts, loss, counts, own, preference)
+        return FullModel(parts, loss, counts, preference)
     group = job.meshes.group("pp")
     assert group is not None
     pipeline = Pipeline(

@@ -43,8 +43,6 @@ class DistributedForward(Forward):
         self.chooses = model.ends and (self.tensor is None or dist.get_rank(self.tensor) == 0)
         if self.pipeline is not None:
             self.stage = dist.get_rank(self.pipeline)
-            # NCCL needs all ranks of a group in its first call, and a send involves only two.
-            dist.all_reduce(torch.zeros(1, device=device), group=self.pipeline)
 
     def __call__(self, ids: Tensor, cache: KVCache) -> Tensor | None:
         self._steps(True)

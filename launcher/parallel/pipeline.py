@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import PipelineStage
 
+from launcher.parallel.apply import free_gathered
 from launcher.parallel.schedules import (
     SCHEDULES,
     Loss,
@@ -150,7 +151,7 @@ class Pipeline:
             self._constants = {}
             for module, mode in modes.items():
                 module.train(mode)
-                _reshard(module)
+                free_gathered(module)
         return self._total(losses)
 
     def _forward(
@@ -273,10 +274,3 @@ def _rows_each(input_ids: Tensor, count: int) -> int:
             f"{input_ids.shape[0]} rows cannot be split into {count} equal micro-batches"
         )
     return size
-
-
-def _reshard(module: nn.Module) -> None:
-    """Free the weights gathered for evaluation, which would be stale in the next step."""
-    for part in module.modules():
-        if isinstance(part, FSDPModule):
-            part.reshard()

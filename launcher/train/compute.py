@@ -17,7 +17,8 @@ from torch import Tensor
 from launcher.data.loader import Batch
 from launcher.parallel.model_parts import ModelParts
 from launcher.parallel.pipeline import BY_ROW, Pipeline
-from launcher.parallel.world import repeatable_backward
+from launcher.report import ranges
+from launcher.report.ranges import named_range
 from launcher.train.loss import Loss
 from launcher.train.preference import PreferenceLoss, as_integers, from_integers
 
@@ -117,8 +118,6 @@ class FullModel:
     loss: Loss
     counts: bool
     """Whether this rank counts the loss: all tensor-parallel ranks have it, and one counts."""
-    own_kernels: bool
-    """The model is Slipway's decoder, whose backward pass has deterministic kernels only."""
     preference: PreferenceLoss | None = None
     """The loss on preferences; None: that on tokens."""
 
@@ -131,8 +130,9 @@ class FullModel:
         total = torch.zeros(shape, device=rows[0].input_ids.device)
         for index, batch in enumerate(rows):
             self.parts.sync_gradients(index == len(rows) - 1)
-            loss, sums = self._loss(batch)
-            with repeatable_backward(total.device, strict=self.own_kernels):
+            with named_range(ranges.FORWARD):
+                loss, sums = self._loss(batch)
+            with named_range(ranges.BACKWARD):
                 (loss * scale).backward()
             total += sums
         return total * float(self.counts)
@@ -210,7 +210,7 @@ class PipelinedModel:
     def train(self, rows: Sequence[MicroBatch], scale: float | Tensor) -> Tensor:
         together = _concatenated(rows)
         losses = _Losses(self.loss, together, scale, self.preference)
-        with repeatable_backward(together.input_ids.device, strict=True):
+        with named_range(ranges.PIPELINE):
             total = self.pipeline.train(
                 together.input_ids, losses.targets, losses, together.arguments
             )

@@ -127,6 +127,7 @@ def _evaluate_preferences(
         rows = replace(model.batch_sharder(part.batch), given=part.given(divergence))
         total += model.compute.evaluate(rows)
     model.parts.train(was_training)
+    model.parts.free_gathered()
     with host_read("evaluation"):
         table = world.sum(total).cpu()
     loss, samples, *measures = table.sum(0).tolist()
@@ -152,6 +153,7 @@ def evaluate(
         total[0] += model.compute.evaluate(rows)
         total[1] += _targets(rows) * int(model.batch_sharder.counts)
     model.parts.train(was_training)
+    model.parts.free_gathered()
     with host_read("evaluation"):
         loss_sums, tokens = world.sum(total).tolist()
     found = zip(sources, loss_sums, tokens, strict=False)

@@ -36,6 +36,8 @@ STATE_KEYS = {
 }  # fmt: skip
 """Prefix in files to the key in the state of torch's optimizer. `adam_m` and `adam_v` are the names
 MindFormers users filter by, `moments` is that of MindSpore's Momentum."""
+NORM_EPSILON = 1e-6
+"""Added to a gradient norm before dividing by it, as in `torch.nn.utils.clip_grad_norm_`."""
 
 
 class Algorithm(NamedTuple):
@@ -122,12 +124,26 @@ class Optimizer:
         """Every tensor that is trained, on this rank or another, to the prefixes of its state."""
         self._part_of = {parameter: part for part in parts for parameter in _parameters(part)}
 
+    def clip(self, norm: Tensor, max_norm: float) -> None:
+        """Scale the gradients so that their global norm, which is `norm` (a float32 scalar), is at
+        most `max_norm`: at once, or in the update that follows, where its kernel can do so."""
+        divisor = ((norm + NORM_EPSILON) / max_norm).clamp(min=1.0)
+        for part in self.parts:
+            parameters = _parameters(part)
+            if _scales_gradients(part):
+                # To the host with its optimizer state: torch itself would not wait for that copy.
+                part.grad_scale = divisor.to(local(parameters[0]).device)  # type: ignore[attr-defined]
+            else:
+                clip_gradients(parameters, norm, max_norm)
+
     def step(self, rate: float) -> None:
         """Update the parameters with the learning rate `rate`."""
         for part in self.parts:
             for group in part.param_groups:
                 group["lr"] = rate
             part.step()
+            if _scales_gradients(part):
+                part.grad_scale = None  # type: ignore[attr-defined]
 
     def zero_grad(self) -> None:
         """Free the gradients."""
@@ -215,10 +231,16 @@ def _counter(parameter: nn.Parameter, step: int) -> Tensor:
     return torch.tensor(float(step), device=local(parameter).device)
 
 
+def _scales_gradients(part: torch.optim.Optimizer) -> bool:
+    """Whether the update divides the gradients by `part.grad_scale` as it reads them: the fused
+    kernels do, which spares a pass over the gradients. They store the quotient."""
+    return isinstance(part, torch.optim.Adam) and part.defaults.get("fused") is True
+
+
 def clip_gradients(parameters: Iterable[nn.Parameter], norm: Tensor, max_norm: float) -> None:
     """Scale all gradients in place so that their global norm is at most `max_norm`."""
     gradients = local_gradients(parameters)
     if not gradients:
         return
-    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    factor = (max_norm / (norm + NORM_EPSILON)).clamp(max=1.0)
     torch._foreach_mul_(gradients, factor.to(gradients[0].device))  # on the host, with its state

@@ -27,13 +27,16 @@ from launcher.report.metrics import finite
 from launcher.train.compute import BatchSharder, Compute
 from launcher.train.evaluate import EvaluationResult, EvaluationSet
 from launcher.train.interrupts import Interrupts
+from launcher.train.meter import StepMeter
 from launcher.train.optimizer import Optimizer
 from launcher.train.preference_task import PreferenceTask
+from launcher.train.profiling import StepProfiler
 from launcher.train.scaling import LossScaling
 from launcher.train.state import DATA_CURSOR, TrainState, epoch_and_step, to_json
 from launcher.weights.ranks.manifests import EVALUATION
 from launcher.weights.ranks.redundancy import file_replicas
 from launcher.weights.tensor_mapping import MappingsOf, mapped, shapes_in_files
+from models.flops import TokenFlops
 from models.trained import TrainedParameter
 
 
@@ -49,6 +52,8 @@ class BuiltModel:
     """What tensors of the model are in files."""
     compute: Compute
     batch_sharder: BatchSharder
+    flops: TokenFlops | None = None
+    """Of training on one token; None: not known."""
     preference: PreferenceTask | None = None
     """Training on preferences; None: on the next token."""
     saves: Callable[[str], bool] = lambda name: True
@@ -122,7 +127,13 @@ class TrainRun:
     """The newest evaluation, and the step it was made after."""
     is_consistent: bool = True
     """Whether weights and optimizer state belong to one step: not during an update."""
+    meter: StepMeter
+    profiler: StepProfiler | None = None
+    """None: this rank records no steps."""
     interrupts: Interrupts = field(default_factory=Interrupts)
+    pending_reads: list[Callable[[], None]] = field(default_factory=list)
+    """What orders copies of weights or optimizer state, which may still be on their way, before the
+    next change of either."""
     log: Callable[[str], None] = print
 
     @property
@@ -168,6 +179,15 @@ class TrainRun:
     def epoch_and_step(self) -> tuple[int, int]:
         """(epoch, step inside it) of the newest optimizer step, both from 1."""
         return epoch_and_step(max(self.state.global_step, 1), self.steps_per_epoch)
+
+    def add_pending_read(self, wait: Callable[[], None]) -> None:
+        """Call `wait` once, before weights or optimizer state change next."""
+        self.pending_reads.append(wait)
+
+    def wait_for_reads(self) -> None:
+        """Weights or optimizer state are about to change: wait for those who read them."""
+        while self.pending_reads:
+            self.pending_reads.pop()()
 
     def weights(self) -> dict[str, Shard]:
         """This rank's shards of the weights that are saved, by Hugging Face name."""

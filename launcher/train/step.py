@@ -15,9 +15,10 @@ import torch
 
 from launcher.data.loader import Batch, StepData
 from launcher.parallel.host_copy import HostCopy
+from launcher.report import ranges
+from launcher.report.ranges import named_range
 from launcher.train.compute import MicroBatch
 from launcher.train.interrupts import STOP_REASONS
-from launcher.train.optimizer import clip_gradients
 from launcher.train.random import mix, sample_seeds
 from launcher.train.scaling import unscale_gradients
 
@@ -109,9 +110,12 @@ def _is_skipped(run: TrainRun, measured: HostCopy) -> bool:
 def _update(run: TrainRun, norm: torch.Tensor, learning_rate: float) -> None:
     """Clip the gradients and update the parameters."""
     if run.settings.max_gradient_norm is not None:
-        clip_gradients(run.parameters, norm, run.settings.max_gradient_norm)
+        with named_range(ranges.CLIP):
+            run.optimizer.clip(norm, run.settings.max_gradient_norm)
+    run.wait_for_reads()
     run.is_consistent = False
-    run.optimizer.step(learning_rate)
+    with named_range(ranges.OPTIMIZER):
+        run.optimizer.step(learning_rate)
     run.state.updates += 1
     run.is_consistent = True
 
@@ -189,6 +193,14 @@ class StepRecord:
     """Over all ranks."""
     consumed_samples: int
     seconds: float
+    data_wait_seconds: float = 0.0
+    """Of `seconds`: the step waited for its data."""
+    mfu: float | None = None
+    """Model FLOPs utilisation, 0 to 1; None: the peak of the device is not known."""
+    peak_memory_bytes: int | None = None
+    """Of the device of this rank since the last row; on the CPU of the process since it began."""
+    reserved_memory_bytes: int | None = None
+    """Held by the allocator of the device, as the above; None on the CPU."""
     loss_scale: float | None = None
     """The loss was multiplied by this; None: the loss is not scaled."""
     overflow: bool | None = None

@@ -44,6 +44,14 @@ class ParallelConfigSection:
     """True: every tensor-parallel rank has the full embedding. False: its rows are sharded."""
     gradient_aggregation_group: int = effective(4, minimum=1)
     """Layers whose gradients are reduced together."""
+    reshard_after_forward: bool | str = effective(
+        "auto", choices=("auto", True, False),
+        words={"default": "auto"},
+    )  # fmt: skip
+    """Whether FSDP frees the gathered weights of a layer after its forward pass, and gathers them
+    again for its backward pass. False: it keeps them during a step, which costs the memory of all
+    weights in the compute dtype. `auto`: True where weights are sharded over ranks; on one rank
+    "gathering" is a cast, which is then done once a step."""
 
 
 @dataclass(frozen=True, kw_only=True)
