@@ -119,6 +119,12 @@ def test_generation_page(folder: Path) -> None:
     assert len({json.loads(line)["text"] for line in texts}) == 3
 
 
+def test_cuda_page(folder: Path) -> None:
+    assert run_page("cuda.md", folder) == 1
+    rows = (folder / "output/cuda/metrics.jsonl").read_text().splitlines()
+    assert sum("loss" in json.loads(row) for row in rows) == 4
+
+
 def test_tokens_page(folder: Path) -> None:
     assert run_page("tokens.md", folder) >= 3
     for name in ("megatron", "stream"):

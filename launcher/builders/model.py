@@ -26,6 +26,7 @@ from launcher.generation.graphs import GraphedForward, can_be_recorded
 from launcher.layout.layout import Layout
 from launcher.layout.mesh import Mesh
 from launcher.parallel.apply import Precisions, parallelize, shard_model
+from launcher.parallel.compiling import Compiler
 from launcher.parallel.context import ContextParallel
 from launcher.parallel.grad_all_reduce import GradAllReduce, make_grad_all_reduce
 from launcher.parallel.meshes import Meshes

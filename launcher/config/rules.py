@@ -93,6 +93,7 @@ RULES: tuple[Rule, ...] = (
     pet.frozen,
     memory.recompute,
     memory.select_recompute,
+    memory.by_operation,
     memory.swap,
     training.loss_chunks,
     training.sinking,

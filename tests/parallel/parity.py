@@ -242,7 +242,7 @@ def run_case(case: Case, world: Any, tag: str, step: Any = None) -> Outcome:
     for _ in range(STEPS):
         data = run.loader.step(run.state.data_position)
         rate = run.schedule(run.state.global_step)
-        measured = (step or train_step)(run, data, rate).tolist()
+        measured = (step or train_step)(run, data, rate).read("step values")
         run.state.advance(data.samples, data.input_tokens)
         outcome.losses.append(measured[LOSS])
         outcome.norms.append(measured[GRADIENT_NORM])

@@ -140,7 +140,7 @@ def optimizer_numbers(check: Check) -> Iterator[KeyProblem]:
 
 def optimizer_arguments(check: Check) -> Iterator[KeyProblem]:
     """Every argument written belongs to the optimizer's type."""
-    always = ("type", "weight_decay", "learning_rate")
+    always = ("type", "weight_decay", "learning_rate", "state_dtype")
     taken = [*always, *OPTIMIZER_ARGUMENTS.get(check.config.optimizer.type, ())]
     yield from _unsuited(check, "optimizer", taken, OPTIMIZER_ARGUMENTS)
 
