@@ -40,6 +40,7 @@ from models.flash_attention import cpu_backward, cpu_forward, varlen_backward, v
 from models.scores_attention import attend_tiles
 from models.tile_tensors import empty_by_token, empty_outputs
 
+VARLEN = "varlen"
 FLASH_SIZES = (8, 256)
 """Flash attention on CUDA takes heads of a multiple of the first, up to the second."""
 
@@ -49,7 +50,7 @@ def kernel_of(device: torch.device, dtype: torch.dtype, size: int) -> str:
     if device.type == "cpu":
         return "cpu"
     fits = dtype in (torch.bfloat16, torch.float16) and size <= FLASH_SIZES[1]
-    return "varlen" if device.type == "cuda" and fits and _has_varlen(device) else "tiles"
+    return VARLEN if device.type == "cuda" and fits and _has_varlen(device) else "tiles"
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -92,7 +93,7 @@ def attend_documents(
             query, key, value, lengths, None, sinks, window, scale, torch.float32, 0.0, 0
         )
         return output
-    if kernel == "varlen":
+    if kernel == VARLEN:
         size += -size % FLASH_SIZES[0]
     query, key, value = (_padded(states, size) for states in (query, key, value))
     output, _ = _attend(query, key, value, lengths, window, scale, sinks)
@@ -130,6 +131,10 @@ def _padded(states: Tensor, size: int) -> Tensor:
     return F.pad(states, (0, missing)) if missing else states
 
 
+def _is_varlen(query: Tensor) -> bool:
+    return kernel_of(query.device, query.dtype, query.shape[-1]) == VARLEN
+
+
 @torch.library.custom_op("slipway::attend_documents", mutates_args=())
 def _attend(
     query: Tensor, key: Tensor, value: Tensor, lengths: Tensor, window: int | None, scale: float,
@@ -137,7 +142,7 @@ def _attend(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Outputs and log-sum-exps, sinks included in both."""
     plan = document_plan(lengths, query.shape[0], query.shape[2])
-    forward = varlen_forward if query.is_cuda else cpu_forward
+    forward = varlen_forward if _is_varlen(query) else cpu_forward
     output, logsumexp = forward(query, key, value, plan, window, scale)
     if sinks is not None:
         with_sinks = torch.logaddexp(logsumexp, sinks.to(logsumexp.dtype)[:, None])
@@ -163,7 +168,7 @@ def _attend_backward(
     plan = document_plan(lengths, query.shape[0], query.shape[2])
     if gradient.stride(-1) != 1:
         gradient = gradient.contiguous()
-    backward = varlen_backward if query.is_cuda else cpu_backward
+    backward = varlen_backward if _is_varlen(query) else cpu_backward
     return backward(gradient, query, key, value, output, logsumexp, plan, window, scale)
 
 

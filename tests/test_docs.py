@@ -176,6 +176,12 @@ def test_chat_page(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert sum("loss" in row for row in rows) == 2
 
 
+def test_attention_page(folder: Path) -> None:
+    assert run_page("attention.md", folder) == 1
+    rows = [json.loads(line) for line in (folder / "output/packed/metrics.jsonl").open()]
+    assert sum("loss" in row for row in rows) == 2
+
+
 def test_decoding_page(folder: Path) -> None:
     assert run_page("decoding.md", folder) == 1
     rows = (folder / "output/decoding/text_generation_result.jsonl").read_text().splitlines()
