@@ -111,10 +111,12 @@ def test_on_a_gpu_the_kernels_are_set_before_the_run() -> None:
     assert lines == [start_line(made)]
 
 
-def test_a_refused_operation_is_reported_at_its_key() -> None:
-    made, _ = job("cuda", deterministic=True)
+@pytest.mark.parametrize(("model", "nearest"), [(QWEN, "False"), (FOREIGN, "auto")])
+def test_a_refused_operation_is_reported_at_its_key(model: dict[str, Any], nearest: str) -> None:
+    made, _ = job("cuda", model=model, deterministic=True)
     with pytest.raises(UserError) as error, chosen_kernels(made):
         torch.zeros(3).put_(torch.tensor([0, 0]), torch.ones(2))
     [problem] = error.value.problems
     assert problem.what.startswith("deterministic = True: ")
     assert problem.where == "a.yaml:1"
+    assert problem.nearest == f"Nearest: {nearest}"
