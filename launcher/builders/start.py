@@ -124,19 +124,22 @@ def _allocator(job: Job) -> str:
     return f"allocator {setting}" if setting else ""
 
 
+def _fp8(job: Job) -> str:
+    recipe = job.config.fp8_config.recipe
+    return f"products in FP8 ({recipe})" if recipe is not None and _trains(job) else ""
+
+
 def _moments(job: Job) -> str:
-    dtype = job.config.optimizer.state_dtype
-    if dtype != "bfloat16" or job.config.train_dataset is None:
+    if job.config.optimizer.state_dtype != "bfloat16" or not _trains(job):
         return ""
     return "moments of the optimizer in bfloat16, rounded stochastically (repeatable)"
 
 
+def _trains(job: Job) -> bool:
+    return job.config.run_mode in (None, "train", "finetune")
+
+
 PARTS: tuple[Callable[[Job], str], ...] = (
-    _determinism,
-    _attention,
-    _documents,
-    _float32,
-    _allocator,
-    _moments,
+    *(_determinism, _attention, _documents, _float32, _allocator, _fp8, _moments),
 )
 """The parts of the line, in order."""
