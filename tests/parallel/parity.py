@@ -137,7 +137,7 @@ class Case:
     def alone(self) -> Case:
         """The same run in one process."""
         keep = {k: v for k, v in self.more.items() if k not in ("compile", "recompute_config",
-                "swap_config", "micro_batch_interleave_num")}  # fmt: skip
+                "swap_config", "micro_batch_interleave_num", "loss_chunk_tokens")}  # fmt: skip
         return Case(family=self.family, batch=8, model=self.model, more=keep)
 
     def __str__(self) -> str:
