@@ -26,6 +26,7 @@ from launcher.parallel.kernels import (
     versions,
 )
 from launcher.parallel.world import World
+from models.grouped import has_kernel_for
 
 KEY = "deterministic"
 
@@ -111,5 +112,23 @@ def _moments(job: Job) -> str:
     return "moments of the optimizer in bfloat16, rounded stochastically (repeatable)"
 
 
-PARTS: tuple[Callable[[Job], str], ...] = (_determinism, _attention, _float32, _allocator, _moments)
+def _experts(job: Job) -> str:
+    """How products of experts are computed on CUDA."""
+    decoder = job.spec.decoder
+    if job.world.device.type != "cuda" or decoder is None or decoder.experts is None:
+        return ""
+    sizes = decoder.experts.intermediate_size, decoder.hidden_size
+    if has_kernel_for(sizes, job.compute_dtype, job.world.device):
+        return "experts by one kernel"
+    return "experts one by one, which waits for their token counts once a layer"
+
+
+PARTS: tuple[Callable[[Job], str], ...] = (
+    _determinism,
+    _attention,
+    _float32,
+    _allocator,
+    _moments,
+    _experts,
+)
 """The parts of the line, in order."""

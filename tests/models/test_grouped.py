@@ -28,6 +28,10 @@ class OnCuda(Tensor):
     def is_cuda(self) -> bool:  # type: ignore[override]
         return True
 
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        return torch.device("cuda")
+
 
 def on_cuda(tensor: Tensor) -> Any:
     return tensor.as_subclass(OnCuda)
