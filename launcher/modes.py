@@ -28,18 +28,19 @@ from launcher.builders.prediction import (
     texts_in_batch,
 )
 from launcher.builders.prepare import prepare_data
+from launcher.builders.profiling import open_profiler
 from launcher.builders.reference import with_reference
 from launcher.builders.reporting import open_reporting
 from launcher.builders.resume import find_resume, own_root, resumed_run
 from launcher.builders.roll_back import fit_with_roll_back
 from launcher.builders.run import fresh_run
 from launcher.builders.show_data import show_data
+from launcher.builders.start import chosen_kernels, join
 from launcher.checkpoint.files import json_bytes, write_json
 from launcher.checkpoint.in_use import in_use
 from launcher.checkpoint.monitor import CheckpointMonitor
 from launcher.config.provenance import Provenance
 from launcher.config.schema import Config
-from launcher.config.shared import shared_settings
 from launcher.data.strictness import Strictness
 from launcher.data.tally import Tally
 from launcher.environment import process_environment
@@ -74,19 +75,15 @@ def run(
         mode, world = "strategy", world_without_group()
     else:
         mode = config.run_mode or "train"
-        on_cpu = config.context.device_target == "CPU"
-        world = worlds.start(force_cpu=on_cpu, ends_with_peers=ends_with_peers)
-        check_same(
-            world, shared_settings(config), rule="all processes need the same configuration",
-            advice="Start every machine with the same YAML file and the same overrides",
-        )  # fmt: skip
+        world = join(config, ends_with_peers=ends_with_peers)
     open_output(config, world)
     job = Job(config, provenance, world, Console(enabled=world.is_main))
     finished = False
     try:
         with in_use(written_folders(job), world) if mode in TRAINING else nullcontext():
             write_resolved(job, resolved_name(mode), resolved)
-            code = MODES[mode](job)
+            with nullcontext() if mode == "strategy" else chosen_kernels(job):
+                code = MODES[mode](job)
         finished = True
     except Interrupted as interrupted:
         job.log(f"stopped by {interrupted}")
@@ -157,9 +154,11 @@ def resolved_name(mode: str) -> str:
 def train(job: Job) -> int:
     """Train: resumed from a checkpoint, or from weights, or from random ones."""
     callbacks = build_callbacks(job)
-    resume = find_resume(job)
-    run = resumed_run(job, resume) if resume else fresh_run(job, find_weights(job))
-    return train_to_the_end(job, run, callbacks)
+    with open_profiler(job) as profiler:
+        resume = find_resume(job)
+        run = resumed_run(job, resume) if resume else fresh_run(job, find_weights(job))
+        run.profiler = profiler
+        return train_to_the_end(job, run, callbacks)
 
 
 def finetune(job: Job) -> int:
@@ -168,16 +167,18 @@ def finetune(job: Job) -> int:
     With resume_training the run resumes from its own checkpoint once there is one.
     """
     callbacks = build_callbacks(job)
-    resume = find_resume(job)
-    weights = None if resume else find_weights(job)
-    if resume is None and weights is None:
-        raise UserError(
-            "finetune has no weights to start from",
-            rule="it requires weights",
-            advice="Set load_checkpoint or pretrained_model_dir",
-        )
-    run = resumed_run(job, resume) if resume else fresh_run(job, weights)
-    return train_to_the_end(job, run, callbacks)
+    with open_profiler(job) as profiler:
+        resume = find_resume(job)
+        weights = None if resume else find_weights(job)
+        if resume is None and weights is None:
+            raise UserError(
+                "finetune has no weights to start from",
+                rule="it requires weights",
+                advice="Set load_checkpoint or pretrained_model_dir",
+            )
+        run = resumed_run(job, resume) if resume else fresh_run(job, weights)
+        run.profiler = profiler
+        return train_to_the_end(job, run, callbacks)
 
 
 def evaluate_only(job: Job) -> int:

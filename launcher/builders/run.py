@@ -11,11 +11,13 @@ from typing import Any
 import torch
 
 from launcher.builders.adapter import Weights, record_adapter
+from launcher.builders.compile_mode import optimizer_compiler
 from launcher.builders.data import evaluation_data, open_training_data, steps_per_epoch
 from launcher.builders.gradients import gradients_of
 from launcher.builders.job import Job
 from launcher.builders.load_weights import load_or_init
 from launcher.builders.model import build_parallel
+from launcher.builders.open_dataset import seq_length
 from launcher.builders.preference import preference_settings
 from launcher.builders.reference import add_base_as_reference, add_other_reference, add_reference
 from launcher.builders.run_metadata import run_metadata
@@ -25,8 +27,10 @@ from launcher.config.schema import Config
 from launcher.data.loader import Loader
 from launcher.errors import UserError
 from launcher.parallel.matrices import MatrixExchange, matrix_exchange
+from launcher.report.device_peaks import TERA, peak_of
 from launcher.report.run_record import INITIAL_WEIGHTS
 from launcher.train.health import limits_of
+from launcher.train.meter import StepMeter
 from launcher.train.optimizer import Optimizer, build_optimizer
 from launcher.train.run import BuiltModel, StepSettings, TrainRun
 from launcher.train.scaling import LossScaling, loss_scaling
@@ -100,9 +104,21 @@ def build_run(job: Job) -> TrainRun:
         metadata=run_metadata(job, data, loader.global_batch, scaling),
         write_model_files=partial(_write_model_files, job, next(built.parts.parameters()).dtype),
         evaluation=evaluation_data(job) if config.do_eval else [],
+        meter=_meter(job, built, seq_length(job, section)),
         origin=Origin(inputs=_inputs(config)),
         state=TrainState(loss_scale=scaling.first if scaling is not None else 1.0),
         log=job.log,
+    )
+
+
+def _meter(job: Job, built: BuiltModel, length: int) -> StepMeter:
+    """`length`: tokens of a row."""
+    given = job.config.device_peak_tflops
+    return StepMeter(
+        device=job.world.device,
+        ranks=job.world.size,
+        flops_per_token=None if built.flops is None else built.flops.per_token(length),
+        peak_flops=peak_of(job.world.device, job.compute_dtype) if given is None else given * TERA,
     )
 
 
@@ -112,7 +128,10 @@ def _optimizer(job: Job, built: BuiltModel) -> Optimizer:
         return matrix_exchange(names, built.layout, built.mappings_of, world.rank, world.device)
 
     named = built.parts.all_named()
-    return build_optimizer(named, built.trained, job.config.optimizer, make_exchange)
+    return build_optimizer(
+        named, built.trained, job.config.optimizer, make_exchange,
+        optimizer_compiler(job) if job.config.optimizer.state_dtype is not None else None,
+    )  # fmt: skip
 
 
 def _settings(job: Job, global_batch: int, scaling: LossScaling | None) -> StepSettings:

@@ -35,6 +35,7 @@ from launcher.config.schema import CheckpointMonitorSection
 from launcher.errors import UserError
 from launcher.parallel.all_ranks import capture_error
 from launcher.parallel.world import World
+from launcher.report.ranges import SAVE, named_range
 from launcher.streams import streams_for
 
 LAST_STEP_ONLY = CheckpointMonitorSection(save_checkpoint_steps=0)
@@ -142,7 +143,8 @@ class CheckpointMonitor:
                 self._embedding_norm = record.embedding_norm
         self._poll(run)
         if self._is_due(run):
-            self._save(run)
+            with named_range(SAVE):
+                self._save(run)
 
     def _is_due(self, run: Savable) -> bool:
         interval = self.config.save_checkpoint_steps
@@ -196,7 +198,8 @@ class CheckpointMonitor:
         self._wait(run)
         if self._saved_step == run.global_step:
             return
-        result = self._open_saver.write(self._request(run), run.world)
+        with named_range(SAVE):
+            result = self._open_saver.write(self._request(run), run.world)
         self._log_result(run, result)
         if result.error is not None:
             raise result.error

@@ -23,6 +23,7 @@ from launcher.config.checks import (
     pipeline,
     placeholders,
     preference,
+    profiling,
     prompts,
     records,
     registered,
@@ -92,7 +93,9 @@ RULES: tuple[Rule, ...] = (
     pet.frozen,
     memory.recompute,
     memory.select_recompute,
+    memory.by_operation,
     memory.swap,
+    training.loss_chunks,
     training.sinking,
     training.checkpoint_names,
     training.norm_checks,
@@ -107,6 +110,8 @@ RULES: tuple[Rule, ...] = (
     evaluation.early_stopping,
     evaluation.best_save,
     training.trackers_installed,
+    profiling.steps,
+    profiling.ranks,
     preference.trainer,
     preference.arguments,
     preference.reference,
@@ -232,6 +237,6 @@ def warnings(config: Config, provenance: Provenance) -> list[str]:
     if config.last_callback(EvalCallbackSection) is not None and not config.do_eval:
         lines.append("callbacks: EvalCallBack has no effect without do_eval: True")
     subject = Check(config=config, provenance=provenance, world_size=world_size())
-    for room in (parallel, pipeline, memory, weights, generation, chat):
+    for room in (parallel, pipeline, memory, weights, generation, chat, profiling):
         lines += room.warnings(subject)
     return lines

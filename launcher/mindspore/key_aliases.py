@@ -4,6 +4,7 @@ from __future__ import annotations
 
 ALIASES = {
     "generation": "generation_config",
+    "profiler_level": "profile_level",
     "load_balanced": "balanced_load",
     "top_k": "generation_config.top_k",
     "parallel_config.micro_batch_interleave_num": "micro_batch_interleave_num",

@@ -22,7 +22,6 @@ KEYS_NOT_BUILT: dict[str, dict[str, dict[str, tuple[Any, ...]]]] = {
         },
         "Set it to False": {
             "layer_scale": (bool, False),
-            "profile": (bool, False),
             "print_struct": (bool, False),
             "push_to_hub": (bool, False),
         },

@@ -30,27 +30,11 @@ KEYS_WITHOUT_EFFECT: dict[str, dict[str, dict[str, Any]]] = {
         "the number of threads is chosen automatically": {"reshard_worker_num": int},
         "metrics.jsonl has every part of the loss": {"print_separate_loss": bool},
         "layer_scale is off": {"layer_decay": float},
-        "there is no profiler": {
-            "profile_start_step": int,
-            "profile_stop_step": int,
-            "init_start_profile": bool,
-            "profile_communication": bool,
-            "profile_memory": bool,
-            "profile_rank_ids": list[int] | None,
-            "profile_pipeline": bool,
-            "profile_level": int,
-            "profiler_level": int | None,
-            "profile_output": str | None,
-            "with_stack": bool,
+        "a profile is a trace and tables: there is no raw data to delete": {
             "data_simplification": bool,
-            "mstx": bool,
         },
         "only for ModelArts": {"remote_save_url": str | None},
         "there is no Ascend device": {"exclude_cann_cpu": bool, "npu_num_per_node": int | None},
-        "runs are always bitwise reproducible": {
-            "train_precision_sync": bool | None,
-            "infer_precision_sync": bool | None,
-        },
         "tokens are chosen by PyTorch": {"postprocess_use_numpy": bool},
         "OnRequestExit in callbacks is enough; Ctrl-C and SIGTERM save and end cleanly anyway": {
             "use_graceful_exit": bool

@@ -20,6 +20,7 @@ from types import FrameType
 from typing import Any
 
 from launcher.environment import has_own_log
+from launcher.predict.line_input import read_line
 
 MARK = "> "
 _CONTINUED = "... "
@@ -80,10 +81,10 @@ class Terminal:
             return typed
         editor = self._readline
         if editor is None:
-            return typed + input(mark + typed)
+            return typed + read_line(lambda: input(mark + typed))
         editor.set_startup_hook(lambda: editor.insert_text(typed))
         try:
-            return input(mark)
+            return read_line(lambda: input(mark))
         finally:
             editor.set_startup_hook(None)
 

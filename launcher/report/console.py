@@ -7,6 +7,7 @@ plain line every `PLAIN_INTERVAL_SECONDS`.
 from __future__ import annotations
 
 import logging
+import shutil
 import sys
 import time
 from logging.handlers import RotatingFileHandler
@@ -59,6 +60,8 @@ class Console:
         if not self.live:
             print(text, file=self.stream, flush=True)
             return
+        if not last:  # a line that wraps could not be erased
+            text = text[: shutil.get_terminal_size((1000, 24)).columns - 1]
         self._line = "" if last else text
         print(f"\r\033[K{text}", end="\n" if last else "", file=self.stream, flush=True)
 

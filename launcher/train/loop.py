@@ -20,13 +20,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
-import torch
-
 from launcher.data.loader import StepData
 from launcher.data.mixture import MixtureOrder
+from launcher.report import ranges
+from launcher.report.ranges import named_range
 from launcher.train.callbacks import Callback, Callbacks
+from launcher.train.collection import Collect, collected_every
 from launcher.train.evaluate import evaluate_sets, is_evaluation_due
 from launcher.train.interrupts import STOP_REASONS, Interrupted
+from launcher.train.meter import Memory
 from launcher.train.preference import summary_of
 from launcher.train.run import TrainRun
 from launcher.train.state import epoch_and_step
@@ -43,9 +45,9 @@ from launcher.train.step import (
 
 def fit(run: TrainRun, callbacks: Callbacks) -> None:
     """Train until the run is finished. Raises `Interrupted` after a signal or a request to stop."""
-    with run.interrupts:
+    with run.interrupts, collected_every(run.config.gc_freq) as collect:
         try:
-            _fit(run, callbacks)
+            _fit(run, callbacks, collect)
         except Interrupted:
             raise
         except Exception as error:
@@ -54,11 +56,12 @@ def fit(run: TrainRun, callbacks: Callbacks) -> None:
             raise
 
 
-def _fit(run: TrainRun, callbacks: Callbacks) -> None:
+def _fit(run: TrainRun, callbacks: Callbacks, collect: Collect) -> None:
     for callback in callbacks:
         callback.on_train_begin(run)
     while not run.is_finished:
         records, stop_reason = train_steps(run)
+        collect(run.state.global_step)
         for callback in (*callbacks.reports, *callbacks.checks):
             callback.on_steps_end(run, records)
         is_last = run.state.global_step >= run.total_steps and not stop_reason
@@ -68,6 +71,8 @@ def _fit(run: TrainRun, callbacks: Callbacks) -> None:
         callbacks.saving.on_steps_end(run, records)
         for callback in callbacks.others:
             callback.on_steps_end(run, records)
+        if run.profiler is not None and not run.is_finished:  # the last save is of the last step
+            run.profiler.end_steps(run.state.global_step)
         if stop_reason:
             for callback in callbacks:
                 callback.on_interrupt(run)
@@ -90,7 +95,8 @@ def evaluate_run(run: TrainRun, callbacks: Callbacks, *, is_due: bool) -> None:
     are due: another one, at the end of a part of a run, does not count for early stopping."""
     if not run.evaluation:
         return
-    result = evaluate_sets(run.model, run.evaluation, run.world)
+    with named_range(ranges.EVALUATE):
+        result = evaluate_sets(run.model, run.evaluation, run.world)
     run.evaluated = run.state.global_step, result
     run.log(f"step {run.state.global_step}: {result}")
     checks = callbacks.checks if is_due else ()
@@ -110,8 +116,21 @@ class PendingRecord(NamedTuple):
     """Of a mixture: samples taken from each source so far."""
 
 
+class StepCost(NamedTuple):
+    """What the steps of a sink took on this rank, each the same."""
+
+    seconds: float
+    waited: float
+    """Seconds of waiting for data."""
+    memory: Memory
+
+
 def train_steps(run: TrainRun) -> tuple[list[StepRecord], int]:
     """Train to the next multiple of `run.sink_size`, then read what the steps measured.
+
+    That is the one point where the host waits for the device, and it waits for the gradients of the
+    last step alone: while its update runs, callbacks run and the next step is queued. All that is
+    measured is known before anything else happens, so no check comes a step late.
 
     Returns the record of each step, oldest first, and one of `STOP_REASONS` (0: none).
     """
@@ -120,31 +139,38 @@ def train_steps(run: TrainRun) -> tuple[list[StepRecord], int]:
     steps = min(run.sink_size - done % run.sink_size, run.total_steps - done)
     measured, pending = [], []
     for _ in range(steps):
-        data = run.loader.step(run.state.data_position)
+        if run.profiler is not None:
+            run.profiler.begin_step(run.state.global_step + 1)
+        with run.meter.waiting_for_data(), named_range(ranges.DATA):
+            data = run.loader.step(run.state.data_position)
         rate, scale = run.schedule(run.state.global_step), run.state.loss_scale
         measured.append(train_step(run, data, rate))
         run.state.advance(data.samples, data.input_tokens)
         pending.append(PendingRecord(run.state.global_step, rate, scale, replace(data, batches=[]),
                                      run.state.consumed_samples, _taken(run)))  # fmt: skip
-    values = torch.stack(measured).tolist()  # the one point where the host waits for the device
-    seconds = (time.perf_counter() - started) / steps
-    records = [
-        _record(run, record, row, seconds) for record, row in zip(pending, values, strict=True)
-    ]
+    values = [step.read("step values") for step in measured]
+    cost = StepCost(
+        seconds=(time.perf_counter() - started) / steps,
+        waited=run.meter.take_waited() / steps,
+        memory=run.meter.take_memory(),
+    )
+    records = [_record(run, record, row, cost) for record, row in zip(pending, values, strict=True)]
     return records, _stop_reason(values[-1])
 
 
 def _record(
-    run: TrainRun, record: PendingRecord, row: Sequence[float], seconds: float
+    run: TrainRun, record: PendingRecord, row: Sequence[float], cost: StepCost
 ) -> StepRecord:
     epoch, step_in_epoch = epoch_and_step(record.step, run.steps_per_epoch)
     norm, scaled = row[GRADIENT_NORM], run.settings.scaling is not None
     limits, watches = run.settings.limits, run.gradients.embedding is not None
+    speed = record.data.input_tokens / cost.seconds
     return StepRecord(
         step=record.step, epoch=epoch, step_in_epoch=step_in_epoch, loss=row[LOSS], lr=record.rate,
         grad_norm=norm, tokens=record.data.input_tokens,
-        tokens_per_second=record.data.input_tokens / seconds,
-        consumed_samples=record.consumed_samples, seconds=seconds,
+        tokens_per_second=speed, consumed_samples=record.consumed_samples,
+        seconds=cost.seconds, data_wait_seconds=cost.waited, mfu=run.meter.mfu(speed),
+        peak_memory_bytes=cost.memory.peak, reserved_memory_bytes=cost.memory.reserved,
         loss_scale=record.loss_scale if scaled else None,
         overflow=not math.isfinite(norm) if scaled else None,
         skipped=limits.are_passed(norm, row[LOSS]) if limits and limits.skips else None,

@@ -44,7 +44,9 @@ class Reporting(Callback):
             progress_line(
                 step=newest.step, total=run.total_steps, loss=newest.loss, lr=newest.lr,
                 grad_norm=newest.grad_norm, tokens_per_second=newest.tokens_per_second,
-                remaining_seconds=left,
+                remaining_seconds=left, mfu=newest.mfu,
+                peak_memory_bytes=newest.peak_memory_bytes,
+                data_share=newest.data_wait_seconds / newest.seconds,
                 source_losses={
                     source.name: source.loss
                     for source in newest.sources if source.loss is not None

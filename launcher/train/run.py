@@ -27,13 +27,16 @@ from launcher.report.metrics import finite
 from launcher.train.compute import BatchSharder, Compute
 from launcher.train.evaluate import EvaluationResult, EvaluationSet
 from launcher.train.interrupts import Interrupts
+from launcher.train.meter import StepMeter
 from launcher.train.optimizer import Optimizer
 from launcher.train.preference_task import PreferenceTask
+from launcher.train.profiling import StepProfiler
 from launcher.train.scaling import LossScaling
 from launcher.train.state import DATA_CURSOR, TrainState, epoch_and_step, to_json
 from launcher.weights.ranks.manifests import EVALUATION
 from launcher.weights.ranks.redundancy import file_replicas
 from launcher.weights.tensor_mapping import MappingsOf, mapped, shapes_in_files
+from models.flops import TokenFlops
 from models.trained import TrainedParameter
 
 
@@ -49,6 +52,8 @@ class BuiltModel:
     """What tensors of the model are in files."""
     compute: Compute
     batch_sharder: BatchSharder
+    flops: TokenFlops | None = None
+    """Of training on one token; None: not known."""
     preference: PreferenceTask | None = None
     """Training on preferences; None: on the next token."""
     saves: Callable[[str], bool] = lambda name: True
@@ -122,6 +127,9 @@ class TrainRun:
     """The newest evaluation, and the step it was made after."""
     is_consistent: bool = True
     """Whether weights and optimizer state belong to one step: not during an update."""
+    meter: StepMeter
+    profiler: StepProfiler | None = None
+    """None: this rank records no steps."""
     interrupts: Interrupts = field(default_factory=Interrupts)
     pending_reads: list[Callable[[], None]] = field(default_factory=list)
     """What orders copies of weights or optimizer state, which may still be on their way, before the
@@ -194,6 +202,10 @@ class TrainRun:
             for prefix, tensors in state.items()
             for name, shard in self._in_files(tensors).items()
         }
+
+    def state_itemsize(self, weight_itemsize: int) -> int:
+        """Bytes of an element of the optimizer's state, for weights with elements of so many."""
+        return self.optimizer.state_itemsize(weight_itemsize)
 
     def state_names(self) -> dict[str, tuple[str, ...]]:
         """Every trained tensor of the full model in files, to the prefixes of its optimizer

@@ -41,6 +41,7 @@ FLAG_VALUES: dict[str, tuple[Any, Any]] = {
     "do_sample": ("True", True),
     "trust_remote_code": ("true", True),
     "register_path": ("user_callbacks.py", "user_callbacks.py"),
+    "profile": ("true", True),
     "mode": ("1", 1),
     "device_id": ("3", 3),
     "device_target": ("CPU", "CPU"),
@@ -50,7 +51,6 @@ REFUSED_FLAGS = {
     "strategy_load_checkpoint": "x",
     "modal_type": "image",
     "adapter_id": "a",
-    "profile": "true",
 }
 MOVED = {"model.model_config.do_sample": "generation_config.do_sample"}
 SECTIONS = "train_dataset: {seq_length: 8}\neval_dataset: {seq_length: 8}\n"

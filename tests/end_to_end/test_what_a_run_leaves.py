@@ -35,15 +35,19 @@ def test_metrics_curve_logs_and_the_original_loss_line(workshop: Workshop) -> No
         runner_config={"batch_size": 4},
         parallel_config={"data_parallel": 2},
         tensorboard={"tensorboard_dir": "board"},
+        device_peak_tflops=1e-6,
     )
     arguments = ["--config", name, "--run_mode", "train"]
     result = run_job(arguments, workshop.folder, 2, draws=True)
     assert result.code == 0, result.stderr
     steps = [row for row in workshop.rows() if "loss" in row]
     keys = {"step", "epoch", "loss", "lr", "grad_norm", "tokens", "tokens_per_second",
-            "consumed_samples"}  # fmt: skip
+            "consumed_samples", "mfu", "peak_memory_bytes", "data_wait_seconds"}  # fmt: skip
     assert [row["step"] for row in steps] == list(range(1, 21))
     assert all(keys <= row.keys() for row in steps)
+    assert all(0 <= row["data_wait_seconds"] <= row["seconds"] for row in steps)
+    assert len({round(row["mfu"] / row["tokens_per_second"], 6) for row in steps}) == 1
+    assert "  MFU " in result.stdout
     evaluations = [row for row in workshop.rows() if "eval_loss" in row]
     assert [row["step"] for row in evaluations] == [10, 20]
     assert evaluations[1]["eval_loss"] < evaluations[0]["eval_loss"]

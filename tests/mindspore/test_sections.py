@@ -174,6 +174,10 @@ EQUAL: dict[str, tuple[str, dict[str, Any]]] = {
                      {"recompute_config.recompute": True}),
     "modules": (EAGER + "recompute: {mode: select, select_module: {layers.*.mlp.*: ['0-9']}}\n",
                 {"recompute_config.select_recompute": ["mlp"]}),
+    "a profile": (EAGER + "profiler: {enable_profiling: True, start_step: 2, end_step: 4, "
+                  "output_path: null, profiler_rank: 0, profiler_level: 2, profile_cpu: True}\n",
+                  {"profile": True, "profile_start_step": 2, "profile_stop_step": 4,
+                   "profile_output": None, "profile_rank_ids": [0], "profile_level": 2}),
     "a resumed run": (EAGER + "checkpoint: {load_path: a}\n",
                       {"load_checkpoint": "a", "resume_training": True}),
     "a run from weights": (EAGER + "checkpoint: {load_path: a, no_load_optim: True}\n",
@@ -291,7 +295,7 @@ def test_what_asks_for_more_is_refused(name: str) -> None:
 
 @pytest.mark.parametrize("neutral", ["False", "0", "null", '"None"', '""', "[]", "{}"])
 def test_a_neutral_value_asks_for_nothing(neutral: str) -> None:
-    text = f"profile: {neutral}\ngrouped_lr_schedule: {{grouped: {neutral}}}\n"
+    text = f"push_to_hub: {neutral}\ngrouped_lr_schedule: {{grouped: {neutral}}}\n"
     resolved = read(text + f"generation_config: {{token_healing: {neutral}}}\n")
     assert not resolved.problems
     assert not resolved.config.generation_config.token_healing

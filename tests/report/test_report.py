@@ -70,6 +70,10 @@ def test_the_progress_line() -> None:
                          tokens_per_second=12345.6, remaining_seconds=75,
                          source_losses={"code": 1.234, "wiki": 3})  # fmt: skip
     assert "  loss 2.5000 (code 1.23, wiki 3.00)  lr 0.0001" in line
+    line = progress_line(step=3, total=12, loss=2.5, lr=1e-4, grad_norm=0.5,
+                         tokens_per_second=12345.6, remaining_seconds=75, mfu=0.4312,
+                         peak_memory_bytes=61 << 30, data_share=0.041)  # fmt: skip
+    assert line.endswith("12,346 tokens/s  MFU 43.1%  61.0 GiB  data 4%  1:15 left")
     assert (bar(0), bar(1)) == ("·" * 20, "█" * 20)
     assert (duration(59), duration(3723)) == ("0:59", "1:02:03")
 

@@ -149,10 +149,62 @@ class Config:
     """Prompts generated together. Left out: all of them, at most eight."""
     save_file: str | None = None
     """Where predict writes. Left out: {output_dir}/text_generation_result.txt."""
+    profile: bool = False
+    """Record some steps with torch.profiler: on each rank a trace for Perfetto or chrome://tracing
+    and a table of the slowest operations. The other `profile_*` keys only act with it."""
+    profile_start_step: int = effective(1, minimum=1)
+    """First optimizer step that is recorded."""
+    profile_stop_step: int = effective(10, minimum=1)
+    """Last one, with its report, evaluation and save."""
+    init_start_profile: bool = False
+    """Record from the start of the job instead: data, model and loading too."""
+    profile_rank_ids: list[int] | None = effective(None)
+    """Ranks that record. Left out: all, or those of profile_pipeline."""
+    profile_pipeline: bool = False
+    """Record on one rank of each pipeline stage, beside those of profile_rank_ids."""
+    profile_communication: bool = False
+    """Write a table of the collectives too, with shapes and times."""
+    profile_memory: bool = True
+    """Record what operations allocate and free."""
+    profile_memory_snapshot: bool = False
+    """Write a snapshot of the allocations on CUDA too, for https://pytorch.org/memory_viz."""
+    profile_level: int | None = effective(None, choices=(0, 1, 2))
+    """0: operations. 1: also the shapes of their inputs. 2: also the FLOPs of products. Left out:
+    1. `profiler_level` is the same key."""
+    profile_output: str | None = None
+    """Folder of the traces. Left out: {output_dir}/profile."""
+    with_stack: bool = False
+    """profile: record the lines of Python that call an operation; slow."""
+    mstx: bool = False
+    """profile: mark the named ranges for Nsight Systems too (NVTX), on CUDA."""
     trackers: list[str] = effective([], choices=TRACKERS)
     """Trackers of accelerate that get the metrics."""
-    compile: bool | str = effective(False, choices=(True, False, "inductor", "aot_eager", "eager"))
-    """Compile every layer with torch.compile: True for its usual backend, or the name of one."""
+    device_peak_tflops: float | None = effective(None, above=0)
+    """Peak speed of one device in dense matrix products of the compute dtype, for `mfu` in the
+    metrics. Left out: that of the data sheet for GPUs that are known, else there is no `mfu`."""
+    compile: bool | str = effective(
+        "auto", choices=("auto", True, False, "inductor", "aot_eager", "eager")
+    )
+    """Compile every layer with torch.compile when training: True for its usual backend, or the name
+    of one. `auto`: inductor on CUDA where it works, nothing on the CPU; a layer that does not
+    compile then runs eagerly, with a line in the log."""
+    deterministic: bool | str = effective(
+        "auto", choices=("auto", True, False),
+        words={"on": "True", "strict": "True", "off": "False", "warn": "auto", "exact": "auto"},
+    )  # fmt: skip
+    """Whether two runs give the same bits on GPUs. True: only deterministic kernels, and an error
+    at an operation that has none. False: the fastest kernels. auto: as True for the decoders of
+    Slipway; for models of transformers a warning in place of the error."""
+    expandable_segments: bool = True
+    """Let the CUDA allocator grow its blocks, which fragments less memory. PYTORCH_ALLOC_CONF in
+    the environment wins."""
+    gc_freq: int = effective(50, minimum=0)
+    """Steps between two passes of Python's garbage collector, on all ranks at the same step.
+    0: whenever Python decides."""
+    loss_chunk_tokens: int | None = effective(None, minimum=0)
+    """Apply the head and the loss to this many tokens at a time, so that the logits of a whole
+    micro-batch never exist; 0: to all at once. Left out: in chunks where that saves memory, which
+    depends on tokens and vocabulary."""
     micro_batch_interleave_num: int = effective(1, minimum=1)
     """Multiplies the samples of a micro step, which is computed in this many parts. Also accepted
     under parallel_config."""

@@ -29,10 +29,17 @@ CHECKPOINT_KEYS: tuple[str, ...] = (
     *("save_trainable_only", "base_load_path"),
     *(name for group in _WITHOUT_EFFECT.values() for name in group),
 )
-PROFILER_KEYS = (
-    *("enable_profiling", "start_step", "end_step", "output_path", "profiler_rank"),
-    *("profiler_level", "mstx", "profile_memory", "profile_cpu", "with_stack"),
-)
+_PROFILER = {
+    "start_step": "profile_start_step",
+    "end_step": "profile_stop_step",
+    "output_path": "profile_output",
+    "profiler_rank": "profile_rank_ids",
+    "profiler_level": "profile_level",
+    "profile_memory": "profile_memory",
+    "with_stack": "with_stack",
+    "mstx": "mstx",
+}
+PROFILER_KEYS = ("enable_profiling", "profile_cpu", *_PROFILER)
 _HEALTH = "monitor.health_checkpoint"
 
 
@@ -43,10 +50,24 @@ def translate(draft: Draft) -> None:
     for why, group in _WITHOUT_EFFECT.items():
         draft.drop_all([f"{_ROOT}.{name}" for name in group], why)
     _monitor(draft)
+    _profiler(draft)
+
+
+def _profiler(draft: Draft) -> None:
+    """The keys of `profiler` are those of the top level that begin with `profile`."""
     if not is_on(draft, "profiler.enable_profiling"):
         draft.drop("profiler", "it is off")
-    else:
-        off_or_refused(draft, "profiler", "a profiler")
+        return
+    draft.rename("profiler.enable_profiling", "profile")
+    ranks = written(draft, "profiler.profiler_rank")
+    if isinstance(ranks, int) and not isinstance(ranks, bool):
+        draft.replace("profiler.profiler_rank", {"profile_rank_ids": [ranks]})
+    draft.drop("profiler.profile_cpu", "operations of the CPU are always recorded")
+    for name, new in _PROFILER.items():
+        if written(draft, f"profiler.{name}", "") == "":
+            draft.drop(f"profiler.{name}", "the default is used")
+        draft.rename(f"profiler.{name}", new)
+    prune(draft, "profiler")
 
 
 def _loading(draft: Draft) -> None:

@@ -77,6 +77,25 @@ TABLE = (
         ),
     ),
     Row(
+        name="a profile that ends before it begins, on ranks that are not there",
+        add=(
+            "profile: True\nprofile_start_step: 9\nprofile_stop_step: 4\nprofile_rank_ids: [0, 2]\n"
+        ),
+        errors=(
+            Error("profile_stop_step = 4", at="profile_stop_step", near="9"),
+            Error("profile_rank_ids = [0, 2]", at="profile_rank_ids", near="[0]"),
+        ),
+    ),
+    Row(
+        name="words of others for the profiler and the peak of a device",
+        add="profile_step_start: 3\nsave_traces_folder: x\npeak_flops: 1.0\n",
+        errors=(
+            Error("profile_step_start", at="profile_step_start", near="profile_start_step"),
+            Error("save_traces_folder", at="save_traces_folder", near="profile_output"),
+            Error("peak_flops", at="peak_flops", near="device_peak_tflops"),
+        ),
+    ),
+    Row(
         name="a sink of no size",
         replace={"sink_mode: False": "sink_size: 0"},
         errors=(Error("runner_config.sink_size = 0", at="sink_size", near="1"),),
@@ -225,14 +244,12 @@ TABLE = (
     Row(
         name="features not built yet",
         add=(
-            "profile: True\n"
             "layer_scale: True\n"
             "moe_config: {expert_num: 8}\n"
             "push_to_hub: True\n"
             "checkpoint: {save_path: x}\n"
         ),
         errors=(
-            Error("profile = True", at="profile"),
             Error("layer_scale = True", at="layer_scale"),
             Error("moe_config.expert_num = 8", at="expert_num"),
             Error("push_to_hub = True", at="push_to_hub"),
