@@ -129,10 +129,10 @@ def _error(error: Exception) -> Figures:
 
 
 def _free(bench: Bench) -> None:
-    """Give back the memory of a case: graphs of torch.compile hold on to it too."""
-    torch._dynamo.reset()
-    gc.collect()
+    """Give back the memory of a case on the device: graphs of torch.compile hold on to it too."""
     if bench.on_cuda:
+        torch._dynamo.reset()
+        gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(bench.device)
 

@@ -32,6 +32,8 @@ from launcher.train.run import TrainRun
 from launcher.train.step import micro_batch_of, train_step
 
 END_OF_DOCUMENT = 0
+ROWS = 64
+"""Of a file of tokens."""
 DOCUMENTS_PER_ROW = 8
 """About as many, of random lengths."""
 LEARNING_RATE = 1e-5
@@ -96,10 +98,10 @@ def training_run(
 
 
 def tokens_file(bench: Bench, size: Training, *, packed: bool) -> Path:
-    """A file of random tokens for a few steps of `size`, the same in each call."""
-    vocabulary, rows = size.model["vocab_size"], 4 * size.rows
+    """A file of random tokens for rows of the length of `size`, the same for any batch."""
+    vocabulary, rows = size.model["vocab_size"], ROWS
     kind = "packed" if packed else "rows"
-    path = bench.folder / f"{kind}_{vocabulary}_{size.length}_{rows}.npy"
+    path = bench.folder / f"{kind}_{vocabulary}_{size.length}.npy"
     if path.exists():
         return path
     generator = np.random.default_rng(0)

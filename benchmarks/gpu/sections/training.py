@@ -34,8 +34,8 @@ def train_1b(bench: Bench) -> Iterator[Case]:
     for name, packed, keys in (
         ("rows, eager", False, {"compile": False}),
         ("packed, eager", True, {"compile": False}),
-        ("rows, compiled", False, {"compile": True}),
-        ("packed, compiled", True, {"compile": True}),
+        ("rows, compiled", False, {"compile": bench.sizes.compiler}),
+        ("packed, compiled", True, {"compile": bench.sizes.compiler}),
         ("packed, default", True, {}),
     ):
         yield Case(name, _ours(bench, size, packed=packed, keys=BFLOAT16 | keys))
@@ -102,6 +102,7 @@ def _titan(bench: Bench, size: Training) -> Callable[[], Figures]:
 def _measured(bench: Bench, size: Training, step: peers.Step) -> Figures:
     meter = meter_of(bench, size)
     warmed = bench.now()
+    loss = torch.zeros(())
     for _ in range(bench.sizes.warm_up):
         step()
     started = bench.now()
