@@ -62,6 +62,9 @@ class Run:
     def optimizer_state(self) -> dict[str, Shard]:
         return {}
 
+    def state_itemsize(self, weight_itemsize: int) -> int:
+        return weight_itemsize
+
     def replica_ranks(self) -> dict[str, Any]:
         return {}
 
@@ -70,6 +73,9 @@ class Run:
 
     def state_record(self) -> dict[str, Any]:
         return {"global_step": self.global_step}
+
+    def add_pending_read(self, wait: Callable[[], None]) -> None:
+        pass  # nothing changes the state
 
     def write_model_files(self, directory: Path) -> None:
         pass

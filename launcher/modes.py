@@ -35,12 +35,12 @@ from launcher.builders.resume import find_resume, own_root, resumed_run
 from launcher.builders.roll_back import fit_with_roll_back
 from launcher.builders.run import fresh_run
 from launcher.builders.show_data import show_data
+from launcher.builders.start import chosen_kernels, join
 from launcher.checkpoint.files import json_bytes, write_json
 from launcher.checkpoint.in_use import in_use
 from launcher.checkpoint.monitor import CheckpointMonitor
 from launcher.config.provenance import Provenance
 from launcher.config.schema import Config
-from launcher.config.shared import shared_settings
 from launcher.data.strictness import Strictness
 from launcher.data.tally import Tally
 from launcher.environment import process_environment
@@ -75,19 +75,15 @@ def run(
         mode, world = "strategy", world_without_group()
     else:
         mode = config.run_mode or "train"
-        on_cpu = config.context.device_target == "CPU"
-        world = worlds.start(force_cpu=on_cpu, ends_with_peers=ends_with_peers)
-        check_same(
-            world, shared_settings(config), rule="all processes need the same configuration",
-            advice="Start every machine with the same YAML file and the same overrides",
-        )  # fmt: skip
+        world = join(config, ends_with_peers=ends_with_peers)
     open_output(config, world)
     job = Job(config, provenance, world, Console(enabled=world.is_main))
     finished = False
     try:
         with in_use(written_folders(job), world) if mode in TRAINING else nullcontext():
             write_resolved(job, resolved_name(mode), resolved)
-            code = MODES[mode](job)
+            with nullcontext() if mode == "strategy" else chosen_kernels(job):
+                code = MODES[mode](job)
         finished = True
     except Interrupted as interrupted:
         job.log(f"stopped by {interrupted}")

@@ -17,6 +17,7 @@ from typing import Any
 from launcher.builders.job import Job
 from launcher.builders.load_weights import find_weights, load_or_init
 from launcher.builders.model import build_predicting
+from launcher.builders.start import chosen_kernels, join
 from launcher.config import rules
 from launcher.config.command_line import parse
 from launcher.config.derived import world_size
@@ -51,10 +52,11 @@ def evaluate_tasks(options: argparse.Namespace, files: Sequence[Path], console: 
     Called by all ranks together. Raises `UserError`.
     """
     resolved = _resolved(options)
-    world = worlds.start(force_cpu=resolved.config.context.device_target == "CPU")
+    world = join(resolved.config)
     job = Job(resolved.config, resolved.provenance, world, Console(enabled=world.is_main))
     try:
-        results = _results(options, files, scorer_of(job, options.batch_size))
+        with chosen_kernels(job):
+            results = _results(options, files, scorer_of(job, options.batch_size))
         if world.is_main:
             console.log(_table(results))
             write_new(options.output_path, _text(results))

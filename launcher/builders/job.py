@@ -29,6 +29,7 @@ from launcher.data.chat_rendering import ChatSettings, chat_settings
 from launcher.data.named_tokenizer import build_named_tokenizer
 from launcher.errors import UserError
 from launcher.layout.mesh import Mesh
+from launcher.parallel.kernels import Kernels, choose_kernels
 from launcher.parallel.meshes import Meshes
 from launcher.parallel.world import World
 from launcher.report.console import Console
@@ -91,6 +92,15 @@ class Job:
     def split(self) -> StageSplit | None:
         """The layers of each pipeline stage; None without a pipeline."""
         return split_of(self.config, self.spec)
+
+    @cached_property
+    def kernels(self) -> Kernels:
+        """Which kernels the job may use on CUDA."""
+        return choose_kernels(
+            self.config.deterministic,
+            own_decoder=self.spec.decoder is not None,
+            trains=self.config.run_mode in (None, "train", "finetune"),
+        )
 
     @cached_property
     def tokenizer_dir(self) -> str:

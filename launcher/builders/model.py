@@ -6,7 +6,9 @@ from functools import lru_cache, partial
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
+from launcher.builders.compile_mode import compiler_of
 from launcher.builders.job import DTYPES, Job
 from launcher.builders.layer_memory import (
     check_layers,
@@ -15,6 +17,7 @@ from launcher.builders.layer_memory import (
     prepare_layers,
 )
 from launcher.builders.layout import model_layout, predict_split
+from launcher.builders.loss import loss_of
 from launcher.builders.preference import preference_loss, preference_task
 from launcher.config.derived import pipeline_schedule, predict_mesh_of
 from launcher.generation.distributed import DistributedForward
@@ -22,8 +25,8 @@ from launcher.generation.forward import Forward
 from launcher.generation.graphs import GraphedForward, can_be_recorded
 from launcher.layout.layout import Layout
 from launcher.layout.mesh import Mesh
-from launcher.parallel import vocabulary
 from launcher.parallel.apply import Precisions, parallelize, shard_model
+from launcher.parallel.compiling import Compiler
 from launcher.parallel.context import ContextParallel
 from launcher.parallel.grad_all_reduce import GradAllReduce, make_grad_all_reduce
 from launcher.parallel.meshes import Meshes
@@ -32,7 +35,6 @@ from launcher.parallel.pipeline import Pipeline
 from launcher.parallel.tensor import gather_logits
 from launcher.parallel.world import World
 from launcher.train.compute import BatchSharder, Compute, FullModel, PipelinedModel
-from launcher.train.loss import Loss, token_loss_sum
 from launcher.train.run import BuiltModel
 from models.build import blocks, build_model, mappings_of, materialize, parameter_count
 from models.decoder import Decoder
@@ -61,21 +63,24 @@ def build_parallel(job: Job, *, training: bool) -> BuiltModel:
     context = context_parallel(job)
     modules = _stages(job, full, dtype)
     offload = offload_policy(job) if training else None
+    compiler = None
     if training:
         check_layers(job, full)
+        compiler = compiler_of(job, is_decoder=isinstance(full, Decoder))
     sharded = job.mesh.dp_shard > 1 or job.compute_dtype != dtype or offload is not None
+    kept: list[FSDPModule] = []
     for module in modules.values():
         if isinstance(module, Decoder):
             sequence = job.config.parallel_config.use_seq_parallel and job.mesh.tp > 1
             parallelize(module, layout.specs, job.meshes, sequence=sequence, context=context)
         if training:
-            prepare_layers(job, module, full)
+            prepare_layers(job, module, full, compiler)
         if sharded:
-            shard_model(
+            kept += shard_model(
                 module, blocks(module), job.meshes,
                 precisions=Precisions(job.compute_dtype, dtype),
                 blocks_together=job.config.parallel_config.gradient_aggregation_group,
-                offload=offload,
+                offload=offload, reshard_after_forward=_resharding(job),
             )  # fmt: skip
         materialize_all(module, job.world.device, offload)
     trained = trained_parameters(full)
@@ -89,7 +94,9 @@ def build_parallel(job: Job, *, training: bool) -> BuiltModel:
     if job.mesh.world_size > 1:
         job.log(f"layout: {_layout_text(job)}")
     parts = ModelParts(
-        list(modules.values()), _grad_all_reduce(job, modules) if training and not sharded else None
+        list(modules.values()),
+        _grad_all_reduce(job, modules) if training and not sharded else None,
+        kept=kept,
     )
     at = job.mesh.coordinates(job.world.rank)
     batch_sharder = BatchSharder(
@@ -101,10 +108,16 @@ def build_parallel(job: Job, *, training: bool) -> BuiltModel:
     )
     return BuiltModel(
         parts=parts, layout=layout, trained=trained,
-        mappings_of=mappings_of(parts.modules[-1]), compute=_compute(job, parts, modules),
+        mappings_of=mappings_of(parts.modules[-1]), compute=_compute(job, parts, modules, compiler),
         batch_sharder=batch_sharder, flops=flops, preference=preference_task(job, parts.modules),
         saves=partial(is_saved, lora=job.spec.lora),
     )  # fmt: skip
+
+
+def _resharding(job: Job) -> bool | None:
+    """`reshard_after_forward` as `shard_model` takes it."""
+    written = job.config.parallel_config.reshard_after_forward
+    return None if isinstance(written, str) else written
 
 
 def _layout_text(job: Job) -> str:
@@ -146,15 +159,16 @@ def _stages(job: Job, full: nn.Module, dtype: torch.dtype) -> dict[int, nn.Modul
     }
 
 
-def _compute(job: Job, parts: ModelParts, modules: dict[int, nn.Module]) -> Compute:
-    loss = loss_of(job)
+def _compute(
+    job: Job, parts: ModelParts, modules: dict[int, nn.Module], compiler: Compiler | None
+) -> Compute:
+    loss = loss_of(job, parts.modules[-1], compiler)
     preference = preference_loss(job, loss)
     at = job.mesh.coordinates(job.world.rank)
     # Ranks with other tokens of the same sequences all have the loss of a sample.
     counts = at["tp"] == 0 and (preference is None or at["cp"] == 0)
     if job.split is None:
-        own = isinstance(parts.modules[0], Decoder)
-        return FullModel(parts, loss, counts, own, preference)
+        return FullModel(parts, loss, counts, preference)
     group = job.meshes.group("pp")
     assert group is not None
     pipeline = Pipeline(
@@ -167,14 +181,6 @@ def _compute(job: Job, parts: ModelParts, modules: dict[int, nn.Module]) -> Comp
         dtype=job.compute_dtype,
     )
     return PipelinedModel(pipeline, loss, counts, preference)
-
-
-def loss_of(job: Job) -> Loss:
-    """The loss of the logits that the head computes: all columns, or those of this rank."""
-    group = job.meshes.group("tp")
-    if group is None:
-        return token_loss_sum
-    return partial(vocabulary.token_loss_sum, group=group)
 
 
 def context_parallel(job: Job) -> ContextParallel | None:

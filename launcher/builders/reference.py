@@ -35,6 +35,7 @@ from launcher.data.loader import batches_of_rows
 from launcher.data.order import GlobalOrder
 from launcher.data.rows import Ints, RowDataset
 from launcher.errors import UserError
+from launcher.host_reads import host_read
 from launcher.parallel.all_ranks import on_all_ranks
 from launcher.parallel.apply import shards
 from launcher.train.evaluate import EvaluationSet
@@ -240,7 +241,8 @@ def _compute(
         scores = torch.zeros(stride, 2, device=world.device)
         scores[rank * size : (rank + 1) * size] = task.score(model, batch)
         now = rows[first : first + stride]
-        values[now] = world.sum(scores)[: len(now)].cpu().numpy()
+        with host_read("reference"):
+            values[now] = world.sum(scores)[: len(now)].cpu().numpy()
         job.console.progress(f"reference: {first + len(now):,} of {len(rows):,} samples")
         if time.monotonic() - flushed >= FLUSH_SECONDS:
             file.write(values)

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from launcher.generation.forward import Forward
+from launcher.host_reads import host_read
 from launcher.parallel.meshes import Meshes
 from models.cache import KVCache
 from models.decoder import Decoder
@@ -42,8 +43,6 @@ class DistributedForward(Forward):
         self.chooses = model.ends and (self.tensor is None or dist.get_rank(self.tensor) == 0)
         if self.pipeline is not None:
             self.stage = dist.get_rank(self.pipeline)
-            # NCCL needs all ranks of a group in its first call, and a send involves only two.
-            dist.all_reduce(torch.zeros(1, device=device), group=self.pipeline)
 
     def __call__(self, ids: Tensor, cache: KVCache) -> Tensor | None:
         self._steps(True)
@@ -90,11 +89,12 @@ class DistributedForward(Forward):
         for module in self.decoder.modules():
             if isinstance(module, MoE):
                 counts = torch.zeros(module.count, dtype=torch.int64, device=self.device)
-                module.experts(nothing, counts)
+                module.exchanged(nothing, counts)
 
 
 def _any(flag: bool, group: dist.ProcessGroup, device: torch.device) -> bool:
     """Whether `flag` is True on any rank of `group`."""
     found = torch.tensor(int(flag), device=device)
     dist.all_reduce(found, dist.ReduceOp.MAX, group=group)
-    return bool(found.item())
+    with host_read("stop of one rank"):
+        return bool(found.item())

@@ -20,6 +20,7 @@ from launcher.generation.prefix import PrefixCache
 from launcher.generation.sampling import Chooser
 from launcher.generation.settings import GenerationSettings
 from launcher.generation.stopping import Stopping
+from launcher.host_reads import host_read
 from models.cache import BLOCK, KVCache
 from models.transformers_model import TransformersModel
 
@@ -117,7 +118,8 @@ def _continue_batch(
         if scores is not None:
             next_ids = chooser.choose(scores, rows)
         next_ids = forward.share(next_ids)
-        tokens = dict(zip(rows, next_ids.tolist(), strict=True))
+        with host_read("tokens"):
+            tokens = dict(zip(rows, next_ids.tolist(), strict=True))
         for row in running:
             chooser.append(row, tokens[row])
         stepped = [tokens[row] if row in running else None for row in range(len(prompts))]
@@ -151,4 +153,5 @@ def _padded(
     padding = torch.tensor(short, device=device) if any(short) else None
     room = max(limit - len(prompt) for prompt, limit in zip(prompts, limits, strict=True))
     limit = longest + room
-    return ids, KVCache(min(limit, longest + BLOCK), limit=limit, padding=padding)
+    capacity = min(limit, longest + BLOCK)
+    return ids, KVCache(capacity, limit=limit, padding=padding, padding_counts=short)

@@ -94,31 +94,50 @@ def shard_model(
     precisions: Precisions,
     blocks_together: int = 1,
     offload: OffloadPolicy | None = None,
-) -> None:
+    reshard_after_forward: bool | None = None,
+) -> list[FSDPModule]:
     """Apply FSDP2 to the experts, to `blocks` and then to `model`, in place.
 
     With a `dp_shard` axis of 1 each rank keeps a full replica, and gradients are all-reduced,
     `blocks_together` blocks at a time. Gradients are summed, not averaged: the loss is already
     divided by the tokens of the global batch.
+
+    With `reshard_after_forward` the gathered weights of a block are freed after its forward pass
+    and gathered again for its backward pass; without, they are kept until the last backward pass of
+    a step. None: freed where the axis of the shards has several ranks; on one, "gathering" is a
+    cast and costs no communication. Returns the modules whose weights are kept.
     """
-    dense: dict[str, Any] = {"mesh": _data_mesh(meshes.dense),
-                             "offload_policy": offload or OffloadPolicy()}  # fmt: skip
+    shared: dict[str, Any] = {"offload_policy": offload or OffloadPolicy()}
+    kept: list[FSDPModule] = []
+
+    def apply(unit: Any, mesh: DeviceMesh, policy: MixedPrecisionPolicy) -> None:
+        reshards = reshard_after_forward
+        if reshards is None:
+            reshards = mesh["dp_shard"].size() > 1
+        modules = unit if isinstance(unit, list) else [unit]
+        # The root has the embedding and the head, used at both ends of a forward pass and after it.
+        fully_shard(
+            unit, mesh=_data_mesh(mesh), mp_policy=policy,
+            reshard_after_forward=reshards and unit is not model, **shared,
+        )  # fmt: skip
+        kept.extend(module for module in modules if not reshards)
+
     for module in model.modules():
         if isinstance(module, Router) and precisions.compute != precisions.parameters:
-            fully_shard(module, mp_policy=precisions.policy_of_routers, **dense)
+            apply(module, meshes.dense, precisions.policy_of_routers)
         elif isinstance(module, Experts):
-            experts: dict[str, Any] = {**dense, "mesh": _data_mesh(meshes.experts)}
-            fully_shard(module, mp_policy=precisions.policy, **experts)
+            apply(module, meshes.experts, precisions.policy)
     together = blocks_together if meshes.layout.dp_shard == 1 else 1
     for unit in _units(list(blocks), together):
-        fully_shard(unit, mp_policy=precisions.policy, reshard_after_forward=True, **dense)
-    fully_shard(model, mp_policy=precisions.policy, reshard_after_forward=False, **dense)
+        apply(unit, meshes.dense, precisions.policy)
+    apply(model, meshes.dense, precisions.policy)
     if meshes.layout.data_parallel * meshes.layout.cp == 1:
-        return  # on one rank, torch would copy the gradients to divide them by 1
+        return kept  # on one rank, torch would copy the gradients to divide them by 1
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+    return kept
 
 
 def _data_mesh(mesh: DeviceMesh) -> DeviceMesh:
@@ -151,3 +170,11 @@ def sync_gradients(model: nn.Module, enabled: bool) -> None:
     """Set whether the next backward pass reduces gradients over the ranks or only accumulates."""
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(enabled)
+
+
+def free_gathered(model: nn.Module) -> None:
+    """Free weights that a forward pass without a backward pass has left gathered: they would be
+    stale after the next update."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()

@@ -6,9 +6,16 @@ split into chunks of equal size; each layer is called once, with all chunks, and
     chunk 0   attention | all-reduce | MLP        | all-reduce |
     chunk 1             | attention  | all-reduce | MLP        | all-reduce |
 
-On CUDA each chunk has its own stream, in the backward pass too. The streams are synchronized at the
-ends of each layer, because FSDP frees the weights there: the communication of the last chunk at the
-end of a layer is not hidden. On a CPU the chunks run one after the other, with the same results.
+On CUDA each chunk has its own stream, in the backward pass too: autograd runs the backward of an
+operation on the stream of its forward. Both ends of a layer are on the main stream, where FSDP's
+hooks run, and where the streams of the chunks are synchronized:
+
+    forward    pre-forward hook: weights      | chunks | post-forward hook: weights are freed
+    backward   post-backward hook: gradients  | chunks | pre-backward hook: weights
+               `_SyncBackward`                           `_StartBackward`
+
+The communication of the last chunk at the end of a layer is not hidden. On a CPU the chunks run one
+after the other, with the same results.
 """
 
 from __future__ import annotations
@@ -53,10 +60,10 @@ def split_context(context: StepContext, rows: int, count: int) -> list[StepConte
     if count == 1:
         return [context]
     mask, size = context.mask, rows // count
-    cos, sin, seeds, documents, key_masks = (
+    cos, sin, seeds, documents, lengths, key_masks = (
         _by_row(tensor, size, count)
         for tensor in (context.cos, context.sin, context.dropout_seeds, mask.document_ids,
-                       mask.key_mask)
+                       mask.lengths, mask.key_mask)
     )  # fmt: skip
     # A mask object for each chunk, though they may be equal: each builds its masks on its stream.
     masks = [
@@ -66,6 +73,7 @@ def split_context(context: StepContext, rows: int, count: int) -> list[StepConte
             device=mask.token_indices.device,
             token_indices=None if mask.in_order else mask.token_indices,
             document_ids=documents[i],
+            document_lengths=lengths[i],
             key_mask=key_masks[i],
         )
         for i in range(count)
@@ -119,7 +127,7 @@ def _interleaved(
     for stream, output in zip(side, outputs, strict=True):
         main.wait_stream(stream)
         output.record_stream(main)
-    return tuple(outputs)
+    return _StartBackward.apply(*outputs)
 
 
 def _tensors(context: StepContext) -> list[Tensor]:
@@ -141,3 +149,22 @@ class _SyncBackward(torch.autograd.Function):
         for stream in ctx.streams:
             ctx.main.wait_stream(stream)
         return None, None, *gradients
+
+
+class _StartBackward(torch.autograd.Function):
+    """The outputs of all chunks, unchanged, called on the main stream.
+
+    The hook by which FSDP gathers the weights for the backward pass runs on the stream of the
+    operation that made the output, once, for the first of the outputs. On the stream of a chunk the
+    others would not wait for the weights. Here it runs on the main stream, before the gradients of
+    any chunk go on, and the streams of all chunks wait for that.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *outputs: Tensor) -> tuple[Tensor, ...]:
+        # Not views, of which FSDP warns: an operation in place on one would lose its hook.
+        return tuple(output.detach() for output in outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
+        return gradients

@@ -16,8 +16,11 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from launcher.layout.mesh import Mesh
+from launcher.parallel.world import first_collective
 
 DATA_AXES = ("dp_replicate", "dp_shard")
+POINT_TO_POINT_AXES = ("pp", "ring")
+"""Axes whose first communication would be a send."""
 
 
 @dataclass(frozen=True)
@@ -81,8 +84,12 @@ class Meshes:
 
     def _mesh(self, ranks: torch.Tensor, sizes: dict[str, int]) -> DeviceMesh:
         kept = {name: n for name, n in sizes.items() if n > 1 or name in DATA_AXES}
-        return DeviceMesh(self.device_type, ranks.reshape(tuple(kept.values())),
+        mesh = DeviceMesh(self.device_type, ranks.reshape(tuple(kept.values())),
                           mesh_dim_names=tuple(kept))  # fmt: skip
+        for axis in POINT_TO_POINT_AXES:
+            if axis in kept:
+                first_collective(torch.device(self.device_type), mesh.get_group(axis))
+        return mesh
 
 
 def _ranks(*sizes: int) -> torch.Tensor:

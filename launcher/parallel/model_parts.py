@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
-from launcher.parallel.apply import sync_gradients
+from launcher.parallel.apply import free_gathered, sync_gradients
 from launcher.parallel.grad_all_reduce import GradAllReduce
 
 
@@ -23,6 +24,9 @@ class ModelParts:
     modules: Sequence[nn.Module]
     grad_all_reduce: GradAllReduce | None = None
     """All-reduces gradients over the ranks where FSDP does not."""
+    kept: Sequence[FSDPModule] = ()
+    """The modules whose gathered weights are kept from the first forward pass of a step to its last
+    backward pass."""
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """Parameters by name."""
@@ -68,8 +72,16 @@ class ModelParts:
         return self.modules[0].training
 
     def sync_gradients(self, enabled: bool) -> None:
-        """Set whether the next backward pass reduces gradients over the ranks."""
+        """Set whether the next backward pass, the last one of a step, reduces gradients over the
+        ranks and frees gathered weights."""
         for module in self.modules:
             sync_gradients(module, enabled)
+        for module in self.kept:
+            module.set_reshard_after_backward(enabled, recurse=False)
         if self.grad_all_reduce is not None:
             self.grad_all_reduce.sync = enabled
+
+    def free_gathered(self) -> None:
+        """Free the weights that forward passes without a backward pass have left gathered."""
+        for module in self.modules:
+            free_gathered(module)

@@ -1,14 +1,12 @@
 """The world: rank, size and device of this process, and its host-side collectives.
 
 Owns the process groups of `torch.distributed`: one for the run, with a store prefix for each
-restart attempt, destroyed at the end. Collectives need no group when there is one process.
+restart attempt, destroyed at the end. Collectives need no group when there is one process. The
+first communication of a group is a collective of all its ranks (`first_collective`).
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
@@ -107,29 +105,27 @@ def start(*, force_cpu: bool = False, ends_with_peers: bool = False) -> World:
         dist.init_process_group(
             backend, store=store, rank=rank, world_size=size, timeout=GROUP_TIMEOUT
         )
-    group: Any = dist.new_group(backend="gloo", timeout=LONG_TIMEOUT) if size > 1 else None
+    group: Any = None
+    if size > 1:
+        group = dist.new_group(backend="gloo", timeout=LONG_TIMEOUT)
+        first_collective(device)
     return World(rank, size, device, long_timeout_group=group, store=store if size > 1 else None)
 
 
-@contextmanager
-def repeatable_backward(device: torch.device, *, strict: bool) -> Iterator[None]:
-    """With `strict`, a backward pass on CUDA that is deterministic.
+def first_collective(device: torch.device, group: dist.ProcessGroup | None = None) -> None:
+    """Connect `group` (None: the default one) by a collective of all its ranks, who call this
+    together. Does not wait on CUDA.
 
-    Only the strict setting makes the attention kernels choose their deterministic backward; it
-    raises for operations that have none, so it is not set elsewhere.
+    For groups whose first communication would be point-to-point: `batch_isend_irecv` of some of the
+    ranks is not allowed as the first call of a NCCL group, and hangs. Not `device_id` of
+    `init_process_group`, by which groups of a part of the ranks become splits of one communicator:
+    even creating a group of gloo in a thread beside training is then a call to NCCL.
     """
-    if device.type != "cuda" or not strict:
-        yield
-        return
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(True, warn_only=True)
+    dist.all_reduce(torch.zeros(1, device=device), group=group)
 
 
 def _cuda_device(local_rank: int) -> torch.device:
-    """The GPU of this rank, with deterministic kernels. Raises `UserError`."""
+    """The GPU of this rank. Raises `UserError`."""
     count = torch.cuda.device_count()
     if local_rank >= count:
         raise UserError(
@@ -140,16 +136,7 @@ def _cuda_device(local_rank: int) -> torch.device:
         )
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
-    _repeatable_on_cuda()
     return device
-
-
-def _repeatable_on_cuda() -> None:
-    """Use deterministic kernels where they exist; torch warns where they do not."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    # Filling costs a pass over memory that is written anyway.
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def _store(environment: ProcessEnvironment) -> dist.Store:

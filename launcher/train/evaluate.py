@@ -14,6 +14,7 @@ import torch
 
 from launcher.data.loader import Batch
 from launcher.data.rows import RowDataset
+from launcher.host_reads import host_read
 from launcher.parallel.world import World
 from launcher.train.compute import MicroBatch, by_source
 from launcher.train.loss import IGNORED_LABEL
@@ -126,7 +127,9 @@ def _evaluate_preferences(
         rows = replace(model.batch_sharder(part.batch), given=part.given(divergence))
         total += model.compute.evaluate(rows)
     model.parts.train(was_training)
-    table = world.sum(total).cpu()
+    model.parts.free_gathered()
+    with host_read("evaluation"):
+        table = world.sum(total).cpu()
     loss, samples, *measures = table.sum(0).tolist()
     each = zip(data.sources, table[:, :2].tolist(), strict=False)
     return EvaluationResult(
@@ -150,7 +153,9 @@ def evaluate(
         total[0] += model.compute.evaluate(rows)
         total[1] += _targets(rows) * int(model.batch_sharder.counts)
     model.parts.train(was_training)
-    loss_sums, tokens = world.sum(total).tolist()
+    model.parts.free_gathered()
+    with host_read("evaluation"):
+        loss_sums, tokens = world.sum(total).tolist()
     found = zip(sources, loss_sums, tokens, strict=False)
     return EvaluationResult(
         sum(loss_sums) / max(sum(tokens), 1), int(sum(tokens)),

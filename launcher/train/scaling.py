@@ -38,9 +38,9 @@ class LossScaling:
         """`dynamic` or `fixed`, for state files."""
         return "fixed" if self.factor is None else "dynamic"
 
-    def overflowed(self, norm: torch.Tensor) -> bool:
-        """Whether a step with this gradient norm is skipped. The host waits for `norm`."""
-        return not math.isfinite(norm.item())
+    def overflowed(self, norm: float) -> bool:
+        """Whether a step with this gradient norm is skipped."""
+        return not math.isfinite(norm)
 
     def move(self, state: TrainState, overflow: bool) -> None:
         """Set the scale of the next step."""

@@ -137,7 +137,7 @@ class Case:
     def alone(self) -> Case:
         """The same run in one process."""
         keep = {k: v for k, v in self.more.items() if k not in ("compile", "recompute_config",
-                "swap_config", "micro_batch_interleave_num")}  # fmt: skip
+                "swap_config", "micro_batch_interleave_num", "loss_chunk_tokens")}  # fmt: skip
         return Case(family=self.family, batch=8, model=self.model, more=keep)
 
     def __str__(self) -> str:
@@ -195,7 +195,7 @@ def run_on_rank(folder: str, cases: Sequence[Case]) -> list[Outcome]:
     for number, case in enumerate(cases):
         outcome = None
         try:
-            outcome = _run(case, world, f"{len(cases)}_{world.size}_{number}")
+            outcome = run_case(case, world, f"{len(cases)}_{world.size}_{number}")
         except Exception:
             if world.size == 1 or number == 0:
                 raise
@@ -210,7 +210,9 @@ def run_on_rank(folder: str, cases: Sequence[Case]) -> list[Outcome]:
     return outcomes
 
 
-def _run(case: Case, world: Any, tag: str) -> Outcome:
+def run_case(case: Case, world: Any, tag: str, step: Any = None) -> Outcome:
+    """Train and evaluate; `tag` is part of the names of files. `step`: in place of `train_step`;
+    gradients are then not kept."""
     import yaml
 
     from launcher.builders.job import Job
@@ -228,17 +230,19 @@ def _run(case: Case, world: Any, tag: str) -> Outcome:
     job = Job(resolved.config, resolved.provenance, world, Console(enabled=False))
     run = fresh_run(job, None)
     gradients: list[Pieces] = []
-    step = run.optimizer.step
+    update = run.optimizer.step
 
     def captured(*arguments: Any) -> Any:
         gradients.append(_gradients(run))
-        return step(*arguments)
+        return update(*arguments)
 
-    run.optimizer.step = captured  # type: ignore[method-assign]
+    if step is None:
+        run.optimizer.step = captured  # type: ignore[method-assign]
     outcome = Outcome([], [], math.nan, gradients, {})
     for _ in range(STEPS):
         data = run.loader.step(run.state.data_position)
-        measured = train_step(run, data, run.schedule(run.state.global_step)).tolist()
+        rate = run.schedule(run.state.global_step)
+        measured = (step or train_step)(run, data, rate).read("step values")
         run.state.advance(data.samples, data.input_tokens)
         outcome.losses.append(measured[LOSS])
         outcome.norms.append(measured[GRADIENT_NORM])
@@ -268,7 +272,7 @@ def _gradients(run: Any) -> Pieces:
 
 def _pieces(held: Mapping[str, Any]) -> Pieces:
     return {
-        name: (shard.shape, shard.box.offset, shard.tensor.float().numpy().copy())
+        name: (shard.shape, shard.box.offset, shard.tensor.float().cpu().numpy().copy())
         for name, shard in held.items()
     }
 

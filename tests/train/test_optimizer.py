@@ -12,8 +12,16 @@ from torch import Tensor, nn
 from launcher.config.schema import OPTIMIZER_ARGUMENTS, OptimizerSection
 from launcher.layout.layout import Layout
 from launcher.layout.mesh import Mesh
+from launcher.parallel.gradients import squared_norm
 from launcher.parallel.matrices import MatrixExchange, matrix_exchange
-from launcher.train.optimizer import OPTIMIZERS, STATE_KEYS, Optimizer, build_optimizer, state_names
+from launcher.train.optimizer import (
+    OPTIMIZERS,
+    STATE_KEYS,
+    Optimizer,
+    build_optimizer,
+    clip_gradients,
+    state_names,
+)
 from launcher.weights.optimizer_state import STATE_PREFIXES
 from launcher.weights.tensor_mapping import no_mapping
 from models.trained import TrainedParameter
@@ -178,3 +186,44 @@ def test_what_is_not_trained_stays_as_it_is() -> None:
     train(module, optimizer, range(2))
     assert torch.equal(module.get_parameter("0.weight"), before)
     assert "adam_m.0.weight" not in state(module, optimizer)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("max_norm", [0.25, 1e6])
+def test_clipping_in_the_update_is_clipping_before_it(
+    setting: str, dtype: torch.dtype, max_norm: float
+) -> None:
+    config, mine, theirs = section(setting), model(dtype), model(dtype)
+    one, two = built(mine, config), built(theirs, config)
+    for step in range(STEPS):
+        take_gradients(mine, step)
+        take_gradients(theirs, step)
+        norm = squared_norm(mine.parameters(), torch.device("cpu")).sqrt()
+        one.clip(norm, max_norm)
+        clip_gradients(theirs.parameters(), norm, max_norm)
+        one.step(RATE)
+        two.step(RATE)
+    for a, b in zip(mine.parameters(), theirs.parameters(), strict=True):
+        if max_norm > 1:
+            assert torch.equal(a, b)
+        assert torch.allclose(a, b, atol=1e-6 if dtype == torch.float32 else 2e-2)
+
+
+@pytest.mark.parametrize(
+    ("setting", "passes"), [("AdamW", 0), ("Adam", 0), ("SGD momentum", 1), ("Muon", 1)]
+)
+def test_a_fused_update_spares_the_pass_over_the_gradients(
+    setting: str, passes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = model()
+    optimizer, seen = built(module, section(setting)), []
+    monkeypatch.setattr(
+        "launcher.train.optimizer.clip_gradients",
+        lambda parameters, *numbers: seen.append(len(list(parameters))),
+    )
+    take_gradients(module, 0)
+    optimizer.clip(torch.tensor(10.0), 1.0)
+    assert len(seen) == passes
+    optimizer.step(RATE)
+    assert all(getattr(part, "grad_scale", None) is None for part in optimizer.parts), "held once"

@@ -182,8 +182,29 @@ class Config:
     device_peak_tflops: float | None = effective(None, above=0)
     """Peak speed of one device in dense matrix products of the compute dtype, for `mfu` in the
     metrics. Left out: that of the data sheet for GPUs that are known, else there is no `mfu`."""
-    compile: bool | str = effective(False, choices=(True, False, "inductor", "aot_eager", "eager"))
-    """Compile every layer with torch.compile: True for its usual backend, or the name of one."""
+    compile: bool | str = effective(
+        "auto", choices=("auto", True, False, "inductor", "aot_eager", "eager")
+    )
+    """Compile every layer with torch.compile when training: True for its usual backend, or the name
+    of one. `auto`: inductor on CUDA where it works, nothing on the CPU; a layer that does not
+    compile then runs eagerly, with a line in the log."""
+    deterministic: bool | str = effective(
+        "auto", choices=("auto", True, False),
+        words={"on": "True", "strict": "True", "off": "False", "warn": "auto", "exact": "auto"},
+    )  # fmt: skip
+    """Whether two runs give the same bits on GPUs. True: only deterministic kernels, and an error
+    at an operation that has none. False: the fastest kernels. auto: as True for the decoders of
+    Slipway; for models of transformers a warning in place of the error."""
+    expandable_segments: bool = True
+    """Let the CUDA allocator grow its blocks, which fragments less memory. PYTORCH_ALLOC_CONF in
+    the environment wins."""
+    gc_freq: int = effective(50, minimum=0)
+    """Steps between two passes of Python's garbage collector, on all ranks at the same step.
+    0: whenever Python decides."""
+    loss_chunk_tokens: int | None = effective(None, minimum=0)
+    """Apply the head and the loss to this many tokens at a time, so that the logits of a whole
+    micro-batch never exist; 0: to all at once. Left out: in chunks where that saves memory, which
+    depends on tokens and vocabulary."""
     micro_batch_interleave_num: int = effective(1, minimum=1)
     """Multiplies the samples of a micro step, which is computed in this many parts. Also accepted
     under parallel_config."""
