@@ -44,7 +44,7 @@ def test_every_section_runs_in_small(tmp_path: Path) -> None:
     assert by_case["memory_keys", "interleave"]["steps_equal_to_the_first"] == TINY.repeats
     speeds = [line["tokens_per_second"] for line in lines if line["section"] == "train_1b"
               and "skipped" not in line]  # fmt: skip
-    assert len(speeds) == 6
+    assert len(speeds) == 7
     assert len(by_case["save", "async_save"]["stall_seconds"]) == 2
     tokens = [by_case["decode", f"{who}, 1"]["tokens"] for who in ("Slipway", "generate")]
     assert tokens[0] == tokens[1]

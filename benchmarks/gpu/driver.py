@@ -110,6 +110,7 @@ def run_sections(
 
 
 def _outcome(case: Case, bench: Bench) -> Figures:
+    default_kernels()
     started = time.perf_counter()
     try:
         found: Figures = case.run()
@@ -118,6 +119,17 @@ def _outcome(case: Case, bench: Bench) -> Figures:
     seconds = time.perf_counter() - started
     _free(bench)
     return {"seconds": round(seconds, 2), **found}
+
+
+def default_kernels() -> None:
+    """Kernels as PyTorch chooses them by itself, for peers: a run chooses its own."""
+    torch.use_deterministic_algorithms(False)
+    torch.set_float32_matmul_precision("highest")
+    for enable in (
+        torch.backends.cuda.enable_flash_sdp, torch.backends.cuda.enable_mem_efficient_sdp,
+        torch.backends.cuda.enable_math_sdp, torch.backends.cuda.enable_cudnn_sdp,
+    ):  # fmt: skip
+        enable(True)
 
 
 def _error(error: Exception) -> Figures:

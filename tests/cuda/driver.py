@@ -123,10 +123,12 @@ def _clean_up() -> None:
     """A case leaves no process group, compiled graphs or memory to the next one."""
     import torch
 
+    from benchmarks.gpu.driver import default_kernels
+
+    default_kernels()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     torch._dynamo.reset()
-    torch.use_deterministic_algorithms(False)
     gc.collect()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
