@@ -26,7 +26,7 @@ from benchmarks.gpu.driver import Bench, Report, run_sections
 from benchmarks.gpu.sections import SECTIONS
 from benchmarks.gpu.sizes import FULL, TINY
 from launcher.parallel import world as worlds
-from launcher.parallel.kernels import set_variables
+from launcher.parallel.kernels import choose_kernels, set_variables
 
 DEFAULT_OUTPUT = "gpu.jsonl"
 
@@ -43,6 +43,8 @@ def main(words: list[str] | None = None) -> int:
     if on_cuda:
         set_variables(os.environ, deterministic="auto", expandable_segments=True)
     world = worlds.start(force_cpu=not on_cuda)
+    if on_cuda:  # the rule of a job by default
+        choose_kernels("auto", own_decoder=True, trains=True).apply()
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(dir=options.scratch))
         file = stack.enter_context(Path(options.output).open("w", encoding="utf-8"))

@@ -14,6 +14,7 @@ from torch.cuda import nccl
 from torch.nn.attention import SDPBackend
 
 from benchmarks.gpu.driver import Bench, Case, Figures
+from launcher.parallel.kernels import choose_kernels, current_kernels
 
 PACKAGES = ("torch", "transformers", "triton", "torchao", "torchtitan", "slipway")
 
@@ -64,14 +65,12 @@ def kernels(bench: Bench) -> Figures:
     a full row and for one query."""
     length = bench.sizes.attention_length
     heads, kv_heads, size = bench.sizes.heads
-    was, warns = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_deterministic_algorithms_warn_only_enabled(),
-    )
+    before = current_kernels()
     found = {}
     try:
         for masked, strict, queries in product((False, True), (False, True), (length, 1)):
-            torch.use_deterministic_algorithms(strict)
+            rule = "auto" if strict else False
+            choose_kernels(rule, own_decoder=True, trains=True).apply()
             query, key = (
                 torch.empty(1, count, tokens, size, device=bench.device, dtype=torch.bfloat16)
                 for count, tokens in ((heads, queries), (kv_heads, length))
@@ -85,7 +84,7 @@ def kernels(bench: Bench) -> Figures:
                     f"{queries} queries")  # fmt: skip
             found[name] = backend(query, key, mask)
     finally:
-        torch.use_deterministic_algorithms(was, warn_only=warns)
+        before.apply()
     return found
 
 
