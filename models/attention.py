@@ -154,6 +154,8 @@ class BaseAttention(Leaf):
         """`scale` multiplies the scores; None is 1 / sqrt(query size)."""
         super().__init__()
         self.layer, self.window = layer, config.sliding_window[layer]
+        self.seed_layer: int | Tensor = layer
+        """As in `DecoderLayer`."""
         self.dropout, self.scale = config.attention_dropout, scale
         self.softmax_dtype = dtype_of(precision.softmax_compute_dtype or "float32")
         self.first_head = 0
@@ -161,6 +163,14 @@ class BaseAttention(Leaf):
         heads = config.num_attention_heads
         sinks = nn.Parameter(torch.empty(heads)) if config.attention_sinks else None
         self.register_parameter("sinks", sinks)
+
+    def prepare(self, context: StepContext) -> None:
+        """Build what `attend` caches in `context` for all layers of a forward, if this one is the
+        first: a compiled layer then is the same graph, first or not. Replaced together with
+        `attend`."""
+        if context.cache is None:
+            drops = context.dropout_seeds is not None and bool(self.dropout)
+            context.mask.mask(self.window, always=drops)
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, context: StepContext, window: int | None,
@@ -190,7 +200,7 @@ class BaseAttention(Leaf):
             scale=self.scale,
             dtype=self.softmax_dtype,
             probability=self.dropout,
-            seeds=dropout_seeds(context.dropout_seeds, self.layer, ATTENTION_PROBABILITIES),
+            seeds=dropout_seeds(context.dropout_seeds, self.seed_layer, ATTENTION_PROBABILITIES),
             lines=heads[:, None] * mask.total + mask.token_indices,
             sinks=sinks,
         )

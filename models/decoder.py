@@ -87,7 +87,10 @@ class DecoderLayer(Module):
 
     def __init__(self, config: DecoderConfig, precision: Precision, layer: int) -> None:
         super().__init__()
-        self.layer, self.dropout = layer, config.hidden_dropout
+        self.dropout = config.hidden_dropout
+        self.seed_layer: int | Tensor = layer
+        """Number of the layer, for the seeds of dropout: a tensor where compiled layers share a
+        graph."""
         attention = Attention if config.latent is None else LatentAttention
         self.self_attn = attention(config, precision, layer)
         self.block_name = "mlp"
@@ -123,7 +126,7 @@ class DecoderLayer(Module):
     def _dropped(self, states: Tensor, context: StepContext, site: int) -> Tensor:
         if context.dropout_seeds is None or not self.dropout:
             return states
-        seeds = dropout_seeds(context.dropout_seeds, self.layer, site)
+        seeds = dropout_seeds(context.dropout_seeds, self.seed_layer, site)
         return dropout(states, self.dropout, seeds, lines=context.stream_indices)
 
 

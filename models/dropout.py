@@ -40,8 +40,10 @@ def dropout(
     return states * kept * (1.0 / (1.0 - probability))
 
 
-def dropout_seeds(sample_seeds: Tensor, layer: int, site: int) -> Tensor:
-    """One 32-bit seed a sample for one site of one layer. `sample_seeds` [rows]: any int64."""
+def dropout_seeds(sample_seeds: Tensor, layer: int | Tensor, site: int) -> Tensor:
+    """One 32-bit seed a sample for one site of one layer. `sample_seeds` [rows]: any int64.
+
+    `layer`: its number, an integer or an int64 scalar on the same device."""
     low, high = sample_seeds & 0xFFFFFFFF, (sample_seeds >> 32) & 0xFFFFFFFF
     salt = (layer * 4 + site + 1) * 0x9E3779B1 & 0xFFFFFFFF
     return mix(mix(mix(low) ^ high) ^ salt)

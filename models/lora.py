@@ -57,7 +57,8 @@ class LowRank:
         """`names` of the layer, that in the model first."""
         self.scaling, self.dropout = lora.scaling_of(names), lora.dropout
         layer = layer_of(names[0])
-        self.layer = _OUTSIDE if layer is None else layer
+        self.seed_layer: int | Tensor = _OUTSIDE if layer is None else layer
+        """As in `DecoderLayer`."""
         self.site = zlib.crc32(kind_of(names[0]).encode())
         self.enabled = True
         self.column_shard = 0
@@ -106,7 +107,7 @@ class LowRank:
     def _dropped(self, states: Tensor, context: StepContext | None) -> Tensor:
         if not self.dropout or context is None or context.dropout_seeds is None:
             return states
-        seeds = dropout_seeds(context.dropout_seeds, self.layer, ADAPTER)
+        seeds = dropout_seeds(context.dropout_seeds, self.seed_layer, ADAPTER)
         width = states.shape[-1]
         columns = torch.arange(width, device=states.device) + self.column_shard * width
         return dropout(

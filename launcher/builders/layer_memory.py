@@ -14,7 +14,7 @@ from torch.distributed.fsdp import OffloadPolicy
 
 from launcher.builders.job import Job
 from launcher.errors import UserError
-from launcher.parallel.compiling import DEFAULT_BACKEND, compile_layers, exclude_from_compile
+from launcher.parallel.compiling import Compiler, compile_layers, exclude_from_compile
 from launcher.parallel.interleave import interleave
 from launcher.parallel.layer_modules import module_names
 from launcher.parallel.offload import (
@@ -57,8 +57,11 @@ def check_layers(job: Job, full: nn.Module) -> None:
         job.log("accepted, no effect: swap_config.optimizer: it is on the host already")
 
 
-def prepare_layers(job: Job, module: nn.Module, full: nn.Module) -> None:
-    """Wrap the layers of `module`, a stage of `full` or all of it, as configured for training."""
+def prepare_layers(job: Job, module: nn.Module, full: nn.Module, compiler: Compiler | None) -> None:
+    """Wrap the layers of `module`, a stage of `full` or all of it, as configured for training.
+
+    `compiler`: of the layers, see `compile_mode.compiler_of`.
+    """
     config, layers = job.config, _numbered(module)
     plan = recompute_plan(config.recompute_config, _split(job, full))
     again = recomputed_modules(layers, plan)
@@ -67,12 +70,12 @@ def prepare_layers(job: Job, module: nn.Module, full: nn.Module) -> None:
         number: {*moving[number], *(name for name in again[number] if not is_cheap(name))} - {""}
         for number in layers
     }
-    if config.compile is not False:
-        compile_layers(layers, DEFAULT_BACKEND if config.compile is True else config.compile, apart)
+    if compiler is not None:
+        compile_layers(layers, compiler, apart, job.world.device)
     apply_recompute(layers, again, uses_rng=not isinstance(module, Decoder))
     if config.swap_config.swap:
         apply_offload(layers, moving, job.world.device)
-    if config.compile is not False:
+    if compiler is not None:
         exclude_from_compile(layers, apart)
     if config.micro_batch_interleave_num > 1:
         assert isinstance(module, Decoder)

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
+from launcher.builders.compile_mode import compiler_of
 from launcher.builders.job import DTYPES, Job
 from launcher.builders.layer_memory import (
     check_layers,
@@ -62,8 +63,10 @@ def build_parallel(job: Job, *, training: bool) -> BuiltModel:
     context = context_parallel(job)
     modules = _stages(job, full, dtype)
     offload = offload_policy(job) if training else None
+    compiler = None
     if training:
         check_layers(job, full)
+        compiler = compiler_of(job, is_decoder=isinstance(full, Decoder))
     sharded = job.mesh.dp_shard > 1 or job.compute_dtype != dtype or offload is not None
     kept: list[FSDPModule] = []
     for module in modules.values():
@@ -71,7 +74,7 @@ def build_parallel(job: Job, *, training: bool) -> BuiltModel:
             sequence = job.config.parallel_config.use_seq_parallel and job.mesh.tp > 1
             parallelize(module, layout.specs, job.meshes, sequence=sequence, context=context)
         if training:
-            prepare_layers(job, module, full)
+            prepare_layers(job, module, full, compiler)
         if sharded:
             kept += shard_model(
                 module, blocks(module), job.meshes,

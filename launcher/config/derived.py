@@ -139,6 +139,10 @@ def row_unit(config: Config) -> int:
     return lcm(pieces, ranks * tensor)
 
 
+SPLIT_BACKWARD = ("zero_bubble_v", "interleaved_zero_bubble")
+"""Schedules that compute the gradients of weights apart from those of activations."""
+
+
 def pipeline_schedule(config: Config) -> str:
     """The schedule of the pipeline: `1f1b`, `gpipe`, `interleaved_1f1b`, `interleaved_zero_bubble`
     or `zero_bubble_v`. `gpipe` may have one stage a rank or several."""
@@ -146,6 +150,13 @@ def pipeline_schedule(config: Config) -> str:
     if pipeline.pipeline_scheduler == "1f1b" and pipeline.pipeline_interleave:
         return "interleaved_1f1b"
     return pipeline.pipeline_scheduler
+
+
+def splits_backward(config: Config) -> bool:
+    """Whether the schedule of the pipeline computes the gradients of weights apart from those of
+    activations."""
+    has_pipeline = config.parallel_config.pipeline_stage > 1
+    return has_pipeline and pipeline_schedule(config) in SPLIT_BACKWARD
 
 
 def is_interleaved(config: Config) -> bool:

@@ -106,6 +106,9 @@ def apply_context_parallel(model: Decoder, cp: ContextParallel) -> None:
         attention.attend = partial(  # type: ignore[method-assign]
             _attend, attention, attention.attend, cp
         )
+        attention.prepare = partial(  # type: ignore[method-assign]
+            _prepare, attention.prepare, cp
+        )
     apply_row_sums(model, *(group for group in (cp.ulysses, cp.ring) if group is not None))
 
 
@@ -136,6 +139,16 @@ def _attend(
         full = replace(context, mask=mask.full())
         output = attend_locally(query, key, value, full, window, sinks)
     return output if cp.ulysses is None else all_to_all(output, TOKENS, HEADS, cp.ulysses)
+
+
+def _prepare(
+    prepare_locally: Callable[[StepContext], None], cp: ContextParallel, context: StepContext
+) -> None:
+    """As `BaseAttention.prepare`; a ring builds the masks of its parts as they come."""
+    if context.mask.in_order:
+        prepare_locally(context)
+    elif cp.ring is None:
+        prepare_locally(replace(context, mask=context.mask.full()))
 
 
 def enough_heads(states: Tensor, size: int) -> Tensor:

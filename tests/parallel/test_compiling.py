@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from launcher.config.schema.parallel import RecomputeSection
-from launcher.parallel.compiling import compile_layers, exclude_from_compile
+from launcher.parallel.compiling import Compiler, compile_layers, exclude_from_compile
 from launcher.parallel.recompute import (
     apply_recompute,
     is_cheap,
@@ -82,7 +82,7 @@ def test_compiled_layers_give_the_same_gradients(
     layers = numbered(model)
     names = recomputed_modules(layers, recompute_plan(RecomputeSection(**section), ALONE))
     apart = {n: {name for name in names[n] if not is_cheap(name)} - {""} for n in layers}
-    compile_layers(layers, "aot_eager", apart)
+    compile_layers(layers, Compiler("aot_eager"), apart)
     apply_recompute(layers, names)
     exclude_from_compile(layers, apart)
     gradients, _ = step(model)

@@ -18,6 +18,7 @@ from launcher.config.checks.plan import (
     stage_reasons,
 )
 from launcher.config.derived import (
+    SPLIT_BACKWARD,
     is_interleaved,
     pipeline_schedule,
     stage_counts,
@@ -32,7 +33,6 @@ _OFFSET = "model.model_config.offset"
 _LAYERS = "parallel.pipeline_config.stage_layers"
 _INTERLEAVE = "parallel.pipeline_config.pipeline_interleave"
 _SCHEDULER = "parallel.pipeline_config.pipeline_scheduler"
-_SPLIT_BACKWARD = ("zero_bubble_v", "interleaved_zero_bubble")
 
 
 def _has_pipeline(check: Check) -> bool:
@@ -216,12 +216,12 @@ def corrected(counts: list[int], layers: int) -> list[int]:
 def compiled(check: Check) -> Iterator[KeyProblem]:
     """Schedules that split the backward pass cannot run compiled layers."""
     schedule = pipeline_schedule(check.config)
-    compiles = check.config.compile not in (False, "eager")
-    if check.trains and _has_pipeline(check) and compiles and schedule in _SPLIT_BACKWARD:
+    compiles = check.config.compile not in (False, "auto", "eager")
+    if check.trains and _has_pipeline(check) and compiles and schedule in SPLIT_BACKWARD:
         yield check.wrong(
             "compile",
             f"not supported with {schedule}, which splits the backward pass",
-            nearest="Nearest: False",
+            nearest="Nearest: auto, which leaves the layers eager here",
             advice="Or use another pipeline_scheduler",
             also=(_SCHEDULER, _STAGES),
         )
@@ -230,7 +230,7 @@ def compiled(check: Check) -> Iterator[KeyProblem]:
 def recomputed(check: Check) -> Iterator[KeyProblem]:
     """Schedules that split the backward pass would recompute a layer for each of its parameters."""
     schedule = pipeline_schedule(check.config)
-    if not (check.trains and _has_pipeline(check) and schedule in _SPLIT_BACKWARD):
+    if not (check.trains and _has_pipeline(check) and schedule in SPLIT_BACKWARD):
         return
     for key in ("recompute_config.recompute", "recompute_config.select_recompute"):
         if check.value(key):

@@ -182,8 +182,12 @@ class Config:
     device_peak_tflops: float | None = effective(None, above=0)
     """Peak speed of one device in dense matrix products of the compute dtype, for `mfu` in the
     metrics. Left out: that of the data sheet for GPUs that are known, else there is no `mfu`."""
-    compile: bool | str = effective(False, choices=(True, False, "inductor", "aot_eager", "eager"))
-    """Compile every layer with torch.compile: True for its usual backend, or the name of one."""
+    compile: bool | str = effective(
+        "auto", choices=("auto", True, False, "inductor", "aot_eager", "eager")
+    )
+    """Compile every layer with torch.compile when training: True for its usual backend, or the name
+    of one. `auto`: inductor on CUDA where it works, nothing on the CPU; a layer that does not
+    compile then runs eagerly, with a line in the log."""
     deterministic: bool | str = effective(
         "auto", choices=("auto", True, False),
         words={"on": "True", "strict": "True", "off": "False", "warn": "auto", "exact": "auto"},
