@@ -105,6 +105,7 @@ def _update(run: TrainRun, norm: torch.Tensor, learning_rate: float) -> None:
     if run.settings.max_gradient_norm is not None:
         with named_range(ranges.CLIP):
             run.optimizer.clip(norm, run.settings.max_gradient_norm)
+    run.wait_for_reads()
     run.is_consistent = False
     with named_range(ranges.OPTIMIZER):
         run.optimizer.step(learning_rate)
