@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from models.attention import AttentionMask, BaseAttention, StepContext
 from models.cache import KVCache
 from models.deepseek import LatentAttention
+from models.documents import OnHost
 from models.dropout import ATTENTION_OUTPUT, MLP_OUTPUT, dropout, dropout_seeds
 from models.layers import MLP, Embedding, Linear, Module, RMSNorm, TiedHead, dtype_of, norm_of
 from models.moe import MoE
@@ -185,6 +186,7 @@ class Decoder(Module):
         *,
         position_ids: Tensor | None = None,
         document_ids: Tensor | None = None,
+        document_lengths: Tensor | OnHost | None = None,
         sample_seeds: Tensor | None = None,
         cache: KVCache | None = None,
         attention_mask: Tensor | None = None,
@@ -197,7 +199,9 @@ class Decoder(Module):
         length].
 
         `position_ids` [rows, length] default to the order in the row, not counting padding.
-        `document_ids` [rows, total] restrict attention to the same document. `sample_seeds` [rows]
+        `document_ids` [rows, total] restrict attention to the same document; `document_lengths`
+        [rows, any] int32 say the same on the CPU (`models.documents.document_lengths`), so that
+        nothing waits for a GPU to find out. `sample_seeds` [rows]
         int64 enable dropout in training: its pattern is a function of (seed of the sample, layer).
         `cache` holds the past keys and values of a generation, and the padding of its rows; it is
         extended. `attention_mask` [rows, past + length] is False for padding on the left, where
@@ -212,16 +216,21 @@ class Decoder(Module):
         past = cache.length if cache is not None else 0
         if total is None:
             total = past + length
+        if isinstance(document_lengths, OnHost):
+            document_lengths = document_lengths.tensor
         rows_of_cache = None if self.training or attention_mask is not None else cache
         decodes = rows_of_cache is not None and length == 1 and document_ids is None
         if rows_of_cache is not None and not decodes:
             attention_mask = rows_of_cache.key_mask(total, inputs.device)
+            if document_ids is None:
+                document_lengths = rows_of_cache.padding_lengths(total)
         mask = AttentionMask(
             length=length,
             total=total,
             device=inputs.device,
             token_indices=token_indices,
             document_ids=document_ids,
+            document_lengths=document_lengths,
             key_mask=attention_mask,
         )
         dtype = states.dtype

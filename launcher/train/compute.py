@@ -16,7 +16,7 @@ from torch import Tensor
 
 from launcher.data.loader import Batch
 from launcher.parallel.model_parts import ModelParts
-from launcher.parallel.pipeline import BY_ROW, Pipeline
+from launcher.parallel.pipeline import BY_ROW, Pipeline, kept_on_host
 from launcher.report import ranges
 from launcher.report.ranges import named_range
 from launcher.train.loss import Loss
@@ -66,6 +66,8 @@ class BatchSharder:
                 sources = sources.repeat_interleave(ids.shape[1], 0)
             ids, labels = ids.flatten(0, 1), labels.flatten(0, 1)
         arguments = {k: self._moved(v) for k, v in tensors.items() if v is not None}
+        if batch.document_lengths is not None:
+            arguments["document_lengths"] = batch.document_lengths  # stays on the host
         if self.token_indices is not None:
             total = ids.shape[1]
             token_indices = self.token_indices(total)
@@ -165,7 +167,7 @@ class FullModel:
     def _logits(self, rows: MicroBatch) -> Tensor:
         if rows.seed is not None:
             torch.manual_seed(rows.seed)
-        logits: Tensor = self.parts.modules[0](rows.input_ids, **rows.arguments)
+        logits: Tensor = self.parts.modules[0](rows.input_ids, **kept_on_host(rows.arguments))
         return logits
 
 

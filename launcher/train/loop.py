@@ -28,6 +28,7 @@ from launcher.host_reads import host_read
 from launcher.report import ranges
 from launcher.report.ranges import named_range
 from launcher.train.callbacks import Callback, Callbacks
+from launcher.train.collection import Collect, collected_every
 from launcher.train.evaluate import evaluate_sets, is_evaluation_due
 from launcher.train.interrupts import STOP_REASONS, Interrupted
 from launcher.train.meter import Memory
@@ -47,9 +48,9 @@ from launcher.train.step import (
 
 def fit(run: TrainRun, callbacks: Callbacks) -> None:
     """Train until the run is finished. Raises `Interrupted` after a signal or a request to stop."""
-    with run.interrupts:
+    with run.interrupts, collected_every(run.config.gc_freq) as collect:
         try:
-            _fit(run, callbacks)
+            _fit(run, callbacks, collect)
         except Interrupted:
             raise
         except Exception as error:
@@ -58,11 +59,12 @@ def fit(run: TrainRun, callbacks: Callbacks) -> None:
             raise
 
 
-def _fit(run: TrainRun, callbacks: Callbacks) -> None:
+def _fit(run: TrainRun, callbacks: Callbacks, collect: Collect) -> None:
     for callback in callbacks:
         callback.on_train_begin(run)
     while not run.is_finished:
         records, stop_reason = train_steps(run)
+        collect(run.state.global_step)
         for callback in (*callbacks.reports, *callbacks.checks):
             callback.on_steps_end(run, records)
         is_last = run.state.global_step >= run.total_steps and not stop_reason
