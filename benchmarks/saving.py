@@ -62,6 +62,9 @@ class Run:
     def optimizer_state(self) -> dict[str, Shard]:
         return {}
 
+    def state_itemsize(self, weight_itemsize: int) -> int:
+        return weight_itemsize
+
     def replica_ranks(self) -> dict[str, Any]:
         return {}
 

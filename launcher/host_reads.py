@@ -15,9 +15,9 @@ from contextlib import contextmanager
 from types import MappingProxyType
 
 HOST_READS: Mapping[str, str] = MappingProxyType({
-    "step values": "once a sink: loss, gradient norm, requests to stop",
-    "loss scale": "once a step with a loss scale: whether it overflowed",
-    "step limits": "once a step that limits may skip: its loss and gradient norm",
+    "step values": "once a step, at the end of its sink: loss, gradient norm, requests to stop",
+    "loss scale": "once a step with a loss scale, in place of that for its values",
+    "step limits": "once a step that limits may skip, in place of that for its values",
     "expert counts": "once a mixture layer with expert parallelism: rows sent to each rank and "
     "received; a recomputed forward pass uses those of the first",
     "group sizes": "once a grouped product that no kernel takes: the rows of each group",

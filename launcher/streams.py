@@ -1,6 +1,7 @@
 """Streams: how copies between the host and a device are ordered.
 
-Owns the calls of `torch.cuda` that a copy beside other work needs: streams, events, pinned memory.
+Owns the calls of `torch.cuda` that a copy beside other work needs: streams, events, pinned memory;
+and copies from the host through pinned buffers (`Uploads`).
 `Streams` is the host, where a copy is done when its call returns and nothing is waited for;
 `CudaStreams` is a GPU. Code that copies is written once against this interface.
 
@@ -11,8 +12,11 @@ Owns the calls of `torch.cuda` that a copy beside other work needs: streams, eve
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from queue import SimpleQueue
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -115,6 +119,75 @@ def streams_for(device: torch.device) -> Streams:
     """The streams of this device."""
     make = STREAMS.get(device.type)
     return HOST if make is None else make(device)
+
+
+class Upload:
+    """Copies of one thread at a time to a device: a stream, and pinned buffers in turn.
+
+    On the host there is one buffer, and a copy is done when `sending` ends.
+    """
+
+    def __init__(self, streams: Streams) -> None:
+        self._streams = streams
+        self._stream = streams.new_stream()
+        streams.wait_for_current(self._stream)  # which may still write to the targets
+        self._used: deque[tuple[Tensor, Any]] = deque()
+        """Buffers, and the event after which each can be used again; the oldest first."""
+        self._depth = 2 if streams.is_device else 1
+
+    def buffer(self, nbytes: int, at_least: int = 0) -> Tensor:
+        """Pinned memory, uint8 [nbytes], which nothing reads any more. A new one has `at_least` so
+        many bytes, to be used again for more."""
+        memory = None
+        if len(self._used) == self._depth:
+            memory, event = self._used.popleft()
+            self._streams.synchronize(event)
+        if memory is None or memory.numel() < nbytes:
+            memory = self._streams.pinned(max(nbytes, at_least))
+        self._taken = memory
+        return memory[:nbytes]
+
+    @contextmanager
+    def sending(self) -> Iterator[None]:
+        """What is queued inside may read the newest `buffer`."""
+        with self._streams.use(self._stream):
+            yield
+        self._used.append((self._taken, self._streams.record_event(self._stream)))
+
+    def finish(self) -> None:
+        """Wait for what was queued."""
+        self._streams.synchronize(self._streams.record_event(self._stream))
+
+
+class Uploads:
+    """The uploads of several threads to one device; all are done when its `with` block ends."""
+
+    def __init__(self, streams: Streams, threads: int) -> None:
+        self.streams = streams
+        self._all = [Upload(streams) for _ in range(threads)]
+        self._free: SimpleQueue[Upload] = SimpleQueue()
+        for upload in self._all:
+            self._free.put(upload)
+
+    @contextmanager
+    def one(self) -> Iterator[Upload]:
+        """An upload for the calling thread."""
+        self.streams.enter_thread()
+        upload = self._free.get()
+        try:
+            yield upload
+        finally:
+            self._free.put(upload)
+
+    def __enter__(self) -> Uploads:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:  # fmt: skip
+        for upload in self._all:
+            upload.finish()
 
 
 def _runtime() -> Any:

@@ -123,7 +123,9 @@ class AttentionMask:
         if self.document_ids is not None and self.key_mask is not None:
             return None
         if self.document_ids is not None:
-            return lengths_of_ids(self.document_ids)
+            # In a graph there are no values to look at.
+            compiling = torch.compiler.is_compiling()
+            return None if compiling else lengths_of_ids(self.document_ids)
         if self.key_mask is not None:
             return lengths_of_padding(self.key_mask)
         return one_document(self.total)

@@ -13,6 +13,7 @@ tensors; the local tokens may be any tokens of a row (`token_indices`).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import cast
 
@@ -165,6 +166,11 @@ class Decoder(Module):
         """Whether this is the first stage; False: `forward` takes hidden states."""
         self.ends = True
         """Whether this is the last stage; False: `forward` returns hidden states."""
+        self.applies_head = True
+        """Whether the last stage computes logits; False: `forward` returns the input of the head,
+        which the loss applies."""
+        self.enter_head: Callable[[Tensor], Tensor] = _unchanged
+        """From the normed states to the input of the head. Parallelism may replace it."""
         self.stream_part = (0, 1)
         """(index, count): which of `count` equal chunks of the residual stream, along the sequence,
         is local (sequence parallelism)."""
@@ -209,7 +215,8 @@ class Decoder(Module):
 
         `token_indices` [length] are the indices of the local tokens in rows of `total` tokens; by
         default the tokens are full rows. A stage without `embeds` takes hidden states [rows, length
-        of its stream part, hidden], one without `ends` returns them.
+        of its stream part, hidden], one without `ends` returns them. Without `applies_head` the
+        last stage returns [rows, length, hidden].
         """
         states = self.model.embed_tokens(inputs) if self.embeds else inputs
         length = inputs.shape[1] if self.embeds else inputs.shape[1] * self.stream_part[1]
@@ -262,7 +269,8 @@ class Decoder(Module):
             cache.advance(length)
         if not self.ends:
             return states
-        return self.head_module(self.model.norm(states[:, -1:] if last_only else states), context)
+        states = self.enter_head(self.model.norm(states[:, -1:] if last_only else states))
+        return self.head_module(states, context) if self.applies_head else states
 
     def _rotary(self, dtype: torch.dtype, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Tables of `positions` for hidden states of `dtype`."""
@@ -280,6 +288,10 @@ class Decoder(Module):
         for layer in self.model.layers.values():
             states = layer(states, context)
         return states
+
+
+def _unchanged(states: Tensor) -> Tensor:
+    return states
 
 
 def _positions(mask: AttentionMask) -> Tensor:

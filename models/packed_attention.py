@@ -130,6 +130,10 @@ def _padded(states: Tensor, size: int) -> Tensor:
     return F.pad(states, (0, missing)) if missing else states
 
 
+def _is_varlen(query: Tensor) -> bool:
+    return kernel_of(query.device, query.dtype, query.shape[-1]) == "varlen"
+
+
 @torch.library.custom_op("slipway::attend_documents", mutates_args=())
 def _attend(
     query: Tensor, key: Tensor, value: Tensor, lengths: Tensor, window: int | None, scale: float,
@@ -137,7 +141,7 @@ def _attend(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Outputs and log-sum-exps, sinks included in both."""
     plan = document_plan(lengths, query.shape[0], query.shape[2])
-    forward = varlen_forward if query.is_cuda else cpu_forward
+    forward = varlen_forward if _is_varlen(query) else cpu_forward
     output, logsumexp = forward(query, key, value, plan, window, scale)
     if sinks is not None:
         with_sinks = torch.logaddexp(logsumexp, sinks.to(logsumexp.dtype)[:, None])
@@ -163,7 +167,7 @@ def _attend_backward(
     plan = document_plan(lengths, query.shape[0], query.shape[2])
     if gradient.stride(-1) != 1:
         gradient = gradient.contiguous()
-    backward = varlen_backward if query.is_cuda else cpu_backward
+    backward = varlen_backward if _is_varlen(query) else cpu_backward
     return backward(gradient, query, key, value, output, logsumexp, plan, window, scale)
 
 

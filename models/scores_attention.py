@@ -119,7 +119,7 @@ def _(
 
 
 @torch.library.custom_op("slipway::attend_tiles_backward", mutates_args=())
-def _attend_tiles_backward(
+def attend_tiles_backward(
     gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, lengths: Tensor,
     seeds: Tensor | None, sinks: Tensor | None, window: int | None, scale: float,
     dtype: torch.dtype, probability: float, first_head: int,
@@ -142,7 +142,7 @@ def _attend_tiles_backward(
     return *sums.of_operands(), grad_sinks
 
 
-@_attend_tiles_backward.register_fake
+@attend_tiles_backward.register_fake
 def _(
     gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, lengths: Tensor,
     seeds: Tensor | None, sinks: Tensor | None, window: int | None, scale: float,
@@ -159,7 +159,7 @@ def _save_tiles(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _tiles_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     *tensors, sinks = ctx.saved_tensors
-    *found, of_sinks = _attend_tiles_backward(gradient, *tensors, sinks, *ctx.settings)
+    *found, of_sinks = attend_tiles_backward(gradient, *tensors, sinks, *ctx.settings)
     grad_sinks = None if sinks is None else of_sinks.to(sinks.dtype)
     return *found, None, None, grad_sinks, None, None, None, None, None
 

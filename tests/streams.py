@@ -47,6 +47,7 @@ class LateStreams(Streams):
         self._register = register
         self._lock = threading.RLock()
         self._events = 0
+        self._streams: list[Stream] = []
 
     def whats(self) -> list[str]:
         return [call.what for call in self.calls]
@@ -58,7 +59,13 @@ class LateStreams(Streams):
         self._log("enter")
 
     def new_stream(self) -> Stream:
-        return Stream()
+        self._streams.append(Stream())
+        return self._streams[-1]
+
+    @property
+    def pending(self) -> int:
+        """Copies that nobody has waited for."""
+        return sum(len(stream.queued) - stream.done for stream in self._streams)
 
     @contextmanager
     def use(self, stream: Stream) -> Iterator[None]:

@@ -6,10 +6,13 @@ compiled layers cannot do; eager elsewhere. All ranks decide the same.
 
 from __future__ import annotations
 
+from functools import partial
+
 from launcher.builders.job import Job
 from launcher.config.derived import splits_backward
 from launcher.errors import UserError
 from launcher.parallel.compiling import DEFAULT_BACKEND, Compiler, make_repeatable, why_unusable
+from launcher.train.moments import Compile
 
 AUTO, KEY = "auto", "compile"
 
@@ -45,6 +48,17 @@ def compiler_of(job: Job, *, is_decoder: bool) -> Compiler | None:
         make_repeatable()
     job.log(f"compile: {backend}, every layer on its first run{f' ({AUTO})' if automatic else ''}")
     return Compiler(backend, automatic, job.provenance.where(KEY), job.log)
+
+
+def optimizer_compiler(job: Job) -> Compile | None:
+    """What compiles the update of an optimizer without a fused kernel of torch; None: it runs
+    eagerly, as on the CPU, in several passes over memory. Called by all ranks together."""
+    if job.world.device.type != "cuda" or job.config.compile not in (AUTO, True, DEFAULT_BACKEND):
+        return None
+    if _why_unusable(job, DEFAULT_BACKEND):
+        return None
+    compiler = Compiler(DEFAULT_BACKEND, True, log=job.log)
+    return partial(compiler.compiled, dynamic=True)
 
 
 def _why_not(job: Job, *, is_decoder: bool) -> str:

@@ -6,7 +6,7 @@ micro-batches. FSDP's hooks are outside of all.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import nn
@@ -29,6 +29,10 @@ from launcher.parallel.recompute import (
     is_cheap,
     recompute_plan,
     recomputed_modules,
+)
+from launcher.parallel.recompute_operations import (
+    apply_recompute_operations,
+    set_compiled_budget,
 )
 from models.build import blocks, materialize
 from models.decoder import Decoder
@@ -72,7 +76,9 @@ def prepare_layers(job: Job, module: nn.Module, full: nn.Module, compiler: Compi
     }
     if compiler is not None:
         compile_layers(layers, compiler, apart, job.world.device)
-    apply_recompute(layers, again, uses_rng=not isinstance(module, Decoder))
+    uses_rng = not isinstance(module, Decoder)
+    apply_recompute(layers, again, uses_rng=uses_rng)
+    _recompute_operations(job, layers, again, compiler, uses_rng=uses_rng)
     if config.swap_config.swap:
         apply_offload(layers, moving, job.world.device)
     if compiler is not None:
@@ -80,6 +86,26 @@ def prepare_layers(job: Job, module: nn.Module, full: nn.Module, compiler: Compi
     if config.micro_batch_interleave_num > 1:
         assert isinstance(module, Decoder)
         interleave(module, config.micro_batch_interleave_num)
+
+
+def _recompute_operations(
+    job: Job, layers: Mapping[int, nn.Module], again: Mapping[int, Collection[str]],
+    compiler: Compiler | None, *, uses_rng: bool,
+) -> None:  # fmt: skip
+    """Recompute by operation, where it is configured, the layers that are not recomputed
+    `again` in full."""
+    section = job.config.recompute_config
+    budget = section.memory_budget
+    if budget is None and not section.recompute_operations:
+        return
+    if compiler is None:
+        rest = {number: layer for number, layer in layers.items() if "" not in again[number]}
+        apply_recompute_operations(rest, budget, uses_rng=uses_rng, log=job.log)
+    elif budget is None:
+        job.log("recompute by operation: the compiler keeps products and repeats what is cheap")
+    else:
+        set_compiled_budget(budget)
+        job.log(f"recompute by operation: the compiler keeps {budget:.0%} of the activations")
 
 
 def offload_policy(job: Job) -> OffloadPolicy | None:

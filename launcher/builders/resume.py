@@ -7,6 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from launcher.builders.adapter import check_same_adapter, record_adapter, saved_base
 from launcher.builders.balanced_load import load_job
 from launcher.builders.export_on_load import export_on_load
@@ -32,11 +34,13 @@ from launcher.config.schema import Config
 from launcher.data.mixture import MixtureOrder
 from launcher.errors import UserError
 from launcher.extensions import INFERRED_STATES, required
+from launcher.layout.shard import Shard
 from launcher.report.run_record import INITIAL_WEIGHTS
 from launcher.train.run import BuiltModel, TrainRun
 from launcher.train.state import DATA_CURSOR, TrainState, from_json
 from launcher.weights.joined import apart
 from launcher.weights.optimizer_state import STATE_PREFIXES
+from launcher.weights.reading.tensor_bytes import TORCH_DTYPES
 from models.build import tied_names
 
 
@@ -201,6 +205,7 @@ def _restore_tensors(job: Job, run: TrainRun, chosen: Chosen, *, export: bool) -
     run.wait_for_reads()
     run.optimizer.allocate_state(model.parts.named_parameters())
     targets = {**run.weights(), **run.optimizer_state()}
+    _log_converted_state(job, chosen, run.optimizer_state())
     check_cuts(job, chosen.source, targets)
     if export:
         export_on_load(job, chosen.source)
@@ -212,6 +217,23 @@ def _restore_tensors(job: Job, run: TrainRun, chosen: Chosen, *, export: bool) -
     )  # fmt: skip
     sync_tied_weights(model.parts)
     run.optimizer.copy_state(model.parts.replicas())
+
+
+def _log_converted_state(job: Job, chosen: Chosen, state: Mapping[str, Shard]) -> None:
+    """Log that moments change their dtype as they are loaded."""
+    tensors = chosen.source.tensors
+    pairs = {
+        (TORCH_DTYPES[chosen.source.dtype(name)], shard.tensor.dtype)
+        for name, shard in state.items()
+        if name in tensors and chosen.source.dtype(name) in TORCH_DTYPES
+    }
+    for before, now in sorted(pairs, key=str):
+        if before != now:
+            job.log(f"optimizer state: {_word(before)} in {chosen.label}, {_word(now)} in this run")
+
+
+def _word(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _tied(run: TrainRun, model: BuiltModel) -> dict[str, str]:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from launcher.builders.adapter import Weights, record_adapter
+from launcher.builders.compile_mode import optimizer_compiler
 from launcher.builders.data import evaluation_data, open_training_data, steps_per_epoch
 from launcher.builders.gradients import gradients_of
 from launcher.builders.job import Job
@@ -127,7 +128,10 @@ def _optimizer(job: Job, built: BuiltModel) -> Optimizer:
         return matrix_exchange(names, built.layout, built.mappings_of, world.rank, world.device)
 
     named = built.parts.all_named()
-    return build_optimizer(named, built.trained, job.config.optimizer, make_exchange)
+    return build_optimizer(
+        named, built.trained, job.config.optimizer, make_exchange,
+        optimizer_compiler(job) if job.config.optimizer.state_dtype is not None else None,
+    )  # fmt: skip
 
 
 def _settings(job: Job, global_batch: int, scaling: LossScaling | None) -> StepSettings:

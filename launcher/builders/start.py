@@ -104,5 +104,12 @@ def _allocator(job: Job) -> str:
     return f"allocator {setting}" if setting else ""
 
 
-PARTS: tuple[Callable[[Job], str], ...] = (_determinism, _attention, _float32, _allocator)
+def _moments(job: Job) -> str:
+    dtype = job.config.optimizer.state_dtype
+    if dtype != "bfloat16" or job.config.train_dataset is None:
+        return ""
+    return "moments of the optimizer in bfloat16, rounded stochastically (repeatable)"
+
+
+PARTS: tuple[Callable[[Job], str], ...] = (_determinism, _attention, _float32, _allocator, _moments)
 """The parts of the line, in order."""

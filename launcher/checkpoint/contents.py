@@ -58,8 +58,8 @@ class Contents:
         return {name: self._own(run, stores[name], name, held[name]) for name in self.folders}
 
     def nbytes(self, run: Savable, stores: Mapping[str, Store]) -> int:
-        """Bytes that this rank will write in a save. Optimizer state, which may not exist yet, is
-        as large as its weight."""
+        """Bytes that this rank will write in a save. Optimizer state, which may not exist yet, has
+        the shape of its weight."""
         total = 0
         weights, states = run.weights(), run.state_names()
         for folder in self.folders:
@@ -67,7 +67,9 @@ class Contents:
             trained = {name: shard for name, shard in held.items() if name in states}
             total += _nbytes(trained if folder == TRAINABLE else held)
             if folder == FULL and self._config.save_optimizer:
-                total += sum(len(states[n]) * _nbytes({n: s}) for n, s in trained.items())
+                for name, shard in trained.items():
+                    itemsize = run.state_itemsize(shard.tensor.element_size())
+                    total += len(states[name]) * shard.tensor.numel() * itemsize
         if self._config.integrated_save and run.world.is_main:
             numbers = sum(map(math.prod, run.shapes_in_files(optimizer=False).values()))
             first = next(iter(weights.values()), None)

@@ -52,9 +52,9 @@ class Compiler:
     failures: list[str] = field(default_factory=list)
     """The first line of every failure so far."""
 
-    def compiled(self, function: Function) -> Function:
-        """`function`, compiled on its first call."""
-        compiled = torch.compile(function, backend=self.backend, dynamic=False)
+    def compiled(self, function: Function, *, dynamic: bool | None = False) -> Function:
+        """`function`, compiled on its first call. `dynamic`: as of `torch.compile`."""
+        compiled = torch.compile(function, backend=self.backend, dynamic=dynamic)
         failed = False
 
         @wraps(function)

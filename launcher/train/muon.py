@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from launcher.parallel.local import local, local_gradient
 from launcher.parallel.matrices import MatrixExchange
+from launcher.train.moments import seed_of, store
 
 EPS = 1e-7
 DTYPE = torch.bfloat16
@@ -41,8 +42,13 @@ class Muon(torch.optim.Optimizer):
         steps: int,
         coefficients: Sequence[float],
         rms: float,
+        state_dtype: torch.dtype | None = None,
     ) -> None:
+        """`state_dtype`: of the momentum, by default that of the parameters."""
         super().__init__(groups, {"lr": 0.0, "weight_decay": 0.0})
+        self.dtype = state_dtype
+        self.updates = 0
+        """Updates so far."""
         self._exchange, self._rms = exchange, rms
         self._momentum, self._nesterov = momentum, nesterov
         self._orthogonalize = partial(orthogonalize, steps=steps, coefficients=coefficients)
@@ -50,12 +56,13 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
         """Update every matrix. A missing gradient counts as zeros, so that all ranks take part."""
+        self.updates += 1
         held: dict[str, tuple[nn.Parameter, float]] = {}
         directions: dict[str, Tensor] = {}
         for group in self.param_groups:
             for name, parameter in zip(group["param_names"], group["params"], strict=True):
                 held[name] = parameter, group["lr"]
-                directions[name] = self._direction(parameter)
+                directions[name] = self._direction(name, parameter)
                 local(parameter).mul_(1 - group["lr"] * group["weight_decay"])
         for part, update in self._exchange.apply(directions, self._orthogonalize):
             parameter, rate = held[part.name]
@@ -63,13 +70,21 @@ class Muon(torch.optim.Optimizer):
             target = local(parameter)[part.inside]
             target.add_(update.to(target.device), alpha=-rate * scale)
 
-    def _direction(self, parameter: nn.Parameter) -> Tensor:
+    def _direction(self, name: str, parameter: nn.Parameter) -> Tensor:
         """The momentum of the local part of a parameter after this step's gradient, as it is to be
         orthogonalised."""
         state, gradient = self.state[parameter], local_gradient(parameter)
         if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(parameter, requires_grad=False)
-        buffer = local(state["momentum_buffer"]).lerp_(gradient, 1 - self._momentum)
+            state["momentum_buffer"] = torch.zeros_like(
+                parameter, dtype=self.dtype, requires_grad=False
+            )
+        buffer = local(state["momentum_buffer"])
+        if self.dtype is None:
+            buffer.lerp_(gradient, 1 - self._momentum)
+        else:
+            gradient = gradient.float()
+            stored, buffer = buffer, buffer.float().lerp(gradient, 1 - self._momentum)
+            store(stored.view(-1), buffer.reshape(-1), 0, seed_of(name, self.updates))
         direction = gradient.lerp(buffer, self._momentum) if self._nesterov else buffer
         return direction.to(DTYPE)
 

@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor
 from launcher.config.schema import OptimizerSection
 from launcher.parallel.local import local, local_gradients
 from launcher.parallel.matrices import MatrixExchange
+from launcher.train import moments
 from launcher.train.muon import Muon
 from models.trained import TrainedParameter
 
@@ -43,18 +44,33 @@ NORM_EPSILON = 1e-6
 class Algorithm(NamedTuple):
     """An update rule for some of the parameters."""
 
-    build: Callable[[Groups, OptimizerSection, MakeExchange], torch.optim.Optimizer]
+    build: Callable[
+        [Groups, OptimizerSection, MakeExchange, moments.Compile | None], torch.optim.Optimizer
+    ]
     state_names: Callable[[OptimizerSection], tuple[str, ...]]
     """Prefixes of the tensors it keeps for each parameter, all of the parameter's shape."""
 
 
 def _adam(
-    kind: type[torch.optim.Adam], groups: Groups, betas: Sequence[float], eps: float
+    kind: type[torch.optim.Adam], groups: Groups, betas: Sequence[float], eps: float,
+    config: OptimizerSection, compiled: moments.Compile | None,
+) -> torch.optim.Optimizer:  # fmt: skip
+    both = (betas[0], betas[1])
+    if (dtype := state_dtype(config, groups)) is None:
+        return kind(groups, lr=0.0, betas=both, eps=eps, fused=True)
+    decoupled = kind is torch.optim.AdamW
+    return moments.Adam(groups, dtype, betas=both, eps=eps, decoupled=decoupled, compiled=compiled)
+
+
+def _sgd(
+    groups: Groups, config: OptimizerSection, _: MakeExchange, __: moments.Compile | None
 ) -> torch.optim.Optimizer:
-    return kind(groups, lr=0.0, betas=(betas[0], betas[1]), eps=eps, fused=True)
-
-
-def _sgd(groups: Groups, config: OptimizerSection, _: MakeExchange) -> torch.optim.Optimizer:
+    dtype = state_dtype(config, groups)
+    if dtype is not None and config.momentum:
+        return moments.SGD(
+            groups, dtype, momentum=config.momentum, dampening=config.dampening,
+            nesterov=bool(config.nesterov),
+        )  # fmt: skip
     # Not fused: that kernel cannot start the momentum of a parameter after the first step.
     return torch.optim.SGD(
         groups, lr=0.0, momentum=config.momentum or 0.0, dampening=config.dampening,
@@ -62,7 +78,9 @@ def _sgd(groups: Groups, config: OptimizerSection, _: MakeExchange) -> torch.opt
     )  # fmt: skip
 
 
-def _muon(groups: Groups, config: OptimizerSection, make: MakeExchange) -> torch.optim.Optimizer:
+def _muon(
+    groups: Groups, config: OptimizerSection, make: MakeExchange, _: moments.Compile | None
+) -> torch.optim.Optimizer:
     return Muon(
         groups,
         make([name for group in groups for name, _ in group["params"]]),
@@ -71,6 +89,7 @@ def _muon(groups: Groups, config: OptimizerSection, make: MakeExchange) -> torch
         steps=config.ns_steps,
         coefficients=config.ns_coefficients,
         rms=config.matched_adamw_rms,
+        state_dtype=state_dtype(config, groups),
     )
 
 
@@ -79,18 +98,22 @@ def _two_moments(config: OptimizerSection) -> tuple[str, ...]:
 
 
 ADAMW = Algorithm(
-    lambda groups, config, _: _adam(torch.optim.AdamW, groups, config.betas, config.eps),
+    lambda groups, config, _, compiled: _adam(
+        torch.optim.AdamW, groups, config.betas, config.eps, config, compiled
+    ),
     _two_moments,
 )
 ADAM = Algorithm(  # weight decay is added to the gradient (L2)
-    lambda groups, config, _: _adam(torch.optim.Adam, groups, config.betas, config.eps),
+    lambda groups, config, _, compiled: _adam(
+        torch.optim.Adam, groups, config.betas, config.eps, config, compiled
+    ),
     _two_moments,
 )
 SGD = Algorithm(_sgd, lambda config: ("moments.",) if config.momentum else ())
 MUON = Algorithm(_muon, lambda config: ("muon_m.",))
 ADAMW_BESIDE_MUON = Algorithm(
-    lambda groups, config, _: _adam(
-        torch.optim.AdamW, groups, config.adamw_betas, config.adamw_eps
+    lambda groups, config, _, compiled: _adam(
+        torch.optim.AdamW, groups, config.adamw_betas, config.adamw_eps, config, compiled
     ),
     _two_moments,
 )
@@ -102,6 +125,16 @@ OPTIMIZERS: dict[str, Callable[[TrainedParameter], Algorithm]] = {
     "Muon": lambda parameter: MUON if parameter.is_matrix else ADAMW_BESIDE_MUON,
 }
 """`optimizer.type` to the algorithm of each parameter."""
+
+
+def state_dtype(config: OptimizerSection, groups: Groups) -> torch.dtype | None:
+    """The dtype of the moments, where it is not that of the weights: torch's own optimizers keep
+    them in that."""
+    if config.state_dtype is None:
+        return None
+    dtype: torch.dtype = getattr(torch, config.state_dtype)
+    held = {parameter.dtype for group in groups for _, parameter in group["params"]}
+    return None if held == {dtype} else dtype
 
 
 def state_names(
@@ -156,7 +189,7 @@ class Optimizer:
             for prefix in self.state_names.get(name, ()):
                 state, key = self._part_of[parameter].state[parameter], STATE_KEYS[prefix]
                 if state.get(key) is None:
-                    state[key] = _zeros(parameter)
+                    state[key] = self._zeros(parameter)
 
     def state(self, named: Mapping[str, nn.Parameter]) -> dict[str, dict[str, Tensor]]:
         """Prefix to the state of the parameters `named`; zeros where no step has made any."""
@@ -164,7 +197,7 @@ class Optimizer:
         for name, parameter in named.items():
             for prefix in self.state_names.get(name, ()):
                 found = self._part_of[parameter].state.get(parameter, {}).get(STATE_KEYS[prefix])
-                tensor = _zeros(parameter) if found is None else found
+                tensor = self._zeros(parameter) if found is None else found
                 result.setdefault(prefix, {})[name] = tensor
         return result
 
@@ -179,11 +212,22 @@ class Optimizer:
     def set_updates(self, updates: int) -> None:
         """How many updates the state has seen: for bias correction, and none to begin afresh."""
         for part in self.parts:
+            if isinstance(part, moments.StoredMoments | Muon):
+                part.updates = updates
             if updates == 0:
                 part.state.clear()
             elif isinstance(part, torch.optim.Adam):
                 for parameter in _parameters(part):
                     part.state[parameter]["step"] = _counter(parameter, updates)
+
+    def state_itemsize(self, parameter_itemsize: int) -> int:
+        """Bytes of an element of the state of parameters with elements of so many."""
+        dtypes = {dtype for part in self.parts if (dtype := _dtype_of(part)) is not None}
+        return max((dtype.itemsize for dtype in dtypes), default=parameter_itemsize)
+
+    def _zeros(self, parameter: nn.Parameter) -> Tensor:
+        dtype = _dtype_of(self._part_of[parameter]) or parameter.dtype
+        return torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
 
 
 def build_optimizer(
@@ -191,9 +235,11 @@ def build_optimizer(
     trained: Mapping[str, TrainedParameter],
     config: OptimizerSection,
     make_exchange: MakeExchange,
+    compiled: moments.Compile | None = None,
 ) -> Optimizer:
     """The configured optimizer over those of `named` that are `trained`.
 
+    `compiled` compiles the update of optimizers that have no fused kernel of torch; None: eager.
     One group for each weight decay and device mesh: kernels take the tensors of a group together.
     """
     groups: dict[Algorithm, dict[tuple[bool, Any], list[tuple[str, nn.Parameter]]]] = {}
@@ -203,7 +249,7 @@ def build_optimizer(
             mine = groups.setdefault(OPTIMIZERS[config.type](trained[name]), {})
             mine.setdefault((trained[name].decays, mesh), []).append((name, parameter))
     parts = [
-        algorithm.build(_decayed_first(mine, config.weight_decay), config, make_exchange)
+        algorithm.build(_decayed_first(mine, config.weight_decay), config, make_exchange, compiled)
         for algorithm, mine in groups.items()
     ]
     return Optimizer(parts, state_names(config, trained))
@@ -222,8 +268,9 @@ def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
-def _zeros(parameter: nn.Parameter) -> Tensor:
-    return torch.zeros_like(parameter, requires_grad=False)
+def _dtype_of(part: torch.optim.Optimizer) -> torch.dtype | None:
+    """The dtype of the state of an optimizer; None: that of its parameters."""
+    return part.dtype if isinstance(part, moments.StoredMoments | Muon) else None
 
 
 def _counter(parameter: nn.Parameter, step: int) -> Tensor:

@@ -203,6 +203,10 @@ class TrainRun:
             for name, shard in self._in_files(tensors).items()
         }
 
+    def state_itemsize(self, weight_itemsize: int) -> int:
+        """Bytes of an element of the optimizer's state, for weights with elements of so many."""
+        return self.optimizer.state_itemsize(weight_itemsize)
+
     def state_names(self) -> dict[str, tuple[str, ...]]:
         """Every trained tensor of the full model in files, to the prefixes of its optimizer
         state."""

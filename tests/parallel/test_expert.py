@@ -13,8 +13,9 @@ from torch import Tensor
 
 from launcher.parallel import world
 from launcher.parallel.context import ContextParallel, apply_context_parallel
-from launcher.parallel.expert import apply_expert_parallel, by_expert
+from launcher.parallel.expert import ExpertExchange, apply_expert_parallel, by_expert
 from models.decoder import Decoder
+from models.grouped import Groups
 from models.moe import Experts
 from tests.models.tiny import EXPERTS, experts_spec, tokens
 from tests.ranks import run_ranks
@@ -190,13 +191,14 @@ def _compare_stacks(counts: list[list[int]], group: dist.ProcessGroup) -> list[f
     with torch.no_grad():
         for full, part in zip(alone.parameters(), own.parameters(), strict=True):
             part.copy_(full.normal_()[mine])
-    apply_expert_parallel(torch.nn.ModuleList([own]), group)  # type: ignore[arg-type]
+    exchange = ExpertExchange(group)
 
     inputs = [torch.randn(sum(line), HIDDEN, requires_grad=True) for line in counts]
-    outputs = [alone(x, torch.tensor(line)) for x, line in zip(inputs, counts, strict=True)]
+    outputs = [alone(x, Groups(torch.tensor(n))) for x, n in zip(inputs, counts, strict=True)]
     sum(_loss(output) for output in outputs).backward()
     given = inputs[rank].detach().requires_grad_()
-    found = own(given, torch.tensor(counts[rank]))
+    sent = exchange.send(given, exchange.begin(torch.tensor(counts[rank])))
+    found = exchange.give_back(own(*exchange.receive(sent)), sent)
     _loss(found).backward()
     assert all(parameter.grad is not None for parameter in own.parameters())
     pairs = zip(alone.parameters(), own.parameters(), strict=True)

@@ -17,6 +17,7 @@ from launcher.errors import did_you_mean
 
 _ENTRY = "every entry must be True, False or a number of layers"
 _SELECTIONS = ("select_recompute", "select_recompute_exclude")
+_BY_OPERATION = ("recompute_operations", "memory_budget")
 _STAGES = ("parallel_config.pipeline_stage",)
 _SWAPS = {
     "layer_swap": ("layers", "backward_prefetch"),
@@ -65,6 +66,38 @@ def select_recompute(check: Check) -> Iterator[KeyProblem]:
                 yield from _pattern(check, key, pattern)
         else:
             yield from _entries(check, key, value)
+
+
+def by_operation(check: Check) -> Iterator[KeyProblem]:
+    """Recomputation by operation is not combined with another choice for the same layers."""
+    section = check.config.recompute_config
+    keys = [name for name in _BY_OPERATION if getattr(section, name) not in (None, False)]
+    if not check.lays_out or not keys:
+        return
+    key = f"recompute_config.{keys[0]}"
+    if len(keys) == 2:
+        yield check.wrong(
+            key,
+            "either products are kept, or what a budget allows",
+            nearest="Nearest: recompute_operations: False",
+            also=(f"recompute_config.{keys[1]}",),
+        )
+    others = {
+        "recompute_config.select_recompute": bool(section.select_recompute),
+        "recompute_config.recompute": section.recompute is True,
+        "swap_config.swap": check.config.swap_config.swap,
+    }
+    rules = {
+        "swap_config.swap": "what is kept by operation stays on the device",
+        "recompute_config.recompute": "all layers are recomputed in full",
+    }
+    for other, is_on in others.items():
+        if is_on:
+            rule = rules.get(other, "the same layers are recomputed by module")
+            yield check.wrong(
+                key, f"not supported with {other}: {rule}",
+                nearest=f"Nearest: {other}: False", also=(other,),
+            )  # fmt: skip
 
 
 def _pattern(check: Check, key: str, pattern: Any) -> Iterator[KeyProblem]:

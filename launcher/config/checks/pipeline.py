@@ -232,12 +232,13 @@ def recomputed(check: Check) -> Iterator[KeyProblem]:
     schedule = pipeline_schedule(check.config)
     if not (check.trains and _has_pipeline(check) and schedule in SPLIT_BACKWARD):
         return
-    for key in ("recompute_config.recompute", "recompute_config.select_recompute"):
-        if check.value(key):
+    for name in ("recompute", "select_recompute", "recompute_operations", "memory_budget"):
+        key = f"recompute_config.{name}"
+        if check.value(key) not in (None, False, [], {}):
             yield check.wrong(
                 key,
                 f"not supported with {schedule}, which splits the backward pass",
-                nearest="Nearest: False",
+                nearest="Nearest: None" if name == "memory_budget" else "Nearest: False",
                 advice="Or use pipeline_scheduler: 1f1b",
                 also=(_SCHEDULER, _STAGES),
             )

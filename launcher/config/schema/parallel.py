@@ -117,6 +117,13 @@ class RecomputeSection:
     name patterns or of entries as above, or patterns with such entries."""
     select_recompute_exclude: bool | list[Any] | dict[str, Any] = False
     """Modules left out of recomputation, in the form of select_recompute."""
+    recompute_operations: bool = False
+    """Recompute by operation, in the layers that are not recomputed in full: keep the results of
+    matrix products and attention, recompute everything else."""
+    memory_budget: float | None = effective(None, minimum=0, maximum=1)
+    """The same with a limit: how much of what a layer keeps for the backward pass without
+    recomputation it may keep, from 0 (as `recompute`) to 1. The operations that are dearest for
+    their bytes are kept. With compiled layers the compiler chooses, on the same scale."""
 
 
 @dataclass(frozen=True, kw_only=True)

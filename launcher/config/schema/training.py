@@ -71,6 +71,12 @@ class OptimizerSection:
     """Muon: `betas` of the AdamW beside it."""
     adamw_eps: float = effective(1e-8, above=0)
     """Muon: `eps` of the AdamW beside it."""
+    state_dtype: str | None = effective(
+        None, choices=("float32", "bfloat16"),
+        words={"bf16": "bfloat16", "fp32": "float32", "float": "float32"},
+    )  # fmt: skip
+    """Dtype of the moments. bfloat16 halves their memory: the arithmetic stays float32, what is
+    stored is rounded stochastically, the same in each repetition. Left out: that of the weights."""
     learning_rate: float | None = effective(None, above=0)
     """Learning rate when lr_schedule gives none."""
 
