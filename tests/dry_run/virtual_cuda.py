@@ -193,6 +193,7 @@ class _Functions(TorchFunctionMode):
             return func(*args, **kwargs)
         if name in ("to", "cuda", "cpu"):
             return self._moved(func, name, args, kwargs)
+        kwargs.pop("pin_memory", None)
         asked = None
         if (named := kwargs.get("device")) is not None:
             asked = _type_of(named)
