@@ -26,6 +26,7 @@ from launcher.parallel.kernels import (
     versions,
 )
 from launcher.parallel.world import World
+from models.packed_attention import VARLEN, kernel_of
 
 KEY = "deterministic"
 
@@ -92,6 +93,18 @@ def _attention(job: Job) -> str:
     return f"attention by {', '.join(names.get(n, n) for n in job.kernels.attention)}"
 
 
+def _documents(job: Job) -> str:
+    """How attention within documents, windows and padding is computed, on CUDA."""
+    decoder = job.spec.decoder
+    if job.world.device.type != "cuda" or decoder is None:
+        return ""
+    if not job.config.attention_by_documents:
+        return "documents apart by a mask"
+    if kernel_of(job.world.device, job.compute_dtype, decoder.head_dim) == VARLEN:
+        return "documents apart by flash attention of variable lengths"
+    return "documents apart by blocks of scores (flash attention has no such dtype or head size)"
+
+
 def _float32(job: Job) -> str:
     """Reported where products of float32 matrices are rounded to TF32."""
     if job.world.device.type != "cuda" or torch.get_float32_matmul_precision() == "highest":
@@ -111,5 +124,12 @@ def _moments(job: Job) -> str:
     return "moments of the optimizer in bfloat16, rounded stochastically (repeatable)"
 
 
-PARTS: tuple[Callable[[Job], str], ...] = (_determinism, _attention, _float32, _allocator, _moments)
+PARTS: tuple[Callable[[Job], str], ...] = (
+    _determinism,
+    _attention,
+    _documents,
+    _float32,
+    _allocator,
+    _moments,
+)
 """The parts of the line, in order."""

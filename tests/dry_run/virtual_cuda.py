@@ -291,7 +291,7 @@ class _Operations(TorchDispatchMode):
         marks = self.owner.marks
         if name.split(".")[0] not in _COPIES and name not in _COPIES:
             for tensor in given:
-                if tensor not in marks and tensor.dim():
+                if tensor not in marks and tensor.dim() and not _belongs_on_host(func, tensor):
                     raise DeviceError(f"{func}: a tensor {list(tensor.shape)} of the CPU among "
                                       "those of the device")  # fmt: skip
         elif name == "copy_" and args[0] not in marks and not (len(args) > 2 and args[2]):
@@ -303,6 +303,11 @@ class _Operations(TorchDispatchMode):
             raise DeviceError(f"{func} has no kernel for CUDA")
         if torch.are_deterministic_algorithms_enabled() and raises_when_deterministic(name, args):
             raise DeviceError(f"{func} is refused in deterministic mode")
+
+
+def _belongs_on_host(func: OpOverload, tensor: Tensor) -> bool:
+    """Whether an operator of our own reads a tensor on the host: the lengths of documents."""
+    return func.namespace == "slipway" and tensor.dtype == torch.int32
 
 
 def _has_mask(args: Sequence[Any]) -> bool:

@@ -188,6 +188,9 @@ class Config:
     """Compile every layer with torch.compile when training: True for its usual backend, or the name
     of one. `auto`: inductor on CUDA where it works, nothing on the CPU; a layer that does not
     compile then runs eagerly, with a line in the log."""
+    attention_by_documents: bool = True
+    """Compute attention within documents, windows and padding without a mask of length x length.
+    False: with a mask, to find a fault. Rows of up to 64 tokens always have one."""
     deterministic: bool | str = effective(
         "auto", choices=("auto", True, False),
         words={"on": "True", "strict": "True", "off": "False", "warn": "auto", "exact": "auto"},
