@@ -46,7 +46,9 @@ def main(words: list[str] | None = None) -> int:
         sizes = TINY if options.tiny else FULL
         bench = Bench(world=world, sizes=sizes, folder=Path(folder))
         run_sections(chosen, bench, report, minutes=options.minutes)
-        report.add("end", {"failed": report.failed, "minutes": (time.perf_counter() - started) / 60})
+        report.add(
+            "end", {"failed": report.failed, "minutes": (time.perf_counter() - started) / 60}
+        )
     worlds.stop(world)
     return 1 if report.failed else 0
 
