@@ -25,6 +25,7 @@ from launcher.config.nodes import from_plain
 from launcher.config.resolve import read_tree
 from launcher.data.loader import StepData
 from launcher.errors import UserError
+from launcher.parallel.host_copy import HostCopy
 from launcher.parallel.local import local
 from launcher.parallel.world import World
 from launcher.report.console import Console
@@ -133,10 +134,10 @@ def next_data(run: TrainRun) -> StepData:
     return run.loader.step(run.state.data_position)
 
 
-def do_steps(run: TrainRun, count: int) -> tuple[int, Tensor]:
+def do_steps(run: TrainRun, count: int) -> tuple[int, HostCopy]:
     """`count` steps, without waiting for the device. Returns the number of tokens, and what the
     last step measured."""
-    tokens, measured = 0, torch.empty(0)
+    tokens, measured = 0, HostCopy(torch.empty(0))
     for _ in range(count):
         data = next_data(run)
         measured = train_step(run, data, LEARNING_RATE)

@@ -26,6 +26,7 @@ from launcher.parallel.kernels import (
     versions,
 )
 from launcher.parallel.world import World
+from models.grouped import has_kernel_for
 from models.packed_attention import kernel_of
 
 KEY = "deterministic"
@@ -135,11 +136,22 @@ def _moments(job: Job) -> str:
     return "moments of the optimizer in bfloat16, rounded stochastically (repeatable)"
 
 
+def _experts(job: Job) -> str:
+    """How products of experts are computed on CUDA."""
+    decoder = job.spec.decoder
+    if job.world.device.type != "cuda" or decoder is None or decoder.experts is None:
+        return ""
+    sizes = decoder.experts.intermediate_size, decoder.hidden_size
+    if has_kernel_for(sizes, job.compute_dtype, job.world.device):
+        return "experts by one kernel"
+    return "experts one by one, which waits for their token counts once a layer"
+
+
 def _trains(job: Job) -> bool:
     return job.config.run_mode in (None, "train", "finetune")
 
 
 PARTS: tuple[Callable[[Job], str], ...] = (
-    *(_determinism, _attention, _documents, _float32, _allocator, _fp8, _moments),
+    *(_determinism, _attention, _documents, _float32, _allocator, _experts, _fp8, _moments),
 )
 """The parts of the line, in order."""

@@ -16,6 +16,7 @@ from benchmarks.gpu.runs import do_steps, training_run
 from benchmarks.gpu.sizes import Training
 from launcher.report.device_peaks import peak_of
 from launcher.train.meter import StepMeter
+from launcher.train.step import LOSS
 from models.build import build_model
 from models.families import model_spec
 from models.flops import training_flops
@@ -73,7 +74,7 @@ def _ours(
                 "mfu": run.meter.mfu(tokens / seconds),
                 "peak_memory_gib": run.meter.take_memory().peak / 2**30,
                 "warm_up_seconds": started - warmed,
-                "loss": float(measured[0]),
+                "loss": measured.read("step values")[LOSS],
             }
 
     return measure
