@@ -74,11 +74,16 @@ def grouped_linear(rows: Tensor, weight: Tensor, groups: Groups) -> Tensor:
 def has_kernel(weight: Tensor) -> bool:
     """Whether products with `weight` [groups, outputs, inputs] run without group sizes on the
     host. (On the CPU, where reading them is free, it means that torch loops itself.)"""
-    if any(size * weight.element_size() % 16 for size in weight.shape[1:]):
+    return has_kernel_for(weight.shape[1:], weight.dtype, weight.device)
+
+
+def has_kernel_for(sizes: Sequence[int], dtype: torch.dtype, device: torch.device) -> bool:
+    """As `has_kernel`, for matrices of these sizes."""
+    if any(size * dtype.itemsize % 16 for size in sizes):
         return False  # rows must begin at multiples of 16 bytes
-    is_bf16 = weight.dtype == torch.bfloat16
-    if weight.is_cuda:
-        return is_bf16 and _capability(weight.device) in _CAPABILITIES_WITH_KERNEL
+    is_bf16 = dtype == torch.bfloat16
+    if device.type == "cuda":
+        return is_bf16 and _capability(device) in _CAPABILITIES_WITH_KERNEL
     return is_bf16 or not torch.compiler.is_compiling()  # traced for bfloat16 only
 
 

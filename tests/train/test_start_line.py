@@ -120,3 +120,13 @@ def test_a_refused_operation_is_reported_at_its_key(model: dict[str, Any], neare
     assert problem.what.startswith("deterministic = True: ")
     assert problem.where == "a.yaml:1"
     assert problem.nearest == f"Nearest: {nearest}"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "part"), [("bfloat16", "experts by one kernel"), ("float16", "experts one by one")]
+)
+def test_how_experts_are_computed_is_reported(dtype: str, part: str) -> None:
+    model = QWEN | {"type": "Qwen3MoeConfig", "num_experts": 4, "num_experts_per_tok": 2,
+                    "moe_intermediate_size": 16, "compute_dtype": dtype}  # fmt: skip
+    assert part in start_line(job("cuda", model=model)[0])
+    assert "experts" not in start_line(job("cuda", model=QWEN)[0])

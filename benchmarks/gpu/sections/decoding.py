@@ -21,7 +21,9 @@ def decode(bench: Bench) -> Iterator[Case]:
     """1B in bfloat16, the likeliest tokens, without an end token."""
     directory = transformers_directory(bench, bench.sizes.train_1b)
     for rows in bench.sizes.batches:
-        yield Case(f"Slipway, {rows}", lambda rows=rows: _speed(bench, rows, ours(bench, directory)))
+        yield Case(
+            f"Slipway, {rows}", lambda rows=rows: _speed(bench, rows, ours(bench, directory))
+        )
         yield Case(
             f"generate, {rows}", lambda rows=rows: _speed(bench, rows, theirs(bench, directory))
         )

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.cuda import nccl
 from torch.nn.attention import SDPBackend
 
 from benchmarks.gpu.driver import Bench, Case, Figures
@@ -41,7 +42,7 @@ def versions(bench: Bench) -> Figures:
         found["memory_gib"] = properties.total_memory / 2**30
         found["capability"] = f"{properties.major}.{properties.minor}"
         found["cudnn"] = torch.backends.cudnn.version()
-        found["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
+        found["nccl"] = ".".join(map(str, nccl.version()))
     return found
 
 
@@ -95,5 +96,5 @@ def backend(query: Tensor, key: Tensor, mask: Tensor | None) -> str:
         query, key, key, attn_mask=mask, is_causal=is_causal,
         enable_gqa=query.shape[1] != key.shape[1],
     )  # fmt: skip
-    names = {int(value): name for name, value in SDPBackend.__members__.items()}
+    names = {value.value: name for name, value in SDPBackend.__members__.items()}
     return names.get(int(chosen), str(chosen))

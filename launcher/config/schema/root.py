@@ -22,6 +22,7 @@ from launcher.config.schema.field import (
     optional_section,
     section,
 )
+from launcher.config.schema.fp8 import Fp8Section
 from launcher.config.schema.model import (
     GenerationSection,
     ModelSection,
@@ -282,6 +283,8 @@ class Config:
     of several entries of one built-in type the last one is used."""
     recompute_config: RecomputeSection = section(RecomputeSection)
     """Activation checkpointing."""
+    fp8_config: Fp8Section = section(Fp8Section)
+    """Products of the linear layers in FP8."""
     swap_config: SwapSection = section(SwapSection)
     """Moving activations to host memory."""
     monitor_config: MonitorSection = section(MonitorSection)
