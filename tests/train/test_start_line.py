@@ -62,7 +62,7 @@ def job(
         ("train", QWEN, {"deterministic": False}, ["not deterministic", "math, cuDNN"], "costs"),
         ("predict", QWEN, {"deterministic": False}, ["not deterministic", ", math"], "cuDNN"),
         ("eval", QWEN, {}, ["deterministic (costs", ", math"], ", cuDNN"),
-        ("train", IN_FLOAT32, {}, ["documents apart by blocks of scores"], "variable lengths"),
+        ("train", IN_FLOAT32, {}, ["packed rows by matrix products"], "variable lengths"),
     ],
 )
 def test_the_line_names_the_rule_and_its_price(
