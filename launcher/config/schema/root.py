@@ -154,7 +154,7 @@ class Config:
     compile: bool | str = effective(False, choices=(True, False, "inductor", "aot_eager", "eager"))
     """Compile every layer with torch.compile: True for its usual backend, or the name of one."""
     loss_chunk_tokens: int | None = effective(None, minimum=0)
-    """Apply the head and the loss to this many tokens at a time, so that the logits of a whole
+    """Apply the head and the loss to this many tokens at a time, so that the logits of a full
     micro-batch never exist; 0: to all at once. Left out: in chunks where that saves memory, which
     depends on tokens and vocabulary."""
     micro_batch_interleave_num: int = effective(1, minimum=1)
