@@ -97,9 +97,9 @@ INTERLEAVED = {"micro_batch_interleave_num": 2}
 SEQUENCE = {"use_seq_parallel": True}
 
 
-def check(workshop: Workshop, cases: list[Case], tolerance: float = 1e-5) -> None:
-    """Each case agrees with one process that saves all activations."""
+def check(workshop: Workshop, cases: list[Case], tolerance: float = 1e-5, main: Any = None) -> None:
+    """Each case agrees with one process that saves all activations. `main`: see `run_cases`."""
     alone = [case.alone() for case in cases]
-    outcomes = run_cases(workshop, alone + cases)
+    outcomes = run_cases(workshop, alone + cases, main=main)
     for case, reference, outcome in zip(cases, outcomes, outcomes[len(cases) :], strict=False):
         assert_equal(case, outcome, reference[0], tolerance)

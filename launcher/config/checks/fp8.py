@@ -17,9 +17,10 @@ def exactness(check: Check) -> Iterator[KeyProblem]:
     if check.trains and config.fp8_config.recipe is not None and config.deterministic is not False:
         yield check.wrong(
             RECIPE,
-            "not supported with exact determinism: operands of products are rounded to 8 bits",
-            nearest="Nearest: deterministic: False",
-            advice="Or leave fp8_config out",
+            f"not supported with deterministic: {config.deterministic}, as operands of products "
+            "are rounded to 8 bits",
+            nearest="Nearest: None",
+            advice="Or set deterministic: False",
             also=("deterministic",),
         )
 

@@ -79,7 +79,8 @@ def by_operation(check: Check) -> Iterator[KeyProblem]:
         yield check.wrong(
             key,
             "either products are kept, or what a budget allows",
-            nearest="Nearest: recompute_operations: False",
+            nearest="Nearest: False",
+            advice="Or leave memory_budget out",
             also=(f"recompute_config.{keys[1]}",),
         )
     others = {
@@ -96,7 +97,9 @@ def by_operation(check: Check) -> Iterator[KeyProblem]:
             rule = rules.get(other, "the same layers are recomputed by module")
             yield check.wrong(
                 key, f"not supported with {other}: {rule}",
-                nearest=f"Nearest: {other}: False", also=(other,),
+                nearest=f"Nearest: {'None' if keys[0] == 'memory_budget' else 'False'}",
+                advice=f"Or set {other}: False",
+                also=(other,),
             )  # fmt: skip
 
 

@@ -221,8 +221,8 @@ def compiled(check: Check) -> Iterator[KeyProblem]:
         yield check.wrong(
             "compile",
             f"not supported with {schedule}, which splits the backward pass",
-            nearest="Nearest: auto, which leaves the layers eager here",
-            advice="Or use another pipeline_scheduler",
+            nearest="Nearest: auto",
+            advice="It leaves the layers eager here; or use another pipeline_scheduler",
             also=(_SCHEDULER, _STAGES),
         )
 
