@@ -57,10 +57,12 @@ class AttentionMask:
         document_ids: Tensor | None = None,
         document_lengths: Tensor | None = None,
         key_mask: Tensor | None = None,
+        by_documents: bool = True,
     ) -> None:
         """`document_ids` [rows, total]: attention only within a document. `key_mask` [rows, total]:
         False for padding. `document_lengths` [rows, any]: the same on the host, as
-        `models.documents` has it; None: found out here, which waits for a GPU."""
+        `models.documents` has it; None: found out here, which waits for a GPU. `by_documents`
+        False: attention is never by documents, always by masks."""
         self.length, self.total = length, total
         self.in_order = token_indices is None
         self.token_indices = (
@@ -71,7 +73,8 @@ class AttentionMask:
         self.document_ids, self.key_mask = document_ids, key_mask
         self.lengths: Tensor | None = None
         """The documents of the rows; None: not needed, or not to be said in lengths."""
-        if total > MASK_UP_TO and length > 1:
+        self.by_documents = by_documents
+        if by_documents and total > MASK_UP_TO and length > 1:
             self.lengths = self._lengths() if document_lengths is None else document_lengths
         self._masks: dict[tuple[int | None, bool], Tensor | None] = {}
         self._full: AttentionMask | None = None
@@ -111,6 +114,7 @@ class AttentionMask:
                 document_ids=self.document_ids,
                 document_lengths=self.lengths,
                 key_mask=self.key_mask,
+                by_documents=self.by_documents,
             )
         return self._full
 
@@ -208,8 +212,10 @@ class BaseAttention(Leaf):
         """Build what `attend` caches in `context` for all layers of a forward, if this one is the
         first: a compiled layer then is the same graph, first or not. Replaced together with
         `attend`."""
-        if context.cache is None:
-            drops = context.dropout_seeds is not None and bool(self.dropout)
+        if context.cache is not None:
+            return
+        drops = context.dropout_seeds is not None and bool(self.dropout)
+        if context.mask.documents(self.window, always=drops) is None:
             context.mask.mask(self.window, always=drops)
 
     def attend(

@@ -171,6 +171,8 @@ class Decoder(Module):
         which the loss applies."""
         self.enter_head: Callable[[Tensor], Tensor] = _unchanged
         """From the normed states to the input of the head. Parallelism may replace it."""
+        self.by_documents = True
+        """Whether attention is computed by documents where it can be; False: by masks."""
         self.stream_part = (0, 1)
         """(index, count): which of `count` equal chunks of the residual stream, along the sequence,
         is local (sequence parallelism)."""
@@ -239,6 +241,7 @@ class Decoder(Module):
             document_ids=document_ids,
             document_lengths=document_lengths,
             key_mask=attention_mask,
+            by_documents=self.by_documents,
         )
         dtype = states.dtype
         wide_rotary = rows_of_cache is not None and position_ids is None and self.rotary.by_position

@@ -66,10 +66,12 @@ class Linear(Leaf):
         """The low-rank adapter, whose matrices are `lora_A` and `lora_B`."""
         self.lora_A: Linear | None = None
         self.lora_B: Linear | None = None
+        self.product: Callable[[Tensor, Tensor, Tensor | None], Tensor] = linear
+        """The matrix product: another precision may be set from outside."""
 
     def forward(self, states: Tensor, context: StepContext | None = None) -> Tensor:
         """`context` of the step, for the dropout of an adapter."""
-        output = linear(states, self.held("weight"), self.held("bias"))
+        output = self.product(states, self.held("weight"), self.held("bias"))
         return output if self.adapter is None else self.adapter.add(self, states, output, context)
 
 

@@ -40,6 +40,7 @@ from models.flash_attention import cpu_backward, cpu_forward, varlen_backward, v
 from models.scores_attention import attend_tiles
 from models.tile_tensors import empty_by_token, empty_outputs
 
+VARLEN = "varlen"
 FLASH_SIZES = (8, 256)
 """Flash attention on CUDA takes heads of a multiple of the first, up to the second."""
 
@@ -49,7 +50,7 @@ def kernel_of(device: torch.device, dtype: torch.dtype, size: int) -> str:
     if device.type == "cpu":
         return "cpu"
     fits = dtype in (torch.bfloat16, torch.float16) and size <= FLASH_SIZES[1]
-    return "varlen" if device.type == "cuda" and fits and _has_varlen(device) else "tiles"
+    return VARLEN if device.type == "cuda" and fits and _has_varlen(device) else "tiles"
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -92,7 +93,7 @@ def attend_documents(
             query, key, value, lengths, None, sinks, window, scale, torch.float32, 0.0, 0
         )
         return output
-    if kernel == "varlen":
+    if kernel == VARLEN:
         size += -size % FLASH_SIZES[0]
     query, key, value = (_padded(states, size) for states in (query, key, value))
     output, _ = _attend(query, key, value, lengths, window, scale, sinks)
@@ -131,7 +132,7 @@ def _padded(states: Tensor, size: int) -> Tensor:
 
 
 def _is_varlen(query: Tensor) -> bool:
-    return kernel_of(query.device, query.dtype, query.shape[-1]) == "varlen"
+    return kernel_of(query.device, query.dtype, query.shape[-1]) == VARLEN
 
 
 @torch.library.custom_op("slipway::attend_documents", mutates_args=())

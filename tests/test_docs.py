@@ -125,6 +125,12 @@ def test_cuda_page(folder: Path) -> None:
     assert sum("loss" in json.loads(row) for row in rows) == 4
 
 
+def test_profiling_page(folder: Path) -> None:
+    assert run_page("profiling.md", folder) == 1
+    files = {path.name for path in (folder / "output/profiled/profile/rank_0").iterdir()}
+    assert files == {"steps_3-4.trace.json.gz", "steps_3-4.operations.txt"}
+
+
 def test_tokens_page(folder: Path) -> None:
     assert run_page("tokens.md", folder) >= 3
     for name in ("megatron", "stream"):

@@ -13,6 +13,7 @@ failed.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import tempfile
 import time
@@ -25,6 +26,7 @@ from benchmarks.gpu.driver import Bench, Report, run_sections
 from benchmarks.gpu.sections import SECTIONS
 from benchmarks.gpu.sizes import FULL, TINY
 from launcher.parallel import world as worlds
+from launcher.parallel.kernels import choose_kernels, set_variables
 
 DEFAULT_OUTPUT = "gpu.jsonl"
 
@@ -38,7 +40,11 @@ def main(words: list[str] | None = None) -> int:
     if on_cuda and not torch.cuda.is_available():
         print("error: there is no CUDA device: add --tiny --device cpu", file=sys.stderr)
         return 2
+    if on_cuda:
+        set_variables(os.environ, deterministic="auto", expandable_segments=True)
     world = worlds.start(force_cpu=not on_cuda)
+    if on_cuda:  # the rule of a job by default
+        choose_kernels("auto", own_decoder=True, trains=True).apply()
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(dir=options.scratch))
         file = stack.enter_context(Path(options.output).open("w", encoding="utf-8"))

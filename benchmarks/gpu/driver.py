@@ -110,6 +110,7 @@ def run_sections(
 
 
 def _outcome(case: Case, bench: Bench) -> Figures:
+    default_kernels()
     started = time.perf_counter()
     try:
         found: Figures = case.run()
@@ -118,6 +119,17 @@ def _outcome(case: Case, bench: Bench) -> Figures:
     seconds = time.perf_counter() - started
     _free(bench)
     return {"seconds": round(seconds, 2), **found}
+
+
+def default_kernels() -> None:
+    """Kernels as PyTorch chooses them by itself, for peers: a run chooses its own."""
+    torch.use_deterministic_algorithms(False)
+    torch.set_float32_matmul_precision("highest")
+    for enable in (
+        torch.backends.cuda.enable_flash_sdp, torch.backends.cuda.enable_mem_efficient_sdp,
+        torch.backends.cuda.enable_math_sdp, torch.backends.cuda.enable_cudnn_sdp,
+    ):  # fmt: skip
+        enable(True)
 
 
 def _error(error: Exception) -> Figures:
@@ -129,10 +141,10 @@ def _error(error: Exception) -> Figures:
 
 
 def _free(bench: Bench) -> None:
-    """Give back the memory of a case: graphs of torch.compile hold on to it too."""
-    torch._dynamo.reset()
-    gc.collect()
+    """Give back the memory of a case on the device: graphs of torch.compile hold on to it too."""
     if bench.on_cuda:
+        torch._dynamo.reset()
+        gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(bench.device)
 

@@ -96,4 +96,16 @@ def transformers_directory(bench: Bench, size: Training) -> str:
         with torch.device(bench.device):
             model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
         model.save_pretrained(folder)
+        _tokenizer(min(config.vocab_size, 1000)).save_pretrained(folder)
     return str(folder)
+
+
+def _tokenizer(vocabulary: int) -> Any:
+    """A tokenizer of words, which a directory with weights must have."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = {f"w{index}": index for index in range(vocabulary)}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="w0")), eos_token="w0"
+    )

@@ -20,19 +20,21 @@ from benchmarks.gpu.driver import Bench
 from benchmarks.gpu.sizes import Training
 from launcher.builders.job import Job
 from launcher.builders.run import build_run
+from launcher.builders.start import chosen_kernels
 from launcher.config import rules
 from launcher.config.nodes import from_plain
 from launcher.config.resolve import read_tree
 from launcher.data.loader import StepData
 from launcher.errors import UserError
-from launcher.parallel.host_copy import HostCopy
 from launcher.parallel.local import local
 from launcher.parallel.world import World
 from launcher.report.console import Console
 from launcher.train.run import TrainRun
-from launcher.train.step import micro_batch_of, train_step
+from launcher.train.step import LOSS, micro_batch_of, train_step
 
 END_OF_DOCUMENT = 0
+ROWS = 64
+"""Of a file of tokens."""
 DOCUMENTS_PER_ROW = 8
 """About as many, of random lengths."""
 LEARNING_RATE = 1e-5
@@ -88,19 +90,21 @@ def training_run(
         "lr_schedule": {"type": "ConstantWarmUpLR", "learning_rate": LEARNING_RATE},
         "context": {"device_target": "CPU" if world.device.type == "cpu" else "GPU"},
     }
-    run = build_run(job_of(world, merged(plain, keys or {})))
-    fill(run)
-    try:
-        yield run
-    finally:
-        run.loader.close()
+    job = job_of(world, merged(plain, keys or {}))
+    with chosen_kernels(job):
+        run = build_run(job)
+        fill(run)
+        try:
+            yield run
+        finally:
+            run.loader.close()
 
 
 def tokens_file(bench: Bench, size: Training, *, packed: bool) -> Path:
-    """A file of random tokens for a few steps of `size`, the same in each call."""
-    vocabulary, rows = size.model["vocab_size"], 4 * size.rows
+    """A file of random tokens for rows of the length of `size`, the same for any batch."""
+    vocabulary, rows = size.model["vocab_size"], ROWS
     kind = "packed" if packed else "rows"
-    path = bench.folder / f"{kind}_{vocabulary}_{size.length}_{rows}.npy"
+    path = bench.folder / f"{kind}_{vocabulary}_{size.length}.npy"
     if path.exists():
         return path
     generator = np.random.default_rng(0)
@@ -134,16 +138,17 @@ def next_data(run: TrainRun) -> StepData:
     return run.loader.step(run.state.data_position)
 
 
-def do_steps(run: TrainRun, count: int) -> tuple[int, HostCopy]:
-    """`count` steps, without waiting for the device. Returns the number of tokens, and what the
-    last step measured."""
-    tokens, measured = 0, HostCopy(torch.empty(0))
+def do_steps(run: TrainRun, count: int) -> tuple[int, float]:
+    """`count` steps, each read as the loop reads it: when its gradients are known. Returns the
+    number of tokens, and the loss of the last step."""
+    tokens, loss = 0, 0.0
     for _ in range(count):
         data = next_data(run)
         measured = train_step(run, data, LEARNING_RATE)
         run.state.advance(data.samples, data.input_tokens)
         tokens += data.input_tokens
-    return tokens, measured
+        loss = measured.read("step values")[LOSS]
+    return tokens, loss
 
 
 def gradients(run: TrainRun, data: StepData) -> tuple[float, dict[str, Tensor]]:

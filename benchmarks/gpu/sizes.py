@@ -66,6 +66,8 @@ class Sizes:
     """Steps before the measured ones; compiling is in them."""
     steps: int
     """Measured steps."""
+    compiler: bool | str
+    """`compile` where layers are compiled: of the tiny ones without a compiler for C++."""
     repeats: int
     """Of the case that looks for a race."""
     prompt: int
@@ -81,7 +83,7 @@ FULL = Sizes(
     train_8b=Training(LLAMA_8B, length=8192, rows=1),
     experts=Training(EXPERTS_6_LAYERS, length=8192, rows=1),
     attention_length=8192, heads=(32, 8, 128), documents_length=4096, warm_up=3, steps=8,
-    repeats=20, prompt=512, new_tokens=128, batches=(1, 8),
+    compiler=True, repeats=20, prompt=512, new_tokens=128, batches=(1, 8),
 )  # fmt: skip
 
 
@@ -94,6 +96,6 @@ def _tiny(model: dict[str, Any], **more: Any) -> Training:
 TINY = Sizes(
     small=_tiny(LLAMA_4_LAYERS), small_experts=_tiny(EXPERTS_4_LAYERS), train_1b=_tiny(LLAMA_1B),
     train_8b=_tiny(LLAMA_8B), experts=_tiny(EXPERTS_6_LAYERS), attention_length=64,
-    heads=(4, 2, 16), documents_length=64, warm_up=1, steps=2, repeats=2, prompt=8, new_tokens=4,
-    batches=(1, 2),
+    heads=(4, 2, 16), documents_length=64, warm_up=1, steps=2, compiler="eager", repeats=2,
+    prompt=8, new_tokens=4, batches=(1, 2),
 )  # fmt: skip

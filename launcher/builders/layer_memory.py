@@ -15,6 +15,7 @@ from torch.distributed.fsdp import OffloadPolicy
 from launcher.builders.job import Job
 from launcher.errors import UserError
 from launcher.parallel.compiling import Compiler, compile_layers, exclude_from_compile
+from launcher.parallel.fp8 import apply_fp8, check_device, check_exclude, fp8_product
 from launcher.parallel.interleave import interleave
 from launcher.parallel.layer_modules import module_names
 from launcher.parallel.offload import (
@@ -57,6 +58,9 @@ def check_layers(job: Job, full: nn.Module) -> None:
             job.log(f"accepted, no effect: {section}: {patterns} keep no activations")
     if not isinstance(full, Decoder):
         _check_foreign(job)
+    check_exclude(
+        job.config.fp8_config.exclude, blocks(full), job.provenance.where("fp8_config.exclude")
+    )
     if job.config.swap_config.optimizer and job.world.device.type != "cuda":
         job.log("accepted, no effect: swap_config.optimizer: it is on the host already")
 
@@ -74,6 +78,8 @@ def prepare_layers(job: Job, module: nn.Module, full: nn.Module, compiler: Compi
         number: {*moving[number], *(name for name in again[number] if not is_cheap(name))} - {""}
         for number in layers
     }
+    if config.fp8_config.recipe is not None:
+        _compute_in_fp8(job, layers)
     if compiler is not None:
         compile_layers(layers, compiler, apart, job.world.device)
     uses_rng = not isinstance(module, Decoder)
@@ -108,6 +114,24 @@ def _recompute_operations(
         job.log(f"recompute by operation: the compiler keeps {budget:.0%} of the activations")
 
 
+def _compute_in_fp8(job: Job, layers: Mapping[int, nn.Module]) -> None:
+    """Set the FP8 product of the linear layers."""
+    section, where = job.config.fp8_config, job.provenance.where("fp8_config.recipe")
+    assert section.recipe is not None
+    if not section.emulate:
+        check_device(job.world.device, where)
+    product = fp8_product(section.recipe, emulate=section.emulate, where=where)
+    done = apply_fp8(layers, product, section.exclude)
+    left = f", {len(done.unaligned)} left for sizes that are no multiples of 16" * bool(
+        done.unaligned
+    )
+    job.log(
+        f"fp8: {len(done.names)} linear layers {section.recipe}{left}"
+        f"{f', {done.excluded} excluded' if done.excluded else ''}; results differ from "
+        f"{str(job.compute_dtype).removeprefix('torch.')} by the rounding of operands to 8 bits"
+    )
+
+
 def offload_policy(job: Job) -> OffloadPolicy | None:
     """The policy that keeps parameters and optimizer state in host memory, where it is configured
     and the device has memory of its own; else None."""
@@ -133,6 +157,7 @@ def _check_foreign(job: Job) -> None:
     refused = {
         "micro_batch_interleave_num": job.config.micro_batch_interleave_num > 1,
         f"{_RECOMPUTE}.select_recompute": bool(select) and not names_modules,
+        "fp8_config.recipe": job.config.fp8_config.recipe is not None,
     }
     for key, asks in refused.items():
         if asks:

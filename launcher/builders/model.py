@@ -71,6 +71,7 @@ def build_parallel(job: Job, *, training: bool) -> BuiltModel:
     kept: list[FSDPModule] = []
     for module in modules.values():
         if isinstance(module, Decoder):
+            module.by_documents = job.config.attention_by_documents
             sequence = job.config.parallel_config.use_seq_parallel and job.mesh.tp > 1
             parallelize(module, layout.specs, job.meshes, sequence=sequence, context=context)
         if training:
@@ -207,6 +208,8 @@ def build_predicting(job: Job) -> tuple[Forward, Layout]:
     else:
         dtype = job.compute_dtype
     model, mesh = build_model(job.spec, dtype=dtype), predict_mesh(job)
+    if isinstance(model, Decoder):
+        model.by_documents = job.config.attention_by_documents
     count, split = parameter_count(model), predict_split(job.config, job.spec)
     layout = model_layout(
         model, job.spec, mesh, split=split, vocab_emb_dp=job.config.parallel_config.vocab_emb_dp

@@ -27,6 +27,7 @@ from launcher.parallel.kernels import (
 )
 from launcher.parallel.world import World
 from models.grouped import has_kernel_for
+from models.packed_attention import kernel_of
 
 KEY = "deterministic"
 
@@ -93,6 +94,25 @@ def _attention(job: Job) -> str:
     return f"attention by {', '.join(names.get(n, n) for n in job.kernels.attention)}"
 
 
+def _documents(job: Job) -> str:
+    """How the decoders of Slipway attend within documents and windows, which SDPA does not do."""
+    decoder = job.spec.decoder
+    if job.world.device.type != "cuda" or decoder is None or job.config.run_mode == "predict":
+        return ""
+    if not job.config.attention_by_documents:
+        return "packed rows by a mask"
+    latent = decoder.latent
+    size = (
+        decoder.head_dim if latent is None
+        else max(latent.qk_nope_head_dim + latent.qk_rope_head_dim, latent.v_head_dim)
+    )  # fmt: skip
+    kernel = kernel_of(job.world.device, job.compute_dtype, size)
+    return {
+        "varlen": "packed rows by flash of variable lengths",
+        "tiles": "packed rows by matrix products (flash takes bfloat16 and float16 alone)",
+    }.get(kernel, "")
+
+
 def _float32(job: Job) -> str:
     """Reported where products of float32 matrices are rounded to TF32."""
     if job.world.device.type != "cuda" or torch.get_float32_matmul_precision() == "highest":
@@ -105,9 +125,13 @@ def _allocator(job: Job) -> str:
     return f"allocator {setting}" if setting else ""
 
 
+def _fp8(job: Job) -> str:
+    recipe = job.config.fp8_config.recipe
+    return f"products in FP8 ({recipe})" if recipe is not None and _trains(job) else ""
+
+
 def _moments(job: Job) -> str:
-    dtype = job.config.optimizer.state_dtype
-    if dtype != "bfloat16" or job.config.train_dataset is None:
+    if job.config.optimizer.state_dtype != "bfloat16" or not _trains(job):
         return ""
     return "moments of the optimizer in bfloat16, rounded stochastically (repeatable)"
 
@@ -123,12 +147,11 @@ def _experts(job: Job) -> str:
     return "experts one by one, which waits for their token counts once a layer"
 
 
+def _trains(job: Job) -> bool:
+    return job.config.run_mode in (None, "train", "finetune")
+
+
 PARTS: tuple[Callable[[Job], str], ...] = (
-    _determinism,
-    _attention,
-    _float32,
-    _allocator,
-    _moments,
-    _experts,
+    *(_determinism, _attention, _documents, _float32, _allocator, _experts, _fp8, _moments),
 )
 """The parts of the line, in order."""

@@ -13,6 +13,7 @@ from pathlib import Path
 from launcher.config.checks import (
     chat,
     evaluation,
+    fp8,
     generation,
     memory,
     mixture,
@@ -96,6 +97,8 @@ RULES: tuple[Rule, ...] = (
     memory.by_operation,
     memory.swap,
     training.loss_chunks,
+    fp8.exactness,
+    fp8.patterns,
     training.sinking,
     training.checkpoint_names,
     training.norm_checks,
@@ -237,6 +240,6 @@ def warnings(config: Config, provenance: Provenance) -> list[str]:
     if config.last_callback(EvalCallbackSection) is not None and not config.do_eval:
         lines.append("callbacks: EvalCallBack has no effect without do_eval: True")
     subject = Check(config=config, provenance=provenance, world_size=world_size())
-    for room in (parallel, pipeline, memory, weights, generation, chat, profiling):
+    for room in (parallel, pipeline, memory, fp8, weights, generation, chat, profiling):
         lines += room.warnings(subject)
     return lines

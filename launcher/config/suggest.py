@@ -115,6 +115,9 @@ _PATHS = {
                     "preference.reference.weights"),
     **dict.fromkeys(("bf16", "fp16", "torch_dtype", "dtype", "mixed_precision"),
                     "model.model_config.compute_dtype"),
+    **dict.fromkeys(("attn_implementation", "attn_impl", "attn_type", "attn_backend",
+                     "attention_backend", "flash_attn", "flash_attention", "use_flash_attn",
+                     "use_varlen_attn", "sdp_attention"), "attention_by_documents"),
     **dict.fromkeys(("full_determinism", "deterministic_mode", "use_deterministic_algorithms",
                      "deterministic_warn_only", "cudnn_deterministic", "determinism"),
                     "deterministic"),
@@ -174,6 +177,20 @@ _OF_SECTION = {
 }
 """Words that are keys elsewhere, and have another name in the section of this ending."""
 _REMARKS = {
+    **dict.fromkeys(
+        (
+            "attn_implementation",
+            "attn_impl",
+            "attn_type",
+            "attn_backend",
+            "attention_backend",
+            "flash_attn",
+            "flash_attention",
+            "use_flash_attn",
+            "sdp_attention",
+        ),
+        "The kernel follows from the device and the dtype; False uses a mask",
+    ),
     "deterministic_warn_only": "`auto` warns only where the model is of transformers",
     "manual_gc": "0 is off",
     "train_on_inputs": "True is [system, user, assistant], False is [assistant]",

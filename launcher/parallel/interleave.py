@@ -75,6 +75,7 @@ def split_context(context: StepContext, rows: int, count: int) -> list[StepConte
             document_ids=documents[i],
             document_lengths=lengths[i],
             key_mask=key_masks[i],
+            by_documents=mask.by_documents,
         )
         for i in range(count)
     ]

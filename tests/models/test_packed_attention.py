@@ -16,10 +16,12 @@ import models.attention
 import models.packed_attention
 from models.attention import AttentionMask, StepContext, attend, attend_with_dropout
 from models.decoder import Decoder
-from models.documents import document_lengths
+from models.documents import OnHost, document_lengths
 from models.flash_attention import flash_backward, flash_forward
 from models.packed_attention import attend_documents, attend_documents_with_dropout
 from models.scores_attention import attend_tiles, attend_tiles_backward
+from tests.dry_run.cuda_calls import fake_cuda
+from tests.dry_run.virtual_cuda import DEVICE, DeviceError, VirtualCuda
 from tests.models.tiny import dense_spec
 
 ROWS = 2
@@ -160,22 +162,17 @@ def tiny(**changes: Any) -> Decoder:
     return model
 
 
-def context_of(given: Operands, **more: Any) -> StepContext:
-    return StepContext(
-        cos=torch.empty(0), sin=torch.empty(0), mask=given.mask_object, **more
-    )  # fmt: skip
-
-
 @pytest.mark.parametrize(
-    ("case", "more", "expected"),
+    ("case", "by_documents", "expected"),
     [
-        ({}, {}, "documents"),
-        ({"borders": 0.0, "window": 20}, {}, "documents"),
-        ({"total": models.attention.MASK_UP_TO}, {}, "mask"),
+        ({}, True, "documents"),
+        ({"borders": 0.0, "window": 20}, True, "documents"),
+        ({"total": models.attention.MASK_UP_TO}, True, "mask"),
+        ({}, False, "mask"),
     ],
 )
 def test_what_is_used_when(
-    case: dict[str, Any], more: dict[str, Any], expected: str, monkeypatch: pytest.MonkeyPatch
+    case: dict[str, Any], by_documents: bool, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     used = []
     for name, ways in (("attend_documents", "documents"), ("attend", "mask")):
@@ -188,7 +185,12 @@ def test_what_is_used_when(
         monkeypatch.setattr(models.attention, name, note)
     given = Operands(heads=4, kv_heads=2, **case)
     layer = tiny().decoder_layers()[0].self_attn
-    layer.attend(*given.tensors, context_of(given, **more), given.window)
+    mask = AttentionMask(
+        length=given.mask_object.length, total=given.mask_object.total, device=given.ids.device,
+        document_ids=given.ids, by_documents=by_documents,
+    )  # fmt: skip
+    context = StepContext(cos=torch.empty(0), sin=torch.empty(0), mask=mask)
+    layer.attend(*given.tensors, context, given.window)
     assert used == [expected]
 
 
@@ -299,6 +301,27 @@ def test_the_kernel_of_a_device(dtype: torch.dtype, size: int, expected: str) ->
     kernel_of = models.packed_attention.kernel_of
     assert kernel_of(torch.device("cuda"), dtype, size) == expected
     assert kernel_of(torch.device("cpu"), dtype, size) == "cpu"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_nothing_waits_for_a_gpu(dtype: torch.dtype, dropout: float) -> None:
+    ids = torch.randint(8, (2, 100))
+    documents = torch.repeat_interleave(torch.tensor([30, 1, 69]))[None].expand(2, -1)
+    lengths = document_lengths(documents)
+    with fake_cuda(), VirtualCuda() as device:
+        model = tiny(sliding_window=20, attention_dropout=dropout).to(dtype).to(DEVICE)
+
+        def step() -> None:
+            logits = model(
+                ids.to(DEVICE), document_ids=documents.to(DEVICE), document_lengths=OnHost(lengths),
+                sample_seeds=torch.arange(2).to(DEVICE),
+            )  # fmt: skip
+            logits.sum().backward()
+
+        device.strict(step)()
+        with pytest.raises(DeviceError, match="waits"):
+            device.strict(model)(ids.to(DEVICE), document_ids=documents.to(DEVICE))
 
 
 # Memory.

@@ -10,9 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.cuda import nccl
 from torch.nn.attention import SDPBackend
 
 from benchmarks.gpu.driver import Bench, Case, Figures
+from launcher.parallel.kernels import choose_kernels, current_kernels
 
 PACKAGES = ("torch", "transformers", "triton", "torchao", "torchtitan", "slipway")
 
@@ -40,7 +42,7 @@ def versions(bench: Bench) -> Figures:
         found["memory_gib"] = properties.total_memory / 2**30
         found["capability"] = f"{properties.major}.{properties.minor}"
         found["cudnn"] = torch.backends.cudnn.version()
-        found["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
+        found["nccl"] = ".".join(map(str, nccl.version()))
     return found
 
 
@@ -63,14 +65,12 @@ def kernels(bench: Bench) -> Figures:
     a full row and for one query."""
     length = bench.sizes.attention_length
     heads, kv_heads, size = bench.sizes.heads
-    was, warns = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_deterministic_algorithms_warn_only_enabled(),
-    )
+    before = current_kernels()
     found = {}
     try:
         for masked, strict, queries in product((False, True), (False, True), (length, 1)):
-            torch.use_deterministic_algorithms(strict)
+            rule = "auto" if strict else False
+            choose_kernels(rule, own_decoder=True, trains=True).apply()
             query, key = (
                 torch.empty(1, count, tokens, size, device=bench.device, dtype=torch.bfloat16)
                 for count, tokens in ((heads, queries), (kv_heads, length))
@@ -84,7 +84,7 @@ def kernels(bench: Bench) -> Figures:
                     f"{queries} queries")  # fmt: skip
             found[name] = backend(query, key, mask)
     finally:
-        torch.use_deterministic_algorithms(was, warn_only=warns)
+        before.apply()
     return found
 
 
@@ -96,5 +96,5 @@ def backend(query: Tensor, key: Tensor, mask: Tensor | None) -> str:
         query, key, key, attn_mask=mask, is_causal=is_causal,
         enable_gqa=query.shape[1] != key.shape[1],
     )  # fmt: skip
-    names = {int(value): name for name, value in SDPBackend.__members__.items()}
+    names = {value.value: name for name, value in SDPBackend.__members__.items()}
     return names.get(int(chosen), str(chosen))

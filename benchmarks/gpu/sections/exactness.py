@@ -43,7 +43,7 @@ def keeping_less(bench: Bench) -> Iterator[Case]:
         "recompute": {"recompute_config": {"recompute": True}},
         "select_recompute": {"recompute_config": {"select_recompute": True}},
         "swap": {"swap_config": {"swap": True}},
-        "compile": {"compile": True},
+        "compile": {"compile": bench.sizes.compiler},
     }
     for name, keys in ways.items():
         yield Case(name, lambda keys=keys: against_plain(bench, keys))

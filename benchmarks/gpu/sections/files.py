@@ -15,6 +15,7 @@ from benchmarks.gpu.runs import job_of, training_run
 from launcher.builders.job import Job
 from launcher.builders.load_weights import find_weights, load_or_init
 from launcher.builders.model import build_predicting
+from launcher.builders.start import chosen_kernels
 from launcher.checkpoint.monitor import CheckpointMonitor
 from launcher.config.schema import CheckpointMonitorSection
 from launcher.generation.forward import Forward
@@ -37,9 +38,10 @@ def predict_job(bench: Bench, directory: str) -> Job:
 
 def loaded(job: Job) -> Forward:
     """The model of a job, as `predict` loads it."""
-    weights = find_weights(job)
-    forward, layout = build_predicting(job)
-    load_or_init(job, ModelParts([forward.model]), layout, weights)
+    with chosen_kernels(job):
+        weights = find_weights(job)
+        forward, layout = build_predicting(job)
+        load_or_init(job, ModelParts([forward.model]), layout, weights)
     return forward
 
 

@@ -22,6 +22,7 @@ from launcher.config.schema.field import (
     optional_section,
     section,
 )
+from launcher.config.schema.fp8 import Fp8Section
 from launcher.config.schema.model import (
     GenerationSection,
     ModelSection,
@@ -188,6 +189,9 @@ class Config:
     """Compile every layer with torch.compile when training: True for its usual backend, or the name
     of one. `auto`: inductor on CUDA where it works, nothing on the CPU; a layer that does not
     compile then runs eagerly, with a line in the log."""
+    attention_by_documents: bool = True
+    """Compute attention within documents, windows and padding without a mask of length x length.
+    False: with a mask, to find a fault. Rows of up to 64 tokens always have one."""
     deterministic: bool | str = effective(
         "auto", choices=("auto", True, False),
         words={"on": "True", "strict": "True", "off": "False", "warn": "auto", "exact": "auto"},
@@ -279,6 +283,8 @@ class Config:
     of several entries of one built-in type the last one is used."""
     recompute_config: RecomputeSection = section(RecomputeSection)
     """Activation checkpointing."""
+    fp8_config: Fp8Section = section(Fp8Section)
+    """Products of the linear layers in FP8."""
     swap_config: SwapSection = section(SwapSection)
     """Moving activations to host memory."""
     monitor_config: MonitorSection = section(MonitorSection)

@@ -324,11 +324,59 @@ TABLE = (
         errors=(Error("recompute_config.recompute = True", at="recompute: True", near="False"),),
     ),
     Row(
+        name="operations recomputed whose backward pass is split",
+        replace=SIZES,
+        degrees="pipeline_stage: 2, micro_batch_num: 4",
+        add=(
+            "recompute_config: {memory_budget: 0.5}\n"
+            "parallel: {pipeline_config: {pipeline_scheduler: zero_bubble_v}}\n"
+        ),
+        errors=(
+            Error("recompute_config.memory_budget = 0.5", at="memory_budget: 0.5", near="None"),
+        ),
+    ),
+    Row(
+        name="operations recomputed in layers that are recomputed",
+        replace=SIZES,
+        add="recompute_config: {recompute: True, recompute_operations: True}\n",
+        errors=(Error("recompute_config.recompute_operations = True", at="recompute_config"),),
+    ),
+    Row(
+        name="a budget over 1",
+        replace=SIZES,
+        add="recompute_config: {memory_budget: 40}\n",
+        errors=(Error("recompute_config.memory_budget = 40", at="memory_budget: 40", near="1"),),
+    ),
+    Row(
+        name="a budget, and activations moved to the host",
+        replace=SIZES,
+        add="recompute_config: {memory_budget: 0.4}\nswap_config: {swap: True}\n",
+        errors=(Error("recompute_config.memory_budget = 0.4", at="memory_budget: 0.4"),),
+    ),
+    Row(
+        name="FP8 in an exact run",
+        replace=SIZES,
+        add="fp8_config: {recipe: rowwise}\n",
+        errors=(Error("fp8_config.recipe = 'rowwise'", at="recipe: rowwise"),),
+    ),
+    Row(
+        name="an FP8 recipe that is wrong",
+        replace=SIZES,
+        add="deterministic: False\nfp8_config: {recipe: rowise}\n",
+        errors=(Error("fp8_config.recipe = 'rowise'", at="recipe: rowise", near="rowwise"),),
+    ),
+    Row(
+        name="an FP8 pattern that is wrong",
+        replace=SIZES,
+        add="deterministic: False\nfp8_config: {recipe: rowwise, exclude: ['(q_proj']}\n",
+        errors=(Error("fp8_config.exclude: '(q_proj'", at="fp8_config"),),
+    ),
+    Row(
         name="compiled layers whose backward pass is split",
         replace=SIZES,
         degrees="pipeline_stage: 2, micro_batch_num: 2",
         add=("compile: True\nparallel: {pipeline_config: {pipeline_scheduler: zero_bubble_v}}\n"),
-        errors=(Error("compile = True", at="compile", near="False"),),
+        errors=(Error("compile = True", at="compile", near="auto"),),
     ),
     Row(
         name="dynamic rope over shared rows",
