@@ -35,7 +35,7 @@ def draw_seed(seed: int, index: int, step: int) -> int:
 def draw(scores: Tensor, seeds: list[int]) -> Tensor:
     """One token of each row [rows] int64, from `scores` [rows, vocabulary] and a seed of 64 bits
     for each row. Tokens with a score of -inf are never drawn."""
-    if scores.is_cuda:  # which would have to tell the host how many columns are within reach
+    if scores.is_cuda:  # where the host would wait for the number of columns within reach
         columns = torch.arange(scores.shape[1], device=scores.device)
         return (scores.double() + gumbel(seeds, columns)).argmax(-1)
     return _draw_within_reach(scores, seeds)

@@ -117,8 +117,10 @@ def _recomputed(function: Function, uses_rng: bool) -> Function:
     def recomputed(*arguments: Any, **keywords: Any) -> Any:
         if not torch.is_grad_enabled():
             return function(*arguments, **keywords)
+        # Inside a graph nothing is read, and the compiler allows no side effects in a checkpoint.
+        again = function if torch.compiler.is_compiling() else remembering(function)
         return checkpoint(
-            remembering(function),
+            again,
             *arguments,
             use_reentrant=False,
             preserve_rng_state=uses_rng,
