@@ -54,6 +54,10 @@ class Streams:
     def synchronize(self, event: Any) -> None:
         """The host waits for `event`. Raises what torch raises for an error on the device."""
 
+    def record_use(self, tensor: Tensor, stream: Any) -> None:
+        """`tensor` is read by what is queued on `stream`: its memory is not given to another tensor
+        before that, even if nobody holds it any more. None: the current stream."""
+
     def pinned(self, nbytes: int) -> Tensor:
         """Host memory, uint8 [nbytes], that copies to and from the device need not stage."""
         return torch.empty(nbytes, dtype=torch.uint8)
@@ -94,6 +98,9 @@ class CudaStreams(Streams):
 
     def synchronize(self, event: Any) -> None:
         event.synchronize()
+
+    def record_use(self, tensor: Tensor, stream: Any) -> None:
+        tensor.record_stream(stream or torch.cuda.current_stream(self._device))
 
     def pinned(self, nbytes: int) -> Tensor:
         return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from launcher.streams import Streams
 
@@ -89,6 +89,9 @@ class LateStreams(Streams):
         self._log("synchronize", event.number)
         self._reach(event)
 
+    def record_use(self, tensor: torch.Tensor, stream: Stream | None) -> None:
+        self._log("record use", tensor.nbytes)
+
     def pinned(self, nbytes: int) -> torch.Tensor:
         self._log("pinned", nbytes)
         return torch.empty(nbytes, dtype=torch.uint8)
@@ -139,7 +142,7 @@ class _Late(TorchDispatchMode):
 
 
 def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
-    with torch.no_grad():
+    with torch.no_grad(), _disable_current_modes():  # that of a stream which waits for this one
         target.copy_(source)
 
 

@@ -13,6 +13,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+import torch
+
 from launcher.checkpoint.integrated import FULL
 from launcher.checkpoint.savable import Savable
 from launcher.checkpoint.store import Store
@@ -78,10 +80,10 @@ class Contents:
 
     def snapshot_nbytes(self, run: Savable, stores: Mapping[str, Store]) -> int:
         """Bytes of the tensors that this rank writes in a save, each once. Optimizer state, which
-        may not exist yet, is as large as its weight."""
+        may not exist yet, has the shape of its weight."""
         weights, states, sizes = run.weights(), run.state_names(), dict[str, int]()
         moments = {
-            prefix + name: shard._replace(tensor=shard.tensor.to("meta"))
+            prefix + name: shard._replace(tensor=_sized(run, shard.tensor))
             for name, shard in weights.items()
             for prefix in states.get(name, ())
         }
@@ -105,6 +107,13 @@ class Contents:
             own = frozenset(name for name in held if writer[name] == run.world.rank)
             self._written[folder] = frozenset(held), own
         return {name: shard for name, shard in held.items() if name in own}
+
+
+def _sized(run: Savable, weight: torch.Tensor) -> torch.Tensor:
+    """A tensor without memory, of the size of the optimizer state of `weight`."""
+    itemsize = run.state_itemsize(weight.element_size())
+    dtype = {1: torch.uint8, 2: torch.bfloat16, 4: torch.float32, 8: torch.float64}[itemsize]
+    return torch.empty(weight.shape, dtype=dtype, device="meta")
 
 
 def constant_between_updates(run: Savable) -> set[str]:

@@ -1,7 +1,7 @@
 """Host memory of snapshots: one buffer, pinned for a GPU, and how much the machine has left.
 
 Owns allocating, pinning and releasing it. Pinned memory is registered in portions: the driver takes
-its locks for one portion, not for the whole, so that the steps that run meanwhile queue their
+its locks for one portion at a time, so that the steps that run meanwhile queue their
 kernels in between. Pages are touched before, outside of those locks. Invariant: a copy to or from a
 pinned buffer lies in one portion (`HostBuffer.pieces`): CUDA refuses one that spans two
 registrations.

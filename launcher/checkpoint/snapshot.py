@@ -165,11 +165,14 @@ class Snapshot:
                 self._pinning.finish()
         if self._buffer is None or self.nbytes < nbytes:
             self._buffer = None  # free the smaller one first
-            self._pinning.start(lambda: self._allocate(nbytes, pinned=self._may_pin))
-            self._pinning.finish()
+            if self._streams.is_device and self._may_pin:
+                self._pinning.start(lambda: self._allocate(nbytes, pinned=True))
+                self._pinning.finish()
+            else:
+                self._allocate(nbytes, pinned=False)
 
     def _allocate(self, nbytes: int, *, pinned: bool) -> None:
         buffer = HostBuffer(nbytes, self._streams)
-        if pinned and self._streams.is_device:
+        if pinned:
             buffer.pin()
         self._buffer = buffer

@@ -32,6 +32,7 @@ from launcher.parallel.layer_modules import (
     outermost,
 )
 from launcher.parallel.local import local
+from launcher.streams import Streams, streams_for
 from models.attention import StepContext
 
 MINIMUM_BYTES = 1024
@@ -259,39 +260,39 @@ class CopyEngine:
         return arriving
 
 
-class CudaCopyEngine(CopyEngine):
-    """Copies that overlap with computation, on one stream each way."""
+class DeviceCopyEngine(CopyEngine):
+    """Copies that overlap with computation, on one stream each way, through pinned memory, which
+    the allocator of torch keeps for the next step."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._out, self._back = torch.cuda.Stream(device), torch.cuda.Stream(device)
+    def __init__(self, device: torch.device, streams: Streams) -> None:
+        self._device, self._streams = device, streams
+        self._out, self._back = streams.new_stream(), streams.new_stream()
 
     def out(self, storage: torch.UntypedStorage) -> Any:
         there = torch.empty(0, dtype=torch.uint8, device=self._device).set_(storage)
-        host = torch.empty(there.shape, dtype=torch.uint8, pin_memory=True)
-        self._out.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._out):
+        host = self._streams.pinned(there.numel())
+        self._streams.wait_for_current(self._out)  # which computes it
+        with self._streams.use(self._out):
             host.copy_(there, non_blocking=True)
-            sent = self._out.record_event()
-        there.record_stream(self._out)
-        return host, sent
+        self._streams.record_use(there, self._out)
+        return host, self._streams.record_event(self._out)
 
     def back(self, host: Any) -> Any:
         memory, sent = host
-        with torch.cuda.stream(self._back):
-            self._back.wait_event(sent)
+        with self._streams.use(self._back):
+            self._streams.current_waits(sent)
             there = torch.empty(memory.shape, dtype=torch.uint8, device=self._device)
             there.copy_(memory, non_blocking=True)
-            return there, self._back.record_event()
+        return there, self._streams.record_event(self._back)
 
     def arrived(self, arriving: Any) -> torch.UntypedStorage:
         there, event = arriving
-        current = torch.cuda.current_stream()
-        current.wait_event(event)
-        there.record_stream(current)
+        self._streams.current_waits(event)
+        self._streams.record_use(there, None)
         return there.untyped_storage()
 
 
 def copy_engine_for(device: torch.device) -> CopyEngine:
     """The copy engine for this device."""
-    return CudaCopyEngine(device) if device.type == "cuda" else CopyEngine()
+    streams = streams_for(device)
+    return DeviceCopyEngine(device, streams) if streams.is_device else CopyEngine()

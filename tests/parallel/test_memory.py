@@ -23,6 +23,7 @@ from launcher.parallel.layer_modules import (
 )
 from launcher.parallel.offload import Swap, apply_offload, offloaded_parts
 from launcher.parallel.recompute import CHEAP
+from launcher.streams import STREAMS
 from models.decoder import Decoder
 from models.stage import StageSplit
 from tests.models.tiny import tokens
@@ -44,6 +45,7 @@ from tests.parallel.keeping import (
 )  # fmt: skip
 from tests.parallel.parity import Case
 from tests.ranks import run_job
+from tests.streams import LateStreams
 from tests.workshop import BASE, Workshop
 
 
@@ -218,6 +220,23 @@ class Copying(offload.CopyEngine):
     def back(self, host: Any) -> Any:
         self.brought += host.nbytes()
         return host.clone()
+
+
+@pytest.mark.parametrize("model_name", SPECS)
+def test_offload_waits_for_its_copies_however_late_they_are(
+    monkeypatch: pytest.MonkeyPatch, model_name: str
+) -> None:
+    streams = LateStreams()
+    monkeypatch.setitem(STREAMS, "cpu", lambda device: streams)
+    model = decoder(model_name)
+    swap = swapped(model, layer_swap=[{"layers": True, "backward_prefetch": 2}])
+    gradients, _ = step(model)
+    assert_same(gradients, plain(model_name)[0])
+    copied = [call.detail for call in streams.calls if call.what == "copy"]
+    assert sum(copied) == 2 * swap.moved_bytes, "to the host and back"
+    used = [call.detail for call in streams.calls if call.what == "record use"]
+    assert sum(used) >= 2 * swap.moved_bytes, "memory is not reused before the copy"
+    assert streams.pending == 0
 
 
 def test_parameters_and_shared_tables_stay() -> None:
