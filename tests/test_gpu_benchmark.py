@@ -19,8 +19,8 @@ from launcher.parallel.world import World
 from tests.ranks import run_ranks
 
 MUST_BE_EQUAL = ("rows", "packed", "experts", "recompute", "select_recompute", "swap")
-OPTIONAL = {"torchtitan, rows, compiled"}
-"""Cases whose peer may not be installed."""
+OPTIONAL = {"torchtitan, rows, compiled", "packed, FP8"}
+"""Cases that need another package, or a GPU."""
 
 
 def run_tiny(output: str) -> int:
