@@ -49,8 +49,10 @@ def train_1b(bench: Bench) -> Iterator[Case]:
 def train_8b(bench: Bench) -> Iterator[Case]:
     """8B, all in bfloat16."""
     size = bench.sizes.train_8b
-    for name, packed in (("packed, default", True), ("rows, default", False)):
+    for name, packed in (("packed", True), ("rows", False)):
         yield Case(name, _ours(bench, size, packed=packed, keys=ALL_BFLOAT16))
+    keys = ALL_BFLOAT16 | {"recompute_config": {"recompute_operations": True}}
+    yield Case("packed, recompute by operation", _ours(bench, size, packed=True, keys=keys))
     yield Case("plain loop, rows, compiled", _plain(bench, size, torch.bfloat16, compiled=True))
 
 
