@@ -139,6 +139,7 @@ SIZES: dict[str, Any] = {
 KEEPING_LESS: dict[str, tuple[dict[str, Any], float]] = {
     "recompute": (RECOMPUTE, 0.0),
     "select_recompute": ({"recompute_config": {"select_recompute": True}}, 0.0),
+    "recompute_operations": ({"recompute_config": {"recompute_operations": True}}, 0.0),
     "swap": (SWAP, 0.0),
     "op_swap": ({"swap_config": {"swap": True, "op_swap": [{"op_name": "mlp"}]}}, 0.0),
     "recompute and swap": ({**RECOMPUTE, **SWAP}, 0.0),

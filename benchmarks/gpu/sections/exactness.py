@@ -42,6 +42,7 @@ def keeping_less(bench: Bench) -> Iterator[Case]:
     ways: dict[str, dict[str, Any]] = {
         "recompute": {"recompute_config": {"recompute": True}},
         "select_recompute": {"recompute_config": {"select_recompute": True}},
+        "recompute_operations": {"recompute_config": {"recompute_operations": True}},
         "swap": {"swap_config": {"swap": True}},
         "compile": {"compile": bench.sizes.compiler},
     }

@@ -6,6 +6,7 @@ MFU is counted alike for all: the operations of `models.flops` over those the de
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -40,6 +41,7 @@ def train_1b(bench: Bench) -> Iterator[Case]:
         ("packed, default, not deterministic", True, {"deterministic": False}),
     ):
         yield Case(name, _ours(bench, size, packed=packed, keys=BFLOAT16 | keys))
+    yield Case("packed, FP8", _in_fp8(bench, size))
     yield Case("plain loop, rows, compiled", _plain(bench, size, torch.float32, compiled=True))
     yield Case("torchtitan, rows, compiled", _titan(bench, size))
 
@@ -47,8 +49,10 @@ def train_1b(bench: Bench) -> Iterator[Case]:
 def train_8b(bench: Bench) -> Iterator[Case]:
     """8B, all in bfloat16."""
     size = bench.sizes.train_8b
-    for name, packed in (("packed, default", True), ("rows, default", False)):
+    for name, packed in (("packed", True), ("rows", False)):
         yield Case(name, _ours(bench, size, packed=packed, keys=ALL_BFLOAT16))
+    keys = ALL_BFLOAT16 | {"recompute_config": {"recompute_operations": True}}
+    yield Case("packed, recompute by operation", _ours(bench, size, packed=True, keys=keys))
     yield Case("plain loop, rows, compiled", _plain(bench, size, torch.bfloat16, compiled=True))
 
 
@@ -87,6 +91,13 @@ def _plain(
         bench, size,
         peers.plain_loop(bench, size, dtype=dtype, compiled=compiled and bench.on_cuda),
     )  # fmt: skip
+
+
+def _in_fp8(bench: Bench, size: Training) -> Callable[[], Figures]:
+    if not (bench.on_cuda and find_spec("torchao")):
+        return lambda: {"skipped": "FP8 needs a GPU and torchao"}
+    keys = {"fp8_config": {"recipe": "tensorwise"}, "deterministic": False}
+    return _ours(bench, size, packed=True, keys=BFLOAT16 | keys)
 
 
 def _titan(bench: Bench, size: Training) -> Callable[[], Figures]:
