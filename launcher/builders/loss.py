@@ -51,7 +51,7 @@ def _chunk_tokens(job: Job, model: Decoder) -> int:
         if written:
             job.log(
                 "accepted, no effect: loss_chunk_tokens: dropout of the adapter on the head needs "
-                "whole rows"
+                "full rows"
             )
         return 0
     if written is not None:

@@ -64,7 +64,13 @@ def chosen_kernels(job: Job) -> Iterator[None]:
         job.kernels.apply()
     if line := start_line(job):
         job.log(line)
-    with naming_operations(f"{KEY} = {job.config.deterministic!r}", job.provenance.nearest(KEY)):
+    # `auto` only warns where the model is of transformers; on the CPU nothing is refused.
+    warns = job.world.device.type == "cuda" and job.spec.decoder is None
+    with naming_operations(
+        f"{KEY} = {job.config.deterministic!r}",
+        job.provenance.nearest(KEY),
+        nearest="auto" if warns else "False",
+    ):
         yield
 
 

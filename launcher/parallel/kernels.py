@@ -144,10 +144,10 @@ def allocator_setting() -> str:
 
 
 @contextmanager
-def naming_operations(key: str, where: str) -> Iterator[None]:
+def naming_operations(key: str, where: str, nearest: str) -> Iterator[None]:
     """An operation that torch refuses under the strict rule is an error of the user that names it.
 
-    `key`: what is set, `where`: its place. Raises `UserError`.
+    `key`: what is set, `where`: its place, `nearest`: a rule that allows it. Raises `UserError`.
     """
     try:
         yield
@@ -158,8 +158,8 @@ def naming_operations(key: str, where: str) -> Iterator[None]:
         raise UserError(
             f"{key}: {operation} was called", where=where,
             rule="torch has no deterministic kernel for this operation on CUDA",
-            nearest="`deterministic: auto` warns of it where the model is of transformers",
-            advice="Set deterministic: auto, or False for runs that need not repeat",
+            nearest=f"Nearest: {nearest}",
+            advice="Set deterministic: False for runs that need not repeat",
         ) from error  # fmt: skip
 
 

@@ -250,6 +250,9 @@ class _Latent:
 
     scale = 0.37
 
+    def prepare(self, context: StepContext) -> None:
+        """Nothing is cached."""
+
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, context: StepContext, window: int | None,
         sinks: Tensor | None = None,

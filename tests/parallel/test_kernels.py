@@ -136,16 +136,20 @@ def test_a_workspace_of_cublas_that_is_not_deterministic_is_refused(
 
 def test_an_operation_without_deterministic_kernel_is_named() -> None:
     Kernels("strict").apply()
-    with pytest.raises(UserError) as error, naming_operations("deterministic = True", "a.yaml:3"):
+    with (
+        pytest.raises(UserError) as error,
+        naming_operations("deterministic = True", "a.yaml:3", "auto"),
+    ):
         _refused()
     [problem] = error.value.problems
     assert problem.where == "a.yaml:3"
+    assert problem.nearest == "Nearest: auto"
     assert "put_" in problem.what
     assert isinstance(error.value.__cause__, RuntimeError)
 
 
 def test_other_errors_stay_as_they_are() -> None:
-    with pytest.raises(RuntimeError, match="shape") as error, naming_operations("x", ""):
+    with pytest.raises(RuntimeError, match="shape") as error, naming_operations("x", "", "False"):
         raise RuntimeError("wrong shape")
     assert refused_operation(error.value) is None
     wrapped = RuntimeError("in a stage")

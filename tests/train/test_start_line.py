@@ -62,7 +62,7 @@ def job(
         ("train", QWEN, {"deterministic": False}, ["not deterministic", "math, cuDNN"], "costs"),
         ("predict", QWEN, {"deterministic": False}, ["not deterministic", ", math"], "cuDNN"),
         ("eval", QWEN, {}, ["deterministic (costs", ", math"], ", cuDNN"),
-        ("train", IN_FLOAT32, {}, ["documents apart by blocks of scores"], "variable lengths"),
+        ("train", IN_FLOAT32, {}, ["packed rows by matrix products"], "variable lengths"),
     ],
 )
 def test_the_line_names_the_rule_and_its_price(
@@ -111,13 +111,15 @@ def test_on_a_gpu_the_kernels_are_set_before_the_run() -> None:
     assert lines == [start_line(made)]
 
 
-def test_a_refused_operation_is_reported_at_its_key() -> None:
-    made, _ = job("cuda", deterministic=True)
+@pytest.mark.parametrize(("model", "nearest"), [(QWEN, "False"), (FOREIGN, "auto")])
+def test_a_refused_operation_is_reported_at_its_key(model: dict[str, Any], nearest: str) -> None:
+    made, _ = job("cuda", model=model, deterministic=True)
     with pytest.raises(UserError) as error, chosen_kernels(made):
         torch.zeros(3).put_(torch.tensor([0, 0]), torch.ones(2))
     [problem] = error.value.problems
     assert problem.what.startswith("deterministic = True: ")
     assert problem.where == "a.yaml:1"
+    assert problem.nearest == f"Nearest: {nearest}"
 
 
 @pytest.mark.parametrize(

@@ -206,7 +206,7 @@ class Config:
     """Steps between two passes of Python's garbage collector, on all ranks at the same step.
     0: whenever Python decides."""
     loss_chunk_tokens: int | None = effective(None, minimum=0)
-    """Apply the head and the loss to this many tokens at a time, so that the logits of a whole
+    """Apply the head and the loss to this many tokens at a time, so that the logits of a full
     micro-batch never exist; 0: to all at once. Left out: in chunks where that saves memory, which
     depends on tokens and vocabulary."""
     micro_batch_interleave_num: int = effective(1, minimum=1)

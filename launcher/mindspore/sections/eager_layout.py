@@ -32,7 +32,7 @@ _SCHEDULES = ("1f1b", "interleaved_1f1b", "gpipe")
 _STRATEGIES = ("optim_grads_params", "optim_grads", "optim")
 _WITHOUT_EFFECT = {
     "gradients are averaged over the tokens of the global batch": ("disable_gradient_division",),
-    "parallel_config.reshard_after_forward says when weights are freed": (
+    "parallel_config.reshard_after_forward sets when weights are freed": (
         "reshard_after_forward_policy",
     ),
     "communication is arranged by PyTorch": (
