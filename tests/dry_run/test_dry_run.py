@@ -1,7 +1,8 @@
-"""Every family and every axis on a virtual GPU: the bits of the CPU, and no wait in a step.
+"""Every family and every axis on a virtual GPU: the results of the CPU, and no wait in a step.
 
 Steps run in bfloat16, the default on GPUs. The host may wait in the first step, which allocates,
-and for the reasons that `launcher.host_reads` lists.
+and for the reasons that `launcher.host_reads` lists. Results are not
+equal to the bit where a GPU takes other kernels: attention in packed rows, clipping in the update.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from tests.parallel.parity import MIXTURES, Case, run_cases
 from tests.parallel.test_parity import FAMILIES_ONCE, QWEN3
 from tests.workshop import Workshop
 
+LOSSES = 2e-3
+"""Relative difference: three steps in bfloat16, of an optimizer that moves by signs at first."""
 SWAP = {"swap_config": {"swap": True}}
 HALF = {"compute_dtype": "float16"}
 ALONE: list[Case] = [
@@ -50,12 +53,19 @@ SEVERAL: list[Case] = [
 
 def check(workshop: Workshop, cases: Sequence[Case]) -> None:
     """Run `cases` on the CPU and on a virtual GPU, and compare."""
-    given = [replace(case, model={"compute_dtype": "bfloat16", **case.model}) for case in cases]
+    given = [
+        replace(
+            case,
+            model={"compute_dtype": "bfloat16", **case.model},
+            more={"compile": False, **case.more},
+        )
+        for case in cases
+    ]
     for case, ranks in zip(given, run_cases(workshop, given, main=dry_run_on_rank), strict=True):
         for rank, found in enumerate(ranks):
             assert not found.error, f"{case}, rank {rank}:\n{found.error}"
-            assert list(found.losses[0]) == list(found.losses[1]), case
-            assert not found.differing, case
+            cpu, gpu = found.losses
+            assert gpu == pytest.approx(cpu, rel=LOSSES), f"{case}: {cpu} {gpu}"
             allowed = _allowed(case)
             assert set(found.reads) <= allowed, f"{case}: the host reads {set(found.reads)}"
 
