@@ -24,9 +24,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.jobs import TOKENIZER, Job, quickstart_data, slipway
+from benchmarks.jobs import TOKENIZER, Job, quickstart_data, slipway, tokens_per_second
 from benchmarks.measure import ROOT, Spread, in_turns, parser, ratios, report, table
-from benchmarks.throughput import tokens_per_second
 
 if TYPE_CHECKING:
     from launcher.data.rows import RowDataset

@@ -17,12 +17,15 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from benchmarks.measure import ROOT, run
 
 DATA = ROOT / "data" / "quickstart"
 TOKENIZER = DATA / "tokenizer"
 LONGEST_ROW = 512
+WARMUP_STEPS = 4
+"""First steps of a run that no speed counts."""
 MODEL = {
     "vocab_size": 4096,
     "hidden_size": 256,
@@ -48,6 +51,10 @@ class Job:
     steps: int
     separate_documents: bool = False
     """Packed rows: attention stays inside a document. The launcher always does this."""
+    compiled: bool = False
+    """With torch.compile."""
+    block: int = 0
+    """Steps between two waits for another process (`peers/blocks.py`); 0: it runs through."""
 
     @property
     def is_packed(self) -> bool:
@@ -63,7 +70,7 @@ def slipway(job: Job, folder: Path) -> Sequence[str | Path]:
         "type": "TextDataLoader" if job.is_packed else "HFDataLoader",
         "dataset_dir": str(job.source),
     }
-    content = {
+    content: dict[str, Any] = {
         "output_dir": str(folder / "output"),
         "model": {"model_config": {"type": "Qwen3Config", **MODEL}},
         "processor": {"tokenizer": {"pretrained_model_dir": str(TOKENIZER)}},
@@ -79,7 +86,11 @@ def slipway(job: Job, folder: Path) -> Sequence[str | Path]:
         "context": {"device_target": "CPU"},
         "register_path": str(ROOT / "benchmarks" / "peers" / "stamps.py"),
         "callbacks": [{"type": "Stamps", "path": str(folder / "stamps")}],
+        "compile": job.compiled,
     }
+    if job.block:
+        content["register_path"] = str(ROOT / "benchmarks" / "peers" / "blocks.py")
+        content["callbacks"] = [{"type": "Blocks", "folder": str(folder), "each": job.block}]
     config = folder / "job.yaml"
     config.write_text(json.dumps(content, indent=1))  # YAML reads JSON
     return (sys.executable, "run.py", "--config", config, "--run_mode", "train")
@@ -101,6 +112,8 @@ def trainer(job: Job, folder: Path) -> Sequence[str | Path]:
         "stamps": folder / "stamps",
     }.items():
         command += [f"--{name}", str(value)]
+    command += ["--compiled"] if job.compiled else []
+    command += ["--block", str(job.block)] if job.block else []
     return [*command, "--separate_documents"] if job.separate_documents else command
 
 
@@ -114,6 +127,13 @@ def step_ends(command: Command, job: Job, threads: int) -> list[float]:
     if len(ends) != job.steps:
         raise RuntimeError(f"{len(ends)} steps, not {job.steps}")
     return ends
+
+
+def tokens_per_second(command: Command, job: Job, threads: int) -> float:
+    """Over all steps behind the warm-up."""
+    measured = step_ends(command, job, threads)[WARMUP_STEPS - 1 :]
+    tokens = job.batch_size * job.seq_length * (len(measured) - 1)
+    return tokens / (measured[-1] - measured[0])
 
 
 def quickstart_data() -> Path:

@@ -12,6 +12,7 @@ import argparse
 import os
 import platform
 import re
+import select
 import shlex
 import statistics
 import subprocess
@@ -78,16 +79,10 @@ def run(command: Sequence[str | Path], *, threads: int | None = None, exit_code:
     `threads` limits those of torch's kernels. Raises RuntimeError with the end of its output when
     the exit code is not `exit_code`.
     """
-    environment = dict(os.environ)
-    # Python keeps compiled modules unless told otherwise: users have them, so the measure does too.
-    environment.pop("PYTHONDONTWRITEBYTECODE", None)
-    environment |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "true"}
-    if threads is not None:
-        environment |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
     started = time.perf_counter()
     done = subprocess.run(
         [str(part) for part in command],
-        cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
+        cwd=ROOT, env=_environment(threads), capture_output=True, text=True, check=False,
     )  # fmt: skip
     seconds = time.perf_counter() - started
     if done.returncode != exit_code:
@@ -95,6 +90,54 @@ def run(command: Sequence[str | Path], *, threads: int | None = None, exit_code:
         words = shlex.join(str(part) for part in command)
         raise RuntimeError(f"{words} ended with {done.returncode}, not {exit_code}:\n{tail}")
     return seconds
+
+
+def _environment(threads: int | None) -> dict[str, str]:
+    environment = dict(os.environ)
+    # Python keeps compiled modules unless told otherwise: users have them, so the measure does too.
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
+    environment |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "true"}
+    if threads is not None:
+        environment |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+    return environment
+
+
+class Paced:
+    """A process whose work is done in blocks, each when it is asked for (`peers/blocks.py`)."""
+
+    def __init__(self, command: Sequence[str | Path], folder: Path, threads: int) -> None:
+        """Start `command`; `folder` becomes the place of its pipes."""
+        for name in ("go", "done"):
+            os.mkfifo(folder / name)
+        self._log = folder / "log"
+        with self._log.open("w") as log:
+            self._process = subprocess.Popen(
+                [str(part) for part in command],
+                cwd=ROOT, env=_environment(threads), stdout=log, stderr=subprocess.STDOUT,
+            )  # fmt: skip
+        # Read-write, so that opening waits for nobody: the process may end before it opens them.
+        self._go = os.open(folder / "go", os.O_RDWR)
+        self._done = os.open(folder / "done", os.O_RDWR | os.O_NONBLOCK)
+
+    def block(self) -> float:
+        """Let it do a block: the seconds that took. Raises RuntimeError with the end of its output
+        if it ends instead."""
+        os.write(self._go, b"go\n")
+        text = b""
+        while not text.endswith(b"\n"):
+            if select.select([self._done], [], [], 1.0)[0]:
+                text += os.read(self._done, 4096)
+            elif self._process.poll() is not None:
+                tail = "\n".join(self._log.read_text().splitlines()[-20:])
+                raise RuntimeError(f"ended with {self._process.returncode}:\n{tail}")
+        return float(text)
+
+    def close(self) -> None:
+        """End the process, if its work is not done."""
+        self._process.kill()
+        self._process.wait()
+        os.close(self._go)
+        os.close(self._done)
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

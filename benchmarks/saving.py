@@ -74,6 +74,9 @@ class Run:
     def state_record(self) -> dict[str, Any]:
         return {"global_step": self.global_step}
 
+    def add_pending_read(self, wait: Callable[[], None]) -> None:
+        pass  # nothing changes the state
+
     def write_model_files(self, directory: Path) -> None:
         pass
 

@@ -187,6 +187,7 @@ TRANSLATIONS: dict[str, str] = {
     "words for null": "launcher.mindspore.sections.nulls:translate",
     "eager style": "launcher.mindspore.sections.eager:translate",
     "general keys": "launcher.mindspore.sections.general:translate",
+    "determinism": "launcher.mindspore.sections.determinism:translate",
     "adapters": "launcher.mindspore.sections.adapters:translate",
     "training": "launcher.mindspore.sections.training:translate",
     "layout": "launcher.mindspore.sections.layout:translate",

@@ -15,11 +15,11 @@ from contextlib import contextmanager
 from types import MappingProxyType
 
 HOST_READS: Mapping[str, str] = MappingProxyType({
-    "step values": "once a sink: loss, gradient norm, requests to stop",
-    "loss scale": "once a step with a loss scale: whether it overflowed",
-    "step limits": "once a step that limits may skip: its loss and gradient norm",
+    "step values": "once a step, at the end of its sink: loss, gradient norm, requests to stop",
+    "loss scale": "once a step with a loss scale, in place of that for its values",
+    "step limits": "once a step that limits may skip, in place of that for its values",
     "expert counts": "once a mixture layer with expert parallelism: rows sent to each rank and "
-    "received; a recomputed forward pass uses those of the first",
+    "received; a recomputed layer uses those of its first pass, unless by operation",
     "group sizes": "once a grouped product that no kernel takes: the rows of each group",
     "reference": "once a global batch, before training on preferences: its log-probabilities",
     "evaluation": "once an evaluation set: its sums",

@@ -1,8 +1,18 @@
-"""Attention: masks, and the step from queries, keys and values to outputs.
+"""Attention: which tokens attend to which, and the step from queries, keys and values to outputs.
 
-Plain causal attention builds no mask tensor; anything else is one boolean mask a forward and window
-size, shared by the layers. A rank may have any tokens of its rows (`AttentionMask.token_indices`)
-and any heads of a layer (`BaseAttention.first_head`): mask and dropout are the same as on one rank.
+One description of the rows of a forward (`AttentionMask`: documents, padding, which tokens are
+local) and the window of a layer decide how attention is computed, in `BaseAttention.attend`:
+
+    one query a row, over a cache     `attend_last`
+    plain causal                      scaled dot product attention, without a mask
+    documents, padding, a window,     `models.packed_attention`: by documents, memory linear in the
+    queries after a past, sinks,      length of a row, no mask; dropout too
+    values unlike keys (MLA)
+    rows of up to `MASK_UP_TO`        one boolean mask a forward and window, shared by the layers
+    tokens; documents out of order    the same
+
+A rank may have any tokens of its rows (`AttentionMask.token_indices`) and any heads of a layer
+(`BaseAttention.first_head`): mask and dropout are the same as on one rank.
 In a decoding step, one query a row over the cache, the queries of a KV head are the rows of one
 product, and nothing is copied: keys that a query does not see are cut off, or masked by a mask that
 is computed once a generation.
@@ -17,10 +27,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.cache import KVCache
+from models.documents import lengths_of_ids, lengths_of_padding, one_document
 from models.dropout import ATTENTION_PROBABILITIES, dropout, dropout_seeds
 from models.layers import Leaf, dtype_of
+from models.packed_attention import attend_documents, attend_documents_with_dropout
 from models.rope import rotate, rotate_wide
 from models.spec import DecoderConfig, Precision
+
+MASK_UP_TO = 64
+"""Tokens of a row up to which one call with a mask is cheaper than the plan of its documents, their
+calls and an operator of our own: all of that took 0.1 ms on a CPU, a mask of 64 x 64 with 8 heads
+0.3 ms, one of 128 x 128 1.1 ms."""
 
 
 class AttentionMask:
@@ -38,10 +55,14 @@ class AttentionMask:
         device: torch.device,
         token_indices: Tensor | None = None,
         document_ids: Tensor | None = None,
+        document_lengths: Tensor | None = None,
         key_mask: Tensor | None = None,
+        by_documents: bool = True,
     ) -> None:
         """`document_ids` [rows, total]: attention only within a document. `key_mask` [rows, total]:
-        False for padding."""
+        False for padding. `document_lengths` [rows, any]: the same on the host, as
+        `models.documents` has it; None: found out here, which waits for a GPU. `by_documents`
+        False: attention is never by documents, always by masks."""
         self.length, self.total = length, total
         self.in_order = token_indices is None
         self.token_indices = (
@@ -50,6 +71,11 @@ class AttentionMask:
             else token_indices
         )
         self.document_ids, self.key_mask = document_ids, key_mask
+        self.lengths: Tensor | None = None
+        """The documents of the rows; None: not needed, or not to be said in lengths."""
+        self.by_documents = by_documents
+        if by_documents and total > MASK_UP_TO and length > 1:
+            self.lengths = self._lengths() if document_lengths is None else document_lengths
         self._masks: dict[tuple[int | None, bool], Tensor | None] = {}
         self._full: AttentionMask | None = None
 
@@ -86,9 +112,27 @@ class AttentionMask:
                 total=self.total,
                 device=self.token_indices.device,
                 document_ids=self.document_ids,
+                document_lengths=self.lengths,
                 key_mask=self.key_mask,
+                by_documents=self.by_documents,
             )
         return self._full
+
+    def documents(self, window: int | None, *, always: bool = False) -> Tensor | None:
+        """The lengths of the documents of the rows where attention is to be computed by documents;
+        None: by a mask, or without one. `always`: also where `is_causal` of SDPA is enough."""
+        return self.lengths if self.in_order and (always or not self._is_plain(window)) else None
+
+    def _lengths(self) -> Tensor | None:
+        if self.document_ids is not None and self.key_mask is not None:
+            return None
+        if self.document_ids is not None:
+            # In a graph there are no values to look at.
+            compiling = torch.compiler.is_compiling()
+            return None if compiling else lengths_of_ids(self.document_ids)
+        if self.key_mask is not None:
+            return lengths_of_padding(self.key_mask)
+        return one_document(self.total)
 
     def _is_plain(self, window: int | None) -> bool:
         windowed = window is not None and self.total > window
@@ -168,8 +212,10 @@ class BaseAttention(Leaf):
         """Build what `attend` caches in `context` for all layers of a forward, if this one is the
         first: a compiled layer then is the same graph, first or not. Replaced together with
         `attend`."""
-        if context.cache is None:
-            drops = context.dropout_seeds is not None and bool(self.dropout)
+        if context.cache is not None:
+            return
+        drops = context.dropout_seeds is not None and bool(self.dropout)
+        if context.mask.documents(self.window, always=drops) is None:
             context.mask.mask(self.window, always=drops)
 
     def attend(
@@ -187,8 +233,38 @@ class BaseAttention(Leaf):
         if context.decodes and context.cache is not None:
             key, value, bias = context.cache.visible(key, value, window)
             return attend_last(query, key, value, bias, scale=self.scale, sinks=sinks)
-        if context.dropout_seeds is None or not self.dropout:
+        if context.dropout_seeds is not None and self.dropout:
+            return self._attend_with_dropout(query, key, value, context, window, sinks)
+        unlike = sinks is not None or value.shape[-1] != query.shape[-1]
+        lengths = mask.documents(window, always=unlike)
+        if lengths is None:
             return attend(query, key, value, mask.mask(window), scale=self.scale, sinks=sinks)
+        return attend_documents(
+            query, key, value, lengths, window=window, scale=self.scale, sinks=sinks
+        )
+
+    def _attend_with_dropout(
+        self, query: Tensor, key: Tensor, value: Tensor, context: StepContext, window: int | None,
+        sinks: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        mask = context.mask
+        assert context.dropout_seeds is not None
+        seeds = dropout_seeds(context.dropout_seeds, self.seed_layer, ATTENTION_PROBABILITIES)
+        lengths = mask.documents(window, always=True)
+        if lengths is not None:
+            return attend_documents_with_dropout(
+                query,
+                key,
+                value,
+                lengths,
+                window=window,
+                scale=self.scale,
+                dtype=self.softmax_dtype,
+                probability=self.dropout,
+                seeds=seeds,
+                first_head=self.first_head,
+                sinks=sinks,
+            )
         heads = torch.arange(query.shape[1], device=query.device) + self.first_head
         allowed = mask.mask(window, always=True)
         assert allowed is not None
@@ -200,7 +276,7 @@ class BaseAttention(Leaf):
             scale=self.scale,
             dtype=self.softmax_dtype,
             probability=self.dropout,
-            seeds=dropout_seeds(context.dropout_seeds, self.seed_layer, ATTENTION_PROBABILITIES),
+            seeds=seeds,
             lines=heads[:, None] * mask.total + mask.token_indices,
             sinks=sinks,
         )
@@ -212,13 +288,13 @@ def attend(
 ) -> Tensor:  # fmt: skip
     """Attention [rows, heads, queries, value size] by SDPA.
 
-    Without a mask: causal if there is more than one query, and grouped-query attention in the
-    kernel. With a mask KV heads are repeated (kernels fall back to the slowest path otherwise).
+    Without a mask: causal if there is more than one query. Grouped-query attention is that of the
+    kernel; but with a mask on a GPU KV heads are repeated, as no fast kernel has both.
     """
     if sinks is not None:
         return _attend_with_sinks(query, key, value, mask, sinks, scale)
     groups = query.shape[1] // key.shape[1]
-    if mask is not None and groups > 1:
+    if mask is not None and groups > 1 and not query.is_cpu:
         key, value = (states.repeat_interleave(groups, dim=1) for states in (key, value))
         groups = 1
     return F.scaled_dot_product_attention(

@@ -26,6 +26,7 @@ from models import names
 from models.decoder import Decoder
 from models.families.table import DECODERS
 from models.initial import initial_std, initialize_shard, no_weight_decay
+from models.initialize import fill_initial
 from models.json_floats import tagged_floats
 from models.lora import attach_adapters
 from models.plan import EMBEDDING, rule_of
@@ -33,9 +34,9 @@ from models.spec import ModelSpec
 from models.transformers_model import TransformersModel, build_transformers, complete_config
 
 __all__ = [
-    "blocks", "build_model", "hf_directory_files", "ignorable", "initial_std", "initialize",
-    "initialize_shard", "mappings_of", "materialize", "may_be_missing", "named_as_model",
-    "no_weight_decay", "parameter_count", "retie", "tied_names",
+    "blocks", "build_model", "fill_initial", "hf_directory_files", "ignorable", "initial_std",
+    "initialize", "initialize_shard", "mappings_of", "materialize", "may_be_missing",
+    "named_as_model", "no_weight_decay", "parameter_count", "retie", "tied_names",
 ]  # fmt: skip
 
 MODEL_FILES = (*TOKENIZER_FILES, *TOKENIZER_EXTRA_FILES, "generation_config.json")
@@ -92,10 +93,7 @@ def initialize(model: nn.Module, spec: ModelSpec, seed: int) -> None:
         name: Shard(tuple(p.shape), full_box(tuple(p.shape)), p.detach())
         for name, p in model.named_parameters()
     }
-    for name, shard in mapped(full_shards, mappings_of(model)).items():
-        box = shard.box
-        values = initialize_shard(name, shard.shape, box.offset, box.size, spec, seed)
-        shard.tensor.copy_(values)
+    fill_initial(mapped(full_shards, mappings_of(model)), spec, seed)
 
 
 def mappings_of(model: nn.Module) -> MappingsOf:

@@ -14,11 +14,13 @@ there yet are masked.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+
+from models.documents import lengths_of_counts
 
 BLOCK = 128
 """Tokens by which the cache grows at least."""
@@ -28,11 +30,18 @@ class KVCache:
     """Past keys and values of every layer, and the padding of the rows."""
 
     def __init__(
-        self, capacity: int = BLOCK, *, limit: int | None = None, padding: Tensor | None = None
+        self,
+        capacity: int = BLOCK,
+        *,
+        limit: int | None = None,
+        padding: Tensor | None = None,
+        padding_counts: Sequence[int] | None = None,
     ) -> None:
         """`capacity` tokens at first, `limit` at most; None: no limit. `padding` [rows] int64: how
-        many of the first tokens of each row are padding; None: none are."""
+        many of the first tokens of each row are padding; None: none are. `padding_counts`: the
+        same on the host, where the caller knows it."""
         self.capacity, self.limit, self.padding = capacity, limit, padding
+        self._padding_counts = padding_counts
         self.length = 0
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
         self._positions: Tensor | None = None
@@ -92,6 +101,7 @@ class KVCache:
     def keep(self, rows: Tensor) -> None:
         """Keep only `rows` (int64 indices), in their order, and the columns that one of them
         uses."""
+        self._padding_counts = None
         start = 0
         if self.padding is not None:
             self.padding = self.padding[rows]
@@ -133,6 +143,13 @@ class KVCache:
         if self.padding is None:
             return None
         return torch.arange(total, device=device) >= self.padding[:, None]
+
+    def padding_lengths(self, total: int) -> Tensor | None:
+        """The padding and the rest of rows of `total` tokens as documents (`models.documents`);
+        None where the host does not know the padding, or there is none."""
+        if self.padding is None or self._padding_counts is None:
+            return None
+        return lengths_of_counts(self._padding_counts, total)
 
     def visible(
         self, key: Tensor, value: Tensor, window: int | None

@@ -13,6 +13,7 @@ tensors; the local tokens may be any tokens of a row (`token_indices`).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import cast
 
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from models.attention import AttentionMask, BaseAttention, StepContext
 from models.cache import KVCache
 from models.deepseek import LatentAttention
+from models.documents import OnHost
 from models.dropout import ATTENTION_OUTPUT, MLP_OUTPUT, dropout, dropout_seeds
 from models.layers import MLP, Embedding, Linear, Module, RMSNorm, TiedHead, dtype_of, norm_of
 from models.moe import MoE
@@ -164,6 +166,13 @@ class Decoder(Module):
         """Whether this is the first stage; False: `forward` takes hidden states."""
         self.ends = True
         """Whether this is the last stage; False: `forward` returns hidden states."""
+        self.applies_head = True
+        """Whether the last stage computes logits; False: `forward` returns the input of the head,
+        which the loss applies."""
+        self.enter_head: Callable[[Tensor], Tensor] = _unchanged
+        """From the normed states to the input of the head. Parallelism may replace it."""
+        self.by_documents = True
+        """Whether attention is computed by documents where it can be; False: by masks."""
         self.stream_part = (0, 1)
         """(index, count): which of `count` equal chunks of the residual stream, along the sequence,
         is local (sequence parallelism)."""
@@ -185,6 +194,7 @@ class Decoder(Module):
         *,
         position_ids: Tensor | None = None,
         document_ids: Tensor | None = None,
+        document_lengths: Tensor | OnHost | None = None,
         sample_seeds: Tensor | None = None,
         cache: KVCache | None = None,
         attention_mask: Tensor | None = None,
@@ -197,7 +207,9 @@ class Decoder(Module):
         length].
 
         `position_ids` [rows, length] default to the order in the row, not counting padding.
-        `document_ids` [rows, total] restrict attention to the same document. `sample_seeds` [rows]
+        `document_ids` [rows, total] restrict attention to the same document; `document_lengths`
+        [rows, any] int32 say the same on the CPU (`models.documents.document_lengths`), so that
+        nothing waits for a GPU to find out. `sample_seeds` [rows]
         int64 enable dropout in training: its pattern is a function of (seed of the sample, layer).
         `cache` holds the past keys and values of a generation, and the padding of its rows; it is
         extended. `attention_mask` [rows, past + length] is False for padding on the left, where
@@ -205,24 +217,31 @@ class Decoder(Module):
 
         `token_indices` [length] are the indices of the local tokens in rows of `total` tokens; by
         default the tokens are full rows. A stage without `embeds` takes hidden states [rows, length
-        of its stream part, hidden], one without `ends` returns them.
+        of its stream part, hidden], one without `ends` returns them. Without `applies_head` the
+        last stage returns [rows, length, hidden].
         """
         states = self.model.embed_tokens(inputs) if self.embeds else inputs
         length = inputs.shape[1] if self.embeds else inputs.shape[1] * self.stream_part[1]
         past = cache.length if cache is not None else 0
         if total is None:
             total = past + length
+        if isinstance(document_lengths, OnHost):
+            document_lengths = document_lengths.tensor
         rows_of_cache = None if self.training or attention_mask is not None else cache
         decodes = rows_of_cache is not None and length == 1 and document_ids is None
         if rows_of_cache is not None and not decodes:
             attention_mask = rows_of_cache.key_mask(total, inputs.device)
+            if document_ids is None:
+                document_lengths = rows_of_cache.padding_lengths(total)
         mask = AttentionMask(
             length=length,
             total=total,
             device=inputs.device,
             token_indices=token_indices,
             document_ids=document_ids,
+            document_lengths=document_lengths,
             key_mask=attention_mask,
+            by_documents=self.by_documents,
         )
         dtype = states.dtype
         wide_rotary = rows_of_cache is not None and position_ids is None and self.rotary.by_position
@@ -253,7 +272,8 @@ class Decoder(Module):
             cache.advance(length)
         if not self.ends:
             return states
-        return self.head_module(self.model.norm(states[:, -1:] if last_only else states), context)
+        states = self.enter_head(self.model.norm(states[:, -1:] if last_only else states))
+        return self.head_module(states, context) if self.applies_head else states
 
     def _rotary(self, dtype: torch.dtype, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Tables of `positions` for hidden states of `dtype`."""
@@ -271,6 +291,10 @@ class Decoder(Module):
         for layer in self.model.layers.values():
             states = layer(states, context)
         return states
+
+
+def _unchanged(states: Tensor) -> Tensor:
+    return states
 
 
 def _positions(mask: AttentionMask) -> Tensor:

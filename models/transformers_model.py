@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from launcher.errors import UserError
+from models.documents import OnHost
 from models.families import TRANSFORMERS_MODULES, supports_packing
 from models.module_names import Mappings, mappings_of_module
 from models.spec import ModelSpec
@@ -59,13 +60,15 @@ class TransformersModel(nn.Module):
         *,
         position_ids: Tensor | None = None,
         document_ids: Tensor | None = None,
+        document_lengths: Tensor | OnHost | None = None,
         sample_seeds: Tensor | None = None,
         cache: None = None,
         attention_mask: Tensor | None = None,
         last_only: bool = False,
     ) -> Tensor:
         """As `Decoder.forward`; `cache` is not supported (generation uses `wrapped.generate`), and
-        `sample_seeds` have no effect."""
+        `sample_seeds` have no effect. Attention is that of transformers, which finds documents by
+        its `position_ids` and has a mask for them: `document_lengths` are not used."""
         arguments: dict[str, Any] = {}
         if document_ids is not None:
             self.check_packing()

@@ -119,6 +119,18 @@ def test_generation_page(folder: Path) -> None:
     assert len({json.loads(line)["text"] for line in texts}) == 3
 
 
+def test_cuda_page(folder: Path) -> None:
+    assert run_page("cuda.md", folder) == 1
+    rows = (folder / "output/cuda/metrics.jsonl").read_text().splitlines()
+    assert sum("loss" in json.loads(row) for row in rows) == 4
+
+
+def test_profiling_page(folder: Path) -> None:
+    assert run_page("profiling.md", folder) == 1
+    files = {path.name for path in (folder / "output/profiled/profile/rank_0").iterdir()}
+    assert files == {"steps_3-4.trace.json.gz", "steps_3-4.operations.txt"}
+
+
 def test_tokens_page(folder: Path) -> None:
     assert run_page("tokens.md", folder) >= 3
     for name in ("megatron", "stream"):
@@ -167,6 +179,12 @@ def test_chat_page(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (shown,) = re.findall(r"```text\n(.*?)```", page, re.DOTALL)
     assert re.sub(r"[\d.]+ s", "0 s", shown) in re.sub(r"[\d.]+ s", "0 s", printed)
     rows = [json.loads(line) for line in (folder / "output/chat/metrics.jsonl").open()]
+    assert sum("loss" in row for row in rows) == 2
+
+
+def test_attention_page(folder: Path) -> None:
+    assert run_page("attention.md", folder) == 1
+    rows = [json.loads(line) for line in (folder / "output/packed/metrics.jsonl").open()]
     assert sum("loss" in row for row in rows) == 2
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,22 @@ class Stamps(TrainerCallback):
 
     def on_step_end(self, *arguments: Any, **keywords: Any) -> None:
         self._file.write(f"{time.time()}\n")
+
+
+class Blocks(TrainerCallback):
+    """Waits after each block of steps."""
+
+    def __init__(self, folder: Path, each: int) -> None:
+        sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+        from benchmarks.peers.blocks import Pacer
+
+        self.pacer = Pacer(str(folder), each)
+
+    def on_train_begin(self, *arguments: Any, **keywords: Any) -> None:
+        self.pacer.wait()
+
+    def on_step_end(self, *arguments: Any, **keywords: Any) -> None:
+        self.pacer.count()
 
 
 def packed_rows(folder: Path, tokenizer: Any, length: int, separate: bool) -> list[dict[str, Any]]:
@@ -63,6 +80,8 @@ def main() -> None:
     for name in ("batch_size", "seq_length", "steps"):
         parser.add_argument(f"--{name}", type=int, required=True)
     parser.add_argument("--separate_documents", action="store_true")
+    parser.add_argument("--compiled", action="store_true")
+    parser.add_argument("--block", type=int, default=0)
     job = parser.parse_args()
 
     tokenizer = AutoTokenizer.from_pretrained(job.tokenizer)
@@ -85,11 +104,12 @@ def main() -> None:
         use_cpu=True,
         dataloader_pin_memory=False,
         seed=1,
+        torch_compile=job.compiled,
     )
+    folder = job.stamps.parent
+    stamps = Blocks(folder, job.block) if job.block else Stamps(job.stamps)
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(job.config))
-    Trainer(
-        model=model, args=arguments, train_dataset=rows, callbacks=[Stamps(job.stamps)]
-    ).train()  # fmt: skip
+    Trainer(model=model, args=arguments, train_dataset=rows, callbacks=[stamps]).train()
 
 
 if __name__ == "__main__":

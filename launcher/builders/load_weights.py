@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from launcher.builders.adapter import Weights, base_of, base_record, open_adapter
 from launcher.builders.balanced_load import load_job
@@ -37,14 +36,17 @@ from launcher.weights.reading.load import LoadReport
 from launcher.weights.source import Source, holds_complete
 from launcher.weights.tensor_mapping import mapped, shapes_in_files
 from models.build import (
+    fill_initial,
     ignorable,
-    initialize_shard,
     mappings_of,
     may_be_missing,
     named_as_model,
     tied_names,
 )
 from models.lora_config import is_adapter, is_saved
+
+MOST_THREADS = 16
+"""Threads that draw initial values: more would wait for memory."""
 
 
 def find_weights(job: Job) -> Weights | None:
@@ -313,13 +315,11 @@ def initialize(
         initialize_magnitudes(module, layout.shapes)
 
 
-@torch.no_grad()
 def _initialize(job: Job, held: Mapping[str, Shard], seed: int) -> None:
-    """Random values of tensors in files."""
-    for name, shard in held.items():
-        box = shard.box
-        values = initialize_shard(name, shard.shape, box.offset, box.size, job.spec, seed)
-        shard.tensor.copy_(values)
+    """Random values of tensors in files, drawn on this rank's share of the cores."""
+    ranks = process_environment().local_world_size
+    threads = len(os.sched_getaffinity(0)) // ranks if hasattr(os, "sched_getaffinity") else 1
+    fill_initial(held, job.spec, seed, threads=min(max(threads, 1), MOST_THREADS))
 
 
 def _report(job: Job, source: Source, report: LoadReport) -> None:

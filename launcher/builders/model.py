@@ -17,6 +17,7 @@ from launcher.builders.layer_memory import (
     prepare_layers,
 )
 from launcher.builders.layout import model_layout, predict_split
+from launcher.builders.loss import loss_of
 from launcher.builders.preference import preference_loss, preference_task
 from launcher.config.derived import pipeline_schedule, predict_mesh_of
 from launcher.generation.distributed import DistributedForward
@@ -24,8 +25,8 @@ from launcher.generation.forward import Forward
 from launcher.generation.graphs import GraphedForward, can_be_recorded
 from launcher.layout.layout import Layout
 from launcher.layout.mesh import Mesh
-from launcher.parallel import vocabulary
 from launcher.parallel.apply import Precisions, parallelize, shard_model
+from launcher.parallel.compiling import Compiler
 from launcher.parallel.context import ContextParallel
 from launcher.parallel.grad_all_reduce import GradAllReduce, make_grad_all_reduce
 from launcher.parallel.meshes import Meshes
@@ -34,7 +35,6 @@ from launcher.parallel.pipeline import Pipeline
 from launcher.parallel.tensor import gather_logits
 from launcher.parallel.world import World
 from launcher.train.compute import BatchSharder, Compute, FullModel, PipelinedModel
-from launcher.train.loss import Loss, token_loss_sum
 from launcher.train.run import BuiltModel
 from models.build import blocks, build_model, mappings_of, materialize, parameter_count
 from models.decoder import Decoder
@@ -71,6 +71,7 @@ def build_parallel(job: Job, *, training: bool) -> BuiltModel:
     kept: list[FSDPModule] = []
     for module in modules.values():
         if isinstance(module, Decoder):
+            module.by_documents = job.config.attention_by_documents
             sequence = job.config.parallel_config.use_seq_parallel and job.mesh.tp > 1
             parallelize(module, layout.specs, job.meshes, sequence=sequence, context=context)
         if training:
@@ -108,7 +109,7 @@ def build_parallel(job: Job, *, training: bool) -> BuiltModel:
     )
     return BuiltModel(
         parts=parts, layout=layout, trained=trained,
-        mappings_of=mappings_of(parts.modules[-1]), compute=_compute(job, parts, modules),
+        mappings_of=mappings_of(parts.modules[-1]), compute=_compute(job, parts, modules, compiler),
         batch_sharder=batch_sharder, flops=flops, preference=preference_task(job, parts.modules),
         saves=partial(is_saved, lora=job.spec.lora),
     )  # fmt: skip
@@ -159,8 +160,10 @@ def _stages(job: Job, full: nn.Module, dtype: torch.dtype) -> dict[int, nn.Modul
     }
 
 
-def _compute(job: Job, parts: ModelParts, modules: dict[int, nn.Module]) -> Compute:
-    loss = loss_of(job)
+def _compute(
+    job: Job, parts: ModelParts, modules: dict[int, nn.Module], compiler: Compiler | None
+) -> Compute:
+    loss = loss_of(job, parts.modules[-1], compiler)
     preference = preference_loss(job, loss)
     at = job.mesh.coordinates(job.world.rank)
     # Ranks with other tokens of the same sequences all have the loss of a sample.
@@ -179,14 +182,6 @@ def _compute(job: Job, parts: ModelParts, modules: dict[int, nn.Module]) -> Comp
         dtype=job.compute_dtype,
     )
     return PipelinedModel(pipeline, loss, counts, preference)
-
-
-def loss_of(job: Job) -> Loss:
-    """The loss of the logits that the head computes: all columns, or those of this rank."""
-    group = job.meshes.group("tp")
-    if group is None:
-        return token_loss_sum
-    return partial(vocabulary.token_loss_sum, group=group)
 
 
 def context_parallel(job: Job) -> ContextParallel | None:
@@ -213,6 +208,8 @@ def build_predicting(job: Job) -> tuple[Forward, Layout]:
     else:
         dtype = job.compute_dtype
     model, mesh = build_model(job.spec, dtype=dtype), predict_mesh(job)
+    if isinstance(model, Decoder):
+        model.by_documents = job.config.attention_by_documents
     count, split = parameter_count(model), predict_split(job.config, job.spec)
     layout = model_layout(
         model, job.spec, mesh, split=split, vocab_emb_dp=job.config.parallel_config.vocab_emb_dp

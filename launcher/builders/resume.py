@@ -202,6 +202,7 @@ def _restore_tensors(job: Job, run: TrainRun, chosen: Chosen, *, export: bool) -
     check_layout(job, chosen.source)
     _check_optimizer_state(job, run, chosen)
     model = run.model
+    run.wait_for_reads()
     run.optimizer.allocate_state(model.parts.named_parameters())
     targets = {**run.weights(), **run.optimizer_state()}
     _log_converted_state(job, chosen, run.optimizer_state())

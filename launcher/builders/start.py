@@ -26,6 +26,8 @@ from launcher.parallel.kernels import (
     versions,
 )
 from launcher.parallel.world import World
+from models.grouped import has_kernel_for
+from models.packed_attention import kernel_of
 
 KEY = "deterministic"
 
@@ -92,6 +94,25 @@ def _attention(job: Job) -> str:
     return f"attention by {', '.join(names.get(n, n) for n in job.kernels.attention)}"
 
 
+def _documents(job: Job) -> str:
+    """How the decoders of Slipway attend within documents and windows, which SDPA does not do."""
+    decoder = job.spec.decoder
+    if job.world.device.type != "cuda" or decoder is None or job.config.run_mode == "predict":
+        return ""
+    if not job.config.attention_by_documents:
+        return "packed rows by a mask"
+    latent = decoder.latent
+    size = (
+        decoder.head_dim if latent is None
+        else max(latent.qk_nope_head_dim + latent.qk_rope_head_dim, latent.v_head_dim)
+    )  # fmt: skip
+    kernel = kernel_of(job.world.device, job.compute_dtype, size)
+    return {
+        "varlen": "packed rows by flash of variable lengths",
+        "tiles": "packed rows by matrix products (flash takes bfloat16 and float16 alone)",
+    }.get(kernel, "")
+
+
 def _float32(job: Job) -> str:
     """Reported where products of float32 matrices are rounded to TF32."""
     if job.world.device.type != "cuda" or torch.get_float32_matmul_precision() == "highest":
@@ -115,11 +136,22 @@ def _moments(job: Job) -> str:
     return "moments of the optimizer in bfloat16, rounded stochastically (repeatable)"
 
 
+def _experts(job: Job) -> str:
+    """How products of experts are computed on CUDA."""
+    decoder = job.spec.decoder
+    if job.world.device.type != "cuda" or decoder is None or decoder.experts is None:
+        return ""
+    sizes = decoder.experts.intermediate_size, decoder.hidden_size
+    if has_kernel_for(sizes, job.compute_dtype, job.world.device):
+        return "experts by one kernel"
+    return "experts one by one, which waits for their token counts once a layer"
+
+
 def _trains(job: Job) -> bool:
     return job.config.run_mode in (None, "train", "finetune")
 
 
 PARTS: tuple[Callable[[Job], str], ...] = (
-    *(_determinism, _attention, _float32, _allocator, _fp8, _moments),
+    *(_determinism, _attention, _documents, _float32, _allocator, _experts, _fp8, _moments),
 )
 """The parts of the line, in order."""

@@ -1,7 +1,7 @@
-"""Background: the thread of asynchronous saves.
+"""Background: the threads of asynchronous saves.
 
-It has the lowest scheduling priority (threads that it starts inherit it), so that training goes
-first. It is a daemon thread: a save that is interrupted at the end of the process was never
+They have the lowest scheduling priority (threads that they start inherit it), so that training goes
+first. They are daemon threads: a save that is interrupted at the end of the process was never
 published.
 """
 
@@ -21,7 +21,8 @@ LOWEST_PRIORITY = 19
 class Background(Generic[Result]):
     """Runs one function at a time in a thread."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: str = "save") -> None:
+        self._name = name
         self._thread: threading.Thread | None = None
         self._outcome: tuple[Result | None, BaseException | None] = (None, None)
 
@@ -39,7 +40,9 @@ class Background(Generic[Result]):
         """Start `work`. The result of the last one must have been taken."""
         if self._thread is not None:
             raise RuntimeError("the result of the last function was not taken")
-        self._thread = threading.Thread(target=self._run, args=(work,), name="save", daemon=True)
+        self._thread = threading.Thread(
+            target=self._run, args=(work,), name=self._name, daemon=True
+        )
         self._thread.start()
 
     def finish(self, timeout_seconds: float | None = None) -> Result:

@@ -76,6 +76,23 @@ class Contents:
             total += numbers * (first.tensor.element_size() if first is not None else 0)
         return total
 
+    def snapshot_nbytes(self, run: Savable, stores: Mapping[str, Store]) -> int:
+        """Bytes of the tensors that this rank writes in a save, each once. Optimizer state, which
+        may not exist yet, is as large as its weight."""
+        weights, states, sizes = run.weights(), run.state_names(), dict[str, int]()
+        moments = {
+            prefix + name: shard._replace(tensor=shard.tensor.to("meta"))
+            for name, shard in weights.items()
+            for prefix in states.get(name, ())
+        }
+        for folder in self.folders:
+            has_state = folder == FULL and self._config.save_optimizer
+            held = self._own(
+                run, stores[folder], folder, weights | moments if has_state else weights
+            )
+            sizes |= {name: shard.tensor.nbytes for name, shard in held.items()}
+        return sum(sizes.values())
+
     def _own(
         self, run: Savable, store: Store, folder: str, held: Mapping[str, Shard]
     ) -> dict[str, Shard]:
@@ -88,6 +105,14 @@ class Contents:
             own = frozenset(name for name in held if writer[name] == run.world.rank)
             self._written[folder] = frozenset(held), own
         return {name: shard for name, shard in held.items() if name in own}
+
+
+def constant_between_updates(run: Savable) -> set[str]:
+    """The tensors of the model and its optimizer, in files, that only an update changes; buffers,
+    for one, may change in any forward pass."""
+    return {
+        prefix + name for name, prefixes in run.state_names().items() for prefix in ("", *prefixes)
+    }
 
 
 def _replica_ranks(run: Savable, store: Store) -> Mapping[str, Ranks]:

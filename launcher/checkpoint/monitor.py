@@ -1,7 +1,9 @@
 """CheckpointMonitor: when a run saves.
 
     step ... step | snapshot | step ... step ... step        async_save: training waits for the
-                        └── write, publish, retain ──┘       snapshot, and for the previous save
+                        └── write, publish, retain ──┘       snapshot, and for the previous save;
+                                                             on a GPU the snapshot is copied beside
+                                                             the next step, up to its update
 
 Owns the order of saves. Invariants: all ranks save the same steps; one save is written at a time;
 the last one of a run is waited for; a save that fails leaves earlier ones unchanged. `contents` has
@@ -13,11 +15,12 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
 from launcher.checkpoint import health
 from launcher.checkpoint.background import Background
-from launcher.checkpoint.contents import Contents
+from launcher.checkpoint.contents import Contents, constant_between_updates
 from launcher.checkpoint.cost import SaveOverhead, forecast
 from launcher.checkpoint.integrated import FULL
 from launcher.checkpoint.names import SaveName, epoch_and_step_in_name
@@ -26,12 +29,14 @@ from launcher.checkpoint.run_folders import open_saver
 from launcher.checkpoint.savable import Savable, Step
 from launcher.checkpoint.save_log import no_effect_lines, result_lines
 from launcher.checkpoint.saver import Saver, SaveRequest, SaveResult
-from launcher.checkpoint.snapshot import Snapshot
+from launcher.checkpoint.snapshot import Snapshot, SnapshotCopy
+from launcher.checkpoint.space import bytes_on_host
 from launcher.config.schema import CheckpointMonitorSection
 from launcher.errors import UserError
 from launcher.parallel.all_ranks import capture_error
 from launcher.parallel.world import World
 from launcher.report.ranges import SAVE, named_range
+from launcher.streams import streams_for
 
 LAST_STEP_ONLY = CheckpointMonitorSection(save_checkpoint_steps=0)
 """For a run without CheckpointMonitor: only the last step is saved."""
@@ -55,7 +60,8 @@ class CheckpointMonitor:
         self._embedding_norm: float | None = None
         """Of the newest step that changed weights, where the health of saves is monitored."""
         self._saver: Saver | None = None
-        self._snapshot = Snapshot()
+        self._snapshot: Snapshot | None = None
+        """With `async_save`."""
         self._background: Background[SaveResult] = Background()
         self._save_world: World | None = None
         self._overhead = SaveOverhead()
@@ -76,9 +82,19 @@ class CheckpointMonitor:
         self._publish_best(run, self._saver)
         if self.config.async_save:
             self._save_world = run.world.with_new_group()
+            self._prepare_snapshot(run, self._saver)
         for line in no_effect_lines(self.config):
             run.log(line)
         self._log_space_needed(run)
+
+    def _prepare_snapshot(self, run: Savable, saver: Saver) -> None:
+        """Pin its memory beside the first steps. Called by all ranks together."""
+        if self._snapshot is None:
+            self._snapshot = Snapshot(streams_for(run.world.device))
+        nbytes = self._contents.snapshot_nbytes(run, saver.stores)
+        line = self._snapshot.prepare(nbytes, bytes_on_host(run.world, nbytes))
+        if line:
+            run.log(line)
 
     def _publish_best(self, run: Savable, saver: Saver) -> None:
         """Name the best of the saves that are there: a crash may have come before."""
@@ -195,27 +211,41 @@ class CheckpointMonitor:
         if self._save_world is None:
             self._finish_save(run, self._open_saver.write(self._request(run), run.world))
         else:
-            request = self._request(run, started)
-            self._background.start(partial(self._open_saver.write, request, self._save_world))
+            request, taken = self._copied(run, self._request(run))
+            request = replace(request, waited_seconds=time.perf_counter() - started)
+            self._background.start(partial(self._write, request, taken, self._save_world))
         warning = self._overhead.add(run.global_step, started, time.perf_counter())
         if warning:
             run.log(f"warning: {warning}")
 
-    def _request(self, run: Savable, asynchronous_since: float | None = None) -> SaveRequest:
-        """A save of the run's current state; of a copy of it for an asynchronous save."""
+    def _request(self, run: Savable) -> SaveRequest:
+        """A save of the run's current state."""
         contents = self._contents.shards(run, self._open_saver.stores)
-        record, waited = run.state_record(), 0.0
+        record = run.state_record()
         if self._embedding_norm is not None:
             limit = self.config.embedding_local_norm_threshold
             record[health.KEY] = health.health_verdict(self._embedding_norm, limit)
-        if asynchronous_since is not None:
-            together = {name: shard for held in contents.values() for name, shard in held.items()}
-            taken = self._snapshot.take(together)
-            contents = {folder: {n: taken[n] for n in held} for folder, held in contents.items()}
-            record = copy.deepcopy(record)
-            waited = time.perf_counter() - asynchronous_since
         epoch, step = epoch_and_step_in_name(run.global_step, run.steps_per_epoch, run.sink_size)
-        return SaveRequest(run.global_step, epoch, step, contents, record, waited)
+        return SaveRequest(run.global_step, epoch, step, contents, record, 0.0)
+
+    def _copied(self, run: Savable, request: SaveRequest) -> tuple[SaveRequest, SnapshotCopy]:
+        """`request` for a copy of the state, and that copy, which may still be on its way."""
+        assert self._snapshot is not None
+        held = {
+            name: shard for folder in request.contents.values() for name, shard in folder.items()
+        }
+        taken = self._snapshot.take(held, held.keys() - constant_between_updates(run))
+        run.add_pending_read(taken.before_update)
+        contents = {
+            folder: {name: taken.shards[name] for name in names}
+            for folder, names in request.contents.items()
+        }
+        return replace(request, contents=contents, record=copy.deepcopy(request.record)), taken
+
+    def _write(self, request: SaveRequest, taken: SnapshotCopy, world: World) -> SaveResult:
+        """Write a copy of the state, once it is there. Runs in the background."""
+        taken.finish()
+        return self._open_saver.write(request, world)
 
     @property
     def _open_saver(self) -> Saver:

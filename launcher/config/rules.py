@@ -96,6 +96,7 @@ RULES: tuple[Rule, ...] = (
     memory.select_recompute,
     memory.by_operation,
     memory.swap,
+    training.loss_chunks,
     fp8.exactness,
     fp8.patterns,
     training.sinking,

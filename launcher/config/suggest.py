@@ -115,6 +115,9 @@ _PATHS = {
                     "preference.reference.weights"),
     **dict.fromkeys(("bf16", "fp16", "torch_dtype", "dtype", "mixed_precision"),
                     "model.model_config.compute_dtype"),
+    **dict.fromkeys(("attn_implementation", "attn_impl", "attn_type", "attn_backend",
+                     "attention_backend", "flash_attn", "flash_attention", "use_flash_attn",
+                     "use_varlen_attn", "sdp_attention"), "attention_by_documents"),
     **dict.fromkeys(("full_determinism", "deterministic_mode", "use_deterministic_algorithms",
                      "deterministic_warn_only", "cudnn_deterministic", "determinism"),
                     "deterministic"),
@@ -137,6 +140,12 @@ _PATHS = {
     **dict.fromkeys(("fp8_recipe", "fp8_format", "float8", "fp8_hybrid", "recipe_name",
                      "enable_fp8", "fp8_recipe_handler"), "fp8_config.recipe"),
     **dict.fromkeys(("filter_fqns", "fp8_filter", "module_filter_fqns"), "fp8_config.exclude"),
+    **dict.fromkeys(("chunked_cross_entropy", "chunked_cross_entropy_num_chunks", "chunked_loss",
+                     "num_output_chunks", "liger_fused_linear_cross_entropy",
+                     "cross_entropy_loss_fusion", "cross_entropy_fusion_impl",
+                     "fused_linear_cross_entropy"), "loss_chunk_tokens"),
+    **dict.fromkeys(("fsdp_reshard_after_forward", "reshard_after_forward_policy"),
+                    "parallel_config.reshard_after_forward"),
     **dict.fromkeys(("template", "chat_template_jinja", "chat_template_path"), "chat_template"),
     "enable_thinking": "chat_template_kwargs.enable_thinking",
     **dict.fromkeys(("system_prompt", "default_system", "sys_prompt", "system_message"), "system"),
@@ -168,6 +177,20 @@ _OF_SECTION = {
 }
 """Words that are keys elsewhere, and have another name in the section of this ending."""
 _REMARKS = {
+    **dict.fromkeys(
+        (
+            "attn_implementation",
+            "attn_impl",
+            "attn_type",
+            "attn_backend",
+            "attention_backend",
+            "flash_attn",
+            "flash_attention",
+            "use_flash_attn",
+            "sdp_attention",
+        ),
+        "The kernel follows from the device and the dtype; False uses a mask",
+    ),
     "deterministic_warn_only": "`auto` warns only where the model is of transformers",
     "manual_gc": "0 is off",
     "train_on_inputs": "True is [system, user, assistant], False is [assistant]",

@@ -23,11 +23,12 @@ import torch
 
 from launcher.data.order import Order
 from launcher.data.rows import NO_TARGET, Ints, Row, RowDataset
+from models.documents import document_lengths
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows for one forward pass; int64 tensors on the CPU."""
+    """Rows for one forward pass; tensors on the CPU, int64 unless said otherwise."""
 
     input_ids: torch.Tensor
     """[batch, seq_length]; of preferences [batch, 2, seq_length], as labels are."""
@@ -37,6 +38,9 @@ class Batch:
     """[batch, seq_length], from 0 in each document; None where a row is one document."""
     document_ids: torch.Tensor | None
     """[batch, seq_length], index of the document in its row; None where a row is one document."""
+    document_lengths: torch.Tensor | None
+    """int32 [batch, seq_length], the lengths of the documents of each row, in order, then zeros:
+    the same as `document_ids`, for attention, which needs it on the host."""
     sample_ids: torch.Tensor
     """[batch], index of each sample over all epochs of the run; -1: filler."""
     rows: torch.Tensor | None = None
@@ -247,14 +251,15 @@ def _batch(dataset: RowDataset, indices: Ints, sample_ids: Ints, pin_memory: boo
         made = torch.from_numpy(values)
         return made.pin_memory() if pin_memory else made
 
-    input_ids, labels = stack("input_ids"), stack("labels")
+    input_ids, labels, ids = stack("input_ids"), stack("labels"), stack("document_ids")
     assert input_ids is not None
     assert labels is not None
     return Batch(
         input_ids=input_ids,
         labels=labels,
         position_ids=stack("position_ids"),
-        document_ids=stack("document_ids"),
+        document_ids=ids,
+        document_lengths=None if ids is None else tensor(document_lengths(ids).numpy()),
         sample_ids=tensor(sample_ids.copy()),
         rows=tensor(indices.copy()) if dataset.sequences > 1 else None,
         is_desirable=None

@@ -89,7 +89,7 @@ class DistributedForward(Forward):
         for module in self.decoder.modules():
             if isinstance(module, MoE):
                 counts = torch.zeros(module.count, dtype=torch.int64, device=self.device)
-                module.experts(nothing, counts)
+                module.exchanged(nothing, counts)
 
 
 def _any(flag: bool, group: dist.ProcessGroup, device: torch.device) -> bool:

@@ -35,8 +35,15 @@ def draw_seed(seed: int, index: int, step: int) -> int:
 def draw(scores: Tensor, seeds: list[int]) -> Tensor:
     """One token of each row [rows] int64, from `scores` [rows, vocabulary] and a seed of 64 bits
     for each row. Tokens with a score of -inf are never drawn."""
-    # No noise makes up for more than this distance from the likeliest token (one more for the
-    # roundings of scores in 16 bits), so that only a few columns are copied.
+    if scores.is_cuda:  # which would have to tell the host how many columns are within reach
+        columns = torch.arange(scores.shape[1], device=scores.device)
+        return (scores.double() + gumbel(seeds, columns)).argmax(-1)
+    return _draw_within_reach(scores, seeds)
+
+
+def _draw_within_reach(scores: Tensor, seeds: list[int]) -> Tensor:
+    """The same: no noise makes up for more than this distance from the likeliest token (one more
+    for the roundings of scores in 16 bits), and only a few columns get any."""
     reach = _LARGEST_NOISE - _SMALLEST_NOISE + 1
     columns = (scores > scores.amax(-1, keepdim=True) - reach).any(0).nonzero()[:, 0]
     found = (scores[:, columns].double() + gumbel(seeds, columns)).argmax(-1)
@@ -46,7 +53,9 @@ def draw(scores: Tensor, seeds: list[int]) -> Tensor:
 def gumbel(seeds: list[int], tokens: Tensor) -> Tensor:
     """Gumbel noise [rows, n] float64 of `tokens` [n] for each seed."""
     low, high = (
-        torch.tensor([seed >> shift & 0xFFFFFFFF for seed in seeds], device=tokens.device)
+        torch.tensor([seed >> shift & 0xFFFFFFFF for seed in seeds]).to(
+            tokens.device, non_blocking=True
+        )
         for shift in (0, 32)
     )
     bits = mix(mix(mix(low) ^ high)[:, None] ^ mix(tokens + 1))

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from launcher.generation.forward import Forward
+from launcher.parallel.kernels import usual_writes
 from models.cache import KVCache
 from models.decoder import Decoder
 
@@ -77,7 +78,7 @@ class GraphedForward(Forward):
         self._index = torch.full((1,), cache.length, device=ids.device)
 
         def step() -> Tensor:
-            with cache.recordable(self._index):
+            with usual_writes(), cache.recordable(self._index):
                 scores: Tensor = self.model(self._ids, cache=cache, last_only=True)
             return scores
 

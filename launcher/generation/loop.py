@@ -153,4 +153,5 @@ def _padded(
     padding = torch.tensor(short, device=device) if any(short) else None
     room = max(limit - len(prompt) for prompt, limit in zip(prompts, limits, strict=True))
     limit = longest + room
-    return ids, KVCache(min(limit, longest + BLOCK), limit=limit, padding=padding)
+    capacity = min(limit, longest + BLOCK)
+    return ids, KVCache(capacity, limit=limit, padding=padding, padding_counts=short)

@@ -35,10 +35,6 @@ KEYS_WITHOUT_EFFECT: dict[str, dict[str, dict[str, Any]]] = {
         },
         "only for ModelArts": {"remote_save_url": str | None},
         "there is no Ascend device": {"exclude_cann_cpu": bool, "npu_num_per_node": int | None},
-        "runs are always bitwise reproducible": {
-            "train_precision_sync": bool | None,
-            "infer_precision_sync": bool | None,
-        },
         "tokens are chosen by PyTorch": {"postprocess_use_numpy": bool},
         "OnRequestExit in callbacks is enough; Ctrl-C and SIGTERM save and end cleanly anyway": {
             "use_graceful_exit": bool

@@ -10,6 +10,7 @@ Owns the pairs of forward and backward communication between the ranks of one pr
     `split`              take the local chunk   all-gather
     `all_to_all`         all-to-all             all-to-all
     `all_to_all_rows`    uneven all-to-all      uneven all-to-all
+    `begin_all_to_all_rows`                     the same, begun and waited for later
 
 The operands are plain local tensors. Every function works on gloo and NCCL and inside
 `torch.compile`; an all-reduce is in place where the operand is a new tensor that nothing else uses.
@@ -217,3 +218,77 @@ def _all_to_all_rows(
     incoming = rows.new_empty((sum(received), *rows.shape[1:]))
     dist.all_to_all_single(incoming, rows.contiguous(), received, sent, group=group)
     return incoming
+
+
+class RowsUnderWay:
+    """An all-to-all of rows that was begun; `wait` gives the rows received, in rank order.
+
+    In the backward pass the gradient's all-to-all begins where the forward pass waited, and is
+    waited for where it began: what autograd runs between the two is what ran between them.
+    """
+
+    def __init__(self, sent: list[int], received: list[int], group: dist.ProcessGroup) -> None:
+        self.sent, self.received, self.group = sent, received, group
+        self.token: Tensor | None = None
+        """Empty; ties `wait` to the beginning in the graph of autograd, through which no memory
+        passes that is still being filled."""
+        self._work: Any = None
+        self._rows: tuple[Tensor, Tensor] | None = None
+        """Sent and received, kept until they have been."""
+
+    def begin(self, rows: Tensor, *, back: bool = False) -> None:
+        """Begin to send `rows`; `back`: from the ranks that received them to those that sent."""
+        sent, received = (self.received, self.sent) if back else (self.sent, self.received)
+        rows, incoming = rows.contiguous(), rows.new_empty((sum(received), *rows.shape[1:]))
+        self._work = dist.all_to_all_single(
+            incoming, rows, received, sent, group=self.group, async_op=True
+        )
+        self._rows = rows, incoming
+
+    def end(self) -> Tensor:
+        """The rows received: the stream (on a CPU the host) waits for them."""
+        assert self._rows is not None
+        if self._work is not None:
+            self._work.wait()
+        _, incoming = self._rows
+        self._work = self._rows = None
+        return incoming
+
+    def wait(self) -> Tensor:
+        """The rows received, with a gradient. To be called once."""
+        token, self.token = self.token, None  # whose node in the graph has this object
+        result: Tensor = _EndRows.apply(token, self)
+        return result
+
+
+def begin_all_to_all_rows(
+    rows: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup
+) -> RowsUnderWay:
+    """As `all_to_all_rows`, which this begins and `RowsUnderWay.wait` ends."""
+    under_way = RowsUnderWay(sent, received, group)
+    under_way.token = _BeginRows.apply(rows, under_way)
+    return under_way
+
+
+class _BeginRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, under_way: RowsUnderWay) -> Tensor:
+        ctx.under_way = under_way
+        under_way.begin(rows)
+        return rows.new_empty(0)
+
+    @staticmethod
+    def backward(ctx: Any, token: Tensor) -> tuple[Tensor, None]:
+        return ctx.under_way.end(), None
+
+
+class _EndRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, token: Tensor, under_way: RowsUnderWay) -> Tensor:
+        ctx.under_way = under_way
+        return under_way.end()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        ctx.under_way.begin(gradient, back=True)
+        return gradient.new_empty(0), None

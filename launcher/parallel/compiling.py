@@ -4,7 +4,8 @@ Owns what is compiled together, that equal layers share one graph, and what happ
 compiler fails. A layer is one graph: FSDP's hooks on the layer stay outside, tensor parallelism's
 hooks on its regions are part of it. Not in this graph are
 
-    experts                  their token counts depend on data
+    experts                  a graph of their own, for any number of tokens, where one kernel takes
+                             all of them (bfloat16); else not compiled: the host needs token counts
     modules with recompute   compiled separately, and their wrappers not at all; cheap ones (norms,
     or offload               activations) stay in the graph of the layer
 
@@ -25,12 +26,13 @@ from functools import cache, partial, wraps
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from launcher.errors import UserError
 from launcher.parallel.layer_modules import Function, layer_modules
 from models.attention import BaseAttention, StepContext
 from models.decoder import DecoderLayer
+from models.grouped import Groups, has_kernel
 from models.lora import adapters_of
 from models.moe import Experts
 
@@ -52,8 +54,9 @@ class Compiler:
     failures: list[str] = field(default_factory=list)
     """The first line of every failure so far."""
 
-    def compiled(self, function: Function, *, dynamic: bool = False) -> Function:
-        """`function`, compiled on its first call; again for other shapes, unless `dynamic`."""
+    def compiled(self, function: Function, *, dynamic: bool | None = False) -> Function:
+        """`function`, compiled on its first call. `dynamic`: as in `torch.compile`; None: sizes
+        that were seen to change become variables."""
         compiled = torch.compile(function, backend=self.backend, dynamic=dynamic)
         failed = False
 
@@ -143,14 +146,34 @@ def compile_layers(
     for number, layer in layers.items():
         _share_seeds(layer, device or torch.device("cpu"))
         for name in ("", *separate[number]):
-            layer_modules(layer)[name].wrap(compiler.compiled)
+            module = layer_modules(layer)[name]
+            if not (isinstance(module.owner, Experts) and module.attribute == "forward"):
+                module.wrap(compiler.compiled)
+        for experts in layer.modules():
+            if isinstance(experts, Experts):
+                experts.forward = _compiled(experts, compiler)  # type: ignore[method-assign]
         if isinstance(layer, DecoderLayer):
             layer_modules(layer)[""].wrap(partial(_prepared, attention=layer.self_attn))
 
 
+def _compiled(experts: Experts, compiler: Compiler) -> Function:
+    """`experts.forward`, compiled for the dtypes whose products one kernel computes."""
+    plain = experts.forward
+    compiled = compiler.compiled(plain, dynamic=None)
+
+    @wraps(plain)
+    def run(tokens: Tensor, groups: Groups) -> Tensor:
+        stacks = [weight for weight in experts.parameters(recurse=False) if weight.dim() == 3]
+        has_kernels = tokens.dtype == torch.bfloat16 and all(map(has_kernel, stacks))
+        result: Tensor = (compiled if has_kernels else plain)(tokens, groups)
+        return result
+
+    return run
+
+
 def exclude_from_compile(layers: Mapping[int, nn.Module], separate: Names) -> None:
-    """Exclude experts, and the wrappers of the modules `separate`, from compilation. Must be called
-    after they are wrapped."""
+    """Exclude experts, which are compiled on their own, and the wrappers of the modules `separate`
+    from the graphs of layers. Must be called after they are wrapped."""
     for number, layer in layers.items():
         for name in separate[number]:
             layer_modules(layer)[name].wrap(_disabled)

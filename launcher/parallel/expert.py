@@ -9,27 +9,27 @@ compute with that slice of the stacked parameters. Two ranks with two experts ea
     sorted by expert        a a b b       |   c d d d
 
 Invariants: every rank takes part in every all-to-all, forward and backward, even with no tokens
-and with experts that no token chose; the host synchronizes with the device once a layer, to read
-how many tokens are sent and received.
+and with experts that no token chose. The host waits once a layer, to read how many tokens are sent
+and received: an all-to-all of uneven sizes needs them. It waits for the counts alone, while the
+device sorts the tokens; a recomputed layer does not wait, nor exchange counts, again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from launcher.host_reads import host_read
-from launcher.parallel.collectives import all_reduce, all_to_all_rows
+from launcher.parallel.collectives import all_reduce, all_to_all_rows, begin_all_to_all_rows
+from launcher.parallel.host_copy import HostCopy
+from launcher.parallel.remembered import is_repeated, remembered
 from models.decoder import Decoder
-from models.moe import Experts, MoE
-
-Compute = Callable[[Tensor, Tensor], Tensor]
-"""`Experts.forward`."""
+from models.grouped import Groups
+from models.moe import Exchange, MoE
 
 
 def apply_expert_parallel(model: Decoder, group: dist.ProcessGroup) -> None:
@@ -38,8 +38,8 @@ def apply_expert_parallel(model: Decoder, group: dist.ProcessGroup) -> None:
     `Experts` parameters already hold this rank's experts, equally many on each rank.
     """
     for module in model.modules():
-        if isinstance(module, Experts):
-            module.forward = partial(_dispatch, module.forward, group)  # type: ignore[method-assign]
+        if isinstance(module, MoE):
+            module.exchange = ExpertExchange(group)
 
 
 def apply_row_sums(model: Decoder, *groups: dist.ProcessGroup) -> None:
@@ -62,18 +62,85 @@ def _all_reduce_over(groups: tuple[dist.ProcessGroup, ...], sums: Tensor) -> Ten
     return sums
 
 
-@torch.compiler.disable
-def _dispatch(compute: Compute, group: dist.ProcessGroup, tokens: Tensor, counts: Tensor) -> Tensor:
-    """As `Experts.forward`, with `counts` [experts of all ranks]."""
-    counts_sent = counts.view(dist.get_world_size(group), -1)
-    counts_received = torch.empty_like(counts_sent)
-    dist.all_to_all_single(counts_received, counts_sent, group=group)
-    with host_read("expert counts"):
-        sent, received = torch.stack((counts_sent.sum(1), counts_received.sum(1))).tolist()
-    order, inverse = by_expert(counts_received, sum(received))
-    dispatched = all_to_all_rows(tokens, sent, received, group)
-    outputs = compute(_Reorder.apply(dispatched, order, inverse), counts_received.sum(0))
-    return all_to_all_rows(_Reorder.apply(outputs, inverse, order), received, sent, group)
+class _Counts(NamedTuple):
+    """Tokens that are sent and received, and their copy on the way to the host."""
+
+    sent: Tensor
+    """[ranks, experts of a rank] int64."""
+    received: Tensor
+    """[ranks, own experts] int64."""
+    on_host: HostCopy
+    """Both, [2, ranks, experts of a rank]."""
+
+
+class _Sent(NamedTuple):
+    """Tokens on their way to the ranks of their experts."""
+
+    incoming: Any
+    """What `begin_all_to_all_rows` gives."""
+    sent: list[int]
+    """Tokens sent to each rank."""
+    received: list[int]
+    order: Tensor
+    """Sorts the received tokens by expert."""
+    inverse: Tensor
+    groups: Groups
+
+
+class ExpertExchange(Exchange):
+    """The exchange of tokens among the ranks of a group.
+
+    begin        counts to all ranks, and on their way to the host
+                   (meanwhile: the local tokens are sorted)
+    send         the host waits for the counts; tokens leave
+                   (meanwhile: the shared experts)
+    receive      tokens have come; sorted by expert
+    give_back    outputs return to the ranks of their tokens
+    """
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group = group
+
+    @torch.compiler.disable
+    def begin(self, counts: Tensor) -> _Counts:
+        """As `Exchange.begin`, with `counts` [experts of all ranks]."""
+        sent = counts.view(dist.get_world_size(self.group), -1)
+        known = remembered(partial(self._exchanged, sent))
+        if is_repeated():
+            # Without a wait for the device: a recomputed router that chooses other experts would
+            # mix up the tokens of others.
+            torch._assert_async((sent == known.sent).all(), "recomputation chose other experts")
+        return known
+
+    def _exchanged(self, sent: Tensor) -> _Counts:
+        received = torch.empty_like(sent)
+        dist.all_to_all_single(received, sent.contiguous(), group=self.group)
+        return _Counts(sent, received, HostCopy(torch.stack((sent, received))))
+
+    @torch.compiler.disable
+    def send(self, tokens: Tensor, begun: _Counts) -> _Sent:
+        """As `Exchange.send`. The host waits for the counts, unless this is a recomputation."""
+        to_ranks, from_ranks = begun.on_host.read("expert counts")
+        sent, received = _sums(to_ranks), _sums(from_ranks)
+        incoming = begin_all_to_all_rows(tokens, sent, received, self.group)
+        order, inverse = by_expert(begun.received, sum(received))
+        groups = Groups(begun.received.sum(0), _sums(zip(*from_ranks, strict=True)))
+        return _Sent(incoming, sent, received, order, inverse, groups)
+
+    @torch.compiler.disable
+    def receive(self, sent: _Sent) -> tuple[Tensor, Groups]:
+        """As `Exchange.receive`."""
+        return _Reorder.apply(sent.incoming.wait(), sent.order, sent.inverse), sent.groups
+
+    @torch.compiler.disable
+    def give_back(self, outputs: Tensor, sent: _Sent) -> Tensor:
+        """As `Exchange.give_back`."""
+        by_rank = _Reorder.apply(outputs, sent.inverse, sent.order)
+        return all_to_all_rows(by_rank, sent.received, sent.sent, self.group)
+
+
+def _sums(lines: Iterable[Sequence[int]]) -> list[int]:
+    return [sum(line) for line in lines]
 
 
 def by_expert(counts: Tensor, total: int) -> tuple[Tensor, Tensor]:

@@ -60,10 +60,10 @@ def split_context(context: StepContext, rows: int, count: int) -> list[StepConte
     if count == 1:
         return [context]
     mask, size = context.mask, rows // count
-    cos, sin, seeds, documents, key_masks = (
+    cos, sin, seeds, documents, lengths, key_masks = (
         _by_row(tensor, size, count)
         for tensor in (context.cos, context.sin, context.dropout_seeds, mask.document_ids,
-                       mask.key_mask)
+                       mask.lengths, mask.key_mask)
     )  # fmt: skip
     # A mask object for each chunk, though they may be equal: each builds its masks on its stream.
     masks = [
@@ -73,7 +73,9 @@ def split_context(context: StepContext, rows: int, count: int) -> list[StepConte
             device=mask.token_indices.device,
             token_indices=None if mask.in_order else mask.token_indices,
             document_ids=documents[i],
+            document_lengths=lengths[i],
             key_mask=key_masks[i],
+            by_documents=mask.by_documents,
         )
         for i in range(count)
     ]

@@ -101,6 +101,20 @@ def current_kernels() -> Kernels:
     return Kernels(rule, tuple(name for name, enabled in found.items() if enabled))
 
 
+@contextmanager
+def usual_writes() -> Iterator[None]:
+    """In this context, of operations that write every element once and compute no gradients, torch
+    takes its usual kernels. Under a deterministic rule `index_copy_` sorts its indices in case some
+    are equal, and copies the entire tensor twice to do so.
+    """
+    rule = current_kernels().rule
+    torch.use_deterministic_algorithms(False)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(rule != "fast", warn_only=rule == "warn")
+
+
 def set_variables(
     environment: MutableMapping[str, str], *, deterministic: bool | str, expandable_segments: bool
 ) -> None:

@@ -31,11 +31,14 @@ from launcher.parallel.schedules import (
     stage_ranks,
 )
 from models.decoder import Decoder
+from models.documents import OnHost
 from models.stage import StageSplit, stage_rank
 
-BY_ROW = ("position_ids", "document_ids", "sample_seeds")
+BY_ROW = ("position_ids", "document_ids", "document_lengths", "sample_seeds")
 """Arguments of `Decoder.forward` whose dim 0 is the batch: they are split into micro-batches. All
 others are passed to every micro-batch unchanged."""
+ON_HOST = "document_lengths"
+"""The argument of `Decoder.forward` that stays on the CPU."""
 
 
 class Pipeline:
@@ -72,6 +75,9 @@ class Pipeline:
         self._built: tuple[tuple[int, int], TorchSchedule] | None = None
         for module in self.stages.values():
             module.register_forward_pre_hook(self._add_constants, with_kwargs=True)
+            # Before the hook of FSDP, which moves all tensors to the GPU. Torch's schedule, which
+            # calls the module, splits tensors alone.
+            module.register_forward_pre_hook(_keep_on_host, with_kwargs=True, prepend=True)
             if isinstance(module, FSDPModule):
                 # Zero-bubble schedules compute input and weight gradients separately, with the same
                 # gathered weights.
@@ -248,6 +254,21 @@ class Pipeline:
         for stage, module in self.stages.items():
             if (module.embeds, module.ends) != (stage == 0, stage == self.split.count - 1):
                 raise ValueError(f"the module of stage {stage} is that of another stage")
+
+
+def kept_on_host(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of `Decoder.forward`, with those that stay on the CPU out of reach of the
+    wrappers of a module, which would move them to the GPU."""
+    return {
+        name: OnHost(value) if name == ON_HOST and isinstance(value, Tensor) else value
+        for name, value in arguments.items()
+    }
+
+
+def _keep_on_host(
+    module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return arguments, kept_on_host(keywords)
 
 
 def _by_row(arguments: Mapping[str, Any] | None) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -34,6 +34,7 @@ from launcher.parallel.layer_modules import (
     selected,
     selection,
 )
+from launcher.parallel.remembered import remembering
 from models.stage import StageSplit
 
 CHEAP = (r"(.*\.)?\w*norm", r".*\.activation")
@@ -117,7 +118,11 @@ def _recomputed(function: Function, uses_rng: bool) -> Function:
         if not torch.is_grad_enabled():
             return function(*arguments, **keywords)
         return checkpoint(
-            function, *arguments, use_reentrant=False, preserve_rng_state=uses_rng, **keywords
+            remembering(function),
+            *arguments,
+            use_reentrant=False,
+            preserve_rng_state=uses_rng,
+            **keywords,
         )
 
     return recomputed

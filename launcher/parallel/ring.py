@@ -29,6 +29,7 @@ from torch.autograd.function import once_differentiable
 
 from launcher.parallel.blockwise import Block, OnlineSoftmax, SoftmaxBackward, grouped
 from models.attention import AttentionMask
+from models.documents import document_bounds
 
 SCORES = {"cpu": 1 << 19, "cuda": 1 << 25}
 """Elements of scores computed at once: what fits in the cache on a CPU; on a GPU a memory limit
@@ -68,8 +69,8 @@ class Ring:
     def blocks(self, source: int, *, lines: int) -> Iterator[Block]:
         """The blocks of scores between the local queries and the keys of rank `source`.
 
-        `lines`: rows times heads. Blocks that the causal mask or the window excludes completely are
-        left out; this needs no device synchronization.
+        `lines`: rows times heads. Blocks that the causal mask, the window or documents exclude
+        completely are left out; this needs no device synchronization.
         """
         queries = chunks(self.mask.total, self.size, self.rank)
         scores = SCORES.get(self.mask.token_indices.device.type, SCORES["cuda"])
@@ -85,16 +86,27 @@ class Ring:
 
     def _block(self, queries: slice, query_range: range, at: int, keys: range) -> Iterator[Block]:
         first = keys.start if self.window is None else query_range.start - self.window + 1
+        first = max(first, self._begins(query_range.start)[0])
         key_range = range(max(keys.start, first), min(keys.stop, query_range.stop))
         if not key_range:
             return
         at += key_range.start - keys.start
-        all_visible = key_range[-1] <= query_range[0] and (
-            self.window is None or key_range[0] > query_range[-1] - self.window
+        all_visible = (
+            key_range[-1] <= query_range[0]
+            and (self.window is None or key_range[0] > query_range[-1] - self.window)
+            and key_range[0] >= self._begins(query_range[-1])[1]
         )
-        causal_only = self.mask.document_ids is None and self.mask.key_mask is None
-        mask = None if all_visible and causal_only else self._mask(query_range, key_range)
+        mask = None if all_visible else self._mask(query_range, key_range)
         yield Block(queries, slice(at, at + len(key_range)), mask)
+
+    def _begins(self, token: int) -> tuple[int, int]:
+        """Where the document of a token begins: in the row where it does so first, and last. Where
+        only a mask says it, any key may be in the document, and none is known to be."""
+        if self.mask.lengths is not None:
+            first, last = document_bounds(self.mask.lengths)
+            return first[token], last[token]
+        apart = self.mask.document_ids is not None or self.mask.key_mask is not None
+        return 0, self.mask.total if apart else 0
 
     def _mask(self, query_range: range, key_range: range) -> Tensor | None:
         device = self.mask.token_indices.device

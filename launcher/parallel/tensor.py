@@ -177,7 +177,7 @@ def _split_states(tp: TensorParallel, module: nn.Module, inputs: Any, output: Te
 
 def _shard_head(model: Decoder, specs: Mapping[str, ShardSpec], tp: TensorParallel) -> None:
     head = model.head_module
-    head.register_forward_pre_hook(partial(_enter, tp))
+    model.enter_head = tp.enter
     if model.config.tie_word_embeddings:
         if specs["model.embed_tokens.weight"].tp_dim is not None:
             return

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from launcher.data.loader import Batch
 from launcher.parallel.model_parts import ModelParts
-from launcher.parallel.pipeline import BY_ROW, Pipeline
+from launcher.parallel.pipeline import BY_ROW, Pipeline, kept_on_host
 from launcher.report import ranges
 from launcher.report.ranges import named_range
+from launcher.train.head_loss import HeadLoss
 from launcher.train.loss import Loss
 from launcher.train.preference import PreferenceLoss, as_integers, from_integers
 
@@ -66,6 +67,8 @@ class BatchSharder:
                 sources = sources.repeat_interleave(ids.shape[1], 0)
             ids, labels = ids.flatten(0, 1), labels.flatten(0, 1)
         arguments = {k: self._moved(v) for k, v in tensors.items() if v is not None}
+        if batch.document_lengths is not None:
+            arguments["document_lengths"] = batch.document_lengths  # stays on the host
         if self.token_indices is not None:
             total = ids.shape[1]
             token_indices = self.token_indices(total)
@@ -110,6 +113,20 @@ def by_source(row_losses: Tensor, sources: Tensor) -> Tensor:
     return torch.where(sources, own, own.new_zeros(())).sum(0)
 
 
+def objective_of(
+    loss: Loss, output: Tensor, labels: Tensor, sources: Tensor | None, scale: float | Tensor
+) -> tuple[Tensor, Tensor]:
+    """`scale` times the summed loss of a batch, whose gradients are those of a step; and without
+    gradients and scale what `Compute.train` adds up. `output`: what `loss` takes."""
+    by_row = sources is not None
+    if isinstance(loss, HeadLoss):
+        objective, sums = loss.objective(output, labels, scale, by_row=by_row)
+    else:
+        found = loss(output, labels, by_row=by_row)
+        objective, sums = (found.sum() if by_row else found) * scale, found.detach()
+    return objective, sums if sources is None else by_source(sums, sources)
+
+
 @dataclass(frozen=True)
 class FullModel:
     """Every rank computes all layers."""
@@ -131,42 +148,42 @@ class FullModel:
         for index, batch in enumerate(rows):
             self.parts.sync_gradients(index == len(rows) - 1)
             with named_range(ranges.FORWARD):
-                loss, sums = self._loss(batch)
+                objective, sums = self._objective(batch, scale)
             with named_range(ranges.BACKWARD):
-                (loss * scale).backward()
+                objective.backward()
             total += sums
         return total * float(self.counts)
 
     def evaluate(self, rows: MicroBatch) -> Tensor:
-        _, sums = self._loss(rows)
+        _, sums = self._objective(rows, 1.0)
         return sums * float(self.counts)
 
-    def _loss(self, rows: MicroBatch) -> tuple[Tensor, Tensor]:
-        """The summed loss of a batch, and without gradients what `train` adds up."""
-        logits = self._logits(rows)
+    def _objective(self, rows: MicroBatch, scale: float | Tensor) -> tuple[Tensor, Tensor]:
+        """As `objective_of`."""
+        output = self._output(rows)
         if self.preference is not None:
             assert rows.given is not None
-            return _preferences(self.preference, logits, rows.labels, rows.given, rows.sources)
-        if rows.sources is None:
-            loss = self.loss(logits, rows.labels)
-            return loss, loss.detach()
-        by_row = self.loss(logits, rows.labels, by_row=True)
-        return by_row.sum(), by_source(by_row, rows.sources)
+            loss, sums = _preferences(
+                self.preference, output, rows.labels, rows.given, rows.sources
+            )
+            return loss * scale, sums
+        return objective_of(self.loss, output, rows.labels, rows.sources, scale)
 
     @torch.no_grad()
     def score(self, rows: MicroBatch) -> Tensor:
         assert self.preference is not None
         was_training = self.parts.training
         self.parts.train(False)
-        scores, _ = self.preference.log_probabilities(self._logits(rows), rows.labels)
+        scores, _ = self.preference.log_probabilities(self._output(rows), rows.labels)
         self.parts.train(was_training)
         return scores
 
-    def _logits(self, rows: MicroBatch) -> Tensor:
+    def _output(self, rows: MicroBatch) -> Tensor:
+        """What the loss takes: logits, or the input of the head."""
         if rows.seed is not None:
             torch.manual_seed(rows.seed)
-        logits: Tensor = self.parts.modules[0](rows.input_ids, **rows.arguments)
-        return logits
+        output: Tensor = self.parts.modules[0](rows.input_ids, **kept_on_host(rows.arguments))
+        return output
 
 
 def _shape_of_sums(rows: MicroBatch, preference: PreferenceLoss | None) -> tuple[int, ...]:
@@ -218,7 +235,7 @@ class PipelinedModel:
         return sums * float(self.counts)
 
     def evaluate(self, rows: MicroBatch) -> Tensor:
-        losses = _Losses(self.loss, rows, None, self.preference)
+        losses = _Losses(self.loss, rows, 1.0, self.preference)
         total = self.pipeline.evaluate(rows.input_ids, losses.targets, losses, rows.arguments)
         return (total if losses.sums is None else losses.sums) * float(self.counts)
 
@@ -247,7 +264,7 @@ class _Losses:
         self,
         loss: Loss,
         rows: MicroBatch,
-        scale: float | Tensor | None,
+        scale: float | Tensor,
         preference: PreferenceLoss | None,
     ) -> None:
         self._loss, self._scale, self._preference = loss, scale, preference
@@ -266,23 +283,20 @@ class _Losses:
         if shape:
             self.sums = torch.zeros(shape, device=rows.labels.device)
 
-    def __call__(self, logits: Tensor, targets: Tensor) -> Tensor:
-        if self.sums is None:
-            loss = self._loss(logits, targets)
-        else:
-            loss, sums = self._summed(logits, targets)
-            self.sums += sums
-        return loss if self._scale is None else loss * self._scale
-
-    def _summed(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, output: Tensor, targets: Tensor) -> Tensor:
         widths = (self._sources, self._given, targets.shape[1] - self._sources - self._given)
         of_sources, given, labels = targets.split(widths, 1)
         sources = of_sources.bool() if self._sources else None
-        if self._preference is not None:
-            return _preferences(self._preference, logits, labels, from_integers(given), sources)
-        assert sources is not None
-        by_row = self._loss(logits, labels, by_row=True)
-        return by_row.sum(), by_source(by_row, sources)
+        if self._preference is None:
+            objective, sums = objective_of(self._loss, output, labels, sources, self._scale)
+        else:
+            loss, sums = _preferences(
+                self._preference, output, labels, from_integers(given), sources
+            )
+            objective = loss * self._scale
+        if self.sums is not None:
+            self.sums += sums
+        return objective
 
 
 def _concatenated(rows: Sequence[MicroBatch]) -> MicroBatch:

@@ -20,14 +20,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
-import torch
-
 from launcher.data.loader import StepData
 from launcher.data.mixture import MixtureOrder
-from launcher.host_reads import host_read
 from launcher.report import ranges
 from launcher.report.ranges import named_range
 from launcher.train.callbacks import Callback, Callbacks
+from launcher.train.collection import Collect, collected_every
 from launcher.train.evaluate import evaluate_sets, is_evaluation_due
 from launcher.train.interrupts import STOP_REASONS, Interrupted
 from launcher.train.meter import Memory
@@ -47,9 +45,9 @@ from launcher.train.step import (
 
 def fit(run: TrainRun, callbacks: Callbacks) -> None:
     """Train until the run is finished. Raises `Interrupted` after a signal or a request to stop."""
-    with run.interrupts:
+    with run.interrupts, collected_every(run.config.gc_freq) as collect:
         try:
-            _fit(run, callbacks)
+            _fit(run, callbacks, collect)
         except Interrupted:
             raise
         except Exception as error:
@@ -58,11 +56,12 @@ def fit(run: TrainRun, callbacks: Callbacks) -> None:
             raise
 
 
-def _fit(run: TrainRun, callbacks: Callbacks) -> None:
+def _fit(run: TrainRun, callbacks: Callbacks, collect: Collect) -> None:
     for callback in callbacks:
         callback.on_train_begin(run)
     while not run.is_finished:
         records, stop_reason = train_steps(run)
+        collect(run.state.global_step)
         for callback in (*callbacks.reports, *callbacks.checks):
             callback.on_steps_end(run, records)
         is_last = run.state.global_step >= run.total_steps and not stop_reason
@@ -129,6 +128,10 @@ class StepCost(NamedTuple):
 def train_steps(run: TrainRun) -> tuple[list[StepRecord], int]:
     """Train to the next multiple of `run.sink_size`, then read what the steps measured.
 
+    That is the one point where the host waits for the device, and it waits for the gradients of the
+    last step alone: while its update runs, callbacks run and the next step is queued. All that is
+    measured is known before anything else happens, so no check comes a step late.
+
     Returns the record of each step, oldest first, and one of `STOP_REASONS` (0: none).
     """
     started = time.perf_counter()
@@ -145,8 +148,7 @@ def train_steps(run: TrainRun) -> tuple[list[StepRecord], int]:
         run.state.advance(data.samples, data.input_tokens)
         pending.append(PendingRecord(run.state.global_step, rate, scale, replace(data, batches=[]),
                                      run.state.consumed_samples, _taken(run)))  # fmt: skip
-    with host_read("step values"):
-        values = torch.stack(measured).tolist()
+    values = [step.read("step values") for step in measured]
     cost = StepCost(
         seconds=(time.perf_counter() - started) / steps,
         waited=run.meter.take_waited() / steps,

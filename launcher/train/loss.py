@@ -9,6 +9,7 @@ on the way, without a float32 copy or a second tensor of log-probabilities.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -19,10 +20,11 @@ from launcher.parallel.vocabulary import CHUNK_ELEMENTS, IGNORED_LABEL, gradient
 
 
 class Loss(Protocol):
-    """From logits and labels to the sum over the target tokens."""
+    """From the output of a model (logits; for `HeadLoss` the input of its head) and labels to the
+    sum over the target tokens."""
 
     def __call__(
-        self, logits: torch.Tensor, labels: torch.Tensor, *, by_row: bool = False
+        self, output: torch.Tensor, labels: torch.Tensor, /, *, by_row: bool = False
     ) -> torch.Tensor:
         """A float32 scalar; with `by_row` the sum of each row, float32 [batch]."""
 
@@ -78,3 +80,56 @@ class _SummedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, scale: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         gradient, ctx.gradient = ctx.gradient, None
         return scale_rows(gradient, scale).to(ctx.dtype), None, None
+
+
+def compiled_token_loss_sum(compile_function: Callable[[Any], Any]) -> Loss:
+    """`token_loss_sum` in kernels made by a backend of `torch.compile`: loss and gradient in one
+    reading of the logits each, without float32 tensors between them. A second number of tokens
+    compiles once more, for any number. `compile_function`: `torch.compile` with its arguments."""
+    function = compile_function(losses_and_gradient)
+
+    def loss(
+        logits: torch.Tensor, labels: torch.Tensor, /, *, by_row: bool = False
+    ) -> torch.Tensor:
+        losses: torch.Tensor = _CompiledCrossEntropy.apply(
+            function, logits.flatten(0, 1), labels.flatten()
+        )
+        return losses.view(len(labels), -1).sum(1) if by_row else losses.sum()
+
+    return loss
+
+
+def losses_and_gradient(
+    logits: torch.Tensor, labels: torch.Tensor, wants_gradient: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The loss of each token, float32 [tokens], and its gradient for `logits` [tokens, vocabulary]
+    in the dtype of `gradient_dtype`."""
+    wide = logits.float()
+    largest = wide.amax(-1, keepdim=True)
+    powers = (wide - largest).exp()
+    sums = powers.sum(-1, keepdim=True)
+    counts = (labels != IGNORED_LABEL)[:, None]
+    targets = torch.where(counts, labels[:, None], 0)
+    picked = wide.gather(1, targets) - largest
+    losses = torch.where(counts, sums.log() - picked, 0.0)[:, 0]
+    if not wants_gradient:
+        return losses, None
+    is_target = torch.arange(logits.shape[1], device=logits.device) == targets
+    gradient = torch.where(counts, powers / sums - is_target.float(), 0.0)
+    return losses, gradient.to(gradient_dtype(logits))
+
+
+class _CompiledCrossEntropy(torch.autograd.Function):
+    """The loss of each token. Forward also computes the gradient; backward only scales it."""
+
+    @staticmethod
+    def forward(ctx: Any, function: Any, logits: torch.Tensor, labels: torch.Tensor) -> Any:
+        losses, ctx.gradient = function(logits.detach(), labels, ctx.needs_input_grad[1])
+        ctx.dtype = logits.dtype
+        return losses
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, scales: torch.Tensor) -> tuple[None, torch.Tensor, None]:
+        gradient, ctx.gradient = ctx.gradient, None
+        return None, scale_rows(gradient, scales).to(ctx.dtype), None

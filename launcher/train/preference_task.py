@@ -77,7 +77,7 @@ class PreferenceTask:
         return Prepared(
             sequence_of(batch, ANSWER), log_q[:, ANSWER],
             sequence_of(batch, MISMATCH), log_q[:, MISMATCH],
-            batch.is_desirable.to(log_q.device),
+            batch.is_desirable.to(log_q.device, non_blocking=True),
         )  # fmt: skip
 
     def _scores(self, model: BuiltModel, batch: Batch) -> Tensor:
@@ -131,7 +131,7 @@ class PreferenceTask:
         scores = model.compute.score(rows)
         if not self.counts or not model.compute.has_loss:
             return torch.zeros((), device=scores.device)
-        is_sample = (part.mismatch.sample_ids >= 0).to(scores.device)
+        is_sample = (part.mismatch.sample_ids >= 0).to(scores.device, non_blocking=True)
         return torch.where(is_sample, scores - part.mismatch_log_q, 0.0).sum()
 
 
@@ -145,6 +145,6 @@ def _looked_up(batch: Batch, reference: Tensor | None, device: torch.device) -> 
     """[batch, 2]; 0 for filler."""
     assert reference is not None
     assert batch.rows is not None
-    found = reference[batch.rows.clamp_min(0)].to(device)
-    is_row = (batch.rows >= 0).to(device)[:, None]
+    found = reference[batch.rows.clamp_min(0)].to(device, non_blocking=True)
+    is_row = (batch.rows >= 0).to(device, non_blocking=True)[:, None]
     return torch.where(is_row, found, 0.0)

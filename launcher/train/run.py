@@ -131,6 +131,9 @@ class TrainRun:
     profiler: StepProfiler | None = None
     """None: this rank records no steps."""
     interrupts: Interrupts = field(default_factory=Interrupts)
+    pending_reads: list[Callable[[], None]] = field(default_factory=list)
+    """What orders copies of weights or optimizer state, which may still be on their way, before the
+    next change of either."""
     log: Callable[[str], None] = print
 
     @property
@@ -176,6 +179,15 @@ class TrainRun:
     def epoch_and_step(self) -> tuple[int, int]:
         """(epoch, step inside it) of the newest optimizer step, both from 1."""
         return epoch_and_step(max(self.state.global_step, 1), self.steps_per_epoch)
+
+    def add_pending_read(self, wait: Callable[[], None]) -> None:
+        """Call `wait` once, before weights or optimizer state change next."""
+        self.pending_reads.append(wait)
+
+    def wait_for_reads(self) -> None:
+        """Weights or optimizer state are about to change: wait for those who read them."""
+        while self.pending_reads:
+            self.pending_reads.pop()()
 
     def weights(self) -> dict[str, Shard]:
         """This rank's shards of the weights that are saved, by Hugging Face name."""

@@ -15,7 +15,6 @@ import torch
 from torch import nn
 
 from launcher.config.schema import DYNAMIC_LOSS_SCALE, LARGEST_LOSS_SCALE, LOSS_SCALES
-from launcher.host_reads import host_read
 from launcher.parallel.local import local_gradients
 from launcher.train.state import TrainState
 
@@ -39,10 +38,9 @@ class LossScaling:
         """`dynamic` or `fixed`, for state files."""
         return "fixed" if self.factor is None else "dynamic"
 
-    def overflowed(self, norm: torch.Tensor) -> bool:
-        """Whether a step with this gradient norm is skipped. The host waits for `norm`."""
-        with host_read("loss scale"):
-            return not math.isfinite(norm.item())
+    def overflowed(self, norm: float) -> bool:
+        """Whether a step with this gradient norm is skipped."""
+        return not math.isfinite(norm)
 
     def move(self, state: TrainState, overflow: bool) -> None:
         """Set the scale of the next step."""

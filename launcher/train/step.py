@@ -1,7 +1,8 @@
 """One optimizer step: forward and backward over the micro-batches, clip, update.
 
 Invariant: nothing here waits for the device, except where a step may be skipped: with a loss scale,
-or with limits. What the step measured is returned as one small tensor on the device.
+or with limits. What the step measured is on its way to the host before the update is queued: who
+reads it waits for the gradients, not for the update.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from launcher.data.loader import Batch, StepData
-from launcher.host_reads import host_read
+from launcher.parallel.host_copy import HostCopy
 from launcher.report import ranges
 from launcher.report.ranges import named_range
 from launcher.train.compute import MicroBatch
@@ -33,10 +34,10 @@ SOURCES_FROM = SIGNALS_FROM + len(STOP_REASONS)
 preferences, the share of samples and `PreferenceSettings.measures`."""
 
 
-def train_step(run: TrainRun, data: StepData, learning_rate: float) -> torch.Tensor:
+def train_step(run: TrainRun, data: StepData, learning_rate: float) -> HostCopy:
     """Train on one global batch. Returns float32 [loss, gradient norm, ranks per reason to stop
     ..., part of each source in the loss ..., measures of preferences ...], and last, where it is
-    watched, the norm of the embedding's gradient.
+    watched, the norm of the embedding's gradient; on the way to the host.
 
     The loss is the mean over the target tokens of the global batch (of preferences: over its
     samples), the same on every rank; in a mixture it is the sum of the parts of the sources. Loss
@@ -56,11 +57,11 @@ def train_step(run: TrainRun, data: StepData, learning_rate: float) -> torch.Ten
     if run.settings.scaling is not None:
         unscale_gradients(run.parameters, run.state.loss_scale)
     measured = _measure(run, loss_sums / targets)
-    norm = measured[GRADIENT_NORM]
-    if not (_overflowed(run, norm) or _is_skipped(run, measured)):
-        _update(run, norm, learning_rate)
+    on_host = HostCopy(measured)
+    if not (_overflowed(run, on_host) or _is_skipped(run, on_host)):
+        _update(run, measured[GRADIENT_NORM], learning_rate)
     run.optimizer.zero_grad()
-    return measured
+    return on_host
 
 
 def _measure(run: TrainRun, losses: torch.Tensor) -> torch.Tensor:
@@ -80,24 +81,30 @@ def _measure(run: TrainRun, losses: torch.Tensor) -> torch.Tensor:
     return measured
 
 
-def _overflowed(run: TrainRun, norm: torch.Tensor) -> bool:
-    """Whether the step is skipped; moves the loss scale. Never without a loss scale."""
+def _overflowed(run: TrainRun, measured: HostCopy) -> bool:
+    """Whether the step is skipped; moves the loss scale. Never without a loss scale. The host waits
+    with one.
+
+    A device could decide this by itself (`found_inf` of torch's fused optimizers), but then the
+    scale, the number of updates and the state of bias correction would have to stay on the device
+    too, which saves, schedules and other optimizers (Muon, SGD) read on the host. The wait takes
+    the place of that for the values of the step, which come from the same copy.
+    """
     scaling = run.settings.scaling
     if scaling is None:
         return False
-    overflow = scaling.overflowed(norm)
+    overflow = scaling.overflowed(measured.read("loss scale")[GRADIENT_NORM])
     scaling.move(run.state, overflow)
     return overflow
 
 
-def _is_skipped(run: TrainRun, measured: torch.Tensor) -> bool:
+def _is_skipped(run: TrainRun, measured: HostCopy) -> bool:
     """Whether limits are passed, where steps are skipped for that. The host waits then."""
     limits = run.settings.limits
     if limits is None or not limits.skips:
         return False
-    with host_read("step limits"):
-        loss, norm = measured[: GRADIENT_NORM + 1].tolist()
-    return limits.are_passed(norm, loss)
+    values = measured.read("step limits")
+    return limits.are_passed(values[GRADIENT_NORM], values[LOSS])
 
 
 def _update(run: TrainRun, norm: torch.Tensor, learning_rate: float) -> None:
@@ -105,6 +112,7 @@ def _update(run: TrainRun, norm: torch.Tensor, learning_rate: float) -> None:
     if run.settings.max_gradient_norm is not None:
         with named_range(ranges.CLIP):
             run.optimizer.clip(norm, run.settings.max_gradient_norm)
+    run.wait_for_reads()
     run.is_consistent = False
     with named_range(ranges.OPTIMIZER):
         run.optimizer.step(learning_rate)

@@ -1,63 +1,63 @@
-"""The same promises on a GPU: skipped where there is none."""
+"""The same promises on a GPU: skipped where there is none.
+
+python -m pytest tests/cuda -m cuda      one process for all cases of one GPU
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 
-from launcher.generation.draw import draw, draw_seed
-from tests.end_to_end.test_processes import start
+from tests.cuda.cases import CASES, Place
+from tests.cuda.driver import Driver
 from tests.workshop import Workshop
 
-pytestmark = [
-    pytest.mark.cuda,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+DEVICES = torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
-def test_draws_are_those_of_the_cpu() -> None:
-    scores = torch.randn(500, 300, generator=torch.Generator().manual_seed(0))
-    seeds = [draw_seed(1, index, 2) for index in range(len(scores))]
-    assert torch.equal(draw(scores.cuda(), seeds).cpu(), draw(scores, seeds))
-
-
-ON_CUDA = {"context": {"device_target": "GPU"}}
-
-
-def train(workshop: Workshop, output: str, *more: str, **changes: object) -> list[float]:
-    name = workshop.yaml(f"{output}.yaml", **{**ON_CUDA, **changes})
-    process = start(
-        workshop, "--config", name, "--run_mode", "train", "--output_dir", output, *more
-    )
-    out, err = process.communicate(timeout=240)
-    assert process.returncode == 0, err + out
-    return workshop.losses(output)
-
-
-@pytest.mark.parametrize("packing", [True, False])
-def test_fp32_agrees_with_the_cpu(workshop: Workshop, packing: bool) -> None:
-    changes = {
-        "train_dataset": {"packing": packing},
-        "runner_config": {"epochs": 40},
-        "model": {"model_config": {"compute_dtype": "float32"}},
-    }
-    on_gpu = train(workshop, "gpu", **changes)
-    on_cpu = train(workshop, "cpu", **{**changes, "context": {"device_target": "CPU"}})
-    assert on_gpu == pytest.approx(on_cpu, rel=1e-3)
-
-
-@pytest.mark.parametrize("packing", [True, False])
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(
-    workshop: Workshop, dtype: str, dropout: float, packing: bool
+@pytest.mark.parametrize(
+    "device",
+    [pytest.param("cuda", marks=pytest.mark.cuda), pytest.param("cpu", marks=pytest.mark.long)],
+)
+@pytest.mark.parametrize("name", CASES)
+def test_case(
+    name: str, device: str, workshop: Workshop, drivers: Callable[[str, int], Driver]
 ) -> None:
-    changes = {
-        "model": {"model_config": {"compute_dtype": dtype, "attention_dropout": dropout}},
-        "train_dataset": {"packing": packing},
-        "runner_config": {"epochs": 40},
-    }
-    train(workshop, "whole", **changes)
-    train(workshop, "parts", "--runner_config.stop_step", "10", **changes)
-    train(workshop, "parts", "--resume_training", "True", **changes)
-    assert workshop.losses("whole") == workshop.losses("parts")
+    ranks = CASES[name].ranks
+    if device == "cuda" and ranks > DEVICES:
+        needs = "a CUDA device" if ranks == 1 else f"{ranks} GPUs: NCCL refuses two ranks on one"
+        pytest.skip(f"needs {needs}")
+    drivers(device, ranks).run(name, workshop.folder)
+
+
+@pytest.fixture
+def driver() -> Driver:
+    return Driver("cpu")
+
+
+def test_a_case_that_fails_leaves_the_process_and_one_that_dies_does_not(
+    driver: Driver, tmp_path: Path
+) -> None:
+    """The cases of this test are found by their module, which the process imports too."""
+    try:
+        driver.run("draws are those of the CPU", tmp_path)
+        with pytest.raises(AssertionError, match="KeyError: 'no such case'"):
+            driver.run("no such case", tmp_path)
+        driver.run("draws are those of the CPU", tmp_path)
+        assert driver.starts == 1
+        driver._processes[0].kill()
+        driver._processes[0].wait()
+        driver.run("draws are those of the CPU", tmp_path)
+        assert driver.starts == 2
+    finally:
+        driver.close()
+
+
+def test_a_place_gives_what_a_run_printed_when_it_fails(workshop: Workshop) -> None:
+    name = workshop.yaml(model={"model_config": {"hidden_size": -1}})
+    place = Place(workshop.folder, "cpu")
+    with pytest.raises(AssertionError, match="exit code 2"):
+        place.launch("train", str(workshop.folder / name))

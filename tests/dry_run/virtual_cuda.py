@@ -50,7 +50,7 @@ _CPU = torch.device("cpu")
 _COPIES = {"copy_", "_to_copy", "_foreach_copy_", "set_", "set_.source_Tensor"}
 _READS = {
     "_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "_unique2",
-    "unique_consecutive", "unique_dim", "repeat_interleave.Tensor", "bincount", "histc",
+    "unique_consecutive", "unique_dim", "bincount", "histc",
 }  # fmt: skip
 """Operations after which the host knows values of the device."""
 
@@ -193,6 +193,7 @@ class _Functions(TorchFunctionMode):
             return func(*args, **kwargs)
         if name in ("to", "cuda", "cpu"):
             return self._moved(func, name, args, kwargs)
+        kwargs.pop("pin_memory", None)
         asked = None
         if (named := kwargs.get("device")) is not None:
             asked = _type_of(named)
@@ -265,7 +266,7 @@ class _Operations(TorchDispatchMode):
         given = [t for t in _tensors((args, kwargs)) if not t.is_meta]
         here = [t for t in given if t in marks]
         if here:
-            self._check(func, name, args, given)
+            self._check(func, name, args, kwargs, given)
         result = func(*args, **kwargs)
         if self._is_on_device(name, given, here):
             for tensor in _tensors(result):
@@ -284,22 +285,29 @@ class _Operations(TorchDispatchMode):
         return bool(here) or (not given and self.owner.factory_is_on_device())
 
     def _check(
-        self, func: OpOverload, name: str, args: Sequence[Any], given: Sequence[Tensor]
-    ) -> None:
+        self, func: OpOverload, name: str, args: Sequence[Any], kwargs: Mapping[str, Any],
+        given: Sequence[Tensor],
+    ) -> None:  # fmt: skip
         marks = self.owner.marks
         if name.split(".")[0] not in _COPIES and name not in _COPIES:
             for tensor in given:
-                if tensor not in marks and tensor.dim():
+                if tensor not in marks and tensor.dim() and not _belongs_on_host(func, tensor):
                     raise DeviceError(f"{func}: a tensor {list(tensor.shape)} of the CPU among "
                                       "those of the device")  # fmt: skip
         elif name == "copy_" and args[0] not in marks and not (len(args) > 2 and args[2]):
             self.owner.read("copy_ to the host")
-        if name in _READS or (name.startswith("index") and _has_mask(args)):
+        unknown_size = name == "repeat_interleave.Tensor" and kwargs.get("output_size") is None
+        if name in _READS or unknown_size or (name.startswith("index") and _has_mask(args)):
             self.owner.read(name)
         if name in without_cuda() and name not in STAND_INS:
             raise DeviceError(f"{func} has no kernel for CUDA")
         if torch.are_deterministic_algorithms_enabled() and raises_when_deterministic(name, args):
             raise DeviceError(f"{func} is refused in deterministic mode")
+
+
+def _belongs_on_host(func: OpOverload, tensor: Tensor) -> bool:
+    """Whether an operator of our own reads a tensor on the host: the lengths of documents."""
+    return func.namespace == "slipway" and tensor.dtype == torch.int32
 
 
 def _has_mask(args: Sequence[Any]) -> bool:

@@ -50,6 +50,42 @@ def test_a_save_beside_training_is_the_save_of_its_step(workshop: Workshop, worl
         if name.endswith(".safetensors"):
             assert raw == beside[name], name
     assert workshop.losses("waits") == workshop.losses("beside")
+    if world == 1:
+        saves_on_a_late_device(workshop, waited)
+
+
+LATE = """
+from launcher.streams import STREAMS
+from launcher.train.callbacks import Callback
+from tests.streams import LateStreams
+
+STREAMS["cpu"] = lambda device: LATE
+LATE = LateStreams()
+
+class Late(Callback):
+    \"\"\"Copies are made when somebody waits for them. Reports what was called.\"\"\"
+
+    def on_train_end(self, run):
+        for call in LATE.calls:
+            run.log(f"late: {call.what} in {call.thread}")
+"""
+
+
+def saves_on_a_late_device(workshop: Workshop, expected: dict[str, bytes]) -> None:
+    """As late as an update allows: a wait that is missing would save values of the next step."""
+    (workshop.folder / "late.py").write_text(LATE)
+    more = {"register_path": "late.py", "more": [{"type": "Late"}]}
+    result = train(workshop, "late", {"async_save": True}, **more)
+    assert result.code == 0, result.stderr
+    calls = [line.partition("late: ")[2] for line in result.stdout.splitlines() if "late: " in line]
+    assert calls.count("register in pin") == 1
+    assert calls.count("current waits in MainThread") == 3, "before the update after each save"
+    assert calls.count("synchronize in save") == 4
+    assert workshop.losses("late") == workshop.losses("waits")
+    found = files(workshop, "late")
+    assert [*found] == [*expected]
+    for name, raw in expected.items():
+        assert raw == found[name] or not name.endswith(".safetensors"), name
 
 
 SPOILER = """

@@ -21,7 +21,8 @@ from models.build import (
 from models.cache import KVCache
 from models.decoder import Decoder
 from models.families import model_spec
-from models.moe import Experts, MoE, Router, grouped_linear, row_balance
+from models.grouped import Groups, grouped_linear
+from models.moe import Experts, MoE, Router, row_balance
 from models.names import unstacked
 from tests.models.tiny import (
     EXPERTS,
@@ -282,7 +283,7 @@ def test_experts_equal_a_loop(name: str, dtype: torch.dtype, inner: int) -> None
             parameter.normal_()
     experts.to(dtype)
     states = torch.randn(sum(counts), 16, dtype=dtype, requires_grad=True)
-    output = experts(states, torch.tensor(counts))
+    output = experts(states, Groups(torch.tensor(counts)))
     pieces = []
     for expert, piece in enumerate(states.split(counts)):
         gate, up, down = (p[expert].T for p in experts.parameters())
@@ -303,17 +304,18 @@ def test_views_reach_every_projection() -> None:
     with torch.no_grad():
         for parameter in experts.parameters():
             parameter.normal_()
-    states, counts = torch.randn(5, 16), torch.tensor([2, 3])
-    plain = experts(states, counts)
+    states, groups = torch.randn(5, 16), Groups(torch.tensor([2, 3]))
+    plain = experts(states, groups)
     experts.views = {name: lambda p: p * 2 for name, _ in experts.named_parameters()}
-    torch.testing.assert_close(experts(states, counts), plain * 8)
+    torch.testing.assert_close(experts(states, groups), plain * 8)
 
 
 def test_grouped_linear_without_tokens_has_weight_gradients() -> None:
     """A rank without tokens must take part in the reduction of gradients."""
     weight = torch.randn(3, 8, 8, requires_grad=True)
     nothing = torch.zeros(0, 8)
-    grouped_linear(nothing, weight, torch.zeros(3, dtype=torch.long)).pow(2).sum().backward()
+    groups = Groups(torch.zeros(3, dtype=torch.long))
+    grouped_linear(nothing, weight, groups).pow(2).sum().backward()
     assert weight.grad is not None
     assert not weight.grad.any()
 

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from models.grouped import Groups, grouped_linear
 from models.layers import Linear, RMSNorm
-from models.moe import grouped_linear
 from models.products import linear
 from models.rope import rotate, rotate_wide, widened
 
@@ -51,9 +51,9 @@ def test_weights_that_are_views_of_others() -> None:
 def test_experts_without_tokens_are_left_out_in_inference(counts: list[int]) -> None:
     torch.manual_seed(0)
     tokens, weight = torch.randn(sum(counts), 16), torch.randn(4, 24, 16)
-    expected = grouped_linear(tokens, weight, torch.tensor(counts))
+    expected = grouped_linear(tokens, weight, Groups(torch.tensor(counts)))
     with torch.inference_mode():
-        found = grouped_linear(tokens, weight, torch.tensor(counts))
+        found = grouped_linear(tokens, weight, Groups(torch.tensor(counts)))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 

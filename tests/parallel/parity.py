@@ -137,7 +137,7 @@ class Case:
     def alone(self) -> Case:
         """The same run in one process."""
         keep = {k: v for k, v in self.more.items() if k not in ("compile", "recompute_config",
-                "swap_config", "micro_batch_interleave_num")}  # fmt: skip
+                "swap_config", "micro_batch_interleave_num", "loss_chunk_tokens")}  # fmt: skip
         return Case(family=self.family, batch=8, model=self.model, more=keep)
 
     def __str__(self) -> str:
@@ -242,7 +242,7 @@ def run_case(case: Case, world: Any, tag: str, step: Any = None) -> Outcome:
     for _ in range(STEPS):
         data = run.loader.step(run.state.data_position)
         rate = run.schedule(run.state.global_step)
-        measured = (step or train_step)(run, data, rate).tolist()
+        measured = (step or train_step)(run, data, rate).read("step values")
         run.state.advance(data.samples, data.input_tokens)
         outcome.losses.append(measured[LOSS])
         outcome.norms.append(measured[GRADIENT_NORM])

@@ -17,6 +17,7 @@ from launcher.parallel.pipeline import Pipeline
 from launcher.parallel.schedules import SCHEDULES
 from launcher.train.loss import IGNORED_LABEL, token_loss_sum
 from models.decoder import Decoder
+from models.documents import document_lengths
 from models.spec import DecoderConfig
 from models.stage import StageSplit, keep_stage, stage_split
 from tests.models.tiny import VOCABULARY, dense_spec
@@ -88,6 +89,7 @@ def batch(case: Case, *, seed: int = 0) -> tuple[Tensor, Tensor, dict[str, Any]]
         document_ids = starts.long().cumsum(1)
         first = torch.where(starts, token_indices, 0).cummax(1).values
         arguments |= {"document_ids": document_ids, "position_ids": token_indices - first}
+        arguments["document_lengths"] = document_lengths(document_ids)
         arguments |= {
             "token_indices": torch.arange(LENGTH)
         }  # passed to every micro-batch unchanged

@@ -25,6 +25,7 @@ from launcher.parallel.compiling import (
     exclude_from_compile,
     why_unusable,
 )
+from launcher.parallel.layer_modules import layer_modules
 from launcher.parallel.recompute import (
     apply_recompute,
     is_cheap,
@@ -260,3 +261,27 @@ def test_auto_leaves_modules_of_transformers(monkeypatch: pytest.MonkeyPatch) ->
     job: Any = FakeJob("auto", "cuda")
     assert compiler_of(job, is_decoder=False) is None
     assert "transformers" in job.lines[0]
+
+
+def test_experts_in_bfloat16_are_graphs_of_their_own() -> None:
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    model, expected = decoder("experts").bfloat16(), decoder("experts").bfloat16()
+    layers = numbered(model)
+    graphs: list[str] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph.code)
+        return graph.forward
+
+    stacks = {n: {"mlp.experts"} & layer_modules(layer).keys() for n, layer in layers.items()}
+    compile_layers(layers, Compiler(backend), stacks)  # as where experts are recomputed
+    exclude_from_compile(layers, stacks)
+    (gradients, _), (plain_gradients, _) = step(model), step(expected)
+    for name, gradient in plain_gradients.items():
+        assert torch.equal(gradients[name], gradient), name
+    products = [graph.count("grouped_mm(") for graph in graphs]
+    assert sorted(set(products)) == [0, 3], "the three products and the activation are one graph"
+    assert all("silu" in graph for graph in graphs if "grouped_mm(" in graph)
+    assert all("function _disabled" in found for found in counters["graph_break"])

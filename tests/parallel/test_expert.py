@@ -6,16 +6,26 @@ process.
 
 from __future__ import annotations
 
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from launcher.parallel import world
+from launcher.parallel.collectives import RowsUnderWay
 from launcher.parallel.context import ContextParallel, apply_context_parallel
-from launcher.parallel.expert import apply_expert_parallel, by_expert
+from launcher.parallel.expert import ExpertExchange, apply_expert_parallel, by_expert
+from launcher.parallel.host_copy import HostCopy
+from launcher.parallel.remembered import remembering
 from models.decoder import Decoder
-from models.moe import Experts
+from models.grouped import Groups
+from models.moe import Experts, MoE
 from tests.models.tiny import EXPERTS, experts_spec, tokens
 from tests.ranks import run_ranks
 
@@ -190,13 +200,14 @@ def _compare_stacks(counts: list[list[int]], group: dist.ProcessGroup) -> list[f
     with torch.no_grad():
         for full, part in zip(alone.parameters(), own.parameters(), strict=True):
             part.copy_(full.normal_()[mine])
-    apply_expert_parallel(torch.nn.ModuleList([own]), group)  # type: ignore[arg-type]
+    exchange = ExpertExchange(group)
 
     inputs = [torch.randn(sum(line), HIDDEN, requires_grad=True) for line in counts]
-    outputs = [alone(x, torch.tensor(line)) for x, line in zip(inputs, counts, strict=True)]
+    outputs = [alone(x, Groups(torch.tensor(n))) for x, n in zip(inputs, counts, strict=True)]
     sum(_loss(output) for output in outputs).backward()
     given = inputs[rank].detach().requires_grad_()
-    found = own(given, torch.tensor(counts[rank]))
+    sent = exchange.send(given, exchange.begin(torch.tensor(counts[rank])))
+    found = exchange.give_back(own(*exchange.receive(sent)), sent)
     _loss(found).backward()
     assert all(parameter.grad is not None for parameter in own.parameters())
     pairs = zip(alone.parameters(), own.parameters(), strict=True)
@@ -235,3 +246,63 @@ def _compare_balance(way: str) -> float:
 def _both(ulysses: dist.ProcessGroup) -> ContextParallel:
     ring, _ = dist.new_subgroups_by_enumeration([[0, 2], [1, 3]])
     return ContextParallel(ulysses=ulysses, ring=ring)
+
+
+# What runs while tokens are under way.
+
+
+def test_shared_experts_compute_while_tokens_are_under_way() -> None:
+    forward, backward = ["sort", "read", "begin", "shared", "end"], ["begin", "shared grad", "end"]
+    again = [event for event in forward if event != "read"]
+    for plain, recomputed in run_ranks(2, _orders_of_events):
+        assert plain == forward + backward
+        assert recomputed == forward + again + backward
+
+
+def _orders_of_events() -> list[list[str]]:
+    """The events in a block of experts, and in one that is recomputed."""
+    group = _start()
+    try:
+        decoder = _decoder("deepseek_v3")
+        _keep_own_experts(decoder, group)
+        apply_expert_parallel(decoder, group)
+        block = next(module for module in decoder.modules() if isinstance(module, MoE))
+        return [_order_of_events(block, recompute=recompute) for recompute in (False, True)]
+    finally:
+        world.stop()
+
+
+def _order_of_events(block: MoE, *, recompute: bool) -> list[str]:
+    events: list[str] = []
+    shared = block.shared_experts
+    assert shared is not None
+    hooks = [
+        shared.register_forward_hook(lambda *_: events.append("shared")),
+        shared.register_full_backward_hook(lambda *_: events.append("shared grad")),
+    ]
+    states = torch.randn(2, 8, 64, requires_grad=True)
+    context: Any = SimpleNamespace(balance_scale=None)
+    with (
+        noted(RowsUnderWay, "begin", events), noted(RowsUnderWay, "end", events),
+        noted(HostCopy, "read", events), noted(ExpertExchange, "send", events, name="sort"),
+    ):  # fmt: skip
+        run = block.forward
+        if recompute:
+            run = partial(checkpoint, remembering(block.forward), use_reentrant=False)
+        run(states, context).sum().backward()
+    for hook in hooks:
+        hook.remove()
+    return events
+
+
+def noted(owner: type, method: str, events: list[str], *, name: str = "") -> Any:
+    """Calls of a method of `owner` are added to `events`, in this context."""
+    plain = getattr(owner, method)
+
+    def call(*arguments: Any, **keywords: Any) -> Any:
+        is_known = isinstance(arguments[0], HostCopy) and arguments[0]._list is not None
+        if not is_known:
+            events.append(name or method)
+        return plain(*arguments, **keywords)
+
+    return patch.object(owner, method, call)

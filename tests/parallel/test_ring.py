@@ -41,9 +41,13 @@ def test_causal_work_in_a_ring_is_equal_at_every_step() -> None:
 class _At(Ring):
     """A ring for one of its ranks, without a process group."""
 
-    def __init__(self, size: int, rank: int, total: int, window: int | None = None) -> None:
+    def __init__(
+        self, size: int, rank: int, total: int, window: int | None = None,
+        document_ids: Tensor | None = None,
+    ) -> None:  # fmt: skip
         mask = AttentionMask(length=total // size, total=total, device=torch.device("cpu"),
-                      token_indices=token_indices(total, size, rank, balanced=True))  # fmt: skip
+                             token_indices=token_indices(total, size, rank, balanced=True),
+                             document_ids=document_ids)  # fmt: skip
         for name, value in {"mask": mask, "window": window, "at": (rank, size)}.items():
             object.__setattr__(self, name, value)
 
@@ -78,6 +82,30 @@ def test_blocks_cover_the_mask_once(
     if window is not None:
         expected &= order > order[:, None] - window
     assert torch.equal(seen, expected.long())
+
+
+@pytest.mark.parametrize("window", [None, 20])
+def test_blocks_leave_out_other_documents(window: int | None) -> None:
+    """Blocks without a common document are no blocks; those within one need no mask."""
+    size, total = 2, 96
+    order = torch.arange(total)
+    ids = torch.stack([order // 40, order // 50])
+    seen = torch.zeros(ROWS, total, total, dtype=torch.int64)
+    blocks, masked = 0, 0
+    for rank in range(size):
+        at = _At(size, rank, total, window, ids)
+        for source in range(size):
+            keys = token_indices(total, size, source, balanced=True)
+            for block in at.blocks(source, lines=2):
+                lines, columns = at.mask.token_indices[block.queries], keys[block.keys]
+                mask = torch.ones(1, 1, 1) if block.mask is None else block.mask[:, 0]
+                seen[:, lines[:, None], columns] += mask.long()
+                blocks, masked = blocks + 1, masked + int(block.mask is not None)
+    expected = (order[:, None] >= order) & (ids[:, :, None] == ids[:, None, :])
+    if window is not None:
+        expected = expected & (order > order[:, None] - window)
+    assert torch.equal(seen, expected.long())
+    assert blocks < sum(1 for _ in range(4) for _ in range(3))
 
 
 def test_padding_is_masked_and_gives_no_nan() -> None:

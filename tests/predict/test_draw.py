@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from launcher.generation.draw import draw, draw_seed, gumbel
+from tests.host_waits import no_host_waits
 
 VOCABULARY = 40
 SCORES = torch.randn(VOCABULARY, generator=torch.Generator().manual_seed(2)) * 2
@@ -57,3 +58,21 @@ def test_noise_is_bounded_so_that_unlikely_tokens_can_be_left_out() -> None:
     assert noise.max() < 22.9
     far = torch.tensor([[0.0, -26.5, float("-inf")]]).expand(1000, -1)
     assert not draw(far, seeds(1000)).any()
+
+
+class OnCuda(torch.Tensor):
+    """A tensor of the CPU that says it is on a GPU."""
+
+    @property
+    def is_cuda(self) -> bool:  # type: ignore[override]
+        return True
+
+
+def test_a_gpu_draws_the_same_tokens_without_a_wait() -> None:
+    scores = torch.randn(200, 300, generator=torch.Generator().manual_seed(0)) * 20
+    scores[:, 7] = -torch.inf
+    expected = draw(scores, seeds(200))
+    with no_host_waits([scores]):
+        found = draw(scores.as_subclass(OnCuda), seeds(200))
+    assert torch.equal(found.as_subclass(torch.Tensor), expected)
+    assert len(set(expected.tolist())) > 20

@@ -38,6 +38,18 @@ _TRACKER_MODULES = {
 }
 
 
+def loss_chunks(check: Check) -> Iterator[KeyProblem]:
+    """The loss applies the head only of Slipway's decoder."""
+    spec, chunk = check.spec, check.config.loss_chunk_tokens
+    if check.trains and spec is not None and spec.decoder is None and chunk:
+        yield check.wrong(
+            "loss_chunk_tokens",
+            f"the transformers implementation of {spec.family} computes all logits at once",
+            nearest="Nearest: 0",
+            also=("model.model_config",),
+        )
+
+
 def sinking(check: Check) -> Iterator[KeyProblem]:
     """sink_size is -1 or positive, and checkpoints fall on the end of a sink."""
     runner = check.config.runner_config

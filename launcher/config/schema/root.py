@@ -189,6 +189,9 @@ class Config:
     """Compile every layer with torch.compile when training: True for its usual backend, or the name
     of one. `auto`: inductor on CUDA where it works, nothing on the CPU; a layer that does not
     compile then runs eagerly, with a line in the log."""
+    attention_by_documents: bool = True
+    """Compute attention within documents, windows and padding without a mask of length x length.
+    False: with a mask, to find a fault. Rows of up to 64 tokens always have one."""
     deterministic: bool | str = effective(
         "auto", choices=("auto", True, False),
         words={"on": "True", "strict": "True", "off": "False", "warn": "auto", "exact": "auto"},
@@ -202,6 +205,10 @@ class Config:
     gc_freq: int = effective(50, minimum=0)
     """Steps between two passes of Python's garbage collector, on all ranks at the same step.
     0: whenever Python decides."""
+    loss_chunk_tokens: int | None = effective(None, minimum=0)
+    """Apply the head and the loss to this many tokens at a time, so that the logits of a whole
+    micro-batch never exist; 0: to all at once. Left out: in chunks where that saves memory, which
+    depends on tokens and vocabulary."""
     micro_batch_interleave_num: int = effective(1, minimum=1)
     """Multiplies the samples of a micro step, which is computed in this many parts. Also accepted
     under parallel_config."""

@@ -13,6 +13,7 @@ from launcher.config.draft import Draft
 from launcher.config.nodes import Node, put
 from launcher.errors import did_you_mean
 from launcher.mindspore.sections import eager_layout, eager_saving, eager_types
+from launcher.mindspore.sections.determinism import switch
 from launcher.mindspore.sections.values import (
     is_on,
     move_keys,
@@ -125,7 +126,7 @@ def _optimizer(draft: Draft) -> None:
 def _training(draft: Draft) -> None:
     draft.rename("training.steps", "runner_config.max_steps")
     draft.rename("training.seed", "seed")
-    draft.drop("training.deterministic", "runs are always bitwise reproducible")
+    switch(draft, "training.deterministic")
     norm = written(draft, "training.max_norm", 1.0)
     if isinstance(norm, int | float) and norm <= 0:
         why = "gradients are clipped where max_norm is above 0"

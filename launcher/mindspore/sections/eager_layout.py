@@ -32,7 +32,9 @@ _SCHEDULES = ("1f1b", "interleaved_1f1b", "gpipe")
 _STRATEGIES = ("optim_grads_params", "optim_grads", "optim")
 _WITHOUT_EFFECT = {
     "gradients are averaged over the tokens of the global batch": ("disable_gradient_division",),
-    "FSDP2 decides when weights are freed": ("reshard_after_forward_policy",),
+    "parallel_config.reshard_after_forward says when weights are freed": (
+        "reshard_after_forward_policy",
+    ),
     "communication is arranged by PyTorch": (
         *("context_parallel_async", "pipeline_parallel_overlap_p2p"),
         *("pipeline_parallel_overlap_b_f",),

@@ -2,21 +2,25 @@
 
 Owns what happens between file and tensor. Invariants: a byte is read once; it is read directly into
 its final place when dtypes agree and the tensor is on the CPU, and otherwise through a staging
-buffer of each reader: `READERS` times `PORTION_BYTES` (pinned for a GPU, where copies overlap with
-the other readers), and as much again while FP8 weights are multiplied by their scales.
+buffer of each reader: `READERS` times `PORTION_BYTES`, and as much again while FP8 weights are
+multiplied by their scales. For a GPU each reader has two, pinned, so that one is copied while the
+other is filled. Bytes are sent as they are in the files: casting, scaling and unpacking happen
+where the tensor is, with the same operations on every device. They are exact or round once, in IEEE
+arithmetic, so the results are the same to the bit but for the payload of a NaN.
 """
 
 from __future__ import annotations
 
 import os
-import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from launcher.layout.box import Box
+from launcher.streams import Uploads, streams_for
 from launcher.weights.mxfp4 import scales_for, tensor_of
 from launcher.weights.pieces import Pieces
 from launcher.weights.reading.plan import Read, plan_box, portions, strided_copy_of
@@ -37,6 +41,10 @@ PORTION_BYTES = 16 << 20
 SCALED_BYTES = 512 << 10
 """Bytes of one read of FP8 weights: in float32, with their scales, they are eight times as large,
 and multiplying is faster inside the cache."""
+
+DEVICE_SCALED_BYTES = 4 << 20
+"""The same for a tensor on a device, where every portion is a few kernels. MXFP4 takes most memory
+there: about 30 times as much for each reader while it is unpacked."""
 
 
 class Exponents(NamedTuple):
@@ -62,24 +70,27 @@ class Fill(NamedTuple):
 
 def fill(fills: Iterable[Fill], source: Source) -> int:
     """Fill each tensor by its reads. Returns the bytes read."""
-    tasks = [
-        (job, read)
-        for job in fills
-        for read in portions(
-            job.reads, SCALED_BYTES if job.scales or job.exponents else PORTION_BYTES
-        )
-    ]
+    tasks = [(job, read) for job in fills for read in portions(job.reads, _portion_bytes(job))]
     order = {path: number for number, path in enumerate(sorted(source.headers))}
     tasks.sort(key=lambda task: (order[task[1].piece.file], task[1].piece.entry.start,
                                  task[1].overlap.offset))  # fmt: skip
-    with Files() as files:
+    devices = {job.tensor.device for job, _ in tasks}
+    with ExitStack() as stack:
+        files = stack.enter_context(Files())
+        uploads = {d: stack.enter_context(Uploads(streams_for(d), READERS)) for d in devices}
         scales = [job.scales or job.exponents for job, _ in tasks]
         factors = {piece.file for scale in scales if scale for piece in scale.pieces}
         for path in {read.piece.file for _, read in tasks} | factors:
             header = source.headers[path]
             files.descriptor(path, header.file_bytes, header.modified)
-        reader = _Reader(files, Storages(job.tensor for job, _ in tasks))
+        reader = _Reader(files, Storages(job.tensor for job, _ in tasks), uploads)
         return sum(in_parallel(reader.read, _batches(tasks), READERS))
+
+
+def _portion_bytes(job: Fill) -> int:
+    if job.scales is None and job.exponents is None:
+        return PORTION_BYTES
+    return DEVICE_SCALED_BYTES if streams_for(job.tensor.device).is_device else SCALED_BYTES
 
 
 Task = tuple[Fill, Read]
@@ -98,12 +109,14 @@ def _batches(tasks: Sequence[Task]) -> list[list[Task]]:
 
 
 class _Reader:
-    """Reads portions; each thread has a staging buffer of its own."""
+    """Reads portions, from several threads."""
 
-    def __init__(self, files: Files, storages: Storages) -> None:
+    def __init__(
+        self, files: Files, storages: Storages, uploads: Mapping[torch.device, Uploads]
+    ) -> None:
         self._files = files
         self._storages = storages
-        self._own = threading.local()
+        self._uploads = uploads
 
     def read(self, tasks: Sequence[Task]) -> int:
         """Read a batch of portions. Returns the bytes read."""
@@ -118,7 +131,7 @@ class _Reader:
 
     def _straight(self, job: Fill, read: Read) -> Transfer | None:
         """The transfer from file to tensor memory; None where bytes change on the way."""
-        if job.tensor.device.type != "cpu" or job.exponents is not None:
+        if self._uploads[job.tensor.device].streams.is_device or job.exponents is not None:
             return None
         memory = self._storages.under(job.tensor)
         if job.scales is not None or job.tensor.dtype != TORCH_DTYPES[read.piece.entry.dtype]:
@@ -127,47 +140,23 @@ class _Reader:
         return Transfer(read.piece.file, strided_copy, memory)
 
     def _read_through_staging(self, job: Fill, read: Read) -> int:
-        disk_dtype = TORCH_DTYPES[read.piece.entry.dtype]
-        staging = self._staging(read.nbytes, pinned=job.tensor.device.type == "cuda")
-        done = self._read(read, staging)
-        values = torch.from_numpy(staging).view(disk_dtype).reshape(read.overlap.size)
-        if job.scales is not None:
-            factors, more = self._factors(job.scales, read.overlap)
-            values, done = values.float().mul_(factors), done + more
-        box = read.overlap
-        if job.exponents is not None:
-            exponents, more = self._exponents(job.exponents, scales_for(read.overlap))
-            box, done = tensor_of(read.overlap), done + more
-            common = box.intersect(job.box)
-            assert common is not None
-            unpacked = unpack(values, exponents).transpose(1, 2)
-            box, values = common, _region(unpacked, common.inside(box))
-        region = _region(job.tensor, box.inside(job.box))
-        if region.device.type != "cuda":
-            region.copy_(values)
-            return done
-        with torch.cuda.stream(self._stream(region.device)) as _:
-            region.copy_(values.to(region.device, non_blocking=True))
-            torch.cuda.current_stream().synchronize()
+        with self._uploads[job.tensor.device].one() as upload:
+            memory = upload.buffer(read.nbytes, PORTION_BYTES)
+            done, scales = self._read(read, memory.numpy()), None
+            if job.scales is not None:
+                scales, more = self._factors(job.scales, read.overlap)
+                done += more
+            elif job.exponents is not None:
+                scales, more = self._exponents(job.exponents, scales_for(read.overlap))
+                done += more
+            stored = memory.view(TORCH_DTYPES[read.piece.entry.dtype]).reshape(read.overlap.size)
+            with torch.no_grad(), upload.sending():
+                _place(job, read.overlap, stored, scales)
         return done
 
     def _read(self, read: Read, memory: Bytes) -> int:
         path = read.piece.file
         return read_strided(self._files, path, strided_copy_of(read, read.overlap), memory)
-
-    def _staging(self, nbytes: int, *, pinned: bool) -> Bytes:
-        size = max(nbytes, PORTION_BYTES)
-        kept: torch.Tensor | None = getattr(self._own, "staging", None)
-        if kept is None or kept.numel() < size or kept.is_pinned() != pinned:
-            kept = self._own.staging = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
-        return kept.numpy()[:nbytes]
-
-    def _stream(self, device: torch.device) -> torch.cuda.Stream:
-        stream: torch.cuda.Stream | None = getattr(self._own, "stream", None)
-        if stream is None:
-            stream = self._own.stream = torch.cuda.Stream(device)
-            stream.wait_stream(torch.cuda.default_stream(device))  # pending writes to the memory
-        return stream
 
     def _exponents(self, exponents: Exponents, box: Box) -> tuple[torch.Tensor, int]:
         """The exponents of `box`, as they are in the files, and the bytes read for them."""
@@ -180,7 +169,7 @@ class _Reader:
         return values, done
 
     def _factors(self, scales: Scales, box: Box) -> tuple[torch.Tensor, int]:
-        """(scale of each element of `box`, float32; bytes read for them)."""
+        """(scales of the blocks that `box` overlaps, float32; bytes read for them)."""
         needed = scales.needed(box)
         factors, done = torch.empty(needed.size), 0
         for read in plan_box(scales.name, needed, scales.pieces):
@@ -189,10 +178,36 @@ class _Reader:
             dtype = TORCH_DTYPES[read.piece.entry.dtype]
             values = torch.from_numpy(staging).view(dtype).reshape(read.overlap.size)
             _region(factors, read.overlap.inside(needed)).copy_(values)
-        for dim, n in enumerate(scales.block):
-            start = box.offset[dim] - needed.offset[dim] * n
-            factors = factors.repeat_interleave(n, dim).narrow(dim, start, box.size[dim])
         return factors, done
+
+
+def _place(job: Fill, box: Box, stored: torch.Tensor, scales: torch.Tensor | None) -> None:
+    """Write what a read has found into the tensor. `stored`: `box` of what is in the files, in
+    pinned memory for a device; `scales`: those of its blocks, or its exponents.
+
+    Nothing here waits for the device.
+    """
+    device = job.tensor.device
+    values = stored.to(device, non_blocking=True)
+    if scales is not None:
+        scales = scales.to(device, non_blocking=True)
+    if job.scales is not None and scales is not None:
+        values = values.float().mul_(_by_element(scales, job.scales, box))
+    elif job.exponents is not None and scales is not None:
+        unpacked, unpacked_box = unpack(values, scales).transpose(1, 2), tensor_of(box)
+        common = unpacked_box.intersect(job.box)
+        assert common is not None
+        box, values = common, _region(unpacked, common.inside(unpacked_box))
+    _region(job.tensor, box.inside(job.box)).copy_(values)
+
+
+def _by_element(factors: torch.Tensor, scales: Scales, box: Box) -> torch.Tensor:
+    """The scale of each element of `box`, from those of the blocks that it overlaps."""
+    first = scales.needed(box).offset
+    for dim, n in enumerate(scales.block):
+        start = box.offset[dim] - first[dim] * n
+        factors = factors.repeat_interleave(n, dim).narrow(dim, start, box.size[dim])
+    return factors
 
 
 def _region(tensor: torch.Tensor, box: Box) -> torch.Tensor:

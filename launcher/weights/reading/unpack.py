@@ -11,8 +11,12 @@ _BIAS = 127
 
 
 def unpack(blocks: Tensor, exponents: Tensor) -> Tensor:
-    """[..., n, 16] and [..., n], both uint8 -> [..., n * 32] float32, exact."""
-    table = torch.tensor(_NUMBERS)
-    partial_saves = torch.stack((blocks & 15, blocks >> 4), dim=-1).flatten(-2)
-    powers = (exponents.int() - _BIAS)[..., None]
-    return torch.ldexp(table[partial_saves.long()], powers).flatten(-2)
+    """[..., n, 16] and [..., n], both uint8 on one device -> [..., n * 32] float32, exact.
+
+    Numbers and powers of two are looked up: `pow` is not exact on every device.
+    """
+    numbers = torch.tensor(_NUMBERS).to(blocks.device)
+    powers = torch.ldexp(torch.ones(256), torch.arange(256) - _BIAS).to(blocks.device)
+    nibbles = torch.stack((blocks & 15, blocks >> 4), dim=-1).flatten(-2)
+    scales = powers[exponents.long()][..., None]
+    return numbers[nibbles.long()].mul_(scales).flatten(-2)

@@ -8,6 +8,7 @@ from the start. No tensor is copied entirely.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,12 +62,27 @@ SAFETENSORS = Container(
 )  # fmt: skip
 
 
+class Staging:
+    """Where the bytes of parts come from: here, memory that the host can read."""
+
+    def block(self) -> AbstractContextManager[None]:
+        """The calling thread reads the parts of one block, and uses them, inside."""
+        return nullcontext()
+
+    def arrived(self) -> None:
+        """Wait until the bytes that the calling thread has read in this block are there."""
+
+
+NO_STAGING = Staging()
+
+
 def write_file(
     path: Path,
     parts: Sequence[Part],
     metadata: Mapping[str, str],
     rank_metadata: RankFileMetadata | None = None,
     container: Container = SAFETENSORS,
+    staging: Staging = NO_STAGING,
 ) -> Header:
     """Write `parts` in the given order and make the file durable (fsync). Returns its header.
 
@@ -85,12 +101,14 @@ def write_file(
     with BlockFile(path, BLOCK_BYTES, WRITERS) as file:
 
         def write(block: tuple[int, Block]) -> str:
-            pieces = [part.read(first, last) for part, first, last in block[1]]
-            hasher = xxhash.xxh3_64()
-            for piece in pieces if rank_metadata is not None else ():
-                hasher.update(piece)
-            file.write(pieces, start + block[0] * BLOCK_BYTES)
-            return hasher.hexdigest()
+            with staging.block():
+                pieces = [part.read(first, last) for part, first, last in block[1]]
+                staging.arrived()
+                hasher = xxhash.xxh3_64()
+                for piece in pieces if rank_metadata is not None else ():
+                    hasher.update(piece)
+                file.write(pieces, start + block[0] * BLOCK_BYTES)
+                return hasher.hexdigest()
 
         raw = header(in_parallel(write, enumerate(blocks), WRITERS))
         for first in range(0, len(raw), BLOCK_BYTES):
