@@ -132,30 +132,6 @@ def test_compiled_layers_give_the_same_gradients(
     assert all("function _disabled" in one for one in found), found
 
 
-def test_experts_in_bfloat16_are_graphs_of_their_own() -> None:
-    torch._dynamo.reset()
-    counters = torch._dynamo.utils.counters
-    counters.clear()
-    model, expected = decoder("experts").bfloat16(), decoder("experts").bfloat16()
-    layers = numbered(model)
-    graphs: list[str] = []
-
-    def backend(graph: Any, inputs: Any) -> Any:
-        graphs.append(graph.code)
-        return graph.forward
-
-    stacks = {n: {"mlp.experts"} & layer_modules(layer).keys() for n, layer in layers.items()}
-    compile_layers(layers, Compiler(backend), stacks)  # as where experts are recomputed
-    exclude_from_compile(layers, stacks)
-    (gradients, _), (plain_gradients, _) = step(model), step(expected)
-    for name, gradient in plain_gradients.items():
-        assert torch.equal(gradients[name], gradient), name
-    products = [graph.count("grouped_mm(") for graph in graphs]
-    assert sorted(set(products)) == [0, 3], "the three products and the activation are one graph"
-    assert all("silu" in graph for graph in graphs if "grouped_mm(" in graph)
-    assert all("function _disabled" in found for found in counters["graph_break"])
-
-
 def counting(graphs: list[Any]) -> Any:
     """A backend that runs graphs as they are, and puts them in a list."""
 
@@ -285,3 +261,27 @@ def test_auto_leaves_modules_of_transformers(monkeypatch: pytest.MonkeyPatch) ->
     job: Any = FakeJob("auto", "cuda")
     assert compiler_of(job, is_decoder=False) is None
     assert "transformers" in job.lines[0]
+
+
+def test_experts_in_bfloat16_are_graphs_of_their_own() -> None:
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    model, expected = decoder("experts").bfloat16(), decoder("experts").bfloat16()
+    layers = numbered(model)
+    graphs: list[str] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph.code)
+        return graph.forward
+
+    stacks = {n: {"mlp.experts"} & layer_modules(layer).keys() for n, layer in layers.items()}
+    compile_layers(layers, Compiler(backend), stacks)  # as where experts are recomputed
+    exclude_from_compile(layers, stacks)
+    (gradients, _), (plain_gradients, _) = step(model), step(expected)
+    for name, gradient in plain_gradients.items():
+        assert torch.equal(gradients[name], gradient), name
+    products = [graph.count("grouped_mm(") for graph in graphs]
+    assert sorted(set(products)) == [0, 3], "the three products and the activation are one graph"
+    assert all("silu" in graph for graph in graphs if "grouped_mm(" in graph)
+    assert all("function _disabled" in found for found in counters["graph_break"])
