@@ -118,7 +118,8 @@ def _recomputed(function: Function, uses_rng: bool) -> Function:
         if not torch.is_grad_enabled():
             return function(*arguments, **keywords)
         return checkpoint(
-            remembering(function),
+            # In a graph, where a host read cannot be, memory would break it.
+            function if torch.compiler.is_compiling() else remembering(function),
             *arguments,
             use_reentrant=False,
             preserve_rng_state=uses_rng,
