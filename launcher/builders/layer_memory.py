@@ -125,9 +125,12 @@ def _compute_in_fp8(job: Job, layers: Mapping[int, nn.Module]) -> None:
     left = f", {len(done.unaligned)} left for sizes that are no multiples of 16" * bool(
         done.unaligned
     )
+    left += f", {done.excluded} excluded" * bool(done.excluded)
+    if not done.names:
+        job.log(f"warning: {where}: fp8_config.recipe: no linear layer is computed in FP8{left}")
+        return
     job.log(
-        f"fp8: {len(done.names)} linear layers {section.recipe}{left}"
-        f"{f', {done.excluded} excluded' if done.excluded else ''}; results differ from "
+        f"fp8: {len(done.names)} linear layers {section.recipe}{left}; results differ from "
         f"{str(job.compute_dtype).removeprefix('torch.')} by the rounding of operands to 8 bits"
     )
 

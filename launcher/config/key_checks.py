@@ -5,17 +5,23 @@ Owns the messages about them. Pure: a problem is returned, never collected here.
 
 from __future__ import annotations
 
-from typing import Any
+from contextlib import suppress
+from typing import Any, get_args, get_origin
 
 from launcher.config.draft import asks_for_nothing
 from launcher.config.nodes import Node
 from launcher.config.provenance import KeyProblem
 from launcher.config.schema import FieldInfo
-from launcher.config.typing_rules import WrongType, convert, convert_text, out_of_bounds
+from launcher.config.typing_rules import WrongType, convert, convert_text, members, out_of_bounds
 from launcher.config.yaml_reader import parse_value
 from launcher.errors import did_you_mean
 
 _LONGEST = 60
+_SWITCHES = {
+    **dict.fromkeys(("on", "yes", "enable", "enabled", "1"), "True"),
+    **dict.fromkeys(("off", "no", "none", "disable", "disabled", "0"), "False"),
+}
+"""Words for a switch, where a key has True and False among its choices."""
 
 
 def plain_value(node: Node) -> Any:
@@ -27,6 +33,19 @@ def plain_value(node: Node) -> Any:
     if isinstance(node.value, list):
         return [plain_value(child) for child in node.value]
     return node.value
+
+
+def nearest_list(annotation: Any, node: Node) -> str:
+    """`Nearest: [0]`, for a value where a list of such values is needed; else empty. Not for lists
+    of numbers, which have a length of their own (`betas`)."""
+    value = plain_value(node)
+    if value is None or isinstance(value, (list, dict)):
+        return ""
+    for member in members(annotation):
+        if get_origin(member) is list and float not in get_args(member):
+            with suppress(WrongType):
+                return f"Nearest: {convert(member, [value])!r}"
+    return ""
 
 
 def typed_value(annotation: Any, node: Node, *, interpolates: bool = False) -> Any:
@@ -86,6 +105,8 @@ def _wrong_choice(path: str, node: Node, word: Any, info: FieldInfo, shown: str)
 
 def _nearest_word(word: Any, info: FieldInfo) -> str:
     same = info.words.get(str(word).lower())
+    if same is None and {True, False} <= set(info.choices):
+        same = _SWITCHES.get(str(word).lower())
     if same is not None:
         return f"did you mean `{same}`?" if same else ""
     texts = [choice for choice in (*info.choices, *info.planned) if isinstance(choice, str)]
@@ -102,7 +123,9 @@ def not_built(path: str, where: str, what: str, advice: str) -> KeyProblem:
     return KeyProblem(what=what, where=where, rule="not built yet", advice=advice, key=path)
 
 
-def wrong_type(path: str, node: Node, needed: str, advice: str = "") -> KeyProblem:
+def wrong_type(
+    path: str, node: Node, needed: str, advice: str = "", nearest: str = ""
+) -> KeyProblem:
     """The problem of a value of another type."""
     if not advice and node.value is None:
         advice = "Remove the key"
@@ -113,6 +136,7 @@ def wrong_type(path: str, node: Node, needed: str, advice: str = "") -> KeyProbl
         what=f"{path} = {value}",
         where=node.where,
         rule=f"must be {needed}",
+        nearest=nearest,
         advice=advice,
         key=path,
     )

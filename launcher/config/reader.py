@@ -14,6 +14,7 @@ from launcher.config.command_line import nearest_flag
 from launcher.config.extra_keys import PLANNED_CALLBACKS, ExtraKey, extra_key, is_extra_section
 from launcher.config.key_checks import (
     asks_for_nothing_of,
+    nearest_list,
     not_built,
     plain_value,
     typed_value,
@@ -114,7 +115,8 @@ class Reader:
         try:
             value = typed_value(key.annotation, node, interpolates=path.startswith("input_data"))
         except WrongType as error:
-            self._add(wrong_type(path, node, str(error), advice))
+            near = nearest_list(key.annotation, node)
+            self._add(wrong_type(path, node, str(error), advice, near))
             return False, None
         if problem := wrong_value(path, node, value, key.info):
             self._add(problem)

@@ -117,12 +117,13 @@ _PATHS = {
                     "model.model_config.compute_dtype"),
     **dict.fromkeys(("attn_implementation", "attn_impl", "attn_type", "attn_backend",
                      "attention_backend", "flash_attn", "flash_attention", "use_flash_attn",
-                     "use_varlen_attn", "sdp_attention"), "attention_by_documents"),
+                     "use_varlen_attn", "sdp_attention", "sdpa_attention", "flex_attention",
+                     "use_flex_attn", "varlen", "use_varlen"), "attention_by_documents"),
     **dict.fromkeys(("full_determinism", "deterministic_mode", "use_deterministic_algorithms",
                      "deterministic_warn_only", "cudnn_deterministic", "determinism"),
                     "deterministic"),
-    **dict.fromkeys(("manual_gc", "manual_gc_interval", "gc_steps", "gc_interval",
-                     "garbage_collection_steps"), "gc_freq"),
+    **dict.fromkeys(("manual_gc", "manual_gc_interval", "gc_steps", "gc_interval", "gc",
+                     "garbage_collection", "garbage_collection_steps"), "gc_freq"),
     **dict.fromkeys(("pytorch_alloc_conf", "pytorch_cuda_alloc_conf", "cuda_alloc_conf",
                      "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"), "expandable_segments"),
     **dict.fromkeys(("gradient_checkpointing", "activation_checkpointing",
@@ -138,12 +139,20 @@ _PATHS = {
                      "use_precision_aware_optimizer", "optimizer_dtype"),
                     "optimizer.state_dtype"),
     **dict.fromkeys(("fp8_recipe", "fp8_format", "float8", "fp8_hybrid", "recipe_name",
-                     "enable_fp8", "fp8_recipe_handler"), "fp8_config.recipe"),
+                     "enable_fp8", "fp8_recipe_handler", "fp8", "fp8_training", "enable_fp8_linear",
+                     "fp8_backend"), "fp8_config.recipe"),
     **dict.fromkeys(("filter_fqns", "fp8_filter", "module_filter_fqns"), "fp8_config.exclude"),
     **dict.fromkeys(("chunked_cross_entropy", "chunked_cross_entropy_num_chunks", "chunked_loss",
                      "num_output_chunks", "liger_fused_linear_cross_entropy",
                      "cross_entropy_loss_fusion", "cross_entropy_fusion_impl",
-                     "fused_linear_cross_entropy"), "loss_chunk_tokens"),
+                     "fused_linear_cross_entropy", "fused_cross_entropy", "use_liger_kernel",
+                     "enable_liger_kernel", "cut_cross_entropy", "use_cut_cross_entropy",
+                     "unsloth_cross_entropy_loss", "cross_entropy_chunk_size", "ce_chunk_size"),
+                    "loss_chunk_tokens"),
+    **dict.fromkeys(("fsdp", "fsdp_config", "fsdp_version", "use_fsdp", "zero_stage"),
+                    "parallel.enable_parallel_optimizer"),
+    **dict.fromkeys(("activation_offloading", "activation_offload", "cpu_offload_activations"),
+                    "swap_config.swap"),
     **dict.fromkeys(("fsdp_reshard_after_forward", "reshard_after_forward_policy"),
                     "parallel_config.reshard_after_forward"),
     **dict.fromkeys(("template", "chat_template_jinja", "chat_template_path"), "chat_template"),
@@ -154,16 +163,19 @@ _PATHS = {
     **dict.fromkeys(("prompt", "prompts", "messages", "predict_data"), "input_data"),
     "tools_file": "tools",
     **dict.fromkeys(("enable_profiling", "use_pytorch_profiler", "enable_profiler", "profiling",
-                     "profiler"), "profile"),
-    **dict.fromkeys(("profile_step_start", "profiler_steps_start", "profile_start"),
-                    "profile_start_step"),
-    **dict.fromkeys(("profile_step_end", "profile_stop", "profiler_steps"), "profile_stop_step"),
+                     "profiler", "profiler_config", "profile_freq"), "profile"),
+    **dict.fromkeys(("profile_step_start", "profiler_steps_start", "profile_start",
+                     "profile_begin"), "profile_start_step"),
+    **dict.fromkeys(("profile_step_end", "profile_stop", "profile_end", "profiler_steps"),
+                    "profile_stop_step"),
     **dict.fromkeys(("profile_ranks", "profiler_ranks"), "profile_rank_ids"),
-    **dict.fromkeys(("save_traces_folder", "profile_dir", "profiling_dir", "trace_dir"),
+    **dict.fromkeys(("save_traces_folder", "profile_dir", "profiling_dir", "trace_dir",
+                     "profile_path", "profile_save_path", "profiler_output_path"),
                     "profile_output"),
     **dict.fromkeys(("record_memory_history", "enable_memory_snapshot", "memory_snapshot_path"),
                     "profile_memory_snapshot"),
-    **dict.fromkeys(("peak_flops", "peak_tflops", "device_peak_flops", "gpu_peak_flops"),
+    **dict.fromkeys(("peak_flops", "peak_tflops", "device_peak_flops", "gpu_peak_flops",
+                     "theoretical_flops"),
                     "device_peak_tflops"),
     **dict.fromkeys(("optim", "optimizer_type"), "optimizer.type"),
     **dict.fromkeys(("lr_scheduler", "lr_scheduler_type", "scheduler"), "lr_schedule.type"),
@@ -174,6 +186,13 @@ _OF_SECTION = {
     ("data_loader.config", "eos_token_id"): "eod",
     ("data_loader.config", "pad_token_id"): "pad",
     ("pet_config", "layers"): "layers_to_transform",
+    ("optimizer", "dtype"): "state_dtype",
+    ("fp8_config", "format"): "recipe",
+    ("fp8_config", "enabled"): "recipe",
+    ("fp8_config", "enable"): "recipe",
+    ("fp8_config", "backend"): "recipe",
+    ("recompute_config", "mode"): "recompute",
+    ("recompute_config", "policy"): "recompute_operations",
 }
 """Words that are keys elsewhere, and have another name in the section of this ending."""
 _REMARKS = {
@@ -279,11 +298,11 @@ def schema_keys() -> tuple[SchemaKey, ...]:
 
 def nearest_key(name: str, section: str) -> str:
     """The full dotted key nearest to `name` written in `section`; empty when none is near."""
-    if name in _PATHS:
-        return _PATHS[name]
     for (ending, word), own in _OF_SECTION.items():
         if name == word and section.endswith(ending):
             return f"{section}.{own}"
+    if name in _PATHS:
+        return _PATHS[name]
     word = _SYNONYMS.get(name, name)
     best, best_score = "", 0.0
     matcher = SequenceMatcher(b=word.lower())

@@ -3,7 +3,8 @@
 Owns the window of steps and the files of a profile. Invariants: exactly the steps of the window are
 recorded, each with its report, evaluation and save, also within a sink; a run that resumes in the
 window records the rest of it, one that resumes after it nothing. A file appears under its name when
-it is complete, also when the run ends early or fails.
+it is complete, also when the run ends early or fails. What cannot be written is a warning: the run
+goes on.
 
     {folder}/rank_0/steps_3-5.trace.json.gz        Chrome's trace format: https://ui.perfetto.dev
                     steps_3-5.operations.txt       the slowest operations
@@ -144,6 +145,19 @@ class StepProfiler:
             torch.cuda.synchronize()  # kernels of the last step belong to it
         recorder.stop()
         self._is_done = True
+        try:
+            trace = self._write_files(recorder)
+        except OSError as error:  # a full disk takes the profile, not the run
+            self.log(f"warning: profile: {self.folder}: nothing more was written: {error}")
+        else:
+            self.log(f"profile: steps {max(self._first, 1)} to {self._last}: {trace} (open it in "
+                     "https://ui.perfetto.dev)")  # fmt: skip
+        finally:
+            if self.settings.memory_snapshot and self._on_cuda:
+                torch.cuda.memory._record_memory_history(enabled=None)
+
+    def _write_files(self, recorder: profile) -> Path:
+        """Write what was recorded, and return the path of the trace."""
         self.folder.mkdir(parents=True, exist_ok=True)
         trace = self._written("trace.json.gz", recorder.export_chrome_trace)
         averages: Any = recorder.key_averages()
@@ -153,9 +167,7 @@ class StepProfiler:
             self._write_text("communication.txt", _collectives(by_shape))
         if self.settings.memory_snapshot and self._on_cuda:
             self._written("memory.pickle", torch.cuda.memory._dump_snapshot)
-            torch.cuda.memory._record_memory_history(enabled=None)
-        self.log(f"profile: steps {max(self._first, 1)} to {self._last}: {trace} (open it in "
-                 "https://ui.perfetto.dev)")  # fmt: skip
+        return trace
 
     def _write_text(self, kind: str, text: str) -> None:
         self._written(kind, lambda path: Path(path).write_text(text, encoding="utf-8"))
@@ -164,8 +176,11 @@ class StepProfiler:
         """The file of this kind, written by `write` under a temporary name."""
         path = self.folder / f"steps_{self._first}-{self._last}.{kind}"
         scratch = path.with_name(f"writing-{path.name}")
-        write(str(scratch))
-        os.replace(scratch, path)
+        try:
+            write(str(scratch))
+            os.replace(scratch, path)
+        finally:
+            scratch.unlink(missing_ok=True)
         return path
 
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
+from importlib.machinery import ModuleSpec
+
 import pytest
 
 from launcher.config.resolve import read_tree
 from launcher.config.yaml_reader import read_text
+from tests.config.test_rules import found
 
 
 @pytest.mark.parametrize(
@@ -37,9 +41,32 @@ def test_deterministic(text: str, expected: bool | str) -> None:
         ("deterministic_warn_only: True", "x.yaml:1", "deterministic"),  # torchtitan
         ("PYTORCH_CUDA_ALLOC_CONF: 'expandable_segments:True'", "x.yaml:1", "expandable_segments"),
         ("gc_freq: -1", "x.yaml:1", "0"),
+        ("compile: 'off'", "x.yaml:1", "False"),
+        ("compile: 'yes'", "x.yaml:1", "True"),
+        ("parallel_config: {reshard_after_forward: always}", "x.yaml:1", "True"),  # torchtitan
+        ("fp8_config: {recipe: rowise}", "x.yaml:1", "rowwise"),
+        ("fp8_config: {recipe: delayed}", "x.yaml:1", "tensorwise"),  # Megatron-LM
+        ("fp8: True", "x.yaml:1", "fp8_config.recipe"),  # LLaMA-Factory
+        ("fp8_config: {enabled: True}", "x.yaml:1", "fp8_config.recipe"),
+        ("optimizer: {dtype: bfloat16}", "x.yaml:1", "optimizer.state_dtype"),
+        ("recompute_config: {mode: full}", "x.yaml:1", "recompute_config.recompute"),
+        ("fsdp_config: {}", "x.yaml:1", "parallel.enable_parallel_optimizer"),
+        ("flex_attention: True", "x.yaml:1", "attention_by_documents"),  # axolotl
+        ("use_liger_kernel: True", "x.yaml:1", "loss_chunk_tokens"),  # Trainer
+        ("profiler_config: {}", "x.yaml:1", "profile"),
     ],
 )
 def test_other_values_and_words_get_the_nearest(text: str, where: str, nearest: str) -> None:
     problems = read_tree(read_text(f"{text}\n", "x.yaml")).problems
     problem = next(p for p in problems if p.where == where)
     assert nearest in f"{problem.nearest} {problem.rule}"
+
+
+@pytest.mark.parametrize("is_there", [False, True])
+def test_fp8_without_torchao_is_found_before_anything_starts(
+    workspace, monkeypatch: pytest.MonkeyPatch, is_there: bool
+) -> None:
+    spec = ModuleSpec("torchao", None) if is_there else None
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: spec)
+    problems = found("deterministic: False\nfp8_config: {recipe: rowwise}\n")
+    assert ["torchao" in text for text in problems] == [True] * (not is_there)

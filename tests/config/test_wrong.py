@@ -18,6 +18,7 @@ from tests.config.tables import (
     evaluation,
     inputs,
     keys,
+    layer_memory,
     layouts,
     mixtures,
     preferences,
@@ -25,10 +26,10 @@ from tests.config.tables import (
 from tests.config.workspace import RIGHT, build
 
 TABLE = (
-    *keys.TABLE, *combinations.TABLE, *inputs.TABLE, *layouts.TABLE, *mixtures.TABLE,
-    *evaluation.TABLE, *preferences.TABLE,
+    *keys.TABLE, *combinations.TABLE, *inputs.TABLE, *layouts.TABLE, *layer_memory.TABLE,
+    *mixtures.TABLE, *evaluation.TABLE, *preferences.TABLE,
 )  # fmt: skip
-WITH_NEAREST = [row for row in layouts.TABLE if row.errors[0].near]
+WITH_NEAREST = [row for row in (*layouts.TABLE, *layer_memory.TABLE) if row.errors[0].near]
 
 
 @pytest.fixture(scope="module")

@@ -152,6 +152,13 @@ def test_a_run_that_fails_leaves_what_was_recorded(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("writing-*"))
 
 
+def test_a_profile_that_cannot_be_written_ends_no_run(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (line,) = recorded(tmp_path / "file" / "rank_0", 1, 4)
+    assert line.startswith("warning: profile")
+    assert "Not a directory" in line
+
+
 class FakeCuda:
     """What a profiler asks of CUDA, in order."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from collections.abc import Iterator
 
@@ -23,6 +24,18 @@ def exactness(check: Check) -> Iterator[KeyProblem]:
             advice="Or set deterministic: False",
             also=("deterministic",),
         )
+
+
+def installed(check: Check) -> Iterator[KeyProblem]:
+    """torchao can be imported, in a run that is right otherwise."""
+    is_on = check.trains and check.config.fp8_config.recipe is not None
+    if not is_on or any(exactness(check)) or any(patterns(check)):
+        return
+    if importlib.util.find_spec("torchao") is None:
+        yield check.wrong(
+            RECIPE, "FP8 is computed by torchao, which is not installed",
+            advice="Install it: pip install 'slipway[fp8]'",
+        )  # fmt: skip
 
 
 def patterns(check: Check) -> Iterator[KeyProblem]:

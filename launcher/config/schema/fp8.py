@@ -15,7 +15,8 @@ class Fp8Section:
 
     recipe: str | None = effective(
         None, choices=("tensorwise", "rowwise", "rowwise_with_gw_hp"),
-        words={"dynamic": "tensorwise", "tensor": "tensorwise", "row": "rowwise"},
+        words={**dict.fromkeys(("dynamic", "tensor", "delayed", "current"), "tensorwise"),
+               "row": "rowwise"},
     )  # fmt: skip
     """How operands are scaled to FP8 before each product: with one scale a tensor (fastest), one a
     row, or rows with the gradients of weights in high precision (most accurate). Weights, optimizer

@@ -46,7 +46,7 @@ class ParallelConfigSection:
     """Layers whose gradients are reduced together."""
     reshard_after_forward: bool | str = effective(
         "auto", choices=("auto", True, False),
-        words={"default": "auto"},
+        words={"default": "auto", "always": "True", "never": "False"},
     )  # fmt: skip
     """Whether FSDP frees the gathered weights of a layer after its forward pass, and gathers them
     again for its backward pass. False: it keeps them during a step, which costs the memory of all

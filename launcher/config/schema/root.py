@@ -180,7 +180,7 @@ class Config:
     """profile: mark the named ranges for Nsight Systems too (NVTX), on CUDA."""
     trackers: list[str] = effective([], choices=TRACKERS)
     """Trackers of accelerate that get the metrics."""
-    device_peak_tflops: float | None = effective(None, above=0)
+    device_peak_tflops: float | None = effective(None, above=0, maximum=100_000)
     """Peak speed of one device in dense matrix products of the compute dtype, for `mfu` in the
     metrics. Left out: that of the data sheet for GPUs that are known, else there is no `mfu`."""
     compile: bool | str = effective(

@@ -87,6 +87,28 @@ TABLE = (
         ),
     ),
     Row(
+        name="a profile after the run, of no rank, into a file",
+        replace={"sink_mode: False": "max_steps: 20"},
+        add=(
+            "profile: True\nprofile_start_step: 30\nprofile_rank_ids: []\n"
+            "profile_output: wrong.yaml/profile\n"
+        ),
+        errors=(
+            Error("profile_start_step = 30", at="profile_start_step", near="20"),
+            Error("profile_rank_ids = []", at="profile_rank_ids", near="[0]"),
+            Error("profile_output = 'wrong.yaml/profile'", at="profile_output"),
+        ),
+    ),
+    Row(
+        name="one value where a list is needed, and a peak in FLOP/s",
+        add="profile_rank_ids: 0\nfp8_config: {exclude: mlp}\ndevice_peak_tflops: 989.0e+12\n",
+        errors=(
+            Error("profile_rank_ids = 0", at="profile_rank_ids", near="[0]"),
+            Error("fp8_config.exclude = 'mlp'", at="fp8_config", near="['mlp']"),
+            Error("device_peak_tflops = 989000000000000.0", at="device_peak_tflops"),
+        ),
+    ),
+    Row(
         name="words of others for the profiler and the peak of a device",
         add="profile_step_start: 3\nsave_traces_folder: x\npeak_flops: 1.0\n",
         errors=(
