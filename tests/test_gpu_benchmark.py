@@ -91,3 +91,22 @@ def test_without_a_device_it_says_how_to_go_on(capsys: pytest.CaptureFixture[str
         pytest.skip("there is a CUDA device")
     assert main(["--sections", "environment"]) == 2
     assert "--tiny --device cpu" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "option"),
+    [
+        (["--output", "."], "--output"),
+        (["--output", "missing/lines.jsonl"], "--output"),
+        (["--scratch", "missing"], "--scratch"),
+        (["--minutes", "0"], "--minutes"),
+        (["--minutes", "nan"], "--minutes"),
+    ],
+)
+def test_wrong_options_end_before_anything_runs(
+    words: list[str], option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["--tiny", "--device", "cpu", *words])
+    assert stop.value.code == 2
+    assert f"error: {option}" in capsys.readouterr().err

@@ -72,7 +72,15 @@ def arguments(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--tiny", action="store_true", help="small sizes: for a CPU")
     parser.add_argument("--output", default=DEFAULT_OUTPUT, help="file of the lines")
     parser.add_argument("--scratch", help="folder for data, weights and checkpoints, 40 GB")
-    return parser.parse_args(words)
+    options = parser.parse_args(words)
+    output = Path(options.output)
+    if output.is_dir() or not output.parent.is_dir():
+        parser.error(f"--output {output}: must be a file in an existing directory")
+    if options.scratch is not None and not Path(options.scratch).is_dir():
+        parser.error(f"--scratch {options.scratch}: no such directory")
+    if not options.minutes > 0:
+        parser.error(f"--minutes {options.minutes:g}: must be above 0")
+    return options
 
 
 if __name__ == "__main__":

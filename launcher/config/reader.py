@@ -11,7 +11,13 @@ import dataclasses
 from typing import Any
 
 from launcher.config.command_line import nearest_flag
-from launcher.config.extra_keys import PLANNED_CALLBACKS, ExtraKey, extra_key, is_extra_section
+from launcher.config.extra_keys import (
+    PLANNED_CALLBACKS,
+    ExtraKey,
+    extra_key,
+    extra_names,
+    is_extra_section,
+)
 from launcher.config.key_checks import (
     asks_for_nothing_of,
     nearest_list,
@@ -30,7 +36,14 @@ from launcher.config.schema import (
     RegisteredCallbackSection,
     info_of,
 )
-from launcher.config.suggest import list_section_of, nearest_key, section_of, word_elsewhere
+from launcher.config.suggest import (
+    is_misspelt,
+    list_section_of,
+    nearest_key,
+    remark,
+    section_of,
+    word_elsewhere,
+)
 from launcher.config.typing_rules import WrongType, describe, hints
 from launcher.config.yaml_reader import parse_value
 from launcher.errors import did_you_mean
@@ -131,6 +144,8 @@ class Reader:
         key = extra_key(section, name)
         if key is None and not is_extra_section(label):
             return False
+        if name not in extra_names(section) and is_misspelt(name, section):
+            return False
         self._record(path, node)
         if key is None:
             self._extra_section(node, path, label)
@@ -219,7 +234,7 @@ class Reader:
                 where=node.where,
                 rule=f"there is no such key {f'in `{path}`' if path else 'at the top level'}",
                 nearest=f"did you mean `{nearest}`?" if nearest else "",
-                advice="" if nearest else "See docs/configuration.md for all keys",
+                advice=remark(name) if nearest else "See docs/configuration.md for all keys",
                 key=shown,
             )
         )

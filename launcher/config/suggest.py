@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterator
-from difflib import SequenceMatcher
+from difflib import SequenceMatcher, get_close_matches
 from typing import Any, get_args, get_origin
 
 from launcher.config.extra_keys import ANY_OTHER, EXTRA_SECTIONS, extra_names
@@ -224,13 +224,13 @@ _REMARKS = {
     "freeze_trainable_modules": "It names what is not trained",
 }
 """How a value of another launcher is written here."""
-_NOT_BUILT: dict[str, str] = {}
 
 _SAME_SECTION = 0.15
 _WITHOUT_EFFECT = 0.05
 _DEPTH = 0.001
 """Of two keys that are equally near the outer one is meant."""
 _ENOUGH = 0.7
+_MISSPELT = 0.9
 
 
 @dataclasses.dataclass(frozen=True)
@@ -320,6 +320,13 @@ def nearest_key(name: str, section: str) -> str:
     return best
 
 
+def is_misspelt(name: str, section: str) -> bool:
+    """Whether a name that an open section would take is all but that of a key that acts, there or
+    at the top level."""
+    acting = {key.name for key in schema_keys() if key.acts and key.section in (section, "")}
+    return name not in acting and bool(get_close_matches(name, acting, n=1, cutoff=_MISSPELT))
+
+
 def word_elsewhere(name: str) -> str:
     """The key for a word of other tools; empty where it is none of their known ones."""
     return _PATHS.get(name, "")
@@ -328,6 +335,10 @@ def word_elsewhere(name: str) -> str:
 def did_you_mean_key(name: str, section: str) -> str:
     """`did you mean `optimizer.weight_decay`?`, or an empty string."""
     key = nearest_key(name, section)
-    remark = _NOT_BUILT.get(key) or _REMARKS.get(name, "")
-    remark = f" {remark}" if remark else ""
-    return f"did you mean `{key}`?{remark}" if key else ""
+    return f"did you mean `{key}`? {remark(name)}".rstrip() if key else ""
+
+
+def remark(name: str) -> str:
+    """How a value of a word of another launcher is written here; empty where there is nothing to
+    add to its key."""
+    return _REMARKS.get(name, "")

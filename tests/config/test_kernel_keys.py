@@ -54,12 +54,19 @@ def test_deterministic(text: str, expected: bool | str) -> None:
         ("flex_attention: True", "x.yaml:1", "attention_by_documents"),  # axolotl
         ("use_liger_kernel: True", "x.yaml:1", "loss_chunk_tokens"),  # Trainer
         ("profiler_config: {}", "x.yaml:1", "profile"),
+        ("context: {determinstic: 'ON'}", "x.yaml:1", "deterministic"),
+        ("context: {device_traget: CPU}", "x.yaml:1", "context.device_target"),
     ],
 )
 def test_other_values_and_words_get_the_nearest(text: str, where: str, nearest: str) -> None:
     problems = read_tree(read_text(f"{text}\n", "x.yaml")).problems
     problem = next(p for p in problems if p.where == where)
     assert nearest in f"{problem.nearest} {problem.rule}"
+
+
+def test_words_whose_values_differ_have_a_remark() -> None:
+    problems = read_tree(read_text("recompute_granularity: full\n", "x.yaml")).problems
+    assert "recompute_operations: True" in problems[0].advice
 
 
 @pytest.mark.parametrize("is_there", [False, True])
