@@ -15,6 +15,8 @@ from launcher.report.device_peaks import TERA, peak_flops, peak_of
         ("NVIDIA H100 80GB HBM3", 989.4, 66.9),
         ("NVIDIA H100 PCIe", 756.5, 51.2),
         ("NVIDIA H100 NVL", 835.5, 60.0),
+        ("NVIDIA H200 NVL", 835.5, 60.0),
+        ("NVIDIA H800 PCIe", 756.5, 51.2),
         ("NVIDIA GH200 480GB", 989.4, 66.9),
         ("NVIDIA H20", 148.0, 44.0),
         ("NVIDIA A100-SXM4-80GB", 312.0, 19.5),
