@@ -21,7 +21,7 @@ _SWITCHES = {
     **dict.fromkeys(("on", "yes", "enable", "enabled", "1"), "True"),
     **dict.fromkeys(("off", "no", "none", "disable", "disabled", "0"), "False"),
 }
-"""Words for a switch, where a key has True and False among its choices."""
+"""Other words for the values of a switch."""
 
 
 def plain_value(node: Node) -> Any:
@@ -35,12 +35,15 @@ def plain_value(node: Node) -> Any:
     return node.value
 
 
-def nearest_list(annotation: Any, node: Node) -> str:
-    """`Nearest: [0]`, for a value where a list of such values is needed; else empty. Not for lists
-    of numbers, which have a length of their own (`betas`)."""
+def nearest_value(annotation: Any, node: Node) -> str:
+    """`Nearest: [0]`, for a value where a list of such values is needed, or `Nearest: True`, for
+    another word of a switch; else empty. Not for lists of numbers, which have a length of their own
+    (`betas`)."""
     value = plain_value(node)
     if value is None or isinstance(value, (list, dict)):
         return ""
+    if bool in members(annotation) and (word := _SWITCHES.get(str(value).lower())):
+        return f"Nearest: {word}"
     for member in members(annotation):
         if get_origin(member) is list and float not in get_args(member):
             with suppress(WrongType):
@@ -105,7 +108,7 @@ def _wrong_choice(path: str, node: Node, word: Any, info: FieldInfo, shown: str)
 
 def _nearest_word(word: Any, info: FieldInfo) -> str:
     same = info.words.get(str(word).lower())
-    if same is None and {True, False} <= set(info.choices):
+    if same is None and any(isinstance(choice, bool) for choice in info.choices):
         same = _SWITCHES.get(str(word).lower())
     if same is not None:
         return f"did you mean `{same}`?" if same else ""

@@ -20,7 +20,7 @@ from launcher.config.extra_keys import (
 )
 from launcher.config.key_checks import (
     asks_for_nothing_of,
-    nearest_list,
+    nearest_value,
     not_built,
     plain_value,
     typed_value,
@@ -128,7 +128,7 @@ class Reader:
         try:
             value = typed_value(key.annotation, node, interpolates=path.startswith("input_data"))
         except WrongType as error:
-            near = nearest_list(key.annotation, node)
+            near = nearest_value(key.annotation, node)
             self._add(wrong_type(path, node, str(error), advice, near))
             return False, None
         if problem := wrong_value(path, node, value, key.info):

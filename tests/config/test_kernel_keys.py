@@ -43,6 +43,9 @@ def test_deterministic(text: str, expected: bool | str) -> None:
         ("gc_freq: -1", "x.yaml:1", "0"),
         ("compile: 'off'", "x.yaml:1", "False"),
         ("compile: 'yes'", "x.yaml:1", "True"),
+        ("compile: max-autotune", "x.yaml:1", "inductor"),  # modes of torch.compile
+        ("expandable_segments: 'on'", "x.yaml:1", "True"),
+        ("profile: 0", "x.yaml:1", "False"),
         ("parallel_config: {reshard_after_forward: always}", "x.yaml:1", "True"),  # torchtitan
         ("fp8_config: {recipe: rowise}", "x.yaml:1", "rowwise"),
         ("fp8_config: {recipe: delayed}", "x.yaml:1", "tensorwise"),  # Megatron-LM
@@ -62,6 +65,11 @@ def test_other_values_and_words_get_the_nearest(text: str, where: str, nearest: 
     problems = read_tree(read_text(f"{text}\n", "x.yaml")).problems
     problem = next(p for p in problems if p.where == where)
     assert nearest in f"{problem.nearest} {problem.rule}"
+
+
+def test_null_is_no_word_for_off() -> None:
+    (problem,) = read_tree(read_text("attention_by_documents: null\n", "x.yaml")).problems
+    assert problem.nearest == ""
 
 
 def test_words_whose_values_differ_have_a_remark() -> None:

@@ -184,8 +184,10 @@ class Config:
     """Peak speed of one device in dense matrix products of the compute dtype, for `mfu` in the
     metrics. Left out: that of the data sheet for GPUs that are known, else there is no `mfu`."""
     compile: bool | str = effective(
-        "auto", choices=("auto", True, False, "inductor", "aot_eager", "eager")
-    )
+        "auto", choices=("auto", True, False, "inductor", "aot_eager", "eager"),
+        words={**dict.fromkeys(("default", "reduce-overhead", "max-autotune", "cudagraphs",
+                                "max-autotune-no-cudagraphs"), "inductor"), "aot": "aot_eager"},
+    )  # fmt: skip
     """Compile every layer with torch.compile when training: True for its usual backend, or the name
     of one. `auto`: inductor on CUDA where it works, nothing on the CPU; a layer that does not
     compile then runs eagerly, with a line in the log."""
