@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from launcher.parallel.blockwise import Block, OnlineSoftmax, SoftmaxBackward, grouped
+from launcher.parallel.kept_results import unselected
 from models.attention import AttentionMask
 from models.documents import document_bounds
 
@@ -150,10 +151,11 @@ class _RingAttention(torch.autograd.Function):
         ctx.ring, ctx.scale = ring, scale
         queries = grouped(query, key.shape[1])
         softmax = OnlineSoftmax(queries, value.shape[-1], scale, sinks)
-        for source, arrived in _ring_steps(_packed(key, value), ring):
-            keys, values = _unpacked(arrived, key, value)
-            for block in ring.blocks(source, lines=query.shape[0] * query.shape[1]):
-                softmax.add(block, keys, values)
+        with unselected():  # else recompute by operation would keep the scores of all blocks
+            for source, arrived in _ring_steps(_packed(key, value), ring):
+                keys, values = _unpacked(arrived, key, value)
+                for block in ring.blocks(source, lines=query.shape[0] * query.shape[1]):
+                    softmax.add(block, keys, values)
         output = softmax.output().to(query.dtype).flatten(1, 2)
         ctx.save_for_backward(query, key, value, output, softmax.logsumexp(), sinks)
         return output
