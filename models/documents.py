@@ -44,7 +44,7 @@ def document_lengths(document_ids: Tensor) -> Tensor:
 
 def lengths_of_ids(document_ids: Tensor) -> Tensor | None:
     """As `document_lengths`, of ids on any device (those of a GPU are waited for). None where the
-    tokens of one id may not be consecutive, as ids decrease somewhere: only a mask can express it."""
+    tokens of one id may not be consecutive, as ids decrease somewhere: then it takes a mask."""
     ids = document_ids.cpu()
     return None if bool((ids[:, 1:] < ids[:, :-1]).any()) else document_lengths(ids)
 
