@@ -19,7 +19,7 @@ HOST_READS: Mapping[str, str] = MappingProxyType({
     "loss scale": "once a step with a loss scale, in place of that for its values",
     "step limits": "once a step that limits may skip, in place of that for its values",
     "expert counts": "once a mixture layer with expert parallelism: rows sent to each rank and "
-    "received; a recomputed layer uses those of its first pass, unless by operation",
+    "received; a recomputed layer uses those of its first pass",
     "group sizes": "once a grouped product that no kernel takes: the rows of each group",
     "reference": "once a global batch, before training on preferences: its log-probabilities",
     "evaluation": "once an evaluation set: its sums",

@@ -76,7 +76,7 @@ class Document:
     start: int
     stop: int
     first_query: int
-    """The first of them that is a query; the others are keys alone. Less than `stop`."""
+    """The first of them that is a query; the others are keys alone. `stop` if none is."""
 
 
 @dataclass(frozen=True)

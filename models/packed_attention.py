@@ -37,6 +37,7 @@ from torch import Tensor
 
 from models.documents import document_plan
 from models.flash_attention import cpu_backward, cpu_forward, varlen_backward, varlen_forward
+from models.operator_flops import register_attention
 from models.scores_attention import attend_tiles
 from models.tile_tensors import empty_by_token, empty_outputs
 
@@ -201,3 +202,4 @@ def _backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...
 
 
 _attend.register_autograd(_backward, setup_context=_save)
+register_attention(torch.ops.slipway.attend_documents, torch.ops.slipway.attend_documents_backward)

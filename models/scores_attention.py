@@ -15,6 +15,7 @@ from torch import Tensor
 
 from models.documents import Tile, document_plan
 from models.dropout import dropout
+from models.operator_flops import register_attention
 from models.tile_tensors import TileGradients, empty_by_token, empty_outputs, tile_slices
 
 QUERIES_IN_MEMORY = 256
@@ -165,3 +166,4 @@ def _tiles_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
 
 
 attend_tiles.register_autograd(_tiles_backward, setup_context=_save_tiles)
+register_attention(torch.ops.slipway.attend_tiles, torch.ops.slipway.attend_tiles_backward)

@@ -12,7 +12,7 @@ from torch import nn
 
 from launcher.builders.job import Job
 from launcher.builders.open_dataset import seq_length
-from launcher.config.derived import evaluation_datasets
+from launcher.config.derived import evaluation_datasets, micro_batch_size
 from launcher.parallel import vocabulary
 from launcher.parallel.compiling import Compiler
 from launcher.train.head_loss import HeadLoss, chunk_size, saves_memory
@@ -69,13 +69,14 @@ def tokens_of_batch(job: Job) -> int:
     """Tokens of a micro-batch on this rank, after sequence parallelism has gathered them: of
     training, or of evaluation where there is no training data."""
     config = job.config
-    sections = (config.train_dataset, *evaluation_datasets(config).values())
-    section = next((section for section in sections if section is not None), None)
+    section, samples = config.train_dataset, micro_batch_size(config)
+    if section is None:
+        section = next(iter(evaluation_datasets(config).values()), None)
+        samples = config.runner_config.batch_size
     if section is None:
         return 0
     sequences = 1 if config.preference_loss is None else 2
-    rows = config.runner_config.batch_size * sequences
-    return rows * seq_length(job, section) // job.mesh.cp
+    return samples * sequences * seq_length(job, section) // job.mesh.cp
 
 
 def _drops(head: Linear | TiedHead) -> bool:

@@ -22,7 +22,7 @@ from launcher.builders.preference import preference_settings
 from launcher.builders.reference import add_base_as_reference, add_other_reference, add_reference
 from launcher.builders.run_metadata import run_metadata
 from launcher.checkpoint.savable import Origin
-from launcher.config.derived import global_batch_size
+from launcher.config.derived import global_batch_size, micro_batch_size
 from launcher.config.schema import Config
 from launcher.data.loader import Loader
 from launcher.errors import UserError
@@ -63,7 +63,7 @@ def build_run(job: Job) -> TrainRun:
     loader = Loader(
         data.dataset,
         data.order,
-        batch_size=config.runner_config.batch_size * config.micro_batch_interleave_num,
+        batch_size=micro_batch_size(config),
         micro_steps=_micro_batches(config),
         data_parallel=job.mesh.data_parallel,
         data_rank=job.mesh.data_rank(job.world.rank),

@@ -101,6 +101,11 @@ def predict_mesh_of(config: Config, decoder: DecoderConfig | None) -> Mesh:
     return Mesh(pp=sizes.pipeline_stage, dp_replicate=replicas, tp=sizes.model_parallel, ep=ep)
 
 
+def micro_batch_size(config: Config) -> int:
+    """Samples of one forward pass of training on one rank; layers may take them in chunks."""
+    return config.runner_config.batch_size * config.micro_batch_interleave_num
+
+
 def global_batch_size(config: Config) -> int:
     """Samples of one optimizer step over all ranks."""
     runner, parallel = config.runner_config, config.parallel_config
@@ -109,8 +114,7 @@ def global_batch_size(config: Config) -> int:
         if parallel.pipeline_stage > 1
         else runner.gradient_accumulation_steps
     )
-    interleave = config.micro_batch_interleave_num
-    return runner.batch_size * parallel.data_parallel * micro_steps * interleave
+    return micro_batch_size(config) * parallel.data_parallel * micro_steps
 
 
 def context_algorithm(config: Config) -> str:

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from launcher.parallel.collectives import all_reduce, all_to_all_rows, begin_all_to_all_rows
 from launcher.parallel.host_copy import HostCopy
+from launcher.parallel.kept_results import unselected
 from launcher.parallel.remembered import is_repeated, remembered
 from models.decoder import Decoder
 from models.grouped import Groups
@@ -109,7 +110,8 @@ class ExpertExchange(Exchange):
         if is_repeated():
             # Without a wait for the device: a recomputed router that chooses other experts would
             # mix up the tokens of others.
-            torch._assert_async((sent == known.sent).all(), "recomputation chose other experts")
+            with unselected():
+                torch._assert_async((sent == known.sent).all(), "recomputation chose other experts")
         return known
 
     def _exchanged(self, sent: Tensor) -> _Counts:

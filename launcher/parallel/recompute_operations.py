@@ -16,16 +16,15 @@ Invariants: gradients are bitwise those without recomputation, as kept and recom
 Communication is never kept, so that all ranks repeat it, whatever each of them keeps; nor is a
 result that something writes into later.
 
-The mechanism is torch's (`create_selective_checkpoint_contexts`). Under torch.compile the compiler
-partitions each graph by the same budget (`set_compiled_budget`), and recomputes what is cheap and
-keeps products by itself.
+The mechanism is `launcher.parallel.kept_results`. Under torch.compile the compiler partitions each
+graph by the same budget (`set_compiled_budget`), and recomputes what is cheap and keeps products by
+itself.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial, wraps
 from typing import Any
@@ -35,16 +34,13 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.checkpoint import (
-    CheckpointPolicy,
-    SelectiveCheckpointContext,
-    checkpoint,
-    create_selective_checkpoint_contexts,
-)
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import flop_registry
 
+from launcher.parallel.kept_results import Key, Numbering, keeping
 from launcher.parallel.layer_modules import Function, layer_modules
 from launcher.parallel.local import local
+from launcher.parallel.remembered import remembering
 from models.decoder import DecoderLayer
 
 FLOPS_PER_BYTE = 295
@@ -58,8 +54,7 @@ _PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "_grouped_mm", "_scaled_mm", "_sca
 class Operation:
     """One call of an operation in a layer."""
 
-    key: tuple[Any, int]
-    """The operator, and how many calls of it came before in the layer."""
+    key: Key
     nbytes: int
     """Of its results."""
     flops: int
@@ -71,7 +66,11 @@ class Operation:
     @property
     def cost(self) -> float:
         """Time, in bytes of traffic."""
-        return max(self.flops / FLOPS_PER_BYTE, self.traffic)
+        return _cost(self.flops, self.traffic)
+
+
+def _cost(flops: int, traffic: int) -> float:
+    return max(flops / FLOPS_PER_BYTE, traffic)
 
 
 @dataclass(frozen=True)
@@ -90,7 +89,7 @@ class Measured:
 class Choice:
     """What a layer keeps."""
 
-    kept: frozenset[tuple[Any, int]]
+    kept: frozenset[Key]
     text: str
     """For the log."""
 
@@ -177,30 +176,11 @@ def _selective(
             choice = choose(measured, budget)
             report(choice)
         return checkpoint(
-            function, *arguments, use_reentrant=False, preserve_rng_state=uses_rng,
-            context_fn=partial(_contexts, choice.kept), **keywords,
+            remembering(function), *arguments, use_reentrant=False, preserve_rng_state=uses_rng,
+            context_fn=partial(keeping, choice.kept), **keywords,
         )  # fmt: skip
 
     return recomputed
-
-
-def _contexts(
-    kept: frozenset[tuple[Any, int]],
-) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-    """The contexts of the two runs of one call of a layer."""
-    calls: dict[bool, Counter[Any]] = {False: Counter(), True: Counter()}
-
-    def policy(
-        context: SelectiveCheckpointContext, operator: Any, *_: Any, **__: Any
-    ) -> CheckpointPolicy:
-        # torch 2.11 asks again in the second run, 2.13 does not.
-        seen = calls[bool(context.is_recompute)]
-        key = operator, seen[operator]
-        seen[operator] += 1
-        return CheckpointPolicy.MUST_SAVE if key in kept else CheckpointPolicy.PREFER_RECOMPUTE
-
-    first, second = create_selective_checkpoint_contexts(policy)
-    return first, second
 
 
 def measure(layer: nn.Module, run: Callable[[], Any], inputs: Sequence[Any] = ()) -> Measured:
@@ -229,7 +209,7 @@ class _Recorder(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.total_cost = 0.0
-        self._calls: Counter[Any] = Counter()
+        self._numbering = Numbering()
         self._found: list[tuple[Operation, tuple[int, ...]]] = []
         self._written: set[int] = set()
         self._holds: list[Tensor] = []
@@ -245,8 +225,7 @@ class _Recorder(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         result = operator(*args, **kwargs)
-        key = operator, self._calls[operator]
-        self._calls[operator] += 1
+        key = self._numbering.next(operator)
         read = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         made = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
         if operator.namespace in _COMMUNICATION or operator._schema.is_mutable:
@@ -258,14 +237,12 @@ class _Recorder(TorchDispatchMode):
         if not new:  # a view
             return result
         flops = _flops(operator, args, kwargs, result)
-        operation = Operation(
-            key, sum(t.nbytes for t in new), flops, sum(t.nbytes for t in (*read, *new)),
-            is_product=flops > 0,
-        )  # fmt: skip
-        self.total_cost += operation.cost
+        nbytes, traffic = sum(t.nbytes for t in new), sum(t.nbytes for t in (*read, *new))
+        self.total_cost += _cost(flops, traffic)
         # Indices and masks may be cached for other layers: they are not kept for this one.
-        floating = all(t.is_floating_point() for t in read) or operation.is_product
-        if operation.nbytes and read and floating and new[0].is_floating_point():
+        floating = all(t.is_floating_point() for t in read) or flops > 0
+        if key is not None and nbytes and read and floating and new[0].is_floating_point():
+            operation = Operation(key, nbytes, flops, traffic, is_product=flops > 0)
             self._found.append((operation, tuple(_storage(t) for t in new)))
         self._holds += new
         return result

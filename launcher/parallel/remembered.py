@@ -13,6 +13,8 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any, TypeVar
 
+from launcher.parallel.kept_results import unselected
+
 T = TypeVar("T")
 
 
@@ -38,14 +40,14 @@ _current = _Current()
 def remembered(read: Callable[[], T]) -> T:
     """`read()`; in a run of the backward pass what it gave in the first run."""
     memory = _current.memory
-    if memory is None:
-        return read()
-    if memory.is_complete:
+    if memory is not None and memory.is_complete:
         memory.next += 1
         value: T = memory.values[memory.next - 1]
         return value
-    value = read()
-    memory.values.append(value)
+    with unselected():  # later runs do not have these operations
+        value = read()
+    if memory is not None:
+        memory.values.append(value)
     return value
 
 

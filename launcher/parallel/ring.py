@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from launcher.parallel.blockwise import Block, OnlineSoftmax, SoftmaxBackward, grouped
+from launcher.parallel.kept_results import unselected
 from models.attention import AttentionMask
 from models.documents import document_bounds
 
@@ -99,11 +101,17 @@ class Ring:
         mask = None if all_visible else self._mask(query_range, key_range)
         yield Block(queries, slice(at, at + len(key_range)), mask)
 
+    @cached_property
+    def _bounds(self) -> tuple[list[int], list[int]] | None:
+        """As `document_bounds`, once for all blocks: even to look them up takes a tenth of a
+        millisecond, as lengths are compared."""
+        return None if self.mask.lengths is None else document_bounds(self.mask.lengths)
+
     def _begins(self, token: int) -> tuple[int, int]:
         """Where the document of a token begins: in the row where it does so first, and last. Where
         only a mask holds it, any key may be in the document, and none is known to be."""
-        if self.mask.lengths is not None:
-            first, last = document_bounds(self.mask.lengths)
+        if self._bounds is not None:
+            first, last = self._bounds
             return first[token], last[token]
         apart = self.mask.document_ids is not None or self.mask.key_mask is not None
         return 0, self.mask.total if apart else 0
@@ -150,10 +158,11 @@ class _RingAttention(torch.autograd.Function):
         ctx.ring, ctx.scale = ring, scale
         queries = grouped(query, key.shape[1])
         softmax = OnlineSoftmax(queries, value.shape[-1], scale, sinks)
-        for source, arrived in _ring_steps(_packed(key, value), ring):
-            keys, values = _unpacked(arrived, key, value)
-            for block in ring.blocks(source, lines=query.shape[0] * query.shape[1]):
-                softmax.add(block, keys, values)
+        with unselected():  # else recompute by operation would keep the scores of all blocks
+            for source, arrived in _ring_steps(_packed(key, value), ring):
+                keys, values = _unpacked(arrived, key, value)
+                for block in ring.blocks(source, lines=query.shape[0] * query.shape[1]):
+                    softmax.add(block, keys, values)
         output = softmax.output().to(query.dtype).flatten(1, 2)
         ctx.save_for_backward(query, key, value, output, softmax.logsumexp(), sinks)
         return output

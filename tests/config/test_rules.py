@@ -172,6 +172,7 @@ def test_what_follows_from_a_mistake_is_not_reported(workspace: Path) -> None:
 def test_global_batch_size(workspace: Path, words: list[str], expected: int) -> None:
     config = resolve("right.yaml", "train", overrides=words).config
     assert rules.global_batch_size(config) == expected
+    assert derived.micro_batch_size(config) == 4 * config.micro_batch_interleave_num
 
 
 def test_world_size(monkeypatch: pytest.MonkeyPatch) -> None:

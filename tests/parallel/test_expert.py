@@ -22,6 +22,7 @@ from launcher.parallel.collectives import RowsUnderWay
 from launcher.parallel.context import ContextParallel, apply_context_parallel
 from launcher.parallel.expert import ExpertExchange, apply_expert_parallel, by_expert
 from launcher.parallel.host_copy import HostCopy
+from launcher.parallel.kept_results import keeping
 from launcher.parallel.remembered import remembering
 from models.decoder import Decoder
 from models.grouped import Groups
@@ -254,25 +255,30 @@ def _both(ulysses: dist.ProcessGroup) -> ContextParallel:
 def test_shared_experts_compute_while_tokens_are_under_way() -> None:
     forward, backward = ["sort", "read", "begin", "shared", "end"], ["begin", "shared grad", "end"]
     again = [event for event in forward if event != "read"]
-    for plain, recomputed in run_ranks(2, _orders_of_events):
+    for plain, *recomputed in run_ranks(2, _orders_of_events):
         assert plain == forward + backward
-        assert recomputed == forward + again + backward
+        assert recomputed == [forward + again + backward] * 2
 
 
 def _orders_of_events() -> list[list[str]]:
-    """The events in a block of experts, and in one that is recomputed."""
+    """The events in a block of experts, in one that is recomputed, and in one by operation."""
     group = _start()
     try:
         decoder = _decoder("deepseek_v3")
         _keep_own_experts(decoder, group)
         apply_expert_parallel(decoder, group)
         block = next(module for module in decoder.modules() if isinstance(module, MoE))
-        return [_order_of_events(block, recompute=recompute) for recompute in (False, True)]
+        again: Any = partial(checkpoint, remembering(block.forward), use_reentrant=False)
+        by_operation = partial(
+            checkpoint, remembering(block.forward), use_reentrant=False,
+            context_fn=partial(keeping, ()),
+        )  # fmt: skip
+        return [_order_of_events(block, run) for run in (block.forward, again, by_operation)]
     finally:
         world.stop()
 
 
-def _order_of_events(block: MoE, *, recompute: bool) -> list[str]:
+def _order_of_events(block: MoE, run: Any) -> list[str]:
     events: list[str] = []
     shared = block.shared_experts
     assert shared is not None
@@ -286,9 +292,6 @@ def _order_of_events(block: MoE, *, recompute: bool) -> list[str]:
         noted(RowsUnderWay, "begin", events), noted(RowsUnderWay, "end", events),
         noted(HostCopy, "read", events), noted(ExpertExchange, "send", events, name="sort"),
     ):  # fmt: skip
-        run = block.forward
-        if recompute:
-            run = partial(checkpoint, remembering(block.forward), use_reentrant=False)
         run(states, context).sum().backward()
     for hook in hooks:
         hook.remove()

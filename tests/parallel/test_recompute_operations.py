@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
+from launcher.parallel.kept_results import keeping, unselected
 from launcher.parallel.recompute_operations import (
     Measured,
     Operation,
@@ -17,6 +21,9 @@ from launcher.parallel.recompute_operations import (
     measure,
     set_compiled_budget,
 )
+from launcher.parallel.remembered import remembered, remembering
+from models.documents import document_lengths
+from models.packed_attention import attend_documents
 from tests.parallel.keeping import (
     SEQUENCE,
     SPECS,
@@ -125,6 +132,86 @@ def test_what_is_written_into_is_not_kept() -> None:
     assert [o.key[1] for o in found if o.is_product] == [1]
 
 
+def attended(states: Tensor, lengths: Tensor, size: int) -> Tensor:
+    """Attention of one head, whose values are as wide as `size`."""
+    heads = states[:, None]
+    return attend_documents(heads, heads, heads[..., :size], lengths)[:, 0]
+
+
+@pytest.mark.parametrize("size", [8, 4])
+def test_attention_by_documents_is_kept_and_counted(size: int) -> None:
+    states = torch.linspace(-1, 1, 2 * 90 * 8).view(2, 90, 8).requires_grad_()
+    lengths = document_lengths(torch.tensor([[0] * 30 + [1] * 60] * 2))
+    run = partial(attended, states, lengths, size)
+    kept = choose(measure(nn.Identity(), run), None).kept
+    assert [operator._opname for operator, _ in kept] == ["attend_documents"]
+    with FlopCounterMode(display=False) as flops:
+        found = run()
+    pairs = 2 * 90 * 90
+    assert flops.get_total_flops() == pairs * 2 * (8 + 8)  # values are padded to the size of keys
+    with flops:
+        (expected,) = torch.autograd.grad(found.sum(), states)
+    assert flops.get_total_flops() == pairs * 2 * 5 * 8
+    again = checkpoint(run, use_reentrant=False, context_fn=partial(keeping, kept))
+    assert torch.equal(torch.autograd.grad(again.sum(), states)[0], expected)
+
+
+def kept_products(function: Any) -> int:
+    """How many products of `function` recompute by operation would keep."""
+    return len(choose(measure(nn.Identity(), function), None).kept)
+
+
+def test_what_is_repeated_as_one_is_not_kept_by_itself() -> None:
+    states = torch.ones(4, 4)
+
+    def blocks() -> Tensor:
+        with unselected():
+            scores = states @ states  # of a block, which is not to be kept
+        return scores.exp() @ states
+
+    assert kept_products(blocks) == 1
+
+
+def test_what_is_remembered_does_not_shift_what_is_kept() -> None:
+    """It has products in the first run alone."""
+    weight = torch.linspace(-1, 1, 16).view(4, 4).requires_grad_()
+    reads: list[Tensor] = []
+
+    def read() -> Tensor:
+        reads.append(weight.detach() @ torch.ones(4, 4))
+        return reads[-1]
+
+    def function() -> Tensor:
+        return ((weight @ remembered(read)).sin() @ weight).cos()
+
+    (expected,) = torch.autograd.grad(function().sum(), weight)
+    kept = choose(measure(nn.Identity(), function), None).kept
+    assert len(kept) == 2
+    reads.clear()
+    found = checkpoint(
+        remembering(function), use_reentrant=False, context_fn=partial(keeping, kept)
+    )
+    for _ in range(2):  # as the schedules that split the backward pass do
+        (gradient,) = torch.autograd.grad(found.sum(), weight, retain_graph=True)
+        assert torch.equal(gradient, expected)
+    assert len(reads) == 1
+
+
+def test_a_kept_result_that_is_written_into_is_an_error() -> None:
+    weight = torch.ones(4, 4, requires_grad=True)
+    made: list[Tensor] = []
+
+    def function() -> Tensor:
+        made.append(weight @ weight)
+        return made[-1].sin()
+
+    kept = {(torch.ops.aten.mm.default, 0)}
+    found = checkpoint(function, use_reentrant=False, context_fn=partial(keeping, kept))
+    made[0].detach().zero_()
+    with pytest.raises(RuntimeError, match="written into"):
+        found.sum().backward()
+
+
 def test_the_compiler_follows_the_same_scale() -> None:
     """0 keeps the inputs of a graph, 1 is the compiler's own choice; more budget saves more."""
     kept_bytes = []
@@ -152,6 +239,11 @@ LAYOUTS = [
     Case(cp=2, more=recompute(memory_budget=0.4)),
     Case(pp=2, more=recompute(memory_budget=0.4, recompute=[1])),
     Case(dp=2, sharded=True, more=recompute(recompute_operations=True)),
+    Case(
+        pp=2,
+        pipeline={"pipeline_scheduler": "zero_bubble_v"},
+        more=recompute(recompute_operations=True),
+    ),
 ]
 
 
