@@ -14,7 +14,9 @@ that the choice is a function of shapes: the same in every run, on any device.
 
 Invariants: gradients are bitwise those without recomputation, as kept and recomputed results are.
 Communication is never kept, so that all ranks repeat it, whatever each of them keeps; nor is a
-result that something writes into later.
+result that something writes into later. Operations are told apart by their number in the layer, so
+that FSDP's hooks on modules of it, which gather and cast weights in one run and find them in the
+next, are not counted.
 
 The mechanism is torch's (`create_selective_checkpoint_contexts`). Under torch.compile the compiler
 partitions each graph by the same budget (`set_compiled_budget`), and recomputes what is cheap and
@@ -23,6 +25,7 @@ keeps products by itself.
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -33,6 +36,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.distributed.fsdp import FSDPModule
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import (
@@ -172,6 +176,7 @@ def _selective(
             # operations would not be those of the second.
             layer.self_attn.prepare(arguments[1])
         if choice is None:
+            _hide_hooks(layer)
             with torch.random.fork_rng(enabled=uses_rng):
                 measured = measure(layer, lambda: function(*arguments, **keywords), arguments)
             choice = choose(measured, budget)
@@ -200,7 +205,57 @@ def _contexts(
         return CheckpointPolicy.MUST_SAVE if key in kept else CheckpointPolicy.PREFER_RECOMPUTE
 
     first, second = create_selective_checkpoint_contexts(policy)
-    return first, second
+    return _Selective(first), _Selective(second)
+
+
+class _Hidden(threading.local):
+    """Whether this thread is in a hook of FSDP."""
+
+    def __init__(self) -> None:
+        self.is_active = False
+
+
+_hidden = _Hidden()
+
+
+def _hide_hooks(layer: nn.Module) -> None:
+    """Let operations of FSDP's hooks on modules inside of `layer` not be seen here."""
+    for module in layer.modules():
+        if module is not layer and isinstance(module, FSDPModule):
+            for hooks in (module._forward_pre_hooks, module._forward_hooks):
+                hooks.update({key: _not_seen(hook) for key, hook in hooks.items()})
+
+
+def _not_seen(hook: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(hook)
+    def run(*arguments: Any, **keywords: Any) -> Any:
+        was, _hidden.is_active = _hidden.is_active, True
+        try:
+            return hook(*arguments, **keywords)
+        finally:
+            _hidden.is_active = was
+
+    return run
+
+
+class _Selective(TorchDispatchMode):
+    """One of the two modes of a selective checkpoint of torch."""
+
+    def __init__(self, mode: Any) -> None:
+        super().__init__()
+        self._mode = mode
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """As those of torch."""
+        return True
+
+    def __torch_dispatch__(
+        self, operator: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if _hidden.is_active:
+            return operator(*args, **(kwargs or {}))
+        return self._mode.__torch_dispatch__(operator, types, args, kwargs)
 
 
 def measure(layer: nn.Module, run: Callable[[], Any], inputs: Sequence[Any] = ()) -> Measured:
@@ -245,6 +300,8 @@ class _Recorder(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         result = operator(*args, **kwargs)
+        if _hidden.is_active:
+            return result
         key = operator, self._calls[operator]
         self._calls[operator] += 1
         read = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
