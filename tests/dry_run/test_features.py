@@ -37,27 +37,25 @@ CHUNKS = {"loss_chunk_tokens": 32}
 MOMENTS = {"optimizer": {"state_dtype": "bfloat16"}}
 BY_OPERATION = recompute(recompute_operations=True)
 
-ADAPTERS = [
+QUICK = [
     Case(more=adapters()),
-    Case(more={**adapters(pet_type="dora", lora_dropout=0.1), **CHUNKS}),
-    Case("qwen3 tied", more=adapters(modules_to_save=["norm", "embed_tokens"])),
-    Case("qwen3 moe", more=adapters(lora_rank=8, target_modules=["gate_proj", "up_proj", "down_proj"])),
-    Case("llama", more=adapters(target_modules="all-linear", use_rslora=True) | BY_OPERATION),
-]
-DATA = [
-    Case(more=preferences("dpo")),
+    Case("qwen3 moe", more=adapters(lora_rank=8, target_modules=["up_proj", "down_proj"])),
     Case(more=preferences("kto")),
-    Case(more=preferences("simpo") | CHUNKS),
-    Case(more=preferences("dpo") | adapters()),
-    Case(more=MIXTURE),
+    Case(more=preferences("dpo") | adapters(pet_type="dora", lora_dropout=0.1)),
     Case(more=MIXTURE | CHUNKS, micro=2),
+    Case("deepseek", more=recompute(memory_budget=0.4)),
+    Case("llama", more=MOMENTS | BY_OPERATION),
 ]
-MEMORY = [
-    Case(more=BY_OPERATION),
-    Case("qwen3 moe", more=recompute(memory_budget=0.4)),
+ALONE = [
+    Case(more=adapters(pet_type="dora", lora_dropout=0.1) | CHUNKS),
+    Case("qwen3 tied", more=adapters(modules_to_save=["norm", "embed_tokens"])),
+    Case("llama", more=adapters(target_modules="all-linear", use_rslora=True) | BY_OPERATION),
+    Case(more=preferences("dpo")),
+    Case(more=preferences("simpo") | CHUNKS),
+    Case(more=MIXTURE),
+    Case("qwen3 moe", more=BY_OPERATION),
     Case("deepseek", more=recompute(memory_budget=0.0)),
     Case("gpt-oss", more=recompute(select_recompute=["self_attn", "mlp"])),
-    Case("llama", more=MOMENTS | CHUNKS),
     Case("llama", more={"optimizer": {"type": "Muon", "state_dtype": "bfloat16"}}),
     Case("llama", more={"optimizer": {"type": "SGD", "momentum": 0.9, "state_dtype": "bfloat16"}}),
     Case("qwen3 tied", more=CHUNKS),
@@ -87,16 +85,13 @@ def shop(workshop: Workshop) -> Workshop:
     return workshop
 
 
-def test_adapters(shop: Workshop) -> None:
-    check(shop, ADAPTERS)
+def test_features(shop: Workshop) -> None:
+    check(shop, QUICK)
 
 
-def test_preferences_and_mixtures(shop: Workshop) -> None:
-    check(shop, DATA)
-
-
-def test_memory(shop: Workshop) -> None:
-    check(shop, MEMORY)
+@pytest.mark.long
+def test_in_one_process(shop: Workshop) -> None:
+    check(shop, ALONE)
 
 
 @pytest.mark.long

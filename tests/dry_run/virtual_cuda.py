@@ -311,7 +311,7 @@ class _Operations(TorchDispatchMode):
             calls = self.owner.thread.calls
             if name in ("copy_", "_foreach_copy_") and calls and calls[-1].name in _COPYING:
                 self._check_copies(name, args, kwargs)
-        result = func(*args, **kwargs)
+        result = _STAND_INS.get(name, func)(*args, **kwargs)
         if self._is_on_device(name, given, here):
             for tensor in _tensors(result):
                 marks.add(tensor)
@@ -392,6 +392,14 @@ def _pinned(owner: VirtualCuda, tensor: Tensor, *_: Any) -> Tensor:
     return result
 
 
+def _product_added(
+    total: Tensor, left: Tensor, right: Tensor, dtype: torch.dtype, *, out: Tensor
+) -> Tensor:
+    return out.copy_(total + left.to(dtype) @ right.to(dtype))
+
+
+_STAND_INS: dict[str, Callable[..., Any]] = {"addmm.dtype_out": _product_added}
+"""For operations without a kernel for the CPU, by name."""
 _HOST = {Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.__repr__}
 """Reads that are no operation."""
 _ANSWERS: dict[Any, Callable[..., Any]] = {
