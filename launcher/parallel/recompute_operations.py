@@ -14,7 +14,7 @@ that the choice is a function of shapes: the same in every run, on any device.
 
 Invariants: gradients are bitwise those without recomputation, as kept and recomputed results are.
 Communication is never kept, so that all ranks repeat it, whatever each of them keeps; nor is a
-result that something writes into later. Operations are told apart by their number in the layer, so
+result that something writes into later. Operations are identified by their number in the layer, so
 that FSDP's hooks on modules of it, which gather and cast weights in one run and find them in the
 next, are not counted.
 
@@ -177,7 +177,7 @@ def _selective(
             layer.self_attn.prepare(arguments[1])
         if choice is None:
             _hide_hooks(layer)
-            with torch.random.fork_rng(enabled=uses_rng):
+            with torch.random.fork_rng(_current_gpu(), enabled=uses_rng):
                 measured = measure(layer, lambda: function(*arguments, **keywords), arguments)
             choice = choose(measured, budget)
             report(choice)
@@ -187,6 +187,11 @@ def _selective(
         )  # fmt: skip
 
     return recomputed
+
+
+def _current_gpu() -> list[int]:
+    """The GPU of this process, whose generator counts: by default torch forks those of all."""
+    return [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
 
 
 def _contexts(

@@ -346,7 +346,6 @@ class _Operations(TorchDispatchMode):
         if torch.are_deterministic_algorithms_enabled() and raises_when_deterministic(name, args):
             raise DeviceError(f"{func} is refused in deterministic mode")
 
-
     def _check_copies(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         owner = self.owner
         queued = bool(kwargs.get("non_blocking", args[2] if len(args) > 2 else False))

@@ -147,7 +147,7 @@ def test_the_compiler_follows_the_same_scale() -> None:
 
 
 def with_hooks(**section: Any) -> Case:
-    """Weights in float32 that FSDP casts: it gathers those of experts and routers within a layer."""
+    """Weights in float32 that FSDP casts, those of experts and routers within a layer."""
     return Case("qwen3 moe", model={"compute_dtype": "bfloat16"},
                 more={"compile": False, **recompute(**section)})  # fmt: skip
 
