@@ -72,7 +72,7 @@ class AttentionMask:
         )
         self.document_ids, self.key_mask = document_ids, key_mask
         self.lengths: Tensor | None = None
-        """The documents of the rows; None: not needed, or not to be said in lengths."""
+        """The documents of the rows; None: not needed, or lengths cannot express them."""
         self.by_documents = by_documents
         if by_documents and total > MASK_UP_TO and length > 1:
             self.lengths = self._lengths() if document_lengths is None else document_lengths

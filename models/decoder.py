@@ -208,7 +208,7 @@ class Decoder(Module):
 
         `position_ids` [rows, length] default to the order in the row, not counting padding.
         `document_ids` [rows, total] restrict attention to the same document; `document_lengths`
-        [rows, any] int32 say the same on the CPU (`models.documents.document_lengths`), so that
+        [rows, any] int32 are the same on the CPU (`models.documents.document_lengths`), so that
         nothing waits for a GPU to find out. `sample_seeds` [rows]
         int64 enable dropout in training: its pattern is a function of (seed of the sample, layer).
         `cache` holds the past keys and values of a generation, and the padding of its rows; it is

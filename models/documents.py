@@ -1,7 +1,7 @@
 """Which tokens of packed rows belong together, and how attention over them is cut into tiles.
 
 Owns host arithmetic alone: nothing here is on a GPU, so nothing waits for one. The documents of a
-row are consecutive and cover it, so that their lengths say everything:
+row are consecutive and cover it, so that their lengths describe them completely:
 
     document ids   0 0 0 0 1 1 2 2 2        lengths   4 2 3 0 0 0 0 0 0
 
@@ -44,7 +44,7 @@ def document_lengths(document_ids: Tensor) -> Tensor:
 
 def lengths_of_ids(document_ids: Tensor) -> Tensor | None:
     """As `document_lengths`, of ids on any device (those of a GPU are waited for). None where the
-    tokens of one id may not be consecutive, as ids decrease somewhere: a mask alone can say it."""
+    tokens of one id may not be consecutive, as ids decrease somewhere: only a mask can express it."""
     ids = document_ids.cpu()
     return None if bool((ids[:, 1:] < ids[:, :-1]).any()) else document_lengths(ids)
 
@@ -159,9 +159,9 @@ def _cut(
         reach = document.stop if most_queries is None else start + most_queries
         first_key = document.start
         if window is not None and document.stop - document.start > window:
-            whole = document.start + window  # queries before this one see all tokens before them
-            if start < whole:
-                reach = min(reach, whole)
+            full = document.start + window  # queries before this one see all tokens before them
+            if start < full:
+                reach = min(reach, full)
             else:
                 reach = min(reach, start + window_block(window))
                 first_key = start - window + 1

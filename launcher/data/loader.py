@@ -28,7 +28,7 @@ from models.documents import document_lengths
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows for one forward pass; tensors on the CPU, int64 unless said otherwise."""
+    """Rows for one forward pass; tensors on the CPU, int64 unless noted otherwise."""
 
     input_ids: torch.Tensor
     """[batch, seq_length]; of preferences [batch, 2, seq_length], as labels are."""

@@ -101,7 +101,7 @@ class Ring:
 
     def _begins(self, token: int) -> tuple[int, int]:
         """Where the document of a token begins: in the row where it does so first, and last. Where
-        only a mask says it, any key may be in the document, and none is known to be."""
+        only a mask holds it, any key may be in the document, and none is known to be."""
         if self.mask.lengths is not None:
             first, last = document_bounds(self.mask.lengths)
             return first[token], last[token]

@@ -12,7 +12,6 @@ import torch
 import torch._dynamo  # looks at the functions of `torch.cuda`, as they are, when it is imported
 import torch._inductor.config
 import torch.distributed as dist
-import torch.utils.checkpoint
 
 DEVICES = 8
 MEMORY = 80 << 30
@@ -81,10 +80,6 @@ def _nothing(*arguments: Any, **more: Any) -> None:
     pass
 
 
-def _shape_and_dtype(tensor: torch.Tensor) -> tuple[torch.Size, torch.dtype]:
-    return tensor.shape, tensor.dtype
-
-
 def _state(*arguments: Any) -> torch.Tensor:
     return torch.zeros(16, dtype=torch.uint8)
 
@@ -144,7 +139,6 @@ def fake_cuda() -> Iterator[None]:
         stack.enter_context(patch.multiple(dist, **groups))
         # A mode that sees all calls is not active within one of them: `backward` is none.
         stack.enter_context(patch.object(torch.autograd, "has_torch_function", lambda _: False))
-        # Hooks on saved tensors are called within such a call, and see the device of the CPU.
-        checks = torch.utils.checkpoint._allowed_determinism_checks_to_fns
-        stack.enter_context(patch.dict(checks, default=_shape_and_dtype))
+        # Its arguments are parsed before any mode sees them.
+        stack.enter_context(patch.object(torch.Tensor, "record_stream", _nothing))
         yield

@@ -134,12 +134,29 @@ class VirtualCuda:
             with modes():
                 run(thread)
 
+        hooks = torch.autograd.graph.saved_tensors_hooks
+        begin, visible = hooks.__init__, self._visible_to
+
+        def begin_visible(self: Any, pack: Callable[..., Any], unpack: Callable[..., Any]) -> None:
+            begin(self, visible(pack), visible(unpack))
+
         self._stack.enter_context(patch.object(threading.Thread, "run", run_on_device))
+        self._stack.enter_context(patch.object(hooks, "__init__", begin_visible))
         self._stack.enter_context(self._modes())
         return self
 
     def __exit__(self, *error: Any) -> None:
         self._stack.close()
+
+    def _visible_to(self, hook: Callable[..., Any]) -> Callable[..., Any]:
+        """A hook that torch calls from within a call, where no mode is active."""
+
+        @functools.wraps(hook)
+        def called(*arguments: Any) -> Any:
+            with _Functions(self):
+                return hook(*arguments)
+
+        return called
 
     @contextmanager
     def _modes(self) -> Iterator[None]:
@@ -405,6 +422,5 @@ _ANSWERS: dict[Any, Callable[..., Any]] = {
     Tensor.pin_memory: _pinned,
     Tensor.is_pinned: lambda owner, tensor, *_: tensor in owner.pinned,
     Tensor.get_device: lambda owner, tensor: 0 if tensor in owner.marks else -1,
-    Tensor.record_stream: lambda owner, tensor, stream: None,
 }
 """Calls that a GPU answers and a CPU cannot."""
