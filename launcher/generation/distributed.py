@@ -94,7 +94,7 @@ class DistributedForward(Forward):
 
 def _any(flag: bool, group: dist.ProcessGroup, device: torch.device) -> bool:
     """Whether `flag` is True on any rank of `group`."""
-    found = torch.tensor(int(flag), device=device)
+    found = torch.full((), int(flag), device=device)
     dist.all_reduce(found, dist.ReduceOp.MAX, group=group)
     with host_read("stop of one rank"):
         return bool(found.item())

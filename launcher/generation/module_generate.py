@@ -44,7 +44,8 @@ def continue_with_transformers(
     )
     ids = torch.tensor([list(prompt)], device=device)
     stoppers: list[Any] = [_stopper(watch)] if watch else []
-    with torch.random.fork_rng():
+    gpus = [ids.device] if ids.is_cuda else []  # not those of other processes
+    with torch.random.fork_rng(gpus):
         torch.manual_seed(draw_seed(seed, index, 0))
         text = cast(Any, model.wrapped).generate(
             ids, attention_mask=torch.ones_like(ids), generation_config=config,

@@ -14,7 +14,9 @@ that the choice is a function of shapes: the same in every run, on any device.
 
 Invariants: gradients are bitwise those without recomputation, as kept and recomputed results are.
 Communication is never kept, so that all ranks repeat it, whatever each of them keeps; nor is a
-result that something writes into later.
+result that something writes into later. Operations are identified by their number in the layer, so
+that FSDP's hooks on modules of it, which gather and cast weights in one run and find them in the
+next, are not counted.
 
 The mechanism is `launcher.parallel.kept_results`. Under torch.compile the compiler partitions each
 graph by the same budget (`set_compiled_budget`), and recomputes what is cheap and keeps products by
@@ -32,12 +34,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.distributed.fsdp import FSDPModule
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import flop_registry
 
-from launcher.parallel.kept_results import Key, Numbering, keeping
+from launcher.parallel.kept_results import Key, Numbering, keeping, unselected
 from launcher.parallel.layer_modules import Function, layer_modules
 from launcher.parallel.local import local
 from launcher.parallel.remembered import remembering
@@ -171,7 +174,8 @@ def _selective(
             # operations would not be those of the second.
             layer.self_attn.prepare(arguments[1])
         if choice is None:
-            with torch.random.fork_rng(enabled=uses_rng):
+            _hide_hooks(layer)
+            with torch.random.fork_rng(_current_gpu(), enabled=uses_rng):
                 measured = measure(layer, lambda: function(*arguments, **keywords), arguments)
             choice = choose(measured, budget)
             report(choice)
@@ -181,6 +185,28 @@ def _selective(
         )  # fmt: skip
 
     return recomputed
+
+
+def _current_gpu() -> list[int]:
+    """The GPU of this process, whose generator counts: by default torch forks those of all."""
+    return [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+
+
+def _hide_hooks(layer: nn.Module) -> None:
+    """Let operations of FSDP's hooks on modules inside of `layer` not be seen here."""
+    for module in layer.modules():
+        if module is not layer and isinstance(module, FSDPModule):
+            for hooks in (module._forward_pre_hooks, module._forward_hooks):
+                hooks.update({key: _not_seen(hook) for key, hook in hooks.items()})
+
+
+def _not_seen(hook: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(hook)
+    def run(*arguments: Any, **keywords: Any) -> Any:
+        with unselected():
+            return hook(*arguments, **keywords)
+
+    return run
 
 
 def measure(layer: nn.Module, run: Callable[[], Any], inputs: Sequence[Any] = ()) -> Measured:

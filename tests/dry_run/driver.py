@@ -64,12 +64,16 @@ def _train_step(*arguments: Any) -> Any:
 
 def job_on_rank(folder: str, jobs: Sequence[Sequence[str]]) -> list[tuple[int, str, list[str]]]:
     """`run.py` with each of these arguments, one after the other, on a virtual GPU: its exit code,
-    what it printed, and why the host waited in steps of training, but for the first."""
+    what it printed, and why the host waited in steps of training, but for the first, and in those
+    of generation, but for the first two."""
     import contextlib
     import io
     from unittest.mock import patch
 
     from launcher import cli
+    from launcher.generation.distributed import DistributedForward
+    from launcher.generation.forward import Forward
+    from launcher.generation.sampling import Chooser
     from launcher.train import loop
     from tests.dry_run.cuda_calls import fake_cuda
     from tests.dry_run.flash_attention import flash_attention
@@ -87,7 +91,13 @@ def job_on_rank(folder: str, jobs: Sequence[Sequence[str]]) -> list[tuple[int, s
                 contextlib.redirect_stdout(out),
                 contextlib.redirect_stderr(out),
                 patch.object(loop, "train_step", step),
+                contextlib.ExitStack() as stack,
             ):
+                for owner, name in (
+                    (Forward, "__call__"), (DistributedForward, "__call__"), (Chooser, "choose")
+                ):  # fmt: skip
+                    called = device.strict(getattr(owner, name), after=2)
+                    stack.enter_context(patch.object(owner, name, called))
                 code = cli.main(list(arguments))
             found.append((code, out.getvalue(), list(device.reads)))
     return found

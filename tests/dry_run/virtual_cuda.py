@@ -8,6 +8,9 @@ What fails or waits on a GPU is an error here:
     a value that the host reads                `.item()`, `.tolist()`, `bool(tensor)`, `.cpu()`, and
                                                operations whose result has a size that depends on
                                                values; allowed within `host_read`
+    a copy that the host waits for             to the device without `non_blocking`, as that of
+                                               `torch.tensor(values, device="cuda")`, and either way
+                                               through memory that is not pinned, but for small ones
     an operation without a kernel for CUDA     by torch's own table of kernels
     one that is refused in deterministic mode  by torch's documentation, where the mode is on
 
@@ -48,6 +51,13 @@ DEVICE = torch.device("cuda", 0)
 """What every marked tensor says."""
 _CPU = torch.device("cpu")
 _COPIES = {"copy_", "_to_copy", "_foreach_copy_", "set_", "set_.source_Tensor"}
+STAGED_BYTES = 64 << 10
+"""What the driver takes from memory that is not pinned without waiting for the device: CUDA's
+documentation, "API synchronization behavior"."""
+_COPYING = {"copy_", "_foreach_copy_", "__setitem__"}
+"""Calls from Python that copy between tensors that exist."""
+_FROM_VALUES = {torch.tensor, torch.as_tensor, torch.asarray, torch.scalar_tensor}
+"""Functions that copy values of the host."""
 _READS = {
     "_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "_unique2",
     "unique_consecutive", "unique_dim", "bincount", "histc",
@@ -89,6 +99,7 @@ def _storage(tensor: Tensor) -> torch.UntypedStorage | None:
 class _Call:
     """A call of torch from Python that is under way."""
 
+    name: str
     asked: str | None
     """The type of the device it names; None: it names none."""
     on_device: bool
@@ -109,6 +120,8 @@ class VirtualCuda:
 
     def __init__(self) -> None:
         self.marks = Marks()
+        self.pinned = Marks()
+        """Host memory that copies need not stage."""
         self.thread = _Thread()
         self.reads: list[str] = []
         """The reason of each value that the host read where that counts."""
@@ -174,6 +187,21 @@ class VirtualCuda:
         else:
             raise DeviceError(f"{name}: the host waits for a value of the device")
 
+    def has(self, value: object) -> bool:
+        """Whether this is a tensor of the device."""
+        return isinstance(value, Tensor) and value in self.marks
+
+    def send(self, name: str, tensor: Tensor, *, non_blocking: bool) -> None:
+        """A copy of a tensor of the host to the device. Raises DeviceError where the host must not
+        wait for it."""
+        if not non_blocking or self.is_staged(tensor):
+            self.read(f"{name} of {list(tensor.shape)} to the device")
+
+    def is_staged(self, tensor: Tensor) -> bool:
+        """Whether a copy from or to this tensor of the host goes through other memory, which waits
+        for the device."""
+        return tensor not in self.pinned and tensor.nbytes > STAGED_BYTES
+
     def factory_is_on_device(self) -> bool:
         """Whether an operation without operands makes its result on the device. One that C++ calls
         makes it where its caller's operands are; the backward pass is on the device."""
@@ -210,18 +238,24 @@ class _Functions(TorchFunctionMode):
             return func(*args, **kwargs)
         if name in ("to", "cuda", "cpu"):
             return self._moved(func, name, args, kwargs)
-        kwargs.pop("pin_memory", None)
-        asked = None
+        is_pinned, asked = bool(kwargs.pop("pin_memory", False)), None
         if (named := kwargs.get("device")) is not None:
             asked = _type_of(named)
             if asked == "cuda":
                 kwargs["device"] = _CPU
-        return self._called(func, args, kwargs, asked)
+        result = self._called(func, args, kwargs, asked)
+        if is_pinned:
+            for tensor in _tensors(result):
+                owner.pinned.add(tensor)
+        elif asked == "cuda" and func in _FROM_VALUES and not owner.has(args[0]):
+            owner.send(name, result, non_blocking=False)
+        return result
 
     def _called(self, func: Any, args: Sequence[Any], kwargs: Any, asked: str | None) -> Any:
         owner = self.owner
         on_device = any(t in owner.marks for t in _tensors((args, kwargs)))
-        owner.thread.calls.append(_Call(asked, on_device))
+        name = getattr(func, "__name__", "")
+        owner.thread.calls.append(_Call(name, asked, on_device))
         try:
             if func is Tensor.backward:
                 with self:  # Python code of autograd functions is called from there
@@ -242,8 +276,9 @@ class _Functions(TorchFunctionMode):
 
     def _moved(self, func: Any, name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """`Tensor.to`, `.cuda()` and `.cpu()`."""
-        tensor, marks = args[0], self.owner.marks
+        tensor, marks, owner = args[0], self.owner.marks, self.owner
         rest = list(args[1:])
+        queued = bool(kwargs.get("non_blocking", any(value is True for value in rest[:3])))
         if name in ("cuda", "cpu"):
             target, rest, kwargs = name, [], {}
         elif rest and isinstance(rest[0], Tensor):
@@ -260,9 +295,14 @@ class _Functions(TorchFunctionMode):
         here = "cuda" if tensor in marks else tensor.device.type
         if target == here:
             return self._called(Tensor.to, (tensor, _CPU, *rest), kwargs, target)
-        if here == "cuda" and not kwargs.get("non_blocking"):
-            self.owner.read(f"Tensor.{name}")
-        return self._called(Tensor.to, (tensor, _CPU, *rest), {**kwargs, "copy": True}, target)
+        if here == "cuda" and not queued:
+            owner.read(f"Tensor.{name}")
+        elif target == "cuda" and here == "cpu":
+            owner.send(f"Tensor.{name}", tensor, non_blocking=queued)
+        result = self._called(Tensor.to, (tensor, _CPU, *rest), {**kwargs, "copy": True}, target)
+        if target == "cpu" and queued:  # torch pins the result
+            owner.pinned.add(result)
+        return result
 
 
 class _Operations(TorchDispatchMode):
@@ -284,7 +324,11 @@ class _Operations(TorchDispatchMode):
         here = [t for t in given if t in marks]
         if here:
             self._check(func, name, args, kwargs, given)
-        result = func(*args, **kwargs)
+            # Not those within other calls, as in gloo, which are none of NCCL.
+            calls = self.owner.thread.calls
+            if name in ("copy_", "_foreach_copy_") and calls and calls[-1].name in _COPYING:
+                self._check_copies(name, args, kwargs)
+        result = _STAND_INS.get(name, func)(*args, **kwargs)
         if self._is_on_device(name, given, here):
             for tensor in _tensors(result):
                 marks.add(tensor)
@@ -311,8 +355,6 @@ class _Operations(TorchDispatchMode):
                 if tensor not in marks and tensor.dim() and not _belongs_on_host(func, tensor):
                     raise DeviceError(f"{func}: a tensor {list(tensor.shape)} of the CPU among "
                                       "those of the device")  # fmt: skip
-        elif name == "copy_" and args[0] not in marks and not (len(args) > 2 and args[2]):
-            self.owner.read("copy_ to the host")
         unknown_size = name == "repeat_interleave.Tensor" and kwargs.get("output_size") is None
         if name in _READS or unknown_size or (name.startswith("index") and _has_mask(args)):
             self.owner.read(name)
@@ -320,6 +362,16 @@ class _Operations(TorchDispatchMode):
             raise DeviceError(f"{func} has no kernel for CUDA")
         if torch.are_deterministic_algorithms_enabled() and raises_when_deterministic(name, args):
             raise DeviceError(f"{func} is refused in deterministic mode")
+
+    def _check_copies(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        owner = self.owner
+        queued = bool(kwargs.get("non_blocking", args[2] if len(args) > 2 else False))
+        for target, source in zip(_tensors(args[0]), _tensors(args[1]), strict=True):
+            if target not in owner.marks and source in owner.marks:
+                if not queued or owner.is_staged(target):
+                    owner.read(f"{name} to the host")
+            elif target in owner.marks and source not in owner.marks:
+                owner.send(name, source, non_blocking=queued)
 
 
 def _belongs_on_host(func: OpOverload, tensor: Tensor) -> bool:
@@ -349,14 +401,26 @@ def _backward(
 
 
 def _pinned(owner: VirtualCuda, tensor: Tensor, *_: Any) -> Tensor:
-    return tensor
+    if tensor in owner.pinned:
+        return tensor
+    result = tensor.clone()
+    owner.pinned.add(result)
+    return result
 
 
+def _product_added(
+    total: Tensor, left: Tensor, right: Tensor, dtype: torch.dtype, *, out: Tensor
+) -> Tensor:
+    return out.copy_(total + left.to(dtype) @ right.to(dtype))
+
+
+_STAND_INS: dict[str, Callable[..., Any]] = {"addmm.dtype_out": _product_added}
+"""For operations without a kernel for the CPU, by name."""
 _HOST = {Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.__repr__}
 """Reads that are no operation."""
 _ANSWERS: dict[Any, Callable[..., Any]] = {
     Tensor.pin_memory: _pinned,
-    Tensor.is_pinned: lambda owner, tensor, *_: tensor not in owner.marks,
+    Tensor.is_pinned: lambda owner, tensor, *_: tensor in owner.pinned,
     Tensor.get_device: lambda owner, tensor: 0 if tensor in owner.marks else -1,
 }
 """Calls that a GPU answers and a CPU cannot."""

@@ -255,8 +255,10 @@ def run_case(case: Case, world: Any, tag: str, step: Any = None) -> Outcome:
 def _evaluate(run: Any) -> float:
     from launcher.train.evaluate import evaluate
 
+    if run.model.preference is not None:
+        return math.nan  # its evaluation needs more than batches
     data = run.loader.step(0)
-    return evaluate(run.model, data.batches, run.world).loss
+    return evaluate(run.model, data.batches, run.world, run.loader.source_names).loss
 
 
 def _gradients(run: Any) -> Pieces:

@@ -35,7 +35,7 @@ from tests.parallel.keeping import (
     recompute,
     step,
 )
-from tests.parallel.parity import Case
+from tests.parallel.parity import Case, run_cases
 from tests.workshop import Workshop
 
 BUDGETS = (None, 0.0, 0.3, 0.7, 1.0)
@@ -231,6 +231,22 @@ def test_the_compiler_follows_the_same_scale() -> None:
         set_compiled_budget(1.0)
         torch._dynamo.reset()
     assert kept_bytes[0] < kept_bytes[1] < kept_bytes[2]
+
+
+def with_hooks(**section: Any) -> Case:
+    """Weights in float32 that FSDP casts, those of experts and routers within a layer."""
+    return Case("qwen3 moe", model={"compute_dtype": "bfloat16"},
+                more={"compile": False, **recompute(**section)})  # fmt: skip
+
+
+def test_what_hooks_of_fsdp_do_is_not_counted(workshop: Workshop) -> None:
+    cases = [with_hooks(), with_hooks(memory_budget=0.4), with_hooks(recompute_operations=True)]
+    ((expected,), *others) = run_cases(workshop, cases)
+    for (found,) in others:
+        assert found.losses == expected.losses
+        for mine, theirs in zip(found.gradients, expected.gradients, strict=True):
+            assert mine.keys() == theirs.keys()
+            assert all((mine[name][2] == values).all() for name, (*_, values) in theirs.items())
 
 
 LAYOUTS = [
