@@ -28,7 +28,9 @@ def test_every_optimizer_takes_its_arguments_and_no_others(workspace, kind: str)
             (text,) = found("", "~optimizer.betas", *given)
             assert f"optimizer.{name} = " in text
             assert f": not an argument of {kind}. It belongs to " in text
-            assert text.endswith(f"{kind} takes weight_decay, learning_rate, {', '.join(taken)}.")
+            assert text.endswith(
+                f"{kind} takes weight_decay, learning_rate, state_dtype, {', '.join(taken)}."
+            )
 
 
 WRONG = {
