@@ -56,11 +56,11 @@ def _chunk_tokens(job: Job, model: Decoder) -> int:
         return 0
     if written is not None:
         return written
-    weight = head.held("weight")
-    chunk = chunk_size(len(weight), job.world.device)
+    # The shape follows from the layout: a view of sharded rows would gather them.
+    chunk = chunk_size(model.config.vocab_size // job.mesh.tp, job.world.device)
     saves = saves_memory(
         tokens_of_batch(job), chunk, model.config.hidden_size, job.compute_dtype,
-        trained=weight.requires_grad,
+        trained=head.weight.requires_grad,
     )  # fmt: skip
     return chunk if saves else 0
 

@@ -70,9 +70,9 @@ def run(workshop: Workshop, name: str, world: int, output: str, *more: str) -> J
 
 
 def rows_of(workshop: Workshop, output: str) -> list[dict[str, Any]]:
-    """The rows of steps, without times."""
+    """The rows of steps, without times and memory."""
     return [
-        {key: value for key, value in row.items() if "second" not in key}
+        {key: value for key, value in row.items() if "second" not in key and "memory" not in key}
         for row in workshop.rows(output) if "loss" in row
     ]  # fmt: skip
 

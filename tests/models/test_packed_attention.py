@@ -311,17 +311,17 @@ def test_nothing_waits_for_a_gpu(dtype: torch.dtype, dropout: float) -> None:
     lengths = document_lengths(documents)
     with fake_cuda(), VirtualCuda() as device:
         model = tiny(sliding_window=20, attention_dropout=dropout).to(dtype).to(DEVICE)
+        ids, documents, seeds = (t.to(DEVICE) for t in (ids, documents, torch.arange(2)))
 
         def step() -> None:
             logits = model(
-                ids.to(DEVICE), document_ids=documents.to(DEVICE), document_lengths=OnHost(lengths),
-                sample_seeds=torch.arange(2).to(DEVICE),
-            )  # fmt: skip
+                ids, document_ids=documents, document_lengths=OnHost(lengths), sample_seeds=seeds
+            )
             logits.sum().backward()
 
         device.strict(step)()
         with pytest.raises(DeviceError, match="waits"):
-            device.strict(model)(ids.to(DEVICE), document_ids=documents.to(DEVICE))
+            device.strict(model)(ids, document_ids=documents)
 
 
 # Memory.

@@ -49,7 +49,7 @@ LOAD = {
     "weights/reading/read.py",  # read
 }
 BELOW = (
-    "extensions.py", "layout/", "parallel/", "report/", "config/", "builders/job.py",
+    "extensions.py", "streams.py", "layout/", "parallel/", "report/", "config/", "builders/job.py",
     "weights/gc_pause.py", "weights/threads.py",
     "weights/reading/strided_copy.py", "weights/reading/tensor_bytes.py",
     "weights/reading/transfer.py", "weights/reading/pages.py", "weights/reading/window.py",
