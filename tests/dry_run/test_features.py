@@ -39,15 +39,15 @@ MOMENTS = {"optimizer": {"state_dtype": "bfloat16"}}
 BY_OPERATION = recompute(recompute_operations=True)
 
 QUICK = [
-    Case(more=adapters()),
     Case("qwen3 moe", more=adapters(lora_rank=8, target_modules=["up_proj", "down_proj"])),
     Case(more=preferences("kto")),
-    Case(more=preferences("dpo") | adapters(pet_type="dora", lora_dropout=0.1)),
     Case(more=MIXTURE | CHUNKS, micro=2),
-    Case("deepseek", more=recompute(memory_budget=0.4)),
-    Case("llama", more=MOMENTS | BY_OPERATION),
+    Case("deepseek", more=recompute(memory_budget=0.4) | MOMENTS),
 ]
 ALONE = [
+    Case(more=adapters()),
+    Case(more=preferences("dpo") | adapters(pet_type="dora", lora_dropout=0.1)),
+    Case("llama", more=MOMENTS | BY_OPERATION),
     Case(more=adapters(pet_type="dora", lora_dropout=0.1) | CHUNKS),
     Case("qwen3 tied", more=adapters(modules_to_save=["norm", "embed_tokens"])),
     Case("llama", more=adapters(target_modules="all-linear", use_rslora=True) | BY_OPERATION),
