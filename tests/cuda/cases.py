@@ -236,7 +236,8 @@ LONE = {"parallel_config": {}}
 
 
 def spreads(place: Place, layout: dict[str, Any]) -> None:
-    """The losses of two ranks are those that one rank has on the CPU."""
+    """Two ranks train, and the loss falls: NCCL carries what gloo carries in `tests/parallel`, where
+    layouts are compared with one process."""
     rows = 4 if "data_parallel" in layout["parallel_config"] else 8
     if "pipeline_stage" in layout["parallel_config"]:
         rows = 4
