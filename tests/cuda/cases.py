@@ -236,8 +236,7 @@ LONE = {"parallel_config": {}}
 
 
 def spreads(place: Place, layout: dict[str, Any]) -> None:
-    """Two ranks train, and the loss falls: NCCL carries what gloo carries in `tests/parallel`, where
-    layouts are compared with one process."""
+    """Two ranks train, and the loss falls. `tests/parallel` compares layouts with one process."""
     rows = 4 if "data_parallel" in layout["parallel_config"] else 8
     if "pipeline_stage" in layout["parallel_config"]:
         rows = 4
