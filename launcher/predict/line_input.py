@@ -17,7 +17,8 @@ from typing import Any
 
 _AGAIN = signal.SIGURG
 """Interrupts a wait, and is ignored by whoever does not handle it."""
-_INTERVAL = 0.05
+_INTERVAL = 0.2
+"""Seconds until the first signal after the user's: rather the second one than both at once."""
 _END = b"\0"
 
 
@@ -49,6 +50,10 @@ class _Interruptible:
         try:
             try:
                 return read()
+            except SystemError as error:  # a second signal while `input` raised for the first one
+                if not self._is_pressed:
+                    raise
+                raise KeyboardInterrupt from error
             finally:
                 self._waits = False
         finally:
@@ -72,5 +77,7 @@ class _Interruptible:
         while signal.SIGINT not in (received := os.read(signals, 64)):
             if _END in received:
                 return
-        while not self._ended.wait(_INTERVAL):
+        interval = _INTERVAL
+        while not self._ended.wait(interval):
             signal.pthread_kill(self._main, _AGAIN)
+            interval *= 2

@@ -97,7 +97,7 @@ def test_several_ranks_chat_at_the_terminal_of_one(folder: Path, jobs: list[Term
     job.expect("(written: both/kept.jsonl)")
     job.expect("> ")
     job.type(CTRL_C)
-    assert job.end() == [130, 130]
+    assert job.end() == [130, 130], job.output
     before, last = conversations(folder / "both/chat.jsonl")
     assert [role for role, _ in before] == ["system", "user", "assistant"]
     assert last == [("system", "Be brief"), ("user", "And now?"), ("assistant", ANSWER)]
