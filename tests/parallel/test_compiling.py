@@ -72,7 +72,7 @@ INDUCTOR_LAYOUTS = [
 
 
 def run_compiled(folder: str, cases: Sequence[Case]) -> list[Outcome]:
-    """`run_on_rank` for cases that share a process: each compiles anew, as in its own."""
+    """`run_on_rank` for cases that share a process; compiled code is dropped between them."""
     compile_layers = layer_memory.compile_layers
 
     def fresh(*arguments: Any) -> None:

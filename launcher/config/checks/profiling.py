@@ -57,7 +57,7 @@ def ranks(check: Check) -> Iterator[KeyProblem]:
 
 
 def folder(check: Check) -> Iterator[KeyProblem]:
-    """The folder of the traces is no file, and not in one."""
+    """The path of the traces may not be a file, or inside one."""
     output = Path(check.config.profile_output or ".")
     if check.config.profile and check.trains:
         for path in (output, *output.parents):
